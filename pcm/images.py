@@ -1,0 +1,85 @@
+"""Pictures as bytes and pixels: safe decoding, deterministic encoding, and the defects a diffusion model produces."""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pcm.errors import InputError
+
+#: Larger pictures are refused unread: a decompression bomb must not take a worker's memory (64 megapixels).
+MAX_PIXELS = 64_000_000
+
+#: A picture whose pixel values (0..1) spread less than this (standard deviation over all channels) shows nothing.
+CONSTANT_STD = 2.0 / 255.0
+#: A picture whose brightest pixel is below this is black: what safety checkers and fp16 overflows return.
+BLACK_MAX = 8.0 / 255.0
+
+IMAGE_FORMATS = ("jpeg", "png", "webp")
+
+
+def open_image(source: str | Path | bytes, *, name: str | None = None) -> Image.Image:
+    """Decode a picture wholly, as RGB.
+
+    Raises InputError (one line, naming the file) when it is missing, corrupt, truncated or over MAX_PIXELS.
+    """
+    label = name or (str(source) if not isinstance(source, bytes) else f"{len(source)} bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise InputError(
+                        f"{label}: {width}x{height} pixels; at most {MAX_PIXELS:,} are read; resize the picture first"
+                    )
+                image.load()
+                return image.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"{label}: no such file; give the path of a picture") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InputError(f"{label}: over {MAX_PIXELS:,} pixels; resize the picture first") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else f"cannot be decoded ({error})"
+        raise InputError(f"{label}: {reason}; give a JPEG, PNG, WebP, GIF or BMP file") from None
+
+
+
+
+
+def encode_image(pixels: np.ndarray, *, image_format: str, quality: int) -> bytes:
+    """Encode (H, W, 3) uint8 pixels; the same pixels give the same bytes with the pinned Pillow.
+
+    JPEG is written without chroma subsampling so that small pictures keep their colours.
+    """
+    image = Image.fromarray(pixels, mode="RGB")
+    buffer = io.BytesIO()
+    if image_format == "jpeg":
+        image.save(buffer, "JPEG", quality=quality, subsampling=0)
+    elif image_format == "png":
+        image.save(buffer, "PNG")
+    elif image_format == "webp":
+        image.save(buffer, "WEBP", quality=quality, method=4)
+    else:
+        raise InputError(f"image format {image_format!r}: allowed are {', '.join(IMAGE_FORMATS)}")
+    return buffer.getvalue()
+
+
+def defect(pixels: np.ndarray) -> str:
+    """Why float pixels (H, W, 3) in 0..1 are not a picture: "nan_image", "black_image", "constant_image", or ""."""
+    if not np.isfinite(pixels).all():
+        return "nan_image"
+    if pixels.max() < BLACK_MAX:
+        return "black_image"
+    if pixels.std() < CONSTANT_STD:
+        return "constant_image"
+    return ""
+
+
+def to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """Float pixels in 0..1 to uint8, rounded half to even (as diffusers' numpy_to_pil does)."""
+    return (np.clip(pixels, 0.0, 1.0) * 255).round().astype(np.uint8)
