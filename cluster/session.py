@@ -1,0 +1,43 @@
+"""Starting or joining Ray: the same call in a job, on a laptop and in a test."""
+
+import logging
+import os
+
+import ray
+
+log = logging.getLogger(__name__)
+
+
+def start_ray(*, num_cpus: int | None = None) -> None:
+    """Join the cluster that RAY_ADDRESS names (a submitted job has it), else start one on this machine. Idempotent.
+
+    Usage statistics are off unless the user turned them on; a local cluster starts no dashboard.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # No progress bars of Ray's own: the jobs report their progress, and logs must stay readable without a terminal.
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        log.info("joined the Ray cluster at RAY_ADDRESS: %s", _resources())
+    else:
+        ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+        log.info("started Ray on this machine: %s", _resources())
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def cluster_gpus() -> float:
+    return ray.cluster_resources().get("GPU", 0.0)
+
+
+def cluster_cpus() -> float:
+    return ray.cluster_resources().get("CPU", 1.0)
+
+
+def _resources() -> str:
+    resources = ray.cluster_resources()
+    return ", ".join(f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if name in resources)

@@ -1,0 +1,173 @@
+"""The frozen CLIP: scores a picture against its caption and gives the features that PCM-Net reads.
+
+Any open_clip model with a ViT image tower and [CLS] pooling. Feature conventions are the paper's section 3.1 and the
+published features: `patch_features` are the last block's tokens before ln_post and projection; a grid larger than
+8x8 with even sides is 2x2 average-pooled (ViT-L/14: 16x16 -> 64 patches; ViT-B/16: 14x14 -> 49).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import pcm.torchvision_shim  # noqa: F401  isort: skip
+import open_clip
+from open_clip.transformer import VisionTransformer
+
+from pcm.errors import InputError
+from pcm.records import FeatureShape
+
+#: Grids up to this side are kept as they are; larger even ones are 2x2 average-pooled.
+MAX_GRID_SIDE = 8
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """global_feature (B, D) float32, L2-normalised; patch_features (B, N, D_v) float32."""
+
+    global_feature: np.ndarray
+    patch_features: np.ndarray
+
+
+class ClipEncoder:
+    """An open_clip model as a feature extractor.
+
+    `name` is "architecture/pretrained" (`ViT-L-14/openai`; `pretrained` may be a checkpoint file), `hf-hub:org/repo`,
+    a folder with open_clip_config.json and weights, or `embedded`. Batches are padded to `batch_size` so that a
+    picture's features do not depend on how many neighbours it had.
+
+    Raises InputError when the model cannot be found or is no ViT with [CLS] pooling.
+    """
+
+    def __init__(self, name: str, *, device: str = "cpu", dtype: str = "float32", batch_size: int = 32) -> None:
+        self.name = name
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self._dtype = _DTYPES[dtype]
+        architecture, pretrained = resolve_clip_name(name)
+        try:
+            model = open_clip.create_model(
+                architecture, pretrained=pretrained, device=self.device, require_pretrained=pretrained is not None
+            )
+            self._tokenizer = open_clip.get_tokenizer(architecture)
+        except (RuntimeError, OSError, ValueError, FileNotFoundError) as error:
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"CLIP model {name!r} cannot be loaded: {first_line}; "
+                "give ARCHITECTURE/PRETRAINED (see open_clip.list_pretrained()), a folder, or 'embedded'"
+            ) from error
+        visual = model.visual
+        if not isinstance(visual, VisionTransformer) or visual.pool_type != "tok" or visual.attn_pool is not None:
+            raise InputError(f"CLIP model {name!r}: needs a ViT image tower with [CLS] pooling, such as ViT-L-14/openai")
+        self._model = model.eval().requires_grad_(False).to(dtype=self._dtype)
+        self._visual = visual
+        self._preprocess = open_clip.transform.image_transform_v2(
+            open_clip.transform.PreprocessCfg(**visual.preprocess_cfg), is_train=False
+        )
+        self.resolution: int = visual.image_size[0]
+        self.context_length: int = getattr(model, "context_length", 77)
+        self.embed_dim: int = visual.output_dim
+        self.patch_dim: int = visual.conv1.out_channels
+        self._grid: tuple[int, int] = visual.grid_size
+        self._pool = _pools(self._grid)
+        cells = self._grid[0] * self._grid[1]
+        self.num_patches: int = cells // 4 if self._pool else cells
+
+    @property
+    def features(self) -> FeatureShape:
+        return FeatureShape(embed_dim=self.embed_dim, patch_dim=self.patch_dim, num_patches=self.num_patches)
+
+    @torch.inference_mode()
+    def encode_images(self, images: list[Image.Image]) -> ImageFeatures:
+        """Features of PIL images of any size."""
+        global_features, patch_features = [], []
+        for start in range(0, len(images), self.batch_size):
+            batch = images[start : start + self.batch_size]
+            pixel_values = torch.stack([self._preprocess(image.convert("RGB")) for image in batch])  # (B, 3, H, W)
+            output = self._visual.forward_intermediates(
+                self._padded(pixel_values).to(self.device, self._dtype), indices=1, output_fmt="NCHW"
+            )
+            tokens = output["image_intermediates"][-1].float()  # (B, D_v, h, w)
+            if self._pool:
+                tokens = torch.nn.functional.avg_pool2d(tokens, 2)
+            pooled = torch.nn.functional.normalize(output["image_features"].float(), dim=-1)  # (B, D)
+            global_features.append(pooled[: len(batch)].cpu().numpy())
+            patch_features.append(tokens.flatten(2).transpose(1, 2)[: len(batch)].cpu().numpy())  # (B, N, D_v)
+        if not images:
+            return ImageFeatures(
+                np.zeros((0, self.embed_dim), np.float32), np.zeros((0, self.num_patches, self.patch_dim), np.float32)
+            )
+        return ImageFeatures(np.concatenate(global_features), np.concatenate(patch_features))
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: list[str]) -> np.ndarray:
+        """(B, D) float32, L2-normalised; texts longer than the context are truncated."""
+        rows = []
+        for start in range(0, len(texts), self.batch_size):
+            batch = texts[start : start + self.batch_size]
+            token_ids = self._padded(self._tokenizer(batch)).to(self.device)  # (B, context)
+            features = torch.nn.functional.normalize(self._model.encode_text(token_ids).float(), dim=-1)
+            rows.append(features[: len(batch)].cpu().numpy())
+        return np.concatenate(rows) if rows else np.zeros((0, self.embed_dim), np.float32)
+
+    def count_tokens(self, text: str) -> int:
+        """CLIP tokens of `text` including start and end, before truncation."""
+        tokenizer = self._tokenizer
+        if hasattr(tokenizer, "tokenizer"):  # a Hugging Face tokenizer inside open_clip's wrapper
+            return len(tokenizer.tokenizer(text, truncation=False)["input_ids"])
+        return len(tokenizer.encode(text)) + 2
+
+    def head(self) -> dict[str, torch.Tensor]:
+        """The [CLS] head that PCM-Net applies to patches: ln_post.weight (D_v,), ln_post.bias (D_v,), proj (D_v, D)."""
+        return {
+            "ln_post.weight": self._visual.ln_post.weight.detach().float().cpu().clone(),
+            "ln_post.bias": self._visual.ln_post.bias.detach().float().cpu().clone(),
+            "proj": self._visual.proj.detach().float().cpu().clone(),
+        }
+
+    def _padded(self, batch: torch.Tensor) -> torch.Tensor:
+        missing = self.batch_size - len(batch)
+        return torch.cat([batch, batch[-1:].expand(missing, *batch.shape[1:])]) if missing else batch
+
+
+def _pools(grid: tuple[int, int]) -> bool:
+    return min(grid) > MAX_GRID_SIDE and grid[0] % 2 == 0 and grid[1] % 2 == 0
+
+
+def resolve_clip_name(name: str) -> tuple[str, str | None]:
+    """open_clip's (model_name, pretrained) of a NAME as users write it."""
+    if name == "embedded":
+        from pcm import embedded
+
+        name = str(embedded.clip_path())
+    if name.startswith("hf-hub:"):
+        return name, None
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "open_clip_config.json").is_file():
+            raise InputError(f"CLIP folder {name!r}: has no open_clip_config.json; give an open_clip folder")
+        return f"local-dir:{path}", None
+    architecture, _, pretrained = name.partition("/")
+    if architecture not in open_clip.list_models() or not pretrained:
+        raise InputError(
+            f"CLIP model {name!r}: give ARCHITECTURE/PRETRAINED such as ViT-L-14/openai, ARCHITECTURE/CHECKPOINT_FILE, "
+            "hf-hub:ORG/REPO, an open_clip folder, or 'embedded'"
+        )
+    return architecture, pretrained
+
+
+def folder_revision(path: Path) -> str:
+    """sha256 over a model's files (names and contents): what a folder has instead of a commit."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        digest.update(file.relative_to(path.parent if path.is_file() else path).as_posix().encode() + b"\0")
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return f"sha256:{digest.hexdigest()}"
