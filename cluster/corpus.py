@@ -1,0 +1,128 @@
+"""Read a corpus of captions from a local path or a URI, as a stream of `CorpusRecord`.
+
+Formats: `pcm.caption_files`. Which captions are kept, which are quarantined, and why: `pcm.caption_text` (the one place
+where that rule is written). Nothing is dropped: every record comes out, with a reason where it cannot be used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+import fsspec
+
+from pcm import caption_detect
+from pcm.caption_files import FORMATS, CaptionRow, in_split, read_rows
+from pcm.caption_text import REASONS, check_caption, quarantined
+from pcm.errors import InputError
+
+__all__ = ["FORMATS", "REASONS", "CorpusRecord", "detect_format", "read_corpus"]
+
+_BUFFER = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusRecord:
+    """One caption of a corpus.
+
+    index: position among the records of the split, from 0; unique.
+    corpus_id: the caption's own id (sentid, annotation id, name.jpg#k) or its position in the file; the same whatever
+        split and limit are asked for. Unique in a well-formed corpus; a file may repeat its own ids.
+    caption: normalised; in quarantine as `pcm.caption_text` says.
+    image_id: the picture it was written for, where the format says so.
+    reason: "" for a usable caption, else a key of `REASONS`.
+    """
+
+    index: int
+    corpus_id: str
+    caption: str
+    image_id: str | None
+    reason: str
+
+
+def read_corpus(
+    uri: str, *, format: str = "auto", split: str | None = None, limit: int | None = None
+) -> Iterator[CorpusRecord]:
+    """Stream the records of a corpus, in file order. Memory stays flat, except that a JSON document is loaded whole.
+
+    uri: a path or an fsspec URI (file://, s3://, gs://); `.gz` is decompressed.
+    format: one of `FORMATS`, or "auto".
+    split: None or "all" for every split. "train" takes Karpathy's "restval" too; a record naming no split is "train".
+    limit: at most this many records, bad ones included.
+
+    Raises InputError (while iterating): the file cannot be opened or told apart, has the wrong shape, has no record of
+    the split, or, after its last record, had no usable caption at all.
+    """
+    if format not in ("auto", *FORMATS):
+        raise InputError(f"caption format {format!r} is not known; allowed: auto, {', '.join(FORMATS)}")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit {limit} leaves no caption; it must be at least 1")
+    uri = str(uri)
+    with _open(uri) as stream:
+        if format == "auto":
+            format = _detect(uri, stream)
+        reasons: Counter[str] = Counter()
+        other_splits: Counter[str] = Counter()
+        index = 0
+        for row in _rows(stream, format, uri):
+            if split is not None and not in_split(row, split):
+                other_splits[row.split] += 1
+                continue
+            caption, reason = _judge(row)
+            reasons[reason] += 1
+            yield CorpusRecord(index, row.row_id, caption, row.image_id, reason)
+            index += 1
+            if index == limit:
+                break
+    if not index and other_splits:
+        held = ", ".join(f"{name} ({count:,})" for name, count in other_splits.most_common(8))
+        raise InputError(f"{uri}: no caption in split {split!r}; its splits are {held}")
+    if not reasons[""]:
+        found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()) or "no record at all"
+        raise InputError(f"{uri}: no usable caption (read as {format}: {found})")
+
+
+def detect_format(uri: str) -> str:
+    """The format of a corpus; "json" stands for Karpathy's or COCO's, told apart when it is read. Raises InputError."""
+    with _open(str(uri)) as stream:
+        return _detect(str(uri), stream)
+
+
+def _judge(row: CaptionRow) -> tuple[str, str]:
+    return (quarantined(row.text), row.reason) if row.reason else check_caption(row.text)
+
+
+def _detect(uri: str, stream: io.BufferedReader) -> str:
+    try:
+        head = stream.peek(1 << 16)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{uri}: cannot be read ({error})") from error
+    return caption_detect.detect_format(uri.removesuffix(".gz"), head)
+
+
+def _rows(stream: io.BufferedReader, format: str, uri: str) -> Iterator[CaptionRow]:
+    try:
+        yield from read_rows(cast(BinaryIO, stream), format, name=uri)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{uri}: its gzip data is damaged or cut short ({error})") from error
+
+
+@contextlib.contextmanager
+def _open(uri: str) -> Iterator[io.BufferedReader]:
+    try:
+        raw = fsspec.open(uri, "rb").open()
+    except FileNotFoundError as error:
+        raise InputError(f"{uri}: no such file") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{uri}: a folder; name one caption file") from error
+    except (PermissionError, ImportError, ValueError) as error:
+        raise InputError(f"{uri}: cannot be opened ({str(error).splitlines()[0]})") from error
+    with contextlib.closing(raw):
+        unzipped = gzip.GzipFile(fileobj=raw) if uri.endswith(".gz") else raw
+        yield io.BufferedReader(unzipped, _BUFFER)

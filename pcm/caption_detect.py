@@ -1,0 +1,60 @@
+"""Tell the format of a caption file from its name and its first bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from pcm.caption_files import FORMATS
+from pcm.errors import InputError
+
+_EXTENSIONS = {
+    "parquet": "parquet",
+    "pq": "parquet",
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "csv": "csv",
+    "tsv": "csv",
+    "token": "flickr_token",
+}
+_TEXT_EXTENSIONS = ("", "txt", "text", "lst")
+_TOKEN_LINE = re.compile(rb"^[^\t\n]+#\d+\t")
+
+
+def detect_format(name: str, head: bytes) -> str:
+    """The format of a caption file from its name (without .gz) and its first bytes (64 KB are plenty).
+
+    Returns one of `FORMATS`, or "json" where only the whole document tells Karpathy from COCO. Raises InputError.
+    """
+    extension = name.rsplit("/", 1)[-1].rpartition(".")[2].lower() if "." in name.rsplit("/", 1)[-1] else ""
+    head = head.removeprefix(b"\xef\xbb\xbf")
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(f"{name}: UTF-16; captions are read as UTF-8: convert it first (iconv -f UTF-16 -t UTF-8)")
+    if extension in _EXTENSIONS:
+        return _EXTENSIONS[extension]
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if extension == "json" or (head.lstrip()[:1] == b"{" and extension not in _TEXT_EXTENSIONS):
+        return "jsonl" if _first_line_is_record(head) else "json"
+    first = next((line for line in head.split(b"\n") if line.strip()), b"")
+    if _TOKEN_LINE.match(first):
+        return "flickr_token"
+    if extension in _TEXT_EXTENSIONS:
+        # Kaggle's Flickr8k is a captions.txt with the header `image,caption`.
+        fields = [field.strip().lower() for field in re.split(rb"[,\t;]", first)]
+        if len(fields) > 1 and b"caption" in fields and b"image" in fields:
+            return "csv"
+        if first.lstrip()[:1] == b"{" and _first_line_is_record(head):
+            return "jsonl"
+        if extension or b"\x00" not in head:
+            return "text"
+    raise InputError(f"{name}: cannot tell its caption format; name it (--corpus-format), one of {', '.join(FORMATS)}")
+
+
+def _first_line_is_record(head: bytes) -> bool:
+    line = next((line for line in head.split(b"\n") if line.strip()), b"")
+    try:
+        record = json.loads(line.decode("utf-8", "surrogateescape"))
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return isinstance(record, dict) and not {"images", "annotations"} & set(record)
