@@ -1,6 +1,6 @@
 """What makes a caption usable: the one rule for bad captions, written down here and nowhere else.
 
-Every record of a corpus is kept or quarantined, never dropped and never a crash. A caption is first normalised: each run
+Every record of a corpus is kept or quarantined, never dropped, never a crash. A caption is first normalised: each run
 of Unicode white space (tab, newline, no-break space, ...) becomes one space and both ends are trimmed. Then the first
 reason of `REASONS` that applies quarantines it; if none does, it is kept.
 
