@@ -80,7 +80,9 @@ def open_store(uri: str | os.PathLike) -> Store:
     try:
         fs, prefix = fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:
-        raise InputError(f"{uri}: {error}; allowed are local paths, file://, s3://, gs:// and other fsspec URIs") from None
+        raise InputError(
+            f"{uri}: {error}; allowed are local paths, file://, s3://, gs:// and other fsspec URIs"
+        ) from None
     if isinstance(fs, LocalFileSystem):
         prefix = os.path.abspath(prefix)
     return Store(root=uri.rstrip("/"), fs=fs, prefix=prefix.rstrip("/"))

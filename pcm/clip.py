@@ -6,6 +6,7 @@ published features: `patch_features` are the last block's tokens before ln_post 
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,9 @@ class ClipEncoder:
             ) from error
         visual = model.visual
         if not isinstance(visual, VisionTransformer) or visual.pool_type != "tok" or visual.attn_pool is not None:
-            raise InputError(f"CLIP model {name!r}: needs a ViT image tower with [CLS] pooling, such as ViT-L-14/openai")
+            raise InputError(
+                f"CLIP model {name!r}: needs a ViT image tower with [CLS] pooling, such as ViT-L-14/openai"
+            )
         self._model = model.eval().requires_grad_(False).to(dtype=self._dtype)
         self._visual = visual
         self._preprocess = open_clip.transform.image_transform_v2(
@@ -117,10 +120,7 @@ class ClipEncoder:
 
     def count_tokens(self, text: str) -> int:
         """CLIP tokens of `text` including start and end, before truncation."""
-        tokenizer = self._tokenizer
-        if hasattr(tokenizer, "tokenizer"):  # a Hugging Face tokenizer inside open_clip's wrapper
-            return len(tokenizer.tokenizer(text, truncation=False)["input_ids"])
-        return len(tokenizer.encode(text)) + 2
+        return _count_tokens(self._tokenizer, text)
 
     def head(self) -> dict[str, torch.Tensor]:
         """The [CLS] head that PCM-Net applies to patches: ln_post.weight (D_v,), ln_post.bias (D_v,), proj (D_v, D)."""
@@ -159,6 +159,26 @@ def resolve_clip_name(name: str) -> tuple[str, str | None]:
             "hf-hub:ORG/REPO, an open_clip folder, or 'embedded'"
         )
     return architecture, pretrained
+
+
+def truncation_check(name: str) -> Callable[[str], bool]:
+    """Whether a prompt has more tokens than the CLIP's context, without loading the model's weights.
+
+    The text encoder of the text-to-image model is a CLIP of the same context in every Stable Diffusion.
+    """
+    if name == "null":
+        return lambda text: False
+    architecture, _ = resolve_clip_name(name)
+    tokenizer = open_clip.get_tokenizer(architecture)
+    context_length = tokenizer.context_length or 77
+    # A token is at least one character, so short prompts need no tokenising.
+    return lambda text: len(text) + 2 > context_length and _count_tokens(tokenizer, text) > context_length
+
+
+def _count_tokens(tokenizer: Callable, text: str) -> int:
+    if hasattr(tokenizer, "tokenizer"):  # a Hugging Face tokenizer inside open_clip's wrapper
+        return len(tokenizer.tokenizer(text, truncation=False)["input_ids"])
+    return len(tokenizer.encode(text)) + 2  # start and end
 
 
 def folder_revision(path: Path) -> str:

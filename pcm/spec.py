@@ -1,6 +1,7 @@
 """Everything that determines the pixels and features of a dataset, as one frozen, hashable, printable record."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -107,8 +108,13 @@ class DatasetSpec:
         Hashes the caption's corpus id, the picture-deciding part of the spec and --seed, so neighbours in the
         corpus, worker count and order of work play no part. Attempt k uses seed + k.
         """
-        key = json.dumps([corpus_id, image_index, dataclasses.asdict(self.generator), self.seed], sort_keys=True)
+        key = json.dumps([_pictures_digest(self.generator, self.seed), corpus_id, image_index])
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 11
+
+
+@functools.lru_cache(maxsize=8)
+def _pictures_digest(generator: GeneratorSpec, seed: int) -> str:
+    return hashlib.sha256(json.dumps([dataclasses.asdict(generator), seed], sort_keys=True).encode()).hexdigest()
 
 
 def _flatten(values: dict, prefix: str = "") -> dict:

@@ -1,6 +1,5 @@
 """Text-to-image: any diffusers pipeline as a pure function of (caption, spec, seed)."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 import pcm.torchvision_shim  # noqa: F401  isort: skip
 import diffusers
+import transformers
 
 from pcm.errors import InputError
 from pcm.images import defect, encode_image, to_uint8
@@ -100,9 +100,7 @@ class DiffusersTextToImage:
         reason = NSFW_FLAGGED if flagged else defect(pixels)
         if reason:
             return Drawing(b"", width, height, seed, attempts, reason)
-        encoded = encode_image(
-            to_uint8(pixels), image_format=self._spec.image_format, quality=self._spec.image_quality
-        )
+        encoded = encode_image(to_uint8(pixels), image_format=self._spec.image_format, quality=self._spec.image_quality)
         return Drawing(encoded, width, height, seed, attempts)
 
 
@@ -121,9 +119,7 @@ class NullTextToImage:
         return drawings
 
 
-def _slotted_batches(
-    pending: Sequence[tuple[int, Request]], batch_size: int
-) -> list[dict[int, tuple[int, Request]]]:
+def _slotted_batches(pending: Sequence[tuple[int, Request]], batch_size: int) -> list[dict[int, tuple[int, Request]]]:
     """Group requests into batches in which each sits in slot position % batch_size, as few batches as that allows."""
     batches: list[dict[int, tuple[int, Request]]] = []
     depth = [0] * batch_size  # batches that already use a slot
@@ -150,11 +146,14 @@ def _call_arguments(spec: GeneratorSpec) -> dict:
 def _load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
     source = model_source(spec.model)
     is_folder = Path(source).is_dir()
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             source,
             revision=None if is_folder else spec.revision,
-            torch_dtype=_DTYPES[spec.dtype],
+            dtype=_DTYPES[spec.dtype],
             use_safetensors=True,
             local_files_only=is_folder,
         )
@@ -167,7 +166,6 @@ def _load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
     if spec.scheduler is not None:
         pipeline.scheduler = _scheduler(spec.scheduler, pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
     return pipeline.to(spec.device)
 
 

@@ -1,0 +1,144 @@
+"""Where a dataset's objects lie on the store, and its two documents: plan.json (first) and dataset.json (last)."""
+
+import io
+import json
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.storage import Store
+from pcm.errors import InputError
+from pcm.records import SCHEMA_VERSION, FeatureShape
+from pcm.spec import DatasetSpec
+
+PLAN_KEY = "plan.json"
+MANIFEST_KEY = "dataset.json"
+VOCABULARY_KEY = "vocabulary.txt"
+CONCEPTS_KEY = "concepts.safetensors"
+CLIP_HEAD_KEY = "clip_head.safetensors"
+
+
+def plan_part_key(shard: int) -> str:
+    return f"plan/part-{shard:06d}.parquet"
+
+
+def shard_key(shard: int) -> str:
+    return f"shards/part-{shard:06d}.parquet"
+
+
+def quarantine_key(shard: int) -> str:
+    return f"quarantine/part-{shard:06d}.parquet"
+
+
+def stats_key(shard: int) -> str:
+    return f"stats/part-{shard:06d}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """plan.json: what the dataset will hold. Written after every plan part, before the first shard."""
+
+    spec: DatasetSpec
+    corpus: str
+    corpus_fingerprint: str  # sha256 over every record's (corpus_id, caption, reason)
+    records: int  # captions in the corpus, broken ones included
+    expected: int  # samples: records * images_per_caption
+    usable: int  # samples that are to be generated
+    shard_size: int
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.expected // self.shard_size)
+
+    def to_json(self) -> bytes:
+        return _json_bytes({**asdict(self), "spec": self.spec.to_dict()})
+
+    @staticmethod
+    def from_json(data: bytes) -> "Plan":
+        values = json.loads(data)
+        if values["schema_version"] != SCHEMA_VERSION:
+            raise InputError(
+                f"dataset schema version {values['schema_version']}: this code reads version {SCHEMA_VERSION}; "
+                "use the release that wrote it, or generate into another --out"
+            )
+        return Plan(**{**values, "spec": DatasetSpec.from_dict(values["spec"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """dataset.json: what the dataset holds. Written last: its presence says that the dataset is complete."""
+
+    spec: DatasetSpec
+    corpus: str
+    corpus_fingerprint: str
+    features: FeatureShape
+    expected: int
+    stored: int
+    quarantined: int
+    quarantined_by_reason: dict[str, int]
+    clip_score_mean: float | None
+    bytes: int
+    shards: tuple[dict, ...]  # {"key", "rows", "quarantined", "sha256", "bytes"} in shard order
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> bytes:
+        return _json_bytes({**asdict(self), "spec": self.spec.to_dict(), "features": asdict(self.features)})
+
+    @staticmethod
+    def from_json(data: bytes) -> "Manifest":
+        values = json.loads(data)
+        return Manifest(
+            **{
+                **values,
+                "spec": DatasetSpec.from_dict(values["spec"]),
+                "features": FeatureShape(**values["features"]),
+                "shards": tuple(values["shards"]),
+            }
+        )
+
+
+def load_plan(store: Store) -> Plan | None:
+    try:
+        return Plan.from_json(store.read_bytes(PLAN_KEY))
+    except FileNotFoundError:
+        return None
+
+
+def load_manifest(store: Store) -> Manifest:
+    """The manifest of a finished dataset. Raises InputError when there is none."""
+    try:
+        return Manifest.from_json(store.read_bytes(MANIFEST_KEY))
+    except FileNotFoundError:
+        unfinished = store.exists(PLAN_KEY)
+        raise InputError(
+            f"{store.root}: {'an unfinished dataset' if unfinished else 'not a dataset'} (no {MANIFEST_KEY}); "
+            f"{'rerun the same jobs.generate command to finish it' if unfinished else 'make one with jobs.generate'}"
+        ) from None
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as one Parquet file in memory; the same table gives the same bytes with the pinned pyarrow.
+
+    Pictures are compressed already and features are noise to a compressor, so only dictionary-friendly columns win
+    from zstd; level 1 costs nothing measurable.
+    """
+    buffer = io.BytesIO()
+    pq.write_table(
+        table,
+        buffer,
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=["caption", "status", "reason"] if "caption" in table.column_names else False,
+        write_statistics=["sample_id"],
+    )
+    return buffer.getvalue()
+
+
+def read_table(store: Store, key: str, columns: list[str] | None = None) -> pa.Table:
+    return pq.read_table(io.BytesIO(store.read_bytes(key)), columns=columns)
+
+
+def _json_bytes(document: dict) -> bytes:
+    return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()

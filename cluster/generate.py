@@ -1,0 +1,194 @@
+"""Generation: plan -> Ray Data actor pools -> shards on the store -> manifest. Rerun it to resume."""
+
+import json
+import logging
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy
+
+from cluster.dataset import (
+    MANIFEST_KEY,
+    Manifest,
+    Plan,
+    shard_key,
+    stats_key,
+)
+from cluster.progress import Progress
+from cluster.shards import DrawShard, FeaturiseShard, WriteShard
+from cluster.storage import Store
+from cluster.vocabularies import store_vocabularies
+from pcm.errors import InputError
+from pcm.records import FeatureShape
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pools:
+    """How many actors do what, and what each reserves. Changes speed, never a byte of the result."""
+
+    generators: int
+    scorers: int
+    writers: int
+    generator_cpus: float
+    generator_gpus: float
+    scorer_cpus: float
+    scorer_gpus: float
+    writer_cpus: float
+
+    @staticmethod
+    def for_cluster(*, device: str, cpus: float, gpus: float, generators: int | None = None) -> "Pools":
+        """One generator a GPU, sharing it with a scorer; on a CPU, a generator a core with room for the other stages.
+
+        On a GPU the generator takes 0.8 of it and a scorer 0.2; on CPUs the fractions leave every stage schedulable
+        on two cores, and the operating system shares the rest out.
+        """
+        if device == "cuda":
+            count = generators or max(1, int(gpus))
+            return Pools(
+                generators=count, scorers=count, writers=max(1, count // 4),
+                generator_cpus=1, generator_gpus=0.8, scorer_cpus=1, scorer_gpus=0.2, writer_cpus=0.5,
+            )  # fmt: skip
+        count = generators or max(1, int(cpus))
+        share = max(0.1, min(1.0, cpus * 0.75 / count))
+        return Pools(
+            generators=count, scorers=max(1, count // 8), writers=1,
+            generator_cpus=share, generator_gpus=0, scorer_cpus=0.2, scorer_gpus=0, writer_cpus=0.1,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """What a run did. Counts are samples; seconds are of the whole run; images_per_second from the first one drawn."""
+
+    manifest: Manifest
+    skipped: int
+    generated: int
+    seconds: float
+    images_per_second: float
+    stage_seconds: dict[str, float]
+
+
+def generate(store: Store, plan: Plan, pools: Pools) -> GenerationResult:
+    """Make every shard that the plan asks for and the store lacks, then write the manifest."""
+    started = time.time()
+    done = {key for key in store.list("shards") if key.endswith(".parquet")}
+    missing = [shard for shard in range(plan.num_shards) if shard_key(shard) not in done]
+    skipped = plan.expected - sum(_shard_rows(plan, shard) for shard in missing)
+    if skipped:
+        log.info("%d of %d samples are on the store already", skipped, plan.expected)
+    features = store_vocabularies(store, plan)
+    progress = Progress(total=plan.expected, skipped=skipped)
+    for stats in shard_stream(store, plan, missing, pools):
+        progress.add(stats)
+    manifest = write_manifest(store, plan, features)
+    progress.close()
+    return GenerationResult(
+        manifest=manifest,
+        skipped=skipped,
+        generated=progress.images,
+        seconds=time.time() - started,
+        images_per_second=progress.images_per_second,
+        stage_seconds=progress.stage_seconds,
+    )
+
+
+def shard_stream(store: Store, plan: Plan, shards: list[int], pools: Pools) -> Iterable[dict]:
+    """Run shards through the three pools; yields each shard's stats once it is committed.
+
+    Raises InputError when a model a user named cannot be loaded by the workers.
+    """
+    if not shards:
+        return
+    source = ray.data.from_arrow([pa.table({"shard": pa.array([shard], pa.int64())}) for shard in shards])
+    pipeline = (
+        source.map_batches(
+            DrawShard,
+            fn_constructor_args=(store, plan.spec),
+            compute=ActorPoolStrategy(size=min(pools.generators, len(shards))),
+            num_cpus=pools.generator_cpus,
+            num_gpus=pools.generator_gpus,
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+        )
+        .map_batches(
+            FeaturiseShard,
+            fn_constructor_args=(plan.spec.clip,),
+            compute=ActorPoolStrategy(size=min(pools.scorers, len(shards))),
+            num_cpus=pools.scorer_cpus,
+            num_gpus=pools.scorer_gpus,
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+        )
+        .map_batches(
+            WriteShard,
+            fn_constructor_args=(store,),
+            compute=ActorPoolStrategy(size=min(pools.writers, len(shards))),
+            num_cpus=pools.writer_cpus,
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+        )
+    )
+    try:
+        for batch in pipeline.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+            yield json.loads(batch["stats"][0].as_py())
+    except ray.exceptions.RayError as error:
+        raise _user_error(error) or error from None
+
+
+def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest:
+    """Collect every shard's stats into dataset.json, the last object of a dataset."""
+    with ThreadPoolExecutor(16) as pool:
+        stats = list(pool.map(lambda shard: json.loads(store.read_bytes(stats_key(shard))), range(plan.num_shards)))
+    reasons: dict[str, int] = {}
+    for part in stats:
+        for reason, count in part["quarantined_by_reason"].items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    stored = sum(part["successes"] for part in stats)
+    manifest = Manifest(
+        spec=plan.spec,
+        corpus=plan.corpus,
+        corpus_fingerprint=plan.corpus_fingerprint,
+        features=features,
+        expected=plan.expected,
+        stored=stored,
+        quarantined=sum(reasons.values()),
+        quarantined_by_reason=dict(sorted(reasons.items())),
+        clip_score_mean=sum(part["clip_score_sum"] for part in stats) / stored if stored else None,
+        bytes=sum(part["bytes"] for part in stats),
+        shards=tuple(
+            {
+                "key": shard_key(part["shard"]),
+                "rows": part["successes"],
+                "quarantined": part["failed_to_generate"],
+                "sha256": part["sha256"],
+                "bytes": part["bytes"],
+            }
+            for part in stats
+        ),
+    )
+    store.write_bytes(MANIFEST_KEY, manifest.to_json())
+    return manifest
+
+
+def _shard_rows(plan: Plan, shard: int) -> int:
+    return min(plan.shard_size, plan.expected - shard * plan.shard_size)
+
+
+def _user_error(error: BaseException | None) -> InputError | None:
+    """The InputError that a worker raised, somewhere down the chain of causes."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, InputError):
+            return InputError(str(error.args[0]) if error.args else str(error))
+        error = getattr(error, "cause", None) or error.__cause__
+    return None

@@ -1,0 +1,78 @@
+"""From the names a user gives to a spec that pins everything: revisions, device, dtype, defaults."""
+
+import logging
+from pathlib import Path
+
+from pcm.clip import folder_revision
+from pcm.errors import InputError
+from pcm.text_to_image import model_source
+
+log = logging.getLogger(__name__)
+
+
+def pin_t2i(model: str, revision: str | None) -> str:
+    """The revision of a text-to-image NAME: sha256 of a folder, commit of a repo, "" of the null generator.
+
+    Raises InputError when the repo cannot be reached to look a branch up; a full commit hash needs no look-up.
+    """
+    if model == "null":
+        return ""
+    source = model_source(model)
+    if Path(source).is_dir():
+        if not (Path(source) / "model_index.json").is_file():
+            raise InputError(f"text-to-image folder {model!r}: has no model_index.json; give a diffusers folder")
+        return folder_revision(Path(source))
+    return _pin_repo(model, revision)
+
+
+def pin_clip(model: str, revision: str | None) -> str:
+    """The revision of a CLIP NAME: sha256 of a folder or checkpoint file, or the tag that open_clip itself pins."""
+    if model == "null":
+        return ""
+    from pcm.clip import resolve_clip_name
+
+    architecture, pretrained = resolve_clip_name(model)
+    if architecture.startswith("local-dir:"):
+        return folder_revision(Path(architecture.removeprefix("local-dir:")))
+    if architecture.startswith("hf-hub:"):
+        return _pin_repo(architecture.removeprefix("hf-hub:"), revision)
+    if pretrained and Path(pretrained).is_file():
+        return folder_revision(Path(pretrained))
+    import open_clip
+
+    if pretrained not in open_clip.list_pretrained_tags_by_model(architecture):
+        allowed = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
+        raise InputError(f"CLIP weights {pretrained!r} of {architecture}: allowed are {allowed}, or a checkpoint file")
+    return f"open_clip:{pretrained}"
+
+
+def _pin_repo(repo: str, revision: str | None) -> str:
+    if revision and len(revision) == 40 and all(digit in "0123456789abcdef" for digit in revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return HfApi().model_info(repo, revision=revision).sha
+    except HFValidationError:
+        raise InputError(f"model {repo!r}: neither a folder nor a repo id ORG/NAME; give one of the two") from None
+    except (HfHubHTTPError, OSError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"model {repo!r}: its revision cannot be looked up ({first_line}); "
+            "give a 40-digit commit with the revision argument, or a local folder"
+        ) from None
+
+
+def resolve_device(device: str, *, cluster_gpus: float) -> str:
+    """'auto' is cuda where the cluster has a GPU now, else cpu."""
+    if device != "auto":
+        return device
+    return "cuda" if cluster_gpus else "cpu"
+
+
+def resolve_dtype(dtype: str, *, device: str) -> str:
+    """'auto' is bfloat16 on a GPU, float32 on a CPU."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device == "cuda" else "float32"

@@ -1,0 +1,56 @@
+"""One sample drawn again, alone, and compared with what is stored."""
+
+import hashlib
+from pathlib import Path
+
+from cluster.dataset import load_plan, plan_part_key, quarantine_key, read_table, shard_key
+from cluster.plan import parse_sample_id
+from cluster.shards import DrawShard
+from cluster.storage import Store
+from pcm.errors import InputError
+
+
+def regenerate(store: Store, sample_id: str, *, image_out: str | None = None) -> dict:
+    """Draw `sample_id` from the dataset's own plan and spec; nothing on the store is changed.
+
+    Returns sample_id, caption, seed, sha256 of the drawn image bytes, that of the stored ones, and whether they match
+    (`ok` too). Raises InputError when the dataset or the sample does not exist.
+    """
+    plan = load_plan(store)
+    if plan is None:
+        raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
+    record_index, image_index = parse_sample_id(sample_id)
+    position = record_index * plan.spec.images_per_caption + image_index
+    shard = position // plan.shard_size
+    if position >= plan.expected or image_index >= plan.spec.images_per_caption:
+        raise InputError(
+            f"sample {sample_id!r}: the dataset has {plan.expected} samples; take an id from its sample_id column"
+        )
+    part = read_table(store, plan_part_key(shard))
+    row = part.slice(position - shard * plan.shard_size, 1)
+    drawn = DrawShard(store, plan.spec).draw(row).to_pylist()[0]
+    if image_out and drawn["image"]:
+        Path(image_out).write_bytes(drawn["image"])
+    stored = _stored_image(store, shard, sample_id)
+    return {
+        "sample_id": sample_id,
+        "caption": drawn["caption"],
+        "seed": drawn["seed"],
+        "reason": drawn["reason"],
+        "sha256": hashlib.sha256(drawn["image"]).hexdigest() if drawn["image"] else None,
+        "stored_sha256": hashlib.sha256(stored).hexdigest() if stored else None,
+        "matches": (drawn["image"] or None) == stored,
+        "image": image_out if drawn["image"] else None,
+        "ok": (drawn["image"] or None) == stored or not store.exists(shard_key(shard)),
+    }
+
+
+def _stored_image(store: Store, shard: int, sample_id: str) -> bytes | None:
+    if not store.exists(shard_key(shard)):
+        return None
+    table = read_table(store, shard_key(shard), ["sample_id", "image"])
+    for row in table.to_pylist():
+        if row["sample_id"] == sample_id:
+            return row["image"]["bytes"]
+    assert store.exists(quarantine_key(shard)), f"{sample_id} is neither stored nor quarantined"
+    return None

@@ -1,0 +1,83 @@
+"""The words and concepts of a dataset, built from its planned captions and stored beside its shards."""
+
+import json
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import ray
+import safetensors.torch
+
+from cluster.dataset import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY, Plan, plan_part_key, read_table
+from cluster.plan import USABLE_REASONS
+from cluster.shards import NULL_FEATURES
+from cluster.storage import Store
+from pcm.clip import ClipEncoder
+from pcm.concepts import ConceptVocabulary
+from pcm.records import FeatureShape
+from pcm.spec import ClipSpec
+from pcm.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+
+#: Words rarer than this are unknown words, as in the published vocabularies - once the corpus is large enough for it.
+MIN_WORD_COUNT = 5
+SMALL_CORPUS = 10_000  # captions; below it every word counts
+
+CONCEPTS = 400  # high-frequency nouns, as in the published runs
+_FEATURES_FIELD = "features"
+
+
+def store_vocabularies(store: Store, plan: Plan) -> FeatureShape:
+    """Make sure that vocabulary, concepts and CLIP head are on the store; the shape of the dataset's features.
+
+    Done before generation, so that training can start while pictures are still being made.
+    """
+    min_count = MIN_WORD_COUNT if plan.records >= SMALL_CORPUS else 1
+    if not store.exists(VOCABULARY_KEY):
+        vocabulary = Vocabulary.build(planned_captions(store, plan), min_count=min_count)
+        store.write_bytes(VOCABULARY_KEY, vocabulary.to_text().encode())
+        log.info("vocabulary: %d words with at least %d occurrences", len(vocabulary), min_count)
+    if plan.spec.clip.model == "null":
+        return NULL_FEATURES
+    if not (store.exists(CONCEPTS_KEY) and store.exists(CLIP_HEAD_KEY)):
+        ray.get(_store_clip_files.options(**_resources(plan.spec.clip)).remote(store, plan, min_count))
+    metadata = safetensors_metadata(store.read_bytes(CLIP_HEAD_KEY))
+    return FeatureShape(**json.loads(metadata[_FEATURES_FIELD]))
+
+
+def planned_captions(store: Store, plan: Plan) -> Iterator[str]:
+    """Every usable caption once, in corpus order, with a few plan parts in memory at a time."""
+
+    def part(shard: int) -> list[str]:
+        table = read_table(store, plan_part_key(shard), ["caption", "reason", "image_index"])
+        return [
+            row["caption"] for row in table.to_pylist() if row["reason"] in USABLE_REASONS and not row["image_index"]
+        ]
+
+    window = 64
+    with ThreadPoolExecutor(8) as pool:
+        for start in range(0, plan.num_shards, window):
+            for captions in pool.map(part, range(start, min(start + window, plan.num_shards))):
+                yield from captions
+
+
+def safetensors_metadata(data: bytes) -> dict[str, str]:
+    """The string metadata of a safetensors file in memory (8 bytes of header length, then a JSON header)."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__", {})
+
+
+@ray.remote
+def _store_clip_files(store: Store, plan: Plan, min_count: int) -> None:
+    spec = plan.spec.clip
+    encoder = ClipEncoder(spec.model, device=spec.device, dtype=spec.dtype, batch_size=spec.batch_size)
+    concepts = ConceptVocabulary.build(planned_captions(store, plan), encoder, size=CONCEPTS, min_count=min_count)
+    store.write_bytes(CONCEPTS_KEY, concepts.to_bytes())
+    shape = encoder.features
+    metadata = {_FEATURES_FIELD: json.dumps(vars(shape)), "clip": spec.model}
+    store.write_bytes(CLIP_HEAD_KEY, safetensors.torch.save(encoder.head(), metadata))
+
+
+def _resources(spec: ClipSpec) -> dict:
+    return {"num_cpus": 1, "num_gpus": 1 if spec.device == "cuda" else 0}
