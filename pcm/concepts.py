@@ -1,0 +1,224 @@
+"""The concepts a picture may hold: the most frequent nouns of a corpus, each with its CLIP text embedding.
+
+Equation 1 of arXiv 2501.00437 retrieves concepts from this vocabulary. Nouns are found by spaCy where one of its
+English models is installed, else with the noun lexicon in `pcm/data` (made from WordNet); nothing is ever
+downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from pcm import safe_pickle
+from pcm.errors import InputError
+
+# The paper's template and some in the manner of CLIP's own; a concept is the mean of them all.
+TEMPLATES = (
+    "A photo of {}",
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a photo of one {}.",
+    "a close-up photo of a {}.",
+    "a picture of a {}.",
+    "there is a {} in the scene.",
+)
+SPACY_MODELS = ("en_core_web_sm", "en_core_web_md", "en_core_web_lg", "en_core_web_trf")
+LEXICON = Path(__file__).parent / "data" / "nouns.txt"
+
+_WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
+_IRREGULAR = {
+    "people": "person", "men": "man", "women": "woman", "children": "child", "feet": "foot", "teeth": "tooth",
+    "geese": "goose", "mice": "mouse", "oxen": "ox", "dice": "die", "wolves": "wolf", "calves": "calf",
+    "halves": "half", "leaves": "leaf", "loaves": "loaf", "thieves": "thief", "cacti": "cactus", "fungi": "fungus",
+    "octopi": "octopus", "tshirt": "t-shirt", "tshirts": "t-shirt", "tee-shirt": "t-shirt", "donuts": "doughnut",
+    "donut": "doughnut",
+}  # fmt: skip
+_PLURALS = (("s", ""), ("es", ""), ("ies", "y"), ("ves", "f"), ("ves", "fe"), ("men", "man"))
+
+
+class TextEncoder(Protocol):
+    """What is needed of `pcm.ClipEncoder`."""
+
+    def encode_texts(self, texts: list[str], /) -> np.ndarray:
+        """(B, D) float32, rows L2-normalised."""
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptVocabulary:
+    """names: C nouns, most frequent first. embeddings: (C, D) float32, unit rows. source: how they were found."""
+
+    names: tuple[str, ...]
+    embeddings: np.ndarray
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.embeddings.ndim != 2 or len(self.names) != len(self.embeddings) or not self.names:
+            raise InputError(f"{len(self.names)} concept names do not fit embeddings of shape {self.embeddings.shape}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def build(
+        cls,
+        captions: Iterable[str],
+        encoder: TextEncoder,
+        *,
+        size: int = 400,
+        at_least: int = 5,
+        min_count: int = 1,
+        templates: Sequence[str] = TEMPLATES,
+        nouns: str = "auto",
+    ) -> ConceptVocabulary:
+        """The `size` most frequent nouns of the captions, or as many as there are; never padded.
+
+        at_least: the number a model needs (its `top_concepts`, K). nouns: see `noun_finder`.
+        Raises InputError where fewer than `at_least` nouns occur `min_count` times.
+        """
+        source, find = noun_finder(nouns)
+        counts = count_nouns(captions, find)
+        names = tuple(name for name in most_frequent(counts, size) if counts[name] >= min_count)
+        if len(names) < at_least:
+            raise InputError(
+                f"only {len(names)} different nouns occur {min_count} times or more in the captions ({source}), "
+                f"but the model picks {at_least} concepts a picture: give more captions or ask for fewer concepts"
+            )
+        return cls(names, embed(names, encoder.encode_texts, templates=templates), source)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ConceptVocabulary:
+        """Read our `.safetensors` or the published pickle of (list of names, (C, D) tensor). Raises InputError."""
+        path = Path(path)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{path}: concepts cannot be read ({error.strerror})") from error
+        try:
+            return cls.from_bytes(data) if path.suffix == ".safetensors" else cls.from_published(safe_pickle.load(data))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_published(cls, value: object) -> ConceptVocabulary:
+        """The published pair (list of names, (C, D) tensor or array), as `pcm.safe_pickle` reads it."""
+        if not isinstance(value, (tuple, list)) or len(value) != 2 or not isinstance(value[0], (list, tuple)):
+            raise InputError(f"not a published concept vocabulary: wanted (list of names, tensor), got {type(value)}")
+        names, embeddings = value
+        if not all(isinstance(name, str) for name in names):
+            raise InputError("a concept name is no string")
+        array = embeddings if isinstance(embeddings, np.ndarray) else embeddings.float().numpy()
+        return cls(tuple(names), _unit_rows(array), "published")
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_bytes(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Safetensors: the tensor `concept_embeddings`; names and source as JSON in the metadata `concepts`."""
+        metadata = {"concepts": json.dumps({"names": self.names, "source": self.source}, ensure_ascii=False)}
+        return safetensors.numpy.save({"concept_embeddings": np.ascontiguousarray(self.embeddings)}, metadata)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ConceptVocabulary:
+        """The inverse of `to_bytes`. Raises InputError."""
+        try:
+            embeddings = safetensors.numpy.load(data)["concept_embeddings"]
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            concepts = json.loads(header["__metadata__"]["concepts"])
+            return cls(tuple(concepts["names"]), embeddings.astype(np.float32, copy=False), concepts["source"])
+        except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise InputError(f"not a concept vocabulary in safetensors ({type(error).__name__}: {error})") from error
+
+
+def embed(
+    names: Sequence[str], encode_texts: Callable[[list[str]], np.ndarray], *, templates: Sequence[str] = TEMPLATES
+) -> np.ndarray:
+    """Concept embeddings (C, D) float32: the normalised mean over templates of normalised text features."""
+    texts = [template.format(name) for name in names for template in templates]
+    features = _unit_rows(encode_texts(texts)).reshape(len(names), len(templates), -1)  # (C, templates, D)
+    return _unit_rows(features.mean(axis=1))  # (C, D)
+
+
+def count_nouns(captions: Iterable[str], find: Callable[[Iterable[str]], Iterable[str]]) -> Counter[str]:
+    """How often each noun, in the singular, occurs."""
+    return Counter(find(captions))
+
+
+def most_frequent(counts: Counter[str], size: int) -> list[str]:
+    """The `size` most frequent nouns; ties by spelling, so that the order of the corpus does not matter."""
+    return sorted(counts, key=lambda name: (-counts[name], name))[:size]
+
+
+def noun_finder(nouns: str = "auto") -> tuple[str, Callable[[Iterable[str]], Iterable[str]]]:
+    """How nouns are found: (what to record as the source, a function from captions to every noun in them).
+
+    nouns: "lexicon", the name of an installed spaCy model, or "auto" (the first of `SPACY_MODELS` that is
+    installed, else the lexicon). Raises InputError.
+    """
+    if nouns == "auto":
+        installed = importlib.util.find_spec("spacy") is not None
+        nouns = next((m for m in SPACY_MODELS if installed and importlib.util.find_spec(m) is not None), "lexicon")
+    if nouns == "lexicon":
+        return "lexicon", lexicon_nouns
+    return f"spacy:{nouns}", _spacy_nouns(nouns)
+
+
+def lexicon_nouns(captions: Iterable[str]) -> Iterable[str]:
+    """Every noun of the shipped lexicon in the captions, in the singular."""
+    for caption in captions:
+        for word in _WORD.findall(caption.lower()):
+            if noun := _singular_noun(word):
+                yield noun
+
+
+@cache
+def _lexicon() -> frozenset[str]:
+    return frozenset(LEXICON.read_text(encoding="utf-8").split())
+
+
+@cache
+def _singular_noun(word: str) -> str | None:
+    """The noun a word is a form of, or None: "dogs" gives "dog", "people" "person", "running" None."""
+    lexicon = _lexicon()
+    word = _IRREGULAR.get(word, word)
+    if word in lexicon:
+        return word
+    singulars = (word[: -len(plural)] + singular for plural, singular in _PLURALS if word.endswith(plural))
+    return next((singular for singular in singulars if singular in lexicon), None)
+
+
+def _spacy_nouns(model: str) -> Callable[[Iterable[str]], Iterable[str]]:
+    try:
+        import spacy
+
+        nlp = spacy.load(model, exclude=["parser", "ner"])
+    except (ImportError, OSError) as error:
+        raise InputError(f"spaCy model {model!r} is not installed; install it, or use the lexicon") from error
+
+    def find(captions: Iterable[str]) -> Iterable[str]:
+        for document in nlp.pipe(captions, batch_size=1000):
+            for token in document:
+                if token.pos_ == "NOUN" and _WORD.fullmatch(noun := token.lemma_.lower()):
+                    yield _IRREGULAR.get(noun, noun)
+
+    return find
+
+
+def _unit_rows(features: np.ndarray) -> np.ndarray:
+    """A float32 copy with the last axis L2-normalised. Raises InputError for a zero or NaN row."""
+    features = np.array(features, dtype=np.float32)
+    norms = np.linalg.norm(features, axis=-1, keepdims=True)
+    if not (np.isfinite(norms).all() and (norms > 0).all()):
+        raise InputError("a concept embedding is zero or not finite")
+    return features / norms
