@@ -19,7 +19,9 @@ from cluster.dataset import (
     stats_key,
 )
 from cluster.progress import Progress
-from cluster.shards import DrawShard, FeaturiseShard, WriteShard
+from cluster.stages.draw import DrawShard
+from cluster.stages.featurise import FeaturiseShard
+from cluster.stages.write import WriteShard
 from cluster.storage import Store
 from cluster.vocabularies import store_vocabularies
 from pcm.errors import InputError

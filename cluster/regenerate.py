@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cluster.dataset import load_plan, plan_part_key, quarantine_key, read_table, shard_key
 from cluster.plan import parse_sample_id
-from cluster.shards import DrawShard
+from cluster.stages.draw import DrawShard
 from cluster.storage import Store
 from pcm.errors import InputError
 

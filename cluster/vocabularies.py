@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import ray
 import safetensors.torch
+from pcm.concepts import ConceptVocabulary
 
 from cluster.dataset import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY, Plan, plan_part_key, read_table
 from cluster.plan import USABLE_REASONS
-from cluster.shards import NULL_FEATURES
+from cluster.stages.featurise import NULL_FEATURES
 from cluster.storage import Store
 from pcm.clip import ClipEncoder
-from pcm.concepts import ConceptVocabulary
 from pcm.records import FeatureShape
 from pcm.spec import ClipSpec
 from pcm.vocabulary import Vocabulary

@@ -1,25 +1,13 @@
-"""Text-to-image: any diffusers pipeline as a pure function of (caption, spec, seed)."""
+"""Text-to-image as a pure function of (caption, spec, seed): request, drawing and the null generator."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 
-import pcm.torchvision_shim  # noqa: F401  isort: skip
-import diffusers
-import transformers
-
-from pcm.errors import InputError
-from pcm.images import defect, encode_image, to_uint8
+from pcm.images import encode_image
 from pcm.spec import GeneratorSpec
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-#: reason of a picture that the pipeline's own safety checker blanked.
-NSFW_FLAGGED = "nsfw_flagged"
 
 
 @dataclass(frozen=True)
@@ -51,57 +39,11 @@ class TextToImage(Protocol):
 
 def load_generator(spec: GeneratorSpec) -> TextToImage:
     """The generator a spec names: diffusers, or the null generator that measures the pipeline itself."""
-    return NullTextToImage(spec) if spec.model == "null" else DiffusersTextToImage(spec)
+    if spec.model == "null":
+        return NullTextToImage(spec)
+    from pcm.diffusers_generator import DiffusersTextToImage  # seconds to import, and null needs none of it
 
-
-class DiffusersTextToImage:
-    """A diffusers pipeline run in batches of one fixed shape.
-
-    Every picture has its own CPU torch.Generator and its own slot (position modulo batch_size) in a batch that is
-    always full: absent neighbours are replaced by an empty prompt. So kernels see the same shapes and the picture the
-    same rows, and any sample can be drawn alone, byte for byte.
-    """
-
-    def __init__(self, spec: GeneratorSpec) -> None:
-        self._spec = spec
-        if spec.device == "cpu":
-            torch.set_num_threads(spec.cpu_threads)
-        self._pipeline = _load_pipeline(spec)
-
-    def draw(self, requests: Sequence[Request]) -> list[Drawing]:
-        drawings: dict[int, Drawing] = {}
-        pending = list(enumerate(requests))
-        for attempt in range(self._spec.max_attempts):
-            refused = []
-            for batch in _slotted_batches(pending, self._spec.batch_size):
-                for (index, request), drawing in zip(batch.values(), self._draw_batch(batch, attempt), strict=True):
-                    drawings[index] = drawing
-                    if drawing.reason:
-                        refused.append((index, request))
-            pending = refused
-        return [drawings[index] for index in range(len(requests))]
-
-    def _draw_batch(self, batch: dict[int, tuple[int, Request]], attempt: int) -> list[Drawing]:
-        spec = self._spec
-        prompts, generators = [], []
-        for slot in range(spec.batch_size):
-            request = batch[slot][1] if slot in batch else None
-            prompts.append(spec.prompt(request.caption) if request else "")
-            generators.append(torch.Generator("cpu").manual_seed(request.seed + attempt if request else 0))
-        output = self._pipeline(**_call_arguments(spec), prompt=prompts, generator=generators, output_type="np")
-        flagged = getattr(output, "nsfw_content_detected", None) or [False] * spec.batch_size
-        return [
-            self._drawing(output.images[slot], bool(flagged[slot]), request.seed + attempt, attempt + 1)
-            for slot, (_, request) in batch.items()
-        ]
-
-    def _drawing(self, pixels: np.ndarray, flagged: bool, seed: int, attempts: int) -> Drawing:
-        height, width = pixels.shape[:2]
-        reason = NSFW_FLAGGED if flagged else defect(pixels)
-        if reason:
-            return Drawing(b"", width, height, seed, attempts, reason)
-        encoded = encode_image(to_uint8(pixels), image_format=self._spec.image_format, quality=self._spec.image_quality)
-        return Drawing(encoded, width, height, seed, attempts)
+    return DiffusersTextToImage(spec)
 
 
 class NullTextToImage:
@@ -117,66 +59,6 @@ class NullTextToImage:
             encoded = encode_image(pixels, image_format=self._spec.image_format, quality=self._spec.image_quality)
             drawings.append(Drawing(encoded, 1, 1, request.seed, 1))
         return drawings
-
-
-def _slotted_batches(pending: Sequence[tuple[int, Request]], batch_size: int) -> list[dict[int, tuple[int, Request]]]:
-    """Group requests into batches in which each sits in slot position % batch_size, as few batches as that allows."""
-    batches: list[dict[int, tuple[int, Request]]] = []
-    depth = [0] * batch_size  # batches that already use a slot
-    for index, request in pending:
-        slot = request.position % batch_size
-        if depth[slot] == len(batches):
-            batches.append({})
-        batches[depth[slot]][slot] = (index, request)
-        depth[slot] += 1
-    return batches
-
-
-def _call_arguments(spec: GeneratorSpec) -> dict:
-    arguments: dict = {"num_inference_steps": spec.num_inference_steps, "guidance_scale": spec.guidance_scale}
-    if spec.width is not None:
-        arguments["width"] = spec.width
-    if spec.height is not None:
-        arguments["height"] = spec.height
-    if spec.negative_prompt is not None:
-        arguments["negative_prompt"] = [spec.negative_prompt] * spec.batch_size
-    return arguments
-
-
-def _load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
-    source = model_source(spec.model)
-    is_folder = Path(source).is_dir()
-    diffusers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            source,
-            revision=None if is_folder else spec.revision,
-            dtype=_DTYPES[spec.dtype],
-            use_safetensors=True,
-            local_files_only=is_folder,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"text-to-image model {spec.model!r} cannot be loaded: {first_line}; "
-            "give a diffusers repo id, a folder saved by save_pretrained(), 'embedded' or 'null'"
-        ) from error
-    if spec.scheduler is not None:
-        pipeline.scheduler = _scheduler(spec.scheduler, pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(spec.device)
-
-
-def _scheduler(name: str, config: dict) -> diffusers.SchedulerMixin:
-    scheduler = getattr(diffusers, name, None)
-    if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
-        raise InputError(
-            f"scheduler {name!r}: not a diffusers scheduler; allowed are class names such as "
-            "DPMSolverMultistepScheduler, EulerDiscreteScheduler, DDIMScheduler, LCMScheduler"
-        )
-    return scheduler.from_config(config)
 
 
 def model_source(model: str) -> str:

@@ -1,0 +1,43 @@
+"""A shard on its way through the stages.
+
+It is one row of one block, its samples an Arrow table in IPC bytes: Ray Data splits and merges blocks of many rows as
+it sees fit, and a shard must arrive whole where it is written.
+"""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+#: What travels between stages. large_binary: a shard of pictures and features may exceed 2 GB.
+SHARD_ROW_SCHEMA = pa.schema([("shard", pa.int64()), ("payload", pa.large_binary()), ("stats", pa.string())])
+
+
+@dataclass(frozen=True)
+class ShardRow:
+    """One shard on its way: number, samples, and what the stages measured."""
+
+    shard: int
+    samples: pa.Table
+    stats: dict
+
+    def to_block(self) -> pa.Table:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.samples.schema) as writer:
+            writer.write_table(self.samples)
+        payload = sink.getvalue()
+        offsets = pa.py_buffer(np.array([0, payload.size], np.int64))
+        columns = [
+            pa.array([self.shard], pa.int64()),
+            pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, payload]),  # no copy
+            pa.array([json.dumps(self.stats)]),
+        ]
+        return pa.Table.from_arrays(columns, schema=SHARD_ROW_SCHEMA)
+
+    @staticmethod
+    def from_block(block: pa.Table) -> "ShardRow":
+        payload = block["payload"].combine_chunks()[0].as_buffer()
+        with pa.ipc.open_stream(payload) as reader:
+            samples = reader.read_all()
+        return ShardRow(block["shard"][0].as_py(), samples, json.loads(block["stats"][0].as_py()))

@@ -1,0 +1,92 @@
+"""Third stage: samples to objects on the store."""
+
+import hashlib
+import json
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+
+from cluster.dataset import parquet_bytes, quarantine_key, shard_key, stats_key
+from cluster.stages.shard_row import ShardRow
+from cluster.storage import Store
+from pcm.records import QUARANTINE_SCHEMA, QUARANTINED, STORED, FeatureShape, shard_schema
+
+
+class WriteShard:
+    """Writer pool: quarantine part and stats first, the shard last - the shard's presence says that all three exist."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        row = ShardRow.from_block(block)
+        stats = self.write(row)
+        return pa.table({"stats": [json.dumps(stats)]})
+
+    def write(self, row: ShardRow) -> dict:
+        started = time.time()
+        stored, quarantined = split_samples(row.samples)
+        shard_data = parquet_bytes(stored)
+        encoded_at = time.time()
+        if len(quarantined):
+            self._store.write_bytes(quarantine_key(row.shard), parquet_bytes(quarantined))
+        stats = _shard_stats(row, stored, quarantined, shard_data)
+        stats |= {"encode_seconds": encoded_at - started, "end_time": time.time()}
+        self._store.write_bytes(stats_key(row.shard), (json.dumps(stats, indent=1, sort_keys=True) + "\n").encode())
+        self._store.write_bytes(shard_key(row.shard), shard_data)
+        # Known only after the shard is in place, so not in its stats object: the driver adds these up for its report.
+        return stats | {"store_seconds": time.time() - encoded_at}
+
+
+def split_samples(samples: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """(shard table, quarantine table) of featurised samples."""
+    good = pa.array([len(image.as_buffer()) > 0 for image in samples["image"]], pa.bool_())
+    stored = samples.filter(good)
+    bad = samples.filter(pa.compute.invert(good))
+    features = FeatureShape(
+        embed_dim=samples.schema.field("global_feature").type.list_size,
+        patch_dim=samples.schema.field("patch_features").type.list_size,
+        num_patches=1,
+    )
+    schema = shard_schema(features)
+    images = pa.StructArray.from_arrays(
+        [stored["image"].combine_chunks(), pa.array([f"{key}" for key in _image_paths(stored)], pa.string())],
+        names=["bytes", "path"],
+    )
+    columns = {name: stored[name] for name in schema.names if name not in ("image", "status")}
+    columns |= {"image": images, "status": pa.array([STORED] * len(stored), pa.string())}
+    shard = pa.table([columns[name] for name in schema.names], schema=schema)
+    bad = bad.append_column("status", pa.array([QUARANTINED] * len(bad), pa.string()))
+    return shard, bad.select(QUARANTINE_SCHEMA.names).cast(QUARANTINE_SCHEMA)
+
+
+def _image_paths(stored: pa.Table) -> list[str]:
+    endings = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
+    return [
+        sample.as_py() + endings[image.as_py()[:2]]
+        for sample, image in zip(stored["sample_id"], stored["image"], strict=True)
+    ]
+
+
+def _shard_stats(row: ShardRow, stored: pa.Table, quarantined: pa.Table, shard_data: bytes) -> dict:
+    """img2dataset's convention (count, successes, failures by reason, times), and what the manifest needs."""
+    scores = stored["clip_score"].to_numpy()
+    reasons: dict[str, int] = {}
+    for reason in quarantined["reason"].to_pylist():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    histogram, _ = np.histogram(scores, bins=np.linspace(-1, 1, 41))
+    return row.stats | {
+        "shard": row.shard,
+        "count": len(row.samples),
+        "successes": len(stored),
+        "failed_to_generate": len(quarantined),
+        "status_dict": {"success": len(stored), **reasons},
+        "quarantined_by_reason": reasons,
+        "retried": int(sum(attempts > 1 for attempts in row.samples["attempts"].to_pylist())),
+        "clip_score_sum": float(scores.sum(dtype=np.float64)),
+        "clip_score_histogram": histogram.tolist(),  # 40 bins over -1..1
+        "sha256": hashlib.sha256(shard_data).hexdigest(),
+        "bytes": len(shard_data),
+    }
