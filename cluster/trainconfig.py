@@ -1,0 +1,206 @@
+"""Every number that decides what a training run learns, as one frozen record, and the published presets."""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from pcm.config import PCMNetConfig
+from pcm.errors import InputError
+from pcm.loss import CLIPWeightedCrossEntropy
+from pcm.records import FeatureShape
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+#: Fields of the network that are read off the dataset and cannot be chosen.
+DATASET_SIZES = ("vocab_size", "patch_dim", "embed_dim", "num_patches", "num_concepts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The science of one run. What changes only speed or place (workers, caches, paths) is no part of it.
+
+    Defaults are the published MSCOCO ViT-L/14 run (arXiv 2501.00437). Raises InputError for a value out of range.
+    """
+
+    #: The network; its sizes that come from the data are filled in by `for_dataset`.
+    model: PCMNetConfig = field(default_factory=PCMNetConfig)
+
+    epochs: int = 12
+    #: Rows a step, over all workers together.
+    batch_size: int = 32
+    #: Of initial weights, hold-out, row order, dropout and noise.
+    seed: int = 1234
+    #: Noam schedule: linear warm-up over so many steps; its model size is model.hidden_size.
+    warmup_steps: int = 10_000
+    lr_factor: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    #: Every entry of the gradient is clipped to +-clip_value; 0 = off.
+    clip_value: float = 0.1
+    #: Of matrix products; auto = bfloat16 autocast on a GPU, float32 on a CPU.
+    precision: str = "auto"
+
+    #: w of eq. 11: 4.0 for ViT-L/14, 2.5 for ViT-B/32.
+    clip_weight: float = 4.0
+    label_smoothing: float = 0.1
+    #: The focal factor of the published code, which the paper does not mention.
+    focal_gamma: float = 2.0
+    focal_mode: str = "batch"
+
+    #: Rows are shuffled over windows of this many randomly drawn shards.
+    window_shards: int = 8
+
+    #: The best epoch is chosen by CIDEr on validation pictures or, where none are given, on this fraction of the
+    #: synthetic pairs, but not on many more than holdout_limit of them; they are then not trained on.
+    holdout_fraction: float = 0.05
+    holdout_limit: int = 1000
+    #: Beam search of validation; 1 = greedy.
+    validation_beam_size: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "warmup_steps", "window_shards", "holdout_limit", "validation_beam_size"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("seed", "clip_value"):
+            _check(self, name, getattr(self, name) >= 0, "at least 0")
+        for name in ("lr_factor", "adam_eps"):
+            _check(self, name, getattr(self, name) > 0, "above 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            _check(self, name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
+        _check(self, "holdout_fraction", 0 < self.holdout_fraction <= 0.5, "above 0 and at most 0.5")
+        _check(self, "precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        CLIPWeightedCrossEntropy(**self.loss_settings)
+
+    @property
+    def loss_settings(self) -> dict[str, Any]:
+        """Arguments of pcm.CLIPWeightedCrossEntropy."""
+        names = ("clip_weight", "label_smoothing", "focal_gamma", "focal_mode")
+        return {name: getattr(self, name) for name in names}
+
+    def for_dataset(self, *, vocab_size: int, features: FeatureShape, num_concepts: int) -> Self:
+        """This config with the network's sizes filled in. Raises InputError where a setting does not fit them."""
+        sizes = {"vocab_size": vocab_size, "num_concepts": num_concepts, **dataclasses.asdict(features)}
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, **sizes))
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
+        """This config with some fields replaced, the network's by their plain names: {"top_concepts": 3}.
+
+        Strict as from_dict; the sizes that come from the dataset are refused too.
+        """
+        values = self.to_dict()
+        for name, value in overrides.items():
+            if name in DATASET_SIZES:
+                raise InputError(f"training config field {name!r}: comes from the dataset and cannot be set")
+            (values["model"] if name in values["model"] else values)[name] = value
+        return type(self).from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Strict: an unknown field or a value of another type raises InputError naming it."""
+        if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
+            raise InputError(
+                f"training config {values!r}: must be a JSON object of field: value, 'model' an object too"
+            )
+        model = PCMNetConfig(**_typed(PCMNetConfig, values.get("model", {}), "model."))
+        rest = {name: value for name, value in values.items() if name != "model"}
+        return cls(model=model, **_typed(cls, rest, ""))
+
+    @classmethod
+    def from_json(cls, data: bytes | str, *, source: str) -> Self:
+        """from_dict of a JSON file; `source` names it in errors."""
+        try:
+            values = json.loads(data)
+        except ValueError as error:
+            raise InputError(f"{source}: not JSON ({error}); write an object of field: value") from None
+        return cls.from_dict(values)
+
+    def differences(self, other: "TrainConfig") -> dict[str, str]:
+        """Fields in which `other` differs: {"epochs": "12 -> 20"}."""
+        mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
+        return {name: f"{mine[name]!r} -> {theirs[name]!r}" for name in mine if mine[name] != theirs[name]}
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """("top_concepts", 3) of "top_concepts=3"."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"{text!r}: write FIELD=VALUE, such as top_concepts=3")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value.strip()
+
+
+def _typed(record: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """`values` if they are fields of `record` of the right types (an int passes for a float); InputError otherwise."""
+    annotations = typing.get_type_hints(record)
+    typed = {}
+    for name, value in values.items():
+        if name not in annotations:
+            raise InputError(
+                f"training config field {prefix + name!r}: not known; allowed are {', '.join(annotations)}"
+            )
+        wanted = annotations[name]
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted:
+            raise InputError(f"training config {prefix}{name} = {value!r}: must be of type {wanted.__name__}")
+        typed[name] = value
+    return typed
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "model"} | values["model"]
+
+
+def _check(config: TrainConfig, name: str, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise InputError(f"training config {name} = {getattr(config, name)!r}: must be {allowed}")
+
+
+_PUBLISHED = PCMNetConfig(hidden_dropout=0.2)
+_SMALL = PCMNetConfig(
+    hidden_size=256,
+    num_heads=4,
+    intermediate_size=1024,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    hidden_dropout=0.1,
+    attention_dropout=0.1,
+    visual_dropout=0.2,
+    word_dropout=0.1,
+    output_dropout=0.1,
+)
+
+#: The published runs (arXiv 2501.00437, section 4.1, and the released settings), and `embedded`, which is ours: a
+#: network for the small embedded world that two CPU cores train in about two minutes.
+PRESETS: Mapping[str, TrainConfig] = types.MappingProxyType(
+    {
+        "coco_l14": TrainConfig(model=PCMNetConfig(hidden_dropout=0.25), clip_weight=4.0),
+        "coco_b32": TrainConfig(model=_PUBLISHED, clip_weight=2.5),
+        "flickr30k_l14": TrainConfig(model=_PUBLISHED, clip_weight=4.0),
+        "flickr30k_b32": TrainConfig(model=_PUBLISHED, clip_weight=2.5),
+        "embedded": TrainConfig(model=_SMALL, epochs=10, warmup_steps=200, clip_weight=2.5),
+    }
+)
+
+
+def preset(name: str) -> TrainConfig:
+    """Raises InputError for a name that is not in PRESETS."""
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r}: not known; allowed are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def default_preset(features: FeatureShape) -> str:
+    """The preset for features of these sizes: the paper's MSCOCO runs for CLIPs as large as theirs, else `embedded`."""
+    if features.embed_dim < 512:
+        return "embedded"
+    return "coco_b32" if features.patch_dim <= 768 else "coco_l14"

@@ -1,0 +1,161 @@
+"""A real dataset and a real CLIP, both tiny: coloured shapes, and an open_clip ViT with random weights."""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import safetensors.torch
+import torch
+from PIL import Image, ImageDraw
+
+import pcm.torchvision_shim  # noqa: F401  isort: skip
+import open_clip
+
+from cluster.dataset import (
+    CLIP_HEAD_KEY,
+    CONCEPTS_KEY,
+    MANIFEST_KEY,
+    VOCABULARY_KEY,
+    Manifest,
+    parquet_bytes,
+    shard_key,
+)
+from cluster.storage import open_store
+from pcm.clip import ClipEncoder
+from pcm.concepts import ConceptVocabulary
+from pcm.records import STORED, shard_schema
+from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
+from pcm.vocabulary import Vocabulary
+
+COLOURS = ("red", "green", "blue", "yellow", "white")
+SHAPES = ("square", "circle", "bar")
+SIDE = 32
+
+
+def write_clip(folder: Path) -> Path:
+    """An open_clip folder: ViT 32 px, patch 8 (N = 16), D = 16, D_v = 32."""
+    model_config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": SIDE, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+    }
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(
+        embed_dim=16,
+        vision_cfg=open_clip.CLIPVisionCfg(**model_config["vision_cfg"]),
+        text_cfg=open_clip.CLIPTextCfg(**model_config["text_cfg"]),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    document = {"model_cfg": model_config, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(document))
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def scene(index: int) -> tuple[str, Image.Image]:
+    """(caption, picture) of scene `index`; captions repeat, pictures of one caption differ a little."""
+    random = np.random.default_rng(index)
+    colour, ground = random.choice(len(COLOURS), 2, replace=False)
+    shape = SHAPES[random.integers(len(SHAPES))]
+    image = Image.new("RGB", (SIDE, SIDE), COLOURS[ground])
+    draw = ImageDraw.Draw(image)
+    left, top = random.integers(2, 12, 2).tolist()
+    box = (left, top, left + 16, top + (5 if shape == "bar" else 16))
+    (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=COLOURS[colour])
+    return f"A {COLOURS[colour]} {shape} on a {COLOURS[ground]} ground.", image
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_dataset(root: Path, clip: Path, *, rows: int = 96, shard_size: int = 20, nan_row: int | None = None) -> Path:
+    """A finished dataset of `rows` scenes; the features of row `nan_row` are NaN."""
+    encoder = ClipEncoder(str(clip))
+    scenes = [scene(index) for index in range(rows)]
+    captions = [caption for caption, _ in scenes]
+    encoded = encoder.encode_images([image for _, image in scenes])
+    texts = encoder.encode_texts(captions)
+    features = encoder.features
+    global_feature = encoded.global_feature.astype(np.float16)
+    patch_features = encoded.patch_features.astype(np.float16).reshape(rows, -1)
+    if nan_row is not None:
+        patch_features[nan_row] = np.nan
+    table = pa.table(
+        {
+            "sample_id": [f"{index:09d}-00" for index in range(rows)],
+            "caption": captions,
+            "image": [{"bytes": png(image), "path": f"{index:09d}-00.png"} for index, (_, image) in enumerate(scenes)],
+            "width": [SIDE] * rows,
+            "height": [SIDE] * rows,
+            "seed": list(range(rows)),
+            "clip_score": (encoded.global_feature * texts).sum(axis=1).clip(0.3, 1.0).astype(np.float32),
+            "global_feature": pa.FixedSizeListArray.from_arrays(global_feature.reshape(-1), features.embed_dim),
+            "patch_features": pa.FixedSizeListArray.from_arrays(
+                patch_features.reshape(-1), features.num_patches * features.patch_dim
+            ),
+            "status": [STORED] * rows,
+            "reason": [""] * rows,
+        },
+        schema=shard_schema(features),
+    )
+    store = open_store(root)
+    shards = []
+    for number, start in enumerate(range(0, rows, shard_size)):
+        part = table.slice(start, shard_size)
+        data = parquet_bytes(part)
+        store.write_bytes(shard_key(number), data)
+        digest = hashlib.sha256(data).hexdigest()
+        shards.append(
+            {"key": shard_key(number), "rows": len(part), "quarantined": 0, "sha256": digest, "bytes": len(data)}
+        )
+    store.write_bytes(VOCABULARY_KEY, Vocabulary.build(captions, min_count=1).to_text().encode())
+    nouns = (*SHAPES, *COLOURS, "ground")
+    store.write_bytes(CONCEPTS_KEY, ConceptVocabulary(nouns, encoder.encode_texts(list(nouns))).to_bytes())
+    store.write_bytes(CLIP_HEAD_KEY, safetensors.torch.save(encoder.head()))
+    manifest = Manifest(
+        spec=DatasetSpec(
+            generator=GeneratorSpec(model="null", revision=""), clip=ClipSpec(model=str(clip), revision="test")
+        ),
+        corpus="scenes",
+        corpus_fingerprint="",
+        features=features,
+        expected=rows,
+        stored=rows,
+        quarantined=0,
+        quarantined_by_reason={},
+        clip_score_mean=None,
+        bytes=0,
+        shards=tuple(shards),
+    )
+    store.write_bytes(MANIFEST_KEY, manifest.to_json())
+    return root
+
+
+#: Overrides of TrainConfig that make a run of seconds.
+TINY = {
+    "epochs": 2,
+    "batch_size": 8,
+    "warmup_steps": 20,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 64,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+    "max_length": 12,
+    "validation_beam_size": 1,
+    "holdout_fraction": 0.15,
+    "window_shards": 2,
+}
+NO_NOISE = {
+    **{name: 0.0 for name in ("hidden_dropout", "attention_dropout", "visual_dropout", "word_dropout")},
+    "output_dropout": 0.0,
+    "noise_variance": 0.0,
+}
