@@ -64,7 +64,7 @@ def in_split(row: CaptionRow, split: str | None) -> bool:
     return split in (None, "all", row.split) or (split == "train" and row.split == "restval")
 
 
-# --- one JSON document a file ---------------------------------------------------------------------
+# --- one JSON document a file ---
 
 
 def _read_json(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
@@ -168,7 +168,7 @@ def _coco_rows(document: dict, name: str) -> Iterator[CaptionRow]:
         yield CaptionRow(row_id, text, image_id, file_names.get(image_id), reason=reason)
 
 
-# --- one record a line ----------------------------------------------------------------------------
+# --- one record a line ---
 
 
 def _read_text(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
@@ -242,7 +242,7 @@ def csv_delimiter(header: str) -> str | None:
     return ","
 
 
-# --- Parquet --------------------------------------------------------------------------------------
+# --- Parquet ---
 
 
 def _read_parquet(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
@@ -313,7 +313,7 @@ def _text_of(cell: bytes | str | int | None) -> str | int | None:
     return _decode(cell) if isinstance(cell, bytes) else cell
 
 
-# --- shared ---------------------------------------------------------------------------------------
+# --- shared ---
 
 
 def _record_rows(record: dict[str, Any], position: int, *, lists: bool = False) -> Iterator[CaptionRow]:
