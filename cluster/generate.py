@@ -19,12 +19,12 @@ from cluster.dataset import (
     stats_key,
 )
 from cluster.progress import Progress
+from cluster.session import user_error
 from cluster.stages.draw import DrawShard
 from cluster.stages.featurise import FeaturiseShard
 from cluster.stages.write import WriteShard
 from cluster.storage import Store
 from cluster.vocabularies import store_vocabularies
-from pcm.errors import InputError
 from pcm.records import FeatureShape
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def shard_stream(store: Store, plan: Plan, shards: list[int], pools: Pools) -> I
         for batch in pipeline.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
             yield json.loads(batch["stats"][0].as_py())
     except ray.exceptions.RayError as error:
-        raise _user_error(error) or error from None
+        raise user_error(error) or error from None
 
 
 def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest:
@@ -183,14 +183,3 @@ def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest
 
 def _shard_rows(plan: Plan, shard: int) -> int:
     return min(plan.shard_size, plan.expected - shard * plan.shard_size)
-
-
-def _user_error(error: BaseException | None) -> InputError | None:
-    """The InputError that a worker raised, somewhere down the chain of causes."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, InputError):
-            return InputError(str(error.args[0]) if error.args else str(error))
-        error = getattr(error, "cause", None) or error.__cause__
-    return None

@@ -5,6 +5,8 @@ import os
 
 import ray
 
+from pcm.errors import InputError
+
 log = logging.getLogger(__name__)
 
 
@@ -28,6 +30,18 @@ def start_ray(*, num_cpus: int | None = None) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def user_error(error: BaseException) -> InputError | None:
+    """The InputError that a worker raised, somewhere down the chain of causes that Ray wraps around it."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if type(link) is InputError:
+            return link
+        link = getattr(link, "cause", None) or link.__cause__
+    return None
 
 
 def cluster_gpus() -> float:

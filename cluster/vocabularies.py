@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import ray
 import safetensors.torch
-from pcm.concepts import ConceptVocabulary
 
 from cluster.dataset import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY, Plan, plan_part_key, read_table
 from cluster.plan import USABLE_REASONS
+from cluster.session import user_error
 from cluster.stages.featurise import NULL_FEATURES
 from cluster.storage import Store
 from pcm.clip import ClipEncoder
+from pcm.concepts import ConceptVocabulary
 from pcm.records import FeatureShape
 from pcm.spec import ClipSpec
 from pcm.vocabulary import Vocabulary
@@ -41,7 +42,10 @@ def store_vocabularies(store: Store, plan: Plan) -> FeatureShape:
     if plan.spec.clip.model == "null":
         return NULL_FEATURES
     if not (store.exists(CONCEPTS_KEY) and store.exists(CLIP_HEAD_KEY)):
-        ray.get(_store_clip_files.options(**_resources(plan.spec.clip)).remote(store, plan, min_count))
+        try:
+            ray.get(_store_clip_files.options(**_resources(plan.spec.clip)).remote(store, plan, min_count))
+        except ray.exceptions.RayError as error:
+            raise user_error(error) or error from None
     metadata = safetensors_metadata(store.read_bytes(CLIP_HEAD_KEY))
     return FeatureShape(**json.loads(metadata[_FEATURES_FIELD]))
 
@@ -72,7 +76,14 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
 def _store_clip_files(store: Store, plan: Plan, min_count: int) -> None:
     spec = plan.spec.clip
     encoder = ClipEncoder(spec.model, device=spec.device, dtype=spec.dtype, batch_size=spec.batch_size)
-    concepts = ConceptVocabulary.build(planned_captions(store, plan), encoder, size=CONCEPTS, min_count=min_count)
+    concepts = ConceptVocabulary.build(
+        # A corpus of few nouns can be generated all the same; training says so when it needs more of them.
+        planned_captions(store, plan),
+        encoder,
+        size=CONCEPTS,
+        at_least=0,
+        min_count=min_count,
+    )
     store.write_bytes(CONCEPTS_KEY, concepts.to_bytes())
     shape = encoder.features
     metadata = {_FEATURES_FIELD: json.dumps(vars(shape)), "clip": spec.model}

@@ -146,7 +146,8 @@ def embed(
 ) -> np.ndarray:
     """Concept embeddings (C, D) float32: the normalised mean over templates of normalised text features."""
     texts = [template.format(name) for name in names for template in templates]
-    features = _unit_rows(encode_texts(texts)).reshape(len(names), len(templates), -1)  # (C, templates, D)
+    features = _unit_rows(encode_texts(texts))
+    features = features.reshape(len(names), len(templates), features.shape[1])  # (C, templates, D)
     return _unit_rows(features.mean(axis=1))  # (C, D)
 
 

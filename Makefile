@@ -1,0 +1,37 @@
+# Two commands: `make demo` and `make test`. Each sets up what it needs; `make install` alone makes .venv/.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+export RAY_USAGE_STATS_ENABLED := 0
+# The demo and the tests use embedded models only; nothing asks a hub.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test install lint constraints clean
+
+demo: $(STAMP)
+	$(VENV)/bin/python -m jobs.demo --out demo
+
+test: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m pytest
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+install: $(STAMP)
+
+# torch first: what else needs torch then finds it, and takes no other build.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+constraints:
+	@{ echo "# Exact versions for laptop, CI and cluster image: pip install -c constraints.txt -e .   (made by: make constraints)"; \
+	$(VENV)/bin/python -m pip freeze --exclude-editable | grep -v ' @ ' | sed -E 's/^(torch==[0-9.]+)\+.*/\1/'; } > constraints.txt
+
+clean:
+	rm -rf $(VENV) demo
