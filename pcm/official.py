@@ -3,7 +3,10 @@
 `python -m pcm.official verify GOLDEN.safetensors` recomputes every output of a golden file (see pcm.golden).
 """
 
+import argparse
+import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +182,24 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """A published checkpoint (.pth or .safetensors) under our names. Raises InputError for any other file."""
     return from_official(read_tensors(path))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: 0 = every output agrees, 1 = some do not, 2 = unreadable file (one line on stderr)."""
+    from pcm.golden import verify  # here because that module builds on this one
+
+    parser = argparse.ArgumentParser(prog="python -m pcm.official", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("verify", help="recompute every output of a golden file; prints one JSON line")
+    command.add_argument("golden", metavar="GOLDEN.safetensors", help="with GOLDEN.json beside it")
+    try:
+        report = verify(parser.parse_args(arguments).golden)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps(report))
+    return 0 if report["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

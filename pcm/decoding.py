@@ -1,0 +1,194 @@
+"""Beam search and greedy decoding with the published semantics, without the published cost.
+
+What is computed once instead of every step: the memory's keys and values, and those of past words. The hypotheses of an
+image share both: past words lie in one pool for an image, and a mask tells which of them each hypothesis descends from.
+Images whose hypotheses have all ended leave the batch. None of this changes a result.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcm.errors import InputError
+from pcm.model import Encoded, PCMNet
+
+#: Id of BOS, EOS and padding alike.
+BOS = EOS = 0
+
+#: Score of extending an ended hypothesis by anything but padding, as published.
+_ENDED = -999.0
+#: Asking whether images have ended makes a GPU wait for its queue, so it is asked every so many steps there.
+_STEPS_BETWEEN_CHECKS = 4
+#: Ended images are taken out of the batch once they are this share of it: shrinking copies the caches.
+_SHRINK_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Captions as ids: words, then 0 (the end) and zeros. A hypothesis may also fill all T positions without an end."""
+
+    #: (B, T) int64, or (B, out_size, T), best first, where out_size > 1.
+    token_ids: Tensor
+    #: float32, the same shape: log-probability of each word, 0 after the end. Their sum is the hypothesis' score.
+    log_probs: Tensor
+
+
+class _Decoder:
+    """The decoder's state for W hypotheses of each image: caches of keys and values, moved on word by word."""
+
+    def __init__(self, model: PCMNet, encoded: Encoded, *, beam_size: int, max_length: int):
+        self.model = model
+        self.beam_size = beam_size
+        self.memory_mask = None if encoded.mask is None else encoded.mask[:, None, None, :]  # (B, 1, 1, S)
+        self.cross_caches = [block.cross_attention.keys_values(encoded.memory) for block in model.decoder]
+        keys = self.cross_caches[0][0]  # (B, heads, S, d)
+        pool = (keys.shape[0], keys.shape[1], max_length * beam_size, keys.shape[3])
+        self.self_caches = [(keys.new_zeros(pool), keys.new_zeros(pool)) for _ in model.decoder]
+        # (B, W, T*W): word slot t*W + w belongs to hypothesis w as it stood at step t.
+        self.ancestors = torch.zeros(
+            keys.shape[0], beam_size, max_length * beam_size, dtype=torch.bool, device=keys.device
+        )
+
+    def log_probabilities(self, words: Tensor, step: int) -> Tensor:
+        """Feed the words of this step, (B, w) with w = 1 or W, and get log-probabilities of the next, (B, w, V)."""
+        count = words.shape[1]
+        slot = step * self.beam_size
+        own = torch.eye(count, dtype=torch.bool, device=words.device)
+        self.ancestors[:, :count, slot : slot + count] = own
+        mask = self.ancestors[:, None, :count, : slot + self.beam_size]  # (B, 1, w, (step + 1) * W)
+        x = self.model.word_embedding(words, step=step)  # (B, w, H)
+        for block, self_cache, cross_cache in zip(self.model.decoder, self.self_caches, self.cross_caches, strict=True):
+            x = block.step(
+                x,
+                self_cache=self_cache,
+                slot=slot,
+                self_mask=mask,
+                cross_cache=cross_cache,
+                memory_mask=self.memory_mask,
+            )
+        return F.log_softmax(self.model.output(x).float(), dim=-1)
+
+    def follow(self, parents: Tensor) -> None:
+        """Hypothesis w now continues hypothesis parents[:, w], (B, W)."""
+        self.ancestors = self.ancestors.gather(1, parents.unsqueeze(-1).expand(-1, -1, self.ancestors.shape[-1]))
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these images only."""
+        self.cross_caches = [(keys[rows], values[rows]) for keys, values in self.cross_caches]
+        self.self_caches = [(keys[rows], values[rows]) for keys, values in self.self_caches]
+        self.ancestors = self.ancestors[rows]
+        if self.memory_mask is not None:
+            self.memory_mask = self.memory_mask[rows]
+
+
+@torch.no_grad()
+def beam_search(
+    model: PCMNet,
+    global_feature: Tensor,
+    patch_features: Tensor,
+    *,
+    beam_size: int = 3,
+    max_length: int | None = None,
+    out_size: int = 1,
+) -> Decoded:
+    """The `out_size` best captions of each picture, `global_feature` (B, D) and `patch_features` (B, N, D_v).
+
+    A hypothesis' score is the sum of its words' log-probabilities: no length penalty, no word is forbidden. An ended
+    one keeps its score in column 0 and gets -999 elsewhere. `beam_size` 1 is greedy_search. `max_length`: T, by default
+    the model's.
+
+    Raises InputError for a beam that does not fit, or a model in training mode.
+    """
+    max_length = _checked_length(model, max_length)
+    if not 1 <= out_size <= beam_size <= model.config.vocab_size:
+        raise InputError(
+            f"beam_size {beam_size}, out_size {out_size}: need 1 <= out_size <= beam_size <= {model.config.vocab_size}"
+        )
+    if beam_size == 1:
+        return greedy_search(model, global_feature, patch_features, max_length=max_length)
+    encoded = model.encode(global_feature, patch_features)
+    decoder = _Decoder(model, encoded, beam_size=beam_size, max_length=max_length)
+    batch, device = len(global_feature), global_feature.device
+
+    result = Decoded(
+        token_ids=torch.zeros(batch, beam_size, max_length, dtype=torch.long, device=device),
+        log_probs=torch.zeros(batch, beam_size, max_length, device=device),
+    )
+    rows = torch.arange(batch, device=device)  # the pictures still searched; the tensors below are theirs
+    token_ids, log_probs = result.token_ids, result.log_probs
+    words = torch.full((batch, 1), BOS, device=device)  # (B, 1), then (B, W)
+    scores = torch.zeros(batch, 1, device=device)
+    ended = torch.zeros(batch, 1, dtype=torch.bool, device=device)
+
+    for step in range(max_length):
+        word_log_probs = decoder.log_probabilities(words, step)  # (B, w, V)
+        vocab_size = word_log_probs.shape[-1]
+        candidates = scores.unsqueeze(-1) + word_log_probs
+        if step > 0:
+            candidates.masked_fill_(ended.unsqueeze(-1), _ENDED)
+            candidates[:, :, EOS] = torch.where(ended, scores, candidates[:, :, EOS])
+        scores, chosen = candidates.flatten(1).topk(beam_size, dim=-1)  # (B, W), best first
+        parents, words = chosen // vocab_size, chosen % vocab_size
+
+        ended = ended.gather(1, parents)
+        added = word_log_probs.flatten(1).gather(1, chosen).masked_fill(ended, 0.0)
+        history = parents.unsqueeze(-1).expand(-1, -1, max_length)
+        token_ids, log_probs = token_ids.gather(1, history), log_probs.gather(1, history)
+        token_ids[:, :, step], log_probs[:, :, step] = words, added
+        ended = ended | (words == EOS)
+        decoder.follow(parents)
+
+        if device.type == "cpu" or (step + 1) % _STEPS_BETWEEN_CHECKS == 0:
+            # Nothing changes any more once all have ended, unless an ended one scores below the -999 of a fresh word.
+            going = ~(ended & (scores > _ENDED)).all(dim=1)  # (B,)
+            remaining = int(going.sum())
+            if remaining == 0:
+                break
+            if len(going) - remaining >= _SHRINK_SHARE * len(going):
+                result.token_ids[rows], result.log_probs[rows] = token_ids, log_probs
+                kept = going.nonzero().squeeze(1)
+                decoder.keep(kept)
+                rows, token_ids, log_probs = rows[kept], token_ids[kept], log_probs[kept]
+                words, scores, ended = words[kept], scores[kept], ended[kept]
+
+    result.token_ids[rows], result.log_probs[rows] = token_ids, log_probs
+    if out_size == 1:
+        return Decoded(result.token_ids[:, 0], result.log_probs[:, 0])
+    return Decoded(result.token_ids[:, :out_size], result.log_probs[:, :out_size])
+
+
+@torch.no_grad()
+def greedy_search(
+    model: PCMNet, global_feature: Tensor, patch_features: Tensor, *, max_length: int | None = None
+) -> Decoded:
+    """The most probable word at every step; arguments as in beam_search, results (B, T).
+
+    As published, log_probs holds the arg-max's log-probability even after a caption has ended, until all have.
+    """
+    max_length = _checked_length(model, max_length)
+    decoder = _Decoder(model, model.encode(global_feature, patch_features), beam_size=1, max_length=max_length)
+    batch, device = len(global_feature), global_feature.device
+    token_ids = torch.zeros(batch, max_length, dtype=torch.long, device=device)
+    log_probs = torch.zeros(batch, max_length, device=device)
+    words = torch.full((batch, 1), BOS, device=device)
+    going = torch.ones(batch, 1, dtype=torch.bool, device=device)
+    for step in range(max_length):
+        best, words = decoder.log_probabilities(words, step)[:, 0].max(dim=-1, keepdim=True)  # (B, 1)
+        going = going & (words != EOS)
+        words = words * going
+        token_ids[:, step], log_probs[:, step] = words[:, 0], best[:, 0]
+        if not going.any():
+            break
+    return Decoded(token_ids, log_probs)
+
+
+def _checked_length(model: PCMNet, max_length: int | None) -> int:
+    """T, after checks that concern every search."""
+    if model.training:
+        raise InputError("decoding with a model in training mode: call model.eval() first")
+    length = model.config.max_length if max_length is None else max_length
+    if not 1 <= length <= model.config.max_length:
+        raise InputError(f"max_length {length}: from 1 to the model's {model.config.max_length}")
+    return length
