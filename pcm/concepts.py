@@ -64,7 +64,7 @@ class ConceptVocabulary:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.embeddings.ndim != 2 or len(self.names) != len(self.embeddings) or not self.names:
+        if self.embeddings.ndim != 2 or len(self.names) != len(self.embeddings):
             raise InputError(f"{len(self.names)} concept names do not fit embeddings of shape {self.embeddings.shape}")
 
     def __len__(self) -> int:
