@@ -64,7 +64,7 @@ def load(source: str | Path | bytes) -> Any:
         raise InputError(f"{name}: {error}") from error
     except _MALFORMED as error:
         raise InputError(f"{name}: not a readable pickle ({type(error).__name__}: {_one_line(error)})") from error
-    return _torch_archive(data, name) if value == _LEGACY_TORCH_MAGIC and isinstance(value, int) else value
+    return _torch_archive(data, name) if isinstance(value, int) and value == _LEGACY_TORCH_MAGIC else value
 
 
 def _torch_archive(data: bytes, name: str) -> Any:
@@ -165,6 +165,13 @@ def _latin1(text: Any, encoding: Any = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes(*args: Any) -> bytes:
+    """Python 3 writes b"" in old protocols as a call of `bytes` without arguments."""
+    if args:
+        raise pickle.UnpicklingError("bytes made from something else")
+    return b""
+
+
 class _StorageUnpickler(_Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         return pid
@@ -215,7 +222,7 @@ _ANSWERS: dict[tuple[str, str], Any] = {
     # A plain dict: nothing read here depends on the difference.
     ("collections", "OrderedDict"): _Answer(dict),
     **{(module, name): _Answer(kind) for module in ("builtins", "__builtin__")
-       for name, kind in (("set", set), ("frozenset", frozenset), ("complex", complex))},
+       for name, kind in (("set", set), ("frozenset", frozenset), ("complex", complex), ("bytes", _no_bytes))},
     **{("torch", name): dtype for name, dtype in _TORCH_DTYPES.items()},
 }  # fmt: skip
 

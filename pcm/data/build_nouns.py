@@ -19,16 +19,18 @@ NEEDS_NO_TAG = {5, 6, 8, 13, 18}
 WORD = re.compile(r"[a-z]+(?:-[a-z]+)*")
 
 ADDED = """
-animal arena bandanna baseball basketball bat biker boogie book bow bulldog bunny cage calf campfire carnival
-cellphone chopstick circle collie concert cook counter crane cushion desert donut doughnut downhill dreadlocks dress
-drink drone duck festival fire firework fireworks flame food football frisbee frosting game gear goal goalie goggles
-golf graffiti groom hammock harness headphones hockey hoodie hurdle hurdler image jar jockey kayak kayaker kite
-lacrosse laptop magazine map mask mattress menu mom motorcyclist net newspaper night obstacle onesie outlet paddle
-painting paper parasail person picnic plant poster puddle race racer racket rainbow rodeo roller rugby selfie shadow
-sign skateboard skateboarder skatepark smartphone snowboarder snowmobile soccer softball sparkler splash stage
-stuntman sunrise sunset surf surfer swan swing t-shirt tablet tattoo teddy television tennis tie topping toy trail
-train trampoline treadmill tricycle tshirt tunnel tutu unicycle vest video volleyball wakeboard wakeboarder wave
-webcam wedding wetsuit wheelie yard
+animal arena bandanna baseball basketball bat batter bear biker boogie book bow bulldog bunny burger butterfly cage
+calf campfire carnival cellphone chopstick circle collie concert cook cooktop counter countertop crane crosswalk
+cupcake cushion desert donkey donut doughnut downhill dreadlocks dress drink drone duck ferry festival fire fireman
+firework fireworks flame food football fridge frisbee frosting game gear gift goal goalie goggles golf graffiti
+groom hammock harness headphones hockey hoodie hotdog hurdle hurdler image intersection jar jockey kayak kayaker
+kite labrador lacrosse laptop lettuce magazine map mask mattress menu meter mom monitor moped motorcyclist mug net
+newspaper night nightstand nurse obstacle onesie outlet ox paddle painting paper parasail pepper person picnic plant
+poster puddle puzzle race racer racket rainbow remote retriever rodeo roller rollerblade rugby sail selfie shadow
+sign sink skateboard skateboarder skatepark smartphone snowboarder snowman snowmobile soccer softball sparkler
+splash stage stuntman sunrise sunset surf surfer swan swing t-shirt tablet tattoo teddy television tennis tie
+topping toy trail train trampoline treadmill tricycle tshirt tunnel tutu tv unicycle vest video volleyball wakeboard
+wakeboarder wave webcam wedding wetsuit wheelie yard
 """.split()  # noqa: SIM905
 REMOVED = """
 african aged american area arsenal asian barren base blond blonde bottom bunch bush-league center centre chinese
