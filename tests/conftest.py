@@ -1,0 +1,77 @@
+"""What tests share: tiny models, one Ray session, jobs run as a user runs them."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Before torch, Ray or a hub client is imported, here and in every process that a test starts.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests use local models only
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small processes on few cores
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home directory
+os.environ.pop("RAY_ADDRESS", None)  # never a cluster that the machine happens to have
+
+
+class JobRun(NamedTuple):
+    """How a job ended: exit status, its summary (the last line of stdout) or None, and stderr."""
+
+    returncode: int
+    summary: dict | None
+    stderr: str
+
+
+def run_job_process(name: str, *args: object, env: dict[str, str] | None = None, timeout: float = 300) -> JobRun:
+    """`python -m jobs.NAME ARGS` in the repository, as a user types it."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"jobs.{name}", *map(str, args)],
+        cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    return JobRun(done.returncode, json.loads(lines[-1]) if lines else None, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def run_job() -> Callable[..., JobRun]:
+    """run_job("generate", "--out", path, ...) -> JobRun. Costs a process and, for most jobs, a start of Ray."""
+    return run_job_process
+
+
+@pytest.fixture(scope="session")
+def _ray_at_end() -> Iterator[None]:
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+@pytest.fixture
+def ray_session(_ray_at_end: None) -> None:
+    """Ray on this machine with two CPUs, started once for all tests."""
+    from cluster.session import start_ray
+
+    start_ray(num_cpus=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An open_clip folder: 32 px, 16 patches of 64, D = 32."""
+    from tiny_models import save_tiny_clip
+
+    return save_tiny_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="session")
+def tiny_t2i(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion folder: 32 px pictures."""
+    from tiny_models import save_tiny_t2i
+
+    return save_tiny_t2i(tmp_path_factory.mktemp("models") / "t2i")

@@ -1,0 +1,145 @@
+"""The cluster files are data that a cloud will execute: valid by Ray's schema, and keeping the rules we promise."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parent.parent
+INSTALL = r"pip install (?:--no-cache-dir )?-c constraints\.txt -e \."
+#: Shapes of secrets: AWS key ids, private keys, anything named like a secret with a literal value.
+SECRET = re.compile(
+    r"AKIA[0-9A-Z]{16}|-----BEGIN|(?i:secret_access_key|aws_access_key_id|password|auth_token)\s*[:=]\s*['\"]?[\w/+]{8,}"
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> dict:
+    return yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def ray_job() -> dict:
+    return yaml.safe_load((ROOT / "deploy/rayjob-generate.yaml").read_text())
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+def test_cluster_is_valid_by_rays_own_schema(cluster: dict) -> None:
+    validate_config(prepare_config(copy.deepcopy(cluster)))
+
+
+def test_schema_check_refuses_an_unknown_field(cluster: dict) -> None:
+    with pytest.raises(Exception, match="worker_count"):
+        validate_config(prepare_config(copy.deepcopy(cluster) | {"worker_count": 3}))
+
+
+def test_head_has_no_gpu_and_takes_no_pipeline_stage(cluster: dict) -> None:
+    head = cluster["available_node_types"][cluster["head_node_type"]]
+    assert head["resources"] == {"CPU": 0, "GPU": 0}
+    assert not re.match(r"[gp]\d", head["node_config"]["InstanceType"]), "a GPU instance as head"
+    assert "InstanceMarketOptions" not in head["node_config"], "a head on spot takes the whole cluster with it"
+
+
+def test_generation_is_on_spot_and_training_on_demand_and_both_scale_to_zero(cluster: dict) -> None:
+    types = cluster["available_node_types"]
+    workers = {name: spec for name, spec in types.items() if name != cluster["head_node_type"]}
+    spot = {name for name, spec in workers.items() if "InstanceMarketOptions" in spec["node_config"]}
+    assert spot == {"generation_spot"} and set(workers) - spot == {"training_on_demand"}
+    for spec in workers.values():
+        assert spec["min_workers"] == 0 < spec["max_workers"]
+        assert spec["resources"]["GPU"] >= 1
+
+
+def test_every_node_reaches_the_object_store_by_its_role(cluster: dict) -> None:
+    for name, spec in cluster["available_node_types"].items():
+        assert spec["node_config"]["IamInstanceProfile"]["Name"], name
+
+
+@pytest.mark.parametrize("name", ["ray_cluster.yaml", "deploy/rayjob-generate.yaml", "deploy/Dockerfile"])
+def test_no_credential_stands_in_a_cluster_file(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert not SECRET.search(text), SECRET.search(text)
+
+
+def test_secret_pattern_finds_a_secret() -> None:
+    assert SECRET.search("aws_access_key_id: AKIAIOSFODNN7EXAMPLE")
+    assert SECRET.search("RAY_AUTH_TOKEN=0123456789abcdef")
+
+
+def test_every_start_command_has_token_authentication_and_no_usage_statistics(cluster: dict) -> None:
+    for commands in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
+        start = next(command for command in commands if "ray start" in command)
+        assert "RAY_AUTH_MODE=token" in start and "RAY_USAGE_STATS_ENABLED=0" in start
+    assert "/home/ubuntu/.ray/auth_token" in cluster["file_mounts"]
+
+
+def test_mounted_files_exist(cluster: dict) -> None:
+    for remote, local in cluster["file_mounts"].items():
+        assert local.startswith("~") or (ROOT / local).exists(), f"{remote}: {local}"
+
+
+def test_cluster_and_image_install_what_laptop_and_ci_install(cluster: dict) -> None:
+    assert any(re.search(INSTALL, command) for command in cluster["setup_commands"])
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    assert re.search(INSTALL, dockerfile)
+    for text in (dockerfile, *cluster["setup_commands"], *cluster["head_setup_commands"]):
+        for command in re.findall(r"pip install[^\n&]*", text):
+            assert "-c constraints.txt" in command, f"unpinned: {command}"
+
+
+def test_image_has_the_python_that_the_project_is_tested_with() -> None:
+    base = re.search(r"^FROM python:(\d+\.\d+)\.\d+-", (ROOT / "deploy/Dockerfile").read_text(), re.MULTILINE)
+    assert base and base[1] == "3.11"
+
+
+def test_image_copies_everything_the_install_needs(cluster: dict) -> None:
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    mounted = {local for local in cluster["file_mounts"].values() if not local.startswith("~")}
+    copied = {
+        name for line in re.findall(r"^COPY --chown=ray (.+) \S+$", dockerfile, re.MULTILINE) for name in line.split()
+    }
+    assert mounted == copied
+
+
+def test_ray_job_ends_with_its_cluster_gone(ray_job: dict) -> None:
+    spec = ray_job["spec"]
+    assert (ray_job["apiVersion"], ray_job["kind"]) == ("ray.io/v1", "RayJob")
+    assert spec["entrypoint"].startswith("python -m jobs.generate ")
+    assert spec["shutdownAfterJobFinishes"] is True and spec["ttlSecondsAfterFinished"] > 0
+    assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+
+
+def test_ray_job_arguments_are_those_of_the_job(ray_job: dict) -> None:
+    from jobs.generate import parser
+
+    args = parser().parse_args(ray_job["spec"]["entrypoint"].split()[3:])
+    group = ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert (args.device, args.generators) == ("cuda", group["maxReplicas"])
+
+
+def test_ray_job_runs_the_pinned_ray_in_a_pinned_image(ray_job: dict) -> None:
+    cluster = ray_job["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == pins()["ray"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    images = {box["image"] for group in groups for box in group["template"]["spec"]["containers"]}
+    assert len(images) == 1
+    tag = images.pop().rpartition(":")[2]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", tag), "an image tag must name one version"
+
+
+def test_ray_job_keeps_gpus_off_the_head(ray_job: dict) -> None:
+    cluster = ray_job["spec"]["rayClusterSpec"]
+    head = cluster["headGroupSpec"]
+    assert "nvidia.com/gpu" not in head["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    for group in cluster["workerGroupSpecs"]:
+        assert group["minReplicas"] == 0
+        assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
