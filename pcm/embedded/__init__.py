@@ -1,0 +1,43 @@
+"""The embedded pack: a small text-to-image pipeline, a small CLIP and test pictures of one small drawn world.
+
+Everything is in standard formats: `t2i/` loads with `DiffusionPipeline.from_pretrained`, `clip/` with open_clip's
+`local-dir:` schema, the test sets with `datasets.load_dataset("parquet", ...)`.
+"""
+
+from pathlib import Path
+
+from pcm.errors import InputError
+
+PACK = Path(__file__).parent / "pack"
+SPLITS = ("val", "test")
+
+
+def t2i_path() -> Path:
+    """The diffusers folder of the text-to-image pipeline (64 x 64 pictures)."""
+    return _part("t2i")
+
+
+def clip_path() -> Path:
+    """The open_clip folder: open_clip_config.json, open_clip_model.safetensors and the tokenizer's files."""
+    return _part("clip")
+
+
+def corpus_path() -> Path:
+    """The text-only training corpus, one caption a line."""
+    return _part("captions.txt")
+
+
+def test_set_path(split: str) -> Path:
+    """The Parquet file of held-out pictures with five references each; `split` is "val" or "test"."""
+    if split not in SPLITS:
+        raise InputError(f"unknown embedded test set {split!r}: expected one of {', '.join(SPLITS)}")
+    return _part(f"photos_{split}.parquet")
+
+
+def _part(name: str) -> Path:
+    path = PACK / name
+    if not path.exists():
+        raise InputError(
+            f"the embedded pack has no {name}: it belongs at {path}; reinstall, or run `python -m jobs.pretrain_embedded`"
+        )
+    return path

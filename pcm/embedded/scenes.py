@@ -1,0 +1,78 @@
+"""Training sets of drawn scenes, kept as one .npz file each so that training never waits for the drawing."""
+
+import os
+import random
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pcm.embedded.art import Artist
+from pcm.embedded.captions import describe
+from pcm.embedded.world import NOUNS, SIZE, Scene, Variety, sample_scene
+
+CAPTIONS_PER_SCENE = 4
+NOUN_INDEX = {noun.name: index for index, noun in enumerate(NOUNS)}
+
+
+@dataclass(frozen=True)
+class SceneSet:
+    """`n` drawn scenes: pictures, captions, and which noun is where."""
+
+    images: np.ndarray  # (n, 64, 64, 3) uint8
+    captions: list[list[str]]  # n lists of CAPTIONS_PER_SCENE
+    nouns: np.ndarray  # (n, 2) index into NOUNS, -1 = nothing
+    boxes: np.ndarray  # (n, 2, 4) float32 left, top, right, bottom in pixels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def save(self, path: Path) -> None:
+        part = path.with_suffix(".part.npz")
+        np.savez(part, images=self.images, captions=np.array(self.captions), nouns=self.nouns, boxes=self.boxes)
+        os.replace(part, path)  # a set is there whole or not at all
+
+    @classmethod
+    def load(cls, path: Path) -> "SceneSet":
+        data = np.load(path)
+        return cls(data["images"], data["captions"].tolist(), data["nouns"], data["boxes"])
+
+
+def sample_scenes(
+    seed: int, count: int, *, styles: Sequence[str], varieties: Sequence[Variety], things: int | None = None
+) -> list[Scene]:
+    """`count` random scenes, styles and varieties drawn evenly."""
+    rng = random.Random(seed)
+    return [
+        sample_scene(rng, style=rng.choice(styles), variety=rng.choice(varieties), things=things) for _ in range(count)
+    ]
+
+
+def draw_scenes(scenes: Sequence[Scene], art_folder: Path, seed: int, *, processes: int = 1) -> SceneSet:
+    """Draws every scene and writes its captions."""
+    chunk = max(1, -(-len(scenes) // max(1, 4 * processes)))
+    chunks = [scenes[start : start + chunk] for start in range(0, len(scenes), chunk)]
+    if processes > 1:
+        with ProcessPoolExecutor(processes) as pool:
+            images = np.concatenate(list(pool.map(_draw_chunk, chunks, [art_folder] * len(chunks))))
+    else:
+        images = np.concatenate([_draw_chunk(part, art_folder) for part in chunks])
+    rng = random.Random(seed)
+    captions = [[describe(scene, rng) for _ in range(CAPTIONS_PER_SCENE)] for scene in scenes]
+    nouns = np.full((len(scenes), 2), -1, np.int64)
+    boxes = np.zeros((len(scenes), 2, 4), np.float32)
+    for row, scene in enumerate(scenes):
+        for column, thing in enumerate(scene.things):
+            nouns[row, column] = NOUN_INDEX[thing.noun]
+            boxes[row, column] = thing.box
+    return SceneSet(images, captions, nouns, boxes)
+
+
+def _draw_chunk(scenes: Sequence[Scene], art_folder: Path) -> np.ndarray:
+    artist = Artist(art_folder)
+    pictures = np.empty((len(scenes), SIZE, SIZE, 3), np.uint8)
+    for row, scene in enumerate(scenes):
+        pictures[row] = artist.draw(scene)
+    return pictures
