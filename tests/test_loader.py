@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_dataset import write_clip, write_dataset
+from tiny_dataset import write_dataset
 
 from cluster.dataset import VOCABULARY_KEY, load_manifest
 from cluster.loader import Selection, ShardLoader, read_shard, split_holdout
@@ -16,9 +16,8 @@ ROWS = 53
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("loader")
-    return write_dataset(folder / "data", write_clip(folder / "clip"), rows=ROWS, shard_size=10)
+def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("loader") / "data", tiny_clip, rows=ROWS, shard_size=10)
 
 
 def everything(dataset: Path) -> Selection:
@@ -115,7 +114,7 @@ def test_padding_rows_of_the_last_batch_have_no_targets(dataset: Path) -> None:
     # 53 rows in batches of 16: the last one holds 5, all of them on rank 0.
     assert last.sample_ids == ("",) * 8
     assert (last.target_ids == -1).all() and (last.clip_score == 0).all()
-    assert last.patch_features.shape == (8, 16, 32) and np.isfinite(last.patch_features).all()
+    assert last.patch_features.shape == (8, 16, 64) and np.isfinite(last.patch_features).all()
 
 
 def test_a_dataset_smaller_than_a_batch_gives_one_batch(dataset: Path) -> None:

@@ -1,18 +1,13 @@
-"""A real dataset and a real CLIP, both tiny: coloured shapes, and an open_clip ViT with random weights."""
+"""A real dataset of coloured shapes, small enough to train on in seconds."""
 
 import hashlib
 import io
-import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import safetensors.torch
-import torch
 from PIL import Image, ImageDraw
-
-import pcm.torchvision_shim  # noqa: F401  isort: skip
-import open_clip
 
 from cluster.dataset import (
     CLIP_HEAD_KEY,
@@ -33,28 +28,6 @@ from pcm.vocabulary import Vocabulary
 COLOURS = ("red", "green", "blue", "yellow", "white")
 SHAPES = ("square", "circle", "bar")
 SIDE = 32
-
-
-def write_clip(folder: Path) -> Path:
-    """An open_clip folder: ViT 32 px, patch 8 (N = 16), D = 16, D_v = 32."""
-    model_config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": SIDE, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
-    }
-    torch.manual_seed(0)
-    model = open_clip.model.CLIP(
-        embed_dim=16,
-        vision_cfg=open_clip.CLIPVisionCfg(**model_config["vision_cfg"]),
-        text_cfg=open_clip.CLIPTextCfg(**model_config["text_cfg"]),
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3}
-    document = {"model_cfg": model_config, "preprocess_cfg": preprocess}
-    (folder / "open_clip_config.json").write_text(json.dumps(document))
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
-    return folder
 
 
 def scene(index: int) -> tuple[str, Image.Image]:
