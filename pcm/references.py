@@ -1,0 +1,71 @@
+"""Reference captions of real pictures, read from the formats users have.
+
+The formats are those of `pcm.caption_files`; here a file must be sound: a reference that cannot be used is an
+error, not a quarantined row, because every score would silently change with it. Only empty captions are passed
+over.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import BinaryIO, cast
+
+from pcm.caption_detect import detect_format
+from pcm.caption_files import CaptionRow, in_split, read_rows
+from pcm.caption_text import check_caption
+from pcm.errors import InputError
+
+
+def load_references(path: str | Path, *, split: str | None = None) -> dict[str, list[str]]:
+    """Image id -> its reference captions, in file order.
+
+    The id is COCO's number where the picture's file name ends in it (`COCO_val2014_000000000042.jpg` is "42"), else
+    the file name ("1000092795.jpg"), else the id that the record gives. split: as in `cluster.corpus.read_corpus`;
+    for Karpathy's files usually "val" or "test". A `.gz` file is decompressed.
+
+    Raises InputError: the file or its format, no caption for the split, a caption without an image, an unusable
+    caption.
+    """
+    references: dict[str, list[str]] = {}
+    splits = set()
+    for row in _rows(Path(path)):
+        splits.add(row.split)
+        if not in_split(row, split):
+            continue
+        caption, reason = check_caption(row.text)
+        reason = row.reason or reason
+        if reason in ("empty", "missing_caption"):
+            continue
+        if reason:
+            raise InputError(f"{path}: reference {row.row_id} of image {row.image_id} cannot be used: {reason}")
+        image_id = _image_key(row)
+        if image_id is None:
+            raise InputError(f"{path}: reference {row.row_id} names no image; give it an `image` or `image_id`")
+        references.setdefault(image_id, []).append(caption)
+    if not references:
+        raise InputError(
+            f"{path}: no references in split {split or 'all'!r}; its splits are {', '.join(sorted(splits))}"
+        )
+    return references
+
+
+def _image_key(row: CaptionRow) -> str | None:
+    """COCO's number if the picture's file name ends in it; else the file name: a number alone would find no picture."""
+    if row.file_name is None or row.image_id is None:
+        return row.image_id
+    number = re.search(r"(\d+)$", PurePath(row.file_name).stem)
+    return row.image_id if number and number[1].lstrip("0") == row.image_id.lstrip("0") else row.file_name
+
+
+def _rows(path: Path) -> Iterator[CaptionRow]:
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            head = stream.read(1 << 16)
+            stream.seek(0)
+            format = detect_format(str(path).removesuffix(".gz"), head)
+            yield from read_rows(cast(BinaryIO, stream), format, name=str(path))
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path}: references cannot be read ({error})") from error
