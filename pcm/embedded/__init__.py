@@ -38,6 +38,6 @@ def _part(name: str) -> Path:
     path = PACK / name
     if not path.exists():
         raise InputError(
-            f"the embedded pack has no {name}: it belongs at {path}; reinstall, or run `python -m jobs.pretrain_embedded`"
+            f"the embedded pack has no {name}: it belongs at {path}; reinstall, or run jobs.pretrain_embedded"
         )
     return path

@@ -80,7 +80,8 @@ class Artist:
         scale = thing.size / units
         mirror = -1 if thing.flipped else 1
         move = f"translate({thing.x:.2f} {thing.y:.2f}) rotate({thing.tilt:.1f})"
-        return f'<g transform="{move} scale({mirror * scale:.4f} {scale:.4f}) translate({-units / 2} {-units / 2})">{body}</g>'
+        move += f" scale({mirror * scale:.4f} {scale:.4f}) translate({-units / 2} {-units / 2})"
+        return f'<g transform="{move}">{body}</g>'
 
     @lru_cache(maxsize=1024)  # noqa: B019 - one Artist lives as long as its process
     def _icon(self, style: str, noun: str, colour: str) -> tuple[str, float]:

@@ -137,7 +137,7 @@ def text_encoder_from_clip(state: dict[str, Tensor]) -> nn.Module:
 
 
 def train_autoencoder(data: SceneSet, folder: Path, settings: PainterTraining) -> nn.Module:
-    """Trains (or resumes from folder/vae.pt) the autoencoder; its latents times its scaling factor have unit variance."""
+    """Trains (or resumes from folder/vae.pt) the autoencoder on pictures alone."""
     torch.manual_seed(settings.seed)
     model = new_autoencoder().to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.vae_rate, betas=(0.9, 0.98))
@@ -222,7 +222,7 @@ def train_painter(data: SceneSet, folder: Path, settings: PainterTraining) -> di
     latents = encode_set(vae, data)
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     latents *= vae.config.scaling_factor
-    captions = sorted({caption for row in data.captions for caption in row[:2]}) + [""]
+    captions = [*sorted({caption for row in data.captions for caption in row[:2]}), ""]
     index = {caption: row for row, caption in enumerate(captions)}
     caption_rows = np.array([[index[caption] for caption in row[:2]] for row in data.captions])
     states = _text_states(text_encoder, tokenizer, captions)  # (captions, 24, 192)

@@ -1,7 +1,8 @@
 """A small CLIP tokenizer (byte-level BPE) whose merges make every word of the world one token."""
 
-import json
 import random
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from pcm.embedded.captions import corpus
@@ -24,28 +25,44 @@ PROMPTS = (
     "there is a {} in the scene",
     "this is a photo of {}",
 )
-MORE_WORDS = "close up clean dark bright cropped nice my it some with person man woman three four large small".split()
+MORE_WORDS = "close up clean dark bright cropped nice my it some with person man woman three four large small"
+
+
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, most frequent pair first, that join every word (plain ASCII) into one token.
+
+    Ties go to the first pair in alphabetical order: `tokenizers`' own trainer breaks them at random.
+    """
+    pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while True:
+        counts = Counter(pair for word in pieces for pair in pairwise(word))
+        if not counts:
+            return merges
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        pieces = [_merge(word, best) for word in pieces]
+
+
+def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for piece in word:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
 
 
 def build_tokenizer(folder: Path) -> None:
     """Writes vocab.json, merges.txt and the tokenizer's other files into `folder`; the same bytes every time."""
-    import pcm.torchvision_shim  # noqa: F401  - transformers imports torchvision
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    import pcm.torchvision_shim  # noqa: F401  isort: skip  - before transformers, which imports torchvision
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
     words = {word for caption in corpus(random.Random(7), 20_000) for word in caption.split()}
-    words |= {word for prompt in PROMPTS for word in prompt.format("").split()} | set(MORE_WORDS)
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000,
-        min_frequency=1,
-        show_progress=False,
-        end_of_word_suffix="</w>",
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    bpe.train_from_iterator([[word] for word in sorted(words)], trainer)
-    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    words |= {word for prompt in PROMPTS for word in prompt.format("").split()} | set(MORE_WORDS.split())
+    merges = learn_merges(sorted(words))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # "!" sorts first: id 0 pads, as in Stable Diffusion 2
     pieces = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys("".join(merge) for merge in merges)]
     pieces = [*dict.fromkeys(pieces), START, END]  # the end token has the highest id: CLIP pools there

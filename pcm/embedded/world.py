@@ -75,7 +75,7 @@ BY_NAME = {noun.name: noun for noun in NOUNS}
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn object: centre, width of its square (pixels), tilt (degrees clockwise); colour "" keeps the icon's own."""
+    """One drawn object: centre and width in pixels, tilt in degrees clockwise; colour "" keeps the icon's own."""
 
     noun: str
     colour: str
@@ -108,7 +108,7 @@ class Scene:
 
     @property
     def content(self) -> tuple:
-        """What a caption can tell: place and (noun, colour) from left to right. Two pictures of one content differ in pose."""
+        """What a caption can tell: the place and (noun, colour) from left to right."""
         return self.place, tuple((thing.noun, thing.colour) for thing in self.things)
 
 
@@ -116,7 +116,8 @@ def sample_scene(rng: random.Random, *, style: str, variety: Variety, things: in
     """A random scene of `things` (1 or 2, drawn when None) things.
 
     "plain": fixed sites, sizes and background, as in the text-to-image model's training pictures: what a caption does
-    not say is hardly ever left to chance, so the model needs fewer steps. "varied": sizes, heights, tilt, mirror image and background vary, as in photographs.
+    not say is hardly ever left to chance, so the model needs fewer steps. "varied": sizes, heights, tilt, mirror image
+    and background vary, as in photographs.
     """
     count = things or rng.choice((1, 1, 2, 2, 2))
     first = rng.choice(NOUNS)
