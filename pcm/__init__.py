@@ -1,0 +1,32 @@
+"""PCM-Net: training image captioners on synthetic images. Pure PyTorch, open_clip and diffusers; usable without Ray.
+
+The public names are loaded on first use, so that `import pcm` costs nothing.
+"""
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "PCMNet": "pcm.model",
+    "PCMNetConfig": "pcm.config",
+    "CLIPWeightedCrossEntropy": "pcm.loss",
+    "beam_search": "pcm.decoding",
+    "greedy_search": "pcm.decoding",
+    "ClipEncoder": "pcm.clip",
+    "Captioner": "pcm.captioner",
+    "Vocabulary": "pcm.vocabulary",
+    "ConceptVocabulary": "pcm.concepts",
+    "InputError": "pcm.errors",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'pcm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -48,9 +48,6 @@ def open_image(source: str | Path | bytes, *, name: str | None = None) -> Image.
         raise InputError(f"{label}: {reason}; give a JPEG, PNG, WebP, GIF or BMP file") from None
 
 
-
-
-
 def encode_image(pixels: np.ndarray, *, image_format: str, quality: int) -> bytes:
     """Encode (H, W, 3) uint8 pixels; the same pixels give the same bytes with the pinned Pillow.
 
