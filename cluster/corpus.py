@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import logging
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from pcm.caption_text import REASONS, check_caption, quarantined
 from pcm.errors import InputError
 
 __all__ = ["FORMATS", "REASONS", "CorpusRecord", "detect_format", "read_corpus"]
+
+logger = logging.getLogger(__name__)
 
 _BUFFER = 1 << 20
 
@@ -68,11 +71,11 @@ def read_corpus(
         if format == "auto":
             format = _detect(uri, stream)
         reasons: Counter[str] = Counter()
-        other_splits: Counter[str] = Counter()
+        splits: Counter[str] = Counter()
         index = 0
         for row in _rows(stream, format, uri):
+            splits[row.split] += 1
             if split is not None and not in_split(row, split):
-                other_splits[row.split] += 1
                 continue
             caption, reason = _judge(row)
             reasons[reason] += 1
@@ -80,9 +83,13 @@ def read_corpus(
             index += 1
             if index == limit:
                 break
-    if not index and other_splits:
-        held = ", ".join(f"{name} ({count:,})" for name, count in other_splits.most_common(8))
+    if not index and splits:
+        held = ", ".join(f"{name} ({count:,})" for name, count in splits.most_common(8))
         raise InputError(f"{uri}: no caption in split {split!r}; its splits are {held}")
+    if split is None and splits.keys() - {"train", "restval"}:
+        logger.warning(
+            "%s: captions of all its splits are read (%s); --split train keeps the test's out", uri, dict(splits)
+        )
     if not reasons[""]:
         found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()) or "no record at all"
         raise InputError(f"{uri}: no usable caption (read as {format}: {found})")

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -32,7 +33,6 @@ from pcm.errors import InputError
 CAPTION_FIELDS = ("caption", "text")
 CAPTION_LIST_FIELDS = ("captions", "references", "sentences")
 IMAGE_FIELDS = ("image_id", "image", "filename", "file_name", "image_name")
-FILE_NAME_FIELDS = ("filename", "file_name", "image_name", "image")
 
 
 class CaptionRow(NamedTuple):
@@ -44,7 +44,6 @@ class CaptionRow(NamedTuple):
     row_id: str
     text: str = ""
     image_id: str | None = None
-    file_name: str | None = None
     split: str = "train"
     reason: str = ""
 
@@ -132,7 +131,7 @@ def _karpathy_rows(document: dict, name: str) -> Iterator[CaptionRow]:
         if not isinstance(sentences, list):
             reason = "missing_caption" if sentences is None else "bad_record"
             text = "" if sentences is None else repr(sentences)
-            yield CaptionRow(f"image{position}", text, image_id, file_name, split, reason)
+            yield CaptionRow(f"image{position}", text, image_id, split, reason)
             continue
         for k, sentence in enumerate(sentences):
             row_id = f"image{position}#{k}"
@@ -143,7 +142,7 @@ def _karpathy_rows(document: dict, name: str) -> Iterator[CaptionRow]:
                 tokens = sentence.get("tokens")
                 if reason == "missing_caption" and isinstance(tokens, list) and all(isinstance(t, str) for t in tokens):
                     text, reason = " ".join(tokens), ""
-            yield CaptionRow(row_id, text, image_id, file_name, split, reason)
+            yield CaptionRow(row_id, text, image_id, split, reason)
 
 
 def _coco_rows(document: dict, name: str) -> Iterator[CaptionRow]:
@@ -164,8 +163,17 @@ def _coco_rows(document: dict, name: str) -> Iterator[CaptionRow]:
             continue
         text, reason = _caption_of(annotation.get("caption"))
         image_id = _label(annotation.get("image_id"))
+        image_id = _picture_key(image_id, file_names.get(image_id))
         row_id = _label(annotation.get("id")) or f"row{position}"
-        yield CaptionRow(row_id, text, image_id, file_names.get(image_id), reason=reason)
+        yield CaptionRow(row_id, text, image_id, reason=reason)
+
+
+def _picture_key(number: str | None, file_name: str | None) -> str | None:
+    """COCO's number if the picture's file name ends in it, else the file name: another number would find no picture."""
+    if number is None or file_name is None:
+        return number
+    ending = re.search(r"(\d+)$", file_name.rpartition(".")[0])
+    return number if ending and int(ending[1]) == int(number if number.isdecimal() else -1) else file_name
 
 
 # --- one record a line ---
@@ -181,7 +189,7 @@ def _read_flickr_token(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
         key, tab, caption = line.partition("\t")
         image, hash_mark, number = key.strip().rpartition("#")
         if tab and hash_mark and number.isdigit():
-            yield CaptionRow(_storable(key.strip()), caption, _storable(image), _storable(image))
+            yield CaptionRow(_storable(key.strip()), caption, _storable(image))
         else:
             yield CaptionRow(f"row{position}", line, reason="bad_record")
 
@@ -319,17 +327,16 @@ def _text_of(cell: bytes | str | int | None) -> str | int | None:
 def _record_rows(record: dict[str, Any], position: int, *, lists: bool = False) -> Iterator[CaptionRow]:
     """Rows of one flat record. `lists`: a list in the caption column is meant, since a Parquet schema says so."""
     image_id = next((label for field in IMAGE_FIELDS if (label := _label(record.get(field)))), None)
-    file_name = next((label for field in FILE_NAME_FIELDS if (label := _label(record.get(field)))), None)
     split = _label(record.get("split")) or "train"
     field = next((field for field in (*CAPTION_FIELDS, *CAPTION_LIST_FIELDS) if field in record), None)
     value = None if field is None else record[field]
     if isinstance(value, list) and value and (lists or field in CAPTION_LIST_FIELDS):
         for k, item in enumerate(value):
             text, reason = _caption_of(item)
-            yield CaptionRow(f"{position}#{k}", text, image_id, file_name, split, reason)
+            yield CaptionRow(f"{position}#{k}", text, image_id, split, reason)
         return
     text, reason = _caption_of(value)
-    yield CaptionRow(str(position), text, image_id, file_name, split, reason)
+    yield CaptionRow(str(position), text, image_id, split, reason)
 
 
 def _caption_of(value: Any) -> tuple[str, str]:

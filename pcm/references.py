@@ -8,9 +8,8 @@ over.
 from __future__ import annotations
 
 import gzip
-import re
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import BinaryIO, cast
 
 from pcm.caption_detect import detect_format
@@ -23,8 +22,8 @@ def load_references(path: str | Path, *, split: str | None = None) -> dict[str, 
     """Image id -> its reference captions, in file order.
 
     The id is COCO's number where the picture's file name ends in it (`COCO_val2014_000000000042.jpg` is "42"), else
-    the file name ("1000092795.jpg"), else the id that the record gives. split: as in `cluster.corpus.read_corpus`;
-    for Karpathy's files usually "val" or "test". A `.gz` file is decompressed.
+    the file name ("1000092795.jpg"); outside JSON documents, what the record says. split: as in
+    `cluster.corpus.read_corpus`; for Karpathy's files usually "val" or "test". A `.gz` file is decompressed.
 
     Raises InputError: the file or its format, no caption for the split, a caption without an image, an unusable
     caption.
@@ -41,23 +40,14 @@ def load_references(path: str | Path, *, split: str | None = None) -> dict[str, 
             continue
         if reason:
             raise InputError(f"{path}: reference {row.row_id} of image {row.image_id} cannot be used: {reason}")
-        image_id = _image_key(row)
-        if image_id is None:
+        if row.image_id is None:
             raise InputError(f"{path}: reference {row.row_id} names no image; give it an `image` or `image_id`")
-        references.setdefault(image_id, []).append(caption)
+        references.setdefault(row.image_id, []).append(caption)
     if not references:
         raise InputError(
             f"{path}: no references in split {split or 'all'!r}; its splits are {', '.join(sorted(splits))}"
         )
     return references
-
-
-def _image_key(row: CaptionRow) -> str | None:
-    """COCO's number if the picture's file name ends in it; else the file name: a number alone would find no picture."""
-    if row.file_name is None or row.image_id is None:
-        return row.image_id
-    number = re.search(r"(\d+)$", PurePath(row.file_name).stem)
-    return row.image_id if number and number[1].lstrip("0") == row.image_id.lstrip("0") else row.file_name
 
 
 def _rows(path: Path) -> Iterator[CaptionRow]:

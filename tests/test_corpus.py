@@ -60,6 +60,15 @@ def test_karpathy_train_split_includes_restval(tmp_path):
     assert len(captions(path)) == len(captions(path, split="all")) == 5
 
 
+def test_reading_every_split_says_that_the_test_is_among_them(tmp_path, caplog):
+    path = write_json(tmp_path / "dataset_coco.json", KARPATHY)
+    captions(path, split="train")
+    captions(path, split="all")
+    assert not caplog.text
+    captions(path)
+    assert "captions of all its splits are read" in caplog.text and "'test': 1" in caplog.text
+
+
 def test_flickr30k_images_are_known_by_file_name(tmp_path):
     image = {"filename": "1000092795.jpg", "split": "train", "imgid": 0, "sentences": [{"raw": "Two men", "sentid": 0}]}
     path = write_json(tmp_path / "dataset_flickr30k.json", {"images": [image]})
@@ -82,7 +91,7 @@ def test_records_that_name_no_split_are_the_train_split(tmp_path):
 def test_coco_annotations_keep_their_ids(tmp_path):
     document = {
         "info": {},
-        "images": [{"id": 7, "file_name": "x.jpg"}],
+        "images": [{"id": 7, "file_name": "COCO_train2014_000000000007.jpg"}],
         "annotations": [
             {"id": 55, "image_id": 7, "caption": "a cat\n"},
             {"id": 56, "image_id": 7, "caption": "a red cat"},

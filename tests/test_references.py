@@ -1,0 +1,96 @@
+"""Reference captions by image id, from every format, or one clear line."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pcm.errors import InputError
+from pcm.references import load_references
+
+WANTED = {"a.jpg": ["a dog", "the dog"], "b.jpg": ["a cat"]}
+
+
+def write_all(folder):
+    """The same references in every format. Returns the paths."""
+    pairs = [(image, text) for image, texts in WANTED.items() for text in texts]
+    files = {
+        "token.token": "".join(f"{image}#{k}\t{text} \n" for k, (image, text) in enumerate(pairs)),
+        "pairs.csv": "image,caption\n" + "".join(f"{image},{text}\n" for image, text in pairs),
+        "pairs.tsv": "image\tcaption\n" + "".join(f"{image}\t{text}\n" for image, text in pairs),
+        "pairs.jsonl": "".join(json.dumps({"image": image, "caption": text}) + "\n" for image, text in pairs),
+        "lists.jsonl": "".join(json.dumps({"image_id": i, "references": t}) + "\n" for i, t in WANTED.items()),
+        "karpathy.json": json.dumps({"images": [
+            {"filename": i, "split": "test", "sentences": [{"raw": text} for text in t]} for i, t in WANTED.items()
+        ]}),
+        "coco.json": json.dumps({
+            "images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}],
+            "annotations": [{"image_id": 7 if image == "a.jpg" else 8, "caption": text} for image, text in pairs],
+        }),
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    (folder / "pairs.csv.gz").write_bytes(gzip.compress(files["pairs.csv"].encode()))
+    image = [{"bytes": b"\xff\xd8", "path": None}] * 2
+    table = pa.table({"image_id": list(WANTED), "image": image, "references": list(WANTED.values())})
+    pq.write_table(table, folder / "photos.parquet")
+    return sorted(folder.iterdir())
+
+
+def test_every_format_gives_the_same_references(tmp_path):
+    paths = write_all(tmp_path)
+    assert len(paths) == 9
+    for path in paths:
+        assert load_references(path) == WANTED, path
+
+
+def test_coco_pictures_are_known_by_the_number_in_their_name(tmp_path):
+    karpathy = {"images": [
+        {"filename": "COCO_val2014_000000391895.jpg", "cocoid": 391895, "split": "test",
+         "sentences": [{"raw": "a man"}]},
+        {"filename": "COCO_val2014_000000000042.jpg", "cocoid": 42, "split": "val", "sentences": [{"raw": "shoes"}]},
+    ]}  # fmt: skip
+    coco = {
+        "images": [{"id": 391895, "file_name": "COCO_val2014_000000391895.jpg"}],
+        "annotations": [{"id": 1, "image_id": 391895, "caption": "a man\n"}],
+    }
+    (tmp_path / "k.json").write_text(json.dumps(karpathy))
+    (tmp_path / "c.json").write_text(json.dumps(coco))
+    assert load_references(tmp_path / "k.json", split="test") == {"391895": ["a man"]}
+    assert load_references(tmp_path / "k.json", split="val") == {"42": ["shoes"]}
+    assert load_references(tmp_path / "k.json") == {"391895": ["a man"], "42": ["shoes"]}
+    assert load_references(tmp_path / "c.json") == {"391895": ["a man"]}
+
+
+def test_empty_references_are_passed_over(tmp_path):
+    (tmp_path / "r.csv").write_text("image,caption\na.jpg,a dog\na.jpg,  \nb.jpg,\n")
+    assert load_references(tmp_path / "r.csv") == {"a.jpg": ["a dog"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("r.txt", "a dog\n", "reference 0 names no image"),
+        ("r.csv", "image,caption\na.jpg,a\x00dog\n", "reference 0 of image a.jpg cannot be used: control_characters"),
+        ("r.csv", "image,caption\njust text\n", "cannot be used: bad_record"),
+        ("r.csv", "image,caption\na.jpg,\n", "no references in split 'all'"),
+        ("r.json", "[]", "neither Karpathy's JSON"),
+        ("r.csv.gz", "not gzip", "cannot be read"),
+        ("r.pkl", "x", "cannot tell its caption format"),
+    ],
+)
+def test_unusable_references_are_one_clear_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message) as error:
+        load_references(tmp_path / name)
+    assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_missing_split_names_the_splits_there_are(tmp_path):
+    write_all(tmp_path)
+    with pytest.raises(InputError, match="no references in split 'val'; its splits are test"):
+        load_references(tmp_path / "karpathy.json", split="val")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_references(tmp_path / "absent.json")
