@@ -1,0 +1,123 @@
+"""Figures of the embedded models: what the model card states, measured on the files of the pack."""
+
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import pcm.torchvision_shim  # noqa: F401  - before open_clip and diffusers
+from pcm.embedded.captions import PLACE_PHRASES
+from pcm.embedded.clip_training import as_input, measure
+from pcm.embedded.scenes import SceneSet
+from pcm.embedded.t2i_training import STEPS
+from pcm.embedded.world import BY_NAME, NOUNS
+
+GUIDANCE = 3.0
+
+
+@dataclass(frozen=True)
+class Painted:
+    """Generated pictures with what was asked for."""
+
+    prompts: list[str]
+    nouns: list[tuple[str, ...]]
+    images: np.ndarray  # (n, 64, 64, 3) uint8
+    seconds_a_picture: float
+
+
+def load_clip(folder: Path):
+    """(model, tokenise) through open_clip's own API."""
+    import open_clip
+
+    model = open_clip.create_model(f"local-dir:{folder}")
+    return model.eval(), open_clip.get_tokenizer(f"local-dir:{folder}")
+
+
+def judge_clip(folder: Path, check: dict[str, SceneSet]) -> dict[str, dict[str, float]]:
+    """measure() of the packed CLIP on check sets by name."""
+    model, tokenise = load_clip(folder)
+    return {name: measure(model, tokenise, scenes) for name, scenes in check.items()}
+
+
+def judge_prompts(seed: int = 11) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Two prompts a noun for single objects and one a noun for pairs."""
+    rng = random.Random(seed)
+    prompts, nouns = [], []
+    for noun in NOUNS:
+        for _ in range(2):
+            place = rng.choice(noun.places)
+            prompts.append(f"{_named(noun.name)} {PLACE_PHRASES[place][0]}")
+            nouns.append((noun.name,))
+    for noun in NOUNS:
+        place = rng.choice(noun.places)
+        other = rng.choice([o for o in NOUNS if place in o.places and o is not noun]).name
+        prompts.append(f"{_named(noun.name)} and {_named(other)} {PLACE_PHRASES[place][0]}")
+        nouns.append((noun.name, other))
+    return prompts, nouns
+
+
+def paint(folder: Path, prompts: list[str], nouns: list[tuple[str, ...]], *, batch: int = 8) -> Painted:
+    """Generates one picture a prompt, seed = position, with the pipeline's own scheduler."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    images, seconds = [], []
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        generators = [torch.Generator().manual_seed(start + offset) for offset in range(len(part))]
+        began = time.perf_counter()
+        pictures = pipeline(part, generator=generators, num_inference_steps=STEPS, guidance_scale=GUIDANCE).images
+        seconds.append((time.perf_counter() - began) / len(part))
+        images += [np.asarray(picture) for picture in pictures]
+    return Painted(prompts, nouns, np.stack(images), float(np.median(seconds)))
+
+
+@torch.no_grad()
+def recognised(clip_folder: Path, painted: Painted) -> dict[str, float]:
+    """Share of pictures in which the packed CLIP, which never saw a generated picture, finds what was asked for.
+
+    single: the nearest of the 32 nouns is the one; both: the two nearest are the two; any: at least one of the two is.
+    """
+    model, tokenise = load_clip(clip_folder)
+    image = F.normalize(model.encode_image(as_input(painted.images)), dim=-1)
+    names = F.normalize(model.encode_text(tokenise([f"a photo of a {noun.name}" for noun in NOUNS])), dim=-1)
+    order = (image @ names.T).argsort(1, descending=True).tolist()
+    single, both, either = [], [], []
+    for ranks, asked in zip(order, painted.nouns, strict=True):
+        top = {NOUNS[rank].name for rank in ranks[: len(asked)]}
+        if len(asked) == 1:
+            single.append(top == set(asked))
+        else:
+            both.append(top == set(asked))
+            either.append(bool(top & set(asked)))
+    return {name: round(float(np.mean(v)), 4) for name, v in (("single", single), ("both", both), ("any", either))}
+
+
+def contact_sheet(painted: Painted, path: Path, *, columns: int = 8, limit: int = 96) -> None:
+    """Generated pictures with their prompts underneath, as one small PNG."""
+    from PIL import ImageDraw
+
+    width, height = 112, 96
+    count = min(limit, len(painted.images))
+    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number in range(count):
+        x, y = number % columns * width, number // columns * height
+        sheet.paste(Image.fromarray(painted.images[number]), (x + 24, y))
+        words = painted.prompts[number].split()
+        half = -(-len(words) // 2)
+        for line, part in enumerate((words[:half], words[half:])):
+            draw.text((x + 2, y + 66 + 12 * line), " ".join(part), fill="black", font_size=9)
+    sheet.save(path, optimize=True)
+
+
+def _named(name: str) -> str:
+    if name == "scissors":
+        return "a pair of scissors"
+    return f"{'an' if BY_NAME[name].name[0] in 'aeiou' else 'a'} {name}"
