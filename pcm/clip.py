@@ -53,7 +53,7 @@ class ClipEncoder:
         architecture, pretrained = resolve_clip_name(name)
         try:
             model = open_clip.create_model(
-                architecture, pretrained=pretrained, device=self.device, require_pretrained=pretrained is not None
+                architecture, pretrained=pretrained, device=self.device, require_pretrained=True
             )
             self._tokenizer = open_clip.get_tokenizer(architecture)
         except (RuntimeError, OSError, ValueError, FileNotFoundError) as error:

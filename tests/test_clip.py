@@ -1,0 +1,149 @@
+"""The frozen CLIP: its features are open_clip's own, and a row does not depend on its neighbours."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import pcm.torchvision_shim  # noqa: F401  isort: skip
+import open_clip
+
+from pcm.clip import ClipEncoder, folder_revision, truncation_check
+from pcm.errors import InputError
+
+TEXTS = ["a cat", "a dog on the beach", "Ein Hund.", "a cat", "\N{GRINNING FACE} and friends"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_clip: Path) -> ClipEncoder:
+    return ClipEncoder(str(tiny_clip), batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    random = np.random.default_rng(0)
+    sizes = [(32, 32), (40, 30), (32, 64), (32, 32), (100, 90)]
+    return [Image.fromarray(random.integers(0, 255, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+
+
+def save_clip(folder: Path, *, image_size: int, patch_size: int, **vision: object) -> Path:
+    """An open_clip folder with random weights and a grid of image_size // patch_size."""
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "image_size": image_size, "layers": 1, "width": 32, "head_width": 16, "patch_size": patch_size, **vision
+        },
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    save_file(open_clip.model.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def test_shapes_are_those_of_the_model(encoder: ClipEncoder, images: list[Image.Image]) -> None:
+    shape = encoder.features
+    assert (shape.embed_dim, shape.patch_dim, shape.num_patches) == (32, 64, 16)
+    assert (encoder.resolution, encoder.context_length) == (32, 77)
+    encoded = encoder.encode_images(images)
+    assert encoded.global_feature.shape == (5, 32) and encoded.patch_features.shape == (5, 16, 64)
+    assert encoder.encode_texts(TEXTS).shape == (5, 32)
+    assert encoder.encode_images([]).patch_features.shape == (0, 16, 64)
+    assert encoder.encode_texts([]).shape == (0, 32)
+
+
+def test_features_are_those_that_open_clip_computes(
+    encoder: ClipEncoder, tiny_clip: Path, images: list[Image.Image]
+) -> None:
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tiny_clip}")
+    model.eval()
+    tokens: list[torch.Tensor] = []  # what leaves the last block, [CLS] first
+    model.visual.transformer.resblocks[-1].register_forward_hook(lambda module, given, out: tokens.append(out))
+    with torch.no_grad():
+        pixel_values = torch.stack([preprocess(image) for image in images])
+        global_feature = model.encode_image(pixel_values, normalize=True)
+        texts = model.encode_text(open_clip.get_tokenizer(f"local-dir:{tiny_clip}")(TEXTS), normalize=True)
+    encoded = encoder.encode_images(images)
+    np.testing.assert_allclose(encoded.global_feature, global_feature.numpy(), atol=1e-5)
+    np.testing.assert_allclose(encoded.patch_features, tokens[0][:, 1:].numpy(), atol=1e-5)
+    np.testing.assert_allclose(encoder.encode_texts(TEXTS), texts.numpy(), atol=1e-5)
+
+    head = encoder.head()
+    cls = torch.nn.functional.layer_norm(tokens[0][:, 0], (64,), head["ln_post.weight"], head["ln_post.bias"])
+    again = torch.nn.functional.normalize(cls @ head["proj"], dim=-1)
+    np.testing.assert_allclose(again.numpy(), global_feature.numpy(), atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(encoder: ClipEncoder, images: list[Image.Image]) -> None:
+    together = encoder.encode_images(images)
+    texts = encoder.encode_texts(TEXTS)
+    for row in range(len(images)):
+        alone = encoder.encode_images(images[row : row + 1])
+        # One row of a matrix product may be summed in another order than three: equal but for the last bits.
+        np.testing.assert_allclose(alone.global_feature[0], together.global_feature[row], atol=1e-6)
+        np.testing.assert_allclose(alone.patch_features[0], together.patch_features[row], atol=1e-5)
+        np.testing.assert_allclose(encoder.encode_texts(TEXTS[row : row + 1])[0], texts[row], atol=1e-6)
+    assert not np.allclose(together.global_feature[0], together.global_feature[3]), "different pictures differ"
+
+
+def test_rows_have_unit_length(encoder: ClipEncoder, images: list[Image.Image]) -> None:
+    for rows in (encoder.encode_images(images).global_feature, encoder.encode_texts(TEXTS)):
+        np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(("side", "num_patches"), [(7, 49), (8, 64), (9, 81), (10, 25), (16, 64)])
+def test_only_large_even_grids_are_pooled(side: int, num_patches: int, tmp_path: Path) -> None:
+    encoder = ClipEncoder(str(save_clip(tmp_path / "clip", image_size=4 * side, patch_size=4)), batch_size=1)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8))
+    assert encoder.num_patches == num_patches
+    assert encoder.encode_images([image]).patch_features.shape == (1, num_patches, 32)
+
+
+def test_tokens_are_counted_with_start_and_end_before_truncation(encoder: ClipEncoder, tiny_clip: Path) -> None:
+    assert encoder.count_tokens("a cat") == 4
+    assert encoder.count_tokens(" ".join(["cat"] * 100)) == 102
+    too_long = truncation_check(str(tiny_clip))
+    assert not too_long(" ".join(["cat"] * 75)) and too_long(" ".join(["cat"] * 76))
+    assert not truncation_check("null")("cat " * 500)
+
+
+def test_a_text_over_the_context_is_cut_and_still_encoded(encoder: ClipEncoder) -> None:
+    long = encoder.encode_texts([" ".join(["cat"] * 100), " ".join(["cat"] * 90)])
+    assert np.isfinite(long).all()
+    np.testing.assert_allclose(long[0], long[1], atol=1e-6)
+
+
+def refused(name: str) -> str:
+    with pytest.raises(InputError) as caught:
+        ClipEncoder(name)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_model_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, tiny_clip: Path) -> None:
+    assert "ViT-Z-99" in refused("ViT-Z-99/openai") and "ViT-L-14/openai" in refused("ViT-B-32")
+    (tmp_path / "empty").mkdir()
+    assert "open_clip_config.json" in refused(str(tmp_path / "empty"))
+    (tmp_path / "no_weights").mkdir()
+    (tmp_path / "no_weights/open_clip_config.json").write_text((tiny_clip / "open_clip_config.json").read_text())
+    assert "cannot be loaded" in refused(str(tmp_path / "no_weights"))
+
+
+def test_a_tower_without_a_cls_token_is_refused(tmp_path: Path) -> None:
+    folder = save_clip(tmp_path / "clip", image_size=32, patch_size=8, pool_type="avg")
+    assert "[CLS]" in refused(str(folder))
+
+
+def test_a_folders_revision_is_its_content(tmp_path: Path) -> None:
+    for name, content in {"a/x": b"1", "b/x": b"1", "c/y": b"1", "d/x": b"2"}.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(content)
+    revision = {name: folder_revision(tmp_path / name) for name in "abcd"}
+    assert revision["a"] == revision["b"]
+    assert len({revision[name] for name in "acd"}) == 3
+    assert folder_revision(tmp_path / "a/x") == folder_revision(tmp_path / "b/x") != folder_revision(tmp_path / "d/x")

@@ -1,0 +1,114 @@
+"""Pictures as bytes: decoded safely, encoded the same every time, and refused when they show nothing."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+from pcm.errors import InputError
+from pcm.images import IMAGE_FORMATS, MAX_PIXELS, defect, encode_image, open_image, to_uint8
+
+
+def picture(side: int = 32, seed: int = 0) -> np.ndarray:
+    """(side, side, 3) uint8: a smooth gradient with some noise."""
+    ramp = np.linspace(20, 230, side)
+    pixels = np.stack([ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], 128 + 0 * np.add.outer(ramp, ramp)], -1)
+    return (pixels + np.random.default_rng(seed).normal(0, 3, pixels.shape)).clip(0, 255).astype(np.uint8)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG file that claims a size and holds nearly no data."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    start = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + start + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("image_format", IMAGE_FORMATS)
+def test_an_encoded_picture_decodes_to_what_it_was(image_format: str) -> None:
+    decoded = np.asarray(open_image(encode_image(picture(), image_format=image_format, quality=95)))
+    assert decoded.shape == (32, 32, 3)
+    error = np.abs(decoded.astype(int) - picture()).mean()
+    assert error == 0 if image_format == "png" else error < 4
+
+
+@pytest.mark.parametrize("image_format", IMAGE_FORMATS)
+def test_the_same_pixels_give_the_same_bytes(image_format: str) -> None:
+    first, second = (encode_image(picture(), image_format=image_format, quality=80) for _ in range(2))
+    assert first == second
+    assert first != encode_image(picture(seed=1), image_format=image_format, quality=80)
+
+
+def test_jpeg_keeps_the_colour_of_single_pixels() -> None:
+    stripes = np.zeros((16, 16, 3), np.uint8)
+    stripes[:, ::2, 0] = 255  # red beside blue, pixel by pixel
+    stripes[:, 1::2, 2] = 255
+    decoded = np.asarray(open_image(encode_image(stripes, image_format="jpeg", quality=95))).astype(int)
+    assert np.abs(decoded - stripes).mean() < 12  # 64 with chroma at half the resolution
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [
+        (np.zeros((8, 8, 3)), "black_image"),
+        (np.full((8, 8, 3), 0.5), "constant_image"),
+        (np.ones((8, 8, 3)), "constant_image"),
+        (np.full((8, 8, 3), np.nan), "nan_image"),
+        (np.where(np.arange(192).reshape(8, 8, 3) == 7, np.nan, 0.5), "nan_image"),
+        (np.where(np.arange(192).reshape(8, 8, 3) == 7, np.inf, 0.5), "nan_image"),
+        (picture() / 255, ""),
+        (np.where(np.arange(32 * 32 * 3).reshape(32, 32, 3) < 300, 0.6, 0.0), ""),  # night, with a light in it
+    ],
+)
+def test_what_shows_nothing_is_a_defect(pixels: np.ndarray, reason: str) -> None:
+    assert defect(pixels.astype(np.float32)) == reason
+
+
+def test_pixels_are_rounded_as_diffusers_rounds_them() -> None:
+    pixels = np.random.default_rng(0).uniform(0, 1, (4, 8, 8, 3)).astype(np.float32)
+    theirs = np.stack([np.asarray(image) for image in VaeImageProcessor.numpy_to_pil(pixels)])
+    assert (np.stack([to_uint8(image) for image in pixels]) == theirs).all()
+    assert to_uint8(np.array([[[-0.2, 1.7, 0.5]]])).tolist() == [[[0, 255, 128]]]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
+def test_every_kind_of_picture_becomes_rgb(mode: str, tmp_path: Path) -> None:
+    grey = Image.fromarray(picture()).convert("L")
+    image = Image.fromarray(picture()).convert(mode) if mode != "I;16" else grey.convert("I").convert("I;16")
+    path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
+    image.save(path)
+    assert open_image(path).mode == "RGB"
+
+
+def refused(source: str | Path | bytes, **arguments: str) -> str:
+    with pytest.raises(InputError) as caught:
+        open_image(source, **arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_picture_that_is_no_picture_is_refused_by_its_name(tmp_path: Path) -> None:
+    whole = encode_image(picture(), image_format="jpeg", quality=95)
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_bytes(b"hello")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    assert "half.jpg: cannot be decoded" in refused(tmp_path / "half.jpg")
+    assert "text.jpg: not a picture" in refused(tmp_path / "text.jpg")
+    assert "empty.jpg: not a picture" in refused(str(tmp_path / "empty.jpg"))
+    assert "none.jpg: no such file" in refused(tmp_path / "none.jpg")
+    assert refused(whole[:50], name="row 7").startswith("row 7: ")
+    damaged = io.BytesIO(encode_image(picture(), image_format="png", quality=0)).getvalue()
+    assert "cannot be decoded" in refused(damaged[:60] + b"\0\0\0\0" + damaged[64:])
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_read() -> None:
+    side = int(MAX_PIXELS**0.5) + 1
+    assert "pixels" in refused(png_header(side, side))
+    assert "pixels" in refused(png_header(60_000, 60_000))

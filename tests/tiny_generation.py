@@ -1,0 +1,69 @@
+"""Real generation runs of a size that a test can afford."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.corpus import read_corpus
+from cluster.dataset import Plan
+from cluster.generate import GenerationResult, Pools, generate
+from cluster.models import pin_clip, pin_t2i
+from cluster.plan import make_plan
+from cluster.storage import Store, open_store
+from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
+
+ANIMALS = ("cat", "dog", "horse", "sheep", "cow", "bird")
+PLACES = ("beach", "street", "table", "snow")
+CAPTIONS = tuple(f"A {animal} near the {place}." for place in PLACES for animal in ANIMALS)  # 24
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset made for a test: where it is, what was planned, and what the run that made it said."""
+
+    store: Store
+    plan: Plan
+    result: GenerationResult
+    corpus: Path
+
+
+def null_spec(**generator: object) -> DatasetSpec:
+    """The null generator and null CLIP: the pipeline without a model, seconds a run."""
+    return DatasetSpec(
+        generator=GeneratorSpec(model="null", revision="", **generator), clip=ClipSpec(model="null", revision="")
+    )
+
+
+def tiny_spec(t2i: Path, clip: Path | None = None, *, images_per_caption: int = 1, **generator: object) -> DatasetSpec:
+    """The tiny models of tests/tiny_models.py, two steps, batches of four."""
+    defaults = {"num_inference_steps": 2, "guidance_scale": 2.0, "batch_size": 4}
+    clip_name = str(clip) if clip else "null"
+    return DatasetSpec(
+        generator=GeneratorSpec(model=str(t2i), revision=pin_t2i(str(t2i), None), **(defaults | generator)),
+        clip=ClipSpec(model=clip_name, revision=pin_clip(clip_name, None), batch_size=4),
+        images_per_caption=images_per_caption,
+    )
+
+
+def write_corpus(folder: Path, captions: Sequence[str] = CAPTIONS) -> Path:
+    path = folder / "captions.txt"
+    path.write_text("".join(f"{caption}\n" for caption in captions))
+    return path
+
+
+def plan_dataset(out: str | Path, corpus: Path, spec: DatasetSpec, *, shard_size: int = 5) -> tuple[Store, Plan]:
+    store = open_store(str(out))
+    plan = make_plan(
+        store, read_corpus(str(corpus)), spec, corpus=str(corpus), shard_size=shard_size,
+        is_truncated=lambda prompt: len(prompt) > 500,
+    )  # fmt: skip
+    return store, plan
+
+
+def make_dataset(
+    out: str | Path, corpus: Path, spec: DatasetSpec, *, shard_size: int = 5, generators: int = 2
+) -> Dataset:
+    """Plan and generate; Ray must be running. Run it again on the same place to resume."""
+    store, plan = plan_dataset(out, corpus, spec, shard_size=shard_size)
+    pools = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=generators)
+    return Dataset(store, plan, generate(store, plan, pools), corpus)
