@@ -8,7 +8,6 @@ Images whose hypotheses have all ended leave the batch. None of this changes a r
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pcm.errors import InputError
@@ -42,7 +41,10 @@ class _Decoder:
         self.model = model
         self.beam_size = beam_size
         self.memory_mask = None if encoded.mask is None else encoded.mask[:, None, None, :]  # (B, 1, 1, S)
-        self.cross_caches = [block.cross_attention.keys_values(encoded.memory) for block in model.decoder]
+        self.cross_caches = [
+            tuple(cache.contiguous() for cache in block.cross_attention.keys_values(encoded.memory))
+            for block in model.decoder
+        ]
         keys = self.cross_caches[0][0]  # (B, heads, S, d)
         pool = (keys.shape[0], keys.shape[1], max_length * beam_size, keys.shape[3])
         self.self_caches = [(keys.new_zeros(pool), keys.new_zeros(pool)) for _ in model.decoder]
@@ -51,13 +53,15 @@ class _Decoder:
             keys.shape[0], beam_size, max_length * beam_size, dtype=torch.bool, device=keys.device
         )
 
-    def log_probabilities(self, words: Tensor, step: int) -> Tensor:
-        """Feed the words of this step, (B, w) with w = 1 or W, and get log-probabilities of the next, (B, w, V)."""
-        count = words.shape[1]
+    def best_words(self, words: Tensor, step: int, *, count: int) -> tuple[Tensor, Tensor]:
+        """Feed the words of this step, (B, w) with w = 1 or W; returns the `count` most probable next words of each
+        hypothesis, best first, (B, w, count), and their log-probabilities.
+        """
+        width = words.shape[1]
         slot = step * self.beam_size
-        own = torch.eye(count, dtype=torch.bool, device=words.device)
-        self.ancestors[:, :count, slot : slot + count] = own
-        mask = self.ancestors[:, None, :count, : slot + self.beam_size]  # (B, 1, w, (step + 1) * W)
+        own = torch.eye(width, dtype=torch.bool, device=words.device)
+        self.ancestors[:, :width, slot : slot + width] = own
+        mask = self.ancestors[:, None, :width, : slot + self.beam_size]  # (B, 1, w, (step + 1) * W)
         x = self.model.word_embedding(words, step=step)  # (B, w, H)
         for block, self_cache, cross_cache in zip(self.model.decoder, self.self_caches, self.cross_caches, strict=True):
             x = block.step(
@@ -68,7 +72,9 @@ class _Decoder:
                 cross_cache=cross_cache,
                 memory_mask=self.memory_mask,
             )
-        return F.log_softmax(self.model.output(x).float(), dim=-1)
+        logits = self.model.output(x).float()  # (B, w, V)
+        best, ids = logits.topk(count, dim=-1)
+        return ids, best - logits.logsumexp(dim=-1, keepdim=True)
 
     def follow(self, parents: Tensor) -> None:
         """Hypothesis w now continues hypothesis parents[:, w], (B, W)."""
@@ -121,19 +127,21 @@ def beam_search(
     words = torch.full((batch, 1), BOS, device=device)  # (B, 1), then (B, W)
     scores = torch.zeros(batch, 1, device=device)
     ended = torch.zeros(batch, 1, dtype=torch.bool, device=device)
+    padding = torch.arange(beam_size, device=device)  # extensions of an ended hypothesis: 0, then the first other words
 
     for step in range(max_length):
-        word_log_probs = decoder.log_probabilities(words, step)  # (B, w, V)
-        vocab_size = word_log_probs.shape[-1]
-        candidates = scores.unsqueeze(-1) + word_log_probs
-        if step > 0:
-            candidates.masked_fill_(ended.unsqueeze(-1), _ENDED)
-            candidates[:, :, EOS] = torch.where(ended, scores, candidates[:, :, EOS])
+        # No hypothesis can give more than W of the W best extensions: (B, w, W) candidates hold them all.
+        next_words, next_log_probs = decoder.best_words(words, step, count=beam_size)
+        after_end = ended.unsqueeze(-1)
+        next_words = torch.where(after_end, padding, next_words)
+        candidates = scores.unsqueeze(-1) + torch.where(after_end, 0.0, next_log_probs)
+        candidates[:, :, 1:].masked_fill_(after_end, _ENDED)
         scores, chosen = candidates.flatten(1).topk(beam_size, dim=-1)  # (B, W), best first
-        parents, words = chosen // vocab_size, chosen % vocab_size
+        parents = chosen // beam_size
+        words = next_words.flatten(1).gather(1, chosen)
 
         ended = ended.gather(1, parents)
-        added = word_log_probs.flatten(1).gather(1, chosen).masked_fill(ended, 0.0)
+        added = next_log_probs.flatten(1).gather(1, chosen).masked_fill(ended, 0.0)
         history = parents.unsqueeze(-1).expand(-1, -1, max_length)
         token_ids, log_probs = token_ids.gather(1, history), log_probs.gather(1, history)
         token_ids[:, :, step], log_probs[:, :, step] = words, added
@@ -175,10 +183,10 @@ def greedy_search(
     words = torch.full((batch, 1), BOS, device=device)
     going = torch.ones(batch, 1, dtype=torch.bool, device=device)
     for step in range(max_length):
-        best, words = decoder.log_probabilities(words, step)[:, 0].max(dim=-1, keepdim=True)  # (B, 1)
-        going = going & (words != EOS)
-        words = words * going
-        token_ids[:, step], log_probs[:, step] = words[:, 0], best[:, 0]
+        best_words, best_log_probs = decoder.best_words(words, step, count=1)  # (B, 1, 1)
+        going = going & (best_words[:, :, 0] != EOS)
+        words = best_words[:, :, 0] * going
+        token_ids[:, step], log_probs[:, step] = words[:, 0], best_log_probs[:, 0, 0]
         if not going.any():
             break
     return Decoded(token_ids, log_probs)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcm.config import PCMNetConfig
+from pcm.dropout import Dropout
 from pcm.errors import InputError
 
 #: How textual patches enter the sequence. "replace": selected patches become textual, 1 + N positions (training).
@@ -133,7 +134,7 @@ class VisualEmbedding(nn.Module):
         #: Row 1 marks textual positions, row 0 everything else.
         self.token_type = nn.Embedding(2, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.dropout = nn.Dropout(config.visual_dropout)
+        self.dropout = Dropout(config.visual_dropout)
 
     @torch.no_grad()
     def mix_up(self, global_feature: Tensor, patch_features: Tensor, concepts: Tensor) -> MixUp:

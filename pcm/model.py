@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pcm.config import PCMNetConfig
+from pcm.dropout import Dropout
 from pcm.errors import InputError
 from pcm.mixup import Layout, MixUp, VisualEmbedding, unit
 from pcm.transformer import DecoderBlock, EncoderBlock
@@ -34,7 +35,7 @@ class WordEmbedding(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.dropout = nn.Dropout(config.word_dropout)
+        self.dropout = Dropout(config.word_dropout)
         self.register_buffer("position", sinusoid(config.max_length, config.hidden_size), persistent=False)
 
     def forward(self, token_ids: Tensor, *, step: int | None = None) -> Tensor:
@@ -113,7 +114,7 @@ class PCMNet(nn.Module):
             )
             for _ in range(config.num_decoder_layers)
         )
-        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.output_dropout = Dropout(config.output_dropout)
         self.output = nn.Linear(config.hidden_size, config.vocab_size)
         # Not in the state dict: the concepts belong to the dataset and are stored beside it and beside checkpoints.
         self.register_buffer("concept_embeddings", torch.zeros(config.num_concepts, config.embed_dim), persistent=False)
