@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import safetensors.torch
+import torch
 from PIL import Image, ImageDraw
 
 from cluster.dataset import (
@@ -15,12 +16,16 @@ from cluster.dataset import (
     MANIFEST_KEY,
     VOCABULARY_KEY,
     Manifest,
+    load_manifest,
     parquet_bytes,
     shard_key,
 )
 from cluster.storage import open_store
+from cluster.trainconfig import preset
+from pcm.captioner import captioner_files
 from pcm.clip import ClipEncoder
 from pcm.concepts import ConceptVocabulary
+from pcm.model import PCMNet
 from pcm.records import STORED, shard_schema
 from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
 from pcm.vocabulary import Vocabulary
@@ -110,6 +115,42 @@ def write_dataset(root: Path, clip: Path, *, rows: int = 96, shard_size: int = 2
     )
     store.write_bytes(MANIFEST_KEY, manifest.to_json())
     return root
+
+
+def write_checkpoint(folder: Path, dataset: Path) -> Path:
+    """The checkpoint of an untrained captioner for a dataset."""
+    manifest = load_manifest(open_store(dataset))
+    vocabulary, concepts = Vocabulary.load(dataset / VOCABULARY_KEY), ConceptVocabulary.load(dataset / CONCEPTS_KEY)
+    config = preset("embedded").with_overrides(TINY)
+    config = config.for_dataset(
+        vocab_size=len(vocabulary), features=manifest.features, num_concepts=len(concepts.names)
+    )
+    torch.manual_seed(0)
+    model = PCMNet(config.model)
+    model.set_concepts(torch.from_numpy(concepts.embeddings))
+    model.set_clip_head(safetensors.torch.load_file(dataset / CLIP_HEAD_KEY))
+    files = captioner_files(
+        model,
+        document={"clip": {"model": manifest.spec.clip.model, "dtype": "float32"}},
+        vocabulary=(dataset / VOCABULARY_KEY).read_bytes(),
+        concepts=(dataset / CONCEPTS_KEY).read_bytes(),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def write_pictures(folder: Path, *, count: int, first: int = 1000) -> Path:
+    """PNG files of scenes that no dataset here holds, and references.csv beside the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["image,caption"]
+    for index in range(first, first + count):
+        caption, image = scene(index)
+        (folder / f"scene{index}.png").write_bytes(png(image))
+        lines += [f'scene{index}.png,"{caption}"', f'scene{index}.png,"There is {caption[0].lower()}{caption[1:]}"']
+    (folder.parent / "references.csv").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 #: Overrides of TrainConfig that make a run of seconds.

@@ -1,0 +1,172 @@
+"""Real pictures with their reference captions: what a captioner is validated and evaluated on."""
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from cluster.storage import Store, local_copy, open_store
+from pcm import embedded
+from pcm.clip import ClipEncoder, ImageFeatures
+from pcm.errors import InputError
+from pcm.images import open_image
+from pcm.references import load_references
+
+log = logging.getLogger(__name__)
+
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+EMBEDDED_PREFIX = "embedded:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSource:
+    """Where pictures and references are; what --images, --references and --split say.
+
+    `images`: a folder of picture files (image id = file name), a Parquet file or folder of them (columns image_id and
+    image), or `embedded:val` / `embedded:test`. `references`: any file that pcm.references reads; None where the
+    Parquet file itself has a `references` column. Paths or URIs.
+    """
+
+    images: str
+    references: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pictures that have references. `open(i)` decodes one, raising InputError when it cannot be."""
+
+    image_ids: tuple[str, ...]
+    references: dict[str, list[str]]
+    open: Callable[[int], Image.Image]
+    without_references: int  # pictures left out
+    without_picture: int  # references left out
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+
+def load_picture_set(source: PictureSource, *, limit: int | None = None) -> PictureSet:
+    """The pictures that have references, sorted by image id; the first `limit` of them.
+
+    Raises InputError when there are no pictures, no references, or no picture has references.
+    """
+    images, references_uri = _resolved(source.images), _resolved(source.references)
+    named, opener = _read_pictures(images)
+    references = load_references(local_copy(references_uri or images), split=source.split)
+    matched: dict[str, int] = {}
+    unmatched = 0
+    for position, name in enumerate(named):
+        key = next((candidate for candidate in candidate_ids(name) if candidate in references), None)
+        if key is None:
+            unmatched += 1
+        elif key in matched:
+            raise InputError(f"{images}: two pictures for image id {key!r} ({named[matched[key]]}, {name}); keep one")
+        else:
+            matched[key] = position
+    if not matched:
+        raise InputError(
+            f"{images}: none of its {len(named)} pictures (such as {named[0]!r}) is among the {len(references)} "
+            f"image ids of the references (such as {next(iter(references))!r}); check --references and --split"
+        )
+    image_ids = tuple(sorted(matched))[:limit]
+    missing = len(references) - len(matched)
+    if unmatched or missing:
+        log.info("%d pictures without references and %d references without a picture left out", unmatched, missing)
+    return PictureSet(
+        image_ids=image_ids,
+        references={image_id: references[image_id] for image_id in image_ids},
+        open=lambda i: opener(matched[image_ids[i]]),
+        without_references=unmatched,
+        without_picture=missing,
+    )
+
+
+@dataclass(frozen=True)
+class EncodedPictures:
+    """CLIP features of some pictures, and the lines of those that could not be read."""
+
+    image_ids: tuple[str, ...]
+    features: ImageFeatures
+    unreadable: dict[str, str]  # image id -> why
+
+
+def encode_pictures(
+    pictures: PictureSet, encoder: ClipEncoder, *, positions: Sequence[int] | None = None
+) -> Iterator[EncodedPictures]:
+    """Features of the pictures at `positions` (all by default), an encoder's batch at a time."""
+    positions = range(len(pictures)) if positions is None else positions
+    for start in range(0, len(positions), encoder.batch_size):
+        opened: dict[str, Image.Image] = {}
+        unreadable: dict[str, str] = {}
+        for position in positions[start : start + encoder.batch_size]:
+            image_id = pictures.image_ids[position]
+            try:
+                opened[image_id] = pictures.open(position)
+            except InputError as error:
+                log.warning("left out: %s", error)
+                unreadable[image_id] = str(error)
+        yield EncodedPictures(tuple(opened), encoder.encode_images(list(opened.values())), unreadable)
+
+
+def candidate_ids(name: str) -> list[str]:
+    """The ids under which references may know the picture `name`, the likeliest first.
+
+    "val/COCO_val2014_000000391895.jpg": itself, its file name, both without the ending, and COCO's number 391895.
+    """
+    path = PurePosixPath(name)
+    candidates = [name, path.name, str(path.with_suffix("")), path.stem]
+    if number := re.fullmatch(r"(?:.*_)?(\d+)", path.stem):
+        candidates.append(str(int(number[1])))
+    return candidates
+
+
+def _resolved(uri: str | None) -> str | None:
+    if uri is None or not uri.startswith(EMBEDDED_PREFIX):
+        return uri
+    return str(embedded.test_set_path(uri.removeprefix(EMBEDDED_PREFIX)))
+
+
+def _read_pictures(uri: str) -> tuple[Sequence[str], Callable[[int], Image.Image]]:
+    """(names, opener by position) of the pictures at a path or URI."""
+    store = open_store(uri)
+    if uri.endswith(".parquet") and store.fs.isfile(store.prefix):
+        return _parquet_pictures(store, [""])
+    keys = store.list()
+    names = [key for key in keys if key.lower().endswith(PICTURE_ENDINGS)]
+    tables = [key for key in keys if key.endswith(".parquet")]
+    if tables and not names:
+        return _parquet_pictures(store, tables)
+    if not names:
+        raise InputError(
+            f"{uri}: no pictures; give a folder of {', '.join(PICTURE_ENDINGS)} files, a Parquet file with columns "
+            "image_id and image, embedded:val or embedded:test"
+        )
+    return names, lambda position: open_image(store.read_bytes(names[position]), name=names[position])
+
+
+def _parquet_pictures(store: Store, keys: Sequence[str]) -> tuple[Sequence[str], Callable[[int], Image.Image]]:
+    tables = []
+    for key in keys:
+        path = store.path(key)
+        try:
+            with store.fs.open(path, "rb") as file:
+                tables.append(pq.ParquetFile(file).read(columns=["image_id", "image"]))
+        except (OSError, pa.ArrowException) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{path}: cannot be read as Parquet ({reason})") from None
+        if tables[-1].num_columns != 2:
+            raise InputError(f"{path}: needs columns image_id and image (struct of bytes and path)")
+    table = pa.concat_tables(tables)
+    names = [str(value) for value in table["image_id"].to_pylist()]
+    pictures = table["image"]
+
+    def opener(position: int) -> Image.Image:
+        return open_image(pictures[position].as_py()["bytes"] or b"", name=names[position])
+
+    return names, opener

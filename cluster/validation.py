@@ -1,0 +1,61 @@
+"""What the best epoch is chosen by: captions of validation pictures, decoded by all workers, scored by CIDEr."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch.distributed
+
+from cluster.loader import Selection, read_selection
+from cluster.pictures import PictureSource, encode_pictures, load_picture_set
+from cluster.storage import Store
+from pcm.captioner import decode_captions
+from pcm.clip import ClipEncoder
+from pcm.metrics import cider_only
+from pcm.model import PCMNet
+from pcm.records import FeatureShape
+from pcm.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class ValidationShare:
+    """One worker's part of the validation pictures, as features."""
+
+    references: dict[str, list[str]]  # by image id, in the order of the rows below
+    global_feature: np.ndarray  # (n, D)
+    patch_features: np.ndarray  # (n, N, D_v)
+
+
+def held_out_share(
+    store: Store, held_out: Selection, features: FeatureShape, *, rank: int, num_workers: int
+) -> ValidationShare:
+    """Held-out synthetic pairs of a dataset; the one reference is the caption that the picture was made from."""
+    rows = read_selection(store, held_out.part(rank, num_workers), features)
+    references = {sample_id: [caption] for sample_id, caption in zip(rows.sample_ids, rows.captions, strict=True)}
+    return ValidationShare(references, rows.global_feature, rows.patch_features)
+
+
+def picture_share(source: PictureSource, encoder: ClipEncoder, *, rank: int, num_workers: int) -> ValidationShare:
+    """Real pictures, featurised once; those that cannot be read are left out with a warning."""
+    pictures = load_picture_set(source)
+    batches = list(encode_pictures(pictures, encoder, positions=range(rank, len(pictures), num_workers)))
+    image_ids = [image_id for batch in batches for image_id in batch.image_ids]
+    empty = encoder.encode_images([])
+    return ValidationShare(
+        {image_id: pictures.references[image_id] for image_id in image_ids},
+        np.concatenate([empty.global_feature, *(batch.features.global_feature for batch in batches)]),
+        np.concatenate([empty.patch_features, *(batch.features.patch_features for batch in batches)]),
+    )
+
+
+def validation_cider(model: PCMNet, vocabulary: Vocabulary, share: ValidationShare, *, beam_size: int) -> float:
+    """CIDEr over the shares of all workers, the same on each. All must call it; the model is left in eval mode."""
+    model.eval()
+    decoded = decode_captions(model, vocabulary, share.global_feature, share.patch_features, beam_size=beam_size)
+    captions = {image_id: caption for image_id, (caption, _) in zip(share.references, decoded, strict=True)}
+    shares = [(captions, share.references)]
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        shares = [shares[0]] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(shares, (captions, share.references))
+    candidates = {image_id: caption for part, _ in shares for image_id, caption in part.items()}
+    references = {image_id: texts for _, part in shares for image_id, texts in part.items()}
+    return cider_only(candidates, references)

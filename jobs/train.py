@@ -1,0 +1,67 @@
+"""Train PCM-Net on a dataset: `python -m jobs.train --data DATASET --out RUN`."""
+
+import argparse
+import logging
+
+from cluster.pictures import PictureSource
+from cluster.train import TrainRequest, train
+from cluster.trainconfig import PRESETS, parse_override
+from jobs.cli import make_parser, run_job
+from pcm.errors import InputError
+
+log = logging.getLogger("jobs.train")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = make_parser("train", "Train PCM-Net on the pairs of a dataset that jobs.generate made.")
+    parser.add_argument("--data", required=True, help="dataset: local path or URI")
+    parser.add_argument("--out", required=True, help="where the run goes: local path or URI")
+    parser.add_argument("--preset", help=f"{', '.join(PRESETS)}; by default chosen by the dataset's feature sizes")
+    parser.add_argument("--config", help="JSON file of a TrainConfig instead of a preset")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="replace a field; repeatable")
+    parser.add_argument("--epochs", type=int, help="passes over the data (the preset's)")
+    parser.add_argument("--seed", type=int, help="of weights, hold-out, order, dropout (the preset's)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
+    parser.add_argument("--val-images", help="choose the best epoch on these pictures: a folder, Parquet, embedded:val")
+    parser.add_argument("--val-references", help="their references, in any format that jobs.evaluate reads")
+    parser.add_argument("--val-split", help="the split of the references to use")
+    parser.add_argument("--clip", help="CLIP for --val-images, if the dataset's has moved")
+    parser.add_argument("--num-workers", type=int, help="DDP workers (one a GPU, or one)")
+    parser.add_argument("--cpus-per-worker", type=int, help="CPUs a worker reserves and uses (all, divided)")
+    parser.add_argument("--keep-checkpoints", type=int, default=2, help="the newest, the best and so on")
+    parser.add_argument("--max-failures", type=int, default=3, help="lost workers before the run is given up")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict:
+    overrides = dict(parse_override(text) for text in args.set)
+    overrides |= {name: value for name in ("epochs", "seed") if (value := getattr(args, name)) is not None}
+    return train(
+        TrainRequest(
+            data=args.data,
+            out=args.out,
+            preset=args.preset,
+            config=args.config,
+            overrides=overrides,
+            resume=args.resume,
+            validation=_validation(args),
+            clip=args.clip,
+            num_workers=args.num_workers,
+            cpus_per_worker=args.cpus_per_worker,
+            keep_checkpoints=args.keep_checkpoints,
+            max_failures=args.max_failures,
+        )
+    )
+
+
+def _validation(args: argparse.Namespace) -> PictureSource | None:
+    if args.val_images is None:
+        if args.val_references:
+            raise InputError(f"--val-references {args.val_references}: needs --val-images")
+        log.info("no --val-images: the best epoch is chosen on a held-out part of the synthetic pairs")
+        return None
+    return PictureSource(images=args.val_images, references=args.val_references, split=args.val_split)
+
+
+if __name__ == "__main__":
+    run_job(parser(), run)

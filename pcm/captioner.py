@@ -1,0 +1,222 @@
+"""A trained captioner: pictures in, captions and their salient concepts out. No Ray, no cluster, one folder on disk."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+
+from pcm.clip import ClipEncoder, ImageFeatures
+from pcm.concepts import ConceptVocabulary
+from pcm.decoding import beam_search
+from pcm.errors import InputError
+from pcm.images import open_image
+from pcm.model import PCMNet, PCMNetConfig
+from pcm.vocabulary import Vocabulary
+
+CONFIG_FILE = "config.json"
+MODEL_FILE = "model.safetensors"
+VOCABULARY_FILE = "vocabulary.txt"
+CONCEPTS_FILE = "concepts.safetensors"
+
+#: Pictures captioned together, fewer where they are large: a batch is closed at this many pixels (3 bytes each).
+BATCH_SIZE = 32
+BATCH_PIXELS = 128_000_000
+
+
+@dataclass(frozen=True)
+class CaptionResult:
+    """What was found for one picture: a caption, or one line that says why there is none."""
+
+    caption: str
+    concepts: tuple[tuple[str, float], ...]  # (name, probability), most probable first: eq. 1's softmax
+    log_prob: float  # summed over the words and the end
+    error: str = ""
+
+
+class Captioner:
+    """A PCM-Net with its vocabulary, concepts and CLIP.
+
+        captioner = Captioner.load("run/best")
+        for result in captioner.caption(["street.jpg", pil_image]):
+            print(result.error or result.caption)
+
+    Raises InputError when the CLIP's feature sizes are not those the network was trained on.
+    """
+
+    def __init__(
+        self,
+        model: PCMNet,
+        *,
+        vocabulary: Vocabulary,
+        concepts: ConceptVocabulary,
+        clip: ClipEncoder,
+        beam_size: int = 3,
+    ) -> None:
+        wanted = (model.config.embed_dim, model.config.patch_dim, model.config.num_patches)
+        given = (clip.embed_dim, clip.patch_dim, clip.num_patches)
+        if wanted != given:
+            raise InputError(
+                f"CLIP {clip.name!r}: its features (D, D_v, N) are {given}, the captioner was trained on {wanted}; "
+                "give the CLIP of the training data"
+            )
+        if len(vocabulary) != model.config.vocab_size:
+            raise InputError(
+                f"vocabulary of {len(vocabulary)} words: the captioner was trained with {model.config.vocab_size}; "
+                "give the vocabulary of its dataset"
+            )
+        self.model = model.eval()
+        self.vocabulary = vocabulary
+        self.concepts = concepts
+        self.clip = clip
+        self.beam_size = beam_size
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, clip: ClipEncoder | str | None = None, device: str = "auto", beam_size: int = 3
+    ) -> Self:
+        """The captioner in a checkpoint folder (a run's own folder means its `best`).
+
+        `clip` replaces the encoder that the checkpoint names, such as a folder that has moved. Raises InputError when
+        files are missing or do not belong together.
+        """
+        folder = checkpoint_folder(Path(path))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        document = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        concepts = ConceptVocabulary.load(folder / CONCEPTS_FILE)
+        model = PCMNet(PCMNetConfig(**document["model"]))
+        model.set_concepts(torch.from_numpy(concepts.embeddings))
+        try:
+            model.load_state_dict(safetensors.torch.load_file(folder / MODEL_FILE))
+        except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{folder / MODEL_FILE}: does not fit its {CONFIG_FILE} ({reason})") from None
+        if not isinstance(clip, ClipEncoder):
+            trained_on = document["clip"]
+            clip = ClipEncoder(clip or trained_on["model"], device=device, dtype=trained_on["dtype"])
+        return cls(
+            model.to(device),
+            vocabulary=Vocabulary.load(folder / VOCABULARY_FILE),
+            concepts=concepts,
+            clip=clip,
+            beam_size=beam_size,
+        )
+
+    def caption(self, images: Sequence[Image.Image | str | Path]) -> list[CaptionResult]:
+        """One result a picture, in order. A file that is missing, corrupt, truncated or over
+        `pcm.images.MAX_PIXELS` gives a result with `error`; the others are captioned all the same.
+        """
+        results: list[CaptionResult] = []
+        for opened in _opened(images):
+            readable = [picture for picture in opened if isinstance(picture, Image.Image)]
+            captioned = iter(self.describe(self.clip.encode_images(readable)) if readable else [])
+            results.extend(
+                next(captioned) if isinstance(picture, Image.Image) else CaptionResult("", (), 0.0, picture)
+                for picture in opened
+            )
+        return results
+
+    def describe(self, features: ImageFeatures) -> list[CaptionResult]:
+        """One result for each picture whose CLIP features are given."""
+        captions = decode_captions(
+            self.model,
+            self.vocabulary,
+            features.global_feature,
+            features.patch_features,
+            beam_size=self.beam_size,
+        )
+        concepts = self.salient_concepts(features)
+        return [
+            CaptionResult(caption, found, log_prob)
+            for (caption, log_prob), found in zip(captions, concepts, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def salient_concepts(self, features: ImageFeatures) -> list[tuple[tuple[str, float], ...]]:
+        """The concepts that the mix-up retrieves for each picture (top K above the threshold), with eq. 1's softmax."""
+        found = self.model.mixup(*_on_device(self.model, features.global_feature, features.patch_features))
+        rows = zip(found.top_concepts.tolist(), found.top_probabilities.tolist(), found.kept.tolist(), strict=True)
+        return [tuple((self.concepts.names[i], p) for i, p, kept in zip(*row, strict=True) if kept) for row in rows]
+
+
+@torch.inference_mode()
+def decode_captions(
+    model: PCMNet,
+    vocabulary: Vocabulary,
+    global_feature: np.ndarray,
+    patch_features: np.ndarray,
+    *,
+    beam_size: int,
+    batch_size: int = BATCH_SIZE,
+) -> list[tuple[str, float]]:
+    """(caption, summed log-probability) of each picture; beam_size 1 is greedy search. The model is in eval mode.
+
+    global_feature (n, D) and patch_features (n, N, D_v) of any float type.
+    """
+    decoded: list[tuple[str, float]] = []
+    for start in range(0, len(global_feature), batch_size):
+        part = slice(start, start + batch_size)
+        images, patches = _on_device(model, global_feature[part], patch_features[part])
+        found = beam_search(model, images, patches, beam_size=beam_size)
+        log_probs = found.log_probs.sum(dim=-1).tolist()
+        token_ids = found.token_ids.tolist()
+        decoded.extend((vocabulary.decode(ids), log_prob) for ids, log_prob in zip(token_ids, log_probs, strict=True))
+    return decoded
+
+
+def _on_device(model: PCMNet, *arrays: np.ndarray) -> list[torch.Tensor]:
+    device = next(model.parameters()).device
+    return [torch.from_numpy(array).to(device).float() for array in arrays]
+
+
+def captioner_files(model: PCMNet, *, document: dict[str, Any], vocabulary: bytes, concepts: bytes) -> dict[str, bytes]:
+    """The files of a checkpoint folder, to be written in this order: what Captioner.load reads.
+
+    `document` becomes config.json; it must hold "clip": {"model", "dtype"} and is completed with the network's sizes.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    config = {**document, "model": asdict(model.config)}
+    return {
+        VOCABULARY_FILE: vocabulary,
+        CONCEPTS_FILE: concepts,
+        MODEL_FILE: safetensors.torch.save(state),
+        CONFIG_FILE: (json.dumps(config, indent=1, sort_keys=True) + "\n").encode(),
+    }
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The folder that holds the captioner: `path` itself or, for a run's folder, `path/best`."""
+    for folder in (path, path / "best"):
+        if (folder / MODEL_FILE).is_file():
+            missing = [name for name in (CONFIG_FILE, VOCABULARY_FILE, CONCEPTS_FILE) if not (folder / name).is_file()]
+            if missing:
+                raise InputError(
+                    f"checkpoint {folder}: {', '.join(missing)} missing; give a complete checkpoint folder"
+                )
+            return folder
+    raise InputError(f"checkpoint {path}: no {MODEL_FILE} in it or in its best/; give a folder that jobs.train wrote")
+
+
+def _opened(images: Sequence[Image.Image | str | Path]) -> Iterator[list[Image.Image | str]]:
+    """Batches of pictures; one that cannot be opened is replaced by the line that says why."""
+    batch: list[Image.Image | str] = []
+    pixels = 0
+    for image in images:
+        try:
+            picture = image if isinstance(image, Image.Image) else open_image(image)
+            pixels += picture.width * picture.height
+            batch.append(picture)
+        except InputError as error:
+            batch.append(str(error))
+        if len(batch) == BATCH_SIZE or pixels >= BATCH_PIXELS:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,143 @@
+"""Captions of picture files, good and bad."""
+
+import copy
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_dataset import png, scene, write_checkpoint, write_dataset
+
+from pcm.captioner import Captioner, checkpoint_folder, decode_captions
+from pcm.decoding import greedy_search
+from pcm.errors import InputError
+from pcm.images import MAX_PIXELS
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
+    folder = tmp_path_factory.mktemp("captioner")
+    return write_checkpoint(folder / "best", write_dataset(folder / "data", tiny_clip, rows=30))
+
+
+@pytest.fixture(scope="module")
+def captioner(checkpoint: Path) -> Captioner:
+    return Captioner.load(checkpoint, device="cpu")
+
+
+def huge_png(side: int) -> bytes:
+    """A valid header that promises side x side pixels: a decompression bomb costs its maker nothing."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+
+
+def test_bad_files_get_one_line_and_the_others_are_captioned(captioner: Captioner, tmp_path: Path) -> None:
+    good = [tmp_path / f"good{i}.png" for i in range(2)]
+    for i, path in enumerate(good):
+        path.write_bytes(png(scene(i)[1]))
+    buffer = io.BytesIO()
+    scene(3)[1].resize((200, 200)).save(buffer, "JPEG")
+    bad = {
+        "empty.jpg": b"",
+        "text.png": b"this is no picture",
+        "truncated.jpg": buffer.getvalue()[: len(buffer.getvalue()) // 2],
+        "bomb.png": huge_png(int(MAX_PIXELS**0.5) + 1),
+    }
+    for name, data in bad.items():
+        (tmp_path / name).write_bytes(data)
+    paths = [good[0], *(tmp_path / name for name in bad), tmp_path / "missing.jpg", good[1]]
+    results = captioner.caption(paths)
+    assert [bool(result.error) for result in results] == [False, True, True, True, True, True, False]
+    for path, result in zip(paths, results, strict=True):
+        if result.error:
+            assert path.name in result.error and "\n" not in result.error
+            assert result.caption == "" and result.concepts == ()
+        else:
+            assert result.caption and np.isfinite(result.log_prob)
+    assert f"{MAX_PIXELS:,}" in results[4].error
+
+
+def test_a_picture_is_captioned_alike_alone_and_among_others(captioner: Captioner) -> None:
+    pictures = [scene(i)[1] for i in range(5)]
+    together = captioner.caption(pictures)
+    alone = [captioner.caption([picture])[0] for picture in pictures]
+    assert [result.caption for result in together] == [result.caption for result in alone]
+    np.testing.assert_allclose([r.log_prob for r in together], [r.log_prob for r in alone], rtol=1e-4)
+
+
+def test_concepts_are_the_most_probable_of_the_softmax_over_the_vocabulary(captioner: Captioner) -> None:
+    picture = scene(4)[1]
+    (result,) = captioner.caption([picture])
+    image = captioner.clip.encode_images([picture]).global_feature[0]
+    logits = captioner.concepts.embeddings @ image / 0.01
+    probabilities = np.exp(logits - logits.max())
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities)[: captioner.model.config.top_concepts]
+    expected = [(captioner.concepts.names[i], probabilities[i]) for i in order if probabilities[i] > 0]
+    assert [name for name, _ in result.concepts] == [name for name, _ in expected]
+    np.testing.assert_allclose([p for _, p in result.concepts], [p for _, p in expected], rtol=1e-3, atol=1e-7)
+
+
+def test_beam_size_one_is_greedy_search(captioner: Captioner) -> None:
+    features = captioner.clip.encode_images([scene(i)[1] for i in range(3)])
+    decoded = decode_captions(
+        captioner.model, captioner.vocabulary, features.global_feature, features.patch_features, beam_size=1
+    )
+    found = greedy_search(
+        captioner.model, torch.from_numpy(features.global_feature), torch.from_numpy(features.patch_features)
+    )
+    assert [caption for caption, _ in decoded] == [captioner.vocabulary.decode(ids) for ids in found.token_ids.tolist()]
+
+
+def test_pictures_of_other_modes_and_sizes_are_captioned(captioner: Captioner) -> None:
+    pictures = [Image.new(mode, size) for mode, size in (("L", (5, 400)), ("RGBA", (64, 64)), ("P", (33, 1)))]
+    assert all(result.caption and not result.error for result in captioner.caption(pictures))
+
+
+def test_no_pictures_give_no_results(captioner: Captioner) -> None:
+    assert captioner.caption([]) == []
+
+
+def test_a_run_folder_means_its_best_checkpoint(checkpoint: Path) -> None:
+    assert checkpoint_folder(checkpoint.parent) == checkpoint_folder(checkpoint) == checkpoint
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no model\.safetensors in it or in its best/"):
+        Captioner.load(tmp_path)
+
+
+def test_a_checkpoint_with_a_missing_file_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
+    for file in checkpoint.iterdir():
+        if file.name != "vocabulary.txt":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(InputError, match=r"vocabulary\.txt missing"):
+        Captioner.load(tmp_path)
+
+
+def test_weights_of_another_network_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    document = json.loads((tmp_path / "config.json").read_text())
+    document["model"]["intermediate_size"] = 96
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"model\.safetensors: does not fit its config\.json"):
+        Captioner.load(tmp_path)
+
+
+def test_a_clip_of_other_feature_sizes_is_refused(captioner: Captioner) -> None:
+    other = copy.copy(captioner.clip)
+    other.patch_dim = 7
+    with pytest.raises(InputError, match="its features"):
+        Captioner(captioner.model, vocabulary=captioner.vocabulary, concepts=captioner.concepts, clip=other)

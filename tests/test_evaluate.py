@@ -1,0 +1,149 @@
+"""Evaluation: which pictures, which captions, which numbers."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_dataset import png, scene, write_checkpoint, write_dataset, write_pictures
+
+from cluster.evaluate import EvaluateRequest, deranged, evaluate, local_checkpoint
+from cluster.pictures import PictureSource, load_picture_set
+from pcm.captioner import Captioner
+from pcm.errors import InputError
+from pcm.metrics import COCO_METRICS, coco_metrics
+from pcm.references import load_references
+
+COUNT = 7
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
+    """checkpoint/, pictures/ with one broken and one unreferenced file, references.csv."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_checkpoint(folder / "checkpoint", write_dataset(folder / "data", tiny_clip, rows=30))
+    pictures = write_pictures(folder / "pictures", count=COUNT)
+    (pictures / "scene1003.png").write_bytes(b"broken")
+    (pictures / "stranger.png").write_bytes(png(scene(5)[1]))
+    with (folder / "references.csv").open("a") as file:
+        file.write("gone.png,A picture that is not there.\n")
+    return folder
+
+
+def source(world: Path) -> PictureSource:
+    return PictureSource(images=str(world / "pictures"), references=str(world / "references.csv"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(world: Path) -> tuple[dict, Path]:
+    out = world / "out"
+    request = EvaluateRequest(
+        checkpoint=str(world / "checkpoint"), pictures=source(world), out=str(out), shuffled_baseline=True, device="cpu"
+    )
+    return evaluate(request), out
+
+
+def test_what_cannot_be_scored_is_left_out_and_counted(evaluated: tuple[dict, Path]) -> None:
+    summary, out = evaluated
+    assert summary["n"] == COUNT - 1
+    assert (summary["unreadable"], summary["without_references"], summary["without_picture"]) == (1, 1, 1)
+    assert "scene1003.png" in json.loads((out / "metrics.json").read_text())["unreadable"]
+
+
+def test_results_are_those_of_the_captioner_in_coco_format(evaluated: tuple[dict, Path], world: Path) -> None:
+    results = json.loads((evaluated[1] / "captions.json").read_text())
+    captioner = Captioner.load(world / "checkpoint", device="cpu")
+    files = [world / "pictures" / row["image_id"] for row in results]
+    assert [row["caption"] for row in results] == [found.caption for found in captioner.caption(files)]
+
+
+def test_metrics_are_those_of_the_results_file(evaluated: tuple[dict, Path], world: Path) -> None:
+    summary, out = evaluated
+    captions = {row["image_id"]: row["caption"] for row in json.loads((out / "captions.json").read_text())}
+    references = {key: texts for key, texts in load_references(world / "references.csv").items() if key in captions}
+    expected = coco_metrics(captions, references)
+    reasons = expected.pop("reasons")
+    assert {name: summary[name] for name in expected} == expected
+    assert summary.get("reasons", {}) == reasons
+    assert summary["SPICE"] is not None or "SPICE" in reasons
+    assert 0 <= summary["CLIPScore"] <= 2.5 and summary["RefCLIPScore"] >= 0
+    assert isinstance(summary["CIDEr_shuffled"], float)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_no_picture_keeps_its_caption_when_shuffled(seed: int, count: int) -> None:
+    captions = {f"image{i}": f"caption {i}" for i in range(count)}
+    shuffled = deranged(captions, seed=seed)
+    assert sorted(shuffled.values()) == sorted(captions.values())
+    assert all(shuffled[image_id] != caption for image_id, caption in captions.items())
+    assert shuffled == deranged(captions, seed=seed)
+
+
+def test_one_picture_cannot_be_shuffled() -> None:
+    assert deranged({"a": "caption"}, seed=0) == {}
+
+
+def test_parquet_brings_its_own_references(tmp_path: Path) -> None:
+    pictures = [{"bytes": png(scene(i)[1]), "path": f"{i}.png"} for i in range(3)]
+    references = [[scene(i)[0], "Another caption."] for i in range(3)]
+    table = pa.table({"image_id": ["a", "b", "c"], "image": pictures, "references": references})
+    pq.write_table(table, tmp_path / "photos.parquet")
+    found = load_picture_set(PictureSource(images=str(tmp_path / "photos.parquet")))
+    assert found.image_ids == ("a", "b", "c")
+    assert found.references["b"] == references[1]
+    assert found.open(1).tobytes() == scene(1)[1].tobytes()
+
+
+def test_coco_file_names_match_coco_numbers(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/COCO_val2014_000000000042.jpg").write_bytes(png(scene(0)[1]))
+    document = {"images": [{"id": 42}], "annotations": [{"id": 1, "image_id": 42, "caption": "A bar."}]}
+    (tmp_path / "captions_val.json").write_text(json.dumps(document))
+    found = load_picture_set(
+        PictureSource(images=str(tmp_path / "images"), references=str(tmp_path / "captions_val.json"))
+    )
+    assert found.image_ids == ("42",) and found.references == {"42": ["A bar."]}
+
+
+def test_pictures_and_references_without_a_common_id_are_refused(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.csv").write_text("image,caption\nelsewhere.jpg,A thing.\n")
+    with pytest.raises(InputError, match=r"none of its 8 pictures .* is among the 1 image ids"):
+        load_picture_set(PictureSource(images=str(world / "pictures"), references=str(tmp_path / "other.csv")))
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path: Path, world: Path) -> None:
+    with pytest.raises(InputError, match="no pictures; give a folder"):
+        load_picture_set(PictureSource(images=str(tmp_path), references=str(world / "references.csv")))
+
+
+def test_a_run_uri_means_its_best_checkpoint(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    for file in (world / "checkpoint").iterdir():
+        (tmp_path / "best" / file.name).write_bytes(file.read_bytes())
+    assert local_checkpoint(f"file://{tmp_path}") == tmp_path / "best"
+    assert local_checkpoint(str(world / "checkpoint")) == world / "checkpoint"
+
+
+def test_jobs_evaluate_and_caption_print_their_summaries(world: Path, run_job) -> None:
+    pictures = world / "pictures"
+    done = run_job(
+        *("evaluate", "--checkpoint", world / "checkpoint", "--images", pictures),
+        *("--references", world / "references.csv", "--limit", 3, "--beam-size", 2, "--device", "cpu"),
+    )
+    assert done.returncode == 0, done.stderr
+    keys = (*COCO_METRICS, "CLIPScore", "RefCLIPScore", "n")
+    assert set(keys) <= set(done.summary) and done.summary["n"] == 3
+
+    files = [pictures / "scene1000.png", pictures / "scene1003.png"]
+    done = run_job("caption", "--checkpoint", world / "checkpoint", *files, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    good, bad = map(str, files)
+    assert done.summary["captions"][good] and done.summary["captions"][bad] is None
+    assert done.summary["concepts"][good] and "not a picture" in done.summary["errors"][bad]
+    assert "not a picture" in done.stderr and "Traceback" not in done.stderr
+
+    done = run_job("caption", "--checkpoint", world / "checkpoint", bad, "--device", "cpu")
+    assert done.returncode == 2 and done.summary is None
+    assert done.stderr.strip().splitlines()[-1].startswith("error: none of 1 pictures can be read")
