@@ -241,7 +241,7 @@ def _read_csv(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
         yield from _record_rows(record, position)
 
 
-def csv_delimiter(header: str) -> str | None:
+def csv_delimiter(header: str) -> str:
     """The delimiter under which a header names a caption column; a comma where none does."""
     for delimiter in (",", "\t", ";"):
         columns = next(csv.reader([header], delimiter=delimiter), [])
@@ -324,19 +324,25 @@ def _text_of(cell: bytes | str | int | None) -> str | int | None:
 # --- shared ---
 
 
-def _record_rows(record: dict[str, Any], position: int, *, lists: bool = False) -> Iterator[CaptionRow]:
+def _record_rows(record: dict[str, Any], position: int, *, lists: bool = False) -> list[CaptionRow]:
     """Rows of one flat record. `lists`: a list in the caption column is meant, since a Parquet schema says so."""
-    image_id = next((label for field in IMAGE_FIELDS if (label := _label(record.get(field)))), None)
-    split = _label(record.get("split")) or "train"
-    field = next((field for field in (*CAPTION_FIELDS, *CAPTION_LIST_FIELDS) if field in record), None)
-    value = None if field is None else record[field]
+    image_id = split = None
+    for field in IMAGE_FIELDS:
+        if image_id is None and field in record:
+            image_id = _label(record[field])
+    if "split" in record:
+        split = _label(record["split"])
+    field = next((field for field in CAPTION_FIELDS if field in record), "")
+    if not field:
+        field = next((field for field in CAPTION_LIST_FIELDS if field in record), "")
+    value = record.get(field)
     if isinstance(value, list) and value and (lists or field in CAPTION_LIST_FIELDS):
-        for k, item in enumerate(value):
-            text, reason = _caption_of(item)
-            yield CaptionRow(f"{position}#{k}", text, image_id, split, reason)
-        return
+        return [
+            CaptionRow(f"{position}#{k}", text, image_id, split or "train", reason)
+            for k, (text, reason) in enumerate(map(_caption_of, value))
+        ]
     text, reason = _caption_of(value)
-    yield CaptionRow(str(position), text, image_id, split, reason)
+    return [CaptionRow(str(position), text, image_id, split or "train", reason)]
 
 
 def _caption_of(value: Any) -> tuple[str, str]:
