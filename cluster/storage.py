@@ -58,11 +58,12 @@ class Store:
     def list(self, prefix: str = "") -> list[str]:
         """Keys of the objects under a prefix, sorted; temporary files of interrupted writers are not objects."""
         try:
-            self.fs.invalidate_cache()
-            found = self.fs.find(self.path(prefix.rstrip("/")))
+            found = self.fs.find(self.path(prefix.rstrip("/")), detail=True)
         except FileNotFoundError:
             return []
-        return sorted(path[len(self.prefix) + 1 :] for path in found if not path.endswith(".tmp"))
+        # Object stores may hold an empty object as the marker of a folder, this prefix itself too.
+        files = (path for path, entry in found.items() if entry["type"] == "file" and path != self.prefix)
+        return sorted(path[len(self.prefix) + 1 :] for path in files if not path.endswith(("/", ".tmp")))
 
     def delete(self, key: str) -> None:
         self.fs.rm_file(self.path(key))
@@ -78,7 +79,8 @@ def open_store(uri: str | os.PathLike) -> Store:
     """
     uri = os.fspath(uri)
     try:
-        fs, prefix = fsspec.core.url_to_fs(uri)
+        # No cache of listings: other machines write to the same prefix.
+        fs, prefix = fsspec.core.url_to_fs(uri, use_listings_cache=False)
     except (ValueError, ImportError) as error:
         raise InputError(
             f"{uri}: {error}; allowed are local paths, file://, s3://, gs:// and other fsspec URIs"

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+
+if TYPE_CHECKING:
+    from seaweedfs import S3Server
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,3 +78,24 @@ def tiny_t2i(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import save_tiny_t2i
 
     return save_tiny_t2i(tmp_path_factory.mktemp("models") / "t2i")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[S3Server]":
+    """A real S3 store (SeaweedFS). Give `s3_server.environment` to a job, or use the fixture `s3` in this process."""
+    from seaweedfs import seaweedfs
+
+    with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: "S3Server", monkeypatch: pytest.MonkeyPatch) -> "Iterator[S3Server]":
+    """The S3 store, its endpoint and credentials in this process's environment for the time of one test."""
+    import s3fs
+
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield s3_server
+    s3fs.S3FileSystem.clear_instance_cache()

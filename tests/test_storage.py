@@ -1,0 +1,137 @@
+"""One storage layer, one behaviour: every rule holds on a local disk and on a real S3 store."""
+
+import logging
+import pickle
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from cluster.storage import Store, join, local_copy, open_store, read_uri
+from pcm.errors import InputError
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A path or URI below which nothing exists yet."""
+    if request.param == "local":
+        return str(tmp_path / "data sets" / "one")
+    return f"{request.getfixturevalue('s3').uri}/data sets/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def store(place: str) -> Store:
+    return open_store(place)
+
+
+def write_elsewhere(place: str, key: str, data: bytes) -> None:
+    """Write one object as another machine would: by a process of its own."""
+    code = "import sys; from cluster.storage import open_store; open_store(sys.argv[1]).write_bytes(sys.argv[2], b'%s')"
+    subprocess.run([sys.executable, "-c", code % data.decode(), place, key], check=True, timeout=60)
+
+
+def test_what_is_written_is_read(store: Store) -> None:
+    for data in (b"", b"x", bytes(range(256)) * 40_000):  # 10 MB: several parts on S3
+        store.write_bytes("shards/part-000000.parquet", data)
+        assert store.read_bytes("shards/part-000000.parquet") == data
+        assert store.size("shards/part-000000.parquet") == len(data)
+
+
+def test_a_write_replaces_what_was_there(store: Store) -> None:
+    store.write_bytes("a", b"a long first version")
+    store.write_bytes("a", b"second")
+    assert store.read_bytes("a") == b"second" and store.list() == ["a"]
+
+
+def test_what_is_not_there_raises_file_not_found(store: Store) -> None:
+    for key in ("a", "deep/er/a"):
+        assert not store.exists(key)
+        with pytest.raises(FileNotFoundError):
+            store.read_bytes(key)
+        with pytest.raises(FileNotFoundError):
+            store.size(key)
+    assert store.list() == [] and store.list("shards") == []
+
+
+def test_a_list_is_sorted_and_holds_the_prefix_alone(store: Store) -> None:
+    for key in ("shards/part-1", "shards/part-0", "shards/deep/x", "shards-old/part-0", "top"):
+        store.write_bytes(key, b"1")
+    assert store.list("shards") == store.list("shards/") == ["shards/deep/x", "shards/part-0", "shards/part-1"]
+    assert store.list() == sorted(["shards/part-1", "shards/part-0", "shards/deep/x", "shards-old/part-0", "top"])
+    assert open_store(store.root).child("shards").list() == ["deep/x", "part-0", "part-1"]
+
+
+def test_objects_of_another_machine_are_seen_at_once(store: Store, place: str) -> None:
+    store.write_bytes("shards/part-0", b"1")
+    assert store.list("shards") == ["shards/part-0"] and not store.exists("shards/part-1")
+    write_elsewhere(place, "shards/part-1", b"22")
+    assert store.exists("shards/part-1") and store.size("shards/part-1") == 2
+    assert store.list("shards") == ["shards/part-0", "shards/part-1"]
+    write_elsewhere(place, "shards/part-0", b"333")
+    assert store.size("shards/part-0") == 3 and store.read_bytes("shards/part-0") == b"333"
+
+
+def test_a_deleted_object_is_gone(store: Store) -> None:
+    store.write_bytes("a", b"1")
+    store.delete("a")
+    assert not store.exists("a") and store.list() == []
+
+
+def test_a_failed_write_leaves_the_old_object_and_nothing_else(store: Store) -> None:
+    store.write_bytes("a", b"old")
+    with pytest.raises((TypeError, AttributeError)):
+        store.write_bytes("a", object())  # type: ignore[arg-type]
+    assert store.read_bytes("a") == b"old" and store.list() == ["a"]
+
+
+def test_an_interrupted_local_write_is_no_object(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    (tmp_path / "part-0.0123.tmp").write_bytes(b"half")
+    assert store.list() == []
+
+
+def test_a_store_travels_to_a_worker(store: Store) -> None:
+    store.write_bytes("a", b"1")
+    assert pickle.loads(pickle.dumps(store)).read_bytes("a") == b"1"
+
+
+def test_one_file_is_read_by_its_uri(store: Store, place: str) -> None:
+    store.write_bytes("captions.txt", b"a cat")
+    assert read_uri(join(place, "captions.txt")) == b"a cat"
+    with pytest.raises(InputError, match=r"none\.txt: no such file"):
+        read_uri(join(place, "none.txt"))
+
+
+def test_a_folder_or_file_of_the_store_has_a_local_copy(store: Store, place: str, tmp_path: Path) -> None:
+    store.write_bytes("model/config.json", b"{}")
+    store.write_bytes("model/deep/weights", b"123")
+    folder = local_copy(join(place, "model"), folder=tmp_path / "copy")
+    assert (folder / "config.json").read_bytes() == b"{}" and (folder / "deep/weights").read_bytes() == b"123"
+    assert local_copy(join(place, "model/config.json"), folder=tmp_path / "copy").read_bytes() == b"{}"
+    with pytest.raises(InputError, match="no such file or folder"):
+        local_copy(join(place, "none"))
+
+
+def test_a_file_uri_is_a_local_path(tmp_path: Path) -> None:
+    open_store(f"file://{tmp_path}/x/").write_bytes("a", b"1")
+    assert (tmp_path / "x/a").read_bytes() == b"1"
+    assert open_store(tmp_path / "x").read_bytes("a") == b"1"
+
+
+def test_an_unknown_protocol_is_refused_in_one_line() -> None:
+    with pytest.raises(InputError) as caught:
+        open_store("nfs4://server/x")
+    assert "nfs4" in str(caught.value) and "s3://" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_refused_credentials_are_never_shown(
+    s3, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "not-the-secret-of-this-store"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    caplog.set_level(logging.DEBUG, "cluster")
+    with pytest.raises(Exception) as caught:
+        open_store(f"{s3.uri}/x").write_bytes("a", b"1")
+    assert secret not in f"{caught.value!r} {caught.value} {caplog.text}"
