@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 import fsspec
+from botocore.exceptions import BotoCoreError
 
 from pcm import caption_detect
 from pcm.caption_files import FORMATS, CaptionRow, in_split, read_rows
@@ -128,8 +129,15 @@ def _open(uri: str) -> Iterator[io.BufferedReader]:
         raise InputError(f"{uri}: no such file") from error
     except IsADirectoryError as error:
         raise InputError(f"{uri}: a folder; name one caption file") from error
-    except (PermissionError, ImportError, ValueError) as error:
-        raise InputError(f"{uri}: cannot be opened ({str(error).splitlines()[0]})") from error
+    except (
+        OSError,
+        ImportError,
+        ValueError,
+        BotoCoreError,
+    ) as error:  # no such protocol, package, credentials, endpoint
+        raise InputError(
+            f"{uri}: cannot be opened ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        ) from error
     with contextlib.closing(raw):
         unzipped = gzip.GzipFile(fileobj=raw) if uri.endswith(".gz") else raw
         yield io.BufferedReader(unzipped, _BUFFER)

@@ -4,6 +4,7 @@ import gzip
 import json
 import tracemalloc
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -384,6 +385,18 @@ def test_file_uris_and_gzip_read_as_the_plain_path(tmp_path):
     write(tmp_path / "c.jsonl.gz", gzip.compress(b'{"caption": "a dog"}\n{"caption": "a cat"}\n'))
     for uri in (path, f"file://{path}", tmp_path / "c.txt.gz", f"file://{tmp_path}/c.jsonl.gz"):
         assert captions(uri) == ["a dog", "a cat"]
+
+
+def test_corpora_on_an_object_store_read_as_the_local_file(tmp_path, s3):
+    write(tmp_path / "c.txt.gz", gzip.compress(b"a dog\na cat\n"))
+    write_json(tmp_path / "dataset_coco.json", KARPATHY)
+    pq.write_table(pa.table({"caption": ["a dog", "a cat"]}), tmp_path / "c.parquet")
+    store = fsspec.filesystem("s3")
+    for path in tmp_path.iterdir():
+        store.put_file(str(path), f"{s3.uri}/corpora/{path.name}")
+        assert list(read_corpus(f"{s3.uri}/corpora/{path.name}")) == list(read_corpus(str(path)))
+    with pytest.raises(InputError, match="no such file"):
+        captions(f"{s3.uri}/corpora/absent.txt")
 
 
 @pytest.mark.parametrize("name", ["c.txt", "c.jsonl", "c.csv"])
