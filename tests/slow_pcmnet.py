@@ -100,19 +100,20 @@ class SlowPCMNet:
 
     def attend(self, queries: list[Tensor], source: list[Tensor], visible: list[list[bool]], name: str) -> list[Tensor]:
         width = len(queries[0]) // self.settings.heads
+        keys = [self.linear(memory, f"{name}.self.key") for memory in source]
+        values = [self.linear(memory, f"{name}.self.value") for memory in source]
         result = []
         for t, x in enumerate(queries):
             query = self.linear(x, f"{name}.self.query")
             parts = []
             for head in range(self.settings.heads):
                 cut = slice(head * width, (head + 1) * width)
-                scores, values = [], []
-                for s, memory in enumerate(source):
-                    key = self.linear(memory, f"{name}.self.key")[cut]
-                    values.append(self.linear(memory, f"{name}.self.value")[cut])
-                    scores.append(query[cut] @ key / math.sqrt(width) + (0.0 if visible[t][s] else -10000.0))
+                scores = [
+                    query[cut] @ key[cut] / math.sqrt(width) + (0.0 if seen else -10000.0)
+                    for key, seen in zip(keys, visible[t], strict=True)
+                ]
                 weights = softmax(torch.stack(scores))
-                parts.append(sum(weight * value for weight, value in zip(weights, values, strict=True)))
+                parts.append(sum(weight * value[cut] for weight, value in zip(weights, values, strict=True)))
             out = self.linear(torch.cat(parts), f"{name}.output.dense")
             result.append(self.norm(x + out, f"{name}.output.LayerNorm", 1e-12))
         return result
