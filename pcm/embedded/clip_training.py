@@ -34,7 +34,7 @@ PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "
 class ClipTraining:
     """Settings of one CLIP training run."""
 
-    steps: int = 900
+    steps: int = 1800
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup: int = 100
@@ -134,10 +134,12 @@ def noun_maps(nouns: np.ndarray, boxes: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def augment(pictures: Tensor) -> Tensor:
-    """Mild changes of tint, contrast and sharpness, (B, 3, 64, 64) in -1..1; colour names stay true."""
+    """Mild changes of tint, contrast, saturation and sharpness, (B, 3, 64, 64) in -1..1; colour names stay true."""
     batch = len(pictures)
     tint = 1 + 0.12 * torch.randn(batch, 3, 1, 1)
     pictures = pictures * tint + 0.1 * torch.randn(batch, 1, 1, 1)
+    grey = pictures.mean(1, keepdim=True)
+    pictures = grey + (pictures - grey) * (0.65 + 0.5 * torch.rand(batch, 1, 1, 1))
     blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
     soft = torch.rand(batch, 1, 1, 1) * (torch.rand(batch, 1, 1, 1) < 0.4)
     pictures = pictures + soft * (blurred - pictures)

@@ -1,9 +1,10 @@
 """Trains the embedded text-to-image model: a Stable Diffusion pipeline in miniature, on drawn scenes of one style.
 
-An autoencoder (64 x 64 pixels to 8 x 8 latents), a frozen copy of the embedded CLIP's text tower, and a denoising UNet
-trained with the v-prediction loss on latents computed once. The result is an ordinary diffusers folder.
+An autoencoder (64 x 64 pixels to 16 x 16 latents), a frozen copy of the embedded CLIP's text tower, and a denoising
+UNet trained with the v-prediction loss on latents computed once. The result is an ordinary diffusers folder.
 """
 
+import json
 import logging
 import math
 import time
@@ -22,7 +23,7 @@ from pcm.embedded.tokens import CONTEXT_LENGTH, build_tokenizer
 
 log = logging.getLogger(__name__)
 
-LATENT_SIZE, LATENT_CHANNELS = 8, 16
+LATENT_SIZE, LATENT_CHANNELS = 16, 8
 STEPS = 12  # of the sampler, by default
 
 
@@ -30,12 +31,13 @@ STEPS = 12  # of the sampler, by default
 class PainterTraining:
     """Settings of one text-to-image training run."""
 
-    vae_steps: int = 900
-    vae_batch: int = 16
+    vae_steps: int = 1500
+    decoder_steps: int = 1500  # after vae_steps: latents stay as they are and only the decoder learns on
+    vae_batch: int = 8
     vae_rate: float = 2e-3
     latent_noise: float = 0.05  # added to latents while the decoder learns, so that it forgives the denoiser's errors
     steps: int = 6000
-    batch_size: int = 32
+    batch_size: int = 16
     rate: float = 8e-4
     warmup: int = 100
     cooldown: float = 0.25  # the last part of the steps, over which the rate falls to zero
@@ -46,14 +48,14 @@ class PainterTraining:
 
 
 def new_autoencoder(scaling_factor: float = 1.0) -> nn.Module:
-    """TAESD's architecture: 64 x 64 x 3 to 8 x 8 x 16 and back."""
+    """TAESD's architecture: 64 x 64 x 3 to 16 x 16 x 8 and back."""
     from diffusers import AutoencoderTiny
 
     return AutoencoderTiny(
-        encoder_block_out_channels=(40,) * 4,
-        decoder_block_out_channels=(40,) * 4,
-        num_encoder_blocks=(0, 1, 1, 1),
-        num_decoder_blocks=(2, 2, 1, 0),
+        encoder_block_out_channels=(32,) * 3,
+        decoder_block_out_channels=(32,) * 3,
+        num_encoder_blocks=(0, 1, 1),
+        num_decoder_blocks=(2, 1, 0),
         latent_channels=LATENT_CHANNELS,
         scaling_factor=scaling_factor,
     )
@@ -66,11 +68,11 @@ def new_denoiser() -> nn.Module:
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(96, 160),
+        block_out_channels=(32, 80, 192),
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        mid_block_type="UNetMidBlock2DCrossAttn",
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4,  # diffusers reads this as the number of heads
         cross_attention_dim=192,
         norm_num_groups=16,
@@ -86,6 +88,7 @@ def new_scheduler():
         prediction_type="v_prediction",
         algorithm_type="dpmsolver++",
         timestep_spacing="trailing",
+        steps_offset=1,
     )
 
 
@@ -149,16 +152,19 @@ def train_autoencoder(data: SceneSet, folder: Path, settings: PainterTraining) -
         optimizer.load_state_dict(state["optimizer"])
         first, seconds = state["step"], state["seconds"]
     started = time.monotonic() - seconds
-    for step in range(first, settings.vae_steps):
+    last = settings.vae_steps + settings.decoder_steps
+    for step in range(first, last):
         rng = np.random.default_rng((settings.seed, step))
         pictures = as_input(data.images[np.sort(rng.choice(len(data), settings.vae_batch, replace=False))])
         pictures = pictures.to(memory_format=torch.channels_last)
-        rate = (
-            settings.vae_rate * min(1.0, (step + 1) / 50) * 0.5 * (1.02 + math.cos(math.pi * step / settings.vae_steps))
-        )
+        joint = step < settings.vae_steps
+        done = step / settings.vae_steps if joint else (step - settings.vae_steps) / settings.decoder_steps
+        rate = settings.vae_rate * (0.5 if joint else 0.25) * (1.02 + math.cos(math.pi * done))
+        rate *= min(1.0, (step + 1) / 50)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        latents = model.encoder(pictures)
+        with torch.set_grad_enabled(joint):
+            latents = model.encoder(pictures)  # (B, 8, 16, 16)
         decoded = model.decoder(latents + settings.latent_noise * torch.randn_like(latents))
         spread = (latents.std() - 1).square() + latents.mean().square()  # keeps latents away from the decoder's clamp
         error = decoded - pictures
@@ -173,7 +179,7 @@ def train_autoencoder(data: SceneSet, folder: Path, settings: PainterTraining) -
             log.info(
                 "vae step %d PSNR %.1f dB, latent std %.2f, %.0f s", step, -10 * math.log10(mse), latents.std(), spent
             )
-        if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.vae_steps:
+        if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             _save(checkpoint, state | {"seconds": time.monotonic() - started})
     return model.eval().requires_grad_(False)
@@ -181,7 +187,7 @@ def train_autoencoder(data: SceneSet, folder: Path, settings: PainterTraining) -
 
 @torch.no_grad()
 def encode_set(model: nn.Module, data: SceneSet) -> Tensor:
-    """Latents of a whole set, (n, 16, 8, 8) float32, not yet scaled."""
+    """Latents of a whole set, (n, 8, 16, 16) float32, not yet scaled."""
     parts = [
         model.encoder(as_input(data.images[start : start + 64]).to(memory_format=torch.channels_last)).contiguous()
         for start in range(0, len(data), 64)
@@ -238,7 +244,7 @@ def train_painter(data: SceneSet, folder: Path, settings: PainterTraining) -> di
         rows = rng.choice(len(latents), settings.batch_size, replace=False)
         chosen = caption_rows[rows, rng.integers(2, size=len(rows))]
         chosen[rng.random(len(rows)) < settings.blank] = index[""]
-        x = latents[rows]  # (B, 16, 8, 8)
+        x = latents[rows]  # (B, 8, 16, 16)
         noise = torch.randn_like(x)
         when = torch.randint(0, 1000, (len(rows),))
         a, s = signal[when, None, None, None], noise_level[when, None, None, None]
@@ -288,6 +294,9 @@ def save_pipeline(vae: nn.Module, text_encoder: nn.Module, tokenizer, denoiser: 
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    # transformers loads weights in the dtype its config names, diffusers in float32: make both say float32.
+    text_config = folder / "text_encoder" / "config.json"
+    text_config.write_text(json.dumps(json.loads(text_config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 @torch.no_grad()
