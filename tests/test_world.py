@@ -1,6 +1,7 @@
 """Rules of the drawn world and of its captions; nothing here draws."""
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -93,7 +94,7 @@ def test_references_of_a_scene_all_differ():
 def test_articles_fit():
     for caption in corpus(random.Random(6), 2000):
         words = caption.split()
-        for article, word in zip(words, words[1:], strict=False):
+        for article, word in pairwise(words):
             if article in ("a", "an"):
                 assert (article == "an") == (word[0] in "aeiou"), caption
 
@@ -117,7 +118,7 @@ def test_merges_join_every_word_into_one_token(words):
     for word in words:
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:
-            pairs = [pair for pair in zip(pieces, pieces[1:], strict=False) if pair in ranks]
+            pairs = [pair for pair in pairwise(pieces) if pair in ranks]
             assert pairs, f"{word} stays in pieces {pieces}"
             best = min(pairs, key=ranks.__getitem__)
             at = next(i for i in range(len(pieces) - 1) if (pieces[i], pieces[i + 1]) == best)
