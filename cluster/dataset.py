@@ -57,10 +57,10 @@ class Plan:
 
     @staticmethod
     def from_json(data: bytes) -> "Plan":
-        values = json.loads(data)
-        if values["schema_version"] != SCHEMA_VERSION:
+        values = _json_object(data, PLAN_KEY)
+        if values.get("schema_version") != SCHEMA_VERSION:
             raise InputError(
-                f"dataset schema version {values['schema_version']}: this code reads version {SCHEMA_VERSION}; "
+                f"dataset schema version {values.get('schema_version')}: this code reads version {SCHEMA_VERSION}; "
                 "use the release that wrote it, or generate into another --out"
             )
         return Plan(**{**values, "spec": DatasetSpec.from_dict(values["spec"])})
@@ -88,7 +88,7 @@ class Manifest:
 
     @staticmethod
     def from_json(data: bytes) -> "Manifest":
-        values = json.loads(data)
+        values = _json_object(data, MANIFEST_KEY)
         return Manifest(
             **{
                 **values,
@@ -138,6 +138,13 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 def read_table(store: Store, key: str, columns: list[str] | None = None) -> pa.Table:
     return pq.read_table(io.BytesIO(store.read_bytes(key)), columns=columns)
+
+
+def _json_object(data: bytes, key: str) -> dict:
+    try:
+        return dict(json.loads(data))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{key}: damaged ({error}); restore it, or generate into another --out") from None
 
 
 def _json_bytes(document: dict) -> bytes:

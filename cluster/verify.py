@@ -24,12 +24,15 @@ from cluster.dataset import (
 from cluster.storage import Store
 from pcm.errors import InputError
 from pcm.images import open_image
-from pcm.records import QUARANTINED, STORED
+from pcm.records import QUARANTINED, STORED, FeatureShape, shard_schema
 
 log = logging.getLogger(__name__)
 
 #: Problems that are printed; all are counted.
 PROBLEMS_SHOWN = 20
+
+#: What reading a damaged Parquet object raises: gone, no Parquet, broken pages, text that is no UTF-8, another schema.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException)
 
 
 @dataclass
@@ -102,25 +105,34 @@ def _reports(store: Store, plan: Plan, manifest: Manifest | None, workers: int) 
 
 def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int) -> ShardReport:
     """Check the plan part, shard and quarantine part of one shard."""
-    planned = {row["sample_id"]: row for row in _read(store, plan_part_key(shard)).to_pylist()}
+    try:
+        planned = {row["sample_id"]: row for row in _read(store, plan_part_key(shard)).to_pylist()}
+    except _UNREADABLE as error:
+        count = min(plan.shard_size, plan.expected - shard * plan.shard_size)
+        return ShardReport(
+            count, corrupt=count, problems=[f"{plan_part_key(shard)}: unreadable ({_first_line(error)})"]
+        )
     report = ShardReport(planned=len(planned))
     seen: dict[str, int] = {}
     try:
         data = store.read_bytes(shard_key(shard))
-        table = pq.read_table(io.BytesIO(data))
     except FileNotFoundError:
         report.missing = len(planned)
         report.problems.append(f"{shard_key(shard)}: missing ({len(planned)} samples)")
         return report
-    except (OSError, pa.ArrowException) as error:
-        report.corrupt = len(planned)
-        report.problems.append(f"{shard_key(shard)}: unreadable ({str(error).splitlines()[0]})")
-        return report
     if manifest is not None and hashlib.sha256(data).hexdigest() != manifest.shards[shard]["sha256"]:
         report.problems.append(f"{shard_key(shard)}: its sha256 is not the manifest's")
-    del data
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        _check_schema(table, manifest)
+        rows, finite_rows = _light_rows(table), _finite_rows(table)
+    except _UNREADABLE as error:
+        report.corrupt = len(planned)
+        report.problems.append(f"{shard_key(shard)}: unreadable ({_first_line(error)})")
+        return report
+    del data, table
     entries = []
-    for row, finite in zip(_light_rows(table), _finite_rows(table), strict=True):
+    for row, finite in zip(rows, finite_rows, strict=True):
         problem = _stored_problem(row, planned.get(row["sample_id"]), finite, plan)
         _count(report, seen, row["sample_id"], problem, shard_key(shard))
         report.stored += 1
@@ -183,13 +195,31 @@ def _quarantine_rows(store: Store, shard: int, report: ShardReport) -> list[dict
         return _read(store, quarantine_key(shard)).to_pylist()
     except FileNotFoundError:
         return []
-    except (OSError, pa.ArrowException) as error:
-        report.problems.append(f"{quarantine_key(shard)}: unreadable ({str(error).splitlines()[0]})")
+    except _UNREADABLE as error:
+        report.problems.append(f"{quarantine_key(shard)}: unreadable ({_first_line(error)})")
         return []
 
 
+def _check_schema(table: pa.Table, manifest: Manifest | None) -> None:
+    """Raises ValueError unless names and types are a shard's, with the manifest's features where there is one."""
+    if manifest is not None:
+        features = manifest.features
+    else:
+        sizes = [table.schema.field(name).type.list_size for name in ("global_feature", "patch_features")]
+        features = FeatureShape(embed_dim=sizes[0], patch_dim=sizes[1], num_patches=1)
+    wanted = {field.name: field.type for field in shard_schema(features)}
+    found = {field.name: field.type for field in table.schema}
+    for name in wanted | found:
+        if wanted.get(name) != found.get(name):
+            raise ValueError(f"column {name}: {found.get(name, 'missing')}, must be {wanted.get(name, 'absent')}")
+    table.validate(full=True)  # text is UTF-8, offsets lie within
+
+
 def _light_rows(table: pa.Table) -> list[dict]:
-    return table.select(["sample_id", "caption", "image", "width", "height", "seed", "status"]).to_pylist()
+    rows = table.select(["sample_id", "caption", "image", "width", "height", "seed", "status"]).to_pylist()
+    if any(value is None for row in rows for value in row.values()):
+        raise ValueError("a value is null")
+    return rows
 
 
 def _finite_rows(table: pa.Table) -> np.ndarray:
@@ -220,6 +250,10 @@ def _manifest(store: Store) -> Manifest | None:
         return Manifest.from_json(store.read_bytes(MANIFEST_KEY))
     except FileNotFoundError:
         return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read(store: Store, key: str) -> pa.Table:

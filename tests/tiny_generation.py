@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.corpus import read_corpus
-from cluster.dataset import Plan
-from cluster.generate import GenerationResult, Pools, generate
+from cluster.dataset import Manifest, Plan, plan_part_key, read_table
+from cluster.generate import GenerationResult, Pools, generate, write_manifest
 from cluster.models import pin_clip, pin_t2i
 from cluster.plan import make_plan
+from cluster.stages.draw import DrawShard
+from cluster.stages.featurise import FeaturiseShard
+from cluster.stages.shard_row import ShardRow
+from cluster.stages.write import WriteShard
 from cluster.storage import Store, open_store
 from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
 
@@ -67,3 +71,16 @@ def make_dataset(
     store, plan = plan_dataset(out, corpus, spec, shard_size=shard_size)
     pools = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=generators)
     return Dataset(store, plan, generate(store, plan, pools), corpus)
+
+
+def make_dataset_in_process(
+    out: str | Path, corpus: Path, spec: DatasetSpec, *, shard_size: int = 5, finish: bool = True
+) -> tuple[Store, Plan, Manifest | None]:
+    """The same stages one after another in this process, without Ray; `finish=False` leaves the manifest out."""
+    store, plan = plan_dataset(out, corpus, spec, shard_size=shard_size)
+    draw, featurise, write = DrawShard(store, spec), FeaturiseShard(spec.clip), WriteShard(store)
+    times = {"start_time": 0.0, "draw_seconds": 0.0, "featurise_seconds": 0.0}
+    for shard in range(plan.num_shards):
+        drawn = draw.draw(read_table(store, plan_part_key(shard)))
+        write.write(ShardRow(shard, featurise.featurise(drawn), times))
+    return store, plan, write_manifest(store, plan, featurise.features) if finish else None
