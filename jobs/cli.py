@@ -27,6 +27,11 @@ def make_parser(job: str, description: str) -> argparse.ArgumentParser:
     )
 
 
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    """open_clip narrates its loading on the root logger; only its warnings concern a user."""
+    return record.name != "root" or record.levelno >= logging.WARNING
+
+
 def run_job(
     parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], dict], argv: list[str] | None = None
 ) -> None:
@@ -42,6 +47,8 @@ def run_job(
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_worth_reading)
     for chatty in ("httpx", "httpcore", "botocore", "aiobotocore", "s3fs", "fsspec", "PIL", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
