@@ -23,6 +23,7 @@ import torch.distributed
 from torch import nn
 
 from cluster.dataset import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY, Manifest, load_manifest
+from cluster.global_loss import GlobalBatchLoss
 from cluster.loader import CACHE_BYTES, Batch, Selection, ShardLoader, split_holdout
 from cluster.pictures import PictureSource
 from cluster.storage import Store, open_store
@@ -31,7 +32,6 @@ from cluster.validation import ValidationShare, held_out_share, picture_share, v
 from pcm.captioner import MODEL_FILE, captioner_files
 from pcm.clip import ClipEncoder
 from pcm.concepts import ConceptVocabulary
-from pcm.loss import CLIPWeightedCrossEntropy
 from pcm.model import PCMNet
 from pcm.schedule import noam_lr
 from pcm.vocabulary import Vocabulary
@@ -315,28 +315,6 @@ class _Worker:
     def _say(self, line: str) -> None:
         if self.rank == 0:
             log.info("%s", line)
-
-
-class GlobalBatchLoss(CLIPWeightedCrossEntropy):
-    """The loss of the whole global batch, on every worker; its gradient is that of this worker's rows.
-
-    The published loss is no mean over rows (it is normalised by the words of the batch and multiplied by the batch's
-    focal factor), so the mean of the workers' losses would be another loss. Here each worker takes the words' terms of
-    all workers, three small tensors, as given, so that the gradients' sum over the workers is that of a single worker.
-    """
-
-    def word_terms(
-        self, logits: torch.Tensor, target_ids: torch.Tensor, clip_score: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        loss, focal, valid = super().word_terms(logits, target_ids, clip_score)
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-            return loss, focal, valid
-        own = torch.stack([loss, focal, valid.to(loss.dtype)], dim=1)  # (b, 3, T)
-        shares = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(shares, own.detach())
-        shares[torch.distributed.get_rank()] = own  # the only one with gradients
-        loss, focal, valid = torch.cat(shares).unbind(dim=1)  # (B, T) each
-        return loss, focal, valid > 0
 
 
 def _log_to_stderr() -> None:
