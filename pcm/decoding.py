@@ -6,12 +6,14 @@ Images whose hypotheses have all ended leave the batch. None of this changes a r
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from pcm.errors import InputError
 from pcm.model import Encoded, PCMNet
+from pcm.transformer import DecoderBlock
 
 #: Id of BOS, EOS and padding alike.
 BOS = EOS = 0
@@ -39,15 +41,16 @@ class _Decoder:
 
     def __init__(self, model: PCMNet, encoded: Encoded, *, beam_size: int, max_length: int):
         self.model = model
+        self.blocks = [cast(DecoderBlock, block) for block in model.decoder]
         self.beam_size = beam_size
         self.memory_mask = None if encoded.mask is None else encoded.mask[:, None, None, :]  # (B, 1, 1, S)
         self.cross_caches = [
-            tuple(cache.contiguous() for cache in block.cross_attention.keys_values(encoded.memory))
-            for block in model.decoder
+            (keys.contiguous(), values.contiguous())
+            for keys, values in (block.cross_attention.keys_values(encoded.memory) for block in self.blocks)
         ]
         keys = self.cross_caches[0][0]  # (B, heads, S, d)
         pool = (keys.shape[0], keys.shape[1], max_length * beam_size, keys.shape[3])
-        self.self_caches = [(keys.new_zeros(pool), keys.new_zeros(pool)) for _ in model.decoder]
+        self.self_caches = [(keys.new_zeros(pool), keys.new_zeros(pool)) for _ in self.blocks]
         # (B, W, T*W): word slot t*W + w belongs to hypothesis w as it stood at step t.
         self.ancestors = torch.zeros(
             keys.shape[0], beam_size, max_length * beam_size, dtype=torch.bool, device=keys.device
@@ -63,7 +66,7 @@ class _Decoder:
         self.ancestors[:, :width, slot : slot + width] = own
         mask = self.ancestors[:, None, :width, : slot + self.beam_size]  # (B, 1, w, (step + 1) * W)
         x = self.model.word_embedding(words, step=step)  # (B, w, H)
-        for block, self_cache, cross_cache in zip(self.model.decoder, self.self_caches, self.cross_caches, strict=True):
+        for block, self_cache, cross_cache in zip(self.blocks, self.self_caches, self.cross_caches, strict=True):
             x = block.step(
                 x,
                 self_cache=self_cache,

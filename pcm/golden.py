@@ -1,32 +1,28 @@
 """Recompute every output of a golden file: tensors that the published implementation gave for known weights and inputs.
 
-A golden file is NAME.safetensors with NAME.json beside it (or the same JSON in the safetensors metadata). The JSON
-holds the published settings ("official_config_overrides"), the generator's own ("spec") and the meaning of each tensor.
 Tensor names say what they are: `state.*` weights, `in.*` inputs, `mid.*` intermediate features, `out.{train,eval}.*`
 model outputs in the replace and append layouts, `loss.NAME.*`, `grad.*`, `beamW.outO.*` and `greedy.*` decodes,
 `extra.*`. A name that is none of these is reported and fails the verification; nothing is skipped.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
 from pcm.config import PCMNetConfig
 from pcm.decoding import Decoded, beam_search, greedy_search
 from pcm.errors import InputError
+from pcm.golden_file import INPUTS, Golden, read_golden
 from pcm.loss import CLIPWeightedCrossEntropy, FocalMode
-from pcm.mixup import MixUp, inject_noise, textual_patches
+from pcm.mixup import Layout, MixUp, inject_noise, textual_patches
 from pcm.model import Encoded, PCMNet
-from pcm.official import config_from_state, from_official, read_tensors, to_official
+from pcm.official import config_from_state, from_official, to_official
 from pcm.schedule import noam_lr
 
 #: Largest absolute difference allowed for float32 values. Ids and masks must be exact.
@@ -40,94 +36,7 @@ MASKED = -10_000.0
 #: CapDec's variance, which golden files use where their training noise is off.
 DEFAULT_NOISE_VARIANCE = 0.016
 
-_INPUTS = ("att_feats", "global_feats", "concept_embed", "tokens_ids", "target_ids", "clip_score")
 _FOCAL_MODES: dict[str, FocalMode] = {"batch": "batch", "sent": "sentence", "word": "word"}
-# Published settings for which there is only one implementation here; a file made with another is refused.
-_ONLY = {
-    "MODEL.META_ARCHITECTURE": "TransformerEncoderDecoder",
-    "MODEL.ENCODER": "GTransformerEncoder",
-    "MODEL.DECODER": "TransformerDecoder",
-    "MODEL.PREDICTOR": "BasePredictor",
-    "MODEL.TOKEN_EMBED.NAME": "TokenBaseEmbedding",
-    "MODEL.TOKEN_EMBED.ACTIVATION": "none",
-    "MODEL.TOKEN_EMBED.USE_NORM": True,
-    "MODEL.TOKEN_EMBED.POSITION": "SinusoidEncoding",
-    "MODEL.VISUAL_EMBED.NAME": "VisualGridClipTagLREmbedding",
-    "MODEL.VISUAL_EMBED.ACTIVATION": "relu",
-    "MODEL.VISUAL_EMBED.USE_NORM": True,
-    "MODEL.VISUAL_EMBED.CLIPTAG.REPLACE_TYPE": "top",
-    "MODEL.VISUAL_EMBED.CLIPTAG.TYPE_VOCAB_SIZE": 2,
-    "MODEL.BERT.HIDDEN_ACT": "relu",
-    "SOLVER.NAME": "Adam",
-    "SOLVER.GRAD_CLIP_TYPE": "value",
-    "LR_SCHEDULER.NAME": "NoamLR",
-}
-
-
-@dataclass(frozen=True)
-class Golden:
-    """A golden file, read."""
-
-    tensors: dict[str, Tensor]
-    description: dict[str, Any]
-
-    def part(self, name: str) -> dict[str, Any]:
-        """A section of the JSON, empty where it is absent."""
-        return self.description.get(name) or {}
-
-    def setting(self, official: str, own: str, default: Any = None) -> Any:
-        """A setting under its published name, or else under the generator's, or else the default; else InputError."""
-        value = self.part("official_config_overrides").get(official, self.part("spec").get(own, default))
-        if value is None:
-            raise InputError(f"golden file without {official} or {own} in its description; it cannot be rebuilt")
-        return value
-
-
-def read_golden(path: str | Path) -> Golden:
-    """Read NAME.safetensors with the NAME.json beside it, or with its description in the metadata.
-
-    Raises InputError for anything unreadable, incomplete, or made with settings that are not implemented here.
-    """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path}: not a golden file; give a .safetensors file")
-    tensors = read_tensors(path)
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    golden = Golden(tensors=tensors, description=_description(path, metadata))
-    missing = [f"in.{name}" for name in _INPUTS if f"in.{name}" not in tensors]
-    if missing or not any(name.startswith("state.") for name in tensors):
-        raise InputError(f"{path}: not a golden file; it lacks {', '.join([*missing, 'state.*'])}")
-    settings = golden.part("official_config_overrides")
-    for name, only in _ONLY.items():
-        if settings.get(name, only) != only:
-            raise InputError(f"{path}: made with {name} {settings[name]!r}; only {only!r} is implemented")
-    conventions = golden.part("conventions")
-    for name in ("bos_id", "eos_id", "input_pad_id"):
-        if conventions.get(name, 0) != 0:
-            raise InputError(f"{path}: made with {name} {conventions[name]}; only 0 is implemented")
-    return golden
-
-
-def _description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    beside = path.with_suffix(".json")
-    try:
-        if beside.is_file():
-            description = json.loads(beside.read_text(encoding="utf-8"))
-        else:
-            # One entry may hold the whole description, or each of its sections one.
-            parsed = {
-                key: json.loads(value) for key, value in metadata.items() if value.lstrip().startswith(("{", "["))
-            }
-            whole = [value for value in parsed.values() if isinstance(value, dict) and "spec" in value]
-            description = whole[0] if whole else parsed
-    except (OSError, ValueError) as error:
-        raise InputError(f"{beside}: not readable as JSON ({error})") from None
-    if not isinstance(description, dict) or not (
-        description.get("spec") or description.get("official_config_overrides")
-    ):
-        raise InputError(f"{path}: no description; expected {beside.name} beside it, with 'official_config_overrides'")
-    return description
 
 
 class Recomputation:
@@ -135,7 +44,7 @@ class Recomputation:
 
     def __init__(self, golden: Golden):
         self.golden = golden
-        self.inputs = {name: golden.tensors[f"in.{name}"].clone() for name in _INPUTS}
+        self.inputs = {name: golden.tensors[f"in.{name}"].clone() for name in INPUTS}
         self.official_state = {
             name.removeprefix("state."): tensor for name, tensor in golden.tensors.items() if name.startswith("state.")
         }
@@ -240,7 +149,8 @@ class Recomputation:
         """For each layout: the visual embedding, the encoder's output, the logits."""
         result = {}
         with torch.no_grad():
-            for mode, layout in (("train", "replace"), ("eval", "append")):
+            layouts: dict[str, Layout] = {"train": "replace", "eval": "append"}
+            for mode, layout in layouts.items():
                 model = self._model(self.config, training=mode == "train")
                 embedding, _, _ = model.visual_embedding(*self._features, model.concept_embeddings, layout=layout)
                 encoded = model.encode(*self._features, layout=layout)

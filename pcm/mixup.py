@@ -102,6 +102,10 @@ def inject_noise(global_feature: Tensor, *, variance: float, noise: Tensor | Non
 class ClipHead(nn.Module):
     """CLIP's final LayerNorm and projection, applied to patches (DenseCLIP). Frozen: buffers, not parameters."""
 
+    ln_post_weight: Tensor
+    ln_post_bias: Tensor
+    proj: Tensor
+
     def __init__(self, patch_dim: int, embed_dim: int):
         super().__init__()
         self.register_buffer("ln_post_weight", torch.ones(patch_dim))
@@ -194,7 +198,7 @@ class VisualEmbedding(nn.Module):
             mixed = torch.where(chosen.unsqueeze(-1), textual, patches.gather(1, index))
             x = torch.cat([global_slot, patches.scatter(1, index, mixed)], dim=1)  # (B, 1 + N, H)
             is_textual = torch.cat([plain, mixup.mix_mask], dim=1)
-            position = self.position
+            position: Tensor = self.position
             mask = None
         else:
             x = torch.cat([global_slot, patches, textual], dim=1)  # (B, 1 + N + S_t, H)

@@ -31,6 +31,8 @@ def sinusoid(length: int, hidden_size: int) -> Tensor:
 class WordEmbedding(nn.Module):
     """Word vector (not scaled) + sinusoidal position, LayerNorm, dropout."""
 
+    position: Tensor
+
     def __init__(self, config: PCMNetConfig):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -97,6 +99,8 @@ class PCMNet(nn.Module):
     `model(global_feature, patch_features, token_ids)` gives teacher-forced logits. Before the first use call
     `set_concepts` and, unless a checkpoint is loaded, `set_clip_head`. Inputs are never changed.
     """
+
+    concept_embeddings: Tensor
 
     def __init__(self, config: PCMNetConfig):
         super().__init__()

@@ -78,8 +78,8 @@ def official_names(our_name: str) -> tuple[str, ...]:
                     return tuple(f"{target}{name}.{kind}" for name in parts)
         for ours, official in _FEED_FORWARDS.items():
             prefix, target = ours.format(number[1]), official.format(number[1])
-            names = {"expand": "intermediate.dense", "contract": "output.dense", "norm": "output.LayerNorm"}
-            for part, name in names.items():
+            parts_of_it = {"expand": "intermediate.dense", "contract": "output.dense", "norm": "output.LayerNorm"}
+            for part, name in parts_of_it.items():
                 if our_name == f"{prefix}{part}.{kind}":
                     return (f"{target}{name}.{kind}",)
     raise KeyError(our_name)

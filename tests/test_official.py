@@ -14,7 +14,8 @@ from slow_pcmnet import Settings
 from tiny_goldens import Sizes, write_golden
 
 from pcm.errors import InputError
-from pcm.golden import TOLERANCE, Recomputation, read_golden
+from pcm.golden import TOLERANCE, Recomputation
+from pcm.golden_file import read_golden
 from pcm.model import PCMNet
 from pcm.official import config_from_state, from_official, load_state_dict, main, official_names, to_official
 
