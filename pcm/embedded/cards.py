@@ -107,5 +107,8 @@ at least one of two {percent(t2i["any"])}.
 - Only the words of the grammar mean anything; other words are spelt in letters the models have not learned.
 - Generated pictures have real defects (wrong or melted things, missing second things, colours on the wrong thing): they
   are what the method under study has to cope with.
-- A first version: trained briefly. Longer training continues from the same commands.
+- A first version: trained briefly, on a shared machine. The commands are those of `jobs.pretrain_embedded`, but these
+  weights are not reproducible byte for byte: the CLIP was trained in two sittings (900 steps, then its learning rate
+  rose again and saturation changes joined the augmentation), its plain pictures (a third) had a pixel of jitter, and the
+  decoder of the autoencoder learned on after the denoiser had begun.
 """

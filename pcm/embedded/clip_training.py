@@ -34,7 +34,7 @@ PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "
 class ClipTraining:
     """Settings of one CLIP training run."""
 
-    steps: int = 1800
+    steps: int = 1450
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup: int = 100
