@@ -256,8 +256,12 @@ def csv_delimiter(header: str) -> str:
 def _read_parquet(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
     try:
         file = pq.ParquetFile(stream)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{name}: not a Parquet file ({str(error).splitlines()[0]})") from error
+        yield from _parquet_rows(file, name)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{name}: not a readable Parquet file ({' '.join(str(error).split())})") from error
+
+
+def _parquet_rows(file: pq.ParquetFile, name: str) -> Iterator[CaptionRow]:
     columns = {field.name.lower(): field for field in file.schema_arrow}
     caption_field = next((f for f in (*CAPTION_FIELDS, *CAPTION_LIST_FIELDS) if f in columns), None)
     if caption_field is None:

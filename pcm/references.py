@@ -58,4 +58,4 @@ def _rows(path: Path) -> Iterator[CaptionRow]:
             format = detect_format(str(path).removesuffix(".gz"), head)
             yield from read_rows(cast(BinaryIO, stream), format, name=str(path))
     except (OSError, EOFError) as error:
-        raise InputError(f"{path}: references cannot be read ({error})") from error
+        raise InputError(f"{path}: references cannot be read ({' '.join(str(error).split())})") from error

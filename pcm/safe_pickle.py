@@ -93,8 +93,9 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     def find_class(self, module: str, name: str) -> Any:
         answer = _ANSWERS.get((module.replace("numpy.core.", "numpy._core."), name))
         if answer is None:
+            named = f"{module}.{name}"[:200].encode("unicode_escape").decode()
             raise InputError(
-                f"refused: the pickle names {module}.{name}, which arrays and tensors do not need; nothing was executed"
+                f"refused: the pickle names {named}, which arrays and tensors do not need; nothing was executed"
             )
         return answer
 

@@ -331,7 +331,7 @@ def test_duplicates_are_records_of_their_own(tmp_path):
         ("a.json", "", "not valid JSON"),
         ("a.csv", "image,title\nx.jpg,a dog\n", "no column 'caption' .* it has 'image', 'title'"),
         ("a.csv", "", "empty; a CSV needs a header"),
-        ("a.parquet", b"PAR1 but not really", "not a Parquet file"),
+        ("a.parquet", b"PAR1 but not really", "not a readable Parquet file"),
         ("a.txt", "\n \n", "no usable caption .*no record at all"),
         ("a.jsonl", '{"caption": ""}\n{"x": 1}\n', "no usable caption .*1 empty, 1 missing_caption"),
         ("a.txt", "a dog\n".encode("utf-16"), "UTF-16"),
@@ -352,6 +352,15 @@ def test_parquet_without_captions_names_its_columns(tmp_path):
     pq.write_table(pa.table({"caption": [1, 2]}), tmp_path / "b.parquet")
     with pytest.raises(InputError, match="column 'caption' is int64; wanted strings"):
         captions(tmp_path / "b.parquet")
+
+
+def test_parquet_damaged_in_the_middle_is_one_clear_line(tmp_path):
+    pq.write_table(pa.table({"caption": [f"a dog {i}" for i in range(999)]}), tmp_path / "a.parquet")
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[4:60] = bytes(56)
+    with pytest.raises(InputError, match="not a readable Parquet file") as error:
+        captions(write(tmp_path / "a.parquet", bytes(content)))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
