@@ -217,13 +217,13 @@ def train_painter(data: SceneSet, folder: Path, settings: PainterTraining) -> di
     averaged.requires_grad_(False)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01)
     checkpoint = folder / "denoiser.pt"
-    first, seconds = 0, 0.0
+    first, seconds, running = 0, 0.0, None
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         denoiser.load_state_dict(state["model"])
         averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
-        first, seconds = state["step"], state["seconds"]
+        first, seconds, running = state["step"], state["seconds"], state["loss"]
 
     latents = encode_set(vae, data)
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
@@ -237,7 +237,7 @@ def train_painter(data: SceneSet, folder: Path, settings: PainterTraining) -> di
     noise_level = (1 - scheduler.alphas_cumprod).sqrt()
     log.info("%d latents, %d captions, %.2f M parameters", len(latents), len(captions), _millions(denoiser))
 
-    started, running = time.monotonic() - seconds, None
+    started = time.monotonic() - seconds
     for step in range(first, settings.steps):
         rng = np.random.default_rng((settings.seed, 1, step))
         torch.manual_seed(settings.seed * 1_000_003 + step)
@@ -268,7 +268,8 @@ def train_painter(data: SceneSet, folder: Path, settings: PainterTraining) -> di
             state = {"model": denoiser.state_dict(), "averaged": averaged.state_dict()}
             state |= {"optimizer": optimizer.state_dict(), "step": step + 1, "loss": running}
             _save(checkpoint, state | {"seconds": time.monotonic() - started})
-            save_pipeline(vae, text_encoder, tokenizer, averaged, folder / "t2i")
+            save_pipeline(vae, text_encoder, tokenizer, averaged, folder / "t2i")  # to look at
+    save_pipeline(vae, text_encoder, tokenizer, averaged, folder / "t2i")
     return {"steps": settings.steps, "seconds": round(time.monotonic() - started), "loss": running}
 
 
