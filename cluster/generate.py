@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
 
@@ -107,7 +106,8 @@ def shard_stream(store: Store, plan: Plan, shards: list[int], pools: Pools) -> I
     """
     if not shards:
         return
-    source = ray.data.from_arrow([pa.table({"shard": pa.array([shard], pa.int64())}) for shard in shards])
+    # Made in this process, a block a shard; from_arrow would start a task for each only to look at it.
+    source = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
     pipeline = (
         source.map_batches(
             DrawShard,

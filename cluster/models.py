@@ -46,6 +46,14 @@ def pin_clip(model: str, revision: str | None) -> str:
     return f"open_clip:{pretrained}"
 
 
+def check_scheduler(name: str | None) -> None:
+    """Raises InputError for a scheduler that diffusers does not have, before anything is planned."""
+    if name is not None:
+        from pcm.diffusers_generator import scheduler_class  # seconds to import, so only where one is named
+
+        scheduler_class(name)
+
+
 def _pin_repo(repo: str, revision: str | None) -> str:
     if revision and len(revision) == 40 and all(digit in "0123456789abcdef" for digit in revision):
         return revision

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 
 import ray
 
@@ -41,7 +42,9 @@ def user_error(error: BaseException) -> InputError | None:
         if type(link) is InputError:
             return link
         link = getattr(link, "cause", None) or link.__cause__
-    return None
+    # Of an actor that could not start, Ray keeps the text alone.
+    raised = re.findall(r"^pcm\.errors\.InputError: (.+)$", str(error), re.MULTILINE)
+    return InputError(raised[-1]) if raised else None
 
 
 def cluster_gpus() -> float:

@@ -226,7 +226,7 @@ def _finite_rows(table: pa.Table) -> np.ndarray:
     finite = np.isfinite(table["clip_score"].to_numpy())
     for name in ("global_feature", "patch_features"):
         column = table[name].combine_chunks()
-        values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
+        values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
         finite &= np.isfinite(values).all(axis=1)
     return finite
 

@@ -4,7 +4,7 @@ import argparse
 
 from cluster.corpus import FORMATS, read_corpus
 from cluster.generate import Pools, generate
-from cluster.models import pin_clip, pin_t2i, resolve_device, resolve_dtype
+from cluster.models import check_scheduler, pin_clip, pin_t2i, resolve_device, resolve_dtype
 from cluster.plan import make_plan
 from cluster.regenerate import regenerate
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
@@ -99,6 +99,7 @@ def corpus_uri(name: str) -> str:
 
 def dataset_spec(args: argparse.Namespace, *, gpus: float) -> DatasetSpec:
     """The spec that the arguments mean, with every default resolved and every revision pinned."""
+    check_scheduler(args.scheduler)
     device = resolve_device(args.device, cluster_gpus=gpus)
     dtype = resolve_dtype(args.dtype, device=device)
     embedded = args.t2i == "embedded"

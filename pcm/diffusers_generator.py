@@ -116,16 +116,17 @@ def _load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
             "give a diffusers repo id, a folder saved by save_pretrained(), 'embedded' or 'null'"
         ) from error
     if spec.scheduler is not None:
-        pipeline.scheduler = _scheduler(spec.scheduler, pipeline.scheduler.config)
+        pipeline.scheduler = scheduler_class(spec.scheduler).from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(spec.device)
 
 
-def _scheduler(name: str, config: dict) -> diffusers.SchedulerMixin:
+def scheduler_class(name: str) -> type[diffusers.SchedulerMixin]:
+    """The diffusers scheduler of that class name. Raises InputError."""
     scheduler = getattr(diffusers, name, None)
     if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
         raise InputError(
             f"scheduler {name!r}: not a diffusers scheduler; allowed are class names such as "
             "DPMSolverMultistepScheduler, EulerDiscreteScheduler, DDIMScheduler, LCMScheduler"
         )
-    return scheduler.from_config(config)
+    return scheduler

@@ -1,5 +1,6 @@
 """What tests share: tiny models, one Ray session, jobs run as a user runs them."""
 
+import importlib
 import json
 import os
 import secrets
@@ -46,6 +47,26 @@ def run_job_process(name: str, *args: object, env: dict[str, str] | None = None,
 def run_job() -> Callable[..., JobRun]:
     """run_job("generate", "--out", path, ...) -> JobRun. Costs a process and, for most jobs, a start of Ray."""
     return run_job_process
+
+
+@pytest.fixture
+def call_job(capsys: pytest.CaptureFixture) -> Callable[..., JobRun]:
+    """The same in this process: cheaper, and a job that needs Ray uses `ray_session`'s."""
+
+    def call(name: str, *args: object) -> JobRun:
+        from jobs.cli import run_job
+
+        job = importlib.import_module(f"jobs.{name}")
+        capsys.readouterr()
+        try:
+            run_job(job.parser(), job.run, [str(arg) for arg in args])
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return JobRun(status, json.loads(out.splitlines()[-1]) if out else None, err)
+
+    return call
 
 
 @pytest.fixture(scope="session")

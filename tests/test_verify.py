@@ -75,6 +75,13 @@ def test_a_healthy_dataset_is_proven(healthy: Path) -> None:
     assert report["ok"] is True and report["complete"] is True and report["problems"] == []
 
 
+def test_a_shard_of_which_nothing_could_be_stored_is_healthy(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path, ["\x00", "a\x07b", "A cat.", "\x01"])
+    make_dataset_in_process(tmp_path / "data", corpus, null_spec(), shard_size=2)
+    report = check(tmp_path / "data")
+    assert report["ok"] and (report["stored"], report["quarantined"]) == (1, 3)
+
+
 def test_the_fingerprint_is_what_the_contract_says(healthy: Path) -> None:
     """Recomputed here with pyarrow alone: sorted (sample_id, caption, seed, status, sha256 of the image bytes)."""
     entries = []

@@ -1,0 +1,140 @@
+"""`ray job submit`, as the README types it, on a head with token authentication."""
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from tiny_generation import CAPTIONS, write_corpus
+
+from cluster.storage import open_store
+from cluster.verify import verify
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head: the address of its job server, and a client's environment."""
+
+    address: str
+    environment: dict[str, str]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """`ray start --head` with a token, a temporary folder and ports of its own; the home directory is not touched."""
+    folder = tmp_path_factory.mktemp("head")
+    (folder / "token").write_text(secrets.token_hex(32))
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_TOKEN", "RAY_ADDRESS")}
+    environment |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Job, driver and workers find the project's packages where this interpreter has them.
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    port, dashboard = free_ports(2)
+    # A socket's path must be short, which pytest's temporary folders are not.
+    session = Path("/tmp") / f"pcm-{os.getpid()}"
+    command = [
+        RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=2", f"--temp-dir={session}",
+        "--disable-usage-stats", "--object-store-memory=200000000",
+    ]  # fmt: skip
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
+    head = Head(f"http://127.0.0.1:{dashboard}", environment)
+    try:
+        deadline = time.monotonic() + 180
+        while not answers(head):
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
+            time.sleep(0.5)
+        yield head
+    finally:
+        process.terminate()  # --block: it stops what it started
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        subprocess.run(["rm", "-rf", str(session)], check=False)
+
+
+def answers(head: Head) -> bool:
+    """Whether the job server is up: it refuses a request without a token."""
+    try:
+        urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=5)
+    except urllib.error.HTTPError as error:
+        return error.code in (401, 403)
+    except OSError:
+        return False
+    raise AssertionError("the job server answers without a token")
+
+
+def submit(head: Head, *entrypoint: object, **environment: str | None) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in (head.environment | environment).items() if value is not None}
+    return subprocess.run(
+        [RAY, "job", "submit", "--address", head.address, "--working-dir", ".", "--", *map(str, entrypoint)],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+
+
+def test_a_submitted_job_makes_a_dataset(head: Head, tmp_path: Path) -> None:
+    corpus, out = write_corpus(tmp_path), tmp_path / "out"
+    done = submit(head, "python", "-m", "jobs.generate", "--corpus", corpus, "--out", out, "--t2i", "null")
+    assert done.returncode == 0, done.stdout + done.stderr
+    summaries = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    assert [summary["stored"] for summary in summaries] == [len(CAPTIONS)]
+    report = verify(open_store(out))
+    assert report["ok"] and report["stored"] == len(CAPTIONS)
+
+
+def test_bad_input_comes_back_as_a_failed_submission_with_its_line(head: Head, tmp_path: Path) -> None:
+    done = submit(head, "python", "-m", "jobs.generate", "--corpus", tmp_path / "none.txt", "--out", tmp_path / "out")
+    assert done.returncode != 0
+    assert "none.txt" in done.stdout + done.stderr and "exit code 2" in done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_token_nothing_is_run(head: Head, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    wrong = submit(head, "touch", marker, RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_AUTH_TOKEN_PATH=None)
+    none = submit(head, "touch", marker, RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN_PATH=None)
+    assert wrong.returncode != 0 and none.returncode != 0
+    assert "auth" in (wrong.stdout + wrong.stderr).lower()
+    assert not marker.exists()
+
+
+def test_what_is_uploaded_is_the_project_without_its_environment(tmp_path: Path) -> None:
+    """Ray leaves out what .gitignore names; the embedded pack goes along, far below Ray's limit (512 MiB)."""
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, create_package
+
+    package = tmp_path / "package.zip"
+    create_package(str(ROOT), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
+    assert package.stat().st_size < GCS_STORAGE_MAX_SIZE / 4
+    names = [f"/{name}" for name in zipfile.ZipFile(package).namelist()]
+    assert {"/jobs/generate.py", "/constraints.txt", "/pcm/spec.py"} <= set(names)
+    for kept_out in ("/.venv/", "/demo/", "/.git/", "/__pycache__/", ".egg-info/"):
+        assert not [name for name in names if kept_out in name], kept_out
