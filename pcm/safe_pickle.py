@@ -76,10 +76,13 @@ def _torch_archive(data: bytes, name: str) -> Any:
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     """Python's own unpickler, the one written in Python, with fewer operations.
 
-    The one written in C trusts the numbers in a pickle: one damaged byte makes it fill gigabytes with an empty table.
+    The one written in C trusts the sizes in a pickle: one damaged byte makes it fill gigabytes with an empty table. So
+    does this one for a bytearray's.
     """
 
     stack: list[Any]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
     dispatch: ClassVar[dict[int, Any]] = {
         code: operation
         for code, operation in pickle._Unpickler.dispatch.items()  # type: ignore[attr-defined]
@@ -111,7 +114,11 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
             raise pickle.UnpicklingError("it sets the state of something else than an array")
         self.stack[-1].set_state(state)
 
+    def load_bytearray8(self) -> None:
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
     dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
 
 class _Answer:

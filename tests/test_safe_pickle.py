@@ -1,6 +1,7 @@
 """Published pickles are read without executing anything that they ask for."""
 
 import collections
+import contextlib
 import io
 import os
 import pickle
@@ -161,12 +162,14 @@ def test_raw_bytes_cannot_pass_for_object_pointers():
         safe_pickle.load(pickle.dumps(np.zeros(1, "V8")))
 
 
-def test_one_damaged_byte_does_not_cost_gigabytes():
+@pytest.mark.parametrize("opcode", [pickle.LONG_BINPUT, pickle.BYTEARRAY8])
+def test_one_damaged_byte_does_not_cost_gigabytes(opcode):
     # A memo index of 946 million, as a flipped byte makes it: the unpickler in C fills a table up to it.
-    data = b"\x80\x04]r" + (946406028).to_bytes(4, "little") + b"."
+    data = b"\x80\x05]" + opcode + (946406028).to_bytes(4 if opcode == pickle.LONG_BINPUT else 8, "little") + b"."
     tracemalloc.start()
     try:
-        assert safe_pickle.load(data) == []
+        with contextlib.suppress(InputError):
+            safe_pickle.load(data)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
