@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--image-out", metavar="FILE", help="with --only: write the regenerated picture here")
     corpus = result.add_argument_group("corpus")
     corpus.add_argument("--corpus-format", default="auto", choices=("auto", *FORMATS))
-    corpus.add_argument("--split", help="Karpathy split, e.g. train")
+    corpus.add_argument("--split", default="train", help="split of a Karpathy file (train takes restval too), or all")
     corpus.add_argument("--limit", type=int, help="only the first N records")
     pictures = result.add_argument_group("pictures (all recorded in the manifest)")
     pictures.add_argument("--t2i", default="embedded", help="diffusers repo id, folder, 'embedded' or 'null'")
