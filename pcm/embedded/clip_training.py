@@ -9,8 +9,10 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +64,7 @@ def model_config(vocab_size: int) -> dict:
     }
 
 
-def save_clip(model: nn.Module, folder: Path, *, half: bool) -> None:
+def save_clip(model: Any, folder: Path, *, half: bool) -> None:
     """Writes the open_clip folder: config, weights and tokenizer."""
     from safetensors.torch import save_file
 
@@ -163,7 +165,7 @@ def train_clip(data: SceneSet, check: dict[str, SceneSet], folder: Path, setting
     tokenizer = AutoTokenizer.from_pretrained(work)
     config = model_config(len(tokenizer))
     config["text_cfg"].pop("hf_tokenizer_name")
-    model = open_clip.CLIP(**config)
+    model: Any = open_clip.CLIP(**config)
     model.visual.patch_dropout = KeepSomePatches(settings.kept_patches)
     model.visual.output_tokens = True
     nouns_loss = NounLoss()
@@ -233,7 +235,7 @@ def train_clip(data: SceneSet, check: dict[str, SceneSet], folder: Path, setting
     return {"steps": settings.steps, "seconds": round(seconds), "figures": figures}
 
 
-def encode_short(model: nn.Module, tokens: Tensor) -> Tensor:
+def encode_short(model: Any, tokens: Tensor) -> Tensor:
     """open_clip's encode_text without the padding: causal attention makes what follows the end token irrelevant."""
     length = int(tokens.argmax(1).max()) + 1  # the end token has the highest id
     tokens = tokens[:, :length]
@@ -243,7 +245,7 @@ def encode_short(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, tokens, scenes: SceneSet) -> dict[str, float]:
+def measure(model: Any, tokens: Callable[[list[str]], Tensor], scenes: SceneSet) -> dict[str, float]:
     """Figures on held-out scenes, all fractions.
 
     r1: image-to-text R@1 among 256, a caption of the same nouns counts; r1_exact: only the picture's own caption;

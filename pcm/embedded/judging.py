@@ -4,6 +4,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class Painted:
     seconds_a_picture: float
 
 
-def load_clip(folder: Path):
+def load_clip(folder: Path) -> tuple[Any, Any]:
     """(model, tokenise) through open_clip's own API."""
     import open_clip
 
@@ -47,7 +48,8 @@ def judge_clip(folder: Path, check: dict[str, SceneSet]) -> dict[str, dict[str, 
 def judge_prompts(seed: int = 11) -> tuple[list[str], list[tuple[str, ...]]]:
     """Two prompts a noun for single objects and one a noun for pairs."""
     rng = random.Random(seed)
-    prompts, nouns = [], []
+    prompts: list[str] = []
+    nouns: list[tuple[str, ...]] = []
     for noun in NOUNS:
         for _ in range(2):
             place = rng.choice(noun.places)
@@ -65,7 +67,7 @@ def paint(folder: Path, prompts: list[str], nouns: list[tuple[str, ...]], *, bat
     """Generates one picture a prompt, seed = position, with the pipeline's own scheduler."""
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     images, seconds = [], []
     for start in range(0, len(prompts), batch):

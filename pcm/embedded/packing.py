@@ -5,6 +5,7 @@ import logging
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ def _write_clip(state: dict[str, torch.Tensor], folder: Path) -> None:
 
     config = model_config(state["token_embedding.weight"].shape[0])
     config["text_cfg"].pop("hf_tokenizer_name")
-    model = open_clip.CLIP(**config)
+    model: Any = open_clip.CLIP(**config)
     model.load_state_dict(state)
     save_clip(model, folder, half=True)
 

@@ -10,6 +10,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any  # diffusers' and transformers' classes: their types tell mypy little
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class PainterTraining:
     checkpoint_every: int = 200
 
 
-def new_autoencoder(scaling_factor: float = 1.0) -> nn.Module:
+def new_autoencoder(scaling_factor: float = 1.0) -> Any:
     """TAESD's architecture: 64 x 64 x 3 to 16 x 16 x 8 and back."""
     from diffusers import AutoencoderTiny
 
@@ -61,7 +62,7 @@ def new_autoencoder(scaling_factor: float = 1.0) -> nn.Module:
     )
 
 
-def new_denoiser() -> nn.Module:
+def new_denoiser() -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -92,7 +93,7 @@ def new_scheduler():
     )
 
 
-def text_encoder_from_clip(state: dict[str, Tensor]) -> nn.Module:
+def text_encoder_from_clip(state: dict[str, Tensor]) -> Any:
     """open_clip's text tower as a Hugging Face CLIPTextModel: same numbers, other names."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -139,7 +140,7 @@ def text_encoder_from_clip(state: dict[str, Tensor]) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def train_autoencoder(data: SceneSet, folder: Path, settings: PainterTraining) -> nn.Module:
+def train_autoencoder(data: SceneSet, folder: Path, settings: PainterTraining) -> Any:
     """Trains (or resumes from folder/vae.pt) the autoencoder on pictures alone."""
     torch.manual_seed(settings.seed)
     model = new_autoencoder().to(memory_format=torch.channels_last)
@@ -186,7 +187,7 @@ def train_autoencoder(data: SceneSet, folder: Path, settings: PainterTraining) -
 
 
 @torch.no_grad()
-def encode_set(model: nn.Module, data: SceneSet) -> Tensor:
+def encode_set(model: Any, data: SceneSet) -> Tensor:
     """Latents of a whole set, (n, 8, 16, 16) float32, not yet scaled."""
     parts = [
         model.encoder(as_input(data.images[start : start + 64]).to(memory_format=torch.channels_last)).contiguous()
@@ -273,7 +274,7 @@ def train_painter(data: SceneSet, folder: Path, settings: PainterTraining) -> di
     return {"steps": settings.steps, "seconds": round(time.monotonic() - started), "loss": running}
 
 
-def save_pipeline(vae: nn.Module, text_encoder: nn.Module, tokenizer, denoiser: nn.Module, folder: Path) -> None:
+def save_pipeline(vae: Any, text_encoder: Any, tokenizer: Any, denoiser: Any, folder: Path) -> None:
     """Writes the StableDiffusionPipeline folder with float16 weights (loads as float32 when asked to, the default)."""
     from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
@@ -284,7 +285,7 @@ def save_pipeline(vae: nn.Module, text_encoder: nn.Module, tokenizer, denoiser: 
     small_denoiser.load_state_dict(denoiser.state_dict())
     small_text = CLIPTextModel(text_encoder.config)
     small_text.load_state_dict(text_encoder.state_dict())
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=small_vae.half(),
         text_encoder=small_text.half(),
         tokenizer=tokenizer,
@@ -301,7 +302,7 @@ def save_pipeline(vae: nn.Module, text_encoder: nn.Module, tokenizer, denoiser: 
 
 
 @torch.no_grad()
-def _text_states(text_encoder: nn.Module, tokenizer, captions: list[str]) -> Tensor:
+def _text_states(text_encoder: Any, tokenizer: Any, captions: list[str]) -> Tensor:
     parts = []
     for start in range(0, len(captions), 256):
         ids = tokenizer(

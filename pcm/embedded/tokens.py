@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from pcm.embedded.captions import corpus
 
@@ -34,7 +35,7 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     Ties go to the first pair in alphabetical order: `tokenizers`' own trainer breaks them at random.
     """
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         counts = Counter(pair for word in pieces for pair in pairwise(word))
         if not counts:
@@ -66,7 +67,8 @@ def build_tokenizer(folder: Path) -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # "!" sorts first: id 0 pads, as in Stable Diffusion 2
     pieces = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys("".join(merge) for merge in merges)]
     pieces = [*dict.fromkeys(pieces), START, END]  # the end token has the highest id: CLIP pools there
-    tokenizer = CLIPTokenizer(
+    clip_tokenizer: Any = CLIPTokenizer  # its annotation of `merges` is narrower than what it takes
+    tokenizer = clip_tokenizer(
         vocab={piece: index for index, piece in enumerate(pieces)},
         merges=merges,
         unk_token=END,
