@@ -96,7 +96,7 @@ patches), because PCM-Net reads nouns off patches. {training["clip"]["steps"]} s
 TAESD-style autoencoder (64 x 64 to 16 x 16 x 8, {training["vae"]["steps"]} steps), a frozen copy of the CLIP's text tower as it was
 after {training["text_tower"]["clip_step"]} steps, and a UNet denoiser (v-prediction, {training["denoiser"]["steps"]} steps of batch 16,
 {training["denoiser"]["seconds"] / 60:.0f} minutes on a busy CPU core), trained on 24,000 scenes of one style (`{PAINTER_STYLE}`) in
-fixed poses. DPM-Solver++ with {STEPS} steps at guidance {GUIDANCE}: {t2i["seconds_a_picture"]:.2f} s a picture on one core, batch 8.
+fixed poses. DPM-Solver++ with {STEPS} steps at guidance {GUIDANCE}: {t2i["cpu_seconds_a_picture"]:.2f} CPU-seconds a picture, batch 8.
 
 Judge: the CLIP above, which was trained on drawn scenes only and never saw a generated picture.
 Recognised: single things {percent(t2i["single"])} (chance 3 %), both of two things {percent(t2i["both"])},

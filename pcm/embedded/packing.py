@@ -45,7 +45,9 @@ def write_pack(work: Path, art_folder: Path, pack: Path) -> dict:
     torch.set_num_threads(1)  # seconds a picture are stated for one core
     painted = paint(pack / "t2i", *judge_prompts())
     torch.set_num_threads(threads)
-    figures["t2i"] = recognised(pack / "clip", painted) | {"seconds_a_picture": round(painted.seconds_a_picture, 3)}
+    figures["t2i"] = recognised(pack / "clip", painted) | {
+        "cpu_seconds_a_picture": round(painted.cpu_seconds_a_picture, 3)
+    }
     contact_sheet(painted, pack / "samples.png")
     figures["training"] = _training(work, clip_state)
     size = sum(file.stat().st_size for file in pack.rglob("*") if file.is_file())

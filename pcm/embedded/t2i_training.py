@@ -25,7 +25,7 @@ from pcm.embedded.tokens import CONTEXT_LENGTH, build_tokenizer
 log = logging.getLogger(__name__)
 
 LATENT_SIZE, LATENT_CHANNELS = 16, 8
-STEPS = 12  # of the sampler, by default
+STEPS = 16  # of the sampler; jobs.generate takes as many for the embedded model
 
 
 @dataclass(frozen=True)
