@@ -270,7 +270,8 @@ def test_what_only_a_worker_can_find_wrong_ends_in_one_line_too(
     (broken / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
     run = call_job("generate", *small, "--t2i", broken, "--clip", "null")
     assert run.returncode == 2 and run.summary is None
-    assert run.stderr.splitlines()[-1].startswith(f"error: text-to-image model '{broken}' cannot be loaded")
+    said = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and said[0].startswith(f"error: text-to-image model '{broken}' cannot be loaded")
 
 
 def test_another_spec_on_a_finished_dataset_is_refused(small: list[object], call_job, ray_session: None) -> None:

@@ -55,20 +55,21 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         # Job, driver and workers find the project's packages where this interpreter has them.
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    port, dashboard = free_ports(2)
+    port, dashboard, agent = free_ports(3)
     # A socket's path must be short, which pytest's temporary folders are not.
     session = Path("/tmp") / f"pcm-{os.getpid()}"
     command = [
-        RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=2", f"--temp-dir={session}",
-        "--disable-usage-stats", "--object-store-memory=200000000",
+        RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+        f"--temp-dir={session}", "--disable-usage-stats", "--object-store-memory=200000000",
     ]  # fmt: skip
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
     head = Head(f"http://127.0.0.1:{dashboard}", environment)
     try:
         deadline = time.monotonic() + 180
-        while not answers(head):
+        # The agent, which starts the jobs' drivers, comes up last.
+        while not (answers(f"{head.address}/api/jobs/") and answers(f"http://127.0.0.1:{agent}/api/job_agent/jobs/")):
             assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
             time.sleep(0.5)
         yield head
@@ -81,15 +82,16 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         subprocess.run(["rm", "-rf", str(session)], check=False)
 
 
-def answers(head: Head) -> bool:
-    """Whether the job server is up: it refuses a request without a token."""
+def answers(address: str) -> bool:
+    """Whether a server is up, which it shows by refusing a request without a token."""
     try:
-        urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=5)
+        urllib.request.urlopen(address, timeout=5)
     except urllib.error.HTTPError as error:
-        return error.code in (401, 403)
+        assert error.code in (401, 403), error
+        return True
     except OSError:
         return False
-    raise AssertionError("the job server answers without a token")
+    raise AssertionError(f"{address} answers without a token")
 
 
 def submit(head: Head, *entrypoint: object, **environment: str | None) -> subprocess.CompletedProcess:
