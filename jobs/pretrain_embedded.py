@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--scenes", type=int, default=24_000, metavar="N", help="training pictures per model")
     p.add_argument("--clip-steps", type=int, default=1450, metavar="N", help="optimiser steps of CLIP")
     p.add_argument("--vae-steps", type=int, default=1500, metavar="N", help="optimiser steps of the autoencoder")
-    p.add_argument("--t2i-steps", type=int, default=5000, metavar="N", help="optimiser steps of the denoiser")
+    p.add_argument("--t2i-steps", type=int, default=4500, metavar="N", help="optimiser steps of the denoiser")
     p.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="CPU threads")
     return p
 

@@ -37,7 +37,7 @@ class PainterTraining:
     vae_batch: int = 8
     vae_rate: float = 2e-3
     latent_noise: float = 0.05  # added to latents while the decoder learns, so that it forgives the denoiser's errors
-    steps: int = 6000
+    steps: int = 4500
     batch_size: int = 16
     rate: float = 8e-4
     warmup: int = 100
