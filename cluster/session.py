@@ -10,6 +10,8 @@ from pcm.errors import InputError
 
 log = logging.getLogger(__name__)
 
+START_ATTEMPTS = 3
+
 
 def start_ray(*, num_cpus: int | None = None) -> None:
     """Join the cluster that RAY_ADDRESS names (a submitted job has it), else start one on this machine. Idempotent.
@@ -26,11 +28,24 @@ def start_ray(*, num_cpus: int | None = None) -> None:
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
         log.info("joined the Ray cluster at RAY_ADDRESS: %s", _resources())
     else:
-        ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+        _start_local(num_cpus)
         log.info("started Ray on this machine: %s", _resources())
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def _start_local(num_cpus: int | None) -> None:
+    """Start a cluster on this machine. On a busy one its processes can miss Ray's fixed 30 seconds: tried again."""
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+            return
+        except Exception:  # Ray raises a bare Exception for this
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                raise
+            log.warning("Ray did not start; trying again (%d of %d)", attempt + 1, START_ATTEMPTS)
 
 
 def user_error(error: BaseException) -> InputError | None:
