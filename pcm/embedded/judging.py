@@ -116,7 +116,7 @@ def contact_sheet(painted: Painted, path: Path, *, columns: int = 8, limit: int 
         half = -(-len(words) // 2)
         for line, part in enumerate((words[:half], words[half:])):
             draw.text((x + 2, y + 66 + 12 * line), " ".join(part), fill="black", font_size=9)
-    sheet.save(path, optimize=True)
+    sheet.quantize(160).save(path, optimize=True)  # a palette: a third of the bytes
 
 
 def _named(name: str) -> str:
