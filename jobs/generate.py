@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     pictures = result.add_argument_group("pictures (all recorded in the manifest)")
     pictures.add_argument("--t2i", default="embedded", help="diffusers repo id, folder, 'embedded' or 'null'")
     pictures.add_argument("--t2i-revision", help="commit of the repo; a branch is resolved to its commit")
-    pictures.add_argument("--steps", type=int, help="denoising steps; default 50, embedded 16")
+    pictures.add_argument("--steps", type=int, help="denoising steps; default 50, embedded 8")
     pictures.add_argument("--guidance-scale", type=float, help="classifier-free guidance; default 7.5, embedded 3.0")
     pictures.add_argument("--width", type=int, help="pixels; default: the model's own")
     pictures.add_argument("--height", type=int, help="pixels; default: the model's own")
@@ -103,7 +103,7 @@ def dataset_spec(args: argparse.Namespace, *, gpus: float) -> DatasetSpec:
     device = resolve_device(args.device, cluster_gpus=gpus)
     dtype = resolve_dtype(args.dtype, device=device)
     embedded = args.t2i == "embedded"
-    steps = args.steps if args.steps is not None else (16 if embedded else 50)
+    steps = args.steps if args.steps is not None else (8 if embedded else 50)
     guidance = args.guidance_scale if args.guidance_scale is not None else (3.0 if embedded else 7.5)
     clip = args.clip or ("null" if args.t2i == "null" else "embedded")
     return DatasetSpec(

@@ -25,7 +25,7 @@ from pcm.embedded.tokens import CONTEXT_LENGTH, build_tokenizer
 log = logging.getLogger(__name__)
 
 LATENT_SIZE, LATENT_CHANNELS = 16, 8
-STEPS = 16  # of the sampler; jobs.generate takes as many for the embedded model
+STEPS = 16  # of the sampler, when the model is judged; jobs.generate takes 8, which scored the same at half the time
 
 
 @dataclass(frozen=True)
