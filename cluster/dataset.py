@@ -79,7 +79,7 @@ class Manifest:
     quarantined: int
     quarantined_by_reason: dict[str, int]
     clip_score_mean: float | None
-    bytes: int
+    shard_bytes: int  # of all shards
     shards: tuple[dict, ...]  # {"key", "rows", "quarantined", "sha256", "bytes"} in shard order
     schema_version: int = SCHEMA_VERSION
 

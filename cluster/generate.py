@@ -165,7 +165,7 @@ def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest
         quarantined=sum(reasons.values()),
         quarantined_by_reason=dict(sorted(reasons.items())),
         clip_score_mean=sum(part["clip_score_sum"] for part in stats) / stored if stored else None,
-        bytes=sum(part["bytes"] for part in stats),
+        shard_bytes=sum(part["bytes"] for part in stats),
         shards=tuple(
             {
                 "key": shard_key(part["shard"]),

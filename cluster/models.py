@@ -61,7 +61,7 @@ def _pin_repo(repo: str, revision: str | None) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return HfApi().model_info(repo, revision=revision).sha
+        return HfApi().model_info(repo, revision=revision).sha or ""
     except HFValidationError:
         raise InputError(f"model {repo!r}: neither a folder nor a repo id ORG/NAME; give one of the two") from None
     except (HfHubHTTPError, OSError) as error:

@@ -4,8 +4,8 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from PIL import Image
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> dict:
     dataset, captioner, results = (str(out / name) for name in ("dataset", "captioner", "evaluation"))
     stages: dict[str, float] = {}
 
-    def stage(name: str, job: Callable, *arguments: str) -> dict:
+    def stage(name: str, job: ModuleType, *arguments: str) -> dict:
         log.info("== %s: python -m jobs.%s %s", name, job.__name__.rpartition(".")[2], " ".join(arguments))
         started = time.monotonic()
         summary = job.run(job.parser().parse_args(list(arguments)))

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,7 +176,7 @@ def truncation_check(name: str) -> Callable[[str], bool]:
     return lambda text: len(text) + 2 > context_length and _count_tokens(tokenizer, text) > context_length
 
 
-def _count_tokens(tokenizer: Callable, text: str) -> int:
+def _count_tokens(tokenizer: Any, text: str) -> int:
     if hasattr(tokenizer, "tokenizer"):  # a Hugging Face tokenizer inside open_clip's wrapper
         return len(tokenizer.tokenizer(text, truncation=False)["input_ids"])
     return len(tokenizer.encode(text)) + 2  # start and end

@@ -55,7 +55,9 @@ class DiffusersTextToImage:
             request = batch[slot][1] if slot in batch else None
             prompts.append(spec.prompt(request.caption) if request else "")
             generators.append(torch.Generator("cpu").manual_seed(request.seed + attempt if request else 0))
-        output = self._pipeline(**_call_arguments(spec), prompt=prompts, generator=generators, output_type="np")
+        output = self._pipeline(  # type: ignore[operator]  # every text-to-image pipeline is callable
+            **_call_arguments(spec), prompt=prompts, generator=generators, output_type="np"
+        )
         flagged = getattr(output, "nsfw_content_detected", None) or [False] * spec.batch_size
         return [
             self._drawing(output.images[slot], bool(flagged[slot]), request.seed + attempt, attempt + 1)

@@ -53,7 +53,8 @@ shorts stairs sunglasses tights trousers tweezers woods
 
 
 def build(folder: Path) -> list[str]:
-    in_lower_case, in_definitions = set(), Counter()
+    in_lower_case: set[str] = set()
+    in_definitions: Counter[str] = Counter()
     for part in ("noun", "verb", "adj", "adv"):
         for line in (folder / f"data.{part}").read_text(encoding="utf-8").splitlines():
             if line.startswith("  "):  # the licence
