@@ -56,9 +56,9 @@ def load_picture_set(source: PictureSource, *, limit: int | None = None) -> Pict
 
     Raises InputError when there are no pictures, no references, or no picture has references.
     """
-    images, references_uri = _resolved(source.images), _resolved(source.references)
+    images = _resolved(source.images)
     named, opener = _read_pictures(images)
-    references = load_references(local_copy(references_uri or images), split=source.split)
+    references = load_references(local_copy(_resolved(source.references or source.images)), split=source.split)
     matched: dict[str, int] = {}
     unmatched = 0
     for position, name in enumerate(named):
@@ -126,8 +126,9 @@ def candidate_ids(name: str) -> list[str]:
     return candidates
 
 
-def _resolved(uri: str | None) -> str | None:
-    if uri is None or not uri.startswith(EMBEDDED_PREFIX):
+def _resolved(uri: str) -> str:
+    """The path that `embedded:val` or `embedded:test` stands for; any other URI unchanged."""
+    if not uri.startswith(EMBEDDED_PREFIX):
         return uri
     return str(embedded.test_set_path(uri.removeprefix(EMBEDDED_PREFIX)))
 

@@ -100,14 +100,14 @@ def train(request: TrainRequest) -> dict[str, Any]:
         cache_bytes=request.cache_bytes,
     )
     trainer = (TorchTrainer if joined else _LocalTrainer)(
-        train_loop,
+        train_loop,  # type: ignore[arg-type]  # V2 takes a return value; Ray's annotations here are still V1's
         train_loop_config={"run": run},
         scaling_config=ray.train.ScalingConfig(
             num_workers=num_workers,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpus else {})},
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=CHECKPOINTS,
             **_ray_storage(out),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
@@ -121,8 +121,8 @@ def train(request: TrainRequest) -> dict[str, Any]:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _user_error(error) or error from None
-    if result.return_value:
-        raise TrainingFailed(result.return_value)
+    if result.return_value:  # type: ignore[attr-defined]
+        raise TrainingFailed(result.return_value)  # type: ignore[attr-defined]
     return _summary(out, started)
 
 
@@ -133,7 +133,7 @@ class _LocalTrainer(TorchTrainer):
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
         return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
@@ -244,10 +244,11 @@ def _picture_source_anywhere(source: PictureSource | None) -> PictureSource | No
     if source is None:
         return None
 
-    def absolute(uri: str | None) -> str | None:
-        return uri if uri is None or uri.startswith(EMBEDDED_PREFIX) else _anywhere(open_store(uri))
+    def absolute(uri: str) -> str:
+        return uri if uri.startswith(EMBEDDED_PREFIX) else _anywhere(open_store(uri))
 
-    return PictureSource(images=absolute(source.images), references=absolute(source.references), split=source.split)
+    references = absolute(source.references) if source.references is not None else None
+    return PictureSource(images=absolute(source.images), references=references, split=source.split)
 
 
 def _ray_storage(out: Store) -> dict[str, Any]:

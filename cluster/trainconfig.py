@@ -187,7 +187,7 @@ PRESETS: Mapping[str, TrainConfig] = types.MappingProxyType(
         "coco_b32": TrainConfig(model=_PUBLISHED, clip_weight=2.5),
         "flickr30k_l14": TrainConfig(model=_PUBLISHED, clip_weight=4.0),
         "flickr30k_b32": TrainConfig(model=_PUBLISHED, clip_weight=2.5),
-        # w times the cosine of a fair picture is about 1, as in the paper (4 * 0.25): this CLIP's cosines are near 0.85.
+        # w times the cosine of a fair picture is about 1, as in the paper (4 * 0.25): here cosines are near 0.85.
         "embedded": TrainConfig(model=_SMALL, epochs=8, warmup_steps=200, lr_factor=0.4, clip_weight=1.2),
     }
 )
