@@ -110,7 +110,7 @@ def write_dataset(root: Path, clip: Path, *, rows: int = 96, shard_size: int = 2
         quarantined=0,
         quarantined_by_reason={},
         clip_score_mean=None,
-        bytes=0,
+        shard_bytes=0,
         shards=tuple(shards),
     )
     store.write_bytes(MANIFEST_KEY, manifest.to_json())
