@@ -64,8 +64,10 @@ def bare_worker(spec: DatasetSpec, part: list[tuple[int, str]], ready: Barrier, 
     seconds.update(draw=0.0, featurise=0.0)
     ready.wait()
     started = time.time()
-    for first in range(0, len(part), size):
-        work(part[first : first + size])
+    # As many at once as fill a batch of either model: both pad their last batch, and the pipeline's shards fill it too.
+    chunk = max(size, spec.clip.batch_size)
+    for first in range(0, len(part), chunk):
+        work(part[first : first + chunk])
     results.put({"started": started, "ended": time.time(), "images": len(part), **seconds})
 
 
