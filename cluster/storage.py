@@ -68,9 +68,6 @@ class Store:
     def delete(self, key: str) -> None:
         self.fs.rm_file(self.path(key))
 
-    def child(self, key: str) -> "Store":
-        return Store(root=join(self.root, key), fs=self.fs, prefix=self.path(key))
-
 
 def open_store(uri: str | os.PathLike) -> Store:
     """The store at a path or URI; nothing is created or contacted yet.

@@ -45,6 +45,7 @@ def split_samples(samples: pa.Table) -> tuple[pa.Table, pa.Table]:
     good = pa.array([len(image.as_buffer()) > 0 for image in samples["image"]], pa.bool_())
     stored = samples.filter(good)
     bad = samples.filter(pa.compute.invert(good))
+    # The schema needs the length of a row's patch features, N * D_v, and not its two factors.
     features = FeatureShape(
         embed_dim=samples.schema.field("global_feature").type.list_size,
         patch_dim=samples.schema.field("patch_features").type.list_size,
@@ -52,7 +53,7 @@ def split_samples(samples: pa.Table) -> tuple[pa.Table, pa.Table]:
     )
     schema = shard_schema(features)
     images = pa.StructArray.from_arrays(
-        [stored["image"].combine_chunks(), pa.array([f"{key}" for key in _image_paths(stored)], pa.string())],
+        [stored["image"].combine_chunks(), pa.array(_image_paths(stored), pa.string())],
         names=["bytes", "path"],
     )
     columns = {name: stored[name] for name in schema.names if name not in ("image", "status")}
