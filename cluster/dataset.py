@@ -35,6 +35,16 @@ def stats_key(shard: int) -> str:
     return f"stats/part-{shard:06d}.json"
 
 
+@dataclass(frozen=True)
+class Segment:
+    """Captions that were planned together: a corpus, or what it grew by. Its last shard may be short, and stays so."""
+
+    first_record: int
+    records: int
+    first_shard: int
+    num_shards: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """plan.json: what the dataset will hold. Written after every plan part, before the first shard."""
@@ -46,11 +56,33 @@ class Plan:
     expected: int  # samples: records * images_per_caption
     usable: int  # samples that are to be generated
     shard_size: int
+    segments: tuple[Segment, ...]  # in order of records and of shards, without gaps
     schema_version: int = SCHEMA_VERSION
 
     @property
     def num_shards(self) -> int:
-        return -(-self.expected // self.shard_size)
+        return self.segments[-1].first_shard + self.segments[-1].num_shards
+
+    def shard_rows(self, shard: int) -> int:
+        """Samples planned for a shard. Raises IndexError for a shard beyond the plan."""
+        segment = self._segment_of("first_shard", shard, self.num_shards)
+        start = (shard - segment.first_shard) * self.shard_size
+        return min(self.shard_size, segment.records * self.spec.images_per_caption - start)
+
+    def shard_of(self, position: int) -> tuple[int, int]:
+        """(shard, row of its plan part) of the sample at record_index * images_per_caption + image_index.
+
+        Raises IndexError for a position beyond the plan.
+        """
+        per_caption = self.spec.images_per_caption
+        segment = self._segment_of("first_record", position // per_caption, self.records)
+        shard, row = divmod(position - segment.first_record * per_caption, self.shard_size)
+        return segment.first_shard + shard, row
+
+    def _segment_of(self, first: str, value: int, end: int) -> Segment:
+        if not 0 <= value < end:
+            raise IndexError(f"{value}: the plan ends at {end}")
+        return next(segment for segment in reversed(self.segments) if getattr(segment, first) <= value)
 
     def to_json(self) -> bytes:
         return _json_bytes({**asdict(self), "spec": self.spec.to_dict()})
@@ -63,7 +95,8 @@ class Plan:
                 f"dataset schema version {values.get('schema_version')}: this code reads version {SCHEMA_VERSION}; "
                 "use the release that wrote it, or generate into another --out"
             )
-        return Plan(**{**values, "spec": DatasetSpec.from_dict(values["spec"])})
+        segments = tuple(Segment(**segment) for segment in values["segments"])
+        return Plan(**{**values, "spec": DatasetSpec.from_dict(values["spec"]), "segments": segments})
 
 
 @dataclass(frozen=True, kw_only=True)

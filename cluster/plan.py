@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import pyarrow as pa
 
 from cluster.corpus import CorpusRecord
-from cluster.dataset import PLAN_KEY, Plan, load_plan, parquet_bytes, plan_part_key
+from cluster.dataset import PLAN_KEY, Plan, Segment, load_plan, parquet_bytes, plan_part_key
 from cluster.storage import Store
 from pcm.errors import InputError
 from pcm.records import PLAN_SCHEMA, PROMPT_TRUNCATED
@@ -99,6 +99,7 @@ def make_plan(
         expected=counted * spec.images_per_caption,
         usable=usable,
         shard_size=shard_size,
+        segments=(Segment(0, counted, 0, shards),),
     )
     if existing is None:
         store.write_bytes(PLAN_KEY, plan.to_json())

@@ -21,13 +21,13 @@ def regenerate(store: Store, sample_id: str, *, image_out: str | None = None) ->
         raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
     record_index, image_index = parse_sample_id(sample_id)
     position = record_index * plan.spec.images_per_caption + image_index
-    shard = position // plan.shard_size
     if position >= plan.expected or image_index >= plan.spec.images_per_caption:
         raise InputError(
             f"sample {sample_id!r}: the dataset has {plan.expected} samples; take an id from its sample_id column"
         )
+    shard, offset = plan.shard_of(position)
     part = read_table(store, plan_part_key(shard))
-    row = part.slice(position - shard * plan.shard_size, 1)
+    row = part.slice(offset, 1)
     drawn = DrawShard(store, plan.spec).draw(row).to_pylist()[0]
     if image_out and drawn["image"]:
         Path(image_out).write_bytes(drawn["image"])

@@ -108,7 +108,7 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
     try:
         planned = {row["sample_id"]: row for row in _read(store, plan_part_key(shard)).to_pylist()}
     except _UNREADABLE as error:
-        count = min(plan.shard_size, plan.expected - shard * plan.shard_size)
+        count = plan.shard_rows(shard)
         return ShardReport(
             count, corrupt=count, problems=[f"{plan_part_key(shard)}: unreadable ({_first_line(error)})"]
         )
