@@ -2,11 +2,21 @@
 
 import logging
 import time
+from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
 
 #: A line at most this often, so that logs of long runs stay readable.
 SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """How a run is watched: what an hour costs, and when to give up. Changes no byte of the result."""
+
+    price_per_hour: float | None = None  # of one GPU, or of one machine when drawing on CPUs
+    spot: bool = False  # a label on the price
+    stop_below_clip_score: float | None = None  # raw cosine
 
 
 class Progress:
