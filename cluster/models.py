@@ -49,7 +49,7 @@ def pin_clip(model: str, revision: str | None) -> str:
 def check_scheduler(name: str | None) -> None:
     """Raises InputError for a scheduler that diffusers does not have, before anything is planned."""
     if name is not None:
-        from pcm.diffusers_generator import scheduler_class  # seconds to import, so only where one is named
+        from pcm.pipeline_loading import scheduler_class  # seconds to import, so only where one is named
 
         scheduler_class(name)
 

@@ -3,9 +3,10 @@
 import argparse
 
 from cluster.corpus import FORMATS, read_corpus
-from cluster.generate import Pools, generate
+from cluster.generate import generate
 from cluster.models import check_scheduler, pin_clip, pin_t2i, resolve_device, resolve_dtype
 from cluster.plan import make_plan
+from cluster.pools import Pools
 from cluster.regenerate import regenerate
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.storage import open_store

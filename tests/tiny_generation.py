@@ -6,9 +6,10 @@ from pathlib import Path
 
 from cluster.corpus import read_corpus
 from cluster.dataset import Manifest, Plan, plan_part_key, read_table
-from cluster.generate import GenerationResult, Pools, generate, write_manifest
+from cluster.generate import GenerationResult, generate, write_manifest
 from cluster.models import pin_clip, pin_t2i
 from cluster.plan import make_plan
+from cluster.pools import Pools
 from cluster.stages.draw import DrawShard
 from cluster.stages.featurise import FeaturiseShard
 from cluster.stages.shard_row import ShardRow
