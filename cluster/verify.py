@@ -133,7 +133,7 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
     del data, table
     entries = []
     for row, finite in zip(rows, finite_rows, strict=True):
-        problem = _stored_problem(row, planned.get(row["sample_id"]), finite, plan)
+        problem = _stored_problem(row, planned.get(row["sample_id"]), finite)
         _count(report, seen, row["sample_id"], problem, shard_key(shard))
         report.stored += 1
         image = row["image"]["bytes"] or b""
@@ -161,7 +161,7 @@ def _count(report: ShardReport, seen: dict[str, int], sample_id: str, problem: s
         report.problems.append(f"{key}: {sample_id}: {problem}")
 
 
-def _stored_problem(row: dict, planned: dict | None, finite: bool, plan: Plan) -> str:
+def _stored_problem(row: dict, planned: dict | None, finite: bool) -> str:
     """Why a stored row is not to be trusted, or ""."""
     if planned is None:
         return "not planned for this shard"
@@ -169,7 +169,7 @@ def _stored_problem(row: dict, planned: dict | None, finite: bool, plan: Plan) -
         return f"status {row['status']!r} in a shard"
     if row["caption"] != planned["caption"]:
         return "another caption than planned"
-    if not 0 <= row["seed"] - planned["seed"] < plan.spec.generator.max_attempts:
+    if row["attempts"] < 1 or row["seed"] != planned["seed"] + row["attempts"] - 1:
         return "another seed than planned"
     if not finite:
         return "features or score not finite"
@@ -216,7 +216,7 @@ def _check_schema(table: pa.Table, manifest: Manifest | None) -> None:
 
 
 def _light_rows(table: pa.Table) -> list[dict]:
-    rows = table.select(["sample_id", "caption", "image", "width", "height", "seed", "status"]).to_pylist()
+    rows = table.select(["sample_id", "caption", "image", "width", "height", "seed", "attempts", "status"]).to_pylist()
     if any(value is None for row in rows for value in row.values()):
         raise ValueError("a value is null")
     return rows

@@ -61,9 +61,9 @@ class DiffusersTextToImage:
         height, width = pixels.shape[:2]
         reason = NSFW_FLAGGED if flagged else defect(pixels)
         if reason:
-            return Drawing(b"", width, height, seed, attempts, reason)
+            return Drawing(b"", width, height, seed, attempts, self._spec.batch_size, reason)
         encoded = encode_image(to_uint8(pixels), image_format=self._spec.image_format, quality=self._spec.image_quality)
-        return Drawing(encoded, width, height, seed, attempts)
+        return Drawing(encoded, width, height, seed, attempts, self._spec.batch_size)
 
 
 def _slotted_batches(pending: Sequence[tuple[int, Request]], batch_size: int) -> list[dict[int, tuple[int, Request]]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 STORED = "stored"
 QUARANTINED = "quarantined"
@@ -67,6 +67,8 @@ def shard_schema(features: FeatureShape) -> pa.Schema:
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("seed", pa.int64()),
+        ("attempts", pa.int32()),  # seeds tried; the last, planned seed + attempts - 1, made the picture
+        ("batch_size", pa.int32()),  # pictures drawn at once: spec.batch_size, or less after running out of memory
         ("clip_score", pa.float32()),
         ("global_feature", pa.list_(pa.float16(), features.embed_dim)),
         ("patch_features", pa.list_(pa.float16(), features.num_patches * features.patch_dim)),
@@ -92,6 +94,8 @@ def _huggingface_info(features: FeatureShape) -> dict:
                 "width": value("int32"),
                 "height": value("int32"),
                 "seed": value("int64"),
+                "attempts": value("int32"),
+                "batch_size": value("int32"),
                 "clip_score": value("float32"),
                 "global_feature": vector(features.embed_dim),
                 "patch_features": vector(features.num_patches * features.patch_dim),

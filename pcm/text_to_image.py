@@ -28,6 +28,7 @@ class Drawing:
     height: int
     seed: int  # of the attempt that is kept, or of the last one refused
     attempts: int
+    batch_size: int  # pictures drawn at once
     reason: str = ""
 
 
@@ -57,7 +58,7 @@ class NullTextToImage:
         for request in requests:
             pixels = np.array([[[request.seed >> shift & 255 for shift in (0, 8, 16)]]], np.uint8)
             encoded = encode_image(pixels, image_format=self._spec.image_format, quality=self._spec.image_quality)
-            drawings.append(Drawing(encoded, 1, 1, request.seed, 1))
+            drawings.append(Drawing(encoded, 1, 1, request.seed, 1, self._spec.batch_size))
         return drawings
 
 

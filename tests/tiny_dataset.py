@@ -74,6 +74,8 @@ def write_dataset(root: Path, clip: Path, *, rows: int = 96, shard_size: int = 2
             "width": [SIDE] * rows,
             "height": [SIDE] * rows,
             "seed": list(range(rows)),
+            "attempts": [1] * rows,
+            "batch_size": [4] * rows,
             "clip_score": (encoded.global_feature * texts).sum(axis=1).clip(0.3, 1.0).astype(np.float32),
             "global_feature": pa.FixedSizeListArray.from_arrays(global_feature.reshape(-1), features.embed_dim),
             "patch_features": pa.FixedSizeListArray.from_arrays(

@@ -33,7 +33,7 @@ class DrawShard:
         rows = plan.to_pylist()
         usable = [row for row in rows if row["reason"] in USABLE_REASONS]
         drawings = iter(self._generator.draw([self._request(row) for row in usable]))
-        none = Drawing(b"", 0, 0, 0, 0)
+        none = Drawing(b"", 0, 0, 0, 0, 0)
         drawn = []
         for row in rows:
             drawing = next(drawings) if row["reason"] in USABLE_REASONS else none
@@ -41,7 +41,7 @@ class DrawShard:
                 row
                 | {"image": drawing.image, "width": drawing.width, "height": drawing.height}
                 | {"attempts": drawing.attempts, "seed": drawing.seed if drawing.attempts else row["seed"]}
-                | {"reason": drawing.reason or row["reason"]}
+                | {"reason": drawing.reason or row["reason"], "batch_size": drawing.batch_size}
             )
         return pa.Table.from_pylist(drawn, schema=_DRAWN_SCHEMA)
 
@@ -58,6 +58,7 @@ _DRAWN_SCHEMA = pa.schema(
         ("seed", pa.int64()),
         ("reason", pa.string()),
         ("attempts", pa.int32()),
+        ("batch_size", pa.int32()),
         ("image", pa.binary()),
         ("width", pa.int32()),
         ("height", pa.int32()),
