@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from cluster.dataset import (
     stats_key,
 )
 from cluster.pools import Pools
-from cluster.progress import Progress
+from cluster.progress import Progress, Watch
 from cluster.session import user_error
 from cluster.stages.draw import DrawShard
 from cluster.stages.featurise import FeaturiseShard
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class GenerationResult:
     """What a run did. Counts are samples; seconds are of the whole run; images_per_second from the first one drawn."""
 
-    manifest: Manifest
+    manifest: Manifest | None  # None: only some shards were asked for
     skipped: int
     generated: int
     seconds: float
@@ -42,19 +42,26 @@ class GenerationResult:
     stage_seconds: dict[str, float]
 
 
-def generate(store: Store, plan: Plan, pools: Pools) -> GenerationResult:
-    """Make every shard that the plan asks for and the store lacks, then write the manifest."""
+def generate(
+    store: Store, plan: Plan, pools: Pools, *, watch: Watch | None = None, shards: Collection[int] | None = None
+) -> GenerationResult:
+    """Make every shard that the plan asks for and the store lacks, then write the manifest.
+
+    With `shards`, only those of them that the store lacks, and no manifest.
+    """
     started = time.time()
     done = {key for key in store.list("shards") if key.endswith(".parquet")}
-    missing = [shard for shard in range(plan.num_shards) if shard_key(shard) not in done]
-    skipped = plan.expected - sum(plan.shard_rows(shard) for shard in missing)
+    wanted = range(plan.num_shards) if shards is None else sorted(shards)
+    missing = [shard for shard in wanted if shard_key(shard) not in done]
+    total = sum(plan.shard_rows(shard) for shard in wanted)
+    skipped = total - sum(plan.shard_rows(shard) for shard in missing)
     if skipped:
-        log.info("%d of %d samples are on the store already", skipped, plan.expected)
+        log.info("%d of %d samples are on the store already", skipped, total)
     features = store_vocabularies(store, plan)
-    progress = Progress(total=plan.expected, skipped=skipped)
+    progress = Progress(total=total, skipped=skipped)
     for stats in shard_stream(store, plan, missing, pools):
         progress.add(stats)
-    manifest = write_manifest(store, plan, features)
+    manifest = write_manifest(store, plan, features) if shards is None else None
     progress.close()
     return GenerationResult(
         manifest=manifest,

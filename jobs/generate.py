@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> dict:
         device=spec.generator.device, cpus=cluster_cpus(), gpus=cluster_gpus(), generators=args.generators
     )
     result = generate(store, plan, pools)
+    assert result.manifest is not None
     return {
         "expected": result.manifest.expected,
         "stored": result.manifest.stored,
