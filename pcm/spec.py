@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pcm.errors import InputError
@@ -11,6 +12,13 @@ from pcm.images import IMAGE_FORMATS
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+
+#: How the denoiser attends. default: what diffusers chooses (fused, in torch 2); sdpa: fused, whatever diffusers
+#: chooses; eager: the whole score matrix in memory, what the others are measured against.
+ATTENTIONS = ("default", "sdpa", "eager")
+#: torch.compile of the denoiser. max-autotune is missing on purpose: it picks kernels by timing them, so two workers
+#: may round differently, and a picture would depend on who drew it.
+COMPILE_MODES = ("none", "default", "reduce-overhead")
 
 #: Bumped when the code starts to make other bytes from the same spec; part of the spec, so a resume is refused.
 GENERATOR_VERSION = 1
@@ -36,9 +44,21 @@ class GeneratorSpec:
     max_attempts: int = 3  # seeds tried before a defective picture is quarantined
     image_format: str = "jpeg"
     image_quality: int = 95
+    # Changes to the scheduler's configuration, as (name, value) pairs sorted by name; a mapping is taken too.
+    scheduler_options: tuple[tuple[str, str | int | float | bool], ...] = ()
+    # From here on speed alone is meant, but kernels round differently: recorded and compared, yet not in the seeds.
+    attention: str = "default"
+    channels_last: bool = False  # convolutions in NHWC
+    compile: str = "none"
+    vae_slicing: bool = False  # decode a picture at a time: less memory
+    vae_tiling: bool = False  # decode a large picture in overlapping tiles: less memory, other pixels near the seams
+    prompt_cache: bool = False  # encode every distinct prompt alone, once: pays where captions repeat
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "scheduler_options", _sorted_pairs(self.scheduler_options))
         _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("attention", self.attention, ATTENTIONS)
+        _check_choice("compile", self.compile, COMPILE_MODES)
         _check_choice("image format", self.image_format, IMAGE_FORMATS)
         _check_positive(self, "num_inference_steps", "batch_size", "cpu_threads", "max_attempts")
         if "{caption}" not in self.prompt_template:
@@ -80,10 +100,13 @@ class DatasetSpec:
     clip: ClipSpec
     seed: int = 0
     images_per_caption: int = 1
+    first_image_id: int = 0  # the number of the plan's first picture in exports; the next ones count on
     generator_version: int = field(default=GENERATOR_VERSION)
 
     def __post_init__(self) -> None:
         _check_positive(self, "images_per_caption")
+        if self.first_image_id < 0:
+            raise InputError(f"first image id {self.first_image_id}: must not be negative")
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -102,19 +125,41 @@ class DatasetSpec:
         mine, theirs = _flatten(self.to_dict()), _flatten(other.to_dict())
         return [f"{key}: {mine.get(key)!r} -> {theirs.get(key)!r}" for key in mine if mine.get(key) != theirs.get(key)]
 
+    def image_id(self, record_index: int, image_index: int) -> int:
+        """The number under which a sample's picture is exported: plan order, counted from `first_image_id`."""
+        return self.first_image_id + record_index * self.images_per_caption + image_index
+
     def sample_seed(self, corpus_id: str, image_index: int) -> int:
         """Seed of one sample's first attempt, in [0, 2**53): exact as a JSON number and in an int64 column.
 
         Hashes the caption's corpus id, the picture-deciding part of the spec and --seed, so neighbours in the
-        corpus, worker count and order of work play no part. Attempt k uses seed + k.
+        corpus, worker count and order of work play no part, and neither do the options that are there for speed:
+        pictures made with and without them can be compared. Attempt k uses seed + k.
         """
         key = json.dumps([_pictures_digest(self.generator, self.seed), corpus_id, image_index])
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 11
 
 
+#: What a seed never depends on.
+SPEED_FIELDS = ("attention", "channels_last", "compile", "vae_slicing", "vae_tiling", "prompt_cache")
+#: Fields younger than the first datasets: at their default they are left out, so that those keep their seeds.
+_LATER_FIELDS = ("scheduler_options",)
+
+
 @functools.lru_cache(maxsize=8)
 def _pictures_digest(generator: GeneratorSpec, seed: int) -> str:
-    return hashlib.sha256(json.dumps([dataclasses.asdict(generator), seed], sort_keys=True).encode()).hexdigest()
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(generator)}
+    deciding = {
+        name: value
+        for name, value in dataclasses.asdict(generator).items()
+        if name not in SPEED_FIELDS and not (name in _LATER_FIELDS and value == defaults[name])
+    }
+    return hashlib.sha256(json.dumps([deciding, seed], sort_keys=True).encode()).hexdigest()
+
+
+def _sorted_pairs(options: object) -> tuple[tuple[str, str | int | float | bool], ...]:
+    pairs = options.items() if isinstance(options, Mapping) else options
+    return tuple(sorted((str(name), value) for name, value in pairs))  # type: ignore[attr-defined]  # JSON gives lists
 
 
 def _flatten(values: dict, prefix: str = "") -> dict:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pcm.errors import InputError
-from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
+from pcm.spec import SPEED_FIELDS, ClipSpec, DatasetSpec, GeneratorSpec
 
 GENERATOR = GeneratorSpec(model="folder", revision="sha256:0")
 CLIP = ClipSpec(model="ViT-L-14/openai", revision="open_clip:openai")
@@ -16,12 +16,23 @@ OTHER_GENERATORS = {
     "model": "other", "revision": "sha256:1", "num_inference_steps": 49, "guidance_scale": 7.0, "width": 512,
     "height": 512, "scheduler": "DDIMScheduler", "negative_prompt": "blurry", "prompt_template": "a photo of {caption}",
     "dtype": "float16", "device": "cuda", "batch_size": 4, "cpu_threads": 2, "max_attempts": 5, "image_format": "png",
-    "image_quality": 90,
+    "image_quality": 90, "scheduler_options": (("timestep_spacing", "trailing"),),
+}  # fmt: skip
+OTHER_SPEEDS = {
+    "attention": "sdpa", "channels_last": True, "compile": "default", "vae_slicing": True, "vae_tiling": True,
+    "prompt_cache": True,
 }  # fmt: skip
 
 
 def test_seed_is_the_same_today_and_in_every_later_release() -> None:
     assert SPEC.sample_seed("123", 0) == 5971948036524844
+    real = GeneratorSpec(
+        model="stable-diffusion-v1-5/stable-diffusion-v1-5", revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+        num_inference_steps=20, guidance_scale=2.0, width=512, height=512, scheduler="DPMSolverMultistepScheduler",
+        negative_prompt="blurry", dtype="bfloat16", device="cuda", batch_size=16,
+    )  # fmt: skip
+    spec = dataclasses.replace(SPEC, generator=real, seed=5, images_per_caption=2)
+    assert [spec.sample_seed("000000007", image) for image in (0, 1)] == [5990707286725671, 2931147543498867]
 
 
 def test_seed_differs_by_caption_id_picture_and_base_seed() -> None:
@@ -42,7 +53,8 @@ def test_seed_does_not_depend_on_what_does_not_draw() -> None:
 
 
 def test_every_generator_field_is_tried_below() -> None:
-    assert set(OTHER_GENERATORS) == {field.name for field in dataclasses.fields(GeneratorSpec)}
+    assert {*OTHER_GENERATORS, *OTHER_SPEEDS} == {field.name for field in dataclasses.fields(GeneratorSpec)}
+    assert set(OTHER_SPEEDS) == set(SPEED_FIELDS)
 
 
 @pytest.mark.parametrize("name", OTHER_GENERATORS)
@@ -54,9 +66,41 @@ def test_every_generator_field_changes_seed_and_digest_and_is_shown_as_a_differe
     assert SPEC.differences(other) == [f"generator.{name}: {getattr(GENERATOR, name)!r} -> {value!r}"]
 
 
+@pytest.mark.parametrize("name", OTHER_SPEEDS)
+def test_a_speed_option_leaves_the_seed_and_is_shown_as_a_difference(name: str) -> None:
+    value = OTHER_SPEEDS[name]
+    other = dataclasses.replace(SPEC, generator=dataclasses.replace(GENERATOR, **{name: value}))
+    assert other.sample_seed("1", 0) == SPEC.sample_seed("1", 0)
+    assert other.digest() != SPEC.digest()
+    assert SPEC.differences(other) == [f"generator.{name}: {getattr(GENERATOR, name)!r} -> {value!r}"]
+
+
 def test_a_spec_equals_itself_after_json() -> None:
-    again = DatasetSpec.from_dict(json.loads(json.dumps(SPEC.to_dict())))
-    assert again == SPEC and again.digest() == SPEC.digest() and not SPEC.differences(again)
+    options = dataclasses.replace(GENERATOR, scheduler_options={"use_karras_sigmas": True, "beta_start": 0.001})
+    for spec in (SPEC, dataclasses.replace(SPEC, generator=options)):
+        again = DatasetSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
+        assert again == spec and again.digest() == spec.digest() and not spec.differences(again)
+        assert again.sample_seed("1", 0) == spec.sample_seed("1", 0)
+
+
+def test_scheduler_options_do_not_depend_on_the_order_in_which_they_are_given() -> None:
+    one, two = ({"a": 1, "b": "x"}, {"b": "x", "a": 1})
+    specs = [dataclasses.replace(GENERATOR, scheduler_options=options) for options in (one, two)]
+    assert specs[0] == specs[1] and hash(specs[0]) == hash(specs[1])
+
+
+def test_a_spec_stored_before_an_option_existed_has_its_default() -> None:
+    stored = SPEC.to_dict()
+    for name in (*SPEED_FIELDS, "scheduler_options"):
+        del stored["generator"][name]
+    del stored["first_image_id"]
+    assert DatasetSpec.from_dict(stored) == SPEC
+
+
+def test_image_ids_count_pictures_in_plan_order() -> None:
+    spec = dataclasses.replace(SPEC, images_per_caption=2, first_image_id=6_000_000)
+    assert [spec.image_id(record, image) for record in (0, 1) for image in (0, 1)] == [*range(6_000_000, 6_000_004)]
+    assert spec.sample_seed("1", 0) == SPEC.sample_seed("1", 0)
 
 
 def test_braces_in_a_caption_are_text_and_no_template() -> None:
@@ -76,6 +120,8 @@ def test_braces_in_a_caption_are_text_and_no_template() -> None:
         ({"width": 100}, "width 100: must be a positive multiple of 8"),
         ({"height": -8}, "height -8"),
         ({"prompt_template": "a photo"}, "must contain {caption}"),
+        ({"attention": "xformers"}, "attention 'xformers': allowed are default, sdpa, eager"),
+        ({"compile": "max-autotune"}, "compile 'max-autotune': allowed are none, default, reduce-overhead"),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_in_one_line(values: dict, said: str) -> None:
