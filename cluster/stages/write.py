@@ -87,6 +87,7 @@ def _shard_stats(row: ShardRow, stored: pa.Table, quarantined: pa.Table, shard_d
         "quarantined_by_reason": reasons,
         "retried": int(sum(attempts > 1 for attempts in row.samples["attempts"].to_pylist())),
         "clip_score_sum": float(scores.sum(dtype=np.float64)),
+        "clip_score_sum_of_squares": float(np.square(scores, dtype=np.float64).sum()),
         "clip_score_histogram": histogram.tolist(),  # 40 bins over -1..1
         "sha256": hashlib.sha256(shard_data).hexdigest(),
         "bytes": len(shard_data),
