@@ -4,8 +4,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii as json_string
 
 from pcm.errors import InputError
 from pcm.images import IMAGE_FORMATS
@@ -138,6 +139,20 @@ class DatasetSpec:
         """
         key = json.dumps([_pictures_digest(self.generator, self.seed), corpus_id, image_index])
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 11
+
+    def sample_seeds(self, corpus_ids: Sequence[str]) -> list[int]:
+        """`sample_seed` of every picture of these captions, in order: the same numbers, faster."""
+        start = hashlib.sha256(f'["{_pictures_digest(self.generator, self.seed)}", '.encode())
+        endings = [f", {image_index}]".encode() for image_index in range(self.images_per_caption)]
+        seeds = []
+        for corpus_id in corpus_ids:
+            caption = start.copy()
+            caption.update(json_string(corpus_id).encode())
+            for ending in endings:
+                key = caption.copy()
+                key.update(ending)
+                seeds.append(int.from_bytes(key.digest()[:8], "big") >> 11)
+        return seeds
 
 
 #: What a seed never depends on.
