@@ -1,6 +1,7 @@
 """Text-to-image as a pure function of (caption, spec, seed): request, drawing and the null generator."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,14 +10,25 @@ import numpy as np
 from pcm.images import encode_image
 from pcm.spec import GeneratorSpec
 
+#: Reasons of a sample that the generator could not draw, whatever the caption says.
+GENERATOR_ERROR = "generator_error"  # it raised on this caption alone
+GENERATOR_CRASHED = "generator_crashed"  # its process died, again and again, while it drew this caption
+GENERATOR_HUNG = "generator_hung"  # it took longer than it may, again and again
+OUT_OF_MEMORY = "out_of_memory"  # even alone
+GENERATOR_REASONS = (GENERATOR_ERROR, GENERATOR_CRASHED, GENERATOR_HUNG, OUT_OF_MEMORY)
+
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to draw. `position` is the sample's place in the plan: it decides the slot in the batch."""
+    """One picture to draw. `position` is the sample's place in the plan: it decides the slot in the batch.
+
+    `attempts` pictures of it were drawn and refused before, so the next one is drawn with `seed + attempts`.
+    """
 
     position: int
     caption: str
     seed: int
+    attempts: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,15 +39,48 @@ class Drawing:
     width: int
     height: int
     seed: int  # of the attempt that is kept, or of the last one refused
-    attempts: int
+    attempts: int  # pictures drawn of it in all
     batch_size: int  # pictures drawn at once
     reason: str = ""
+
+
+def refused(request: Request, batch_size: int, reason: str) -> Drawing:
+    """What becomes of a request that gives no picture: the next one to try is the one that was to be drawn now."""
+    return Drawing(b"", 0, 0, request.seed + max(0, request.attempts - 1), request.attempts, batch_size, reason)
+
+
+class Guard:
+    """Who watches over a generator: it learns of every batch, and says what must not share one. This one is nobody."""
+
+    def drawing(self, requests: Sequence[Request], batch_size: int) -> AbstractContextManager[None]:
+        """Surrounds each call of the model; the batch is padded to `batch_size`."""
+        return nullcontext()
+
+    def suspicion(self, request: Request) -> int:
+        """0, or how often a process died with this request in a batch: it is then drawn alone."""
+        return 0
+
+    def refusal(self, request: Request) -> str:
+        """The reason for which a request is not to be drawn at all, or ""."""
+        return ""
+
+    def failed(self, requests: Iterable[Request], reason: str, error: str) -> None:
+        """These requests are given up."""
+
+    def broken(self, requests: Iterable[Request], error: Exception) -> None:
+        """The process can draw nothing any more; it was drawing these. Does not return."""
+        raise error
+
+
+UNGUARDED = Guard()
 
 
 class TextToImage(Protocol):
     """Draws requests; the same request gives the same bytes whatever the others are."""
 
-    def draw(self, requests: Sequence[Request]) -> list[Drawing]: ...
+    device_name: str
+
+    def draw(self, requests: Sequence[Request], guard: Guard = UNGUARDED) -> list[Drawing]: ...
 
 
 def load_generator(spec: GeneratorSpec) -> TextToImage:
@@ -50,10 +95,12 @@ def load_generator(spec: GeneratorSpec) -> TextToImage:
 class NullTextToImage:
     """1x1 pictures whose colour is the seed: the whole pipeline without a model."""
 
+    device_name = "null"
+
     def __init__(self, spec: GeneratorSpec) -> None:
         self._spec = spec
 
-    def draw(self, requests: Sequence[Request]) -> list[Drawing]:
+    def draw(self, requests: Sequence[Request], guard: Guard = UNGUARDED) -> list[Drawing]:
         drawings = []
         for request in requests:
             pixels = np.array([[[request.seed >> shift & 255 for shift in (0, 8, 16)]]], np.uint8)

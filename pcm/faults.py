@@ -1,0 +1,44 @@
+"""What an exception from a model means: too little memory, a process that is past saving, or this one input."""
+
+import gc
+import re
+
+import torch
+
+#: torch's allocators, cuBLAS, cuDNN and the CUDA runtime say it in these words. None of them harms the process.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|_STATUS_ALLOC_FAILED", re.IGNORECASE
+)
+
+#: After one of these every later call on the accelerator fails too, until the process ends (CUDA's "sticky" errors).
+_STICKY = re.compile(
+    r"(CUDA|HIP) error: |device-side assert|illegal memory access|uncorrectable ECC|unspecified launch failure"
+    r"|driver shutting down|(CUBLAS|CUDNN)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|NOT_INITIALIZED|MAPPING_ERROR)"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller batch might work."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def is_sticky(error: BaseException) -> bool:
+    """Whether the accelerator will fail every later call of this process."""
+    if is_out_of_memory(error):
+        return False
+    return isinstance(error, torch.AcceleratorError) or bool(_STICKY.search(str(error)))
+
+
+def first_line(error: BaseException) -> str:
+    """The type of an error and the first line of its text."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def free_memory() -> None:
+    """Give what a failed call left behind back to the allocator; call it after the exception's own frames are gone."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
