@@ -43,6 +43,17 @@ class Segment:
     records: int
     first_shard: int
     num_shards: int
+    corpus_fingerprint: str  # of all captions up to the end of this segment
+
+
+@dataclass(frozen=True)
+class CorpusSource:
+    """How the captions were read: the same bytes read in the same way are the same captions, unread."""
+
+    sha256: str  # of the file as it lies there, compressed or not
+    format: str
+    split: str | None
+    limit: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +68,7 @@ class Plan:
     usable: int  # samples that are to be generated
     shard_size: int
     segments: tuple[Segment, ...]  # in order of records and of shards, without gaps
+    source: CorpusSource | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -96,7 +108,9 @@ class Plan:
                 "use the release that wrote it, or generate into another --out"
             )
         segments = tuple(Segment(**segment) for segment in values["segments"])
-        return Plan(**{**values, "spec": DatasetSpec.from_dict(values["spec"]), "segments": segments})
+        source = CorpusSource(**values["source"]) if values["source"] else None
+        spec = DatasetSpec.from_dict(values["spec"])
+        return Plan(**{**values, "spec": spec, "segments": segments, "source": source})
 
 
 @dataclass(frozen=True, kw_only=True)

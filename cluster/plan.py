@@ -2,17 +2,24 @@
 
 It is itself stored, so that workers read their own part, the driver's memory stays flat, a resume needs no guess, and
 `jobs.verify` can prove completeness from the store alone.
+
+A corpus may grow: as long as its first captions are the planned ones, what follows them is planned as a new segment
+with shards of its own. plan.json is written after the parts it speaks of, so a driver that dies leaves the old plan
+valid, or the new one; two drivers that plan the same write the same bytes.
 """
 
 import hashlib
-import json
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from json.encoder import encode_basestring_ascii as json_string
 
 import pyarrow as pa
 
 from cluster.corpus import CorpusRecord
-from cluster.dataset import PLAN_KEY, Plan, Segment, load_plan, parquet_bytes, plan_part_key
+from cluster.dataset import PLAN_KEY, CorpusSource, Plan, Segment, load_plan, parquet_bytes, plan_part_key
 from cluster.storage import Store
 from pcm.errors import InputError
 from pcm.records import PLAN_SCHEMA, PROMPT_TRUNCATED
@@ -22,6 +29,13 @@ log = logging.getLogger(__name__)
 
 #: Reasons with which a planned sample is generated all the same.
 USABLE_REASONS = ("", PROMPT_TRUNCATED)
+
+#: Shard numbers have six digits, sample ids nine: keys and ids sort as the plan is ordered.
+MAX_SHARDS = 10**6
+MAX_RECORDS = 10**9
+
+_RECORDS_AT_ONCE = 4096
+_WRITERS = 8
 
 
 def sample_id(record_index: int, image_index: int) -> str:
@@ -45,95 +59,215 @@ def make_plan(
     corpus: str,
     shard_size: int,
     is_truncated: Callable[[str], bool],
+    source: CorpusSource | None = None,
 ) -> Plan:
-    """Write the plan of a dataset, or check that the one on the store is the same.
+    """Write the plan of a dataset; where there is one, check that it is the same, or append what the corpus grew by.
 
-    `is_truncated(prompt)` says whether the model will cut the prompt. Raises InputError when the corpus has no usable
-    caption, or when another spec, corpus or shard size was begun at this place.
+    `is_truncated(prompt)` says whether the model will cut the prompt. With the `source` that the stored plan was made
+    from, `records` are not read at all: the same bytes read in the same way are the same captions.
+
+    Raises InputError when the corpus has no usable caption, or when another spec, corpus or shard size was begun at
+    this place.
     """
     if shard_size < 1:
         raise InputError(f"shard size {shard_size}: must be at least 1")
     if spec.images_per_caption > 100:
         raise InputError(f"images per caption {spec.images_per_caption}: at most 100")
-    existing = load_plan(store)
-    if existing is not None:
-        _refuse_other_spec(store, existing, spec, shard_size)
-    digest = hashlib.sha256()
-    counted = usable = shards = 0
-    shard_rows: list[dict] = []
-    parts: dict[int, bytes] = {}
-
-    def flush() -> None:
-        nonlocal shards
-        table = pa.Table.from_pylist(shard_rows, schema=PLAN_SCHEMA)
-        if existing is None:
-            if usable:
-                for number, data in parts.items():
-                    store.write_bytes(plan_part_key(number), data)
-                parts.clear()
-                store.write_bytes(plan_part_key(shards), parquet_bytes(table))
-            else:
-                parts[shards] = parquet_bytes(table)  # held back: a corpus without a usable row leaves nothing behind
-        shards += 1
-        shard_rows.clear()
-
-    for record in records:
-        digest.update(json.dumps([record.corpus_id, record.caption, record.reason]).encode() + b"\n")
-        counted += 1
-        for row in _samples(record, spec, is_truncated):
-            usable += row["reason"] in USABLE_REASONS
-            shard_rows.append(row)
-            if len(shard_rows) == shard_size:
-                flush()
-    if shard_rows:
-        flush()
+    planned = load_plan(store)
+    records = iter(records)
+    fingerprint = CorpusFingerprint()
+    if planned is not None:
+        _refuse_other_spec(store, planned, spec, shard_size)
+        if source is not None and source == planned.source:
+            return planned
+        _refuse_other_corpus(store, planned, records, corpus, fingerprint)
+    first_record, first_shard = (planned.records, planned.num_shards) if planned else (0, 0)
+    written = _PartWriter(store, first_shard, held_back=planned is None)
+    with written:
+        for table in plan_parts(records, spec, shard_size, is_truncated, first_record, fingerprint):
+            written.add(table)
+    if planned is not None and not written.samples:
+        return planned
+    usable = written.usable + (planned.usable if planned else 0)
+    counted = first_record + written.samples // spec.images_per_caption
     if not usable:
         raise InputError(
             f"corpus {corpus}: no usable caption among {counted} records; check the file, --corpus-format and --split"
         )
+    segment = Segment(first_record, counted - first_record, first_shard, written.parts, fingerprint.hexdigest())
     plan = Plan(
         spec=spec,
         corpus=corpus,
-        corpus_fingerprint=digest.hexdigest(),
+        corpus_fingerprint=fingerprint.hexdigest(),
         records=counted,
         expected=counted * spec.images_per_caption,
         usable=usable,
         shard_size=shard_size,
-        segments=(Segment(0, counted, 0, shards),),
+        segments=(*(planned.segments if planned else ()), segment),
+        source=source,
     )
-    if existing is None:
-        store.write_bytes(PLAN_KEY, plan.to_json())
-        log.info("planned %d samples of %d captions in %d shards", plan.expected, counted, plan.num_shards)
-    elif existing.corpus_fingerprint != plan.corpus_fingerprint:
-        raise InputError(
-            f"{store.root}: was begun with another corpus ({existing.corpus}: {existing.records} records; "
-            f"now {corpus}: {counted} records); use the same corpus, --split and --limit, or another --out"
+    _replace_plan(store, planned, plan)
+    added = f" (new: {segment.records} captions in {segment.num_shards} shards)" if planned else ""
+    log.info("planned %d samples of %d captions in %d shards%s", plan.expected, counted, plan.num_shards, added)
+    return plan
+
+
+class CorpusFingerprint:
+    """sha256 over the (corpus_id, caption, reason) of records in order, each a line of JSON."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def update(self, corpus_ids: Sequence[str], captions: Sequence[str], reasons: Sequence[str]) -> None:
+        lines = (
+            f"[{json_string(corpus_id)}, {json_string(caption)}, {json_string(reason)}]\n"
+            for corpus_id, caption, reason in zip(corpus_ids, captions, reasons, strict=True)
         )
-    return existing or plan
+        self._digest.update("".join(lines).encode())
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
-def _samples(record: CorpusRecord, spec: DatasetSpec, is_truncated: Callable[[str], bool]) -> Iterator[dict]:
-    reason = record.reason
-    if not reason and is_truncated(spec.generator.prompt(record.caption)):
-        reason = PROMPT_TRUNCATED
-    for image_index in range(spec.images_per_caption):
-        yield {
-            "sample_id": sample_id(record.index, image_index),
-            "record_index": record.index,
-            "image_index": image_index,
-            "corpus_id": record.corpus_id,
-            "caption": record.caption,
-            "seed": spec.sample_seed(record.corpus_id, image_index),
-            "reason": reason,
-        }
+def plan_parts(
+    records: Iterator[CorpusRecord],
+    spec: DatasetSpec,
+    shard_size: int,
+    is_truncated: Callable[[str], bool],
+    first_record: int,
+    fingerprint: CorpusFingerprint,
+) -> Iterator[pa.Table]:
+    """The plan parts of a segment, in order, of `shard_size` samples but for the last. `fingerprint` is updated."""
+    pending: list[pa.Table] = []
+    rows = 0
+    while chunk := list(itertools.islice(records, _RECORDS_AT_ONCE)):
+        _update(fingerprint, chunk)
+        pending.append(_samples(chunk, first_record, spec, is_truncated))
+        rows += len(pending[-1])
+        first_record += len(chunk)
+        if rows >= shard_size:
+            table = pa.concat_tables(pending)
+            whole = rows - rows % shard_size
+            for start in range(0, whole, shard_size):
+                yield table.slice(start, shard_size).combine_chunks()
+            pending, rows = [table.slice(whole)], rows - whole
+    if rows:
+        yield pa.concat_tables(pending).combine_chunks()
 
 
-def _refuse_other_spec(store: Store, existing: Plan, spec: DatasetSpec, shard_size: int) -> None:
-    differences = existing.spec.differences(spec)
-    if existing.shard_size != shard_size:
-        differences.append(f"shard_size: {existing.shard_size} -> {shard_size}")
+def _samples(
+    records: list[CorpusRecord], first_record: int, spec: DatasetSpec, is_truncated: Callable[[str], bool]
+) -> pa.Table:
+    if first_record + len(records) > MAX_RECORDS:
+        raise InputError(f"corpus: more than {MAX_RECORDS} records; sample ids have nine digits, so split the corpus")
+    images = range(spec.images_per_caption)
+    repeated = [record for record in records for _ in images]
+    indices = range(first_record, first_record + len(records))
+    reasons = [
+        PROMPT_TRUNCATED if not record.reason and is_truncated(spec.generator.prompt(record.caption)) else record.reason
+        for record in records
+    ]
+    columns = {
+        "sample_id": [sample_id(index, image) for index in indices for image in images],
+        "record_index": [index for index in indices for _ in images],
+        "image_index": [*images] * len(records),
+        "corpus_id": [record.corpus_id for record in repeated],
+        "caption": [record.caption for record in repeated],
+        "seed": spec.sample_seeds([record.corpus_id for record in records]),
+        "reason": [reason for reason in reasons for _ in images],
+    }
+    return pa.table(columns, schema=PLAN_SCHEMA)
+
+
+class _PartWriter:
+    """Writes plan parts, several at a time; `held_back`: nothing before the first usable sample, for a corpus without
+    one leaves nothing behind."""
+
+    def __init__(self, store: Store, first_shard: int, *, held_back: bool) -> None:
+        self._store = store
+        self._first_shard = first_shard
+        self._held: list[tuple[int, pa.Table]] | None = [] if held_back else None
+        self._pool = ThreadPoolExecutor(_WRITERS)
+        self._writing: deque[Future] = deque()
+        self.parts = self.samples = self.usable = 0
+
+    def add(self, table: pa.Table) -> None:
+        shard = self._first_shard + self.parts
+        if shard >= MAX_SHARDS:
+            raise InputError(f"more than {MAX_SHARDS} shards: give a larger --shard-size, so that there are fewer")
+        self.parts += 1
+        self.samples += len(table)
+        self.usable += sum(reason in USABLE_REASONS for reason in table["reason"].to_pylist())
+        if self._held is None:
+            self._write(shard, table)
+            return
+        self._held.append((shard, table))
+        if self.usable:
+            held, self._held = self._held, None
+            for number, part in held:
+                self._write(number, part)
+
+    def _write(self, shard: int, table: pa.Table) -> None:
+        if len(self._writing) >= 2 * _WRITERS:
+            self._writing.popleft().result()
+        self._writing.append(self._pool.submit(write_plan_part, self._store, shard, table))
+
+    def __enter__(self) -> "_PartWriter":
+        return self
+
+    def __exit__(self, *failed: object) -> None:
+        with self._pool:
+            while self._writing:
+                self._writing.popleft().result()
+
+
+def write_plan_part(store: Store, shard: int, table: pa.Table) -> None:
+    store.write_bytes(plan_part_key(shard), parquet_bytes(table))
+
+
+def _update(fingerprint: CorpusFingerprint, records: list[CorpusRecord]) -> None:
+    fingerprint.update(
+        [record.corpus_id for record in records],
+        [record.caption for record in records],
+        [record.reason for record in records],
+    )
+
+
+def _refuse_other_spec(store: Store, planned: Plan, spec: DatasetSpec, shard_size: int) -> None:
+    differences = planned.spec.differences(spec)
+    if planned.shard_size != shard_size:
+        differences.append(f"shard_size: {planned.shard_size} -> {shard_size}")
     if differences:
         raise InputError(
             f"{store.root}: was begun with another spec ({'; '.join(differences)}); "
             "use the same arguments to resume, or another --out"
         )
+
+
+def _refuse_other_corpus(
+    store: Store, planned: Plan, records: Iterator[CorpusRecord], corpus: str, fingerprint: CorpusFingerprint
+) -> None:
+    """Take the planned number of records from `records`; they must be the planned ones."""
+    counted = 0
+    known = itertools.islice(records, planned.records)
+    while chunk := list(itertools.islice(known, _RECORDS_AT_ONCE)):
+        _update(fingerprint, chunk)
+        counted += len(chunk)
+    if fingerprint.hexdigest() == planned.corpus_fingerprint:
+        return
+    now = f"{counted} records" if counted < planned.records else f"the first {counted} differ"
+    raise InputError(
+        f"{store.root}: was begun with another corpus ({planned.corpus}: {planned.records} records; "
+        f"now {corpus}: {now}); use the same corpus, --split and --limit (captions may be appended), or another --out"
+    )
+
+
+def _replace_plan(store: Store, planned: Plan | None, plan: Plan) -> None:
+    """Write plan.json, unless another driver planned something else meanwhile: its parts may have replaced ours."""
+    found = load_plan(store)
+    if found is not None and found not in (planned, plan):
+        raise InputError(
+            f"{store.root}: another run planned {found.records} records here meanwhile (this one {plan.records}); "
+            "run the command again"
+        )
+    store.write_bytes(PLAN_KEY, plan.to_json())

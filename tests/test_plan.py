@@ -29,7 +29,7 @@ MIXED = [
 
 
 def planned(store: Store) -> list[dict]:
-    return [row for key in store.list("plan") for row in read_table(store, key).to_pylist()]
+    return [row for key in store.list("plan/") for row in read_table(store, key).to_pylist()]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -58,7 +58,7 @@ def test_every_record_is_planned_whether_it_can_be_drawn_or_not(images_per_capti
     expected = ["", "empty", "empty", "", "", "too_long", "control_characters", "prompt_truncated", "", ""]
     assert reasons == expected
     assert plan.usable == sum(reason in ("", "prompt_truncated") for reason in expected) * images_per_caption
-    assert plan.num_shards == -(-plan.expected // 4) == len(store.list("plan"))
+    assert plan.num_shards == -(-plan.expected // 4) == len(store.list("plan/"))
 
 
 def test_equal_captions_get_seeds_of_their_own(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_corpus_without_a_usable_caption_is_refused_and_leaves_nothing(tmp_pat
 def test_a_corpus_whose_first_shards_are_unusable_is_planned_whole(tmp_path: Path) -> None:
     store, plan = plan_dataset(tmp_path / "out", corpus_of(tmp_path, [""] * 12 + ["A cat."]), SPEC, shard_size=3)
     assert len(planned(store)) == plan.expected == 13 and plan.usable == 1
-    assert store.list("plan") == [plan_part_key(shard) for shard in range(5)]
+    assert store.list("plan/") == [plan_part_key(shard) for shard in range(5)]
 
 
 def test_the_plan_document_is_written_last(tmp_path: Path) -> None:
