@@ -56,10 +56,22 @@ def test_what_is_not_there_raises_file_not_found(store: Store) -> None:
 
 
 def test_a_list_is_sorted_and_holds_the_prefix_alone(store: Store) -> None:
-    for key in ("shards/part-1", "shards/part-0", "shards/deep/x", "shards-old/part-0", "top"):
+    keys = sorted(["shards/part-1", "shards/part-0", "shards/deep/x", "shards-old/part-0", "top"])
+    for key in keys:
         store.write_bytes(key, b"1")
-    assert store.list("shards") == store.list("shards/") == ["shards/deep/x", "shards/part-0", "shards/part-1"]
-    assert store.list() == sorted(["shards/part-1", "shards/part-0", "shards/deep/x", "shards-old/part-0", "top"])
+    assert store.list() == keys
+    for prefix in (
+        "shards/",
+        "shards",
+        "shards/part-",
+        "shards/part-1",
+        "shards/deep",
+        "shards/deep/",
+        "to",
+        "x",
+        "top/",
+    ):
+        assert store.list(prefix) == [key for key in keys if key.startswith(prefix)], prefix
     assert open_store(join(store.root, "shards")).list() == ["deep/x", "part-0", "part-1"]
 
 

@@ -1,0 +1,192 @@
+"""Which failures of a store are worth another try, which are the user's to mend, and how long to be patient.
+
+Errors are told apart by status, code, errno and type name: no client library has to be imported for a run on a local
+disk, and gcsfs may not be installed. What is shown of an error is its code or type alone; texts of client libraries
+may quote a request.
+"""
+
+import errno
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from pcm.errors import InputError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Kind = Literal["transient", "full", "refused", "no bucket", "other"]
+
+RETRY_SECONDS = 300.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0  # seconds
+LOG_EVERY = 30.0  # seconds
+
+_TRANSIENT_CODES = frozenset(
+    {
+        "BandwidthLimitExceeded", "BadDigest", "ConditionalRequestConflict", "IncompleteBody", "InternalError",
+        "InternalFailure", "OperationAborted", "PriorRequestNotComplete", "RequestLimitExceeded", "RequestThrottled",
+        "RequestThrottledException", "RequestTimeout", "RequestTimeoutException", "ServiceUnavailable", "SlowDown",
+        "SlowDownRead", "SlowDownWrite", "ThrottledException", "Throttling", "ThrottlingException",
+        "TooManyRequests", "TooManyRequestsException", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch",
+    }
+)  # fmt: skip
+_FULL_CODES = frozenset(
+    {"InsufficientStorage", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull"}
+)  # fmt: skip
+_REFUSED_CODES = frozenset(
+    {
+        "AccessDenied", "AccountProblem", "AllAccessDisabled", "AuthorizationHeaderMalformed", "ExpiredToken",
+        "ExpiredTokenException", "InvalidAccessKeyId", "InvalidSecurity", "InvalidToken", "NotSignedUp",
+        "RequestTimeTooSkewed", "SignatureDoesNotMatch", "UnauthorizedAccess",
+    }
+)  # fmt: skip
+#: Of botocore, aiohttp, urllib3, fsspec, gcsfs, google.auth and Python; a subclass counts as its base.
+_TRANSIENT_TYPES = frozenset(
+    {
+        "ChecksumError", "ClientConnectionError", "ClientPayloadError", "ConnectionError", "CredentialRetrievalError",
+        "FlexibleChecksumError", "HTTPClientError", "IncompleteRead", "IncompleteReadError", "MetadataRetrievalError",
+        "ResponseParserError", "TimeoutError", "TransportError",
+    }
+)  # fmt: skip
+_REFUSED_TYPES = frozenset(
+    {
+        "DefaultCredentialsError", "NoAuthTokenError", "NoCredentialsError", "PartialCredentialsError",
+        "PermissionError", "ProfileNotFound", "SSOError", "UnauthorizedSSOTokenError",
+    }
+)  # fmt: skip
+_TRANSIENT_ERRNO = frozenset(
+    {
+        errno.EAGAIN, errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH,
+        errno.EINTR, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.EPIPE, errno.ESTALE, errno.ETIMEDOUT,
+    }
+)  # fmt: skip
+_FULL_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_REFUSED_ERRNO = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What kind of failure it is, and its code or type: nothing that could quote a request."""
+
+    kind: Kind
+    what: str
+
+
+def classify(error: BaseException) -> Fault:
+    """What to do about an error of a store: what the server answered, else the innermost cause that says anything."""
+    fault = Fault("other", type(error).__name__)
+    for link in _chain(error):
+        response = getattr(link, "response", None)
+        if isinstance(response, dict) and "Error" in response:  # botocore's ClientError; s3fs wraps it in an OSError
+            code = str(response["Error"].get("Code", ""))
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return Fault(_kind_of_answer(code, status), f"{code} {status}" if code != str(status) else code)
+        found = _classify_link(link)
+        if found.kind != "other":
+            fault = found
+    return fault
+
+
+def patiently(operation: Callable[[], T], *, place: str) -> T:
+    """Run an operation, again and again while the store fails in ways that pass.
+
+    Pauses double from 0.2 s to 15 s, with jitter, for up to PCM_STORE_RETRY_SECONDS (300) since the first failure;
+    one line is logged at the first failure of a process and every 30 s. Raises InputError when that time is over, when
+    the disk or quota is full, when access is refused and when the bucket does not exist; whatever else `operation`
+    raises, FileNotFoundError too, passes unchanged.
+    """
+    failed_at: float | None = None
+    pause = FIRST_PAUSE
+    while True:
+        try:
+            return operation()
+        except Exception as error:
+            fault = classify(error)
+            if fault.kind == "other":
+                raise
+            if fault.kind != "transient":
+                raise InputError(_advice(fault, place)) from None
+            now = time.monotonic()
+            failed_at = now if failed_at is None else failed_at
+            patience = float(os.environ.get("PCM_STORE_RETRY_SECONDS", RETRY_SECONDS))
+            if now - failed_at >= patience:
+                raise InputError(
+                    f"{place}: the store did not answer properly for {now - failed_at:.0f} s ({fault.what}); "
+                    "rerun the same command when it does: it resumes"
+                ) from None
+            _notice(f"{place}: {fault.what}; trying again for up to {patience - (now - failed_at):.0f} s")
+        time.sleep(min(pause * random.uniform(0.5, 1.0), patience))
+        pause = min(pause * 2, LONGEST_PAUSE)
+
+
+def _advice(fault: Fault, place: str) -> str:
+    if fault.kind == "full":
+        return f"disk full at {place} ({fault.what}): free space and rerun the same command; nothing is half-written"
+    if fault.kind == "no bucket":
+        return f"{place}: no such bucket; create it, or correct the URI, AWS_ENDPOINT_URL or the region"
+    return (
+        f"{place}: access refused ({fault.what}); check the credentials in the environment, the profile or the role, "
+        "and its rights to list, get and put"
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__
+
+
+def _classify_link(error: BaseException) -> Fault:
+    names = {base.__name__ for base in type(error).__mro__}
+    name = type(error).__name__
+    if "ClientResponseError" in names or "HttpError" in names:  # aiohttp; gcsfs
+        status = getattr(error, "status", None) or getattr(error, "code", None) or 0
+        return Fault(_kind_of_answer("", int(status)), f"HTTP {status}")
+    if isinstance(error, OSError) and error.errno is not None and error.errno in errno.errorcode:
+        code = errno.errorcode[error.errno]
+        if error.errno in _FULL_ERRNO:
+            return Fault("full", code)
+        if error.errno in _REFUSED_ERRNO:
+            return Fault("refused", code)
+        if error.errno in _TRANSIENT_ERRNO:
+            return Fault("transient", code)
+    if names & _REFUSED_TYPES:
+        return Fault("refused", name)
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return Fault("refused", "the endpoint's certificate is not trusted")
+    if names & _TRANSIENT_TYPES:
+        return Fault("transient", name)
+    return Fault("other", name)
+
+
+def _kind_of_answer(code: str, status: int) -> Kind:
+    if code in _FULL_CODES or status == 507:
+        return "full"
+    if code == "NoSuchBucket":
+        return "no bucket"
+    if code in _TRANSIENT_CODES or status in (408, 429) or (status >= 500 and status != 501):
+        return "transient"
+    return "refused" if code in _REFUSED_CODES or status in (401, 403) else "other"
+
+
+_noticed_at = float("-inf")
+_notice_lock = threading.Lock()
+
+
+def _notice(message: str) -> None:
+    """One line for a store that fails sixteen threads at once, and one every LOG_EVERY seconds."""
+    global _noticed_at
+    with _notice_lock:
+        now = time.monotonic()
+        if now - _noticed_at < LOG_EVERY:
+            return
+        _noticed_at = now
+    log.warning("%s", message)
