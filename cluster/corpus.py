@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import io
 import logging
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import fsspec
 from botocore.exceptions import BotoCoreError
@@ -24,7 +25,7 @@ from pcm.caption_files import FORMATS, CaptionRow, in_split, read_rows
 from pcm.caption_text import REASONS, check_caption, quarantined
 from pcm.errors import InputError
 
-__all__ = ["FORMATS", "REASONS", "CorpusRecord", "detect_format", "read_corpus"]
+__all__ = ["FORMATS", "REASONS", "CorpusRecord", "detect_format", "read_corpus", "source_digest"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +122,25 @@ def _rows(stream: io.BufferedReader, format: str, uri: str) -> Iterator[CaptionR
         raise InputError(f"{uri}: its gzip data is damaged or cut short ({error})") from error
 
 
+def source_digest(uri: str) -> str:
+    """sha256 of a corpus file as it lies there: a size or a date does not prove that it is unchanged, and reading bytes
+    costs little beside reading captions. Raises InputError when the file cannot be opened."""
+    digest = hashlib.sha256()
+    with _open_raw(str(uri)) as raw:
+        while data := raw.read(8 * _BUFFER):
+            digest.update(data)
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def _open(uri: str) -> Iterator[io.BufferedReader]:
+    with _open_raw(uri) as raw:
+        unzipped = gzip.GzipFile(fileobj=raw) if uri.endswith(".gz") else raw
+        yield io.BufferedReader(unzipped, _BUFFER)
+
+
+@contextlib.contextmanager
+def _open_raw(uri: str) -> Iterator[Any]:
     try:
         raw = fsspec.open(uri, "rb").open()
     except FileNotFoundError as error:
@@ -139,5 +157,4 @@ def _open(uri: str) -> Iterator[io.BufferedReader]:
             f"{uri}: cannot be opened ({(str(error).splitlines() or [type(error).__name__])[0]})"
         ) from error
     with contextlib.closing(raw):
-        unzipped = gzip.GzipFile(fileobj=raw) if uri.endswith(".gz") else raw
-        yield io.BufferedReader(unzipped, _BUFFER)
+        yield raw

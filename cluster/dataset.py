@@ -35,6 +35,10 @@ def stats_key(shard: int) -> str:
     return f"stats/part-{shard:06d}.json"
 
 
+def group_key(group: int) -> str:
+    return f"progress/group-{group:06d}.json"
+
+
 @dataclass(frozen=True)
 class Segment:
     """Captions that were planned together: a corpus, or what it grew by. Its last shard may be short, and stays so."""

@@ -1,0 +1,173 @@
+"""Which shards are committed, found without asking for each of them.
+
+Shards come in groups of a thousand. Once a group is whole, the driver writes what the manifest needs of its shards into
+one object, `progress/group-000123.json`. It repeats what the stats objects say and is bound to the plan, so it may be
+lost, damaged or of another plan: then it is not believed, and made again.
+
+What finding out costs, for S shards: one GET a group, S / 1,000; one LIST request for each group that is not whole; and
+for the manifest one GET for each shard whose group has no object yet, at most the shards that were made since the
+driver last died with their groups unfinished.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from cluster.dataset import Plan, group_key, shard_key, stats_key
+from cluster.storage import Store
+from pcm.errors import InputError
+
+log = logging.getLogger(__name__)
+
+#: Shards that share the first three digits of their number: as many keys as one LIST request returns.
+GROUP = 1000
+#: Up to so many groups all are listed, whole or not: that is one round of requests, and finds a shard that was lost.
+LISTED_GROUPS = 16
+
+_REQUESTS_AT_ONCE = 16
+_SUMMARY = {
+    "shard": int,
+    "successes": int,
+    "failed_to_generate": int,
+    "quarantined_by_reason": dict,
+    "sha256": str,
+    "bytes": int,
+    "clip_score_sum": float,
+}
+
+
+class CommittedShards:
+    """The shards of a plan that are on the store; a driver tells it of each one that it commits."""
+
+    def __init__(self, store: Store, plan: Plan, done: np.ndarray) -> None:
+        self._store = store
+        self._plan = plan
+        self._done = done  # (num_shards,) bool
+        self._summaries: dict[int, dict] = {}  # of this run's shards whose group is not whole yet
+
+    def __contains__(self, shard: int) -> bool:
+        return bool(self._done[shard])
+
+    @property
+    def complete(self) -> bool:
+        return bool(self._done.all())
+
+    def forget(self, shards: Collection[int]) -> None:
+        """These shards are to be made again: they count as missing, and their groups' objects are deleted first."""
+        for group in {shard // GROUP for shard in shards}:
+            if self._store.exists(group_key(group)):
+                self._store.delete(group_key(group))
+        self._done[list(shards)] = False
+
+    def add(self, stats: dict) -> None:
+        """A shard was committed with these stats. Writes the object of its group if that is whole now."""
+        shard = stats["shard"]
+        self._done[shard] = True
+        self._summaries[shard] = summary(stats)
+        shards = group_shards(self._plan, shard // GROUP)
+        if self._done[shards.start : shards.stop].all():
+            made = {number: self._summaries.pop(number) for number in shards if number in self._summaries}
+            with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+                _store_group(self._store, self._plan, shard // GROUP, made, pool)
+
+
+def committed(store: Store, plan: Plan) -> CommittedShards:
+    """The shards of a plan that are on the store."""
+    groups = range(num_groups(plan))
+    listed = len(groups) <= LISTED_GROUPS
+
+    def numbers(group: int) -> Iterable[int]:
+        shards = group_shards(plan, group)
+        if not listed and load_group(store, plan, group) is not None:
+            return shards
+        found = set(store.list(shard_key(group * GROUP).removesuffix("000.parquet")))
+        return [shard for shard in shards if shard_key(shard) in found]
+
+    done = np.zeros(plan.num_shards, bool)
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        for found in pool.map(numbers, groups):
+            done[list(found)] = True
+    return CommittedShards(store, plan, done)
+
+
+def summaries(store: Store, plan: Plan) -> Iterator[dict]:
+    """What the manifest needs of each shard, in order; every shard must be committed. Group objects that are missing
+    are written. Raises InputError when stats are damaged or missing."""
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        loaded = pool.map(lambda group: load_group(store, plan, group), range(num_groups(plan)))
+        for group, found in enumerate(loaded):
+            yield from found or _store_group(store, plan, group, {}, pool)
+
+
+def num_groups(plan: Plan) -> int:
+    return -(-plan.num_shards // GROUP)
+
+
+def group_shards(plan: Plan, group: int) -> range:
+    return range(group * GROUP, min((group + 1) * GROUP, plan.num_shards))
+
+
+def load_group(store: Store, plan: Plan, group: int) -> list[dict] | None:
+    """The summaries of a whole group's shards, in order; None unless there is an intact object of this very plan."""
+    try:
+        document = json.loads(store.read_bytes(group_key(group)))
+        if document["plan"] != _binding(plan, group):
+            return None
+        found = [summary(entry) for entry in document["shards"]]
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, LookupError) as error:
+        log.warning("%s: damaged (%s); it is made again", group_key(group), error)
+        return None
+    shards = group_shards(plan, group)
+    whole = [entry["shard"] for entry in found] == list(shards) and all(
+        entry["successes"] + entry["failed_to_generate"] == plan.shard_rows(entry["shard"]) for entry in found
+    )
+    return found if whole else None
+
+
+def summary(stats: dict) -> dict:
+    """The part of a shard's stats that the manifest needs. Raises KeyError or TypeError when it is not there."""
+    found = {name: stats[name] for name in _SUMMARY}
+    for name, kind in _SUMMARY.items():
+        if not isinstance(found[name], kind):
+            raise TypeError(f"{name} is {found[name]!r}")
+    return found
+
+
+def load_stats(store: Store, shard: int) -> dict:
+    """The summary of one shard from its stats object. Raises InputError when that is damaged or missing."""
+    try:
+        found = summary(json.loads(store.read_bytes(stats_key(shard))))
+        if found["shard"] != shard:
+            raise ValueError(f"of shard {found['shard']}")
+        return found
+    except (FileNotFoundError, ValueError, TypeError, LookupError) as error:
+        what = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
+        raise InputError(f"{stats_key(shard)}: {what}; run jobs.verify --repair") from None
+
+
+def _store_group(store: Store, plan: Plan, group: int, known: dict[int, dict], pool: ThreadPoolExecutor) -> list[dict]:
+    found = list(pool.map(lambda shard: known.get(shard) or load_stats(store, shard), group_shards(plan, group)))
+    document = {"plan": _binding(plan, group), "shards": found}
+    store.write_bytes(group_key(group), (json.dumps(document, sort_keys=True) + "\n").encode())
+    return found
+
+
+def _binding(plan: Plan, group: int) -> str:
+    """A digest of all that decides the group's shards: spec, shard size, and the captions up to its last segment's end.
+
+    It changes for the last group when the plan grows, and for no other.
+    """
+    last = group_shards(plan, group)[-1]
+    segments = [
+        (segment.first_shard, segment.num_shards, segment.corpus_fingerprint)
+        for segment in plan.segments
+        if segment.first_shard <= last
+    ]
+    decides = [plan.schema_version, plan.spec.digest(), plan.shard_size, segments]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
