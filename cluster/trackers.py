@@ -134,7 +134,7 @@ class _Folder:
     def __init__(self, store: Store, key: str) -> None:
         self._store, self._key = store, key
         self._remote = not isinstance(store.fs, LocalFileSystem)
-        self.path = Path(tempfile.mkdtemp(prefix="pcm-tracker-") if self._remote else store.path(key))
+        self.path = Path(tempfile.mkdtemp(prefix="pcm-tracker-"), key) if self._remote else Path(store.path(key))
         self.path.mkdir(parents=True, exist_ok=True)
         self._uploaded = time.monotonic()
 
@@ -151,7 +151,7 @@ class _Folder:
 
     def remove(self) -> None:
         if self._remote:
-            shutil.rmtree(self.path, ignore_errors=True)
+            shutil.rmtree(self.path.parent, ignore_errors=True)
 
 
 class _TensorBoard:
@@ -190,7 +190,7 @@ class _WandB:
             name=os.environ.get("WANDB_NAME", run_name(store)),
             id=os.environ.get("WANDB_RUN_ID", run_id(store)),
             resume="allow",
-            dir=os.environ.get("WANDB_DIR", str(self._folder.path)),
+            dir=os.environ.get("WANDB_DIR", str(self._folder.path.parent)),
             config=dict(config),
             settings=wandb.Settings(console="off", silent=True, init_timeout=30),
         )
