@@ -7,8 +7,12 @@ from typing import Protocol
 
 import numpy as np
 
+from pcm.errors import InputError
 from pcm.images import encode_image
 from pcm.spec import GeneratorSpec
+
+#: Names the generator of a dataset whose pictures were drawn elsewhere.
+IMPORTED = "imported"
 
 #: Reasons of a sample that the generator could not draw, whatever the caption says.
 GENERATOR_ERROR = "generator_error"  # it raised on this caption alone
@@ -84,7 +88,15 @@ class TextToImage(Protocol):
 
 
 def load_generator(spec: GeneratorSpec) -> TextToImage:
-    """The generator a spec names: diffusers, or the null generator that measures the pipeline itself."""
+    """The generator a spec names: diffusers, or the null generator that measures the pipeline itself.
+
+    Raises InputError for pictures that came from elsewhere.
+    """
+    if spec.model == IMPORTED:
+        raise InputError(
+            f"generator {IMPORTED!r}: the pictures of this dataset were imported, so none can be drawn again or added; "
+            "rerun jobs.import_official, or generate into another --out"
+        )
     if spec.model == "null":
         return NullTextToImage(spec)
     from pcm.diffusers_generator import DiffusersTextToImage  # seconds to import, and null needs none of it
