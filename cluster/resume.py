@@ -71,8 +71,11 @@ class CommittedShards:
         shards = group_shards(self._plan, shard // GROUP)
         if self._done[shards.start : shards.stop].all():
             made = {number: self._summaries.pop(number) for number in shards if number in self._summaries}
-            with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-                _store_group(self._store, self._plan, shard // GROUP, made, pool)
+            try:
+                with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+                    _store_group(self._store, self._plan, shard // GROUP, made, pool)
+            except InputError as error:  # the manifest will ask for the same stats: time enough to fail then
+                log.warning("%s", error)
 
 
 def committed(store: Store, plan: Plan) -> CommittedShards:
