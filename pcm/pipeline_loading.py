@@ -1,14 +1,19 @@
-"""A diffusers pipeline from a spec: weights of a pinned revision, scheduler, dtype, device."""
+"""A diffusers pipeline from a spec: weights of a pinned revision, scheduler, dtype, device, and what makes it fast."""
 
+import inspect
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import pcm.torchvision_shim  # noqa: F401  isort: skip
 import diffusers
 import transformers
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from pcm.errors import InputError
+from pcm.prompt_cache import cache_prompts
 from pcm.spec import GeneratorSpec
 from pcm.text_to_image import model_source
 
@@ -35,10 +40,54 @@ def load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
             f"text-to-image model {spec.model!r} cannot be loaded: {first_line}; "
             "give a diffusers repo id, a folder saved by save_pretrained(), 'embedded' or 'null'"
         ) from error
-    if spec.scheduler is not None:
-        pipeline.scheduler = scheduler_class(spec.scheduler).from_config(pipeline.scheduler.config)
+    return prepare_pipeline(pipeline, spec)
+
+
+def prepare_pipeline(pipeline: Any, spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
+    """Put the spec's scheduler, device and speed options on a pipeline that is loaded. Raises InputError."""
+    if spec.scheduler is not None or spec.scheduler_options:
+        kind = type(pipeline.scheduler) if spec.scheduler is None else scheduler_class(spec.scheduler)
+        check_scheduler_options(kind, (name for name, _ in spec.scheduler_options))
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **dict(spec.scheduler_options))
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(spec.device)
+    pipeline.to(spec.device)
+    denoiser = _denoiser(pipeline, spec)
+    _set_attention(denoiser, spec.attention)
+    decoder: Any = getattr(pipeline, "vae", None)
+    if spec.channels_last:
+        for module in (denoiser, decoder):
+            if module is not None:
+                module.to(memory_format=torch.channels_last)
+    for name, wanted in (("slicing", spec.vae_slicing), ("tiling", spec.vae_tiling)):
+        if wanted:
+            if not hasattr(decoder, f"enable_{name}"):
+                raise InputError(f"vae_{name}: the decoder of {spec.model} has none; leave the option out")
+            getattr(decoder, f"enable_{name}")()
+    cache_prompts(pipeline, each_alone=spec.prompt_cache)
+    if spec.compile != "none":
+        # Inductor times some kernels to choose among them; which one wins must not depend on the worker.
+        torch._inductor.config.deterministic = True
+        denoiser.compile(mode=spec.compile, dynamic=False)  # every batch has one shape, so it compiles once
+    return pipeline
+
+
+def _denoiser(pipeline: Any, spec: GeneratorSpec) -> Any:
+    for name in ("unet", "transformer"):
+        if isinstance(module := getattr(pipeline, name, None), torch.nn.Module):
+            return module
+    raise InputError(f"text-to-image model {spec.model!r}: has neither a unet nor a transformer; give another pipeline")
+
+
+def _set_attention(denoiser: Any, attention: str) -> None:
+    if attention == "default":
+        return
+    if isinstance(denoiser, diffusers.UNet2DConditionModel):
+        processor = AttnProcessor2_0() if attention == "sdpa" else AttnProcessor()
+        denoiser.set_attn_processor(processor)  # type: ignore[attr-defined]  # of a mixin that mypy cannot see
+    elif attention == "sdpa":
+        denoiser.set_attention_backend("native")
+    else:
+        raise InputError(f"attention {attention!r}: a {type(denoiser).__name__} has default and sdpa; choose one")
 
 
 def scheduler_class(name: str) -> type[diffusers.SchedulerMixin]:
@@ -50,3 +99,11 @@ def scheduler_class(name: str) -> type[diffusers.SchedulerMixin]:
             "DPMSolverMultistepScheduler, EulerDiscreteScheduler, DDIMScheduler, LCMScheduler"
         )
     return scheduler
+
+
+def check_scheduler_options(scheduler: type[diffusers.SchedulerMixin], names: Iterable[str]) -> None:
+    """Raises InputError for a name that this scheduler does not know: diffusers itself would ignore it."""
+    allowed = [name for name in inspect.signature(scheduler.__init__).parameters if name != "self"]
+    for name in names:
+        if name not in allowed:
+            raise InputError(f"{scheduler.__name__} option {name!r}: allowed are {', '.join(allowed)}")

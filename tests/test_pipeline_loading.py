@@ -1,0 +1,104 @@
+"""Each way to make a pipeline fast does what its name says, and leaves a picture independent of its neighbours."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from test_diffusers_generator import REQUESTS, spec_of
+
+from pcm.diffusers_generator import DiffusersTextToImage
+from pcm.errors import InputError
+from pcm.images import open_image
+from pcm.pipeline_loading import load_pipeline
+from pcm.spec import SPEED_FIELDS, GeneratorSpec
+
+#: Every option that a CPU can run, with the few-step schedulers that draw noise at every step.
+OPTIONS = {
+    "attention sdpa": {"attention": "sdpa"},
+    "attention eager": {"attention": "eager"},
+    "channels_last": {"channels_last": True},
+    "vae_slicing": {"vae_slicing": True},
+    "vae_tiling": {"vae_tiling": True, "width": 64, "height": 64},
+    "prompt_cache": {"prompt_cache": True},
+    "compile": {"compile": "default"},
+    "LCM": {"scheduler": "LCMScheduler", "num_inference_steps": 4, "guidance_scale": 1.0},
+    "Turbo": {
+        "scheduler": "EulerAncestralDiscreteScheduler", "scheduler_options": {"timestep_spacing": "trailing"},
+        "num_inference_steps": 2, "guidance_scale": 0.0,
+    },
+}  # fmt: skip
+
+
+def test_every_speed_option_is_tried_below() -> None:
+    assert {name for values in OPTIONS.values() for name in values} >= set(SPEED_FIELDS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_with_each_option_a_picture_does_not_depend_on_its_neighbours(name: str, tiny_t2i: Path) -> None:
+    if name == "compile" and not os.environ.get("PCM_TEST_COMPILE"):
+        pytest.skip("two minutes of compiling on a CPU; PCM_TEST_COMPILE=1 runs it (it needs g++)")
+    generator = DiffusersTextToImage(spec_of(tiny_t2i, **OPTIONS[name]))
+    drawn = generator.draw(REQUESTS)
+    assert not any(drawing.reason for drawing in drawn)
+    assert len({drawing.image for drawing in drawn}) == len(drawn)
+    assert generator.draw(REQUESTS[::-1]) == drawn[::-1], "another order"
+    assert generator.draw([REQUESTS[5], REQUESTS[1]]) == [drawn[5], drawn[1]], "the same slot in two batches"
+    assert generator.draw(REQUESTS[2:3]) == drawn[2:3], "alone"
+
+
+@pytest.mark.parametrize("name", ["attention sdpa", "attention eager", "channels_last", "vae_slicing", "prompt_cache"])
+def test_an_option_for_speed_draws_the_same_picture_but_for_rounding(name: str, tiny_t2i: Path) -> None:
+    plain = DiffusersTextToImage(spec_of(tiny_t2i)).draw(REQUESTS[:4])
+    fast = DiffusersTextToImage(spec_of(tiny_t2i, **OPTIONS[name])).draw(REQUESTS[:4])
+    for one, two in zip(plain, fast, strict=True):
+        pixels = [torch.tensor(list(open_image(drawing.image).tobytes()), dtype=torch.float) for drawing in (one, two)]
+        torch.testing.assert_close(*pixels, atol=1.0, rtol=0.0)
+
+
+def loaded(folder: Path, **values: object) -> object:
+    return load_pipeline(spec_of(folder, **values))
+
+
+def test_attention_is_what_the_spec_says(tiny_t2i: Path) -> None:
+    for attention, kind in (("sdpa", AttnProcessor2_0), ("eager", AttnProcessor)):
+        processors = loaded(tiny_t2i, attention=attention).unet.attn_processors.values()
+        assert processors and {type(processor) for processor in processors} == {kind}
+
+
+def test_convolutions_of_denoiser_and_decoder_are_channels_last(tiny_t2i: Path) -> None:
+    pipeline = loaded(tiny_t2i, channels_last=True)
+    for module in (pipeline.unet, pipeline.vae):
+        weights = [part.weight for part in module.modules() if isinstance(part, torch.nn.Conv2d)]
+        assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+        assert any(not weight.is_contiguous() for weight in weights), "1x1 convolutions alone would be both"
+
+
+def test_slicing_and_tiling_reach_the_decoder(tiny_t2i: Path) -> None:
+    vae = loaded(tiny_t2i).vae
+    assert (vae.use_slicing, vae.use_tiling) == (False, False)
+    vae = loaded(tiny_t2i, vae_slicing=True, vae_tiling=True).vae
+    assert (vae.use_slicing, vae.use_tiling) == (True, True)
+
+
+def test_scheduler_options_reach_the_scheduler(tiny_t2i: Path) -> None:
+    for scheduler in (None, "DPMSolverMultistepScheduler"):
+        values = {"scheduler": scheduler, "scheduler_options": {"timestep_spacing": "trailing"}}
+        config = loaded(tiny_t2i, **values).scheduler.config
+        assert config.timestep_spacing == "trailing"
+        assert config.num_train_timesteps == 100, "the rest stays the model's"
+
+
+def test_a_scheduler_option_that_does_not_exist_is_refused(tiny_t2i: Path) -> None:
+    with pytest.raises(InputError, match=r"LCMScheduler option 'karras': allowed are .*timestep_spacing"):
+        loaded(tiny_t2i, scheduler="LCMScheduler", scheduler_options={"karras": True})
+
+
+def test_only_the_denoiser_is_compiled_and_its_shape_is_fixed(tiny_t2i: Path) -> None:
+    pipeline = loaded(tiny_t2i, compile="default")
+    assert pipeline.unet._compiled_call_impl is not None
+    assert torch._inductor.config.deterministic
+    spec: GeneratorSpec = dataclasses.replace(spec_of(tiny_t2i), compile="none")
+    assert load_pipeline(spec).unet._compiled_call_impl is None

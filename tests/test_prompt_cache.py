@@ -1,0 +1,97 @@
+"""A text encoder that remembers gives what it gave before, and is asked less often."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_diffusers_generator import spec_of
+
+from pcm import prompt_cache
+from pcm.diffusers_generator import DiffusersTextToImage
+from pcm.pipeline_loading import load_pipeline
+from pcm.prompt_cache import cache_prompts
+from pcm.text_to_image import Drawing, Request
+
+CAPTIONS = ["a cat", "a cat", "a dog", "two cows", "a cat", "a dog", "rain", "a red bus", "rain"]
+REQUESTS = [Request(position=index, caption=text, seed=100 + index) for index, text in enumerate(CAPTIONS)]
+
+
+def counted_shapes(generator: DiffusersTextToImage) -> list[tuple[int, ...]]:
+    """The shapes that the encoder proper is given from now on."""
+    shapes: list[tuple[int, ...]] = []
+    encoder = generator._pipeline.text_encoder
+    encoder.embeddings.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple((args[0] if args else kwargs["input_ids"]).shape)), with_kwargs=True
+    )
+    return shapes
+
+
+@pytest.fixture(scope="module")
+def make(tiny_t2i: Path) -> Callable[..., DiffusersTextToImage]:
+    return lambda **values: DiffusersTextToImage(spec_of(tiny_t2i, batch_size=3, **values))
+
+
+@pytest.fixture(scope="module")
+def drawn_without_memory(tiny_t2i: Path) -> list[Drawing]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt_cache, "PURE_ENCODERS", ())
+        generator = DiffusersTextToImage(spec_of(tiny_t2i, batch_size=3))
+    shapes = counted_shapes(generator)
+    drawn = generator.draw(REQUESTS)
+    assert len(shapes) == 6, "three batches, each with its unconditional one"
+    return drawn
+
+
+def test_the_unconditional_batch_is_encoded_once_and_no_byte_changes(
+    make: Callable[..., DiffusersTextToImage], drawn_without_memory: list[Drawing]
+) -> None:
+    generator = make()
+    shapes = counted_shapes(generator)
+    assert generator.draw(REQUESTS) == drawn_without_memory
+    assert [shape[0] for shape in shapes] == [3, 3, 3, 3], "three batches of prompts, one of empty prompts"
+    assert generator.draw(REQUESTS[::-1]) == drawn_without_memory[::-1]
+
+
+def test_a_negative_prompt_is_encoded_once_too(make: Callable[..., DiffusersTextToImage]) -> None:
+    generator = make(negative_prompt="blurry")
+    shapes = counted_shapes(generator)
+    generator.draw(REQUESTS)
+    assert len(shapes) == 4
+
+
+def test_each_distinct_prompt_is_encoded_alone_and_once(make: Callable[..., DiffusersTextToImage]) -> None:
+    generator = make(prompt_cache=True)
+    shapes = counted_shapes(generator)
+    drawn = generator.draw(REQUESTS)
+    distinct = len(set(CAPTIONS)) + 1  # and the empty one
+    assert [shape[0] for shape in shapes] == [1] * distinct
+    for request, drawing in zip(REQUESTS, drawn, strict=True):
+        assert make(prompt_cache=True).draw([request]) == [drawing], "alone, in a process that remembers nothing"
+
+
+def test_memory_is_bounded_and_forgetting_changes_nothing(
+    make: Callable[..., DiffusersTextToImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = make(prompt_cache=True).draw(REQUESTS)
+    generator = make(prompt_cache=True)
+    memory = generator._pipeline.text_encoder.forward
+    monkeypatch.setattr(prompt_cache, "MAX_BYTES", 30_000)  # three prompts of 77 x 32 floats
+    assert generator.draw(REQUESTS) == expected
+    assert 0 < memory._bytes <= 30_000
+
+
+def test_outputs_with_every_kind_of_field_are_put_together(tiny_t2i: Path) -> None:
+    pipeline = load_pipeline(spec_of(tiny_t2i))
+    encoder = pipeline.text_encoder
+    ids = pipeline.tokenizer(CAPTIONS[:3], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    arguments = {"attention_mask": torch.ones_like(ids), "output_hidden_states": True}
+    with torch.no_grad():
+        together = encoder(ids, **arguments)
+        cache_prompts(pipeline, each_alone=True)
+        alone = encoder(ids, **arguments)
+    assert type(alone) is type(together) and list(alone) == list(together)
+    torch.testing.assert_close(alone.last_hidden_state, together.last_hidden_state)
+    torch.testing.assert_close(alone[1], together[1])
+    for one, two in zip(alone.hidden_states, together.hidden_states, strict=True):
+        torch.testing.assert_close(one, two)
