@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcm.config import PCMNetConfig
-from pcm.dropout import Dropout
+from pcm.dropout import Dropout, normal_like
 from pcm.errors import InputError
 
 #: How textual patches enter the sequence. "replace": selected patches become textual, 1 + N positions (training).
@@ -95,7 +95,7 @@ def select_pairs(similarity: Tensor, *, num_pairs: int, tau: float) -> tuple[Ten
 
 def inject_noise(global_feature: Tensor, *, variance: float, noise: Tensor | None = None) -> Tensor:
     """CapDec's noise: normalise, add N(0, variance) to every dimension, normalise. `noise`: a standard normal draw."""
-    noise = torch.randn_like(global_feature) if noise is None else noise
+    noise = normal_like(global_feature) if noise is None else noise
     return unit(unit(global_feature) + variance**0.5 * noise)
 
 
