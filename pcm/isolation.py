@@ -55,11 +55,11 @@ class IsolatedDrawing:
         return [drawings[index] for index in range(len(requests))]
 
     def _draw_each(self, waiting: dict[int, Request], guard: Guard) -> Iterator[tuple[int, Drawing]]:
-        """One attempt at every request: full batches first, then those that must be alone, the least suspect first."""
+        """One attempt at every request: those that must be alone first, the least suspect before the others."""
         suspects = sorted((guard.suspicion(request), index) for index, request in waiting.items())
         alone = [index for suspicion, index in suspects if suspicion]
-        queue = _slotted({index: waiting[index] for index in waiting if index not in alone}, self.batch_size)
-        queue += [[index] for index in alone]
+        queue = [[index] for index in alone]
+        queue += _slotted({index: waiting[index] for index in waiting if index not in alone}, self.batch_size)
         while queue:
             indices = queue.pop(0)
             slots = {waiting[index].position % self.batch_size: waiting[index] for index in indices}
@@ -74,7 +74,7 @@ class IsolatedDrawing:
                 self._halve(first_line(outcome))
                 left = [index for batch in [indices, *queue] for index in batch]
                 together = {index: waiting[index] for index in left if index not in alone}
-                queue = _slotted(together, self.batch_size) + [[index] for index in left if index in alone]
+                queue = [[index] for index in left if index in alone] + _slotted(together, self.batch_size)
             elif len(indices) > 1:
                 queue[:0] = [[index] for index in indices]
             else:

@@ -1,38 +1,68 @@
 """First stage: captions to pictures."""
 
 import time
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from cluster.dataset import plan_part_key, read_table
-from cluster.plan import USABLE_REASONS
+from cluster.plan import USABLE_REASONS, sample_id
 from cluster.stages.shard_row import ShardRow
 from cluster.storage import Store
-from pcm.spec import DatasetSpec
-from pcm.text_to_image import Drawing, Request, load_generator
+from pcm.spec import DatasetSpec, GeneratorSpec
+from pcm.text_to_image import UNGUARDED, Drawing, Request, TextToImage, load_generator
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from cluster.monitor import FaultPolicy
+    from cluster.stages.guard import RunGuard
 
 
 class DrawShard:
-    """Generator pool: plan part in, drawings (or the reasons why there are none) out."""
+    """Generator pool: plan part in, drawings (or the reasons why there are none) out.
 
-    def __init__(self, store: Store, spec: DatasetSpec) -> None:
+    With a monitor (and the run's policy) the drawing is watched; the null generator has nothing to watch.
+    """
+
+    def __init__(
+        self, store: Store, spec: DatasetSpec, watched_by: "tuple[ActorHandle, FaultPolicy] | None" = None
+    ) -> None:
         self._store = store
         self._spec = spec
-        self._generator = load_generator(spec.generator)
+        # Before the model is loaded, because a process may die of that too.
+        self._guard = _run_guard(watched_by) if watched_by and spec.generator.model != "null" else None
+        self._generator = self.load(spec.generator)
+
+    @staticmethod
+    def load(spec: GeneratorSpec) -> TextToImage:
+        """The model; a subclass may bring its own."""
+        return load_generator(spec)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         shard = block["shard"][0].as_py()
         started = time.time()
-        plan = read_table(self._store, plan_part_key(shard))
-        return ShardRow(
-            shard, self.draw(plan), {"start_time": started, "draw_seconds": time.time() - started}
-        ).to_block()
+        if self._guard:
+            self._guard.begin_shard(shard)
+        drawn = self.draw(read_table(self._store, plan_part_key(shard)))
+        if self._guard:
+            self._guard.end_shard()
+        stats = {"start_time": started, "draw_seconds": time.time() - started}
+        return ShardRow(shard, drawn, stats | self._report()).to_block()
+
+    def _report(self) -> dict:
+        per_caption = self._spec.images_per_caption
+        errors = [
+            {"sample_id": sample_id(*divmod(position, per_caption)), "error": error}
+            for position, error in (self._guard.errors if self._guard else [])
+        ]
+        return {"errors": errors, "device_name": self._generator.device_name}
 
     def draw(self, plan: pa.Table) -> pa.Table:
         """The plan's rows with columns image (bytes), width, height, attempts, and their final seed and reason."""
         rows = plan.to_pylist()
         usable = [row for row in rows if row["reason"] in USABLE_REASONS]
-        drawings = iter(self._generator.draw([self._request(row) for row in usable]))
+        drawings = iter(self._generator.draw([self._request(row) for row in usable], self._guard or UNGUARDED))
         none = Drawing(b"", 0, 0, 0, 0, 0)
         drawn = []
         for row in rows:
@@ -48,6 +78,12 @@ class DrawShard:
     def _request(self, row: dict) -> Request:
         position = row["record_index"] * self._spec.images_per_caption + row["image_index"]
         return Request(position=position, caption=row["caption"], seed=row["seed"])
+
+
+def _run_guard(watched_by: "tuple[ActorHandle, FaultPolicy]") -> "RunGuard":
+    from cluster.stages.guard import RunGuard  # brings torch, which the null generator needs not
+
+    return RunGuard(*watched_by)
 
 
 _DRAWN_SCHEMA = pa.schema(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -74,9 +75,7 @@ def _image_paths(stored: pa.Table) -> list[str]:
 def _shard_stats(row: ShardRow, stored: pa.Table, quarantined: pa.Table, shard_data: bytes) -> dict:
     """img2dataset's convention (count, successes, failures by reason, times), and what the manifest needs."""
     scores = stored["clip_score"].to_numpy()
-    reasons: dict[str, int] = {}
-    for reason in quarantined["reason"].to_pylist():
-        reasons[reason] = reasons.get(reason, 0) + 1
+    reasons = _counted(quarantined["reason"])
     histogram, _ = np.histogram(scores, bins=np.linspace(-1, 1, 41))
     return row.stats | {
         "shard": row.shard,
@@ -86,9 +85,15 @@ def _shard_stats(row: ShardRow, stored: pa.Table, quarantined: pa.Table, shard_d
         "status_dict": {"success": len(stored), **reasons},
         "quarantined_by_reason": reasons,
         "retried": int(sum(attempts > 1 for attempts in row.samples["attempts"].to_pylist())),
+        "batch_sizes": _counted(stored["batch_size"]),
         "clip_score_sum": float(scores.sum(dtype=np.float64)),
         "clip_score_sum_of_squares": float(np.square(scores, dtype=np.float64).sum()),
         "clip_score_histogram": histogram.tolist(),  # 40 bins over -1..1
         "sha256": hashlib.sha256(shard_data).hexdigest(),
         "bytes": len(shard_data),
     }
+
+
+def _counted(column: pa.ChunkedArray) -> dict[str, int]:
+    """How often each value occurs; JSON's keys are text."""
+    return {str(value): count for value, count in sorted(Counter(column.to_pylist()).items())}

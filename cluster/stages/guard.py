@@ -1,0 +1,102 @@
+"""A generator's own side of the watch over it: tells the monitor, and ends its process when that is the only way."""
+
+import faulthandler
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from cluster.monitor import FaultPolicy, ShardFaults
+from pcm.errors import InputError
+from pcm.faults import first_line
+from pcm.text_to_image import Guard, Request
+
+log = logging.getLogger(__name__)
+
+#: The first batch of a shape may load kernels and compile: it gets this many times the timeout.
+FIRST_BATCH_FACTOR = 4
+
+#: Errors that a shard's stats keep.
+ERRORS_KEPT = 3
+
+
+class RunGuard(Guard):
+    """Watches one generator actor. Raises InputError out of the drawing when the monitor says that the run stops.
+
+    A batch over its time ends the process from a thread that needs no interpreter lock (faulthandler), after printing
+    where every thread stood. Ray restarts an actor whose process ended so, and runs the shard again; an actor that
+    leaves by ray.actor.exit_actor() would stay away.
+    """
+
+    def __init__(self, monitor: ActorHandle, policy: FaultPolicy) -> None:
+        context = ray.get_runtime_context()
+        self._monitor = monitor
+        self._policy = policy
+        self._generator = context.get_actor_id() or "driver"
+        self._shard = -1
+        self._faults = ShardFaults()
+        self._shapes: set[int] = set()
+        self.errors: list[tuple[int, str]] = []  # (position, error) of the present shard, the first few
+        where = f"{os.uname().nodename} (node {context.get_node_id()[:8]})"
+        _stop_if(self._ask("start", self._generator, where))
+
+    def begin_shard(self, shard: int) -> None:
+        stop, self._faults = self._ask("begin_shard", self._generator, shard)
+        _stop_if(stop)
+        self._shard = shard
+        refused = self._faults.refused.items()
+        self.errors = [(position, f"{reason}: {error}") for position, (reason, error) in refused][:ERRORS_KEPT]
+
+    def end_shard(self) -> None:
+        _stop_if(self._ask("end_shard"))
+
+    @contextmanager
+    def drawing(self, requests: Sequence[Request], batch_size: int) -> Iterator[None]:
+        positions = [request.position for request in requests]
+        _stop_if(self._ask("begin", self._generator, self._shard, positions))
+        factor = 1 if batch_size in self._shapes else FIRST_BATCH_FACTOR
+        faulthandler.dump_traceback_later(factor * self._policy.batch_timeout, exit=True, file=2)
+        drawn = 0
+        try:
+            yield
+            drawn = len(requests)
+            self._shapes.add(batch_size)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            self._monitor.end.remote(self._generator, drawn)
+
+    def suspicion(self, request: Request) -> int:
+        return self._faults.deaths.get(request.position, 0)
+
+    def refusal(self, request: Request) -> str:
+        return self._faults.refused.get(request.position, ("", ""))[0]
+
+    def failed(self, requests: Iterable[Request], reason: str, error: str) -> None:
+        positions = [request.position for request in requests]
+        self._monitor.failed.remote(len(positions), error)
+        if len(self.errors) < ERRORS_KEPT:
+            log.warning("shard %d: %s: %s", self._shard, reason, error)
+            self.errors += [(position, f"{reason}: {error}") for position in positions][:ERRORS_KEPT]
+
+    def broken(self, requests: Iterable[Request], error: Exception) -> None:
+        said = first_line(error)
+        positions = [request.position for request in requests]
+        self._ask("broken", self._generator, self._shard, positions, said)
+        log.warning("shard %d: this process can draw no more (%s); it ends and is restarted", self._shard, said)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """Call the monitor and wait for its answer."""
+        return ray.get(getattr(self._monitor, method).remote(*arguments))
+
+
+def _stop_if(reason: str) -> None:
+    if reason:
+        raise InputError(reason)
