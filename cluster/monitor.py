@@ -208,4 +208,5 @@ def start_monitor(policy: FaultPolicy) -> ActorHandle:
     """A RunMonitor as an actor on the driver's own node, which the run does not survive anyway."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    return ray.remote(**options)(RunMonitor).remote(policy)
+    actor: Any = ray.remote(**options)(RunMonitor)  # Ray's overloads know no options given as a dict
+    return actor.remote(policy)
