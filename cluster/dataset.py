@@ -17,6 +17,7 @@ MANIFEST_KEY = "dataset.json"
 VOCABULARY_KEY = "vocabulary.txt"
 CONCEPTS_KEY = "concepts.safetensors"
 CLIP_HEAD_KEY = "clip_head.safetensors"
+VOCABULARIES_KEY = "vocabularies.json"  # of which captions the three are
 
 
 def plan_part_key(shard: int) -> str:

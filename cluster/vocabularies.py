@@ -5,10 +5,20 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import safetensors.torch
 
-from cluster.dataset import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY, Plan, plan_part_key, read_table
+from cluster.dataset import (
+    CLIP_HEAD_KEY,
+    CONCEPTS_KEY,
+    VOCABULARIES_KEY,
+    VOCABULARY_KEY,
+    Plan,
+    plan_part_key,
+    read_table,
+)
 from cluster.plan import USABLE_REASONS
 from cluster.session import user_error
 from cluster.stages.featurise import NULL_FEATURES
@@ -32,22 +42,33 @@ _FEATURES_FIELD = "features"
 def store_vocabularies(store: Store, plan: Plan) -> FeatureShape:
     """Make sure that vocabulary, concepts and CLIP head are on the store; the shape of the dataset's features.
 
-    Done before generation, so that training can start while pictures are still being made.
+    Done before generation, so that training can start while pictures are still being made. When the corpus has grown
+    they are built again; `vocabularies.json`, written last, says of which captions they are.
     """
     min_count = MIN_WORD_COUNT if plan.records >= SMALL_CORPUS else 1
-    if not store.exists(VOCABULARY_KEY):
+    if _captions_counted(store) != plan.corpus_fingerprint:
         vocabulary = Vocabulary.build(planned_captions(store, plan), min_count=min_count)
         store.write_bytes(VOCABULARY_KEY, vocabulary.to_text().encode())
         log.info("vocabulary: %d words with at least %d occurrences", len(vocabulary), min_count)
+        if plan.spec.clip.model != "null":
+            try:
+                ray.get(_store_clip_files.options(**_resources(plan.spec.clip)).remote(store, plan, min_count))
+            except ray.exceptions.RayError as error:
+                raise user_error(error) or error from None
+        document = json.dumps({"corpus_fingerprint": plan.corpus_fingerprint, "min_count": min_count})
+        store.write_bytes(VOCABULARIES_KEY, f"{document}\n".encode())
     if plan.spec.clip.model == "null":
         return NULL_FEATURES
-    if not (store.exists(CONCEPTS_KEY) and store.exists(CLIP_HEAD_KEY)):
-        try:
-            ray.get(_store_clip_files.options(**_resources(plan.spec.clip)).remote(store, plan, min_count))
-        except ray.exceptions.RayError as error:
-            raise user_error(error) or error from None
     metadata = safetensors_metadata(store.read_bytes(CLIP_HEAD_KEY))
     return FeatureShape(**json.loads(metadata[_FEATURES_FIELD]))
+
+
+def _captions_counted(store: Store) -> str | None:
+    """Fingerprint of the captions that the stored vocabulary was built from, if there is a whole one."""
+    try:
+        return json.loads(store.read_bytes(VOCABULARIES_KEY))["corpus_fingerprint"]
+    except (FileNotFoundError, ValueError, TypeError, LookupError):
+        return None
 
 
 def planned_captions(store: Store, plan: Plan) -> Iterator[str]:
@@ -55,9 +76,9 @@ def planned_captions(store: Store, plan: Plan) -> Iterator[str]:
 
     def part(shard: int) -> list[str]:
         table = read_table(store, plan_part_key(shard), ["caption", "reason", "image_index"])
-        return [
-            row["caption"] for row in table.to_pylist() if row["reason"] in USABLE_REASONS and not row["image_index"]
-        ]
+        first = pc.equal(table["image_index"], 0)
+        usable = pc.is_in(table["reason"], pa.array(USABLE_REASONS))
+        return table["caption"].filter(pc.and_(first, usable)).to_pylist()
 
     window = 64
     with ThreadPoolExecutor(8) as pool:
