@@ -19,7 +19,7 @@ into `cache_bytes` is decoded once and kept. Features stay float16 until they ar
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -126,8 +126,19 @@ def _unit_hash(seed: int, caption: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
 
 
+#: Tables that this process was given, by the path of their shard: the trials of a sweep share them.
+_PRELOADED: dict[str, pa.Table] = {}
+
+
+def preload(tables: Mapping[str, pa.Table]) -> None:
+    """Let read_shard answer from these tables, by the path of their shard, as long as this process lives."""
+    _PRELOADED.update(tables)
+
+
 def read_shard(store: Store, key: str, columns: Sequence[str]) -> pa.Table:
     """Some columns of one shard. Raises InputError naming the shard when it cannot be read."""
+    if (preloaded := _PRELOADED.get(store.path(key))) is not None:
+        return preloaded.select(list(columns))
     try:
         with store.fs.open(store.path(key), "rb") as file:
             return pq.ParquetFile(file, pre_buffer=True).read(columns=list(columns))
