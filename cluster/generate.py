@@ -2,28 +2,33 @@
 
 import json
 import logging
-import time
 from collections.abc import Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import ray
+from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy
 
+from cluster.clip_scores import check_gate
+from cluster.cost import Billing
 from cluster.dataset import (
     MANIFEST_KEY,
     Manifest,
     Plan,
+    load_plan,
     shard_key,
-    stats_key,
 )
+from cluster.display import Display
+from cluster.monitor import FaultPolicy, start_monitor
 from cluster.pools import Pools
-from cluster.progress import Progress, Watch
+from cluster.progress import Progress, Status, Watch
+from cluster.resume import CommittedShards, committed, summaries
 from cluster.session import user_error
 from cluster.stages.draw import DrawShard
 from cluster.stages.featurise import FeaturiseShard
 from cluster.stages.write import WriteShard
 from cluster.storage import Store
+from cluster.telemetry import Telemetry
 from cluster.vocabularies import store_vocabularies
 from pcm.records import FeatureShape
 
@@ -32,60 +37,103 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationResult:
-    """What a run did. Counts are samples; seconds are of the whole run; images_per_second from the first one drawn."""
+    """What a run did, and how it went."""
 
     manifest: Manifest | None  # None: only some shards were asked for
-    skipped: int
-    generated: int
-    seconds: float
-    images_per_second: float
+    status: Status  # counts, rates and cost of this run
+    startup_seconds: float | None  # until the first drawing; None: nothing was drawn
     stage_seconds: dict[str, float]
+
+    @property
+    def skipped(self) -> int:
+        """Samples that were there already."""
+        return self.status.skipped
+
+    @property
+    def generated(self) -> int:
+        """Pictures stored by this run."""
+        return self.status.images
 
 
 def generate(
-    store: Store, plan: Plan, pools: Pools, *, watch: Watch | None = None, shards: Collection[int] | None = None
+    store: Store,
+    plan: Plan,
+    pools: Pools,
+    *,
+    faults: FaultPolicy | None = None,
+    watch: Watch | None = None,
+    shards: Collection[int] | None = None,
+    redo: Collection[int] = (),
+    draw: type[DrawShard] = DrawShard,
 ) -> GenerationResult:
     """Make every shard that the plan asks for and the store lacks, then write the manifest.
 
-    With `shards`, only those of them that the store lacks, and no manifest.
+    With `shards`, only those of them that the store lacks, and no manifest. Shards in `redo` are made again and put in
+    the place of those that are there. Raises InputError when the scores fall below the watch's threshold.
     """
-    started = time.time()
-    done = {key for key in store.list("shards") if key.endswith(".parquet")}
+    watch = watch or Watch()
+    on_store = committed(store, plan)
+    on_store.forget(redo)
     wanted = range(plan.num_shards) if shards is None else sorted(shards)
-    missing = [shard for shard in wanted if shard_key(shard) not in done]
+    missing = [shard for shard in wanted if shard not in on_store]
     total = sum(plan.shard_rows(shard) for shard in wanted)
     skipped = total - sum(plan.shard_rows(shard) for shard in missing)
     if skipped:
         log.info("%d of %d samples are on the store already", skipped, total)
     features = store_vocabularies(store, plan)
-    progress = Progress(total=total, skipped=skipped)
-    for stats in shard_stream(store, plan, missing, pools):
-        progress.add(stats)
-    manifest = write_manifest(store, plan, features) if shards is None else None
-    progress.close()
+    billing = Billing.of(pools, device=plan.spec.generator.device, price_per_hour=watch.price_per_hour)
+    progress = Progress(total=total, skipped=skipped, actors=_actors(pools, len(missing)), billing=billing)
+    if missing:
+        faults = faults or FaultPolicy()
+        monitor = start_monitor(faults)
+        telemetry = Telemetry(store.root, has_clip_scores=plan.spec.clip.model != "null")
+        with Display(progress, telemetry, monitor, gpus_per_generator=billing.units_per_generator) as display:
+            for stats in shard_stream(store, plan, missing, pools, watched_by=(monitor, faults), draw=draw):
+                on_store.add(stats)
+                display.add(stats)
+                check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
+    status = progress.status()
     return GenerationResult(
-        manifest=manifest,
-        skipped=skipped,
-        generated=progress.images,
-        seconds=time.time() - started,
-        images_per_second=progress.images_per_second,
+        manifest=write_manifest(store, plan, features) if shards is None else None,
+        status=status,
+        startup_seconds=progress.startup_seconds,
         stage_seconds=progress.stage_seconds,
     )
 
 
-def shard_stream(store: Store, plan: Plan, shards: list[int], pools: Pools) -> Iterable[dict]:
+def _actors(pools: Pools, shards: int) -> dict[str, int]:
+    """How many actors work at each stage of so many shards; encoding and storing are one pool's."""
+    writers = min(pools.writers, shards)
+    return {
+        "draw": min(pools.generators, shards),
+        "featurise": min(pools.scorers, shards),
+        "encode": writers,
+        "store": writers,
+    }
+
+
+def shard_stream(
+    store: Store,
+    plan: Plan,
+    shards: list[int],
+    pools: Pools,
+    *,
+    watched_by: tuple[ActorHandle, FaultPolicy],
+    draw: type[DrawShard] = DrawShard,
+) -> Iterable[dict]:
     """Run shards through the three pools; yields each shard's stats once it is committed.
 
-    Raises InputError when a model a user named cannot be loaded by the workers.
+    Raises InputError when a model a user named cannot be loaded by the workers, or when the monitor stops the run.
     """
+    monitor, _ = watched_by
     if not shards:
         return
     # Made in this process, a block a shard; from_arrow would start a task for each only to look at it.
     source = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
     pipeline = (
         source.map_batches(
-            DrawShard,
-            fn_constructor_args=(store, plan.spec),
+            draw,
+            fn_constructor_args=(store, plan.spec, watched_by),
             compute=ActorPoolStrategy(size=min(pools.generators, len(shards))),
             num_cpus=pools.generator_cpus,
             num_gpus=pools.generator_gpus,
@@ -115,20 +163,36 @@ def shard_stream(store: Store, plan: Plan, shards: list[int], pools: Pools) -> I
     )
     try:
         for batch in pipeline.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-            yield json.loads(batch["stats"][0].as_py())
+            stats = json.loads(batch["stats"][0].as_py())
+            monitor.committed.remote(stats["shard"])
+            yield stats
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
 
 
 def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest:
-    """Collect every shard's stats into dataset.json, the last object of a dataset."""
-    with ThreadPoolExecutor(16) as pool:
-        stats = list(pool.map(lambda shard: json.loads(store.read_bytes(stats_key(shard))), range(plan.num_shards)))
+    """Collect every shard's counts into dataset.json, the last object of a dataset.
+
+    It is not written where the plan has grown meanwhile: that is left to the run that grew it. Raises InputError when
+    the stats of a shard are damaged or missing.
+    """
+    shards = []
     reasons: dict[str, int] = {}
-    for part in stats:
+    score_sum = 0.0
+    for part in summaries(store, plan):
         for reason, count in part["quarantined_by_reason"].items():
             reasons[reason] = reasons.get(reason, 0) + count
-    stored = sum(part["successes"] for part in stats)
+        score_sum += part["clip_score_sum"]
+        shards.append(
+            {
+                "key": shard_key(part["shard"]),
+                "rows": part["successes"],
+                "quarantined": part["failed_to_generate"],
+                "sha256": part["sha256"],
+                "bytes": part["bytes"],
+            }
+        )
+    stored = sum(shard["rows"] for shard in shards)
     manifest = Manifest(
         spec=plan.spec,
         corpus=plan.corpus,
@@ -138,18 +202,12 @@ def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest
         stored=stored,
         quarantined=sum(reasons.values()),
         quarantined_by_reason=dict(sorted(reasons.items())),
-        clip_score_mean=sum(part["clip_score_sum"] for part in stats) / stored if stored else None,
-        shard_bytes=sum(part["bytes"] for part in stats),
-        shards=tuple(
-            {
-                "key": shard_key(part["shard"]),
-                "rows": part["successes"],
-                "quarantined": part["failed_to_generate"],
-                "sha256": part["sha256"],
-                "bytes": part["bytes"],
-            }
-            for part in stats
-        ),
+        clip_score_mean=score_sum / stored if stored else None,
+        shard_bytes=sum(shard["bytes"] for shard in shards),
+        shards=tuple(shards),
     )
-    store.write_bytes(MANIFEST_KEY, manifest.to_json())
+    if load_plan(store) == plan:
+        store.write_bytes(MANIFEST_KEY, manifest.to_json())
+    else:
+        log.warning("the corpus has grown meanwhile; %s is left to the run that planned it", MANIFEST_KEY)
     return manifest

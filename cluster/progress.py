@@ -1,13 +1,32 @@
-"""What a person watching a generation run sees: rate, ETA, failures by reason."""
+"""How far a run is: rate, ETA, busy shares, failures, scores and cost, from shard stats and from what the monitor says.
 
-import logging
+Everything here is arithmetic on what it is told; asking and showing is cluster/display.py.
+"""
+
+import math
+import threading
 import time
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-log = logging.getLogger(__name__)
+from cluster.clip_scores import ClipScores
+from cluster.cost import SECONDS_AN_HOUR, Billing
+from pcm.errors import InputError
 
-#: A line at most this often, so that logs of long runs stay readable.
-SECONDS_BETWEEN_LINES = 10.0
+STAGES = ("draw", "featurise", "encode", "store")
+
+#: Seconds over which "now" is measured, and over which the ETA is.
+RECENT_SECONDS = 60.0
+ETA_SECONDS = 600.0
+#: Counts are kept this far apart, whatever the rate.
+POINT_SECONDS = 0.5
+#: A rate over less than this says nothing.
+MIN_RATE_SECONDS = 5.0
+#: Without an advance for this long, and for several times the longest gap so far, the run is said to stand still.
+STALL_SECONDS = 60.0
+STALL_GAPS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,56 +37,236 @@ class Watch:
     spot: bool = False  # a label on the price
     stop_below_clip_score: float | None = None  # raw cosine
 
+    def __post_init__(self) -> None:
+        price, threshold = self.price_per_hour, self.stop_below_clip_score
+        if price is not None and not (math.isfinite(price) and price >= 0):
+            raise InputError(f"price per hour {price:g}: must be a number of at least 0")
+        if threshold is not None and not -1 < threshold < 1:
+            raise InputError(f"stop below clip score {threshold:g}: a cosine, allowed are numbers between -1 and 1")
 
-class Progress:
-    """Adds up shard stats as they are committed and logs a line now and then.
 
-    The rate counts from the start of the first shard's drawing: loading models is not drawing.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Live:
+    """What the run's monitor says between commits."""
 
-    def __init__(self, *, total: int, skipped: int) -> None:
-        self._total = total
-        self._done = skipped
-        self._drawn_from: float | None = None
-        self._last_end = 0.0
-        self._last_line = 0.0
-        self.images = 0
-        self.reasons: dict[str, int] = {}
-        self.stage_seconds = {"draw": 0.0, "featurise": 0.0, "encode": 0.0, "store": 0.0}
-        self._score_sum = 0.0
-        self._bytes = 0
+    drawn: int  # pictures in shards that are not committed yet
+    in_flight: int  # batches being drawn
+    generators: int  # that have started; on GPUs no more than there are GPUs for
 
-    def add(self, stats: dict) -> None:
-        self._done += stats["count"]
-        self.images += stats["successes"]
-        for reason, count in stats["quarantined_by_reason"].items():
-            self.reasons[reason] = self.reasons.get(reason, 0) + count
-        for stage in self.stage_seconds:
-            self.stage_seconds[stage] += stats[f"{stage}_seconds"]
-        self._score_sum += stats["clip_score_sum"]
-        self._bytes += stats["bytes"]
-        self._drawn_from = min(self._drawn_from or stats["start_time"], stats["start_time"])
-        self._last_end = max(self._last_end, stats["end_time"])
-        if time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES or self._done == self._total:
-            self._last_line = time.monotonic()
-            log.info("%s", self.line())
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """A run at one moment. Counts, bytes, seconds, hours and cost are of this run; skipped samples are another's."""
+
+    total: int  # samples wanted, skipped ones included
+    skipped: int  # samples that were there already
+    samples: int  # committed, quarantined ones included
+    images: int  # stored
+    drawn: int  # not committed yet
+    seconds: float
+    idle_seconds: float  # since the last picture or commit
+    stalled: bool
+    generators: int | None  # that have started; None: the monitor is silent
+    in_flight: int  # batches being drawn
+    wanted_generators: int
+    images_per_second: float | None
+    recent_images_per_second: float | None
+    eta_seconds: float | None
+    utilisation: dict[str, float]  # stage -> busy share of its pool, 0..1
+    reasons: dict[str, int]
+    scores: ClipScores
+    bytes: int
+    retried: int
+    generator_hours: float
+    unit_hours: float  # GPU-hours, or machine-hours on CPUs
+    cost: float | None
+    cost_forecast: float | None  # of this run when it is done
 
     @property
-    def images_per_second(self) -> float:
-        elapsed = self._last_end - (self._drawn_from or 0.0)
-        return self.images / elapsed if self.images and elapsed > 0 else 0.0
+    def missing(self) -> int:
+        return max(0, self.total - self.skipped - self.samples - self.drawn)
 
-    def line(self) -> str:
-        rate = self.images_per_second
-        eta = f"{(self._total - self._done) / rate:.0f} s" if rate else "unknown"
-        score = f"{self._score_sum / self.images:.3f}" if self.images else "-"
-        failures = ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items())) or "none"
-        return (
-            f"{self._done}/{self._total} samples, {rate:.2f} images/s, ETA {eta}, mean clip score {score}, "
-            f"{self._bytes / 1e6:.1f} MB, quarantined: {failures}"
-        )
 
-    def close(self) -> None:
-        busy = sum(self.stage_seconds.values()) or 1.0
-        shares = ", ".join(f"{stage} {100 * spent / busy:.1f}%" for stage, spent in self.stage_seconds.items())
-        log.info("time by stage: %s", shares)
+class Progress:
+    """Adds up shard stats as they are committed, and what the monitor sees meanwhile. Safe to use from two threads.
+
+    Rates count from the start of the first shard's drawing: loading models is not drawing. With a silent monitor they
+    move with commits alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        total: int,
+        skipped: int,
+        actors: Mapping[str, int],
+        billing: Billing,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._total, self._skipped, self._actors, self._billing, self._clock = total, skipped, actors, billing, clock
+        self._lock = threading.Lock()
+        self._started = self._observed = self._advanced = clock()
+        self._longest_gap = 0.0
+        self._first_draw: float | None = None
+        self._last_commit: float | None = None
+        self._live: Live | None = None
+        self._machines = 1
+        self._history: deque[tuple[float, int]] = deque()  # (time, samples done), oldest first
+        self._furthest = 0
+        self._samples = self._images = self._bytes = self._retried = 0
+        self._reasons: dict[str, int] = {}
+        self._stage_seconds = dict.fromkeys(STAGES, 0.0)
+        self._scores = ClipScores()
+        self._generator_seconds = self._drawing_generator_seconds = self._unit_seconds = 0.0
+
+    def add(self, stats: Mapping[str, Any]) -> None:
+        """One committed shard."""
+        with self._lock:
+            now = self._clock()
+            self._samples += stats["count"]
+            self._images += stats["successes"]
+            self._bytes += stats["bytes"]
+            self._retried += stats["retried"]
+            self._scores += ClipScores.of_shard(dict(stats))
+            for reason, count in stats["quarantined_by_reason"].items():
+                self._reasons[reason] = self._reasons.get(reason, 0) + count
+            for stage in STAGES:
+                self._stage_seconds[stage] += stats[f"{stage}_seconds"]
+            # Workers' clocks may differ from this one: a shard was not drawn before the run, nor after its commit.
+            began = min(max(stats["start_time"], self._started), now)
+            self._first_draw = began if self._first_draw is None else min(self._first_draw, began)
+            self._last_commit = now
+            if self._live:  # the monitor was last asked when this shard was still one of those it counts
+                self._live = replace(self._live, drawn=max(0, self._live.drawn - stats["count"]))
+            self._advance(now)
+
+    def observe(self, live: Live | None, *, machines: int = 1) -> None:
+        """What the monitor says now (None: it is silent), and how many machines the cluster has."""
+        with self._lock:
+            now = self._clock()
+            if (live is None) != (self._live is None):
+                self._history.clear()  # two ways of counting do not make one rate
+            self._live, self._machines = live, machines
+            if live and live.in_flight and self._first_draw is None:
+                self._first_draw = now
+            self._pay(now)
+            self._advance(now)
+
+    def status(self) -> Status:
+        with self._lock:
+            now = self._clock()
+            self._pay(now)
+            done, drawn = self._done(), self._live.drawn if self._live else 0
+            missing = max(0, self._total - self._skipped - done)
+            overall = self._overall(now, done)
+            recent = self._recent(now, RECENT_SECONDS)
+            per_sample = self._images / self._samples if self._samples else 1.0
+            pace = self._recent(now, ETA_SECONDS) or overall
+            eta = 0.0 if not missing else missing / pace if pace else None
+            cost = self._billing.cost(self._unit_seconds)
+            ahead = None if eta is None else self._billing.cost(eta * self._units())
+            idle = now - self._advanced
+            return Status(
+                total=self._total,
+                skipped=self._skipped,
+                samples=self._samples,
+                images=self._images,
+                drawn=drawn,
+                seconds=now - self._started,
+                idle_seconds=idle,
+                stalled=bool(missing) and idle > max(STALL_SECONDS, STALL_GAPS * self._longest_gap),
+                generators=self._live.generators if self._live else None,
+                in_flight=self._live.in_flight if self._live else 0,
+                wanted_generators=self._actors["draw"],
+                images_per_second=None if overall is None else overall * per_sample,
+                recent_images_per_second=None if recent is None else recent * per_sample,
+                eta_seconds=eta,
+                utilisation=self._utilisation(now),
+                reasons=dict(sorted(self._reasons.items())),
+                scores=self._scores,
+                bytes=self._bytes,
+                retried=self._retried,
+                generator_hours=self._generator_seconds / SECONDS_AN_HOUR,
+                unit_hours=self._unit_seconds / SECONDS_AN_HOUR,
+                cost=cost,
+                cost_forecast=None if cost is None or ahead is None else cost + ahead,
+            )
+
+    @property
+    def scores(self) -> ClipScores:
+        with self._lock:
+            return self._scores
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Busy seconds by stage, all actors together."""
+        with self._lock:
+            return dict(self._stage_seconds)
+
+    @property
+    def startup_seconds(self) -> float | None:
+        """From the start to the first drawing: actors start and load their models. None: nothing was drawn."""
+        with self._lock:
+            return None if self._first_draw is None else self._first_draw - self._started
+
+    def _done(self) -> int:
+        return self._samples + (self._live.drawn if self._live else 0)
+
+    def _generators(self) -> int:
+        return self._live.generators if self._live else self._actors["draw"]
+
+    def _units(self) -> float:
+        return self._billing.units(generators=self._generators(), machines=self._machines)
+
+    def _pay(self, now: float) -> None:
+        spent = max(0.0, now - self._observed)
+        self._observed = now
+        self._generator_seconds += spent * self._generators()
+        self._unit_seconds += spent * self._units()
+        if self._first_draw is not None:
+            self._drawing_generator_seconds += min(spent, now - self._first_draw) * self._generators()
+
+    def _advance(self, now: float) -> None:
+        done = self._done()
+        if done > self._furthest:
+            if self._furthest:  # what came before the first picture was start-up
+                self._longest_gap = max(self._longest_gap, now - self._advanced)
+            self._furthest, self._advanced = done, now
+        if self._live or self._last_commit == now:
+            if len(self._history) > 1 and now - self._history[-2][0] < POINT_SECONDS:
+                self._history.pop()
+            self._history.append((now, done))
+        while self._history and self._history[0][0] < now - ETA_SECONDS:
+            self._history.popleft()
+
+    def _overall(self, now: float, done: int) -> float | None:
+        """Samples a second since the first drawing."""
+        until = now if self._live and self._total - self._skipped > self._samples else self._last_commit
+        if self._first_draw is None or until is None or not done or until <= self._first_draw:
+            return None
+        return done / (until - self._first_draw)
+
+    def _recent(self, now: float, window: float) -> float | None:
+        """Samples a second over the last `window` seconds of drawing; None while that is too little to tell."""
+        if self._first_draw is None:
+            return None
+        begin = max(now - window, self._first_draw)
+        since = [point for point in self._history if point[0] >= begin]
+        if len(since) < 2 or since[-1][0] - since[0][0] < MIN_RATE_SECONDS:
+            return None
+        if self._live is None and len(since) <= 2 * self._actors["draw"]:
+            return None  # commits come in bursts, a shard of each generator
+        return max(0.0, (since[-1][1] - since[0][1]) / (since[-1][0] - since[0][0]))
+
+    def _utilisation(self, now: float) -> dict[str, float]:
+        """Busy seconds of committed shards over what their actors had; the draw pool also counts what it drew since."""
+        if self._first_draw is None or self._last_commit is None or not self._samples:
+            return {}
+        working = self._live is not None and self._total - self._skipped > self._samples
+        wall = (now if working else self._last_commit) - self._first_draw
+        available = {stage: self._actors[stage] * wall for stage in STAGES}
+        busy = dict(self._stage_seconds)
+        if working:
+            busy["draw"] *= self._done() / self._samples
+            available["draw"] = self._drawing_generator_seconds
+        return {stage: min(1.0, busy[stage] / available[stage]) if available[stage] > 0 else 0.0 for stage in STAGES}

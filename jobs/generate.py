@@ -2,7 +2,8 @@
 
 import argparse
 
-from cluster.corpus import FORMATS, read_corpus
+from cluster.corpus import FORMATS, read_corpus, source_digest
+from cluster.dataset import CorpusSource
 from cluster.generate import generate
 from cluster.models import check_scheduler, pin_clip, pin_t2i, resolve_device, resolve_dtype
 from cluster.plan import make_plan
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> dict:
         raise InputError("--corpus: missing; give a path or URI of captions, or 'embedded'")
     start_ray()
     spec = dataset_spec(args, gpus=cluster_gpus())
-    records = read_corpus(corpus_uri(args.corpus), format=args.corpus_format, split=args.split, limit=args.limit)
+    uri = corpus_uri(args.corpus)
+    records = read_corpus(uri, format=args.corpus_format, split=args.split, limit=args.limit)
     plan = make_plan(
         store,
         records,
@@ -71,6 +73,7 @@ def run(args: argparse.Namespace) -> dict:
         corpus=args.corpus,
         shard_size=args.shard_size,
         is_truncated=truncation_check(spec.clip.model),
+        source=CorpusSource(source_digest(uri), args.corpus_format, args.split, args.limit),
     )
     pools = Pools.for_cluster(
         device=spec.generator.device, cpus=cluster_cpus(), gpus=cluster_gpus(), generators=args.generators
@@ -83,8 +86,8 @@ def run(args: argparse.Namespace) -> dict:
         "quarantined": result.manifest.quarantined,
         "quarantined_by_reason": result.manifest.quarantined_by_reason,
         "skipped": result.skipped,
-        "images_per_second": round(result.images_per_second, 3),
-        "seconds": round(result.seconds, 2),
+        "images_per_second": round(result.status.images_per_second or 0.0, 3),
+        "seconds": round(result.status.seconds, 2),
         "clip_score_mean": result.manifest.clip_score_mean,
         "stage_seconds": {stage: round(spent, 3) for stage, spent in result.stage_seconds.items()},
         "dataset": args.out,

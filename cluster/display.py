@@ -1,0 +1,228 @@
+"""A run on the screen: a progress bar on a terminal, a line now and then in a log, Prometheus metrics in both."""
+
+import logging
+import sys
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TextIO
+
+import ray
+from ray.actor import ActorHandle
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from cluster.progress import STAGES, Live, Progress, Status
+from cluster.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+#: How often the monitor is asked; what is shown changes no faster.
+TICK_SECONDS = 1.0
+#: How long the monitor may take to answer.
+ANSWER_SECONDS = 5.0
+#: How often a silent monitor is asked again: each question costs its timeout.
+SILENT_TICK_SECONDS = 10.0
+
+#: Log lines come this often at first, and that often once a run is known to be a long one.
+FIRST_LINES_SECONDS = 10.0
+LATER_LINES_SECONDS = 60.0
+FIRST_LINES_FOR = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class News:
+    """What can be asked of a running cluster."""
+
+    live: Live | None = None  # None: the monitor does not answer
+    machines: int = 1
+    gpus: float = 0.0
+
+
+def ask_cluster(monitor: ActorHandle | None, *, gpus_per_generator: float) -> News:
+    """Ask Ray and the run's monitor. Takes up to ANSWER_SECONDS; raises whatever Ray raises when it is in trouble."""
+    machines = sum(1 for node in ray.nodes() if node["Alive"])
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if monitor is None:
+        return News(machines=machines, gpus=gpus)
+    try:
+        said: Any = ray.get(monitor.snapshot.remote(), timeout=ANSWER_SECONDS)
+    except ray.exceptions.RayError:
+        return News(machines=machines, gpus=gpus)
+    # The monitor remembers every generator, those on lost nodes too; there are no more than there are GPUs for.
+    room = int(gpus / gpus_per_generator + 1e-6) if gpus_per_generator else said["generators"]
+    live = Live(drawn=said["drawn"], in_flight=said["in_flight"], generators=min(said["generators"], room))
+    return News(live=live, machines=machines, gpus=gpus)
+
+
+class Display:
+    """Shows a Progress, and exports it, until it is closed; a context manager. Asks for news in a thread of its own."""
+
+    def __init__(
+        self,
+        progress: Progress,
+        telemetry: Telemetry,
+        monitor: ActorHandle | None,
+        *,
+        gpus_per_generator: float,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._progress, self._telemetry, self._monitor = progress, telemetry, monitor
+        self._gpus_per_generator = gpus_per_generator
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._tick_until_closed, name="progress", daemon=True)
+        stream = stream or sys.stderr
+        self._view: _Bar | _Log = _Bar(stream, progress.status()) if stream.isatty() else _Log()
+
+    def add(self, stats: dict) -> None:
+        """One committed shard."""
+        self._progress.add(stats)
+        self._telemetry.add(stats)
+
+    def __enter__(self) -> "Display":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._thread.join(timeout=2 * SILENT_TICK_SECONDS)
+        status = self._progress.status()
+        self._telemetry.update(status)
+        self._view.close(status)
+
+    def _tick_until_closed(self) -> None:
+        pause = 0.0
+        while not self._closing.wait(pause):
+            try:
+                news = ask_cluster(self._monitor, gpus_per_generator=self._gpus_per_generator)
+            except Exception as error:  # a run does not stop for its display
+                log.debug("the cluster does not answer: %s", error)
+                news = News()
+            self._progress.observe(news.live, machines=news.machines)
+            status = self._progress.status()
+            self._telemetry.update(status)
+            self._view.show(status, trouble(status, gpus=news.gpus, gpus_per_generator=self._gpus_per_generator))
+            pause = TICK_SECONDS if news.live else SILENT_TICK_SECONDS
+
+
+class _Log:
+    """A line at a time, rarer when a run is long, so that days of it stay readable."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def show(self, status: Status, trouble: str) -> None:
+        if status.seconds < self._next or (status.seconds < FIRST_LINES_SECONDS and not status.samples):
+            return
+        self._next = next_line(status.seconds)
+        log.info("%s", log_line(status, trouble))
+
+    def close(self, status: Status) -> None:
+        log.info("%s", log_line(status, ""))
+
+
+class _Bar:
+    """Two lines that stay where they are: how far, and how well. Log lines go above them."""
+
+    def __init__(self, stream: TextIO, status: Status) -> None:
+        bars = {"file": stream, "dynamic_ncols": True, "leave": True}
+        self._bar = tqdm(
+            total=status.total,
+            initial=status.skipped,
+            position=0,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} samples {desc}",
+            **bars,
+        )
+        self._details = tqdm(total=1, position=1, bar_format="     {desc}", **bars)
+        self._redirect = logging_redirect_tqdm()
+        self._redirect.__enter__()
+
+    def show(self, status: Status, trouble: str) -> None:
+        self._bar.n = status.skipped + status.samples + status.drawn
+        self._bar.set_description_str(f"[{duration(status.seconds)}, {rate_and_eta(status)}]")
+        self._details.set_description_str(trouble or details(status))
+
+    def close(self, status: Status) -> None:
+        self.show(status, "")
+        self._details.close()
+        self._bar.close()
+        self._redirect.__exit__(None, None, None)
+
+
+def next_line(seconds: float) -> float:
+    """When the next log line is due, in seconds since the start, if one is written now."""
+    return seconds + (FIRST_LINES_SECONDS if seconds < FIRST_LINES_FOR else LATER_LINES_SECONDS)
+
+
+def log_line(status: Status, trouble: str) -> str:
+    done = status.skipped + status.samples + status.drawn
+    share = f" ({100 * done / status.total:.1f}%)" if status.total else ""
+    parts = [f"{done:,}/{status.total:,} samples{share}", rate_and_eta(status), details(status), trouble]
+    return "; ".join(part for part in parts if part)
+
+
+def rate_and_eta(status: Status) -> str:
+    overall, recent = status.images_per_second, status.recent_images_per_second
+    if overall is None:
+        return "no picture yet"
+    rate = f"{recent:.4g} images/s ({overall:.4g} overall)" if recent is not None else f"{overall:.4g} images/s"
+    if not status.missing and not status.drawn:
+        return f"{overall:.4g} images/s"
+    return f"{rate}, ETA {'unknown' if status.eta_seconds is None else duration(status.eta_seconds)}"
+
+
+def details(status: Status) -> str:
+    """Scores, failures, bytes, busy shares and cost, each once it is known."""
+    parts = []
+    if status.utilisation:
+        shares = ", ".join(f"{stage} {100 * status.utilisation[stage]:.0f}%" for stage in STAGES)
+        parts.append(f"busy: {shares}")
+    if status.scores.mean is not None:
+        parts.append(f"clip score {status.scores.mean:.3f}")
+    if status.samples:
+        failures = ", ".join(f"{reason} {count}" for reason, count in status.reasons.items()) or "none"
+        parts += [size(status.bytes), f"quarantined: {failures}"]
+    if status.cost is not None:
+        forecast = "" if status.cost_forecast is None or not status.missing else f" of about {status.cost_forecast:.4g}"
+        parts.append(f"cost {status.cost:.4g}{forecast}")
+    return ", ".join(parts)
+
+
+def trouble(status: Status, *, gpus: float, gpus_per_generator: float) -> str:
+    """Why nothing moves, if nothing does; "" when all is well."""
+    wanted = status.wanted_generators
+    here = f"; the cluster has {gpus:g} GPUs now" if gpus < wanted * gpus_per_generator else ""
+    if not status.samples and not status.drawn and not status.in_flight:
+        waiting = wanted if status.generators is None else wanted - status.generators
+        if waiting > 0 and here:
+            return f"waiting for {waiting} generators{here}"
+        return f"generators are starting and loading their models, for {duration(status.seconds)}"
+    if status.stalled:
+        drawing = "" if status.generators is None else f"; {status.in_flight} of {wanted} generators are drawing"
+        return f"nothing finished for {duration(status.idle_seconds)}{drawing}{here}"
+    return ""
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '7 min 05 s', '15 h 38 min', '3 d 4 h'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def size(count: float) -> str:
+    """'12.3 MB': bytes in powers of 1,000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
