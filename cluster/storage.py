@@ -97,7 +97,7 @@ class Store:
     def _put(self, path: str, data: bytes) -> None:
         options: dict = {}
         if isinstance(self._single, AsyncFileSystem):
-            # A server that stops reading in the middle of an upload is not silent to the client library: it waits.
+            # The client library waits for ever for a server that does not say 100 Continue, or stops reading the body.
             options["timeout"] = 2 * _timeout_seconds() + len(data) / SLOWEST_UPLOAD
         if "s3" in _protocols(self._single):
             options["chunksize"] = LARGEST_PUT

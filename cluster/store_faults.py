@@ -113,14 +113,14 @@ def patiently(operation: Callable[[], T], *, place: str) -> T:
                 raise InputError(_advice(fault, place)) from None
             now = time.monotonic()
             failed_at = now if failed_at is None else failed_at
-            patience = float(os.environ.get("PCM_STORE_RETRY_SECONDS", RETRY_SECONDS))
-            if now - failed_at >= patience:
+            left = failed_at + float(os.environ.get("PCM_STORE_RETRY_SECONDS", RETRY_SECONDS)) - now
+            if left <= 0:
                 raise InputError(
                     f"{place}: the store did not answer properly for {now - failed_at:.0f} s ({fault.what}); "
                     "rerun the same command when it does: it resumes"
                 ) from None
-            _notice(f"{place}: {fault.what}; trying again for up to {patience - (now - failed_at):.0f} s")
-        time.sleep(min(pause * random.uniform(0.5, 1.0), patience))
+            _notice(f"{place}: {fault.what}; trying again for up to {left:.0f} s")
+        time.sleep(min(pause * random.uniform(0.5, 1.0), left))
         pause = min(pause * 2, LONGEST_PAUSE)
 
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
@@ -21,45 +20,61 @@ _PORTS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
 class S3Server:
-    """What a client needs, as the environment variables that boto, s3fs and pyarrow read."""
+    """A server on fixed ports over one data folder: it can be killed and started again, and still has what it had."""
 
-    environment: dict[str, str]
-    uri: str  # of the bucket
+    def __init__(self, folder: Path) -> None:
+        access, secret = secrets.token_hex(8), secrets.token_hex(16)
+        identity = {"name": "tests", "credentials": [{"accessKey": access, "secretKey": secret}], "actions": ["Admin"]}
+        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        (folder / "data").mkdir()
+        self.ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+        #: What a client needs, as the environment variables that boto, s3fs and pyarrow read.
+        self.environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.ports['s3.port']}",
+            "AWS_ACCESS_KEY_ID": access,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        self.uri = f"s3://{BUCKET}"
+        self._folder = folder
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Start it, or start it again, and wait until it takes an object."""
+        folder = self._folder
+        command = [
+            Path(sys.executable).with_name("weed"), "server", f"-dir={folder / 'data'}", "-s3",
+            f"-s3.config={folder / 's3.json'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=50",
+            "-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.minFreeSpace=1", "-s3.port.iceberg=0",
+            "-s3.port.lance=0", "-master.electionTimeout=1s", "-master.heartbeatInterval=100ms",
+            *(f"-{name}={port}" for name, port in self.ports.items()),
+        ]  # fmt: skip
+        with (folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=folder, env=os.environ | {"HOME": str(folder)}
+            )
+        _make_bucket(self._process, self.environment, folder / "log")
+
+    def kill(self) -> None:
+        """As `kill -9` does, with what it has in hand. A clean stop would take 20 seconds, too."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        for port in self.ports.values():
+            for left_over in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left_over.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def seaweedfs(folder: Path) -> Iterator[S3Server]:
     """Run a server with one empty bucket until the block ends; its data lies under `folder`."""
-    access, secret = secrets.token_hex(8), secrets.token_hex(16)
-    identity = {"name": "tests", "credentials": [{"accessKey": access, "secretKey": secret}], "actions": ["Admin"]}
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    (folder / "data").mkdir()
-    ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
-    command = [
-        Path(sys.executable).with_name("weed"), "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1", "-s3", f"-s3.config={folder / 's3.json'}", "-volume.max=50", "-master.telemetry=false",
-        "-master.volumeSizeLimitMB=64", "-volume.minFreeSpace=1", "-s3.port.iceberg=0", "-s3.port.lance=0",
-        *(f"-{name}={port}" for name, port in ports.items()),
-    ]  # fmt: skip
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3.port']}",
-        "AWS_ACCESS_KEY_ID": access,
-        "AWS_SECRET_ACCESS_KEY": secret,
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=os.environ | {"HOME": str(folder)})
+    server = S3Server(folder)
     try:
-        _make_bucket(process, environment, folder / "log")
-        yield S3Server(environment, f"s3://{BUCKET}")
+        server.start()
+        yield server
     finally:
-        process.kill()  # its data is thrown away, and a clean stop takes 20 seconds
-        process.wait()
-        for port in ports.values():
-            for left_over in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
-                left_over.unlink(missing_ok=True)
+        server.kill()
 
 
 def _make_bucket(process: subprocess.Popen, environment: dict[str, str], log: Path) -> None:
@@ -70,7 +85,8 @@ def _make_bucket(process: subprocess.Popen, environment: dict[str, str], log: Pa
                 "s3", key=environment["AWS_ACCESS_KEY_ID"], secret=environment["AWS_SECRET_ACCESS_KEY"],
                 endpoint_url=environment["AWS_ENDPOINT_URL"], skip_instance_cache=True,
             )  # fmt: skip
-            client.mkdir(BUCKET)
+            if not client.exists(BUCKET):
+                client.mkdir(BUCKET)
             client.pipe_file(f"{BUCKET}/.ready", b"")  # a volume is up, too
             return
         except Exception as error:
