@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import ray
 from ray.actor import ActorHandle
-from ray.data import ActorPoolStrategy
 
 from cluster.clip_scores import check_gate
 from cluster.cost import Billing
@@ -22,7 +21,7 @@ from cluster.display import Display
 from cluster.monitor import FaultPolicy, start_monitor
 from cluster.pools import Pools
 from cluster.progress import Progress, Status, Watch
-from cluster.resume import CommittedShards, committed, summaries
+from cluster.resume import committed, summaries
 from cluster.session import user_error
 from cluster.stages.draw import DrawShard
 from cluster.stages.featurise import FeaturiseShard
@@ -134,9 +133,7 @@ def shard_stream(
         source.map_batches(
             draw,
             fn_constructor_args=(store, plan.spec, watched_by),
-            compute=ActorPoolStrategy(size=min(pools.generators, len(shards))),
-            num_cpus=pools.generator_cpus,
-            num_gpus=pools.generator_gpus,
+            **pools.draw_options(len(shards)),
             batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,
@@ -144,9 +141,7 @@ def shard_stream(
         .map_batches(
             FeaturiseShard,
             fn_constructor_args=(plan.spec.clip,),
-            compute=ActorPoolStrategy(size=min(pools.scorers, len(shards))),
-            num_cpus=pools.scorer_cpus,
-            num_gpus=pools.scorer_gpus,
+            **pools.featurise_options(len(shards)),
             batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,
@@ -154,8 +149,7 @@ def shard_stream(
         .map_batches(
             WriteShard,
             fn_constructor_args=(store,),
-            compute=ActorPoolStrategy(size=min(pools.writers, len(shards))),
-            num_cpus=pools.writer_cpus,
+            **pools.write_options(len(shards)),
             batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,

@@ -1,13 +1,24 @@
 """How many actors of each stage a run has, and what each reserves."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
+
+from ray.data import ActorPoolStrategy
+
+from pcm.errors import InputError
+
+#: Generators that one CLIP actor with a GPU of its own keeps up with: it reads 16 pictures while one is denoised.
+GENERATORS_PER_SCORER = 16
+#: Share of a GPU that CLIP takes beside a generator.
+SHARED_CLIP_GPUS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pools:
     """How many actors do what, and what each reserves. Changes speed, never a byte of the result."""
 
-    generators: int
+    generators: int  # at most
     scorers: int
     writers: int
     generator_cpus: float
@@ -15,23 +26,91 @@ class Pools:
     scorer_cpus: float
     scorer_gpus: float
     writer_cpus: float
+    min_generators: int | None = None  # None: as many as `generators` from the start; else the pool grows and shrinks
+    node_label: tuple[str, str] | None = None  # only on nodes with this Ray label
 
     @staticmethod
-    def for_cluster(*, device: str, cpus: float, gpus: float, generators: int | None = None) -> "Pools":
+    def for_cluster(
+        *,
+        device: str,
+        cpus: float,
+        gpus: float,
+        generators: int | tuple[int, int] | None = None,
+        scorers: int | None = None,
+        clip_gpus: float | None = None,
+        node_label: tuple[str, str] | None = None,
+    ) -> "Pools":
         """One generator a GPU, sharing it with a scorer; on a CPU, a generator a core with room for the other stages.
 
-        On a GPU the generator takes 0.8 of it and a scorer 0.2; on CPUs the fractions leave every stage schedulable
-        on two cores, and the operating system shares the rest out.
+        `generators` is a number or (least, most) of a pool that grows with its queue. On a GPU a scorer takes
+        `clip_gpus`: a fraction (default 0.2) is taken from the generator's GPU, so each generator has its scorer;
+        1 or more are GPUs of its own, and a scorer serves 16 generators. On CPUs the fractions leave every stage
+        schedulable on two cores, and the operating system shares the rest out. Raises InputError.
         """
-        if device == "cuda":
-            count = generators or max(1, int(gpus))
+        least, most = generators if isinstance(generators, tuple) else (None, generators)
+        clip_gpus = SHARED_CLIP_GPUS if clip_gpus is None else clip_gpus
+        if device == "cuda" and clip_gpus >= 1:
+            scorers = scorers or max(1, math.ceil((most or gpus) / (GENERATORS_PER_SCORER + clip_gpus)))
+            count = most or max(1, int(gpus - scorers * clip_gpus))
+        elif device == "cuda":
+            count = most or max(1, int(gpus))
+            scorers = scorers or count
+        else:
+            count = most or max(1, int(cpus))
+            share = max(0.1, min(1.0, cpus * 0.75 / count))
             return Pools(
-                generators=count, scorers=count, writers=max(1, count // 4),
-                generator_cpus=1, generator_gpus=0.8, scorer_cpus=1, scorer_gpus=0.2, writer_cpus=0.5,
+                generators=count, min_generators=least, scorers=scorers or max(1, count // 8), writers=1,
+                generator_cpus=share, generator_gpus=0, scorer_cpus=0.2, scorer_gpus=0, writer_cpus=0.1,
+                node_label=node_label,
             )  # fmt: skip
-        count = generators or max(1, int(cpus))
-        share = max(0.1, min(1.0, cpus * 0.75 / count))
         return Pools(
-            generators=count, scorers=max(1, count // 8), writers=1,
-            generator_cpus=share, generator_gpus=0, scorer_cpus=0.2, scorer_gpus=0, writer_cpus=0.1,
+            generators=count, min_generators=least, scorers=scorers, writers=math.ceil(count / 2),
+            generator_cpus=1, generator_gpus=1 if clip_gpus >= 1 else round(1 - clip_gpus, 4), scorer_cpus=1,
+            scorer_gpus=clip_gpus, writer_cpus=0.5, node_label=node_label,
         )  # fmt: skip
+
+    def draw_options(self, shards: int) -> dict[str, Any]:
+        """What `map_batches` is told about the generator pool of a run over so many shards.
+
+        Ray hands every actor its next shard while it works on one, so that none waits for the driver.
+        """
+        most = min(self.generators, shards)
+        least = most if self.min_generators is None else min(self.min_generators, most)
+        pool = ActorPoolStrategy(size=most) if least == most else ActorPoolStrategy(min_size=least, max_size=most)
+        return self._stage(pool, self.generator_cpus, self.generator_gpus)
+
+    def featurise_options(self, shards: int) -> dict[str, Any]:
+        """The same of the CLIP pool."""
+        return self._stage(ActorPoolStrategy(size=min(self.scorers, shards)), self.scorer_cpus, self.scorer_gpus)
+
+    def write_options(self, shards: int) -> dict[str, Any]:
+        """The same of the writer pool."""
+        return self._stage(ActorPoolStrategy(size=min(self.writers, shards)), self.writer_cpus, 0)
+
+    def _stage(self, pool: ActorPoolStrategy, cpus: float, gpus: float) -> dict[str, Any]:
+        options: dict[str, Any] = {"compute": pool, "num_cpus": cpus, "num_gpus": gpus}
+        return options | ({"label_selector": dict([self.node_label])} if self.node_label else {})
+
+
+def parse_generators(text: str) -> int | tuple[int, int]:
+    """8 of "8", (2, 8) of "2:8". Raises InputError."""
+    least, colon, most = text.partition(":")
+    counts = [int(part) for part in ((least, most) if colon else (least,)) if part.isdecimal()]
+    if len(counts) != (2 if colon else 1) or counts != sorted(counts) or counts[0] < 1:
+        raise InputError(f"generators {text!r}: write a number such as 8, or MIN:MAX such as 2:8")
+    return (counts[0], counts[1]) if colon else counts[0]
+
+
+def parse_node_label(text: str) -> tuple[str, str]:
+    """("pcmnet.io/role", "generation") of "pcmnet.io/role=generation". Raises InputError."""
+    key, _, value = text.partition("=")
+    if not (key and value):
+        raise InputError(f"node label {text!r}: write KEY=VALUE, such as pcmnet.io/role=generation")
+    return key, value
+
+
+def check_clip_gpus(value: float) -> float:
+    """Raises InputError for GPUs of an actor that Ray could not reserve."""
+    if value <= 0 or (value > 1 and value != int(value)) or 0.9 < value < 1:
+        raise InputError(f"clip gpus {value:g}: a fraction up to 0.9 is shared with a generator; 1, 2, ... are its own")
+    return value

@@ -1,0 +1,82 @@
+"""Who gets which part of the machine: generators never lack a GPU because of CLIP, and everything can be scheduled."""
+
+import pytest
+import ray
+from tiny_generation import null_spec, plan_dataset, write_corpus
+
+from cluster.generate import generate
+from cluster.pools import Pools, check_clip_gpus, parse_generators, parse_node_label
+from cluster.verify import verify
+from pcm.errors import InputError
+
+
+def reserved(pools: Pools, kind: str) -> float:
+    stages = [(pools.generators, "generator"), (pools.scorers, "scorer"), (pools.writers, "writer")]
+    return sum(count * getattr(pools, f"{stage}_{kind}", 0) for count, stage in stages)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 8, 64])
+def test_a_gpu_is_shared_by_a_generator_and_its_clip(gpus: int) -> None:
+    pools = Pools.for_cluster(device="cuda", cpus=4 * gpus, gpus=gpus)
+    assert (pools.generators, pools.scorers) == (gpus, gpus)
+    assert pools.generator_gpus + pools.scorer_gpus == 1
+    assert reserved(pools, "cpus") <= 4 * gpus
+
+
+@pytest.mark.parametrize("gpus", [2, 8, 17, 64])
+def test_clip_may_have_gpus_of_its_own(gpus: int) -> None:
+    pools = Pools.for_cluster(device="cuda", cpus=4 * gpus, gpus=gpus, clip_gpus=1)
+    assert (pools.generator_gpus, pools.scorer_gpus) == (1, 1)
+    assert reserved(pools, "gpus") == gpus, "none is idle, none is missing"
+    assert pools.generators <= 16 * pools.scorers
+    named = Pools.for_cluster(device="cuda", cpus=64, gpus=0, generators=32, scorers=3, clip_gpus=1)
+    assert (named.generators, named.scorers) == (32, 3), "a cluster whose GPUs have not come yet"
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 16])
+def test_every_stage_can_be_scheduled_on_a_cpu(cpus: int) -> None:
+    for generators in (None, 1, 2 * cpus):
+        pools = Pools.for_cluster(device="cpu", cpus=cpus, gpus=0, generators=generators)
+        assert reserved(pools, "cpus") <= cpus * 1.2 and reserved(pools, "gpus") == 0
+
+
+def test_a_pool_with_a_least_and_a_most_grows() -> None:
+    pools = Pools.for_cluster(device="cuda", cpus=64, gpus=0, generators=(2, 16))
+    pool = pools.draw_options(100)["compute"]
+    assert (pool.min_size, pool.max_size) == (2, 16)
+    pool = pools.draw_options(1)["compute"]
+    assert (pool.min_size, pool.max_size) == (1, 1), "no more actors than shards"
+    fixed = Pools.for_cluster(device="cuda", cpus=64, gpus=0, generators=16).draw_options(100)["compute"]
+    assert (fixed.min_size, fixed.max_size) == (16, 16)
+
+
+def test_a_node_label_holds_for_every_stage() -> None:
+    label = parse_node_label("pcmnet.io/role=generation")
+    pools = Pools.for_cluster(device="cuda", cpus=4, gpus=1, node_label=label)
+    for options in (pools.draw_options(9), pools.featurise_options(9), pools.write_options(9)):
+        assert options["label_selector"] == {"pcmnet.io/role": "generation"}
+    assert "label_selector" not in Pools.for_cluster(device="cuda", cpus=4, gpus=1).draw_options(9)
+
+
+def test_arguments_are_read_or_refused_in_one_line() -> None:
+    assert parse_generators("8") == 8
+    assert parse_generators("2:8") == (2, 8)
+    for text in ("", "0", "8:2", "0:4", "a", "1:", ":3", "1:2:3", "-1"):
+        with pytest.raises(InputError, match="generators"):
+            parse_generators(text)
+    with pytest.raises(InputError, match="node label 'spot'"):
+        parse_node_label("spot")
+    assert [check_clip_gpus(value) for value in (0.2, 1.0, 2.0)] == [0.2, 1.0, 2.0]
+    for value in (0.0, -1.0, 1.5, 0.95):
+        with pytest.raises(InputError, match="clip gpus"):
+            check_clip_gpus(value)
+
+
+def test_a_growing_pool_on_labelled_nodes_makes_the_whole_dataset(tmp_path, ray_session: None) -> None:  # type: ignore[no-untyped-def]
+    node = ray.nodes()[0]["Labels"]
+    key = "ray.io/node-id"
+    pools = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=(1, 2), node_label=(key, node[key]))
+    store, plan = plan_dataset(tmp_path / "data", write_corpus(tmp_path), null_spec(), shard_size=4)
+    generate(store, plan, pools)
+    report = verify(store)
+    assert report["ok"] and report["stored"] == 24
