@@ -89,16 +89,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
     num_workers = request.num_workers or max(gpus, 1)
     cpus = request.cpus_per_worker or max(1, int(cluster_cpus()) // num_workers)
     _check_place(config, num_workers=num_workers, cpus=cpus, gpus=gpus)
-    run = Run(
-        data=_anywhere(data),
-        out=_anywhere(out),
-        config=config,
-        document=document,
-        validation=_picture_source_anywhere(request.validation),
-        clip=request.clip or manifest.spec.clip.model,
-        cpu_threads=cpus,
-        cache_bytes=request.cache_bytes,
-    )
+    run = _run(request, manifest, config, document, cpus=cpus)
     trainer = (TorchTrainer if joined else _LocalTrainer)(
         train_loop,  # type: ignore[arg-type]  # V2 takes a return value; Ray's annotations here are still V1's
         train_loop_config={"run": run},
@@ -109,7 +100,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=CHECKPOINTS,
-            **_ray_storage(out),
+            **ray_storage(out),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=request.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
@@ -124,6 +115,30 @@ def train(request: TrainRequest) -> dict[str, Any]:
     if result.return_value:  # type: ignore[attr-defined]
         raise TrainingFailed(result.return_value)  # type: ignore[attr-defined]
     return _summary(out, started)
+
+
+def planned_run(request: TrainRequest, *, cpus: int) -> Run:
+    """What a worker of `request` would be given, starting nothing: a sweep's trials are runs of this kind.
+
+    Raises InputError when the dataset is unfinished or unfit.
+    """
+    data = open_store(request.data)
+    manifest = load_manifest(data)
+    config = _config_for(request, data, manifest, None)
+    return _run(request, manifest, config, _document(request, data, manifest, config), cpus=cpus)
+
+
+def _run(request: TrainRequest, manifest: Manifest, config: TrainConfig, document: dict[str, Any], *, cpus: int) -> Run:
+    return Run(
+        data=_anywhere(open_store(request.data)),
+        out=_anywhere(open_store(request.out)),
+        config=config,
+        document=document,
+        validation=_picture_source_anywhere(request.validation),
+        clip=request.clip or manifest.spec.clip.model,
+        cpu_threads=cpus,
+        cache_bytes=request.cache_bytes,
+    )
 
 
 class _LocalTrainer(TorchTrainer):
@@ -251,7 +266,7 @@ def _picture_source_anywhere(source: PictureSource | None) -> PictureSource | No
     return PictureSource(images=absolute(source.images), references=references, split=source.split)
 
 
-def _ray_storage(out: Store) -> dict[str, Any]:
+def ray_storage(out: Store) -> dict[str, Any]:
     """RunConfig's storage arguments for OUT, on the file system (endpoint, credentials) of our own objects."""
     if isinstance(out.fs, LocalFileSystem):
         return {"storage_path": out.prefix}
