@@ -42,12 +42,12 @@ _TORCH_DTYPES = {
 _LEGACY_TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 
 
-def load(source: str | Path | bytes) -> Any:
-    """The value in a pickle (a path or its bytes), or in a file of `torch.save`.
+def load(source: str | Path | bytes, *, name: str | None = None) -> Any:
+    """The value in a pickle (a path or its bytes), or in a file of `torch.save`; `name` is what errors call it.
 
     Raises InputError: it names something else than arrays and tensors need (the message says what), or is damaged.
     """
-    name = "pickle" if isinstance(source, bytes) else str(source)
+    name = name or ("pickle" if isinstance(source, bytes) else str(source))
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:

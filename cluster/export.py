@@ -1,0 +1,102 @@
+"""A dataset in other people's formats: published PCM-Net files, WebDataset, Hugging Face.
+
+Every object is put at once, a shard's last one says that the shard is done, and `export.json` says whose export it is
+from the beginning and that it is complete in the end. Rerun the same command to resume.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cluster.export_source import Format, Source, json_bytes
+from cluster.huggingface_export import HuggingFace
+from cluster.official_export import Official
+from cluster.storage import Store
+from cluster.webdataset_export import WebDataset
+from pcm.errors import InputError
+
+log = logging.getLogger(__name__)
+
+EXPORT_KEY = "export.json"
+FORMATS = ("official", "webdataset", "huggingface")
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """name: of the published folders `NAME_sp0`, ... max_length: tokens of a sentence with its end (both: official)."""
+
+    name: str = "synth"
+    max_length: int = 20
+    workers: int = 8
+
+
+def export_dataset(data: Store, out: Store, *, to: str, options: ExportOptions) -> dict:
+    """Export a finished dataset, or go on exporting it; the counts. Memory: `workers` shards.
+
+    Raises InputError for another format, for a dataset that is unfinished or that the format cannot hold, and where
+    `out` holds anything but this very export.
+    """
+    if to not in FORMATS:
+        raise InputError(f"--to {to!r}: allowed are {', '.join(FORMATS)}")
+    source = Source.open(data)
+    makers: dict[str, Callable[[], Format]] = {
+        "official": lambda: Official(source, out, name=options.name, max_length=options.max_length),
+        "webdataset": lambda: WebDataset(source, out),
+        "huggingface": lambda: HuggingFace(source, out),
+    }
+    exporter = makers[to]()
+    settings = {"name": options.name, "max_length": options.max_length} if to == "official" else {}
+    document = {"to": to, "dataset_sha256": source.sha256, "complete": False, **settings}
+    shards = list(range(source.plan.num_shards))
+    counts = {
+        "exported": source.manifest.stored,
+        "quarantined": source.manifest.quarantined,
+        "expected": source.manifest.expected,
+    }
+    if _begun(out, document):
+        log.info("%s: is complete", out.root)
+        return counts | {"shards": len(shards), "skipped_shards": len(shards), "seconds": 0.0}
+    started = time.monotonic()
+    exporter.prepare()
+    out.write_bytes(EXPORT_KEY, json_bytes(document))
+    present = set(out.list())
+    missing = [shard for shard in shards if exporter.marker(shard) not in present]
+    _write(exporter, missing, workers=options.workers)
+    exporter.finish()
+    out.write_bytes(EXPORT_KEY, json_bytes({**document, "complete": True, **counts}))
+    exporter.tidy()
+    seconds = round(time.monotonic() - started, 2)
+    return counts | {"shards": len(shards), "skipped_shards": len(shards) - len(missing), "seconds": seconds}
+
+
+def _begun(out: Store, document: dict) -> bool:
+    """Whether this export is complete already. Raises InputError where OUT holds something else."""
+    try:
+        found = json.loads(out.read_bytes(EXPORT_KEY))
+    except FileNotFoundError:
+        if out.list():
+            raise InputError(f"--out {out.root}: not empty and no export; give an empty place") from None
+        return False
+    for name, value in document.items():
+        if name != "complete" and found.get(name) != value:
+            raise InputError(
+                f"--out {out.root}: holds another export ({name}: {found.get(name)!r} -> {value!r}); "
+                "use the same arguments to resume, or another --out"
+            )
+    return bool(found.get("complete"))
+
+
+def _write(exporter: Format, shards: list[int], *, workers: int) -> None:
+    started = last_line = time.monotonic()
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(shards), 4 * workers):  # a window, so that a failure ends the run soon
+            window = shards[start : start + 4 * workers]
+            for done, _ in enumerate(pool.map(exporter.write, window), start=start + 1):
+                if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
+                    last_line = time.monotonic()
+                    left = (len(shards) - done) * (last_line - started) / done
+                    log.info("%d of %d shards exported, %.0f s left", done, len(shards), left)

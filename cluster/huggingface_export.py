@@ -1,0 +1,94 @@
+"""Export to a folder that `datasets.load_dataset` and the Hugging Face hub open, pictures shown as pictures.
+
+Shards carry the metadata already, so they are copied: `data/train-00000-of-000NN.parquet`, and a README.md with the
+dataset's card.
+"""
+
+import json
+
+from cluster.dataset import MANIFEST_KEY
+from cluster.export_source import Source
+from cluster.storage import Store
+
+_SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000))
+
+
+class HuggingFace:
+    """cluster.export_source.Format."""
+
+    def __init__(self, source: Source, out: Store) -> None:
+        self._source = source
+        self._out = out
+
+    def prepare(self) -> None:
+        pass
+
+    def marker(self, shard: int) -> str:
+        return f"data/train-{shard:05d}-of-{self._source.plan.num_shards:05d}.parquet"
+
+    def write(self, shard: int) -> None:
+        self._out.write_bytes(self.marker(shard), self._source.read_bytes(shard))
+
+    def finish(self) -> None:
+        self._out.write_bytes(MANIFEST_KEY, self._source.store.read_bytes(MANIFEST_KEY))
+        self._out.write_bytes("README.md", card(self._source).encode())
+
+    def tidy(self) -> None:
+        pass
+
+
+def card(source: Source) -> str:
+    """The dataset card: YAML that the hub reads, then prose."""
+    manifest, spec = source.manifest, source.manifest.spec
+    size = next((name for name, limit in _SIZES if manifest.stored < limit), "1M<n<10M")
+    features = manifest.features
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(manifest.quarantined_by_reason.items()))
+    score = "not scored" if manifest.clip_score_mean is None else f"{manifest.clip_score_mean:.4f} on average"
+    rows = [
+        ("sample_id", "place in the plan: nine digits of caption, two of picture"),
+        ("caption", "the text that the picture was drawn from"),
+        ("image", "the picture"),
+        ("width, height", "pixels"),
+        ("seed", "of the random numbers that the picture was drawn with"),
+        ("attempts, batch_size", "seeds tried; pictures drawn at once"),
+        ("clip_score", f"cosine of picture and caption by CLIP `{spec.clip.model}`: {score}"),
+        ("global_feature", f"({features.embed_dim},) float16, CLIP's L2-normalised embedding of the picture"),
+        (
+            "patch_features",
+            f"({features.num_patches} * {features.patch_dim},) float16, CLIP's last tokens before ln_post, row-major",
+        ),
+        ("status, reason", "`stored`; `prompt_truncated` where the caption was longer than CLIP's context"),
+    ]
+    yaml = [
+        "---",
+        "task_categories:",
+        "- image-to-text",
+        "- text-to-image",
+        "tags:",
+        "- synthetic",
+        "size_categories:",
+        f"- {size}",
+        "configs:",
+        "- config_name: default",
+        "  data_files:",
+        "  - split: train",
+        "    path: data/train-*.parquet",
+        "---",
+    ]
+    lines = [
+        "# Synthetic image-caption pairs",
+        "",
+        f"{manifest.stored:,} pictures of {source.plan.records:,} captions; "
+        f"{manifest.quarantined:,} samples could not be made ({reasons or 'none'}).",
+        "",
+        "| column | what |",
+        "|---|---|",
+        *(f"| `{name}` | {what} |" for name, what in rows),
+        "",
+        "Everything that decides the pictures:",
+        "",
+        "```json",
+        json.dumps(spec.to_dict(), indent=1, sort_keys=True, ensure_ascii=False),
+        "```",
+    ]
+    return "\n".join((*yaml, *lines)) + "\n"

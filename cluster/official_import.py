@@ -1,0 +1,349 @@
+"""Published data - pictures, annotation pickles, npz features - to one of our datasets.
+
+Annotations become the plan, so that a shard is imported from its plan part, the pictures and the features alone:
+whatever is missing or damaged is quarantined with its reason, shards that are there are not made again, and
+`jobs.verify` proves the result as it proves any dataset. One process and some threads: the work is reading files,
+decoding pictures and compressing, which run beside each other in one Python.
+"""
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import safetensors.torch
+import torch
+
+from cluster.dataset import (
+    CLIP_HEAD_KEY,
+    CONCEPTS_KEY,
+    VOCABULARY_KEY,
+    Manifest,
+    Plan,
+    plan_part_key,
+    read_table,
+    shard_key,
+)
+from cluster.generate import write_manifest
+from cluster.models import pin_clip, resolve_device, resolve_dtype
+from cluster.official_annotations import AnnotationCorpus, CaptionFile
+from cluster.official_places import Places
+from cluster.plan import USABLE_REASONS, make_plan
+from cluster.stages.featurise import FeaturiseShard
+from cluster.stages.shard_row import ShardRow
+from cluster.stages.write import WriteShard
+from cluster.storage import Store, local_copy, open_store, read_uri
+from cluster.vocabularies import planned_captions
+from pcm import safe_pickle
+from pcm.clip import ClipEncoder
+from pcm.concepts import ConceptVocabulary
+from pcm.errors import InputError
+from pcm.images import open_image
+from pcm.official import read_tensors
+from pcm.official_files import concepts_from_pickle
+from pcm.records import FeatureShape
+from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
+from pcm.text_to_image import IMPORTED
+from pcm.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+_PICTURE_STARTS = (b"\xff\xd8", b"\x89PNG", b"RIFF")
+_HEAD = ("ln_post.weight", "ln_post.bias", "proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportRequest:
+    """Paths or URIs of published files. `{split_id}` in `images` and `features` is each picture's own."""
+
+    annotations: str
+    images: str
+    vocabulary: str
+    out: str
+    clip: str  # the CLIP that made the features, or is to make them
+    features: str | None = None  # None: computed with `clip`
+    concepts: str | None = None  # None: built with `clip` from the captions
+    clip_head: str | None = None  # a published .pth, whose CLIP head is taken instead of loading `clip`
+    captions: str | None = None
+    captions_format: str = "auto"
+    captions_split: str = "train"
+    shard_size: int = 256
+    workers: int = 8
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class ImportResult:
+    """What an import did. captions_from_file + captions_recovered are the records with a sentence."""
+
+    manifest: Manifest
+    skipped: int
+    captions_from_file: int
+    captions_recovered: int
+    seconds: float
+    images_per_second: float
+
+
+def import_dataset(request: ImportRequest) -> ImportResult:
+    """Import, or go on importing. Memory: the annotations, then `workers` shards.
+
+    Raises InputError when a file is unreadable or unsafe, when no picture is where it should be, or when the place
+    holds another dataset.
+    """
+    started = time.monotonic()
+    store = open_store(request.out)
+    raw = read_uri(request.annotations)
+    spec = _spec(request, hashlib.sha256(raw).hexdigest())
+    vocabulary = read_vocabulary(request.vocabulary)
+    annotations = safe_pickle.load(raw, name=request.annotations)
+    del raw
+    if not isinstance(annotations, list) or not annotations:
+        raise InputError(f"{request.annotations}: not a list of annotations, or empty; give the published pickle")
+    places = Places(images=request.images, features=request.features)
+    found = places.probe(annotations)
+    corpus = AnnotationCorpus(annotations, vocabulary, _caption_file(request))
+    plan = make_plan(
+        store,
+        corpus.records(),
+        spec,
+        corpus=request.annotations,
+        shard_size=request.shard_size,
+        is_truncated=lambda prompt: False,
+    )
+    store.write_bytes(VOCABULARY_KEY, vocabulary.to_text().encode())
+    features = _store_clip_files(store, plan, request, found)
+    done = set(store.list("shards"))
+    missing = [shard for shard in range(plan.num_shards) if shard_key(shard) not in done]
+    importer = ShardImporter(store, spec, features, places, corpus)
+    importing = time.monotonic()
+    rows = _run(importer, plan, missing, workers=request.workers)
+    return ImportResult(
+        manifest=write_manifest(store, plan, features),
+        skipped=plan.expected - rows,
+        captions_from_file=corpus.from_file,
+        captions_recovered=corpus.recovered,
+        seconds=time.monotonic() - started,
+        images_per_second=rows / (time.monotonic() - importing),
+    )
+
+
+def read_vocabulary(uri: str) -> Vocabulary:
+    """A published vocabulary.txt at a path or URI. Raises InputError."""
+    try:
+        return Vocabulary.from_text(read_uri(uri).decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{uri}: not a vocabulary ({error}); wanted one word a line in id order") from None
+    except InputError as error:
+        raise InputError(f"--vocabulary {uri}: {error}") from None
+
+
+def read_concepts(uri: str) -> ConceptVocabulary:
+    """Published concepts, or ours in safetensors, at a path or URI. Raises InputError."""
+    data = read_uri(uri)
+    try:
+        return ConceptVocabulary.from_bytes(data) if uri.endswith(".safetensors") else concepts_from_pickle(data)
+    except InputError as error:
+        raise InputError(f"--concepts {uri}: {error}") from None
+
+
+def _caption_file(request: ImportRequest) -> CaptionFile:
+    if request.captions is None:
+        return CaptionFile()
+    return CaptionFile.read(request.captions, format=request.captions_format, split=request.captions_split)
+
+
+def _spec(request: ImportRequest, digest: str) -> DatasetSpec:
+    """What is true of imported pictures: nobody here knows how they were drawn, so they cannot be drawn again."""
+    given = request.features is not None
+    device = "cpu" if given else resolve_device(request.device, cluster_gpus=torch.cuda.device_count())
+    return DatasetSpec(
+        generator=GeneratorSpec(
+            model=IMPORTED,
+            revision=f"sha256:{digest}",
+            num_inference_steps=1,
+            guidance_scale=0.0,
+            batch_size=1,
+            max_attempts=1,
+        ),
+        clip=ClipSpec(
+            model=request.clip,
+            revision=IMPORTED if given else pin_clip(request.clip, None),
+            dtype="float32" if given else resolve_dtype(request.dtype, device=device),
+            device=device,
+        ),
+    )
+
+
+def _store_clip_files(store: Store, plan: Plan, request: ImportRequest, found: FeatureShape | None) -> FeatureShape:
+    """Put concepts and CLIP head on the store; the shape of the dataset's features.
+
+    The CLIP itself is loaded only where one of them, or the features, are not given. Raises InputError when the parts
+    do not belong together.
+    """
+    spec = plan.spec.clip
+    encoder = None
+    if found is None or request.concepts is None or request.clip_head is None:
+        encoder = ClipEncoder(spec.model, device=spec.device, dtype=spec.dtype, batch_size=spec.batch_size)
+    shape = found or (encoder.features if encoder else None)
+    assert shape is not None
+    head = _published_head(request.clip_head) if request.clip_head else encoder.head() if encoder else {}
+    if request.concepts is not None:
+        concepts = read_concepts(request.concepts)
+    else:
+        assert encoder is not None
+        concepts = ConceptVocabulary.build(planned_captions(store, plan), encoder, at_least=0)
+    sizes = {
+        "the features": (shape.patch_dim, shape.embed_dim),
+        "the CLIP head": tuple(head["proj"].shape),
+        "the concepts": (shape.patch_dim, concepts.embeddings.shape[1]),
+    }
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise InputError(f"sizes (D_v, D) differ: {listed}; give features, concepts and CLIP of one model")
+    metadata = {"features": json.dumps(vars(shape)), "clip": spec.model}
+    store.write_bytes(CONCEPTS_KEY, concepts.to_bytes())
+    store.write_bytes(CLIP_HEAD_KEY, safetensors.torch.save(head, metadata))
+    return shape
+
+
+def _published_head(uri: str) -> dict[str, torch.Tensor]:
+    tensors = read_tensors(local_copy(uri))
+    missing = [name for name in _HEAD if f"visual_embed.{name}" not in tensors]
+    if missing:
+        raise InputError(f"--clip-head {uri}: has no visual_embed.{missing[0]}; give a published PCM-Net checkpoint")
+    return {name: tensors[f"visual_embed.{name}"].float().contiguous() for name in _HEAD}
+
+
+class ShardImporter:
+    """One shard at a time, from any number of threads: plan part in, shard, quarantine and stats out."""
+
+    def __init__(
+        self, store: Store, spec: DatasetSpec, features: FeatureShape, places: Places, corpus: AnnotationCorpus
+    ) -> None:
+        self._store = store
+        self._features = features
+        self._places = places
+        self._corpus = corpus
+        self._writer = WriteShard(store)
+        self._featuriser = None if places.features else FeaturiseShard(spec.clip)
+        self._model = threading.Lock()  # one forward pass at a time; pictures are read and decoded beside it
+
+    def __call__(self, shard: int) -> None:
+        started = time.time()
+        rows = read_table(self._store, plan_part_key(shard)).to_pylist()
+        patches = np.zeros((len(rows), self._features.num_patches * self._features.patch_dim), np.float16)
+        images = np.zeros((len(rows), self._features.embed_dim), np.float16)
+        scores = np.array([self._corpus.clip_scores[row["record_index"]] for row in rows], np.float32)
+        read = [
+            self._row(row, patches=patches[number], image=images[number], score=scores[number])
+            for number, row in enumerate(rows)
+        ]
+        samples = pa.Table.from_pylist(read, schema=_SAMPLES_SCHEMA)
+        read_at = time.time()
+        if self._featuriser is not None:
+            with self._model:
+                samples = self._featuriser.featurise(samples)
+            computed = samples["clip_score"].to_numpy()
+            scores = np.where(np.isnan(scores), computed, scores)
+            samples = samples.drop_columns(["clip_score"])
+        else:
+            samples = samples.append_column("global_feature", _fixed_lists(images))
+            samples = samples.append_column("patch_features", _fixed_lists(patches))
+        samples = samples.append_column("clip_score", pa.array(scores))
+        times = {"start_time": started, "draw_seconds": read_at - started, "featurise_seconds": time.time() - read_at}
+        self._writer.write(ShardRow(shard, samples, times))
+
+    def _row(self, row: dict, *, patches: np.ndarray, image: np.ndarray, score: np.float32) -> dict:
+        """The sample of a plan row; its features are written into `patches` (N * D_v,) and `image` (D,)."""
+        picture, reason = b"", row["reason"]
+        width = height = 0
+        if reason in USABLE_REASONS:
+            image_id = row["corpus_id"].rpartition("#")[0]
+            split_id = self._corpus.split_ids[row["record_index"]]
+            try:
+                picture = self._places.read_image(image_id, split_id)
+                width, height = _size(picture)
+                reason = self._read_features(image_id, split_id, patches, image, score)
+            except FileNotFoundError:
+                reason = "missing_image"
+            except InputError:
+                reason = "bad_image"
+        if reason not in USABLE_REASONS:
+            picture, width, height = b"", 0, 0
+        return row | {
+            "reason": reason, "image": picture, "width": width, "height": height,
+            "attempts": int(bool(picture)), "batch_size": int(bool(picture)),
+        }  # fmt: skip
+
+    def _read_features(
+        self, image_id: str, split_id: int, patches: np.ndarray, image: np.ndarray, score: np.float32
+    ) -> str:
+        """Why a picture has no usable features, or ""."""
+        if self._featuriser is not None:
+            return ""
+        if np.isnan(score):
+            return "missing_clip_score"
+        try:
+            given_patches, given_image = self._places.read_features(image_id, split_id)
+        except FileNotFoundError:
+            return "missing_features"
+        except InputError:
+            return "bad_features"
+        wanted = self._features
+        if given_patches.shape != (wanted.num_patches, wanted.patch_dim) or len(given_image) != wanted.embed_dim:
+            return "features_of_another_shape"
+        with np.errstate(over="ignore"):
+            patches[:] = given_patches.reshape(-1)
+            image[:] = given_image
+        return "" if np.isfinite(patches).all() and np.isfinite(image).all() else "features_beyond_float16"
+
+
+def _size(picture: bytes) -> tuple[int, int]:
+    """(width, height). Raises InputError for what is no JPEG, PNG or WebP, or does not decode wholly."""
+    if not picture.startswith(_PICTURE_STARTS):
+        raise InputError("not a JPEG, PNG or WebP file")
+    return open_image(picture).size
+
+
+def _run(importer: ShardImporter, plan: Plan, missing: list[int], *, workers: int) -> int:
+    """Import the missing shards; how many samples that were."""
+    rows = 0
+    total = sum(plan.shard_rows(shard) for shard in missing)
+    started = last_line = time.monotonic()
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(missing), 4 * workers):  # a window, so that a failure ends the run soon
+            window = missing[start : start + 4 * workers]
+            for shard, _ in zip(window, pool.map(importer, window), strict=True):
+                rows += plan.shard_rows(shard)
+                if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
+                    last_line = time.monotonic()
+                    rate = rows / (last_line - started)
+                    log.info("%d of %d samples, %.0f a second, %.0f s left", rows, total, rate, (total - rows) / rate)
+    return rows
+
+
+def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+
+
+_SAMPLES_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("corpus_id", pa.string()),
+        ("caption", pa.string()),
+        ("seed", pa.int64()),
+        ("reason", pa.string()),
+        ("attempts", pa.int32()),
+        ("batch_size", pa.int32()),
+        ("image", pa.binary()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
+)

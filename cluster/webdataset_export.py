@@ -1,0 +1,97 @@
+"""Export to WebDataset in img2dataset's convention: a tar a shard, and its `_stats.json`.
+
+    00000.tar          000000000.jpg 000000000.txt 000000000.json 000000001.jpg ...
+    00000_stats.json   count, successes, failures by reason, times
+
+A key is five digits of shard and four of row; quarantined samples leave a gap.
+"""
+
+import hashlib
+import io
+import tarfile
+
+from cluster.export_source import Source, json_bytes, picture_ending
+from cluster.storage import Store
+from pcm.errors import InputError
+
+MAX_SHARDS = 100_000
+MAX_ROWS = 10_000
+
+_COLUMNS = ["sample_id", "caption", "image", "width", "height", "seed", "clip_score"]
+
+
+class WebDataset:
+    """cluster.export_source.Format."""
+
+    def __init__(self, source: Source, out: Store) -> None:
+        self._source = source
+        self._out = out
+
+    def prepare(self) -> None:
+        plan = self._source.plan
+        if plan.num_shards > MAX_SHARDS or plan.shard_size > MAX_ROWS:
+            raise InputError(
+                f"{self._source.store.root}: {plan.num_shards} shards of {plan.shard_size}; "
+                f"WebDataset keys have room for {MAX_SHARDS:,} of {MAX_ROWS:,}; export --to huggingface"
+            )
+
+    def marker(self, shard: int) -> str:
+        return f"{shard:05d}_stats.json"
+
+    def write(self, shard: int) -> None:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for row in self._source.read(shard, _COLUMNS).to_pylist():
+                row_of_shard = self._source.plan.shard_of(self._source.position(row["sample_id"]))[1]
+                key = f"{shard:05d}{row_of_shard:04d}"
+                picture = row["image"]["bytes"]
+                _add(tar, f"{key}.{picture_ending(picture)}", picture)
+                _add(tar, f"{key}.txt", row["caption"].encode())
+                _add(tar, f"{key}.json", json_bytes(self._document(key, row, picture)))
+        self._out.write_bytes(f"{shard:05d}.tar", buffer.getvalue())
+        self._out.write_bytes(self.marker(shard), json_bytes(self._stats(shard)))
+
+    def finish(self) -> None:
+        pass
+
+    def tidy(self) -> None:
+        pass
+
+    def _document(self, key: str, row: dict, picture: bytes) -> dict:
+        spec = self._source.plan.spec
+        return {
+            "key": key,
+            "caption": row["caption"],
+            "status": "success",
+            "error_message": None,
+            "width": row["width"],
+            "height": row["height"],
+            "original_width": row["width"],
+            "original_height": row["height"],
+            "sha256": hashlib.sha256(picture).hexdigest(),
+            "sample_id": row["sample_id"],
+            "seed": row["seed"],
+            "clip_score": row["clip_score"],
+            "generator": spec.generator.model,
+            "generator_revision": spec.generator.revision,
+        }
+
+    def _stats(self, shard: int) -> dict:
+        stats = self._source.stats(shard)
+        return {
+            "count": stats["count"],
+            "successes": stats["successes"],
+            "failed_to_download": 0,
+            "failed_to_resize": 0,
+            "failed_to_generate": stats["failed_to_generate"],
+            "duration": stats["end_time"] - stats["start_time"],
+            "start_time": stats["start_time"],
+            "end_time": stats["end_time"],
+            "status_dict": stats["status_dict"],
+        }
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)  # its time is 0 and its owner root: the same picture gives the same bytes
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
