@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -42,6 +43,8 @@ class GenerationResult:
     status: Status  # counts, rates and cost of this run
     startup_seconds: float | None  # until the first drawing; None: nothing was drawn
     stage_seconds: dict[str, float]
+    billing: Billing
+    watch: Watch
 
     @property
     def skipped(self) -> int:
@@ -52,6 +55,41 @@ class GenerationResult:
     def generated(self) -> int:
         """Pictures stored by this run."""
         return self.status.images
+
+    def summary(self) -> dict[str, Any]:
+        """What a job prints: the dataset's counts if it is complete, and what this run did and cost."""
+        status, scores = self.status, self.status.scores
+        whole = self.manifest and {
+            "expected": self.manifest.expected,
+            "stored": self.manifest.stored,
+            "quarantined": self.manifest.quarantined,
+            "quarantined_by_reason": self.manifest.quarantined_by_reason,
+            "clip_score_mean": self.manifest.clip_score_mean,
+        }
+        per_1000 = 1000 * status.cost / status.images if status.cost is not None and status.images else None
+        return {
+            **(whole or {}),
+            "skipped": status.skipped,
+            "generated": status.images,
+            "retried": status.retried,
+            "images_per_second": round(status.images_per_second or 0.0, 3),
+            "seconds": round(status.seconds, 2),
+            "startup_seconds": None if self.startup_seconds is None else round(self.startup_seconds, 2),
+            "stage_seconds": {stage: round(spent, 3) for stage, spent in self.stage_seconds.items()},
+            "utilisation": {stage: round(share, 4) for stage, share in status.utilisation.items()},
+            "bytes": status.bytes,
+            "clip_score_histogram": list(scores.histogram),
+            "clip_score_percentiles": {
+                f"p{percent}": None if value is None else round(value, 4)
+                for percent in (5, 25, 50, 75, 95)
+                for value in (scores.percentile(percent),)
+            },
+            "generator_hours": round(status.generator_hours, 6),
+            "gpu_hours": round(status.unit_hours, 6) if self.billing.unit == "GPU" else None,
+            "cost": None if status.cost is None else round(status.cost, 6),
+            "cost_per_1000_images": None if per_1000 is None else round(per_1000, 6),
+            "price_basis": self.billing.basis(spot=self.watch.spot),
+        }
 
 
 def generate(
@@ -81,7 +119,7 @@ def generate(
         log.info("%d of %d samples are on the store already", skipped, total)
     features = store_vocabularies(store, plan)
     billing = Billing.of(pools, device=plan.spec.generator.device, price_per_hour=watch.price_per_hour)
-    progress = Progress(total=total, skipped=skipped, actors=_actors(pools, len(missing)), billing=billing)
+    progress = Progress(total=total, skipped=skipped, actors=actors(pools, len(missing)), billing=billing)
     if missing:
         faults = faults or FaultPolicy()
         monitor = start_monitor(faults)
@@ -97,10 +135,12 @@ def generate(
         status=status,
         startup_seconds=progress.startup_seconds,
         stage_seconds=progress.stage_seconds,
+        billing=billing,
+        watch=watch,
     )
 
 
-def _actors(pools: Pools, shards: int) -> dict[str, int]:
+def actors(pools: Pools, shards: int) -> dict[str, int]:
     """How many actors work at each stage of so many shards; encoding and storing are one pool's."""
     writers = min(pools.writers, shards)
     return {
@@ -140,7 +180,7 @@ def shard_stream(
         )
         .map_batches(
             FeaturiseShard,
-            fn_constructor_args=(plan.spec.clip,),
+            fn_constructor_args=(plan.spec.clip, monitor),
             **pools.featurise_options(len(shards)),
             batch_size=1,
             batch_format="pyarrow",

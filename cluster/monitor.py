@@ -90,6 +90,7 @@ class RunMonitor:
         self._generators: dict[str, _Generator] = {}
         self._suspects: dict[int, dict[int, _Suspect]] = {}  # by shard, position
         self._starts: Counter[int] = Counter()  # by shard
+        self._scorer_deaths: Counter[int] = Counter()  # by shard
         self._drawn: Counter[int] = Counter()  # pictures of shards not yet committed
         self._good = 0
         self._failed = 0
@@ -158,6 +159,16 @@ class RunMonitor:
         state = self._known(generator)
         state.broken = self._last_error = error
         state.batch = _Batch(shard, tuple(positions), time.time())
+
+    def scorer_broken(self, shard: int, error: str) -> str:
+        """A scorer's process ends itself on this shard, because its device fails. Returns why to stop, or ""."""
+        self._scorer_deaths[shard] += 1
+        if self._scorer_deaths[shard] >= self._policy.max_deaths:
+            self._stop = self._stop or (
+                f"shard {shard}: CLIP's device failed {self._scorer_deaths[shard]} times ({error}); check the "
+                "machine and the model, then run the same command again"
+            )
+        return self._stop
 
     def end_shard(self) -> str:
         """Why to stop, or "": asked once a shard is drawn, so that one with too many failures is not stored."""

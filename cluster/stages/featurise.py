@@ -1,18 +1,30 @@
 """Second stage: pictures to CLIP scores and features."""
 
+import logging
+import os
+import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import pyarrow as pa
 
-from cluster.stages.shard_row import ShardRow
+from cluster.stages.shard_row import ERRORS_KEPT, ShardRow
+from pcm.errors import InputError
 from pcm.images import open_image
 from pcm.records import FeatureShape
 from pcm.spec import ClipSpec
 
 if TYPE_CHECKING:
-    from pcm.clip import ClipEncoder
+    from ray.actor import ActorHandle
+
+    from pcm.clip import ClipEncoder, ImageFeatures
+
+log = logging.getLogger(__name__)
+
+#: Reason of a sample whose picture makes CLIP raise.
+CLIP_ERROR = "clip_error"
 
 NULL_FEATURES = FeatureShape(embed_dim=1, patch_dim=1, num_patches=1)
 
@@ -20,8 +32,11 @@ NULL_FEATURES = FeatureShape(embed_dim=1, patch_dim=1, num_patches=1)
 class FeaturiseShard:
     """Scorer pool: adds clip_score, global_feature and patch_features, computed from the stored image bytes."""
 
-    def __init__(self, spec: ClipSpec) -> None:
+    def __init__(self, spec: ClipSpec, monitor: "ActorHandle | None" = None) -> None:
+        self._monitor = monitor
         self._encoder = None if spec.model == "null" else _load_encoder(spec)
+        self._shard = -1
+        self._errors: list[dict] = []  # of the present shard, the first few
 
     @property
     def features(self) -> FeatureShape:
@@ -29,25 +44,34 @@ class FeaturiseShard:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         row = ShardRow.from_block(block)
+        self._shard = row.shard
         started = time.time()
         samples = self.featurise(row.samples)
-        return ShardRow(row.shard, samples, row.stats | {"featurise_seconds": time.time() - started}).to_block()
+        stats = row.stats | {"featurise_seconds": time.time() - started}
+        stats["errors"] = (row.stats.get("errors", []) + self._errors)[:ERRORS_KEPT]
+        if self._encoder:
+            stats["clip_batch_size"] = self._encoder.batch_size
+        return ShardRow(row.shard, samples, stats).to_block()
 
     def featurise(self, drawn: pa.Table) -> pa.Table:
+        """The samples with their features; one on which CLIP raises loses its picture and gets a reason.
+
+        After CLIP has run out of memory, this actor's later batches are half as large; the stats say how large.
+        """
+        self._errors = []
         shape = self.features
         global_feature = np.zeros((len(drawn), shape.embed_dim), np.float16)
         patch_features = np.zeros((len(drawn), shape.num_patches * shape.patch_dim), np.float16)
         clip_score = np.zeros(len(drawn), np.float32)
         has_image = [row for row, image in enumerate(drawn["image"]) if len(image.as_buffer())]
+        bad: list[int] = []
         if self._encoder and has_image:
-            images = [
-                open_image(drawn["image"][row].as_py(), name=drawn["sample_id"][row].as_py()) for row in has_image
-            ]
-            encoded = self._encoder.encode_images(images)
-            texts = self._encoder.encode_texts([drawn["caption"][row].as_py() for row in has_image])  # (B, D)
-            global_feature[has_image] = encoded.global_feature
-            patch_features[has_image] = encoded.patch_features.reshape(len(has_image), -1)
-            clip_score[has_image] = (encoded.global_feature * texts).sum(axis=1)
+            for rows, encoded, texts in self._encode(drawn, has_image, bad):
+                global_feature[rows] = encoded.global_feature
+                patch_features[rows] = encoded.patch_features.reshape(len(rows), -1)
+                clip_score[rows] = (encoded.global_feature * texts).sum(axis=1)
+        if bad:
+            drawn = _without_images(drawn, bad)
         columns = {
             "clip_score": pa.array(clip_score),
             "global_feature": _fixed_lists(global_feature),
@@ -56,6 +80,74 @@ class FeaturiseShard:
         for name, column in columns.items():
             drawn = drawn.append_column(name, column)
         return drawn
+
+    def _encode(
+        self, drawn: pa.Table, rows: list[int], bad: list[int]
+    ) -> "Iterator[tuple[list[int], ImageFeatures, np.ndarray]]":
+        """(rows, features, text features) batch by batch; rows on which CLIP raises alone go to `bad`."""
+        from pcm.faults import first_line, free_memory, is_out_of_memory, is_sticky
+
+        assert self._encoder is not None
+        waiting = [rows]
+        while waiting:
+            batch = waiting.pop(0)
+            try:
+                encoded = self._encode_rows(drawn, batch)
+            except Exception as error:
+                said = first_line(error)
+                if is_sticky(error):
+                    if self._monitor is None:
+                        raise
+                    _end_process(self._monitor, self._shard, said)
+                smaller = self._encoder.batch_size // 2 if is_out_of_memory(error) else 0
+            else:
+                yield batch, *encoded
+                continue
+            free_memory()
+            if smaller:
+                log.warning("out of memory (%s): CLIP takes %d pictures at once from now on", said, smaller)
+                self._encoder.batch_size = smaller
+                waiting.insert(0, batch)
+            elif len(batch) > 1:
+                waiting[:0] = [[row] for row in batch]
+            else:
+                bad += batch
+                sample = drawn["sample_id"][batch[0]].as_py()
+                self._errors = [*self._errors, {"sample_id": sample, "error": f"{CLIP_ERROR}: {said}"}][:ERRORS_KEPT]
+                if self._monitor is not None:
+                    self._monitor.failed.remote(1, said)
+
+    def _encode_rows(self, drawn: pa.Table, rows: list[int]) -> "tuple[ImageFeatures, np.ndarray]":
+        assert self._encoder is not None
+        images = [open_image(drawn["image"][row].as_py(), name=drawn["sample_id"][row].as_py()) for row in rows]
+        texts = self._encoder.encode_texts([drawn["caption"][row].as_py() for row in rows])  # (B, D)
+        return self._encoder.encode_images(images), texts
+
+
+def _without_images(drawn: pa.Table, rows: list[int]) -> pa.Table:
+    """The samples, these rows without their pictures: they did not fail by seed, so a retry draws the same ones."""
+    gone = set(rows)
+    changed = {
+        "image": [b"" if row in gone else image.as_py() for row, image in enumerate(drawn["image"])],
+        "reason": [CLIP_ERROR if row in gone else reason for row, reason in enumerate(drawn["reason"].to_pylist())],
+        "attempts": [tried - (row in gone) for row, tried in enumerate(drawn["attempts"].to_pylist())],
+    }
+    for name, values in changed.items():
+        at = drawn.schema.get_field_index(name)
+        drawn = drawn.set_column(at, drawn.schema.field(name), pa.array(values, drawn.schema.field(name).type))
+    return drawn
+
+
+def _end_process(monitor: "ActorHandle", shard: int, said: str) -> NoReturn:
+    """Leave, so that Ray restarts this actor on a fresh device context. Raises InputError where that did not help."""
+    import ray
+
+    stop = ray.get(monitor.scorer_broken.remote(shard, said))
+    if stop:
+        raise InputError(stop)
+    log.warning("shard %d: CLIP's device fails (%s); this process ends and is restarted", shard, said)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _load_encoder(spec: ClipSpec) -> "ClipEncoder":

@@ -12,6 +12,7 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.monitor import FaultPolicy, ShardFaults
+from cluster.stages.shard_row import ERRORS_KEPT
 from pcm.errors import InputError
 from pcm.faults import first_line
 from pcm.text_to_image import Guard, Request
@@ -20,9 +21,6 @@ log = logging.getLogger(__name__)
 
 #: The first batch of a shape may load kernels and compile: it gets this many times the timeout.
 FIRST_BATCH_FACTOR = 4
-
-#: Errors that a shard's stats keep.
-ERRORS_KEPT = 3
 
 
 class RunGuard(Guard):

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+#: Errors that a shard's stats keep.
+ERRORS_KEPT = 3
+
 #: What travels between stages. large_binary: a shard of pictures and features may exceed 2 GB.
 SHARD_ROW_SCHEMA = pa.schema([("shard", pa.int64()), ("payload", pa.large_binary()), ("stats", pa.string())])
 
