@@ -1,0 +1,203 @@
+"""Exports are what other programs read: read here by programs that know nothing of this code."""
+
+import hashlib
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from published import make_complete_dataset
+from tiny_generation import make_dataset_in_process, null_spec, write_corpus
+
+from cluster.dataset import CONCEPTS_KEY, Manifest, Plan, shard_key
+from cluster.export import FORMATS, ExportOptions, export_dataset
+from cluster.export_source import Source
+from cluster.official_export import Official
+from cluster.storage import Store, open_store
+from pcm.concepts import ConceptVocabulary
+from pcm.errors import InputError
+from pcm.official_files import SPLIT_SIZE, split_of
+
+OPTIONS = ExportOptions(name="sd", max_length=12, workers=2)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, tiny_t2i, tiny_clip) -> tuple[Store, Plan, Manifest]:
+    return make_complete_dataset(tmp_path_factory.mktemp("export") / "dataset", t2i=tiny_t2i, clip=tiny_clip)
+
+
+def stored_rows(store: Store, plan: Plan) -> list[dict]:
+    return [
+        row
+        for shard in range(plan.num_shards)
+        for row in pq.read_table(io.BytesIO(store.read_bytes(shard_key(shard)))).to_pylist()
+    ]
+
+
+def files(folder: Path) -> dict[str, str]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+def test_published_training_code_can_read_an_official_export(dataset, tmp_path):
+    store, plan, _ = dataset
+    assert export_dataset(store, open_store(tmp_path), to="official", options=OPTIONS)["exported"] == 7
+
+    # As the published loader does it: usual pickle, NumPy and PyTorch, nothing of ours.
+    words = [".", *(tmp_path / "vocabulary.txt").read_text().splitlines()]
+    annotations = pickle.loads((tmp_path / "annotations.pickle").read_bytes())
+    names, concepts = pickle.loads((tmp_path / "concepts.pickle").read_bytes())
+    assert isinstance(names, list) and isinstance(concepts, torch.Tensor) and concepts.shape == (len(names), 32)
+    assert [item["image_id"] for item in annotations] == [str(6_000_000 + k) for k in (0, 1, 3, 4, 5, 6, 7)]
+    rows = stored_rows(store, plan)
+    for item, row in zip(annotations, rows, strict=True):
+        assert item.keys() == {"image_id", "split_id", "tokens_ids", "target_ids", "clipscore"}
+        folder = f"sd_sp{item['split_id']}"
+        assert (tmp_path / "images" / folder / f"{item['image_id']}.jpg").read_bytes() == row["image"]["bytes"]
+        with np.load(tmp_path / "features" / folder / f"{item['image_id']}.npz") as features:
+            assert features["features"].shape == (16, 64) and features["g_feature"].shape == (1, 32)
+            assert features["features"].dtype == features["g_feature"].dtype == np.float32
+            np.testing.assert_array_equal(features["features"].reshape(-1), np.float32(row["patch_features"]))
+            np.testing.assert_array_equal(features["g_feature"][0], np.float32(row["global_feature"]))
+        assert item["tokens_ids"].shape == item["target_ids"].shape == (1, 12)
+        assert item["tokens_ids"].dtype.kind == item["target_ids"].dtype.kind == "i"
+        assert item["clipscore"] == 2.5 * row["clip_score"]
+    first = annotations[0]
+    said = [words[i] for i in first["target_ids"][0] if i >= 0]
+    assert said == ["a", "dog", "near", "the", "beach", "."]
+    assert first["tokens_ids"][0, 0] == 0 and list(first["target_ids"][0, 6:]) == [-1] * 6
+    np.testing.assert_array_equal(first["tokens_ids"][0, 1:6], first["target_ids"][0, :5])
+    saved = ConceptVocabulary.from_bytes(store.read_bytes(CONCEPTS_KEY))
+    np.testing.assert_array_equal(concepts.numpy(), saved.embeddings)
+    assert tuple(names) == saved.names
+
+
+def test_folders_hold_as_many_pictures_as_the_published_ones():
+    coco = [split_of(k, 542_401) for k in (0, SPLIT_SIZE - 1, SPLIT_SIZE, 542_399, 542_400)]
+    assert coco == [0, 0, 1, 7, 7]  # eight folders, the last with one picture more
+    assert split_of(144_540, 144_541) == 1
+    assert split_of(99, 100) == 0
+
+
+def test_webdataset_is_read_by_tarfile(dataset, tmp_path):
+    store, plan, _ = dataset
+    export_dataset(store, open_store(tmp_path), to="webdataset", options=OPTIONS)
+    rows = stored_rows(store, plan)
+    keys = []
+    for shard in range(plan.num_shards):
+        samples: dict[str, dict[str, bytes]] = {}
+        with tarfile.open(tmp_path / f"{shard:05d}.tar") as tar:
+            for entry in tar:
+                assert entry.mtime == 0
+                key, _, kind = entry.name.partition(".")
+                samples.setdefault(key, {})[kind] = tar.extractfile(entry).read()
+        stats = json.loads((tmp_path / f"{shard:05d}_stats.json").read_text())
+        assert stats["successes"] == len(samples) and stats["count"] == plan.shard_rows(shard)
+        assert stats["status_dict"]["success"] == len(samples)
+        for key, sample in samples.items():
+            row = rows[len(keys)]
+            document = json.loads(sample["json"])
+            assert sample["jpg"] == row["image"]["bytes"] and sample["txt"].decode() == row["caption"]
+            assert document["sha256"] == hashlib.sha256(sample["jpg"]).hexdigest() and document["key"] == key
+            assert Image.open(io.BytesIO(sample["jpg"])).size == (document["width"], document["height"])
+            assert (document["seed"], document["clip_score"]) == (row["seed"], row["clip_score"])
+            keys.append(key)
+    # The third sample, 000000002, was quarantined.
+    assert keys == ["000000000", "000000001", "000010000", "000010001", "000010002", "000020000", "000020001"]
+
+
+def test_datasets_opens_a_hugging_face_export(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    import datasets
+
+    store, plan, _ = dataset
+    export_dataset(store, open_store(tmp_path / "hf"), to="huggingface", options=OPTIONS)
+    loaded = datasets.load_dataset(str(tmp_path / "hf"), cache_dir=str(tmp_path / "cache"))
+    assert list(loaded) == ["train"]
+    train = loaded["train"]
+    assert isinstance(train.features["image"], datasets.Image)
+    rows = stored_rows(store, plan)
+    assert train["caption"][:] == [row["caption"] for row in rows]
+    for sample, row in zip(train, rows, strict=True):
+        stored = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+        np.testing.assert_array_equal(np.asarray(sample["image"]), np.asarray(stored))
+        np.testing.assert_array_equal(np.float16(sample["patch_features"]), np.float16(row["patch_features"]))
+    assert "| `caption` |" in (tmp_path / "hf" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_an_export_gives_the_same_bytes_twice_and_goes_on_where_it_stopped(dataset, tmp_path, to, monkeypatch):
+    store, plan, _ = dataset
+    whole, broken = open_store(tmp_path / "whole"), open_store(tmp_path / "broken")
+    export_dataset(store, whole, to=to, options=OPTIONS)
+    expected = files(tmp_path / "whole")
+
+    real, calls = Store.write_bytes, []
+
+    def fails_in_the_middle(self: Store, key: str, data: bytes) -> None:
+        calls.append(key)
+        if len(calls) == len(expected) // 2 + 1:
+            raise OSError("no more")
+        real(self, key, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_bytes", fails_in_the_middle)
+        with pytest.raises(OSError, match="no more"):
+            export_dataset(store, broken, to=to, options=ExportOptions(name="sd", max_length=12, workers=1))
+    with pytest.raises(InputError, match=r"holds another export \(to: "):
+        export_dataset(store, broken, to="webdataset" if to != "webdataset" else "official", options=OPTIONS)
+    summary = export_dataset(store, broken, to=to, options=OPTIONS)
+    assert summary["skipped_shards"] > 0
+    assert files(tmp_path / "broken") == expected
+    assert export_dataset(store, broken, to=to, options=OPTIONS)["skipped_shards"] == plan.num_shards
+
+
+def test_a_damaged_shard_is_not_exported(dataset, tmp_path):
+    store, _, _ = dataset
+    copy = open_store(tmp_path / "copy")
+    for key in store.list():
+        copy.write_bytes(key, store.read_bytes(key))
+    damaged = bytearray(copy.read_bytes(shard_key(1)))
+    damaged[100] ^= 1
+    copy.write_bytes(shard_key(1), bytes(damaged))
+    for to in FORMATS:
+        with pytest.raises(InputError, match=r"part-000001.parquet: missing or damaged"):
+            export_dataset(copy, open_store(tmp_path / to), to=to, options=OPTIONS)
+
+
+def test_what_cannot_be_exported_is_one_clear_line(dataset, tmp_path, call_job):
+    store, _, _ = dataset
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    null, _, _ = make_dataset_in_process(tmp_path / "null", write_corpus(tmp_path), null_spec())
+    for arguments, message in (
+        (("--data", store.root, "--out", tmp_path / "full", "--to", "webdataset"), "not empty and no export"),
+        (("--data", null.root, "--out", tmp_path / "a", "--to", "official"), "has no vocabulary.txt"),
+        (("--data", tmp_path / "none", "--out", tmp_path / "b", "--to", "official"), "not a dataset"),
+        (("--data", store.root, "--out", tmp_path / "c", "--to", "official", "--name", "../x"), "beginning of a folder"),
+        (("--data", store.root, "--out", tmp_path / "d", "--to", "official", "--max-length", 1), "at least 2"),
+        (("--out", tmp_path / "e", "--to", "official"), "give one of the two"),
+        (("--checkpoint", tmp_path, "--out", tmp_path / "f", "--to", "webdataset"), "--to official only"),
+        (("--checkpoint", tmp_path, "--out", tmp_path / "g", "--to", "official"), "missing"),
+    ):
+        result = call_job("export", *arguments)
+        assert result.returncode == 2 and message in result.stderr and "\n" not in result.stderr.strip(), result
+    result = call_job("export", "--data", null.root, "--out", tmp_path / "web", "--to", "webdataset")
+    assert result.returncode == 0 and result.summary["exported"] == 24
+
+
+def test_several_pictures_of_a_caption_have_ids_of_their_own(tmp_path, tiny_t2i, tiny_clip):
+    store, plan, _ = make_complete_dataset(
+        tmp_path / "dataset", t2i=tiny_t2i, clip=tiny_clip, images_per_caption=2, num_inference_steps=1
+    )
+    Official(Source.open(store), open_store(tmp_path / "out"), name="sd", max_length=12)
+    export_dataset(store, open_store(tmp_path / "out"), to="official", options=OPTIONS)
+    annotations = pickle.loads((tmp_path / "out" / "annotations.pickle").read_bytes())
+    assert [int(item["image_id"]) - 6_000_000 for item in annotations] == [0, 1, 2, 3, *range(6, 16)]
+    np.testing.assert_array_equal(annotations[0]["tokens_ids"], annotations[1]["tokens_ids"])
