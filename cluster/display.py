@@ -13,6 +13,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cluster.progress import STAGES, Live, Progress, Status
+from cluster.session import cluster_gpus, cluster_machines
 from cluster.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,7 @@ class News:
 
 def ask_cluster(monitor: ActorHandle | None, *, gpus_per_generator: float) -> News:
     """Ask Ray and the run's monitor. Takes up to ANSWER_SECONDS; raises whatever Ray raises when it is in trouble."""
-    machines = sum(1 for node in ray.nodes() if node["Alive"])
-    gpus = ray.cluster_resources().get("GPU", 0.0)
+    machines, gpus = cluster_machines(), cluster_gpus()
     if monitor is None:
         return News(machines=machines, gpus=gpus)
     try:

@@ -70,6 +70,10 @@ def cluster_cpus() -> float:
     return ray.cluster_resources().get("CPU", 1.0)
 
 
+def cluster_machines() -> int:
+    return sum(1 for node in ray.nodes() if node["Alive"])
+
+
 def _resources() -> str:
     resources = ray.cluster_resources()
     return ", ".join(f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if name in resources)

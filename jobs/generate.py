@@ -6,8 +6,11 @@ from cluster.corpus import FORMATS, read_corpus, source_digest
 from cluster.dataset import CorpusSource
 from cluster.generate import generate
 from cluster.models import check_scheduler, pin_clip, pin_t2i, resolve_device, resolve_dtype
+from cluster.pilot import PilotSize, run_pilot
+from cluster.pilot import summary as pilot_summary
 from cluster.plan import make_plan
 from cluster.pools import Pools
+from cluster.progress import Watch
 from cluster.regenerate import regenerate
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.storage import open_store
@@ -53,6 +56,22 @@ def parser() -> argparse.ArgumentParser:
     machine.add_argument("--batch-size", type=int, default=8, help="pictures drawn at once; part of the spec")
     machine.add_argument("--generators", type=int, help="generator actors; default: one a GPU, or one a core")
     machine.add_argument("--shard-size", type=int, default=256, help="samples a shard: the unit of work and of commit")
+    watch = result.add_argument_group(
+        "watching and cost",
+        "Cost = price x GPUs that the run reserves (one a generator, from the moment it is there) x hours, start-up "
+        "included; drawing on CPUs, price x machines of the cluster x hours. Storage and traffic are not in it.",
+    )
+    watch.add_argument("--price-per-hour", type=float, metavar="X", help="of one GPU, or of one machine on CPUs")
+    watch.add_argument("--spot", action="store_true", help="the price is of spot capacity: a label in the summary")
+    watch.add_argument(
+        "--pilot", metavar="1%|N",
+        help="make only so many samples, in evenly spaced shards that the full run skips, at least one a generator; "
+        "predict images/s, hours, bytes and cost of the whole",
+    )  # fmt: skip
+    watch.add_argument(
+        "--stop-below-clip-score", type=float, metavar="X",
+        help="stop once at least 64 pictures have a mean clip score (raw cosine) two standard errors below X",
+    )  # fmt: skip
     return result
 
 
@@ -62,8 +81,12 @@ def run(args: argparse.Namespace) -> dict:
         return regenerate(store, args.only, image_out=args.image_out)
     if not args.corpus:
         raise InputError("--corpus: missing; give a path or URI of captions, or 'embedded'")
+    watch = Watch(price_per_hour=args.price_per_hour, spot=args.spot, stop_below_clip_score=args.stop_below_clip_score)
+    pilot = PilotSize.parse(args.pilot) if args.pilot is not None else None
     start_ray()
     spec = dataset_spec(args, gpus=cluster_gpus())
+    if spec.clip.model == "null" and watch.stop_below_clip_score is not None:
+        raise InputError("--stop-below-clip-score: --clip null gives no scores; name a CLIP")
     uri = corpus_uri(args.corpus)
     records = read_corpus(uri, format=args.corpus_format, split=args.split, limit=args.limit)
     plan = make_plan(
@@ -78,20 +101,9 @@ def run(args: argparse.Namespace) -> dict:
     pools = Pools.for_cluster(
         device=spec.generator.device, cpus=cluster_cpus(), gpus=cluster_gpus(), generators=args.generators
     )
-    result = generate(store, plan, pools)
-    assert result.manifest is not None
-    return {
-        "expected": result.manifest.expected,
-        "stored": result.manifest.stored,
-        "quarantined": result.manifest.quarantined,
-        "quarantined_by_reason": result.manifest.quarantined_by_reason,
-        "skipped": result.skipped,
-        "images_per_second": round(result.status.images_per_second or 0.0, 3),
-        "seconds": round(result.status.seconds, 2),
-        "clip_score_mean": result.manifest.clip_score_mean,
-        "stage_seconds": {stage: round(spent, 3) for stage, spent in result.stage_seconds.items()},
-        "dataset": args.out,
-    }
+    if pilot:
+        return {**pilot_summary(*run_pilot(store, plan, pools, pilot, watch=watch)), "dataset": args.out}
+    return {**generate(store, plan, pools, watch=watch).summary(), "dataset": args.out}
 
 
 def corpus_uri(name: str) -> str:

@@ -1,0 +1,208 @@
+"""A pilot: some shards of the very plan that the full run will finish, and what they say about the whole.
+
+Nothing is thrown away: the full run skips the pilot's shards. They are spread evenly over the plan, because a corpus is
+rarely shuffled.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cluster.clip_scores import ClipScores
+from cluster.cost import SECONDS_AN_HOUR, Billing
+from cluster.dataset import Plan, stats_key
+from cluster.display import duration, size
+from cluster.generate import GenerationResult, actors, generate
+from cluster.monitor import FaultPolicy
+from cluster.pools import Pools
+from cluster.progress import Watch
+from cluster.session import cluster_machines
+from cluster.storage import Store
+from pcm.caption_text import REASONS
+from pcm.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the whole dataset will hold and take, at this number of generators. Hours and cost include one start-up."""
+
+    pilot_samples: int
+    pilot_shards: int
+    predicted_images: int  # stored
+    predicted_quarantined: int
+    predicted_quarantined_share: float  # of all samples
+    predicted_bytes: int  # of all shards
+    predicted_images_per_second: float  # with models loaded
+    predicted_seconds: float
+    predicted_generator_hours: float
+    predicted_gpu_hours: float | None  # None on CPUs
+    predicted_cost: float | None  # None without a price
+    startup_seconds: float  # before the first picture
+    bottleneck: str  # the stage whose pool has most to do
+    clip_score_mean: float | None
+    clip_score_standard_error: float | None
+
+
+@dataclass(frozen=True)
+class PilotSize:
+    """What `--pilot` asks for: a share of the samples, 0..1, or a number of them."""
+
+    share: float | None = None
+    samples: int | None = None
+
+    @staticmethod
+    def parse(text: str) -> "PilotSize":
+        """ "1%" or "2000". Raises InputError for anything else."""
+        try:
+            if text.endswith("%") and 0 < float(text[:-1]) <= 100:
+                return PilotSize(share=float(text[:-1]) / 100)
+            if not text.endswith("%") and int(text) > 0:
+                return PilotSize(samples=int(text))
+        except ValueError:
+            pass
+        raise InputError(
+            f"pilot {text!r}: must be a share such as 1% (more than 0%, up to 100%) or a number of samples such as 2000"
+        )
+
+    def of(self, expected: int) -> int:
+        """How many of so many samples. Raises InputError when there are not so many."""
+        if self.share is not None:
+            return math.ceil(self.share * expected)
+        assert self.samples is not None
+        if self.samples > expected:
+            raise InputError(
+                f"pilot {self.samples}: the whole has {expected} samples; give fewer, or a share such as 1%"
+            )
+        return self.samples
+
+
+def pilot_shards(plan: Plan, samples: int, *, generators: int) -> list[int]:
+    """Evenly spaced shards of about so many samples, at least one a generator."""
+    wanted = max(1, generators, round(samples / plan.shard_size))
+    count = min(wanted, plan.num_shards)
+    return [(2 * index + 1) * plan.num_shards // (2 * count) for index in range(count)]
+
+
+def run_pilot(
+    store: Store, plan: Plan, pools: Pools, asked: PilotSize, *, faults: FaultPolicy | None = None, watch: Watch
+) -> tuple[Prediction, GenerationResult]:
+    """Make the pilot's shards (those that the store lacks) and predict the whole; no manifest is written.
+
+    Raises InputError when the plan has fewer samples, or when the pilot drew no picture to judge by.
+    """
+    samples = asked.of(plan.expected)
+    shards = pilot_shards(plan, samples, generators=pools.generators)
+    rows = sum(plan.shard_rows(shard) for shard in shards)
+    more = f", at least one for each of {pools.generators} generators" if rows > samples + plan.shard_size / 2 else ""
+    log.info("pilot: %d samples in %d of %d shards%s", rows, len(shards), plan.num_shards, more)
+    result = generate(store, plan, pools, faults=faults, watch=watch, shards=shards)
+    with ThreadPoolExecutor(16) as pool:
+        stats = list(pool.map(lambda shard: json.loads(store.read_bytes(stats_key(shard))), shards))
+    made = result.status.samples
+    prediction = predict(
+        stats,
+        expected=plan.expected,
+        usable=plan.usable,
+        pools=actors(pools, plan.num_shards),
+        store_seconds=result.stage_seconds["store"] / made if made else 0.0,
+        startup_seconds=result.startup_seconds or 0.0,
+        billing=Billing.of(pools, device=plan.spec.generator.device, price_per_hour=watch.price_per_hour),
+        machines=cluster_machines(),
+    )
+    for line in describe(prediction, generators=pools.generators):
+        log.info("%s", line)
+    return prediction, result
+
+
+def predict(
+    stats: Sequence[Mapping[str, Any]],
+    *,
+    expected: int,
+    usable: int,
+    pools: Mapping[str, int],
+    store_seconds: float,
+    startup_seconds: float,
+    billing: Billing,
+    machines: int,
+) -> Prediction:
+    """From the stats of some shards to the whole plan of `expected` samples, `usable` of which can be drawn.
+
+    `pools`: actors by stage. Each stage's seconds a drawn sample, over its actors, is the time the stage needs; the
+    slowest sets the pace, because the stages overlap. `store_seconds` a sample come from the driver: a shard's own
+    stats are written before it is. Raises InputError when no sample was drawn.
+    """
+    samples = sum(part["count"] for part in stats)
+    stored = sum(part["successes"] for part in stats)
+    drawn = samples - sum(count for reason, count in _reasons(stats) if reason in REASONS)
+    if not drawn:
+        raise InputError(f"pilot: none of its {samples} captions is usable; give a larger --pilot")
+    scores = sum((ClipScores.of_shard(dict(part)) for part in stats), ClipScores())
+    seconds = {stage: sum(part[f"{stage}_seconds"] for part in stats) / drawn for stage in ("draw", "featurise")}
+    seconds["write"] = sum(part["encode_seconds"] for part in stats) / drawn + store_seconds
+    workers = {"draw": pools["draw"], "featurise": pools["featurise"], "write": pools["store"]}
+    pace = {stage: seconds[stage] / workers[stage] for stage in seconds}  # seconds a sample
+    bottleneck = max(pace, key=lambda stage: pace[stage])
+    images = round(usable * stored / drawn)
+    drawing_seconds = usable * pace[bottleneck]
+    total_seconds = startup_seconds + drawing_seconds
+    units = billing.units(generators=pools["draw"], machines=machines)
+    return Prediction(
+        pilot_samples=samples,
+        pilot_shards=len(stats),
+        predicted_images=images,
+        predicted_quarantined=expected - images,
+        predicted_quarantined_share=(expected - images) / expected,
+        predicted_bytes=round(sum(part["bytes"] for part in stats) * usable / drawn),
+        predicted_images_per_second=images / drawing_seconds if drawing_seconds else 0.0,
+        predicted_seconds=total_seconds,
+        predicted_generator_hours=pools["draw"] * total_seconds / SECONDS_AN_HOUR,
+        predicted_gpu_hours=units * total_seconds / SECONDS_AN_HOUR if billing.unit == "GPU" else None,
+        predicted_cost=billing.cost(units * total_seconds),
+        startup_seconds=startup_seconds,
+        bottleneck=bottleneck,
+        clip_score_mean=scores.mean,
+        clip_score_standard_error=scores.standard_error,
+    )
+
+
+def describe(prediction: Prediction, *, generators: int) -> list[str]:
+    """What a person reads."""
+    error = prediction.clip_score_standard_error
+    spread = "" if error is None else f" +- {error:.4f} (standard error)"
+    score = "none" if prediction.clip_score_mean is None else f"{prediction.clip_score_mean:.4f}{spread}"
+    hours = f"{prediction.predicted_generator_hours:.3g} generator-hours"
+    if prediction.predicted_gpu_hours is not None:
+        hours += f", {prediction.predicted_gpu_hours:.3g} GPU-hours"
+    cost = "" if prediction.predicted_cost is None else f", cost {prediction.predicted_cost:.4g}"
+    quarantined = (
+        f"{prediction.predicted_quarantined:,} quarantined ({100 * prediction.predicted_quarantined_share:.2f}%)"
+    )
+    return [
+        f"predicted for the whole, from {prediction.pilot_samples:,} samples in {prediction.pilot_shards} shards:",
+        f"  {prediction.predicted_images:,} images, {quarantined}, {size(prediction.predicted_bytes)}",
+        f"  {prediction.predicted_images_per_second:.4g} images/s with {generators} generators, limited by "
+        f"{prediction.bottleneck}; start-up {duration(prediction.startup_seconds)}",
+        f"  {duration(prediction.predicted_seconds)}, {hours}{cost}",
+        f"  mean clip score {score}",
+        "the same command without --pilot goes on from here",
+    ]
+
+
+def summary(prediction: Prediction, result: GenerationResult) -> dict[str, Any]:
+    """What the job prints: the prediction, and what this run made."""
+    ours = asdict(prediction)
+    return {**result.summary(), **{name: _rounded(value) for name, value in ours.items()}}
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def _reasons(stats: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, int]]:
+    return (item for part in stats for item in part["quarantined_by_reason"].items())
