@@ -82,15 +82,18 @@ class Plan:
 
     def shard_rows(self, shard: int) -> int:
         """Samples planned for a shard. Raises IndexError for a shard beyond the plan."""
+        return len(self.shard_positions(shard))
+
+    def shard_positions(self, shard: int) -> range:
+        """Places of a shard's samples among all: record_index * images_per_caption + image_index."""
         segment = self._segment_of("first_shard", shard, self.num_shards)
-        start = (shard - segment.first_shard) * self.shard_size
-        return min(self.shard_size, segment.records * self.spec.images_per_caption - start)
+        per_caption = self.spec.images_per_caption
+        start = segment.first_record * per_caption + (shard - segment.first_shard) * self.shard_size
+        end = (segment.first_record + segment.records) * per_caption
+        return range(start, min(start + self.shard_size, end))
 
     def shard_of(self, position: int) -> tuple[int, int]:
-        """(shard, row of its plan part) of the sample at record_index * images_per_caption + image_index.
-
-        Raises IndexError for a position beyond the plan.
-        """
+        """(shard, row of its plan part) of the sample at a position. Raises IndexError for one beyond the plan."""
         per_caption = self.spec.images_per_caption
         segment = self._segment_of("first_record", position // per_caption, self.records)
         shard, row = divmod(position - segment.first_record * per_caption, self.shard_size)

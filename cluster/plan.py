@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from json.encoder import encode_basestring_ascii as json_string
 
@@ -75,7 +75,7 @@ def make_plan(
         raise InputError(f"images per caption {spec.images_per_caption}: at most 100")
     planned = load_plan(store)
     records = iter(records)
-    fingerprint = CorpusFingerprint()
+    fingerprint = hashlib.sha256()
     if planned is not None:
         _refuse_other_spec(store, planned, spec, shard_size)
         if source is not None and source == planned.source:
@@ -112,21 +112,12 @@ def make_plan(
     return plan
 
 
-class CorpusFingerprint:
-    """sha256 over the (corpus_id, caption, reason) of records in order, each a line of JSON."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-
-    def update(self, corpus_ids: Sequence[str], captions: Sequence[str], reasons: Sequence[str]) -> None:
-        lines = (
-            f"[{json_string(corpus_id)}, {json_string(caption)}, {json_string(reason)}]\n"
-            for corpus_id, caption, reason in zip(corpus_ids, captions, reasons, strict=True)
-        )
-        self._digest.update("".join(lines).encode())
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
+def corpus_lines(corpus_ids: Iterable[str], captions: Iterable[str], reasons: Iterable[str]) -> bytes:
+    """What the corpus fingerprint is the sha256 of: a line of JSON for each record."""
+    return "".join(
+        f"[{json_string(corpus_id)}, {json_string(caption)}, {json_string(reason)}]\n"
+        for corpus_id, caption, reason in zip(corpus_ids, captions, reasons, strict=True)
+    ).encode()
 
 
 def plan_parts(
@@ -135,13 +126,13 @@ def plan_parts(
     shard_size: int,
     is_truncated: Callable[[str], bool],
     first_record: int,
-    fingerprint: CorpusFingerprint,
+    fingerprint: "hashlib._Hash",
 ) -> Iterator[pa.Table]:
     """The plan parts of a segment, in order, of `shard_size` samples but for the last. `fingerprint` is updated."""
     pending: list[pa.Table] = []
     rows = 0
     while chunk := list(itertools.islice(records, _RECORDS_AT_ONCE)):
-        _update(fingerprint, chunk)
+        fingerprint.update(_lines(chunk))
         pending.append(_samples(chunk, first_record, spec, is_truncated))
         rows += len(pending[-1])
         first_record += len(chunk)
@@ -225,11 +216,11 @@ def write_plan_part(store: Store, shard: int, table: pa.Table) -> None:
     store.write_bytes(plan_part_key(shard), parquet_bytes(table))
 
 
-def _update(fingerprint: CorpusFingerprint, records: list[CorpusRecord]) -> None:
-    fingerprint.update(
-        [record.corpus_id for record in records],
-        [record.caption for record in records],
-        [record.reason for record in records],
+def _lines(records: list[CorpusRecord]) -> bytes:
+    return corpus_lines(
+        (record.corpus_id for record in records),
+        (record.caption for record in records),
+        (record.reason for record in records),
     )
 
 
@@ -245,13 +236,13 @@ def _refuse_other_spec(store: Store, planned: Plan, spec: DatasetSpec, shard_siz
 
 
 def _refuse_other_corpus(
-    store: Store, planned: Plan, records: Iterator[CorpusRecord], corpus: str, fingerprint: CorpusFingerprint
+    store: Store, planned: Plan, records: Iterator[CorpusRecord], corpus: str, fingerprint: "hashlib._Hash"
 ) -> None:
     """Take the planned number of records from `records`; they must be the planned ones."""
     counted = 0
     known = itertools.islice(records, planned.records)
     while chunk := list(itertools.islice(known, _RECORDS_AT_ONCE)):
-        _update(fingerprint, chunk)
+        fingerprint.update(_lines(chunk))
         counted += len(chunk)
     if fingerprint.hexdigest() == planned.corpus_fingerprint:
         return

@@ -1,248 +1,175 @@
-"""Proof of a dataset from the store alone: every planned sample stored or quarantined, once, and intact."""
+"""Proof of a dataset from the store alone: every planned sample stored or quarantined, once, and intact.
+
+Shards are read once, a few at a time, so memory does not grow with their number. What is checked of each:
+`cluster.shard_check`. Beyond that: the plan parts are the captions that plan.json speaks of, the manifest is the sum of
+the shards, no group object says what is not so, and no shard is there that nobody planned.
+"""
 
 import hashlib
-import io
-import json
 import logging
+import os
+import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from cluster.dataset import (
-    MANIFEST_KEY,
-    Manifest,
-    Plan,
-    load_plan,
-    plan_part_key,
-    quarantine_key,
-    shard_key,
-)
+from cluster.dataset import MANIFEST_KEY, PLAN_KEY, Manifest, Plan, group_key, load_plan, quarantine_key, shard_key
+from cluster.resume import GROUP, load_group
+from cluster.shard_check import PROBLEMS_SHOWN, ShardReport, check_shard
 from cluster.storage import Store
 from pcm.errors import InputError
-from pcm.images import open_image
-from pcm.records import QUARANTINED, STORED, FeatureShape, shard_schema
 
 log = logging.getLogger(__name__)
 
-#: Problems that are printed; all are counted.
-PROBLEMS_SHOWN = 20
-
-#: What reading a damaged Parquet object raises: gone, no Parquet, broken pages, text that is no UTF-8, another schema.
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException)
+_SECONDS_BETWEEN_LINES = 10.0
+_COUNTERS = ("stored", "quarantined", "missing", "duplicated", "corrupt")
 
 
 @dataclass
-class ShardReport:
-    """What one shard's objects show. `entries` are the fingerprint's lines, sorted by sample id."""
+class Inspection:
+    """What a dataset's objects show, and what has to be made again. Counts are samples."""
 
-    planned: int
+    plan: Plan
+    manifest: Manifest | None
     stored: int = 0
     quarantined: int = 0
     missing: int = 0
     duplicated: int = 0
     corrupt: int = 0
-    entries: list[str] = field(default_factory=list)
+    fingerprint: str = ""
+    damaged_shards: list[int] = field(default_factory=list)
+    damaged_plan_parts: list[int] = field(default_factory=list)
+    wrong_groups: list[int] = field(default_factory=list)
+    captions_differ: bool = False  # plan parts against plan.json
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def complete(self) -> bool:
+        """Whether the manifest is there, and of the corpus as it is planned now."""
+        return self.manifest is not None and self.manifest.corpus_fingerprint == self.plan.corpus_fingerprint
 
-def verify(store: Store, *, workers: int = 8) -> dict:
+    @property
+    def ok(self) -> bool:
+        return self.complete and not (self.missing or self.duplicated or self.corrupt or self.problems)
+
+    def tell(self, problems: list[str]) -> None:
+        self.problems += problems[: PROBLEMS_SHOWN - len(self.problems)]
+
+    def to_dict(self) -> dict:
+        return {
+            "expected": self.plan.expected,
+            **{name: getattr(self, name) for name in _COUNTERS},
+            "fingerprint": self.fingerprint,
+            "complete": self.complete,
+            "problems": self.problems,
+            "ok": self.ok,
+        }
+
+
+def verify(store: Store, *, workers: int | None = None) -> dict:
     """Check every object against the plan and the manifest.
 
     Returns expected, stored, quarantined, missing (planned, nowhere), duplicated (more than once), corrupt (there, but
     not to be trusted: unreadable, another checksum, caption, seed or size, undecodable image, non-finite features),
-    complete (the manifest is there), fingerprint and ok. Raises InputError when there is no dataset.
+    complete (the manifest is there, and of all planned captions), fingerprint, problems (the first of them) and ok.
+    Raises InputError when there is no dataset.
     """
+    return inspect(store, workers=workers).to_dict()
+
+
+def inspect(store: Store, *, workers: int | None = None) -> Inspection:
+    """`verify`, with the places of what was found. `workers`: shards read at once, by default four a core, up to 32."""
     plan = load_plan(store)
     if plan is None:
         raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
-    manifest = _manifest(store)
-    total = ShardReport(planned=plan.expected)
-    fingerprint = hashlib.sha256()
-    for report in _reports(store, plan, manifest, workers):
-        for counter in ("stored", "quarantined", "missing", "duplicated", "corrupt"):
-            setattr(total, counter, getattr(total, counter) + getattr(report, counter))
-        total.problems += report.problems[: PROBLEMS_SHOWN - len(total.problems)]
-        for entry in report.entries:  # plan order is sample_id order, so the lines come sorted over all shards
-            fingerprint.update(entry.encode())
-    total.problems += _foreign_objects(store, plan)
-    if manifest is not None:
-        total.problems += _manifest_disagrees(manifest, total)
-    for problem in total.problems[:PROBLEMS_SHOWN]:
+    result = Inspection(plan, _manifest(store))
+    fingerprint, corpus = hashlib.sha256(), hashlib.sha256()
+    group: list[ShardReport] = []
+    progress = _Lines(plan)
+    for report in _reports(store, plan, result.manifest, workers or min(32, 4 * (os.cpu_count() or 1))):
+        for counter in _COUNTERS:
+            setattr(result, counter, getattr(result, counter) + getattr(report, counter))
+        fingerprint.update(report.entries)  # plan order is sample_id order, so the lines come sorted over all shards
+        corpus.update(report.corpus)
+        report.entries = report.corpus = b""
+        result.tell(report.problems)
+        if report.damaged:
+            result.damaged_shards.append(report.shard)
+        if report.plan_damaged:
+            result.damaged_plan_parts.append(report.shard)
+        group.append(report)
+        if len(group) == GROUP or report.shard == plan.num_shards - 1:
+            _check_group(store, group, result)
+            group = []
+        progress.add(report)
+    result.fingerprint = fingerprint.hexdigest()
+    if not result.damaged_plan_parts and corpus.hexdigest() != plan.corpus_fingerprint:
+        result.captions_differ = True
+        result.tell([f"{PLAN_KEY}: its corpus fingerprint is not that of the captions in the plan parts"])
+    result.tell(_foreign_objects(store, plan))
+    result.tell(_manifest_disagrees(result))
+    for problem in result.problems:
         log.warning("%s", problem)
-    ok = manifest is not None and not (total.missing or total.duplicated or total.corrupt or total.problems)
-    return {
-        "expected": plan.expected,
-        "stored": total.stored,
-        "quarantined": total.quarantined,
-        "missing": total.missing,
-        "duplicated": total.duplicated,
-        "corrupt": total.corrupt,
-        "fingerprint": fingerprint.hexdigest(),
-        "complete": manifest is not None,
-        "problems": total.problems[:PROBLEMS_SHOWN],
-        "ok": ok,
-    }
-
-
-def fingerprint_entry(sample_id: str, caption: str, seed: int, status: str, image: bytes) -> str:
-    """One line of the fingerprint: sample_id, caption, seed, status sha256 of the stored image bytes or ""."""
-    digest = hashlib.sha256(image).hexdigest() if image else ""
-    return json.dumps([sample_id, caption, seed, status, digest], ensure_ascii=False) + "\n"
+    return result
 
 
 def _reports(store: Store, plan: Plan, manifest: Manifest | None, workers: int) -> Iterator[ShardReport]:
-    def check(shard: int) -> ShardReport:
-        return check_shard(store, plan, manifest, shard)
-
+    """Reports in shard order; no more than twice `workers` of them wait."""
+    waiting: deque[Future[ShardReport]] = deque()
     with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, plan.num_shards, 4 * workers):  # a window, so that reports do not pile up in memory
-            yield from pool.map(check, range(start, min(start + 4 * workers, plan.num_shards)))
+        for shard in range(plan.num_shards):
+            if len(waiting) == 2 * workers:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(check_shard, store, plan, manifest, shard))
+        while waiting:
+            yield waiting.popleft().result()
 
 
-def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int) -> ShardReport:
-    """Check the plan part, shard and quarantine part of one shard."""
-    try:
-        planned = {row["sample_id"]: row for row in _read(store, plan_part_key(shard)).to_pylist()}
-    except _UNREADABLE as error:
-        count = plan.shard_rows(shard)
-        return ShardReport(
-            count, corrupt=count, problems=[f"{plan_part_key(shard)}: unreadable ({_first_line(error)})"]
-        )
-    report = ShardReport(planned=len(planned))
-    seen: dict[str, int] = {}
-    try:
-        data = store.read_bytes(shard_key(shard))
-    except FileNotFoundError:
-        report.missing = len(planned)
-        report.problems.append(f"{shard_key(shard)}: missing ({len(planned)} samples)")
-        return report
-    if manifest is not None and hashlib.sha256(data).hexdigest() != manifest.shards[shard]["sha256"]:
-        report.problems.append(f"{shard_key(shard)}: its sha256 is not the manifest's")
-    try:
-        table = pq.read_table(io.BytesIO(data))
-        _check_schema(table, manifest)
-        rows, finite_rows = _light_rows(table), _finite_rows(table)
-    except _UNREADABLE as error:
-        report.corrupt = len(planned)
-        report.problems.append(f"{shard_key(shard)}: unreadable ({_first_line(error)})")
-        return report
-    del data, table
-    entries = []
-    for row, finite in zip(rows, finite_rows, strict=True):
-        problem = _stored_problem(row, planned.get(row["sample_id"]), finite)
-        _count(report, seen, row["sample_id"], problem, shard_key(shard))
-        report.stored += 1
-        image = row["image"]["bytes"] or b""
-        entries.append(fingerprint_entry(row["sample_id"], row["caption"], row["seed"], row["status"], image))
-    for row in _quarantine_rows(store, shard, report):
-        problem = _quarantine_problem(row, planned.get(row["sample_id"]))
-        _count(report, seen, row["sample_id"], problem, quarantine_key(shard))
-        report.quarantined += 1
-        entries.append(fingerprint_entry(row["sample_id"], row["caption"], row["seed"], row["status"], b""))
-    report.missing = sum(1 for sample in planned if sample not in seen)
-    if report.missing:
-        report.problems.append(f"{shard_key(shard)}: {report.missing} planned samples neither stored nor quarantined")
-    report.entries = sorted(entries)
-    return report
-
-
-def _count(report: ShardReport, seen: dict[str, int], sample_id: str, problem: str, key: str) -> None:
-    seen[sample_id] = seen.get(sample_id, 0) + 1
-    if seen[sample_id] > 1:
-        report.duplicated += 1
-        problem = problem or "stored more than once"
-    elif problem:
-        report.corrupt += 1
-    if problem and len(report.problems) < PROBLEMS_SHOWN:
-        report.problems.append(f"{key}: {sample_id}: {problem}")
-
-
-def _stored_problem(row: dict, planned: dict | None, finite: bool) -> str:
-    """Why a stored row is not to be trusted, or ""."""
-    if planned is None:
-        return "not planned for this shard"
-    if row["status"] != STORED:
-        return f"status {row['status']!r} in a shard"
-    if row["caption"] != planned["caption"]:
-        return "another caption than planned"
-    if row["attempts"] < 1 or row["seed"] != planned["seed"] + row["attempts"] - 1:
-        return "another seed than planned"
-    if not finite:
-        return "features or score not finite"
-    try:
-        image = open_image(row["image"]["bytes"] or b"")
-    except InputError as error:
-        return f"image: {error}"
-    if image.size != (row["width"], row["height"]):
-        return f"image is {image.size[0]}x{image.size[1]}, its row says {row['width']}x{row['height']}"
-    return ""
-
-
-def _quarantine_problem(row: dict, planned: dict | None) -> str:
-    if planned is None:
-        return "not planned for this shard"
-    if row["status"] != QUARANTINED or not row["reason"]:
-        return "quarantined without status or reason"
-    return "" if row["caption"] == planned["caption"] else "another caption than planned"
-
-
-def _quarantine_rows(store: Store, shard: int, report: ShardReport) -> list[dict]:
-    try:
-        return _read(store, quarantine_key(shard)).to_pylist()
-    except FileNotFoundError:
-        return []
-    except _UNREADABLE as error:
-        report.problems.append(f"{quarantine_key(shard)}: unreadable ({_first_line(error)})")
-        return []
-
-
-def _check_schema(table: pa.Table, manifest: Manifest | None) -> None:
-    """Raises ValueError unless names and types are a shard's, with the manifest's features where there is one."""
-    if manifest is not None:
-        features = manifest.features
-    else:
-        sizes = [table.schema.field(name).type.list_size for name in ("global_feature", "patch_features")]
-        features = FeatureShape(embed_dim=sizes[0], patch_dim=sizes[1], num_patches=1)
-    wanted = {field.name: field.type for field in shard_schema(features)}
-    found = {field.name: field.type for field in table.schema}
-    for name in wanted | found:
-        if wanted.get(name) != found.get(name):
-            raise ValueError(f"column {name}: {found.get(name, 'missing')}, must be {wanted.get(name, 'absent')}")
-    table.validate(full=True)  # text is UTF-8, offsets lie within
-
-
-def _light_rows(table: pa.Table) -> list[dict]:
-    rows = table.select(["sample_id", "caption", "image", "width", "height", "seed", "attempts", "status"]).to_pylist()
-    if any(value is None for row in rows for value in row.values()):
-        raise ValueError("a value is null")
-    return rows
-
-
-def _finite_rows(table: pa.Table) -> np.ndarray:
-    finite = np.isfinite(table["clip_score"].to_numpy())
-    for name in ("global_feature", "patch_features"):
-        column = table[name].combine_chunks()
-        values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
-        finite &= np.isfinite(values).all(axis=1)
-    return finite
+def _check_group(store: Store, reports: list[ShardReport], result: Inspection) -> None:
+    """A group object that a resume would believe must say of each shard what was found."""
+    number = reports[0].shard // GROUP
+    for said, found in zip(load_group(store, result.plan, number) or [], reports, strict=False):
+        if not found.sha256:
+            wrong = "is not there"
+        elif (said["sha256"], said["successes"]) != (found.sha256, found.stored) and not found.damaged:
+            wrong = "is another one"
+        else:
+            continue
+        result.wrong_groups.append(number)
+        result.tell([f"{group_key(number)}: {shard_key(found.shard)} {wrong}"])
+        return
 
 
 def _foreign_objects(store: Store, plan: Plan) -> list[str]:
     """Shards or quarantine parts beyond the plan: a dataset must hold nothing that nobody asked for."""
-    wanted = {key(shard) for shard in range(plan.num_shards) for key in (shard_key, quarantine_key)}
-    found = [key for folder in ("shards", "quarantine") for key in store.list(folder)]
-    return [f"{key}: not part of the plan" for key in found if key not in wanted]
+    foreign = []
+    for folder, key in (("shards/", shard_key), ("quarantine/", quarantine_key)):
+        wanted = {key(shard) for shard in range(plan.num_shards)}
+        foreign += [f"{found}: not part of the plan" for found in store.list(folder) if found not in wanted]
+    return foreign
 
 
-def _manifest_disagrees(manifest: Manifest, total: ShardReport) -> list[str]:
-    said, found = (manifest.stored, manifest.quarantined), (total.stored, total.quarantined)
-    if said == found:
+def _manifest_disagrees(result: Inspection) -> list[str]:
+    manifest, plan = result.manifest, result.plan
+    if manifest is None:
         return []
-    return [f"{MANIFEST_KEY}: says {said[0]} stored and {said[1]} quarantined, found {found[0]} and {found[1]}"]
+    if not result.complete:
+        return [
+            f"{MANIFEST_KEY}: of {manifest.expected} samples, but the corpus has grown: {plan.expected} are planned; "
+            "rerun the same jobs.generate command"
+        ]
+    said, found = (manifest.stored, manifest.quarantined), (result.stored, result.quarantined)
+    problems = []
+    if differences := manifest.spec.differences(plan.spec):
+        problems.append(f"{MANIFEST_KEY}: of another spec than the plan ({'; '.join(differences)})")
+    if [shard["key"] for shard in manifest.shards] != [shard_key(number) for number in range(plan.num_shards)]:
+        problems.append(f"{MANIFEST_KEY}: lists other shards than the plan")
+    if said != found:
+        problems.append(
+            f"{MANIFEST_KEY}: says {said[0]} stored and {said[1]} quarantined, found {found[0]} and {found[1]}"
+        )
+    return problems
 
 
 def _manifest(store: Store) -> Manifest | None:
@@ -252,9 +179,23 @@ def _manifest(store: Store) -> Manifest | None:
         return None
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+class _Lines:
+    """A line on the log now and then: how much is checked, how fast, how long it will take."""
 
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._started = self._last = time.monotonic()
+        self._samples = self._problems = 0
 
-def _read(store: Store, key: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(store.read_bytes(key)))
+    def add(self, report: ShardReport) -> None:
+        self._samples += report.planned
+        self._problems += report.missing + report.duplicated + report.corrupt
+        now = time.monotonic()
+        if now - self._last < _SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        rate = self._samples / (now - self._started)
+        log.info(
+            "%d of %d shards checked, %.0f samples/s, ETA %.0f s, missing, doubled or corrupt: %d",
+            report.shard + 1, self._plan.num_shards, rate, (self._plan.expected - self._samples) / rate, self._problems,
+        )  # fmt: skip

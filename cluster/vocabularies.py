@@ -46,7 +46,8 @@ def store_vocabularies(store: Store, plan: Plan) -> FeatureShape:
     they are built again; `vocabularies.json`, written last, says of which captions they are.
     """
     min_count = MIN_WORD_COUNT if plan.records >= SMALL_CORPUS else 1
-    if _captions_counted(store) != plan.corpus_fingerprint:
+    keys = (VOCABULARY_KEY,) if plan.spec.clip.model == "null" else (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY)
+    if _captions_counted(store) != plan.corpus_fingerprint or not all(map(store.exists, keys)):
         vocabulary = Vocabulary.build(planned_captions(store, plan), min_count=min_count)
         store.write_bytes(VOCABULARY_KEY, vocabulary.to_text().encode())
         log.info("vocabulary: %d words with at least %d occurrences", len(vocabulary), min_count)
