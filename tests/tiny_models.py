@@ -13,11 +13,11 @@ from open_clip.tokenizer import bytes_to_unicode
 from safetensors.torch import save_file
 
 
-def save_tiny_clip(folder: Path, *, seed: int = 0) -> Path:
+def save_tiny_clip(folder: Path, *, seed: int = 0, width: int = 64) -> Path:
     """A randomly initialised open_clip ViT folder: 32 px, patch 8 (16 patches of 64), D = 32, open_clip's tokenizer."""
     config = {
         "embed_dim": 32,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": width, "head_width": 32, "patch_size": 8},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 1, "layers": 1},
     }
     torch.manual_seed(seed)
