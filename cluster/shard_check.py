@@ -21,7 +21,7 @@ from pcm.records import PLAN_SCHEMA, PROMPT_TRUNCATED, QUARANTINED, STORED, Feat
 PROBLEMS_SHOWN = 20
 
 #: What reading a damaged Parquet object raises: gone, no Parquet, broken pages, text that is no UTF-8, another schema.
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException)
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException)
 
 
 @dataclass
@@ -58,7 +58,7 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
     try:
         part = read_table(store, plan_part_key(shard))
         _check_plan_part(part, plan, shard)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         report.plan_damaged = True
         report.corrupt = report.planned
         report.problems.append(f"{plan_part_key(shard)}: unreadable or not this plan's ({_first_line(error)})")
@@ -80,7 +80,7 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
         table = pq.read_table(io.BytesIO(data))
         _check_schema(table, manifest)
         rows, finite_rows = _light_rows(table), _finite_rows(table)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         report.corrupt = report.planned
         report.damage(f"{key}: unreadable ({_first_line(error)})")
         return report
@@ -186,7 +186,7 @@ def _quarantine_rows(store: Store, shard: int, report: ShardReport) -> list[dict
         return read_table(store, quarantine_key(shard)).to_pylist()
     except FileNotFoundError:
         return []
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         report.damage(f"{quarantine_key(shard)}: unreadable ({_first_line(error)})")
         return []
 

@@ -46,8 +46,7 @@ def store_vocabularies(store: Store, plan: Plan) -> FeatureShape:
     they are built again; `vocabularies.json`, written last, says of which captions they are.
     """
     min_count = MIN_WORD_COUNT if plan.records >= SMALL_CORPUS else 1
-    keys = (VOCABULARY_KEY,) if plan.spec.clip.model == "null" else (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY)
-    if _captions_counted(store) != plan.corpus_fingerprint or not all(map(store.exists, keys)):
+    if not vocabularies_stored(store, plan):
         vocabulary = Vocabulary.build(planned_captions(store, plan), min_count=min_count)
         store.write_bytes(VOCABULARY_KEY, vocabulary.to_text().encode())
         log.info("vocabulary: %d words with at least %d occurrences", len(vocabulary), min_count)
@@ -64,12 +63,14 @@ def store_vocabularies(store: Store, plan: Plan) -> FeatureShape:
     return FeatureShape(**json.loads(metadata[_FEATURES_FIELD]))
 
 
-def _captions_counted(store: Store) -> str | None:
-    """Fingerprint of the captions that the stored vocabulary was built from, if there is a whole one."""
+def vocabularies_stored(store: Store, plan: Plan) -> bool:
+    """Whether vocabulary, concepts and head are there, and of the captions that are planned now."""
     try:
-        return json.loads(store.read_bytes(VOCABULARIES_KEY))["corpus_fingerprint"]
+        fingerprint = json.loads(store.read_bytes(VOCABULARIES_KEY))["corpus_fingerprint"]
     except (FileNotFoundError, ValueError, TypeError, LookupError):
-        return None
+        return False
+    keys = (VOCABULARY_KEY,) if plan.spec.clip.model == "null" else (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY)
+    return fingerprint == plan.corpus_fingerprint and all(map(store.exists, keys))
 
 
 def planned_captions(store: Store, plan: Plan) -> Iterator[str]:

@@ -1,8 +1,12 @@
 """Prove a dataset from the store alone: nothing missing, doubled or corrupt. Exit status 1 where it fails."""
 
 import argparse
+from collections.abc import Callable, Iterator
 
-from cluster.storage import open_store
+from cluster.corpus import CorpusRecord, read_corpus
+from cluster.dataset import Plan
+from cluster.repair import repair
+from cluster.storage import Store, open_store
 from cluster.verify import verify
 from jobs.cli import make_parser, run_job
 
@@ -10,11 +14,49 @@ from jobs.cli import make_parser, run_job
 def parser() -> argparse.ArgumentParser:
     result = make_parser("verify", __doc__)
     result.add_argument("dataset", help="dataset: path or URI")
+    result.add_argument("--repair", action="store_true", help="make missing and corrupt shards again, and no others")
+    result.add_argument("--corpus", help="with --repair: where the captions are now, should the plan be damaged")
     return result
 
 
 def run(args: argparse.Namespace) -> dict:
-    return verify(open_store(args.dataset))
+    store = open_store(args.dataset)
+    if not args.repair:
+        return verify(store)
+
+    def read_records(plan: Plan) -> Iterator[CorpusRecord]:
+        from jobs.generate import corpus_uri
+
+        uri = corpus_uri(args.corpus or plan.corpus)
+        if plan.source is None:
+            return read_corpus(uri, limit=plan.records)
+        return read_corpus(uri, format=plan.source.format, split=plan.source.split, limit=plan.records)
+
+    return repair(
+        store,
+        draw=lambda plan, shards: _draw(store, plan, shards),
+        read_records=read_records,
+        truncation_check=_truncation_check,
+    )
+
+
+def _draw(store: Store, plan: Plan, shards: list[int]) -> None:
+    from cluster.generate import generate  # Ray takes seconds to import
+    from cluster.pools import Pools
+    from cluster.session import cluster_cpus, cluster_gpus, start_ray
+    from cluster.vocabularies import vocabularies_stored
+
+    cpus, gpus = 1.0, 0.0
+    if shards or not vocabularies_stored(store, plan):
+        start_ray()
+        cpus, gpus = cluster_cpus(), cluster_gpus()
+    generate(store, plan, Pools.for_cluster(device=plan.spec.generator.device, cpus=cpus, gpus=gpus), redo=shards)
+
+
+def _truncation_check(model: str) -> Callable[[str], bool]:
+    from pcm.clip import truncation_check  # torch takes seconds to import
+
+    return truncation_check(model)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""A damaged dataset made whole: what `cluster.verify` finds missing or corrupt is made again, and nothing else."""
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+
+from cluster.corpus import CorpusRecord
+from cluster.dataset import (
+    MANIFEST_KEY,
+    Manifest,
+    Plan,
+    group_key,
+    load_plan,
+    plan_part_key,
+    quarantine_key,
+    read_table,
+)
+from cluster.plan import plan_parts, write_plan_part
+from cluster.shard_check import UNREADABLE
+from cluster.storage import Store
+from cluster.verify import inspect
+from pcm.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+def repair(
+    store: Store,
+    *,
+    draw: Callable[[Plan, list[int]], None],
+    read_records: Callable[[Plan], Iterator[CorpusRecord]],
+    truncation_check: Callable[[str], Callable[[str], bool]],
+) -> dict:
+    """Make again the shards of which anything is missing or not to be trusted, then the manifest, and verify once more.
+
+    draw: makes these shards of the plan again, those that are missing, and the manifest.
+    read_records: the corpus of the plan; asked for only when plan parts are damaged.
+    truncation_check: of a CLIP's name, as `pcm.clip.truncation_check`; likewise.
+
+    Returns what `verify` does, and `repaired`, a number of shards. Objects that nobody planned are told of and stay.
+    Raises InputError when there is no dataset, or when its plan is damaged and the corpus cannot rebuild it.
+    """
+    _drop_damaged_manifest(store)
+    found = inspect(store)
+    if found.damaged_plan_parts or found.captions_differ:
+        rebuilt = _rebuild_plan_parts(store, found.plan, read_records, truncation_check)
+        log.info("rebuilt %d plan parts from the corpus", rebuilt)
+        found = inspect(store)
+    if found.ok:
+        return found.to_dict() | {"repaired": 0}
+    for group in found.wrong_groups:
+        store.delete(group_key(group))
+    for shard in found.damaged_shards:
+        if store.exists(quarantine_key(shard)):  # the new shard may have none
+            store.delete(quarantine_key(shard))
+    log.info("shards to be made again: %d of %d", len(found.damaged_shards), found.plan.num_shards)
+    draw(found.plan, found.damaged_shards)
+    return inspect(store).to_dict() | {"repaired": len(found.damaged_shards)}
+
+
+def _drop_damaged_manifest(store: Store) -> None:
+    """A manifest that cannot be read says nothing that the shards do not say."""
+    try:
+        Manifest.from_json(store.read_bytes(MANIFEST_KEY))
+    except FileNotFoundError:
+        return
+    except InputError as error:
+        if load_plan(store) is not None:
+            log.warning("%s", error)
+            store.delete(MANIFEST_KEY)
+
+
+def _rebuild_plan_parts(
+    store: Store,
+    plan: Plan,
+    read_records: Callable[[Plan], Iterator[CorpusRecord]],
+    truncation_check: Callable[[str], Callable[[str], bool]],
+) -> int:
+    """Write the parts that differ from what the corpus says, once the whole corpus proved to be the planned one."""
+    records = read_records(plan)
+    is_truncated = truncation_check(plan.spec.clip.model)
+    fingerprint = hashlib.sha256()
+    differ = {}
+    for segment in plan.segments:
+        captions = itertools.islice(records, segment.records)
+        parts = plan_parts(captions, plan.spec, plan.shard_size, is_truncated, segment.first_record, fingerprint)
+        for shard, part in enumerate(parts, segment.first_shard):
+            try:
+                intact = read_table(store, plan_part_key(shard)).equals(part)
+            except UNREADABLE:
+                intact = False
+            if not intact:
+                differ[shard] = part
+    if fingerprint.hexdigest() != plan.corpus_fingerprint:
+        raise InputError(
+            f"{store.root}: its plan is damaged, and corpus {plan.corpus} is not the one that it was made from any "
+            "more; give the original by --corpus, or generate into another --out"
+        )
+    for shard, part in differ.items():
+        write_plan_part(store, shard, part)
+    return len(differ)
