@@ -101,13 +101,10 @@ class DatasetSpec:
     clip: ClipSpec
     seed: int = 0
     images_per_caption: int = 1
-    first_image_id: int = 0  # the number of the plan's first picture in exports; the next ones count on
     generator_version: int = field(default=GENERATOR_VERSION)
 
     def __post_init__(self) -> None:
         _check_positive(self, "images_per_caption")
-        if self.first_image_id < 0:
-            raise InputError(f"first image id {self.first_image_id}: must not be negative")
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -125,10 +122,6 @@ class DatasetSpec:
         """Fields in which `other` differs, as "generator.guidance_scale: 7.5 -> 2.0"."""
         mine, theirs = _flatten(self.to_dict()), _flatten(other.to_dict())
         return [f"{key}: {mine.get(key)!r} -> {theirs.get(key)!r}" for key in mine if mine.get(key) != theirs.get(key)]
-
-    def image_id(self, record_index: int, image_index: int) -> int:
-        """The number under which a sample's picture is exported: plan order, counted from `first_image_id`."""
-        return self.first_image_id + record_index * self.images_per_caption + image_index
 
     def sample_seed(self, corpus_id: str, image_index: int) -> int:
         """Seed of one sample's first attempt, in [0, 2**53): exact as a JSON number and in an int64 column.

@@ -93,14 +93,7 @@ def test_a_spec_stored_before_an_option_existed_has_its_default() -> None:
     stored = SPEC.to_dict()
     for name in (*SPEED_FIELDS, "scheduler_options"):
         del stored["generator"][name]
-    del stored["first_image_id"]
     assert DatasetSpec.from_dict(stored) == SPEC
-
-
-def test_image_ids_count_pictures_in_plan_order() -> None:
-    spec = dataclasses.replace(SPEC, images_per_caption=2, first_image_id=6_000_000)
-    assert [spec.image_id(record, image) for record in (0, 1) for image in (0, 1)] == [*range(6_000_000, 6_000_004)]
-    assert spec.sample_seed("1", 0) == SPEC.sample_seed("1", 0)
 
 
 def test_braces_in_a_caption_are_text_and_no_template() -> None:
