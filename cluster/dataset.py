@@ -1,7 +1,9 @@
 """Where a dataset's objects lie on the store, and its two documents: plan.json (first) and dataset.json (last)."""
 
+import contextlib
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
@@ -115,10 +117,11 @@ class Plan:
                 f"dataset schema version {values.get('schema_version')}: this code reads version {SCHEMA_VERSION}; "
                 "use the release that wrote it, or generate into another --out"
             )
-        segments = tuple(Segment(**segment) for segment in values["segments"])
-        source = CorpusSource(**values["source"]) if values["source"] else None
-        spec = DatasetSpec.from_dict(values["spec"])
-        return Plan(**{**values, "spec": spec, "segments": segments, "source": source})
+        with _intact(PLAN_KEY):
+            segments = tuple(Segment(**segment) for segment in values["segments"])
+            source = CorpusSource(**values["source"]) if values["source"] else None
+            spec = DatasetSpec.from_dict(values["spec"])
+            return Plan(**{**values, "spec": spec, "segments": segments, "source": source})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,14 +147,15 @@ class Manifest:
     @staticmethod
     def from_json(data: bytes) -> "Manifest":
         values = _json_object(data, MANIFEST_KEY)
-        return Manifest(
-            **{
-                **values,
-                "spec": DatasetSpec.from_dict(values["spec"]),
-                "features": FeatureShape(**values["features"]),
-                "shards": tuple(values["shards"]),
-            }
-        )
+        with _intact(MANIFEST_KEY):
+            return Manifest(
+                **{
+                    **values,
+                    "spec": DatasetSpec.from_dict(values["spec"]),
+                    "features": FeatureShape(**values["features"]),
+                    "shards": tuple(values["shards"]),
+                }
+            )
 
 
 def load_plan(store: Store) -> Plan | None:
@@ -196,10 +200,18 @@ def read_table(store: Store, key: str, columns: list[str] | None = None) -> pa.T
 
 
 def _json_object(data: bytes, key: str) -> dict:
-    try:
+    with _intact(key):
         return dict(json.loads(data))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{key}: damaged ({error}); restore it, or generate into another --out") from None
+
+
+@contextlib.contextmanager
+def _intact(key: str) -> Iterator[None]:
+    """What goes wrong in reading a document is that it is damaged. Raises InputError."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"{key}: damaged ({said}); restore it, or generate into another --out") from None
 
 
 def _json_bytes(document: dict) -> bytes:

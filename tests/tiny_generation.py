@@ -10,11 +10,13 @@ from cluster.generate import GenerationResult, generate, write_manifest
 from cluster.models import pin_clip, pin_t2i
 from cluster.plan import make_plan
 from cluster.pools import Pools
+from cluster.resume import committed
 from cluster.stages.draw import DrawShard
 from cluster.stages.featurise import FeaturiseShard
 from cluster.stages.shard_row import ShardRow
 from cluster.stages.write import WriteShard
 from cluster.storage import Store, open_store
+from pcm.records import FeatureShape
 from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
 
 ANIMALS = ("cat", "dog", "horse", "sheep", "cow", "bird")
@@ -77,11 +79,21 @@ def make_dataset(
 def make_dataset_in_process(
     out: str | Path, corpus: Path, spec: DatasetSpec, *, shard_size: int = 5, finish: bool = True
 ) -> tuple[Store, Plan, Manifest | None]:
-    """The same stages one after another in this process, without Ray; `finish=False` leaves the manifest out."""
+    """The same stages one after another in this process, without Ray; `finish=False` leaves the manifest out.
+
+    Run it again on the same place to resume.
+    """
     store, plan = plan_dataset(out, corpus, spec, shard_size=shard_size)
-    draw, featurise, write = DrawShard(store, spec), FeaturiseShard(spec.clip), WriteShard(store)
+    made = committed(store, plan)
+    features = draw_in_process(store, plan, [shard for shard in range(plan.num_shards) if shard not in made])
+    return store, plan, write_manifest(store, plan, features) if finish else None
+
+
+def draw_in_process(store: Store, plan: Plan, shards: Sequence[int]) -> FeatureShape:
+    """Put these shards on the store, whatever is there."""
+    draw, featurise, write = DrawShard(store, plan.spec), FeaturiseShard(plan.spec.clip), WriteShard(store)
     times = {"start_time": 0.0, "draw_seconds": 0.0, "featurise_seconds": 0.0}
-    for shard in range(plan.num_shards):
+    for shard in shards:
         drawn = draw.draw(read_table(store, plan_part_key(shard)))
         write.write(ShardRow(shard, featurise.featurise(drawn), times))
-    return store, plan, write_manifest(store, plan, featurise.features) if finish else None
+    return featurise.features

@@ -1,0 +1,219 @@
+"""--repair makes again what is damaged, and nothing else."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_generation import draw_in_process, make_dataset_in_process, null_spec, write_corpus
+
+from cluster.corpus import CorpusRecord, read_corpus
+from cluster.dataset import (
+    MANIFEST_KEY,
+    PLAN_KEY,
+    Plan,
+    group_key,
+    parquet_bytes,
+    plan_part_key,
+    quarantine_key,
+    shard_key,
+    stats_key,
+)
+from cluster.generate import write_manifest
+from cluster.repair import repair
+from cluster.storage import open_store
+from cluster.verify import verify
+from pcm.errors import InputError
+
+CORPUS = ["A cat.", "a\x07b", *(f"caption number {index}" for index in range(9)), "\x00"]  # two of 12 unusable
+SHARDS = 4
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("repair")
+    make_dataset_in_process(folder / "data", write_corpus(folder, CORPUS), null_spec(), shard_size=3)
+    return folder
+
+
+@pytest.fixture
+def data(healthy: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(healthy / "data", tmp_path / "data"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.parent.name != "stats"  # they hold times
+    }
+
+
+def repaired(folder: Path, corpus: Path | None = None) -> tuple[dict, list[int]]:
+    """(what the repair says, the shards it drew)."""
+    store = open_store(folder)
+    drawn: list[int] = []
+
+    def draw(plan: Plan, shards: list[int]) -> None:
+        drawn.extend(shards)
+        for key in {group_key(0)} & set(store.list("progress/")):
+            store.delete(key)
+        write_manifest(store, plan, draw_in_process(store, plan, shards))
+
+    def read_records(plan: Plan) -> Iterator[CorpusRecord]:
+        return read_corpus(str(corpus or plan.corpus), limit=plan.records)
+
+    return repair(
+        store, draw=draw, read_records=read_records, truncation_check=lambda model: lambda prompt: False
+    ), drawn
+
+
+def rewritten(folder: Path, key: str, alter: Callable[[pa.Table], pa.Table]) -> None:
+    (folder / key).write_bytes(parquet_bytes(alter(pq.read_table(folder / key))))
+
+
+def with_value(column: str, value: object) -> Callable[[pa.Table], pa.Table]:
+    def alter(table: pa.Table) -> pa.Table:
+        rows = table.to_pylist()
+        rows[0][column] = value
+        return pa.Table.from_pylist(rows, schema=table.schema)
+
+    return alter
+
+
+def flipped(folder: Path, key: str) -> None:
+    data = bytearray((folder / key).read_bytes())
+    data[len(data) // 3] ^= 16
+    (folder / key).write_bytes(data)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], list[int]]] = {
+    "nothing": (lambda folder: None, []),
+    "a shard is gone": (lambda folder: (folder / shard_key(2)).unlink(), [2]),
+    "two are cut short": (
+        lambda folder: [(folder / shard_key(n)).write_bytes(b"PAR1" * n) for n in (1, 3)], [1, 3],
+    ),
+    "a bit is flipped": (lambda folder: flipped(folder, shard_key(1)), [1]),
+    "a row is lost": (lambda folder: rewritten(folder, shard_key(1), lambda table: table.slice(1)), [1]),
+    "a row is doubled": (
+        lambda folder: rewritten(folder, shard_key(1), lambda table: pa.concat_tables([table, table])), [1],
+    ),
+    "a row is another shard's": (
+        lambda folder: (folder / shard_key(1)).write_bytes((folder / shard_key(2)).read_bytes()), [1],
+    ),
+    "a feature is NaN": (
+        lambda folder: rewritten(folder, shard_key(1), with_value("clip_score", float("nan"))), [1],
+    ),
+    "a seed is another": (lambda folder: rewritten(folder, shard_key(1), with_value("seed", 7)), [1]),
+    "a quarantine part is gone": (lambda folder: (folder / quarantine_key(0)).unlink(), [0]),
+    "a quarantine part is damaged": (lambda folder: (folder / quarantine_key(0)).write_bytes(b"PAR1"), [0]),
+    "a quarantine part is another's": (
+        lambda folder: shutil.copy(folder / quarantine_key(0), folder / quarantine_key(1)), [1],
+    ),
+    "statistics are gone": (lambda folder: (folder / stats_key(2)).unlink(), [2]),
+    "statistics are another's": (lambda folder: shutil.copy(folder / stats_key(1), folder / stats_key(2)), [2]),
+    "the manifest is gone": (lambda folder: (folder / MANIFEST_KEY).unlink(), []),
+    "the manifest is damaged": (lambda folder: (folder / MANIFEST_KEY).write_bytes(b'{"stored": 12'), []),
+    "the manifest lacks a field": (lambda folder: (folder / MANIFEST_KEY).write_bytes(b'{"stored": 12}'), []),
+    "the group object lies": (
+        lambda folder: (folder / group_key(0)).write_bytes(
+            (folder / group_key(0)).read_bytes().replace(b'"sha256": "', b'"sha256": "0')
+        ), [],
+    ),
+    "a plan part is damaged": (lambda folder: (folder / plan_part_key(1)).write_bytes(b"PAR1"), []),
+    "a plan part is gone": (lambda folder: (folder / plan_part_key(3)).unlink(), []),
+    "a plan part has another seed": (lambda folder: rewritten(folder, plan_part_key(1), with_value("seed", 7)), []),
+    "a plan part has another caption": (
+        lambda folder: rewritten(folder, plan_part_key(1), with_value("caption", "Another.")), [],
+    ),
+    "plan and shard are damaged": (
+        lambda folder: [flipped(folder, key(1)) for key in (plan_part_key, shard_key)], [1],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_exactly_what_is_damaged_is_made_again(damage: str, healthy: Path, data: Path) -> None:
+    alter, wanted = DAMAGES[damage]
+    alter(data)
+    before = {path: path.stat().st_mtime_ns for path in (data / "shards").iterdir()}
+    if damage == "the manifest is damaged" or damage == "the manifest lacks a field":
+        with pytest.raises(InputError, match=r"dataset.json: damaged"):
+            verify(open_store(data))
+    else:
+        assert verify(open_store(data))["ok"] is (damage == "nothing")
+    report, drawn = repaired(data)
+    assert report["ok"] and report["problems"] == [] and drawn == wanted and report["repaired"] == len(wanted)
+    untouched = [data / shard_key(number) for number in range(SHARDS) if number not in wanted]
+    assert {path: path.stat().st_mtime_ns for path in untouched} == {path: before[path] for path in untouched}
+    assert contents(data) == contents(healthy / "data"), "byte for byte"
+    assert verify(open_store(data))["ok"]
+
+
+def test_an_unfinished_dataset_is_finished(healthy: Path, tmp_path: Path) -> None:
+    make_dataset_in_process(tmp_path / "data", healthy / "captions.txt", null_spec(), shard_size=3, finish=False)
+    (tmp_path / "data" / shard_key(0)).unlink()
+    report, drawn = repaired(tmp_path / "data")
+    assert report["ok"] and drawn == [0] and contents(tmp_path / "data") == contents(healthy / "data")
+
+
+def test_what_nobody_planned_is_told_of_and_stays(data: Path) -> None:
+    shutil.copy(data / shard_key(0), data / shard_key(99))
+    (data / shard_key(1)).unlink()
+    report, drawn = repaired(data)
+    assert drawn == [1] and not report["ok"] and report["problems"] == [f"{shard_key(99)}: not part of the plan"]
+    assert (data / shard_key(99)).exists()
+
+
+def test_a_plan_is_rebuilt_from_the_corpus_alone_that_it_was_made_from(
+    healthy: Path, data: Path, tmp_path: Path
+) -> None:
+    (data / plan_part_key(1)).write_bytes(b"PAR1")
+    before = contents(data)
+    other = write_corpus(tmp_path, [*CORPUS[:-1], "Another."])
+    with pytest.raises(InputError, match=r"its plan is damaged.*--corpus") as caught:
+        repaired(data, other)
+    assert "\n" not in str(caught.value) and contents(data) == before
+    with pytest.raises(InputError, match="no such file"):
+        repaired(data, tmp_path / "nowhere.txt")
+    longer = write_corpus(tmp_path, [*CORPUS, "A new one."])
+    assert repaired(data, longer)[0]["ok"] and contents(data) == contents(healthy / "data")
+
+
+def test_a_dataset_that_grew_is_repaired_in_its_own_shards(data: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path, [*CORPUS, "More.", "Still more."])
+    make_dataset_in_process(data, corpus, null_spec(), shard_size=3)
+    before = contents(data)
+    for key in (shard_key(SHARDS), plan_part_key(SHARDS), plan_part_key(0)):
+        (data / key).unlink()
+    report, drawn = repaired(data)
+    assert report["ok"] and drawn == [SHARDS] and contents(data) == before
+
+
+def test_without_a_plan_there_is_nothing_to_repair(data: Path) -> None:
+    (data / PLAN_KEY).unlink()
+    (data / MANIFEST_KEY).write_bytes(b"{")
+    with pytest.raises(InputError, match="not a dataset"):
+        repaired(data)
+    assert (data / MANIFEST_KEY).exists()
+
+
+def test_the_job_repairs_with_the_real_pipeline(data: Path, healthy: Path, call_job, ray_session: None) -> None:
+    (data / shard_key(1)).unlink()
+    flipped(data, shard_key(2))
+    (data / plan_part_key(0)).unlink()
+    assert call_job("verify", data).returncode == 1
+    moved = call_job("verify", data, "--repair", "--corpus", data / "nowhere.txt")
+    assert moved.returncode == 2 and "nowhere.txt" in moved.stderr
+    run = call_job("verify", data, "--repair")
+    assert run.returncode == 0 and run.summary is not None
+    assert (run.summary["repaired"], run.summary["missing"], run.summary["corrupt"]) == (2, 0, 0)
+    assert contents(data).keys() - {"vocabulary.txt", "vocabularies.json"} == contents(healthy / "data").keys()
+    assert run.summary["fingerprint"] == verify(open_store(healthy / "data"))["fingerprint"]
+    assert json.loads((data / MANIFEST_KEY).read_text()) == json.loads((healthy / "data" / MANIFEST_KEY).read_text())
+    again = call_job("verify", data, "--repair")
+    assert again.returncode == 0 and again.summary is not None and again.summary["repaired"] == 0
