@@ -51,11 +51,16 @@ class Fault:
 
 @dataclass
 class FaultyProxy:
-    """Runs in a thread of its own; `requests` holds (method, path) of all that came, in order."""
+    """Runs in a thread of its own.
+
+    `requests` holds (method, path) of all that came, in order; `answers` (method, path, status) of those that the
+    server answered in full.
+    """
 
     upstream_port: int
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str]] = field(default_factory=list)
+    answers: list[tuple[str, str, int]] = field(default_factory=list)
     port: int = 0
 
     @property
@@ -139,8 +144,9 @@ class FaultyProxy:
                 _reset(upstream)
                 _reset(writer)
                 return
-            await _send_answer(from_server, writer, method, fault)
+            status = await _send_answer(from_server, writer, method, fault)
             await sending
+            self.answers.append((method.decode(), path.decode(), status))
         except (ConnectionError, asyncio.IncompleteReadError, OSError):
             pass  # one of the two sides went away: the other one learns it
         finally:
@@ -182,15 +188,17 @@ async def _send_body(reader: asyncio.StreamReader, upstream: asyncio.StreamWrite
 
 async def _send_answer(
     from_server: asyncio.StreamReader, writer: asyncio.StreamWriter, method: bytes, fault: Fault
-) -> None:
+) -> int:
+    """The status of the answer, once it is passed on."""
     head = await from_server.readuntil(b"\r\n\r\n")
     while head.startswith(b"HTTP/1.1 100"):
         writer.write(head)
         head = await from_server.readuntil(b"\r\n\r\n")
+    status = int(head.split(b" ", 2)[1])
     if fault.kind == "lose_answer":
         await from_server.read()
         _reset(writer)
-        return
+        return status
     writer.write(head)
     wanted = float("inf")
     if fault.kind == "cut" and method != b"HEAD":
@@ -199,6 +207,7 @@ async def _send_answer(
         wanted -= len(data)
         writer.write(data)
         await writer.drain()
+    return status
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -27,7 +27,8 @@ class S3Server:
         access, secret = secrets.token_hex(8), secrets.token_hex(16)
         identity = {"name": "tests", "credentials": [{"accessKey": access, "secretKey": secret}], "actions": ["Admin"]}
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-        (folder / "data").mkdir()
+        self.data = folder / "data"  # what lies on its disk
+        self.data.mkdir()
         self.ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
         #: What a client needs, as the environment variables that boto, s3fs and pyarrow read.
         self.environment = {
@@ -44,7 +45,7 @@ class S3Server:
         """Start it, or start it again, and wait until it takes an object."""
         folder = self._folder
         command = [
-            Path(sys.executable).with_name("weed"), "server", f"-dir={folder / 'data'}", "-s3",
+            Path(sys.executable).with_name("weed"), "server", f"-dir={self.data}", "-s3",
             f"-s3.config={folder / 's3.json'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=50",
             "-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.minFreeSpace=1", "-s3.port.iceberg=0",
             "-s3.port.lance=0", "-master.electionTimeout=1s", "-master.heartbeatInterval=100ms",

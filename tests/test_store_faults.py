@@ -1,0 +1,344 @@
+"""What a store does to its clients, done on purpose to a real one: nothing is lost; what cannot pass is one line."""
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import s3fs
+from faulty_proxy import FaultyProxy, faulty_proxy
+from seaweedfs import S3Server
+from tiny_generation import CAPTIONS, make_dataset, make_dataset_in_process, null_spec, write_corpus
+
+from cluster.dataset import load_manifest, shard_key
+from cluster.storage import Store, open_store
+from cluster.store_faults import classify, patiently
+from cluster.verify import verify
+from pcm.errors import InputError
+
+DATA = bytes(range(256)) * 1024  # 256 KiB: several segments, so that half of it can be cut off
+OPERATIONS: dict[str, tuple[str, Callable[[Store], object]]] = {
+    "put": ("PUT", lambda store: store.write_bytes("part", DATA)),
+    "get": ("GET", lambda store: store.read_bytes("part") == DATA),
+    "list": ("GET", lambda store: store.list("pa") == ["part"]),
+    "head": ("HEAD", lambda store: store.exists("part") and store.size("part") == len(DATA)),
+}
+FAULTS = [
+    ("status", "put get list head"), ("hang", "put get list head"), ("reset", "put get list head"),
+    ("cut", "get list"), ("reset_upload", "put"), ("lose_answer", "put get list head"), ("corrupt_upload", "put"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
+    with faulty_proxy(s3_server.ports["s3.port"]) as running:
+        yield running
+
+
+@pytest.fixture
+def store(s3: S3Server, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Store:
+    """A prefix of its own behind the proxy, with one object; a second of silence is a timeout."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setenv("PCM_STORE_TIMEOUT_SECONDS", "0.5")
+    monkeypatch.setenv("PCM_STORE_RETRY_SECONDS", "30")
+    proxy.heal()
+    store = open_store(f"{s3.uri}/faults/{abs(hash(request.node.name))}")
+    store.write_bytes("part", DATA)
+    proxy.requests.clear()
+    return store
+
+
+@pytest.mark.parametrize(
+    ("kind", "operation"), [(kind, operation) for kind, operations in FAULTS for operation in operations.split()]
+)
+def test_a_fault_that_passes_is_tried_again(
+    kind: str, operation: str, store: Store, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, run = OPERATIONS[operation]
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="did not answer properly"):
+        patch.setenv("PCM_STORE_RETRY_SECONDS", "0")  # without patience, the fault is an error
+        proxy.fail(kind, method=method)
+        run(store)
+    proxy.heal()
+    fault = proxy.fail(kind, method=method, count=3)  # aiohttp itself repeats a request once when it is reset
+    assert run(store) in (None, True)
+    assert fault.struck == 3
+    assert store.read_bytes("part") == DATA and store.list() == ["part"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(500, "InternalError"), (503, "ServiceUnavailable"), (400, "RequestTimeout"), (429, "TooManyRequests")],
+)
+def test_answers_that_ask_for_patience(status: int, code: str, store: Store, proxy: FaultyProxy) -> None:
+    fault = proxy.fail("status", status=status, code=code, count=2)
+    store.write_bytes("part", DATA)
+    assert fault.struck == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "line"),
+    [
+        (403, "AccessDenied", "access refused (AccessDenied 403); check the credentials"),
+        (400, "ExpiredToken", "access refused (ExpiredToken 400); check the credentials"),
+        (404, "NoSuchBucket", "no such bucket; create it"),
+        (507, "XMinioStorageFull", "(XMinioStorageFull 507): free space and rerun"),
+        (403, "QuotaExceeded", "(QuotaExceeded 403): free space and rerun"),
+    ],
+)
+def test_what_only_the_user_can_mend_is_one_line_at_once(
+    status: int, code: str, line: str, store: Store, proxy: FaultyProxy
+) -> None:
+    proxy.fail("status", status=status, code=code)
+    for operation in ("put", "get", "list"):
+        proxy.requests.clear()
+        with pytest.raises(InputError) as caught:
+            OPERATIONS[operation][1](store)
+        assert line in str(caught.value) and store.root in str(caught.value) and "\n" not in str(caught.value)
+        assert len(proxy.requests) == 1, "not tried again"
+
+
+def test_a_missing_key_is_not_waited_for(store: Store, proxy: FaultyProxy) -> None:
+    with pytest.raises(FileNotFoundError):
+        store.read_bytes("nothing")
+    assert len(proxy.requests) == 1
+
+
+def test_a_bucket_that_does_not_exist_is_named(store: Store) -> None:
+    for operation in ("get", "list", "head"):
+        with pytest.raises(InputError, match=r"s3://pcm-no-such-bucket/x.*no such bucket"):
+            OPERATIONS[operation][1](open_store("s3://pcm-no-such-bucket/x"))
+
+
+def test_wrong_credentials_are_one_line_without_them(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"AWS_SECRET_ACCESS_KEY": "wrong-secret", "AWS_ACCESS_KEY_ID": "WRONGKEY"}.items():
+        monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        with pytest.raises(InputError, match="access refused") as caught:
+            open_store(store.root).write_bytes("part", DATA)
+        assert value not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_credentials_at_all_are_one_line(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(InputError, match=r"access refused \(NoCredentialsError\)"):
+        open_store(store.root).read_bytes("part")
+
+
+def test_a_store_that_restarts_is_waited_for(
+    store: Store, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    started = time.monotonic()
+    with proxy.refusing():
+        read: list[bytes] = []
+        import threading
+
+        reader = threading.Thread(target=lambda: read.append(store.read_bytes("part")))
+        reader.start()
+        time.sleep(1)
+        assert not read
+    reader.join(timeout=30)
+    assert read == [DATA] and time.monotonic() - started > 1
+
+
+def test_patience_says_what_it_waits_for_once(
+    store: Store, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.store_faults._noticed_at", float("-inf"))
+    proxy.fail("status", count=3)
+    store.write_bytes("part", DATA)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "cluster.store_faults"]
+    assert line == f"{store.root}/part: SlowDown 503; trying again for up to 30 s"
+
+
+def test_a_large_object_is_one_put_and_leaves_no_part_when_it_fails(
+    store: Store, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PCM_STORE_TIMEOUT_SECONDS", "60")
+    s3fs.S3FileSystem.clear_instance_cache()
+    store = open_store(store.root)
+    data = os.urandom(1 << 20) * 105  # over the size at which s3fs would send parts
+    fault = proxy.fail("reset_upload", method="PUT", count=1)
+    store.write_bytes("large", data)
+    assert fault.struck == 1 and [method for method, _ in proxy.requests] == ["PUT", "PUT"]
+    assert store.read_bytes("large") == data
+    fault = proxy.fail("reset_upload", method="PUT")
+    monkeypatch.setenv("PCM_STORE_RETRY_SECONDS", "0")
+    with pytest.raises(InputError):
+        store.write_bytes("other", data)
+    assert store.list() == ["large", "part"]
+    bucket = store.prefix.partition("/")[0]
+    assert not store.fs.list_multipart_uploads(bucket)
+    store.delete("large")
+
+
+def test_a_read_is_one_request_and_a_list_one_a_thousand_keys(store: Store, proxy: FaultyProxy) -> None:
+    for prefix, requests in (("pa", 1), ("part-000", 1)):
+        proxy.requests.clear()
+        store.list(prefix)
+        assert len(proxy.requests) == requests, proxy.requests
+    proxy.requests.clear()
+    store.read_bytes("part")
+    assert [method for method, _ in proxy.requests] == ["GET"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET])
+def test_a_network_disk_that_stutters_is_tried_again(number: int) -> None:
+    failures = [OSError(number, os.strerror(number))] * 2
+
+    def operation() -> str:
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    assert patiently(operation, place="/mnt/nfs/x") == "done"
+
+
+def test_errors_of_google_storage_are_told_apart_by_status() -> None:
+    class HttpError(Exception):  # as gcsfs.retry has it
+        def __init__(self, code: int) -> None:
+            self.code = code
+
+    kinds = {code: classify(HttpError(code)).kind for code in (400, 403, 404, 408, 429, 500, 503)}
+    assert kinds == {
+        400: "other", 403: "refused", 404: "other", 408: "transient", 429: "transient", 500: "transient",
+        503: "transient",
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Callable[[], None]]:
+    """A disk of 2 MB at `folder`, full but for 64 KB; yields what frees it. Without root: a limit on file sizes."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode == 0:
+        ballast = folder / "ballast"
+        try:
+            ballast.write_bytes(bytes((2 << 20) - (64 << 10)))
+            yield lambda: ballast.unlink()
+        finally:
+            subprocess.run(["umount", folder], check=True)
+    else:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, limits[1]))
+        try:
+            yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_half_written(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as free:
+        store = open_store(tmp_path / "disk" / "data")
+        store.write_bytes("small", b"1")
+        with pytest.raises(InputError, match=r"disk full at .*data/large .*free space and rerun") as caught:
+            store.write_bytes("large", bytes(1 << 20))
+        assert "\n" not in str(caught.value)
+        assert [path.name for path in Path(store.prefix).iterdir()] == ["small"]
+        free()
+        store.write_bytes("large", bytes(1 << 20))
+        assert store.size("large") == 1 << 20
+
+
+def proven(store: Store) -> str:
+    report = verify(store)
+    assert report["ok"], report
+    return report["fingerprint"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The fingerprint of the corpus below, made without faults."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    store, *_ = make_dataset_in_process(folder / "data", write_corpus(folder, RUN), null_spec(), shard_size=16)
+    return proven(store)
+
+
+RUN = [f"{caption} {number}" for number in range(5) for caption in CAPTIONS]  # 120
+
+
+def test_a_run_on_a_full_disk_stops_with_the_line_and_resumes(
+    tmp_path: Path, undisturbed: str, ray_session: None
+) -> None:
+    corpus = write_corpus(tmp_path, RUN)
+    with small_disk(tmp_path / "disk") as free:
+        with pytest.raises(InputError, match="disk full at"):
+            make_dataset(tmp_path / "disk" / "data", corpus, null_spec(), shard_size=4)
+        free()
+        made = make_dataset(tmp_path / "disk" / "data", corpus, null_spec(), shard_size=4)
+        assert proven(made.store) == undisturbed
+        assert not list((tmp_path / "disk").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_a_dataset_resumes_grows_and_is_proven_alike_everywhere(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    where = str(tmp_path / "data") if place == "local" else f"{request.getfixturevalue('s3').uri}/alike"
+    half, whole = write_corpus(tmp_path, RUN[:50]), tmp_path / "whole"
+    make_dataset_in_process(where, half, null_spec(), shard_size=16, finish=False)
+    store = open_store(where)
+    for shard in (1, 3):
+        store.delete(shard_key(shard))
+    make_dataset_in_process(where, half, null_spec(), shard_size=16)
+    proven(store)
+    whole.mkdir()
+    make_dataset_in_process(where, write_corpus(whole, RUN[:70]), null_spec(), shard_size=16)
+    other, *_ = make_dataset_in_process(tmp_path / "other", whole / "captions.txt", null_spec(), shard_size=9)
+    assert proven(store) == proven(other) and load_manifest(store).stored == 70
+
+
+def test_a_run_through_a_failing_network_ends_as_if_nothing_had_been(
+    s3_server: S3Server, proxy: FaultyProxy, tmp_path: Path, undisturbed: str, run_job
+) -> None:
+    proxy.heal()
+    proxy.requests.clear()
+    faults = [
+        proxy.fail("status", method="PUT", path="/shards/", count=4),
+        proxy.fail("status", status=500, code="InternalError", path="/stats/", count=2),
+        proxy.fail("hang", path="/plan/part-00001", count=2),
+        proxy.fail("cut", method="GET", path="/plan/part", count=2),
+        proxy.fail("lose_answer", method="PUT", path="/shards/part-00002", count=4),
+        proxy.fail("reset", path="/shards/part-00000", count=4),
+        proxy.fail("slow", delay=0.2, path="/stats/", count=5),
+    ]
+    started = time.time()
+    environment = s3_server.environment | {"AWS_ENDPOINT_URL": proxy.url, "PCM_STORE_TIMEOUT_SECONDS": "1"}
+    out = f"{s3_server.uri}/failing"
+    run = run_job(
+        "generate", "--corpus", write_corpus(tmp_path, RUN), "--out", out, "--t2i", "null", "--shard-size", 4,
+        env=environment,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.summary["stored"] == len(RUN)
+    assert [fault.kind for fault in faults if fault.struck == 0] == []
+    assert "trying again for up to 300 s" in run.stderr
+    proxy.heal()
+    checked = run_job("verify", out, env=environment)
+    assert checked.returncode == 0, checked.stderr
+    assert checked.summary["fingerprint"] == undisturbed
+
+    # What was printed, what Ray's processes wrote to their logs, and what lies on the store.
+    logs = [path for path in Path("/tmp/ray").glob("session_*/logs/**/*") if path.is_file()]
+    fresh = [path.read_bytes() for path in logs if path.stat().st_mtime >= started]
+    assert len(fresh) > 5
+    objects = [path.read_bytes() for path in s3_server.data.rglob("*") if path.is_file()]
+    secret = s3_server.environment["AWS_SECRET_ACCESS_KEY"]
+    for text in (run.stderr.encode(), json.dumps(run.summary).encode(), *fresh, *objects):
+        assert secret.encode() not in text
+
+
+def test_an_object_cut_short_on_the_store_is_found(s3: S3Server, tmp_path: Path) -> None:
+    store, *_ = make_dataset_in_process(f"{s3.uri}/short", write_corpus(tmp_path, RUN[:40]), null_spec(), shard_size=16)
+    store.write_bytes(shard_key(1), store.read_bytes(shard_key(1))[:-100])
+    report = verify(store)
+    assert not report["ok"] and report["corrupt"] > 0 and any(shard_key(1) in problem for problem in report["problems"])
