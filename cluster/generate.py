@@ -101,12 +101,14 @@ def generate(
     watch: Watch | None = None,
     shards: Collection[int] | None = None,
     redo: Collection[int] = (),
+    retry: frozenset[str] = frozenset(),
     draw: type[DrawShard] = DrawShard,
 ) -> GenerationResult:
     """Make every shard that the plan asks for and the store lacks, then write the manifest.
 
     With `shards`, only those of them that the store lacks, and no manifest. Shards in `redo` are made again and put in
-    the place of those that are there. Raises InputError when the scores fall below the watch's threshold.
+    the place of those that are there; with `retry`, only their samples that are quarantined for one of these reasons.
+    Raises InputError when the scores fall below the watch's threshold.
     """
     watch = watch or Watch()
     on_store = committed(store, plan)
@@ -125,7 +127,8 @@ def generate(
         monitor = start_monitor(faults)
         telemetry = Telemetry(store.root, has_clip_scores=plan.spec.clip.model != "null")
         with Display(progress, telemetry, monitor, gpus_per_generator=billing.units_per_generator) as display:
-            for stats in shard_stream(store, plan, missing, pools, watched_by=(monitor, faults), draw=draw):
+            made = shard_stream(store, plan, missing, pools, watched_by=(monitor, faults), retry=retry, draw=draw)
+            for stats in made:
                 on_store.add(stats)
                 display.add(stats)
                 check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
@@ -158,6 +161,7 @@ def shard_stream(
     pools: Pools,
     *,
     watched_by: tuple[ActorHandle, FaultPolicy],
+    retry: frozenset[str] = frozenset(),
     draw: type[DrawShard] = DrawShard,
 ) -> Iterable[dict]:
     """Run shards through the three pools; yields each shard's stats once it is committed.
@@ -172,7 +176,7 @@ def shard_stream(
     pipeline = (
         source.map_batches(
             draw,
-            fn_constructor_args=(store, plan.spec, watched_by),
+            fn_constructor_args=(store, plan.spec, watched_by, retry),
             **pools.draw_options(len(shards)),
             batch_size=1,
             batch_format="pyarrow",

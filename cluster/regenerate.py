@@ -1,7 +1,10 @@
 """One sample drawn again, alone, and compared with what is stored."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
+
+import pyarrow as pa
 
 from cluster.dataset import load_plan, plan_part_key, quarantine_key, read_table, shard_key
 from cluster.plan import parse_sample_id
@@ -28,10 +31,18 @@ def regenerate(store: Store, sample_id: str, *, image_out: str | None = None) ->
     shard, offset = plan.shard_of(position)
     part = read_table(store, plan_part_key(shard))
     row = part.slice(offset, 1)
-    drawn = DrawShard(store, plan.spec).draw(row).to_pylist()[0]
+    kept = _stored_row(store, shard, sample_id)
+    spec = plan.spec
+    if kept:
+        # As it was drawn then: perhaps in a smaller batch, perhaps with a seed that only a retry came to.
+        row = row.append_column("attempts", pa.array([kept["attempts"] - 1], pa.int32()))
+        spec = dataclasses.replace(
+            spec, generator=dataclasses.replace(spec.generator, batch_size=kept["batch_size"], max_attempts=1)
+        )
+    drawn = DrawShard(store, spec).draw(row).to_pylist()[0]
     if image_out and drawn["image"]:
         Path(image_out).write_bytes(drawn["image"])
-    stored = _stored_image(store, shard, sample_id)
+    stored = kept["image"]["bytes"] if kept else None
     return {
         "sample_id": sample_id,
         "caption": drawn["caption"],
@@ -45,12 +56,12 @@ def regenerate(store: Store, sample_id: str, *, image_out: str | None = None) ->
     }
 
 
-def _stored_image(store: Store, shard: int, sample_id: str) -> bytes | None:
+def _stored_row(store: Store, shard: int, sample_id: str) -> dict | None:
     if not store.exists(shard_key(shard)):
         return None
-    table = read_table(store, shard_key(shard), ["sample_id", "image"])
+    table = read_table(store, shard_key(shard), ["sample_id", "image", "attempts", "batch_size"])
     for row in table.to_pylist():
         if row["sample_id"] == sample_id:
-            return row["image"]["bytes"]
+            return row
     assert store.exists(quarantine_key(shard)), f"{sample_id} is neither stored nor quarantined"
     return None

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from cluster.dataset import plan_part_key, read_table
 from cluster.plan import USABLE_REASONS, sample_id
+from cluster.stages.merge import to_retry
 from cluster.stages.shard_row import ShardRow
 from cluster.storage import Store
 from pcm.spec import DatasetSpec, GeneratorSpec
@@ -22,14 +23,20 @@ if TYPE_CHECKING:
 class DrawShard:
     """Generator pool: plan part in, drawings (or the reasons why there are none) out.
 
-    With a monitor (and the run's policy) the drawing is watched; the null generator has nothing to watch.
+    With a monitor (and the run's policy) the drawing is watched; the null generator has nothing to watch. With
+    `retry`, of a shard that is on the store only the samples quarantined for one of these reasons are drawn.
     """
 
     def __init__(
-        self, store: Store, spec: DatasetSpec, watched_by: "tuple[ActorHandle, FaultPolicy] | None" = None
+        self,
+        store: Store,
+        spec: DatasetSpec,
+        watched_by: "tuple[ActorHandle, FaultPolicy] | None" = None,
+        retry: frozenset[str] = frozenset(),
     ) -> None:
         self._store = store
         self._spec = spec
+        self._retry = retry
         # Before the model is loaded, because a process may die of that too.
         self._guard = _run_guard(watched_by) if watched_by and spec.generator.model != "null" else None
         self._generator = self.load(spec.generator)
@@ -44,10 +51,11 @@ class DrawShard:
         started = time.time()
         if self._guard:
             self._guard.begin_shard(shard)
-        drawn = self.draw(read_table(self._store, plan_part_key(shard)))
+        planned = read_table(self._store, plan_part_key(shard))
+        drawn = self.draw(to_retry(self._store, shard, planned, self._retry) if self._retry else planned)
         if self._guard:
             self._guard.end_shard()
-        stats = {"start_time": started, "draw_seconds": time.time() - started}
+        stats = {"start_time": started, "draw_seconds": time.time() - started, "retry": sorted(self._retry)}
         return ShardRow(shard, drawn, stats | self._report()).to_block()
 
     def _report(self) -> dict:
@@ -59,7 +67,10 @@ class DrawShard:
         return {"errors": errors, "device_name": self._generator.device_name}
 
     def draw(self, plan: pa.Table) -> pa.Table:
-        """The plan's rows with columns image (bytes), width, height, attempts, and their final seed and reason."""
+        """The plan's rows with columns image (bytes), width, height, attempts, and their final seed and reason.
+
+        Rows may come with `attempts` made before: the next seeds are tried.
+        """
         rows = plan.to_pylist()
         usable = [row for row in rows if row["reason"] in USABLE_REASONS]
         drawings = iter(self._generator.draw([self._request(row) for row in usable], self._guard or UNGUARDED))
@@ -77,7 +88,7 @@ class DrawShard:
 
     def _request(self, row: dict) -> Request:
         position = row["record_index"] * self._spec.images_per_caption + row["image_index"]
-        return Request(position=position, caption=row["caption"], seed=row["seed"])
+        return Request(position, row["caption"], row["seed"], attempts=row.get("attempts", 0))
 
 
 def _run_guard(watched_by: "tuple[ActorHandle, FaultPolicy]") -> "RunGuard":

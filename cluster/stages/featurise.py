@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -142,7 +142,8 @@ def _end_process(monitor: "ActorHandle", shard: int, said: str) -> NoReturn:
     """Leave, so that Ray restarts this actor on a fresh device context. Raises InputError where that did not help."""
     import ray
 
-    stop = ray.get(monitor.scorer_broken.remote(shard, said))
+    answer: Any = monitor.scorer_broken.remote(shard, said)
+    stop = ray.get(answer)
     if stop:
         raise InputError(stop)
     log.warning("shard %d: CLIP's device fails (%s); this process ends and is restarted", shard, said)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from cluster.dataset import parquet_bytes, quarantine_key, shard_key, stats_key
+from cluster.stages.merge import merge_retried, replace_shard
 from cluster.stages.shard_row import ShardRow
 from cluster.storage import Store
 from pcm.records import QUARANTINE_SCHEMA, QUARANTINED, STORED, FeatureShape, shard_schema
@@ -29,14 +30,21 @@ class WriteShard:
     def write(self, row: ShardRow) -> dict:
         started = time.time()
         stored, quarantined = split_samples(row.samples)
+        retry = row.stats.get("retry", [])
+        if retry:
+            stored, quarantined = merge_retried(self._store, row.shard, stored, quarantined, retry)
         shard_data = parquet_bytes(stored)
         encoded_at = time.time()
-        if len(quarantined):
-            self._store.write_bytes(quarantine_key(row.shard), parquet_bytes(quarantined))
         stats = _shard_stats(row, stored, quarantined, shard_data)
         stats |= {"encode_seconds": encoded_at - started, "end_time": time.time()}
-        self._store.write_bytes(stats_key(row.shard), (json.dumps(stats, indent=1, sort_keys=True) + "\n").encode())
-        self._store.write_bytes(shard_key(row.shard), shard_data)
+        stats_data = (json.dumps(stats, indent=1, sort_keys=True) + "\n").encode()
+        if retry:
+            replace_shard(self._store, row.shard, shard_data, quarantined, stats_data)
+        else:
+            if len(quarantined):
+                self._store.write_bytes(quarantine_key(row.shard), parquet_bytes(quarantined))
+            self._store.write_bytes(stats_key(row.shard), stats_data)
+            self._store.write_bytes(shard_key(row.shard), shard_data)
         # Known only after the shard is in place, so not in its stats object: the driver adds these up for its report.
         return stats | {"store_seconds": time.time() - encoded_at}
 
@@ -79,12 +87,12 @@ def _shard_stats(row: ShardRow, stored: pa.Table, quarantined: pa.Table, shard_d
     histogram, _ = np.histogram(scores, bins=np.linspace(-1, 1, 41))
     return row.stats | {
         "shard": row.shard,
-        "count": len(row.samples),
+        "count": len(stored) + len(quarantined),
         "successes": len(stored),
         "failed_to_generate": len(quarantined),
         "status_dict": {"success": len(stored), **reasons},
         "quarantined_by_reason": reasons,
-        "retried": int(sum(attempts > 1 for attempts in row.samples["attempts"].to_pylist())),
+        "retried": sum(attempts > 1 for part in (stored, quarantined) for attempts in part["attempts"].to_pylist()),
         "batch_sizes": _counted(stored["batch_size"]),
         "clip_score_sum": float(scores.sum(dtype=np.float64)),
         "clip_score_sum_of_squares": float(np.square(scores, dtype=np.float64).sum()),

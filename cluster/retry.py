@@ -1,0 +1,66 @@
+"""Quarantined samples tried again: those that failed through the generator or by their seeds, not the bad captions."""
+
+import logging
+
+from cluster.dataset import MANIFEST_KEY, load_plan
+from cluster.generate import generate
+from cluster.monitor import FaultPolicy
+from cluster.pools import Pools
+from cluster.resume import committed, summaries
+from cluster.stages.draw import DrawShard
+from cluster.stages.featurise import CLIP_ERROR
+from cluster.storage import Store
+from pcm.errors import InputError
+from pcm.text_to_image import GENERATOR_REASONS
+
+log = logging.getLogger(__name__)
+
+#: Stands for all of GENERATOR_REASONS.
+ALL_GENERATOR = "all-generator"
+
+#: What another seed may mend.
+DEFECTS = ("black_image", "constant_image", "nan_image", "nsfw_flagged")
+
+
+def parse_reason(reason: str) -> frozenset[str]:
+    """The reasons that a --retry-quarantined argument means. Raises InputError."""
+    if reason == ALL_GENERATOR:
+        return frozenset(GENERATOR_REASONS)
+    allowed = (*GENERATOR_REASONS, CLIP_ERROR, *DEFECTS)
+    if reason not in allowed:
+        raise InputError(
+            f"retry of {reason!r}: allowed are {', '.join(allowed)} and {ALL_GENERATOR}; captions that were refused "
+            "for what they are stay so"
+        )
+    return frozenset([reason])
+
+
+def retry_quarantined(
+    store: Store, reason: str, pools: Pools, *, faults: FaultPolicy | None = None, draw: type[DrawShard] = DrawShard
+) -> dict:
+    """Draw the samples quarantined for a reason once more, and put those that succeed into their shards.
+
+    A defective picture goes on with the seeds after those that were tried, as many as the spec allows; anything else
+    is tried with the seed at which it failed. What is stored keeps its bytes. Killed midway, the same call ends what
+    it began; until then the dataset has no manifest, and verification sees samples that are stored and quarantined.
+
+    Returns the summary of a run, and `retried`: how many samples were tried again. Raises InputError when there is no
+    such dataset, or when it is unfinished.
+    """
+    reasons = parse_reason(reason)
+    plan = load_plan(store)
+    if plan is None:
+        raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
+    if not committed(store, plan).complete:
+        raise InputError(f"{store.root}: an unfinished dataset; finish it with its jobs.generate command first")
+    counts = {
+        part["shard"]: sum(part["quarantined_by_reason"].get(name, 0) for name in reasons)
+        for part in summaries(store, plan)
+    }
+    shards = [shard for shard, count in counts.items() if count]
+    retried = sum(counts.values())
+    log.info("%d samples in %d shards are tried again", retried, len(shards))
+    if shards and store.exists(MANIFEST_KEY):
+        store.delete(MANIFEST_KEY)
+    result = generate(store, plan, pools, faults=faults, redo=shards, retry=reasons, draw=draw)
+    return {**result.summary(), "retried": retried}

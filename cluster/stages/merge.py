@@ -1,0 +1,61 @@
+"""A committed shard in which some quarantined samples are tried again: what to draw, and how it joins what is there."""
+
+from collections.abc import Collection
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.dataset import parquet_bytes, quarantine_key, read_table, shard_key, stats_key
+from cluster.storage import Store
+
+
+def to_retry(store: Store, shard: int, planned: pa.Table, reasons: Collection[str]) -> pa.Table:
+    """The plan's rows of the samples that are quarantined for one of the reasons, with the `attempts` made so far."""
+    quarantined = _quarantined(store, shard)
+    if quarantined is None:
+        return planned.slice(0, 0).append_column("attempts", pa.array([], pa.int32()))
+    wanted = quarantined.filter(pc.is_in(quarantined["reason"], pa.array(list(reasons), pa.string())))
+    attempts = dict(zip(wanted["sample_id"].to_pylist(), wanted["attempts"].to_pylist(), strict=True))
+    rows = planned.filter(pc.is_in(planned["sample_id"], pa.array(list(attempts), pa.string())))
+    return rows.append_column(
+        "attempts", pa.array([attempts[name] for name in rows["sample_id"].to_pylist()], pa.int32())
+    )
+
+
+def merge_retried(
+    store: Store, shard: int, stored: pa.Table, quarantined: pa.Table, reasons: Collection[str]
+) -> tuple[pa.Table, pa.Table]:
+    """(shard, quarantine) tables with the retried samples in their places; rows that are stored keep their bytes.
+
+    After a death between the puts of `replace_shard` a sample may be both stored and quarantined: stored it stays.
+    """
+    there = read_table(store, shard_key(shard)).cast(stored.schema)
+    new = stored.filter(pc.invert(pc.is_in(stored["sample_id"], there["sample_id"])))
+    shard_table = pa.concat_tables([there, new]).sort_by("sample_id")
+    waiting = _quarantined(store, shard)
+    if waiting is not None:
+        others = waiting.filter(pc.invert(pc.is_in(waiting["reason"], pa.array(list(reasons), pa.string()))))
+        quarantined = pa.concat_tables([others.cast(quarantined.schema), quarantined]).sort_by("sample_id")
+    in_shard = pc.is_in(quarantined["sample_id"], shard_table["sample_id"])
+    return shard_table, quarantined.filter(pc.invert(in_shard))
+
+
+def replace_shard(store: Store, shard: int, shard_data: bytes, quarantined: pa.Table, stats_data: bytes) -> None:
+    """Put a shard with retried samples in the place of the old one.
+
+    The shard first, so that a death leaves a sample in both parts and never in neither; the stats last, because they
+    are what says that there is something to retry: the same command finds this shard again and ends what was begun.
+    """
+    store.write_bytes(shard_key(shard), shard_data)
+    if len(quarantined):
+        store.write_bytes(quarantine_key(shard), parquet_bytes(quarantined))
+    elif store.exists(quarantine_key(shard)):
+        store.delete(quarantine_key(shard))
+    store.write_bytes(stats_key(shard), stats_data)
+
+
+def _quarantined(store: Store, shard: int) -> pa.Table | None:
+    try:
+        return read_table(store, quarantine_key(shard))
+    except FileNotFoundError:
+        return None
