@@ -21,8 +21,8 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from statistics import median
 
-from jobs.generate import dataset_spec
 from jobs.generate import parser as generate_parser
+from jobs.spec_arguments import dataset_spec
 from pcm.spec import DatasetSpec
 
 ROOT = Path(__file__).parent.parent

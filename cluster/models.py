@@ -1,6 +1,7 @@
 """From the names a user gives to a spec that pins everything: revisions, device, dtype, defaults."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 from pcm.clip import folder_revision
@@ -46,12 +47,13 @@ def pin_clip(model: str, revision: str | None) -> str:
     return f"open_clip:{pretrained}"
 
 
-def check_scheduler(name: str | None) -> None:
-    """Raises InputError for a scheduler that diffusers does not have, before anything is planned."""
+def check_scheduler(name: str | None, options: Iterable[str] = ()) -> None:
+    """Raises InputError for a scheduler, or an option of it, that diffusers lacks, before anything is planned."""
     if name is not None:
-        from pcm.pipeline_loading import scheduler_class  # seconds to import, so only where one is named
+        # seconds to import, so only where one is named
+        from pcm.pipeline_loading import check_scheduler_options, scheduler_class
 
-        scheduler_class(name)
+        check_scheduler_options(scheduler_class(name), options)
 
 
 def _pin_repo(repo: str, revision: str | None) -> str:

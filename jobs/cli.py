@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pcm.errors import InputError
 
@@ -26,6 +26,18 @@ def make_parser(job: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` as the type of an argument: what its InputError says becomes the usage error."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
