@@ -2,7 +2,7 @@
 
 import logging
 
-from cluster.dataset import MANIFEST_KEY, load_plan
+from cluster.dataset import MANIFEST_KEY, Plan
 from cluster.generate import generate
 from cluster.monitor import FaultPolicy
 from cluster.pools import Pools
@@ -36,7 +36,13 @@ def parse_reason(reason: str) -> frozenset[str]:
 
 
 def retry_quarantined(
-    store: Store, reason: str, pools: Pools, *, faults: FaultPolicy | None = None, draw: type[DrawShard] = DrawShard
+    store: Store,
+    plan: Plan,
+    reason: str,
+    pools: Pools,
+    *,
+    faults: FaultPolicy | None = None,
+    draw: type[DrawShard] = DrawShard,
 ) -> dict:
     """Draw the samples quarantined for a reason once more, and put those that succeed into their shards.
 
@@ -44,13 +50,10 @@ def retry_quarantined(
     is tried with the seed at which it failed. What is stored keeps its bytes. Killed midway, the same call ends what
     it began; until then the dataset has no manifest, and verification sees samples that are stored and quarantined.
 
-    Returns the summary of a run, and `retried`: how many samples were tried again. Raises InputError when there is no
-    such dataset, or when it is unfinished.
+    Returns the summary of a run, and `retried`: how many samples were tried again. Raises InputError when the
+    dataset is unfinished.
     """
     reasons = parse_reason(reason)
-    plan = load_plan(store)
-    if plan is None:
-        raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
     if not committed(store, plan).complete:
         raise InputError(f"{store.root}: an unfinished dataset; finish it with its jobs.generate command first")
     counts = {

@@ -4,17 +4,19 @@ import argparse
 
 from cluster.batch_size import with_batch_size
 from cluster.corpus import FORMATS, read_corpus, source_digest
-from cluster.dataset import CorpusSource
+from cluster.dataset import CorpusSource, load_plan
 from cluster.generate import generate
 from cluster.generation_presets import PRESETS, with_preset
+from cluster.monitor import FaultPolicy
 from cluster.pilot import PilotSize, run_pilot
 from cluster.pilot import summary as pilot_summary
 from cluster.plan import make_plan
 from cluster.pools import Pools, check_clip_gpus, parse_generators, parse_node_label
 from cluster.progress import Watch
 from cluster.regenerate import regenerate
+from cluster.retry import ALL_GENERATOR, parse_reason, retry_quarantined
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
-from cluster.storage import open_store
+from cluster.storage import Store, open_store
 from jobs.cli import checked, make_parser, run_job
 from jobs.spec_arguments import AUTO, add_spec_arguments, dataset_spec
 from pcm.clip import truncation_check
@@ -58,6 +60,17 @@ def parser() -> argparse.ArgumentParser:
         "Cost = price x GPUs that the run reserves (one a generator, from the moment it is there) x hours, start-up "
         "included; drawing on CPUs, price x machines of the cluster x hours. Storage and traffic are not in it.",
     )
+    faults = result.add_argument_group("faults")
+    faults.add_argument("--batch-timeout", type=float, default=900.0, metavar="S", help="seconds a batch may take")
+    faults.add_argument(
+        "--max-error-share", type=float, default=0.5, metavar="X",
+        help="stop once more than this share of at least 64 samples has failed in the generator",
+    )  # fmt: skip
+    faults.add_argument(
+        "--retry-quarantined", metavar="REASON",
+        help=f"of the dataset --out, try the samples quarantined for REASON again; {ALL_GENERATOR}: whatever failed "
+        "through the generator",
+    )  # fmt: skip
     watch.add_argument("--price-per-hour", type=float, metavar="X", help="of one GPU, or of one machine on CPUs")
     watch.add_argument("--spot", action="store_true", help="the price is of spot capacity: a label in the summary")
     watch.add_argument(
@@ -76,6 +89,9 @@ def run(args: argparse.Namespace) -> dict:
     store = open_store(args.out)
     if args.only:
         return regenerate(store, args.only, image_out=args.image_out)
+    policy = FaultPolicy(batch_timeout=args.batch_timeout, max_error_share=args.max_error_share)
+    if args.retry_quarantined is not None:
+        return _retry(store, args, policy)
     args = with_preset(args)
     if not args.corpus:
         raise InputError("--corpus: missing; give a path or URI of captions, or 'embedded'")
@@ -102,7 +118,17 @@ def run(args: argparse.Namespace) -> dict:
     )
     if pilot:
         return {**pilot_summary(*run_pilot(store, plan, pools, pilot, watch=watch)), "dataset": args.out}
-    return {**generate(store, plan, pools, watch=watch).summary(), "dataset": args.out}
+    return {**generate(store, plan, pools, faults=policy, watch=watch).summary(), "dataset": args.out}
+
+
+def _retry(store: Store, args: argparse.Namespace, policy: FaultPolicy) -> dict:
+    parse_reason(args.retry_quarantined)
+    plan = load_plan(store)
+    if plan is None:
+        raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
+    start_ray()
+    pools = _pools(args, device=plan.spec.generator.device)
+    return {**retry_quarantined(store, plan, args.retry_quarantined, pools, faults=policy), "dataset": args.out}
 
 
 def _pools(args: argparse.Namespace, *, device: str) -> Pools:

@@ -55,7 +55,9 @@ class DrawShard:
         drawn = self.draw(to_retry(self._store, shard, planned, self._retry) if self._retry else planned)
         if self._guard:
             self._guard.end_shard()
-        stats = {"start_time": started, "draw_seconds": time.time() - started, "retry": sorted(self._retry)}
+        stats: dict = {"start_time": started, "draw_seconds": time.time() - started}
+        if self._retry:
+            stats["retry"] = sorted(self._retry)
         return ShardRow(shard, drawn, stats | self._report()).to_block()
 
     def _report(self) -> dict:
