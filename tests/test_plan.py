@@ -1,15 +1,19 @@
 """The plan: every caption of the corpus becomes samples with ids and seeds, and a resume must ask for the same."""
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from tiny_generation import CAPTIONS, null_spec, plan_dataset, write_corpus
+from tiny_generation import CAPTIONS, make_dataset_in_process, null_spec, plan_dataset, write_corpus
 
-from cluster.dataset import load_plan, plan_part_key, read_table
+from cluster.corpus import CorpusRecord, read_corpus, source_digest
+from cluster.dataset import CorpusSource, Plan, load_manifest, load_plan, plan_part_key, read_table
 from cluster.plan import make_plan, parse_sample_id, sample_id
 from cluster.storage import Store, open_store
+from cluster.verify import verify
+from cluster.vocabularies import store_vocabularies, vocabularies_stored
 from pcm.errors import InputError
 from pcm.spec import DatasetSpec
 
@@ -162,3 +166,203 @@ def test_sizes_without_sense_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="images per caption 101"):
         plan_dataset(tmp_path / "out", corpus, dataclasses.replace(SPEC, images_per_caption=101))
     assert not (tmp_path / "out").exists()
+
+
+NEW = ["A new one.", "\x00", "Another new one.", "A dog.", "A last one."]
+
+
+def grow(folder: Path, captions: Sequence[str], **arguments: object) -> tuple[Store, Plan]:
+    return plan_dataset(folder / "out", write_corpus(folder, captions), SPEC, **arguments)
+
+
+def test_captions_that_were_appended_are_planned_in_shards_of_their_own(tmp_path: Path) -> None:
+    store, begun = grow(tmp_path, CAPTIONS)  # 24 captions in shards of 5: the last has 4
+    before = {key: (tmp_path / "out" / key).stat().st_mtime_ns for key in store.list("plan/")}
+    _, plan = grow(tmp_path, [*CAPTIONS, *NEW, *NEW])
+    assert plan.segments[0] == begun.segments[0] and len(plan.segments) == 2
+    assert (plan.records, plan.expected, plan.usable, plan.num_shards) == (34, 34, 32, 7)
+    assert [plan.shard_rows(shard) for shard in range(7)] == [5, 5, 5, 5, 4, 5, 5]
+    assert {key: (tmp_path / "out" / key).stat().st_mtime_ns for key in before} == before
+    assert [len(read_table(store, plan_part_key(shard))) for shard in range(7)] == [5, 5, 5, 5, 4, 5, 5]
+    (tmp_path / "once").mkdir()
+    at_once, whole = grow(tmp_path / "once", [*CAPTIONS, *NEW, *NEW], shard_size=100)
+    assert planned(store) == planned(at_once) and plan.corpus_fingerprint == whole.corpus_fingerprint
+    assert load_plan(store) == plan
+
+
+def test_a_larger_limit_is_growth(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    store = open_store(tmp_path / "out")
+    for limit in (5, 11, 24, 1000):
+        plan = make_plan(
+            store, read_corpus(str(corpus), limit=limit), SPEC, corpus=str(corpus), shard_size=4,
+            is_truncated=lambda prompt: False,
+        )  # fmt: skip
+        assert plan.records == min(limit, 24)
+    assert [segment.records for segment in plan.segments] == [5, 6, 13]
+    with pytest.raises(InputError, match=r"24 records; now .*: 23 records\)"):
+        make_plan(
+            store, read_corpus(str(corpus), limit=23), SPEC, corpus=str(corpus), shard_size=4,
+            is_truncated=lambda prompt: False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("images_per_caption", [1, 3])
+def test_every_sample_of_a_grown_plan_has_its_place(images_per_caption: int, tmp_path: Path) -> None:
+    spec = dataclasses.replace(SPEC, images_per_caption=images_per_caption)
+    for count in (7, 8, 20, 24):
+        store, plan = plan_dataset(tmp_path / "out", write_corpus(tmp_path, CAPTIONS[:count]), spec, shard_size=4)
+    assert len(plan.segments) == 4
+    parts = [read_table(store, plan_part_key(shard)).to_pylist() for shard in range(plan.num_shards)]
+    assert [len(part) for part in parts] == [plan.shard_rows(shard) for shard in range(plan.num_shards)]
+    for position in range(plan.expected):
+        shard, row = plan.shard_of(position)
+        assert plan.shard_positions(shard)[row] == position
+        assert parts[shard][row]["sample_id"] == sample_id(*divmod(position, images_per_caption))
+    for beyond in (-1, plan.expected):
+        with pytest.raises(IndexError):
+            plan.shard_of(beyond)
+    with pytest.raises(IndexError):
+        plan.shard_rows(plan.num_shards)
+
+
+def test_growth_of_captions_that_cannot_be_used_is_growth(tmp_path: Path) -> None:
+    grow(tmp_path, CAPTIONS)
+    store, plan = grow(tmp_path, [*CAPTIONS, "\x00", "\x01"])
+    assert (plan.records, plan.usable, plan.num_shards) == (26, 24, 6)
+    assert [row["reason"] for row in planned(store)[24:]] == ["control_characters"] * 2
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [[*CAPTIONS[1:], *NEW], [*NEW, *CAPTIONS], [*CAPTIONS[:-1], "Changed.", *NEW], [*CAPTIONS[:-1], *NEW]],
+    ids=["one gone", "put in front", "one changed", "last gone"],
+)
+def test_a_corpus_that_did_not_only_grow_is_refused(captions: list[str], tmp_path: Path) -> None:
+    grow(tmp_path, CAPTIONS)
+    before = contents(tmp_path / "out")
+    with pytest.raises(InputError, match=r"another corpus .*: 24 records; now .*: the first 24 differ"):
+        grow(tmp_path, captions)
+    assert contents(tmp_path / "out") == before
+
+
+def dying_at(key: str, store: Store) -> Store:
+    """A store whose process dies when it is about to write an object."""
+
+    class Dying(Store):
+        def write_bytes(self, written: str, data: bytes) -> None:
+            if written == key:
+                raise KeyboardInterrupt
+            super().write_bytes(written, data)
+
+    return Dying(**{field.name: getattr(store, field.name) for field in dataclasses.fields(store)})
+
+
+@pytest.mark.parametrize("key", ["plan.json", "plan/part-000005.parquet", "plan/part-000006.parquet"])
+def test_a_driver_that_dies_while_it_plans_what_is_new_leaves_the_old_plan(key: str, tmp_path: Path) -> None:
+    store, begun = grow(tmp_path, CAPTIONS)
+    old = contents(tmp_path / "out")
+    corpus = write_corpus(tmp_path, [*CAPTIONS, *NEW, *NEW])
+    arguments = {"corpus": str(corpus), "shard_size": 5, "is_truncated": lambda prompt: False}
+    with pytest.raises(KeyboardInterrupt):
+        make_plan(dying_at(key, store), read_corpus(str(corpus)), SPEC, **arguments)
+    assert load_plan(store) == begun
+    assert {name: data for name, data in contents(tmp_path / "out").items() if name in old} == old
+    assert grow(tmp_path, CAPTIONS)[1] == begun, "the shorter corpus resumes as if nothing had been tried"
+    write_corpus(tmp_path, [*CAPTIONS, *NEW, *NEW])
+    other = make_plan(store, read_corpus(str(corpus), limit=27), SPEC, **arguments)
+    assert other.records == 27 and planned_rows(store, other) == 27, "and may grow by less than was tried"
+    plan = make_plan(store, read_corpus(str(corpus)), SPEC, **arguments)
+    assert plan.records == 34 and planned_rows(store, plan) == 34
+
+
+def planned_rows(store: Store, plan: Plan) -> int:
+    return sum(len(read_table(store, plan_part_key(shard))) for shard in range(plan.num_shards))
+
+
+def test_two_drivers_that_plan_different_growth_do_not_mix_their_plans(tmp_path: Path) -> None:
+    store, _ = grow(tmp_path, CAPTIONS)
+    corpus = write_corpus(tmp_path, [*CAPTIONS, *NEW])
+
+    def records() -> Iterator[CorpusRecord]:
+        """The other driver plans its captions while this one reads."""
+        yield from read_corpus(str(corpus), limit=26)
+        make_plan(
+            store, read_corpus(str(corpus)), SPEC, corpus=str(corpus), shard_size=5, is_truncated=lambda prompt: False
+        )
+
+    with pytest.raises(InputError, match=r"another run planned 29 records here meanwhile \(this one 26\)"):
+        make_plan(store, records(), SPEC, corpus=str(corpus), shard_size=5, is_truncated=lambda prompt: False)
+    _, plan = grow(tmp_path, [*CAPTIONS, *NEW])
+    assert plan.records == 29
+
+
+def test_an_unchanged_source_is_not_read_and_a_changed_one_is(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    store = open_store(tmp_path / "out")
+
+    def plan(records: Iterable[CorpusRecord], limit: int | None = None) -> Plan:
+        source = CorpusSource(source_digest(str(corpus)), "auto", "train", limit)
+        return make_plan(
+            store, records, SPEC, corpus=str(corpus), shard_size=5, is_truncated=lambda prompt: False, source=source
+        )
+
+    def unread() -> Iterator[CorpusRecord]:
+        raise AssertionError("the corpus was read")
+        yield
+
+    begun = plan(read_corpus(str(corpus)))
+    assert plan(unread()) == begun == load_plan(store)
+    with pytest.raises(AssertionError, match="was read"):
+        plan(unread(), limit=7)
+    stat = corpus.stat()
+    corpus.write_text(corpus.read_text().replace("cat", "rat"))
+    os.utime(corpus, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (corpus.stat().st_size, corpus.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    with pytest.raises(InputError, match="another corpus"):
+        plan(read_corpus(str(corpus)))
+
+
+def test_more_shards_than_keys_have_digits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.plan.MAX_SHARDS", 4)
+    with pytest.raises(InputError, match="more than 4 shards: give a larger --shard-size"):
+        grow(tmp_path, CAPTIONS)
+    assert load_plan(open_store(tmp_path / "out")) is None
+
+
+def test_a_dataset_that_grew_is_the_dataset_made_at_once(tmp_path: Path) -> None:
+    """Only what is new is drawn, and until that is done readers keep the manifest they had."""
+    make_dataset_in_process(tmp_path / "out", write_corpus(tmp_path), SPEC)
+    old = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out/shards").iterdir()}
+    manifest, words = ((tmp_path / "out" / name).read_bytes() for name in ("dataset.json", "stats/part-000004.json"))
+
+    corpus = write_corpus(tmp_path, [*CAPTIONS, *NEW])
+    store, plan, _ = make_dataset_in_process(tmp_path / "out", corpus, SPEC, finish=False)
+    assert store.read_bytes("dataset.json") == manifest and load_manifest(store).expected == 24
+    report = verify(store)
+    assert (report["complete"], report["ok"], report["missing"]) == (False, False, 0)
+    assert "the corpus has grown: 29 are planned" in report["problems"][0]
+
+    make_dataset_in_process(tmp_path / "out", corpus, SPEC)
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in old} == old
+    assert store.read_bytes("stats/part-000004.json") == words
+    grown = verify(store)
+    assert grown["ok"] and grown["expected"] == 29 and len(load_manifest(store).shards) == plan.num_shards == 6
+    at_once, _, _ = make_dataset_in_process(tmp_path / "once", corpus, SPEC, shard_size=7)
+    assert grown["fingerprint"] == verify(at_once)["fingerprint"]
+
+
+def test_words_follow_a_corpus_that_grows(tmp_path: Path) -> None:
+    store, plan = grow(tmp_path, CAPTIONS)
+    store_vocabularies(store, plan)
+    assert b"zebra" not in store.read_bytes("vocabulary.txt")
+    before = store.read_bytes("vocabulary.txt")
+    _, plan = grow(tmp_path, [*CAPTIONS, "A zebra."])
+    assert not vocabularies_stored(store, plan)
+    store_vocabularies(store, plan)
+    assert vocabularies_stored(store, plan) and b"zebra" in store.read_bytes("vocabulary.txt") != before
+    stamp = (tmp_path / "out/vocabulary.txt").stat().st_mtime_ns
+    store_vocabularies(store, plan)
+    assert (tmp_path / "out/vocabulary.txt").stat().st_mtime_ns == stamp
+    store.delete("vocabulary.txt")
+    assert not vocabularies_stored(store, plan)
