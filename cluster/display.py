@@ -1,6 +1,7 @@
 """A run on the screen: a progress bar on a terminal, a line now and then in a log, Prometheus metrics in both."""
 
 import logging
+import os
 import sys
 import threading
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 #: How often the monitor is asked; what is shown changes no faster.
 TICK_SECONDS = 1.0
+#: Columns of a terminal that does not say how many it has.
+UNKNOWN_WIDTH = 120
 #: How long the monitor may take to answer.
 ANSWER_SECONDS = 5.0
 #: How often a silent monitor is asked again: each question costs its timeout.
@@ -127,7 +130,9 @@ class _Bar:
     """Two lines that stay where they are: how far, and how well. Log lines go above them."""
 
     def __init__(self, stream: TextIO, status: Status) -> None:
-        bars = {"file": stream, "dynamic_ncols": True, "leave": True}
+        width = os.get_terminal_size(stream.fileno()).columns
+        columns = {"dynamic_ncols": True} if width else {"ncols": UNKNOWN_WIDTH}  # recorded sessions may have none
+        bars: dict[str, Any] = {"file": stream, "leave": True, **columns}
         self._bar = tqdm(
             total=status.total,
             initial=status.skipped,
@@ -141,7 +146,8 @@ class _Bar:
 
     def show(self, status: Status, trouble: str) -> None:
         self._bar.n = status.skipped + status.samples + status.drawn
-        self._bar.set_description_str(f"[{duration(status.seconds)}, {rate_and_eta(status)}]")
+        parts = (duration(status.seconds), rate_and_eta(status))
+        self._bar.set_description_str(f"[{', '.join(part for part in parts if part)}]")
         self._details.set_description_str(trouble or details(status))
 
     def close(self, status: Status) -> None:
@@ -159,14 +165,14 @@ def next_line(seconds: float) -> float:
 def log_line(status: Status, trouble: str) -> str:
     done = status.skipped + status.samples + status.drawn
     share = f" ({100 * done / status.total:.1f}%)" if status.total else ""
-    parts = [f"{done:,}/{status.total:,} samples{share}", rate_and_eta(status), details(status), trouble]
+    parts = [f"{done:,}/{status.total:,} samples{share}", trouble, rate_and_eta(status), details(status)]
     return "; ".join(part for part in parts if part)
 
 
 def rate_and_eta(status: Status) -> str:
     overall, recent = status.images_per_second, status.recent_images_per_second
     if overall is None:
-        return "no picture yet"
+        return ""
     rate = f"{recent:.4g} images/s ({overall:.4g} overall)" if recent is not None else f"{overall:.4g} images/s"
     if not status.missing and not status.drawn:
         return f"{overall:.4g} images/s"

@@ -22,8 +22,6 @@ RECENT_SECONDS = 60.0
 ETA_SECONDS = 600.0
 #: Counts are kept this far apart, whatever the rate.
 POINT_SECONDS = 0.5
-#: A rate over less than this says nothing.
-MIN_RATE_SECONDS = 5.0
 #: Without an advance for this long, and for several times the longest gap so far, the run is said to stand still.
 STALL_SECONDS = 60.0
 STALL_GAPS = 3.0
@@ -146,10 +144,10 @@ class Progress:
             now = self._clock()
             if (live is None) != (self._live is None):
                 self._history.clear()  # two ways of counting do not make one rate
+            self._pay(now)  # for what was there until now
             self._live, self._machines = live, machines
             if live and live.in_flight and self._first_draw is None:
                 self._first_draw = now
-            self._pay(now)
             self._advance(now)
 
     def status(self) -> Status:
@@ -247,12 +245,11 @@ class Progress:
         return done / (until - self._first_draw)
 
     def _recent(self, now: float, window: float) -> float | None:
-        """Samples a second over the last `window` seconds of drawing; None while that is too little to tell."""
-        if self._first_draw is None:
+        """Samples a second over the last `window` seconds; None before there were so many of drawing."""
+        if self._first_draw is None or now - self._first_draw < window:
             return None
-        begin = max(now - window, self._first_draw)
-        since = [point for point in self._history if point[0] >= begin]
-        if len(since) < 2 or since[-1][0] - since[0][0] < MIN_RATE_SECONDS:
+        since = [point for point in self._history if point[0] >= now - window]
+        if len(since) < 2 or since[-1][0] - since[0][0] < window / 2:
             return None
         if self._live is None and len(since) <= 2 * self._actors["draw"]:
             return None  # commits come in bursts, a shard of each generator

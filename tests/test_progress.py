@@ -1,0 +1,368 @@
+"""Rates, ETA, stalls, cost and lines of a run, on a clock that the test turns."""
+
+import contextlib
+import io
+import os
+import pty
+import termios
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from tiny_generation import make_dataset_in_process, null_spec, write_corpus
+
+from cluster.clip_scores import ClipScores, check_gate
+from cluster.cost import Billing
+from cluster.display import Display, duration, log_line, next_line, size, trouble
+from cluster.pools import Pools
+from cluster.progress import Live, Progress, Watch
+from cluster.telemetry import Telemetry
+from pcm.errors import InputError
+
+FREE = Billing(price_per_hour=None, unit="machine")
+
+
+class Clock:
+    """Seconds since 1970, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def shard_stats(
+    clock: Clock, *, images: int = 256, seconds: float = 100.0, quarantined: int = 0, score: float = 0.3
+) -> dict:
+    """Stats of a shard that was committed just now, after `seconds` of drawing."""
+    histogram = [0] * 40
+    histogram[int((score + 1) / 2 * 40)] = images
+    return {
+        "shard": 0, "count": images + quarantined, "successes": images, "bytes": 1000 * images, "retried": 0,
+        "quarantined_by_reason": {"black_image": quarantined} if quarantined else {},
+        "start_time": clock.now - seconds, "draw_seconds": seconds, "featurise_seconds": seconds / 10,
+        "encode_seconds": seconds / 50, "store_seconds": seconds / 100,
+        "clip_score_sum": score * images, "clip_score_sum_of_squares": score**2 * images,
+        "clip_score_histogram": histogram,
+    }  # fmt: skip
+
+
+def a_run(
+    clock: Clock, *, total: int = 10_000, skipped: int = 0, generators: int = 4, billing: Billing = FREE
+) -> Progress:
+    actors = {"draw": generators, "featurise": 1, "encode": 1, "store": 1}
+    return Progress(total=total, skipped=skipped, actors=actors, billing=billing, clock=clock)
+
+
+def draw(
+    clock: Clock, run: Progress, *, seconds: int, images_per_second: float, already: int = 0, generators: int = 4
+) -> None:
+    """The monitor sees so many pictures a second, and is asked every second."""
+    for second in range(1, seconds + 1):
+        clock.now += 1
+        drawn = already + int(second * images_per_second)
+        run.observe(Live(drawn=drawn, in_flight=generators, generators=generators))
+
+
+def test_the_rate_is_known_before_the_first_shard_is_committed() -> None:
+    clock = Clock()
+    run = a_run(clock)
+    clock.now += 40  # models load
+    run.observe(Live(drawn=0, in_flight=4, generators=4))
+    draw(clock, run, seconds=50, images_per_second=2.0)
+    status = run.status()
+    assert (status.samples, status.drawn) == (0, 100)
+    assert status.images_per_second == pytest.approx(2.0, rel=0.02), "loading models is not drawing"
+    assert status.eta_seconds == pytest.approx(9_900 / 2, rel=0.02)
+
+
+def test_the_recent_rate_follows_a_change_and_the_eta_with_it() -> None:
+    clock = Clock()
+    run = a_run(clock)
+    run.observe(Live(drawn=0, in_flight=4, generators=4))
+    draw(clock, run, seconds=700, images_per_second=4.0)
+    draw(clock, run, seconds=600, images_per_second=1.0, already=2800)
+    status = run.status()
+    assert status.recent_images_per_second == pytest.approx(1.0, rel=0.02)
+    assert status.images_per_second == pytest.approx(3400 / 1300, rel=0.02)
+    assert status.eta_seconds == pytest.approx((10_000 - 3400) / 1.0, rel=0.02)
+
+
+def test_a_committed_picture_is_not_counted_twice() -> None:
+    clock = Clock()
+    run = a_run(clock)
+    run.observe(Live(drawn=0, in_flight=4, generators=4))
+    draw(clock, run, seconds=128, images_per_second=2.0)
+    assert run.status().missing == 10_000 - 256
+    run.add(shard_stats(clock, images=250, quarantined=6, seconds=128))
+    assert run.status().missing == 10_000 - 256
+    run.observe(Live(drawn=0, in_flight=4, generators=4))
+    assert run.status().missing == 10_000 - 256
+
+
+def test_skipped_shards_neither_raise_the_rate_nor_lengthen_the_eta() -> None:
+    clock = Clock()
+    run = a_run(clock, total=10_000, skipped=9_000, generators=1)
+    clock.now += 100
+    run.add(shard_stats(clock, images=200, seconds=100))
+    status = run.status()
+    assert status.images_per_second == pytest.approx(2.0)
+    assert status.eta_seconds == pytest.approx(400.0)
+
+
+def test_a_run_without_a_monitor_goes_by_its_commits() -> None:
+    clock = Clock()
+    run = a_run(clock)
+    run.observe(None)
+    clock.now += 100
+    for _ in range(4):
+        run.add(shard_stats(clock, images=250, seconds=100))
+    clock.now += 30
+    run.observe(None)
+    status = run.status()
+    assert (status.images_per_second, status.generators) == (pytest.approx(10.0), None)
+    assert status.eta_seconds == pytest.approx(900.0)
+
+
+def test_a_monitor_that_falls_silent_makes_no_false_rate() -> None:
+    clock = Clock()
+    run = a_run(clock)
+    run.observe(Live(drawn=0, in_flight=4, generators=4))
+    draw(clock, run, seconds=90, images_per_second=2.0)
+    run.observe(None)
+    clock.now += 1
+    run.add(shard_stats(clock, images=180, seconds=91))
+    status = run.status()
+    assert status.recent_images_per_second is None
+    assert status.images_per_second == pytest.approx(180 / 91, rel=0.02)
+
+
+def test_clocks_of_workers_that_differ_do_not_break_the_rate() -> None:
+    for skew in (-500.0, 500.0):
+        clock = Clock()
+        run = a_run(clock)
+        clock.now += 100
+        run.add(shard_stats(clock, seconds=100) | {"start_time": clock.now - 100 + skew})
+        clock.now += 100
+        run.add(shard_stats(clock, seconds=100))
+        rate = run.status().images_per_second
+        assert rate is not None and 2.5 < rate < 5.2
+
+
+def test_utilisation_is_the_busy_share_of_each_pool() -> None:
+    clock = Clock()
+    run = a_run(clock, total=512, generators=2)
+    clock.now += 100
+    run.add(shard_stats(clock, seconds=80) | {"start_time": clock.now - 100})
+    run.add(shard_stats(clock, seconds=100))
+    busy = run.status().utilisation
+    assert busy == {
+        "draw": pytest.approx(0.9), "featurise": pytest.approx(0.18), "encode": pytest.approx(0.036),
+        "store": pytest.approx(0.018),
+    }  # fmt: skip
+
+
+def test_failures_are_counted_by_reason() -> None:
+    clock = Clock()
+    run = a_run(clock)
+    for quarantined in (1, 0, 2):
+        clock.now += 10
+        run.add(shard_stats(clock, images=10, quarantined=quarantined, seconds=10))
+    status = run.status()
+    assert (status.samples, status.images, status.reasons) == (33, 30, {"black_image": 3})
+
+
+def test_gpus_are_paid_for_from_when_they_are_there() -> None:
+    pools = Pools.for_cluster(device="cuda", cpus=64, gpus=0, generators=4)
+    billing = Billing.of(pools, device="cuda", price_per_hour=3.0)
+    clock = Clock()
+    run = a_run(clock, total=2_000, billing=billing)
+    run.observe(Live(drawn=0, in_flight=0, generators=0))
+    clock.now += 1800
+    run.observe(Live(drawn=0, in_flight=2, generators=2))  # half an hour of waiting costs nothing
+    clock.now += 3600
+    run.observe(Live(drawn=1_000, in_flight=4, generators=4))
+    status = run.status()
+    assert status.generator_hours == pytest.approx(2.0)
+    assert status.unit_hours == pytest.approx(2.0), "a generator and its scorer share one GPU"
+    assert status.cost == pytest.approx(6.0)
+    assert status.cost_forecast == pytest.approx(6.0 + 1.0 * 4 * 3.0), "an hour more, now with four"
+
+
+def test_machines_are_paid_for_when_drawing_on_cpus() -> None:
+    pools = Pools.for_cluster(device="cpu", cpus=16, gpus=0)
+    billing = Billing.of(pools, device="cpu", price_per_hour=0.5)
+    clock = Clock()
+    run = a_run(clock, generators=16, billing=billing)
+    run.observe(Live(drawn=0, in_flight=16, generators=16), machines=2)
+    clock.now += 3600
+    assert run.status().cost == pytest.approx(1.0)
+    assert billing.basis(spot=True) == "0.5 per machine-hour (spot)"
+
+
+def test_without_a_price_nothing_is_said_of_cost() -> None:
+    clock = Clock()
+    run = a_run(clock)
+    clock.now += 100
+    run.add(shard_stats(clock))
+    assert run.status().cost is None and "cost" not in log_line(run.status(), "")
+
+
+def test_a_stall_is_said_once_it_is_longer_than_what_is_usual() -> None:
+    clock = Clock()
+    run = a_run(clock)
+    for second in range(20):
+        clock.now += 20  # a batch takes 20 s
+        run.observe(Live(drawn=32 * second, in_flight=4, generators=4))
+    clock.now += 50
+    run.observe(Live(drawn=32 * 19, in_flight=4, generators=4))
+    assert trouble(run.status(), gpus=0, gpus_per_generator=0) == ""
+    clock.now += 162
+    run.observe(Live(drawn=32 * 19, in_flight=3, generators=4))
+    said = trouble(run.status(), gpus=0, gpus_per_generator=0)
+    assert said == "nothing finished for 3 min 32 s; 3 of 4 generators are drawing"
+
+
+def test_waiting_for_an_autoscaling_cluster_is_said() -> None:
+    clock = Clock()
+    run = a_run(clock, generators=16)
+    run.observe(Live(drawn=0, in_flight=0, generators=0))
+    clock.now += 100
+    assert trouble(run.status(), gpus=0, gpus_per_generator=1.0) == (
+        "waiting for 16 generators; the cluster has 0 GPUs now"
+    )
+    run.observe(Live(drawn=0, in_flight=0, generators=16))
+    assert "loading their models, for 1 min 40 s" in trouble(run.status(), gpus=16, gpus_per_generator=1.0)
+
+
+def test_a_run_of_three_days_leaves_a_log_that_can_be_read() -> None:
+    seconds, lines = 0.0, []
+    while seconds < 3 * 24 * 3600:
+        lines.append(seconds)
+        seconds = next_line(seconds)
+    assert len(lines) < 4_500
+    assert sum(when < 60 for when in lines) == 6, "dense while someone waits to see whether it works"
+
+
+def test_a_line_says_all_there_is_to_know() -> None:
+    clock = Clock()
+    run = a_run(clock, generators=1, billing=Billing(price_per_hour=3.6, unit="machine"))
+    clock.now += 100
+    run.add(shard_stats(clock, images=200, quarantined=4, score=0.27))
+    assert log_line(run.status(), "") == (
+        "204/10,000 samples (2.0%); 2 images/s, ETA 1 h 20 min; busy: draw 100%, featurise 10%, encode 2%, store 1%, "
+        "clip score 0.270, 200 kB, quarantined: black_image 4, cost 0.1 of about 4.902"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (425, "7 min 05 s"), (56_280, "15 h 38 min"),
+     (86_399, "1 d 0 h"), (273_600, "3 d 4 h")],
+)  # fmt: skip
+def test_durations_read_like_durations(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_sizes_are_decimal() -> None:
+    assert [size(count) for count in (0, 999, 1_000, 12_340_000, 5.2e12)] == [
+        "0 B",
+        "999 B",
+        "1 kB",
+        "12.34 MB",
+        "5.2 TB",
+    ]
+
+
+def read_to_the_end(descriptor: int) -> Iterator[bytes]:
+    with open(descriptor, "rb", buffering=0) as file, contextlib.suppress(OSError):  # a closed terminal gives EIO
+        while chunk := file.read(4096):
+            yield chunk
+
+
+@pytest.mark.parametrize("columns", [0, 140])
+def test_a_terminal_gets_a_bar_that_ends_full(columns: int) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (50, columns))
+    clock = Clock()
+    run = a_run(clock, total=256, generators=1)
+    chunks: list[bytes] = []
+    reader = threading.Thread(target=lambda: chunks.extend(read_to_the_end(ours)))
+    reader.start()
+    with (
+        os.fdopen(theirs, "w") as terminal,
+        Display(
+            run, Telemetry("test", has_clip_scores=False), None, gpus_per_generator=0.0, stream=terminal
+        ) as display,
+    ):
+        clock.now += 100
+        display.add(shard_stats(clock))
+    reader.join()
+    shown = b"".join(chunks).decode()
+    assert "100%|" in shown and "256/256 samples [1 min 40 s, 2.56 images/s]" in shown
+    assert "busy: draw 100%" in shown and "clip score 0.300" in shown
+
+
+def test_a_log_gets_lines_without_control_characters(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    run = a_run(clock, total=256, generators=1)
+    no_terminal = io.StringIO()
+    with (
+        caplog.at_level("INFO", logger="cluster.display"),
+        Display(
+            run, Telemetry("test", has_clip_scores=False), None, gpus_per_generator=0.0, stream=no_terminal
+        ) as display,
+    ):
+        clock.now += 100
+        display.add(shard_stats(clock))
+    assert no_terminal.getvalue() == ""
+    assert caplog.messages[-1].startswith("256/256 samples (100.0%); 2.56 images/s; busy: draw 100%")
+    assert all(message.isprintable() for message in caplog.messages)
+
+
+def test_scores_of_shards_add_up_to_those_of_the_whole() -> None:
+    values = np.random.default_rng(0).normal(0.26, 0.05, 3_000)
+    shards = []
+    for part in np.array_split(values, 7):
+        histogram, _ = np.histogram(part, bins=np.linspace(-1, 1, 41))
+        shards.append(
+            ClipScores.of_shard({
+                "successes": len(part), "clip_score_histogram": histogram.tolist(),
+                "clip_score_sum": part.sum(), "clip_score_sum_of_squares": np.square(part).sum(),
+            })
+        )  # fmt: skip
+    whole = sum(shards, ClipScores())
+    assert whole.mean == pytest.approx(values.mean())
+    assert whole.standard_error == pytest.approx(values.std(ddof=1) / np.sqrt(len(values)))
+    for percent in (0, 5, 50, 95, 100):
+        assert whole.percentile(percent) == pytest.approx(np.percentile(values, percent), abs=0.05)
+    assert whole.percentile(50) == pytest.approx(np.percentile(values, 50), abs=0.01), "interpolated inside a bin"
+    assert ClipScores().mean is None and ClipScores().percentile(50) is None
+
+
+def test_the_gate_closes_only_beyond_doubt_and_shows_an_example(tmp_path) -> None:
+    store, _, _ = make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path), null_spec(), finish=False)
+
+    def scores(count: int, mean: float, deviation: float) -> ClipScores:
+        squares = count * mean**2 + (count - 1) * deviation**2
+        return ClipScores(count=count, sum=count * mean, sum_of_squares=squares)
+
+    check_gate(scores(1_000, 0.1, 0.01), None, store=store, shard=1)
+    check_gate(scores(63, 0.1, 0.01), 0.2, store=store, shard=1)
+    check_gate(scores(100, 0.19, 0.06), 0.2, store=store, shard=1)  # two standard errors: 0.012
+    check_gate(scores(100, 0.21, 0.01), 0.2, store=store, shard=1)
+    with pytest.raises(InputError) as stop:
+        check_gate(scores(400, 0.19, 0.06), 0.2, store=store, shard=1)
+    line = str(stop.value)
+    assert "0.190 +- 0.006 of 400 pictures is below --stop-below-clip-score 0.2" in line and "\n" not in line
+    assert "--only 000000005-00" in line and "'A bird near the beach.'" in line
+
+
+@pytest.mark.parametrize(
+    "watch", [{"price_per_hour": -1.0}, {"price_per_hour": float("nan")}, {"stop_below_clip_score": 25.0}]
+)
+def test_a_watch_that_makes_no_sense_is_refused(watch: dict[str, float]) -> None:
+    with pytest.raises(InputError):
+        Watch(**watch)
