@@ -1,0 +1,443 @@
+"""Published files become our datasets and captioners; nothing is lost on the way there and back."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT
+from PIL import Image
+from published import make_complete_dataset
+from safetensors.torch import load_file
+from seaweedfs import BUCKET
+from tiny_models import save_tiny_clip
+
+from cluster.dataset import CLIP_HEAD_KEY, VOCABULARY_KEY, Manifest, Plan, load_manifest, shard_key
+from cluster.export import ExportOptions, export_dataset
+from cluster.storage import Store, open_store
+from cluster.verify import verify
+from pcm.captioner import CONCEPTS_FILE, MODEL_FILE, VOCABULARY_FILE, Captioner
+from pcm.clip import ImageFeatures
+from pcm.errors import InputError
+from pcm.official_files import (
+    concepts_from_pickle,
+    features_from_npz,
+    features_to_npz,
+    read_annotation,
+    sentence_of,
+    stack_sentences,
+)
+from pcm.vocabulary import Vocabulary
+
+GOLDEN = Path(__file__).parent / "data" / "pcmnet_small.safetensors"
+LENGTH = 12
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, tiny_t2i, tiny_clip) -> tuple[Store, Plan, Manifest]:
+    return make_complete_dataset(tmp_path_factory.mktemp("import") / "dataset", t2i=tiny_t2i, clip=tiny_clip)
+
+
+@pytest.fixture(scope="module")
+def exported(dataset, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("official")
+    options = ExportOptions(name="sd", max_length=LENGTH, workers=2)
+    export_dataset(dataset[0], open_store(out), to="official", options=options)
+    return out
+
+
+@pytest.fixture
+def published(exported: Path, tmp_path: Path) -> Path:
+    """An official export, to be damaged."""
+    return Path(shutil.copytree(exported, tmp_path / "published"))
+
+
+def arguments(published: Path | str, out: Path | str, clip: Path, **changed: object) -> list[object]:
+    """`jobs.import_official` of everything that an export holds; an argument changed to None is left out."""
+    given: dict[str, object] = {
+        "annotations": f"{published}/annotations.pickle", "images": f"{published}/images/sd_sp{{split_id}}",
+        "features": f"{published}/features/sd_sp{{split_id}}", "vocabulary": f"{published}/vocabulary.txt",
+        "concepts": f"{published}/concepts.pickle", "clip_head": f"{published}/clip_head.pth", "clip": clip,
+        "out": out, "shard_size": 3, "workers": 2,
+    }  # fmt: skip
+    pairs = ((name.replace("_", "-"), value) for name, value in (given | changed).items() if value is not None)
+    return [part for name, value in pairs for part in (f"--{name}", value)]
+
+
+def rows(store: Store) -> list[dict]:
+    keys = [key for key in store.list("shards") if key.endswith(".parquet")]
+    return [row for key in keys for row in pq.read_table(store.path(key)).to_pylist()]
+
+
+def quarantined(store: Store) -> dict[str, str]:
+    tables = [pq.read_table(store.path(key)).to_pylist() for key in store.list("quarantine")]
+    return {row["corpus_id"]: row["reason"] for table in tables for row in table}
+
+
+def rewrite(published: Path, change) -> None:
+    """Change the annotations as a user would, with the usual pickle."""
+    path = published / "annotations.pickle"
+    annotations = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(change(annotations) or annotations))
+
+
+def test_a_dataset_comes_back_from_published_files_as_it_was(dataset, exported, tmp_path, tiny_clip, call_job):
+    store = dataset[0]
+    result = call_job("import_official", *arguments(exported, tmp_path / "back", tiny_clip))
+    assert result.returncode == 0, result.stderr
+    assert (result.summary["stored"], result.summary["quarantined"]) == (7, 0)
+    back = open_store(tmp_path / "back")
+    proof = verify(back)
+    assert proof["ok"] and proof["stored"] == proof["expected"] == 7
+    before, after = rows(store), rows(back)
+    vocabulary = Vocabulary.from_text(back.read_bytes(VOCABULARY_KEY).decode())
+    for old, new in zip(before, after, strict=True):
+        assert new["image"]["bytes"] == old["image"]["bytes"]
+        assert (new["width"], new["height"]) == (old["width"], old["height"])
+        for name in ("global_feature", "patch_features", "clip_score"):  # float16, float16 and float32, bit for bit
+            assert new[name] == old[name]
+        for ours, theirs in zip(*(vocabulary.encode(row["caption"], LENGTH) for row in (old, new)), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert back.read_bytes(VOCABULARY_KEY) == store.read_bytes(VOCABULARY_KEY)
+    heads = [safetensors.torch.load(place.read_bytes(CLIP_HEAD_KEY)) for place in (store, back)]
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+    assert load_manifest(back).features == load_manifest(store).features
+
+    # And to published files again: the same pictures and features, under the ids of their new places.
+    again = tmp_path / "again"
+    call_job("export", "--data", back.root, "--out", again, "--to", "official", "--name", "sd", "--max-length", LENGTH)
+    for old_path, new_path in zip(sorted(exported.rglob("60*")), sorted(again.rglob("60*")), strict=True):
+        assert new_path.read_bytes() == old_path.read_bytes()
+    first, second = (pickle.loads((place / "annotations.pickle").read_bytes()) for place in (exported, again))
+    for old, new in zip(first, second, strict=True):
+        assert all(np.array_equal(old[name], new[name]) for name in old if name != "image_id")
+    assert (again / "concepts.pickle").read_bytes() == (exported / "concepts.pickle").read_bytes()
+
+
+def test_captions_come_from_the_caption_file_where_its_words_are_the_ids(
+    dataset, exported, tmp_path, tiny_clip, call_job
+):
+    by_id, by_place = exported / "captions.jsonl", tmp_path / "karpathy.json"
+    said = [json.loads(line) for line in by_id.read_text().splitlines()]
+    # Synthetic pictures of a corpus that knows nothing of their ids: 6000000 + its place.
+    texts = {int(line["image_id"]) - 6_000_000: line["caption"] for line in said}
+    sentences = [{"raw": texts.get(place, "other"), "sentid": place} for place in range(8)]
+    sentences[1]["raw"] = "Something else was said."
+    by_place.write_text(json.dumps({"images": [{"split": "train", "cocoid": 9, "sentences": sentences}]}))
+    for number, (path, from_file) in enumerate(((by_id, 7), (by_place, 6))):
+        out = tmp_path / f"out{number}"
+        result = call_job("import_official", *arguments(exported, out, tiny_clip, captions=path))
+        assert result.returncode == 0, result.stderr
+        counts = result.summary["captions_from_file"], result.summary["captions_recovered"]
+        assert counts == (from_file, 7 - from_file)  # what is not the same sentence is recovered from its ids
+        stored = [row["caption"] for row in rows(open_store(out))]
+        assert stored[0] == "A dog near the beach."
+        assert stored[1] == ("A man's cat on a table!" if path == by_id else "a mans cat on a table")
+
+
+def test_bad_rows_are_quarantined_with_their_reason_and_the_rest_is_imported(published, tmp_path, tiny_clip, call_job):
+    images, features = published / "images" / "sd_sp0", published / "features" / "sd_sp0"
+    (images / "6000000.jpg").unlink()
+    (images / "6000001.jpg").write_bytes((images / "6000001.jpg").read_bytes()[:200])
+    (features / "6000003.npz").unlink()
+    patches, image = features_from_npz((features / "6000004.npz").read_bytes())
+    (features / "6000004.npz").write_bytes(features_to_npz(patches[:-1], image))
+    (features / "6000005.npz").write_bytes(features_to_npz(patches * np.float32(1e6), image))
+    (features / "6000006.npz").write_bytes(b"no npz")
+    Image.new("RGB", (8, 8)).save(images / "gif.jpg", "GIF")
+
+    def change(annotations):
+        good = annotations[-1]
+        annotations += [
+            {"image_id": "../../etc/passwd", "tokens_ids": good["tokens_ids"], "target_ids": good["target_ids"]},
+            {**good, "clipscore": None},
+            {**good, "image_id": "gif"},
+            {**good, "clipscore": 7.5},
+            {**good, "tokens_ids": good["tokens_ids"] + 1},
+            {**good, "target_ids": np.full_like(good["target_ids"], -1), "tokens_ids": good["tokens_ids"] * 0},
+            "no dict",
+        ]
+
+    rewrite(published, change)
+    result = call_job("import_official", *arguments(published, tmp_path / "out", tiny_clip))
+    assert result.returncode == 0, result.stderr
+    store = open_store(tmp_path / "out")
+    assert quarantined(store) == {
+        "6000000#0": "missing_image", "6000001#0": "bad_image", "6000003#0": "missing_features",
+        "6000004#0": "features_of_another_shape", "6000005#0": "features_beyond_float16", "6000006#0": "bad_features",
+        "[7]": "bad_record", "6000007#0": "empty", "gif#0": "bad_image", "[10]": "bad_record", "[13]": "bad_record",
+    } | quarantined_twice(store)  # fmt: skip
+    assert result.summary["expected"] == 14 == result.summary["stored"] + result.summary["quarantined"]
+    assert result.summary["stored"] == 1
+    assert result.summary["quarantined_by_reason"]["missing_clip_score"] == 1
+    assert result.summary["quarantined_by_reason"]["bad_record"] == 4
+    assert verify(store)["ok"]
+
+
+def quarantined_twice(store: Store) -> dict[str, str]:
+    """6000007#0 is in the annotations four times: whichever of its reasons came last."""
+    return {"6000007#0": quarantined(store)["6000007#0"]}
+
+
+def test_features_are_computed_where_none_are_given(dataset, exported, tmp_path, tiny_clip, call_job):
+    store = dataset[0]
+    changed = {"features": None, "clip_head": None, "concepts": None}
+    result = call_job("import_official", *arguments(exported, tmp_path / "out", tiny_clip, **changed))
+    assert result.returncode == 0, result.stderr
+    for old, new in zip(rows(store), rows(open_store(tmp_path / "out")), strict=True):
+        np.testing.assert_allclose(new["patch_features"], old["patch_features"], atol=2e-3)
+        np.testing.assert_allclose(new["global_feature"], old["global_feature"], atol=1e-3)
+        assert new["clip_score"] == old["clip_score"]  # the annotation's, though the caption is spelled otherwise
+    assert verify(open_store(tmp_path / "out"))["ok"]
+
+
+def test_a_killed_import_goes_on_where_it_stopped(exported, tmp_path, tiny_clip, call_job):
+    whole = call_job("import_official", *arguments(exported, tmp_path / "whole", tiny_clip, shard_size=1, workers=1))
+    assert whole.returncode == 0, whole.stderr
+    slow = tmp_path / "slow"  # a copy whose fourth picture never comes: a pipe that nobody writes into
+    shutil.copytree(exported, slow)
+    picture = slow / "images" / "sd_sp0" / "6000004.jpg"
+    data = picture.read_bytes()
+    picture.unlink()
+    os.mkfifo(picture)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "jobs.import_official"]
+    command += [str(part) for part in arguments(slow, out, tiny_clip, shard_size=1, workers=1)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / shard_key(2)).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert process.poll() is None and (out / shard_key(2)).exists()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (out / "dataset.json").exists()
+    picture.unlink()
+    picture.write_bytes(data)
+    result = call_job("import_official", *arguments(slow, out, tiny_clip, shard_size=1, workers=1))
+    assert result.returncode == 0 and result.summary["skipped"] == 3, result
+    assert verify(open_store(out))["fingerprint"] == verify(open_store(tmp_path / "whole"))["fingerprint"]
+
+
+def test_imported_pictures_can_not_be_drawn_again(exported, tmp_path, tiny_clip, call_job):
+    out = tmp_path / "out"
+    call_job("import_official", *arguments(exported, out, tiny_clip))
+    result = call_job("generate", "--out", out, "--only", "000000000-00")
+    assert result.returncode == 2 and "were imported" in result.stderr
+    changed = arguments(exported, out, tiny_clip, shard_size=2)
+    assert "shard_size: 3 -> 2" in call_job("import_official", *changed).stderr
+
+
+def test_an_import_from_and_to_an_object_store(exported, tmp_path, tiny_clip, call_job, s3):
+    bucket = f"s3://{BUCKET}/published"
+    store = open_store(bucket)
+    for path in (path for path in exported.rglob("*") if path.is_file()):
+        store.write_bytes(path.relative_to(exported).as_posix(), path.read_bytes())
+    result = call_job("import_official", *arguments(bucket, f"s3://{BUCKET}/dataset", tiny_clip))
+    assert result.returncode == 0, result.stderr
+    assert verify(open_store(f"s3://{BUCKET}/dataset"))["ok"]
+    again = f"s3://{BUCKET}/again"
+    result = call_job(
+        "export", "--data", f"s3://{BUCKET}/dataset", "--out", again, "--to", "official", "--name", "sd",
+        "--max-length", LENGTH,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert open_store(again).read_bytes("features/sd_sp0/6000000.npz") == store.read_bytes(
+        "features/sd_sp0/6000000.npz"
+    )
+
+
+class Command:
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_what_cannot_be_imported_is_one_clear_line_and_nothing_is_executed(published, tmp_path, tiny_clip, call_job):
+    victim = tmp_path / "executed"
+    evil, words = tmp_path / "evil.pickle", tmp_path / "words.txt"
+    evil.write_bytes(pickle.dumps([{"image_id": Command(victim)}]))
+    torch.save({"model": {"x": Command(victim)}}, tmp_path / "evil.pth")
+    torch.save({"model": {"x": Command(victim)}}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    words.write_text("a\na\n")
+    missing = tmp_path / "nowhere"
+    for changed, message in (
+        ({"annotations": evil}, "posix.system"),
+        ({"concepts": evil}, "posix.system"),
+        ({"clip_head": tmp_path / "evil.pth"}, "posix.system"),
+        ({"clip_head": tmp_path / "old.pth"}, "posix.system"),
+        ({"annotations": published / "concepts.pickle"}, "not a list of annotations"),
+        ({"annotations": missing}, "no such file"),
+        ({"images": missing}, "nothing for any of the first"),
+        ({"features": f"{published}/images/sd_sp{{split_id}}"}, "nothing for any of the first"),
+        ({"vocabulary": words}, "occurs twice"),
+        ({"images": None}, "--images: missing"),
+        ({"annotations": None}, "give one of the two"),
+        ({"clip_head": published / "model.txt"}, "no such file"),
+    ):
+        result = call_job("import_official", *arguments(published, tmp_path / "out", tiny_clip, **changed))
+        assert result.returncode == 2 and message in result.stderr, (changed, result)
+        assert len(result.stderr.strip().splitlines()[-1:]) == 1
+    assert not victim.exists()
+
+
+def test_unknown_words_come_back_as_unknown_words():
+    published = Vocabulary(("a", "dog", "<unk>", "unk"))
+    token_ids, target_ids = stack_sentences(published, ["a zebra dog"], 6)
+    sentence = sentence_of(token_ids[0], target_ids[0], published)
+    np.testing.assert_array_equal(published.encode(sentence, 6)[0], token_ids[0])
+    assert sentence == "a unkunk dog"
+    full = stack_sentences(published, ["a a a a dog"], 6)
+    assert sentence_of(full[0][0], full[1][0], published) == "a a a a dog"
+    endless = np.array([0, 1, 1, 2]), np.array([1, 1, 2, 2])  # cut by the published code, without an end
+    assert sentence_of(*endless, published) == "a a dog dog"
+    for tokens, targets in (([0, 1, 2], [1, 1, 0]), ([1, 1, 2], [1, 2, 0]), ([0, 9, 0], [9, 0, -1])):
+        with pytest.raises(InputError):
+            sentence_of(np.array(tokens), np.array(targets), published)
+    with pytest.raises(InputError, match="other words"):
+        sentence_of(np.array([0, 1]), np.array([1, 0]), Vocabulary(("t-shirt",)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_id": "a/b"}, {"image_id": ".."}, {"image_id": None}, {"image_id": ["6000000"]}, {"split_id": "x"},
+        {"split_id": -1}, {"split_id": 1.5}, {"tokens_ids": np.ones((1, 2))}, {"tokens_ids": np.ones((1, 3), int)},
+        {"tokens_ids": np.zeros((0, 2), int)}, {"target_ids": [[1, 2]]}, {"target_ids": "words"},
+        {"clipscore": [1.0, 2.0]}, {"clipscore": np.nan}, {"clipscore": 3.0}, {"clipscore": "high"},
+    ],
+)  # fmt: skip
+def test_annotations_of_another_shape_are_refused(change):
+    good = {"image_id": "1", "tokens_ids": np.ones((1, 2), int), "target_ids": np.ones((1, 2), int)}
+    assert read_annotation(good).clip_scores is None
+    assert read_annotation({**good, "image_id": 6000000, "split_id": np.int64(3)}).image_id == "6000000"
+    for value in ({**good, **change}, list(good), {"image_id": "1"}):
+        with pytest.raises(InputError):
+            read_annotation(value)
+
+
+def test_npz_headers_are_not_believed():
+    good = features_to_npz(np.ones((2, 3)), np.ones(4))
+    patches, image = features_from_npz(good)
+    assert patches.shape == (2, 3) and np.linalg.norm(image) == pytest.approx(1)
+    objects = good.replace(b"'descr': '<f4'", b"'descr': '|O' ")
+    huge = good.replace(b"(2, 3), }", b"(2, 9), }")
+    for data in (b"", good[:100], objects, huge, good[:200] + b"\xff" + good[201:]):
+        with pytest.raises(InputError):
+            features_from_npz(data)
+
+
+def golden_files(folder: Path) -> dict[str, torch.Tensor]:
+    """A published run made of the golden state: model.pth as the published code saves it, vocabulary, concepts."""
+    tensors = load_file(GOLDEN)
+    state = {name.removeprefix("state."): t for name, t in tensors.items() if name.startswith("state.")}
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimiser = torch.optim.Adam([parameter])
+    parameter.sum().backward()
+    optimiser.step()
+    folder.mkdir()
+    torch.save(
+        {"model": state, "optimizer": optimiser.state_dict(), "scheduler": {"last_epoch": 3}, "iteration": 17},
+        folder / "model.pth",
+    )
+    Vocabulary(tuple(f"w{number}x" for number in range(1, 50))).save(folder / "vocabulary.txt")
+    names = [f"noun{number}" for number in range(20)]
+    (folder / "concepts.pickle").write_bytes(pickle.dumps((names, tensors["in.concept_embed"])))
+    return tensors
+
+
+def test_a_published_checkpoint_gives_the_published_captions_and_goes_back_unchanged(tmp_path, call_job):
+    tensors = golden_files(tmp_path / "published")
+    clip = save_tiny_clip(tmp_path / "clip", width=48)
+    published = tmp_path / "published"
+    command = [
+        "import_official", "--checkpoint", published / "model.pth", "--vocabulary", published / "vocabulary.txt",
+        "--concepts", published / "concepts.pickle", "--clip", clip, "--out", tmp_path / "ours",
+        "--set", "num_heads=4", "--set", "max_length=12", "--set", "noise_variance=0.0",
+    ]  # fmt: skip
+    result = call_job(*command)
+    assert result.returncode == 0, result.stderr
+    captioner = Captioner.load(tmp_path / "ours")
+
+    images, patches = tensors["in.global_feats"], tensors["in.att_feats"]
+    with torch.inference_mode():
+        logits = captioner.model(images, patches, tensors["in.tokens_ids"], layout="append")
+    assert (logits - tensors["out.eval.logits"]).abs().max() <= 2e-5
+    described = captioner.describe(ImageFeatures(images.numpy(), patches.numpy()))
+    words = captioner.vocabulary
+    assert [found.caption for found in described] == [words.decode(ids) for ids in tensors["beam3.out1.ids"].tolist()]
+    log_probs = tensors["beam3.out1.logp"].sum(dim=-1)
+    np.testing.assert_allclose([found.log_prob for found in described], log_probs, atol=2e-4)
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (40, 30), "red").save(picture)
+    assert call_job("caption", "--checkpoint", tmp_path / "ours", picture).returncode == 0
+
+    result = call_job("export", "--checkpoint", tmp_path / "ours", "--out", tmp_path / "back", "--to", "official")
+    assert result.returncode == 0, result.stderr
+    before = torch.load(published / "model.pth", weights_only=True)["model"]
+    after = torch.load(tmp_path / "back" / "model.pth", weights_only=True)["model"]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before if not name.endswith("embeddings_pos.pe"))
+    table = "token_embed.embeddings_pos.pe"
+    assert (before[table] - after[table]).abs().max() <= 1e-4  # computed, here as there
+    assert (tmp_path / "back" / "vocabulary.txt").read_bytes() == (published / "vocabulary.txt").read_bytes()
+    _, embeddings = pickle.loads((tmp_path / "back" / "concepts.pickle").read_bytes())
+    raw = tensors["in.concept_embed"]
+    torch.testing.assert_close(embeddings, raw / raw.norm(dim=-1, keepdim=True))
+
+    command[2], command[6] = tmp_path / "back" / "model.pth", tmp_path / "back" / "concepts.pickle"
+    command[10] = tmp_path / "ours2"
+    assert call_job(*command).returncode == 0
+    for name in (MODEL_FILE, CONCEPTS_FILE, VOCABULARY_FILE):
+        assert (tmp_path / "ours2" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+
+
+def test_parts_of_different_runs_are_refused(tmp_path, call_job):
+    golden_files(tmp_path / "published")
+    published = tmp_path / "published"
+    short = tmp_path / "short.txt"
+    short.write_text("only\nthree\nwords\n")
+    flat = tmp_path / "flat.pickle"
+    flat.write_bytes(pickle.dumps((list("abcdef"), torch.ones(6, 7))))
+    victim = tmp_path / "executed"
+    torch.save({"model": Command(victim)}, tmp_path / "evil.pth")
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "other.pth")
+    for changed, message in (
+        ({"--vocabulary": short}, "for 50 words, given are 4"),
+        ({"--concepts": flat}, "32 dimensions of the concepts, given are 7"),
+        ({"--checkpoint": tmp_path / "evil.pth"}, "posix.system"),
+        ({"--checkpoint": tmp_path / "text.pth"}, "not a plain torch checkpoint"),
+        ({"--checkpoint": tmp_path / "other.pth"}, "not a PCM-Net state dict"),
+        ({"--set": "vocab_size=3"}, "cannot be chosen"),
+        ({"--set": "num_heads=5"}, "num_heads"),
+        ({"--set": "top_concepts=many"}, "top_concepts"),
+    ):
+        given = {
+            "--checkpoint": published / "model.pth", "--vocabulary": published / "vocabulary.txt",
+            "--concepts": published / "concepts.pickle", "--clip": "any", "--out": tmp_path / "ours",
+            "--set": "num_heads=4",
+        } | changed  # fmt: skip
+        result = call_job("import_official", *(part for pair in given.items() for part in pair))
+        assert result.returncode == 2 and message in result.stderr, (changed, result)
+    assert not victim.exists() and not (tmp_path / "ours").exists()
+
+
+def test_concepts_of_unit_length_stay_bit_for_bit():
+    rows_ = torch.nn.functional.normalize(torch.randn(50, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    names = [str(number) for number in range(50)]
+    assert np.array_equal(concepts_from_pickle(pickle.dumps((names, rows_))).embeddings, rows_.numpy())
+    assert np.allclose(concepts_from_pickle(pickle.dumps((names, 3 * rows_))).embeddings, rows_.numpy(), atol=1e-6)
