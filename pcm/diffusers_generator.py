@@ -1,7 +1,9 @@
 """Any diffusers text-to-image pipeline, run so that a picture does not depend on its neighbours."""
 
 import platform
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
@@ -11,6 +13,11 @@ from pcm.isolation import IsolatedDrawing
 from pcm.pipeline_loading import load_pipeline
 from pcm.spec import GeneratorSpec
 from pcm.text_to_image import UNGUARDED, Drawing, Guard, Request
+
+#: Threads that check and encode pictures while the next batch is drawn, and how many batches may wait for them: a batch
+#: of eight 512x512 pictures is 25 MB.
+ENCODING_THREADS = 4
+BATCHES_ENCODED_AT_ONCE = 2
 
 #: reason of a picture that the pipeline's own safety checker blanked.
 NSFW_FLAGGED = "nsfw_flagged"
@@ -30,13 +37,18 @@ class DiffusersTextToImage:
             torch.set_num_threads(spec.cpu_threads)
         self._pipeline = load_pipeline(spec)
         self.device_name = _device_name(spec.device)
+        self._encoding = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="encode")
+        self._encoded: deque[list[Future[Drawing]]] = deque()
         self._isolated = IsolatedDrawing(self.draw_batch, batch_size=spec.batch_size, max_attempts=spec.max_attempts)
 
     def draw(self, requests: Sequence[Request], guard: Guard = UNGUARDED) -> list[Drawing]:
         return self._isolated.draw(requests, guard)
 
-    def draw_batch(self, slots: dict[int, Request], batch_size: int) -> list[Drawing]:
-        """One attempt at each request, in its slot of a batch of `batch_size`; the drawings in the slots' order."""
+    def draw_batch(self, slots: dict[int, Request], batch_size: int) -> list[Future[Drawing]]:
+        """One attempt at each request, in its slot of a batch of `batch_size`; the drawings in the slots' order.
+
+        They are being checked and encoded when this returns, so that the device need not wait.
+        """
         spec = self._spec
         prompts, generators = [], []
         for slot in range(batch_size):
@@ -47,10 +59,14 @@ class DiffusersTextToImage:
             **_call_arguments(spec, batch_size), prompt=prompts, generator=generators, output_type="np"
         )
         flagged = getattr(output, "nsfw_content_detected", None) or [False] * batch_size
-        return [
-            self._drawing(output.images[slot], bool(flagged[slot]), request, batch_size)
+        drawings = [
+            self._encoding.submit(self._drawing, output.images[slot], bool(flagged[slot]), request, batch_size)
             for slot, request in slots.items()
         ]
+        self._encoded.append(drawings)
+        if len(self._encoded) > BATCHES_ENCODED_AT_ONCE:
+            wait(self._encoded.popleft())
+        return drawings
 
     def _drawing(self, pixels: np.ndarray, flagged: bool, request: Request, batch_size: int) -> Drawing:
         spec = self._spec

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 
 from pcm.errors import InputError
@@ -18,8 +19,10 @@ from pcm.text_to_image import (
 
 log = logging.getLogger(__name__)
 
-#: Draws one batch: requests by slot, and how many slots there are. One drawing a request, in the slots' order.
-DrawBatch = Callable[[dict[int, Request], int], Sequence[Drawing]]
+#: Draws one batch: requests by slot, and how many slots there are. One drawing a request, in the slots' order; it may
+#: be one that is still being encoded while the next batch is drawn.
+Drawn = Drawing | Future[Drawing]
+DrawBatch = Callable[[dict[int, Request], int], Sequence[Drawn]]
 
 
 class IsolatedDrawing:
@@ -47,14 +50,15 @@ class IsolatedDrawing:
                 waiting[index] = request
         for _ in range(self._max_attempts):
             again = {}
-            for index, drawing in self._draw_each(waiting, guard):
+            for index, drawn in list(self._draw_each(waiting, guard)):
+                drawing = drawn.result() if isinstance(drawn, Future) else drawn
                 drawings[index] = drawing
                 if drawing.attempts > waiting[index].attempts and drawing.reason:
                     again[index] = replace(waiting[index], attempts=drawing.attempts)
             waiting = again
         return [drawings[index] for index in range(len(requests))]
 
-    def _draw_each(self, waiting: dict[int, Request], guard: Guard) -> Iterator[tuple[int, Drawing]]:
+    def _draw_each(self, waiting: dict[int, Request], guard: Guard) -> Iterator[tuple[int, Drawn]]:
         """One attempt at every request: those that must be alone first, the least suspect before the others."""
         suspects = sorted((guard.suspicion(request), index) for index, request in waiting.items())
         alone = [index for suspicion, index in suspects if suspicion]
@@ -82,7 +86,7 @@ class IsolatedDrawing:
                 guard.failed(slots.values(), GENERATOR_ERROR, first_line(outcome))
                 yield indices[0], refused(waiting[indices[0]], self.batch_size, GENERATOR_ERROR)
 
-    def _attempt(self, slots: dict[int, Request], guard: Guard) -> Sequence[Drawing] | Exception:
+    def _attempt(self, slots: dict[int, Request], guard: Guard) -> Sequence[Drawn] | Exception:
         """The batch's drawings, or what it raised, bare of the frames that hold its tensors."""
         try:
             with guard.drawing(tuple(slots.values()), self.batch_size):
