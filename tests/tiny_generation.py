@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+
 from cluster.corpus import read_corpus
-from cluster.dataset import Manifest, Plan, plan_part_key, read_table
+from cluster.dataset import Manifest, Plan
 from cluster.generate import GenerationResult, generate, write_manifest
 from cluster.models import pin_clip, pin_t2i
 from cluster.plan import make_plan
@@ -13,7 +15,6 @@ from cluster.pools import Pools
 from cluster.resume import committed
 from cluster.stages.draw import DrawShard
 from cluster.stages.featurise import FeaturiseShard
-from cluster.stages.shard_row import ShardRow
 from cluster.stages.write import WriteShard
 from cluster.storage import Store, open_store
 from pcm.records import FeatureShape
@@ -89,11 +90,17 @@ def make_dataset_in_process(
     return store, plan, write_manifest(store, plan, features) if finish else None
 
 
-def draw_in_process(store: Store, plan: Plan, shards: Sequence[int]) -> FeatureShape:
-    """Put these shards on the store, whatever is there."""
-    draw, featurise, write = DrawShard(store, plan.spec), FeaturiseShard(plan.spec.clip), WriteShard(store)
-    times = {"start_time": 0.0, "draw_seconds": 0.0, "featurise_seconds": 0.0}
+def draw_in_process(
+    store: Store,
+    plan: Plan,
+    shards: Sequence[int],
+    *,
+    draw: type[DrawShard] = DrawShard,
+    retry: frozenset[str] = frozenset(),
+) -> FeatureShape:
+    """Put these shards on the store, whatever is there; with `retry`, only what was quarantined for these reasons."""
+    drawing, featurise = draw(store, plan.spec, None, retry), FeaturiseShard(plan.spec.clip)
+    write = WriteShard(store)
     for shard in shards:
-        drawn = draw.draw(read_table(store, plan_part_key(shard)))
-        write.write(ShardRow(shard, featurise.featurise(drawn), times))
+        write(featurise(drawing(pa.table({"shard": [shard]}))))
     return featurise.features
