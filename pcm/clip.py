@@ -6,7 +6,9 @@ published features: `patch_features` are the last block's tokens before ln_post 
 """
 
 import hashlib
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ from pcm.records import FeatureShape
 
 #: Grids up to this side are kept as they are; larger even ones are 2x2 average-pooled.
 MAX_GRID_SIDE = 8
+
+#: Threads that open and preprocess pictures beside the model.
+PREPROCESSING_THREADS = 4
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -87,12 +92,13 @@ class ClipEncoder:
         return FeatureShape(embed_dim=self.embed_dim, patch_dim=self.patch_dim, num_patches=self.num_patches)
 
     @torch.inference_mode()
-    def encode_images(self, images: list[Image.Image]) -> ImageFeatures:
-        """Features of PIL images of any size."""
+    def encode_images(self, images: Sequence[Image.Image | Callable[[], Image.Image]]) -> ImageFeatures:
+        """Features of PIL images of any size, or of what functions return that open them.
+
+        The next batch is opened and preprocessed in threads while the model works on this one.
+        """
         global_features, patch_features = [], []
-        for start in range(0, len(images), self.batch_size):
-            batch = images[start : start + self.batch_size]
-            pixel_values = torch.stack([self._preprocess(image.convert("RGB")) for image in batch])  # (B, 3, H, W)
+        for pixel_values in self._preprocessed(images):  # (B, 3, H, W)
             output = self._visual.forward_intermediates(
                 self._padded(pixel_values).to(self.device, self._dtype), indices=1, output_fmt="NCHW"
             )
@@ -100,13 +106,27 @@ class ClipEncoder:
             if self._pool:
                 tokens = torch.nn.functional.avg_pool2d(tokens, 2)
             pooled = torch.nn.functional.normalize(output["image_features"].float(), dim=-1)  # (B, D)
-            global_features.append(pooled[: len(batch)].cpu().numpy())
-            patch_features.append(tokens.flatten(2).transpose(1, 2)[: len(batch)].cpu().numpy())  # (B, N, D_v)
+            count = len(pixel_values)
+            global_features.append(pooled[:count].cpu().numpy())
+            patch_features.append(tokens.flatten(2).transpose(1, 2)[:count].cpu().numpy())  # (B, N, D_v)
         if not images:
             return ImageFeatures(
                 np.zeros((0, self.embed_dim), np.float32), np.zeros((0, self.num_patches, self.patch_dim), np.float32)
             )
         return ImageFeatures(np.concatenate(global_features), np.concatenate(patch_features))
+
+    def _preprocessed(self, images: Sequence[Image.Image | Callable[[], Image.Image]]) -> Iterator[torch.Tensor]:
+        with ThreadPoolExecutor(PREPROCESSING_THREADS, thread_name_prefix="preprocess") as pool:
+            ahead: deque[list[Future[torch.Tensor]]] = deque()
+            for start in range(0, len(images), self.batch_size):
+                ahead.append([pool.submit(self._pixels, image) for image in images[start : start + self.batch_size]])
+                if len(ahead) > 1:
+                    yield torch.stack([pixels.result() for pixels in ahead.popleft()])
+            for batch in ahead:
+                yield torch.stack([pixels.result() for pixels in batch])
+
+    def _pixels(self, image: Image.Image | Callable[[], Image.Image]) -> torch.Tensor:
+        return self._preprocess((image() if callable(image) else image).convert("RGB"))  # (3, H, W)
 
     @torch.inference_mode()
     def encode_texts(self, texts: list[str]) -> np.ndarray:

@@ -1,6 +1,8 @@
 """The frozen CLIP: its features are open_clip's own, and a row does not depend on its neighbours."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import open_clip
 
 from pcm.clip import ClipEncoder, folder_revision, truncation_check
 from pcm.errors import InputError
+from pcm.images import open_image
 
 TEXTS = ["a cat", "a dog on the beach", "Ein Hund.", "a cat", "\N{GRINNING FACE} and friends"]
 
@@ -147,3 +150,28 @@ def test_a_folders_revision_is_its_content(tmp_path: Path) -> None:
     assert revision["a"] == revision["b"]
     assert len({revision[name] for name in "acd"}) == 3
     assert folder_revision(tmp_path / "a/x") == folder_revision(tmp_path / "b/x") != folder_revision(tmp_path / "d/x")
+
+
+def test_pictures_are_opened_a_batch_ahead_and_in_order(encoder: ClipEncoder, images: list[Image.Image]) -> None:
+    expected = encoder.encode_images(images * 3)
+    opened: list[int] = []
+    at_forward: list[int] = []
+
+    def opener(index: int) -> Callable[[], Image.Image]:
+        def open_now() -> Image.Image:
+            opened.append(index)
+            return images[index % len(images)]
+
+        return open_now
+
+    hook = encoder._visual.conv1.register_forward_pre_hook(lambda *_: at_forward.append(len(opened)))
+    encoded = encoder.encode_images([opener(index) for index in range(15)])
+    hook.remove()
+    np.testing.assert_array_equal(encoded.patch_features, expected.patch_features)
+    assert sorted(opened) == list(range(15))
+    assert all(count <= 4 * (batch + 2) for batch, count in enumerate(at_forward)), "one batch ahead, no more"
+
+
+def test_a_picture_that_cannot_be_opened_raises_where_it_is_read(encoder: ClipEncoder) -> None:
+    with pytest.raises(InputError, match="sample 7"):
+        encoder.encode_images([partial(open_image, b"no picture", name="sample 7")])

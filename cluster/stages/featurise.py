@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -119,7 +120,9 @@ class FeaturiseShard:
 
     def _encode_rows(self, drawn: pa.Table, rows: list[int]) -> "tuple[ImageFeatures, np.ndarray]":
         assert self._encoder is not None
-        images = [open_image(drawn["image"][row].as_py(), name=drawn["sample_id"][row].as_py()) for row in rows]
+        images = [
+            partial(open_image, drawn["image"][row].as_py(), name=drawn["sample_id"][row].as_py()) for row in rows
+        ]
         texts = self._encoder.encode_texts([drawn["caption"][row].as_py() for row in rows])  # (B, D)
         return self._encoder.encode_images(images), texts
 
