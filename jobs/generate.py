@@ -60,17 +60,6 @@ def parser() -> argparse.ArgumentParser:
         "Cost = price x GPUs that the run reserves (one a generator, from the moment it is there) x hours, start-up "
         "included; drawing on CPUs, price x machines of the cluster x hours. Storage and traffic are not in it.",
     )
-    faults = result.add_argument_group("faults")
-    faults.add_argument("--batch-timeout", type=float, default=900.0, metavar="S", help="seconds a batch may take")
-    faults.add_argument(
-        "--max-error-share", type=float, default=0.5, metavar="X",
-        help="stop once more than this share of at least 64 samples has failed in the generator",
-    )  # fmt: skip
-    faults.add_argument(
-        "--retry-quarantined", metavar="REASON",
-        help=f"of the dataset --out, try the samples quarantined for REASON again; {ALL_GENERATOR}: whatever failed "
-        "through the generator",
-    )  # fmt: skip
     watch.add_argument("--price-per-hour", type=float, metavar="X", help="of one GPU, or of one machine on CPUs")
     watch.add_argument("--spot", action="store_true", help="the price is of spot capacity: a label in the summary")
     watch.add_argument(
@@ -81,6 +70,17 @@ def parser() -> argparse.ArgumentParser:
     watch.add_argument(
         "--stop-below-clip-score", type=float, metavar="X",
         help="stop once at least 64 pictures have a mean clip score (raw cosine) two standard errors below X",
+    )  # fmt: skip
+    faults = result.add_argument_group("faults")
+    faults.add_argument("--batch-timeout", type=float, default=900.0, metavar="S", help="seconds a batch may take")
+    faults.add_argument(
+        "--max-error-share", type=float, default=0.5, metavar="X",
+        help="stop once more than this share of at least 64 samples has failed in the generator",
+    )  # fmt: skip
+    faults.add_argument(
+        "--retry-quarantined", metavar="REASON",
+        help=f"of the dataset --out, try the samples quarantined for REASON again; {ALL_GENERATOR}: whatever failed "
+        "through the generator",
     )  # fmt: skip
     return result
 
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> dict:
         source=source,
     )
     if pilot:
-        return {**pilot_summary(*run_pilot(store, plan, pools, pilot, watch=watch)), "dataset": args.out}
+        return {**pilot_summary(*run_pilot(store, plan, pools, pilot, faults=policy, watch=watch)), "dataset": args.out}
     return {**generate(store, plan, pools, faults=policy, watch=watch).summary(), "dataset": args.out}
 
 
