@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # The demo and the tests use embedded models only; nothing asks a hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test install lint constraints clean
+.PHONY: demo test chaos install lint constraints clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m jobs.demo --out demo
@@ -15,6 +15,10 @@ test: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest
+
+# 20 kills -9 of drivers, actors, raylets and the store, in about 10 minutes: make chaos CHAOS='--kills 50 --seed 7'
+chaos: $(STAMP)
+	$(VENV)/bin/python tests/chaos.py $(CHAOS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

@@ -1,0 +1,43 @@
+"""The short form of `make chaos`: kill -9 in the middle of a run, of each kind of thing that a run is made of."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from chaos import chaos
+from conftest import ROOT
+from tiny_generation import make_dataset_in_process, null_spec, write_corpus
+
+from cluster.storage import open_store
+from cluster.verify import verify
+
+
+def test_kills_leave_no_trace_in_the_dataset(tmp_path: Path) -> None:
+    report = chaos(tmp_path, victims=["generator", "driver", "raylet", "store"], seed=0, captions=240)
+    assert report["ok"], report
+    assert report["kills"] == 4 and report["drivers_started"] == 2
+
+
+def test_two_drivers_on_one_output_make_the_same_dataset(tmp_path: Path) -> None:
+    captions = ["\x00", *(f"caption number {index}" for index in range(120)), "x" * 3000]
+    corpus = write_corpus(tmp_path, captions)
+    command = [
+        sys.executable, "-m", "jobs.generate", "--corpus", str(corpus), "--out", str(tmp_path / "out"), "--t2i", "null",
+        "--shard-size", "2", "--generators", "1",
+    ]  # fmt: skip
+    drivers = [
+        subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        outputs = [driver.communicate(timeout=300) for driver in drivers]
+    finally:
+        for driver in drivers:
+            driver.kill()
+    assert [driver.returncode for driver in drivers] == [0, 0], outputs
+    make_dataset_in_process(tmp_path / "alone", corpus, null_spec(), shard_size=7)
+    both, alone = verify(open_store(tmp_path / "out")), verify(open_store(tmp_path / "alone"))
+    assert both["ok"], both
+    assert (both["stored"], both["quarantined"], both["fingerprint"]) == (120, 2, alone["fingerprint"])
+    assert not list((tmp_path / "out").rglob("*.tmp"))
