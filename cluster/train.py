@@ -1,40 +1,41 @@
 """Starting, resuming and summarising a training run: the driver's side of cluster.trainloop.
 
-A run's folder: config.json (the exact config, first), metrics.jsonl (a line an epoch), best/ (the captioner of the best
-epoch) and checkpoints/epoch-NNN/, which Ray Train writes and finds again after a crash of a worker or of the driver.
+A run's folder: config.json (the exact config, first), metrics.jsonl (a line an epoch), losses/ (a line a step), best/
+(the captioner of the best epoch) and checkpoints/epoch-NNN[-step-N]/, which Ray Train writes and finds again after a
+crash of a worker or of the driver.
 """
 
-import hashlib
 import json
 import logging
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
-import pyarrow.fs
 import ray.train
 import safetensors.torch
 from fsspec.implementations.local import LocalFileSystem
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from cluster.dataset import CLIP_HEAD_KEY, CONCEPTS_KEY, MANIFEST_KEY, VOCABULARY_KEY, Manifest, load_manifest
+from cluster.dataset import CLIP_HEAD_KEY, CONCEPTS_KEY
 from cluster.loader import CACHE_BYTES
+from cluster.mixture import DataSource, TrainingSet, Vocabularies, common_vocabularies, open_training_sets
 from cluster.pictures import EMBEDDED_PREFIX, PictureSource
-from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error
+from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.storage import Store, join, open_store, read_uri
 from cluster.trainconfig import TrainConfig, default_preset, preset
-from cluster.trainloop import BEST, METRICS_KEY, Run, train_loop
+from cluster.trainer import check_labels, make_trainer, ray_storage, worker_input_error
+from cluster.trainloop import BEST, METRICS_KEY, SCORE, Run, train_loop
 from pcm.concepts import ConceptVocabulary
 from pcm.errors import InputError
 from pcm.vocabulary import Vocabulary
 
+__all__ = ["TrainRequest", "TrainingFailed", "planned_run", "ray_storage", "train"]
+
 log = logging.getLogger(__name__)
 
 CONFIG_KEY = "config.json"
-CHECKPOINTS = "checkpoints"
 PACKAGE = "pcmnet-ray"
 
 
@@ -44,9 +45,11 @@ class TrainingFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """What a user asks for. `overrides` are fields of TrainConfig that replace those of the preset or config file."""
+    """What a user asks for. `data`: datasets, each "URI" or "URI=WEIGHT", see cluster.mixture. `overrides`: fields of
+    TrainConfig that replace those of the preset or config file.
+    """
 
-    data: str
+    data: str | Sequence[str]
     out: str
     preset: str | None = None  # None: chosen by the dataset's feature sizes, or what is resumed
     config: str | None = None  # path or URI of a TrainConfig as JSON
@@ -57,8 +60,14 @@ class TrainRequest:
     num_workers: int | None = None  # None: one a GPU, or one
     cpus_per_worker: int | None = None  # None: the cluster's CPUs divided by the workers
     max_failures: int = 3  # crashed workers before the run is given up
-    keep_checkpoints: int = 2  # the newest and the best so far
+    worker_labels: dict[str, str] = field(default_factory=dict)  # of the nodes that workers are placed on
+    keep_checkpoints: int = 2  # those of the best epochs; the newest stays besides
+    checkpoint_every_steps: int | None = None  # None: at the end of every epoch only
     cache_bytes: int = CACHE_BYTES
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        return tuple(map(DataSource.parse, [self.data] if isinstance(self.data, str) else self.data))
 
 
 def train(request: TrainRequest) -> dict[str, Any]:
@@ -68,11 +77,13 @@ def train(request: TrainRequest) -> dict[str, Any]:
     when what is resumed was begun otherwise; TrainingFailed when the loss is no longer a number.
     """
     started = time.monotonic()
-    data, out = open_store(request.data), open_store(request.out)
-    manifest = load_manifest(data)
+    if request.checkpoint_every_steps is not None and request.checkpoint_every_steps < 1:
+        raise InputError(f"--checkpoint-every-steps {request.checkpoint_every_steps}: must be at least 1")
+    sets, out = open_training_sets(request.sources), open_store(request.out)
     previous = _previous_run(out, resume=request.resume)
-    config = _config_for(request, data, manifest, previous)
-    document = _document(request, data, manifest, config)
+    vocabularies = common_vocabularies(sets)
+    config = _config_for(request, sets, vocabularies, previous)
+    document = _document(request, sets, config)
     if previous is not None:
         _refuse_other_run(out, previous, document)
         done = len(_history(out))
@@ -82,6 +93,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
     out.write_bytes(CONFIG_KEY, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
 
     joined = bool(os.environ.get("RAY_ADDRESS"))
+    check_labels(request.worker_labels, joined=joined)
     if not joined:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes a node of this machine away
     start_ray()
@@ -89,29 +101,23 @@ def train(request: TrainRequest) -> dict[str, Any]:
     num_workers = request.num_workers or max(gpus, 1)
     cpus = request.cpus_per_worker or max(1, int(cluster_cpus()) // num_workers)
     _check_place(config, num_workers=num_workers, cpus=cpus, gpus=gpus)
-    run = _run(request, manifest, config, document, cpus=cpus)
-    trainer = (TorchTrainer if joined else _LocalTrainer)(
-        train_loop,  # type: ignore[arg-type]  # V2 takes a return value; Ray's annotations here are still V1's
-        train_loop_config={"run": run},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpus else {})},
-        ),
-        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-            name=CHECKPOINTS,
-            **ray_storage(out),
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            failure_config=ray.train.FailureConfig(max_failures=request.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=request.keep_checkpoints, checkpoint_score_attribute="CIDEr"
-            ),
-        ),
+    trainer = make_trainer(
+        train_loop,
+        {"run": _run(request, sets, vocabularies, config, document, cpus=cpus)},
+        out=out,
+        score=SCORE,
+        num_workers=num_workers,
+        cpus=cpus,
+        gpus=gpus,
+        labels=request.worker_labels,
+        keep_checkpoints=request.keep_checkpoints,
+        max_failures=request.max_failures,
+        joined=joined,
     )
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise _user_error(error) or error from None
+        raise worker_input_error(error) or error from None
     if result.return_value:  # type: ignore[attr-defined]
         raise TrainingFailed(result.return_value)  # type: ignore[attr-defined]
     return _summary(out, started)
@@ -120,36 +126,35 @@ def train(request: TrainRequest) -> dict[str, Any]:
 def planned_run(request: TrainRequest, *, cpus: int) -> Run:
     """What a worker of `request` would be given, starting nothing: a sweep's trials are runs of this kind.
 
-    Raises InputError when the dataset is unfinished or unfit.
+    Raises InputError when a dataset is unfinished or unfit.
     """
-    data = open_store(request.data)
-    manifest = load_manifest(data)
-    config = _config_for(request, data, manifest, None)
-    return _run(request, manifest, config, _document(request, data, manifest, config), cpus=cpus)
+    sets = open_training_sets(request.sources)
+    vocabularies = common_vocabularies(sets)
+    config = _config_for(request, sets, vocabularies, None)
+    return _run(request, sets, vocabularies, config, _document(request, sets, config), cpus=cpus)
 
 
-def _run(request: TrainRequest, manifest: Manifest, config: TrainConfig, document: dict[str, Any], *, cpus: int) -> Run:
+def _run(
+    request: TrainRequest,
+    sets: Sequence[TrainingSet],
+    vocabularies: Vocabularies,
+    config: TrainConfig,
+    document: dict[str, Any],
+    *,
+    cpus: int,
+) -> Run:
     return Run(
-        data=_anywhere(open_store(request.data)),
+        data=tuple(replace(source, uri=_anywhere(open_store(source.uri))) for source in request.sources),
         out=_anywhere(open_store(request.out)),
+        vocabularies=vocabularies,
         config=config,
         document=document,
         validation=_picture_source_anywhere(request.validation),
-        clip=request.clip or manifest.spec.clip.model,
+        clip=request.clip or sets[0].manifest.spec.clip.model,
         cpu_threads=cpus,
+        checkpoint_every_steps=request.checkpoint_every_steps,
         cache_bytes=request.cache_bytes,
     )
-
-
-class _LocalTrainer(TorchTrainer):
-    """Ray Train without its clean-up after a lost controller, on a Ray that ends with this process.
-
-    The clean-up asks Ray's dashboard, which a local Ray does not start, and prints a traceback for want of it.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 def _previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
@@ -167,7 +172,12 @@ def _previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
     return previous
 
 
-def _config_for(request: TrainRequest, data: Store, manifest: Manifest, previous: dict[str, Any] | None) -> TrainConfig:
+def _config_for(
+    request: TrainRequest,
+    sets: Sequence[TrainingSet],
+    vocabularies: Vocabularies,
+    previous: dict[str, Any] | None,
+) -> TrainConfig:
     """The run's config: config file, preset, the resumed run's or the default preset, then the overrides."""
     if request.preset and request.config:
         raise InputError(f"--preset {request.preset} and --config {request.config}: give one of the two")
@@ -178,26 +188,18 @@ def _config_for(request: TrainRequest, data: Store, manifest: Manifest, previous
     elif previous is not None:
         config = TrainConfig.from_dict(previous["train"])
     else:
-        name = default_preset(manifest.features)
-        log.info("preset %s, chosen by the dataset's features %s; another with --preset", name, manifest.features)
+        features = sets[0].manifest.features
+        name = default_preset(features)
+        log.info("preset %s, chosen by the dataset's features %s; another with --preset", name, features)
         config = preset(name)
-    return _fitted(config.with_overrides(request.overrides), data, manifest)
+    return _fitted(config.with_overrides(request.overrides), sets, vocabularies)
 
 
-def _fitted(config: TrainConfig, data: Store, manifest: Manifest) -> TrainConfig:
-    """`config` with the network's sizes of the dataset. Raises InputError when its parts do not fit together."""
-    features = manifest.features
-    if not manifest.stored:
-        raise InputError(f"{data.root}: holds no stored pair; generate a dataset with some first")
-    for key in (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY):
-        if not data.exists(key):
-            raise InputError(
-                f"{data.root}: has no {key}; it cannot be trained on"
-                + (" (a dataset of the null generator has no features)" if manifest.spec.clip.model == "null" else "")
-            )
-    vocabulary = Vocabulary.from_text(data.read_bytes(VOCABULARY_KEY).decode())
-    concepts = ConceptVocabulary.from_bytes(data.read_bytes(CONCEPTS_KEY))
-    head = safetensors.torch.load(data.read_bytes(CLIP_HEAD_KEY))
+def _fitted(config: TrainConfig, sets: Sequence[TrainingSet], vocabularies: Vocabularies) -> TrainConfig:
+    """`config` with the network's sizes of the data. Raises InputError when its parts do not fit together."""
+    features = sets[0].manifest.features
+    concepts = ConceptVocabulary.from_bytes(vocabularies.concepts)
+    head = safetensors.torch.load(vocabularies.clip_head)
     sizes = {
         "dataset.json": (features.patch_dim, features.embed_dim),
         CLIP_HEAD_KEY: tuple(head["proj"].shape),
@@ -205,16 +207,18 @@ def _fitted(config: TrainConfig, data: Store, manifest: Manifest) -> TrainConfig
     }
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise InputError(f"{data.root}: feature sizes (D_v, D) differ: {found}; generate the dataset again")
+        raise InputError(f"{sets[0].store.root}: feature sizes (D_v, D) differ: {found}; generate the dataset again")
+    vocabulary = Vocabulary.from_text(vocabularies.words.decode())
     return config.for_dataset(vocab_size=len(vocabulary), features=features, num_concepts=len(concepts.names))
 
 
-def _document(request: TrainRequest, data: Store, manifest: Manifest, config: TrainConfig) -> dict[str, Any]:
+def _document(request: TrainRequest, sets: Sequence[TrainingSet], config: TrainConfig) -> dict[str, Any]:
     """config.json: everything that the run's numbers depend on."""
+    clip = sets[0].manifest.spec.clip
     return {
         "train": config.to_dict(),
-        "clip": {"model": request.clip or manifest.spec.clip.model, "dtype": manifest.spec.clip.dtype},
-        "dataset": {"path": data.root, "sha256": hashlib.sha256(data.read_bytes(MANIFEST_KEY)).hexdigest()},
+        "clip": {"model": request.clip or clip.model, "dtype": clip.dtype},
+        "datasets": [each.description() for each in sets],
         "validation": asdict(request.validation) if request.validation else None,
         "versions": {package: version(package) for package in (PACKAGE, "torch", "ray")},
     }
@@ -226,13 +230,23 @@ def _refuse_other_run(out: Store, previous: dict[str, Any], document: dict[str, 
     differences = before.differences(now)
     if now.epochs >= before.epochs:
         differences.pop("epochs", None)
-    if previous["dataset"]["sha256"] != document["dataset"]["sha256"]:
-        differences["dataset"] = f"{previous['dataset']['path']} -> {document['dataset']['path']} (another manifest)"
+    if _rows(previous) != _rows(document):
+        differences["data"] = f"{_named(previous)} -> {_named(document)} (by weight and manifest)"
     if previous["validation"] != document["validation"]:
         differences["validation"] = f"{previous['validation']} -> {document['validation']}"
     if differences:
         listed = "; ".join(f"{name}: {change}" for name, change in differences.items())
         raise InputError(f"{out.root}: was begun otherwise ({listed}); resume with the same settings, or another --out")
+
+
+def _rows(document: dict[str, Any]) -> list[tuple[str, float]]:
+    """What decides the rows of a run: a dataset may move."""
+    return [(dataset["sha256"], dataset["weight"]) for dataset in document.get("datasets", [])]
+
+
+def _named(document: dict[str, Any]) -> str:
+    datasets = document.get("datasets", [])
+    return " + ".join(f"{each['path']}={each['weight']:g} ({each['sha256'][:8]})" for each in datasets)
 
 
 def _check_place(config: TrainConfig, *, num_workers: int, cpus: int, gpus: int) -> None:
@@ -241,6 +255,11 @@ def _check_place(config: TrainConfig, *, num_workers: int, cpus: int, gpus: int)
         raise InputError(
             f"batch size {config.batch_size}: cannot be divided evenly among {num_workers} workers; "
             "change batch_size or --num-workers"
+        )
+    if config.batch_size // num_workers % config.grad_accumulation:
+        raise InputError(
+            f"grad_accumulation {config.grad_accumulation}: does not divide the {config.batch_size // num_workers} "
+            "rows that a worker has of a batch; change it, batch_size or --num-workers"
         )
     if gpus and num_workers > gpus:
         raise InputError(f"--num-workers {num_workers}: the cluster has {gpus} GPUs, and each worker takes one")
@@ -264,22 +283,6 @@ def _picture_source_anywhere(source: PictureSource | None) -> PictureSource | No
 
     references = absolute(source.references) if source.references is not None else None
     return PictureSource(images=absolute(source.images), references=references, split=source.split)
-
-
-def ray_storage(out: Store) -> dict[str, Any]:
-    """RunConfig's storage arguments for OUT, on the file system (endpoint, credentials) of our own objects."""
-    if isinstance(out.fs, LocalFileSystem):
-        return {"storage_path": out.prefix}
-    return {
-        "storage_path": out.prefix,
-        "storage_filesystem": pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(out.fs)),
-    }
-
-
-def _user_error(error: ray.train.TrainingFailedError) -> InputError | None:
-    """The InputError that a worker raised, if that is why training failed."""
-    failures = getattr(error, "worker_failures", {}).values()
-    return next((found for failure in failures if (found := user_error(failure))), None)
 
 
 def _history(out: Store) -> list[dict[str, Any]]:

@@ -42,6 +42,11 @@ class TrainConfig:
     adam_eps: float = 1e-8
     #: Every entry of the gradient is clipped to +-clip_value; 0 = off.
     clip_value: float = 0.1
+    #: Each worker takes its share of a batch in so many parts, one after another: less memory, the same gradient. With
+    #: focal_mode "batch", where every word weighs every other, the parts go through the network once more, forwards.
+    grad_accumulation: int = 1
+    #: Decay of a moving average of the weights, which is then validated and kept as the captioner; 0 = off.
+    ema_decay: float = 0.0
     #: Of matrix products; auto = bfloat16 autocast on a GPU, float32 on a CPU.
     precision: str = "auto"
 
@@ -52,8 +57,12 @@ class TrainConfig:
     focal_gamma: float = 2.0
     focal_mode: str = "batch"
 
-    #: Rows are shuffled over windows of this many randomly drawn shards.
+    #: A batch mixes rows of so many randomly drawn shards (of the next divisor of batch_size).
     window_shards: int = 8
+    #: Share of the captions that is trained on, drawn by a hash of caption and seed: 0.2 contains 0.1.
+    fraction: float = 1.0
+    #: Pairs whose raw cosine is lower are not trained on; -1 keeps all.
+    min_clip_score: float = -1.0
 
     #: The best epoch is chosen by CIDEr on validation pictures or, where none are given, on this fraction of the
     #: synthetic pairs, but not on many more than holdout_limit of them; they are then not trained on.
@@ -63,14 +72,17 @@ class TrainConfig:
     validation_beam_size: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "warmup_steps", "window_shards", "holdout_limit", "validation_beam_size"):
+        counts = "epochs batch_size grad_accumulation warmup_steps window_shards holdout_limit validation_beam_size"
+        for name in counts.split():
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("seed", "clip_value"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("lr_factor", "adam_eps"):
             _check(self, name, getattr(self, name) > 0, "above 0")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             _check(self, name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
+        _check(self, "fraction", 0 < self.fraction <= 1, "above 0 and at most 1")
+        _check(self, "min_clip_score", -1 <= self.min_clip_score <= 1, "a cosine, from -1 to 1")
         _check(self, "holdout_fraction", 0 < self.holdout_fraction <= 0.5, "above 0 and at most 0.5")
         _check(self, "precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         CLIPWeightedCrossEntropy(**self.loss_settings)

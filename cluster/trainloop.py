@@ -1,47 +1,52 @@
-"""The training loop that every Ray Train worker runs: PCM-Net under DDP, one checkpoint an epoch, exact resume.
+"""The training loop that every Ray Train worker runs: PCM-Net under DDP, checkpoints, exact resume.
 
-Nothing random depends on what ran before: the row order is a function of (seed, epoch), dropout and noise of
-(seed, rank, step). So a checkpoint needs no generator states, and a run that was killed goes on as if it had not been.
+Nothing random depends on what ran before: the row order is a function of (seed, epoch), dropout and noise of (seed,
+step, row). So a checkpoint needs no generator states, and a run that was killed goes on at its last checkpoint, in the
+middle of an epoch too, as if it had not been.
 """
 
-import hashlib
 import json
 import logging
+import math
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray.train
 import ray.train.torch
 import safetensors.torch
 import torch
 import torch.distributed
-from torch import nn
 
-from cluster.dataset import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY, Manifest, load_manifest
-from cluster.global_loss import GlobalBatchLoss
-from cluster.loader import CACHE_BYTES, Batch, Selection, ShardLoader, split_holdout
+from cluster.checkpoints import LossLog, Progress, load_training_state, save_training_state
+from cluster.ema import WeightAverage
+from cluster.loader import CACHE_BYTES, Batch, Part, ShardLoader
+from cluster.mixture import DataSource, TrainingSet, Vocabularies, open_training_sets
 from cluster.pictures import PictureSource
-from cluster.storage import Store, open_store
+from cluster.selection import RowFilter, all_rows, holdout_share, select_rows
+from cluster.step import TrainStep
+from cluster.storage import open_store
+from cluster.trackers import Tracker, open_trackers
 from cluster.trainconfig import TrainConfig
 from cluster.validation import ValidationShare, held_out_share, picture_share, validation_cider
-from pcm.captioner import MODEL_FILE, captioner_files
+from pcm.captioner import captioner_files
 from pcm.clip import ClipEncoder
 from pcm.concepts import ConceptVocabulary
 from pcm.model import PCMNet
-from pcm.schedule import noam_lr
 from pcm.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
-OPTIMIZER_FILE = "optimizer.pt"
-STATE_FILE = "state.json"
 METRICS_KEY = "metrics.jsonl"
 BEST = "best"
+
+#: By which Ray Train keeps checkpoints: the CIDEr of an epoch; those inside an epoch have none and count for nothing.
+SCORE = "score"
+NO_SCORE = -1.0
 
 #: On a GPU the loss is read back, and checked, once in so many steps: reading it makes the GPU wait.
 GPU_CHECK_STEPS = 50
@@ -52,27 +57,16 @@ SECONDS_BETWEEN_LINES = 10.0
 class Run:
     """What crosses to the workers: where the data is, where the run goes, and its science."""
 
-    data: str  # absolute path or URI
+    data: tuple[DataSource, ...]  # absolute paths or URIs
     out: str
+    vocabularies: Vocabularies
     config: TrainConfig
     document: dict[str, Any]  # config.json of the run, also written into every checkpoint
     validation: PictureSource | None  # None: held-out synthetic pairs
     clip: str  # NAME of the CLIP for validation pictures
     cpu_threads: int
+    checkpoint_every_steps: int | None = None  # beside the one at the end of an epoch
     cache_bytes: int = CACHE_BYTES
-
-
-@dataclass
-class Progress:
-    """How far training is; the part of a checkpoint that is neither weights nor optimiser."""
-
-    epoch: int = 0  # epochs finished
-    step: int = 0  # optimiser steps made
-    history: list[dict[str, Any]] = field(default_factory=list)  # one row of metrics.jsonl an epoch
-
-    @property
-    def best_cider(self) -> float:
-        return max((row["CIDEr"] for row in self.history), default=float("-inf"))
 
 
 class NonFiniteLoss(Exception):
@@ -101,67 +95,78 @@ class _Worker:
             torch.set_num_threads(run.cpu_threads)
         self.bfloat16 = resolved_precision(self.config.precision, self.device.type) == "bfloat16"
         self.out = open_store(run.out)
-        store = open_store(run.data)
-        manifest = load_manifest(store)
-        self._vocabulary_data, self._concepts_data = store.read_bytes(VOCABULARY_KEY), store.read_bytes(CONCEPTS_KEY)
-        self.vocabulary = Vocabulary.from_text(self._vocabulary_data.decode())
+        self.vocabulary = Vocabulary.from_text(run.vocabularies.words.decode())
 
         torch.manual_seed(self.config.seed)
-        self.module = self._network(store).to(self.device)
-        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        self.parameters = parameters
+        self.module = self._network().to(self.device)
         self.optimizer = torch.optim.Adam(
-            parameters,
+            [parameter for parameter in self.module.parameters() if parameter.requires_grad],
             lr=0.0,
             betas=(self.config.adam_beta1, self.config.adam_beta2),
             eps=self.config.adam_eps,
             fused=True,
         )
-        self.criterion = GlobalBatchLoss(**self.config.loss_settings)
+        decay = self.config.ema_decay
+        self.average = WeightAverage(self.module, decay=decay) if decay else None
         self.progress = self._restored()
-        self.model = ray.train.torch.prepare_model(
+        model = ray.train.torch.prepare_model(
             self.module, parallel_strategy_kwargs={"forward_sync_buffers": False, "gradient_as_bucket_view": True}
         )
-        self.loader, self.validation = self._data(store, manifest)
+        place = {"rank": self.rank, "num_workers": self.num_workers}
+        self.step = TrainStep(
+            self.module, model, self.optimizer, self.config, device=self.device, bfloat16=self.bfloat16, **place
+        )
+        self.loader, self.validation = self._data(open_training_sets(run.data))
+        self.trackers: list[Tracker] = []
 
-    def _network(self, store: Store) -> PCMNet:
-        concepts = ConceptVocabulary.from_bytes(self._concepts_data)
+    def _network(self) -> PCMNet:
+        concepts = ConceptVocabulary.from_bytes(self.run.vocabularies.concepts)
         model = PCMNet(self.config.model)
         model.set_concepts(torch.from_numpy(concepts.embeddings))
-        model.set_clip_head(safetensors.torch.load(store.read_bytes(CLIP_HEAD_KEY)))
+        model.set_clip_head(safetensors.torch.load(self.run.vocabularies.clip_head))
         return model
 
-    def _data(self, store: Store, manifest: Manifest) -> tuple[ShardLoader, ValidationShare]:
+    def _data(self, sets: tuple[TrainingSet, ...]) -> tuple[ShardLoader, ValidationShare]:
         config, place = self.config, {"rank": self.rank, "num_workers": self.num_workers}
-        keys = tuple(shard["key"] for shard in manifest.shards)
-        if self.run.validation is None:
-            training, held_out = split_holdout(
-                store, keys, fraction=config.holdout_fraction, limit=config.holdout_limit, seed=config.seed
-            )
-            validation = held_out_share(store, held_out, manifest.features, **place)
-            source = f"{len(held_out)} held-out synthetic pairs"
+        manifest = sets[0].manifest
+        stored = sum(each.manifest.stored for each in sets)
+        share = holdout_share(fraction=config.holdout_fraction, limit=config.holdout_limit, rows=stored)
+        row_filter = RowFilter(
+            seed=config.seed,
+            held_out=share if self.run.validation is None else 0.0,
+            fraction=config.fraction,
+            min_clip_score=config.min_clip_score,
+        )
+        if row_filter.keeps_everything:
+            training, held_out = [all_rows(each.manifest) for each in sets], []
         else:
-            training = Selection(keys, tuple(np.arange(shard["rows"]) for shard in manifest.shards))
+            chosen = [select_rows(each.store, each.keys, row_filter) for each in sets]
+            training, held_out = [rows for rows, _ in chosen], [rows for _, rows in chosen]
+        if self.run.validation is None:
+            pairs = [(each.store, rows) for each, rows in zip(sets, held_out, strict=True)]
+            validation = held_out_share(pairs, manifest.features, **place)
+            source = f"{sum(map(len, held_out))} held-out synthetic pairs"
+        else:
             clip = manifest.spec.clip
             encoder = ClipEncoder(self.run.clip, device=str(self.device), dtype=clip.dtype, batch_size=clip.batch_size)
             validation = picture_share(self.run.validation, encoder, **place)
             source = self.run.validation.images
         loader = ShardLoader(
-            store,
-            training,
+            [Part(each.store, rows, each.weight) for each, rows in zip(sets, training, strict=True)],
             features=manifest.features,
             vocabulary=self.vocabulary,
             batch_size=config.batch_size,
             max_length=config.model.max_length,
-            window_shards=config.window_shards,
+            lanes=config.window_shards,
             seed=config.seed,
-            trim=self.device.type == "cpu",
             cache_bytes=self.run.cache_bytes,
             **place,
         )
+        parameters = sum(parameter.numel() for parameter in self.module.parameters() if parameter.requires_grad)
         self._say(
-            f"training on {len(training)} pairs, {loader.steps_per_epoch} steps an epoch, {config.epochs} epochs; "
-            f"validation on {source}; {sum(p.numel() for p in self.parameters):,} parameters; "
+            f"training on {sum(map(len, training))} of {stored} pairs, {loader.rows_per_epoch} rows and "
+            f"{loader.steps_per_epoch} steps an epoch, {config.epochs} epochs; validation on {source}; "
+            f"{parameters:,} parameters; "
             f"{self.num_workers} worker(s) on {self.device.type}, {'bfloat16' if self.bfloat16 else 'float32'}"
         )
         return loader, validation
@@ -169,131 +174,136 @@ class _Worker:
     def train(self) -> None:
         if self.rank == 0:
             self._write_metrics()
-        while self.progress.epoch < self.config.epochs:
-            started = time.monotonic()
-            loss, lr, samples = self._train_epoch()
-            trained = time.monotonic()
+            self.trackers.append(open_trackers(self.run.out, config=self.run.document))
+        try:
+            while self.progress.epoch < self.config.epochs:
+                self._train_and_validate()
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
+
+    def _train_and_validate(self) -> None:
+        """One epoch, or the rest of one."""
+        started = time.monotonic()
+        first_step = self.progress.step
+        rows = self._train_epoch()
+        trained = time.monotonic()
+        with self.average.applied() if self.average else nullcontext():
             cider = validation_cider(
                 self.module, self.vocabulary, self.validation, beam_size=self.config.validation_beam_size
             )
-            self.progress.epoch += 1
-            is_best = cider > self.progress.best_cider
-            metrics = {
-                "epoch": self.progress.epoch,
-                "step": self.progress.step,
-                "loss": loss,
-                "lr": lr,
-                "CIDEr": cider,
-                "seconds": round(trained - started, 3),
-                "validation_seconds": round(time.monotonic() - trained, 3),
-                "samples_per_second": round(samples / (trained - started), 2),
-            }
-            self.progress.history.append(metrics)
-            self._say(
-                f"epoch {self.progress.epoch}/{self.config.epochs}: loss {loss:.4f}, lr {lr:.2e}, CIDEr {cider:.4f}"
-                f"{' (best)' if is_best else ''}, {metrics['samples_per_second']} samples/s, "
-                f"{metrics['seconds']:.1f} s + {metrics['validation_seconds']:.1f} s validation"
-            )
-            self._report(metrics, is_best=is_best)
+        self.progress.epoch += 1
+        is_best = cider > self.progress.best_cider
+        samples = (self.progress.step - first_step) * self.config.batch_size
+        metrics = {
+            "epoch": self.progress.epoch,
+            "step": self.progress.step,
+            "loss": math.fsum(row["loss"] for row in rows) / len(rows),
+            "lr": rows[-1]["lr"],
+            "CIDEr": cider,
+            "seconds": round(trained - started, 3),
+            "validation_seconds": round(time.monotonic() - trained, 3),
+            "samples_per_second": round(samples / (trained - started), 2),
+        }
+        self.progress.history.append(metrics)
+        self._say(
+            f"epoch {self.progress.epoch}/{self.config.epochs}: loss {metrics['loss']:.4f}, lr {metrics['lr']:.2e}, "
+            f"CIDEr {cider:.4f}{' (best)' if is_best else ''}, {metrics['samples_per_second']} samples/s, "
+            f"{metrics['seconds']:.1f} s + {metrics['validation_seconds']:.1f} s validation"
+        )
+        self._track({name: metrics[name] for name in ("CIDEr", "epoch", "samples_per_second")})
+        self._report({**metrics, SCORE: cider}, is_best=is_best)
+        if self.rank == 0:
+            self._write_metrics()
 
-    def _train_epoch(self) -> tuple[float, float, int]:
-        """(mean loss, last learning rate, samples) of the epoch after the last one finished."""
-        self.model.train()
-        total = torch.zeros((), device=self.device)
-        unchecked: list[tuple[Batch, torch.Tensor]] = []
+    def _train_epoch(self) -> list[dict[str, float]]:
+        """Train to the end of the epoch; step, loss and learning rate of all its steps."""
+        progress, steps = self.progress, self.loader.steps_per_epoch
+        self.module.train()
+        losses = LossLog(self.out, epoch=progress.epoch + 1, until=progress.step)
+        unchecked: list[tuple[Batch, torch.Tensor, float]] = []
         check_steps = GPU_CHECK_STEPS if self.device.type == "cuda" else 1
+        first = progress.step - progress.epoch * steps
         started = last_line = time.monotonic()
-        steps = self.loader.steps_per_epoch
-        for batch in self.loader.epoch(self.progress.epoch):
-            loss, lr = self._step(batch)
-            total += loss
-            unchecked.append((batch, loss))
-            if len(unchecked) == check_steps or batch.step + 1 == steps:
-                self._check(unchecked)
+        for batch in self.loader.epoch(progress.epoch, start_step=first):
+            loss, lr = self.step(batch, progress.step)
+            progress.step += 1
+            if self.average:
+                self.average.update(progress.step)
+            unchecked.append((batch, loss, lr))
+            at_end = batch.step + 1 == steps
+            every = self.run.checkpoint_every_steps
+            due = every is not None and progress.step % every == 0 and not at_end
+            if len(unchecked) == check_steps or at_end or due:
+                self._check(unchecked, losses)
                 unchecked.clear()
+            if at_end or due:
+                self._write_losses(losses)
+            if due:
+                self._report({"step": progress.step, SCORE: NO_SCORE}, is_best=False)
             if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
                 last_line = time.monotonic()
                 done = batch.step + 1
-                seconds_a_step = (last_line - started) / done
-                left = (self.config.epochs - self.progress.epoch) * steps - done
+                seconds_a_step = (last_line - started) / (done - first)
+                left = (self.config.epochs - progress.epoch) * steps - done
                 self._say(
-                    f"epoch {self.progress.epoch + 1}/{self.config.epochs} step {done}/{steps}: "
+                    f"epoch {progress.epoch + 1}/{self.config.epochs} step {done}/{steps}: "
                     f"loss {float(loss):.4f}, lr {lr:.2e}, {self.config.batch_size / seconds_a_step:.1f} samples/s, "
                     f"ETA {left * seconds_a_step:.0f} s"
                 )
-        return float(total) / steps, lr, steps * self.config.batch_size
+        return losses.rows
 
-    def _step(self, batch: Batch) -> tuple[torch.Tensor, float]:
-        """One optimiser step; (loss of the global batch, learning rate)."""
-        config, progress = self.config, self.progress
-        lr = noam_lr(
-            progress.step, model_size=config.model.hidden_size, warmup=config.warmup_steps, factor=config.lr_factor
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        torch.manual_seed(step_seed(config.seed, self.rank, progress.step))
-        target_ids = self._to_device(batch.target_ids)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
-            logits = self.model(
-                self._to_device(batch.global_feature).float(),
-                self._to_device(batch.patch_features).float(),
-                self._to_device(batch.token_ids),
-            )  # (b, T, V)
-        loss = self.criterion(logits, target_ids, self._to_device(batch.clip_score))
-        self.optimizer.zero_grad()
-        (loss * self.num_workers).backward()  # DDP averages the gradients of the workers, whose sum is wanted
-        if config.clip_value:
-            nn.utils.clip_grad_value_(self.parameters, config.clip_value)
-        self.optimizer.step()
-        progress.step += 1
-        return loss.detach(), lr
+    def _check(self, steps: list[tuple[Batch, torch.Tensor, float]], losses: LossLog) -> None:
+        """Log the losses of the last steps. Raises NonFiniteLoss on every worker alike: they are of global batches."""
+        values = torch.stack([loss for _, loss, _ in steps]).tolist()
+        for (batch, _, lr), value, step in zip(steps, values, self._last_steps(len(steps)), strict=True):
+            if not math.isfinite(value):
+                self._stop(batch, value)
+            losses.append(step=step, loss=value, lr=lr)
+            self._track({"loss": value, "lr": lr}, step=step)
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+    def _last_steps(self, count: int) -> range:
+        return range(self.progress.step - count + 1, self.progress.step + 1)
 
-    def _check(self, steps: list[tuple[Batch, torch.Tensor]]) -> None:
-        """Raise NonFiniteLoss on every worker alike: the loss is that of the global batch."""
-        finite = torch.isfinite(torch.stack([loss for _, loss in steps])).tolist()
-        if all(finite):
-            return
-        batch, loss = steps[finite.index(False)]
+    def _stop(self, batch: Batch, loss: float) -> None:
         shares = [batch.sample_ids] * self.num_workers
         if self.num_workers > 1:
             torch.distributed.all_gather_object(shares, batch.sample_ids)
         sample_ids = [sample_id for share in shares for sample_id in share if sample_id]
         raise NonFiniteLoss(
-            f"loss is {float(loss)} in epoch {batch.epoch + 1}, step {batch.step + 1}, at the batch of samples "
+            f"loss is {loss} in epoch {batch.epoch + 1}, step {batch.step + 1}, at the batch of samples "
             f"{', '.join(sample_ids)}; look at their features and clip scores, or lower lr_factor"
         )
 
     def _report(self, metrics: dict[str, Any], *, is_best: bool) -> None:
-        """Write the epoch's checkpoint. Best first, checkpoint next, metrics.jsonl last: a run killed in between does
-        the epoch again and writes the same.
+        """Write a checkpoint. Best first, checkpoint next, metrics.jsonl last: a run killed in between does the steps
+        since the checkpoint before again and writes the same.
         """
         if self.rank != 0:
             ray.train.report(metrics)
             return
-        files = captioner_files(
-            self.module,
-            document={**self.run.document, "metrics": metrics},
-            vocabulary=self._vocabulary_data,
-            concepts=self._concepts_data,
-        )
+        row = {name: value for name, value in metrics.items() if name != SCORE}
+        with self.average.applied() if self.average else nullcontext():
+            files = captioner_files(
+                self.module,
+                document={**self.run.document, "metrics": row},
+                vocabulary=self.run.vocabularies.words,
+                concepts=self.run.vocabularies.concepts,
+            )
         if is_best:
             for name, data in files.items():
                 self.out.write_bytes(f"{BEST}/{name}", data)
         with tempfile.TemporaryDirectory(prefix="pcm-checkpoint-") as folder:
             for name, data in files.items():
                 Path(folder, name).write_bytes(data)
-            torch.save(self.optimizer.state_dict(), Path(folder, OPTIMIZER_FILE))
-            Path(folder, STATE_FILE).write_text(json.dumps(vars(self.progress)))
+            save_training_state(
+                Path(folder), module=self.module, optimizer=self.optimizer, average=self.average, at=self.progress
+            )
             ray.train.report(
                 metrics,
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"epoch-{self.progress.epoch:03d}",
+                checkpoint_dir_name=self.progress.checkpoint_name,
             )
-        self._write_metrics()
 
     def _restored(self) -> Progress:
         """Load the last checkpoint that this run reported, if there is one."""
@@ -301,12 +311,19 @@ class _Worker:
         if checkpoint is None:
             return Progress()
         with checkpoint.as_directory() as folder:
-            self.module.load_state_dict(safetensors.torch.load_file(Path(folder, MODEL_FILE)))
-            state = torch.load(Path(folder, OPTIMIZER_FILE), weights_only=True, map_location=self.device)
-            self.optimizer.load_state_dict(state)
-            progress = Progress(**json.loads(Path(folder, STATE_FILE).read_text()))
+            progress = load_training_state(
+                Path(folder), module=self.module, optimizer=self.optimizer, average=self.average
+            )
         self._say(f"resumed after epoch {progress.epoch}, step {progress.step}")
         return progress
+
+    def _track(self, metrics: dict[str, float], *, step: int | None = None) -> None:
+        for tracker in self.trackers:
+            tracker.log(self.progress.step if step is None else step, metrics)
+
+    def _write_losses(self, losses: LossLog) -> None:
+        if self.rank == 0:
+            losses.write()
 
     def _write_metrics(self) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in self.progress.history)
@@ -328,11 +345,6 @@ def _log_to_stderr() -> None:
         logger.setLevel(logging.INFO)
         logger.propagate = False
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train logs every report of every worker through the root
-
-
-def step_seed(seed: int, rank: int, step: int) -> int:
-    """Seed of the dropout and noise of one step on one worker: independent of everything that ran before."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{rank}/{step}".encode()).digest()[:8], "big") >> 1
 
 
 def resolved_precision(precision: str, device_type: str) -> str:

@@ -1,12 +1,14 @@
 """What the best epoch is chosen by: captions of validation pictures, decoded by all workers, scored by CIDEr."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch.distributed
 
-from cluster.loader import Selection, read_selection
 from cluster.pictures import PictureSource, encode_pictures, load_picture_set
+from cluster.rows import Rows, read_rows
+from cluster.selection import Selection
 from cluster.storage import Store
 from pcm.captioner import decode_captions
 from pcm.clip import ClipEncoder
@@ -26,11 +28,18 @@ class ValidationShare:
 
 
 def held_out_share(
-    store: Store, held_out: Selection, features: FeatureShape, *, rank: int, num_workers: int
+    held_out: Sequence[tuple[Store, Selection]], features: FeatureShape, *, rank: int, num_workers: int
 ) -> ValidationShare:
-    """Held-out synthetic pairs of a dataset; the one reference is the caption that the picture was made from."""
-    rows = read_selection(store, held_out.part(rank, num_workers), features)
-    references = {sample_id: [caption] for sample_id, caption in zip(rows.sample_ids, rows.captions, strict=True)}
+    """Held-out pairs of some datasets; the one reference is the pair's own caption. Ids begin with the set's number."""
+    parts, image_ids = [Rows.empty(features)], []
+    for place, (store, selection) in enumerate(held_out):
+        share = selection.part(rank, num_workers)
+        for key, numbers in zip(share.keys, share.rows, strict=True):
+            if len(numbers):
+                parts.append(read_rows(store, key, numbers, features))
+                image_ids += [f"{place}/{sample_id}" for sample_id in parts[-1].sample_ids]
+    rows = Rows.concatenate(parts)
+    references = {image_id: [caption] for image_id, caption in zip(image_ids, rows.captions, strict=True)}
     return ValidationShare(references, rows.global_feature, rows.patch_features)
 
 

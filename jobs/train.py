@@ -14,7 +14,15 @@ log = logging.getLogger("jobs.train")
 
 def parser() -> argparse.ArgumentParser:
     parser = make_parser("train", "Train PCM-Net on the pairs of a dataset that jobs.generate made.")
-    parser.add_argument("--data", required=True, help="dataset: local path or URI")
+    parser.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        metavar="DATASET[=WEIGHT]",
+        help="dataset: local path or URI; repeatable. WEIGHT: how often each of its rows comes in an epoch (1)",
+    )
+    parser.add_argument("--fraction", type=float, help="train on this share of the captions; 0.2 contains 0.1 (1)")
+    parser.add_argument("--min-clip-score", type=float, metavar="X", help="train on pairs of at least this raw cosine")
     parser.add_argument("--out", required=True, help="where the run goes: local path or URI")
     parser.add_argument("--preset", help=f"{', '.join(PRESETS)}; by default chosen by the dataset's feature sizes")
     parser.add_argument("--config", help="JSON file of a TrainConfig instead of a preset")
@@ -28,14 +36,25 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip", help="CLIP for --val-images, if the dataset's has moved")
     parser.add_argument("--num-workers", type=int, help="DDP workers (one a GPU, or one)")
     parser.add_argument("--cpus-per-worker", type=int, help="CPUs a worker reserves and uses (all, divided)")
-    parser.add_argument("--keep-checkpoints", type=int, default=2, help="the newest, the best and so on")
+    parser.add_argument(
+        "--worker-label",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="place workers on nodes with this label only, such as pcmnet.io/role=training; repeatable",
+    )
+    parser.add_argument("--keep-checkpoints", type=int, default=2, help="those of the best epochs, besides the newest")
+    parser.add_argument(
+        "--checkpoint-every-steps", type=int, metavar="N", help="a crash costs N steps at most (else an epoch)"
+    )
     parser.add_argument("--max-failures", type=int, default=3, help="lost workers before the run is given up")
     return parser
 
 
 def run(args: argparse.Namespace) -> dict:
     overrides = dict(parse_override(text) for text in args.set)
-    overrides |= {name: value for name in ("epochs", "seed") if (value := getattr(args, name)) is not None}
+    own = ("epochs", "seed", "fraction", "min_clip_score")
+    overrides |= {name: value for name in own if (value := getattr(args, name)) is not None}
     return train(
         TrainRequest(
             data=args.data,
@@ -48,10 +67,19 @@ def run(args: argparse.Namespace) -> dict:
             clip=args.clip,
             num_workers=args.num_workers,
             cpus_per_worker=args.cpus_per_worker,
+            worker_labels=dict(map(_label, args.worker_label)),
+            checkpoint_every_steps=args.checkpoint_every_steps,
             keep_checkpoints=args.keep_checkpoints,
             max_failures=args.max_failures,
         )
     )
+
+
+def _label(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise InputError(f"--worker-label {text}: write NAME=VALUE, such as pcmnet.io/role=training")
+    return name, value
 
 
 def _validation(args: argparse.Namespace) -> PictureSource | None:

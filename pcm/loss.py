@@ -78,7 +78,10 @@ class CLIPWeightedCrossEntropy(nn.Module):
 
         A batch without any word gives 0. The inputs are not changed.
         """
-        loss, focal, valid = self.word_terms(logits, target_ids, clip_score)
+        return self.reduce(*self.word_terms(logits, target_ids, clip_score))
+
+    def reduce(self, loss: Tensor, focal: Tensor, valid: Tensor) -> Tensor:
+        """The loss of a batch from its `word_terms`, (B, T) each."""
         words = valid.sum().clamp_min(1)
         if self.focal_mode == "off":
             return loss.sum() / words

@@ -1,13 +1,18 @@
 """The order and completeness of training batches."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_dataset import write_dataset
 
+import cluster.loader
 from cluster.dataset import VOCABULARY_KEY, load_manifest
-from cluster.loader import Selection, ShardLoader, read_shard, split_holdout
+from cluster.loader import Part, ShardLoader
+from cluster.rows import read_shard
+from cluster.selection import RowFilter, Selection, all_rows, holdout_share, select_rows
 from cluster.storage import open_store
 from pcm.errors import InputError
 from pcm.vocabulary import Vocabulary
@@ -21,16 +26,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
 
 
 def everything(dataset: Path) -> Selection:
-    shards = load_manifest(open_store(dataset)).shards
-    return Selection(tuple(shard["key"] for shard in shards), tuple(np.arange(shard["rows"]) for shard in shards))
+    return all_rows(load_manifest(open_store(dataset)))
 
 
-def make_loader(dataset: Path, selection: Selection | None = None, **settings) -> ShardLoader:
+def make_loader(dataset: Path, *parts: Part, **settings) -> ShardLoader:
     store = open_store(dataset)
-    defaults = {"batch_size": 8, "max_length": 12, "window_shards": 2, "seed": 7}
+    defaults = {"batch_size": 8, "max_length": 12, "lanes": 2, "seed": 7}
     return ShardLoader(
-        store,
-        everything(dataset) if selection is None else selection,
+        parts or [Part(store, everything(dataset))],
         features=load_manifest(store).features,
         vocabulary=Vocabulary.load(dataset / VOCABULARY_KEY),
         **{**defaults, **settings},
@@ -47,9 +50,28 @@ def global_batches(dataset: Path, num_workers: int, epoch: int = 0, **settings) 
     return [[sample_id for part in parts for sample_id in part.sample_ids] for parts in zip(*ranks, strict=True)]
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 4, 8, 5])  # 5 does not divide the batch: 4 are taken
 @pytest.mark.parametrize("num_workers", [2, 4, 8])
-def test_global_batches_do_not_depend_on_the_number_of_workers(dataset: Path, num_workers: int) -> None:
-    assert global_batches(dataset, num_workers) == global_batches(dataset, 1)
+def test_global_batches_do_not_depend_on_the_number_of_workers(dataset: Path, num_workers: int, lanes: int) -> None:
+    assert global_batches(dataset, num_workers, lanes=lanes) == global_batches(dataset, 1, lanes=lanes)
+
+
+def test_a_shard_is_read_by_one_worker_or_where_a_cut_goes_through_by_two(
+    tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_dataset(tmp_path / "data", tiny_clip, rows=96, shard_size=8)
+    reads: list[str] = []
+    read_rows = cluster.loader.read_rows
+
+    def counted(store, key, rows, features):
+        reads.append(key)
+        return read_rows(store, key, rows, features)
+
+    monkeypatch.setattr(cluster.loader, "read_rows", counted)
+    for rank in range(4):
+        list(make_loader(data, rank=rank, num_workers=4, lanes=4, cache_bytes=0).epoch(1))
+    assert set(reads) == set(everything(data).keys)
+    assert max(Counter(reads).values()) <= 2 and len(reads) <= 12 + 3
 
 
 def test_every_row_comes_exactly_once_an_epoch(dataset: Path) -> None:
@@ -66,10 +88,9 @@ def test_order_differs_by_epoch_and_by_seed_and_repeats(dataset: Path) -> None:
     assert first != global_batches(dataset, 1, epoch=0, seed=8)
 
 
-def test_rows_of_different_shards_mix_inside_a_window(dataset: Path) -> None:
-    batches = global_batches(dataset, 1, window_shards=6)
-    shards_in_first = {int(sample_id[:9]) // 10 for sample_id in batches[0]}
-    assert len(shards_in_first) > 2
+def test_a_batch_mixes_rows_of_as_many_shards_as_it_has_lanes(dataset: Path) -> None:
+    batches = global_batches(dataset, 1, lanes=4)
+    assert all(len({int(sample_id[:9]) // 10 for sample_id in batch if sample_id}) >= 3 for batch in batches[:4])
 
 
 @pytest.mark.parametrize("start_step", [1, 3, 6])
@@ -111,51 +132,107 @@ def test_batches_hold_the_stored_values(dataset: Path) -> None:
 
 def test_padding_rows_of_the_last_batch_have_no_targets(dataset: Path) -> None:
     *_, last = make_loader(dataset, batch_size=16, rank=1, num_workers=2).epoch(0)
-    # 53 rows in batches of 16: the last one holds 5, all of them on rank 0.
-    assert last.sample_ids == ("",) * 8
-    assert (last.target_ids == -1).all() and (last.clip_score == 0).all()
+    # 53 rows in batches of 16: the last one holds 5, of which the second lane, rank 1, has 3.
+    assert [bool(sample_id) for sample_id in last.sample_ids] == [True] * 3 + [False] * 5
+    assert (last.target_ids[3:] == -1).all() and (last.clip_score[3:] == 0).all()
+    assert (last.target_ids[:3] >= 0).any(axis=1).all()
     assert last.patch_features.shape == (8, 16, 64) and np.isfinite(last.patch_features).all()
 
 
 def test_a_dataset_smaller_than_a_batch_gives_one_batch(dataset: Path) -> None:
     few = Selection(("shards/part-000000.parquet",), (np.array([1, 4]),))
-    (batch,) = make_loader(dataset, few).epoch(0)
+    (batch,) = make_loader(dataset, Part(open_store(dataset), few)).epoch(0)
     assert sorted(batch.sample_ids) == [""] * 6 + ["000000001-00", "000000004-00"]
 
 
-def test_trimming_cuts_all_ranks_to_the_longest_caption_of_the_global_batch(dataset: Path) -> None:
-    parts = [list(make_loader(dataset, trim=True, rank=rank, num_workers=4).epoch(0)) for rank in range(4)]
-    for step in zip(*parts, strict=True):
-        lengths = {batch.target_ids.shape[1] for batch in step}
-        assert len(lengths) == 1
-        longest = max(int((batch.target_ids >= 0).sum(axis=1).max()) for batch in step)
-        assert lengths == {longest}
+def ids_of_epoch(loader: ShardLoader, epoch: int) -> list[str]:
+    return [sample_id for batch in loader.epoch(epoch) for sample_id in batch.sample_ids if sample_id]
+
+
+def test_a_weight_says_how_often_each_row_comes(dataset: Path) -> None:
+    store = open_store(dataset)
+    loader = make_loader(dataset, Part(store, everything(dataset), 2.5))
+    assert loader.rows_per_epoch == 2 * ROWS + round(0.5 * ROWS)
+    seen: Counter[str] = Counter()
+    for epoch in range(4):
+        counts = Counter(ids_of_epoch(loader, epoch))
+        assert set(counts.values()) == {2, 3} and counts.total() == loader.rows_per_epoch
+        seen += counts
+    assert len(seen) == ROWS and max(seen.values()) - min(seen.values()) <= 1
+    assert ids_of_epoch(loader, 0) != ids_of_epoch(loader, 1)
+
+
+def test_a_mixture_is_the_same_for_any_number_of_workers(dataset: Path, tmp_path: Path, tiny_clip: Path) -> None:
+    other = write_dataset(tmp_path / "other", tiny_clip, rows=30, shard_size=7, first=500)
+    parts = [Part(open_store(dataset), everything(dataset)), Part(open_store(other), everything(other), 0.4)]
+
+    def batches(num_workers: int) -> list[list[str]]:
+        ranks = [
+            list(make_loader(dataset, *parts, rank=rank, num_workers=num_workers, lanes=4).epoch(2))
+            for rank in range(num_workers)
+        ]
+        return [[name for part in step for name in part.sample_ids] for step in zip(*ranks, strict=True)]
+
+    one = batches(1)
+    assert one == batches(2) == batches(4)
+    names = [name for batch in one for name in batch if name]
+    assert sum(int(name[:9]) >= 500 for name in names) == 12 and len(names) == ROWS + 12
+
+
+def captions_of(dataset: Path, selection: Selection) -> list[str]:
+    store = open_store(dataset)
+    return [
+        read_shard(store, key, ["caption"])["caption"][int(row)].as_py()
+        for key, rows in zip(selection.keys, selection.rows, strict=True)
+        for row in rows
+    ]
+
+
+def select(dataset: Path, **rule) -> tuple[Selection, Selection]:
+    return select_rows(open_store(dataset), everything(dataset).keys, RowFilter(**{"seed": 1, **rule}))
+
+
+def rows_of(selection: Selection) -> set[tuple[str, int]]:
+    return {(key, int(row)) for key, rows in zip(selection.keys, selection.rows, strict=True) for row in rows}
 
 
 def test_held_out_captions_are_never_trained_on(dataset: Path) -> None:
-    store = open_store(dataset)
-    keys = everything(dataset).keys
-    training, held_out = split_holdout(store, keys, fraction=0.3, limit=100, seed=1)
+    training, held_out = select(dataset, held_out=0.3)
     assert len(training) + len(held_out) == ROWS and len(held_out) > 3
-
-    def captions(selection: Selection) -> set[str]:
-        return {
-            read_shard(store, key, ["caption"])["caption"][int(row)].as_py()
-            for key, rows in zip(selection.keys, selection.rows, strict=True)
-            for row in rows
-        }
-
-    assert not captions(training) & captions(held_out)
-    everyone = captions(everything(dataset))
-    assert len(everyone) < ROWS, "the fixture has no duplicate captions, so it proves nothing"
+    assert not set(captions_of(dataset, training)) & set(captions_of(dataset, held_out))
+    assert len(set(captions_of(dataset, everything(dataset)))) < ROWS, "no duplicate captions: this proves nothing"
 
 
 def test_hold_out_respects_its_limit_and_seed(dataset: Path) -> None:
-    store, keys = open_store(dataset), everything(dataset).keys
-    _, few = split_holdout(store, keys, fraction=0.5, limit=3, seed=1)
+    _, few = select(dataset, held_out=holdout_share(fraction=0.5, limit=3, rows=ROWS))
     assert len(few) <= 12
-    choices = [split_holdout(store, keys, fraction=0.3, limit=100, seed=seed)[1] for seed in (1, 2)]
-    assert [rows.tolist() for rows in choices[0].rows] != [rows.tolist() for rows in choices[1].rows]
+    assert rows_of(select(dataset, held_out=0.3, seed=1)[1]) != rows_of(select(dataset, held_out=0.3, seed=2)[1])
+
+
+def test_fractions_are_nested_and_leave_the_held_out_rows_alone(dataset: Path) -> None:
+    chosen: Sequence[tuple[Selection, Selection]] = [
+        select(dataset, held_out=0.2, fraction=fraction) for fraction in (0.25, 0.5, 1.0)
+    ]
+    quarter, half, whole = (rows_of(training) for training, _ in chosen)
+    assert quarter < half < whole
+    assert len({frozenset(rows_of(held_out)) for _, held_out in chosen}) == 1
+    training = select(dataset, fraction=0.5, seed=2)[0]
+    assert rows_of(training) != rows_of(select(dataset, fraction=0.5)[0]), "the seed does not matter"
+
+
+def test_pairs_below_the_clip_score_are_not_trained_on() -> None:
+    captions = [f"scene {number}" for number in range(400)]
+    scores = np.linspace(0.1, 0.4, 400, dtype=np.float32)
+    training, held_out = RowFilter(seed=1, held_out=0.2, min_clip_score=0.25).masks(captions, scores)
+    np.testing.assert_array_equal(training, (scores >= 0.25) & ~held_out)
+    assert held_out[scores < 0.25].any(), "what is held out does not depend on the threshold"
+    assert RowFilter(seed=1, min_clip_score=float(scores[7])).masks(captions, scores)[0][7]
+
+
+def test_nothing_left_to_train_on_is_an_error(dataset: Path) -> None:
+    training, _ = select(dataset, min_clip_score=1.0)
+    with pytest.raises(InputError, match="no rows to train on; loosen the filters"):
+        make_loader(dataset, Part(open_store(dataset), training))
 
 
 def test_uneven_division_among_workers_is_refused(dataset: Path) -> None:
@@ -168,7 +245,8 @@ def test_a_broken_shard_is_named(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "shards/part-000000.parquet").write_bytes(b"PAR1 but not really PAR1")
     (tmp_path / VOCABULARY_KEY).write_bytes((dataset / VOCABULARY_KEY).read_bytes())
     (tmp_path / "dataset.json").write_bytes((dataset / "dataset.json").read_bytes())
-    loader = make_loader(tmp_path, Selection(("shards/part-000000.parquet",), (np.arange(3),)))
+    broken = Selection(("shards/part-000000.parquet",), (np.arange(3),))
+    loader = make_loader(tmp_path, Part(open_store(tmp_path), broken))
     with pytest.raises(InputError, match=r"shards/part-000000\.parquet: cannot be read"):
         list(loader.epoch(0))
 

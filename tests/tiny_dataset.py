@@ -54,10 +54,12 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def write_dataset(root: Path, clip: Path, *, rows: int = 96, shard_size: int = 20, nan_row: int | None = None) -> Path:
-    """A finished dataset of `rows` scenes; the features of row `nan_row` are NaN."""
+def write_dataset(
+    root: Path, clip: Path, *, rows: int = 96, shard_size: int = 20, nan_row: int | None = None, first: int = 0
+) -> Path:
+    """A finished dataset of `rows` scenes from number `first` on; the features of row `nan_row` are NaN."""
     encoder = ClipEncoder(str(clip))
-    scenes = [scene(index) for index in range(rows)]
+    scenes = [scene(first + index) for index in range(rows)]
     captions = [caption for caption, _ in scenes]
     encoded = encoder.encode_images([image for _, image in scenes])
     texts = encoder.encode_texts(captions)
@@ -68,7 +70,7 @@ def write_dataset(root: Path, clip: Path, *, rows: int = 96, shard_size: int = 2
         patch_features[nan_row] = np.nan
     table = pa.table(
         {
-            "sample_id": [f"{index:09d}-00" for index in range(rows)],
+            "sample_id": [f"{first + index:09d}-00" for index in range(rows)],
             "caption": captions,
             "image": [{"bytes": png(image), "path": f"{index:09d}-00.png"} for index, (_, image) in enumerate(scenes)],
             "width": [SIDE] * rows,

@@ -1,0 +1,93 @@
+"""Reading the columns of shards that training needs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from cluster.storage import Store
+from pcm.errors import InputError
+from pcm.records import FeatureShape
+
+COLUMNS = ("sample_id", "caption", "clip_score", "global_feature", "patch_features")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Decoded rows of a dataset. Features stay float16 until they are on the training device."""
+
+    sample_ids: np.ndarray  # (n,) of str
+    captions: np.ndarray  # (n,) of str
+    clip_score: np.ndarray  # (n,) float32, raw cosine
+    global_feature: np.ndarray  # (n, D) float16
+    patch_features: np.ndarray  # (n, N, D_v) float16
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def take(self, indices: np.ndarray) -> "Rows":
+        return Rows(*(getattr(self, name)[indices] for name in self.__dataclass_fields__))
+
+    @staticmethod
+    def concatenate(parts: Sequence["Rows"]) -> "Rows":
+        if len(parts) == 1:
+            return parts[0]
+        return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in Rows.__dataclass_fields__))
+
+    @staticmethod
+    def empty(features: FeatureShape) -> "Rows":
+        return Rows(
+            sample_ids=np.zeros(0, dtype=object),
+            captions=np.zeros(0, dtype=object),
+            clip_score=np.zeros(0, np.float32),
+            global_feature=np.zeros((0, features.embed_dim), np.float16),
+            patch_features=np.zeros((0, features.num_patches, features.patch_dim), np.float16),
+        )
+
+
+#: Tables that this process was given, by the path of their shard: the trials of a sweep share them.
+_PRELOADED: dict[str, pa.Table] = {}
+
+
+def preload(tables: Mapping[str, pa.Table]) -> None:
+    """Let read_shard answer from these tables, by the path of their shard, as long as this process lives."""
+    _PRELOADED.update(tables)
+
+
+def read_shard(store: Store, key: str, columns: Sequence[str]) -> pa.Table:
+    """Some columns of one shard. Raises InputError naming the shard when it cannot be read."""
+    path = store.path(key)
+    if (preloaded := _PRELOADED.get(path)) is not None:
+        return preloaded.select(list(columns))
+    local = isinstance(store.fs, LocalFileSystem)
+    try:
+        # Arrow's own file reads without Python's lock; that of fsspec does not.
+        with pa.OSFile(path) if local else store.fs.open(path, "rb") as file:
+            return pq.ParquetFile(file, pre_buffer=True).read(columns=list(columns))
+    except (OSError, pa.ArrowException) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{store.root}/{key}: cannot be read ({first_line}); run jobs.verify on the dataset"
+        ) from error
+
+
+def read_rows(store: Store, key: str, rows: np.ndarray, features: FeatureShape) -> Rows:
+    """The given rows (ascending row numbers) of one shard, decoded."""
+    table = read_shard(store, key, COLUMNS)
+    count = table.num_rows
+
+    def matrix(name: str) -> np.ndarray:
+        values = pa.concat_arrays(table[name].chunks) if table[name].num_chunks != 1 else table[name].chunk(0)
+        return values.flatten().to_numpy(zero_copy_only=True).reshape(count, -1)
+
+    decoded = Rows(
+        sample_ids=np.array(table["sample_id"].to_pylist(), dtype=object),
+        captions=np.array(table["caption"].to_pylist(), dtype=object),
+        clip_score=table["clip_score"].to_numpy(),
+        global_feature=matrix("global_feature"),
+        patch_features=matrix("patch_features").reshape(count, features.num_patches, features.patch_dim),  # (n, N, D_v)
+    )
+    return decoded if len(rows) == count else decoded.take(rows)

@@ -1,0 +1,108 @@
+"""Ray's TorchTrainer as training uses it: where workers are placed, where checkpoints go, what is tried again."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyarrow.fs
+import ray
+import ray.train
+from fsspec.implementations.local import LocalFileSystem
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from cluster.session import user_error
+from cluster.storage import Store
+from pcm.errors import InputError
+
+CHECKPOINTS = "checkpoints"
+
+
+def make_trainer(
+    train_loop: Callable[[dict[str, Any]], str],
+    loop_config: dict[str, Any],
+    *,
+    out: Store,
+    score: str,
+    num_workers: int,
+    cpus: int,
+    gpus: int,
+    labels: Mapping[str, str],
+    keep_checkpoints: int,
+    max_failures: int,
+    joined: bool,
+) -> TorchTrainer:
+    """A trainer of `num_workers` workers with `cpus` CPUs each and, where the cluster has some, one GPU.
+
+    `labels`: workers are placed on nodes that have these. Of the checkpoints those with the `keep_checkpoints` highest
+    `score` are kept, and the newest. `joined`: the cluster is not this process's own.
+    """
+    return (_Trainer if joined else _LocalTrainer)(
+        train_loop,  # type: ignore[arg-type]  # V2 takes a return value; Ray's annotations here are still V1's
+        train_loop_config=loop_config,
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
+            num_workers=num_workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpus else {})},
+            label_selector=dict(labels) or None,
+        ),
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
+            name=CHECKPOINTS,
+            **ray_storage(out),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=keep_checkpoints, checkpoint_score_attribute=score
+            ),
+        ),
+    )
+
+
+class _FailurePolicy(DefaultFailurePolicy):
+    """What is wrong with the input is wrong with it the next time too."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        if worker_input_error(training_failed_error) is not None:
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
+class _Trainer(TorchTrainer):
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        settings["failure_policy"] = _FailurePolicy(self.run_config.failure_config)  # type: ignore[arg-type]
+        return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]
+
+
+class _LocalTrainer(_Trainer):
+    """Ray Train without its clean-up after a lost controller, on a Ray that ends with this process.
+
+    The clean-up asks Ray's dashboard, which a local Ray does not start, and prints a traceback for want of it.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
+def ray_storage(out: Store) -> dict[str, Any]:
+    """RunConfig's storage arguments for OUT, on the file system (endpoint, credentials) of our own objects."""
+    if isinstance(out.fs, LocalFileSystem):
+        return {"storage_path": out.prefix}
+    return {
+        "storage_path": out.prefix,
+        "storage_filesystem": pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(out.fs)),
+    }
+
+
+def worker_input_error(error: BaseException) -> InputError | None:
+    """The InputError that a worker raised, if that is why training failed."""
+    failures = getattr(error, "worker_failures", {}).values()
+    return next((found for failure in failures if (found := user_error(failure))), None)
+
+
+def check_labels(labels: Mapping[str, str], *, joined: bool) -> None:
+    """Raises InputError for labels on a Ray of this machine alone, whose one node has none: Ray would wait for it."""
+    if labels and not joined:
+        named = " ".join(f"{name}={value}" for name, value in labels.items())
+        raise InputError(f"--worker-label {named}: only on a cluster (RAY_ADDRESS), whose nodes have labels")
