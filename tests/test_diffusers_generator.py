@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from tiny_models import save_tiny_t2i
 
 from pcm.diffusers_generator import DiffusersTextToImage
@@ -110,6 +111,43 @@ def test_a_refused_picture_is_drawn_again_with_the_next_seed(borderline: Diffuse
     retried = next(index for index, drawing in enumerate(drawings) if drawing.attempts > 1 and not drawing.reason)
     directly = borderline.draw([dataclasses.replace(requests[retried], seed=drawings[retried].seed)])[0]
     assert directly == dataclasses.replace(drawings[retried], attempts=1)
+
+
+def save_with_safety_checker(source: Path, target: Path, *, threshold: float) -> Path:
+    """The same pipeline with a real safety checker; it flags what has a cosine over the threshold with a concept."""
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        vision_config={**tower, "image_size": 32, "patch_size": 8}, text_config={**tower, "vocab_size": 8},
+        projection_dim=16,
+    )  # fmt: skip
+    checker = StableDiffusionSafetyChecker(config)
+    with torch.no_grad():
+        checker.concept_embeds.copy_(torch.randn(17, 16))
+        checker.special_care_embeds.copy_(torch.randn(3, 16))
+        checker.concept_embeds_weights.fill_(threshold)
+        checker.special_care_embeds_weights.fill_(2.0)  # a cosine is never above it
+    side = {"height": 32, "width": 32}
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        source, safety_checker=checker, requires_safety_checker=True,
+        feature_extractor=transformers.CLIPImageProcessor(size=side, crop_size=side),
+    )  # fmt: skip
+    pipeline.save_pretrained(target)
+    return target
+
+
+def test_a_picture_that_the_safety_checker_blanks_is_quarantined_with_the_seeds_tried(
+    tiny_t2i: Path, drawn: list[Drawing], tmp_path: Path
+) -> None:
+    harmless = save_with_safety_checker(tiny_t2i, tmp_path / "harmless", threshold=2.0)
+    assert DiffusersTextToImage(spec_of(harmless)).draw(REQUESTS) == drawn
+    strict = save_with_safety_checker(tiny_t2i, tmp_path / "strict", threshold=-2.0)
+    drawings = DiffusersTextToImage(spec_of(strict, max_attempts=2)).draw(REQUESTS[:3])
+    for drawing, request in zip(drawings, REQUESTS[:3], strict=True):
+        assert (drawing.image, drawing.reason, drawing.attempts) == (b"", "nsfw_flagged", 2)
+        assert drawing.seed == request.seed + 1
 
 
 def test_size_and_negative_prompt_reach_the_pipeline(tiny_t2i: Path, drawn: list[Drawing]) -> None:
