@@ -1,12 +1,16 @@
 """One storage layer, one behaviour: every rule holds on a local disk and on a real S3 store."""
 
+import http.server
+import json
 import logging
 import pickle
 import subprocess
 import sys
+import threading
 import uuid
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from cluster.storage import Store, join, local_copy, open_store, read_uri
@@ -147,3 +151,90 @@ def test_refused_credentials_are_never_shown(
     with pytest.raises(Exception) as caught:
         open_store(f"{s3.uri}/x").write_bytes("a", b"1")
     assert secret not in f"{caught.value!r} {caught.value} {caplog.text}"
+
+
+def test_a_travelling_store_is_an_address_without_secrets(s3, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = s3.environment["AWS_SECRET_ACCESS_KEY"]
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"secret": secret, "key": s3.environment["AWS_ACCESS_KEY_ID"]})
+    store = open_store(f"{s3.uri}/x")
+    store.write_bytes("a", b"1")
+    assert secret in pickle.dumps(store.fs).decode(errors="replace"), "what would travel otherwise"
+    packed = pickle.dumps(store)
+    assert len(packed) < 300 and secret.encode() not in packed
+    assert pickle.loads(packed) == store
+
+
+def test_a_relative_store_is_the_same_place_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    packed = pickle.dumps(open_store("data"))
+    monkeypatch.chdir("/")
+    pickle.loads(packed).write_bytes("a", b"1")
+    assert (tmp_path / "data/a").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://AKIAKEY:very-secret@bucket/data", "sftp://user:very-secret@host/data",
+        "https://host/captions.txt?X-Amz-Signature=very-secret", "https://host/captions.txt?a=b&sig=very-secret",
+    ],
+)  # fmt: skip
+def test_a_uri_that_carries_a_secret_is_refused_without_showing_it(uri: str) -> None:
+    with pytest.raises(InputError, match="the URI carries a credential") as caught:
+        open_store(uri)
+    assert "very-secret" not in str(caught.value)
+
+
+def test_credentials_come_from_a_profile(s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, credentials = tmp_path / "config", tmp_path / "credentials"
+    config.write_text(f"[profile mine]\nendpoint_url = {s3.environment['AWS_ENDPOINT_URL']}\nregion = us-east-1\n")
+    credentials.write_text(
+        f"[mine]\naws_access_key_id = {s3.environment['AWS_ACCESS_KEY_ID']}\n"
+        f"aws_secret_access_key = {s3.environment['AWS_SECRET_ACCESS_KEY']}\n"
+    )
+    for name in s3.environment:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "AWS_PROFILE": "mine", "AWS_CONFIG_FILE": str(config), "AWS_SHARED_CREDENTIALS_FILE": str(credentials),
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    store = open_store(f"{s3.uri}/profile")
+    store.write_bytes("a", b"1")
+    assert store.read_bytes("a") == b"1"
+
+
+def test_credentials_come_from_an_instances_role(s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    role = {
+        "Code": "Success", "Type": "AWS-HMAC", "Token": "", "Expiration": "2099-01-01T00:00:00Z",
+        "AccessKeyId": s3.environment["AWS_ACCESS_KEY_ID"],
+        "SecretAccessKey": s3.environment["AWS_SECRET_ACCESS_KEY"],
+    }  # fmt: skip
+    answers = {
+        "/latest/api/token": "token",
+        "/latest/meta-data/iam/security-credentials/": "worker",
+        "/latest/meta-data/iam/security-credentials/worker": json.dumps(role),
+    }
+
+    class InstanceMetadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = answers.get(self.path, "").encode()
+            self.send_response(200 if body else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_PUT = do_GET
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), InstanceMetadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+    try:
+        store = open_store(f"{s3.uri}/role")
+        store.write_bytes("a", b"1")
+        assert store.read_bytes("a") == b"1"
+    finally:
+        server.shutdown()
+        server.server_close()
