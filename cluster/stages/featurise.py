@@ -35,9 +35,14 @@ class FeaturiseShard:
 
     def __init__(self, spec: ClipSpec, monitor: "ActorHandle | None" = None) -> None:
         self._monitor = monitor
-        self._encoder = None if spec.model == "null" else _load_encoder(spec)
+        self._encoder = None if spec.model == "null" else self.load(spec)
         self._shard = -1
         self._errors: list[dict] = []  # of the present shard, the first few
+
+    @staticmethod
+    def load(spec: ClipSpec) -> "ClipEncoder":
+        """The model; a subclass may bring its own."""
+        return _load_encoder(spec)
 
     @property
     def features(self) -> FeatureShape:
