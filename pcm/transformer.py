@@ -79,7 +79,7 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, eps=BLOCK_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.inner_dropout(F.relu(self.expand(x)))
+        inner = self.inner_dropout.after_relu(self.expand(x))
         return self.norm(x + self.dropout(self.contract(inner)))
 
 

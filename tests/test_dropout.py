@@ -45,3 +45,19 @@ def test_the_whole_network_draws_by_row_in_training() -> None:
     torch.testing.assert_close(whole[2:], part, rtol=1e-5, atol=1e-5)
     with random_rows([0, 1]):
         assert not torch.allclose(model(*(tensor[2:] for tensor in inputs)), part, atol=1e-2)
+
+
+def test_dropout_after_relu_is_both_and_so_is_its_gradient() -> None:
+    dropout = Dropout(0.3).train()
+    x = torch.randn(4, 5, 6)
+    one, two = (x.clone().requires_grad_() for _ in range(2))
+    with random_rows(range(4)):
+        fused = dropout.after_relu(one * 2)
+    with random_rows(range(4)):
+        plain = dropout(torch.relu(two * 2))
+    torch.testing.assert_close(fused, plain, rtol=0, atol=0)
+    weights = torch.randn(4, 5, 6)
+    (fused * weights).sum().backward()
+    (plain * weights).sum().backward()
+    torch.testing.assert_close(one.grad, two.grad, rtol=1e-6, atol=1e-6)
+    assert torch.equal(dropout.eval().after_relu(x.clone()), torch.relu(x))
