@@ -4,35 +4,39 @@ Under OUT: captions.json in COCO's results format, and metrics.json with the met
 """
 
 import json
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cluster.pictures import PictureSource, encode_pictures, load_picture_set
-from cluster.storage import join, local_copy, open_store
-from pcm.captioner import MODEL_FILE, Captioner
+from cluster.captioning import CaptionerSource, caption_on_cluster, caption_pictures, local_checkpoint
+from cluster.experiments import comparison
+from cluster.pictures import (
+    PictureSource,
+    anywhere,
+    load_picture_set,
+    picture_domains,
+    picture_references,
+    source_anywhere,
+)
+from cluster.storage import join, open_store, read_uri
+from pcm.captioner import Captioner
 from pcm.clip import ClipEncoder
 from pcm.errors import InputError
 from pcm.metrics import cider_only, clip_scores, clipscore_text, coco_metrics
 
-log = logging.getLogger(__name__)
-
 RESULTS_KEY = "captions.json"
 METRICS_KEY = "metrics.json"
-SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest:
     """What a user asks for; paths or URIs."""
 
-    checkpoint: str
     pictures: PictureSource
+    checkpoint: str | None = None  # None: evaluate_results, which needs no model
     out: str | None = None
     beam_size: int = 3
     limit: int | None = None  # the first pictures by image id only
@@ -40,6 +44,8 @@ class EvaluateRequest:
     seed: int = 0  # of the shuffling
     clip: str | None = None  # where the checkpoint's CLIP has moved
     device: str = "auto"
+    num_workers: int | None = None  # Ray actors; None: in this process, without Ray
+    experiment: str | None = None  # of the paper, whose figures are put beside ours
 
 
 def evaluate(request: EvaluateRequest) -> dict[str, Any]:
@@ -50,44 +56,117 @@ def evaluate(request: EvaluateRequest) -> dict[str, Any]:
     Raises InputError when checkpoint, pictures or references cannot be used.
     """
     started = time.monotonic()
+    if request.checkpoint is None:
+        raise InputError("--checkpoint is missing: give a run of jobs.train, or --results with captions to score")
     captioner = Captioner.load(
         local_checkpoint(request.checkpoint), clip=request.clip, device=request.device, beam_size=request.beam_size
     )
     pictures = load_picture_set(request.pictures, limit=request.limit)
-    captions: dict[str, str] = {}
-    global_features = []
-    unreadable: dict[str, str] = {}
-    last_line = time.monotonic()
-    for batch in encode_pictures(pictures, captioner.clip):
-        described = captioner.describe(batch.features)
-        captions |= {image_id: found.caption for image_id, found in zip(batch.image_ids, described, strict=True)}
-        global_features.append(batch.features.global_feature)
-        unreadable |= batch.unreadable
-        if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
-            last_line = time.monotonic()
-            log.info("%d of %d pictures captioned", len(captions) + len(unreadable), len(pictures))
+    loaded = time.monotonic()
+    if request.num_workers is None:
+        found = caption_pictures(captioner, pictures)
+    else:
+        source = _source(request, request.checkpoint)
+        found = caption_on_cluster(source, pictures=len(pictures), num_workers=request.num_workers)
+    captions = found.captions
     if not captions:
         raise InputError(f"{request.pictures.images}: none of its {len(pictures)} pictures can be read")
     captioned = time.monotonic()
     references = {image_id: pictures.references[image_id] for image_id in captions}
-    metrics = coco_metrics(captions, references)
-    reasons = metrics.pop("reasons")
-    summary = {
-        **metrics,
-        **_clip_metrics(captioner.clip, np.concatenate(global_features), captions, references),
+    summary, reasons = scored(captions, references, picture_domains(request.pictures))
+    summary |= {
+        **_clip_metrics(captioner.clip, found.global_feature, captions, references),
         "n": len(captions),
-        "unreadable": len(unreadable),
+        "unreadable": len(found.unreadable),
         "without_references": pictures.without_references,
         "without_picture": pictures.without_picture,
-        "captions_per_second": round(len(captions) / (captioned - started), 2),
+        "captions_per_second": round(len(captions) / (captioned - loaded), 2),
+        "seconds": round(time.monotonic() - started, 2),
     }
     if request.shuffled_baseline:
         shuffled = deranged(captions, seed=request.seed)
         summary["CIDEr_shuffled"] = cider_only(shuffled, references) if shuffled else None
         if not shuffled:
             reasons["CIDEr_shuffled"] = "one picture cannot take another's caption"
+    return _finished(summary, reasons, request, captions=captions, unreadable=found.unreadable)
+
+
+def evaluate_results(request: EvaluateRequest, results: str) -> dict[str, Any]:
+    """The same metrics of a COCO results file, whoever made it, without a model; CLIPScore is None.
+
+    Captions of pictures without references are left out and counted (without_references), as are references without a
+    caption (without_picture). Raises InputError when the file or the references cannot be used.
+    """
+    started = time.monotonic()
+    given = read_results(read_uri(results), source=results)
+    references = picture_references(request.pictures)
+    captions = {image_id: caption for image_id, caption in given.items() if image_id in references}
+    captions = dict(list(captions.items())[: request.limit])
+    if not captions:
+        raise InputError(
+            f"{results}: none of its {len(given)} image ids (such as {next(iter(given))!r}) is among the "
+            f"{len(references)} of the references (such as {next(iter(references))!r}); check --references and --split"
+        )
+    kept = {image_id: references[image_id] for image_id in captions}
+    summary, reasons = scored(captions, kept, picture_domains(request.pictures))
+    for name in ("CLIPScore", "RefCLIPScore"):
+        summary[name] = None
+        reasons[name] = "needs --checkpoint and --images"
+    summary |= {
+        "n": len(captions),
+        "without_references": sum(image_id not in references for image_id in given),
+        "without_picture": len(references) - len(captions),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    if request.shuffled_baseline:
+        shuffled = deranged(captions, seed=request.seed)
+        summary["CIDEr_shuffled"] = cider_only(shuffled, kept) if shuffled else None
+    return _finished(summary, reasons, request, captions=captions, unreadable={})
+
+
+def scored(
+    captions: Mapping[str, str], references: Mapping[str, Sequence[str]], domains: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(COCO metrics, reasons of those that are None). Where references name domains, as those of NoCaps do,
+    "domains" holds the metrics of each domain's pictures by themselves, as its benchmark reports them.
+    """
+    summary = coco_metrics(captions, references)
+    reasons = summary.pop("reasons")
+    named = {domains[image_id] for image_id in captions if image_id in domains}
+    if named:
+        summary["domains"] = {}
+    for domain in sorted(named):
+        inside = {image_id: caption for image_id, caption in captions.items() if domains.get(image_id) == domain}
+        metrics = coco_metrics(inside, {image_id: references[image_id] for image_id in inside})
+        metrics.pop("reasons")
+        summary["domains"][domain] = {**metrics, "n": len(inside)}
+    return summary, reasons
+
+
+def _source(request: EvaluateRequest, checkpoint: str) -> CaptionerSource:
+    return CaptionerSource(
+        checkpoint=anywhere(checkpoint),
+        clip=request.clip,
+        device=request.device,
+        beam_size=request.beam_size,
+        pictures=source_anywhere(request.pictures),
+        limit=request.limit,
+    )
+
+
+def _finished(
+    summary: dict[str, Any],
+    reasons: dict[str, str],
+    request: EvaluateRequest,
+    *,
+    captions: Mapping[str, str],
+    unreadable: Mapping[str, str],
+) -> dict[str, Any]:
+    """The summary with the experiment's comparison, written under OUT where one is given."""
     if reasons:
         summary["reasons"] = reasons
+    if request.experiment is not None:
+        summary["paper"] = comparison(request.experiment, summary)
     if request.out is not None:
         store = open_store(request.out)
         store.write_bytes(RESULTS_KEY, results_json(captions))
@@ -97,11 +176,23 @@ def evaluate(request: EvaluateRequest) -> dict[str, Any]:
     return summary
 
 
-def local_checkpoint(uri: str) -> Path:
-    """A local folder with the captioner at `uri`: a checkpoint, or a run, whose best one it is."""
-    store = open_store(uri)
-    in_run = not store.exists(MODEL_FILE) and store.exists(f"best/{MODEL_FILE}")
-    return local_copy(join(uri, "best") if in_run else uri)
+def read_results(data: bytes, *, source: str) -> dict[str, str]:
+    """Image id -> caption of a COCO results file: [{"image_id": 42, "caption": "..."}]."""
+    try:
+        rows = json.loads(data)
+    except ValueError as error:
+        raise InputError(f"{source}: not JSON ({error}); a COCO results file is a list of image_id, caption") from None
+    captions: dict[str, str] = {}
+    for row in rows if isinstance(rows, list) else [rows]:
+        image_id, caption = (row.get("image_id"), row.get("caption")) if isinstance(row, dict) else (None, None)
+        if type(image_id) not in (int, str) or not isinstance(caption, str):
+            raise InputError(f"{source}: {str(row)[:80]!r} is not {{'image_id': ..., 'caption': '...'}}")
+        if str(image_id) in captions:
+            raise InputError(f"{source}: two captions for image id {image_id}; keep one")
+        captions[str(image_id)] = caption
+    if not captions:
+        raise InputError(f"{source}: holds no captions")
+    return captions
 
 
 def results_json(captions: Mapping[str, str]) -> bytes:

@@ -4,10 +4,11 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from cluster.storage import Store, local_copy, open_store
@@ -15,7 +16,7 @@ from pcm import embedded
 from pcm.clip import ClipEncoder, ImageFeatures
 from pcm.errors import InputError
 from pcm.images import open_image
-from pcm.references import load_references
+from pcm.references import load_domains, load_references
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def load_picture_set(source: PictureSource, *, limit: int | None = None) -> Pict
     """
     images = _resolved(source.images)
     named, opener = _read_pictures(images)
-    references = load_references(local_copy(_resolved(source.references or source.images)), split=source.split)
+    references = picture_references(source)
     matched: dict[str, int] = {}
     unmatched = 0
     for position, name in enumerate(named):
@@ -85,6 +86,30 @@ def load_picture_set(source: PictureSource, *, limit: int | None = None) -> Pict
         without_references=unmatched,
         without_picture=missing,
     )
+
+
+def picture_references(source: PictureSource) -> dict[str, list[str]]:
+    """Image id -> reference captions. Raises InputError as pcm.references.load_references does."""
+    return load_references(_reference_file(source), split=source.split)
+
+
+def picture_domains(source: PictureSource) -> dict[str, str]:
+    """Image id -> domain where the references name one, as those of NoCaps do."""
+    return load_domains(_reference_file(source))
+
+
+def source_anywhere(source: PictureSource) -> PictureSource:
+    """The same source in paths and URIs that mean the same in a worker, whose working folder is another."""
+    references = anywhere(source.references) if source.references is not None else None
+    return PictureSource(images=anywhere(source.images), references=references, split=source.split)
+
+
+def anywhere(uri: str) -> str:
+    """An absolute path for a relative one; anything else as it is."""
+    if uri.startswith(EMBEDDED_PREFIX):
+        return uri
+    store = open_store(uri)
+    return store.prefix if isinstance(store.fs, LocalFileSystem) else store.root
 
 
 @dataclass(frozen=True)
@@ -124,6 +149,10 @@ def candidate_ids(name: str) -> list[str]:
     if number := re.fullmatch(r"(?:.*_)?(\d+)", path.stem):
         candidates.append(str(int(number[1])))
     return candidates
+
+
+def _reference_file(source: PictureSource) -> Path:
+    return local_copy(_resolved(source.references or source.images))
 
 
 def _resolved(uri: str) -> str:

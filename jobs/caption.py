@@ -3,7 +3,7 @@
 import argparse
 import logging
 
-from cluster.evaluate import local_checkpoint
+from cluster.captioning import local_checkpoint
 from cluster.storage import local_copy
 from jobs.cli import make_parser, run_job
 from pcm.captioner import Captioner

@@ -168,6 +168,11 @@ def _coco_rows(document: dict, name: str) -> Iterator[CaptionRow]:
         yield CaptionRow(row_id, text, image_id, reason=reason)
 
 
+def coco_image_id(image: dict) -> str | None:
+    """The id of an entry of COCO's `images`, as its annotations' rows have it."""
+    return _picture_key(_label(image.get("id")), _label(image.get("file_name")))
+
+
 def _picture_key(number: str | None, file_name: str | None) -> str | None:
     """COCO's number if the picture's file name ends in it, else the file name: another number would find no picture."""
     if number is None or file_name is None:

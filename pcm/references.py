@@ -8,12 +8,13 @@ over.
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from pcm.caption_detect import detect_format
-from pcm.caption_files import CaptionRow, in_split, read_rows
+from pcm.caption_files import CaptionRow, coco_image_id, in_split, read_rows
 from pcm.caption_text import check_caption
 from pcm.errors import InputError
 
@@ -48,6 +49,27 @@ def load_references(path: str | Path, *, split: str | None = None) -> dict[str, 
             f"{path}: no references in split {split or 'all'!r}; its splits are {', '.join(sorted(splits))}"
         )
     return references
+
+
+def load_domains(path: str | Path) -> dict[str, str]:
+    """Image id, as in `load_references`, -> `domain` of the picture, where a COCO JSON gives it, as NoCaps' does
+    (in-domain, near-domain, out-domain); empty for any other file.
+    """
+    path = Path(path)
+    if not path.name.removesuffix(".gz").endswith(".json"):
+        return {}
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            document = json.load(stream)
+    except (ValueError, EOFError):  # not one document: jsonl under this name
+        return {}
+    images = document.get("images") if isinstance(document, dict) else None
+    return {
+        image_id: image["domain"]
+        for image in (images if isinstance(images, list) else [])
+        if isinstance(image, dict) and isinstance(image.get("domain"), str)
+        if (image_id := coco_image_id(image)) is not None
+    }
 
 
 def _rows(path: Path) -> Iterator[CaptionRow]:

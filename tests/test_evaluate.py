@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_dataset import png, scene, write_checkpoint, write_dataset, write_pictures
 
-from cluster.evaluate import EvaluateRequest, deranged, evaluate, local_checkpoint
+from cluster.captioning import batches, local_checkpoint
+from cluster.evaluate import EvaluateRequest, deranged, evaluate, evaluate_results, read_results
 from cluster.pictures import PictureSource, load_picture_set
 from pcm.captioner import Captioner
 from pcm.errors import InputError
@@ -69,6 +70,88 @@ def test_metrics_are_those_of_the_results_file(evaluated: tuple[dict, Path], wor
     assert summary["SPICE"] is not None or "SPICE" in reasons
     assert 0 <= summary["CLIPScore"] <= 2.5 and summary["RefCLIPScore"] >= 0
     assert isinstance(summary["CIDEr_shuffled"], float)
+
+
+def test_any_number_of_workers_makes_the_same_captions(
+    evaluated: tuple[dict, Path], world: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)  # relative paths must reach the workers
+    request = EvaluateRequest(
+        checkpoint="checkpoint",
+        pictures=PictureSource(images="pictures", references="references.csv"),
+        out=str(tmp_path / "out"),
+        device="cpu",
+        num_workers=2,
+    )
+    summary = evaluate(request)
+    assert (tmp_path / "out/captions.json").read_bytes() == (evaluated[1] / "captions.json").read_bytes()
+    same = ("CIDEr", "METEOR", "Bleu_4", "n", "unreadable", "without_references")
+    assert {name: summary[name] for name in same} == {name: evaluated[0][name] for name in same}
+    assert summary["CLIPScore"] == pytest.approx(evaluated[0]["CLIPScore"], abs=1e-6)
+
+
+def test_more_workers_than_the_cluster_has_are_refused(world: Path, ray_session: None) -> None:
+    request = EvaluateRequest(
+        checkpoint=str(world / "checkpoint"), pictures=source(world), device="cpu", num_workers=64
+    )
+    with pytest.raises(InputError, match="--num-workers 64: the cluster has"):
+        evaluate(request)
+
+
+def test_batches_depend_on_the_number_of_pictures_alone() -> None:
+    assert [(batch.start, batch.stop) for batch in batches(70)] == [(0, 32), (32, 64), (64, 70)]
+    assert batches(0) == []
+
+
+def test_a_results_file_alone_scores_as_the_evaluation_that_wrote_it(
+    evaluated: tuple[dict, Path], world: Path, tmp_path: Path
+) -> None:
+    results = evaluated[1] / "captions.json"
+    scored = evaluate_results(EvaluateRequest(pictures=source(world), out=str(tmp_path)), str(results))
+    assert {name: scored[name] for name in COCO_METRICS} == {name: evaluated[0][name] for name in COCO_METRICS}
+    assert scored["n"] == COUNT - 1 and scored["without_picture"] == 2 and scored["without_references"] == 0
+    assert scored["CLIPScore"] is None and "needs --checkpoint" in scored["reasons"]["CLIPScore"]
+    assert (tmp_path / "captions.json").read_bytes() == results.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"{", "not JSON"),
+        (b"[]", "holds no captions"),
+        (b'[{"image_id": 1}]', r"is not \{'image_id'"),
+        (b'[{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "b"}]', "two captions for image id 1"),
+    ],
+)
+def test_a_results_file_that_is_none_is_one_clear_line(data: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_results(data, source="results.json")
+
+
+def test_nocaps_is_scored_by_domain_and_overall(tmp_path: Path) -> None:
+    domains = ["in-domain", "near-domain", "out-domain", "out-domain"]
+    images = [{"id": i, "file_name": f"{i}ab.jpg", "domain": domain} for i, domain in enumerate(domains)]
+    texts = [[f"a {colour} bus on a street", f"{colour} bus"] for colour in ("red", "green", "blue", "white")]
+    annotations = [
+        {"image_id": i, "id": 10 * i + k, "caption": t} for i, ts in enumerate(texts) for k, t in enumerate(ts)
+    ]
+    (tmp_path / "nocaps.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    captions = {"0ab.jpg": "a red bus", "1ab.jpg": "a cat", "2ab.jpg": "a blue bus on a street", "3ab.jpg": "a bus"}
+    results = [{"image_id": image_id, "caption": caption} for image_id, caption in captions.items()]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    path = str(tmp_path / "nocaps.json")
+    request = EvaluateRequest(pictures=PictureSource(images=path, references=path), experiment="nocaps")
+    summary = evaluate_results(request, str(tmp_path / "results.json"))
+    assert {name: part["n"] for name, part in summary["domains"].items()} == {
+        "in-domain": 1,
+        "near-domain": 1,
+        "out-domain": 2,
+    }
+    references = load_references(tmp_path / "nocaps.json")
+    outside = {key: captions[key] for key in ("2ab.jpg", "3ab.jpg")}
+    expected = coco_metrics(outside, {key: references[key] for key in outside})
+    assert summary["domains"]["out-domain"]["CIDEr"] == expected["CIDEr"]
+    assert summary["paper"]["CIDEr"]["ours"] == round(100 * summary["CIDEr"], 1)
 
 
 @pytest.mark.parametrize("seed", range(5))

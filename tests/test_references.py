@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pcm.errors import InputError
-from pcm.references import load_references
+from pcm.references import load_domains, load_references
 
 WANTED = {"a.jpg": ["a dog", "the dog"], "b.jpg": ["a cat"]}
 
@@ -94,3 +94,22 @@ def test_missing_split_names_the_splits_there_are(tmp_path):
         load_references(tmp_path / "karpathy.json", split="val")
     with pytest.raises(InputError, match="cannot be read"):
         load_references(tmp_path / "absent.json")
+
+
+def test_nocaps_domains_go_by_the_same_ids_as_its_references(tmp_path):
+    document = {
+        "images": [
+            {"id": 0, "file_name": "0013ea2087020901.jpg", "domain": "near-domain"},
+            {"id": 1, "file_name": "0015a66e2a9be1b7.jpg", "domain": "out-domain"},
+        ],
+        "annotations": [{"image_id": k % 2, "id": k, "caption": f"caption {k}"} for k in range(4)],
+    }
+    path = tmp_path / "nocaps_val.json"
+    path.write_text(json.dumps(document))
+    assert load_domains(path) == {"0013ea2087020901.jpg": "near-domain", "0015a66e2a9be1b7.jpg": "out-domain"}
+    assert load_references(path).keys() == load_domains(path).keys()
+
+
+def test_files_without_domains_have_none(tmp_path):
+    for path in write_all(tmp_path):
+        assert load_domains(path) == {}

@@ -1,0 +1,166 @@
+"""Captions of many pictures by beam search, in this process or by Ray actors, the same either way.
+
+Pictures are captioned in batches that depend on their number alone (the first 32, the next 32, ...), whoever does it,
+so a caption does not depend on how many workers there are, nor on which of them captioned it.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+
+from cluster.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set
+from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error
+from cluster.storage import join, local_copy, open_store
+from pcm.captioner import BATCH_SIZE, MODEL_FILE, Captioner
+from pcm.errors import InputError
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Pictures of one or more batches."""
+
+    captions: dict[str, str]  # by image id
+    global_feature: np.ndarray  # (n, D) float32, in their order
+    unreadable: dict[str, str]  # image id -> why it has no caption
+
+    @staticmethod
+    def concatenate(parts: Sequence["Captioned"]) -> "Captioned":
+        return Captioned(
+            {image_id: caption for part in parts for image_id, caption in part.captions.items()},
+            np.concatenate([part.global_feature for part in parts]),
+            {image_id: why for part in parts for image_id, why in part.unreadable.items()},
+        )
+
+
+def local_checkpoint(uri: str) -> Path:
+    """A local folder with the captioner at `uri`: a checkpoint, or a run, whose best one it is."""
+    store = open_store(uri)
+    in_run = not store.exists(MODEL_FILE) and store.exists(f"best/{MODEL_FILE}")
+    return local_copy(join(uri, "best") if in_run else uri)
+
+
+def caption_pictures(captioner: Captioner, pictures: PictureSet) -> Captioned:
+    """All pictures, in this process."""
+    parts = []
+    for batch in _said(batches(len(pictures)), pictures=len(pictures)):
+        parts.append(caption_batch(captioner, pictures, batch))
+    return Captioned.concatenate(parts)
+
+
+def batches(count: int) -> list[range]:
+    """Positions of the pictures that are captioned together."""
+    return [range(start, min(start + BATCH_SIZE, count)) for start in range(0, count, BATCH_SIZE)]
+
+
+def caption_batch(captioner: Captioner, pictures: PictureSet, positions: Sequence[int]) -> Captioned:
+    encoded = list(encode_pictures(pictures, captioner.clip, positions=positions))
+    image_ids = [image_id for part in encoded for image_id in part.image_ids]
+    features = [part.features for part in encoded]
+    joined = type(features[0])(
+        np.concatenate([part.global_feature for part in features]),
+        np.concatenate([part.patch_features for part in features]),
+    )
+    described = captioner.describe(joined) if image_ids else []
+    return Captioned(
+        {image_id: found.caption for image_id, found in zip(image_ids, described, strict=True)},
+        joined.global_feature,
+        {image_id: why for part in encoded for image_id, why in part.unreadable.items()},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionerSource:
+    """Where a worker finds its captioner and its pictures; paths or URIs that mean the same on every node."""
+
+    checkpoint: str
+    clip: str | None
+    device: str
+    beam_size: int
+    pictures: PictureSource
+    limit: int | None
+
+
+def caption_on_cluster(source: CaptionerSource, *, pictures: int, num_workers: int) -> Captioned:
+    """The same by `num_workers` Ray actors, one GPU each where the cluster has any. A lost one's batch is done again.
+
+    Raises InputError for more workers than the cluster has room for, or what a worker's captioner raises.
+    """
+    start_ray()
+    gpus = int(cluster_gpus()) if source.device != "cpu" else 0
+    room = gpus or int(cluster_cpus())
+    if not 1 <= num_workers <= room:
+        raise InputError(f"--num-workers {num_workers}: the cluster has {room} {'GPUs' if gpus else 'CPUs'}")
+    threads = max(1, int(cluster_cpus()) // num_workers)
+    numbers = list(range(len(batches(pictures))))
+    dataset = ray.data.from_items([{"batch": number} for number in numbers], override_num_blocks=len(numbers))
+    captioned = dataset.map_batches(
+        _Worker,  # type: ignore[arg-type]
+        fn_constructor_kwargs={"source": source, "threads": threads},
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=num_workers),
+        num_cpus=0 if gpus else 1,
+        num_gpus=1 if gpus else 0,
+    )
+    try:
+        rows = list(_said(captioned.iter_rows(), pictures=pictures))
+    except ray.exceptions.RayError as error:
+        raise user_error(error) or error from None
+    parts = {row["batch"]: _unpacked(row) for row in rows}
+    return Captioned.concatenate([parts[number] for number in numbers])
+
+
+class _Worker:
+    """A captioner in a Ray actor."""
+
+    def __init__(self, *, source: CaptionerSource, threads: int) -> None:
+        if source.device == "cpu":
+            torch.set_num_threads(threads)
+        self.captioner = Captioner.load(
+            local_checkpoint(source.checkpoint),
+            clip=source.clip,
+            device=source.device,
+            beam_size=source.beam_size,
+        )
+        self.pictures = load_picture_set(source.pictures, limit=source.limit)
+        self.batches = batches(len(self.pictures))
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
+        number = int(rows["batch"][0])
+        found = caption_batch(self.captioner, self.pictures, self.batches[number])
+        return {
+            "batch": [number],
+            "captions": [json.dumps(found.captions)],
+            "unreadable": [json.dumps(found.unreadable)],
+            "global_feature": [found.global_feature.astype(np.float32).tobytes()],
+            "embed_dim": [self.captioner.clip.embed_dim],
+        }
+
+
+def _unpacked(row: dict[str, Any]) -> Captioned:
+    features = np.frombuffer(row["global_feature"], np.float32).reshape(-1, row["embed_dim"])
+    return Captioned(json.loads(row["captions"]), features, json.loads(row["unreadable"]))
+
+
+def _said(items: Any, *, pictures: int) -> Iterator[Any]:
+    """The items, with a line about how far they are every so often."""
+    started = last_line = time.monotonic()
+    for done, item in enumerate(items):
+        yield item
+        now = time.monotonic()
+        if now - last_line >= SECONDS_BETWEEN_LINES:
+            last_line = now
+            captioned = min((done + 1) * BATCH_SIZE, pictures)
+            log.info("%d of %d pictures captioned, %.1f a second", captioned, pictures, captioned / (now - started))

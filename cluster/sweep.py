@@ -1,0 +1,303 @@
+"""Hyper-parameter sweeps with Ray Tune: many trainings on one dataset, which is read once.
+
+Under OUT: sweep.json (what was asked), trials/ID/ (each the folder of a run of jobs.train, with result.json once it is
+done), tune/ (Ray Tune's own), and the results of cluster.sweep_report.
+
+A trial is known by its settings and seed. Started again, a sweep reports its finished trials to the search and the
+scheduler as they went, and trains only the others, from their last checkpoint; nothing of Ray Tune's own state, which
+is pickled, is read back.
+"""
+
+import json
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import ray.tune
+from ray.tune.schedulers import ASHAScheduler
+
+from cluster.mixture import TrainingSet, open_training_sets
+from cluster.search_space import DEFAULT_SPACE, grid, optuna_distributions, random_settings, search_space
+from cluster.session import cluster_cpus, cluster_gpus, start_ray
+from cluster.storage import Store, open_store
+from cluster.sweep_report import TrialResult, write_report
+from cluster.trackers import flattened
+from cluster.train import TrainRequest, planned_run, ray_storage
+from cluster.trainconfig import TrainConfig
+from cluster.trial import (
+    CHECKPOINT,
+    RESULT_FILE,
+    ROW,
+    TRIALS,
+    SweepRun,
+    read_result,
+    run_trial,
+    shared_tables,
+    trial_folder,
+    trial_id,
+)
+from pcm.errors import InputError
+
+log = logging.getLogger(__name__)
+
+SWEEP_KEY = "sweep.json"
+SEARCHES = ("random", "grid", "optuna")
+SCHEDULERS = ("asha", "none")
+#: Shards are shared through Ray's object store if they take at most this part of it.
+SHARED_PART = 0.6
+
+
+class SweepFailed(Exception):
+    """No trial came to a result; one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRequest:
+    """What a user asks for. `train` is the training that every trial varies; its `out` is the sweep's."""
+
+    train: TrainRequest
+    params: Mapping[str, str] = field(default_factory=dict)  # FIELD -> SPEC; empty: DEFAULT_SPACE
+    trials: int | None = None  # settings to try; None: the whole grid
+    search: str = "random"
+    scheduler: str = "asha"
+    seeds: int = 1  # runs of every setting
+    concurrent: int | None = None  # trials at a time; None: as many as fit
+    cpus_per_trial: int = 1
+    gpus_per_trial: float = 0.0
+
+
+def sweep(request: SweepRequest) -> dict[str, Any]:
+    """Run the sweep, or what is left of it, and summarise: best (settings, CIDEr), config, trials, results.
+
+    Raises InputError for a space, a search or an OUT that cannot be used; SweepFailed where every trial failed.
+    """
+    started = time.monotonic()
+    out = open_store(request.train.out)
+    run = planned_run(request.train, cpus=request.cpus_per_trial)
+    space = search_space(request.params or DEFAULT_SPACE, base=run.config)
+    settings = _settings(request, space, run.config)
+    _claim(out, _document(request, run.document), resume=request.train.resume)
+    start_ray()
+    _check_place(request)
+    shared = SweepRun(out=run.out, run=run, tables=_tables(open_training_sets(request.train.sources)))
+    recorder = _Recorder(out, epochs=run.config.epochs, total=len(settings) or (request.trials or 0))
+    trainable = ray.tune.with_resources(
+        ray.tune.with_parameters(run_trial, sweep=shared),
+        {"CPU": request.cpus_per_trial, "GPU": request.gpus_per_trial},
+    )
+    ray.tune.Tuner(
+        trainable,
+        param_space={"overrides": ray.tune.grid_search(settings)} if settings else None,
+        tune_config=ray.tune.TuneConfig(
+            metric="CIDEr",
+            mode="max",
+            num_samples=1 if settings else request.trials or 1,
+            max_concurrent_trials=request.concurrent,
+            scheduler=_asha(run.config.epochs) if request.scheduler == "asha" else None,
+            search_alg=None if settings else _optuna(out, space, seed=run.config.seed),
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=ray.tune.RunConfig(
+            name="tune",
+            **ray_storage(out),
+            failure_config=ray.tune.FailureConfig(max_failures=1),
+            callbacks=[recorder],
+            verbose=0,
+        ),
+    ).fit()
+    results = recorder.results()
+    report = write_report(out, results, params=tuple(space), base=run.config)
+    if report is None:
+        raise SweepFailed(f"none of {len(results)} trials came to a result; the first: {results[0].reason}")
+    return {**report, "seconds": round(time.monotonic() - started, 2)}
+
+
+def _settings(request: SweepRequest, space: Mapping[str, Any], base: TrainConfig) -> list[dict[str, Any]]:
+    """Overrides of every trial, seeds included; empty where Optuna suggests them one by one."""
+    if request.search not in SEARCHES or request.scheduler not in SCHEDULERS:
+        raise InputError(
+            f"search {request.search!r}, scheduler {request.scheduler!r}: allowed are {', '.join(SEARCHES)} and "
+            f"{', '.join(SCHEDULERS)}"
+        )
+    for name in ("trials", "seeds", "concurrent", "cpus_per_trial"):
+        if (value := getattr(request, name)) is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if request.search == "grid":
+        points = grid(space)
+        if request.trials is not None and request.trials != len(points):
+            raise InputError(f"--trials {request.trials}: the grid has {len(points)} settings; leave --trials out")
+    elif request.trials is None:
+        raise InputError(f"--search {request.search}: give --trials N")
+    elif request.search == "random":
+        points = random_settings(space, count=request.trials, seed=base.seed)
+    else:
+        if request.seeds > 1:
+            raise InputError(
+                f"--seeds {request.seeds} with --search optuna: search with one seed, then run the best settings "
+                "again with --search grid --seeds N"
+            )
+        try:
+            import optuna
+        except ImportError:
+            raise InputError("--search optuna: optuna is not installed; pip install 'pcmnet-ray[optuna]'") from None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        return []
+    for point in points:
+        base.with_overrides(point)  # settings that exclude each other are refused before the first trial
+    unique = {trial_id(point): point for point in points}.values()
+    return [{**point, "seed": base.seed + seed} for point in unique for seed in range(request.seeds)]
+
+
+def _asha(epochs: int) -> ASHAScheduler:
+    """Successive halving on epochs: after a quarter of them, and so on, the better third goes on."""
+    return ASHAScheduler(time_attr="epoch", max_t=epochs, grace_period=max(1, epochs // 4), reduction_factor=3)
+
+
+def _optuna(out: Store, space: Mapping[str, Any], *, seed: int) -> Any:
+    """Optuna's search, told first of what an interrupted sweep has tried."""
+    from ray.tune.search.optuna import OptunaSearch
+
+    tried = [result["overrides"] for result in _recorded(out)]
+    return OptunaSearch(
+        optuna_distributions(space), metric="CIDEr", mode="max", seed=seed, points_to_evaluate=tried or None
+    )
+
+
+def _recorded(out: Store) -> list[dict[str, Any]]:
+    """result.json of every finished trial, in the order of their ends."""
+    keys = [key for key in out.list(TRIALS) if key.endswith(f"/{RESULT_FILE}") and key.count("/") == 2]
+    return sorted((json.loads(out.read_bytes(key)) for key in keys), key=lambda result: result["ended"])
+
+
+def _document(request: SweepRequest, run: Mapping[str, Any]) -> dict[str, Any]:
+    """sweep.json: what was asked, and all that the numbers of the trials depend on."""
+    return {
+        "params": dict(request.params or DEFAULT_SPACE),
+        "search": request.search,
+        "scheduler": request.scheduler,
+        "seeds": request.seeds,
+        "trials": request.trials,
+        "run": dict(run),
+    }
+
+
+def _claim(out: Store, document: dict[str, Any], *, resume: bool) -> None:
+    """Write sweep.json. Raises InputError where OUT holds something else, or a sweep and `resume` is not set."""
+    try:
+        previous = json.loads(out.read_bytes(SWEEP_KEY))
+    except FileNotFoundError:
+        if out.list():
+            raise InputError(f"{out.root}: not empty and not a sweep; give another --out") from None
+    else:
+        if not resume:
+            raise InputError(f"{out.root}: holds a sweep; add --resume to continue it, or give another --out")
+        was, now = _comparable(previous), _comparable(document)
+        changed = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+        if changed:
+            raise InputError(
+                f"{out.root}: its sweep was begun with another {', '.join(changed)} (see its {SWEEP_KEY}); resume with "
+                "the same settings, or give another --out"
+            )
+    out.write_bytes(SWEEP_KEY, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _comparable(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What a resumed sweep must share; it may be longer, lie elsewhere and be stopped otherwise."""
+    flat = flattened(json.loads(json.dumps(document)))
+    free = ("trials", "scheduler", "run.versions.")
+    return {name: without_paths(value) for name, value in flat.items() if not name.startswith(free)}
+
+
+def without_paths(value: Any) -> Any:
+    """Datasets without where they lie: their digests tell them apart."""
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    return {key: item for key, item in value.items() if key != "path"} if isinstance(value, dict) else value
+
+
+def _check_place(request: SweepRequest) -> None:
+    """Raises InputError for what the cluster cannot give, which Ray would wait for."""
+    for flag, wanted, has in (
+        ("--cpus-per-trial", request.cpus_per_trial, cluster_cpus()),
+        ("--gpus-per-trial", request.gpus_per_trial, cluster_gpus()),
+    ):
+        if not 0 <= wanted <= has:
+            raise InputError(f"{flag} {wanted:g}: the cluster has {has:g}; take fewer")
+
+
+def _tables(sets: Sequence[TrainingSet]) -> dict[str, ray.ObjectRef]:
+    """The shards of the datasets in Ray's object store; none where they do not fit, and each trial reads by itself."""
+    wanted = sum(found.manifest.stored * found.manifest.features.bytes_per_row for found in sets)
+    room = min(node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"])
+    if wanted > SHARED_PART * room:
+        log.info("features of %.1f GB do not fit into Ray's object store: every trial reads its own", wanted / 1e9)
+        return {}
+    return {path: table for found in sets for path, table in shared_tables(found.store, found.keys).items()}
+
+
+class _Recorder(ray.tune.Callback):
+    """Writes the result of each trial as it ends, and says so."""
+
+    def __init__(self, out: Store, *, epochs: int, total: int) -> None:
+        self._out, self._epochs, self._total = out, epochs, total
+        self._history: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._results: dict[str, TrialResult] = {}
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        history = self._history[trial.trial_id]
+        history[:] = [row for row in history if row["epoch"] < result["epoch"]] + [result[ROW]]
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        overrides = _overrides(trial)
+        store = open_store(trial_folder(self._out.root, overrides))
+        result = read_result(store)
+        if result is None:
+            history = self._history[trial.trial_id]
+            reason = history[-1].get("reason", "") if history else "it reported nothing"
+            last = history[-1]["epoch"] if history else 0
+            status = "failed" if reason else "finished" if last >= self._epochs else "stopped"
+            result = {
+                **{"overrides": overrides, "status": status, "reason": reason, "history": history},
+                **{"seconds": round(trial.last_result.get("time_total_s", math.nan), 2), "ended": time.time()},
+            }
+            store.write_bytes(RESULT_FILE, (json.dumps(result, indent=1) + "\n").encode())
+            for key in store.list(CHECKPOINT):
+                store.delete(key)
+        self._add(TrialResult.of(result))
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Nothing is recorded: --resume tries it again."""
+        lines = str(trial.get_error() or "its process was lost").strip().splitlines()
+        history = self._history[trial.trial_id]
+        self._add(
+            TrialResult(
+                overrides=_overrides(trial),
+                status="crashed",
+                reason=lines[-1],
+                history=tuple(history),
+                seconds=math.nan,
+            )
+        )
+
+    def results(self) -> list[TrialResult]:
+        return list(self._results.values())
+
+    def _add(self, result: TrialResult) -> None:
+        self._results[trial_id(result.overrides)] = result
+        settings = ", ".join(f"{name} {_short(value)}" for name, value in result.overrides.items())
+        found = f"CIDEr {result.best['CIDEr']:.4f}" if result.best else result.reason
+        log.info("trial %d of %d %s: %s (%s)", len(self._results), self._total, result.status, found, settings)
+
+
+def _overrides(trial: Any) -> dict[str, Any]:
+    return trial.config.get("overrides", trial.config)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,142 @@
+"""One trial of a sweep: jobs.train's own loop with one worker, inside the trial's actor.
+
+Ray Train's local mode runs a training function in the process that calls it; what it reports goes to Ray Tune instead,
+and its checkpoints to the trial's folder, from where an interrupted trial goes on. That saves the controller and the
+worker that a TorchTrainer would start for every trial, and changes no number: the loop is the same code.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.tune
+from ray.train._internal.session import get_session
+from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
+
+from cluster.rows import COLUMNS, preload, read_shard
+from cluster.storage import Store, join, local_copy, open_store
+from cluster.trainconfig import TrainConfig
+from cluster.trainloop import Run, train_loop
+from pcm.errors import InputError
+
+TRIALS = "trials"
+RESULT_FILE = "result.json"
+CHECKPOINT = "last"
+COMPLETE_FILE = "complete"
+#: Under which name a report to Ray Tune holds a row of metrics.jsonl.
+ROW = "row"
+#: What a trial that failed counts for the search.
+FAILED_CIDER = 0.0
+_READ_THREADS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRun:
+    """What every trial of a sweep shares."""
+
+    out: str  # of the sweep; absolute path or URI
+    run: Run  # of the base config; its `out` is replaced by the trial's
+    tables: Mapping[str, ray.ObjectRef]  # shards by their path: read once, shared by the trials of a node
+
+
+def trial_id(overrides: Mapping[str, Any]) -> str:
+    """The same for the same settings, so that a sweep that starts again finds what it has."""
+    return hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def trial_folder(out: str, overrides: Mapping[str, Any]) -> str:
+    return join(out, TRIALS, trial_id(overrides))
+
+
+def run_trial(parameters: dict[str, Any], *, sweep: SweepRun) -> None:
+    """Ray Tune's trainable. A trial that has its result already reports it again, epoch by epoch, without training."""
+    overrides = parameters.get("overrides", parameters)
+    out = trial_folder(sweep.out, overrides)
+    store = open_store(out)
+    if (result := read_result(store)) is not None:
+        for row in result["history"]:
+            _report(row)
+        return
+    config: TrainConfig = sweep.run.config.with_overrides(overrides)
+    run = replace(sweep.run, out=out, config=config, document={**sweep.run.document, "train": config.to_dict()})
+    preload({key: ray.get(table) for key, table in sweep.tables.items()})
+    # Ray Train's functions refuse to be called from a process that is a trial and nothing else.
+    get_session().world_rank = 0  # type: ignore[union-attr]
+    set_train_fn_utils(_TrialReports(store))
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    try:
+        reason = train_loop({"run": run})
+    except InputError as error:
+        reason = str(error)
+    if reason:
+        _report({"epoch": config.epochs, "CIDEr": FAILED_CIDER, "reason": reason})
+
+
+def _report(row: dict[str, Any]) -> None:
+    """One row of metrics.jsonl to Ray Tune, which adds many numbers of its own beside it."""
+    ray.tune.report({"epoch": row["epoch"], "CIDEr": row["CIDEr"], ROW: row})
+
+
+def read_result(store: Store) -> dict[str, Any] | None:
+    """What is recorded of the trial in a folder: overrides, status, reason, history; None while it is not done."""
+    try:
+        return json.loads(store.read_bytes(RESULT_FILE))
+    except FileNotFoundError:
+        return None
+
+
+def shared_tables(store: Store, keys: Sequence[str]) -> dict[str, ray.ObjectRef]:
+    """What training reads of some shards, as Arrow tables in Ray's object store, by path.
+
+    Read here, once; a node's trials share the memory of the copy that Ray brings there.
+    """
+
+    def shared(key: str) -> ray.ObjectRef:
+        return ray.put(read_shard(store, key, COLUMNS).combine_chunks())
+
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        return {store.path(key): table for key, table in zip(keys, pool.map(shared, keys), strict=True)}
+
+
+class _TrialReports(LocalTrainFnUtils):
+    """What ray.train.report and ray.train.get_checkpoint do in a trial."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(experiment_name=store.prefix)
+        self._store = store
+        found = store.list(CHECKPOINT)
+        whole = [key.split("/")[1] for key in found if key.endswith(f"/{COMPLETE_FILE}")]
+        self._newest = max(whole, default=None)
+        if self._newest:
+            folder = local_copy(join(store.root, CHECKPOINT, self._newest))
+            self._last_checkpoint = ray.train.Checkpoint.from_directory(folder)  # type: ignore[assignment]
+
+    def report(  # type: ignore[override]
+        self,
+        metrics: dict[str, Any],
+        checkpoint: ray.train.Checkpoint | None = None,
+        checkpoint_dir_name: str | None = None,
+        **settings: Any,
+    ) -> None:
+        if checkpoint is not None:
+            self._keep(checkpoint, checkpoint_dir_name or f"{time.time_ns()}")
+        if "CIDEr" in metrics:
+            _report(metrics)
+
+    def _keep(self, checkpoint: ray.train.Checkpoint, name: str) -> None:
+        """Store a checkpoint, its marker last, and forget the one before."""
+        with checkpoint.as_directory() as folder:
+            for file in sorted(Path(folder).iterdir()):
+                self._store.write_bytes(f"{CHECKPOINT}/{name}/{file.name}", file.read_bytes())
+        self._store.write_bytes(f"{CHECKPOINT}/{name}/{COMPLETE_FILE}", b"")
+        for key in self._store.list(CHECKPOINT):
+            if not key.startswith(f"{CHECKPOINT}/{name}/"):
+                self._store.delete(key)

@@ -1,0 +1,163 @@
+"""Sweeps through Ray Tune: trials are trainings, failures are kept, and what is done is not done again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+from tiny_dataset import TINY, write_dataset
+
+from cluster.rows import preload, read_shard
+from cluster.storage import open_store
+from cluster.sweep import SweepRequest, sweep
+from cluster.train import TrainRequest, train
+from cluster.trial import shared_tables
+from pcm.errors import InputError
+
+#: The second is a learning rate at which nothing stays a number.
+PARAMS = {"lr_factor": "0.4,1e30"}
+SEEDS = 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("sweep") / "data", tiny_clip, rows=48)
+
+
+def request(data: Path, **settings) -> SweepRequest:
+    base = TrainRequest(data=str(data), out=str(data.parent / "sweep"), overrides=TINY)
+    return replace(SweepRequest(train=base, params=PARAMS, search="grid", seeds=SEEDS, scheduler="none"), **settings)
+
+
+@pytest.fixture(scope="module")
+def swept(data: Path, _ray_at_end: None) -> tuple[dict, Path]:
+    from cluster.session import start_ray
+
+    start_ray(num_cpus=2)
+    return sweep(request(data)), data.parent / "sweep"
+
+
+def results(out: Path) -> dict[tuple, dict]:
+    """(lr_factor, seed) -> result.json."""
+    found = [json.loads(path.read_text()) for path in out.glob("trials/*/result.json")]
+    return {(result["overrides"]["lr_factor"], result["overrides"]["seed"]): result for result in found}
+
+
+def science(rows: list[dict]) -> list[tuple]:
+    return [tuple(row[name] for name in ("epoch", "step", "loss", "lr", "CIDEr")) for row in rows]
+
+
+def test_a_trial_learns_what_jobs_train_learns_from_the_best_config(swept: tuple[dict, Path], data: Path) -> None:
+    summary, out = swept
+    assert summary["best"]["settings"] == {"lr_factor": 0.4} and summary["best"]["seeds"] == SEEDS
+    run = data.parent / "run"
+    seed = max(seed for lr_factor, seed in results(out) if lr_factor == 0.4)
+    alone = TrainRequest(
+        data=str(data), out=str(run), config=summary["config"], overrides={"seed": seed}, cpus_per_worker=1
+    )
+    train(alone)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert science(rows) == science(results(out)[0.4, seed]["history"])
+
+
+def test_a_trial_that_fails_is_kept_with_its_reason(swept: tuple[dict, Path]) -> None:
+    summary, out = swept
+    failed = [result for result in results(out).values() if result["status"] == "failed"]
+    assert len(failed) == SEEDS and summary["by_status"] == {"failed": SEEDS, "finished": SEEDS}
+    assert all("loss is" in result["reason"] for result in failed)
+    assert "failed: loss is" in (out / "table.txt").read_text()
+
+
+def test_the_best_is_chosen_by_the_mean_over_seeds(swept: tuple[dict, Path]) -> None:
+    summary, out = swept
+    histories = [found["history"] for (lr_factor, _), found in results(out).items() if lr_factor == 0.4]
+    best = [max(row["CIDEr"] for row in history) for history in histories]
+    assert summary["best"]["CIDEr"] == pytest.approx(sum(best) / SEEDS) and len(best) == SEEDS
+    assert (Path(summary["checkpoint"]) / "model.safetensors").exists()
+
+
+def test_a_finished_sweep_trains_nothing_again(swept: tuple[dict, Path], data: Path) -> None:
+    summary, out = swept
+    logs = list(out.glob("trials/*/metrics.jsonl"))
+    for file in logs:
+        file.unlink()  # a trial that trained would write it
+    base = replace(request(data).train, resume=True)
+    again = sweep(request(data, train=base))
+    assert not any(file.exists() for file in logs)
+    assert again["best"] == summary["best"] and again["by_status"] == summary["by_status"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "resume", "message"),
+    [
+        ({}, False, "holds a sweep; add --resume"),
+        ({"params": {"lr_factor": "0.4,0.5"}}, True, "begun with another params.lr_factor"),
+        ({"seeds": 3}, True, "begun with another seeds"),
+        ({"trials": 5}, True, "the grid has 2 settings"),
+        ({"search": "random"}, True, "give --trials N"),
+        ({"search": "optuna", "trials": 3}, True, "--seeds 2 with --search optuna"),
+        ({"concurrent": 0}, True, "--concurrent 0: must be at least 1"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_in_one_line(
+    swept: tuple[dict, Path], data: Path, settings: dict, resume: bool, message: str
+) -> None:
+    base = replace(request(data).train, resume=resume)
+    with pytest.raises(InputError, match=message):
+        sweep(request(data, train=base, **settings))
+
+
+def test_more_than_the_cluster_has_is_refused(data: Path, ray_session: None) -> None:
+    base = replace(request(data).train, out=str(data.parent / "greedy"))
+    with pytest.raises(InputError, match="the cluster has 0; take fewer"):
+        sweep(request(data, train=base, gpus_per_trial=0.5))
+
+
+def test_shards_are_read_once_and_shared(data: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, columns = open_store(data), ["sample_id", "clip_score"]
+    keys = store.list("shards")
+    expected = [read_shard(store, key, columns) for key in keys]
+    shared = shared_tables(store, keys)
+    monkeypatch.setattr("cluster.rows._PRELOADED", {})
+    preload({path: ray.get(table) for path, table in shared.items()})
+    elsewhere = (data / "shards").rename(data / "moved")
+    try:
+        assert [read_shard(store, key, columns) for key in keys] == expected
+    finally:
+        elsewhere.rename(data / "shards")
+
+
+def test_a_killed_sweep_goes_on_with_what_is_left(data: Path, run_job) -> None:
+    """Optuna and ASHA, one trial at a time, SIGKILL after the first."""
+    out = data.parent / "killed"
+    fixed = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
+    arguments = [
+        *("--data", data, "--out", out, "--epochs", 2, "--trials", 3, "--search", "optuna", "--concurrent", 1, *fixed),
+        *("--param", "lr_factor=log:0.1:1", "--param", "top_concepts=1,3"),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.sweep", *map(str, arguments)],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 400
+    while not (before := list(out.glob("trials/*/result.json"))):
+        assert process.poll() is None and time.monotonic() < deadline, "the sweep ended before it could be killed"
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    files = [path.parent / name for path in before for name in ("result.json", "metrics.jsonl")]
+    times = [file.stat().st_mtime_ns for file in files]
+
+    resumed = run_job("sweep", *arguments, "--resume", timeout=600)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.summary["trials"] == 3 and len(list(out.glob("trials/*/result.json"))) == 3
+    assert [file.stat().st_mtime_ns for file in files] == times
+    assert resumed.summary["by_status"].keys() <= {"finished", "stopped"}
