@@ -33,7 +33,7 @@ MAX_SHARD_STARTS = 12
 class FaultPolicy:
     """When a run gives a batch up, a sample, and itself."""
 
-    batch_timeout: float = 900.0  # seconds a batch may take; the first of a process, which may compile, takes longer
+    batch_timeout: float = 900.0  # seconds a batch may take; four times that where torch.compile compiles it
     max_error_share: float = 0.5  # of the samples tried so far may fail through the generator
     max_deaths: int = 3  # of a process with the same sample in its batch, until that sample is given up
 

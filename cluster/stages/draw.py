@@ -1,6 +1,7 @@
 """First stage: captions to pictures."""
 
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -38,7 +39,7 @@ class DrawShard:
         self._spec = spec
         self._retry = retry
         # Before the model is loaded, because a process may die of that too.
-        self._guard = _run_guard(watched_by) if watched_by and spec.generator.model != "null" else None
+        self._guard = _run_guard(*watched_by, spec.generator) if watched_by and spec.generator.model != "null" else None
         self._generator = self.load(spec.generator)
 
     @staticmethod
@@ -73,33 +74,36 @@ class DrawShard:
 
         Rows may come with `attempts` made before: the next seeds are tried.
         """
-        rows = plan.to_pylist()
-        usable = [row for row in rows if row["reason"] in USABLE_REASONS]
-        drawings = iter(self._generator.draw([self._request(row) for row in usable], self._guard or UNGUARDED))
+        reasons, seeds = plan["reason"].to_pylist(), plan["seed"].to_pylist()
+        usable = [reason in USABLE_REASONS for reason in reasons]
+        wanted = [request for request, ok in zip(self._requests(plan), usable, strict=True) if ok]
+        drawn = iter(self._generator.draw(wanted, self._guard or UNGUARDED))
         none = Drawing(b"", 0, 0, 0, 0, 0)
-        drawn = []
-        for row in rows:
-            drawing = next(drawings) if row["reason"] in USABLE_REASONS else none
-            drawn.append(
-                row
-                | {"image": drawing.image, "width": drawing.width, "height": drawing.height}
-                | {"attempts": drawing.attempts, "seed": drawing.seed if drawing.attempts else row["seed"]}
-                | {"reason": drawing.reason or row["reason"], "batch_size": drawing.batch_size}
-            )
-        return pa.Table.from_pylist(drawn, schema=_DRAWN_SCHEMA)
+        drawings = [next(drawn) if ok else none for ok in usable]
+        columns = {name: plan[name] for name in ("sample_id", "corpus_id", "caption")}
+        columns |= {name: [getattr(drawing, name) for drawing in drawings] for name in _OF_DRAWING}
+        columns["seed"] = [
+            drawing.seed if drawing.attempts else seed for drawing, seed in zip(drawings, seeds, strict=True)
+        ]
+        columns["reason"] = [drawing.reason or reason for drawing, reason in zip(drawings, reasons, strict=True)]
+        return pa.table(columns, schema=DRAWN_SCHEMA)
 
-    def _request(self, row: dict) -> Request:
-        position = row["record_index"] * self._spec.images_per_caption + row["image_index"]
-        return Request(position, row["caption"], row["seed"], attempts=row.get("attempts", 0))
+    def _requests(self, plan: pa.Table) -> Iterator[Request]:
+        names = ["record_index", "image_index", "caption", "seed"]
+        columns = [plan[name].to_pylist() for name in names]
+        attempts = plan["attempts"].to_pylist() if "attempts" in plan.column_names else [0] * len(plan)
+        for record, image, caption, seed, tried in zip(*columns, attempts, strict=True):
+            yield Request(record * self._spec.images_per_caption + image, caption, seed, attempts=tried)
 
 
-def _run_guard(watched_by: "tuple[ActorHandle, FaultPolicy]") -> "RunGuard":
+def _run_guard(monitor: "ActorHandle", policy: "FaultPolicy", spec: GeneratorSpec) -> "RunGuard":
     from cluster.stages.guard import RunGuard  # brings torch, which the null generator needs not
 
-    return RunGuard(*watched_by)
+    return RunGuard(monitor, policy, compiles=spec.compile != "none")
 
 
-_DRAWN_SCHEMA = pa.schema(
+_OF_DRAWING = ("attempts", "batch_size", "image", "width", "height")
+DRAWN_SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
         ("corpus_id", pa.string()),

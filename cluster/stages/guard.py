@@ -19,8 +19,8 @@ from pcm.text_to_image import Guard, Request
 
 log = logging.getLogger(__name__)
 
-#: The first batch of a shape may load kernels and compile: it gets this many times the timeout.
-FIRST_BATCH_FACTOR = 4
+#: With torch.compile, the first batch of a shape is compiled: it gets this many times the timeout.
+COMPILING_FACTOR = 4
 
 
 class RunGuard(Guard):
@@ -31,13 +31,14 @@ class RunGuard(Guard):
     leaves by ray.actor.exit_actor() would stay away.
     """
 
-    def __init__(self, monitor: ActorHandle, policy: FaultPolicy) -> None:
+    def __init__(self, monitor: ActorHandle, policy: FaultPolicy, *, compiles: bool = False) -> None:
         context = ray.get_runtime_context()
         self._monitor = monitor
         self._policy = policy
         self._generator = context.get_actor_id() or "driver"
         self._shard = -1
         self._faults = ShardFaults()
+        self._compiles = compiles
         self._shapes: set[int] = set()
         self.errors: list[tuple[int, str]] = []  # (position, error) of the present shard, the first few
         where = f"{os.uname().nodename} (node {context.get_node_id()[:8]})"
@@ -57,7 +58,7 @@ class RunGuard(Guard):
     def drawing(self, requests: Sequence[Request], batch_size: int) -> Iterator[None]:
         positions = [request.position for request in requests]
         _stop_if(self._ask("begin", self._generator, self._shard, positions))
-        factor = 1 if batch_size in self._shapes else FIRST_BATCH_FACTOR
+        factor = COMPILING_FACTOR if self._compiles and batch_size not in self._shapes else 1
         faulthandler.dump_traceback_later(factor * self._policy.batch_timeout, exit=True, file=2)
         drawn = 0
         try:

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 
 from cluster.dataset import parquet_bytes, quarantine_key, shard_key, stats_key
 from cluster.stages.merge import merge_retried, replace_shard
@@ -51,9 +51,9 @@ class WriteShard:
 
 def split_samples(samples: pa.Table) -> tuple[pa.Table, pa.Table]:
     """(shard table, quarantine table) of featurised samples."""
-    good = pa.array([len(image.as_buffer()) > 0 for image in samples["image"]], pa.bool_())
+    good = pc.greater(pc.binary_length(samples["image"]), 0)
     stored = samples.filter(good)
-    bad = samples.filter(pa.compute.invert(good))
+    bad = samples.filter(pc.invert(good))
     # The schema needs the length of a row's patch features, N * D_v, and not its two factors.
     features = FeatureShape(
         embed_dim=samples.schema.field("global_feature").type.list_size,
@@ -74,10 +74,8 @@ def split_samples(samples: pa.Table) -> tuple[pa.Table, pa.Table]:
 
 def _image_paths(stored: pa.Table) -> list[str]:
     endings = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
-    return [
-        sample.as_py() + endings[image.as_py()[:2]]
-        for sample, image in zip(stored["sample_id"], stored["image"], strict=True)
-    ]
+    heads = pc.binary_slice(stored["image"], 0, 2).to_pylist()
+    return [sample + endings[head] for sample, head in zip(stored["sample_id"].to_pylist(), heads, strict=True)]
 
 
 def _shard_stats(row: ShardRow, stored: pa.Table, quarantined: pa.Table, shard_data: bytes) -> dict:
