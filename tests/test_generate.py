@@ -74,7 +74,7 @@ def test_every_caption_is_stored_or_quarantined_with_its_reason(made: Dataset) -
     assert (manifest.expected, manifest.stored, manifest.quarantined) == (16, 14, 2)
     assert manifest.quarantined_by_reason == {"control_characters": 1, "too_long": 1}
     assert (made.result.skipped, made.result.generated) == (0, 14)
-    assert made.result.images_per_second > 0
+    assert made.result.status.images_per_second > 0
     proven(made.store.root)
     assert manifest == load_manifest(made.store)
 
