@@ -5,7 +5,6 @@ restarts it and gives it the same shard again. Somebody must remember which samp
 kills its process would do so for ever: that is the monitor, a tiny actor beside the driver.
 """
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,7 +49,6 @@ class FaultPolicy:
 class _Batch:
     shard: int
     positions: tuple[int, ...]
-    began: float
 
 
 @dataclass
@@ -97,19 +95,22 @@ class RunMonitor:
         self._last_error = ""
         self._stop = ""
 
-    def start(self, generator: str, where: str) -> str:
-        """A generator's process begins, perhaps after another of it has died. Returns why to stop, or ""."""
+    def start(self, generator: str, where: str, hung: str = "") -> str:
+        """A generator's process begins, perhaps after another of it has died, or hung at some place.
+
+        Returns why to stop, or "".
+        """
         known = self._generators.get(generator)
         if known is None:
             self._generators[generator] = _Generator(where)
             return self._stop
         said = known.broken
-        self._bury(known, said)
+        self._bury(known, said, hung)
         known.fruitless_starts = 0 if known.drawn_since_start else known.fruitless_starts + 1
         if known.fruitless_starts >= max(MAX_FRUITLESS_STARTS, self._policy.max_deaths + 1):
             self._stop = self._stop or (
                 f"generator on {known.where}: its process ended {known.fruitless_starts} times in a row without a "
-                f"picture ({said or 'killed, crashed or hung'}); check that machine and the model, then run the same "
+                f"picture ({said or hung or 'killed or crashed'}); check that machine and the model, then run the same "
                 "command again"
             )
         known.where, known.drawn_since_start, known.broken = where, 0, ""
@@ -119,7 +120,7 @@ class RunMonitor:
         """(why to stop or "", what is known about the shard's samples)."""
         for other in self._generators.values():
             if other.batch is not None and other.batch.shard == shard:
-                self._bury(other, other.broken)  # its process died, and Ray gave the shard to this one
+                self._bury(other, other.broken, "")  # its process died, and Ray gave the shard to this one
         self._drawn[shard] = 0
         self._starts[shard] += 1
         suspects = self._suspects.get(shard, {})
@@ -135,7 +136,7 @@ class RunMonitor:
 
     def begin(self, generator: str, shard: int, positions: Sequence[int]) -> str:
         """A batch is about to be drawn: called and waited for, so that a death cannot come first."""
-        self._known(generator).batch = _Batch(shard, tuple(positions), time.time())
+        self._known(generator).batch = _Batch(shard, tuple(positions))
         return self._stop
 
     def end(self, generator: str, drawn: int) -> None:
@@ -158,7 +159,7 @@ class RunMonitor:
         """The process ends itself, because it can draw nothing any more; it was drawing these."""
         state = self._known(generator)
         state.broken = self._last_error = error
-        state.batch = _Batch(shard, tuple(positions), time.time())
+        state.batch = _Batch(shard, tuple(positions))
 
     def scorer_broken(self, shard: int, error: str) -> str:
         """A scorer's process ends itself on this shard, because its device fails. Returns why to stop, or ""."""
@@ -190,18 +191,17 @@ class RunMonitor:
     def _known(self, generator: str) -> _Generator:
         return self._generators.setdefault(generator, _Generator("an unknown node"))  # this actor was restarted
 
-    def _bury(self, generator: _Generator, said: str) -> None:
+    def _bury(self, generator: _Generator, said: str, hung: str) -> None:
         """Count a death for every sample that a dead process had in its batch."""
         batch, generator.batch = generator.batch, None
         if batch is None:
             return
-        hung = time.time() - batch.began >= self._policy.batch_timeout
         for position in batch.positions:
             suspect = self._suspects.setdefault(batch.shard, {}).setdefault(position, _Suspect())
             suspect.deaths += 1
             if suspect.deaths >= self._policy.max_deaths and not suspect.reason:
-                suspect.reason = GENERATOR_HUNG if hung and not said else GENERATOR_CRASHED
-                took = f"took longer than {self._policy.batch_timeout:g} s" if hung else "its process died"
+                suspect.reason = GENERATOR_HUNG if hung else GENERATOR_CRASHED
+                took = f"took longer than {self._policy.batch_timeout:g} s, at {hung}" if hung else "its process died"
                 suspect.error = said or f"{took}, {suspect.deaths} times"
                 self.failed(1, suspect.error)
 

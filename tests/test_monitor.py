@@ -13,12 +13,12 @@ def begin_shard(monitor: RunMonitor, generator: str = "g", shard: int = 0) -> tu
     return faults.deaths, {position: reason for position, (reason, _) in faults.refused.items()}
 
 
-def die(monitor: RunMonitor, positions: list[int], generator: str = "g") -> None:
+def die(monitor: RunMonitor, positions: list[int], generator: str = "g", hung: str = "") -> None:
     """A process of the generator draws one picture, then dies with these samples in its batch; the next one starts."""
     monitor.begin(generator, 0, [99])
     monitor.end(generator, 1)
     monitor.begin(generator, 0, positions)
-    assert monitor.start(generator, "a node") == ""
+    assert monitor.start(generator, "a node", hung) == ""
 
 
 def test_who_was_in_a_batch_at_a_death_is_drawn_alone_and_given_up_after_the_third() -> None:
@@ -35,15 +35,16 @@ def test_who_was_in_a_batch_at_a_death_is_drawn_alone_and_given_up_after_the_thi
 
 
 def test_a_batch_over_its_time_hung() -> None:
-    monitor = RunMonitor(FaultPolicy(batch_timeout=1e-9, max_deaths=2))
+    monitor = RunMonitor(FaultPolicy(batch_timeout=60, max_deaths=2))
     monitor.start("g", "a node")
     die(monitor, [5])
-    die(monitor, [5])
-    assert begin_shard(monitor)[1] == {5: "generator_hung"}
+    die(monitor, [5], hung="unet.py, line 7")
+    _, faults = monitor.begin_shard("g", 0)
+    assert faults.refused == {5: ("generator_hung", "took longer than 60 s, at unet.py, line 7, 2 times")}
 
 
-def test_a_process_that_says_it_is_broken_did_not_hang() -> None:
-    monitor = RunMonitor(FaultPolicy(batch_timeout=1e-9, max_deaths=2))
+def test_what_a_broken_process_says_is_kept() -> None:
+    monitor = RunMonitor(FaultPolicy(max_deaths=2))
     monitor.start("g", "a node")
     for _ in range(2):
         monitor.begin("g", 0, [1])

@@ -1,6 +1,5 @@
 """A generator's own side of the watch over it: tells the monitor, and ends its process when that is the only way."""
 
-import faulthandler
 import logging
 import os
 import sys
@@ -13,6 +12,7 @@ from ray.actor import ActorHandle
 
 from cluster.monitor import FaultPolicy, ShardFaults
 from cluster.stages.shard_row import ERRORS_KEPT
+from cluster.stages.watchdog import Watchdog
 from pcm.errors import InputError
 from pcm.faults import first_line
 from pcm.text_to_image import Guard, Request
@@ -26,9 +26,8 @@ COMPILING_FACTOR = 4
 class RunGuard(Guard):
     """Watches one generator actor. Raises InputError out of the drawing when the monitor says that the run stops.
 
-    A batch over its time ends the process from a thread that needs no interpreter lock (faulthandler), after printing
-    where every thread stood. Ray restarts an actor whose process ended so, and runs the shard again; an actor that
-    leaves by ray.actor.exit_actor() would stay away.
+    A batch over its time ends the process, and so does a device that fails every call. Ray restarts an actor whose
+    process ended so, and runs the shard again; an actor that leaves by ray.actor.exit_actor() would stay away.
     """
 
     def __init__(self, monitor: ActorHandle, policy: FaultPolicy, *, compiles: bool = False) -> None:
@@ -42,7 +41,11 @@ class RunGuard(Guard):
         self._shapes: set[int] = set()
         self.errors: list[tuple[int, str]] = []  # (position, error) of the present shard, the first few
         where = f"{os.uname().nodename} (node {context.get_node_id()[:8]})"
-        _stop_if(self._ask("start", self._generator, where))
+        self._watchdog = Watchdog(self._generator)
+        hung = self._watchdog.last_words()
+        if hung:
+            log.warning("the process before this one took longer than %g s at %s", policy.batch_timeout, hung)
+        _stop_if(self._ask("start", self._generator, where, hung))
 
     def begin_shard(self, shard: int) -> None:
         stop, self._faults = self._ask("begin_shard", self._generator, shard)
@@ -59,14 +62,13 @@ class RunGuard(Guard):
         positions = [request.position for request in requests]
         _stop_if(self._ask("begin", self._generator, self._shard, positions))
         factor = COMPILING_FACTOR if self._compiles and batch_size not in self._shapes else 1
-        faulthandler.dump_traceback_later(factor * self._policy.batch_timeout, exit=True, file=2)
         drawn = 0
         try:
-            yield
+            with self._watchdog.limit(factor * self._policy.batch_timeout):
+                yield
             drawn = len(requests)
             self._shapes.add(batch_size)
         finally:
-            faulthandler.cancel_dump_traceback_later()
             self._monitor.end.remote(self._generator, drawn)
 
     def suspicion(self, request: Request) -> int:
