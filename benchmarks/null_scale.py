@@ -1,0 +1,124 @@
+"""What the pipeline itself costs a row: `jobs.generate --t2i null`, 1x1 pictures and no model, at growing sizes.
+
+    python -m benchmarks.null_scale                       # 10,000, 100,000 and 1,000,000 captions
+    python -m benchmarks.null_scale --rows 10000 --shard-size 1000
+
+A JSON line for each size: rows a second (of the whole job after Ray's start, planning and vocabulary included, and of
+the drawing alone), the driver's peak memory (sampled by another process), and the store's operations in this very run,
+counted by the objects it leaves and measured in full on one shard through the stages.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+from cluster.dataset import plan_part_key, read_table
+from cluster.stages.draw import DrawShard
+from cluster.stages.featurise import FeaturiseShard
+from cluster.stages.shard_row import ShardRow
+from cluster.stages.write import WriteShard
+from cluster.storage import Store, open_store
+from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
+
+ROOT = Path(__file__).parent.parent
+NOUNS = ("apple", "tree", "house", "dog", "cat", "car", "umbrella", "clock", "bus", "bench", "horse", "kite")
+PLACES = ("on the grass", "on a table", "at the beach", "in the street", "in the snow", "under a bridge")
+
+
+def write_captions(path: Path, count: int) -> None:
+    """Captions of COCO's length from few words, as a corpus has."""
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(count):
+            one, two = draw.choice(NOUNS), draw.choice(NOUNS)
+            file.write(f"A {one} {draw.choice(PLACES)} while a {two} stands nearby.\n")
+
+
+def peak_memory(process: subprocess.Popen) -> int:
+    """Largest resident memory of a process until it ends, bytes; sampled ten times a second."""
+    page, peak = os.sysconf("SC_PAGE_SIZE"), 0
+    while process.poll() is None:
+        try:
+            peak = max(peak, int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * page)
+        except (FileNotFoundError, ProcessLookupError, IndexError):
+            break
+        time.sleep(0.1)
+    return peak
+
+
+def shard_operations(folder: Path, spec: DatasetSpec) -> dict[str, int]:
+    """Store operations of one shard on its way through the stages."""
+    store = open_store(folder)
+    counts: dict[str, int] = {}
+
+    def counted(name: str):
+        original = getattr(Store, name)
+
+        def operation(self: Store, *args: object):
+            counts[name] = counts.get(name, 0) + 1
+            return original(self, *args)
+
+        return operation
+
+    names = ("read_bytes", "write_bytes", "exists", "size", "list", "delete")
+    draw, featurise, write = DrawShard(store, spec), FeaturiseShard(spec.clip), WriteShard(store)
+    with patch.multiple(Store, **{name: counted(name) for name in names}):
+        drawn = draw.draw(read_table(store, plan_part_key(0)))
+        times = {"start_time": 0.0, "draw_seconds": 0.0, "featurise_seconds": 0.0}
+        write.write(ShardRow(0, featurise.featurise(drawn), times))
+    return counts
+
+
+def measure(rows: int, shard_size: int, generators: int) -> dict:
+    with tempfile.TemporaryDirectory(prefix="pcm-null-") as folder:
+        corpus, out = Path(folder) / "captions.txt", Path(folder) / "data"
+        write_captions(corpus, rows)
+        command = [
+            sys.executable, "-m", "jobs.generate", "--corpus", str(corpus), "--out", str(out), "--t2i", "null",
+            "--shard-size", str(shard_size), "--generators", str(generators),
+        ]  # fmt: skip
+        load, started = os.getloadavg()[0], time.time()
+        driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=sys.stderr, text=True)
+        peak = peak_memory(driver)
+        printed = driver.communicate()[0].splitlines()
+        seconds = time.time() - started
+        if driver.returncode:
+            raise SystemExit(driver.returncode)
+        summary = json.loads(printed[-1])
+        planned = (out / "plan" / "part-000000.parquet").stat().st_mtime
+        stored = max(path.stat().st_mtime for path in (out / "shards").iterdir())
+        first = min(path.stat().st_mtime for path in (out / "shards").iterdir())
+        spec = DatasetSpec(generator=GeneratorSpec(model="null", revision=""), clip=ClipSpec(model="null", revision=""))
+        return {
+            "rows": rows,
+            "shards": -(-rows // shard_size),
+            "job_seconds": round(seconds, 1),
+            "plan_to_last_shard_seconds": round(stored - planned, 1),
+            "rows_per_second": round(rows / (stored - planned)),
+            "rows_per_second_drawing": round((rows - shard_size) / max(stored - first, 1e-3)),
+            "driver_peak_mb": round(peak / 2**20),
+            "operations_a_shard": shard_operations(out, spec),
+            "stored": summary["stored"],
+            "load_before": round(load, 1),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--shard-size", type=int, default=2_000)
+    parser.add_argument("--generators", type=int, default=2)
+    args = parser.parse_args()
+    for rows in args.rows:
+        print(json.dumps(measure(rows, args.shard_size, args.generators)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
