@@ -1,15 +1,21 @@
-"""A real diffusers pipeline in which some captions do, for real, what generators do to a run."""
+"""Generators in which some captions do, for real, what generators do to a run.
+
+The faults are in a mix-in: faulty_pipeline.py has it in a real diffusers pipeline. `Pixels` draws one pixel a seed, for
+tests in which processes die again and again and would spend their time on importing diffusers.
+"""
 
 import ctypes
 import os
 import signal
+from collections.abc import Sequence
+from concurrent.futures import Future
 
 import torch
 
 from cluster.stages.draw import DrawShard
-from pcm.diffusers_generator import DiffusersTextToImage
+from pcm.isolation import IsolatedDrawing
 from pcm.spec import GeneratorSpec
-from pcm.text_to_image import Drawing, Request, TextToImage
+from pcm.text_to_image import UNGUARDED, Drawing, Guard, NullTextToImage, Request, TextToImage
 
 RAISES = "A caption that raises."
 CRASHES = "A caption that kills."
@@ -19,12 +25,28 @@ NEEDS_MEMORY = "A caption that needs memory."  # too much for more than two pict
 NEEDS_TOO_MUCH = "A caption that needs too much memory."
 
 
-class FaultyTextToImage(DiffusersTextToImage):
+class Pixels:
+    """Pictures of one pixel, whose colour is the seed, in isolated batches."""
+
+    device_name = "none"
+
+    def __init__(self, spec: GeneratorSpec) -> None:
+        self._null = NullTextToImage(spec)
+        self._isolated = IsolatedDrawing(self.draw_batch, batch_size=spec.batch_size, max_attempts=spec.max_attempts)
+
+    def draw(self, requests: Sequence[Request], guard: Guard = UNGUARDED) -> list[Drawing]:
+        return self._isolated.draw(requests, guard)
+
+    def draw_batch(self, slots: dict[int, Request], batch_size: int) -> Sequence[Drawing | Future[Drawing]]:
+        return self._null.draw(list(slots.values()))
+
+
+class Faults:
     """The captions above do what they say, in any batch that they are in."""
 
     _broken = False
 
-    def draw_batch(self, slots: dict[int, Request], batch_size: int) -> list[Drawing]:
+    def draw_batch(self, slots: dict[int, Request], batch_size: int) -> Sequence[Drawing | Future[Drawing]]:
         captions = {request.caption for request in slots.values()}
         if BREAKS in captions:
             type(self)._broken = True
@@ -38,52 +60,62 @@ class FaultyTextToImage(DiffusersTextToImage):
             os.kill(os.getpid(), signal.SIGKILL)
         if HANGS in captions:
             ctypes.PyDLL(None).sleep(100_000)  # PyDLL: the interpreter lock is held all the while
-        return super().draw_batch(slots, batch_size)
+        return super().draw_batch(slots, batch_size)  # type: ignore[misc]
 
 
-class TiringTextToImage(DiffusersTextToImage):
+class FaultyPixels(Faults, Pixels):
+    pass
+
+
+class TiringPixels(Pixels):
     """After its sixth batch a process of this generator raises for ever."""
 
     _batches = 0
 
-    def draw_batch(self, slots: dict[int, Request], batch_size: int) -> list[Drawing]:
+    def draw_batch(self, slots: dict[int, Request], batch_size: int) -> Sequence[Drawing | Future[Drawing]]:
         type(self)._batches += 1
         if self._batches > 6:
             raise RuntimeError("tired")
         return super().draw_batch(slots, batch_size)
 
 
-class UselessTextToImage(DiffusersTextToImage):
+class UselessPixels(Pixels):
     """Raises whatever it is to draw, unless it is nothing."""
 
-    def draw_batch(self, slots: dict[int, Request], batch_size: int) -> list[Drawing]:
+    def draw_batch(self, slots: dict[int, Request], batch_size: int) -> Sequence[Drawing | Future[Drawing]]:
         if slots:
             raise RuntimeError("useless")
-        return super().draw_batch(slots, batch_size)
+        return []
+
+
+class DrawPixels(DrawShard):
+    @staticmethod
+    def load(spec: GeneratorSpec) -> TextToImage:
+        return Pixels(spec)
 
 
 class DrawFaulty(DrawShard):
     @staticmethod
     def load(spec: GeneratorSpec) -> TextToImage:
-        return FaultyTextToImage(spec)
+        return FaultyPixels(spec)
 
 
 class DrawTiring(DrawShard):
     @staticmethod
     def load(spec: GeneratorSpec) -> TextToImage:
-        return TiringTextToImage(spec)
+        return TiringPixels(spec)
 
 
 class DrawUseless(DrawShard):
     @staticmethod
     def load(spec: GeneratorSpec) -> TextToImage:
-        return UselessTextToImage(spec)
+        return UselessPixels(spec)
 
 
 class DrawBroken(DrawShard):
-    """Its model is on a device that has failed before anything is drawn."""
+    """Its device has failed before anything is drawn."""
 
     @staticmethod
     def load(spec: GeneratorSpec) -> TextToImage:
-        FaultyTextToImage._broken = True
-        return FaultyTextToImage(spec)
+        FaultyPixels._broken = True
+        return FaultyPixels(spec)

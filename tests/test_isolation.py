@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty_generators import BREAKS, NEEDS_MEMORY, NEEDS_TOO_MUCH, RAISES, FaultyTextToImage
+from faulty_generators import BREAKS, NEEDS_MEMORY, NEEDS_TOO_MUCH, RAISES
+from faulty_pipeline import FaultyTextToImage
 
 from pcm.diffusers_generator import DiffusersTextToImage
 from pcm.faults import is_out_of_memory, is_sticky

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from faulty_generators import RAISES, DrawFaulty
+from faulty_generators import RAISES
+from faulty_pipeline import DrawFaultyPipeline
 from tiny_generation import CAPTIONS, draw_in_process, plan_dataset, tiny_spec, write_corpus
 
 from cluster.dataset import MANIFEST_KEY, Plan, quarantine_key, shard_key, stats_key
@@ -27,7 +28,7 @@ def faulty(tiny_t2i: Path, tmp_path: Path) -> tuple[Store, Plan]:
     """One shard: four pictures, one bad caption, and one on which the generator raised."""
     spec = tiny_spec(tiny_t2i, num_inference_steps=1)
     store, plan = plan_dataset(tmp_path / "data", write_corpus(tmp_path, CORPUS), spec, shard_size=8)
-    write_manifest(store, plan, draw_in_process(store, plan, [0], draw=DrawFaulty))
+    write_manifest(store, plan, draw_in_process(store, plan, [0], draw=DrawFaultyPipeline))
     return store, plan
 
 
@@ -82,7 +83,7 @@ def test_retried_to_the_end_it_is_the_dataset_that_never_failed(
 def test_a_sample_that_fails_again_stays_quarantined(faulty: tuple[Store, Plan]) -> None:
     store, plan = faulty
     before = store.read_bytes(shard_key(0))
-    retry(store, plan, "generator_error", draw=DrawFaulty)
+    retry(store, plan, "generator_error", draw=DrawFaultyPipeline)
     assert store.read_bytes(shard_key(0)) == before
     assert reasons(store)["000000003-00"] == "generator_error"
     proven(store)
@@ -91,7 +92,7 @@ def test_a_sample_that_fails_again_stays_quarantined(faulty: tuple[Store, Plan])
 def test_the_last_sample_to_leave_takes_the_quarantine_part_with_it(tiny_t2i: Path, tmp_path: Path) -> None:
     spec = tiny_spec(tiny_t2i, num_inference_steps=1)
     store, plan = plan_dataset(tmp_path / "data", write_corpus(tmp_path, [RAISES, CAPTIONS[0]]), spec)
-    draw_in_process(store, plan, [0], draw=DrawFaulty)
+    draw_in_process(store, plan, [0], draw=DrawFaultyPipeline)
     retry(store, plan, "generator_error")
     assert not store.exists(quarantine_key(0)) and len(stored(store)) == 2
     proven(store)
