@@ -204,3 +204,120 @@ def test_damaged_pickles_are_one_clear_line(tmp_path, data):
 def test_missing_file_is_one_clear_line():
     with pytest.raises(InputError, match="cannot be read"):
         safe_pickle.load("/no/such/file.pkl")
+
+
+OPERATIONS = np.frombuffer(b"2)(]}\x85\x86\x87Rbaeustdlhjqr0\x8f\x90\x91\x93\x94c.", np.uint8)
+
+# Small pickles that would take a usual reader, or a careless one, for ever or all memory. A test that hangs has failed.
+
+DOUBLED = b"]" + b"2\x86" * 200  # a pair of the pair of ... of one list, 200 levels deep
+BIG_LIST = b"](" + b"K\x01" * 20_000 + b"e"
+# Integers with one hash: a dict of n of them takes n * n steps.
+NUMBERS = b"(" + b"".join(pickle.dumps(k * (2**61 - 1), 2)[2:-1] + b"N" for k in range(1, 4)) + b"d"
+
+
+class Rebuilt:
+    """A tensor as its storage, size and stride; several may have one storage."""
+
+    def __init__(self, storage, size, stride):
+        self.arguments = (storage, 0, size, stride, False, collections.OrderedDict())
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+def rebuilt(tensor, size, stride):
+    return pickle.dumps(Rebuilt(tensor.storage(), size, stride), 2)[2:-1]
+
+
+def test_what_is_shared_is_built_once():
+    loaded = safe_pickle.load(b"\x80\x04" + DOUBLED + b".")
+    for _ in range(200):
+        assert len(loaded) == 2 and loaded[0] is loaded[1]
+        loaded = loaded[0]
+    items = pickle.dumps(np.array([None, None], object), 2)[2:-1].replace(b"](NNe", b"](" + DOUBLED + b"Ne")
+    assert safe_pickle.load(b"\x80\x02" + items + b".").shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"}" + DOUBLED + b"Ns", "a key that is neither"),
+        (b"}(" + DOUBLED + b"Nu", "a key that is neither"),
+        (b"(" + DOUBLED + b"Nd", "a key that is neither"),
+        (b"(" + DOUBLED + b"\x91", "a key that is neither"),
+        (b"\x8f(" + DOUBLED + b"\x90", "a key that is neither"),
+        (b"cbuiltins\nset\n(" + b"]" + DOUBLED + b"a" + b"tR", "a key that is neither"),
+        (b"ccollections\nOrderedDict\n](](" + DOUBLED + b"Nee\x85R", "a key that is neither"),
+        (NUMBERS, "a key that is neither"),
+        (b"cnumpy\ndtype\n" + DOUBLED + b"\x85R", "dtype tuple is not"),
+        (b"ctorch\nSize\n" + DOUBLED + b"\x85R", "a size of what are no sizes"),
+        (BIG_LIST + b"q\x00" + b"cbuiltins\nset\nh\x00\x85R" * 2, None),
+        (b"X" + (1_000_000).to_bytes(4, "little") + b"x" * 1_000_000 + b"q\x00"
+         + b"c_codecs\nencode\nh\x00\x85R" * 1000, "it copies more than it holds"),
+        (rebuilt(torch.ones(1), (2**31,), (1,)), "larger than its storage"),
+        (rebuilt(torch.ones(1), (2**31,), (0,)), "larger than its storage"),
+        (rebuilt(torch.ones(1), (1,) * 65, (0,) * 65), "without a storage, size or stride"),
+        (pickle.dumps(np.ones(1), 2)[2:-1].replace(b"K\x01\x85q", b"(" + b"J\xff\xff\xff\x7f" * 1000 + b"tq", 1),
+         "without a shape"),
+        (pickle.dumps(np.ones(3), 5)[2:-1] + b"K\x00K\x01s", "fills something else than a dict"),
+        (pickle.dumps(torch.ones(3), 2)[2:-1] + b"(K\x01\x90", "fills something else than a set"),
+        (pickle.dumps(torch.ones(3), 2)[2:-1] + b"K\x01a", "fills something else than a list"),
+        (b"K\x01(K\x02e", "fills something else than a list"),
+        (b"](K\x01tR", "calls what is no function"),
+        (b"ctorch\nFloatStorage\n(tR", "calls what is no function"),
+    ],
+)  # fmt: skip
+def test_small_pickles_cost_little_and_are_refused(data, message):
+    if message is None:
+        safe_pickle.load(b"\x80\x04" + data + b".")
+        return
+    with pytest.raises(InputError, match=message):
+        safe_pickle.load(b"\x80\x04" + data + b".")
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [b"cbuiltins\nset\nh\x00\x85R0", b"ccollections\nOrderedDict\n]h\x00a\x85R0", b"cbuiltins\nfrozenset\nh\x00\x85R0"],
+)
+def test_reading_the_same_again_and_again_is_refused(copied):
+    many = b"](" + b"K\x01" * 20_000 + b"eq\x00"
+    with pytest.raises(InputError, match=r"copies more than it holds|a dict of what are no pairs"):
+        safe_pickle.load(b"\x80\x04" + many + copied * 10_000 + b"h\x00.")
+
+
+def test_tensors_of_one_storage_share_it():
+    storage = torch.arange(1000.0).storage()
+    loaded = safe_pickle.load(pickle.dumps([Rebuilt(storage, (k,), (1,)) for k in range(1, 1000)]))
+    assert all(torch.equal(tensor, torch.arange(float(k))) for k, tensor in enumerate(loaded, start=1))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in loaded}) == 1
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 3, 5])
+def test_no_damaged_pickle_executes_anything_or_ends_otherwise_than_in_one_line(tmp_path, protocol):
+    victim = tmp_path / "executed"
+    good = [
+        {"image_id": "6000000", "split_id": 1, "clipscore": np.float32(0.7), "tokens_ids": np.arange(12).reshape(2, 6)},
+        (["dog", "cat"], torch.randn(2, 3)), collections.OrderedDict(a={1}, b=frozenset("x")), np.array([None, "a"]),
+    ]  # fmt: skip
+    bases = [pickle.dumps(good, protocol), pickle.dumps([good, Touch(victim)], protocol)]
+    random = np.random.default_rng(protocol)
+    refused = 0
+    for round_ in range(600):
+        data = bytearray(bases[round_ % 2])
+        for _ in range(random.integers(1, 6)):
+            start, length = random.integers(len(data)), random.integers(1, 9)
+            piece = [
+                random.integers(0, 256, length, np.uint8).tobytes(),  # noise
+                random.choice(OPERATIONS, length).tobytes(),
+                bytes(data[(other := random.integers(len(data))) : other + length]),  # from elsewhere
+                b"",
+            ][random.integers(4)]  # fmt: skip
+            data[start : start + length] = piece
+        try:
+            safe_pickle.load(bytes(data))
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 100
+    assert not victim.exists()
