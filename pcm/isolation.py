@@ -51,7 +51,7 @@ class IsolatedDrawing:
         for _ in range(self._max_attempts):
             again = {}
             for index, drawn in list(self._draw_each(waiting, guard)):
-                drawing = drawn.result() if isinstance(drawn, Future) else drawn
+                drawing = self._encoded(drawn, waiting[index], guard)
                 drawings[index] = drawing
                 if drawing.attempts > waiting[index].attempts and drawing.reason:
                     again[index] = replace(waiting[index], attempts=drawing.attempts)
@@ -85,6 +85,16 @@ class IsolatedDrawing:
                 self._blame(outcome, slots.values(), guard)
                 guard.failed(slots.values(), GENERATOR_ERROR, first_line(outcome))
                 yield indices[0], refused(waiting[indices[0]], self.batch_size, GENERATOR_ERROR)
+
+    def _encoded(self, drawn: Drawn, request: Request, guard: Guard) -> Drawing:
+        """The drawing, once it is encoded; a picture that cannot be is one that the generator got wrong."""
+        if isinstance(drawn, Drawing):
+            return drawn
+        try:
+            return drawn.result()
+        except Exception as error:
+            guard.failed((request,), GENERATOR_ERROR, first_line(error))
+            return refused(request, self.batch_size, GENERATOR_ERROR)
 
     def _attempt(self, slots: dict[int, Request], guard: Guard) -> Sequence[Drawn] | Exception:
         """The batch's drawings, or what it raised, bare of the frames that hold its tensors."""

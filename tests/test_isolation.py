@@ -101,6 +101,21 @@ def test_suspects_are_drawn_alone_and_first_and_the_refused_not_at_all(
     assert drawings[:5] == undisturbed.draw(requests)[:5]
 
 
+def test_a_picture_that_cannot_be_encoded_is_refused_alone(
+    tiny_t2i: Path, undisturbed: DiffusersTextToImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(self: DiffusersTextToImage, pixels, flagged, request, batch_size):
+        return original(self, pixels[:, :, :1] if request.position == 1 else pixels, flagged, request, batch_size)
+
+    original = DiffusersTextToImage._drawing
+    requests = requests_of(GOOD[:4])
+    whole = undisturbed.draw(requests)
+    monkeypatch.setattr(DiffusersTextToImage, "_drawing", encode)
+    drawings = FaultyTextToImage(spec_of(tiny_t2i)).draw(requests)
+    assert drawings[1].reason == "generator_error"
+    assert [drawings[index] for index in (0, 2, 3)] == [whole[index] for index in (0, 2, 3)]
+
+
 def test_a_broken_device_refuses_no_caption(tiny_t2i: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FaultyTextToImage, "_broken", False)
     with pytest.raises(RuntimeError, match="device-side assert"):
