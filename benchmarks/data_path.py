@@ -1,0 +1,172 @@
+"""Samples a second that training reads, against one .npz file an image and against what training consumes.
+
+python -m benchmarks.data_path [--rows 1024] [--shard-rows 128] [--rounds 5] [--folder DIR]
+
+Random features of the published size (64 x 1024 and 768): as a dataset's Parquet shards, float16, beside a picture of
+40 kB each that training skips; and as the published code keeps them, one uncompressed float32 .npz an image. Both
+sides give the same batches' worth of arrays, in random order, from files whose pages were dropped from the cache as far
+as the system heeds posix_fadvise. The loader reads every epoch anew (nothing cached), with captions turned into ids;
+the .npz side does without captions. Sides take turns; medians of the rounds.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from benchmarks.matmul_rate import machine, seconds
+from benchmarks.published_size import BATCH, published_model, random_batch
+from cluster.dataset import parquet_bytes, shard_key
+from cluster.loader import Part, ShardLoader
+from cluster.selection import Selection
+from cluster.storage import open_store
+from pcm.loss import CLIPWeightedCrossEntropy
+from pcm.records import STORED, FeatureShape, shard_schema
+from pcm.vocabulary import Vocabulary
+
+FEATURES = FeatureShape(embed_dim=768, patch_dim=1024, num_patches=64)
+PICTURE_BYTES = 40_000
+WORDS = [f"word{number}" for number in range(5000)]
+
+
+def write_both(folder: Path, *, rows: int, shard_rows: int) -> Selection:
+    """Shards under folder/shards and one file a row under folder/npz."""
+    (folder / "npz").mkdir()
+    store, random = open_store(folder), np.random.default_rng(0)
+    keys, numbers = [], []
+    for shard, start in enumerate(range(0, rows, shard_rows)):
+        count = min(shard_rows, rows - start)
+        global_feature = random.standard_normal((count, FEATURES.embed_dim), dtype=np.float32)
+        patches = random.standard_normal((count, FEATURES.num_patches, FEATURES.patch_dim), dtype=np.float32)
+        for row in range(count):
+            arrays = {"features": patches[row], "g_feature": global_feature[row : row + 1]}
+            np.savez(folder / "npz" / f"{start + row}.npz", **arrays)
+        store.write_bytes(shard_key(shard), parquet_bytes(_table(global_feature, patches, random, start)))
+        keys.append(shard_key(shard))
+        numbers.append(np.arange(count))
+    return Selection(tuple(keys), tuple(numbers))
+
+
+def _table(global_feature: np.ndarray, patches: np.ndarray, random: np.random.Generator, start: int) -> pa.Table:
+    count = len(patches)
+    ids = [f"{start + row:09d}-00" for row in range(count)]
+    columns = {
+        "sample_id": ids,
+        "caption": [" ".join(random.choice(WORDS, 11)) for _ in range(count)],
+        "image": [{"bytes": random.bytes(PICTURE_BYTES), "path": f"{name}.jpg"} for name in ids],
+        "clip_score": random.random(count, dtype=np.float32),
+        "global_feature": _lists(global_feature),
+        "patch_features": _lists(patches.reshape(count, -1)),
+        "status": [STORED] * count,
+        "reason": [""] * count,
+    }
+    schema = shard_schema(FEATURES)
+    return pa.table({name: columns.get(name, [1] * count) for name in schema.names}, schema=schema)
+
+
+def _lists(matrix: np.ndarray) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(matrix.astype(np.float16).reshape(-1), matrix.shape[1])
+
+
+def drop_from_cache(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def read_shards(loader: ShardLoader, epoch: int) -> float:
+    """Samples a second of one epoch."""
+    started, rows = time.perf_counter(), 0
+    for batch in loader.epoch(epoch):
+        rows += len(batch.sample_ids)
+    return rows / (time.perf_counter() - started)
+
+
+def read_npz(folder: Path, rows: int, epoch: int) -> float:
+    """The same of one file an image, stacked to batches."""
+    order = np.random.default_rng(epoch).permutation(rows)
+    started = time.perf_counter()
+    for start in range(0, rows, BATCH):
+        batch = []
+        for row in order[start : start + BATCH]:
+            with np.load(folder / "npz" / f"{row}.npz") as arrays:
+                batch.append((arrays["features"], arrays["g_feature"]))
+        np.stack([features for features, _ in batch])
+        np.concatenate([global_feature for _, global_feature in batch])
+    return rows / (time.perf_counter() - started)
+
+
+def training_rate(repeats: int) -> float:
+    """Samples a second that one trainer on this machine's CPU consumes, at the published size."""
+    model = published_model(device="cpu").train()
+    batch = random_batch(model.config, device="cpu")
+    loss_function, optimizer = CLIPWeightedCrossEntropy(), torch.optim.Adam(model.parameters(), fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        logits = model(batch["global_feature"], batch["patch_features"], batch["token_ids"])
+        loss_function(logits, batch["target_ids"], batch["clip_score"]).backward()
+        optimizer.step()
+
+    return BATCH / statistics.median(seconds(step, repeats=repeats, device="cpu"))
+
+
+def measure(folder: Path, *, rows: int, shard_rows: int, rounds: int) -> dict:
+    selection = write_both(folder, rows=rows, shard_rows=shard_rows)
+    loader = ShardLoader(
+        [Part(open_store(folder), selection)],
+        features=FEATURES,
+        vocabulary=Vocabulary.build(WORDS, min_count=1),
+        batch_size=BATCH,
+        max_length=20,
+        lanes=8,
+        seed=0,
+        cache_bytes=0,
+    )
+    shard_rates, npz_rates = [], []
+    for epoch in range(rounds):
+        drop_from_cache(folder)
+        shard_rates.append(read_shards(loader, epoch))
+        drop_from_cache(folder)
+        npz_rates.append(read_npz(folder, rows, epoch))
+    trainer = training_rate(repeats=rounds)
+    shards, npz = statistics.median(shard_rates), statistics.median(npz_rates)
+    stored = sum(file.stat().st_size for file in (folder / "shards").iterdir())
+    return {
+        "shards_samples_per_second": round(shards, 1),
+        "npz_samples_per_second": round(npz, 1),
+        "trainer_samples_per_second": round(trainer, 2),
+        "shards_over_npz": round(statistics.median(a / b for a, b in zip(shard_rates, npz_rates, strict=True)), 2),
+        "shards_over_trainer": round(shards / trainer, 1),
+        "feature_megabytes_per_second": round(shards * FEATURES.bytes_per_row / 1e6, 1),
+        "bytes_per_row": {"shards": round(stored / rows), "npz": (folder / "npz" / "0.npz").stat().st_size},
+        "rows": rows,
+        "rounds": rounds,
+        **machine("cpu"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--shard-rows", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to write some hundred MB for the time of the run")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="pcm-data-path-", dir=arguments.folder) as folder:
+        result = measure(Path(folder), rows=arguments.rows, shard_rows=arguments.shard_rows, rounds=arguments.rounds)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
