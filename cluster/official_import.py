@@ -27,13 +27,13 @@ from cluster.dataset import (
     Plan,
     plan_part_key,
     read_table,
-    shard_key,
 )
 from cluster.generate import write_manifest
 from cluster.models import pin_clip, resolve_device, resolve_dtype
 from cluster.official_annotations import AnnotationCorpus, CaptionFile
 from cluster.official_places import Places
 from cluster.plan import USABLE_REASONS, make_plan
+from cluster.resume import CommittedShards, committed
 from cluster.stages.featurise import FeaturiseShard
 from cluster.stages.shard_row import ShardRow
 from cluster.stages.write import WriteShard
@@ -119,11 +119,11 @@ def import_dataset(request: ImportRequest) -> ImportResult:
     )
     store.write_bytes(VOCABULARY_KEY, vocabulary.to_text().encode())
     features = _store_clip_files(store, plan, request, found)
-    done = set(store.list("shards"))
-    missing = [shard for shard in range(plan.num_shards) if shard_key(shard) not in done]
+    made = committed(store, plan)
+    missing = [shard for shard in range(plan.num_shards) if shard not in made]
     importer = ShardImporter(store, spec, features, places, corpus)
     importing = time.monotonic()
-    rows = _run(importer, plan, missing, workers=request.workers)
+    rows = _run(importer, made, plan, missing, workers=request.workers)
     return ImportResult(
         manifest=write_manifest(store, plan, features),
         skipped=plan.expected - rows,
@@ -235,7 +235,8 @@ class ShardImporter:
         self._featuriser = None if places.features else FeaturiseShard(spec.clip)
         self._model = threading.Lock()  # one forward pass at a time; pictures are read and decoded beside it
 
-    def __call__(self, shard: int) -> None:
+    def __call__(self, shard: int) -> dict:
+        """The stats of the shard, once it is committed."""
         started = time.time()
         rows = read_table(self._store, plan_part_key(shard)).to_pylist()
         patches = np.zeros((len(rows), self._features.num_patches * self._features.patch_dim), np.float16)
@@ -258,7 +259,7 @@ class ShardImporter:
             samples = samples.append_column("patch_features", _fixed_lists(patches))
         samples = samples.append_column("clip_score", pa.array(scores))
         times = {"start_time": started, "draw_seconds": read_at - started, "featurise_seconds": time.time() - read_at}
-        self._writer.write(ShardRow(shard, samples, times))
+        return self._writer.write(ShardRow(shard, samples, times))
 
     def _row(self, row: dict, *, patches: np.ndarray, image: np.ndarray, score: np.float32) -> dict:
         """The sample of a plan row; its features are written into `patches` (N * D_v,) and `image` (D,)."""
@@ -312,7 +313,7 @@ def _size(picture: bytes) -> tuple[int, int]:
     return open_image(picture).size
 
 
-def _run(importer: ShardImporter, plan: Plan, missing: list[int], *, workers: int) -> int:
+def _run(importer: ShardImporter, made: CommittedShards, plan: Plan, missing: list[int], *, workers: int) -> int:
     """Import the missing shards; how many samples that were."""
     rows = 0
     total = sum(plan.shard_rows(shard) for shard in missing)
@@ -320,7 +321,8 @@ def _run(importer: ShardImporter, plan: Plan, missing: list[int], *, workers: in
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(missing), 4 * workers):  # a window, so that a failure ends the run soon
             window = missing[start : start + 4 * workers]
-            for shard, _ in zip(window, pool.map(importer, window), strict=True):
+            for shard, stats in zip(window, pool.map(importer, window), strict=True):
+                made.add(stats)
                 rows += plan.shard_rows(shard)
                 if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
                     last_line = time.monotonic()
