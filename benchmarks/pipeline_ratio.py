@@ -121,10 +121,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--generators", type=int, default=2)
     parser.add_argument(
-        "--shards", type=int, default=10, help="shards of a round; the first of each generator is warm-up"
+        "--shards", type=int, default=20, help="shards of a round; the first of each generator is warm-up"
     )
     parser.add_argument("--shard-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     texts = captions(args.shards * args.shard_size)
