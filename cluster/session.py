@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 
 import ray
 
@@ -30,6 +31,7 @@ def start_ray(*, num_cpus: int | None = None) -> None:
     else:
         _start_local(num_cpus)
         log.info("started Ray on this machine: %s", _resources())
+    logging.getLogger("ray.data.exceptions").addFilter(is_no_user_error)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -60,6 +62,12 @@ def user_error(error: BaseException) -> InputError | None:
     # Of an actor that could not start, Ray keeps the text alone.
     raised = re.findall(r"^pcm\.errors\.InputError: (.+)$", str(error), re.MULTILINE)
     return InputError(raised[-1]) if raised else None
+
+
+def is_no_user_error(record: logging.LogRecord) -> bool:
+    """False of what Ray Data says about an exception that the job is going to report as the user's, in one line."""
+    error = sys.exc_info()[1]
+    return error is None or user_error(error) is None
 
 
 def cluster_gpus() -> float:
