@@ -54,7 +54,7 @@ class RowFilter:
     def masks(self, captions: Sequence[str], clip_score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(trained on, held out): two boolean masks of the rows."""
         held_out = self._below(self.held_out, "", captions)
-        training = ~held_out & (clip_score >= np.float32(self.min_clip_score))
+        training = ~held_out & ~(clip_score < np.float32(self.min_clip_score))  # NaN stays: training names such rows
         if self.fraction < 1:
             training &= self._below(self.fraction, "fraction", captions)
         return training, held_out
