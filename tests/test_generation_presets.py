@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+from tiny_generation import null_spec, plan_dataset, write_corpus
 
 from cluster import generation_presets
 from cluster.generation_presets import PRESETS, with_preset
@@ -106,3 +107,10 @@ def test_what_the_documentation_says_is_what_the_presets_hold() -> None:
     text = generation_presets.__doc__ or ""
     for stated in ("20 steps", "Guidance 7.5", "512x512", "ViT-L/14", "542,401", "144,541", "restval"):
         assert stated in text
+
+
+def test_a_speed_option_on_a_dataset_begun_without_it_is_refused(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    plan_dataset(tmp_path / "data", corpus, null_spec())
+    with pytest.raises(InputError, match=r"generator\.channels_last: False -> True"):
+        plan_dataset(tmp_path / "data", corpus, null_spec(channels_last=True))
