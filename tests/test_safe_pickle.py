@@ -250,6 +250,7 @@ def test_what_is_shared_is_built_once():
         (b"cbuiltins\nset\n(" + b"]" + DOUBLED + b"a" + b"tR", "a key that is neither"),
         (b"ccollections\nOrderedDict\n](](" + DOUBLED + b"Nee\x85R", "a key that is neither"),
         (NUMBERS, "a key that is neither"),
+        (b"}(" + b"K\x01" * 1000 + b"tNs", "a key of many parts"),
         (b"cnumpy\ndtype\n" + DOUBLED + b"\x85R", "dtype tuple is not"),
         (b"ctorch\nSize\n" + DOUBLED + b"\x85R", "a size of what are no sizes"),
         (BIG_LIST + b"q\x00" + b"cbuiltins\nset\nh\x00\x85R" * 2, None),
