@@ -1,6 +1,6 @@
 """Captions of many pictures by beam search, in this process or by Ray actors, the same either way.
 
-Pictures are captioned in batches that depend on their number alone (the first 32, the next 32, ...), whoever does it,
+Pictures are captioned in batches that depend on their number alone (the first 64, the next 64, ...), whoever does it,
 so a caption does not depend on how many workers there are, nor on which of them captioned it.
 """
 
@@ -52,17 +52,15 @@ def local_checkpoint(uri: str) -> Path:
     return local_copy(join(uri, "best") if in_run else uri)
 
 
-def caption_pictures(captioner: Captioner, pictures: PictureSet) -> Captioned:
+def caption_pictures(captioner: Captioner, pictures: PictureSet, *, batch_size: int = BATCH_SIZE) -> Captioned:
     """All pictures, in this process."""
-    parts = []
-    for batch in _said(batches(len(pictures)), pictures=len(pictures)):
-        parts.append(caption_batch(captioner, pictures, batch))
-    return Captioned.concatenate(parts)
+    said = _said(batches(len(pictures), batch_size), pictures=len(pictures), batch_size=batch_size)
+    return Captioned.concatenate([caption_batch(captioner, pictures, batch) for batch in said])
 
 
-def batches(count: int) -> list[range]:
+def batches(count: int, size: int) -> list[range]:
     """Positions of the pictures that are captioned together."""
-    return [range(start, min(start + BATCH_SIZE, count)) for start in range(0, count, BATCH_SIZE)]
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def caption_batch(captioner: Captioner, pictures: PictureSet, positions: Sequence[int]) -> Captioned:
@@ -91,6 +89,7 @@ class CaptionerSource:
     beam_size: int
     pictures: PictureSource
     limit: int | None
+    batch_size: int = BATCH_SIZE
 
 
 def caption_on_cluster(source: CaptionerSource, *, pictures: int, num_workers: int) -> Captioned:
@@ -104,7 +103,7 @@ def caption_on_cluster(source: CaptionerSource, *, pictures: int, num_workers: i
     if not 1 <= num_workers <= room:
         raise InputError(f"--num-workers {num_workers}: the cluster has {room} {'GPUs' if gpus else 'CPUs'}")
     threads = max(1, int(cluster_cpus()) // num_workers)
-    numbers = list(range(len(batches(pictures))))
+    numbers = list(range(len(batches(pictures, source.batch_size))))
     dataset = ray.data.from_items([{"batch": number} for number in numbers], override_num_blocks=len(numbers))
     captioned = dataset.map_batches(
         _Worker,  # type: ignore[arg-type]
@@ -115,7 +114,7 @@ def caption_on_cluster(source: CaptionerSource, *, pictures: int, num_workers: i
         num_gpus=1 if gpus else 0,
     )
     try:
-        rows = list(_said(captioned.iter_rows(), pictures=pictures))
+        rows = list(_said(captioned.iter_rows(), pictures=pictures, batch_size=source.batch_size))
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
     parts = {row["batch"]: _unpacked(row) for row in rows}
@@ -135,7 +134,7 @@ class _Worker:
             beam_size=source.beam_size,
         )
         self.pictures = load_picture_set(source.pictures, limit=source.limit)
-        self.batches = batches(len(self.pictures))
+        self.batches = batches(len(self.pictures), source.batch_size)
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
         number = int(rows["batch"][0])
@@ -154,7 +153,7 @@ def _unpacked(row: dict[str, Any]) -> Captioned:
     return Captioned(json.loads(row["captions"]), features, json.loads(row["unreadable"]))
 
 
-def _said(items: Any, *, pictures: int) -> Iterator[Any]:
+def _said(items: Any, *, pictures: int, batch_size: int) -> Iterator[Any]:
     """The items, with a line about how far they are every so often."""
     started = last_line = time.monotonic()
     for done, item in enumerate(items):
@@ -162,5 +161,5 @@ def _said(items: Any, *, pictures: int) -> Iterator[Any]:
         now = time.monotonic()
         if now - last_line >= SECONDS_BETWEEN_LINES:
             last_line = now
-            captioned = min((done + 1) * BATCH_SIZE, pictures)
+            captioned = min((done + 1) * batch_size, pictures)
             log.info("%d of %d pictures captioned, %.1f a second", captioned, pictures, captioned / (now - started))

@@ -11,6 +11,7 @@ is pickled, is read back.
 import json
 import logging
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -81,9 +82,13 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     run = planned_run(request.train, cpus=request.cpus_per_trial)
     space = search_space(request.params or DEFAULT_SPACE, base=run.config)
     settings = _settings(request, space, run.config)
-    _claim(out, _document(request, run.document), resume=request.train.resume)
+    document = _document(request, run.document)
+    _check_out(out, document, resume=request.train.resume)
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's folder has its numbers already
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other prints boxes however quiet it is told to be
     start_ray()
     _check_place(request)
+    out.write_bytes(SWEEP_KEY, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
     shared = SweepRun(out=run.out, run=run, tables=_tables(open_training_sets(request.train.sources)))
     recorder = _Recorder(out, epochs=run.config.epochs, total=len(settings) or (request.trials or 0))
     trainable = ray.tune.with_resources(
@@ -114,7 +119,8 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     results = recorder.results()
     report = write_report(out, results, params=tuple(space), base=run.config)
     if report is None:
-        raise SweepFailed(f"none of {len(results)} trials came to a result; the first: {results[0].reason}")
+        reasons = sorted({result.reason for result in results}) or ["no trial was run"]
+        raise SweepFailed(f"none of {len(results)} trials came to a result: {reasons[0]}")
     return {**report, "seconds": round(time.monotonic() - started, 2)}
 
 
@@ -187,8 +193,8 @@ def _document(request: SweepRequest, run: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _claim(out: Store, document: dict[str, Any], *, resume: bool) -> None:
-    """Write sweep.json. Raises InputError where OUT holds something else, or a sweep and `resume` is not set."""
+def _check_out(out: Store, document: dict[str, Any], *, resume: bool) -> None:
+    """Raises InputError where OUT holds something else, or a sweep and `resume` is not set."""
     try:
         previous = json.loads(out.read_bytes(SWEEP_KEY))
     except FileNotFoundError:
@@ -204,7 +210,6 @@ def _claim(out: Store, document: dict[str, Any], *, resume: bool) -> None:
                 f"{out.root}: its sweep was begun with another {', '.join(changed)} (see its {SWEEP_KEY}); resume with "
                 "the same settings, or give another --out"
             )
-    out.write_bytes(SWEEP_KEY, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
 
 
 def _comparable(document: Mapping[str, Any]) -> dict[str, Any]:

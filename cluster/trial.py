@@ -24,7 +24,7 @@ from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, s
 from cluster.rows import COLUMNS, preload, read_shard
 from cluster.storage import Store, join, local_copy, open_store
 from cluster.trainconfig import TrainConfig
-from cluster.trainloop import Run, train_loop
+from cluster.trainloop import SCORE, Run, train_loop
 from pcm.errors import InputError
 
 TRIALS = "trials"
@@ -128,8 +128,8 @@ class _TrialReports(LocalTrainFnUtils):
     ) -> None:
         if checkpoint is not None:
             self._keep(checkpoint, checkpoint_dir_name or f"{time.time_ns()}")
-        if "CIDEr" in metrics:
-            _report(metrics)
+        if "CIDEr" in metrics:  # not of a checkpoint within an epoch
+            _report({name: value for name, value in metrics.items() if name != SCORE})
 
     def _keep(self, checkpoint: ray.train.Checkpoint, name: str) -> None:
         """Store a checkpoint, its marker last, and forget the one before."""

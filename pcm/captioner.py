@@ -25,8 +25,9 @@ MODEL_FILE = "model.safetensors"
 VOCABULARY_FILE = "vocabulary.txt"
 CONCEPTS_FILE = "concepts.safetensors"
 
-#: Pictures captioned together, fewer where they are large: a batch is closed at this many pixels (3 bytes each).
-BATCH_SIZE = 32
+#: Pictures captioned together, fewer where they are large: a batch is closed at this many pixels (3 bytes each). With
+#: beam 3, 64 pictures are 192 rows a step: on a CPU, matrix products of half as many rows are a quarter slower.
+BATCH_SIZE = 64
 BATCH_PIXELS = 128_000_000
 
 
