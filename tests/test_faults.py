@@ -28,6 +28,7 @@ from cluster.generate import GenerationResult, generate, write_manifest
 from cluster.monitor import FaultPolicy
 from cluster.pools import Pools
 from cluster.regenerate import regenerate
+from cluster.retry import retry_quarantined
 from cluster.stages.draw import DrawShard
 from cluster.storage import Store
 from cluster.verify import verify
@@ -104,6 +105,10 @@ def test_captions_that_raise_crash_hang_or_break_are_quarantined_and_no_other(
     assert said["000000006-00"] == "generator_crashed: its process died, 2 times"
     assert "faulty_generators.py" in json.loads(store.read_bytes("stats/part-000002.json"))["errors"][0]["error"]
     assert stats["batch_sizes"] == {"4": 6} and stats["device_name"]
+    pools = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=1)
+    summary = retry_quarantined(store, plan, "all-generator", pools, draw=DrawPixels)
+    assert (summary["retried"], summary["stored"], summary["quarantined"]) == (3, len(captions), 0)
+    check(store, plan, {}, undisturbed(plan, tmp_path / "run", DrawPixels))
 
 
 def test_a_generator_whose_processes_tire_is_restarted_and_changes_nothing(

@@ -155,6 +155,12 @@ def test_defects_go_on_with_the_next_seeds(tiny_t2i: Path, tmp_path: Path) -> No
     assert regenerate(store, rows[0]["sample_id"])["matches"] is True, "one sample alone, with its fifth seed"
 
 
+def test_the_job_says_in_one_line_what_cannot_be_tried_again(call_job, tmp_path: Path) -> None:
+    for reason, said in (("empty", "retry of 'empty'"), ("nan_image", "not a dataset")):
+        run = call_job("generate", "--out", tmp_path / "none", "--retry-quarantined", reason)
+        assert run.returncode == 2 and said in run.stderr and run.stderr.count("\n") == 1
+
+
 def test_captions_that_are_bad_are_not_tried_again() -> None:
     for reason in ("empty", "bad_record", "generator"):
         with pytest.raises(InputError, match=f"retry of '{reason}': allowed are generator_error"):
