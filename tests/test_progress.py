@@ -76,6 +76,7 @@ def test_the_rate_is_known_before_the_first_shard_is_committed() -> None:
     assert (status.samples, status.drawn) == (0, 100)
     assert status.images_per_second == pytest.approx(2.0, rel=0.02), "loading models is not drawing"
     assert status.eta_seconds == pytest.approx(9_900 / 2, rel=0.02)
+    assert status.recent_images_per_second is None, "a minute that is partly start-up says nothing"
 
 
 def test_the_recent_rate_follows_a_change_and_the_eta_with_it() -> None:
@@ -214,12 +215,12 @@ def test_a_stall_is_said_once_it_is_longer_than_what_is_usual() -> None:
     clock = Clock()
     run = a_run(clock)
     for second in range(20):
-        clock.now += 20  # a batch takes 20 s
+        clock.now += 40  # a batch takes 40 s
         run.observe(Live(drawn=32 * second, in_flight=4, generators=4))
-    clock.now += 50
+    clock.now += 100
     run.observe(Live(drawn=32 * 19, in_flight=4, generators=4))
     assert trouble(run.status(), gpus=0, gpus_per_generator=0) == ""
-    clock.now += 162
+    clock.now += 112
     run.observe(Live(drawn=32 * 19, in_flight=3, generators=4))
     said = trouble(run.status(), gpus=0, gpus_per_generator=0)
     assert said == "nothing finished for 3 min 32 s; 3 of 4 generators are drawing"
