@@ -4,10 +4,11 @@ Any URI that fsspec understands (`s3://` through s3fs, `gs://`, `file://`, a pla
 from the environment or the instance's role (AWS_ENDPOINT_URL, AWS_PROFILE and friends); they are never arguments, never
 logged, and a store that travels to a worker carries its URI alone.
 
-A shard costs four operations, in this order: GET of its plan part, PUT of its quarantine part where it has one, PUT of
-its statistics, PUT of the shard. One prefix is enough for them: S3 serves at least 3,500 PUT and 5,500 GET a second
-below one prefix, and splits prefixes by itself under load; a GPU that draws 2 pictures a second commits a shard of 256
-every two minutes, so 64 GPUs make 1.5 PUT a second and 1,000 GPUs make 23.
+A shard costs three or four operations, in this order: GET of its plan part, PUT of its quarantine part where it has
+one, PUT of its statistics, PUT of the shard; what resuming costs stands in `cluster.resume`. One prefix is enough for
+them: S3 serves at least 3,500 PUT and 5,500 GET a second below one prefix, and splits prefixes by itself under load; a
+GPU that draws 2 pictures a second commits a shard of 256 every two minutes, so 64 GPUs make 1.5 PUT a second and 1,000
+GPUs make 23.
 """
 
 import os
