@@ -65,8 +65,10 @@ def prepare_pipeline(pipeline: Any, spec: GeneratorSpec) -> diffusers.DiffusionP
             getattr(decoder, f"enable_{name}")()
     cache_prompts(pipeline, each_alone=spec.prompt_cache)
     if spec.compile != "none":
+        from torch._inductor import config as inductor  # seconds to import, and few need it
+
         # Inductor times some kernels to choose among them; which one wins must not depend on the worker.
-        torch._inductor.config.deterministic = True
+        inductor.deterministic = True
         denoiser.compile(mode=spec.compile, dynamic=False)  # every batch has one shape, so it compiles once
     return pipeline
 
