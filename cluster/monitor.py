@@ -27,6 +27,10 @@ MAX_FRUITLESS_STARTS = 4
 #: Starts of one shard that are not explained by samples given up in it, and after which it is not tried again.
 MAX_SHARD_STARTS = 12
 
+#: Shards that a generator has begun or drawn and that are not on the store yet: while one is stored, the next is drawn.
+#: So the death of a driver or a node costs a finished shard a generator, and the one it was drawing.
+MAX_IN_HAND = 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class FaultPolicy:
@@ -88,8 +92,10 @@ class RunMonitor:
         self._generators: dict[str, _Generator] = {}
         self._suspects: dict[int, dict[int, _Suspect]] = {}  # by shard, position
         self._starts: Counter[int] = Counter()  # by shard
-        self._scorer_deaths: Counter[int] = Counter()  # by shard
+        self._scored: Counter[int] = Counter()  # starts, by shard
         self._drawn: Counter[int] = Counter()  # pictures of shards not yet committed
+        self._in_hand: dict[int, str] = {}  # shards drawn or begun, by whom
+        self._committed: set[int] = set()
         self._good = 0
         self._failed = 0
         self._last_error = ""
@@ -115,6 +121,15 @@ class RunMonitor:
             )
         known.where, known.drawn_since_start, known.broken = where, 0, ""
         return self._stop
+
+    def admit(self, generator: str, shard: int, *, anyway: bool = False) -> bool:
+        """Whether a generator may draw a shard now, or has too much in hand that is not on the store yet."""
+        in_hand = sum(1 for owner in self._in_hand.values() if owner == generator)
+        if in_hand >= MAX_IN_HAND and shard not in self._in_hand and not anyway:
+            return False
+        if shard not in self._committed:  # it may be drawn again because a node took its objects away
+            self._in_hand[shard] = generator
+        return True
 
     def begin_shard(self, generator: str, shard: int) -> tuple[str, ShardFaults]:
         """(why to stop or "", what is known about the shard's samples)."""
@@ -161,23 +176,31 @@ class RunMonitor:
         state.broken = self._last_error = error
         state.batch = _Batch(shard, tuple(positions))
 
-    def scorer_broken(self, shard: int, error: str) -> str:
-        """A scorer's process ends itself on this shard, because its device fails. Returns why to stop, or ""."""
-        self._scorer_deaths[shard] += 1
-        if self._scorer_deaths[shard] >= self._policy.max_deaths:
+    def begin_scoring(self, shard: int) -> str:
+        """A scorer begins a shard, perhaps after its process has died over it. Returns why to stop, or ""."""
+        self._scored[shard] += 1
+        if self._scored[shard] > MAX_SHARD_STARTS:
             self._stop = self._stop or (
-                f"shard {shard}: CLIP's device failed {self._scorer_deaths[shard]} times ({error}); check the "
-                "machine and the model, then run the same command again"
+                f"shard {shard}: the process of CLIP ended {MAX_SHARD_STARTS} times over it (last: "
+                f"{self._last_error or 'killed or crashed'}); check the machine and the model, then run the same "
+                "command again"
             )
         return self._stop
+
+    def scorer_broken(self, error: str) -> None:
+        """A scorer's process ends itself, because its device fails every call."""
+        self._last_error = error
 
     def end_shard(self) -> str:
         """Why to stop, or "": asked once a shard is drawn, so that one with too many failures is not stored."""
         return self._stop
 
     def committed(self, shard: int) -> None:
+        self._committed.add(shard)
+        self._in_hand.pop(shard, None)
         self._drawn.pop(shard, None)
         self._starts.pop(shard, None)
+        self._scored.pop(shard, None)
         self._suspects.pop(shard, None)
 
     def snapshot(self) -> dict:

@@ -101,6 +101,15 @@ def test_a_shard_that_no_process_finishes_stops_the_run() -> None:
     assert f"shard 0 was begun {MAX_SHARD_STARTS + 1} times" in monitor.begin_shard("g", 0)[0]
 
 
+def test_a_shard_over_which_clip_dies_again_and_again_stops_the_run() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    for _ in range(MAX_SHARD_STARTS):
+        assert monitor.begin_scoring(0) == "" and monitor.begin_scoring(1) == ""
+        monitor.committed(1)
+    monitor.scorer_broken("CUDA error: uncorrectable ECC error encountered")
+    assert "uncorrectable ECC" in monitor.begin_scoring(0)
+
+
 @pytest.mark.parametrize(
     ("good", "failed", "stops"), [(31, 32, False), (32, 32, False), (32, 33, True), (0, 63, False)]
 )
@@ -136,3 +145,16 @@ def test_a_snapshot_counts_what_is_not_yet_stored() -> None:
 def test_a_policy_that_makes_no_sense_is_refused(values: dict) -> None:
     with pytest.raises(InputError):
         FaultPolicy(**values)
+
+
+def test_a_generator_does_not_run_ahead_of_the_store() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    assert monitor.admit("g", 0) and monitor.admit("g", 1) and monitor.admit("h", 2)
+    assert not monitor.admit("g", 3), "two of its shards are not stored"
+    assert monitor.admit("g", 1) and monitor.admit("h", 3), "its own again; another generator has room"
+    monitor.committed(0)
+    assert monitor.admit("g", 4) and not monitor.admit("g", 5) and monitor.admit("g", 5, anyway=True)
+    assert monitor.admit("h", 1), "a shard may go to another generator, and leaves the first one room"
+    for shard in range(6):
+        monitor.committed(shard)
+    assert monitor.admit("g", 0) and monitor.admit("g", 6) and monitor.admit("g", 7), "a stored shard counts no more"

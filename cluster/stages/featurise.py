@@ -51,6 +51,8 @@ class FeaturiseShard:
     def __call__(self, block: pa.Table) -> pa.Table:
         row = ShardRow.from_block(block)
         self._shard = row.shard
+        if self._monitor is not None and self._encoder:
+            _begin_scoring(self._monitor, row.shard)
         started = time.time()
         samples = self.featurise(row.samples)
         stats = row.stats | {"featurise_seconds": time.time() - started}
@@ -146,14 +148,22 @@ def _without_images(drawn: pa.Table, rows: list[int]) -> pa.Table:
     return drawn
 
 
-def _end_process(monitor: "ActorHandle", shard: int, said: str) -> NoReturn:
-    """Leave, so that Ray restarts this actor on a fresh device context. Raises InputError where that did not help."""
+def _begin_scoring(monitor: "ActorHandle", shard: int) -> None:
+    """Raises InputError when the run is not worth going on with."""
     import ray
 
-    answer: Any = monitor.scorer_broken.remote(shard, said)
+    answer: Any = monitor.begin_scoring.remote(shard)
     stop = ray.get(answer)
     if stop:
         raise InputError(stop)
+
+
+def _end_process(monitor: "ActorHandle", shard: int, said: str) -> NoReturn:
+    """Leave, so that Ray restarts this actor on a fresh device context."""
+    import ray
+
+    answer: Any = monitor.scorer_broken.remote(said)
+    ray.get(answer)
     log.warning("shard %d: CLIP's device fails (%s); this process ends and is restarted", shard, said)
     sys.stderr.flush()
     os._exit(1)
