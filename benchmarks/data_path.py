@@ -5,8 +5,9 @@ python -m benchmarks.data_path [--rows 1024] [--shard-rows 128] [--rounds 5] [--
 Random features of the published size (64 x 1024 and 768): as a dataset's Parquet shards, float16, beside a picture of
 40 kB each that training skips; and as the published code keeps them, one uncompressed float32 .npz an image. Both
 sides give the same batches' worth of arrays, in random order, from files whose pages were dropped from the cache as far
-as the system heeds posix_fadvise. The loader reads every epoch anew (nothing cached), with captions turned into ids;
-the .npz side does without captions. Sides take turns; medians of the rounds.
+as the system heeds posix_fadvise. The loader reads every epoch anew (nothing kept in memory), with captions turned into
+ids; the .npz side does without captions. `cached` is the loader by way of --cache-dir, in any epoch but the first.
+Sides take turns; medians of the rounds.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from benchmarks.published_size import BATCH, published_model, random_batch
 from cluster.dataset import parquet_bytes, shard_key
 from cluster.loader import Part, ShardLoader
 from cluster.selection import Selection
+from cluster.shard_cache import ShardCache
 from cluster.storage import open_store
 from pcm.loss import CLIPWeightedCrossEntropy
 from pcm.records import STORED, FeatureShape, shard_schema
@@ -121,10 +123,9 @@ def training_rate(repeats: int) -> float:
     return BATCH / statistics.median(seconds(step, repeats=repeats, device="cpu"))
 
 
-def measure(folder: Path, *, rows: int, shard_rows: int, rounds: int) -> dict:
-    selection = write_both(folder, rows=rows, shard_rows=shard_rows)
-    loader = ShardLoader(
-        [Part(open_store(folder), selection)],
+def _loader(folder: Path, selection: Selection, cache: ShardCache | None) -> ShardLoader:
+    return ShardLoader(
+        [Part(open_store(folder), selection, cache=cache)],
         features=FEATURES,
         vocabulary=Vocabulary.build(WORDS, min_count=1),
         batch_size=BATCH,
@@ -133,21 +134,33 @@ def measure(folder: Path, *, rows: int, shard_rows: int, rounds: int) -> dict:
         seed=0,
         cache_bytes=0,
     )
-    shard_rates, npz_rates = [], []
+
+
+def measure(folder: Path, *, rows: int, shard_rows: int, rounds: int) -> dict:
+    selection = write_both(folder, rows=rows, shard_rows=shard_rows)
+    loader = _loader(folder, selection, None)
+    cached = _loader(folder, selection, ShardCache(folder / "cache"))
+    read_shards(cached, 0)
+    shard_rates, cached_rates, npz_rates = [], [], []
     for epoch in range(rounds):
         drop_from_cache(folder)
         shard_rates.append(read_shards(loader, epoch))
         drop_from_cache(folder)
+        cached_rates.append(read_shards(cached, epoch))
+        drop_from_cache(folder)
         npz_rates.append(read_npz(folder, rows, epoch))
     trainer = training_rate(repeats=rounds)
-    shards, npz = statistics.median(shard_rates), statistics.median(npz_rates)
+    shards, npz, raw = (statistics.median(rates) for rates in (shard_rates, npz_rates, cached_rates))
     stored = sum(file.stat().st_size for file in (folder / "shards").iterdir())
     return {
         "shards_samples_per_second": round(shards, 1),
+        "cached_samples_per_second": round(raw, 1),
         "npz_samples_per_second": round(npz, 1),
         "trainer_samples_per_second": round(trainer, 2),
         "shards_over_npz": round(statistics.median(a / b for a, b in zip(shard_rates, npz_rates, strict=True)), 2),
+        "cached_over_npz": round(statistics.median(a / b for a, b in zip(cached_rates, npz_rates, strict=True)), 2),
         "shards_over_trainer": round(shards / trainer, 1),
+        "cached_over_trainer": round(raw / trainer, 1),
         "feature_megabytes_per_second": round(shards * FEATURES.bytes_per_row / 1e6, 1),
         "bytes_per_row": {"shards": round(stored / rows), "npz": (folder / "npz" / "0.npz").stat().st_size},
         "rows": rows,

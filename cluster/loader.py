@@ -14,7 +14,8 @@ of that many random places of the data. Rank r of R takes the r-th of the R equa
 
 Ray Data's `streaming_split` gives none of the four: its order follows the scheduling of blocks, an interrupted epoch
 starts again at its beginning, and `equal=True` drops the uneven tail. The next shard of every lane is read while one is
-used. Data that fits into `cache_bytes` is decoded once and kept.
+used. Data that fits into `cache_bytes` is decoded once and kept in memory; with a `ShardCache` any data is decoded once
+a machine.
 """
 
 import itertools
@@ -29,6 +30,7 @@ import numpy as np
 
 from cluster.rows import Rows, read_rows
 from cluster.selection import Selection
+from cluster.shard_cache import ShardCache
 from cluster.storage import Store
 from pcm.errors import InputError
 from pcm.records import FeatureShape
@@ -52,6 +54,12 @@ class Part:
     store: Store
     selection: Selection
     weight: float = 1.0
+    cache: ShardCache | None = None
+
+    def read_shard(self, shard: int, features: FeatureShape) -> Rows:
+        """The selected rows of one shard."""
+        key, numbers = self.selection.keys[shard], self.selection.rows[shard]
+        return (self.cache.read_rows if self.cache else read_rows)(self.store, key, numbers, features)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -200,9 +208,7 @@ class ShardLoader:
         place = (piece.part, piece.shard)
         if self._cache is not None and place in self._cache:
             return self._cache[place]
-        part = self._parts[piece.part]
-        key, numbers = part.selection.keys[piece.shard], part.selection.rows[piece.shard]
-        rows = read_rows(part.store, key, numbers, self._features)
+        rows = self._parts[piece.part].read_shard(piece.shard, self._features)
         encoded = [self._vocabulary.encode(caption, self._max_length) for caption in rows.captions]
         decoded = _Decoded(
             rows, np.stack([token_ids for token_ids, _ in encoded]), np.stack([target_ids for _, target_ids in encoded])

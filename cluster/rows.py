@@ -31,6 +31,10 @@ class Rows:
     def take(self, indices: np.ndarray) -> "Rows":
         return Rows(*(getattr(self, name)[indices] for name in self.__dataclass_fields__))
 
+    def some(self, numbers: np.ndarray) -> "Rows":
+        """The rows of ascending numbers; nothing is copied where these are all."""
+        return self if len(numbers) == len(self) else self.take(numbers)
+
     @staticmethod
     def concatenate(parts: Sequence["Rows"]) -> "Rows":
         if len(parts) == 1:
@@ -74,8 +78,8 @@ def read_shard(store: Store, key: str, columns: Sequence[str]) -> pa.Table:
         ) from error
 
 
-def read_rows(store: Store, key: str, rows: np.ndarray, features: FeatureShape) -> Rows:
-    """The given rows (ascending row numbers) of one shard, decoded."""
+def read_rows(store: Store, key: str, rows: np.ndarray | None, features: FeatureShape) -> Rows:
+    """The given rows (ascending row numbers; None = all) of one shard, decoded."""
     table = read_shard(store, key, COLUMNS)
     count = table.num_rows
 
@@ -90,4 +94,4 @@ def read_rows(store: Store, key: str, rows: np.ndarray, features: FeatureShape) 
         global_feature=matrix("global_feature"),
         patch_features=matrix("patch_features").reshape(count, features.num_patches, features.patch_dim),  # (n, N, D_v)
     )
-    return decoded if len(rows) == count else decoded.take(rows)
+    return decoded if rows is None else decoded.some(rows)

@@ -64,6 +64,7 @@ class TrainRequest:
     keep_checkpoints: int = 2  # those of the best epochs; the newest stays besides
     checkpoint_every_steps: int | None = None  # None: at the end of every epoch only
     cache_bytes: int = CACHE_BYTES
+    cache_dir: str | None = None  # local folder for decoded shards, the same on every node
 
     @property
     def sources(self) -> tuple[DataSource, ...]:
@@ -79,6 +80,8 @@ def train(request: TrainRequest) -> dict[str, Any]:
     started = time.monotonic()
     if request.checkpoint_every_steps is not None and request.checkpoint_every_steps < 1:
         raise InputError(f"--checkpoint-every-steps {request.checkpoint_every_steps}: must be at least 1")
+    if "://" in (request.cache_dir or ""):
+        raise InputError(f"--cache-dir {request.cache_dir}: must be a local folder, such as /dev/shm/pcm")
     sets, out = open_training_sets(request.sources), open_store(request.out)
     previous = _previous_run(out, resume=request.resume)
     vocabularies = common_vocabularies(sets)
@@ -154,6 +157,7 @@ def _run(
         cpu_threads=cpus,
         checkpoint_every_steps=request.checkpoint_every_steps,
         cache_bytes=request.cache_bytes,
+        cache_dir=os.path.abspath(request.cache_dir) if request.cache_dir else None,
     )
 
 

@@ -28,6 +28,7 @@ from cluster.loader import CACHE_BYTES, Batch, Part, ShardLoader
 from cluster.mixture import DataSource, TrainingSet, Vocabularies, open_training_sets
 from cluster.pictures import PictureSource
 from cluster.selection import RowFilter, all_rows, holdout_share, select_rows
+from cluster.shard_cache import ShardCache
 from cluster.step import TrainStep
 from cluster.storage import open_store
 from cluster.trackers import Tracker, open_trackers
@@ -67,6 +68,7 @@ class Run:
     cpu_threads: int
     checkpoint_every_steps: int | None = None  # beside the one at the end of an epoch
     cache_bytes: int = CACHE_BYTES
+    cache_dir: str | None = None  # local folder of a ShardCache
 
 
 class NonFiniteLoss(Exception):
@@ -152,7 +154,10 @@ class _Worker:
             validation = picture_share(self.run.validation, encoder, **place)
             source = self.run.validation.images
         loader = ShardLoader(
-            [Part(each.store, rows, each.weight) for each, rows in zip(sets, training, strict=True)],
+            [
+                Part(each.store, rows, each.weight, self._shard_cache(each))
+                for each, rows in zip(sets, training, strict=True)
+            ],
             features=manifest.features,
             vocabulary=self.vocabulary,
             batch_size=config.batch_size,
@@ -170,6 +175,11 @@ class _Worker:
             f"{self.num_workers} worker(s) on {self.device.type}, {'bfloat16' if self.bfloat16 else 'float32'}"
         )
         return loader, validation
+
+    def _shard_cache(self, training_set: TrainingSet) -> ShardCache | None:
+        if self.run.cache_dir is None:
+            return None
+        return ShardCache(Path(self.run.cache_dir) / training_set.description()["sha256"][:16])
 
     def train(self) -> None:
         if self.rank == 0:

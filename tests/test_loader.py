@@ -13,7 +13,8 @@ from cluster.dataset import VOCABULARY_KEY, load_manifest
 from cluster.loader import Part, ShardLoader
 from cluster.rows import read_shard
 from cluster.selection import RowFilter, Selection, all_rows, holdout_share, select_rows
-from cluster.storage import open_store
+from cluster.shard_cache import ShardCache
+from cluster.storage import Store, open_store
 from pcm.errors import InputError
 from pcm.vocabulary import Vocabulary
 
@@ -109,6 +110,34 @@ def test_cached_and_uncached_batches_are_equal(dataset: Path) -> None:
             assert a.sample_ids == b.sample_ids
             np.testing.assert_array_equal(a.patch_features, b.patch_features)
             np.testing.assert_array_equal(a.target_ids, b.target_ids)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_batches_by_way_of_a_shard_cache_are_equal(dataset: Path, tmp_path: Path, fraction: float) -> None:
+    store, cache = open_store(dataset), ShardCache(tmp_path / "cache")
+    rows, _ = select(dataset, fraction=fraction)
+    direct = make_loader(dataset, Part(store, rows), cache_bytes=0)
+    by_cache = make_loader(dataset, Part(store, rows, cache=cache), cache_bytes=0)
+    for _ in range(2):  # written, then found
+        for a, b in zip(direct.epoch(1), by_cache.epoch(1), strict=True):
+            assert a.sample_ids == b.sample_ids
+            for name in ("patch_features", "global_feature", "clip_score", "target_ids"):
+                np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    assert len(list((tmp_path / "cache/shards").iterdir())) == len(rows.keys)
+
+
+def test_a_cached_shard_is_not_read_again_and_a_cache_without_room_is_done_without(
+    dataset: Path, tmp_path: Path
+) -> None:
+    store, rows = open_store(dataset), everything(dataset)
+    features, cache = load_manifest(store).features, ShardCache(tmp_path / "cache")
+    first = cache.read_rows(store, rows.keys[0], rows.rows[0], features)
+    gone = Store(root="gone", fs=store.fs, prefix=str(tmp_path / "gone"))
+    again = cache.read_rows(gone, rows.keys[0], rows.rows[0], features)
+    np.testing.assert_array_equal(first.patch_features, again.patch_features)
+    (tmp_path / "file").write_text("no folder can be made here")
+    full = ShardCache(tmp_path / "file").read_rows(store, rows.keys[0], rows.rows[0], features)
+    np.testing.assert_array_equal(first.patch_features, full.patch_features)
 
 
 def test_batches_hold_the_stored_values(dataset: Path) -> None:

@@ -1,0 +1,72 @@
+"""Decoded shards as raw arrays on a local disk or in /dev/shm, shared by all workers of a machine.
+
+Parquet decodes lists of float16 value by value, hardly faster than one .npz file an image is read. Memory-mapped arrays
+need no decoding, and only the pages of the rows that are asked for are read.
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cluster.rows import Rows, read_rows
+from cluster.storage import Store
+from pcm.records import FeatureShape
+
+log = logging.getLogger(__name__)
+
+_ARRAYS = ("clip_score", "global_feature", "patch_features")
+_TEXTS = ("sample_ids", "captions")
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """`folder` belongs to one dataset in one state: whoever makes a cache names it by the manifest's digest.
+
+    A shard is there as a whole or not at all. Where it cannot be written (the disk is full), it is read as without a
+    cache and a warning logged.
+    """
+
+    folder: Path
+
+    def read_rows(self, store: Store, key: str, rows: np.ndarray, features: FeatureShape) -> Rows:
+        """cluster.rows.read_rows by way of the cache. All rows of a shard are mapped, some are copied."""
+        place = self.folder / key
+        if not place.exists():
+            decoded = read_rows(store, key, None, features)
+            try:
+                _write(place, decoded)
+            except OSError as error:
+                log.warning("%s: not cached (%s)", place, error.strerror)
+                return decoded.some(rows)
+        return _mapped(place).some(rows)
+
+
+def _write(place: Path, rows: Rows) -> None:
+    """In another folder first: renaming it is one step, and whoever comes second finds the same there."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=place.parent))
+    try:
+        for name in _ARRAYS:
+            np.save(temporary / f"{name}.npy", getattr(rows, name))
+        texts = {name: getattr(rows, name).tolist() for name in _TEXTS}
+        (temporary / "texts.json").write_text(json.dumps(texts))
+        if not place.exists():
+            os.rename(temporary, place)
+    except FileExistsError:
+        pass
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _mapped(place: Path) -> Rows:
+    texts = json.loads((place / "texts.json").read_text())
+    return Rows(
+        **{name: np.array(texts[name], dtype=object) for name in _TEXTS},
+        **{name: np.load(place / f"{name}.npy", mmap_mode="r") for name in _ARRAYS},
+    )
