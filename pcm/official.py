@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from pcm import safe_pickle
 from pcm.config import PCMNetConfig
 from pcm.errors import InputError
 from pcm.model import SINUSOID_BASE, PCMNet, sinusoid
@@ -171,12 +172,25 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds; whichever, the file is refused and nothing was executed
-        reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), type(error).__name__)
-        raise InputError(f"{path}: not a plain torch checkpoint, refused unexecuted ({reason})") from None
+        raise InputError(
+            f"{path}: not a plain torch checkpoint, refused unexecuted ({_refused(path, error)})"
+        ) from None
     state = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: holds no state dict; expected tensors by name, or {{'model': tensors by name}}")
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _refused(path: Path, error: Exception) -> str:
+    """What a torch file tried, as far as it can be known without reading it otherwise."""
+    if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it names {named[1]}"
+    try:  # PyTorch's restricted reader knows only the pickle protocol of torch.save; a plain pickle may have another
+        safe_pickle.load(path)
+    except InputError as refusal:
+        named = re.search(r"the pickle names ([\w.]+)", str(refusal))
+        return f"it names {named[1]}" if named else type(error).__name__
+    return "a pickle that torch.save did not write"
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:

@@ -414,12 +414,14 @@ def test_parts_of_different_runs_are_refused(tmp_path, call_job):
     flat.write_bytes(pickle.dumps((list("abcdef"), torch.ones(6, 7))))
     victim = tmp_path / "executed"
     torch.save({"model": Command(victim)}, tmp_path / "evil.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"model": Command(victim)}))
     (tmp_path / "text.pth").write_text("no checkpoint")
     torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "other.pth")
     for changed, message in (
         ({"--vocabulary": short}, "for 50 words, given are 4"),
         ({"--concepts": flat}, "32 dimensions of the concepts, given are 7"),
         ({"--checkpoint": tmp_path / "evil.pth"}, "posix.system"),
+        ({"--checkpoint": tmp_path / "plain.pth"}, "refused unexecuted (it names posix.system)"),
         ({"--checkpoint": tmp_path / "text.pth"}, "not a plain torch checkpoint"),
         ({"--checkpoint": tmp_path / "other.pth"}, "not a PCM-Net state dict"),
         ({"--set": "vocab_size=3"}, "cannot be chosen"),
