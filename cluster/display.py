@@ -152,8 +152,8 @@ class _Bar:
 
     def close(self, status: Status) -> None:
         self.show(status, "")
-        self._details.close()
         self._bar.close()
+        self._details.close()
         self._redirect.__exit__(None, None, None)
 
 

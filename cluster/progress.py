@@ -22,6 +22,8 @@ RECENT_SECONDS = 60.0
 ETA_SECONDS = 600.0
 #: Counts are kept this far apart, whatever the rate.
 POINT_SECONDS = 0.5
+#: A rate over less drawing than this says nothing.
+MIN_RATE_SECONDS = 5.0
 #: Without an advance for this long, and for several times the longest gap so far, the run is said to stand still.
 STALL_SECONDS = 60.0
 STALL_GAPS = 3.0
@@ -239,8 +241,11 @@ class Progress:
 
     def _overall(self, now: float, done: int) -> float | None:
         """Samples a second since the first drawing."""
-        until = now if self._live and self._total - self._skipped > self._samples else self._last_commit
+        drawing = self._live is not None and self._total - self._skipped > self._samples
+        until = now if drawing else self._last_commit
         if self._first_draw is None or until is None or not done or until <= self._first_draw:
+            return None
+        if drawing and until - self._first_draw < MIN_RATE_SECONDS:
             return None
         return done / (until - self._first_draw)
 

@@ -79,6 +79,15 @@ def test_the_rate_is_known_before_the_first_shard_is_committed() -> None:
     assert status.recent_images_per_second is None, "a minute that is partly start-up says nothing"
 
 
+def test_the_first_pictures_make_no_rate_yet() -> None:
+    clock = Clock()
+    run = a_run(clock)
+    clock.now += 40
+    run.observe(Live(drawn=8, in_flight=1, generators=1))
+    clock.now += 0.001
+    assert run.status().images_per_second is None and run.status().eta_seconds is None
+
+
 def test_the_recent_rate_follows_a_change_and_the_eta_with_it() -> None:
     clock = Clock()
     run = a_run(clock)
