@@ -84,10 +84,11 @@ def measure(name: str, corpus: Path, out: str) -> Iterator[dict]:
         started = time.time()
         found = committed(store, plan)
         finding = time.time() - started
+        missing = sum(shard not in found for shard in range(plan.num_shards))
         seconds, summary = rerun(corpus, out)
         yield common | {
             "case": case, "job_seconds": round(seconds, 1), "committed_seconds": round(finding, 2),
-            "missing": sum(shard not in found for shard in range(plan.num_shards)), "skipped": summary["skipped"], "load_before": round(load, 1),
+            "missing": missing, "skipped": summary["skipped"], "load_before": round(load, 1),
         }  # fmt: skip
 
 
