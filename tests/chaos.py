@@ -47,7 +47,7 @@ _ACTORS = {"generator": "DrawShard", "scorer": "FeaturiseShard", "writer": "Writ
 VICTIMS = ("driver", *_ACTORS, "raylet", "store")
 GENERATORS = 4
 SHARD_SIZE = 2
-SECONDS_A_KILL = 12.0  # of work that the run is paced to hold for each
+SECONDS_A_KILL = 8.0  # of work that the run is paced to hold for each
 
 
 @dataclass
@@ -139,15 +139,14 @@ class Run:
     rng: random.Random
 
     def committed(self) -> int:
-        return len(set(_parts(self.proxy.answers, "PUT", "shards")))
+        return len(set(self._committed()))
 
     def draws(self) -> int:
-        """How often a generator read a shard's plan part: once a draw. (The vocabulary was built from them before.)"""
-        answers = self.proxy.answers
-        built = [
-            at for at, (method, path, _) in enumerate(answers) if (method, path[-18:]) == ("PUT", "/vocabularies.json")
-        ]
-        return len(_parts(answers[built[0] :], "GET", "plan")) if built else 0
+        return len(self._drawn())
+
+    def in_hand(self) -> int:
+        """Shards drawn and not committed: what a death may cost."""
+        return len(set(map(_number, self._drawn())) - set(map(_number, self._committed())))
 
     def pace(self, kills_left: int) -> None:
         """Slow the drawing down so that the work that is left outlasts the kills that are left."""
@@ -181,6 +180,19 @@ class Run:
         else:
             return self.cluster.kill_actor(victim, self.rng)
         return True
+
+    def _committed(self) -> list[str]:
+        return _parts(self.proxy.answers, "PUT", "shards")
+
+    def _drawn(self) -> list[str]:
+        """A generator reads a shard's plan part once a draw; before the first one, the vocabulary is made from them."""
+        answers = self.proxy.answers
+        puts = [at for at, (method, path, _) in enumerate(answers) if method == "PUT" and "/vocabularies.json" in path]
+        return _parts(answers[puts[0] :], "GET", "plan") if puts else []
+
+
+def _number(path: str) -> str:
+    return path.rpartition("-")[2]
 
 
 def _parts(answers: list[tuple[str, str, int]], method: str, folder: str) -> list[str]:
@@ -217,7 +229,7 @@ def chaos(folder: Path, *, victims: list[str], seed: int, captions: int) -> dict
         run.wait_for_work()
         run.pace(len(victims))
         killed: Counter[str] = Counter()
-        failed = 0
+        failed, in_hand = 0, []
         for number, victim in enumerate(victims):
             run.wait_for_work()
             if driver.returncode() not in (None, 0):
@@ -226,14 +238,15 @@ def chaos(folder: Path, *, victims: list[str], seed: int, captions: int) -> dict
                 driver.start()
                 run.wait_for_work()
             assert driver.returncode() is None, "the run was over before the kills were; give it more captions"
+            in_hand.append(run.in_hand())
             deadline = time.monotonic() + 60
             while not run.kill(victim):
                 assert time.monotonic() < deadline, f"no {victim} to kill"
                 time.sleep(0.1)
             killed[victim] += 1
             log.warning(
-                "%4.0f s: kill %d, %s; %d of %d shards committed, %d drawn", time.monotonic() - started, number + 1,
-                victim, run.committed(), run.shards, run.draws(),
+                "%4.0f s: kill %d, %s, with %d shards in hand; %d of %d shards committed", time.monotonic() - started,
+                number + 1, victim, in_hand[-1], run.committed(), run.shards,
             )  # fmt: skip
             run.pace(len(victims) - number - 1)
         while (code := driver.process.wait(timeout=600)) != 0 and failed < 3:
@@ -245,7 +258,7 @@ def chaos(folder: Path, *, victims: list[str], seed: int, captions: int) -> dict
     redrawn = draws - run.shards
     equal = report["fingerprint"] == wanted
     return {
-        "ok": bool(report["ok"] and equal and not failed and redrawn <= GENERATORS * len(victims)),
+        "ok": bool(report["ok"] and equal and not failed and redrawn <= sum(in_hand) + GENERATORS * len(victims)),
         "kills": sum(killed.values()),
         "killed": dict(killed),
         "seed": seed,
@@ -256,6 +269,7 @@ def chaos(folder: Path, *, victims: list[str], seed: int, captions: int) -> dict
         "shards": run.shards,
         "generators": GENERATORS,
         "drawn_again": redrawn,
+        "in_hand_at_kills": in_hand,
         "drivers_started": driver.starts,
         "drivers_that_failed": failed,
         "seconds": round(time.monotonic() - started, 1),
