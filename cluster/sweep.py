@@ -170,8 +170,13 @@ def _optuna(out: Store, space: Mapping[str, Any], *, seed: int) -> Any:
     from ray.tune.search.optuna import OptunaSearch
 
     tried = [result["overrides"] for result in _recorded(out)]
+    # Another seed than before: the same would suggest again what was suggested first.
     return OptunaSearch(
-        optuna_distributions(space), metric="CIDEr", mode="max", seed=seed, points_to_evaluate=tried or None
+        optuna_distributions(space),
+        metric="CIDEr",
+        mode="max",
+        seed=seed + len(tried),
+        points_to_evaluate=tried or None,
     )
 
 

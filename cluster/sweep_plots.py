@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from cluster.sweep_report import SettingResult
 
 COLOURS = "viridis"
+#: Of an axis' length.
+TICK_DISTANCE = 0.08
 
 
 def plots(ranked: Sequence["SettingResult"], *, params: Sequence[str]) -> dict[str, bytes]:
@@ -44,7 +48,7 @@ def _against(scored: Sequence["SettingResult"], name: str) -> "Figure":
     axes.errorbar(
         positions,
         [setting.mean for setting in scored],
-        yerr=[0.0 if math.isnan(setting.spread) else setting.spread for setting in scored],
+        yerr=None if any(math.isnan(setting.spread) for setting in scored) else [setting.spread for setting in scored],
         fmt="o",
         capsize=3,
         alpha=0.8,
@@ -95,6 +99,7 @@ def _epochs(scored: Sequence["SettingResult"]) -> "Figure":
             rows = [row for row in trial.history if not row.get("reason")]
             style: dict[str, Any] = {"color": "C3", "linewidth": 2} if rank == 0 else {"color": "0.6", "linewidth": 1}
             axes.plot([row["epoch"] for row in rows], [row["CIDEr"] for row in rows], marker=".", **style)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epoch (red: best setting)")
     axes.set_ylabel("CIDEr")
     axes.grid(alpha=0.3)
@@ -116,8 +121,8 @@ def _scale(axes: "Axes", values: Sequence[Any], positions: Sequence[float], scal
     elif scale == "names":
         places = dict(zip(map(str, values), positions, strict=True))
         axes.set_xticks(list(places.values()), list(places))
-    elif len(set(positions)) <= 10:
-        axes.set_xticks(sorted(set(positions)))
+    elif min(np.diff(ticks := sorted(set(positions))), default=1.0) >= TICK_DISTANCE * (ticks[-1] - ticks[0]):
+        axes.set_xticks(ticks)  # the values themselves, where they leave each other room
 
 
 def _unit(numbers: Sequence[float]) -> list[float]:
