@@ -44,7 +44,10 @@ class ShardCache:
             except OSError as error:
                 log.warning("%s: not cached (%s)", place, error.strerror)
                 return decoded.some(rows)
-        return _mapped(place).some(rows)
+        whole = _mapped(place)
+        if len(rows) == len(whole):
+            _read_ahead(place)
+        return whole.some(rows)
 
 
 def _write(place: Path, rows: Rows) -> None:
@@ -70,3 +73,10 @@ def _mapped(place: Path) -> Rows:
         **{name: np.array(texts[name], dtype=object) for name in _TEXTS},
         **{name: np.load(place / f"{name}.npy", mmap_mode="r") for name in _ARRAYS},
     )
+
+
+def _read_ahead(place: Path) -> None:
+    """Ask the system for a whole shard, in its own good order: row by row a disk is several times slower."""
+    if hasattr(os, "posix_fadvise"):
+        with open(place / "patch_features.npy", "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

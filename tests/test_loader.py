@@ -14,7 +14,7 @@ from cluster.loader import Part, ShardLoader
 from cluster.rows import read_shard
 from cluster.selection import RowFilter, Selection, all_rows, holdout_share, select_rows
 from cluster.shard_cache import ShardCache
-from cluster.storage import Store, open_store
+from cluster.storage import open_store
 from pcm.errors import InputError
 from pcm.vocabulary import Vocabulary
 
@@ -132,7 +132,7 @@ def test_a_cached_shard_is_not_read_again_and_a_cache_without_room_is_done_witho
     store, rows = open_store(dataset), everything(dataset)
     features, cache = load_manifest(store).features, ShardCache(tmp_path / "cache")
     first = cache.read_rows(store, rows.keys[0], rows.rows[0], features)
-    gone = Store(root="gone", fs=store.fs, prefix=str(tmp_path / "gone"))
+    gone = open_store(tmp_path / "gone")
     again = cache.read_rows(gone, rows.keys[0], rows.rows[0], features)
     np.testing.assert_array_equal(first.patch_features, again.patch_features)
     (tmp_path / "file").write_text("no folder can be made here")
