@@ -34,6 +34,10 @@ from pcm.records import FeatureShape
 
 log = logging.getLogger(__name__)
 
+#: Ray Data keeps something in the driver for every shard it is told of. After so many the pools start afresh: at 256
+#: pictures a shard that is every 2.5 million pictures, beside which loading a model again is nothing.
+SHARDS_AT_ONCE = 10_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationResult:
@@ -168,9 +172,22 @@ def shard_stream(
 
     Raises InputError when a model a user named cannot be loaded by the workers, or when the monitor stops the run.
     """
+    for start in range(0, len(shards), SHARDS_AT_ONCE):
+        some = shards[start : start + SHARDS_AT_ONCE]
+        yield from _run_pools(store, plan, some, pools, watched_by=watched_by, retry=retry, draw=draw)
+
+
+def _run_pools(
+    store: Store,
+    plan: Plan,
+    shards: list[int],
+    pools: Pools,
+    *,
+    watched_by: tuple[ActorHandle, FaultPolicy],
+    retry: frozenset[str],
+    draw: type[DrawShard],
+) -> Iterable[dict]:
     monitor, _ = watched_by
-    if not shards:
-        return
     # Made in this process, a block a shard; from_arrow would start a task for each only to look at it.
     source = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
     pipeline = (

@@ -8,7 +8,14 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from tiny_generation import draw_in_process, make_dataset_in_process, null_spec, plan_dataset, write_corpus
+from tiny_generation import (
+    draw_in_process,
+    make_dataset,
+    make_dataset_in_process,
+    null_spec,
+    plan_dataset,
+    write_corpus,
+)
 
 from cluster import resume
 from cluster.dataset import MANIFEST_KEY, Plan, group_key, load_manifest, shard_key, stats_key
@@ -193,3 +200,13 @@ def test_a_manifest_is_left_to_the_run_that_planned_more(dataset: tuple[Store, P
     write_manifest(store, plan, NULL_FEATURES)
     assert store.read_bytes(MANIFEST_KEY) == b"of the run that grew it" != before
     assert grown.num_shards == SHARDS + 1
+
+
+def test_more_shards_than_one_run_of_the_pools_takes_are_made_all_the_same(
+    finished: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.generate.SHARDS_AT_ONCE", 4)  # three runs for nine shards
+    made = make_dataset(tmp_path / "data", finished / "captions.txt", null_spec(), shard_size=2)
+    assert made.result.generated == len(CAPTIONS)
+    assert verify(made.store)["fingerprint"] == verify(open_store(finished / "data"))["fingerprint"]
+    assert load_group(made.store, made.plan, 0) is not None, "written by the driver as the group became whole"
