@@ -16,7 +16,7 @@ test: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest
 
-# 20 kills -9 of drivers, actors, raylets and the store, in about 10 minutes: make chaos CHAOS='--kills 50 --seed 7'
+# 20 seeded kills -9 of drivers, actors, raylets and the store; another round: make chaos CHAOS='--kills 50 --seed 7'
 chaos: $(STAMP)
 	$(VENV)/bin/python tests/chaos.py $(CHAOS)
 

@@ -2,8 +2,8 @@
 
 `python tests/chaos.py --kills 20 --seed 0` (or `make chaos`): a Ray cluster of three raylets on this machine, a dataset
 on SeaweedFS behind a proxy that counts requests, and the driver started again whenever it is the victim. Prints one
-JSON line; exit 1 when the fingerprint differs, something is missing or doubled, or more was drawn again than was in
-hand.
+JSON line; exit 1 when the fingerprint differs, something is missing or doubled, or a kill cost more than the shard that
+each generator was drawing and the one it had drawn.
 """
 # ruff: noqa: E402  Ray reads its environment when it is imported
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 for name, value in {
-    "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }.items():  # fmt: skip
     os.environ.setdefault(name, value)
@@ -156,7 +156,7 @@ class Run:
             delay = min(5.0, GENERATORS * SECONDS_A_KILL * kills_left / left)
             self.proxy.fail("slow", method="GET", path="/plan/part-", delay=delay)
 
-    def wait_for_work(self, timeout: float = 120) -> None:
+    def wait_for_work(self, timeout: float = 240) -> None:
         """Until a shard is committed after now, then for a random while. Starts a driver that ended on its own."""
         before, deadline = self.committed(), time.monotonic() + timeout
         while self.committed() <= before and time.monotonic() < deadline:
@@ -214,6 +214,7 @@ def chaos(folder: Path, *, victims: list[str], seed: int, captions: int) -> dict
         saved = dict(os.environ)
         stack.callback(lambda: (os.environ.clear(), os.environ.update(saved)))
         os.environ.update(server.environment | {"AWS_ENDPOINT_URL": proxy.url, "PCM_STORE_TIMEOUT_SECONDS": "5"})
+        os.environ["RAY_AUTH_MODE"] = "token"
         cluster = Cluster()
         stack.callback(cluster.stop)
         cluster.start()
@@ -258,7 +259,7 @@ def chaos(folder: Path, *, victims: list[str], seed: int, captions: int) -> dict
     redrawn = draws - run.shards
     equal = report["fingerprint"] == wanted
     return {
-        "ok": bool(report["ok"] and equal and not failed and redrawn <= sum(in_hand) + GENERATORS * len(victims)),
+        "ok": bool(report["ok"] and equal and not failed and redrawn <= 2 * GENERATORS * len(victims)),
         "kills": sum(killed.values()),
         "killed": dict(killed),
         "seed": seed,
@@ -284,15 +285,21 @@ def random_victims(kills: int, seed: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--victims", help=f"instead of --kills: these, in this order, of {', '.join(VICTIMS)}")
     parser.add_argument("--captions", type=int, help="default: 80 a kill, and at least 400")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="pcm-chaos-") as folder:
-        captions = args.captions or max(400, 80 * args.kills)
-        victims = random_victims(args.kills, args.seed)
+    victims = args.victims.split(",") if args.victims else random_victims(args.kills, args.seed)
+    if unknown := set(victims) - set(VICTIMS):
+        parser.error(f"--victims {', '.join(sorted(unknown))}: allowed are {', '.join(VICTIMS)}")
+    # A short path, because sockets lie below it.
+    with tempfile.TemporaryDirectory(prefix="pcm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        # Ray's address file, too: whoever starts Ray here meanwhile would join a cluster that is being shot at.
+        os.environ["RAY_TMPDIR"] = folder
+        captions = args.captions or max(400, 80 * len(victims))
         report = chaos(Path(folder), victims=victims, seed=args.seed, captions=captions)
     print(json.dumps(report), flush=True)
     sys.exit(0 if report["ok"] else 1)
