@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 for name, value in {
-    "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }.items():  # fmt: skip
     os.environ.setdefault(name, value)
@@ -214,10 +214,9 @@ def chaos(folder: Path, *, victims: list[str], seed: int, captions: int) -> dict
         saved = dict(os.environ)
         stack.callback(lambda: (os.environ.clear(), os.environ.update(saved)))
         os.environ.update(server.environment | {"AWS_ENDPOINT_URL": proxy.url, "PCM_STORE_TIMEOUT_SECONDS": "5"})
-        os.environ["RAY_AUTH_MODE"] = "token"
         cluster = Cluster()
-        stack.callback(cluster.stop)
         cluster.start()
+        stack.callback(cluster.stop)
         out = f"{server.uri}/chaos"
         command = [
             sys.executable, "-m", "jobs.generate", "--corpus", str(corpus), "--out", out, "--t2i", "null",
