@@ -93,13 +93,15 @@ def _parallel(scored: Sequence["SettingResult"], params: Sequence[str]) -> "Figu
 
 def _epochs(scored: Sequence["SettingResult"]) -> "Figure":
     """CIDEr over the epochs of every trial, the best setting's in colour."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _figure(5, 3.5)
     for rank in reversed(range(len(scored))):
         for trial in scored[rank].trials:
             rows = [row for row in trial.history if not row.get("reason")]
             style: dict[str, Any] = {"color": "C3", "linewidth": 2} if rank == 0 else {"color": "0.6", "linewidth": 1}
             axes.plot([row["epoch"] for row in rows], [row["CIDEr"] for row in rows], marker=".", **style)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch (red: best setting)")
     axes.set_ylabel("CIDEr")
     axes.grid(alpha=0.3)
