@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.matmul_rate import machine, seconds
 from benchmarks.published_size import BATCH, published_model, random_batch
+from cluster.batches import BatchShape
 from cluster.dataset import parquet_bytes, shard_key
 from cluster.loader import Part, ShardLoader
 from cluster.selection import Selection
@@ -126,10 +127,8 @@ def training_rate(repeats: int) -> float:
 def _loader(folder: Path, selection: Selection, cache: ShardCache | None) -> ShardLoader:
     return ShardLoader(
         [Part(open_store(folder), selection, cache=cache)],
-        features=FEATURES,
-        vocabulary=Vocabulary.build(WORDS, min_count=1),
-        batch_size=BATCH,
-        max_length=20,
+        BatchShape(features=FEATURES, batch_size=BATCH, max_length=20),
+        Vocabulary.build(WORDS, min_count=1),
         lanes=8,
         seed=0,
         cache_bytes=0,

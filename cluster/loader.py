@@ -19,15 +19,13 @@ a machine.
 """
 
 import itertools
-import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
+from cluster.batches import Batch, BatchShape, Decoded, OpenBatch, in_background
 from cluster.rows import Rows, read_rows
 from cluster.selection import Selection
 from cluster.shard_cache import ShardCache
@@ -40,7 +38,6 @@ from pcm.vocabulary import Vocabulary
 CACHE_BYTES = 2 << 30
 
 _READ_THREADS = 4
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -68,23 +65,6 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One rank's slice of a global batch; b = G / R rows, the same on every rank and in every step.
-
-    Rows beyond the end of the data have an empty sample id, zero features, no targets (all -1) and clip score 0.
-    """
-
-    epoch: int
-    step: int  # within the epoch, from 0
-    sample_ids: tuple[str, ...]
-    global_feature: np.ndarray  # (b, D) float16
-    patch_features: np.ndarray  # (b, N, D_v) float16
-    clip_score: np.ndarray  # (b,) float32
-    token_ids: np.ndarray  # (b, T) int64, T = max_length
-    target_ids: np.ndarray  # (b, T) int64, padded with -1
-
-
-@dataclass(frozen=True)
 class _Piece:
     """Some rows of one shard in the order of the epoch: positions among the shard's selected rows."""
 
@@ -93,84 +73,60 @@ class _Piece:
     order: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    """The selected rows of one shard with their token ids."""
-
-    rows: Rows
-    token_ids: np.ndarray  # (n, T)
-    target_ids: np.ndarray  # (n, T)
-
-
 class ShardLoader:
     """Batches of one rank. `epoch(e, start_step=s)` may be called in any order and any number of times.
 
-    `lanes` is lowered to the next divisor of the batch size. Raises InputError when there is nothing to read or the
-    batch cannot be divided evenly.
+    `lanes` is lowered to the next divisor of the batch size. Raises InputError when there is nothing to read.
     """
 
     def __init__(
         self,
         parts: Sequence[Part],
-        *,
-        features: FeatureShape,
+        shape: BatchShape,
         vocabulary: Vocabulary,
-        batch_size: int,
-        max_length: int,
+        *,
         lanes: int,
         seed: int,
-        rank: int = 0,
-        num_workers: int = 1,
         cache_bytes: int = CACHE_BYTES,
         prefetch: int = 4,
     ) -> None:
-        if batch_size % num_workers:
-            raise InputError(
-                f"batch size {batch_size}: cannot be divided evenly among {num_workers} workers; "
-                "change batch_size or --num-workers"
-            )
+        batch_size = shape.batch_size
         rows = sum(part.rows_per_epoch for part in parts)
         if not rows:
             named = ", ".join(part.store.root for part in parts)
             raise InputError(f"{named}: no rows to train on; loosen the filters or generate a dataset with stored rows")
         self._parts = tuple(parts)
-        self._features = features
+        self._shape = shape
         self._vocabulary = vocabulary
-        self._batch_size = batch_size
-        self._max_length = max_length
         self._lanes = next(lanes for lanes in range(min(lanes, batch_size), 0, -1) if batch_size % lanes == 0)
         self._seed = seed
-        self._slice = range(rank * batch_size // num_workers, (rank + 1) * batch_size // num_workers)
         self._prefetch = prefetch
-        fits = sum(len(part.selection) for part in parts) * features.bytes_per_row <= cache_bytes
-        self._cache: dict[tuple[int, int], _Decoded] | None = {} if fits else None
+        fits = sum(len(part.selection) for part in parts) * shape.features.bytes_per_row <= cache_bytes
+        self._cache: dict[tuple[int, int], Decoded] | None = {} if fits else None
         self.rows_per_epoch = rows
         self.steps_per_epoch = -(-rows // batch_size)
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[Batch]:
         """This rank's batches of one epoch, from `start_step` on, made by a background thread."""
-        return _in_background(lambda: self._batches(epoch, start_step), depth=self._prefetch)
+        return in_background(lambda: self._batches(epoch, start_step), depth=self._prefetch)
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
-        share = self._batch_size // self._lanes  # rows of a lane in a batch
+        share = self._shape.batch_size // self._lanes  # rows of a lane in a batch
         lanes = _lanes(self._order(epoch), self._lanes)
-        touched = range(self._slice.start // share, (self._slice.stop - 1) // share + 1)
+        touched = range(self._shape.slice.start // share, (self._shape.slice.stop - 1) // share + 1)
         with ThreadPoolExecutor(_READ_THREADS, "shard-reader") as readers:
             streams = [
                 _Lane(_without(lanes[lane], start_step * share), lambda piece: readers.submit(self._decoded, piece))
                 for lane in touched
             ]
             for step in range(start_step, self.steps_per_epoch):
-                batch = self._blank(epoch, step)
-                sample_ids = [""] * len(self._slice)
+                batch = OpenBatch(self._shape)
                 for lane, stream in zip(touched, streams, strict=True):
-                    position = lane * share - self._slice.start  # of the lane's first row in this rank's slice
+                    position = lane * share
                     for decoded, indices in stream.take(share):
-                        first = max(0, -position)  # rows before the slice are another rank's, as are those after it
-                        mine = indices[first : max(first, len(self._slice) - position)]
-                        _fill(batch, sample_ids, position + first, decoded, mine)
+                        batch.put(position, decoded, indices)
                         position += len(indices)
-                yield Batch(epoch, step, tuple(sample_ids), **batch)
+                yield batch.close(epoch=epoch, step=step, last=step + 1 == self.steps_per_epoch)
 
     def _order(self, epoch: int) -> list[_Piece]:
         """All rows of an epoch: every shard's rows together, shards and rows permuted."""
@@ -194,25 +150,12 @@ class ShardLoader:
         shuffled = [pieces[index] for index in random.permutation(len(pieces))]
         return [_Piece(piece.part, piece.shard, random.permutation(piece.order)) for piece in shuffled]
 
-    def _blank(self, epoch: int, step: int) -> dict[str, np.ndarray]:
-        rows, features = len(self._slice), self._features
-        return {
-            "global_feature": np.zeros((rows, features.embed_dim), np.float16),
-            "patch_features": np.zeros((rows, features.num_patches, features.patch_dim), np.float16),
-            "clip_score": np.zeros(rows, np.float32),
-            "token_ids": np.zeros((rows, self._max_length), np.int64),
-            "target_ids": np.full((rows, self._max_length), -1, np.int64),
-        }
-
-    def _decoded(self, piece: _Piece) -> _Decoded:
+    def _decoded(self, piece: _Piece) -> Decoded:
         place = (piece.part, piece.shard)
         if self._cache is not None and place in self._cache:
             return self._cache[place]
-        rows = self._parts[piece.part].read_shard(piece.shard, self._features)
-        encoded = [self._vocabulary.encode(caption, self._max_length) for caption in rows.captions]
-        decoded = _Decoded(
-            rows, np.stack([token_ids for token_ids, _ in encoded]), np.stack([target_ids for _, target_ids in encoded])
-        )
+        rows = self._parts[piece.part].read_shard(piece.shard, self._shape.features)
+        decoded = Decoded.of(rows, self._vocabulary, max_length=self._shape.max_length)
         if self._cache is not None:
             self._cache[place] = decoded
         return decoded
@@ -249,18 +192,18 @@ def _without(pieces: Sequence[_Piece], skip: int) -> list[_Piece]:
 class _Lane:
     """The rows of a lane in order; one shard is read ahead."""
 
-    def __init__(self, pieces: Sequence[_Piece], read: Callable[[_Piece], "Future[_Decoded]"]) -> None:
+    def __init__(self, pieces: Sequence[_Piece], read: Callable[[_Piece], "Future[Decoded]"]) -> None:
         self._waiting = iter(pieces)
         self._read = read
         self._next = self._ahead()
         self._order = np.zeros(0, np.int64)
-        self._current: _Decoded | None = None
+        self._current: Decoded | None = None
 
-    def _ahead(self) -> "tuple[_Piece, Future[_Decoded]] | None":
+    def _ahead(self) -> "tuple[_Piece, Future[Decoded]] | None":
         piece = next(self._waiting, None)
         return None if piece is None else (piece, self._read(piece))
 
-    def take(self, count: int) -> Iterator[tuple[_Decoded, np.ndarray]]:
+    def take(self, count: int) -> Iterator[tuple[Decoded, np.ndarray]]:
         """The next `count` rows, or as many as there are left: (shard, positions in it)."""
         while count:
             if not len(self._order):
@@ -274,57 +217,3 @@ class _Lane:
             taken, self._order = self._order[:count], self._order[count:]
             count -= len(taken)
             yield self._current, taken
-
-
-def _fill(
-    batch: dict[str, np.ndarray], sample_ids: list[str], position: int, decoded: _Decoded, indices: np.ndarray
-) -> None:
-    """Copy rows of a shard into a batch, from its row `position` on."""
-    if not len(indices):
-        return
-    place = slice(position, position + len(indices))
-    rows = decoded.rows
-    sample_ids[place] = rows.sample_ids[indices]
-    for name in ("global_feature", "patch_features", "clip_score"):
-        np.take(getattr(rows, name), indices, axis=0, out=batch[name][place], mode="clip")
-    batch["token_ids"][place] = decoded.token_ids[indices]
-    batch["target_ids"][place] = decoded.target_ids[indices]
-
-
-_END = object()
-
-
-def _in_background(make: Callable[[], Iterator[_Item]], *, depth: int) -> Iterator[_Item]:
-    """The items of `make()`, at most `depth` of them made ahead in a thread that ends with the iteration.
-
-    An exception in the thread is raised here, after the items before it.
-    """
-    items: queue.Queue = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(item: object) -> None:
-        while not stopped.is_set():
-            try:
-                items.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in make():
-                put(item)
-                if stopped.is_set():
-                    return
-            put(_END)
-        except BaseException as error:
-            put(error)
-
-    threading.Thread(target=work, name="shard-loader", daemon=True).start()
-    try:
-        while (item := items.get()) is not _END:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()

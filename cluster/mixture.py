@@ -11,7 +11,16 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from cluster.dataset import CLIP_HEAD_KEY, CONCEPTS_KEY, MANIFEST_KEY, VOCABULARY_KEY, Manifest, load_manifest
+from cluster.dataset import (
+    CLIP_HEAD_KEY,
+    CONCEPTS_KEY,
+    MANIFEST_KEY,
+    PLAN_KEY,
+    VOCABULARY_KEY,
+    Manifest,
+    Plan,
+    load_manifest,
+)
 from cluster.rows import read_shard
 from cluster.storage import Store, open_store
 from cluster.vocabularies import MIN_WORD_COUNT, SMALL_CORPUS
@@ -57,6 +66,8 @@ class TrainingSet:
     store: Store
     manifest: Manifest
     weight: float
+    #: The document whose digest says which rows these are.
+    defined_by: str = MANIFEST_KEY
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -64,7 +75,7 @@ class TrainingSet:
 
     def description(self) -> dict:
         """For config.json: what decides the rows."""
-        digest = hashlib.sha256(self.store.read_bytes(MANIFEST_KEY)).hexdigest()
+        digest = hashlib.sha256(self.store.read_bytes(self.defined_by)).hexdigest()
         return {"path": self.store.root, "sha256": digest, "weight": self.weight}
 
 
@@ -98,6 +109,24 @@ def open_training_sets(sources: Sequence[DataSource]) -> tuple[TrainingSet, ...]
         raise InputError(f"--data {' '.join(source.uri for source in sources)}: a dataset twice; give it a weight")
     _check_same_clip(sets)
     return tuple(sets)
+
+
+def arriving_set(store: Store, plan: Plan, features: FeatureShape) -> TrainingSet:
+    """A dataset that is being made, as its plan describes it: no shards yet, and whatever is planned will be stored."""
+    manifest = Manifest(
+        spec=plan.spec,
+        corpus=plan.corpus,
+        corpus_fingerprint=plan.corpus_fingerprint,
+        features=features,
+        expected=plan.expected,
+        stored=plan.usable,
+        quarantined=plan.expected - plan.usable,
+        quarantined_by_reason={},
+        clip_score_mean=None,
+        shard_bytes=0,
+        shards=(),
+    )
+    return TrainingSet(store, manifest, 1.0, defined_by=PLAN_KEY)
 
 
 def _check_same_clip(sets: Sequence[TrainingSet]) -> None:

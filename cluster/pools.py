@@ -57,7 +57,7 @@ class Pools:
             scorers = scorers or count
         else:
             count = most or max(1, int(cpus))
-            share = max(0.1, min(1.0, cpus * 0.75 / count))
+            share = max(0.1, min(1.0, min(cpus * 0.75, cpus - 0.35) / count))  # 0.35: the other stages
             return Pools(
                 generators=count, min_generators=least, scorers=scorers or max(1, count // 8), writers=1,
                 generator_cpus=share, generator_gpus=0, scorer_cpus=0.2, scorer_gpus=0, writer_cpus=0.1,

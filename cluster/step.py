@@ -9,8 +9,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from cluster.batches import Batch
 from cluster.global_loss import GlobalBatchLoss, gathered
-from cluster.loader import Batch
 from cluster.trainconfig import TrainConfig
 from pcm.dropout import random_rows
 from pcm.schedule import noam_lr

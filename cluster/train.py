@@ -65,6 +65,7 @@ class TrainRequest:
     checkpoint_every_steps: int | None = None  # None: at the end of every epoch only
     cache_bytes: int = CACHE_BYTES
     cache_dir: str | None = None  # local folder for decoded shards, the same on every node
+    arriving: tuple[TrainingSet, ...] = ()  # the one set of `data` while it is being made
 
     @property
     def sources(self) -> tuple[DataSource, ...]:
@@ -82,7 +83,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
         raise InputError(f"--checkpoint-every-steps {request.checkpoint_every_steps}: must be at least 1")
     if "://" in (request.cache_dir or ""):
         raise InputError(f"--cache-dir {request.cache_dir}: must be a local folder, such as /dev/shm/pcm")
-    sets, out = open_training_sets(request.sources), open_store(request.out)
+    sets, out = request.arriving or open_training_sets(request.sources), open_store(request.out)
     previous = _previous_run(out, resume=request.resume)
     vocabularies = common_vocabularies(sets)
     config = _config_for(request, sets, vocabularies, previous)

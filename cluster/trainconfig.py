@@ -14,6 +14,7 @@ from pcm.loss import CLIPWeightedCrossEntropy
 from pcm.records import FeatureShape
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+FIRST_EPOCHS = ("shuffled", "plan")
 
 #: Fields of the network that are read off the dataset and cannot be chosen.
 DATASET_SIZES = ("vocab_size", "patch_dim", "embed_dim", "num_patches", "num_concepts")
@@ -59,6 +60,9 @@ class TrainConfig:
 
     #: A batch mixes rows of so many randomly drawn shards (of the next divisor of batch_size).
     window_shards: int = 8
+    #: shuffled: over all shards, as every later epoch; plan: shard by shard in the order in which they are made, so
+    #: that training can start before there is a second one (what jobs.stream does).
+    first_epoch: str = "shuffled"
     #: Share of the captions that is trained on, drawn by a hash of caption and seed: 0.2 contains 0.1.
     fraction: float = 1.0
     #: Pairs whose raw cosine is lower are not trained on; -1 keeps all.
@@ -84,6 +88,7 @@ class TrainConfig:
         _check(self, "fraction", 0 < self.fraction <= 1, "above 0 and at most 1")
         _check(self, "min_clip_score", -1 <= self.min_clip_score <= 1, "a cosine, from -1 to 1")
         _check(self, "holdout_fraction", 0 < self.holdout_fraction <= 0.5, "above 0 and at most 0.5")
+        _check(self, "first_epoch", self.first_epoch in FIRST_EPOCHS, f"one of {', '.join(FIRST_EPOCHS)}")
         _check(self, "precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         CLIPWeightedCrossEntropy(**self.loss_settings)
 

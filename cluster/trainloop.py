@@ -11,6 +11,7 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,12 @@ import safetensors.torch
 import torch
 import torch.distributed
 
+from cluster.arriving import ArrivingShards, finished_manifest
+from cluster.batches import Batch, BatchShape
 from cluster.checkpoints import LossLog, Progress, load_training_state, save_training_state
+from cluster.dataset import Plan, load_plan
 from cluster.ema import WeightAverage
-from cluster.loader import CACHE_BYTES, Batch, Part, ShardLoader
+from cluster.loader import CACHE_BYTES, Part, ShardLoader
 from cluster.mixture import DataSource, TrainingSet, Vocabularies, open_training_sets
 from cluster.pictures import PictureSource
 from cluster.selection import RowFilter, all_rows, holdout_share, select_rows
@@ -38,16 +42,21 @@ from pcm.captioner import captioner_files
 from pcm.clip import ClipEncoder
 from pcm.concepts import ConceptVocabulary
 from pcm.model import PCMNet
+from pcm.records import FeatureShape
 from pcm.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
 METRICS_KEY = "metrics.jsonl"
+#: {"at": seconds since 1970} of the first step of a run whose first epoch is in the order of the plan.
+FIRST_STEP_KEY = "first_step.json"
 BEST = "best"
 
 #: By which Ray Train keeps checkpoints: the CIDEr of an epoch; those inside an epoch have none and count for nothing.
 SCORE = "score"
 NO_SCORE = -1.0
+
+FEATURE_SIZES = ("embed_dim", "patch_dim", "num_patches")
 
 #: On a GPU the loss is read back, and checked, once in so many steps: reading it makes the GPU wait.
 GPU_CHECK_STEPS = 50
@@ -111,6 +120,7 @@ class _Worker:
         decay = self.config.ema_decay
         self.average = WeightAverage(self.module, decay=decay) if decay else None
         self.progress = self._restored()
+        self.loader: ShardLoader | None = None  # of the finished data; opened when it is needed
         model = ray.train.torch.prepare_model(
             self.module, parallel_strategy_kwargs={"forward_sync_buffers": False, "gradient_as_bucket_view": True}
         )
@@ -118,7 +128,15 @@ class _Worker:
         self.step = TrainStep(
             self.module, model, self.optimizer, self.config, device=self.device, bfloat16=self.bfloat16, **place
         )
-        self.loader, self.validation = self._data(open_training_sets(run.data))
+        self.shape = BatchShape(
+            features=FeatureShape(**{name: getattr(self.config.model, name) for name in FEATURE_SIZES}),
+            batch_size=self.config.batch_size,
+            max_length=self.config.model.max_length,
+            **place,
+        )
+        self.plan = self._plan() if self.config.first_epoch == "plan" else None
+        if self.plan is None:
+            self._open_data()
         self.trackers: list[Tracker] = []
 
     def _network(self) -> PCMNet:
@@ -128,17 +146,33 @@ class _Worker:
         model.set_clip_head(safetensors.torch.load(self.run.vocabularies.clip_head))
         return model
 
-    def _data(self, sets: tuple[TrainingSet, ...]) -> tuple[ShardLoader, ValidationShare]:
-        config, place = self.config, {"rank": self.rank, "num_workers": self.num_workers}
-        manifest = sets[0].manifest
-        stored = sum(each.manifest.stored for each in sets)
-        share = holdout_share(fraction=config.holdout_fraction, limit=config.holdout_limit, rows=stored)
-        row_filter = RowFilter(
+    def _plan(self) -> Plan:
+        plan = load_plan(open_store(self.run.data[0].uri))
+        assert plan is not None, "the driver read it"
+        return plan
+
+    def _row_filter(self, rows: int) -> RowFilter:
+        """`rows` of the data, planned ones where they are not yet made."""
+        config = self.config
+        share = holdout_share(fraction=config.holdout_fraction, limit=config.holdout_limit, rows=rows)
+        return RowFilter(
             seed=config.seed,
             held_out=share if self.run.validation is None else 0.0,
             fraction=config.fraction,
             min_clip_score=config.min_clip_score,
         )
+
+    def _open_data(self) -> None:
+        """Loader and validation set of the finished data, which is waited for where it is still being made."""
+        if self.plan is not None:
+            finished_manifest(open_store(self.run.data[0].uri), self.plan)
+        self.loader, self.validation = self._data(open_training_sets(self.run.data))
+
+    def _data(self, sets: tuple[TrainingSet, ...]) -> tuple[ShardLoader, ValidationShare]:
+        config, place = self.config, {"rank": self.rank, "num_workers": self.num_workers}
+        manifest = sets[0].manifest
+        stored = sum(each.manifest.stored for each in sets)
+        row_filter = self._row_filter(self.plan.usable if self.plan else stored)
         if row_filter.keeps_everything:
             training, held_out = [all_rows(each.manifest) for each in sets], []
         else:
@@ -158,14 +192,11 @@ class _Worker:
                 Part(each.store, rows, each.weight, self._shard_cache(each))
                 for each, rows in zip(sets, training, strict=True)
             ],
-            features=manifest.features,
-            vocabulary=self.vocabulary,
-            batch_size=config.batch_size,
-            max_length=config.model.max_length,
+            self.shape,
+            self.vocabulary,
             lanes=config.window_shards,
             seed=config.seed,
             cache_bytes=self.run.cache_bytes,
-            **place,
         )
         parameters = sum(parameter.numel() for parameter in self.module.parameters() if parameter.requires_grad)
         self._say(
@@ -198,6 +229,8 @@ class _Worker:
         first_step = self.progress.step
         rows = self._train_epoch()
         trained = time.monotonic()
+        if self.loader is None:
+            self._open_data()
         with self.average.applied() if self.average else nullcontext():
             cider = validation_cider(
                 self.module, self.vocabulary, self.validation, beam_size=self.config.validation_beam_size
@@ -228,20 +261,22 @@ class _Worker:
 
     def _train_epoch(self) -> list[dict[str, float]]:
         """Train to the end of the epoch; step, loss and learning rate of all its steps."""
-        progress, steps = self.progress, self.loader.steps_per_epoch
+        progress, steps = self.progress, self._steps_per_epoch()
         self.module.train()
         losses = LossLog(self.out, epoch=progress.epoch + 1, until=progress.step)
         unchecked: list[tuple[Batch, torch.Tensor, float]] = []
         check_steps = GPU_CHECK_STEPS if self.device.type == "cuda" else 1
         first = progress.step - progress.epoch * steps
         started = last_line = time.monotonic()
-        for batch in self.loader.epoch(progress.epoch, start_step=first):
+        for batch in self._batches(start_step=first):
             loss, lr = self.step(batch, progress.step)
             progress.step += 1
+            if progress.step == 1 and self.plan is not None and self.rank == 0:
+                self.out.write_bytes(FIRST_STEP_KEY, json.dumps({"at": time.time()}).encode())
             if self.average:
                 self.average.update(progress.step)
             unchecked.append((batch, loss, lr))
-            at_end = batch.step + 1 == steps
+            at_end = batch.last
             every = self.run.checkpoint_every_steps
             due = every is not None and progress.step % every == 0 and not at_end
             if len(unchecked) == check_steps or at_end or due:
@@ -261,7 +296,34 @@ class _Worker:
                     f"loss {float(loss):.4f}, lr {lr:.2e}, {self.config.batch_size / seconds_a_step:.1f} samples/s, "
                     f"ETA {left * seconds_a_step:.0f} s"
                 )
+        if not losses.rows:
+            self._open_data()  # says why there is nothing to train on
         return losses.rows
+
+    def _steps_per_epoch(self) -> int:
+        """Exact, but for a first epoch whose rows are not all there: then as many as are planned."""
+        if self.loader is None and self.progress.epoch > 0:
+            self._open_data()
+        if self.loader is not None:
+            return self.loader.steps_per_epoch
+        assert self.plan is not None
+        row_filter = self._row_filter(self.plan.usable)
+        return max(1, round(self.plan.usable * (1 - row_filter.held_out) * row_filter.fraction / self.shape.batch_size))
+
+    def _batches(self, *, start_step: int) -> Iterator[Batch]:
+        """Of the epoch in hand."""
+        if self.progress.epoch > 0 or self.plan is None:
+            assert self.loader is not None
+            return self.loader.epoch(self.progress.epoch, start_step=start_step)
+        arriving = ArrivingShards(
+            open_store(self.run.data[0].uri),
+            self.plan,
+            self._row_filter(self.plan.usable),
+            self.shape,
+            self.vocabulary,
+            seed=self.config.seed,
+        )
+        return arriving.batches(start_step=start_step)
 
     def _check(self, steps: list[tuple[Batch, torch.Tensor, float]], losses: LossLog) -> None:
         """Log the losses of the last steps. Raises NonFiniteLoss on every worker alike: they are of global batches."""

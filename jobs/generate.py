@@ -1,14 +1,15 @@
 """Captions in, a dataset of synthetic images with CLIP scores and features out. Rerun the same command to resume."""
 
 import argparse
+from dataclasses import dataclass
 
 from cluster.batch_size import with_batch_size
 from cluster.corpus import FORMATS, read_corpus, source_digest
-from cluster.dataset import CorpusSource, load_plan
-from cluster.generate import generate
+from cluster.dataset import CorpusSource, Plan, load_plan
+from cluster.generate import GenerationResult, generate
 from cluster.generation_presets import PRESETS, with_preset
 from cluster.monitor import FaultPolicy
-from cluster.pilot import PilotSize, run_pilot
+from cluster.pilot import PilotSize, Prediction, run_pilot
 from cluster.pilot import summary as pilot_summary
 from cluster.plan import make_plan
 from cluster.pools import Pools, check_clip_gpus, parse_generators, parse_node_label
@@ -23,16 +24,49 @@ from pcm.clip import truncation_check
 from pcm.errors import InputError
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A plan that is on the store, and with what it is to be carried out."""
+
+    store: Store
+    plan: Plan
+    pools: Pools
+    faults: FaultPolicy
+    watch: Watch
+
+    def generate(self) -> GenerationResult:
+        return generate(self.store, self.plan, self.pools, faults=self.faults, watch=self.watch)
+
+    def pilot(self, size: PilotSize) -> tuple[Prediction, GenerationResult]:
+        return run_pilot(self.store, self.plan, self.pools, size, faults=self.faults, watch=self.watch)
+
+
 def parser() -> argparse.ArgumentParser:
     result = make_parser("generate", __doc__)
     result.add_argument(
         "--preset",
         help=f"{', '.join(PRESETS)}: its values for the arguments not given (see cluster/generation_presets.py)",
     )
-    result.add_argument("--corpus", help="captions: path or URI, or 'embedded' (the pack's corpus)")
     result.add_argument("--out", required=True, help="dataset: path or URI")
     result.add_argument("--only", metavar="SAMPLE_ID", help="regenerate one sample of --out alone and compare")
     result.add_argument("--image-out", metavar="FILE", help="with --only: write the regenerated picture here")
+    result.add_argument(
+        "--pilot", metavar="1%|N",
+        help="make only so many samples, in evenly spaced shards that the full run skips, at least one a generator; "
+        "predict images/s, hours, bytes and cost of the whole",
+    )  # fmt: skip
+    result.add_argument(
+        "--retry-quarantined", metavar="REASON",
+        help=f"of the dataset --out, try the samples quarantined for REASON again; {ALL_GENERATOR}: whatever failed "
+        "through the generator",
+    )  # fmt: skip
+    add_arguments(result)
+    return result
+
+
+def add_arguments(result: argparse.ArgumentParser) -> None:
+    """What says how a whole dataset is made, for jobs.generate and jobs.stream."""
+    result.add_argument("--corpus", help="captions: path or URI, or 'embedded' (the pack's corpus)")
     corpus = result.add_argument_group("corpus")
     corpus.add_argument("--corpus-format", default="auto", choices=("auto", *FORMATS))
     corpus.add_argument("--split", default="train", help="split of a Karpathy file (train takes restval too), or all")
@@ -63,11 +97,6 @@ def parser() -> argparse.ArgumentParser:
     watch.add_argument("--price-per-hour", type=float, metavar="X", help="of one GPU, or of one machine on CPUs")
     watch.add_argument("--spot", action="store_true", help="the price is of spot capacity: a label in the summary")
     watch.add_argument(
-        "--pilot", metavar="1%|N",
-        help="make only so many samples, in evenly spaced shards that the full run skips, at least one a generator; "
-        "predict images/s, hours, bytes and cost of the whole",
-    )  # fmt: skip
-    watch.add_argument(
         "--stop-below-clip-score", type=float, metavar="X",
         help="stop once at least 64 pictures have a mean clip score (raw cosine) two standard errors below X",
     )  # fmt: skip
@@ -77,26 +106,28 @@ def parser() -> argparse.ArgumentParser:
         "--max-error-share", type=float, default=0.5, metavar="X",
         help="stop once more than this share of at least 64 samples has failed in the generator",
     )  # fmt: skip
-    faults.add_argument(
-        "--retry-quarantined", metavar="REASON",
-        help=f"of the dataset --out, try the samples quarantined for REASON again; {ALL_GENERATOR}: whatever failed "
-        "through the generator",
-    )  # fmt: skip
-    return result
 
 
 def run(args: argparse.Namespace) -> dict:
     store = open_store(args.out)
     if args.only:
         return regenerate(store, args.only, image_out=args.image_out)
-    policy = FaultPolicy(batch_timeout=args.batch_timeout, max_error_share=args.max_error_share)
     if args.retry_quarantined is not None:
-        return _retry(store, args, policy)
-    args = with_preset(args)
+        return _retry(store, args)
+    pilot = PilotSize.parse(args.pilot) if args.pilot is not None else None
+    prepared = prepare(store, with_preset(args))
+    if pilot:
+        made = prepared.pilot(pilot)
+        return {**pilot_summary(*made), "dataset": args.out}
+    return {**prepared.generate().summary(), "dataset": args.out}
+
+
+def prepare(store: Store, args: argparse.Namespace) -> Prepared:
+    """Start Ray, resolve the arguments and write the plan. Raises InputError."""
     if not args.corpus:
         raise InputError("--corpus: missing; give a path or URI of captions, or 'embedded'")
+    faults = _faults(args)
     watch = Watch(price_per_hour=args.price_per_hour, spot=args.spot, stop_below_clip_score=args.stop_below_clip_score)
-    pilot = PilotSize.parse(args.pilot) if args.pilot is not None else None
     start_ray()
     spec = dataset_spec(args, gpus=cluster_gpus())
     if spec.clip.model == "null" and watch.stop_below_clip_score is not None:
@@ -116,19 +147,22 @@ def run(args: argparse.Namespace) -> dict:
         is_truncated=truncation_check(spec.clip.model),
         source=source,
     )
-    if pilot:
-        return {**pilot_summary(*run_pilot(store, plan, pools, pilot, faults=policy, watch=watch)), "dataset": args.out}
-    return {**generate(store, plan, pools, faults=policy, watch=watch).summary(), "dataset": args.out}
+    return Prepared(store, plan, pools, faults, watch)
 
 
-def _retry(store: Store, args: argparse.Namespace, policy: FaultPolicy) -> dict:
+def _faults(args: argparse.Namespace) -> FaultPolicy:
+    return FaultPolicy(batch_timeout=args.batch_timeout, max_error_share=args.max_error_share)
+
+
+def _retry(store: Store, args: argparse.Namespace) -> dict:
+    faults = _faults(args)
     parse_reason(args.retry_quarantined)
     plan = load_plan(store)
     if plan is None:
         raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
     start_ray()
     pools = _pools(args, device=plan.spec.generator.device)
-    return {**retry_quarantined(store, plan, args.retry_quarantined, pools, faults=policy), "dataset": args.out}
+    return {**retry_quarantined(store, plan, args.retry_quarantined, pools, faults=faults), "dataset": args.out}
 
 
 def _pools(args: argparse.Namespace, *, device: str) -> Pools:

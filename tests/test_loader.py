@@ -9,6 +9,7 @@ import pytest
 from tiny_dataset import write_dataset
 
 import cluster.loader
+from cluster.batches import BatchShape
 from cluster.dataset import VOCABULARY_KEY, load_manifest
 from cluster.loader import Part, ShardLoader
 from cluster.rows import read_shard
@@ -32,12 +33,13 @@ def everything(dataset: Path) -> Selection:
 
 def make_loader(dataset: Path, *parts: Part, **settings) -> ShardLoader:
     store = open_store(dataset)
-    defaults = {"batch_size": 8, "max_length": 12, "lanes": 2, "seed": 7}
+    sizes = {"batch_size": 8, "max_length": 12, "rank": 0, "num_workers": 1}
+    sizes = {name: settings.pop(name, value) for name, value in sizes.items()}
     return ShardLoader(
         parts or [Part(store, everything(dataset))],
-        features=load_manifest(store).features,
-        vocabulary=Vocabulary.load(dataset / VOCABULARY_KEY),
-        **{**defaults, **settings},
+        BatchShape(features=load_manifest(store).features, **sizes),
+        Vocabulary.load(dataset / VOCABULARY_KEY),
+        **{"lanes": 2, "seed": 7, **settings},
     )
 
 

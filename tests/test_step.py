@@ -7,6 +7,7 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
+from cluster.batches import BatchShape
 from cluster.dataset import VOCABULARY_KEY, load_manifest
 from cluster.ema import WeightAverage
 from cluster.loader import Part, ShardLoader
@@ -53,13 +54,10 @@ def losses(data: Path, *, rank: int = 0, num_workers: int = 1, **overrides) -> l
     step = TrainStep(module, model, optimizer, config, device=torch.device("cpu"), bfloat16=False, **place)
     loader = ShardLoader(
         [Part(store, all_rows(manifest))],
-        features=features,
-        vocabulary=vocabulary,
-        batch_size=config.batch_size,
-        max_length=config.model.max_length,
+        BatchShape(features=features, batch_size=config.batch_size, max_length=config.model.max_length, **place),
+        vocabulary,
         lanes=config.window_shards,
         seed=config.seed,
-        **place,
     )
     batches = [batch for epoch in range(2) for batch in loader.epoch(epoch)]
     return [float(step(batch, number)[0]) for number, batch in enumerate(batches[:STEPS])]

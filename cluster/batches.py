@@ -1,0 +1,148 @@
+"""A rank's slice of a global training batch, and how it is put together from rows of shards."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from cluster.rows import Rows
+from pcm.errors import InputError
+from pcm.records import FeatureShape
+from pcm.vocabulary import Vocabulary
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's slice of a global batch; b = G / R rows, the same on every rank and in every step.
+
+    Rows beyond the end of the data have an empty sample id, zero features, no targets (all -1) and clip score 0.
+    """
+
+    epoch: int
+    step: int  # within the epoch, from 0
+    last: bool  # of the epoch
+    sample_ids: tuple[str, ...]
+    global_feature: np.ndarray  # (b, D) float16
+    patch_features: np.ndarray  # (b, N, D_v) float16
+    clip_score: np.ndarray  # (b,) float32
+    token_ids: np.ndarray  # (b, T) int64, T = max_length
+    target_ids: np.ndarray  # (b, T) int64, padded with -1
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Rows of one shard with their token ids."""
+
+    rows: Rows
+    token_ids: np.ndarray  # (n, T)
+    target_ids: np.ndarray  # (n, T)
+
+    @staticmethod
+    def of(rows: Rows, vocabulary: Vocabulary, *, max_length: int) -> "Decoded":
+        encoded = [vocabulary.encode(caption, max_length) for caption in rows.captions]
+        token_ids, target_ids = (np.stack(ids) for ids in zip(*encoded, strict=True))
+        return Decoded(rows, token_ids, target_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """Sizes of a batch of G rows, and which of them are this rank's: the r-th of R equal slices.
+
+    Raises InputError when G cannot be divided evenly.
+    """
+
+    features: FeatureShape
+    batch_size: int
+    max_length: int
+    rank: int = 0
+    num_workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.num_workers:
+            raise InputError(
+                f"batch size {self.batch_size}: cannot be divided evenly among {self.num_workers} workers; "
+                "change batch_size or --num-workers"
+            )
+
+    @property
+    def slice(self) -> range:
+        """Places in the global batch."""
+        share = self.batch_size // self.num_workers
+        return range(self.rank * share, (self.rank + 1) * share)
+
+
+class OpenBatch:
+    """A batch that is being filled; rows of other ranks are passed over."""
+
+    def __init__(self, shape: BatchShape) -> None:
+        self._slice = shape.slice
+        rows, features = len(self._slice), shape.features
+        self._sample_ids = [""] * rows
+        self._arrays: dict[str, np.ndarray] = {
+            "global_feature": np.zeros((rows, features.embed_dim), np.float16),
+            "patch_features": np.zeros((rows, features.num_patches, features.patch_dim), np.float16),
+            "clip_score": np.zeros(rows, np.float32),
+            "token_ids": np.zeros((rows, shape.max_length), np.int64),
+            "target_ids": np.full((rows, shape.max_length), -1, np.int64),
+        }
+
+    def put(self, position: int, decoded: Decoded, indices: np.ndarray) -> None:
+        """Copy rows of a shard to the places from `position` on of the global batch."""
+        start = position - self._slice.start
+        first = max(0, -start)  # rows before the slice are another rank's, as are those after it
+        mine = indices[first : max(first, len(self._slice) - start)]
+        if not len(mine):
+            return
+        place = slice(start + first, start + first + len(mine))
+        self._sample_ids[place] = decoded.rows.sample_ids[mine]
+        for name in ("global_feature", "patch_features", "clip_score"):
+            np.take(getattr(decoded.rows, name), mine, axis=0, out=self._arrays[name][place], mode="clip")
+        self._arrays["token_ids"][place] = decoded.token_ids[mine]
+        self._arrays["target_ids"][place] = decoded.target_ids[mine]
+
+    def close(self, *, epoch: int, step: int, last: bool) -> Batch:
+        return Batch(epoch, step, last, tuple(self._sample_ids), **self._arrays)
+
+
+_END = object()
+
+
+def in_background(make: Callable[[], Iterator[_Item]], *, depth: int) -> Iterator[_Item]:
+    """The items of `make()`, at most `depth` of them made ahead in a thread that ends with the iteration.
+
+    An exception in the thread is raised here, after the items before it.
+    """
+    items: queue.Queue = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(item: object) -> None:
+        while not stopped.is_set():
+            try:
+                items.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in make():
+                put(item)
+                if stopped.is_set():
+                    return
+            put(_END)
+        except BaseException as error:
+            put(error)
+
+    threading.Thread(target=work, name="shard-loader", daemon=True).start()
+    try:
+        while (item := items.get()) is not _END:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()

@@ -1,0 +1,99 @@
+"""Training that starts while its pictures are still being made.
+
+Generation persists a shard, then training reads it from the store: epoch 0 takes the shards in the order of the plan as
+they are committed (cluster.arriving), later epochs are shuffled over the finished dataset as always. The two sides meet
+nowhere but on the store, so each resumes by its own rules: a shard that is there is not drawn again, a step that a
+checkpoint has counted is not trained again. Everything training needs before the first picture - vocabulary, concepts,
+CLIP head - comes from the captions, and is there when the plan is.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from ray.data import DataContext, ExecutionResources
+
+from cluster.dataset import Plan
+from cluster.generate import GenerationResult
+from cluster.mixture import arriving_set
+from cluster.storage import Store, open_store
+from cluster.train import CONFIG_KEY, TrainRequest, train
+from cluster.trainloop import FIRST_STEP_KEY
+from cluster.vocabularies import store_vocabularies
+
+log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+
+def stream(
+    store: Store,
+    plan: Plan,
+    request: TrainRequest,
+    generating: Callable[[], GenerationResult],
+    *,
+    cpus: float,
+    gpus: float,
+) -> dict[str, Any]:
+    """Generate and train at once; both summaries, and
+
+    first_step_seconds: from the call to the first optimiser step (None when an earlier run made it);
+    generation_seconds: from the call to the manifest.
+
+    `generating` makes the dataset; `cpus` and `gpus` are the workers' and left alone by it. Whichever side fails first
+    ends both: what it raised is raised. Run it again to go on.
+    """
+    started = time.time()
+    arriving = arriving_set(store, plan, store_vocabularies(store, plan))
+    request = replace(
+        request, arriving=(arriving,), overrides={**request.overrides, "first_epoch": "plan"}, resume=_is_begun(request)
+    )
+    context = DataContext.get_current()
+    context.execution_options.exclude_resources = ExecutionResources(cpu=cpus, gpu=gpus)
+    generated = _in_thread("generation", generating)
+    trained = _in_thread("training", lambda: train(request))
+    generation_seconds = None
+    waiting: set[Future] = {generated, trained}
+    while waiting:
+        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        for side in done:
+            side.result()  # raises what ended it; the threads and their actors end with this process
+        if generated in done:
+            generation_seconds = time.time() - started
+            log.info("all pictures are there after %.0f s; training goes on", generation_seconds)
+    assert generation_seconds is not None
+    return {
+        **generated.result().summary(),
+        **trained.result(),
+        "generation_seconds": round(generation_seconds, 2),
+        "first_step_seconds": _first_step_seconds(open_store(request.out), started),
+        "seconds": round(time.time() - started, 2),
+    }
+
+
+def _is_begun(request: TrainRequest) -> bool:
+    return open_store(request.out).exists(CONFIG_KEY)
+
+
+def _in_thread(name: str, work: Callable[[], _Result]) -> "Future[_Result]":
+    """Like an executor's, but a daemon: a process that gives up does not wait for the other side."""
+    future: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
+def _first_step_seconds(out: Store, started: float) -> float | None:
+    at = json.loads(out.read_bytes(FIRST_STEP_KEY))["at"]
+    return round(at - started, 2) if at >= started else None
