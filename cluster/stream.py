@@ -25,6 +25,7 @@ from cluster.storage import Store, open_store
 from cluster.train import CONFIG_KEY, TrainRequest, train
 from cluster.trainloop import FIRST_STEP_KEY
 from cluster.vocabularies import store_vocabularies
+from pcm.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,10 @@ def stream(
     generation_seconds: from the call to the manifest.
 
     `generating` makes the dataset; `cpus` and `gpus` are the workers' and left alone by it. Whichever side fails first
-    ends both: what it raised is raised. Run it again to go on.
+    ends both: what it raised is raised. Run it again to go on. Raises InputError for pictures without features.
     """
+    if plan.spec.clip.model == "null":
+        raise InputError("--clip null: gives no features to train on; name an open_clip model")
     started = time.time()
     arriving = arriving_set(store, plan, store_vocabularies(store, plan))
     request = replace(

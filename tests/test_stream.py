@@ -1,0 +1,182 @@
+"""Training while generation runs: the same steps as afterwards, whenever shards arrive and whoever is killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, JobRun
+from tiny_dataset import TINY
+from tiny_generation import ANIMALS, PLACES, make_dataset_in_process, tiny_spec, write_corpus
+
+from cluster.arriving import ArrivingShards, finished_manifest
+from cluster.batches import Batch, BatchShape
+from cluster.dataset import MANIFEST_KEY, Plan, shard_key
+from cluster.selection import RowFilter
+from cluster.storage import Store, open_store
+from pcm.records import FeatureShape
+from pcm.vocabulary import Vocabulary
+
+CAPTIONS = [f"A {animal} near the {place}, number {n}." for n in range(2) for place in PLACES for animal in ANIMALS]
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def made(tiny_t2i: Path, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Plan]:
+    """48 captions, of which one is bad, in ten shards; not to be changed."""
+    folder = tmp_path_factory.mktemp("stream")
+    corpus = write_corpus(folder, [*CAPTIONS[:7], "\x00", *CAPTIONS[8:]])
+    store, plan, _ = make_dataset_in_process(folder / "data", corpus, tiny_spec(tiny_t2i, tiny_clip))
+    return store, plan
+
+
+def arriving(store: Store, plan: Plan, *, rank: int = 0, num_workers: int = 1, **settings) -> ArrivingShards:
+    # Of the tiny CLIP: 16 patches of 64, D = 32.
+    features = FeatureShape(embed_dim=32, patch_dim=64, num_patches=16)
+    shape = BatchShape(features=features, batch_size=BATCH, max_length=12, rank=rank, num_workers=num_workers)
+    row_filter = settings.pop("row_filter", RowFilter(seed=1, held_out=0.1))
+    vocabulary = Vocabulary.build(CAPTIONS, min_count=1)
+    return ArrivingShards(store, plan, row_filter, shape, vocabulary, seed=3, **settings)
+
+
+def ids(batches: list[Batch]) -> list[tuple[str, ...]]:
+    return [batch.sample_ids for batch in batches]
+
+
+def test_every_selected_row_comes_once_and_the_last_batch_says_so(made: tuple[Store, Plan]) -> None:
+    batches = list(arriving(*made).batches())
+    seen = [sample_id for batch in batches for sample_id in batch.sample_ids if sample_id]
+    everything = list(arriving(*made, row_filter=RowFilter(seed=1)).batches())
+    assert len(seen) == len(set(seen)) < 47
+    assert sum(len([name for name in batch.sample_ids if name]) for batch in everything) == 47
+    assert [batch.last for batch in batches] == [False] * (len(batches) - 1) + [True]
+    assert [batch.step for batch in batches] == list(range(len(batches)))
+    shards = [int(sample_id[:9]) // 5 for sample_id in seen]
+    assert shards == sorted(shards), "in the order of the plan"
+    assert seen != sorted(seen), "permuted inside a shard"
+
+
+def test_a_full_batch_at_the_very_end_is_the_last(made: tuple[Store, Plan], tmp_path: Path) -> None:
+    store, plan = made
+    features = finished_manifest(store, plan).features
+    shape = BatchShape(features=features, batch_size=47, max_length=12)
+    whole = ArrivingShards(store, plan, RowFilter(seed=1), shape, Vocabulary.build(CAPTIONS, min_count=1), seed=3)
+    assert [batch.last for batch in whole.batches()] == [True]
+
+
+def test_any_step_can_be_resumed_at(made: tuple[Store, Plan]) -> None:
+    whole = list(arriving(*made).batches())
+    for step in (1, 3, len(whole) - 1):
+        rest = list(arriving(*made).batches(start_step=step))
+        assert ids(rest) == ids(whole)[step:]
+        assert [batch.step for batch in rest] == [batch.step for batch in whole[step:]]
+        np.testing.assert_array_equal(rest[0].patch_features, whole[step].patch_features)
+
+
+def test_ranks_share_the_batches_of_one_worker(made: tuple[Store, Plan]) -> None:
+    whole = list(arriving(*made).batches())
+    ranks = [list(arriving(*made, rank=rank, num_workers=2).batches()) for rank in range(2)]
+    assert [one + two for one, two in zip(ids(ranks[0]), ids(ranks[1]), strict=True)] == ids(whole)
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards"])
+def test_batches_do_not_depend_on_when_shards_arrive(made: tuple[Store, Plan], tmp_path: Path, order: str) -> None:
+    store, plan = made
+    growing = open_store(tmp_path / "data")
+    keys = [shard_key(shard) for shard in range(plan.num_shards)]
+    coming = keys if order == "backwards" else keys[::-1]  # the last one comes next
+
+    def arrive(_seconds: float) -> None:
+        key = coming.pop()
+        (tmp_path / "data" / key).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(store.prefix) / key, tmp_path / "data" / key)
+
+    found = list(arriving(growing, plan, sleep=arrive).batches())
+    assert ids(found) == ids(list(arriving(*made).batches()))
+    assert not coming
+
+
+def test_the_manifest_is_waited_for_and_an_older_one_is_not_taken(made: tuple[Store, Plan], tmp_path: Path) -> None:
+    store, plan = made
+    later = open_store(tmp_path / "data")
+    whole = json.loads(store.read_bytes(MANIFEST_KEY))
+    documents = [whole, whole | {"corpus_fingerprint": "of fewer captions"}]
+
+    def write(_seconds: float) -> None:
+        later.write_bytes(MANIFEST_KEY, json.dumps(documents.pop()).encode())
+
+    assert finished_manifest(later, plan, sleep=write).corpus_fingerprint == plan.corpus_fingerprint
+    assert not documents
+
+
+def test_a_stream_killed_on_both_sides_learns_what_training_afterwards_learns(
+    tiny_t2i: Path,
+    tiny_clip: Path,
+    tmp_path: Path,
+    ray_session: None,
+    run_job: Callable[..., JobRun],
+    call_job: Callable[..., JobRun],
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    settings = TINY | {"batch_size": BATCH, "holdout_fraction": 0.2}
+    science = [f"--set={name}={value}" for name, value in settings.items()]
+    training = [*science, "--epochs", 2, "--seed", 5, "--cpus-per-worker", 1]
+    command = [
+        "--corpus", write_corpus(tmp_path, CAPTIONS), "--data", data, "--out", out, "--t2i", tiny_t2i, "--clip",
+        tiny_clip, "--steps", 60, "--batch-size", 4, "--clip-batch-size", 4, "--shard-size", 4, "--generators", 1,
+        "--checkpoint-every-steps", 1, *training,
+    ]  # fmt: skip
+    arguments = [sys.executable, "-m", "jobs.stream", *map(str, command)]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    known = out / "checkpoints/checkpoint_manager_snapshot.json"  # of Ray Train: what a restart goes on from
+    deadline = time.monotonic() + 240
+    while not (known.exists() and "-step-" in known.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path.name: path.stat().st_mtime_ns for path in (data / "shards").iterdir() if path.suffix == ".parquet"}
+    assert 0 < len(before) < 12, "training had begun, and generation had not ended"
+
+    done = run_job("stream", *command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = done.summary
+    assert (summary["expected"], summary["stored"], summary["epochs"]) == (48, 48, 2)
+    assert summary["skipped"] >= 4 * len(before) and summary["generated"] + summary["skipped"] == 48
+    assert summary["first_step_seconds"] is None, "the first step was made before"
+    assert summary["generation_seconds"] > 0
+    assert summary["dataset"] == str(data)
+    after = {name: (data / "shards" / name).stat().st_mtime_ns for name in before}
+    assert after == before, "nothing was generated twice"
+
+    afterwards = tmp_path / "afterwards"
+    train = call_job("train", "--data", data, "--out", afterwards, *training, "--set", "first_epoch=plan")
+    assert train.returncode == 0, train.err
+    for name in ("losses/epoch-001.jsonl", "losses/epoch-002.jsonl"):
+        assert (out / name).read_text() == (afterwards / name).read_text()
+    assert (out / "best/model.safetensors").read_bytes() == (afterwards / "best/model.safetensors").read_bytes()
+
+
+def test_pictures_without_features_are_not_trained_on(
+    tiny_clip: Path, tmp_path: Path, call_job: Callable[..., JobRun], ray_session: None
+) -> None:
+    done = call_job(
+        "stream", "--corpus", write_corpus(tmp_path, CAPTIONS), "--out", tmp_path / "both", "--t2i", "null", "--clip",
+        "null", "--shard-size", 8,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "error: --clip null" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "both/run").exists()
+
+
+def test_a_preset_of_neither_side_is_refused(tmp_path: Path, call_job: Callable[..., JobRun]) -> None:
+    done = call_job("stream", "--corpus", "x.txt", "--out", tmp_path, "--preset", "coco")
+    assert done.returncode == 2
+    assert "synthimgcap_coco" in done.stderr and "coco_l14" in done.stderr
