@@ -14,7 +14,8 @@ import jobs
 from jobs.cli import make_parser, run_job
 from pcm.errors import InputError
 
-JOBS = sorted(module.name for module in pkgutil.iter_modules(jobs.__path__) if module.name != "cli")
+SHARED = {"cli", "spec_arguments"}  # parts of jobs, not jobs
+JOBS = sorted({module.name for module in pkgutil.iter_modules(jobs.__path__)} - SHARED)
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -179,9 +179,9 @@ def test_the_tiny_pipeline_is_the_same_wherever_it_is_made(tiny_t2i: Path, tmp_p
     assert (again / name).read_bytes() == (tiny_t2i / name).read_bytes()
 
 
-def test_the_null_generator_draws_one_pixel_a_seed() -> None:
+def test_the_null_generator_draws_one_pixel_whose_colour_is_twelve_bits_of_the_seed() -> None:
     spec = GeneratorSpec(model="null", revision="", image_format="png")
     generator = load_generator(spec)
     assert isinstance(generator, NullTextToImage)
-    drawing = generator.draw([Request(position=0, caption="", seed=0x030201)])[0]
-    assert np.asarray(open_image(drawing.image)).tolist() == [[[1, 2, 3]]]
+    drawing = generator.draw([Request(position=0, caption="", seed=0xABC321)])[0]
+    assert np.asarray(open_image(drawing.image)).tolist() == [[[17, 34, 51]]]
