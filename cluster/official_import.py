@@ -8,10 +8,8 @@ decoding pictures and compressing, which run beside each other in one Python.
 
 import hashlib
 import json
-import logging
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +31,8 @@ from cluster.models import pin_clip, resolve_device, resolve_dtype
 from cluster.official_annotations import AnnotationCorpus, CaptionFile
 from cluster.official_places import Places
 from cluster.plan import USABLE_REASONS, make_plan
-from cluster.resume import CommittedShards, committed
+from cluster.resume import committed
+from cluster.shard_import import SAMPLES_SCHEMA, import_shards, picture_size, sample_row, undrawn
 from cluster.stages.featurise import FeaturiseShard
 from cluster.stages.shard_row import ShardRow
 from cluster.stages.write import WriteShard
@@ -43,18 +42,13 @@ from pcm import safe_pickle
 from pcm.clip import ClipEncoder
 from pcm.concepts import ConceptVocabulary
 from pcm.errors import InputError
-from pcm.images import open_image
 from pcm.official import read_tensors
 from pcm.official_files import concepts_from_pickle
 from pcm.records import FeatureShape
-from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
+from pcm.spec import ClipSpec, DatasetSpec
 from pcm.text_to_image import IMPORTED
 from pcm.vocabulary import Vocabulary
 
-log = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LINES = 10.0
-_PICTURE_STARTS = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 _HEAD = ("ln_post.weight", "ln_post.bias", "proj")
 
 
@@ -123,7 +117,7 @@ def import_dataset(request: ImportRequest) -> ImportResult:
     missing = [shard for shard in range(plan.num_shards) if shard not in made]
     importer = ShardImporter(store, spec, features, places, corpus)
     importing = time.monotonic()
-    rows = _run(importer, made, plan, missing, workers=request.workers)
+    rows = import_shards(importer, made, plan, missing, workers=request.workers)
     return ImportResult(
         manifest=write_manifest(store, plan, features),
         skipped=plan.expected - rows,
@@ -164,14 +158,7 @@ def _spec(request: ImportRequest, digest: str) -> DatasetSpec:
     given = request.features is not None
     device = "cpu" if given else resolve_device(request.device, cluster_gpus=torch.cuda.device_count())
     return DatasetSpec(
-        generator=GeneratorSpec(
-            model=IMPORTED,
-            revision=f"sha256:{digest}",
-            num_inference_steps=1,
-            guidance_scale=0.0,
-            batch_size=1,
-            max_attempts=1,
-        ),
+        generator=undrawn(IMPORTED, f"sha256:{digest}"),
         clip=ClipSpec(
             model=request.clip,
             revision=IMPORTED if given else pin_clip(request.clip, None),
@@ -246,7 +233,7 @@ class ShardImporter:
             self._row(row, patches=patches[number], image=images[number], score=scores[number])
             for number, row in enumerate(rows)
         ]
-        samples = pa.Table.from_pylist(read, schema=_SAMPLES_SCHEMA)
+        samples = pa.Table.from_pylist(read, schema=SAMPLES_SCHEMA)
         read_at = time.time()
         if self._featuriser is not None:
             with self._model:
@@ -264,24 +251,21 @@ class ShardImporter:
     def _row(self, row: dict, *, patches: np.ndarray, image: np.ndarray, score: np.float32) -> dict:
         """The sample of a plan row; its features are written into `patches` (N * D_v,) and `image` (D,)."""
         picture, reason = b"", row["reason"]
-        width = height = 0
+        size = (0, 0)
         if reason in USABLE_REASONS:
             image_id = row["corpus_id"].rpartition("#")[0]
             split_id = self._corpus.split_ids[row["record_index"]]
             try:
                 picture = self._places.read_image(image_id, split_id)
-                width, height = _size(picture)
+                size = picture_size(picture)
                 reason = self._read_features(image_id, split_id, patches, image, score)
             except FileNotFoundError:
                 reason = "missing_image"
             except InputError:
                 reason = "bad_image"
         if reason not in USABLE_REASONS:
-            picture, width, height = b"", 0, 0
-        return row | {
-            "reason": reason, "image": picture, "width": width, "height": height,
-            "attempts": int(bool(picture)), "batch_size": int(bool(picture)),
-        }  # fmt: skip
+            picture, size = b"", (0, 0)
+        return sample_row(row, reason, picture, size)
 
     def _read_features(
         self, image_id: str, split_id: int, patches: np.ndarray, image: np.ndarray, score: np.float32
@@ -306,46 +290,5 @@ class ShardImporter:
         return "" if np.isfinite(patches).all() and np.isfinite(image).all() else "features_beyond_float16"
 
 
-def _size(picture: bytes) -> tuple[int, int]:
-    """(width, height). Raises InputError for what is no JPEG, PNG or WebP, or does not decode wholly."""
-    if not picture.startswith(_PICTURE_STARTS):
-        raise InputError("not a JPEG, PNG or WebP file")
-    return open_image(picture).size
-
-
-def _run(importer: ShardImporter, made: CommittedShards, plan: Plan, missing: list[int], *, workers: int) -> int:
-    """Import the missing shards; how many samples that were."""
-    rows = 0
-    total = sum(plan.shard_rows(shard) for shard in missing)
-    started = last_line = time.monotonic()
-    with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(missing), 4 * workers):  # a window, so that a failure ends the run soon
-            window = missing[start : start + 4 * workers]
-            for shard, stats in zip(window, pool.map(importer, window), strict=True):
-                made.add(stats)
-                rows += plan.shard_rows(shard)
-                if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
-                    last_line = time.monotonic()
-                    rate = rows / (last_line - started)
-                    log.info("%d of %d samples, %.0f a second, %.0f s left", rows, total, rate, (total - rows) / rate)
-    return rows
-
-
 def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-
-
-_SAMPLES_SCHEMA = pa.schema(
-    [
-        ("sample_id", pa.string()),
-        ("corpus_id", pa.string()),
-        ("caption", pa.string()),
-        ("seed", pa.int64()),
-        ("reason", pa.string()),
-        ("attempts", pa.int32()),
-        ("batch_size", pa.int32()),
-        ("image", pa.binary()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-    ]
-)

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -52,29 +52,43 @@ class PictureSet:
         return len(self.image_ids)
 
 
+@dataclass(frozen=True)
+class PictureFiles:
+    """Pictures as they lie at a place: their names, and `read(i)`, the bytes of one as they are, decoded or not."""
+
+    place: str
+    names: Sequence[str]
+    read: Callable[[int], bytes]
+
+    def match(self, image_ids: Container[str]) -> dict[str, int]:
+        """Image id -> position of its picture. Raises InputError when two pictures have one image id."""
+        matched: dict[str, int] = {}
+        for position, name in enumerate(self.names):
+            key = next((candidate for candidate in candidate_ids(name) if candidate in image_ids), None)
+            if key in matched:
+                found = f"{self.names[matched[key]]}, {name}"
+                raise InputError(f"{self.place}: two pictures for image id {key!r} ({found}); keep one")
+            if key is not None:
+                matched[key] = position
+        return matched
+
+
 def load_picture_set(source: PictureSource, *, limit: int | None = None) -> PictureSet:
     """The pictures that have references, sorted by image id; the first `limit` of them.
 
     Raises InputError when there are no pictures, no references, or no picture has references.
     """
-    images = _resolved(source.images)
-    named, opener = _read_pictures(images)
+    pictures = find_pictures(source.images)
+    named = pictures.names
     references = picture_references(source)
-    matched: dict[str, int] = {}
-    unmatched = 0
-    for position, name in enumerate(named):
-        key = next((candidate for candidate in candidate_ids(name) if candidate in references), None)
-        if key is None:
-            unmatched += 1
-        elif key in matched:
-            raise InputError(f"{images}: two pictures for image id {key!r} ({named[matched[key]]}, {name}); keep one")
-        else:
-            matched[key] = position
+    matched = pictures.match(references)
     if not matched:
         raise InputError(
-            f"{images}: none of its {len(named)} pictures (such as {named[0]!r}) is among the {len(references)} "
-            f"image ids of the references (such as {next(iter(references))!r}); check --references and --split"
+            f"{pictures.place}: none of its {len(named)} pictures (such as {named[0]!r}) is among the "
+            f"{len(references)} image ids of the references (such as {next(iter(references))!r}); "
+            "check --references and --split"
         )
+    unmatched = len(named) - len(matched)
     image_ids = tuple(sorted(matched))[:limit]
     missing = len(references) - len(matched)
     if unmatched or missing:
@@ -82,7 +96,7 @@ def load_picture_set(source: PictureSource, *, limit: int | None = None) -> Pict
     return PictureSet(
         image_ids=image_ids,
         references={image_id: references[image_id] for image_id in image_ids},
-        open=lambda i: opener(matched[image_ids[i]]),
+        open=lambda i: open_image(pictures.read(matched[image_ids[i]]), name=named[matched[image_ids[i]]]),
         without_references=unmatched,
         without_picture=missing,
     )
@@ -152,35 +166,36 @@ def candidate_ids(name: str) -> list[str]:
 
 
 def _reference_file(source: PictureSource) -> Path:
-    return local_copy(_resolved(source.references or source.images))
+    return local_copy(resolved(source.references or source.images))
 
 
-def _resolved(uri: str) -> str:
+def resolved(uri: str) -> str:
     """The path that `embedded:val` or `embedded:test` stands for; any other URI unchanged."""
     if not uri.startswith(EMBEDDED_PREFIX):
         return uri
     return str(embedded.test_set_path(uri.removeprefix(EMBEDDED_PREFIX)))
 
 
-def _read_pictures(uri: str) -> tuple[Sequence[str], Callable[[int], Image.Image]]:
-    """(names, opener by position) of the pictures at a path or URI."""
+def find_pictures(images: str) -> PictureFiles:
+    """The pictures of a `PictureSource.images`. Raises InputError when there are none."""
+    uri = resolved(images)
     store = open_store(uri)
     if uri.endswith(".parquet") and store.fs.isfile(store.prefix):
-        return _parquet_pictures(store, [""])
+        return PictureFiles(uri, *_parquet_pictures(store, [""]))
     keys = store.list()
     names = [key for key in keys if key.lower().endswith(PICTURE_ENDINGS)]
     tables = [key for key in keys if key.endswith(".parquet")]
     if tables and not names:
-        return _parquet_pictures(store, tables)
+        return PictureFiles(uri, *_parquet_pictures(store, tables))
     if not names:
         raise InputError(
             f"{uri}: no pictures; give a folder of {', '.join(PICTURE_ENDINGS)} files, a Parquet file with columns "
             "image_id and image, embedded:val or embedded:test"
         )
-    return names, lambda position: open_image(store.read_bytes(names[position]), name=names[position])
+    return PictureFiles(uri, names, lambda position: store.read_bytes(names[position]))
 
 
-def _parquet_pictures(store: Store, keys: Sequence[str]) -> tuple[Sequence[str], Callable[[int], Image.Image]]:
+def _parquet_pictures(store: Store, keys: Sequence[str]) -> tuple[Sequence[str], Callable[[int], bytes]]:
     tables = []
     for key in keys:
         path = store.path(key)
@@ -196,7 +211,4 @@ def _parquet_pictures(store: Store, keys: Sequence[str]) -> tuple[Sequence[str],
     names = [str(value) for value in table["image_id"].to_pylist()]
     pictures = table["image"]
 
-    def opener(position: int) -> Image.Image:
-        return open_image(pictures[position].as_py()["bytes"] or b"", name=names[position])
-
-    return names, opener
+    return names, lambda position: (pictures[position].as_py() or {}).get("bytes") or b""

@@ -39,20 +39,23 @@ CONCEPTS = 400  # high-frequency nouns, as in the published runs
 _FEATURES_FIELD = "features"
 
 
-def store_vocabularies(store: Store, plan: Plan) -> FeatureShape:
+def store_vocabularies(store: Store, plan: Plan, *, encoder: ClipEncoder | None = None) -> FeatureShape:
     """Make sure that vocabulary, concepts and CLIP head are on the store; the shape of the dataset's features.
 
     Done before generation, so that training can start while pictures are still being made. When the corpus has grown
-    they are built again; `vocabularies.json`, written last, says of which captions they are.
+    they are built again; `vocabularies.json`, written last, says of which captions they are. With `encoder`, the
+    plan's CLIP, everything is done in this process; else a Ray task loads it.
     """
     min_count = MIN_WORD_COUNT if plan.records >= SMALL_CORPUS else 1
     if not vocabularies_stored(store, plan):
         vocabulary = Vocabulary.build(planned_captions(store, plan), min_count=min_count)
         store.write_bytes(VOCABULARY_KEY, vocabulary.to_text().encode())
         log.info("vocabulary: %d words with at least %d occurrences", len(vocabulary), min_count)
-        if plan.spec.clip.model != "null":
+        if encoder is not None:
+            _store_clip_files(store, plan, min_count, encoder)
+        elif plan.spec.clip.model != "null":
             try:
-                ray.get(_store_clip_files.options(**_resources(plan.spec.clip)).remote(store, plan, min_count))
+                ray.get(_load_and_store_clip_files.options(**_resources(plan.spec.clip)).remote(store, plan, min_count))
             except ray.exceptions.RayError as error:
                 raise user_error(error) or error from None
         document = json.dumps({"corpus_fingerprint": plan.corpus_fingerprint, "min_count": min_count})
@@ -96,9 +99,13 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
 
 
 @ray.remote
-def _store_clip_files(store: Store, plan: Plan, min_count: int) -> None:
+def _load_and_store_clip_files(store: Store, plan: Plan, min_count: int) -> None:
     spec = plan.spec.clip
     encoder = ClipEncoder(spec.model, device=spec.device, dtype=spec.dtype, batch_size=spec.batch_size)
+    _store_clip_files(store, plan, min_count, encoder)
+
+
+def _store_clip_files(store: Store, plan: Plan, min_count: int, encoder: ClipEncoder) -> None:
     concepts = ConceptVocabulary.build(
         # A corpus of few nouns can be generated all the same; training says so when it needs more of them.
         planned_captions(store, plan),
@@ -109,7 +116,7 @@ def _store_clip_files(store: Store, plan: Plan, min_count: int) -> None:
     )
     store.write_bytes(CONCEPTS_KEY, concepts.to_bytes())
     shape = encoder.features
-    metadata = {_FEATURES_FIELD: json.dumps(vars(shape)), "clip": spec.model}
+    metadata = {_FEATURES_FIELD: json.dumps(vars(shape)), "clip": plan.spec.clip.model}
     store.write_bytes(CLIP_HEAD_KEY, safetensors.torch.save(encoder.head(), metadata))
 
 

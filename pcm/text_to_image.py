@@ -14,6 +14,10 @@ from pcm.spec import GeneratorSpec
 
 #: Names the generator of a dataset whose pictures were drawn elsewhere.
 IMPORTED = "imported"
+#: Names the generator of a dataset of real photos.
+PHOTOS = "photos"
+#: Generators that draw nothing, and the jobs that make their datasets.
+_UNDRAWN = {IMPORTED: "jobs.import_official", PHOTOS: "jobs.featurise"}
 
 #: Reasons of a sample that the generator could not draw, whatever the caption says.
 GENERATOR_ERROR = "generator_error"  # it raised on this caption alone
@@ -93,10 +97,10 @@ def load_generator(spec: GeneratorSpec) -> TextToImage:
 
     Raises InputError for pictures that came from elsewhere.
     """
-    if spec.model == IMPORTED:
+    if job := _UNDRAWN.get(spec.model):
         raise InputError(
-            f"generator {IMPORTED!r}: the pictures of this dataset were imported, so none can be drawn again or added; "
-            "rerun jobs.import_official, or generate into another --out"
+            f"generator {spec.model!r}: the pictures of this dataset were imported, so none can be drawn again or "
+            f"added; rerun {job}, or generate into another --out"
         )
     if spec.model == "null":
         return NullTextToImage(spec)

@@ -100,7 +100,7 @@ class FeaturiseShard:
         while waiting:
             batch = waiting.pop(0)
             try:
-                encoded = self._encode_rows(drawn, batch)
+                encoded = self.encode_rows(drawn, batch)
             except Exception as error:
                 said = first_line(error)
                 if is_sticky(error):
@@ -125,7 +125,8 @@ class FeaturiseShard:
                 if self._monitor is not None:
                     self._monitor.failed.remote(1, said)
 
-    def _encode_rows(self, drawn: pa.Table, rows: list[int]) -> "tuple[ImageFeatures, np.ndarray]":
+    def encode_rows(self, drawn: pa.Table, rows: list[int]) -> "tuple[ImageFeatures, np.ndarray]":
+        """Features of these rows' pictures, and (B, D) of their captions."""
         assert self._encoder is not None
         images = [
             partial(open_image, drawn["image"][row].as_py(), name=drawn["sample_id"][row].as_py()) for row in rows

@@ -1,0 +1,79 @@
+"""What importing pictures has in common wherever they come from: the spec of what nobody here drew, the columns on
+their way to a shard, and shards made beside each other in threads of one process.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+
+from cluster.dataset import Plan
+from cluster.resume import CommittedShards
+from pcm.errors import InputError
+from pcm.images import open_image
+from pcm.spec import GeneratorSpec
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+_PICTURE_STARTS = (b"\xff\xd8", b"\x89PNG", b"RIFF")
+
+#: Samples with their pictures, before their features.
+SAMPLES_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("corpus_id", pa.string()),
+        ("caption", pa.string()),
+        ("seed", pa.int64()),
+        ("reason", pa.string()),
+        ("attempts", pa.int32()),
+        ("batch_size", pa.int32()),
+        ("image", pa.binary()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
+)
+
+
+def undrawn(model: str, revision: str) -> GeneratorSpec:
+    """The generator of pictures that no generator here drew, so that none can be drawn again."""
+    return GeneratorSpec(
+        model=model, revision=revision, num_inference_steps=1, guidance_scale=0.0, batch_size=1, max_attempts=1
+    )
+
+
+def picture_size(picture: bytes) -> tuple[int, int]:
+    """(width, height). Raises InputError for what is no JPEG, PNG or WebP, or does not decode wholly."""
+    if not picture.startswith(_PICTURE_STARTS):
+        raise InputError("not a JPEG, PNG or WebP file")
+    return open_image(picture).size
+
+
+def sample_row(planned: dict, reason: str, picture: bytes, size: tuple[int, int]) -> dict:
+    """A row of SAMPLES_SCHEMA: a plan row with its picture, or with the reason why there is none."""
+    return planned | {
+        "reason": reason, "image": picture, "width": size[0], "height": size[1],
+        "attempts": int(bool(picture)), "batch_size": int(bool(picture)),
+    }  # fmt: skip
+
+
+def import_shards(
+    make: Callable[[int], dict], made: CommittedShards, plan: Plan, missing: list[int], *, workers: int
+) -> int:
+    """Import the missing shards; how many samples that were. `make` commits a shard and returns its stats."""
+    rows = 0
+    total = sum(plan.shard_rows(shard) for shard in missing)
+    started = last_line = time.monotonic()
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(missing), 4 * workers):  # a window, so that a failure ends the run soon
+            window = missing[start : start + 4 * workers]
+            for shard, stats in zip(window, pool.map(make, window), strict=True):
+                made.add(stats)
+                rows += plan.shard_rows(shard)
+                if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
+                    last_line = time.monotonic()
+                    rate = rows / (last_line - started)
+                    log.info("%d of %d samples, %.0f a second, %.0f s left", rows, total, rate, (total - rows) / rate)
+    return rows
