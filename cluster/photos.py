@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -143,7 +143,7 @@ class PhotoCorpus:
     """Captions grouped by photo, photos in the order of their first caption, so that those of one share a shard.
 
     records: ids IMAGE_ID#NUMBER, so that the corpus fingerprint says which photo a caption belongs to. A caption that
-    names no photo has the reason `missing_image` and comes last.
+    names no photo comes last, and will be `missing_image`.
     numbers: image id -> its number among the photos. photo_of: record index -> the number of its photo, -1 for none.
     Raises InputError when no caption names a photo.
     """
@@ -166,12 +166,12 @@ class PhotoCorpus:
         self.numbers = {image_id: number for number, image_id in enumerate(by_photo)}
         for image_id, records in by_photo.items():
             for k, record in enumerate(records):
-                self._add(f"{image_id}#{k}", record, record.reason, self.numbers[image_id])
+                self._add(f"{image_id}#{k}", record, self.numbers[image_id])
         for record in unnamed if limit is None else ():
-            self._add(record.corpus_id, record, record.reason or MISSING_IMAGE, -1)
+            self._add(record.corpus_id, record, -1)
 
-    def _add(self, corpus_id: str, record: CorpusRecord, reason: str, photo: int) -> None:
-        self.records.append(CorpusRecord(len(self.records), corpus_id, record.caption, record.image_id, reason))
+    def _add(self, corpus_id: str, record: CorpusRecord, photo: int) -> None:
+        self.records.append(replace(record, index=len(self.records), corpus_id=corpus_id))
         self.photo_of.append(photo)
 
 

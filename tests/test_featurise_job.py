@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import JobRun
 from PIL import Image
+from tiny_generation import make_dataset_in_process, tiny_spec, write_corpus
 from tiny_models import save_tiny_clip
 
 from cluster.dataset import load_plan, quarantine_key, shard_key
@@ -17,6 +18,7 @@ from cluster.mixture import DataSource, open_training_sets
 from cluster.photos import in_slots
 from cluster.storage import Store, open_store
 from cluster.verify import verify
+from cluster.vocabularies import store_vocabularies
 from pcm.clip import ClipEncoder
 from pcm.errors import InputError
 from pcm.images import open_image
@@ -24,6 +26,9 @@ from pcm.text_to_image import load_generator
 
 CAPTIONS = ("A dog runs.", "A brown dog on grass.", "The dog plays.", "An animal outside.", "Dogs love grass!")
 SIZES = {"one.jpg": (40, 30), "two.jpg": (33, 70), "big.png": (1500, 900), "four.jpg": (64, 64), "test.jpg": (32, 32)}
+
+REFUSED = (("gone", "missing_image"), ("lost", "missing_image"), ("broken", "bad_image"))
+NAMES = ("one.jpg", "gone.jpg", "two.jpg", "broken.jpg", "big.png", "four.jpg", "test.jpg", "lost.jpg")
 
 
 def save_photo(path: Path, size: tuple[int, int], *, seed: int) -> None:
@@ -40,8 +45,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_photo(folder / "photos" / name, size, seed=seed)
     whole = (folder / "photos/one.jpg").read_bytes()
     (folder / "photos/broken.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "photos/lost.jpg").symlink_to("nowhere.jpg")  # listed, but gone when it is read
     images = []
-    for number, name in enumerate(("one.jpg", "gone.jpg", "two.jpg", "broken.jpg", "big.png", "four.jpg", "test.jpg")):
+    for number, name in enumerate(NAMES):
         sentences = [{"raw": text, "sentid": 10 * number + k} for k, text in enumerate(CAPTIONS)]
         split = "test" if name == "test.jpg" else "restval" if name == "four.jpg" else "train"
         images.append({"filename": name, "split": split, "sentences": sentences})
@@ -80,16 +86,15 @@ def columns(store: Store) -> dict[str, tuple]:
 def test_photos_become_a_dataset_with_every_pair_stored_or_counted(featurise, world, tmp_path, caplog):
     done = featurise(tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert (done.summary["expected"], done.summary["stored"], done.summary["photos"]) == (30, 19, 6)
-    assert done.summary["quarantined_by_reason"] == {"bad_image": 5, "empty": 1, "missing_image": 5}
+    assert (done.summary["expected"], done.summary["stored"], done.summary["photos"]) == (35, 19, 7)
+    assert done.summary["quarantined_by_reason"] == {"bad_image": 5, "empty": 1, "missing_image": 10}
     assert any(record.message.startswith("broken.jpg: ") for record in caplog.records)
     store = open_store(tmp_path / "out")
     assert quarantined(store) == {"one.jpg#4": "empty"} | {
-        f"{name}.jpg#{k}": reason for name, reason in (("gone", "missing_image"), ("broken", "bad_image"))
-        for k in range(5)
-    }  # fmt: skip
+        f"{name}.jpg#{k}": reason for name, reason in REFUSED for k in range(5)
+    }
     proof = verify(store)
-    assert proof["ok"] and (proof["stored"], proof["quarantined"]) == (19, 11)
+    assert proof["ok"] and (proof["stored"], proof["quarantined"]) == (19, 16)
     stored = rows(store)
     names = ["one.jpg"] * 4 + ["two.jpg"] * 5 + ["big.png"] * 5 + ["four.jpg"] * 5
     for row, name in zip(stored, names, strict=True):
@@ -99,13 +104,16 @@ def test_photos_become_a_dataset_with_every_pair_stored_or_counted(featurise, wo
     assert [row["caption"] for row in stored[4:9]] == list(CAPTIONS)
 
 
-def test_it_can_be_trained_on_and_its_features_are_the_encoders(featurise, world, tmp_path, tiny_clip):
-    featurise(tmp_path / "real")
-    featurise(tmp_path / "other", limit=1)  # another dataset of the same CLIP: they mix
-    sources = [DataSource(str(tmp_path / "real"), 1.0), DataSource(str(tmp_path / "other"), 0.5)]
-    sets = open_training_sets(sources)
-    assert [(found.manifest.stored, found.weight) for found in sets] == [(19, 1.0), (4, 0.5)]
+def test_it_mixes_with_drawn_pictures_and_its_features_are_the_encoders(
+    featurise, world, tmp_path, tiny_clip, tiny_t2i
+):
     encoder = ClipEncoder(str(tiny_clip))
+    spec = tiny_spec(tiny_t2i, tiny_clip, num_inference_steps=1)
+    drawn, plan, _ = make_dataset_in_process(tmp_path / "drawn", write_corpus(tmp_path, list(CAPTIONS)), spec)
+    store_vocabularies(drawn, plan, encoder=encoder)
+    featurise(tmp_path / "real")
+    sets = open_training_sets([DataSource(str(tmp_path / "real"), 0.5), DataSource(drawn.root, 1.0)])
+    assert [(found.manifest.stored, found.weight) for found in sets] == [(19, 0.5), (5, 1.0)]
     for row, name in zip(rows(sets[0].store)[::5], ("one.jpg", "two.jpg", "big.png", "four.jpg"), strict=True):
         alone = encoder.encode_images([open_image(world / "photos" / name)])
         patches = np.array(row["patch_features"], np.float32).reshape(alone.patch_features[0].shape)
@@ -120,13 +128,13 @@ def test_neither_shard_size_nor_resume_nor_growth_changes_a_bit(featurise, tmp_p
     featurise(tmp_path / "small", shard_size=4)
     featurise(tmp_path / "grown", limit=3)
     grown = featurise(tmp_path / "grown")
-    assert (grown.summary["skipped"], grown.summary["expected"]) == (15, 30)
+    assert (grown.summary["skipped"], grown.summary["expected"]) == (15, 35)
     small = open_store(tmp_path / "small")
     for key in (shard_key(0), shard_key(4), quarantine_key(1)):
         small.delete(key)
     small.delete(shard_key(1))
     resumed = featurise(tmp_path / "small", shard_size=4)
-    assert resumed.summary["skipped"] == 30 - 3 * 4
+    assert resumed.summary["skipped"] == 35 - 3 * 4
     stores = [open_store(tmp_path / name) for name in ("whole", "small", "grown")]
     proofs = [verify(store) for store in stores]
     assert all(proof["ok"] for proof in proofs) and len({proof["fingerprint"] for proof in proofs}) == 1
