@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # The demo and the tests use embedded models only; nothing asks a hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test chaos install lint constraints clean
+.PHONY: demo test test-slow chaos install lint constraints clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m jobs.demo --out demo
@@ -15,6 +15,10 @@ test: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest
+
+# What `make test` leaves out for its length.
+test-slow: $(STAMP)
+	$(VENV)/bin/python -m pytest -m slow
 
 # 20 seeded kills -9 of drivers, actors, raylets and the store; another round: make chaos CHAOS='--kills 50 --seed 7'
 chaos: $(STAMP)

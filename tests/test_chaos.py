@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 from tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
@@ -21,6 +22,7 @@ def test_kills_leave_no_trace_in_the_dataset() -> None:
     assert report["kills"] == 4 and report["drivers_started"] == 2
 
 
+@pytest.mark.slow
 def test_two_drivers_on_one_output_make_the_same_dataset(tmp_path: Path) -> None:
     captions = ["\x00", *(f"caption number {index}" for index in range(120)), "x" * 3000]
     corpus = write_corpus(tmp_path, captions)

@@ -136,6 +136,7 @@ def test_a_results_file_that_is_none_is_one_clear_line(data: bytes, message: str
         read_results(data, source="results.json")
 
 
+@pytest.mark.slow
 def test_nocaps_is_scored_by_domain_and_overall(tmp_path: Path) -> None:
     domains = ["in-domain", "out-domain", "out-domain"]
     images = [{"id": i, "file_name": f"{i}ab.jpg", "domain": domain} for i, domain in enumerate(domains)]

@@ -290,6 +290,7 @@ def test_another_spec_on_a_finished_dataset_is_refused(small: list[object], call
     assert call_job("verify", out).returncode == 1
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_finished_by_the_same_command(tmp_path: Path, run_job) -> None:
     corpus = write_corpus(tmp_path, [f"caption number {index}" for index in range(400)])
     arguments = ["--corpus", corpus, "--out", tmp_path / "out", "--t2i", "null", "--shard-size", 2]

@@ -202,6 +202,7 @@ def test_a_manifest_is_left_to_the_run_that_planned_more(dataset: tuple[Store, P
     assert grown.num_shards == SHARDS + 1
 
 
+@pytest.mark.slow
 def test_more_shards_than_one_run_of_the_pools_takes_are_made_all_the_same(
     finished: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -219,6 +219,7 @@ def test_a_run_whose_driver_and_worker_were_killed_inside_epochs_equals_an_undis
     assert (out / "best/model.safetensors").read_bytes() == (trained / "best/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_an_object_store_from_several_datasets(
     world: Path, tiny_clip: Path, run_job, s3: S3Server
 ) -> None:
@@ -248,6 +249,7 @@ def test_a_run_resumes_on_an_object_store_from_several_datasets(
     assert Captioner.load(local_checkpoint(out), device="cpu").caption([scene(0)[1]])[0].caption
 
 
+@pytest.mark.slow
 def test_two_workers_learn_what_one_learns(trained: Path, world: Path, ray_session: None) -> None:
     """Same batches, same dropout, same losses, step by step; with two workers and two parts each."""
     out = world / "workers2"
@@ -373,7 +375,7 @@ def test_preset_and_config_exclude_each_other(copied: Path) -> None:
 
 def test_workers_that_the_cluster_cannot_place_are_refused(world: Path, ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--num-workers 8 with 1 CPUs each: the cluster has 2 CPUs"):
-        train(request(world, tmp_path / "out", num_workers=8))
+        train(request(world, tmp_path / "out", num_workers=8, overrides={"grad_accumulation": 1}))
     with pytest.raises(InputError, match="batch size 8: cannot be divided evenly among 3 workers"):
         train(request(world, tmp_path / "other", num_workers=3))
 
