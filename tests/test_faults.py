@@ -119,6 +119,7 @@ def test_a_generator_whose_processes_tire_is_restarted_and_changes_nothing(
     check(store, plan, {}, undisturbed(plan, tmp_path / "run", DrawPixels))
 
 
+@pytest.mark.slow
 def test_a_generator_that_is_killed_at_any_time_changes_nothing(
     tiny_t2i: Path, tmp_path: Path, ray_session: None
 ) -> None:

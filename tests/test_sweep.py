@@ -133,6 +133,7 @@ def test_shards_are_read_once_and_shared(data: Path, ray_session: None, monkeypa
         elsewhere.rename(data / "shards")
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_with_what_is_left(data: Path, run_job) -> None:
     """Optuna and ASHA, one trial at a time, SIGKILL after the first."""
     out = data.parent / "killed"
