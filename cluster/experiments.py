@@ -15,7 +15,6 @@ from cluster.trainconfig import PRESETS
 from pcm.errors import InputError
 
 SPLIT = "test"
-BEAM_SIZE = 3
 #: The w with which eq. 11 weighs every pair 1, as without CXE.
 _NO_CXE = 1e6
 
@@ -111,6 +110,8 @@ def comparison_table(name: str, compared: Mapping[str, Mapping[str, float | None
     for metric, pair in compared.items():
         mine = "-" if pair["ours"] is None else f"{pair['ours']:.1f}"
         lines.append(f"{metric:<24} {pair['paper']:>7.1f} {mine:>7}")
+    if note := experiment(name).note:
+        lines.append(note)
     return "\n".join(lines)
 
 
@@ -119,6 +120,7 @@ def experiments_table() -> str:
     lines = [f"{'experiment':<24} {'jobs.train':<48} {'pictures':<10} {'CIDEr':>6}"]
     for name, found in EXPERIMENTS.items():
         lines.append(f"{name:<24} {found.training:<48} {found.pictures:<10} {found.paper['CIDEr']:>6.1f}")
+    lines += [f"{name}: {found.note}" for name, found in EXPERIMENTS.items() if found.note]
     return "\n".join(lines)
 
 

@@ -32,7 +32,8 @@ from cluster.official_annotations import AnnotationCorpus, CaptionFile
 from cluster.official_places import Places
 from cluster.plan import USABLE_REASONS, make_plan
 from cluster.resume import committed
-from cluster.shard_import import SAMPLES_SCHEMA, import_shards, picture_size, sample_row, undrawn
+from cluster.shard_import import import_shards, picture_size, sample_row, undrawn
+from cluster.stages.draw import DRAWN_SCHEMA
 from cluster.stages.featurise import FeaturiseShard
 from cluster.stages.shard_row import ShardRow
 from cluster.stages.write import WriteShard
@@ -233,7 +234,7 @@ class ShardImporter:
             self._row(row, patches=patches[number], image=images[number], score=scores[number])
             for number, row in enumerate(rows)
         ]
-        samples = pa.Table.from_pylist(read, schema=SAMPLES_SCHEMA)
+        samples = pa.Table.from_pylist(read, schema=DRAWN_SCHEMA)
         read_at = time.time()
         if self._featuriser is not None:
             with self._model:

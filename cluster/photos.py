@@ -26,7 +26,8 @@ from cluster.models import pin_clip, resolve_device, resolve_dtype
 from cluster.pictures import PictureFiles, find_pictures, resolved
 from cluster.plan import USABLE_REASONS, make_plan
 from cluster.resume import committed
-from cluster.shard_import import SAMPLES_SCHEMA, import_shards, picture_size, sample_row, undrawn
+from cluster.shard_import import import_shards, picture_size, sample_row, undrawn
+from cluster.stages.draw import DRAWN_SCHEMA
 from cluster.stages.featurise import FeaturiseShard
 from cluster.stages.shard_row import ShardRow
 from cluster.stages.write import WriteShard
@@ -271,7 +272,7 @@ class PhotoShards:
                 f"shard {shard}: its photos are {num_bytes:,} bytes, at most {MAX_SHARD_BYTES:,} fit; "
                 "give a smaller --shard-size and another --out"
             )
-        samples = pa.Table.from_pylist(rows, schema=SAMPLES_SCHEMA)
+        samples = pa.Table.from_pylist(rows, schema=DRAWN_SCHEMA)
         samples = samples.append_column("photo", pa.array(photos, pa.int64()))
         return samples.append_column("record", pa.array([row["record_index"] for row in planned], pa.int64()))
 

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import pyarrow as pa
-
 from cluster.dataset import Plan
 from cluster.resume import CommittedShards
 from pcm.errors import InputError
@@ -19,22 +17,6 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
 _PICTURE_STARTS = (b"\xff\xd8", b"\x89PNG", b"RIFF")
-
-#: Samples with their pictures, before their features.
-SAMPLES_SCHEMA = pa.schema(
-    [
-        ("sample_id", pa.string()),
-        ("corpus_id", pa.string()),
-        ("caption", pa.string()),
-        ("seed", pa.int64()),
-        ("reason", pa.string()),
-        ("attempts", pa.int32()),
-        ("batch_size", pa.int32()),
-        ("image", pa.binary()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-    ]
-)
 
 
 def undrawn(model: str, revision: str) -> GeneratorSpec:
@@ -52,7 +34,7 @@ def picture_size(picture: bytes) -> tuple[int, int]:
 
 
 def sample_row(planned: dict, reason: str, picture: bytes, size: tuple[int, int]) -> dict:
-    """A row of SAMPLES_SCHEMA: a plan row with its picture, or with the reason why there is none."""
+    """A row of DRAWN_SCHEMA: a plan row with its picture, or with the reason why there is none."""
     return planned | {
         "reason": reason, "image": picture, "width": size[0], "height": size[1],
         "attempts": int(bool(picture)), "batch_size": int(bool(picture)),

@@ -87,6 +87,11 @@ def train(request: TrainRequest) -> dict[str, Any]:
     previous = _previous_run(out, resume=request.resume)
     vocabularies = common_vocabularies(sets)
     config = _config_for(request, sets, vocabularies, previous)
+    if config.first_epoch == "plan" and (len(sets) > 1 or sets[0].weight != 1):
+        raise InputError(
+            f"first_epoch plan: takes one dataset without a weight, not {' '.join(each.store.root for each in sets)} "
+            f"({', '.join(f'{each.weight:g}' for each in sets)}); use first_epoch shuffled"
+        )
     document = _document(request, sets, config)
     if previous is not None:
         _refuse_other_run(out, previous, document)

@@ -32,8 +32,6 @@ FIRST_IMAGE_ID = 6_000_000
 SPLIT_SIZE = 67_800
 #: Published scores are the cosine times this.
 CLIP_SCORE_SCALE = 2.5
-#: Tokens of a sentence with its end, as the published settings have it.
-MAX_LENGTH = 20
 
 # A pickled list in pieces: each piece appends some items, and refers to nothing before it.
 ANNOTATIONS_START = pickle.PROTO + bytes([3]) + pickle.EMPTY_LIST

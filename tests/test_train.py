@@ -1,5 +1,6 @@
 """Training runs through Ray Train: what they write, that they resume exactly, and what they refuse."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -371,6 +372,14 @@ def test_a_folder_with_something_else_is_not_a_run(copied: Path) -> None:
 def test_preset_and_config_exclude_each_other(copied: Path) -> None:
     with pytest.raises(InputError, match="give one of the two"):
         train(request(copied, copied / "out", preset="coco_l14", config="config.json"))
+
+
+def test_a_first_epoch_in_the_order_of_a_plan_is_of_one_whole_dataset(world: Path, tmp_path: Path) -> None:
+    weighted = request(world, tmp_path / "out", overrides={"first_epoch": "plan"})
+    weighted = dataclasses.replace(weighted, data=f"{weighted.data}=0.5")
+    with pytest.raises(InputError, match="first_epoch plan: takes one dataset without a weight"):
+        train(weighted)
+    assert not (tmp_path / "out").exists()
 
 
 def test_workers_that_the_cluster_cannot_place_are_refused(world: Path, ray_session: None, tmp_path: Path) -> None:
