@@ -22,6 +22,7 @@ import open_clip
 from open_clip.transformer import VisionTransformer
 
 from pcm.errors import InputError
+from pcm.images import to_uint8
 from pcm.records import FeatureShape
 
 #: Grids up to this side are kept as they are; larger even ones are 2x2 average-pooled.
@@ -86,6 +87,8 @@ class ClipEncoder:
         self._pool = _pools(self._grid)
         cells = self._grid[0] * self._grid[1]
         self.num_patches: int = cells // 4 if self._pool else cells
+        #: Patches that a row of the picture has, of the N that are row-major.
+        self.patch_columns: int = self._grid[1] // 2 if self._pool else self._grid[1]
 
     @property
     def features(self) -> FeatureShape:
@@ -127,6 +130,13 @@ class ClipEncoder:
 
     def _pixels(self, image: Image.Image | Callable[[], Image.Image]) -> torch.Tensor:
         return self._preprocess((image() if callable(image) else image).convert("RGB"))  # (3, H, W)
+
+    def seen(self, image: Image.Image) -> Image.Image:
+        """The picture as the model sees it: scaled and cropped to `resolution`, so that the patches cover it evenly."""
+        config = self._visual.preprocess_cfg
+        mean, std = (torch.tensor(config[name]).reshape(3, 1, 1) for name in ("mean", "std"))
+        pixels = (self._pixels(image) * std + mean).permute(1, 2, 0).numpy()  # (H, W, 3)
+        return Image.fromarray(to_uint8(pixels), mode="RGB")
 
     @torch.inference_mode()
     def encode_texts(self, texts: list[str]) -> np.ndarray:

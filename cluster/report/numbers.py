@@ -1,0 +1,44 @@
+"""Numbers, sizes and times as people read them."""
+
+import math
+from datetime import UTC, datetime
+
+
+def count(value: int) -> str:
+    """12,345"""
+    return f"{value:,}"
+
+
+def short(value: float) -> str:
+    """Three digits or so: 0.802, 12.3, 1,240, 3.1e-05."""
+    if not math.isfinite(value):
+        return "-"
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size == 0 or size >= 0.001:
+        return f"{value:.3g}"
+    return f"{value:.1e}"
+
+
+def score(value: float | None) -> str:
+    """A cosine: three decimals."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def times_100(value: float | None) -> str:
+    """A metric in the papers' unit: 148.7."""
+    return "-" if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
+
+
+def percent(share: float) -> str:
+    """0 %, 0.02 %, 4.1 %, 37 %"""
+    value = 100 * share
+    if value == 0 or value >= 10:
+        return f"{value:.0f} %"
+    return f"{value:.2g} %"
+
+
+def moment(timestamp: float) -> str:
+    """2026-03-01 14:05 UTC"""
+    return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%d %H:%M UTC")
