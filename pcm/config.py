@@ -49,6 +49,10 @@ class PCMNetConfig:
     #: tau, temperature of the softmax over a patch's K affinities (eq. 3); fixed in the published code.
     tau: float = 0.01
 
+    #: False hides the patches: their slots hold position embeddings alone, as the learned constants of CapDec's mapper,
+    #: and the caption comes from the global feature. What text-only training needs, which has no patches; mix-up off.
+    use_patches: bool = True
+
     #: Variance, per dimension, of the Gaussian noise added to the global feature in training (CapDec); 0 = none.
     noise_variance: float = 0.016
     #: Dropout after attention and feed-forward outputs, and inside the feed-forward layers.
@@ -81,6 +85,8 @@ class PCMNetConfig:
                 f"top_patches {self.top_patches}: from 0 to {self.num_patches * self.top_concepts} "
                 "(num_patches * top_concepts) pairs, or a fraction below 1 of them"
             )
+        if not self.use_patches and self.num_pairs:
+            raise InputError(f"use_patches False with top_patches {self.top_patches}: set it to 0, nothing is mixed")
         for name in ("temperature", "tau"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} {getattr(self, name)}: must be greater than 0")

@@ -187,6 +187,8 @@ class VisualEmbedding(nn.Module):
         if self.training and self.config.noise_variance > 0:
             global_input = inject_noise(global_input, variance=self.config.noise_variance)
         global_slot = self.global_projection(global_input).unsqueeze(1)  # (B, 1, H)
+        if not self.config.use_patches:
+            patch_features = torch.zeros_like(patch_features)
         patches = self.patch_projection(patch_features.to(self.patch_projection.weight.dtype))  # (B, N, H)
 
         slots = self._textual_slots(mixup.mix_mask, everything=layout == "append")  # (B, S_t)

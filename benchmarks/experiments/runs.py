@@ -1,0 +1,204 @@
+"""Training and testing variants, several processes at a time, one core each; what is done is not done again.
+
+A run is jobs.train's own loop with one worker, called in this process as Ray Train's local mode calls it, then
+jobs.evaluate's own evaluation. Its result is a small JSON file under OUT/results, named by the digest of all that its
+numbers depend on (settings, seed, data, pictures), so that experiments share runs and nothing stale is reported.
+"""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiments.settings import BASE, DOMAINS, FIRST_SEED, NO_CXE, PRESET, Domain, Variant
+from cluster.dataset import load_manifest
+from cluster.evaluate import EvaluateRequest, evaluate
+from cluster.pictures import PictureSource, resolved
+from cluster.storage import open_store
+from cluster.sweep import without_paths
+from cluster.train import TrainRequest, planned_run
+from cluster.trainloop import METRICS_KEY, Run
+from pcm.errors import InputError
+
+log = logging.getLogger(__name__)
+
+#: Of jobs.evaluate: what a result keeps.
+METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "CLIPScore", "RefCLIPScore", "CIDEr_shuffled", "n")
+SAMPLE_CAPTIONS = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: a variant with a seed, known by the digest of what its numbers depend on."""
+
+    variant: Variant
+    seed: int
+    key: str
+    run: Run
+
+
+def data_path(out: Path, domain: str, data: str) -> Path:
+    return out / "data" / domain / data
+
+
+def result_path(out: Path, key: str) -> Path:
+    return out / "results" / f"{key}.json"
+
+
+def planned(variants: Iterable[Variant], out: Path, *, seeds: int, test: bool = True) -> list[Job]:
+    """The runs of some variants, each once. Raises InputError where their data has not been prepared."""
+    jobs = {}
+    for variant in variants:
+        for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+            job = _planned(variant, seed, out, test=test)
+            jobs[job.key] = job
+    return list(jobs.values())
+
+
+def _planned(variant: Variant, seed: int, out: Path, *, test: bool) -> Job:
+    data = data_path(out, variant.domain, variant.data)
+    validation = pictures(DOMAINS[variant.domain].validation)
+    clip_weight = NO_CXE
+    if variant.clip_factor is not None:
+        mean = load_manifest(open_store(data)).clip_score_mean
+        if not mean:
+            raise InputError(f"{data}: has no mean clip score; prepare it again")
+        clip_weight = round(variant.clip_factor / mean, 4)
+    request = TrainRequest(
+        data=f"{data}={variant.passes}",
+        out=str(out),
+        preset=PRESET,
+        overrides={**BASE, "clip_weight": clip_weight, **variant.overrides, "seed": seed},
+        validation=validation,
+    )
+    run = planned_run(request, cpus=1)
+    identity = {
+        "train": run.document["train"],
+        "datasets": without_paths(run.document["datasets"]),
+        "validation": _digest(validation),
+        "tests": {name: _digest(pictures(domain.test)) for name, domain in _tested(variant).items()} if test else {},
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return Job(variant, seed, key, run)
+
+
+def pictures(images: str) -> PictureSource:
+    """Pictures of a Parquet file that holds their references."""
+    return PictureSource(images=images, references=images)
+
+
+def _tested(variant: Variant) -> dict[str, Domain]:
+    return {name: DOMAINS[name] for name in (variant.domain, *variant.also_on)}
+
+
+def _digest(source: PictureSource) -> str:
+    return hashlib.sha256(Path(resolved(source.images)).read_bytes()).hexdigest()
+
+
+def read_result(out: Path, key: str) -> dict[str, Any] | None:
+    """What run_job wrote; None while the run is not done."""
+    try:
+        return json.loads(result_path(out, key).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def run_all(jobs: Sequence[Job], out: Path, *, processes: int, test: bool = True) -> int:
+    """Do the jobs that have no result; how many that were. Interrupted, it goes on with those that are left."""
+    missing = [job for job in jobs if read_result(out, job.key) is None]
+    log.info("%d runs: %d done, %d to do, %d at a time", len(jobs), len(jobs) - len(missing), len(missing), processes)
+    if not missing:
+        return 0
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes: before they import torch
+    started = time.monotonic()
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(run_job, job, out, test=test): job for job in missing}
+        for done, future in enumerate(as_completed(futures), start=1):
+            result = future.result()
+            best = result["validation"]["best"]["CIDEr"]
+            left = (time.monotonic() - started) / done * (len(missing) - done)
+            log.info(
+                "%d of %d: %s, seed %d: validation CIDEr %.3f%s, %.0f s; %.0f s left",
+                done, len(missing), futures[future].variant.name, result["seed"], best,
+                "".join(f", {name} {found['CIDEr']:.3f}" for name, found in result["tests"].items()),
+                result["seconds"], left,
+            )  # fmt: skip
+    return len(missing)
+
+
+def run_job(job: Job, out: Path, *, test: bool = True) -> dict[str, Any]:
+    """Train, test and write the result. Training starts anew where it was interrupted: it is a minute long."""
+    started, busy = time.monotonic(), time.process_time()
+    folder = out / "scratch" / job.key
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    _log_to(folder / "log.txt")
+    reason = _train(job.run, folder)
+    if reason:
+        raise InputError(f"{job.variant.name}, seed {job.seed}: {reason}")
+    trained = time.process_time()
+    history = [json.loads(line) for line in (folder / METRICS_KEY).read_text().splitlines()]
+    tests, samples = {}, {}
+    for name, domain in _tested(job.variant).items() if test else ():
+        request = EvaluateRequest(
+            pictures=pictures(domain.test), checkpoint=str(folder), out=str(folder / name), shuffled_baseline=True,
+            device="cpu",
+        )  # fmt: skip
+        found = evaluate(request)
+        tests[name] = {metric: found.get(metric) for metric in METRICS}
+        samples[name] = json.loads((folder / name / "captions.json").read_text())[:SAMPLE_CAPTIONS]
+    variant = job.variant
+    result = {
+        "variant": variant.name,
+        "domain": variant.domain,
+        "data": variant.data,
+        "seed": job.seed,
+        "steps": history[-1]["step"],
+        "validation": {"best": max(history, key=lambda row: row["CIDEr"]), "history": history},
+        "tests": tests,
+        "captions": samples,
+        "seconds": round(time.monotonic() - started, 1),
+        "cpu_seconds": {
+            "training": round(trained - busy, 1), "testing": round(time.process_time() - trained, 1),
+        },
+        "document": {**job.run.document, "datasets": without_paths(job.run.document["datasets"])},
+    }  # fmt: skip
+    path = result_path(out, job.key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(part, path)
+    shutil.rmtree(folder)
+    return result
+
+
+def _train(run: Run, folder: Path) -> str:
+    """cluster.trainloop in this process; "" or why it stopped."""
+    from dataclasses import replace
+
+    from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
+
+    from cluster.trainloop import train_loop
+
+    set_train_fn_utils(LocalTrainFnUtils(experiment_name=folder.name))
+    return train_loop({"run": replace(run, out=str(folder))})
+
+
+def _log_to(path: Path) -> None:
+    """Lines of training go to the run's folder; the experiments say one line a run."""
+    for package in ("cluster", "pcm"):
+        logger = logging.getLogger(package)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
+        logger.addHandler(logging.FileHandler(path))
+        logger.propagate = False
+    logging.getLogger("ray.train").setLevel(logging.WARNING)

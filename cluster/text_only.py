@@ -1,0 +1,82 @@
+"""Text-only training in the manner of CapDec: a dataset whose global features are CLIP embeddings of its captions.
+
+Made from a dataset of pictures, so that both are trained on the same captions with the same words. Training adds the
+noise (PCMNetConfig.noise_variance) that bridges CLIP's two modalities; real pictures give their own global feature.
+There are no patches: train with use_patches false and top_patches 0.
+"""
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.dataset import (
+    CLIP_HEAD_KEY,
+    CONCEPTS_KEY,
+    MANIFEST_KEY,
+    VOCABULARIES_KEY,
+    VOCABULARY_KEY,
+    Manifest,
+    load_manifest,
+    parquet_bytes,
+)
+from cluster.rows import read_shard
+from cluster.shard_import import undrawn
+from cluster.storage import Store
+from pcm.clip import ClipEncoder
+from pcm.records import STORED, FeatureShape, shard_schema
+
+TEXT_ONLY = "text-only"
+#: Settings of a captioner that sees the global feature only, and weighs every caption alike.
+TEXT_ONLY_SETTINGS = {"use_patches": False, "top_patches": 0, "clip_weight": 1.0}
+
+
+def text_only_dataset(source: Store, out: Store, encoder: ClipEncoder) -> Manifest:
+    """Write the dataset at `out`, or find it there; `encoder` is the CLIP of `source`.
+
+    Rows, captions, sample ids and shards are those of `source`; clip scores are 1, patch features 0, images null.
+    Raises InputError when `source` is not a finished dataset.
+    """
+    manifest = load_manifest(source)
+    digest = hashlib.sha256(source.read_bytes(MANIFEST_KEY)).hexdigest()
+    spec = replace(manifest.spec, generator=undrawn(TEXT_ONLY, revision=f"sha256:{digest}"))
+    if out.exists(MANIFEST_KEY) and (found := load_manifest(out)).spec == spec:
+        return found
+    shards = []
+    for shard in manifest.shards:
+        table = read_shard(source, shard["key"], ["sample_id", "caption", "seed"])
+        texts = encoder.encode_texts(table["caption"].to_pylist())
+        data = parquet_bytes(_rows(table, texts, manifest.features))
+        out.write_bytes(shard["key"], data)
+        shards.append({**shard, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)})
+    for key in (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY, VOCABULARIES_KEY):
+        if source.exists(key):
+            out.write_bytes(key, source.read_bytes(key))
+    made = replace(
+        manifest,
+        spec=spec,
+        clip_score_mean=1.0,
+        shard_bytes=sum(shard["bytes"] for shard in shards),
+        shards=tuple(shards),
+    )
+    out.write_bytes(MANIFEST_KEY, made.to_json())
+    return made
+
+
+def _rows(table: pa.Table, texts: np.ndarray, features: FeatureShape) -> pa.Table:
+    """A shard of `texts` (n, D)."""
+    rows = len(table)
+    size = features.num_patches * features.patch_dim
+    columns = {
+        **{name: table[name] for name in table.column_names},
+        "image": pa.nulls(rows, shard_schema(features).field("image").type),
+        "clip_score": np.ones(rows, np.float32),
+        "global_feature": pa.FixedSizeListArray.from_arrays(texts.astype(np.float16).reshape(-1), features.embed_dim),
+        "patch_features": pa.FixedSizeListArray.from_arrays(np.zeros(rows * size, np.float16), size),
+        "status": [STORED] * rows,
+        "reason": [""] * rows,
+        **{name: np.zeros(rows, np.int32) for name in ("width", "height", "attempts", "batch_size")},
+    }
+    schema = shard_schema(features)
+    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
