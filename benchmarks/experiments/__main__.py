@@ -13,7 +13,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiments.dissect import dissect
 from benchmarks.experiments.prepare import prepare
+from benchmarks.experiments.report import write_report
 from benchmarks.experiments.runs import planned, read_result, run_all
 from benchmarks.experiments.settings import CAPTIONS, CLIP_FACTOR, DOMAINS, EXPERIMENTS, MAIN, SEEDS, Variant
 from cluster.trainconfig import parse_override
@@ -37,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         help="try: a field of TrainConfig",
     )  # fmt: skip
     result.add_argument("--clip-factor", type=float, default=CLIP_FACTOR, help="try: w x mean cosine; 0 = no CXE")
+    result.add_argument("--judge", type=Path, help="dissect: folder of the classifier that pretrain_embedded trains")
     result.add_argument("--domain", default=MAIN, help="try")
     result.add_argument("--data", default="drawn", choices=("drawn", "rendered", "text"), help="try")
     return result
@@ -47,6 +50,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return prepare(args.out, captions=args.captions, art=args.art, domains=tuple(DOMAINS))
     if args.what == "try":
         return _try(args)
+    if args.what == "dissect":
+        return dissect(args.out, judge=args.judge)
+    if args.what == "report":
+        return write_report(args.out, seeds=args.seeds)
     names = list(EXPERIMENTS) if args.what == "all" else [args.what]
     jobs = planned((variant for name in names for variant in EXPERIMENTS[name].variants), args.out, seeds=args.seeds)
     return {"runs": len(jobs), "done_now": run_all(jobs, args.out, processes=args.processes)}
