@@ -6,7 +6,10 @@
 Both draw the same captions with the same spec, and compute the same CLIP scores and features: the bare processes call
 `pcm` directly, one torch thread each, and neither start Ray nor write anything. Rounds alternate within the run, so
 that a busy machine slows both; medians are reported. Start-up (imports, Ray, models, the first shard or batch of each
-worker) is left out of the rates and reported by itself. The last line of stdout is JSON.
+worker) is left out of the rates and reported by itself. Processor time is counted too (Linux), because it tells what
+a pipeline costs apart from what else the machine does: of the stages' own processes an image, over the bare processes'
+(`stage_cpu_ratio`), and of the driver and Ray's own processes, in cores (`background_cores`), which is the same for one
+image a second and for thousands. The last line of stdout is JSON.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -63,12 +67,13 @@ def bare_worker(spec: DatasetSpec, part: list[tuple[int, str]], ready: Barrier, 
     work(part[:size])
     seconds.update(draw=0.0, featurise=0.0)
     ready.wait()
-    started = time.time()
+    started, processor = time.time(), time.process_time()
     # As many at once as fill a batch of either model: both pad their last batch, and the pipeline's shards fill it too.
     chunk = max(size, spec.clip.batch_size)
     for first in range(0, len(part), chunk):
         work(part[first : first + chunk])
-    results.put({"started": started, "ended": time.time(), "images": len(part), **seconds})
+    used = time.process_time() - processor
+    results.put({"started": started, "ended": time.time(), "images": len(part), "cpu": used, **seconds})
 
 
 def bare_round(spec: DatasetSpec, texts: list[str], processes: int) -> dict:
@@ -86,7 +91,59 @@ def bare_round(spec: DatasetSpec, texts: list[str], processes: int) -> dict:
         worker.join()
     elapsed = max(report["ended"] for report in reports) - min(report["started"] for report in reports)
     drawing = sum(report["images"] / report["draw"] for report in reports)
-    return {"images_per_second": len(texts) / elapsed, "drawing_images_per_second": drawing}
+    return {
+        "images_per_second": len(texts) / elapsed,
+        "drawing_images_per_second": drawing,
+        "cpu_seconds_per_image": sum(report["cpu"] for report in reports) / len(texts),
+    }
+
+
+class ProcessorTime:
+    """Samples, twice a second, the processor time of a process and of all that descend from it (from /proc)."""
+
+    def __init__(self, pid: int) -> None:
+        self._root = pid
+        self._samples: list[tuple[float, dict[str, tuple[str, float]]]] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def between(self, begin: float, end: float) -> tuple[float, float]:
+        """(of the stages' actors, of all others) in seconds, between two times of the clock."""
+        first, last = (min(self._samples, key=lambda sample: abs(sample[0] - at))[1] for at in (begin, end))
+        stages = others = 0.0
+        for pid, (name, seconds) in last.items():
+            spent = seconds - first.get(pid, ("", 0.0))[1]
+            if name.startswith("ray::MapWorker"):
+                stages += spent
+            else:
+                others += spent
+        return stages, others
+
+    def _run(self) -> None:
+        while not self._over.wait(0.5):
+            self._samples.append((time.time(), self._sample()))
+
+    def _sample(self) -> dict[str, tuple[str, float]]:
+        parents, seconds = {}, {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                name = (folder / "cmdline").read_text()
+            except OSError:  # it has ended
+                continue
+            parents[folder.name] = fields[1]
+            seconds[folder.name] = (name, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+        return {pid: seconds[pid] for pid in seconds if self._descends(pid, parents)}
+
+    def _descends(self, pid: str | None, parents: dict[str, str]) -> bool:
+        while pid and pid != str(self._root):
+            pid = parents.get(pid)
+        return bool(pid)
 
 
 def pipeline_round(arguments: list[str], generators: int) -> dict:
@@ -94,18 +151,25 @@ def pipeline_round(arguments: list[str], generators: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "jobs.generate", *arguments, "--out", folder, "--generators", str(generators)]
         started = time.time()
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processor = ProcessorTime(job.pid)
+        output, errors = job.communicate()
         ended = time.time()
-        if done.returncode:
-            sys.exit(f"jobs.generate failed:\n{done.stderr[-3000:]}")
+        processor.close()
+        if job.returncode:
+            sys.exit(f"jobs.generate failed:\n{errors[-3000:]}")
         stats = [json.loads(path.read_text()) for path in Path(folder).glob("stats/*.json")]
-    stages = json.loads(done.stdout.splitlines()[-1])["stage_seconds"]
+    stages = json.loads(output.splitlines()[-1])["stage_seconds"]
     stats.sort(key=lambda part: part["end_time"])
     # The first shard of every generator loads code and fills caches: the clock starts when those are done.
     steady = stats[generators:]
-    elapsed = steady[-1]["end_time"] - stats[generators - 1]["end_time"]
+    images = sum(part["successes"] for part in steady)
+    begin, end = stats[generators - 1]["end_time"], steady[-1]["end_time"]
+    stages_cpu, others_cpu = processor.between(begin, end)
     return {
-        "images_per_second": sum(part["successes"] for part in steady) / elapsed,
+        "images_per_second": images / (end - begin),
+        "cpu_seconds_per_image": stages_cpu / images,
+        "background_cores": others_cpu / (end - begin),
         "startup_seconds": min(part["start_time"] for part in stats) - started,
         "seconds": ended - started,
         "storage_share": stages["store"] / sum(stages.values()),
@@ -145,16 +209,16 @@ def main() -> None:
     def middle(rounds: list[dict], name: str) -> float:
         return round(median(one[name] for one in rounds), 4)
 
+    def ratio(above: list[dict], below: list[dict], name: str) -> float:
+        """Neighbours in time are compared with each other, then the median is taken."""
+        return round(median(a[name] / b[name] for a, b in zip(above, below, strict=True)), 4)
+
     print(
         json.dumps(
             {
-                # Neighbours in time are compared with each other, then the median is taken.
-                "ratio": round(
-                    median(
-                        p["images_per_second"] / b["images_per_second"] for p, b in zip(pipeline, bare, strict=True)
-                    ),
-                    4,
-                ),
+                "ratio": ratio(pipeline, bare, "images_per_second"),
+                "stage_cpu_ratio": ratio(pipeline, bare, "cpu_seconds_per_image"),
+                "background_cores": middle(pipeline, "background_cores"),
                 "pipeline_images_per_second": middle(pipeline, "images_per_second"),
                 "bare_images_per_second": middle(bare, "images_per_second"),
                 "bare_drawing_images_per_second": middle(bare, "drawing_images_per_second"),
