@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
 def add_arguments(result: argparse.ArgumentParser) -> None:
     """What says how a whole dataset is made, for jobs.generate and jobs.stream."""
-    result.add_argument("--corpus", help="captions: path or URI, or 'embedded' (the pack's corpus)")
+    result.add_argument("--corpus", help="captions: path or URI, 'embedded' or 'embedded-second' (the pack's)")
     corpus = result.add_argument_group("corpus")
     corpus.add_argument("--corpus-format", default="auto", choices=("auto", *FORMATS))
     corpus.add_argument("--split", default="train", help="split of a Karpathy file (train takes restval too), or all")
@@ -178,11 +178,9 @@ def _pools(args: argparse.Namespace, *, device: str) -> Pools:
 
 
 def corpus_uri(name: str) -> str:
-    if name == "embedded":
-        from pcm import embedded
+    from pcm import embedded
 
-        return str(embedded.corpus_path())
-    return name
+    return str(embedded.corpus_path(name)) if name in embedded.CORPORA else name
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from jobs.cli import make_parser, run_job
-from pcm.embedded.world import PAINTER_STYLE, SEEN_STYLES, UNSEEN_STYLE
+from pcm.embedded.world import FIRST, MIXED, PAINTER_STYLE, SECOND
 from pcm.errors import InputError
 
 STAGES = ("art", "clip", "t2i", "pack")
@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="work folder: training sets and checkpoints")
     p.add_argument("--art", type=Path, metavar="DIR", help="where the icon packages are kept; default in ~/.cache")
     p.add_argument("--pack", type=Path, metavar="DIR", help="where to write the pack; default the one in this checkout")
-    p.add_argument("--scenes", type=int, default=24_000, metavar="N", help="training pictures per model")
+    p.add_argument("--scenes", type=int, default=32_000, metavar="N", help="training pictures per model")
     p.add_argument("--clip-steps", type=int, default=1450, metavar="N", help="optimiser steps of CLIP")
     p.add_argument("--vae-steps", type=int, default=1500, metavar="N", help="optimiser steps of the autoencoder")
     p.add_argument("--t2i-steps", type=int, default=4500, metavar="N", help="optimiser steps of the denoiser")
@@ -50,11 +50,16 @@ def _art(args: argparse.Namespace) -> dict:
     from pcm.embedded.scenes import draw_scenes, sample_scenes
 
     folder = fetch_art(_art_folder(args))
+    both, painter = (FIRST, SECOND), PAINTER_STYLE
+    wild = ("plain", "varied", "wild", "wild", "wild")
     plans = {
-        "clip_train": dict(seed=1, count=args.scenes, styles=SEEN_STYLES, varieties=("plain", "varied", "varied")),
-        "paint_train": dict(seed=2, count=args.scenes, styles=(PAINTER_STYLE,), varieties=("plain",)),
-        "check_seen": dict(seed=3, count=768, styles=SEEN_STYLES, varieties=("varied",)),
-        "check_unseen": dict(seed=4, count=768, styles=(UNSEEN_STYLE,), varieties=("varied",)),
+        "clip_train": dict(seed=1, count=args.scenes, style=MIXED, varieties=wild, domains=both),
+        "paint_train": dict(seed=2, count=args.scenes, style=painter, varieties=("plain",), domains=both),
+        "judge_train": dict(seed=5, count=args.scenes // 2, style=painter, varieties=("plain", "varied"), domains=both),
+        "judge_check": dict(seed=6, count=768, style=painter, varieties=("plain", "varied"), domains=both),
+        "check_seen": dict(seed=3, count=768, style=MIXED, varieties=("varied",)),
+        "check_unseen": dict(seed=4, count=768, style=FIRST.unseen_style, varieties=("varied",)),
+        "check_second": dict(seed=7, count=768, style=SECOND.unseen_style, varieties=("varied",), domains=(SECOND,)),
     }
     drawn = {}
     for name, plan in plans.items():

@@ -9,7 +9,8 @@ from pathlib import Path
 from pcm.errors import InputError
 
 PACK = Path(__file__).parent / "pack"
-SPLITS = ("val", "test")
+SPLITS = ("val", "test", "val@second", "test@second")
+CORPORA = {"embedded": "captions.txt", "embedded-second": "captions_second.txt"}
 
 
 def t2i_path() -> Path:
@@ -22,16 +23,19 @@ def clip_path() -> Path:
     return _part("clip")
 
 
-def corpus_path() -> Path:
-    """The text-only training corpus, one caption a line."""
-    return _part("captions.txt")
+def corpus_path(name: str = "embedded") -> Path:
+    """A text-only training corpus, one caption a line: "embedded" or, of the second domain, "embedded-second"."""
+    if name not in CORPORA:
+        raise InputError(f"unknown embedded corpus {name!r}: expected one of {', '.join(CORPORA)}")
+    return _part(CORPORA[name])
 
 
 def test_set_path(split: str) -> Path:
-    """The Parquet file of held-out pictures with five references each; `split` is "val" or "test"."""
+    """The Parquet file of held-out pictures with five references each; `split` is "val" or "test", those of the second
+    domain "val@second" or "test@second"."""
     if split not in SPLITS:
         raise InputError(f"unknown embedded test set {split!r}: expected one of {', '.join(SPLITS)}")
-    return _part(f"photos_{split}.parquet")
+    return _part(f"photos_{split.replace('@', '_')}.parquet")
 
 
 def _part(name: str) -> Path:

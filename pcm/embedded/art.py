@@ -1,6 +1,6 @@
 """Drawing scenes: open-licensed emoji art on simple backgrounds, composed as one SVG and rendered by resvg.
 
-The art comes from four npm packages of the Iconify project (credits in pack/LICENSES.md) and is not part of this
+The art comes from npm packages of the Iconify project (credits in pack/LICENSES.md) and is not part of this
 repository: `fetch_art` installs it into a cache folder.
 """
 
@@ -11,26 +11,104 @@ import random
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from pcm.embedded.world import BY_NAME, NOUNS, SEEN_STYLES, SIZE, UNSEEN_STYLE, Scene
+from pcm.embedded.backgrounds import background
+from pcm.embedded.world import BY_NAME, DOMAINS, MIXED, NOUNS, SEEN_STYLES, SIZE, Scene, Thing
 from pcm.errors import InputError
 
 ART_PACKAGES = {
-    "noto": "@iconify-json/noto@1.2.6",
     "twemoji": "@iconify-json/twemoji@1.2.5",
+    "noto": "@iconify-json/noto@1.2.9",
+    "openmoji": "@iconify-json/openmoji@1.2.29",
     "emojione": "@iconify-json/emojione@1.2.3",
-    "fluent-emoji-flat": "@iconify-json/fluent-emoji-flat@1.2.9",
+    "noto-v1": "@iconify-json/noto-v1@1.2.5",
+    "emojione-v1": "@iconify-json/emojione-v1@1.2.3",
+    "streamline-emojis": "@iconify-json/streamline-emojis@1.2.4",
+    "emojione-monotone": "@iconify-json/emojione-monotone@1.2.1",
+    "fluent-emoji-flat": "@iconify-json/fluent-emoji-flat@1.2.6",
+    "fxemoji": "@iconify-json/fxemoji@1.2.2",
 }
 DEFAULT_ART_FOLDER = Path.home() / ".cache" / "pcmnet-ray" / "art"
-STYLES = (*SEEN_STYLES, UNSEEN_STYLE)
+STYLES = (*SEEN_STYLES, *(domain.unseen_style for domain in DOMAINS.values()))
 HUES = {"red": 0.0, "yellow": 0.14, "green": 0.36, "blue": 0.60, "purple": 0.77, "pink": 0.90}
 OVERRIDES = {("apple", "green"): "green-apple"}  # an icon of its own where the art has one
-BETTER_ICONS = {("twemoji", "bus"): "trolleybus"}  # twemoji's bus is grey: no paint would show
+#: Icons that a style calls otherwise, draws better elsewhere ("" = has none that shows the noun).
+STYLE_ICONS: dict[str, dict[str, str]] = {
+    "twemoji": {"bus": "trolleybus"},  # twemoji's bus is grey: no paint would show
+    "openmoji": {"truck": "pickup-truck"},  # so is openmoji's delivery truck
+    "noto-v1": {"laptop": ""},  # a desktop computer
+    "emojione-v1": {"laptop": "", "umbrella": "umbrella-with-rain-drops"},
+    "streamline-emojis": {
+        "pizza": "pizza-1",
+        "cake": "birthday-cake-1",
+        "donut": "doughnut-1",
+        "cup": "hot-beverage-1",
+        "book": "green-book",
+        "backpack": "school-backpack",
+        "house": "house-with-garden",
+        "sheep": "ewe-1",
+        "bird": "bird-1",
+    },
+    "fxemoji": {
+        "apple": "redapple",
+        "orange": "tangerine",
+        "pizza": "sliceofpizza",
+        "cake": "birthdaycake",
+        "cup": "hotbeverage",
+        "book": "closedbook",
+        "clock": "alarmclock",
+        "umbrella": "umbrellawithraindrops",
+        "laptop": "",  # a desktop computer
+        "scissors": "blackscissors",
+        "bed": "",  # its "bed" is a hotel
+        "phone": "cellphone",
+        "backpack": "schoolsatchel",
+        "ball": "soccerball",
+        "tree": "deciduoustree",
+        "house": "housebuilding",
+        "dog": "dogside",
+        "cat": "catside",
+        "sheep": "sheep",
+        "truck": "deliverytruck",
+        "train": "steamlocomotive",
+        "hat": "tophat",
+        "shoe": "mensrunner",
+    },
+}
+#: Other icons of a noun, in the seen styles that have them; for "wild" scenes only.
+EXTRA_ICONS = {
+    "dog": ("dog-face", "poodle"),
+    "cat": ("cat-face",),
+    "horse": ("horse-face",),
+    "cow": ("cow-face", "ox"),
+    "sheep": ("ram",),
+    "bus": ("oncoming-bus", "trolleybus", "minibus"),
+    "truck": ("articulated-lorry", "pickup-truck"),
+    "train": ("tram-car", "railway-car"),
+    "car": ("sport-utility-vehicle", "taxi"),
+    "tree": ("evergreen-tree",),
+    "flower": ("rose", "hibiscus", "sunflower"),
+    "house": ("house-with-garden",),
+    "cake": ("shortcake",),
+    "clock": ("mantelpiece-clock", "stopwatch"),
+    "cup": ("teacup-without-handle",),
+    "fish": ("tropical-fish", "blowfish"),
+    "camera": ("camera-with-flash",),
+    "umbrella": ("umbrella-with-rain-drops",),
+    "book": ("green-book", "notebook-with-decorative-cover"),
+    "hat": ("womans-hat",),
+    "boat": ("speedboat", "canoe"),
+    "motorcycle": ("motor-scooter",),
+    "apple": ("green-apple",),
+}
+EXTRA_SHARE = 0.25
+MONOTONE, INK = "emojione-monotone", "currentColor"  # a style of silhouettes in any one colour
 
 
 def fetch_art(folder: Path = DEFAULT_ART_FOLDER) -> Path:
@@ -52,7 +130,7 @@ def fetch_art(folder: Path = DEFAULT_ART_FOLDER) -> Path:
 
 
 class Artist:
-    """Draws scenes. Holds the icons of the world's nouns in every style (a few hundred kilobytes)."""
+    """Draws scenes. Holds the icons of the world's nouns in every style (a few megabytes)."""
 
     def __init__(self, folder: Path = DEFAULT_ART_FOLDER):
         missing = [style for style in STYLES if not _icons_file(folder, style).exists()]
@@ -68,47 +146,123 @@ class Artist:
         return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))  # (64, 64, 3)
 
     def svg(self, scene: Scene) -> str:
-        background = _background(scene)
-        things = "".join(self._thing(scene.style, thing) for thing in scene.things)
+        rng = random.Random(scene.backdrop + 1)
+        styles: dict[str, tuple[str, str]] = {}  # things of one kind are drawn alike
+        things = []
+        for thing in scene.things:
+            style, icon = styles.get(thing.noun) or self._icon_of(scene, thing, rng)
+            styles[thing.noun] = style, icon
+            body = self._body(style, icon, thing.colour)
+            if style == MONOTONE and not thing.colour:
+                body = body.replace(INK, _dark(rng))
+            units, wild = self._icons[style][icon][1], scene.variety == "wild"
+            if wild:
+                body = _redrawn(body, units, rng, painted=bool(thing.colour))
+            things.append(_placed(body, units, thing, wild, rng))
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'width="{SIZE}" height="{SIZE}" viewBox="0 0 {SIZE} {SIZE}">{background}{things}</svg>'
+            f'width="{SIZE}" height="{SIZE}" viewBox="0 0 {SIZE} {SIZE}">{background(scene)}{"".join(things)}</svg>'
         )
 
-    def _thing(self, style: str, thing) -> str:
-        body, units = self._icon(style, thing.noun, thing.colour)
-        scale = thing.size / units
-        mirror = -1 if thing.flipped else 1
-        move = f"translate({thing.x:.2f} {thing.y:.2f}) rotate({thing.tilt:.1f})"
-        move += f" scale({mirror * scale:.4f} {scale:.4f}) translate({-units / 2} {-units / 2})"
-        return f'<g transform="{move}">{body}</g>'
+    def has(self, style: str, noun: str) -> bool:
+        """Whether a style can draw a noun."""
+        return usual_icon(style, noun) in self._icons[style]
 
-    @lru_cache(maxsize=1024)  # noqa: B019 - one Artist lives as long as its process
-    def _icon(self, style: str, noun: str, colour: str) -> tuple[str, float]:
-        override = OVERRIDES.get((noun, colour))
-        body, units = self._icons[style][override or BETTER_ICONS.get((style, noun)) or BY_NAME[noun].icon]
-        return (body if override or not colour else recolour(body, HUES[colour])), units
+    def _icon_of(self, scene: Scene, thing: Thing, rng: random.Random) -> tuple[str, str]:
+        """(style, icon) of a thing."""
+        if scene.style != MIXED:
+            return scene.style, OVERRIDES.get((thing.noun, thing.colour)) or usual_icon(scene.style, thing.noun)
+        styles = [style for style in SEEN_STYLES if self.has(style, thing.noun)]
+        style = rng.choice(styles)
+        usual = OVERRIDES.get((thing.noun, thing.colour)) or usual_icon(style, thing.noun)
+        extras = [icon for icon in EXTRA_ICONS.get(thing.noun, ()) if icon in self._icons[style]]
+        if scene.variety == "wild" and extras and rng.random() < EXTRA_SHARE:
+            extra = rng.choice(extras)
+            if not thing.colour or self._body(style, extra, thing.colour) != self._body(style, extra, ""):
+                return style, extra  # else it is grey: no paint would show
+        return style, usual if usual in self._icons[style] else usual_icon(style, thing.noun)
+
+    @lru_cache(maxsize=2048)  # noqa: B019 - one Artist lives as long as its process
+    def _body(self, style: str, icon: str, colour: str) -> str:
+        """The icon as SVG text, painted."""
+        body, _ = self._icons[style][icon]
+        if not colour:
+            return body
+        if style == MONOTONE:
+            return body.replace(INK, _hex(HUES[colour], 0.45, 0.8))
+        return body if icon in OVERRIDES.values() else recolour(body, HUES[colour])
+
+
+def usual_icon(style: str, noun: str) -> str:
+    """The name under which a style draws a noun; "" where it has nothing that shows it."""
+    return STYLE_ICONS.get(style, {}).get(noun, BY_NAME[noun].icon)
 
 
 def recolour(body: str, hue: float) -> str:
     """SVG text with every clearly coloured hex colour turned to `hue` (0..1); greys, blacks and whites stay."""
+
+    def turn(own: float, lightness: float, saturation: float, chroma: float) -> tuple[float, float, float] | None:
+        windows = 0.45 < own < 0.62 and lightness > 0.7  # pale blue glass stays glass
+        if chroma < 0.25 or windows:
+            return None
+        bright = hue in (HUES["pink"], HUES["yellow"])  # a dark yellow is olive, a dark pink is purple
+        lightness = min(max(lightness, 0.5 if bright else 0.3), 0.72 if bright else 0.6)
+        return hue, lightness, max(saturation, 0.6)
+
+    return _each_colour(body, turn)
+
+
+def _redrawn(body: str, units: float, rng: random.Random, *, painted: bool) -> str:
+    """The icon as another hand might have drawn it: other shades, now and then an outline. Paint keeps its hue."""
+    shift = rng.uniform(-0.012, 0.012) if painted else rng.gauss(0, 0.06)
+    light, contrast = rng.uniform(-0.08, 0.08), rng.uniform(0.8, 1.2)
+    rich = rng.uniform(0.85, 1.2) if painted else rng.uniform(0.4, 1.3)
+
+    def turn(hue: float, lightness: float, saturation: float, chroma: float) -> tuple[float, float, float]:
+        lightness = min(1.0, max(0.0, 0.5 + (lightness - 0.5) * contrast + light))
+        return (hue + shift) % 1.0, lightness, min(1.0, saturation * rich)
+
+    body = _each_colour(body, turn)
+    if rng.random() < 0.25:
+        ink, width = _dark(rng), units * rng.uniform(0.015, 0.035)
+        body = f'<g stroke="{ink}" stroke-width="{width:.3f}" stroke-linejoin="round">{body}</g>'
+    return body
+
+
+def _placed(body: str, units: float, thing: Thing, wild: bool, rng: random.Random) -> str:
+    mirror = -1 if thing.flipped else 1
+    tall, lean = (rng.gauss(1, 0.09), rng.gauss(0, 5)) if wild else (1.0, 0.0)
+    tall = min(1.25, max(0.8, tall))
+    move = f"translate({thing.x:.2f} {thing.y:.2f}) rotate({thing.tilt:.1f}) skewX({lean:.1f})"
+    scale = thing.size / units
+    move += f" scale({mirror * scale / tall:.5f} {scale * tall:.5f}) translate({-units / 2} {-units / 2})"
+    return f'<g transform="{move}">{body}</g>'
+
+
+Change = Callable[[float, float, float, float], tuple[float, float, float] | None]
+
+
+def _each_colour(body: str, change: Change) -> str:
+    """SVG text with `change` (hue, lightness, saturation, chroma, all 0..1) applied to every hex colour; None keeps."""
 
     def turn(match: re.Match) -> str:
         digits = match.group(1)
         if len(digits) == 3:
             digits = "".join(digit * 2 for digit in digits)
         red, green, blue = (int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4))
-        own_hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
-        chroma = max(red, green, blue) - min(red, green, blue)
-        windows = 0.45 < own_hue < 0.62 and lightness > 0.7  # pale blue glass stays glass
-        if chroma < 0.25 or windows:
-            return match.group(0)
-        bright = hue in (HUES["pink"], HUES["yellow"])  # a dark yellow is olive, a dark pink is purple
-        lightness = min(max(lightness, 0.5 if bright else 0.3), 0.72 if bright else 0.6)
-        turned = colorsys.hls_to_rgb(hue, lightness, max(saturation, 0.6))
-        return "#" + "".join(f"{round(255 * part):02x}" for part in turned)
+        hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
+        turned = change(hue, lightness, saturation, max(red, green, blue) - min(red, green, blue))
+        return match.group(0) if turned is None else _hex(*turned)
 
     return re.sub(r"#([0-9a-fA-F]{6}|[0-9a-fA-F]{3})(?![0-9a-zA-Z])", turn, body)
+
+
+def _hex(hue: float, lightness: float, saturation: float) -> str:
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, lightness, saturation))
+
+
+def _dark(rng: random.Random) -> str:
+    return _hex(rng.random(), rng.uniform(0.08, 0.3), rng.uniform(0.0, 0.5))
 
 
 def _icons_file(folder: Path, style: str) -> Path:
@@ -116,79 +270,11 @@ def _icons_file(folder: Path, style: str) -> Path:
 
 
 def _read_icons(path: Path) -> dict[str, tuple[str, float]]:
+    """The icons of a package that the world can use: SVG text and the side of its box."""
     data = json.loads(path.read_text())
-    aliases = data.get("aliases", {})
-    wanted = {noun.icon for noun in NOUNS} | {*OVERRIDES.values(), *BETTER_ICONS.values()}
-    units = float(data.get("width", 16))
-    return {name: (data["icons"][aliases.get(name, {}).get("parent", name)]["body"], units) for name in wanted}
-
-
-def _rect(x: float, y: float, width: float, height: float, fill: str) -> str:
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{fill}"/>'
-
-
-def _shade(fill: str, rng: random.Random, amount: float) -> str:
-    parts = [int(fill[i : i + 2], 16) for i in (1, 3, 5)]
-    step = rng.uniform(-amount, amount)
-    return "#" + "".join(f"{min(255, max(0, round(p + step + rng.uniform(-amount, amount) / 2))):02x}" for p in parts)
-
-
-def _background(scene: Scene) -> str:
-    """The place. A plain scene's is always the same; a varied one shifts its colours and horizon and adds details."""
-    rng = random.Random(scene.backdrop)
-    varied = scene.variety == "varied"
-    amount = 22.0 if varied else 0.0
-    dy = rng.uniform(-6, 5) if varied else 0.0
-
-    def c(fill: str) -> str:
-        return _shade(fill, rng, amount) if varied else fill
-
-    def cloud(x: float, y: float, r: float) -> str:
-        white = c("#ffffff")
-        return f'<ellipse cx="{x:.1f}" cy="{y:.1f}" rx="{2 * r:.1f}" ry="{r:.1f}" fill="{white}"/>'
-
-    def sky(fill: str) -> str:
-        extra = (
-            cloud(rng.uniform(6, 58), rng.uniform(4, 12), rng.uniform(2, 4)) if varied and rng.random() < 0.5 else ""
-        )
-        return _rect(0, 0, SIZE, SIZE, c(fill)) + extra
-
-    horizon = 34 + dy
-    match scene.place:
-        case "grass":
-            tufts = "".join(
-                _rect(x, horizon + 6 + (x * 7) % 20, 2, 3, c("#4d9a33"))
-                for x in range(3 + rng.randrange(5) * varied, 64, 11)
-            )
-            return sky("#bfe3f7") + _rect(0, horizon, SIZE, SIZE, c("#6abf4b")) + tufts
-        case "street":
-            walls = "".join(
-                _rect(x, 8 + (x * 5) % 13 + dy, 13, 40, c(("#c9b7a7", "#b3a79f")[(x // 13) % 2]))
-                for x in range(0, 64, 13)
-            )
-            lines = "".join(_rect(x, 56 + dy / 2, 8, 2.5, c("#f2f2f2")) for x in range(2, 64, 14))
-            return sky("#dfe8ee") + walls + _rect(0, horizon, SIZE, SIZE, c("#7d8088")) + lines
-        case "table":
-            legs = _rect(0, horizon + 3, SIZE, 2, c("#8a5a2b"))
-            return _rect(0, 0, SIZE, SIZE, c("#f4e8d0")) + _rect(0, horizon + 5, SIZE, SIZE, c("#b9814a")) + legs
-        case "beach":
-            return (
-                sky("#a9dcf5")
-                + _rect(0, horizon - 8, SIZE, 12, c("#3b9fd1"))
-                + _rect(0, horizon + 3, SIZE, SIZE, c("#f0d9a0"))
-            )
-        case "snow":
-            flakes = "".join(
-                f'<circle cx="{(x * 17 + 5) % 64}" cy="{(x * 29 + 3) % 36}" r="1.1" fill="#ffffff"/>' for x in range(9)
-            )
-            return sky("#b8c4d3") + flakes + _rect(0, horizon, SIZE, SIZE, c("#f6f9fc"))
-        case "sky":
-            clouds = cloud(12, 52 + dy, 5) + cloud(50, 10 + dy / 2, 4) + (cloud(40, 58, 4) if not varied else "")
-            return _rect(0, 0, SIZE, SIZE, c("#5fb2ea")) + clouds
-        case "room":
-            picture = _rect(46, 6 + dy / 2, 12, 10, c("#a86a5b")) + _rect(48, 8 + dy / 2, 8, 6, c("#f5f0d8"))
-            return _rect(0, 0, SIZE, SIZE, c("#e9cfc0")) + picture + _rect(0, horizon + 4, SIZE, SIZE, c("#a5744f"))
-        case "water":
-            waves = "".join(_rect(x, horizon + 6 + (x * 3) % 22, 9, 1.6, c("#8fd0ee")) for x in range(2, 64, 12))
-            return sky("#d5eefa") + _rect(0, horizon - 3, SIZE, SIZE, c("#2f86c5")) + waves
-    raise InputError(f"unknown place {scene.place!r}: expected one of the world's places")
+    aliases, units = data.get("aliases", {}), float(data.get("width", 16))
+    wanted = {noun.icon for noun in NOUNS} | set(OVERRIDES.values())
+    wanted |= {icon for icons in STYLE_ICONS.values() for icon in icons.values()}
+    wanted |= {icon for icons in EXTRA_ICONS.values() for icon in icons}
+    found = {name: aliases.get(name, {}).get("parent", name) for name in wanted}
+    return {name: (data["icons"][own]["body"], units) for name, own in found.items() if own in data["icons"]}

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 import pcm.torchvision_shim  # noqa: F401  - before open_clip and diffusers
-from pcm.embedded.captions import PLACE_PHRASES
+from pcm.embedded.captions import describe
 from pcm.embedded.clip_training import as_input, measure
 from pcm.embedded.scenes import SceneSet
 from pcm.embedded.t2i_training import STEPS
-from pcm.embedded.world import BY_NAME, NOUNS
+from pcm.embedded.world import DOMAINS, NOUNS, PAINTER_STYLE, Domain, Noun, Scene, sample_scene
 
 GUIDANCE = 3.0
 
@@ -25,8 +25,8 @@ GUIDANCE = 3.0
 class Painted:
     """Generated pictures with what was asked for."""
 
+    scenes: list[Scene]
     prompts: list[str]
-    nouns: list[tuple[str, ...]]
     images: np.ndarray  # (n, 64, 64, 3) uint8
     cpu_seconds_a_picture: float  # of all threads together, so another process on the machine changes it little
 
@@ -45,30 +45,32 @@ def judge_clip(folder: Path, check: dict[str, SceneSet]) -> dict[str, dict[str, 
     return {name: measure(model, tokenise, scenes) for name, scenes in check.items()}
 
 
-def judge_prompts(seed: int = 11) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Two prompts a noun for single objects and one a noun for pairs."""
+def judge_scenes(seed: int = 11) -> list[tuple[Scene, str]]:
+    """Scenes to ask of the text-to-image model, with their prompts: of every noun of every domain two with that thing
+    alone, then one where it stands with a thing of another kind."""
     rng = random.Random(seed)
-    prompts: list[str] = []
-    nouns: list[tuple[str, ...]] = []
-    for noun in NOUNS:
-        for _ in range(2):
-            place = rng.choice(noun.places)
-            prompts.append(f"{_named(noun.name)} {PLACE_PHRASES[place][0]}")
-            nouns.append((noun.name,))
-    for noun in NOUNS:
-        place = rng.choice(noun.places)
-        other = rng.choice([o for o in NOUNS if place in o.places and o is not noun]).name
-        prompts.append(f"{_named(noun.name)} and {_named(other)} {PLACE_PHRASES[place][0]}")
-        nouns.append((noun.name, other))
-    return prompts, nouns
+    found: list[tuple[Scene, str]] = []
+    for things, times in ((1, 2), (2, 1)):
+        for domain in DOMAINS.values():
+            for noun in domain.nouns:
+                found += [_asking(rng, domain, noun, things) for _ in range(times)]
+    return found
 
 
-def paint(folder: Path, prompts: list[str], nouns: list[tuple[str, ...]], *, batch: int = 8) -> Painted:
+def _asking(rng: random.Random, domain: Domain, noun: Noun, things: int) -> tuple[Scene, str]:
+    while True:
+        scene = sample_scene(rng, style=PAINTER_STYLE, variety="plain", things=things, domain=domain)
+        if noun.name in scene.nouns and len(scene.nouns) == things:
+            return scene, describe(scene, rng)
+
+
+def paint(folder: Path, asked: list[tuple[Scene, str]], *, batch: int = 8) -> Painted:
     """Generates one picture a prompt, seed = position, with the pipeline's own scheduler."""
     from diffusers import DiffusionPipeline
 
     pipeline: Any = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
+    prompts = [prompt for _, prompt in asked]
     images, seconds = [], []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
@@ -77,27 +79,27 @@ def paint(folder: Path, prompts: list[str], nouns: list[tuple[str, ...]], *, bat
         pictures = pipeline(part, generator=generators, num_inference_steps=STEPS, guidance_scale=GUIDANCE).images
         seconds.append((time.process_time() - began) / len(part))
         images += [np.asarray(picture) for picture in pictures]
-    return Painted(prompts, nouns, np.stack(images), float(np.median(seconds)))
+    return Painted([scene for scene, _ in asked], prompts, np.stack(images), float(np.median(seconds)))
 
 
 @torch.no_grad()
 def recognised(clip_folder: Path, painted: Painted) -> dict[str, float]:
     """Share of pictures in which the packed CLIP, which never saw a generated picture, finds what was asked for.
 
-    single: the nearest of the 32 nouns is the one; both: the two nearest are the two; any: at least one of the two is.
+    single: the nearest of all nouns is the one; both: the two nearest are the two; any: at least one of the two is.
     """
     model, tokenise = load_clip(clip_folder)
     image = F.normalize(model.encode_image(as_input(painted.images)), dim=-1)
     names = F.normalize(model.encode_text(tokenise([f"a photo of a {noun.name}" for noun in NOUNS])), dim=-1)
     order = (image @ names.T).argsort(1, descending=True).tolist()
     single, both, either = [], [], []
-    for ranks, asked in zip(order, painted.nouns, strict=True):
-        top = {NOUNS[rank].name for rank in ranks[: len(asked)]}
-        if len(asked) == 1:
-            single.append(top == set(asked))
+    for ranks, scene in zip(order, painted.scenes, strict=True):
+        top = {NOUNS[rank].name for rank in ranks[: len(scene.nouns)]}
+        if len(scene.nouns) == 1:
+            single.append(top == scene.nouns)
         else:
-            both.append(top == set(asked))
-            either.append(bool(top & set(asked)))
+            both.append(top == scene.nouns)
+            either.append(bool(top & scene.nouns))
     return {name: round(float(np.mean(v)), 4) for name, v in (("single", single), ("both", both), ("any", either))}
 
 
@@ -117,9 +119,3 @@ def contact_sheet(painted: Painted, path: Path, *, columns: int = 8, limit: int 
         for line, part in enumerate((words[:half], words[half:])):
             draw.text((x + 2, y + 66 + 12 * line), " ".join(part), fill="black", font_size=9)
     sheet.quantize(160).save(path, optimize=True)  # a palette: a third of the bytes
-
-
-def _named(name: str) -> str:
-    if name == "scissors":
-        return "a pair of scissors"
-    return f"{'an' if BY_NAME[name].name[0] in 'aeiou' else 'a'} {name}"

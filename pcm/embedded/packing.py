@@ -12,7 +12,7 @@ import torch
 from pcm.embedded.captions import corpus
 from pcm.embedded.cards import LICENSES, model_card
 from pcm.embedded.clip_training import save_clip
-from pcm.embedded.judging import contact_sheet, judge_clip, judge_prompts, paint, recognised
+from pcm.embedded.judging import contact_sheet, judge_clip, judge_scenes, paint, recognised
 from pcm.embedded.scenes import SceneSet
 from pcm.embedded.test_sets import write_test_set
 from pcm.errors import InputError
@@ -43,7 +43,7 @@ def write_pack(work: Path, art_folder: Path, pack: Path) -> dict:
     figures: dict = {"captions": CORPUS_SIZE, "clip": judge_clip(pack / "clip", check)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # seconds a picture are stated for one core
-    painted = paint(pack / "t2i", *judge_prompts())
+    painted = paint(pack / "t2i", judge_scenes())
     torch.set_num_threads(threads)
     figures["t2i"] = recognised(pack / "clip", painted) | {
         "cpu_seconds_a_picture": round(painted.cpu_seconds_a_picture, 3)

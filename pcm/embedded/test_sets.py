@@ -11,7 +11,7 @@ from PIL import Image
 
 from pcm.embedded.art import Artist
 from pcm.embedded.captions import references
-from pcm.embedded.world import UNSEEN_STYLE, Scene, sample_scene
+from pcm.embedded.world import FIRST, Domain, Scene, sample_scene
 
 REFERENCES = 5
 FEATURES = {
@@ -29,21 +29,21 @@ SCHEMA = pa.schema(
 )
 
 
-def test_scenes(seed: int, count: int) -> list[Scene]:
-    """`count` scenes of different content; the same ones every time for one seed."""
+def test_scenes(seed: int, count: int, domain: Domain = FIRST) -> list[Scene]:
+    """`count` scenes of different content in the domain's unseen style; the same ones every time for one seed."""
     rng = random.Random(seed)
     scenes: dict[tuple, Scene] = {}
     while len(scenes) < count:
-        scene = sample_scene(rng, style=UNSEEN_STYLE, variety="varied")
+        scene = sample_scene(rng, style=domain.unseen_style, variety="varied", domain=domain)
         scenes.setdefault(scene.content, scene)
     return list(scenes.values())
 
 
-def write_test_set(path: Path, *, split: str, seed: int, count: int, art_folder: Path) -> None:
+def write_test_set(path: Path, *, split: str, seed: int, count: int, art_folder: Path, domain: Domain = FIRST) -> None:
     """Draws the scenes and writes image_id, image (PNG, shown as an Image by `datasets`) and references."""
     artist, rng = Artist(art_folder), random.Random(seed + 1)
     rows = []
-    for number, scene in enumerate(test_scenes(seed, count)):
+    for number, scene in enumerate(test_scenes(seed, count, domain)):
         png = io.BytesIO()
         Image.fromarray(artist.draw(scene)).save(png, "PNG", optimize=True)
         name = f"{split}-{number:04d}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pcm.embedded.captions import corpus
+from pcm.embedded.world import DOMAINS, NOUNS
 
 CONTEXT_LENGTH = 24  # start and end included: 22 words
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
@@ -61,7 +62,9 @@ def build_tokenizer(folder: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
-    words = {word for caption in corpus(random.Random(7), 20_000) for word in caption.split()}
+    texts = [caption for domain in DOMAINS.values() for caption in corpus(random.Random(7), 20_000, domain)]
+    texts += [f"{noun.name} {noun.plural}" for noun in NOUNS]
+    words = {word for text in texts for word in text.split()}
     words |= {word for prompt in PROMPTS for word in prompt.format("").split()} | set(MORE_WORDS.split())
     merges = learn_merges(sorted(words))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # "!" sorts first: id 0 pads, as in Stable Diffusion 2

@@ -1,76 +1,233 @@
-"""The drawn world: which nouns, places and colours exist, and how a scene is composed.
+"""The drawn world: which nouns, places and colours exist, its two domains, and how a scene is composed.
 
-A scene is at most two things in one place. `sample_scene` draws one at random; `pcm.embedded.art` draws its picture
+A scene is one to three things in one place. `sample_scene` draws one at random; `pcm.embedded.art` draws its picture
 and `pcm.embedded.captions` says it in words. Nothing here renders anything, so it needs no drawing library.
+
+The two domains stand to each other as MSCOCO and Flickr30k do: other nouns and places, other sentences, and "real
+photos" in another drawing style. No training sees either of those two styles.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 SIZE = 64  # pixels, both sides of a picture
-PLACES = ("grass", "street", "table", "beach", "snow", "sky", "room", "water")
+PLACES = ("grass", "street", "table", "beach", "snow", "sky", "room", "water", "mountain", "stage")
 COLOURS = ("red", "blue", "green", "yellow", "purple", "pink")
-SEEN_STYLES = ("twemoji", "noto", "emojione")  # drawing styles any training may use
-UNSEEN_STYLE = "fluent-emoji-flat"  # used by nothing but the "real photos" of the test sets
+SEEN_STYLES = (  # drawing styles any training may use; only the first, second and third have every noun
+    "twemoji",
+    "noto",
+    "openmoji",
+    "emojione",
+    "noto-v1",
+    "emojione-v1",
+    "streamline-emojis",
+    "emojione-monotone",
+)
+MIXED = "mixed"  # as a scene's style: every thing in a seen style of its own, one that has its noun
 PAINTER_STYLE = "twemoji"  # the one style the text-to-image model learns: fewer shapes to learn, better shapes
 
-Variety = Literal["plain", "varied"]
-Manner = Literal["stands", "lies", "parked", "floats", "grows"]  # which verbs fit
+Variety = Literal["plain", "varied", "wild"]
+Manner = Literal["stands", "lies", "parked", "floats", "grows", "swims"]  # which verbs fit
 
 
 @dataclass(frozen=True)
 class Noun:
-    """A kind of thing: its words, its icon in every drawing style, where it is found (a place named twice is twice as
-    likely), what it does there, and the colours it is painted in."""
+    """A kind of thing: its words, the usual name of its icon, which verbs fit, and the colours it is painted in."""
 
     name: str
     plural: str
     icon: str
     manner: Manner
-    places: tuple[str, ...]
     colours: tuple[str, ...] = ()
 
 
-OUTDOORS = ("grass", "street", "beach", "snow")
-INDOORS = ("table", "room")
 PAINTS = ("red", "blue", "green", "yellow", "purple", "pink")
 
 NOUNS: tuple[Noun, ...] = (
-    Noun("apple", "apples", "red-apple", "lies", ("table", "grass", "room"), ("red", "green", "yellow")),
-    Noun("banana", "bananas", "banana", "lies", ("table", "room", "beach")),
-    Noun("orange", "oranges", "tangerine", "lies", ("table", "grass", "room")),
-    Noun("pizza", "pizzas", "pizza", "lies", ("table", "room", "grass")),
-    Noun("cake", "cakes", "shortcake", "lies", ("table", "room")),
-    Noun("donut", "donuts", "doughnut", "lies", ("table", "room", "beach")),
-    Noun("cup", "cups", "hot-beverage", "lies", ("table", "room")),
-    Noun("book", "books", "closed-book", "lies", ("table", "room", "grass"), PAINTS),
-    Noun("clock", "clocks", "alarm-clock", "stands", ("table", "room")),
-    Noun("umbrella", "umbrellas", "umbrella", "stands", ("beach", "grass", "street", "snow"), PAINTS),
-    Noun("laptop", "laptops", "laptop", "stands", ("table", "room")),
-    Noun("scissors", "scissors", "scissors", "lies", ("table", "room")),
-    Noun("couch", "couches", "couch-and-lamp", "stands", ("room", "grass", "street")),
-    Noun("ball", "balls", "soccer-ball", "lies", ("grass", "beach", "street", "snow", "room")),
-    Noun("tree", "trees", "deciduous-tree", "grows", ("grass", "street", "snow", "beach")),
-    Noun("flower", "flowers", "tulip", "grows", ("grass", "table", "room", "snow")),
-    Noun("house", "houses", "house", "stands", ("grass", "street", "snow", "beach")),
-    Noun("dog", "dogs", "dog", "stands", (*OUTDOORS, "room")),
-    Noun("cat", "cats", "cat", "stands", ("grass", "street", "snow", "room", "table")),
-    Noun("horse", "horses", "horse", "stands", OUTDOORS),
-    Noun("cow", "cows", "cow", "stands", OUTDOORS),
-    Noun("sheep", "sheep", "ewe", "stands", ("grass", "snow", "street")),
-    Noun("elephant", "elephants", "elephant", "stands", ("grass", "beach", "street", "water")),
-    Noun("bird", "birds", "bird", "stands", ("grass", "snow", "water", "sky", "sky")),
-    Noun("car", "cars", "automobile", "parked", OUTDOORS, PAINTS),
-    Noun("bus", "buses", "bus", "parked", ("street", "snow", "grass"), PAINTS),
-    Noun("truck", "trucks", "delivery-truck", "parked", OUTDOORS, PAINTS),
-    Noun("train", "trains", "locomotive", "parked", ("grass", "snow", "street")),
-    Noun("boat", "boats", "sailboat", "floats", ("water", "water", "water", "beach")),
-    Noun("airplane", "airplanes", "airplane", "parked", ("sky", "sky", "sky", "street", "grass")),
-    Noun("bicycle", "bicycles", "bicycle", "parked", OUTDOORS),
-    Noun("motorcycle", "motorcycles", "motorcycle", "parked", OUTDOORS),
+    Noun("apple", "apples", "red-apple", "lies", ("red", "green", "yellow")),
+    Noun("banana", "bananas", "banana", "lies"),
+    Noun("orange", "oranges", "tangerine", "lies"),
+    Noun("pizza", "pizzas", "pizza", "lies"),
+    Noun("cake", "cakes", "birthday-cake", "lies"),
+    Noun("donut", "donuts", "doughnut", "lies"),
+    Noun("carrot", "carrots", "carrot", "lies"),
+    Noun("cup", "cups", "hot-beverage", "lies"),
+    Noun("book", "books", "closed-book", "lies", PAINTS),
+    Noun("clock", "clocks", "alarm-clock", "stands"),
+    Noun("umbrella", "umbrellas", "umbrella", "stands", PAINTS),
+    Noun("laptop", "laptops", "laptop", "stands"),
+    Noun("scissors", "scissors", "scissors", "lies"),
+    Noun("couch", "couches", "couch-and-lamp", "stands"),
+    Noun("bed", "beds", "bed", "stands"),
+    Noun("toilet", "toilets", "toilet", "stands"),
+    Noun("television", "televisions", "television", "stands"),
+    Noun("phone", "phones", "mobile-phone", "lies"),
+    Noun("backpack", "backpacks", "backpack", "lies", PAINTS),
+    Noun("ball", "balls", "soccer-ball", "lies"),
+    Noun("kite", "kites", "kite", "lies"),
+    Noun("tree", "trees", "deciduous-tree", "grows"),
+    Noun("flower", "flowers", "tulip", "grows"),
+    Noun("house", "houses", "house", "stands"),
+    Noun("dog", "dogs", "dog", "stands"),
+    Noun("cat", "cats", "cat", "stands"),
+    Noun("horse", "horses", "horse", "stands"),
+    Noun("cow", "cows", "cow", "stands"),
+    Noun("sheep", "sheep", "ewe", "stands"),
+    Noun("elephant", "elephants", "elephant", "stands"),
+    Noun("bear", "bears", "bear", "stands"),
+    Noun("zebra", "zebras", "zebra", "stands"),
+    Noun("giraffe", "giraffes", "giraffe", "stands"),
+    Noun("bird", "birds", "bird", "stands"),
+    Noun("car", "cars", "automobile", "parked", PAINTS),
+    Noun("bus", "buses", "bus", "parked", PAINTS),
+    Noun("truck", "trucks", "delivery-truck", "parked", PAINTS),
+    Noun("train", "trains", "locomotive", "parked"),
+    Noun("boat", "boats", "sailboat", "floats"),
+    Noun("airplane", "airplanes", "airplane", "parked"),
+    Noun("bicycle", "bicycles", "bicycle", "parked"),
+    Noun("motorcycle", "motorcycles", "motorcycle", "parked"),
+    # of the second domain only
+    Noun("guitar", "guitars", "guitar", "lies"),
+    Noun("camera", "cameras", "camera", "lies"),
+    Noun("hat", "hats", "top-hat", "lies"),
+    Noun("balloon", "balloons", "balloon", "lies", PAINTS),
+    Noun("fish", "fish", "fish", "swims"),
+    Noun("tractor", "tractors", "tractor", "parked"),
+    Noun("monkey", "monkeys", "monkey", "stands"),
+    Noun("shoe", "shoes", "running-shoe", "lies"),
 )
 BY_NAME = {noun.name: noun for noun in NOUNS}
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Where each of its nouns is found (a place named twice is twice as likely), which nouns come `often` times as
+    often as the others, the drawing style of its "real photos", which no training sees, what its corpus and test sets
+    are called on command lines, and the seeds they are made with."""
+
+    name: str
+    unseen_style: str
+    corpus: str  # as in --corpus
+    test_sets: dict[str, str] = field(repr=False)  # by split, as in --images embedded:...
+    corpus_seed: int
+    test_seeds: dict[str, int] = field(repr=False)
+    places: dict[str, tuple[str, ...]] = field(repr=False)
+    often: dict[str, int] = field(repr=False)
+
+    @property
+    def nouns(self) -> tuple[Noun, ...]:
+        return tuple(noun for noun in NOUNS if noun.name in self.places)
+
+    def neighbours(self, noun: Noun, place: str) -> list[Noun]:
+        """The other nouns that are found in a place, frequent ones several times."""
+        others = [other for other in self.nouns if other is not noun and place in self.places[other.name]]
+        return [other for other in others for _ in range(self.often.get(other.name, 1))]
+
+    def frequent(self) -> list[Noun]:
+        """Every noun, frequent ones several times."""
+        return [noun for noun in self.nouns for _ in range(self.often.get(noun.name, 1))]
+
+
+_OUTDOORS = ("grass", "street", "beach", "snow")
+
+FIRST = Domain(
+    name="first",
+    unseen_style="fluent-emoji-flat",
+    corpus="embedded",
+    test_sets={"val": "val", "test": "test"},
+    corpus_seed=1000,
+    test_seeds={"val": 2000, "test": 3000},
+    often={},
+    places={
+        "apple": ("table", "grass", "room"),
+        "banana": ("table", "room", "beach"),
+        "orange": ("table", "grass", "room"),
+        "pizza": ("table", "room", "grass"),
+        "cake": ("table", "table", "room"),
+        "donut": ("table", "room", "beach"),
+        "carrot": ("table", "table", "grass"),
+        "cup": ("table", "room"),
+        "book": ("table", "room", "grass"),
+        "clock": ("table", "room"),
+        "umbrella": ("beach", "grass", "street", "snow"),
+        "laptop": ("table", "room"),
+        "scissors": ("table", "room"),
+        "couch": ("room", "room", "street"),
+        "bed": ("room",),
+        "toilet": ("room",),
+        "television": ("room", "table"),
+        "phone": ("table", "room"),
+        "backpack": ("room", "table", "grass", "beach"),
+        "ball": ("grass", "beach", "street", "snow", "room"),
+        "kite": ("sky", "sky", "sky", "beach"),
+        "tree": ("grass", "street", "snow", "beach"),
+        "flower": ("grass", "table", "room", "snow"),
+        "house": ("grass", "street", "snow", "beach"),
+        "dog": (*_OUTDOORS, "room"),
+        "cat": ("grass", "street", "snow", "room", "table"),
+        "horse": _OUTDOORS,
+        "cow": _OUTDOORS,
+        "sheep": ("grass", "snow", "street"),
+        "elephant": ("grass", "beach", "street", "water"),
+        "bear": ("grass", "snow", "water"),
+        "zebra": ("grass", "grass", "street", "water"),
+        "giraffe": ("grass", "grass", "street", "beach"),
+        "bird": ("grass", "snow", "water", "sky", "sky"),
+        "car": _OUTDOORS,
+        "bus": ("street", "snow", "grass"),
+        "truck": _OUTDOORS,
+        "train": ("grass", "snow", "street"),
+        "boat": ("water", "water", "water", "beach"),
+        "airplane": ("sky", "sky", "sky", "street", "grass"),
+        "bicycle": _OUTDOORS,
+        "motorcycle": _OUTDOORS,
+    },
+)
+SECOND = Domain(
+    name="second",
+    unseen_style="fxemoji",
+    corpus="embedded-second",
+    test_sets={"val": "val@second", "test": "test@second"},
+    corpus_seed=1001,
+    test_seeds={"val": 2001, "test": 3001},
+    often={"dog": 3, "ball": 2, "bicycle": 2, "guitar": 2},
+    places={
+        "apple": ("stage", "grass", "room"),
+        "cup": ("room", "stage"),
+        "book": ("room", "stage", "mountain"),
+        "clock": ("room", "street"),
+        "umbrella": ("street", "street", "beach", "mountain"),
+        "backpack": ("mountain", "mountain", "street", "room"),
+        "ball": ("grass", "beach", "street", "stage"),
+        "tree": ("mountain", "mountain", "street", "grass"),
+        "flower": ("mountain", "grass", "room", "stage"),
+        "house": ("mountain", "mountain", "beach", "snow"),
+        "dog": ("beach", "snow", "grass", "water", "mountain", "street"),
+        "cat": ("street", "room", "stage"),
+        "horse": ("mountain", "beach", "snow", "water"),
+        "elephant": ("street", "stage", "water"),
+        "car": ("street", "mountain", "snow"),
+        "bus": ("street", "street", "mountain"),
+        "truck": ("mountain", "snow", "beach"),
+        "train": ("mountain", "snow"),
+        "boat": ("water", "water", "beach"),
+        "bicycle": ("street", "street", "mountain", "snow"),
+        "motorcycle": ("street", "mountain", "beach"),
+        "television": ("stage", "room"),
+        "cake": ("stage", "room", "beach"),
+        "guitar": ("stage", "stage", "room", "beach"),
+        "camera": ("stage", "room", "mountain"),
+        "hat": ("stage", "beach", "snow", "room"),
+        "balloon": ("stage", "room", "street", "grass"),
+        "fish": ("water", "water", "beach"),
+        "tractor": ("mountain", "grass", "snow"),
+        "monkey": ("grass", "stage", "street"),
+        "shoe": ("room", "beach", "street"),
+    },
+)
+DOMAINS = {domain.name: domain for domain in (FIRST, SECOND)}
+UNSEEN_STYLE = FIRST.unseen_style  # used by nothing but the "real photos" of the first domain's test sets
 
 
 @dataclass(frozen=True)
@@ -94,13 +251,14 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things in a place, ordered left to right. `backdrop` seeds the variation of the background."""
+    """Things in a place, ordered left to right. `backdrop` seeds what varies in its drawing."""
 
     place: str
     things: tuple[Thing, ...]
     style: str
     variety: Variety
     backdrop: int
+    domain: str  # one of DOMAINS, whose words tell it
 
     @property
     def nouns(self) -> frozenset[str]:
@@ -112,29 +270,49 @@ class Scene:
         return self.place, tuple((thing.noun, thing.colour) for thing in self.things)
 
 
-def sample_scene(rng: random.Random, *, style: str, variety: Variety, things: int | None = None) -> Scene:
-    """A random scene of `things` (1 or 2, drawn when None) things.
+MOST_THINGS = 3
+_COUNTS = (1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3)  # 35, 45 and 20 %
+#: Centre of each thing from left to right, and their size, for one, two and three things; pixels.
+_SITES = {1: ((32.0,), 42.0), 2: ((16.5, 47.5), 29.0), 3: ((11.5, 32.0, 52.5), 22.0)}
+
+
+def sample_scene(
+    rng: random.Random, *, style: str, variety: Variety, things: int | None = None, domain: Domain = FIRST
+) -> Scene:
+    """A random scene of `things` (1, 2 or 3, drawn when None) things of a domain.
 
     "plain": fixed sites, sizes and background, as in the text-to-image model's training pictures: what a caption does
     not say is hardly ever left to chance, so the model needs fewer steps. "varied": sizes, heights, tilt, mirror image
-    and background vary, as in photographs.
+    and background vary, as in photographs. "wild": poses vary as in "varied", and the drawings too (colours,
+    proportions, outlines), so that a model learns shapes and no one's way to draw them.
     """
-    count = things or rng.choice((1, 1, 2, 2, 2))
-    first = rng.choice(NOUNS)
-    place = rng.choice(first.places)
-    nouns = [first]
-    if count == 2:
-        same = rng.random() < 0.3
-        neighbours = [noun for noun in NOUNS if place in noun.places and noun is not first]
-        nouns.append(first if same else rng.choice(neighbours))
-        rng.shuffle(nouns)
-    pair_colour = _colour(rng, first)  # a pair of one kind has one colour, so that "two red cars" can be said
-    twins = count == 2 and nouns[0] is nouns[1]
-    placed = tuple(
-        _place(rng, noun, pair_colour if twins else _colour(rng, noun), place, site, count, variety)
-        for site, noun in enumerate(nouns)
-    )
-    return Scene(place=place, things=placed, style=style, variety=variety, backdrop=rng.randrange(2**31))
+    count = things or rng.choice(_COUNTS)
+    first = rng.choice(domain.frequent())
+    place = rng.choice(domain.places[first.name])
+    nouns = _company(rng, domain, first, place, count)
+    colours: dict[str, str] = {}  # things of one kind share a colour, so that "two red cars" can be said
+    placed = []
+    for site, noun in enumerate(nouns):
+        colour = colours.setdefault(noun.name, _colour(rng, noun))
+        placed.append(_place(rng, noun, colour, place, site, count, variety))
+    return Scene(place, tuple(placed), style, variety, rng.randrange(2**31), domain.name)
+
+
+def _company(rng: random.Random, domain: Domain, first: Noun, place: str, count: int) -> list[Noun]:
+    """`first` and what stands beside it, left to right; things of one kind stand together."""
+    if count == 1:
+        return [first]
+    neighbours = domain.neighbours(first, place)
+    kinds = 1 if rng.random() < 0.3 else 2 if count == 2 or rng.random() < 0.6 else 3
+    others: list[Noun] = []
+    while len(others) < kinds - 1:
+        other = rng.choice(neighbours)
+        if other not in others:
+            others.append(other)
+    row = [first, *others]
+    rng.shuffle(row)
+    doubled = rng.randrange(len(row))
+    return [noun for at, noun in enumerate(row) for _ in range(1 + (count - kinds) * (at == doubled))]
 
 
 def _colour(rng: random.Random, noun: Noun) -> str:
@@ -142,8 +320,8 @@ def _colour(rng: random.Random, noun: Noun) -> str:
 
 
 def _place(rng: random.Random, noun: Noun, colour: str, place: str, site: int, count: int, variety: Variety) -> Thing:
-    size = 42.0 if count == 1 else 29.0
-    x = 32.0 if count == 1 else (16.5, 47.5)[site]
+    sites, size = _SITES[count]
+    x = sites[site]
     flies = place == "sky"
     y = 31.0 if flies else 55.0 - size / 2
     if variety == "plain":
