@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from pcm.clip import folder_revision
+from pcm.clip_names import folder_revision, resolve_clip_name
 from pcm.errors import InputError
 from pcm.text_to_image import model_source
 
@@ -30,8 +30,6 @@ def pin_clip(model: str, revision: str | None) -> str:
     """The revision of a CLIP NAME: sha256 of a folder or checkpoint file, or the tag that open_clip itself pins."""
     if model == "null":
         return ""
-    from pcm.clip import resolve_clip_name
-
     architecture, pretrained = resolve_clip_name(model)
     if architecture.startswith("local-dir:"):
         return folder_revision(Path(architecture.removeprefix("local-dir:")))

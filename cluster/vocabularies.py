@@ -4,11 +4,11 @@ import json
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-import safetensors.torch
 
 from cluster.dataset import (
     CLIP_HEAD_KEY,
@@ -23,11 +23,13 @@ from cluster.plan import USABLE_REASONS
 from cluster.session import user_error
 from cluster.stages.featurise import NULL_FEATURES
 from cluster.storage import Store
-from pcm.clip import ClipEncoder
 from pcm.concepts import ConceptVocabulary
 from pcm.records import FeatureShape
 from pcm.spec import ClipSpec
 from pcm.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from pcm.clip import ClipEncoder
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ CONCEPTS = 400  # high-frequency nouns, as in the published runs
 _FEATURES_FIELD = "features"
 
 
-def store_vocabularies(store: Store, plan: Plan, *, encoder: ClipEncoder | None = None) -> FeatureShape:
+def store_vocabularies(store: Store, plan: Plan, *, encoder: "ClipEncoder | None" = None) -> FeatureShape:
     """Make sure that vocabulary, concepts and CLIP head are on the store; the shape of the dataset's features.
 
     Done before generation, so that training can start while pictures are still being made. When the corpus has grown
@@ -100,12 +102,16 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
 
 @ray.remote
 def _load_and_store_clip_files(store: Store, plan: Plan, min_count: int) -> None:
+    from pcm.clip import ClipEncoder  # seconds to import, and the driver needs none of it
+
     spec = plan.spec.clip
     encoder = ClipEncoder(spec.model, device=spec.device, dtype=spec.dtype, batch_size=spec.batch_size)
     _store_clip_files(store, plan, min_count, encoder)
 
 
-def _store_clip_files(store: Store, plan: Plan, min_count: int, encoder: ClipEncoder) -> None:
+def _store_clip_files(store: Store, plan: Plan, min_count: int, encoder: "ClipEncoder") -> None:
+    import safetensors.torch
+
     concepts = ConceptVocabulary.build(
         # A corpus of few nouns can be generated all the same; training says so when it needs more of them.
         planned_captions(store, plan),

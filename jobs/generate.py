@@ -20,7 +20,7 @@ from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.storage import Store, open_store
 from jobs.cli import checked, make_parser, run_job
 from jobs.spec_arguments import AUTO, add_spec_arguments, dataset_spec
-from pcm.clip import truncation_check
+from pcm.clip_names import truncation_check
 from pcm.errors import InputError
 
 

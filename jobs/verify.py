@@ -54,7 +54,7 @@ def _draw(store: Store, plan: Plan, shards: list[int]) -> None:
 
 
 def _truncation_check(model: str) -> Callable[[str], bool]:
-    from pcm.clip import truncation_check  # torch takes seconds to import
+    from pcm.clip_names import truncation_check
 
     return truncation_check(model)
 

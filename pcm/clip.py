@@ -5,13 +5,10 @@ published features: `patch_features` are the last block's tokens before ln_post 
 8x8 with even sides is 2x2 average-pooled (ViT-L/14: 16x16 -> 64 patches; ViT-B/16: 14x14 -> 49).
 """
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +18,7 @@ import pcm.torchvision_shim  # noqa: F401  isort: skip
 import open_clip
 from open_clip.transformer import VisionTransformer
 
+from pcm.clip_names import count_tokens, resolve_clip_name
 from pcm.errors import InputError
 from pcm.images import to_uint8
 from pcm.records import FeatureShape
@@ -151,7 +149,7 @@ class ClipEncoder:
 
     def count_tokens(self, text: str) -> int:
         """CLIP tokens of `text` including start and end, before truncation."""
-        return _count_tokens(self._tokenizer, text)
+        return count_tokens(self._tokenizer, text)
 
     def head(self) -> dict[str, torch.Tensor]:
         """The [CLS] head that PCM-Net applies to patches: ln_post.weight (D_v,), ln_post.bias (D_v,), proj (D_v, D)."""
@@ -168,57 +166,3 @@ class ClipEncoder:
 
 def _pools(grid: tuple[int, int]) -> bool:
     return min(grid) > MAX_GRID_SIDE and grid[0] % 2 == 0 and grid[1] % 2 == 0
-
-
-def resolve_clip_name(name: str) -> tuple[str, str | None]:
-    """open_clip's (model_name, pretrained) of a NAME as users write it."""
-    if name == "embedded":
-        from pcm import embedded
-
-        name = str(embedded.clip_path())
-    if name.startswith("hf-hub:"):
-        return name, None
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "open_clip_config.json").is_file():
-            raise InputError(f"CLIP folder {name!r}: has no open_clip_config.json; give an open_clip folder")
-        return f"local-dir:{path}", None
-    architecture, _, pretrained = name.partition("/")
-    if architecture not in open_clip.list_models() or not pretrained:
-        raise InputError(
-            f"CLIP model {name!r}: give ARCHITECTURE/PRETRAINED such as ViT-L-14/openai, ARCHITECTURE/CHECKPOINT_FILE, "
-            "hf-hub:ORG/REPO, an open_clip folder, or 'embedded'"
-        )
-    return architecture, pretrained
-
-
-def truncation_check(name: str) -> Callable[[str], bool]:
-    """Whether a prompt has more tokens than the CLIP's context, without loading the model's weights.
-
-    The text encoder of the text-to-image model is a CLIP of the same context in every Stable Diffusion.
-    """
-    if name == "null":
-        return lambda text: False
-    architecture, _ = resolve_clip_name(name)
-    tokenizer = open_clip.get_tokenizer(architecture)
-    context_length = tokenizer.context_length or 77
-    # A token is at least one character, so short prompts need no tokenising.
-    return lambda text: len(text) + 2 > context_length and _count_tokens(tokenizer, text) > context_length
-
-
-def _count_tokens(tokenizer: Any, text: str) -> int:
-    if hasattr(tokenizer, "tokenizer"):  # a Hugging Face tokenizer inside open_clip's wrapper
-        return len(tokenizer.tokenizer(text, truncation=False)["input_ids"])
-    return len(tokenizer.encode(text)) + 2  # start and end
-
-
-def folder_revision(path: Path) -> str:
-    """sha256 over a model's files (names and contents): what a folder has instead of a commit."""
-    digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    for file in files:
-        digest.update(file.relative_to(path.parent if path.is_file() else path).as_posix().encode() + b"\0")
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    return f"sha256:{digest.hexdigest()}"

@@ -21,7 +21,6 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from pcm import safe_pickle
 from pcm.errors import InputError
 
 # The paper's template and some in the manner of CLIP's own; a concept is the mean of them all.
@@ -106,7 +105,11 @@ class ConceptVocabulary:
         except OSError as error:
             raise InputError(f"{path}: concepts cannot be read ({error.strerror})") from error
         try:
-            return cls.from_bytes(data) if path.suffix == ".safetensors" else cls.from_published(safe_pickle.load(data))
+            if path.suffix == ".safetensors":
+                return cls.from_bytes(data)
+            from pcm import safe_pickle  # brings torch: seconds to import
+
+            return cls.from_published(safe_pickle.load(data))
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 

@@ -3,8 +3,6 @@
 import gc
 import re
 
-import torch
-
 #: torch's allocators, cuBLAS, cuDNN and the CUDA runtime say it in these words. None of them harms the process.
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|_STATUS_ALLOC_FAILED", re.IGNORECASE
@@ -19,6 +17,8 @@ _STICKY = re.compile(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a smaller batch might work."""
+    import torch  # seconds to import, and a driver that only plans needs none of it
+
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
@@ -28,6 +28,8 @@ def is_sticky(error: BaseException) -> bool:
     """Whether the accelerator will fail every later call of this process."""
     if is_out_of_memory(error):
         return False
+    import torch
+
     return isinstance(error, torch.AcceleratorError) or bool(_STICKY.search(str(error)))
 
 
@@ -39,6 +41,8 @@ def first_line(error: BaseException) -> str:
 
 def free_memory() -> None:
     """Give what a failed call left behind back to the allocator; call it after the exception's own frames are gone."""
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

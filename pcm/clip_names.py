@@ -1,0 +1,82 @@
+"""What a CLIP's NAME stands for, and its tokenizer; open_clip and torch are imported only where they are needed."""
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pcm.errors import InputError
+
+
+def resolve_clip_name(name: str) -> tuple[str, str | None]:
+    """open_clip's (model_name, pretrained) of a NAME as users write it."""
+    if name == "embedded":
+        from pcm import embedded
+
+        name = str(embedded.clip_path())
+    if name.startswith("hf-hub:"):
+        return name, None
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "open_clip_config.json").is_file():
+            raise InputError(f"CLIP folder {name!r}: has no open_clip_config.json; give an open_clip folder")
+        return f"local-dir:{path}", None
+    architecture, _, pretrained = name.partition("/")
+    open_clip = _open_clip()
+    if architecture not in open_clip.list_models() or not pretrained:
+        raise InputError(
+            f"CLIP model {name!r}: give ARCHITECTURE/PRETRAINED such as ViT-L-14/openai, ARCHITECTURE/CHECKPOINT_FILE, "
+            "hf-hub:ORG/REPO, an open_clip folder, or 'embedded'"
+        )
+    return architecture, pretrained
+
+
+def truncation_check(name: str) -> Callable[[str], bool]:
+    """Whether a prompt has more tokens than the CLIP's context, without loading the model's weights.
+
+    The text encoder of the text-to-image model is a CLIP of the same context in every Stable Diffusion.
+    """
+    if name == "null":
+        return lambda text: False
+    architecture, _ = resolve_clip_name(name)
+
+    @cache
+    def tokenizer() -> tuple[Any, int]:
+        """The tokenizer and its context length: with the first prompt, because a plan that stands needs neither."""
+        made = _open_clip().get_tokenizer(architecture)
+        return made, made.context_length or 77
+
+    def is_truncated(text: str) -> bool:
+        made, context_length = tokenizer()
+        # A token is at least one character, so short prompts need no tokenising.
+        return len(text) + 2 > context_length and count_tokens(made, text) > context_length
+
+    return is_truncated
+
+
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """CLIP tokens of `text` by one of open_clip's tokenizers, start and end included."""
+    if hasattr(tokenizer, "tokenizer"):  # a Hugging Face tokenizer inside open_clip's wrapper
+        return len(tokenizer.tokenizer(text, truncation=False)["input_ids"])
+    return len(tokenizer.encode(text)) + 2  # start and end
+
+
+def folder_revision(path: Path) -> str:
+    """sha256 over a model's files (names and contents): what a folder has instead of a commit."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        digest.update(file.relative_to(path.parent if path.is_file() else path).as_posix().encode() + b"\0")
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _open_clip() -> ModuleType:
+    import pcm.torchvision_shim  # noqa: F401  isort: skip
+    import open_clip
+
+    return open_clip
