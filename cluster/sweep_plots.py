@@ -44,7 +44,7 @@ def _against(scored: Sequence["SettingResult"], name: str) -> "Figure":
     """CIDEr of every setting over one parameter; bars are the standard deviation over seeds."""
     figure, axes = _figure(5, 3.5)
     values = [setting.settings[name] for setting in scored]
-    positions, scale = _positions(values)
+    positions, scale = axis_positions(values)
     axes.errorbar(
         positions,
         [setting.mean for setting in scored],
@@ -68,14 +68,14 @@ def _parallel(scored: Sequence["SettingResult"], params: Sequence[str]) -> "Figu
     columns: list[list[float]] = []
     for name in params:
         values = [setting.settings[name] for setting in scored]
-        positions, scale = _positions(values)
+        positions, scale = axis_positions(values)
         if scale == "log":
             positions = [math.log(position) for position in positions]
-        columns.append(_unit(positions))
+        columns.append(to_unit(positions))
         for value, place in {_label(value): place for value, place in _ends(values, columns[-1])}.items():
             axes.annotate(value, (len(columns) - 1, place), textcoords="offset points", xytext=(5, 2), fontsize=8)
     means = [setting.mean for setting in scored]
-    columns.append(_unit(means))
+    columns.append(to_unit(means))
     for mean, place in _ends(means, columns[-1]):
         axes.annotate(f"{mean:.3f}", (len(params), place), textcoords="offset points", xytext=(5, 2), fontsize=8)
     colours = colormaps[COLOURS]
@@ -108,7 +108,7 @@ def _epochs(scored: Sequence["SettingResult"]) -> "Figure":
     return figure
 
 
-def _positions(values: Sequence[Any]) -> tuple[list[float], str]:
+def axis_positions(values: Sequence[Any]) -> tuple[list[float], str]:
     """Where values lie on an axis, and its kind: log where they span decades, names where they are no numbers."""
     if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
         names = sorted({str(value) for value in values})
@@ -127,7 +127,7 @@ def _scale(axes: "Axes", values: Sequence[Any], positions: Sequence[float], scal
         axes.set_xticks(ticks)  # the values themselves, where they leave each other room
 
 
-def _unit(numbers: Sequence[float]) -> list[float]:
+def to_unit(numbers: Sequence[float]) -> list[float]:
     low, high = min(numbers), max(numbers)
     return [0.5 if high == low else (number - low) / (high - low) for number in numbers]
 

@@ -70,6 +70,7 @@ def line_chart(
     marks: Sequence[Mark] = (),
     best: tuple[float, float] | None = None,
     whole_x: bool = False,
+    legend: bool = True,
 ) -> Html:
     """Curves over one axis. `best` is pointed out; `whole_x`: only whole numbers on the x axis, such as epochs."""
     xs = [x for line in lines for x, _ in line.points]
@@ -104,9 +105,9 @@ def line_chart(
             tag("text", f"best {short(best[1])}", x=_at(px + (-10 if side == "end" else 10)), y=_at(py + 18),
                 text_anchor=side, class_="strong"),
         ]  # fmt: skip
-    named = [line for line in lines if not line.faint]
-    legend = _legend([(line.name, line.series) for line in named]) if len(named) > 1 else None
-    return _chart(drawn, title=title, description=description, legend=legend)
+    named = [(line.name, line.series) for line in lines if not line.faint]
+    keys = _legend(named) if legend and len(named) > 1 else None
+    return _chart(drawn, title=title, description=description, legend=keys)
 
 
 def histogram(
@@ -135,8 +136,18 @@ def histogram(
     return _chart(drawn, title=title, description=description)
 
 
-def bars(rows: Sequence[Bar], *, title: str, description: str, start: float = 0.0, label_width: int = 130) -> Html:
-    """Horizontal bars from `start`, one a row, the label before and the note behind."""
+def bars(
+    rows: Sequence[Bar],
+    *,
+    title: str,
+    description: str,
+    start: float = 0.0,
+    label_width: int = 130,
+    dots: bool = False,
+) -> Html:
+    """Horizontal bars, one a row, the label before and the note behind; `dots` where they begin at another value
+    than 0, because a bar's length would mislead.
+    """
     row, bar = 26, 16
     room = max((len(each.note) for each in rows), default=0) * 7 + 10
     highest = max((each.value for each in rows), default=1.0)
@@ -148,9 +159,14 @@ def bars(rows: Sequence[Bar], *, title: str, description: str, start: float = 0.
         drawn += [
             tag("text", _fitted(each.label, label_width), tag("title", each.label), x=label_width, y=top + 13,
                 text_anchor="end"),
-            tag("rect", tag("title", f"{each.label}: {each.note}"), x=label_width + 6, y=top,
-                width=_at(max(1.5, end - label_width - 6)), height=bar, rx=2, class_=f"fill s{each.series}"),
-            tag("text", each.note, x=_at(max(end, label_width + 7.5) + 6), y=top + 13, class_="strong"),
+            tag("line", x1=label_width + 6, x2=WIDTH - room, y1=top + 8, y2=top + 8, class_="grid") if dots else None,
+            tag("circle", tag("title", f"{each.label}: {each.note}"), cx=_at(end), cy=top + 8, r=5,
+                class_=f"dot s{each.series}")
+            if dots
+            else tag("rect", tag("title", f"{each.label}: {each.note}"), x=label_width + 6, y=top,
+                     width=_at(max(1.5, end - label_width - 6)), height=bar, rx=2, class_=f"fill s{each.series}"),
+            tag("text", each.note, x=_at(max(end, label_width + 7.5) + (10 if dots else 6)), y=top + 13,
+                class_="strong"),
         ]  # fmt: skip
     return _chart(drawn, title=title, description=description, height=8 + row * len(rows))
 

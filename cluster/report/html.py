@@ -22,7 +22,7 @@ class Html(str):
 Node = Html | str | int | float | None | Iterable["Node"]
 
 
-def tag(name: str, *children: Node, **attributes: str | int | float | bool | None) -> Html:
+def tag(name: str, /, *children: Node, **attributes: str | int | float | bool | None) -> Html:
     """One element. Attribute names: a trailing underscore is dropped, others become hyphens (class_, aria_label).
 
     None and False leave an attribute out; True writes its name alone.

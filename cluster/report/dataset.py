@@ -1,0 +1,156 @@
+"""What a report knows of a dataset: manifest, shard statistics, and the rows of some shards without their pictures.
+
+A dataset of millions of rows costs some reads: the manifest, the statistics of at most MAX_STATS shards, and the
+captions and scores of at most MAX_SHARDS shards, which a seed draws.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+import numpy as np
+
+from cluster.dataset import Manifest, load_manifest, quarantine_key, read_table, stats_key
+from cluster.rows import read_shard
+from cluster.storage import Store
+from cluster.verify import verify
+from pcm.errors import InputError
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+MAX_STATS = 2_000
+MAX_SHARDS, MAX_ROWS = 32, 20_000
+#: A dataset up to this size is read whole and verified on the way.
+VERIFIED_BYTES = 256_000_000
+EXAMPLES_PER_REASON = 3
+_READS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One stored sample without its picture, and where that is."""
+
+    shard: int  # place in the manifest's list
+    row: int
+    sample_id: str
+    caption: str
+    seed: int
+    clip_score: float  # raw cosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """One quarantined sample."""
+
+    sample_id: str
+    caption: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFacts:
+    """All that a report says of a dataset."""
+
+    root: str
+    manifest: Manifest
+    rows: tuple[Row, ...]  # of `sampled_shards` shards, in order
+    sampled_shards: int
+    stats: tuple[dict[str, Any], ...]  # as the shards' writers made them; empty where the dataset has none
+    refused: dict[str, list[Refused]]  # reason -> examples
+    verified: dict[str, Any] | None  # what jobs.verify finds; None: too large, or it was not planned by this code
+
+    @property
+    def scored(self) -> bool:
+        """Whether a CLIP scored the pictures: the null CLIP's scores are all zero."""
+        return self.manifest.spec.clip.model != "null"
+
+    @property
+    def complete_sample(self) -> bool:
+        return len(self.rows) == self.manifest.stored
+
+
+def gather_dataset(store: Store, *, seed: int) -> DatasetFacts:
+    """Raises InputError where there is no finished dataset, or a shard of it cannot be read."""
+    manifest = load_manifest(store)
+    chosen = sample_shards([shard["rows"] for shard in manifest.shards], seed=seed)
+    read = in_parallel(lambda place: _rows(store, manifest, place), chosen)
+    small = (
+        manifest.shard_bytes <= VERIFIED_BYTES and sum(shard["bytes"] for shard in manifest.shards) <= VERIFIED_BYTES
+    )
+    return DatasetFacts(
+        root=store.root,
+        manifest=manifest,
+        rows=tuple(row for part in read for row in part),
+        sampled_shards=len(chosen),
+        stats=_stats(store, manifest),
+        refused=_refused(store, manifest),
+        verified=_verified(store) if small else None,
+    )
+
+
+def sample_shards(rows: Sequence[int], *, seed: int, most: int = MAX_SHARDS, most_rows: int = MAX_ROWS) -> list[int]:
+    """Places of shards drawn by a seed, ascending: at least one that has rows, and no more than the two limits."""
+    chosen: list[int] = []
+    total = 0
+    for place in np.random.default_rng(seed).permutation(len(rows)).tolist():
+        if rows[place] and (not chosen or (len(chosen) < most and total + rows[place] <= most_rows)):
+            chosen.append(place)
+            total += rows[place]
+    return sorted(chosen)
+
+
+def in_parallel(work: Callable[[T], U], items: Sequence[T]) -> list[U]:
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        return list(pool.map(work, items))
+
+
+def _rows(store: Store, manifest: Manifest, place: int) -> list[Row]:
+    table = read_shard(store, manifest.shards[place]["key"], ["sample_id", "caption", "seed", "clip_score"])
+    return [Row(shard=place, row=number, **row) for number, row in enumerate(table.to_pylist())]
+
+
+def _stats(store: Store, manifest: Manifest) -> tuple[dict[str, Any], ...]:
+    """Of all shards, or of MAX_STATS evenly spaced ones."""
+    shards = [_shard_number(shard["key"]) for shard in manifest.shards]
+    step = max(1, -(-len(shards) // MAX_STATS))
+
+    def read(shard: int) -> dict[str, Any] | None:
+        try:
+            return json.loads(store.read_bytes(stats_key(shard)))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise InputError(f"{store.root}/{stats_key(shard)}: damaged ({error}); run jobs.verify --repair") from None
+
+    found = in_parallel(read, shards[::step])
+    return tuple(stats for stats in found if stats is not None)
+
+
+def _refused(store: Store, manifest: Manifest) -> dict[str, list[Refused]]:
+    """Examples of every reason, as far as MAX_SHARDS quarantine parts hold them."""
+    found: dict[str, list[Refused]] = {reason: [] for reason in manifest.quarantined_by_reason}
+    parts = [shard for shard in manifest.shards if shard["quarantined"]][:MAX_SHARDS]
+    for shard in parts:
+        if all(len(examples) >= EXAMPLES_PER_REASON for examples in found.values()):
+            break
+        columns = ["sample_id", "caption", "seed", "reason"]
+        for row in read_table(store, quarantine_key(_shard_number(shard["key"])), columns).to_pylist():
+            examples = found.setdefault(row.pop("reason"), [])
+            if len(examples) < EXAMPLES_PER_REASON:
+                examples.append(Refused(**row))
+    return found
+
+
+def _verified(store: Store) -> dict[str, Any] | None:
+    try:
+        return verify(store)
+    except InputError:
+        return None  # it has no plan
+
+
+def _shard_number(key: str) -> int:
+    return int(PurePosixPath(key).stem.removeprefix("part-"))

@@ -1,0 +1,103 @@
+"""The top of the report: what it is about, in a sentence and a few large numbers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.report.captions import CaptionSamples
+from cluster.report.dataset import DatasetFacts
+from cluster.report.dataset_view import cost
+from cluster.report.gallery import Gallery
+from cluster.report.numbers import count, percent, score, short, times_100
+from cluster.report.page import Headline
+from cluster.report.run import RunFacts
+from cluster.report.sweep import SweepFacts
+from cluster.report.throughput import Throughput
+
+Number = tuple[str, str, str]  # what is read, what it is, a word more or ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Everything that was gathered; None for what was not given."""
+
+    data: DatasetFacts | None
+    gallery: Gallery | None
+    speed: Throughput | None
+    run: RunFacts | None
+    evaluation: dict[str, Any] | None
+    captions: CaptionSamples | None
+    sweep: SweepFacts | None
+
+
+def headline(facts: Facts, *, title: str | None, hourly: float | None) -> Headline:
+    """`title` None: what the report is about; `hourly`: the price of one GPU, or of one machine on CPUs."""
+    said: list[str] = []
+    numbers: list[Number] = []
+    for sentence, found in (_dataset(facts, hourly), _run(facts), _evaluation(facts), _sweep(facts)):
+        said += [sentence] if sentence else []
+        numbers += found
+    return Headline(
+        title=title or _title(facts),
+        lead=" ".join(said),
+        numbers=tuple(numbers),
+        wall=facts.gallery.wall if facts.gallery is not None else (),
+    )
+
+
+def _dataset(facts: Facts, hourly: float | None) -> tuple[str, list[Number]]:
+    if facts.data is None:
+        return "", []
+    manifest, speed = facts.data.manifest, facts.speed
+    generator = manifest.spec.generator
+    share = percent(manifest.quarantined / manifest.expected) if manifest.expected else "0 %"
+    numbers = [(count(manifest.stored), "pictures", f"{count(manifest.quarantined)} quarantined ({share})")]
+    if facts.data.scored and manifest.clip_score_mean is not None:
+        numbers.append((score(manifest.clip_score_mean), "mean CLIP score", "raw cosine"))
+    if speed is not None:
+        numbers.append((short(speed.images_per_second), "images a second", "while drawing"))
+        spent = cost(speed, facts.data, hourly)
+        if spent is not None:
+            thousand = short(1000 * spent / max(1, manifest.stored))
+            numbers.append((short(spent), "cost", f"{thousand} a thousand pictures"))
+    sentence = (
+        f"{count(manifest.expected)} captions became {count(manifest.stored)} pictures, drawn by {generator.model} in "
+        f"{generator.num_inference_steps} steps."
+    )
+    return sentence, numbers
+
+
+def _run(facts: Facts) -> tuple[str, list[Number]]:
+    if facts.run is None or facts.run.best is None:
+        return "", []
+    best, epochs = facts.run.best, len(facts.run.history)
+    number = (times_100(best["CIDEr"]), "validation CIDEr", f"epoch {best['epoch']} of {epochs}")
+    return f"A PCM-Net was trained for {epochs} epochs.", [number]
+
+
+def _evaluation(facts: Facts) -> tuple[str, list[Number]]:
+    if facts.evaluation is None:
+        return "", []
+    metrics = facts.evaluation["metrics"]
+    shuffled = metrics.get("CIDEr_shuffled")
+    pictures = count(metrics["n"])
+    more = f"{times_100(shuffled)} when shuffled" if shuffled is not None else f"{pictures} pictures"
+    return f"It was tested on {pictures} pictures.", [(times_100(metrics["CIDEr"]), "test CIDEr", more)]
+
+
+def _sweep(facts: Facts) -> tuple[str, list[Number]]:
+    if facts.sweep is None or not facts.sweep.scored:
+        return "", []
+    settings = len(facts.sweep.ranked)
+    return f"A sweep compared {settings} settings.", [
+        (times_100(facts.sweep.scored[0].mean), "best of the sweep", f"{settings} settings")
+    ]
+
+
+def _title(facts: Facts) -> str:
+    if facts.data is not None and facts.run is not None:
+        return "From captions to pictures to a captioner"
+    if facts.data is not None:
+        return "From captions to pictures"
+    if facts.run is not None or facts.evaluation is not None:
+        return "A captioner and how good it is"
+    return "A sweep of settings"

@@ -1,0 +1,144 @@
+"""jobs.report's work: gather what there is, show it, write one file."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.pictures import PictureSource
+from cluster.report import dataset_view, run_view, sweep_view
+from cluster.report.captions import caption_samples, has_checkpoint
+from cluster.report.dataset import gather_dataset
+from cluster.report.gallery import make_gallery
+from cluster.report.headline import Facts, headline
+from cluster.report.page import Entry, page
+from cluster.report.run import gather_evaluation, gather_run
+from cluster.report.sweep import gather_sweep
+from cluster.report.throughput import throughput
+from cluster.storage import open_store
+from pcm.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRequest:
+    """What a user asks for; paths or URIs. At least one of data, run, evaluation and sweep."""
+
+    out: str
+    data: str | None = None
+    run: str | None = None
+    evaluation: str | None = None  # the --out of jobs.evaluate
+    sweep: str | None = None
+    pictures: PictureSource | None = None  # real ones, which the run's captioner describes
+    title: str | None = None
+    price_per_hour: float | None = None  # of one GPU, or of one machine on CPUs
+    seed: int = 0  # of everything that is drawn: shards, pictures
+    clip: str | None = None  # where the captioner's CLIP has moved
+    device: str = "auto"
+
+
+def make_report(request: ReportRequest) -> dict[str, Any]:
+    """Write the report; {"ok", "path", "bytes", "sections"}.
+
+    The same stores and the same request give the same bytes. Raises InputError for what cannot be read, for a request
+    of nothing, and for an OUT that cannot be written.
+    """
+    _check(request)
+    facts = gather(request)
+    entries = _entries(facts, request)
+    top = headline(facts, title=request.title, hourly=request.price_per_hour)
+    document = page(top, entries, missing=_missing(facts, request), made_by=_command(request))
+    data = document.encode()
+    out = open_store(request.out)
+    try:
+        out.write_bytes("", data)
+    except OSError as error:
+        raise InputError(f"--out {request.out}: cannot be written ({error.strerror or error}); give a file") from None
+    return {"ok": True, "path": request.out, "bytes": len(data), "sections": [entry.anchor for entry in entries]}
+
+
+def gather(request: ReportRequest) -> Facts:
+    """Read what the request names. Raises InputError for what is not what it should be."""
+    data = gallery = None
+    if request.data is not None:
+        store = open_store(request.data)
+        data = gather_dataset(store, seed=request.seed)
+        gallery = make_gallery(store, data, seed=request.seed)
+    run = gather_run(open_store(request.run)) if request.run is not None else None
+    evaluation = gather_evaluation(open_store(request.evaluation)) if request.evaluation is not None else None
+    sweep = gather_sweep(open_store(request.sweep)) if request.sweep is not None else None
+    captions = None
+    if request.pictures is not None and request.run is not None and has_checkpoint(request.run):
+        captions = caption_samples(
+            request.run, request.pictures, seed=request.seed, clip=request.clip, device=request.device
+        )
+    speed = throughput(data.stats, stored=data.manifest.stored) if data is not None else None
+    return Facts(
+        data=data, gallery=gallery, speed=speed, run=run, evaluation=evaluation, captions=captions, sweep=sweep
+    )
+
+
+def _check(request: ReportRequest) -> None:
+    if not any((request.data, request.run, request.evaluation, request.sweep)):
+        raise InputError("nothing to report on: give --data, --run, --evaluation or --sweep")
+    if request.pictures is not None and request.run is None:
+        raise InputError(f"--images {request.pictures.images}: needs --run, whose captioner describes the pictures")
+    if request.price_per_hour is not None and not 0 <= request.price_per_hour < float("inf"):
+        raise InputError(f"--price-per-hour {request.price_per_hour:g}: must be a number of at least 0")
+    out = open_store(request.out)
+    if out.fs.isdir(out.prefix):
+        raise InputError(
+            f"--out {request.out}: is a folder; give a file, such as {request.out.rstrip('/')}/report.html"
+        )
+
+
+def _entries(facts: Facts, request: ReportRequest) -> list[Entry]:
+    found: list[Entry] = []
+    data, price = facts.data, request.price_per_hour
+    if data is not None and facts.gallery is not None:
+        found += [
+            Entry(anchor="pictures", name="Pictures", section=dataset_view.gallery(data, facts.gallery)),
+            Entry(anchor="scores", name="Scores", section=dataset_view.scores(data, facts.gallery)),
+            Entry(anchor="speed", name="Speed and cost", section=dataset_view.speed(data, facts.speed, hourly=price)),
+            Entry(anchor="quarantine", name="Quarantine", section=dataset_view.quarantine(data)),
+            Entry(anchor="dataset", name="Dataset", section=dataset_view.overview(data, facts.speed, hourly=price)),
+        ]
+    if facts.run is not None:
+        found.append(Entry(anchor="training", name="Training", section=run_view.training(facts.run)))
+    if facts.evaluation is not None:
+        found.append(Entry(anchor="metrics", name="Metrics", section=run_view.metrics(facts.evaluation)))
+    if facts.captions is not None:
+        found.append(Entry(anchor="captions", name="Captions", section=run_view.captions(facts.captions)))
+    if facts.sweep is not None:
+        found.append(Entry(anchor="sweep", name="Sweep", section=sweep_view.sweep(facts.sweep)))
+    return found
+
+
+def _missing(facts: Facts, request: ReportRequest) -> list[tuple[str, str]]:
+    captions = "no real pictures given (--images and --references, with --run)."
+    if request.pictures is not None:
+        captions = "the training run has no checkpoint yet."
+    every = [
+        ("Dataset", facts.data, "no dataset given (--data)."),
+        ("Training", facts.run, "no training run given (--run)."),
+        ("Metrics", facts.evaluation, "no evaluation given (--evaluation, the --out of jobs.evaluate)."),
+        ("Captions of real pictures", facts.captions, captions),
+        ("Sweep", facts.sweep, "no sweep given (--sweep)."),
+    ]
+    return [(name, why) for name, found, why in every if found is None]
+
+
+def _command(request: ReportRequest) -> str:
+    pictures = request.pictures
+    given = {
+        "--data": request.data,
+        "--run": request.run,
+        "--evaluation": request.evaluation,
+        "--sweep": request.sweep,
+        "--images": pictures and pictures.images,
+        "--references": pictures and pictures.references,
+        "--split": pictures and pictures.split,
+        "--price-per-hour": request.price_per_hour,
+        "--seed": request.seed or None,
+        "--out": request.out,
+    }
+    return " ".join(
+        ["python -m jobs.report", *(f"{name} {value}" for name, value in given.items() if value is not None)]
+    )

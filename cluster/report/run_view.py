@@ -1,0 +1,267 @@
+"""The sections about a training run: how it learned, what its metrics are, what it says of real pictures."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.display import duration
+from cluster.experiments import experiment
+from cluster.report.captions import CaptionedPicture, CaptionSamples
+from cluster.report.charts import Bar, Line, bars, line_chart
+from cluster.report.html import Html, Node, tag
+from cluster.report.numbers import count, percent, short, times_100
+from cluster.report.parts import absent, code, details, facts, section, table
+from cluster.report.run import RunFacts, nearest_preset, settings
+
+METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE", "CLIPScore", "RefCLIPScore")
+#: Colours that tell concepts apart on a picture.
+CONCEPT_COLOURS = 6
+REFERENCES_SHOWN = 2
+
+
+def training(run: RunFacts) -> Html:
+    preset, changes = nearest_preset(run.config)
+    changed = ", ".join(f"{name} {value}" for name, value in changes.items()) or "nothing"
+    about: list[tuple[str, Node]] = [
+        ("Where", code(run.root)),
+        ("Data", [[code(f"{each['path']}"), f" (weight {each['weight']:g}) "] for each in run.document["datasets"]]),
+        ("Settings", [f"nearest preset {preset}; changed: {changed}"]),
+        ("CLIP", str(run.document["clip"]["model"])),
+        ("Validated on", _validation(run.document)),
+        ("Versions", ", ".join(f"{name} {number}" for name, number in run.document.get("versions", {}).items())),
+    ]
+    every = details(
+        "Every setting", table(["field", "value"], [[code(name), str(value)] for name, value in settings(run.config)],
+                               label="Settings of the training run"),
+    )  # fmt: skip
+    title = "How the captioner learned"
+    if not run.history:
+        return section("training", "Training", title, None, absent("No epoch is finished yet."), facts(about), every)
+    best, last = run.best or {}, run.history[-1]
+    pictures = "real pictures" if run.document.get("validation") else "held-out synthetic pairs"
+    lead = (
+        f"{len(run.history)} of {run.config.epochs} epochs, {count(last['step'])} steps; the best is epoch "
+        f"{best['epoch']}, with CIDEr {times_100(best['CIDEr'])} on {pictures}."
+    )
+    columns = [name for name in last if isinstance(last[name], int | float)]
+    return section(
+        "training",
+        "Training",
+        title,
+        lead,
+        tag("div", _loss_chart(run), _cider_chart(run, best), _rate_chart(run), _speed_chart(run), class_="charts"),
+        facts(about),
+        details(
+            "Every epoch",
+            table(
+                columns,
+                [[_cell(row.get(name)) for name in columns] for row in run.history],
+                label="Metrics of every epoch",
+                numbers=range(len(columns)),
+            ),
+        ),
+        every,
+    )
+
+
+def metrics(document: Mapping[str, Any]) -> Html:
+    found, request = document["metrics"], document["request"]
+    source = request["pictures"]
+    compared = found.get("paper") or {}
+    reasons = found.get("reasons", {})
+    rows = []
+    for name in METRICS:
+        mine: Node = times_100(found.get(name))
+        if found.get(name) is None:
+            mine = tag("span", "not available", title=reasons.get(name, ""), class_="note")
+        row: list[Node] = [name, mine]
+        if compared:
+            row.append(_paper(compared.get(name)))
+        rows.append(row)
+    shuffled = found.get("CIDEr_shuffled")
+    charts: list[Node] = []
+    if shuffled is not None:
+        charts.append(
+            bars(
+                [Bar("its own picture", 100 * found["CIDEr"], times_100(found["CIDEr"])),
+                 Bar("another picture", 100 * shuffled, times_100(shuffled), series=2)],
+                title="Does it look at the picture?",
+                description="CIDEr of the captions, and of the same captions given to other pictures.",
+            )
+        )  # fmt: skip
+    if compared:
+        name = str(request["experiment"])
+        charts.append(
+            bars(
+                [bar for metric, pair in compared.items() for bar in _pair(metric, pair)],
+                title="Beside the paper's", description=f"Experiment {name}. {experiment(name).note}".strip(),
+            )
+        )  # fmt: skip
+    if domains := found.get("domains"):
+        charts.append(
+            bars(
+                [Bar(domain, 100 * each["CIDEr"], f"{times_100(each['CIDEr'])} ({each['n']})")
+                 for domain, each in domains.items()],
+                title="CIDEr by domain", description="Pictures in brackets.",
+            )
+        )  # fmt: skip
+    said = (
+        f"CIDEr {times_100(found['CIDEr'])} on {count(found['n'])} pictures of {source['images']}, beam search "
+        f"{request['beam_size']}."
+    )
+    none = (
+        "No experiment of the paper (arXiv 2501.00437) was named, so none of its figures stands beside these: they are "
+        "for COCO, Flickr30k and NoCaps (jobs.evaluate --experiment)."
+    )
+    return section(
+        "metrics",
+        "Evaluation",
+        "How good the captions are",
+        [said, " Metrics are times 100, as in the papers."],
+        tag(
+            "div",
+            table(
+                ["metric", "here", *(["paper"] if compared else [])],
+                rows,
+                label="Metrics of the evaluation",
+                numbers=range(1, 3),
+            ),
+            charts,
+            class_="charts",
+        ),
+        not compared and absent(none),
+    )
+
+
+def captions(samples: CaptionSamples) -> Html:
+    grid = f"{samples.rows} x {samples.columns}"
+    return section(
+        "captions",
+        "Evaluation",
+        "What it says of real pictures",
+        f"{len(samples.pictures)} of the {count(samples.total)} pictures of {samples.source}, drawn by a seed and not "
+        f"chosen. Below each caption the concepts that were retrieved, with their probability; on the picture, a grid "
+        f"of {grid} patches, those that were mixed up with a concept, in the concept's colour.",
+        tag(
+            "label",
+            tag("input", type="checkbox", id="show-patches", checked=True),
+            " show the selected patches",
+            class_="switch",
+        ),
+        tag("div", (_captioned(each, samples) for each in samples.pictures), class_="captioned"),
+        samples.unreadable
+        and details(
+            f"{len(samples.unreadable)} pictures could not be read",
+            tag("ul", (tag("li", each) for each in samples.unreadable)),
+        ),
+    )
+
+
+def _loss_chart(run: RunFacts) -> Html:
+    means = [(row["step"], row["loss"]) for row in run.history]
+    lines = [Line(name="a step", points=run.loss.tolist(), faint=True)] if len(run.loss) > 1 else []
+    return line_chart(
+        [*lines, Line(name="mean of an epoch", points=means, dots=True)],
+        title="Loss", description="The thin line is of steps, the dots are of whole epochs.", x_label="step",
+    )  # fmt: skip
+
+
+def _cider_chart(run: RunFacts, best: Mapping[str, Any]) -> Html:
+    points = [(row["epoch"], 100 * row["CIDEr"]) for row in run.history]
+    return line_chart(
+        [Line(name="CIDEr", points=points, dots=True, series=2)],
+        title="CIDEr", description="On the validation pictures, times 100.", x_label="epoch", from_zero=True,
+        best=(best["epoch"], 100 * best["CIDEr"]), whole_x=True,
+    )  # fmt: skip
+
+
+def _rate_chart(run: RunFacts) -> Html:
+    points = run.learning_rate.tolist() or [(row["step"], row["lr"]) for row in run.history]
+    return line_chart(
+        [Line(name="learning rate", points=points, series=3)],
+        title="Learning rate", description=f"Noam schedule, {count(run.config.warmup_steps)} steps of warm-up.",
+        x_label="step", from_zero=True,
+    )  # fmt: skip
+
+
+def _speed_chart(run: RunFacts) -> Html:
+    seconds = sum(row.get("seconds", 0.0) for row in run.history)
+    return line_chart(
+        [Line(name="samples a second", series=4, dots=True,
+              points=[(row["epoch"], row.get("samples_per_second", 0.0)) for row in run.history])],
+        title="Speed", description=f"Samples a second; {duration(seconds)} of training in all.", x_label="epoch",
+        from_zero=True, whole_x=True,
+    )  # fmt: skip
+
+
+def _captioned(picture: CaptionedPicture, samples: CaptionSamples) -> Html:
+    squares = [
+        tag(
+            "rect",
+            tag("title", f"{_concept_name(picture, each.rank)}, cosine {each.similarity:.2f}"),
+            x=each.column + 0.04, y=each.row + 0.04, width=0.92, height=0.92, rx=0.12,
+            class_=_colour(each.rank),
+        )
+        for each in picture.patches
+    ]  # fmt: skip
+    overlay = tag(
+        "svg", *squares, viewBox=f"0 0 {samples.columns} {samples.rows}", preserveAspectRatio="none", role="img",
+        aria_label=_patches_text(picture), class_="patches",
+    )  # fmt: skip
+    owners = {each.rank for each in picture.patches}
+    concepts = [
+        tag(
+            "li",
+            tag("i", class_=f"{_colour(rank) if rank in owners else 'hollow'}"),
+            tag("span", name),
+            tag("span", tag("span", style=f"width:{100 * probability:.1f}%"), class_="bar"),
+            tag("small", percent(probability) if kept else "dropped"),
+        )
+        for rank, (name, probability, kept) in enumerate(picture.concepts)
+    ]
+    return tag(
+        "article",
+        tag("div", tag("img", src=picture.uri, alt=f"picture {picture.image_id}", loading="lazy", class_="pixels"),
+            overlay, class_="overlaid"),
+        tag(
+            "div",
+            tag("h3", tag("bdi", picture.caption, dir="auto")),
+            tag("ul", concepts, class_="concepts"),
+            tag("p", "People wrote: ", "; ".join(picture.references[:REFERENCES_SHOWN]), class_="note"),
+            tag("small", picture.image_id),
+        ),
+    )  # fmt: skip
+
+
+def _colour(rank: int | None) -> str:
+    return "dropped" if rank is None else f"c{rank % CONCEPT_COLOURS}"
+
+
+def _concept_name(picture: CaptionedPicture, rank: int | None) -> str:
+    return "no concept" if rank is None else picture.concepts[rank][0]
+
+
+def _patches_text(picture: CaptionedPicture) -> str:
+    if not picture.patches:
+        return "no patch is selected"
+    said = (
+        f"row {each.row + 1}, column {each.column + 1}: {_concept_name(picture, each.rank)}" for each in picture.patches
+    )
+    return f"selected patches: {'; '.join(said)}"
+
+
+def _paper(pair: Mapping[str, float | None] | None) -> Node:
+    return "" if pair is None or pair["paper"] is None else f"{pair['paper']:.1f}"
+
+
+def _pair(metric: str, pair: Mapping[str, float | None]) -> list[Bar]:
+    found = [(f"{metric}, {who}", pair[who], series) for series, who in ((1, "ours"), (3, "paper"))]
+    return [Bar(label, value, f"{value:.1f}", series=series) for label, value, series in found if value is not None]
+
+
+def _validation(document: Mapping[str, Any]) -> str:
+    source = document.get("validation")
+    return f"pictures of {source['images']}" if source else "held-out pairs of the dataset"
+
+
+def _cell(value: Any) -> str:
+    return short(value) if isinstance(value, float) else "" if value is None else str(value)

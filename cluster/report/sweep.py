@@ -1,0 +1,77 @@
+"""What a report knows of a sweep: its trials, gathered by setting, and where they lie on the axes of a plot."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.report.dataset import in_parallel
+from cluster.storage import Store
+from cluster.sweep import SWEEP_KEY
+from cluster.sweep_plots import axis_positions, to_unit
+from cluster.sweep_report import SettingResult, TrialResult, by_setting
+from cluster.trial import RESULT_FILE, TRIALS
+from pcm.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepFacts:
+    """A sweep of jobs.sweep, finished or not."""
+
+    root: str
+    params: tuple[str, ...]
+    search: str
+    ranked: tuple[SettingResult, ...]  # best mean first, those without one last
+    unfinished: int  # trials without a result
+
+    @property
+    def scored(self) -> list[SettingResult]:
+        return [setting for setting in self.ranked if not math.isnan(setting.mean)]
+
+
+def gather_sweep(store: Store) -> SweepFacts:
+    """Raises InputError where there is no sweep, or its documents are damaged."""
+    try:
+        document = json.loads(store.read_bytes(SWEEP_KEY))
+        params, search = tuple(document["params"]), str(document["search"])
+    except FileNotFoundError:
+        raise InputError(f"{store.root}: not a sweep (no {SWEEP_KEY}); give the --out of jobs.sweep") from None
+    except (ValueError, LookupError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"{store.root}/{SWEEP_KEY}: damaged ({said}); give the --out of jobs.sweep") from None
+    keys = store.list(f"{TRIALS}/")
+    folders = {key.split("/")[1] for key in keys}
+    results = [key for key in keys if key.count("/") == 2 and key.endswith(f"/{RESULT_FILE}")]
+    trials = in_parallel(lambda key: TrialResult.of(json.loads(store.read_bytes(key))), results)
+    return SweepFacts(
+        root=store.root,
+        params=params,
+        search=search,
+        ranked=tuple(by_setting(trials)),
+        unfinished=len(folders) - len(results),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterAxis:
+    """Where the settings lie along one parameter: `places` as values (or 0, 1, ... for names), `unit` in 0..1."""
+
+    places: tuple[float, ...]
+    unit: tuple[float, ...]
+    log: bool
+    names: tuple[str, ...]  # of the places, where they are no numbers
+    values: tuple[Any, ...]
+
+
+def parameter_axis(scored: Sequence[SettingResult], name: str) -> ParameterAxis:
+    values = tuple(setting.settings[name] for setting in scored)
+    places, kind = axis_positions(values)
+    along = [math.log(place) for place in places] if kind == "log" else places
+    return ParameterAxis(
+        places=tuple(places),
+        unit=tuple(to_unit(along)),
+        log=kind == "log",
+        names=tuple(sorted({str(value) for value in values})) if kind == "names" else (),
+        values=values,
+    )

@@ -1,0 +1,102 @@
+"""When a dataset was made and how fast, from what each shard's statistics say of its own time.
+
+Times lie on an axis of working time: hours in which nothing was made, between a run and the one that resumed it, are
+left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cluster.cost import SECONDS_AN_HOUR
+
+STAGES = ("draw", "featurise", "encode")
+BINS = 60
+#: Without a shard in hand for this long, a run has ended and another one begun.
+PAUSE_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Arrays of length n are over working time, at `seconds` (n,) from 0 to the end."""
+
+    began: float  # UTC timestamps
+    ended: float
+    runs: int
+    seconds: np.ndarray
+    stored: np.ndarray  # pictures so far
+    rate: np.ndarray  # pictures a second around that moment
+    generator_hours: np.ndarray  # so far: drawing alone
+    machine_hours: np.ndarray  # so far: one machine, as long as anything was in hand
+    stage_seconds: dict[str, float]  # busy, all actors together
+    devices: dict[str, int]  # name -> shards drawn on it
+
+    @property
+    def working_seconds(self) -> float:
+        return float(self.seconds[-1])
+
+    @property
+    def images_per_second(self) -> float:
+        return float(self.stored[-1]) / self.working_seconds if self.working_seconds else 0.0
+
+
+def throughput(stats: Sequence[Mapping[str, Any]], *, stored: int) -> Throughput | None:
+    """None without statistics of any time. Where only some shards are given, they stand for all `stored` pictures."""
+    timed = [shard for shard in stats if shard.get("start_time") and shard["end_time"] > shard["start_time"]]
+    pictures = sum(shard["successes"] for shard in timed)
+    if not pictures:
+        return None
+    starts, ends = (np.array([shard[name] for shard in timed]) for name in ("start_time", "end_time"))
+    drawing = np.array([max(shard["draw_seconds"], 1e-6) for shard in timed])
+    weights = np.array([shard["successes"] for shard in timed]) * stored / pictures
+    scale = stored / pictures
+    working = _WorkingTime(starts, ends)
+    seconds = np.linspace(0.0, working.total, BINS + 1)
+    begin, end = working(starts), working(ends)
+    drawn = np.minimum(begin + drawing, end)
+    so_far = _accumulated(seconds, begin, end, weights)
+    devices: dict[str, int] = {}
+    for shard in timed:
+        name = str(shard.get("device_name", "unknown"))
+        devices[name] = devices.get(name, 0) + 1
+    return Throughput(
+        began=float(starts.min()),
+        ended=float(ends.max()),
+        runs=working.runs,
+        seconds=seconds,
+        stored=so_far,
+        rate=np.gradient(so_far, seconds) if working.total else np.zeros(BINS + 1),
+        generator_hours=_accumulated(seconds, begin, drawn, drawing * scale) / SECONDS_AN_HOUR,
+        machine_hours=seconds / SECONDS_AN_HOUR,
+        stage_seconds={stage: scale * sum(shard.get(f"{stage}_seconds", 0.0) for shard in timed) for stage in STAGES},
+        devices=devices,
+    )
+
+
+class _WorkingTime:
+    """From timestamps to seconds of work before them."""
+
+    def __init__(self, starts: np.ndarray, ends: np.ndarray) -> None:
+        spans: list[list[float]] = []
+        for start, end in sorted(zip(starts.tolist(), ends.tolist(), strict=True)):
+            if spans and start <= spans[-1][1] + PAUSE_SECONDS:
+                spans[-1][1] = max(spans[-1][1], end)
+            else:
+                spans.append([start, end])
+        self.runs = len(spans)
+        self._begin = np.array([span[0] for span in spans])
+        lengths = np.array([span[1] - span[0] for span in spans])
+        self._before = np.concatenate([[0.0], np.cumsum(lengths)])
+        self.total = float(self._before[-1])
+
+    def __call__(self, times: np.ndarray) -> np.ndarray:
+        span = np.searchsorted(self._begin, times, side="right") - 1
+        return self._before[span] + times - self._begin[span]
+
+
+def _accumulated(at: np.ndarray, begin: np.ndarray, end: np.ndarray, amounts: np.ndarray) -> np.ndarray:
+    """What has come of the amounts at each moment, each of them coming evenly between its begin and its end."""
+    shares = np.clip((at[:, None] - begin) / np.maximum(end - begin, 1e-9), 0.0, 1.0)  # (n, shards)
+    return shares @ amounts
