@@ -171,16 +171,19 @@ class Artist:
     def _icon_of(self, scene: Scene, thing: Thing, rng: random.Random) -> tuple[str, str]:
         """(style, icon) of a thing."""
         if scene.style != MIXED:
-            return scene.style, OVERRIDES.get((thing.noun, thing.colour)) or usual_icon(scene.style, thing.noun)
+            return scene.style, self._usual(scene.style, thing)
         styles = [style for style in SEEN_STYLES if self.has(style, thing.noun)]
         style = rng.choice(styles)
-        usual = OVERRIDES.get((thing.noun, thing.colour)) or usual_icon(style, thing.noun)
         extras = [icon for icon in EXTRA_ICONS.get(thing.noun, ()) if icon in self._icons[style]]
         if scene.variety == "wild" and extras and rng.random() < EXTRA_SHARE:
             extra = rng.choice(extras)
             if not thing.colour or self._body(style, extra, thing.colour) != self._body(style, extra, ""):
                 return style, extra  # else it is grey: no paint would show
-        return style, usual if usual in self._icons[style] else usual_icon(style, thing.noun)
+        return style, self._usual(style, thing)
+
+    def _usual(self, style: str, thing: Thing) -> str:
+        override = OVERRIDES.get((thing.noun, thing.colour), "")
+        return override if override in self._icons[style] else usual_icon(style, thing.noun)
 
     @lru_cache(maxsize=2048)  # noqa: B019 - one Artist lives as long as its process
     def _body(self, style: str, icon: str, colour: str) -> str:
