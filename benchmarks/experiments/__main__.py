@@ -66,7 +66,7 @@ def _try(args: argparse.Namespace) -> dict[str, Any]:
         overrides=dict(args.settings),
     )  # fmt: skip
     jobs = planned([variant], args.out, seeds=args.seeds, test=False)
-    run_all(jobs, args.out, processes=args.processes, test=False)
+    run_all(jobs, args.out, processes=args.processes)
     found = [read_result(args.out, job.key) for job in jobs]
     return {
         "validation_CIDEr": [[round(row["CIDEr"], 3) for row in each["validation"]["history"]] for each in found],

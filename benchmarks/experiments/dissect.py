@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from benchmarks.experiments.runs import data_path, planned
-from benchmarks.experiments.scenes import corpus_scenes, thing_masks
+from benchmarks.experiments.scenes import scenes_of, thing_masks
 from benchmarks.experiments.settings import DOMAINS, EXPERIMENTS, MAIN
 from cluster.dataset import load_manifest
 from cluster.rows import Rows, read_rows, read_shard
@@ -75,7 +75,7 @@ def _of_dataset(store: Store, run: Run, names: Sequence[str], judge: Path | None
     encoder = ClipEncoder(clip.model, device="cpu", batch_size=clip.batch_size)
     rows = Rows.concatenate([read_rows(store, shard["key"], None, manifest.features) for shard in manifest.shards])
     images = np.concatenate([_images(store, shard["key"]) for shard in manifest.shards])
-    pairs = corpus_scenes(DOMAINS[MAIN], manifest.expected)
+    pairs = scenes_of(DOMAINS[MAIN], manifest.expected)
     scenes = [pairs[int(sample_id.partition("-")[0])][0] for sample_id in rows.sample_ids]
     findings = mix_up(run, rows)
     seen = recognised(images, scenes, rows, encoder, judge)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments.runs import data_path
-from benchmarks.experiments.scenes import corpus_scenes, render
+from benchmarks.experiments.scenes import render, scenes_of
 from benchmarks.experiments.settings import DOMAINS, MAIN, SHARD_SIZE, Domain
 from cluster.dataset import load_manifest
 from cluster.storage import open_store
@@ -49,7 +49,7 @@ def _render(domain: Domain, out: Path, captions: int, art: Path | None) -> Path:
     from pcm.embedded.art import DEFAULT_ART_FOLDER, fetch_art
 
     path = data_path(out, domain.name, "rendered")
-    pairs = corpus_scenes(domain, captions)
+    pairs = scenes_of(domain, captions)
     pictures, table = render(pairs, out / "rendered" / domain.name, fetch_art(art or DEFAULT_ART_FOLDER))
     arguments = ["--images", str(pictures), "--captions", str(table), "--shard-size", str(SHARD_SIZE)]
     featurise.run(featurise.parser().parse_args([*arguments, "--out", str(path)]))

@@ -12,13 +12,13 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments.settings import BASE, DOMAINS, FIRST_SEED, NO_CXE, PRESET, Domain, Variant
+from benchmarks.experiments.settings import BASE, DOMAINS, FIRST_SEED, NO_CXE, PRESET, Variant
 from cluster.dataset import load_manifest
 from cluster.evaluate import EvaluateRequest, evaluate
 from cluster.pictures import PictureSource, resolved
@@ -43,6 +43,7 @@ class Job:
     seed: int
     key: str
     run: Run
+    tests: Mapping[str, PictureSource]  # pictures to caption, by domain
 
 
 def data_path(out: Path, domain: str, data: str) -> Path:
@@ -54,7 +55,10 @@ def result_path(out: Path, key: str) -> Path:
 
 
 def planned(variants: Iterable[Variant], out: Path, *, seeds: int, test: bool = True) -> list[Job]:
-    """The runs of some variants, each once. Raises InputError where their data has not been prepared."""
+    """The runs of some variants, each once; without `test` no test picture is looked at.
+
+    Raises InputError where their data has not been prepared.
+    """
     jobs = {}
     for variant in variants:
         for seed in range(FIRST_SEED, FIRST_SEED + seeds):
@@ -80,23 +84,21 @@ def _planned(variant: Variant, seed: int, out: Path, *, test: bool) -> Job:
         validation=validation,
     )
     run = planned_run(request, cpus=1)
+    tested = (variant.domain, *variant.also_on) if test else ()
+    tests = {name: pictures(DOMAINS[name].test) for name in tested}
     identity = {
         "train": run.document["train"],
         "datasets": without_paths(run.document["datasets"]),
         "validation": _digest(validation),
-        "tests": {name: _digest(pictures(domain.test)) for name, domain in _tested(variant).items()} if test else {},
+        "tests": {name: _digest(source) for name, source in tests.items()},
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    return Job(variant, seed, key, run)
+    return Job(variant, seed, key, run, tests)
 
 
 def pictures(images: str) -> PictureSource:
     """Pictures of a Parquet file that holds their references."""
     return PictureSource(images=images, references=images)
-
-
-def _tested(variant: Variant) -> dict[str, Domain]:
-    return {name: DOMAINS[name] for name in (variant.domain, *variant.also_on)}
 
 
 def _digest(source: PictureSource) -> str:
@@ -111,7 +113,7 @@ def read_result(out: Path, key: str) -> dict[str, Any] | None:
         return None
 
 
-def run_all(jobs: Sequence[Job], out: Path, *, processes: int, test: bool = True) -> int:
+def run_all(jobs: Sequence[Job], out: Path, *, processes: int) -> int:
     """Do the jobs that have no result; how many that were. Interrupted, it goes on with those that are left."""
     missing = [job for job in jobs if read_result(out, job.key) is None]
     log.info("%d runs: %d done, %d to do, %d at a time", len(jobs), len(jobs) - len(missing), len(missing), processes)
@@ -120,7 +122,7 @@ def run_all(jobs: Sequence[Job], out: Path, *, processes: int, test: bool = True
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes: before they import torch
     started = time.monotonic()
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(run_job, job, out, test=test): job for job in missing}
+        futures = {pool.submit(run_job, job, out): job for job in missing}
         for done, future in enumerate(as_completed(futures), start=1):
             result = future.result()
             best = result["validation"]["best"]["CIDEr"]
@@ -134,7 +136,7 @@ def run_all(jobs: Sequence[Job], out: Path, *, processes: int, test: bool = True
     return len(missing)
 
 
-def run_job(job: Job, out: Path, *, test: bool = True) -> dict[str, Any]:
+def run_job(job: Job, out: Path) -> dict[str, Any]:
     """Train, test and write the result. Training starts anew where it was interrupted: it is a minute long."""
     started, busy = time.monotonic(), time.process_time()
     folder = out / "scratch" / job.key
@@ -147,11 +149,10 @@ def run_job(job: Job, out: Path, *, test: bool = True) -> dict[str, Any]:
     trained = time.process_time()
     history = [json.loads(line) for line in (folder / METRICS_KEY).read_text().splitlines()]
     tests, samples = {}, {}
-    for name, domain in _tested(job.variant).items() if test else ():
+    for name, source in job.tests.items():
         request = EvaluateRequest(
-            pictures=pictures(domain.test), checkpoint=str(folder), out=str(folder / name), shuffled_baseline=True,
-            device="cpu",
-        )  # fmt: skip
+            pictures=source, checkpoint=str(folder), out=str(folder / name), shuffled_baseline=True, device="cpu"
+        )
         found = evaluate(request)
         tests[name] = {metric: found.get(metric) for metric in METRICS}
         samples[name] = json.loads((folder / name / "captions.json").read_text())[:SAMPLE_CAPTIONS]
@@ -182,8 +183,6 @@ def run_job(job: Job, out: Path, *, test: bool = True) -> dict[str, Any]:
 
 def _train(run: Run, folder: Path) -> str:
     """cluster.trainloop in this process; "" or why it stopped."""
-    from dataclasses import replace
-
     from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
 
     from cluster.trainloop import train_loop

@@ -10,22 +10,18 @@ import numpy as np
 
 from benchmarks.experiments.settings import Domain
 from jobs.generate import corpus_uri
-from pcm.embedded.captions import describe
-from pcm.embedded.packing import CORPUS_SEED
-from pcm.embedded.world import SEEN_STYLES, Scene, sample_scene
+from pcm.embedded.captions import corpus_scenes
+from pcm.embedded.world import DOMAINS, Scene
 from pcm.errors import InputError
 
 
-def corpus_scenes(domain: Domain, count: int) -> list[tuple[Scene, str]]:
-    """(scene, caption) of the first `count` captions of a domain.
+def scenes_of(domain: Domain, count: int) -> list[tuple[Scene, str]]:
+    """(scene, caption) of the first `count` captions of a domain's corpus.
 
     Raises InputError where the pack's captions are not these: it was made by other code.
     """
-    rng = random.Random(CORPUS_SEED)
-    found = []
-    for _ in range(count):
-        scene = sample_scene(rng, style=SEEN_STYLES[0], variety="plain")
-        found.append((scene, describe(scene, rng)))
+    world = DOMAINS[domain.name]
+    found = list(corpus_scenes(random.Random(world.corpus_seed), count, world))
     with open(corpus_uri(domain.corpus), encoding="utf-8") as lines:
         for number, (line, (_, caption)) in enumerate(itertools.zip_longest(itertools.islice(lines, count), found)):
             if line is None or line.rstrip("\n") != caption:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.text_only import TEXT_ONLY_SETTINGS
+from pcm.embedded.world import DOMAINS as DOMAINS_OF_THE_WORLD
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,14 @@ class Domain:
     test: str
 
 
-DOMAINS = {
-    domain.name: domain
-    for domain in (Domain("first", corpus="embedded", validation="embedded:val", test="embedded:test"),)
-}
-MAIN = "first"
-OTHER = next((name for name in DOMAINS if name != MAIN), None)
+def _embedded(name: str) -> Domain:
+    world = DOMAINS_OF_THE_WORLD[name]
+    validation, test = (f"embedded:{world.test_sets[split]}" for split in ("val", "test"))
+    return Domain(name, corpus=world.corpus, validation=validation, test=test)
+
+
+DOMAINS = {name: _embedded(name) for name in DOMAINS_OF_THE_WORLD}
+MAIN, OTHER = DOMAINS
 
 #: Captions of a domain's corpus that are drawn, and pictures in a shard.
 CAPTIONS = 3000
@@ -159,9 +162,5 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             Variant(name="rendered pictures, PCM-Net", data="rendered"),
         ),
     ),
+    "cross": Experiment("Trained on one domain, tested on both", (*_ablation(MAIN), *_ablation(OTHER))),
 }
-if OTHER is not None:
-    EXPERIMENTS = {
-        **EXPERIMENTS,
-        "cross": Experiment("Trained on one domain, tested on both", (*_ablation(MAIN), *_ablation(OTHER))),
-    }
