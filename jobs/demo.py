@@ -11,7 +11,7 @@ from PIL import Image
 
 from cluster.dataset import load_manifest, read_table
 from cluster.storage import Store, open_store
-from jobs import evaluate, generate, train, verify
+from jobs import evaluate, generate, report, train, verify
 from jobs.cli import make_parser, run_job
 from pcm import embedded
 from pcm.contact_sheet import Cell, contact_sheet
@@ -65,8 +65,13 @@ def run(args: argparse.Namespace) -> dict:
     pictures_sheet(open_store(dataset)).save(sheet)
     captions = out / "captions.png"
     captions_sheet(Path(results)).save(captions)
+    page = str(out / "report.html")
+    stage(
+        "report", report, "--data", dataset, "--run", captioner, "--evaluation", results,
+        "--images", "embedded:test", "--references", "embedded:test", "--out", page,
+    )  # fmt: skip
     print(table(generated, trained, metrics, stages), flush=True)
-    log.info("pictures: %s; captions of held-out real pictures: %s", sheet, captions)
+    log.info("pictures: %s; captions of held-out real pictures: %s; all of it, in a browser: %s", sheet, captions, page)
     return {
         "CIDEr": metrics["CIDEr"],
         "CIDEr_shuffled": metrics["CIDEr_shuffled"],
@@ -81,6 +86,7 @@ def run(args: argparse.Namespace) -> dict:
         "seconds": stages,
         "contact_sheet": str(sheet),
         "captions_sheet": str(captions),
+        "report": page,
     }
 
 

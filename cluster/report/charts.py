@@ -1,8 +1,9 @@
 """Charts as inline SVG: text that a browser sets, colours that the page's style chooses, numbers on hover.
 
-Every chart is WIDTH units wide with text of 12 to 13, so that it can be read at the width of a phone.
+A chart is WIDTH units wide with text of 12, so that it can be read at the width of a phone.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,12 @@ from dataclasses import dataclass
 from cluster.report.html import Html, Node, tag
 from cluster.report.numbers import short
 
-WIDTH, HEIGHT = 480, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 16, 40
+WIDTH, HEIGHT = 420, 236
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 24, 40
+#: Parallel coordinates take the whole width of the page, and scroll on a phone.
+WIDE = 940
+#: Least distance of ticks, as a part of the axis.
+_TICK_DISTANCE = 0.09
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +107,7 @@ def line_chart(
         side = "end" if px > WIDTH * 0.7 else "start"
         drawn += [
             tag("circle", cx=_at(px), cy=_at(py), r=6.5, class_="ring"),
-            tag("text", f"best {short(best[1])}", x=_at(px + (-10 if side == "end" else 10)), y=_at(py + 18),
+            tag("text", f"best {short(best[1])}", x=_at(px + (-10 if side == "end" else 10)), y=_at(py - 9 if py > _TOP + 12 else py + 19),
                 text_anchor=side, class_="strong"),
         ]  # fmt: skip
     named = [(line.name, line.series) for line in lines if not line.faint]
@@ -123,7 +128,7 @@ def histogram(
     """Counts between edges (one more than counts)."""
     x = Scale(edges[0], edges[-1], _LEFT, WIDTH - _RIGHT)
     y_ticks = [tick for tick in ticks(0, max(*counts, 1), count=4) if tick == int(tick)]
-    y = Scale(0, max(y_ticks[-1], *counts), HEIGHT - _BOTTOM, _TOP + 14)
+    y = Scale(0, max(y_ticks[-1], *counts), HEIGHT - _BOTTOM, _TOP + 10)
     x_ticks = [tick for tick in ticks(edges[0], edges[-1], count=6) if edges[0] <= tick <= edges[-1]]
     drawn: list[Node] = [_frame(x, y, x_ticks, y_ticks, x_label=x_label, y_label=y_label)]
     for low, high, found in zip(edges, edges[1:], counts, strict=False):
@@ -142,7 +147,7 @@ def bars(
     title: str,
     description: str,
     start: float = 0.0,
-    label_width: int = 130,
+    label_width: int = 110,
     dots: bool = False,
 ) -> Html:
     """Horizontal bars, one a row, the label before and the note behind; `dots` where they begin at another value
@@ -189,7 +194,9 @@ def scatter(
     inset = 24
     x = Scale(min(xs), max(xs), _LEFT + inset, WIDTH - _RIGHT - inset, log_x)
     different = sorted(set(xs))
-    x_ticks = different if len(different) <= 7 else _some_ticks(min(xs), max(xs), log=log_x)
+    apart = min((x(b) - x(a) for a, b in itertools.pairwise(different)), default=WIDTH)
+    values_fit = x_names or apart >= _TICK_DISTANCE * (WIDTH - _LEFT - _RIGHT)
+    x_ticks = different if values_fit else _some_ticks(min(xs), max(xs), log=log_x)
     names = {float(place): name for place, name in enumerate(x_names)}
     drawn: list[Node] = [_frame(x, y, x_ticks, y_ticks, x_label=x_label, y_label=y_label, names=names)]
     for number in reversed(range(len(points))):
@@ -218,9 +225,10 @@ class Axis:
 
 def parallel(axes: Sequence[Axis], texts: Sequence[str], *, title: str, description: str) -> Html:
     """One line a setting through every axis; the first line is the best, the last axis colours the lines."""
-    width = max(WIDTH, 150 * len(axes))
-    top, bottom = 34, HEIGHT - 22
-    xs = [60 + index * (width - 120) / max(1, len(axes) - 1) for index in range(len(axes))]
+    width = max(WIDE, 130 * len(axes))
+    height = 280
+    top, bottom = 36, height - 22
+    xs = [70 + index * (width - 140) / max(1, len(axes) - 1) for index in range(len(axes))]
     drawn: list[Node] = []
     for x, axis in zip(xs, axes, strict=True):
         drawn += [
@@ -237,7 +245,7 @@ def parallel(axes: Sequence[Axis], texts: Sequence[str], *, title: str, descript
             tag("polyline", tag("title", texts[number]), points=_points(places), class_=f"line {kind}",
                 opacity=f"{opacity:.2f}")
         )  # fmt: skip
-    return _chart(drawn, title=title, description=description, width=width)
+    return _chart(drawn, title=title, description=description, width=width, height=height)
 
 
 def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
@@ -286,7 +294,7 @@ def _frame(
     parts += [
         tag("line", x1=_LEFT, x2=right, y1=bottom, y2=bottom, class_="axis"),
         tag("text", x_label, x=right, y=HEIGHT - 5, text_anchor="end", class_="label"),
-        y_label and tag("text", y_label, x=_LEFT - 44, y=11, class_="label"),
+        y_label and tag("text", y_label, x=_LEFT - 42, y=10, class_="label"),
     ]
     return tag("g", *parts)
 
@@ -296,8 +304,8 @@ def _mark(x: Scale, mark: Mark) -> Html:
     side = "end" if place > WIDTH * 0.6 else "start"
     return tag(
         "g",
-        tag("line", x1=_at(place), x2=_at(place), y1=_TOP + 4, y2=HEIGHT - _BOTTOM, class_="mark"),
-        tag("text", mark.label, x=_at(place + (-5 if side == "end" else 5)), y=_TOP + 8, text_anchor=side,
+        tag("line", x1=_at(place), x2=_at(place), y1=_TOP - 4, y2=HEIGHT - _BOTTOM, class_="mark"),
+        tag("text", mark.label, x=_at(place + (-5 if side == "end" else 5)), y=_TOP + 2, text_anchor=side,
             class_="strong"),
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ GROUP_SIZE = 12
 WALL_SIZE = 24
 CONCEPTS, CONCEPT_SIZE = 12, 6
 #: Concepts whose mean score is shown: the most frequent ones with so many captions.
-SCORED_CONCEPTS, MIN_CAPTIONS = 20, 3
+SCORED_CONCEPTS, MIN_CAPTIONS = 14, 3
 THUMBNAIL_SIDE, WALL_SIDE = 256, 96
 #: Smaller pictures are kept as they are, without loss.
 LOSSLESS_SIDE = 128

@@ -5,8 +5,8 @@ from typing import Any
 
 from cluster.report.captions import CaptionSamples
 from cluster.report.dataset import DatasetFacts
-from cluster.report.dataset_view import cost
 from cluster.report.gallery import Gallery
+from cluster.report.measures_view import cost
 from cluster.report.numbers import count, percent, score, short, times_100
 from cluster.report.page import Headline
 from cluster.report.run import RunFacts
@@ -60,7 +60,8 @@ def _dataset(facts: Facts, hourly: float | None) -> tuple[str, list[Number]]:
             thousand = short(1000 * spent / max(1, manifest.stored))
             numbers.append((short(spent), "cost", f"{thousand} a thousand pictures"))
     sentence = (
-        f"{count(manifest.expected)} captions became {count(manifest.stored)} pictures, drawn by {generator.model} in "
+        f"{count(manifest.expected)} captions became {count(manifest.stored)} pictures, drawn by "
+        f"{'the embedded model' if generator.model == 'embedded' else generator.model} in "
         f"{generator.num_inference_steps} steps."
     )
     return sentence, numbers
@@ -89,7 +90,7 @@ def _sweep(facts: Facts) -> tuple[str, list[Number]]:
         return "", []
     settings = len(facts.sweep.ranked)
     return f"A sweep compared {settings} settings.", [
-        (times_100(facts.sweep.scored[0].mean), "best of the sweep", f"{settings} settings")
+        (times_100(facts.sweep.scored[0].mean), "best CIDEr of the sweep", f"of {settings} settings")
     ]
 
 

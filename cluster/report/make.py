@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.pictures import PictureSource
-from cluster.report import dataset_view, run_view, sweep_view
+from cluster.report import dataset_view, measures_view, run_view, sweep_view
 from cluster.report.captions import caption_samples, has_checkpoint
 from cluster.report.dataset import gather_dataset
 from cluster.report.gallery import make_gallery
@@ -95,8 +95,8 @@ def _entries(facts: Facts, request: ReportRequest) -> list[Entry]:
     if data is not None and facts.gallery is not None:
         found += [
             Entry(anchor="pictures", name="Pictures", section=dataset_view.gallery(data, facts.gallery)),
-            Entry(anchor="scores", name="Scores", section=dataset_view.scores(data, facts.gallery)),
-            Entry(anchor="speed", name="Speed and cost", section=dataset_view.speed(data, facts.speed, hourly=price)),
+            Entry(anchor="scores", name="Scores", section=measures_view.scores(data, facts.gallery)),
+            Entry(anchor="speed", name="Speed and cost", section=measures_view.speed(data, facts.speed, hourly=price)),
             Entry(anchor="quarantine", name="Quarantine", section=dataset_view.quarantine(data)),
             Entry(anchor="dataset", name="Dataset", section=dataset_view.overview(data, facts.speed, hourly=price)),
         ]

@@ -32,11 +32,11 @@ def times_100(value: float | None) -> str:
 
 
 def percent(share: float) -> str:
-    """0 %, 0.02 %, 4.1 %, 37 %"""
+    """0 %, <0.1 %, 4.1 %, 37 %"""
     value = 100 * share
     if value == 0 or value >= 10:
         return f"{value:.0f} %"
-    return f"{value:.2g} %"
+    return f"{value:.2g} %" if value >= 0.1 else "<0.1 %"
 
 
 def moment(timestamp: float) -> str:

@@ -78,9 +78,8 @@ def _header(headline: Headline) -> Html:
         tag("h1", headline.title),
         tag("p", headline.lead, class_="lead"),
     )
-    return tag(
-        "header", tag("div", text, headline.wall and wall, class_="headline"), tiles(headline.numbers), class_="top"
-    )
+    top = tag("div", text, wall if headline.wall else None, class_="headline")
+    return tag("header", top, tiles(headline.numbers), class_="top")
 
 
 def _missing(parts: Sequence[tuple[str, Node]]) -> Html:

@@ -55,7 +55,7 @@ if (concepts.length > 1) {
     button.addEventListener("click", () => choose(name));
   }
   concepts[0].before(filter);
-  choose(null);
+  choose(concepts[0].dataset.concept);
 }
 
 // The contents say where one is.

@@ -23,7 +23,7 @@ def training(run: RunFacts) -> Html:
     changed = ", ".join(f"{name} {value}" for name, value in changes.items()) or "nothing"
     about: list[tuple[str, Node]] = [
         ("Where", code(run.root)),
-        ("Data", [[code(f"{each['path']}"), f" (weight {each['weight']:g}) "] for each in run.document["datasets"]]),
+        ("Data", [_source(each) for each in run.document["datasets"]]),
         ("Settings", [f"nearest preset {preset}; changed: {changed}"]),
         ("CLIP", str(run.document["clip"]["model"])),
         ("Validated on", _validation(run.document)),
@@ -125,10 +125,9 @@ def metrics(document: Mapping[str, Any]) -> Html:
                 label="Metrics of the evaluation",
                 numbers=range(1, 3),
             ),
-            charts,
+            tag("div", charts, not compared and absent(none)),
             class_="charts",
         ),
-        not compared and absent(none),
     )
 
 
@@ -138,9 +137,9 @@ def captions(samples: CaptionSamples) -> Html:
         "captions",
         "Evaluation",
         "What it says of real pictures",
-        f"{len(samples.pictures)} of the {count(samples.total)} pictures of {samples.source}, drawn by a seed and not "
-        f"chosen. Below each caption the concepts that were retrieved, with their probability; on the picture, a grid "
-        f"of {grid} patches, those that were mixed up with a concept, in the concept's colour.",
+        f"{len(samples.pictures)} of the {count(samples.total)} pictures of {samples.source}, drawn at random. Below each "
+        f"caption stand the concepts that were retrieved, with their probability; framed on the picture, in the colour "
+        f"of their concept, are the patches (of {grid}) that the mix-up selected.",
         tag(
             "label",
             tag("input", type="checkbox", id="show-patches", checked=True),
@@ -256,6 +255,10 @@ def _paper(pair: Mapping[str, float | None] | None) -> Node:
 def _pair(metric: str, pair: Mapping[str, float | None]) -> list[Bar]:
     found = [(f"{metric}, {who}", pair[who], series) for series, who in ((1, "ours"), (3, "paper"))]
     return [Bar(label, value, f"{value:.1f}", series=series) for label, value, series in found if value is not None]
+
+
+def _source(dataset: Mapping[str, Any]) -> Node:
+    return [code(str(dataset["path"])), f" (weight {dataset['weight']:g}) " if dataset["weight"] != 1 else " "]
 
 
 def _validation(document: Mapping[str, Any]) -> str:

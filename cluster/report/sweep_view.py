@@ -1,7 +1,7 @@
 """The section about a sweep: its settings from best to worst, and each parameter against CIDEr."""
 
-import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from cluster.report.charts import Axis, Line, line_chart, parallel, scatter
@@ -91,7 +91,8 @@ def _axis(name: str, axis: ParameterAxis) -> Axis:
     return Axis(name, axis.unit, _value(axis.values[order[0]]), _value(axis.values[order[-1]]))
 
 
-def _table(ranked: "list[SettingResult] | tuple[SettingResult, ...]", found: SweepFacts) -> Html:
+def _table(ranked: Sequence[SettingResult], found: SweepFacts) -> Html:
+    seeded = _seeds(found.ranked)
     rows = []
     for setting in ranked:
         epochs = sorted({len([row for row in trial.history if not row.get("reason")]) for trial in setting.trials})
@@ -100,14 +101,13 @@ def _table(ranked: "list[SettingResult] | tuple[SettingResult, ...]", found: Swe
             [
                 *(_value(setting.settings.get(name)) for name in found.params),
                 times_100(setting.mean),
-                times_100(setting.spread),
-                str(len(setting.trials)),
+                *([times_100(setting.spread), str(len(setting.trials))] if seeded else []),
                 "/".join(map(str, epochs)),
                 short(sum(trial.seconds for trial in setting.trials)),
                 "; ".join(said),
             ]
         )
-    header = [*found.params, "CIDEr", "spread", "seeds", "epochs", "seconds", "status"]
+    header = [*found.params, "CIDEr", *(["spread", "seeds"] if seeded else []), "epochs", "seconds", "status"]
     return table(header, rows, label="Settings of the sweep, best first", numbers=range(len(header) - 1))
 
 
@@ -116,8 +116,8 @@ def _text(setting: SettingResult) -> str:
     return f"{values}: CIDEr {times_100(setting.mean)}"
 
 
-def _seeds(scored: list[SettingResult]) -> bool:
-    return any(not math.isnan(setting.spread) for setting in scored)
+def _seeds(settings: Sequence[SettingResult]) -> bool:
+    return any(len(setting.trials) > 1 for setting in settings)
 
 
 def _value(value: Any) -> str:

@@ -1,0 +1,309 @@
+"""jobs.report on small real datasets and runs: what it shows, what it reads, and what it refuses."""
+
+import base64
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from page_reader import Page
+from PIL import Image
+from tiny_dataset import TINY, write_checkpoint, write_dataset, write_pictures
+from tiny_generation import make_dataset_in_process, tiny_spec
+
+from cluster.checkpoints import LossLog
+from cluster.dataset import load_manifest, stats_key
+from cluster.evaluate import EvaluateRequest, evaluate
+from cluster.pictures import PictureSource
+from cluster.report import dataset as dataset_facts
+from cluster.report.make import ReportRequest, gather, make_report
+from cluster.storage import Store, open_store
+from cluster.sweep import SWEEP_KEY
+from cluster.sweep_report import TrialResult
+from cluster.train import CONFIG_KEY
+from cluster.trainconfig import preset
+from cluster.trainloop import METRICS_KEY
+from cluster.trial import RESULT_FILE, TRIALS, trial_id
+from pcm.errors import InputError
+
+SCRIPT = "<script>document.title='broken in'</script> a dog"
+#: The third cannot be used; the fourth is written from right to left.
+CAPTIONS = (
+    SCRIPT, 'A "cat" & a dog </style> on a table.', "   ", "כלב על החוף", "A dog near the beach.", "Two dogs on snow.",
+    "A cow in the street.", "A horse; it's <b>bold</b>.",
+)  # fmt: skip
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path, tiny_t2i: Path) -> Path:
+    """data/ (drawn), scenes/ (without plan or statistics), run/, evaluation/, sweep/, pictures/, references.csv."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "captions.jsonl").write_text("".join(json.dumps({"caption": each}) + "\n" for each in CAPTIONS))
+    make_dataset_in_process(folder / "data", folder / "captions.jsonl", tiny_spec(tiny_t2i, tiny_clip), shard_size=3)
+    write_dataset(folder / "scenes", tiny_clip, rows=60)
+    write_pictures(folder / "pictures", count=5)
+    (folder / "pictures" / "scene1003.png").write_bytes(b"broken")
+    write_run(folder / "run", folder / "scenes")
+    write_sweep(folder / "sweep")
+    evaluate(
+        EvaluateRequest(
+            checkpoint=str(folder / "run"), pictures=source(folder), out=str(folder / "evaluation"), device="cpu",
+            shuffled_baseline=True, experiment="coco_b32",
+        )
+    )  # fmt: skip
+    return folder
+
+
+def write_run(folder: Path, data: Path) -> None:
+    """A run as jobs.train leaves it; the network is untrained, the numbers are written by hand."""
+    write_checkpoint(folder / "best", data)
+    store, config = open_store(str(folder)), preset("embedded").with_overrides(TINY | {"epochs": EPOCHS + 1})
+    document = {
+        "train": config.to_dict(),
+        "clip": {"model": load_manifest(open_store(data)).spec.clip.model, "dtype": "float32"},
+        "datasets": [{"path": str(data), "sha256": "0" * 64, "weight": 0.5}],
+        "validation": None,
+        "versions": {"torch": "2"},
+    }
+    store.write_bytes(CONFIG_KEY, json.dumps(document).encode())
+    for epoch in range(1, EPOCHS + 1):
+        log = LossLog(store, epoch=epoch, until=0)
+        for step in range(500 * epoch - 499, 500 * epoch + 1):
+            log.append(step=step, loss=3 / step, lr=1e-4 * step)
+        log.write()
+    rows = [
+        {"epoch": epoch, "step": 500 * epoch, "loss": 1 / epoch, "lr": 1e-4, "CIDEr": cider, "seconds": 2.0,
+         "validation_seconds": 0.5, "samples_per_second": 30.0}
+        for epoch, cider in zip(range(1, EPOCHS + 1), (0.2, 0.625, 0.5), strict=True)
+    ]  # fmt: skip
+    store.write_bytes(METRICS_KEY, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def write_sweep(folder: Path) -> None:
+    store = open_store(str(folder))
+    document = {"params": {"top_concepts": "1,3", "lr_factor": "log:0.1:9"}, "search": "grid"}
+    store.write_bytes(SWEEP_KEY, json.dumps(document).encode())
+    scores = {(1, 0.1): 0.3, (3, 0.1): 0.9, (1, 5.0): 0.7, (3, 5.0): None}
+    for number, ((top_concepts, lr_factor), cider) in enumerate(scores.items()):
+        trial = TrialResult(
+            overrides={"top_concepts": top_concepts, "lr_factor": lr_factor, "seed": number},
+            status="finished" if cider else "failed",
+            reason="" if cider else "loss is <nan>",
+            history=tuple({"epoch": epoch, "CIDEr": cider * epoch / 2} for epoch in (1, 2)) if cider else (),
+            seconds=1.5,
+        )
+        name = f"{TRIALS}/{trial_id(trial.overrides)}/{RESULT_FILE}"
+        store.write_bytes(name, json.dumps(dataclasses.asdict(trial)).encode())
+
+
+def source(world: Path) -> PictureSource:
+    return PictureSource(images=str(world / "pictures"), references=str(world / "references.csv"))
+
+
+def everything(world: Path, out: Path, **changes) -> ReportRequest:
+    request = ReportRequest(
+        out=str(out), data=str(world / "data"), run=str(world / "run"), evaluation=str(world / "evaluation"),
+        sweep=str(world / "sweep"), pictures=source(world), price_per_hour=3.5, device="cpu",
+    )  # fmt: skip
+    return replace(request, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path) -> Page:
+    made = make_report(everything(world, world / "report.html"))
+    assert made["ok"] and made["path"] == str(world / "report.html")
+    document = (world / "report.html").read_bytes()
+    assert len(document) == made["bytes"] < 1_000_000
+    return Page(document.decode())
+
+
+def part(page: Page, world: Path, name: str) -> Page:
+    """One section of the report of everything."""
+    document = (world / "report.html").read_text()
+    found = re.search(rf'<section id="{name}".*?</section>|<section[^>]*id="{name}".*?</section>', document, re.S)
+    assert found, name
+    return Page(found[0])
+
+
+def test_a_caption_is_text_whatever_it_says(whole: Page, world: Path) -> None:
+    assert SCRIPT in whole.text and "it's <b>bold</b>" in whole.text and "</style> on a table" in whole.text
+    assert len(whole.all("script")) == 1 and len(whole.all("style")) == 1
+    document = (world / "report.html").read_text()
+    assert "<script>document" not in document and document.count("</style>") == 1
+    assert "כלב על החוף" in whole.text
+
+
+def test_the_page_loads_nothing_and_no_other_script_may_run(whole: Page) -> None:
+    for found in whole.attributes:
+        for name in ("src", "href", "srcset", "data", "action", "poster"):
+            value = found.get(name) or "#"
+            assert value.startswith(("#", "data:image/webp;base64,")), value
+    assert not {"link", "iframe", "object", "embed", "form", "base"} & set(whole.names)
+    policy = next(str(found["content"]) for found in whole.all("meta") if found.get("http-equiv"))
+    assert policy.startswith("default-src 'none'; img-src data:; ") and "script-src 'sha256-" in policy
+    assert not any(name.startswith("on") for found in whole.attributes for name in found)
+
+
+def test_pictures_stand_with_caption_seed_and_score(whole: Page, world: Path) -> None:
+    shown = part(whole, world, "pictures")
+    assert all(found.get("alt") for found in shown.all("img"))
+    facts = gather(ReportRequest(out="unused", data=str(world / "data"))).data
+    assert facts is not None and len(facts.rows) == len(CAPTIONS) - 1
+    for row in facts.rows:
+        assert f"seed {row.seed}" in shown.text and f"{row.clip_score:.3f}" in shown.text
+    picture = str(shown.all("img")[0]["src"]).partition(",")[2]
+    assert Image.open(io.BytesIO(base64.b64decode(picture))).size == (32, 32)
+    redraw = {found["data-redraw"] for found in shown.all("figure")}
+    assert f"python -m jobs.generate --out {world / 'data'} --only 000000000-00" in redraw
+
+
+def test_best_come_first_and_worst_last(world: Path) -> None:
+    found = gather(ReportRequest(out="unused", data=str(world / "scenes")))
+    assert found.data is not None and found.gallery is not None
+    scores = sorted((row.clip_score for row in found.data.rows), reverse=True)
+    assert [each.row.clip_score for each in found.gallery.best] == scores[:12]
+    assert [each.row.clip_score for each in found.gallery.worst] == scores[:-13:-1]
+    assert {each.name for each in found.gallery.concepts} >= {"square", "circle", "ground"}
+    square = next(each for each in found.gallery.concepts if each.name == "square")
+    holding = [row for row in found.data.rows if "square" in row.caption]
+    assert square.captions == len(holding) and square.mean_score == pytest.approx(
+        sum(row.clip_score for row in holding) / len(holding)
+    )
+    assert all("square" in each.row.caption for each in square.pictures)
+
+
+def test_what_was_refused_is_counted_by_reason_with_examples(whole: Page, world: Path) -> None:
+    shown = part(whole, world, "quarantine")
+    assert "1 of 8 samples" in shown.text and "empty" in shown.text and "000000002-00" in shown.text
+
+
+def test_the_dataset_is_verified_and_its_fingerprint_shown(whole: Page, world: Path) -> None:
+    from cluster.verify import verify
+
+    shown = part(whole, world, "dataset")
+    assert verify(open_store(world / "data"))["fingerprint"] in shown.text
+    assert "8 expected = 7 stored + 1 quarantined" in shown.text
+
+
+def test_a_damaged_dataset_is_said_to_be_damaged(world: Path, tmp_path: Path, tiny_t2i: Path, tiny_clip: Path) -> None:
+    store, _, _ = make_dataset_in_process(
+        tmp_path / "data", world / "captions.jsonl", tiny_spec(tiny_t2i, tiny_clip), shard_size=3
+    )
+    (tmp_path / "data" / stats_key(1)).unlink()
+    make_report(ReportRequest(out=str(tmp_path / "r.html"), data=store.root))
+    assert "corrupt" in Page((tmp_path / "r.html").read_text()).text
+
+
+def test_time_and_cost_come_from_the_shards_statistics(whole: Page, world: Path) -> None:
+    store = open_store(world / "data")
+    stats = [json.loads(store.read_bytes(stats_key(shard))) for shard in range(3)]
+    shown = part(whole, world, "speed")
+    hours = (max(each["end_time"] for each in stats) - min(each["start_time"] for each in stats)) / 3600
+    assert "at 3.5 an hour" in shown.text and "Cost so far" in shown.text
+    found = gather(ReportRequest(out="unused", data=str(world / "data"))).speed
+    assert found is not None and found.machine_hours[-1] == pytest.approx(hours, rel=0.05)
+
+
+def test_training_is_shown_by_epoch_with_its_best(whole: Page, world: Path) -> None:
+    shown = part(whole, world, "training")
+    assert "3 of 4 epochs, 1,500 steps; the best is epoch 2, with CIDEr 62.5" in shown.text
+    assert len(shown.all("svg")) == 4 and "nearest preset embedded" in shown.text and "hidden_size 32" in shown.text
+    run = gather(everything(world, world / "unused.html", data=None, pictures=None)).run
+    assert run is not None and run.loss.shape == (300, 2) and run.loss[0, 1] > run.loss[-1, 1]
+
+
+def test_metrics_stand_beside_the_papers_where_an_experiment_applies(whole: Page, world: Path, tmp_path: Path) -> None:
+    assert "103.8" in part(whole, world, "metrics").text and "coco_b32" in part(whole, world, "metrics").text
+    plain = tmp_path / "evaluation"
+    evaluate(EvaluateRequest(checkpoint=str(world / "run"), pictures=source(world), out=str(plain), device="cpu"))
+    make_report(ReportRequest(out=str(tmp_path / "r.html"), evaluation=str(plain)))
+    text = Page((tmp_path / "r.html").read_text()).text
+    assert "No experiment of the paper" in text and "103.8" not in text
+
+
+def test_captions_of_real_pictures_stand_with_concepts_and_patches(whole: Page, world: Path) -> None:
+    shown = part(whole, world, "captions")
+    found = gather(everything(world, world / "unused.html", data=None)).captions
+    assert found is not None and len(found.pictures) == 4 and (found.rows, found.columns) == (4, 4)
+    assert "1 pictures could not be read" in shown.text and "scene1003.png" in shown.text
+    overlays = [found for found in shown.all("svg") if found.get("class") == "patches"]
+    assert [overlay["viewbox"] for overlay in overlays] == ["0 0 4 4"] * 4
+    assert len(shown.all("rect")) == sum(len(picture.patches) for picture in found.pictures) >= 4
+    for picture in found.pictures:
+        assert picture.caption in shown.text and picture.references[0] in shown.text
+        assert len(picture.concepts) == 5 and all(name in shown.text for name, _, _ in picture.concepts)
+        assert all(0 <= patch.row < 4 and 0 <= patch.column < 4 for patch in picture.patches)
+
+
+def test_a_sweep_is_a_table_with_the_best_first(whole: Page, world: Path) -> None:
+    shown = part(whole, world, "sweep")
+    assert "Of 4 settings the best is top_concepts 3, lr_factor 0.1: CIDEr 90.0" in shown.text
+    assert "failed: loss is <nan>" in shown.text and len(shown.all("svg")) == 4
+    assert shown.text.index("90.0") < shown.text.index("failed: loss")
+
+
+def test_what_is_not_given_is_said(world: Path, tmp_path: Path) -> None:
+    made = make_report(ReportRequest(out=str(tmp_path / "r.html"), data=str(world / "scenes")))
+    assert made["sections"] == ["pictures", "scores", "speed", "quarantine", "dataset"]
+    text = Page((tmp_path / "r.html").read_text()).text
+    for said in ("no training run given (--run)", "no evaluation given", "no real pictures given", "no sweep given"):
+        assert said in text
+    assert "has no statistics" in text and "Nothing: all 60 samples are stored" in text
+    assert "proves it and prints its fingerprint; not run here" in text
+
+
+def test_the_same_request_gives_the_same_bytes(whole: Page, world: Path, tmp_path: Path) -> None:
+    first = (world / "report.html").read_bytes()
+    make_report(everything(world, world / "report.html"))
+    assert (world / "report.html").read_bytes() == first
+
+
+def test_of_a_large_dataset_a_part_is_read(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_facts, "MAX_STATS", 2)
+    read: list[str] = []
+    real = Store.read_bytes
+    monkeypatch.setattr(Store, "read_bytes", lambda store, key: read.append(key) or real(store, key))
+    facts = dataset_facts.gather_dataset(open_store(world / "data"), seed=0)
+    assert len([key for key in read if key.startswith("stats/")]) >= 2 and len(facts.stats) == 2
+    chosen = dataset_facts.sample_shards([3, 3, 2], seed=0, most=2)
+    monkeypatch.setattr(dataset_facts, "sample_shards", lambda rows, *, seed: chosen)
+    few = dataset_facts.gather_dataset(open_store(world / "data"), seed=0)
+    assert {row.shard for row in few.rows} == set(chosen) and not few.complete_sample
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": None, "run": None, "evaluation": None, "sweep": None, "pictures": None}, "nothing to report on"),
+        ({"data": "nowhere"}, "not a dataset"),
+        ({"run": "nowhere"}, "not a training run"),
+        ({"evaluation": "nowhere"}, "not an evaluation"),
+        ({"sweep": "nowhere"}, "not a sweep"),
+        ({"run": None}, "needs --run"),
+        ({"price_per_hour": float("nan")}, "--price-per-hour nan"),
+        ({"out": "."}, "is a folder"),
+        ({"out": "captions.jsonl/report.html"}, "cannot be written"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(
+    world: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, said: str
+) -> None:
+    monkeypatch.chdir(world)
+    with pytest.raises(InputError, match=re.escape(said)) as raised:
+        make_report(everything(world, world / "refused.html", **changes))
+    assert "\n" not in str(raised.value) and not (world / "refused.html").exists()
+
+
+def test_the_job_ends_with_the_path(world: Path, tmp_path: Path, call_job: Callable) -> None:
+    done = call_job("report", "--run", world / "run", "--out", tmp_path / "r.html", "--title", "A <talk>")
+    assert done.returncode == 0 and done.summary["ok"] is True and done.summary["path"] == str(tmp_path / "r.html")
+    page = Page((tmp_path / "r.html").read_text())
+    assert "A <talk>" in page.text and next(each for each in page.all("meta") if each.get("name") == "viewport")
+    refused = call_job("report", "--out", tmp_path / "none.html")
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+    assert call_job("report", "--out", tmp_path / "x", "--references", "r.csv").returncode == 2
