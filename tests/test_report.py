@@ -17,7 +17,9 @@ from tiny_generation import make_dataset_in_process, tiny_spec
 
 from cluster.checkpoints import LossLog
 from cluster.dataset import load_manifest, stats_key
-from cluster.evaluate import EvaluateRequest, evaluate
+from cluster.evaluate import METRICS_KEY as METRICS_FILE
+from cluster.evaluate import EvaluateRequest
+from cluster.experiments import comparison
 from cluster.pictures import PictureSource
 from cluster.report import dataset as dataset_facts
 from cluster.report.make import ReportRequest, gather, make_report
@@ -50,12 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path, tiny_t2i: P
     (folder / "pictures" / "scene1003.png").write_bytes(b"broken")
     write_run(folder / "run", folder / "scenes")
     write_sweep(folder / "sweep")
-    evaluate(
-        EvaluateRequest(
-            checkpoint=str(folder / "run"), pictures=source(folder), out=str(folder / "evaluation"), device="cpu",
-            shuffled_baseline=True, experiment="coco_b32",
-        )
-    )  # fmt: skip
+    write_evaluation(folder / "evaluation", folder)
     return folder
 
 
@@ -82,6 +79,20 @@ def write_run(folder: Path, data: Path) -> None:
         for epoch, cider in zip(range(1, EPOCHS + 1), (0.2, 0.625, 0.5), strict=True)
     ]  # fmt: skip
     store.write_bytes(METRICS_KEY, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def write_evaluation(folder: Path, world: Path) -> None:
+    metrics = {
+        "CIDEr": 1.25,
+        "CIDEr_shuffled": 0.125,
+        "Bleu_4": 0.375,
+        "SPICE": None,
+        "n": 5,
+        "reasons": {"SPICE": "?"},
+    }
+    request = EvaluateRequest(pictures=source(world), checkpoint=str(world / "run"), experiment="coco_b32")
+    document = {"metrics": metrics | {"paper": comparison("coco_b32", metrics)}, "request": dataclasses.asdict(request)}
+    open_store(str(folder)).write_bytes(METRICS_FILE, json.dumps(document).encode())
 
 
 def write_sweep(folder: Path) -> None:
@@ -168,13 +179,13 @@ def test_best_come_first_and_worst_last(world: Path) -> None:
     scores = sorted((row.clip_score for row in found.data.rows), reverse=True)
     assert [each.row.clip_score for each in found.gallery.best] == scores[:12]
     assert [each.row.clip_score for each in found.gallery.worst] == scores[:-13:-1]
-    assert {each.name for each in found.gallery.concepts} >= {"square", "circle", "ground"}
-    square = next(each for each in found.gallery.concepts if each.name == "square")
-    holding = [row for row in found.data.rows if "square" in row.caption]
-    assert square.captions == len(holding) and square.mean_score == pytest.approx(
-        sum(row.clip_score for row in holding) / len(holding)
-    )
-    assert all("square" in each.row.caption for each in square.pictures)
+    assert {each.name for each in found.gallery.concepts} == {"circle", "ground", "bar"}
+    circle = next(each for each in found.gallery.concepts if each.name == "circle")
+    holding = [row.clip_score for row in found.data.rows if "circle" in row.caption]
+    assert circle.captions == len(holding) and circle.mean_score == pytest.approx(sum(holding) / len(holding))
+    shown = [each.row.clip_score for each in circle.pictures]
+    assert all("circle" in each.row.caption for each in circle.pictures)
+    assert shown == sorted(shown, reverse=True) and (shown[0], shown[-1]) == (max(holding), min(holding))
 
 
 def test_what_was_refused_is_counted_by_reason_with_examples(whole: Page, world: Path) -> None:
@@ -218,9 +229,12 @@ def test_training_is_shown_by_epoch_with_its_best(whole: Page, world: Path) -> N
 
 
 def test_metrics_stand_beside_the_papers_where_an_experiment_applies(whole: Page, world: Path, tmp_path: Path) -> None:
-    assert "103.8" in part(whole, world, "metrics").text and "coco_b32" in part(whole, world, "metrics").text
-    plain = tmp_path / "evaluation"
-    evaluate(EvaluateRequest(checkpoint=str(world / "run"), pictures=source(world), out=str(plain), device="cpu"))
+    shown = part(whole, world, "metrics").text
+    assert all(said in shown for said in ("125.0", "103.8", "37.5", "31.5", "12.5", "coco_b32", "not available"))
+    plain, document = tmp_path / "evaluation", json.loads((world / "evaluation" / METRICS_FILE).read_text())
+    del document["metrics"]["paper"]
+    plain.mkdir()
+    (plain / METRICS_FILE).write_text(json.dumps(document))
     make_report(ReportRequest(out=str(tmp_path / "r.html"), evaluation=str(plain)))
     text = Page((tmp_path / "r.html").read_text()).text
     assert "No experiment of the paper" in text and "103.8" not in text
@@ -253,8 +267,8 @@ def test_what_is_not_given_is_said(world: Path, tmp_path: Path) -> None:
     text = Page((tmp_path / "r.html").read_text()).text
     for said in ("no training run given (--run)", "no evaluation given", "no real pictures given", "no sweep given"):
         assert said in text
-    assert "has no statistics" in text and "Nothing: all 60 samples are stored" in text
-    assert "proves it and prints its fingerprint; not run here" in text
+    assert "has no shard statistics" in text and "Nothing: all 60 samples are stored" in text
+    assert "it has no plan.json" in text
 
 
 def test_the_same_request_gives_the_same_bytes(whole: Page, world: Path, tmp_path: Path) -> None:
@@ -295,7 +309,7 @@ def test_what_cannot_be_used_is_one_line(
 ) -> None:
     monkeypatch.chdir(world)
     with pytest.raises(InputError, match=re.escape(said)) as raised:
-        make_report(everything(world, world / "refused.html", **changes))
+        make_report(replace(everything(world, world / "refused.html"), **changes))
     assert "\n" not in str(raised.value) and not (world / "refused.html").exists()
 
 

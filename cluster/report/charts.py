@@ -105,9 +105,10 @@ def line_chart(
     if best is not None:
         px, py = x(best[0]), y(best[1])
         side = "end" if px > WIDTH * 0.7 else "start"
+        beside = py - 9 if py > _TOP + 12 else py + 19
         drawn += [
             tag("circle", cx=_at(px), cy=_at(py), r=6.5, class_="ring"),
-            tag("text", f"best {short(best[1])}", x=_at(px + (-10 if side == "end" else 10)), y=_at(py - 9 if py > _TOP + 12 else py + 19),
+            tag("text", f"best {short(best[1])}", x=_at(px + (-10 if side == "end" else 10)), y=_at(beside),
                 text_anchor=side, class_="strong"),
         ]  # fmt: skip
     named = [(line.name, line.series) for line in lines if not line.faint]

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cluster.dataset import Manifest, load_manifest, quarantine_key, read_table, stats_key
+from cluster.dataset import PLAN_KEY, Manifest, load_manifest, quarantine_key, read_table, stats_key
+from cluster.display import size
 from cluster.rows import read_shard
 from cluster.storage import Store
 from cluster.verify import verify
@@ -61,7 +62,8 @@ class DatasetFacts:
     sampled_shards: int
     stats: tuple[dict[str, Any], ...]  # as the shards' writers made them; empty where the dataset has none
     refused: dict[str, list[Refused]]  # reason -> examples
-    verified: dict[str, Any] | None  # what jobs.verify finds; None: too large, or it was not planned by this code
+    verified: dict[str, Any] | None  # what jobs.verify finds; None where it was not asked
+    unverified: str  # why not
 
     @property
     def scored(self) -> bool:
@@ -78,9 +80,7 @@ def gather_dataset(store: Store, *, seed: int) -> DatasetFacts:
     manifest = load_manifest(store)
     chosen = sample_shards([shard["rows"] for shard in manifest.shards], seed=seed)
     read = in_parallel(lambda place: _rows(store, manifest, place), chosen)
-    small = (
-        manifest.shard_bytes <= VERIFIED_BYTES and sum(shard["bytes"] for shard in manifest.shards) <= VERIFIED_BYTES
-    )
+    verified, unverified = _verified(store, manifest)
     return DatasetFacts(
         root=store.root,
         manifest=manifest,
@@ -88,7 +88,8 @@ def gather_dataset(store: Store, *, seed: int) -> DatasetFacts:
         sampled_shards=len(chosen),
         stats=_stats(store, manifest),
         refused=_refused(store, manifest),
-        verified=_verified(store) if small else None,
+        verified=verified,
+        unverified=unverified,
     )
 
 
@@ -145,11 +146,13 @@ def _refused(store: Store, manifest: Manifest) -> dict[str, list[Refused]]:
     return found
 
 
-def _verified(store: Store) -> dict[str, Any] | None:
-    try:
-        return verify(store)
-    except InputError:
-        return None  # it has no plan
+def _verified(store: Store, manifest: Manifest) -> tuple[dict[str, Any] | None, str]:
+    """What jobs.verify finds, and "", or None and the reason."""
+    if sum(shard["bytes"] for shard in manifest.shards) > VERIFIED_BYTES:
+        return None, f"not here, being larger than {size(VERIFIED_BYTES)}: run python -m jobs.verify {store.root}"
+    if not store.exists(PLAN_KEY):
+        return None, f"no: it has no {PLAN_KEY}, so nothing says what ought to be there"
+    return verify(store), ""
 
 
 def _shard_number(key: str) -> int:

@@ -137,9 +137,9 @@ def captions(samples: CaptionSamples) -> Html:
         "captions",
         "Evaluation",
         "What it says of real pictures",
-        f"{len(samples.pictures)} of the {count(samples.total)} pictures of {samples.source}, drawn at random. Below each "
-        f"caption stand the concepts that were retrieved, with their probability; framed on the picture, in the colour "
-        f"of their concept, are the patches (of {grid}) that the mix-up selected.",
+        f"{len(samples.pictures)} of the {count(samples.total)} pictures of {samples.source}, drawn at random. Below "
+        f"each caption stand the concepts that were retrieved, with their probability; framed on the picture, in the "
+        f"colour of their concept, are the patches (of {grid}) that the mix-up selected.",
         tag(
             "label",
             tag("input", type="checkbox", id="show-patches", checked=True),
