@@ -1,6 +1,7 @@
 """Reading the columns of shards that training needs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,11 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from cluster.feature_pages import plain_matrices
 from cluster.storage import Store
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 
-COLUMNS = ("sample_id", "caption", "clip_score", "global_feature", "patch_features")
+MATRICES = ("global_feature", "patch_features")
+SMALL = ("sample_id", "caption", "clip_score")
+COLUMNS = (*SMALL, *MATRICES)
 
 
 @dataclass(frozen=True)
@@ -63,35 +67,53 @@ def preload(tables: Mapping[str, pa.Table]) -> None:
 
 def read_shard(store: Store, key: str, columns: Sequence[str]) -> pa.Table:
     """Some columns of one shard. Raises InputError naming the shard when it cannot be read."""
-    path = store.path(key)
-    if (preloaded := _PRELOADED.get(path)) is not None:
+    if (preloaded := _PRELOADED.get(store.path(key))) is not None:
         return preloaded.select(list(columns))
+    with _opened(store, key) as (_, parquet):
+        return parquet.read(columns=list(columns))
+
+
+def read_rows(store: Store, key: str, rows: np.ndarray | None, features: FeatureShape) -> Rows:
+    """The given rows (ascending row numbers; None = all) of one shard, decoded. Raises as read_shard does."""
+    if store.path(key) in _PRELOADED:
+        table = read_shard(store, key, COLUMNS)
+        matrices = [_matrix(table, name) for name in MATRICES]
+    else:
+        with _opened(store, key) as (file, parquet):
+            plain = plain_matrices(file.read_at, parquet, MATRICES, whole=not isinstance(file, pa.OSFile))
+            table = parquet.read(columns=list(COLUMNS if plain is None else SMALL))
+            matrices = plain or [_matrix(table, name) for name in MATRICES]
+    global_feature, patch_features = matrices
+    decoded = Rows(
+        sample_ids=np.array(table["sample_id"].to_pylist(), dtype=object),
+        captions=np.array(table["caption"].to_pylist(), dtype=object),
+        clip_score=table["clip_score"].to_numpy(),
+        global_feature=global_feature,
+        patch_features=patch_features.reshape(-1, features.num_patches, features.patch_dim),  # (n, N, D_v)
+    )
+    return decoded if rows is None else decoded.some(rows)
+
+
+def _matrix(table: pa.Table, name: str) -> np.ndarray:
+    """(n, length) of a column of fixed-size lists. Raises ArrowInvalid where values are missing."""
+    values = pa.concat_arrays(table[name].chunks) if table[name].num_chunks != 1 else table[name].chunk(0)
+    if values.null_count or values.flatten().null_count:
+        raise pa.ArrowInvalid(f"{name} lacks values")
+    return values.flatten().to_numpy(zero_copy_only=True).reshape(table.num_rows, -1)
+
+
+@contextmanager
+def _opened(store: Store, key: str) -> Iterator[tuple[pa.NativeFile, pq.ParquetFile]]:
+    """One shard, open. Raises InputError naming it when it cannot be read."""
+    path = store.path(key)
     local = isinstance(store.fs, LocalFileSystem)
     try:
-        # Arrow's own file reads without Python's lock; that of fsspec does not.
-        with pa.OSFile(path) if local else store.fs.open(path, "rb") as file:
-            return pq.ParquetFile(file, pre_buffer=True).read(columns=list(columns))
+        # Arrow's own file reads without Python's lock; that of fsspec does not, and by itself would read ahead into
+        # the pictures between the columns.
+        with pa.OSFile(path) if local else pa.PythonFile(store.fs.open(path, "rb", cache_type="none"), "r") as file:
+            yield file, pq.ParquetFile(file, pre_buffer=True)
     except (OSError, pa.ArrowException) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{store.root}/{key}: cannot be read ({first_line}); run jobs.verify on the dataset"
         ) from error
-
-
-def read_rows(store: Store, key: str, rows: np.ndarray | None, features: FeatureShape) -> Rows:
-    """The given rows (ascending row numbers; None = all) of one shard, decoded."""
-    table = read_shard(store, key, COLUMNS)
-    count = table.num_rows
-
-    def matrix(name: str) -> np.ndarray:
-        values = pa.concat_arrays(table[name].chunks) if table[name].num_chunks != 1 else table[name].chunk(0)
-        return values.flatten().to_numpy(zero_copy_only=True).reshape(count, -1)
-
-    decoded = Rows(
-        sample_ids=np.array(table["sample_id"].to_pylist(), dtype=object),
-        captions=np.array(table["caption"].to_pylist(), dtype=object),
-        clip_score=table["clip_score"].to_numpy(),
-        global_feature=matrix("global_feature"),
-        patch_features=matrix("patch_features").reshape(count, features.num_patches, features.patch_dim),  # (n, N, D_v)
-    )
-    return decoded if rows is None else decoded.some(rows)
