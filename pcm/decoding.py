@@ -2,7 +2,8 @@
 
 What is computed once instead of every step: the memory's keys and values, and those of past words. The hypotheses of an
 image share both: past words lie in one pool for an image, and a mask tells which of them each hypothesis descends from.
-Images whose hypotheses have all ended leave the batch. None of this changes a result.
+Images whose result stands leave the batch: hypotheses only lose score as they grow, so an ended one that leads can not
+be overtaken. None of this changes a result.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ BOS = EOS = 0
 
 #: Score of extending an ended hypothesis by anything but padding, as published.
 _ENDED = -999.0
+#: A word's log-probability is at most 0 but for rounding, which in T words comes to far less than this.
+_ROUNDING = 1e-3
 #: Asking whether images have ended makes a GPU wait for its queue, so it is asked every so many steps there.
 _STEPS_BETWEEN_CHECKS = 4
 #: Ended images are taken out of the batch once they are this share of it: shrinking copies the caches.
@@ -152,8 +155,7 @@ def beam_search(
         decoder.follow(parents)
 
         if device.type == "cpu" or (step + 1) % _STEPS_BETWEEN_CHECKS == 0:
-            # Nothing changes any more once all have ended, unless an ended one scores below the -999 of a fresh word.
-            going = ~(ended & (scores > _ENDED)).all(dim=1)  # (B,)
+            going = ~_settled(scores, ended, out_size)  # (B,)
             remaining = int(going.sum())
             if remaining == 0:
                 break
@@ -168,6 +170,19 @@ def beam_search(
     if out_size == 1:
         return Decoded(result.token_ids[:, 0], result.log_probs[:, 0])
     return Decoded(result.token_ids[:, :out_size], result.log_probs[:, :out_size])
+
+
+def _settled(scores: Tensor, ended: Tensor, out_size: int) -> Tensor:
+    """Whether the first `out_size` hypotheses of each image, (B, W) best first, are the result, (B,) boolean.
+
+    They are once they have ended, unless one scores below the -999 of a fresh word, and the others have ended too or
+    are behind.
+    """
+    over = ended & (scores > _ENDED)  # (B, W)
+    if out_size == scores.shape[1]:
+        return over.all(dim=1)
+    ahead = scores[:, out_size - 1] > scores[:, out_size] + _ROUNDING
+    return over.all(dim=1) | (over[:, :out_size].all(dim=1) & ahead)
 
 
 @torch.no_grad()

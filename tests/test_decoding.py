@@ -82,6 +82,31 @@ def test_leaving_the_batch_early_changes_nothing(share: float, monkeypatch: pyte
     torch.testing.assert_close(together.log_probs, expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("beam_size", [2, 3, 5])
+def test_the_leading_hypotheses_are_those_of_a_search_for_all(beam_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search for fewer ends as soon as they cannot be overtaken, which must not show."""
+    model, inputs = golden_model().eval(), many_pictures(64)
+    with torch.no_grad():
+        model.output.bias[0] += 0.7  # captions of many lengths
+    whole = beam_search(model, *inputs, beam_size=beam_size, out_size=beam_size)
+    steps = []
+    step = decoding._Decoder.best_words
+    monkeypatch.setattr(
+        decoding._Decoder, "best_words", lambda self, *a, **k: (steps.append(len(a[0])), step(self, *a, **k))[1]
+    )
+    decoded_rows = []
+    for out_size in range(1, beam_size + 1):
+        steps.clear()
+        decoded = beam_search(model, *inputs, beam_size=beam_size, out_size=out_size)
+        token_ids = decoded.token_ids.view(64, out_size, -1)
+        assert torch.equal(token_ids, whole.token_ids[:, :out_size])
+        expected = whole.log_probs[:, :out_size]
+        torch.testing.assert_close(decoded.log_probs.view(64, out_size, -1), expected, atol=2e-5, rtol=0)
+        decoded_rows.append(sum(steps))
+    assert decoded_rows[0] < 0.9 * decoded_rows[-1]
+    assert len(set((whole.token_ids[:, 0] != 0).sum(dim=-1).tolist())) > 2
+
+
 def test_search_stops_when_every_caption_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = golden_model().eval(), many_pictures()
     with torch.no_grad():
