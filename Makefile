@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # The demo and the tests use embedded models only; nothing asks a hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow chaos install lint constraints clean
+.PHONY: demo test test-slow chaos mutants install lint constraints clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m jobs.demo --out demo
@@ -23,6 +23,10 @@ test-slow: $(STAMP)
 # 20 seeded kills -9 of drivers, actors, raylets and the store; another round: make chaos CHAOS='--kills 50 --seed 7'
 chaos: $(STAMP)
 	$(VENV)/bin/python tests/chaos.py $(CHAOS)
+
+# Takes the handling of each fault away in a copy of the tree, and sees its test fail.
+mutants: $(STAMP)
+	$(VENV)/bin/python tests/mutants.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

@@ -1,0 +1,262 @@
+"""Takes the handling of each fault away, one at a time, and sees a test fail for it: `make mutants`.
+
+A test of a fault that passes without the handling proves nothing. Every mutant is one replaced piece of source in a
+copy of the tree; the tests named beside it must pass in the copy as it is, and fail (or hang) in the mutant. The last
+line of stdout is JSON, and the exit status 1 if a mutant lives.
+
+    python tests/mutants.py            # all
+    python tests/mutants.py watchdog   # those whose name has this in it
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LEFT_BEHIND = ("demo", "*.egg-info", "__pycache__", "dist", "build")  # and whatever begins with a dot
+SECONDS = 240  # a mutant that takes longer hangs
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault's handling, the source that holds it, what stands there without it, and the tests that must notice."""
+
+    handling: str
+    file: str
+    source: str
+    without: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = (
+    Mutant(
+        "a store that answers 503, hangs or cuts is tried again",
+        "cluster/store_faults.py", 'if fault.kind != "transient":', "if True:",
+        ("tests/test_store_faults.py::test_a_fault_that_passes_is_tried_again",),
+    ),
+    Mutant(
+        "a store that restarts is waited for",
+        "cluster/store_faults.py", "if left <= 0:", "if True:",
+        ("tests/test_store_faults.py::test_a_store_that_restarts_is_waited_for",),
+    ),
+    Mutant(
+        "a full disk is one line",
+        "cluster/store_faults.py", "frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})", "frozenset()",
+        ("tests/test_store_faults.py::test_a_full_disk_is_one_line_and_nothing_is_half_written",),
+    ),
+    Mutant(
+        "a local object appears whole or not at all",
+        "cluster/storage.py", 'with open(temporary, "wb") as file:', 'with open(path, "wb") as file:',
+        ("tests/test_storage.py::test_a_failed_write_leaves_the_old_object_and_nothing_else",),
+    ),
+    Mutant(
+        "a shard cut short on the store is found",
+        "cluster/shard_check.py", 'report.damage(f"{key}: unreadable ({_first_line(error)})")', "pass",
+        ("tests/test_repair.py::test_exactly_what_is_damaged_is_made_again",),
+    ),
+    Mutant(
+        "a shard with other bytes than the manifest says is found",
+        "cluster/shard_check.py", 'report.sha256 != manifest.shards[shard]["sha256"]', "False",
+        ("tests/test_verify.py",),
+    ),
+    Mutant(
+        "out of memory: the batch halves",
+        "pcm/isolation.py", "elif is_out_of_memory(outcome):", "elif False:",
+        ("tests/test_isolation.py::test_too_little_memory_halves_the_batch_for_good_and_the_rows_say_so",),
+    ),
+    Mutant(
+        "out of memory: the rows say in how large a batch they were drawn, and are drawn again so",
+        "cluster/stages/draw.py", '_OF_DRAWING = ("attempts", "batch_size",',
+        '_OF_DRAWING = ("attempts", "attempts",',
+        ("tests/test_faults.py::test_rows_drawn_in_a_smaller_batch_say_so_and_are_drawn_again_in_it",),
+    ),
+    Mutant(
+        "out of memory: CLIP's batch halves",
+        "cluster/stages/featurise.py", "if is_out_of_memory(error) else 0", "if False else 0",
+        ("tests/test_featurise.py::test_too_little_memory_halves_clips_batches_and_the_stats_say_so",),
+    ),
+    Mutant(
+        "a caption on which the generator raises is quarantined alone",
+        "pcm/isolation.py", "elif len(indices) > 1:", "elif False:",
+        ("tests/test_isolation.py::test_a_caption_that_raises_is_refused_and_its_neighbours_are_drawn",),
+    ),
+    Mutant(
+        "a picture that cannot be encoded is quarantined alone",
+        "pcm/isolation.py", "        except Exception as error:\n            guard.failed((request,)",
+        "        except ZeroDivisionError as error:\n            guard.failed((request,)",
+        ("tests/test_isolation.py::test_a_picture_that_cannot_be_encoded_is_refused_alone",),
+    ),
+    Mutant(
+        "a picture on which CLIP raises is quarantined alone",
+        "cluster/stages/featurise.py", "elif len(batch) > 1:", "elif False:",
+        ("tests/test_featurise.py::test_a_picture_on_which_clip_raises_is_quarantined_alone",),
+    ),
+    Mutant(
+        "watchdog: a batch that hangs ends its process",
+        "cluster/stages/watchdog.py", "faulthandler.dump_traceback_later(seconds, exit=True, file=file)", "pass",
+        ("tests/test_faults.py::test_captions_that_raise_crash_hang_or_break_are_quarantined_and_no_other",),
+    ),
+    Mutant(
+        "a caption over which processes die is given up",
+        "cluster/monitor.py", "            suspect.deaths += 1\n", "",
+        ("tests/test_monitor.py::test_who_was_in_a_batch_at_a_death_is_drawn_alone_and_given_up_after_the_third",),
+    ),
+    Mutant(
+        "suspects are drawn alone",
+        "pcm/isolation.py", "if suspicion]", "if False]",
+        ("tests/test_isolation.py::test_suspects_are_drawn_alone_and_first_and_the_refused_not_at_all",),
+    ),
+    Mutant(
+        "a poisoned device refuses no caption",
+        "pcm/isolation.py", "                self._blame(outcome, slots.values(), guard)\n", "",
+        ("tests/test_isolation.py::test_a_broken_device_refuses_no_caption",),
+    ),
+    Mutant(
+        "generators good for nothing stop the run",
+        "cluster/monitor.py", "if known.fruitless_starts >= max(MAX_FRUITLESS_STARTS, self._policy.max_deaths + 1):",
+        "if False:",
+        ("tests/test_monitor.py::test_a_generator_without_a_picture_in_all_its_processes_stops_the_run",),
+    ),
+    Mutant(
+        "too large a share of failures stops the run",
+        "cluster/monitor.py", "self._failed > self._policy.max_error_share * tried", "False",
+        ("tests/test_monitor.py::test_too_large_a_share_of_failures_stops_the_run",),
+    ),
+    Mutant(
+        "a shard that no process finishes stops the run",
+        "cluster/monitor.py", "if self._starts[shard] - self._policy.max_deaths * len(refused) > MAX_SHARD_STARTS:",
+        "if False:",
+        ("tests/test_monitor.py::test_a_shard_that_no_process_finishes_stops_the_run",),
+    ),
+    Mutant(
+        "a generator does not run ahead of the store",
+        "cluster/monitor.py", "if in_hand >= MAX_IN_HAND and", "if False and",
+        ("tests/test_monitor.py::test_a_generator_does_not_run_ahead_of_the_store",),
+    ),
+    Mutant(
+        "what is on the store is not drawn again",
+        "cluster/generate.py", "missing = [shard for shard in wanted if shard not in on_store]",
+        "missing = list(wanted)",
+        ("tests/test_generate.py::test_a_rerun_skips_everything",),
+    ),
+    Mutant(
+        "a shard that was lost is made again",
+        "cluster/resume.py", "listed = len(groups) <= LISTED_GROUPS", "listed = False",
+        ("tests/test_resume.py::test_few_groups_are_listed_all_the_same_and_a_lost_shard_is_found",),
+    ),
+    Mutant(
+        "the shards of another dataset are not believed",
+        "cluster/resume.py", 'if document["plan"] != _binding(plan, group):', "if False:",
+        ("tests/test_resume.py::test_a_group_object_of_another_dataset_is_not_believed",),
+    ),
+    Mutant(
+        "another spec on the same output is refused",
+        "cluster/plan.py", "        _refuse_other_spec(store, planned, spec, shard_size)\n", "",
+        ("tests/test_plan.py::test_a_resume_that_asks_for_something_else_is_refused_and_changes_nothing",),
+    ),
+    Mutant(
+        "a corpus that did not only grow is refused",
+        "cluster/plan.py", "        _refuse_other_corpus(store, planned, records, corpus, fingerprint)\n", "",
+        ("tests/test_plan.py::test_a_corpus_that_did_not_only_grow_is_refused",),
+    ),
+    Mutant(
+        "two drivers that plan different growth do not mix their plans",
+        "cluster/plan.py", "if found is not None and found not in (planned, plan):", "if False:",
+        ("tests/test_plan.py::test_two_drivers_that_plan_different_growth_do_not_mix_their_plans",),
+    ),
+    Mutant(
+        "a shard is committed by its last put",
+        "cluster/stages/write.py",
+        "            self._store.write_bytes(stats_key(row.shard), stats_data)\n"
+        "            self._store.write_bytes(shard_key(row.shard), shard_data)\n",
+        "            self._store.write_bytes(shard_key(row.shard), shard_data)\n",
+        ("tests/test_generate.py::test_statistics_of_a_shard_follow_img2dataset",),
+    ),
+    Mutant(
+        "a picture does not depend on its neighbours: its slot in the batch",
+        "pcm/isolation.py", "{waiting[index].position % self.batch_size: waiting[index] for index in indices}",
+        "dict(enumerate(waiting[index] for index in indices))",
+        ("tests/test_diffusers_generator.py::test_a_picture_does_not_depend_on_what_is_drawn_beside_it",),
+    ),
+    Mutant(
+        "--retry-quarantined tries these samples and no others",
+        "cluster/stages/merge.py", 'pc.is_in(quarantined["reason"], pa.array(list(reasons), pa.string()))',
+        'pc.is_valid(quarantined["reason"])',
+        ("tests/test_retry.py",),
+    ),
+    Mutant(
+        "--retry-quarantined, killed between its puts, is ended by the same command",
+        "cluster/stages/merge.py", "return shard_table, quarantined.filter(pc.invert(in_shard))",
+        "return shard_table, quarantined",
+        ("tests/test_retry.py::test_killed_between_its_puts_it_is_seen_and_ended_by_the_same_command",),
+    ),
+    Mutant(
+        "--repair makes exactly what is damaged again",
+        "cluster/repair.py", "    draw(found.plan, found.damaged_shards)\n", "",
+        ("tests/test_repair.py::test_exactly_what_is_damaged_is_made_again",),
+    ),
+    Mutant(
+        "the gate stops a run whose mean score is too low",
+        "cluster/clip_scores.py", "if scores.mean + 2 * scores.standard_error >= threshold:", "if True:",
+        ("tests/test_progress.py::test_the_gate_closes_only_beyond_doubt_and_shows_an_example",),
+    ),
+)  # fmt: skip
+
+
+def run(tree: Path, tests: tuple[str, ...], *, seconds: float) -> str | None:
+    """What pytest says of failing tests in a copy of the tree, also that they hang; None when all pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "", *tests]
+    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.Popen(
+        command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        subprocess.run(["pkill", "-9", "-s", str(process.pid)], check=False)
+        process.communicate()
+        return f"longer than {seconds:g} s"
+    if process.returncode not in (0, 1):
+        sys.exit(f"pytest {' '.join(tests)}: exit status {process.returncode}\n{output.decode()[-2000:]}")
+    return output.decode()[-2000:] if process.returncode else None
+
+
+def main() -> None:
+    wanted = [mutant for mutant in MUTANTS if not sys.argv[1:] or any(word in mutant.handling for word in sys.argv[1:])]
+    if not wanted:
+        names = "; ".join(mutant.handling for mutant in MUTANTS)
+        sys.exit(f"no mutant is named like {' '.join(sys.argv[1:])}; they are: {names}")
+    alive = []
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", *LEFT_BEHIND))
+        healthy = tuple(sorted({test for mutant in wanted for test in mutant.tests}))
+        failure = run(tree, healthy, seconds=10 * SECONDS)
+        if failure:
+            sys.exit(f"the tests fail without any mutant:\n{failure}")
+        for mutant in wanted:
+            path = tree / mutant.file
+            source = path.read_text()
+            if source.count(mutant.source) != 1:
+                sys.exit(
+                    f"{mutant.file}: {mutant.source!r} is there {source.count(mutant.source)} times, expected once"
+                )
+            path.write_text(source.replace(mutant.source, mutant.without))
+            dead = run(tree, mutant.tests, seconds=SECONDS) is not None
+            path.write_text(source)
+            print(f"{'dead ' if dead else 'ALIVE'} {mutant.handling}", file=sys.stderr, flush=True)
+            if not dead:
+                alive.append(mutant.handling)
+    print(json.dumps({"mutants": len(wanted), "alive": alive, "seconds": round(time.monotonic() - started, 1)}))
+    sys.exit(1 if alive else 0)
+
+
+if __name__ == "__main__":
+    main()
