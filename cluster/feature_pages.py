@@ -10,6 +10,7 @@ After the Parquet format's specification (apache/parquet-format: parquet.thrift,
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -136,7 +137,7 @@ def _fill(matrix: np.ndarray, read: Read, chunk: _Chunk) -> None:
         if len(page) != size or len(values) != count * _VALUE_BYTES or done + count > len(flat):
             raise _NotPlain
         flat[done : done + count] = np.frombuffer(values, np.dtype("<f2"))
-        starts.append(done + _zeros(repetition, count))
+        starts.append(done + _zeros(bytes(repetition), count))
         position, done = position + size, done + count
     expected = np.arange(len(matrix)) * matrix.shape[1]
     if done != len(flat) or not np.array_equal(np.concatenate([expected[:0], *starts]), expected):
@@ -178,7 +179,8 @@ def _sized(data: memoryview) -> tuple[memoryview, memoryview]:
     return data[4:end], data[end:]
 
 
-def _zeros(levels: memoryview, count: int) -> np.ndarray:
+@lru_cache(maxsize=256)  # pages of as many rows have the same levels, if pages end with rows
+def _zeros(levels: bytes, count: int) -> np.ndarray:
     """Positions of the zeros among `count` levels of one bit, in Parquet's mixture of runs and packed bits."""
     found: list[np.ndarray] = []
     position = done = 0
