@@ -233,6 +233,13 @@ def test_a_manifest_that_miscounts_is_found(dataset: Path) -> None:
     assert "says 13 stored and 2 quarantined, found 12 and 2" in said(check(dataset))
 
 
+def test_a_manifest_of_other_shards_is_found(dataset: Path) -> None:
+    manifest = json.loads((dataset / MANIFEST_KEY).read_text())
+    manifest["shards"][1]["sha256"] = manifest["shards"][0]["sha256"]
+    (dataset / MANIFEST_KEY).write_text(json.dumps(manifest))
+    assert f"{shard_key(1)}: its sha256 is not the manifest's" in said(check(dataset))
+
+
 @pytest.mark.parametrize("key", [MANIFEST_KEY, PLAN_KEY])
 def test_a_damaged_document_is_one_clear_line(key: str, dataset: Path) -> None:
     (dataset / key).write_bytes(b'{"half": ')
