@@ -1,8 +1,8 @@
 """Decoded shards as raw arrays on a local disk or in /dev/shm, shared by all workers of a machine.
 
-For datasets that lie far away, or whose features Arrow has to decode (see cluster.feature_pages): a shard is fetched and
-decoded once, and then only the pages of the rows that are asked for are read. A dataset of ours on a local disk is read
-faster without.
+For datasets that lie far away, or whose features Arrow has to decode (see cluster.feature_pages): a shard is fetched
+and decoded once, and then only the pages of the rows that are asked for are read. A dataset of ours on a local disk is
+read faster without.
 """
 
 import json

@@ -22,11 +22,12 @@ from cluster.dataset import CLIP_HEAD_KEY, CONCEPTS_KEY
 from cluster.loader import CACHE_BYTES
 from cluster.mixture import DataSource, TrainingSet, Vocabularies, common_vocabularies, open_training_sets
 from cluster.pictures import EMBEDDED_PREFIX, PictureSource
+from cluster.run import Run
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.storage import Store, join, open_store, read_uri
 from cluster.trainconfig import TrainConfig, default_preset, preset
 from cluster.trainer import check_labels, make_trainer, ray_storage, worker_input_error
-from cluster.trainloop import BEST, METRICS_KEY, SCORE, Run, train_loop
+from cluster.trainloop import BEST, METRICS_KEY, SCORE, train_loop
 from pcm.concepts import ConceptVocabulary
 from pcm.errors import InputError
 from pcm.vocabulary import Vocabulary

@@ -11,9 +11,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +21,16 @@ import safetensors.torch
 import torch
 import torch.distributed
 
-from cluster.arriving import ArrivingShards, finished_manifest
 from cluster.batches import Batch, BatchShape
 from cluster.checkpoints import LossLog, Progress, load_training_state, save_training_state
-from cluster.dataset import Plan, load_plan
 from cluster.ema import WeightAverage
-from cluster.loader import CACHE_BYTES, Part, ShardLoader
-from cluster.mixture import DataSource, TrainingSet, Vocabularies, open_training_sets
-from cluster.pictures import PictureSource
-from cluster.selection import RowFilter, all_rows, holdout_share, select_rows
-from cluster.shard_cache import ShardCache
+from cluster.run import Run
 from cluster.step import TrainStep
 from cluster.storage import open_store
 from cluster.trackers import Tracker, open_trackers
-from cluster.trainconfig import TrainConfig
-from cluster.validation import ValidationShare, held_out_share, picture_share, validation_cider
+from cluster.training_data import TrainingData
+from cluster.validation import validation_cider
 from pcm.captioner import captioner_files
-from pcm.clip import ClipEncoder
 from pcm.concepts import ConceptVocabulary
 from pcm.model import PCMNet
 from pcm.records import FeatureShape
@@ -61,23 +52,6 @@ FEATURE_SIZES = ("embed_dim", "patch_dim", "num_patches")
 #: On a GPU the loss is read back, and checked, once in so many steps: reading it makes the GPU wait.
 GPU_CHECK_STEPS = 50
 SECONDS_BETWEEN_LINES = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What crosses to the workers: where the data is, where the run goes, and its science."""
-
-    data: tuple[DataSource, ...]  # absolute paths or URIs
-    out: str
-    vocabularies: Vocabularies
-    config: TrainConfig
-    document: dict[str, Any]  # config.json of the run, also written into every checkpoint
-    validation: PictureSource | None  # None: held-out synthetic pairs
-    clip: str  # NAME of the CLIP for validation pictures
-    cpu_threads: int
-    checkpoint_every_steps: int | None = None  # beside the one at the end of an epoch
-    cache_bytes: int = CACHE_BYTES
-    cache_dir: str | None = None  # local folder of a ShardCache
 
 
 class NonFiniteLoss(Exception):
@@ -120,7 +94,6 @@ class _Worker:
         decay = self.config.ema_decay
         self.average = WeightAverage(self.module, decay=decay) if decay else None
         self.progress = self._restored()
-        self.loader: ShardLoader | None = None  # of the finished data; opened when it is needed
         model = ray.train.torch.prepare_model(
             self.module, parallel_strategy_kwargs={"forward_sync_buffers": False, "gradient_as_bucket_view": True}
         )
@@ -128,14 +101,14 @@ class _Worker:
         self.step = TrainStep(
             self.module, model, self.optimizer, self.config, device=self.device, bfloat16=self.bfloat16, **place
         )
-        self.shape = BatchShape(
+        shape = BatchShape(
             features=FeatureShape(**{name: getattr(self.config.model, name) for name in FEATURE_SIZES}),
             batch_size=self.config.batch_size,
             max_length=self.config.model.max_length,
             **place,
         )
-        self.plan = self._plan() if self.config.first_epoch == "plan" else None
-        if self.plan is None:
+        self.data = TrainingData(run, shape, self.vocabulary, device=self.device)
+        if self.data.plan is None:
             self._open_data()
         self.trackers: list[Tracker] = []
 
@@ -146,71 +119,13 @@ class _Worker:
         model.set_clip_head(safetensors.torch.load(self.run.vocabularies.clip_head))
         return model
 
-    def _plan(self) -> Plan:
-        plan = load_plan(open_store(self.run.data[0].uri))
-        assert plan is not None, "the driver read it"
-        return plan
-
-    def _row_filter(self, rows: int) -> RowFilter:
-        """`rows` of the data, planned ones where they are not yet made."""
-        config = self.config
-        share = holdout_share(fraction=config.holdout_fraction, limit=config.holdout_limit, rows=rows)
-        return RowFilter(
-            seed=config.seed,
-            held_out=share if self.run.validation is None else 0.0,
-            fraction=config.fraction,
-            min_clip_score=config.min_clip_score,
-        )
-
     def _open_data(self) -> None:
-        """Loader and validation set of the finished data, which is waited for where it is still being made."""
-        if self.plan is not None:
-            finished_manifest(open_store(self.run.data[0].uri), self.plan)
-        self.loader, self.validation = self._data(open_training_sets(self.run.data))
-
-    def _data(self, sets: tuple[TrainingSet, ...]) -> tuple[ShardLoader, ValidationShare]:
-        config, place = self.config, {"rank": self.rank, "num_workers": self.num_workers}
-        manifest = sets[0].manifest
-        stored = sum(each.manifest.stored for each in sets)
-        row_filter = self._row_filter(self.plan.usable if self.plan else stored)
-        if row_filter.keeps_everything:
-            training, held_out = [all_rows(each.manifest) for each in sets], []
-        else:
-            chosen = [select_rows(each.store, each.keys, row_filter) for each in sets]
-            training, held_out = [rows for rows, _ in chosen], [rows for _, rows in chosen]
-        if self.run.validation is None:
-            pairs = [(each.store, rows) for each, rows in zip(sets, held_out, strict=True)]
-            validation = held_out_share(pairs, manifest.features, **place)
-            source = f"{sum(map(len, held_out))} held-out synthetic pairs"
-        else:
-            clip = manifest.spec.clip
-            encoder = ClipEncoder(self.run.clip, device=str(self.device), dtype=clip.dtype, batch_size=clip.batch_size)
-            validation = picture_share(self.run.validation, encoder, **place)
-            source = self.run.validation.images
-        loader = ShardLoader(
-            [
-                Part(each.store, rows, each.weight, self._shard_cache(each))
-                for each, rows in zip(sets, training, strict=True)
-            ],
-            self.shape,
-            self.vocabulary,
-            lanes=config.window_shards,
-            seed=config.seed,
-            cache_bytes=self.run.cache_bytes,
-        )
+        found = self.data.open()
         parameters = sum(parameter.numel() for parameter in self.module.parameters() if parameter.requires_grad)
         self._say(
-            f"training on {sum(map(len, training))} of {stored} pairs, {loader.rows_per_epoch} rows and "
-            f"{loader.steps_per_epoch} steps an epoch, {config.epochs} epochs; validation on {source}; "
-            f"{parameters:,} parameters; "
-            f"{self.num_workers} worker(s) on {self.device.type}, {'bfloat16' if self.bfloat16 else 'float32'}"
+            f"{found}; {parameters:,} parameters; {self.num_workers} worker(s) on {self.device.type}, "
+            f"{'bfloat16' if self.bfloat16 else 'float32'}"
         )
-        return loader, validation
-
-    def _shard_cache(self, training_set: TrainingSet) -> ShardCache | None:
-        if self.run.cache_dir is None:
-            return None
-        return ShardCache(Path(self.run.cache_dir) / training_set.description()["sha256"][:16])
 
     def train(self) -> None:
         if self.rank == 0:
@@ -229,11 +144,11 @@ class _Worker:
         first_step = self.progress.step
         rows = self._train_epoch()
         trained = time.monotonic()
-        if self.loader is None:
+        if not self.data.is_open:
             self._open_data()
         with self.average.applied() if self.average else nullcontext():
             cider = validation_cider(
-                self.module, self.vocabulary, self.validation, beam_size=self.config.validation_beam_size
+                self.module, self.vocabulary, self.data.validation, beam_size=self.config.validation_beam_size
             )
         self.progress.epoch += 1
         is_best = cider > self.progress.best_cider
@@ -261,17 +176,20 @@ class _Worker:
 
     def _train_epoch(self) -> list[dict[str, float]]:
         """Train to the end of the epoch; step, loss and learning rate of all its steps."""
-        progress, steps = self.progress, self._steps_per_epoch()
+        progress = self.progress
+        if progress.epoch > 0 and not self.data.is_open:
+            self._open_data()
+        steps = self.data.steps_per_epoch()
         self.module.train()
         losses = LossLog(self.out, epoch=progress.epoch + 1, until=progress.step)
         unchecked: list[tuple[Batch, torch.Tensor, float]] = []
         check_steps = GPU_CHECK_STEPS if self.device.type == "cuda" else 1
         first = progress.step - progress.epoch * steps
         started = last_line = time.monotonic()
-        for batch in self._batches(start_step=first):
+        for batch in self.data.batches(progress.epoch, start_step=first):
             loss, lr = self.step(batch, progress.step)
             progress.step += 1
-            if progress.step == 1 and self.plan is not None and self.rank == 0:
+            if progress.step == 1 and self.data.plan is not None and self.rank == 0:
                 self.out.write_bytes(FIRST_STEP_KEY, json.dumps({"at": time.time()}).encode())
             if self.average:
                 self.average.update(progress.step)
@@ -299,31 +217,6 @@ class _Worker:
         if not losses.rows:
             self._open_data()  # says why there is nothing to train on
         return losses.rows
-
-    def _steps_per_epoch(self) -> int:
-        """Exact, but for a first epoch whose rows are not all there: then as many as are planned."""
-        if self.loader is None and self.progress.epoch > 0:
-            self._open_data()
-        if self.loader is not None:
-            return self.loader.steps_per_epoch
-        assert self.plan is not None
-        row_filter = self._row_filter(self.plan.usable)
-        return max(1, round(self.plan.usable * (1 - row_filter.held_out) * row_filter.fraction / self.shape.batch_size))
-
-    def _batches(self, *, start_step: int) -> Iterator[Batch]:
-        """Of the epoch in hand."""
-        if self.progress.epoch > 0 or self.plan is None:
-            assert self.loader is not None
-            return self.loader.epoch(self.progress.epoch, start_step=start_step)
-        arriving = ArrivingShards(
-            open_store(self.run.data[0].uri),
-            self.plan,
-            self._row_filter(self.plan.usable),
-            self.shape,
-            self.vocabulary,
-            seed=self.config.seed,
-        )
-        return arriving.batches(start_step=start_step)
 
     def _check(self, steps: list[tuple[Batch, torch.Tensor, float]], losses: LossLog) -> None:
         """Log the losses of the last steps. Raises NonFiniteLoss on every worker alike: they are of global batches."""

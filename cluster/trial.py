@@ -22,9 +22,10 @@ from ray.train._internal.session import get_session
 from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
 
 from cluster.rows import COLUMNS, preload, read_shard
+from cluster.run import Run
 from cluster.storage import Store, join, local_copy, open_store
 from cluster.trainconfig import TrainConfig
-from cluster.trainloop import SCORE, Run, train_loop
+from cluster.trainloop import SCORE, train_loop
 from pcm.errors import InputError
 
 TRIALS = "trials"

@@ -1,0 +1,26 @@
+"""One training run, as its workers are told of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.loader import CACHE_BYTES
+from cluster.mixture import DataSource, Vocabularies
+from cluster.pictures import PictureSource
+from cluster.trainconfig import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What crosses to the workers: where the data is, where the run goes, and its science."""
+
+    data: tuple[DataSource, ...]  # absolute paths or URIs
+    out: str
+    vocabularies: Vocabularies
+    config: TrainConfig
+    document: dict[str, Any]  # config.json of the run, also written into every checkpoint
+    validation: PictureSource | None  # None: held-out synthetic pairs
+    clip: str  # NAME of the CLIP for validation pictures
+    cpu_threads: int
+    checkpoint_every_steps: int | None = None  # beside the one at the end of an epoch
+    cache_bytes: int = CACHE_BYTES
+    cache_dir: str | None = None  # local folder of a ShardCache

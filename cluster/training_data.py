@@ -1,0 +1,127 @@
+"""The rows of a run as one worker sees them: finished datasets, or one whose first epoch begins while it is made."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from cluster.arriving import ArrivingShards, finished_manifest
+from cluster.batches import Batch, BatchShape
+from cluster.dataset import Plan, load_plan
+from cluster.loader import Part, ShardLoader
+from cluster.mixture import TrainingSet, open_training_sets
+from cluster.run import Run
+from cluster.selection import RowFilter, all_rows, holdout_share, select_rows
+from cluster.shard_cache import ShardCache
+from cluster.storage import open_store
+from cluster.validation import ValidationShare, held_out_share, picture_share
+from pcm.clip import ClipEncoder
+from pcm.vocabulary import Vocabulary
+
+
+class TrainingData:
+    """Batches of any epoch, and the validation share. `open` comes before all else, but for a first epoch in the order
+    of the plan, which takes shards as they are committed.
+    """
+
+    def __init__(self, run: Run, shape: BatchShape, vocabulary: Vocabulary, *, device: torch.device) -> None:
+        self._run, self._shape, self._vocabulary, self._device = run, shape, vocabulary, device
+        #: Of data whose first epoch is in its order.
+        self.plan = self._load_plan() if run.config.first_epoch == "plan" else None
+        self._loader: ShardLoader | None = None
+        self._validation: ValidationShare | None = None
+
+    def open(self) -> str:
+        """Loader and validation set of the finished data, which is waited for where it is still being made; says in
+        words what there is. Raises InputError when there is nothing to train on.
+        """
+        run, place = self._run, {"rank": self._shape.rank, "num_workers": self._shape.num_workers}
+        if self.plan is not None:
+            finished_manifest(open_store(run.data[0].uri), self.plan)
+        sets = open_training_sets(run.data)
+        manifest = sets[0].manifest
+        stored = sum(each.manifest.stored for each in sets)
+        row_filter = self._row_filter(self.plan.usable if self.plan else stored)
+        if row_filter.keeps_everything:
+            training, held_out = [all_rows(each.manifest) for each in sets], []
+        else:
+            chosen = [select_rows(each.store, each.keys, row_filter) for each in sets]
+            training, held_out = [rows for rows, _ in chosen], [rows for _, rows in chosen]
+        if run.validation is None:
+            pairs = [(each.store, rows) for each, rows in zip(sets, held_out, strict=True)]
+            self._validation = held_out_share(pairs, manifest.features, **place)
+            source = f"{sum(map(len, held_out))} held-out synthetic pairs"
+        else:
+            clip = manifest.spec.clip
+            encoder = ClipEncoder(run.clip, device=str(self._device), dtype=clip.dtype, batch_size=clip.batch_size)
+            self._validation = picture_share(run.validation, encoder, **place)
+            source = run.validation.images
+        self._loader = ShardLoader(
+            [
+                Part(each.store, rows, each.weight, self._shard_cache(each))
+                for each, rows in zip(sets, training, strict=True)
+            ],
+            self._shape,
+            self._vocabulary,
+            lanes=run.config.window_shards,
+            seed=run.config.seed,
+            cache_bytes=run.cache_bytes,
+        )
+        return (
+            f"training on {sum(map(len, training))} of {stored} pairs, {self._loader.rows_per_epoch} rows and "
+            f"{self._loader.steps_per_epoch} steps an epoch, {run.config.epochs} epochs; validation on {source}"
+        )
+
+    @property
+    def is_open(self) -> bool:
+        return self._loader is not None
+
+    @property
+    def validation(self) -> ValidationShare:
+        assert self._validation is not None, "open() makes it"
+        return self._validation
+
+    def steps_per_epoch(self) -> int:
+        """Exact, but for a first epoch whose rows are not all there: then as many as are planned."""
+        if self._loader is not None:
+            return self._loader.steps_per_epoch
+        assert self.plan is not None, "open() comes first"
+        row_filter = self._row_filter(self.plan.usable)
+        rows = self.plan.usable * (1 - row_filter.held_out) * row_filter.fraction
+        return max(1, round(rows / self._shape.batch_size))
+
+    def batches(self, epoch: int, *, start_step: int) -> Iterator[Batch]:
+        """Of one epoch, this worker's."""
+        if epoch > 0 or self.plan is None:
+            assert self._loader is not None, "open() comes first"
+            return self._loader.epoch(epoch, start_step=start_step)
+        arriving = ArrivingShards(
+            open_store(self._run.data[0].uri),
+            self.plan,
+            self._row_filter(self.plan.usable),
+            self._shape,
+            self._vocabulary,
+            seed=self._run.config.seed,
+        )
+        return arriving.batches(start_step=start_step)
+
+    def _load_plan(self) -> Plan:
+        plan = load_plan(open_store(self._run.data[0].uri))
+        assert plan is not None, "the driver read it"
+        return plan
+
+    def _row_filter(self, rows: int) -> RowFilter:
+        """`rows` of the data, planned ones where they are not yet made."""
+        config = self._run.config
+        share = holdout_share(fraction=config.holdout_fraction, limit=config.holdout_limit, rows=rows)
+        return RowFilter(
+            seed=config.seed,
+            held_out=share if self._run.validation is None else 0.0,
+            fraction=config.fraction,
+            min_clip_score=config.min_clip_score,
+        )
+
+    def _shard_cache(self, training_set: TrainingSet) -> ShardCache | None:
+        if self._run.cache_dir is None:
+            return None
+        return ShardCache(Path(self._run.cache_dir) / training_set.description()["sha256"][:16])
