@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from page_reader import Page
 from PIL import Image
+from seaweedfs import S3Server
 from tiny_dataset import TINY, write_checkpoint, write_dataset, write_pictures
 from tiny_generation import make_dataset_in_process, tiny_spec
 
@@ -23,7 +24,7 @@ from cluster.experiments import comparison
 from cluster.pictures import PictureSource
 from cluster.report import dataset as dataset_facts
 from cluster.report.make import ReportRequest, gather, make_report
-from cluster.storage import Store, open_store
+from cluster.storage import Store, open_store, read_uri
 from cluster.sweep import SWEEP_KEY
 from cluster.sweep_report import TrialResult
 from cluster.train import CONFIG_KEY
@@ -288,6 +289,15 @@ def test_of_a_large_dataset_a_part_is_read(world: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(dataset_facts, "sample_shards", lambda rows, *, seed: chosen)
     few = dataset_facts.gather_dataset(open_store(world / "data"), seed=0)
     assert {row.shard for row in few.rows} == set(chosen) and not few.complete_sample
+
+
+def test_dataset_and_report_may_lie_on_an_object_store(world: Path, s3: S3Server) -> None:
+    bucket, local = f"{s3.uri}/report", open_store(world / "data")
+    for key in local.list():
+        open_store(f"{bucket}/data").write_bytes(key, local.read_bytes(key))
+    made = make_report(ReportRequest(out=f"{bucket}/pages/report.html", data=f"{bucket}/data"))
+    page = Page(read_uri(f"{bucket}/pages/report.html").decode())
+    assert made["path"] == f"{bucket}/pages/report.html" and SCRIPT in page.text and len(page.all("script")) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """jobs.report's work: gather what there is, show it, write one file."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
 
 from cluster.pictures import PictureSource
 from cluster.report import dataset_view, measures_view, run_view, sweep_view
@@ -83,7 +86,7 @@ def _check(request: ReportRequest) -> None:
     if request.price_per_hour is not None and not 0 <= request.price_per_hour < float("inf"):
         raise InputError(f"--price-per-hour {request.price_per_hour:g}: must be a number of at least 0")
     out = open_store(request.out)
-    if out.fs.isdir(out.prefix):
+    if isinstance(out.fs, LocalFileSystem) and Path(out.prefix).is_dir():
         raise InputError(
             f"--out {request.out}: is a folder; give a file, such as {request.out.rstrip('/')}/report.html"
         )

@@ -9,7 +9,7 @@ from cluster.report.charts import Bar, Line, Mark, bars, histogram, line_chart, 
 from cluster.report.dataset import DatasetFacts
 from cluster.report.gallery import Gallery
 from cluster.report.html import Html, tag
-from cluster.report.numbers import count, percent, score, short
+from cluster.report.numbers import count, percent, score, short, spent
 from cluster.report.parts import absent, section, table
 from cluster.report.throughput import Throughput
 
@@ -75,7 +75,7 @@ def speed(data: DatasetFacts, found: Throughput | None, *, hourly: float | None)
     hours = found.generator_hours if on_gpu else found.machine_hours
     unit = "GPU-hours of drawing" if on_gpu else "machine-hours"
     so_far = hours if hourly is None else hours * hourly
-    spent = line_chart(
+    costs = line_chart(
         [Line(name="so far", points=_over_time(found, so_far), area=True, series=2)],
         title="Cost so far" if hourly is not None else f"{unit} so far".capitalize().replace("Gpu", "GPU"),
         x_label=_time_unit(found), y_label="" if hourly is not None else unit, from_zero=True,
@@ -83,7 +83,7 @@ def speed(data: DatasetFacts, found: Throughput | None, *, hourly: float | None)
     )  # fmt: skip
     busy = sum(found.stage_seconds.values()) or 1.0
     stages = bars(
-        [Bar(stage, seconds, f"{duration(seconds)}, {percent(seconds / busy)}", series=1 + place)
+        [Bar(stage, seconds, f"{spent(seconds)}, {percent(seconds / busy)}", series=1 + place)
          for place, (stage, seconds) in enumerate(found.stage_seconds.items())],
         title="Where the time went", description="Busy time of each stage, all its actors together.", label_width=80,
     )  # fmt: skip
@@ -96,15 +96,17 @@ def speed(data: DatasetFacts, found: Throughput | None, *, hourly: float | None)
         ],
         label="Throughput and cost over time", numbers=range(5),
     )  # fmt: skip
+    every = len(data.stats) == len(data.manifest.shards)
+    shards = "the shards" if every else f"{count(len(data.stats))} of {count(len(data.manifest.shards))} shards"
     runs = "one run" if found.runs == 1 else f"{found.runs} runs; the pauses between them are left out"
     return section(
         "speed",
         "Dataset",
         title,
-        f"{found.images_per_second:.2f} images a second over {duration(found.working_seconds)} ({runs}), from the "
-        "times that each shard recorded: start-up before the first shard is not in them. Drawn on "
-        f"{', '.join(f'{name} ({shards} shards)' for name, shards in sorted(found.devices.items()))}.",
-        tag("div", rate, spent, stages, over_time, class_="charts"),
+        f"{found.images_per_second:.2f} images a second over {duration(found.working_seconds)} ({runs}) on "
+        f"{', '.join(found.devices)}. The times are those that {shards} recorded; start-up before the first is not in "
+        "them.",
+        tag("div", rate, costs, stages, over_time, class_="charts"),
         hourly is None and absent("No price given (--price-per-hour), so hours stand for cost."),
     )  # fmt: skip
 
@@ -124,11 +126,11 @@ def cost_text(found: Throughput, data: DatasetFacts, hourly: float | None) -> st
         )
     else:
         basis = f"{short(found.machine_hours[-1])} hours of one machine (start-up is not in)"
-    spent = cost(found, data, hourly)
-    if spent is None:
+    total = cost(found, data, hourly)
+    if total is None:
         return basis
-    thousand = 1000 * spent / max(1, data.manifest.stored)
-    return f"{short(spent)} in all, {short(thousand)} a thousand pictures: {basis} at {hourly:g} an hour"
+    thousand = 1000 * total / max(1, data.manifest.stored)
+    return f"{short(total)} in all, {short(thousand)} a thousand pictures: {basis} at {hourly:g} an hour"
 
 
 def sampled_from(data: DatasetFacts) -> str:

@@ -3,6 +3,8 @@
 import math
 from datetime import UTC, datetime
 
+from cluster.display import duration
+
 
 def count(value: int) -> str:
     """12,345"""
@@ -37,6 +39,11 @@ def percent(share: float) -> str:
     if value == 0 or value >= 10:
         return f"{value:.0f} %"
     return f"{value:.2g} %" if value >= 0.1 else "<0.1 %"
+
+
+def spent(seconds: float) -> str:
+    """As cluster.display.duration, with a digit more below ten seconds."""
+    return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
 
 
 def moment(timestamp: float) -> str:

@@ -23,7 +23,7 @@ def training(run: RunFacts) -> Html:
     changed = ", ".join(f"{name} {value}" for name, value in changes.items()) or "nothing"
     about: list[tuple[str, Node]] = [
         ("Where", code(run.root)),
-        ("Data", [_source(each) for each in run.document["datasets"]]),
+        ("Data", [_source(each) for each in run.document.get("datasets", [])]),
         ("Settings", [f"nearest preset {preset}; changed: {changed}"]),
         ("CLIP", str(run.document["clip"]["model"])),
         ("Validated on", _validation(run.document)),

@@ -31,7 +31,7 @@ class Throughput:
     generator_hours: np.ndarray  # so far: drawing alone
     machine_hours: np.ndarray  # so far: one machine, as long as anything was in hand
     stage_seconds: dict[str, float]  # busy, all actors together
-    devices: dict[str, int]  # name -> shards drawn on it
+    devices: tuple[str, ...]  # that pictures were drawn on
 
     @property
     def working_seconds(self) -> float:
@@ -57,10 +57,6 @@ def throughput(stats: Sequence[Mapping[str, Any]], *, stored: int) -> Throughput
     begin, end = working(starts), working(ends)
     drawn = np.minimum(begin + drawing, end)
     so_far = _accumulated(seconds, begin, end, weights)
-    devices: dict[str, int] = {}
-    for shard in timed:
-        name = str(shard.get("device_name", "unknown"))
-        devices[name] = devices.get(name, 0) + 1
     return Throughput(
         began=float(starts.min()),
         ended=float(ends.max()),
@@ -71,7 +67,7 @@ def throughput(stats: Sequence[Mapping[str, Any]], *, stored: int) -> Throughput
         generator_hours=_accumulated(seconds, begin, drawn, drawing * scale) / SECONDS_AN_HOUR,
         machine_hours=seconds / SECONDS_AN_HOUR,
         stage_seconds={stage: scale * sum(shard.get(f"{stage}_seconds", 0.0) for shard in timed) for stage in STAGES},
-        devices=devices,
+        devices=tuple(sorted({str(shard.get("device_name", "an unknown device")) for shard in timed})),
     )
 
 
