@@ -35,7 +35,12 @@ def test_set_path(split: str) -> Path:
     domain "val@second" or "test@second"."""
     if split not in SPLITS:
         raise InputError(f"unknown embedded test set {split!r}: expected one of {', '.join(SPLITS)}")
-    return _part(f"photos_{split.replace('@', '_')}.parquet")
+    return _part(test_set_file(split))
+
+
+def test_set_file(split: str) -> str:
+    """The name of a test set's file in the pack."""
+    return f"photos_{split.replace('@', '_')}.parquet"
 
 
 def _part(name: str) -> Path:

@@ -1,23 +1,29 @@
 """The pack's texts: model card and licences. Lines are as long as Markdown tables and templates need."""
 # ruff: noqa: E501
 
-from pcm.embedded.judging import GUIDANCE
-from pcm.embedded.t2i_training import STEPS
-from pcm.embedded.world import COLOURS, NOUNS, PAINTER_STYLE, PLACES, SEEN_STYLES, UNSEEN_STYLE
+from pcm.embedded.t2i_training import GUIDANCE, STEPS
+from pcm.embedded.world import COLOURS, FIRST, NOUNS, PAINTER_STYLE, PLACES, SECOND, SEEN_STYLES
 
 LICENSES = """# Licences of the drawings
 
-The pictures in `photos_val.parquet` and `photos_test.parquet`, and the pictures the models were trained on, are composed
-from these open-licensed sets (as packaged by Iconify on npm), scaled, turned, recoloured and put on plain backgrounds:
+The pictures in the `photos_*.parquet` files, and the pictures the models were trained on, are composed from these
+open-licensed sets (as packaged by Iconify on npm, `@iconify-json/...`), scaled, turned, recoloured and put on plain
+backgrounds; for the training of CLIP also redrawn (other shades, outlines and proportions):
 
-| Set | Author | Licence | Used for |
-|---|---|---|---|
-| [Fluent UI Emoji (flat)](https://github.com/microsoft/fluentui-emoji) | Microsoft Corporation | MIT | the test sets |
-| [Twemoji](https://github.com/jdecked/twemoji) | Twitter and contributors | CC BY 4.0 | training |
-| [Noto Emoji](https://github.com/googlefonts/noto-emoji) | Google Inc | Apache-2.0 | training |
-| [Emoji One / EmojiTwo](https://github.com/EmojiTwo/emojitwo) | Emoji One, EmojiTwo contributors | CC BY 4.0 | training |
+| Set | Package | Author | Licence | Used for |
+|---|---|---|---|---|
+| [Fluent UI Emoji (flat)](https://github.com/microsoft/fluentui-emoji) | fluent-emoji-flat | Microsoft Corporation | MIT | `photos_val.parquet`, `photos_test.parquet` |
+| [Firefox OS Emoji](https://github.com/mozilla/fxemoji) | fxemoji | Mozilla | Apache-2.0 | `photos_val_second.parquet`, `photos_test_second.parquet` |
+| [Twemoji](https://github.com/jdecked/twemoji) | twemoji | Twitter and contributors | CC BY 4.0 | training of all models |
+| [Noto Emoji](https://github.com/googlefonts/noto-emoji) | noto, noto-v1 | Google Inc | Apache-2.0 | training of CLIP |
+| [Emoji One / EmojiTwo](https://github.com/EmojiTwo/emojitwo) | emojione, emojione-monotone | Emoji One, EmojiTwo contributors | CC BY 4.0 | training of CLIP |
+| [Emoji One (v1)](https://github.com/joypixels/emojione-legacy) | emojione-v1 | Emoji One | CC BY-SA 4.0 | training of CLIP |
+| [OpenMoji](https://openmoji.org) | openmoji | OpenMoji contributors, HfG Schwaebisch Gmuend | CC BY-SA 4.0 | training of CLIP |
+| [Streamline Emojis](https://github.com/webalys-hq/streamline-vectors) | streamline-emojis | Streamline | CC BY 4.0 | training of CLIP |
 
-CC BY 4.0: https://creativecommons.org/licenses/by/4.0/ - changes were made as described above.
+No drawing under CC BY-SA is part of this pack. CC BY 4.0: https://creativecommons.org/licenses/by/4.0/ - CC BY-SA 4.0:
+https://creativecommons.org/licenses/by-sa/4.0/ - Apache-2.0: https://www.apache.org/licenses/LICENSE-2.0 - changes were
+made as described above.
 
 The MIT licence of Fluent UI Emoji, whose drawings appear in the test sets:
 
@@ -42,77 +48,87 @@ Captions, code and model weights are this project's own (Apache-2.0).
 
 def model_card(figures: dict) -> str:
     """MODEL_CARD.md, every number from `figures`."""
-    seen, unseen, t2i, training = (
-        figures["clip"]["seen"],
-        figures["clip"]["unseen"],
-        figures["t2i"],
-        figures["training"],
-    )
+    clip, judge, t2i, training = (figures[name] for name in ("clip", "judge", "t2i", "training"))
 
     def percent(share: float) -> str:
         return f"{100 * share:.0f} %"
 
     def row(label: str, key: str, chance: str) -> str:
-        return f"| {label} | {percent(seen[key])} | {percent(unseen[key])} | {chance} |"
+        shares = " | ".join(percent(clip[check][key]) for check in ("seen", "unseen", "second"))
+        return f"| {label} | {shares} | {chance} |"
 
+    def trained(name: str) -> str:
+        return f"{training[name]['steps']:,} steps, {training[name]['seconds'] / 60:.0f} minutes"
+
+    def own(nouns: set[str]) -> str:
+        return ", ".join(noun.name for noun in NOUNS if noun.name in nouns)
+
+    first, second = set(FIRST.places), set(SECOND.places)
+    sampled = f"DPM-Solver++ with {STEPS} steps at guidance {GUIDANCE}: {t2i['cpu_seconds_a_picture']:.2f} CPU-seconds a picture, batch 8"
     return f"""# Embedded models
 
-Two small models of one small drawn world, trained together from scratch on CPU by `python -m jobs.pretrain_embedded`.
-They make the demo and the tests run without a network, a GPU or a model hub. They know nothing of real photographs.
+Small models of one small drawn world, trained from scratch on CPU by `python -m jobs.pretrain_embedded`. They make the
+demo, the tests and the experiments run without a network, a GPU or a model hub. They know nothing of real photographs.
 
 ## The world
 
-Pictures of {len(NOUNS)} kinds of things ({", ".join(noun.name for noun in NOUNS)}) in {len(PLACES)} places
-({", ".join(PLACES)}), one or two things a picture, some painted {", ".join(COLOURS)}; 64 x 64 pixels. Captions come from
-a small grammar (counts, colours, places, left and right). Drawing styles seen in training: {", ".join(SEEN_STYLES)}.
-`{UNSEEN_STYLE}` is seen by no training: its pictures, with more varied poses and backgrounds, are the "real photos".
+Pictures of one to three things of {len(NOUNS)} kinds in {len(PLACES)} places, some painted {", ".join(COLOURS)}; 64 x 64
+pixels. Two domains stand to each other as MSCOCO and Flickr30k do: nouns, places, sentences and drawing style differ.
+
+| | first domain | second domain |
+|---|---|---|
+| kinds of things | {len(first)} | {len(second)} |
+| only there | {own(first - second)} | {own(second - first)} |
+| in both | {own(first & second)} | the same |
+| places | {", ".join(place for place in PLACES if any(place in found for found in FIRST.places.values()))} | {", ".join(place for place in PLACES if any(place in found for found in SECOND.places.values()))} |
+| sentences | "two dogs sitting on the beach" | "two dogs rest together by the ocean" |
+| drawing style of the "real photos", seen by no training | `{FIRST.unseen_style}` | `{SECOND.unseen_style}` |
+
+Drawing styles that trainings see: {", ".join(f"`{style}`" for style in SEEN_STYLES)}.
 
 | File | What |
 |---|---|
-| `captions.txt` | {figures["captions"]:,} captions of scenes nobody drew: the text-only training corpus |
-| `photos_val.parquet`, `photos_test.parquet` | 100 and 200 "real photos" with 5 references each |
+| `captions.txt`, `captions_second.txt` | {figures["captions"]:,} captions of scenes nobody drew, each: the text-only training corpora |
+| `photos_val.parquet`, `photos_test.parquet`, `photos_val_second.parquet`, `photos_test_second.parquet` | 100 (val) and 200 (test) "real photos" with 5 references each |
 | `clip/` | open_clip folder: `open_clip.create_model("local-dir:...")`, `open_clip.get_tokenizer("local-dir:...")` |
 | `t2i/` | diffusers folder: `DiffusionPipeline.from_pretrained(...)`, a `StableDiffusionPipeline` |
-| `samples.png` | the generated pictures behind the figures below, one seed each, none picked |
+| `samples.png` | the first of the generated pictures behind the figures below, one seed each, none picked |
 | `figures.json` | the figures below, as `--stage pack` measured them |
 
-{figures["megabytes"]} MB in all; weights are float16 and load as float32.
+{figures["megabytes"]} MB in all; weights are float16 and load as float32. Minutes are wall-clock time on a shared machine.
 
 ## CLIP
 
 open_clip's CLIP, ViT with 8-pixel patches (64 patches, width 192, 6 layers), text tower of width 192, 3 layers, context 24.
-Contrastive loss + a loss that ties single nouns to the picture and to the patches inside the thing's drawn box (maximum over
-patches), because PCM-Net reads nouns off patches. {training["clip"]["steps"]} steps of batch 64 on 24,000 scenes,
-{training["clip"]["seconds"] / 60:.0f} minutes on a busy CPU core.
+Contrastive loss + a loss that ties single nouns to the picture and to the patches that show them, because PCM-Net reads
+nouns off patches. Trained on scenes in which every thing is in a style of its own and, in three of five, redrawn in other
+shades, proportions and outlines. {trained("clip")}.
 
-| Held-out scenes | seen styles | unseen style | chance |
-|---|---|---|---|
-{row("image-to-text R@1 among 256, a caption of the same nouns counts", "r1", "1 %")}
+| Held-out scenes | seen styles, first domain | unseen style, first domain | unseen style, second domain | chance |
+|---|---|---|---|---|
+{row("image-to-text R@1 among 256, a caption of the same things counts", "r1", "1 %")}
 {row("the same, only the picture's own caption counts", "r1_exact", "0.4 %")}
-{row("noun of a single thing, 32-way", "noun", "3 %")}
+{row(f"noun of a single thing among {len(NOUNS)}", "noun", "2 %")}
 {row("best patch for a noun lies in its half, pairs", "patch", "50 %")}
 
 ## Text to image
 
-TAESD-style autoencoder (64 x 64 to 16 x 16 x 8, {training["vae"]["steps"]} steps), a frozen copy of the CLIP's text tower as it was
-after {training["text_tower"]["clip_step"]} steps, and a UNet denoiser (v-prediction, {training["denoiser"]["steps"]} steps of batch 16,
-{training["denoiser"]["seconds"] / 60:.0f} minutes on a busy CPU core), trained on 24,000 scenes of one style (`{PAINTER_STYLE}`) in
-fixed poses. DPM-Solver++ with {STEPS} steps at guidance {GUIDANCE}: {t2i["cpu_seconds_a_picture"]:.2f} CPU-seconds a picture, batch 8.
+TAESD-style autoencoder ({trained("vae")}), a text encoder of its own (CLIP's architecture, told what stands where:
+{trained("text")}) and a UNet denoiser (v-prediction, {trained("denoiser")}), trained on scenes of both domains in one
+style (`{PAINTER_STYLE}`) and fixed poses. {sampled}.
 
-Judge: the CLIP above, which was trained on drawn scenes only and never saw a generated picture.
-Recognised: single things {percent(t2i["single"])} (chance 3 %), both of two things {percent(t2i["both"])},
-at least one of two {percent(t2i["any"])}.
+Judge: a convolutional network trained on drawn scenes alone ({trained("judge")}); it never saw a generated picture and
+shares nothing with CLIP. It names {percent(judge["single"])} of single things in held-out drawn scenes in varied poses, both
+of two in {percent(judge["both"])}.
+Recognised in generated pictures: single things {percent(t2i["single"])} (chance 2 %), both of two things {percent(t2i["both"])},
+at least one of two {percent(t2i["any"])}, the place {percent(t2i["place"])}.
 
 ## Limits
 
-- Only the words of the grammar mean anything; other words are spelt in letters the models have not learned.
-- Generated pictures have real defects (a missing or doubled second thing, melted airplanes, umbrellas and vehicles, colours
-  on the wrong thing): they are what the method under study has to cope with.
-- 8 sampler steps look the same and cost half. Seconds were measured while other work ran on the same cores.
+- Only the words of the two grammars mean anything; other words are spelt in letters the models have not learned.
+- Generated pictures have real defects (a missing or doubled thing, melted shapes, colours on the wrong thing): they are what
+  the method under study has to cope with.
 - When to stop training was decided on the held-out scenes of the CLIP table, so those figures are a little kind; the
-  pictures of the two test sets were used for nothing.
-- A first version: trained briefly, on a shared machine. The commands are those of `jobs.pretrain_embedded`, but these
-  weights are not reproducible byte for byte: the CLIP was trained in two sittings (900 steps, then its learning rate
-  rose again and saturation changes joined the augmentation), its plain pictures (a third) had a pixel of jitter, and the
-  decoder of the autoencoder learned on after the denoiser had begun.
+  pictures of the test sets were used for nothing.
+- Seconds a picture were measured while other work ran on the same machine.
 """

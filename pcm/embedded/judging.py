@@ -8,17 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import pcm.torchvision_shim  # noqa: F401  - before open_clip and diffusers
 from pcm.embedded.captions import describe
-from pcm.embedded.clip_training import as_input, measure
+from pcm.embedded.clip_training import measure
 from pcm.embedded.scenes import SceneSet
-from pcm.embedded.t2i_training import STEPS
-from pcm.embedded.world import DOMAINS, NOUNS, PAINTER_STYLE, Domain, Noun, Scene, sample_scene
-
-GUIDANCE = 3.0
+from pcm.embedded.t2i_training import GUIDANCE, STEPS
+from pcm.embedded.world import DOMAINS, PAINTER_STYLE, Domain, Noun, Scene, sample_scene
 
 
 @dataclass(frozen=True)
@@ -80,27 +77,6 @@ def paint(folder: Path, asked: list[tuple[Scene, str]], *, batch: int = 8) -> Pa
         seconds.append((time.process_time() - began) / len(part))
         images += [np.asarray(picture) for picture in pictures]
     return Painted([scene for scene, _ in asked], prompts, np.stack(images), float(np.median(seconds)))
-
-
-@torch.no_grad()
-def recognised(clip_folder: Path, painted: Painted) -> dict[str, float]:
-    """Share of pictures in which the packed CLIP, which never saw a generated picture, finds what was asked for.
-
-    single: the nearest of all nouns is the one; both: the two nearest are the two; any: at least one of the two is.
-    """
-    model, tokenise = load_clip(clip_folder)
-    image = F.normalize(model.encode_image(as_input(painted.images)), dim=-1)
-    names = F.normalize(model.encode_text(tokenise([f"a photo of a {noun.name}" for noun in NOUNS])), dim=-1)
-    order = (image @ names.T).argsort(1, descending=True).tolist()
-    single, both, either = [], [], []
-    for ranks, scene in zip(order, painted.scenes, strict=True):
-        top = {NOUNS[rank].name for rank in ranks[: len(scene.nouns)]}
-        if len(scene.nouns) == 1:
-            single.append(top == scene.nouns)
-        else:
-            both.append(top == scene.nouns)
-            either.append(bool(top & scene.nouns))
-    return {name: round(float(np.mean(v)), 4) for name, v in (("single", single), ("both", both), ("any", either))}
 
 
 def contact_sheet(painted: Painted, path: Path, *, columns: int = 8, limit: int = 96) -> None:

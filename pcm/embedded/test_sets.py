@@ -39,14 +39,15 @@ def test_scenes(seed: int, count: int, domain: Domain = FIRST) -> list[Scene]:
     return list(scenes.values())
 
 
-def write_test_set(path: Path, *, split: str, seed: int, count: int, art_folder: Path, domain: Domain = FIRST) -> None:
+def write_test_set(path: Path, domain: Domain, split: str, count: int, art_folder: Path) -> None:
     """Draws the scenes and writes image_id, image (PNG, shown as an Image by `datasets`) and references."""
+    seed = domain.test_seeds[split]
     artist, rng = Artist(art_folder), random.Random(seed + 1)
     rows = []
     for number, scene in enumerate(test_scenes(seed, count, domain)):
         png = io.BytesIO()
         Image.fromarray(artist.draw(scene)).save(png, "PNG", optimize=True)
-        name = f"{split}-{number:04d}"
+        name = f"{domain.test_sets[split].replace('@', '-')}-{number:04d}"
         picture = {"bytes": png.getvalue(), "path": f"{name}.png"}
         rows.append({"image_id": name, "image": picture, "references": references(scene, rng, REFERENCES)})
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -56,17 +57,22 @@ def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
+@cache
+def _words() -> list[str]:
+    """Every word of the world's captions and of the prompts, in alphabetical order."""
+    texts = [caption for domain in DOMAINS.values() for caption in corpus(random.Random(7), 20_000, domain)]
+    texts += [f"{noun.name} {noun.plural}" for noun in NOUNS]
+    words = {word for text in texts for word in text.split()}
+    return sorted(words | {word for prompt in PROMPTS for word in prompt.format("").split()} | set(MORE_WORDS.split()))
+
+
 def build_tokenizer(folder: Path) -> None:
     """Writes vocab.json, merges.txt and the tokenizer's other files into `folder`; the same bytes every time."""
     import pcm.torchvision_shim  # noqa: F401  isort: skip  - before transformers, which imports torchvision
     from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
-    texts = [caption for domain in DOMAINS.values() for caption in corpus(random.Random(7), 20_000, domain)]
-    texts += [f"{noun.name} {noun.plural}" for noun in NOUNS]
-    words = {word for text in texts for word in text.split()}
-    words |= {word for prompt in PROMPTS for word in prompt.format("").split()} | set(MORE_WORDS.split())
-    merges = learn_merges(sorted(words))
+    merges = learn_merges(_words())
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # "!" sorts first: id 0 pads, as in Stable Diffusion 2
     pieces = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys("".join(merge) for merge in merges)]
     pieces = [*dict.fromkeys(pieces), START, END]  # the end token has the highest id: CLIP pools there
