@@ -1,7 +1,8 @@
 """python -m jobs.pretrain_embedded: draws the embedded world and trains its CLIP and text-to-image models.
 
 Stages run in this order, each resumable (a rerun continues from the last checkpoint): `art` fetches the drawings and
-draws the training sets, `clip` and `t2i` train, `pack` measures and writes the pack that `pcm.embedded` ships.
+draws the training sets, `clip`, `judge` (the classifier that judges generated pictures) and `t2i` train, `pack`
+measures and writes the pack that `pcm.embedded` ships.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from jobs.cli import make_parser, run_job
 from pcm.embedded.world import FIRST, MIXED, PAINTER_STYLE, SECOND
 from pcm.errors import InputError
 
-STAGES = ("art", "clip", "t2i", "pack")
+STAGES = ("art", "clip", "judge", "t2i", "pack")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--art", type=Path, metavar="DIR", help="where the icon packages are kept; default in ~/.cache")
     p.add_argument("--pack", type=Path, metavar="DIR", help="where to write the pack; default the one in this checkout")
     p.add_argument("--scenes", type=int, default=32_000, metavar="N", help="training pictures per model")
-    p.add_argument("--clip-steps", type=int, default=1450, metavar="N", help="optimiser steps of CLIP")
+    p.add_argument("--clip-steps", type=int, default=4500, metavar="N", help="optimiser steps of CLIP")
+    p.add_argument("--clip-start", type=Path, metavar="DIR", help="clip folder of an earlier pack to begin CLIP with")
+    p.add_argument("--t2i-start", type=Path, metavar="DIR", help="t2i folder of an earlier pack to begin t2i with")
     p.add_argument("--vae-steps", type=int, default=1500, metavar="N", help="optimiser steps of the autoencoder")
     p.add_argument("--t2i-steps", type=int, default=4500, metavar="N", help="optimiser steps of the denoiser")
     p.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="CPU threads")
@@ -34,7 +37,7 @@ def run(args: argparse.Namespace) -> dict:
         raise InputError(f"--scenes {args.scenes}: expected at least 512")
     args.out.mkdir(parents=True, exist_ok=True)
     stages = STAGES if args.stage == "all" else (args.stage,)
-    steps = {"art": _art, "clip": _clip, "t2i": _t2i, "pack": _pack}
+    steps = {"art": _art, "clip": _clip, "judge": _judge, "t2i": _t2i, "pack": _pack}
     return {"ok": True, "out": str(args.out), **{stage: steps[stage](args) for stage in stages}}
 
 
@@ -78,20 +81,35 @@ def _clip(args: argparse.Namespace) -> dict:
     from pcm.embedded.scenes import SceneSet
 
     torch.set_num_threads(args.threads)
-    check = {name: SceneSet.load(_need(args, f"check_{name}")) for name in ("seen", "unseen")}
+    check = {name: SceneSet.load(_need(args, f"check_{name}")) for name in ("seen", "unseen", "second")}
     data = SceneSet.load(_need(args, "clip_train"))
-    return train_clip(data, check, args.out, ClipTraining(steps=args.clip_steps))
+    return train_clip(data, check, args.out, ClipTraining(steps=args.clip_steps), args.clip_start)
+
+
+def _judge(args: argparse.Namespace) -> dict:
+    import torch
+
+    from pcm.embedded.classifier import train_classifier
+    from pcm.embedded.scenes import SceneSet
+
+    torch.set_num_threads(args.threads)
+    data, check = (SceneSet.load(_need(args, name)) for name in ("judge_train", "judge_check"))
+    return train_classifier(data, check, args.out)
 
 
 def _t2i(args: argparse.Namespace) -> dict:
     import torch
 
+    from pcm.embedded.autoencoder_training import AutoencoderTraining
+    from pcm.embedded.denoiser_training import DenoiserTraining
     from pcm.embedded.scenes import SceneSet
     from pcm.embedded.t2i_training import PainterTraining, train_painter
 
     torch.set_num_threads(args.threads)
-    settings = PainterTraining(vae_steps=args.vae_steps, steps=args.t2i_steps)
-    return train_painter(SceneSet.load(_need(args, "paint_train")), args.out, settings)
+    settings = PainterTraining(
+        autoencoder=AutoencoderTraining(steps=args.vae_steps), denoiser=DenoiserTraining(steps=args.t2i_steps)
+    )
+    return train_painter(SceneSet.load(_need(args, "paint_train")), args.out, settings, args.t2i_start)
 
 
 def _pack(args: argparse.Namespace) -> dict:
