@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,8 @@ def train_classifier(data: SceneSet, check: SceneSet, folder: Path, settings: Cl
     """Trains (or resumes from folder/judge.pt) and returns the shares recognised() of the held-out scenes `check`."""
     settings = settings or ClassifierTraining()
     torch.manual_seed(settings.seed)
-    model = Classifier().to(memory_format=torch.channels_last)
+    model: Any = Classifier()
+    model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, weight_decay=0.02, fused=True)
     checkpoint = folder / "judge.pt"
     first, seconds, figures = 0, 0.0, {}
