@@ -5,6 +5,7 @@ READING.md and taken in as it is; nothing else in RESULTS.md is.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -155,6 +156,8 @@ def _section(name: str, experiment: Experiment, found: Found, seeds: int) -> str
             lines.append("| " + " | ".join(cells) + " |")
     if name == "ablation":
         lines += ["", order(paper, {variant.name: results for variant, results in found})]
+    if chance := within_chance([results for _, results in found]):
+        lines += ["", chance]
     return "\n".join([*lines, ""])
 
 
@@ -172,6 +175,17 @@ def difference(results: Sequence[Result], first: Sequence[Result], domain: str) 
     base = {result["seed"]: result["tests"][domain]["CIDEr"] for result in first}
     found = mean_std([r["tests"][domain]["CIDEr"] - base[r["seed"]] for r in results if r["seed"] in base])
     return found if found.startswith("-") else f"+{found}"
+
+
+def within_chance(found: Sequence[Sequence[Result]]) -> str:
+    """How far two means may lie apart by the luck of the seeds: 2 standard errors of their difference, pooled."""
+    groups = [[100 * next(iter(result["tests"].values()))["CIDEr"] for result in results] for results in found]
+    groups = [group for group in groups if len(group) > 1]
+    if not groups:
+        return ""
+    pooled = math.sqrt(statistics.mean(statistics.variance(group) for group in groups))
+    least = 2 * pooled * math.sqrt(2 / min(map(len, groups)))
+    return f"Differences of means below {least:.1f} are within the spread of the seeds (two standard errors, pooled)."
 
 
 def order(paper: dict[str, float], found: dict[str, list[Result]]) -> str:
