@@ -113,9 +113,9 @@ MUTANTS = (
         ("tests/test_isolation.py::test_suspects_are_drawn_alone_and_first_and_the_refused_not_at_all",),
     ),
     Mutant(
-        "a poisoned device refuses no caption",
+        "a process that can draw nothing any more refuses no caption",
         "pcm/isolation.py", "                self._blame(outcome, slots.values(), guard)\n", "",
-        ("tests/test_isolation.py::test_a_broken_device_refuses_no_caption",),
+        ("tests/test_isolation.py::test_a_process_that_can_draw_nothing_any_more_refuses_no_caption",),
     ),
     Mutant(
         "generators good for nothing stop the run",

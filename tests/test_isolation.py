@@ -122,6 +122,14 @@ def test_a_broken_device_refuses_no_caption(tiny_t2i: Path, monkeypatch: pytest.
         FaultyTextToImage(spec_of(tiny_t2i)).draw(requests_of([GOOD[0], BREAKS]))
 
 
+def test_a_process_that_can_draw_nothing_any_more_refuses_no_caption(tiny_t2i: Path) -> None:
+    """Nor does it need one of the errors that are known to be for good."""
+    generator = DiffusersTextToImage(spec_of(tiny_t2i))
+    generator._pipeline = None
+    with pytest.raises(TypeError, match="not callable"):
+        generator.draw(requests_of(GOOD[:2]))
+
+
 def test_errors_are_told_apart() -> None:
     with pytest.raises(RuntimeError) as allocation:
         torch.empty(1 << 50)
