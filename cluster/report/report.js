@@ -16,9 +16,7 @@ function show(number) {
   shown = (number + cards.length) % cards.length;
   const card = cards[shown];
   figure.replaceChildren(card.querySelector("img").cloneNode(), card.querySelector("figcaption").cloneNode(true));
-  figure.firstChild.removeAttribute("loading");
   if (card.dataset.redraw) {
-    figure.lastChild.append(document.createElement("br"));
     figure.lastChild.appendChild(document.createElement("code")).textContent = card.dataset.redraw;
   }
   if (!dialog.open) dialog.showModal();

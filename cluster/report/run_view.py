@@ -219,7 +219,7 @@ def _captioned(picture: CaptionedPicture, samples: CaptionSamples) -> Html:
     ]
     return tag(
         "article",
-        tag("div", tag("img", src=picture.uri, alt=f"picture {picture.image_id}", loading="lazy", class_="pixels"),
+        tag("div", tag("img", src=picture.uri, alt=f"picture {picture.image_id}", class_="pixels"),
             overlay, class_="overlaid"),
         tag(
             "div",
