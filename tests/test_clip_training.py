@@ -51,8 +51,8 @@ def test_other_views_keep_shape_and_range():
 def test_preferred_patches_are_kept_and_all_of_them_outside_training():
     dropout = KeepSomePatches(6).train()
     tokens = torch.arange(10.0)[None, :, None].expand(1, -1, 2)
-    dropout.preference = torch.zeros(1, 9)
-    dropout.preference[0, [1, 4, 8]] = 2.0
+    dropout.preferred, dropout.favour = torch.zeros(1, 9, dtype=torch.bool), 2.0
+    dropout.preferred[0, [1, 4, 8]] = True
     kept = dropout(tokens)
     assert kept.shape == (1, 7, 2) and dropout.kept is not None and {1, 4, 8} <= set(dropout.kept[0].tolist())
     assert kept[0, 1:, 0].tolist() == [position + 1 for position in dropout.kept[0].tolist()]

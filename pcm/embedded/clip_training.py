@@ -45,6 +45,8 @@ class ClipTraining:
     cooldown: float = 0.3  # the last part of the steps, over which the rate falls to zero
     weight_decay: float = 0.05
     kept_patches: int = 15  # of 64: dropping patches in training cuts its cost in proportion
+    late: float = 0.25  # the last part of the steps, with more patches and no preference: nearer to what is measured
+    late_patches: int = 36
     noun_weight: float = 1.0
     ema: float = 0.995  # of the weights that are measured and packed
     seed: int = 0
@@ -145,6 +147,9 @@ def train_clip(
         factor = rate_factor(step, settings.steps, warmup=settings.warmup, cooldown=settings.cooldown)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * factor
+        late = step >= (1 - settings.late) * settings.steps
+        model.visual.patch_dropout.kept_count = settings.late_patches if late else settings.kept_patches
+        model.visual.patch_dropout.favour = 0.0 if late else PREFERENCE
         model.train()
         texts = [data.captions[row][rng.integers(len(data.captions[row]))] for row in rows]
         prompts = [PROMPTS[rng.integers(len(PROMPTS))].format(noun.name) for noun in NOUNS]
@@ -216,7 +221,7 @@ def _losses(
     pictures, boxes = moved(as_input(data.images[rows]), torch.from_numpy(data.boxes[rows]))
     labels = patch_labels(nouns, boxes)  # (B, 64)
     dropout = model.visual.patch_dropout
-    dropout.preference = PREFERENCE * (labels < len(NOUNS))
+    dropout.preferred = labels < len(NOUNS)
     pooled, patches = model.visual(augment(pictures))  # (B, D), (B, kept, width) after ln_post
     image, patches = F.normalize(pooled, dim=-1), F.normalize(patches @ model.visual.proj, dim=-1)
     captions = F.normalize(encode_short(model, texts), dim=-1)  # (B, D)

@@ -19,15 +19,16 @@ class KeepSomePatches(nn.Module):
         super().__init__()
         self.kept_count = kept
         self.kept: Tensor | None = None
-        self.preference: Tensor | None = None  # (B, patches), what is added to the lots (0..1) drawn for each patch
+        self.preferred: Tensor | None = None  # (B, patches) bool
+        self.favour = 0.0  # added to the lots (0..1) drawn for preferred patches
 
     def forward(self, tokens: Tensor) -> Tensor:
         if not self.training:
             return tokens
         batch, length, width = tokens.shape
         lots = torch.rand(batch, length - 1)
-        if self.preference is not None:
-            lots = lots + self.preference
+        if self.preferred is not None:
+            lots = lots + self.favour * self.preferred
         self.kept = lots.argsort(1, descending=True)[:, : self.kept_count].sort(1).values  # (B, kept)
         patches = tokens[:, 1:].gather(1, self.kept[..., None].expand(-1, -1, width))
         return torch.cat([tokens[:, :1], patches], 1)  # (B, 1 + kept, width)
