@@ -3,6 +3,7 @@
 from PIL import Image
 
 from pcm.contact_sheet import Cell, contact_sheet
+from pcm.embedded.graded_sheet import graded
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 
@@ -31,3 +32,10 @@ def test_long_text_is_wrapped_and_cut_to_its_lines() -> None:
         return sum(pixel != (255, 255, 255) for pixel in sheet.get_flattened_data())
 
     assert 0 < ink(1) < ink(3)
+
+
+def test_pictures_are_graded_best_middle_and_worst() -> None:
+    scores = [0.1, 0.9, 0.5, 0.4, 0.8, 0.2, 0.6]
+    assert graded(scores, 1) == [1, 2, 0]
+    assert graded(scores, 2) == [1, 4, 6, 2, 5, 0]
+    assert graded(scores, 3) == [1, 4, 6, 2, 3, 5, 0]  # too few for nine: all of them, best first

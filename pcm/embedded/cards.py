@@ -95,6 +95,7 @@ Drawing styles that trainings see: {", ".join(f"`{style}`" for style in SEEN_STY
 | `clip/` | open_clip folder: `open_clip.create_model("local-dir:...")`, `open_clip.get_tokenizer("local-dir:...")` |
 | `t2i/` | diffusers folder: `DiffusionPipeline.from_pretrained(...)`, a `StableDiffusionPipeline` |
 | `samples.png` | the first of the generated pictures behind the figures below, one seed each, none picked |
+| `samples_by_score.png` | of all of these, the best, middle and worst by the score that the packed CLIP gives them |
 | `figures.json` | the figures below, as `--stage pack` measured them |
 
 {figures["megabytes"]} MB in all; weights are float16 and load as float32. Minutes are wall-clock time on a shared machine.

@@ -14,6 +14,7 @@ from pcm.embedded.captions import CORPUS_SIZE, corpus
 from pcm.embedded.cards import LICENSES, model_card
 from pcm.embedded.classifier import recognised
 from pcm.embedded.clip_training import new_clip, save_clip
+from pcm.embedded.graded_sheet import graded_sheet
 from pcm.embedded.judging import Painted, contact_sheet, judge_clip, judge_scenes, paint
 from pcm.embedded.scenes import SceneSet
 from pcm.embedded.test_sets import write_test_set
@@ -52,6 +53,7 @@ def write_pack(work: Path, art_folder: Path, pack: Path) -> dict:
     figures["judge"] = torch.load(work / "judge.pt", weights_only=True)["figures"]
     figures["t2i"] = _recognised(work, painted) | {"cpu_seconds_a_picture": round(painted.cpu_seconds_a_picture, 3)}
     contact_sheet(painted, pack / "samples.png")
+    graded_sheet(pack / "clip", painted).save(pack / "samples_by_score.png", optimize=True)
     figures["training"] = _training(work, clip_state)
     size = sum(file.stat().st_size for file in pack.rglob("*") if file.is_file())
     figures["megabytes"] = round(size / 1e6, 1)
