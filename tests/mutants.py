@@ -182,6 +182,12 @@ MUTANTS = (
         "a picture does not depend on its neighbours: its slot in the batch",
         "pcm/isolation.py", "{waiting[index].position % self.batch_size: waiting[index] for index in indices}",
         "dict(enumerate(waiting[index] for index in indices))",
+        ("tests/test_isolation.py::test_a_request_always_has_the_same_slot_whoever_is_beside_it",),
+    ),
+    Mutant(
+        "a picture does not depend on its neighbours: its own random numbers",
+        "pcm/diffusers_generator.py", "prompt=prompts, generator=generators,",
+        "prompt=prompts, generator=generators[0],",
         ("tests/test_diffusers_generator.py::test_a_picture_does_not_depend_on_what_is_drawn_beside_it",),
     ),
     Mutant(
@@ -194,6 +200,12 @@ MUTANTS = (
         "--retry-quarantined, killed between its puts, is ended by the same command",
         "cluster/stages/merge.py", "return shard_table, quarantined.filter(pc.invert(in_shard))",
         "return shard_table, quarantined",
+        ("tests/test_retry.py::test_killed_between_its_puts_it_is_seen_and_ended_by_the_same_command",),
+    ),
+    Mutant(
+        "--retry-quarantined, killed between its puts, has lost nothing",
+        "cluster/stages/merge.py", "    store.write_bytes(shard_key(shard), shard_data)\n    if len(quarantined):",
+        "    if len(quarantined):",
         ("tests/test_retry.py::test_killed_between_its_puts_it_is_seen_and_ended_by_the_same_command",),
     ),
     Mutant(

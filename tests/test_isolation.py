@@ -9,6 +9,7 @@ from faulty_pipeline import FaultyTextToImage
 
 from pcm.diffusers_generator import DiffusersTextToImage
 from pcm.faults import is_out_of_memory, is_sticky
+from pcm.isolation import IsolatedDrawing
 from pcm.spec import GeneratorSpec
 from pcm.text_to_image import Drawing, Guard, Request
 
@@ -99,6 +100,20 @@ def test_suspects_are_drawn_alone_and_first_and_the_refused_not_at_all(
     assert guard.batches == [[2], [1], [0, 3, 6], [4]]
     assert drawings[5] == Drawing(b"", 0, 0, 105, 0, 4, "generator_hung")
     assert drawings[:5] == undisturbed.draw(requests)[:5]
+
+
+@pytest.mark.parametrize("positions", [[4, 5, 6, 7], [5, 6], [6], [9, 2, 6]])
+def test_a_request_always_has_the_same_slot_whoever_is_beside_it(positions: list[int]) -> None:
+    """Kernels may round the rows of a batch differently, on some machines: so the slots themselves are looked at."""
+    seen = {}
+
+    def draw_batch(slots: dict[int, Request], batch_size: int) -> list[Drawing]:
+        seen.update({request.position: (slot, batch_size) for slot, request in slots.items()})
+        return [Drawing(b"x", 1, 1, request.seed, 1, batch_size) for request in slots.values()]
+
+    requests = [Request(position=position, caption=GOOD[0], seed=0) for position in positions]
+    IsolatedDrawing(draw_batch, batch_size=4, max_attempts=1).draw(requests)
+    assert seen == {position: (position % 4, 4) for position in positions}
 
 
 def test_a_picture_that_cannot_be_encoded_is_refused_alone(

@@ -98,9 +98,11 @@ def test_the_last_sample_to_leave_takes_the_quarantine_part_with_it(tiny_t2i: Pa
     proven(store)
 
 
-@pytest.mark.parametrize("puts", [1, 2])
+@pytest.mark.parametrize(
+    ("puts", "then"), [(1, DrawShard), (2, DrawShard), (1, DrawFaultyPipeline)], ids=["1", "2", "1, then it fails"]
+)
 def test_killed_between_its_puts_it_is_seen_and_ended_by_the_same_command(
-    puts: int, faulty: tuple[Store, Plan], monkeypatch: pytest.MonkeyPatch
+    puts: int, then: type[DrawShard], faulty: tuple[Store, Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, plan = faulty
     done = []
@@ -121,7 +123,7 @@ def test_killed_between_its_puts_it_is_seen_and_ended_by_the_same_command(
     assert not report["ok"] and report["missing"] == 0, "nothing is lost meanwhile"
     assert report["duplicated"] == (1 if puts == 1 else 0)
     assert json.loads(store.read_bytes(stats_key(0)))["quarantined_by_reason"]["generator_error"] == 1, "found again"
-    retry(store, plan, "generator_error")
+    retry(store, plan, "generator_error", draw=then)
     assert (proven(store)["stored"], list(reasons(store).values())) == (5, ["control_characters"])
 
 
