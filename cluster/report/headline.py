@@ -49,8 +49,8 @@ def _dataset(facts: Facts, hourly: float | None) -> tuple[str, list[Number]]:
         return "", []
     manifest, speed = facts.data.manifest, facts.speed
     generator = manifest.spec.generator
-    share = percent(manifest.quarantined / manifest.expected) if manifest.expected else "0 %"
-    numbers = [(count(manifest.stored), "pictures", f"{count(manifest.quarantined)} quarantined ({share})")]
+    share = f" ({percent(manifest.quarantined / manifest.expected)})" if manifest.quarantined else ""
+    numbers = [(count(manifest.stored), "pictures", f"{count(manifest.quarantined)} quarantined{share}")]
     if facts.data.scored and manifest.clip_score_mean is not None:
         numbers.append((score(manifest.clip_score_mean), "mean CLIP score", "raw cosine"))
     if speed is not None:

@@ -18,7 +18,7 @@ def short(value: float) -> str:
     size = abs(value)
     if size >= 1000:
         return f"{value:,.0f}"
-    if size == 0 or size >= 0.001:
+    if size == 0 or size >= 0.0001:
         return f"{value:.3g}"
     return f"{value:.1e}"
 
@@ -37,8 +37,8 @@ def percent(share: float) -> str:
     """0 %, <0.1 %, 4.1 %, 37 %"""
     value = 100 * share
     if value == 0 or value >= 10:
-        return f"{value:.0f} %"
-    return f"{value:.2g} %" if value >= 0.1 else "<0.1 %"
+        return f"{value:.0f}\u00a0%"
+    return f"{value:.2g}\u00a0%" if value >= 0.1 else "<0.1\u00a0%"
 
 
 def spent(seconds: float) -> str:

@@ -11,7 +11,7 @@ from cluster.evaluate import METRICS_KEY as EVALUATION_KEY
 from cluster.report.dataset import in_parallel
 from cluster.storage import Store
 from cluster.train import CONFIG_KEY
-from cluster.trainconfig import PRESETS, TrainConfig
+from cluster.trainconfig import DATASET_SIZES, PRESETS, TrainConfig
 from cluster.trainloop import METRICS_KEY
 from pcm.errors import InputError
 
@@ -81,12 +81,11 @@ def settings(config: TrainConfig) -> list[tuple[str, Any]]:
 
 def nearest_preset(config: TrainConfig) -> tuple[str, dict[str, str]]:
     """The preset that differs least, and what differs from it, the sizes of the data aside."""
-    sizes = {f"model.{name}" for name in ("vocab_size", "patch_dim", "embed_dim", "num_patches", "num_concepts")}
     found = {
         name: {
             field: change.partition(" -> ")[2]
             for field, change in preset.differences(config).items()
-            if field not in sizes
+            if field not in DATASET_SIZES
         }
         for name, preset in PRESETS.items()
     }

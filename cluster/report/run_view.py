@@ -9,7 +9,7 @@ from cluster.report.captions import CaptionedPicture, CaptionSamples
 from cluster.report.charts import Bar, Line, bars, line_chart
 from cluster.report.html import Html, Node, tag
 from cluster.report.numbers import count, percent, short, times_100
-from cluster.report.parts import absent, code, details, facts, section, table
+from cluster.report.parts import absent, caption_text, code, details, facts, section, table
 from cluster.report.run import RunFacts, nearest_preset, settings
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE", "CLIPScore", "RefCLIPScore")
@@ -223,7 +223,7 @@ def _captioned(picture: CaptionedPicture, samples: CaptionSamples) -> Html:
             overlay, class_="overlaid"),
         tag(
             "div",
-            tag("h3", tag("bdi", picture.caption, dir="auto")),
+            tag("h3", caption_text(picture.caption.removesuffix(" ."))),
             tag("ul", concepts, class_="concepts"),
             tag("p", "People wrote: ", "; ".join(picture.references[:REFERENCES_SHOWN]), class_="note"),
             tag("small", picture.image_id),
