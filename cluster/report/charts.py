@@ -228,14 +228,14 @@ def parallel(axes: Sequence[Axis], texts: Sequence[str], *, title: str, descript
     """One line a setting through every axis; the first line is the best, the last axis colours the lines."""
     width = max(WIDE, 130 * len(axes))
     height = 280
-    top, bottom = 36, height - 22
+    top, bottom = 40, height - 22
     xs = [70 + index * (width - 140) / max(1, len(axes) - 1) for index in range(len(axes))]
     drawn: list[Node] = []
     for x, axis in zip(xs, axes, strict=True):
         drawn += [
             tag("line", x1=_at(x), x2=_at(x), y1=top, y2=bottom, class_="axis"),
-            tag("text", _fitted(axis.name, 140), x=_at(x), y=14, text_anchor="middle", class_="strong"),
-            tag("text", axis.high, x=_at(x), y=28, text_anchor="middle"),
+            tag("text", _fitted(axis.name, 140), x=_at(x), y=12, text_anchor="middle", class_="strong"),
+            tag("text", axis.high, x=_at(x), y=32, text_anchor="middle"),
             tag("text", axis.low, x=_at(x), y=bottom + 16, text_anchor="middle"),
         ]
     for number in reversed(range(len(texts))):
