@@ -86,13 +86,14 @@ def gallery(data: DatasetFacts, found: Gallery) -> Html:
         "pictures",
         "Dataset",
         "The pictures",
-        ["The number is the CLIP score, the raw cosine of picture and caption. ", sampled_from(data)],
+        [data.scored and "The number is the CLIP score, the raw cosine of picture and caption. ", sampled_from(data)],
         *ranked,
         tag("h3", "At random"),
         cards(found.random),
         tag("h3", "By concept"),
-        tag("p", "The most frequent nouns of the captions; of each, pictures evenly spread from its best score to its "
-                 "worst.", class_="note"),
+        tag("p", ["The most frequent nouns of the captions",
+                  data.scored and "; of each, pictures evenly spread from its best score to its worst", "."],
+            class_="note"),
         [_concept(each, cards(each.pictures), scored=data.scored) for each in found.concepts]
         or absent("No noun of the lexicon occurs in these captions."),
     )  # fmt: skip
