@@ -1,7 +1,7 @@
 """One optimiser step of one worker: the same for any number of workers and any division of its rows into parts."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
@@ -52,7 +52,7 @@ class TrainStep:
         rows = self._on_device(batch)
         loss = self._whole(rows, step) if config.grad_accumulation == 1 else self._in_parts(rows, step)
         if config.clip_value:
-            nn.utils.clip_grad_value_(self._parameters, config.clip_value)
+            clip_values(self._parameters, config.clip_value)
         self._optimizer.step()
         return loss, lr
 
@@ -137,6 +137,16 @@ class TrainStep:
     def _to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+
+
+def clip_values(parameters: Sequence[nn.Parameter], limit: float) -> None:
+    """nn.utils.clip_grad_value_, which on a CPU would go through every gradient twice."""
+    if parameters[0].device.type != "cpu":
+        nn.utils.clip_grad_value_(parameters, limit)
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.clamp_(-limit, limit)
 
 
 def row_seed(seed: int, step: int, row: int) -> int:

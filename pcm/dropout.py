@@ -47,16 +47,27 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        return x * _kept(x.shape, self.p).to(x.dtype).mul_(1 / (1 - self.p))
+        return x * self._factors(x)
 
-    def after_relu(self, x: Tensor) -> Tensor:
-        """`self(relu(x))`, of which a CPU in training makes one step that overwrites `x`.
+    def added(self, residual: Tensor, x: Tensor) -> Tensor:
+        """`residual + self(x)`, of which a CPU in training makes one step."""
+        if not self.training or self.p == 0 or x.device.type != "cpu" or x.dtype != residual.dtype:
+            return residual + self(x)
+        return torch.addcmul(residual, x, self._factors(x))
 
-        What comes out says by itself where the gradient flows, so no mask as large as the activations is kept.
+    def after_relu(self, x: Tensor, *, batch: int) -> Tensor:
+        """`self(relu(x))` of `x` (n, width), whose rows belong in equal parts to `batch` samples; overwrites `x`.
+
+        What comes out says by itself where the gradient flows, so no mask as large as the activations is kept. `x` must
+        not be a view: autograd would copy the gradient of what it is a view of.
         """
         if not self.training or self.p == 0 or x.device.type != "cpu":
-            return self(F.relu(x))
-        return _ReluDropout.apply(x, self.p)
+            return self(F.relu(x, inplace=not torch.is_grad_enabled()))
+        return _ReluDropout.apply(x, self.p, batch)
+
+    def _factors(self, x: Tensor) -> Tensor:
+        """0 where an element is dropped, 1 / (1 - p) elsewhere."""
+        return _kept(x.shape, self.p).to(x.dtype).mul_(1 / (1 - self.p))
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -64,18 +75,19 @@ class Dropout(nn.Module):
 
 class _ReluDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, p: float, batch: int) -> Tensor:
         ctx.mark_dirty(x)
         ctx.scale = 1 / (1 - p)
-        x.relu_().mul_(_kept(x.shape, p)).mul_(ctx.scale)
+        kept = _kept(torch.Size((batch, x.numel() // batch)), p).view_as(x)
+        x.relu_().mul_(kept).mul_(ctx.scale)
         ctx.save_for_backward(x)
         return x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (y,) = ctx.saved_tensors
-        return torch.ops.aten.threshold_backward(grad, y, 0).mul_(ctx.scale), None
+        return torch.ops.aten.threshold_backward(grad, y, 0).mul_(ctx.scale), None, None
 
 
 def normal_like(x: Tensor) -> Tensor:

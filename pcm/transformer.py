@@ -64,7 +64,7 @@ class Attention(nn.Module):
             p = dropout.p if self.training else 0.0
             context = F.scaled_dot_product_attention(query, keys, values, mask, dropout_p=p, is_causal=causal)
         context = context.transpose(1, 2).flatten(2)  # (B, T, H)
-        return self.norm(x + self.dropout(self.output(context)))
+        return self.norm(self.dropout.added(x, self.output(context)))
 
 
 class FeedForward(nn.Module):
@@ -79,8 +79,9 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, eps=BLOCK_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.inner_dropout.after_relu(self.expand(x))
-        return self.norm(x + self.dropout(self.contract(inner)))
+        inner = self.expand(x.flatten(0, 1))  # (B*T, inner): as a matrix it is no view, and may be overwritten
+        inner = self.inner_dropout.after_relu(inner, batch=len(x))
+        return self.norm(self.dropout.added(x, self.contract(inner).view_as(x)))
 
 
 class EncoderBlock(nn.Module):

@@ -49,15 +49,35 @@ def test_the_whole_network_draws_by_row_in_training() -> None:
 
 def test_dropout_after_relu_is_both_and_so_is_its_gradient() -> None:
     dropout = Dropout(0.3).train()
-    x = torch.randn(4, 5, 6)
+    x = torch.randn(4 * 5, 6)
     one, two = (x.clone().requires_grad_() for _ in range(2))
     with random_rows(range(4)):
-        fused = dropout.after_relu(one * 2)
+        fused = dropout.after_relu(one * 2, batch=4)
     with random_rows(range(4)):
-        plain = dropout(torch.relu(two * 2))
+        plain = dropout(torch.relu(two * 2).view(4, 5, 6)).view(20, 6)
     torch.testing.assert_close(fused, plain, rtol=0, atol=0)
-    weights = torch.randn(4, 5, 6)
+    weights = torch.randn(20, 6)
     (fused * weights).sum().backward()
     (plain * weights).sum().backward()
     torch.testing.assert_close(one.grad, two.grad, rtol=1e-6, atol=1e-6)
-    assert torch.equal(dropout.eval().after_relu(x.clone()), torch.relu(x))
+    dropout.eval()
+    again = x.clone()
+    assert torch.equal(dropout.after_relu(again, batch=4), torch.relu(x)) and torch.equal(again, x)
+    with torch.no_grad():
+        assert torch.equal(dropout.after_relu(again, batch=4), torch.relu(x))
+
+
+def test_dropout_added_is_the_sum_and_so_is_its_gradient() -> None:
+    dropout = Dropout(0.3).train()
+    residual, x, weights = torch.randn(3, 4, 5, 6).unbind()
+    one, two = ([tensor.clone().requires_grad_() for tensor in (residual, x)] for _ in range(2))
+    with random_rows(range(4)):
+        fused = dropout.added(*one)
+    with random_rows(range(4)):
+        plain = two[0] + dropout(two[1])
+    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-6)
+    (fused * weights).sum().backward()
+    (plain * weights).sum().backward()
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-6)
+    assert torch.equal(dropout.eval().added(residual, x), residual + x)
