@@ -13,7 +13,7 @@ from tiny_dataset import TINY, png, scene, write_dataset
 
 from benchmarks.experiments import dissect, report, runs
 from benchmarks.experiments.scenes import thing_masks
-from benchmarks.experiments.settings import EXPERIMENTS, Domain, Variant
+from benchmarks.experiments.settings import EXPERIMENTS, PASSES, Domain, Variant
 from cluster.dataset import MANIFEST_KEY
 from pcm.embedded.world import Scene, Thing
 from pcm.errors import InputError
@@ -59,7 +59,7 @@ def test_a_run_is_trained_tested_and_kept_once(out: Path) -> None:
     assert result is not None
     assert result["tests"]["tiny"]["CIDEr"] is not None
     assert result["tests"]["tiny"]["n"] == 6
-    assert result["steps"] == -(-3 * 60 // TINY["batch_size"])  # three passes
+    assert result["steps"] == -(-PASSES * 60 // TINY["batch_size"])
     assert result["document"]["train"]["model"]["top_patches"] == 0
     assert not list((out / "scratch").iterdir())
     assert runs.run_all(runs.planned([BASE_VARIANT], out, seeds=1), out, processes=1) == 0

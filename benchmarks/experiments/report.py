@@ -104,7 +104,7 @@ def _head(out: Path, rows: Sequence[Result], *, missing: int) -> str:
     lines += [
         "",
         f"Every run: the preset `embedded` with {settings}; each caption {PASSES * epochs:g} times in all (validated "
-        f"after every {PASSES:g}), batch 32, float32, one core, beam 3. The weights of the best epoch by CIDEr on the "
+        f"after every {PASSES:g}), float32, one core, beam 3. The weights of the best epoch by CIDEr on the "
         "domain's validation pictures are tested; settings were chosen on the validation pictures too. Pictures of "
         "validation and test are in a drawing style that no model has been trained on.",
         "",

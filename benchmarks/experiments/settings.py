@@ -36,16 +36,17 @@ PRESET = "embedded"
 BASE: Mapping[str, Any] = {
     "hidden_size": 128,
     "num_heads": 4,
-    "intermediate_size": 512,
-    "num_encoder_layers": 2,
-    "num_decoder_layers": 2,
-    "epochs": 5,
-    "warmup_steps": 200,
+    "intermediate_size": 256,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+    "batch_size": 16,
+    "epochs": 4,
+    "warmup_steps": 300,
     "lr_factor": 0.4,
 }
 #: How often each caption is trained on between two validations ("epoch" above). With a fraction f of the captions it is
 #: 1 / f times as often, so that every run has the same number of steps and of validations.
-PASSES = 3.0
+PASSES = 2.0
 
 #: w of eq. 11 is chosen by the data: w = factor / (mean cosine of the domain's pairs). The paper's are 4 x 0.25 = 1.0
 #: for ViT-L/14 and about 2.5 x 0.31 = 0.8 for ViT-B/32.
