@@ -30,6 +30,9 @@ from jobs.spec_arguments import dataset_spec
 from pcm.spec import DatasetSpec
 
 ROOT = Path(__file__).parent.parent
+#: Ray lowers its workers' priority by so much: whatever else runs on the machine must take as much from bare processes.
+RAY_NICENESS = 15
+
 NOUNS = ("apple", "tree", "house", "dog", "cat", "car", "umbrella", "clock")
 PLACES = ("on the grass", "on a table", "at the beach", "in the street", "in the snow")
 
@@ -41,6 +44,7 @@ def captions(count: int) -> list[str]:
 
 def bare_worker(spec: DatasetSpec, part: list[tuple[int, str]], ready: Barrier, results: multiprocessing.Queue) -> None:
     """Load both models, warm them up with one batch, then draw and featurise this process's captions."""
+    os.nice(RAY_NICENESS)
     from pcm.clip import ClipEncoder
     from pcm.images import open_image
     from pcm.text_to_image import Request, load_generator
