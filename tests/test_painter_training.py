@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from pcm.embedded import autoencoder_training, denoiser_training, text_training
+from pcm.embedded import autoencoder_training, denoiser_training, t2i_training, text_training
 from pcm.embedded.autoencoder_training import AutoencoderTraining, reconstruction_loss
 from pcm.embedded.denoiser_training import DenoiserTraining, spread_times
 from pcm.embedded.earlier_denoiser import begun_denoiser, predicting
@@ -44,6 +44,13 @@ def test_the_folder_is_an_ordinary_pipeline_that_draws(trained):
     images = pipeline(["a cat on the grass"], num_inference_steps=2, guidance_scale=2.0, output_type="np").images
     assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all()
     assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.float32
+
+
+def test_what_is_trained_to_the_end_is_not_trained_again(trained, monkeypatch):
+    monkeypatch.setattr(t2i_training, "train_denoiser", None)  # calling it would fail
+    before = (trained / "t2i/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    assert train_painter(square_scenes(24, seed=1), trained, TINY)["steps"] == TINY.denoiser.steps
+    assert (trained / "t2i/unet/diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
 def test_weights_are_stored_in_half_precision(trained):

@@ -139,6 +139,19 @@ def train_denoiser(
     return averaged, {"steps": settings.steps, "seconds": round(time.monotonic() - started), "loss": running}
 
 
+def finished_denoiser(folder: Path, settings: DenoiserTraining) -> tuple[Any, dict] | None:
+    """What train_denoiser would return where all of its steps are done; None where some are not."""
+    checkpoint = folder / "denoiser.pt"
+    if not checkpoint.exists():
+        return None
+    state = torch.load(checkpoint, weights_only=True)
+    if state["step"] < settings.steps:
+        return None
+    averaged = new_denoiser()
+    averaged.load_state_dict(state["averaged"])
+    return averaged, {"steps": state["step"], "seconds": round(state["seconds"]), "loss": state["loss"]}
+
+
 def spread_times(count: int, times: int) -> Tensor:
     """`count` random time steps in 0..times-1, one from each of `count` equal parts: the loss varies less by chance."""
     return ((torch.randperm(count) + torch.rand(count)) * (times / count)).long().clamp_(max=times - 1)

@@ -13,7 +13,7 @@ import numpy as np
 
 import pcm.torchvision_shim  # noqa: F401  - before diffusers
 from pcm.embedded.autoencoder_training import AutoencoderTraining, encode_set, train_autoencoder
-from pcm.embedded.denoiser_training import DenoiserTraining, new_scheduler, train_denoiser
+from pcm.embedded.denoiser_training import DenoiserTraining, finished_denoiser, new_scheduler, train_denoiser
 from pcm.embedded.earlier_denoiser import begun_denoiser
 from pcm.embedded.scenes import SceneSet
 from pcm.embedded.text_training import TextTraining, text_states, train_text_encoder
@@ -21,6 +21,7 @@ from pcm.embedded.tokens import build_tokenizer
 
 STEPS = 8  # of the sampler: what jobs.generate takes for the embedded model, and what the model is judged with
 GUIDANCE = 3.0
+SPREAD_OF = 1024  # scenes on which the spread of latents is measured
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,30 @@ def train_painter(data: SceneSet, folder: Path, settings: PainterTraining, begin
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     vae = train_autoencoder(data, folder, settings.autoencoder, begin_with)
     text_encoder = train_text_encoder(data, tokenizer, folder, settings.text)
-    data = SceneSet(**{each.name: getattr(data, each.name)[: settings.scenes] for each in fields(data)})
-    latents = encode_set(vae, data)
-    scale = round(1 / float(latents.std()), 5) if begin_with is None else earlier_scale(begin_with)
-    vae.register_to_config(scaling_factor=scale)
-    latents *= vae.config.scaling_factor
-    captions = [*sorted({caption for row in data.captions for caption in row[: settings.captions]}), ""]
-    index = {caption: row for row, caption in enumerate(captions)}
-    captions_of = np.array([[index[caption] for caption in row[: settings.captions]] for row in data.captions])
-    states = text_states(text_encoder, tokenizer, captions)  # (captions, 24, width)
-    begun = None if begin_with is None else begun_denoiser(begin_with, text_encoder, tokenizer, captions)
-    denoiser, took = train_denoiser(latents, states, captions_of, index[""], folder, settings.denoiser, begun)
+    spread = float(encode_set(vae, _first(data, SPREAD_OF)).std())
+    vae.register_to_config(scaling_factor=round(1 / spread, 5) if begin_with is None else earlier_scale(begin_with))
+    finished = finished_denoiser(folder, settings.denoiser)
+    if finished is None:
+        data = _first(data, settings.scenes)
+        captions = [*sorted({caption for row in data.captions for caption in row[: settings.captions]}), ""]
+        index = {caption: row for row, caption in enumerate(captions)}
+        captions_of = np.array([[index[caption] for caption in row[: settings.captions]] for row in data.captions])
+        finished = train_denoiser(
+            encode_set(vae, data) * vae.config.scaling_factor,
+            text_states(text_encoder, tokenizer, captions),
+            captions_of,
+            index[""],
+            folder,
+            settings.denoiser,
+            None if begin_with is None else begun_denoiser(begin_with, text_encoder, tokenizer, captions),
+        )
+    denoiser, took = finished
     save_pipeline(vae, text_encoder, tokenizer, denoiser, folder / "t2i")
     return took
+
+
+def _first(data: SceneSet, count: int) -> SceneSet:
+    return SceneSet(**{each.name: getattr(data, each.name)[:count] for each in fields(data)})
 
 
 def earlier_scale(folder: Path) -> float:
