@@ -75,7 +75,7 @@ class _Worker:
         context = ray.train.get_context()
         self.run, self.config = run, run.config
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
+        self.device = worker_device()
         if self.device.type == "cpu":
             torch.set_num_threads(run.cpu_threads)
         self.bfloat16 = resolved_precision(self.config.precision, self.device.type) == "bfloat16"
@@ -95,7 +95,9 @@ class _Worker:
         self.average = WeightAverage(self.module, decay=decay) if decay else None
         self.progress = self._restored()
         model = ray.train.torch.prepare_model(
-            self.module, parallel_strategy_kwargs={"forward_sync_buffers": False, "gradient_as_bucket_view": True}
+            self.module,
+            move_to_device=self.device,
+            parallel_strategy_kwargs={"forward_sync_buffers": False, "gradient_as_bucket_view": True},
         )
         place = {"rank": self.rank, "num_workers": self.num_workers}
         self.step = TrainStep(
@@ -310,6 +312,17 @@ def _log_to_stderr() -> None:
         logger.setLevel(logging.INFO)
         logger.propagate = False
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train logs every report of every worker through the root
+
+
+def worker_device() -> torch.device:
+    """What Ray gave this worker. A GPU that torch knows nothing of (Ray was told of one, or torch has no CUDA) is none:
+    said in a warning, for a CPU is slow.
+    """
+    if torch.cuda.is_available():
+        return ray.train.torch.get_device()
+    if ray.get_gpu_ids():
+        log.warning("Ray gave this worker a GPU, but torch finds none: training on the CPU")
+    return torch.device("cpu")
 
 
 def resolved_precision(precision: str, device_type: str) -> str:

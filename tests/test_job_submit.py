@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from tiny_dataset import TINY, write_dataset
 from tiny_generation import CAPTIONS, write_corpus
 
 from cluster.storage import open_store
@@ -26,9 +27,10 @@ RAY = str(Path(sys.executable).with_name("ray"))
 
 @dataclass(frozen=True)
 class Head:
-    """A running head: the address of its job server, and a client's environment."""
+    """A running head: the addresses of its job server and of the cluster itself, and a client's environment."""
 
     address: str
+    cluster: str
     environment: dict[str, str]
 
 
@@ -65,7 +67,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     ]  # fmt: skip
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
-    head = Head(f"http://127.0.0.1:{dashboard}", environment)
+    head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment)
     try:
         deadline = time.monotonic() + 180
         # The agent, which starts the jobs' drivers, comes up last.
@@ -110,6 +112,20 @@ def test_a_submitted_job_makes_a_dataset(head: Head, tmp_path: Path) -> None:
     assert [summary["stored"] for summary in summaries] == [len(CAPTIONS)]
     report = verify(open_store(out))
     assert report["ok"] and report["stored"] == len(CAPTIONS)
+
+
+def test_a_driver_that_joins_by_its_address_trains_there(head: Head, tmp_path: Path, tiny_clip: Path) -> None:
+    data, out = write_dataset(tmp_path / "data", tiny_clip, rows=24), tmp_path / "run"
+    settings = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
+    arguments = [*("--data", data, "--out", out, "--epochs", 1, "--cpus-per-worker", 1), *settings]
+
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.train", *map(str, arguments)],
+        cwd=ROOT, env=head.environment | {"RAY_ADDRESS": head.cluster}, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "joined the Ray cluster at RAY_ADDRESS: 2 CPU" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["epochs"] == 1 and (out / "best" / "model.safetensors").exists()
 
 
 def test_bad_input_comes_back_as_a_failed_submission_with_its_line(head: Head, tmp_path: Path) -> None:

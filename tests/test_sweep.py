@@ -1,16 +1,19 @@
 """Sweeps through Ray Tune: trials are trainings, failures are kept, and what is done is not done again."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
+import torch
 from tiny_dataset import TINY, write_dataset
 
 from cluster.rows import preload, read_shard
@@ -131,6 +134,25 @@ def test_shards_are_read_once_and_shared(data: Path, ray_session: None, monkeypa
         assert [read_shard(store, key, columns) for key in keys] == expected
     finally:
         elsewhere.rename(data / "shards")
+
+
+@pytest.fixture
+def ray_with_a_gpu() -> Iterator[None]:
+    """Ray that was told of a GPU, whether or not there is one."""
+    ray.shutdown()
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, logging_level=logging.WARNING)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the trial would take the real one")
+def test_trials_share_a_gpu_by_fractions(data: Path, ray_with_a_gpu: None) -> None:
+    """Two at a time with half of it each; where torch has no GPU they train on the CPU all the same."""
+    base = replace(request(data).train, out=str(data.parent / "shared"), overrides={**TINY, "epochs": 1})
+    together = request(data, train=base, params={"lr_factor": "0.4,0.5"}, seeds=1, gpus_per_trial=0.5, concurrent=2)
+    assert sweep(together)["by_status"] == {"finished": 2}
+    with pytest.raises(InputError, match=r"--gpus-per-trial 1\.5: the cluster has 1; take fewer"):
+        sweep(replace(together, train=replace(base, resume=True), gpus_per_trial=1.5))
 
 
 @pytest.mark.slow
