@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--clip-start", type=Path, metavar="DIR", help="clip folder of an earlier pack to begin CLIP with")
     p.add_argument("--t2i-start", type=Path, metavar="DIR", help="t2i folder of an earlier pack to begin t2i with")
     p.add_argument("--vae-steps", type=int, default=2000, metavar="N", help="optimiser steps of the autoencoder")
-    p.add_argument("--t2i-steps", type=int, default=4500, metavar="N", help="optimiser steps of the denoiser")
+    p.add_argument("--t2i-steps", type=int, default=3400, metavar="N", help="optimiser steps of the denoiser")
     p.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="CPU threads")
     return p
 

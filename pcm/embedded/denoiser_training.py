@@ -25,7 +25,7 @@ TIMES = 1000
 class DenoiserTraining:
     """Settings of one training run."""
 
-    steps: int = 4500
+    steps: int = 3400
     batch_size: int = 16
     rate: float = 6e-4
     warmup: int = 200
