@@ -109,14 +109,14 @@ shades, proportions and outlines. {trained("clip")}.
 
 | Held-out scenes | seen styles, first domain | unseen style, first domain | unseen style, second domain | chance |
 |---|---|---|---|---|
-{row("image-to-text R@1 among 256, a caption of the same things counts", "r1", "1 %")}
+{row("image-to-text R@1 among 256 (mean of three sets of 256), a caption of the same things in the same numbers counts", "r1", "1 %")}
 {row("the same, only the picture's own caption counts", "r1_exact", "0.4 %")}
 {row(f"noun of a single thing among {len(NOUNS)}", "noun", "2 %")}
 {row("best patch for a noun lies in its half, pairs", "patch", "50 %")}
 
 ## Text to image
 
-TAESD-style autoencoder ({trained("vae")}), a text encoder of its own (CLIP's architecture, told what stands where:
+TAESD-style autoencoder (the previous version's, {trained("vae")}), a text encoder of its own (CLIP's architecture, told what stands where:
 {trained("text")}) and a UNet denoiser (v-prediction, {trained("denoiser")}), trained on scenes of both domains in one
 style (`{PAINTER_STYLE}`) and fixed poses. {sampled}.
 
@@ -131,9 +131,9 @@ at least one of two {percent(t2i["any"])}, the place {percent(t2i["place"])}.
 - Only the words of the two grammars mean anything; other words are spelt in letters the models have not learned.
 - Generated pictures have real defects (a missing or doubled thing, melted shapes, colours on the wrong thing): they are what
   the method under study has to cope with.
-- Not trained from scratch in one go: CLIP, the autoencoder and the denoiser began with the weights of the previous version
-  of this pack (commit {PREVIOUS}; CLIP 1,450, autoencoder 3,000 and denoiser 4,500 steps, on three of the seen styles), with
-  `--clip-start` and `--t2i-start`; the steps above come on top. The command resumes from checkpoints, so the weights are not
+- Not trained from scratch in one go: CLIP and the denoiser began with the weights of the previous version of this pack
+  (commit {PREVIOUS}; CLIP 1,450 steps on three of the seen styles, denoiser 4,500 steps), with `--clip-start` and
+  `--t2i-start`; the steps above come on top. The autoencoder is the previous one. The command resumes from checkpoints, so the weights are not
   reproducible byte for byte.
 - When to stop training was decided on the held-out scenes of the CLIP table, so those figures are a little kind; the
   pictures of the test sets were used for nothing.
