@@ -116,6 +116,7 @@ def test_the_manifest_is_waited_for_and_an_older_one_is_not_taken(made: tuple[St
     assert not documents
 
 
+@pytest.mark.slow
 def test_a_stream_killed_on_both_sides_learns_what_training_afterwards_learns(
     tiny_t2i: Path,
     tiny_clip: Path,
