@@ -22,6 +22,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests use local models only
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small processes on few cores
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home directory
+os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # every 10 s otherwise
 os.environ.pop("RAY_ADDRESS", None)  # never a cluster that the machine happens to have
 
 

@@ -51,6 +51,7 @@ def tiny_world(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "BASE", {**TINY, "epochs": 1})
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_tested_and_kept_once(out: Path) -> None:
     jobs = runs.planned([BASE_VARIANT, BASE_VARIANT], out, seeds=1)
     assert len(jobs) == 1

@@ -151,13 +151,18 @@ def test_a_generator_that_is_killed_at_any_time_changes_nothing(
 @pytest.mark.parametrize(
     ("draw", "said"),
     [
-        (DrawBroken, "its process ended 4 times in a row without a picture (RuntimeError: CUDA error: device-side"),
-        (
+        pytest.param(
+            DrawBroken,
+            "its process ended 4 times in a row without a picture (RuntimeError: CUDA error: device-side",
+            id="broken",
+        ),
+        pytest.param(
             DrawUseless,
             "64 of 64 samples failed in the generator, more than the share of 0.5 allowed (last: RuntimeError",
+            id="useless",
+            marks=pytest.mark.slow,
         ),
     ],
-    ids=["broken", "useless"],
 )
 def test_a_generator_that_is_good_for_nothing_stops_the_run_in_one_line(
     draw: type[DrawShard], said: str, tiny_t2i: Path, tmp_path: Path, ray_session: None

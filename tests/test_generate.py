@@ -319,6 +319,7 @@ def test_a_killed_run_is_finished_by_the_same_command(tmp_path: Path, run_job) -
     assert proven(tmp_path / "out") == proven(tmp_path / "uninterrupted")
 
 
+@pytest.mark.slow
 def test_a_dataset_on_s3_is_the_dataset_on_disk(s3_server, tmp_path: Path, run_job) -> None:
     corpus = write_corpus(tmp_path, CORPUS)
     out = f"{s3_server.uri}/generated/one"

@@ -1,5 +1,6 @@
 """`ray job submit`, as the README types it, on a head with token authentication."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 from tiny_dataset import TINY, write_dataset
@@ -76,11 +78,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             time.sleep(0.5)
         yield head
     finally:
-        process.terminate()  # --block: it stops what it started
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        # Asked to end, it would wait half a minute for each of its processes.
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait()
         subprocess.run(["rm", "-rf", str(session)], check=False)
 
 
@@ -114,6 +116,7 @@ def test_a_submitted_job_makes_a_dataset(head: Head, tmp_path: Path) -> None:
     assert report["ok"] and report["stored"] == len(CAPTIONS)
 
 
+@pytest.mark.slow
 def test_a_driver_that_joins_by_its_address_trains_there(head: Head, tmp_path: Path, tiny_clip: Path) -> None:
     data, out = write_dataset(tmp_path / "data", tiny_clip, rows=24), tmp_path / "run"
     settings = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]

@@ -17,7 +17,7 @@ from cluster.progress import Live
 from cluster.storage import open_store
 from cluster.telemetry import Telemetry
 
-SCRAPE_FOR_SECONDS = 60  # Ray collects its processes' metrics every 10 s
+SCRAPE_FOR_SECONDS = 60  # far longer than Ray takes to collect its processes' metrics
 
 
 def scrape() -> str:
