@@ -320,7 +320,7 @@ def worker_device() -> torch.device:
     """
     if torch.cuda.is_available():
         return ray.train.torch.get_device()
-    if ray.get_gpu_ids():
+    if ray.is_initialized() and ray.get_gpu_ids():  # asked outside a cluster, it would start one
         log.warning("Ray gave this worker a GPU, but torch finds none: training on the CPU")
     return torch.device("cpu")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pcm.errors import InputError
 from pcm.model import Encoded, PCMNet
+from pcm.packed_linear import packed
 from pcm.transformer import DecoderBlock
 
 #: Id of BOS, EOS and padding alike.
@@ -43,8 +44,10 @@ class _Decoder:
     """The decoder's state for W hypotheses of each image: caches of keys and values, moved on word by word."""
 
     def __init__(self, model: PCMNet, encoded: Encoded, *, beam_size: int, max_length: int):
-        self.model = model
-        self.blocks = [cast(DecoderBlock, block) for block in model.decoder]
+        self.word_embedding = model.word_embedding
+        rows = len(encoded.memory) * beam_size
+        self.blocks = [packed(cast(DecoderBlock, block), rows=rows) for block in model.decoder]
+        self.output = packed(model.output, rows=rows)
         self.beam_size = beam_size
         self.memory_mask = None if encoded.mask is None else encoded.mask[:, None, None, :]  # (B, 1, 1, S)
         self.cross_caches = [
@@ -68,7 +71,7 @@ class _Decoder:
         own = torch.eye(width, dtype=torch.bool, device=words.device)
         self.ancestors[:, :width, slot : slot + width] = own
         mask = self.ancestors[:, None, :width, : slot + self.beam_size]  # (B, 1, w, (step + 1) * W)
-        x = self.model.word_embedding(words, step=step)  # (B, w, H)
+        x = self.word_embedding(words, step=step)  # (B, w, H)
         for block, self_cache, cross_cache in zip(self.blocks, self.self_caches, self.cross_caches, strict=True):
             x = block.step(
                 x,
@@ -78,7 +81,7 @@ class _Decoder:
                 cross_cache=cross_cache,
                 memory_mask=self.memory_mask,
             )
-        logits = self.model.output(x).float()  # (B, w, V)
+        logits = self.output(x).float()  # (B, w, V)
         best, ids = logits.topk(count, dim=-1)
         return ids, best - logits.logsumexp(dim=-1, keepdim=True)
 
