@@ -109,8 +109,8 @@ def test_tables_hold_mean_spread_and_paired_difference() -> None:
     assert rows["base + mix-up"][7] == "+5.0 ± 7.1"
     assert rows["both (PCM-Net)"][2:4] == ["0 of 2", "-"]
     assert "3 of 3 pairs stand as in the paper" in text
-    spread = np.sqrt(np.mean([200.0, 50.0, 200.0]))  # variances of the three rows that have two runs
-    assert f"below {2 * spread:.1f} are" in text
+    spread = np.sqrt(np.mean([50.0, 0.0]))  # variances of the differences of the two rows that have some
+    assert f"below {2 * spread / np.sqrt(2):.1f} are" in text
 
 
 def test_auc_counts_pairs_and_half_of_ties() -> None:

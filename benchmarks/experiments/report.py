@@ -178,14 +178,22 @@ def difference(results: Sequence[Result], first: Sequence[Result], domain: str) 
 
 
 def within_chance(found: Sequence[Sequence[Result]]) -> str:
-    """How far two means may lie apart by the luck of the seeds: 2 standard errors of their difference, pooled."""
-    groups = [[100 * next(iter(result["tests"].values()))["CIDEr"] for result in results] for results in found]
-    groups = [group for group in groups if len(group) > 1]
+    """How large a difference to the first row chance alone makes: 2 standard errors of the mean over seeds, where the
+    spread of the differences, paired by seed, is pooled over the rows of the same test pictures."""
+    first: dict[tuple[str, int], float] = {}
+    groups = []
+    for results in found:
+        own = [(next(iter(result["tests"].items())), result["seed"]) for result in results]
+        values = {(domain, seed): 100 * figures["CIDEr"] for (domain, figures), seed in own}
+        differences = [value - first[key] for key, value in values.items() if key in first]
+        if len(differences) > 1:
+            groups.append(differences)
+        first = {**values, **first}
     if not groups:
         return ""
     pooled = math.sqrt(statistics.mean(statistics.variance(group) for group in groups))
-    least = 2 * pooled * math.sqrt(2 / min(map(len, groups)))
-    return f"Differences of means below {least:.1f} are within the spread of the seeds (two standard errors, pooled)."
+    least = 2 * pooled / math.sqrt(min(map(len, groups)))
+    return f"Differences to the first row below {least:.1f} are within chance (two standard errors of pairs by seed)."
 
 
 def order(paper: dict[str, float], found: dict[str, list[Result]]) -> str:

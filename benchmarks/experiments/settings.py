@@ -41,6 +41,7 @@ BASE: Mapping[str, Any] = {
     "num_decoder_layers": 1,
     "batch_size": 16,
     "epochs": 3,
+    "ema_decay": 0.99,
     "warmup_steps": 300,
     "lr_factor": 0.4,
 }
@@ -134,7 +135,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "w": Experiment(
         "w, weight of the clip score",
         _with_full(
-            tuple(Variant(name=f"w x mean cosine = {factor}", clip_factor=factor) for factor in (0.5, 0.75, 1.5)),
+            tuple(Variant(name=f"w x mean cosine = {factor}", clip_factor=factor) for factor in (0.5, 0.75)),
             "w x mean cosine = 1.0",
             2,
         ),
