@@ -1,13 +1,15 @@
 """Ray's TorchTrainer as training uses it: where workers are placed, where checkpoints go, what is tried again."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow.fs
 import ray
 import ray.train
 from fsspec.implementations.local import LocalFileSystem
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -50,6 +52,7 @@ def make_trainer(
     return (_Trainer if joined else _LocalTrainer)(
         train_loop,  # type: ignore[arg-type]  # V2 takes a return value; Ray's annotations here are still V1's
         train_loop_config=loop_config,
+        torch_config=_TorchConfig(),
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
             num_workers=num_workers,
             use_gpu=gpus > 0,
@@ -67,6 +70,29 @@ def make_trainer(
             ),
         ),
     )
+
+
+class _Backend(_TorchBackend):
+    """NCCL only where torch knows the workers' GPUs; else they train on CPUs, and say so (trainloop.worker_device)."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        has_gpus = worker_group.get_resources_per_worker().get("GPU", 0) > 0
+        if has_gpus and not all(worker_group.execute(_torch_finds_gpu)):
+            backend_config = replace(backend_config, backend="gloo")
+        super().on_start(worker_group, backend_config)
+
+
+def _torch_finds_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@dataclass
+class _TorchConfig(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
 
 
 class _FailurePolicy(DefaultFailurePolicy):

@@ -145,14 +145,17 @@ def ray_with_a_gpu() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the trial would take the real one")
-def test_trials_share_a_gpu_by_fractions(data: Path, ray_with_a_gpu: None) -> None:
-    """Two at a time with half of it each; where torch has no GPU they train on the CPU all the same."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they would take the real one")
+def test_what_torch_takes_for_no_gpu_is_shared_by_trials_and_trained_on_as_a_cpu(
+    data: Path, ray_with_a_gpu: None
+) -> None:
+    """Two trials at a time with half of it each; then jobs.train with all of it."""
     base = replace(request(data).train, out=str(data.parent / "shared"), overrides={**TINY, "epochs": 1})
     together = request(data, train=base, params={"lr_factor": "0.4,0.5"}, seeds=1, gpus_per_trial=0.5, concurrent=2)
     assert sweep(together)["by_status"] == {"finished": 2}
     with pytest.raises(InputError, match=r"--gpus-per-trial 1\.5: the cluster has 1; take fewer"):
         sweep(replace(together, train=replace(base, resume=True), gpus_per_trial=1.5))
+    assert train(replace(base, out=str(data.parent / "alone"), cpus_per_worker=1))["epochs"] == 1
 
 
 @pytest.mark.slow
