@@ -124,12 +124,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     ),
     "K": Experiment(
         "K, concepts a picture",
-        _with_full(_curve("top_concepts", (1, 3, 7)), "top_concepts = 5", 2),
+        _with_full(_curve("top_concepts", (1, 7)), "top_concepts = 5", 1),
         curve="top_concepts",
     ),
     "M": Experiment(
         "M, selected (patch, concept) pairs",
-        _with_full(_curve("top_patches", (1, 3, 10)), "top_patches = 5", 2),
+        _with_full(_curve("top_patches", (1, 10)), "top_patches = 5", 1),
         curve="top_patches",
     ),
     "w": Experiment(
