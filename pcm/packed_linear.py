@@ -28,11 +28,12 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(linear: nn.Linear) -> bool:
-    """Whether this torch, on this machine, packs this layer: float32 on a CPU, and oneDNN's operators, which torch does
-    not promise to keep."""
+    """Whether this torch, on this machine, packs this layer: float32 on a CPU, not under autocast (which does not know
+    packed layers), and oneDNN's operators, which torch does not promise to keep."""
     return (
         linear.weight.device.type == "cpu"
         and linear.weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")

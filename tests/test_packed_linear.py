@@ -40,3 +40,10 @@ def test_a_packed_block_is_a_copy_that_shares_what_is_no_linear_layer() -> None:
 def test_layers_of_another_type_stay_as_they_are(dtype: torch.dtype) -> None:
     linear = nn.Linear(8, 8, dtype=dtype)
     assert not can_pack(linear) and packed(linear, rows=2) is linear
+
+
+def test_under_autocast_layers_stay_as_they_are() -> None:
+    linear = nn.Linear(8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert packed(linear, rows=2) is linear
+    assert packed(linear, rows=2) is not linear
