@@ -70,13 +70,12 @@ class WordPictures:
         }
 
 
-def train(model: PCMNet, pictures: WordPictures, *, rows: int, steps: int, lr: float = 3e-4, seed: int = 0) -> float:
-    """Teach the model on the CPU to say what the first `rows` pictures show; the last loss."""
+def train(model: PCMNet, pictures: WordPictures, *, rows: int, steps: int, lr: float = 3e-4, seed: int = 0) -> None:
+    """Teach the model on the CPU to say what the first `rows` pictures show."""
     criterion = CLIPWeightedCrossEntropy()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.98), fused=True)
     generator = torch.Generator().manual_seed(seed)
     model.train()
-    loss = torch.zeros(())
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 50)
@@ -87,6 +86,5 @@ def train(model: PCMNet, pictures: WordPictures, *, rows: int, steps: int, lr: f
         loss.backward()
         optimizer.step()
         if (step + 1) % 50 == 0:
-            log.info("step %d of %d: loss %.3f", step + 1, steps, float(loss))
+            log.info("step %d of %d: loss %.3f", step + 1, steps, float(loss.detach()))
     model.eval()
-    return float(loss.detach())
