@@ -87,7 +87,7 @@ class ArrivingShards:
             skip = max(0, skip - len(numbers))
             if len(order):
                 rows = read_rows(self._store, shard_key(shard), numbers, self._shape.features)
-                yield Decoded.of(rows, self._vocabulary, max_length=self._shape.max_length), order
+                yield Decoded.of(rows, self._vocabulary, self._shape), order
 
     def _wait(self, shard: int) -> None:
         _until(lambda: self._store.exists(shard_key(shard)), what=f"shard {shard}", sleep=self._sleep)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from cluster.quantised import quantised
 from cluster.rows import Rows
 from pcm.errors import InputError
 from pcm.records import FeatureShape
@@ -28,7 +29,8 @@ class Batch:
     last: bool  # of the epoch
     sample_ids: tuple[str, ...]
     global_feature: np.ndarray  # (b, D) float16
-    patch_features: np.ndarray  # (b, N, D_v) float16
+    patch_features: np.ndarray  # (b, N, D_v) float16 or int8
+    patch_scale: np.ndarray  # (b, D_v) float16 beside int8, else (b, 0)
     clip_score: np.ndarray  # (b,) float32
     token_ids: np.ndarray  # (b, T) int64, T = max_length
     target_ids: np.ndarray  # (b, T) int64, padded with -1
@@ -43,10 +45,10 @@ class Decoded:
     target_ids: np.ndarray  # (n, T)
 
     @staticmethod
-    def of(rows: Rows, vocabulary: Vocabulary, *, max_length: int) -> "Decoded":
-        encoded = [vocabulary.encode(caption, max_length) for caption in rows.captions]
+    def of(rows: Rows, vocabulary: Vocabulary, shape: "BatchShape") -> "Decoded":
+        encoded = [vocabulary.encode(caption, shape.max_length) for caption in rows.captions]
         token_ids, target_ids = (np.stack(ids) for ids in zip(*encoded, strict=True))
-        return Decoded(rows, token_ids, target_ids)
+        return Decoded(quantised(rows) if shape.int8 else rows, token_ids, target_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ class BatchShape:
     max_length: int
     rank: int = 0
     num_workers: int = 1
+    int8: bool = False  # patch features as cluster.quantised has them
 
     def __post_init__(self) -> None:
         if self.batch_size % self.num_workers:
@@ -75,6 +78,12 @@ class BatchShape:
         share = self.batch_size // self.num_workers
         return range(self.rank * share, (self.rank + 1) * share)
 
+    @property
+    def bytes_per_row(self) -> int:
+        """Of a row's features in memory."""
+        stored, values = self.features.bytes_per_row, self.features.num_patches * self.features.patch_dim
+        return stored - values + 2 * self.features.patch_dim if self.int8 else stored
+
 
 class OpenBatch:
     """A batch that is being filled; rows of other ranks are passed over."""
@@ -85,7 +94,10 @@ class OpenBatch:
         self._sample_ids = [""] * rows
         self._arrays: dict[str, np.ndarray] = {
             "global_feature": np.zeros((rows, features.embed_dim), np.float16),
-            "patch_features": np.zeros((rows, features.num_patches, features.patch_dim), np.float16),
+            "patch_features": np.zeros(
+                (rows, features.num_patches, features.patch_dim), np.int8 if shape.int8 else np.float16
+            ),
+            "patch_scale": np.zeros((rows, features.patch_dim if shape.int8 else 0), np.float16),
             "clip_score": np.zeros(rows, np.float32),
             "token_ids": np.zeros((rows, shape.max_length), np.int64),
             "target_ids": np.full((rows, shape.max_length), -1, np.int64),
@@ -100,7 +112,7 @@ class OpenBatch:
             return
         place = slice(start + first, start + first + len(mine))
         self._sample_ids[place] = decoded.rows.sample_ids[mine]
-        for name in ("global_feature", "patch_features", "clip_score"):
+        for name in ("global_feature", "patch_features", "patch_scale", "clip_score"):
             np.take(getattr(decoded.rows, name), mine, axis=0, out=self._arrays[name][place], mode="clip")
         self._arrays["token_ids"][place] = decoded.token_ids[mine]
         self._arrays["target_ids"][place] = decoded.target_ids[mine]

@@ -101,7 +101,7 @@ class ShardLoader:
         self._lanes = next(lanes for lanes in range(min(lanes, batch_size), 0, -1) if batch_size % lanes == 0)
         self._seed = seed
         self._prefetch = prefetch
-        fits = sum(len(part.selection) for part in parts) * shape.features.bytes_per_row <= cache_bytes
+        fits = sum(len(part.selection) for part in parts) * shape.bytes_per_row <= cache_bytes
         self._cache: dict[tuple[int, int], Decoded] | None = {} if fits else None
         self.rows_per_epoch = rows
         self.steps_per_epoch = -(-rows // batch_size)
@@ -155,7 +155,7 @@ class ShardLoader:
         if self._cache is not None and place in self._cache:
             return self._cache[place]
         rows = self._parts[piece.part].read_shard(piece.shard, self._shape.features)
-        decoded = Decoded.of(rows, self._vocabulary, max_length=self._shape.max_length)
+        decoded = Decoded.of(rows, self._vocabulary, self._shape)
         if self._cache is not None:
             self._cache[place] = decoded
         return decoded

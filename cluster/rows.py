@@ -27,7 +27,8 @@ class Rows:
     captions: np.ndarray  # (n,) of str
     clip_score: np.ndarray  # (n,) float32, raw cosine
     global_feature: np.ndarray  # (n, D) float16
-    patch_features: np.ndarray  # (n, N, D_v) float16
+    patch_features: np.ndarray  # (n, N, D_v) float16, or int8: see cluster.quantised
+    patch_scale: np.ndarray  # (n, D_v) float16 beside int8, (n, 0) beside float16
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -53,7 +54,13 @@ class Rows:
             clip_score=np.zeros(0, np.float32),
             global_feature=np.zeros((0, features.embed_dim), np.float16),
             patch_features=np.zeros((0, features.num_patches, features.patch_dim), np.float16),
+            patch_scale=no_scale(0),
         )
+
+
+def no_scale(rows: int) -> np.ndarray:
+    """The patch_scale of features that have none."""
+    return np.zeros((rows, 0), np.float16)
 
 
 #: Tables that this process was given, by the path of their shard: the trials of a sweep share them.
@@ -90,6 +97,7 @@ def read_rows(store: Store, key: str, rows: np.ndarray | None, features: Feature
         clip_score=table["clip_score"].to_numpy(),
         global_feature=global_feature,
         patch_features=patch_features.reshape(-1, features.num_patches, features.patch_dim),  # (n, N, D_v)
+        patch_scale=no_scale(len(global_feature)),
     )
     return decoded if rows is None else decoded.some(rows)
 

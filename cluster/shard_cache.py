@@ -15,31 +15,37 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.rows import Rows, read_rows
+from cluster.quantised import quantised
+from cluster.rows import Rows, no_scale, read_rows
 from cluster.storage import Store
 from pcm.records import FeatureShape
 
 log = logging.getLogger(__name__)
 
 _ARRAYS = ("clip_score", "global_feature", "patch_features")
+_SCALE = "patch_scale"  # beside int8 features only
 _TEXTS = ("sample_ids", "captions")
 
 
 @dataclass(frozen=True)
 class ShardCache:
-    """`folder` belongs to one dataset in one state: whoever makes a cache names it by the manifest's digest.
+    """`folder` belongs to one dataset in one state, and to `int8` features (cluster.quantised) or those as stored:
+    whoever makes a cache names it by the manifest's digest and that.
 
     A shard is there as a whole or not at all. Where it cannot be written (the disk is full), it is read as without a
     cache and a warning logged.
     """
 
     folder: Path
+    int8: bool = False
 
     def read_rows(self, store: Store, key: str, rows: np.ndarray, features: FeatureShape) -> Rows:
         """cluster.rows.read_rows by way of the cache. All rows of a shard are mapped, some are copied."""
         place = self.folder / key
         if not place.exists():
             decoded = read_rows(store, key, None, features)
+            if self.int8:
+                decoded = quantised(decoded)
             try:
                 _write(place, decoded)
             except OSError as error:
@@ -56,7 +62,7 @@ def _write(place: Path, rows: Rows) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=place.parent))
     try:
-        for name in _ARRAYS:
+        for name in (*_ARRAYS, _SCALE) if rows.patch_scale.size else _ARRAYS:
             np.save(temporary / f"{name}.npy", getattr(rows, name))
         texts = {name: getattr(rows, name).tolist() for name in _TEXTS}
         (temporary / "texts.json").write_text(json.dumps(texts))
@@ -70,10 +76,12 @@ def _write(place: Path, rows: Rows) -> None:
 
 def _mapped(place: Path) -> Rows:
     texts = json.loads((place / "texts.json").read_text())
-    return Rows(
-        **{name: np.array(texts[name], dtype=object) for name in _TEXTS},
-        **{name: np.load(place / f"{name}.npy", mmap_mode="r") for name in _ARRAYS},
-    )
+    arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
+    if arrays["patch_features"].dtype == np.int8:
+        scale = np.load(place / f"{_SCALE}.npy", mmap_mode="r")
+    else:
+        scale = no_scale(len(arrays["clip_score"]))
+    return Rows(**{name: np.array(texts[name], dtype=object) for name in _TEXTS}, **arrays, patch_scale=scale)
 
 
 def _read_ahead(place: Path) -> None:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from cluster.batches import Batch
 from cluster.global_loss import GlobalBatchLoss, gathered
+from cluster.quantised import dequantised
 from cluster.trainconfig import TrainConfig
 from pcm.dropout import random_rows
+from pcm.errors import InputError
 from pcm.schedule import noam_lr
 
 
@@ -35,7 +37,17 @@ class TrainStep:
         device: torch.device,
         bfloat16: bool,
     ) -> None:
-        """`model` is `module`, under DDP where there are several workers."""
+        """`model` is `module`, under DDP where there are several workers.
+
+        Raises InputError where the config asks for torch.compile and the network has dropout or noise on a CPU.
+        """
+        if config.compile != "none":
+            if device.type == "cpu" and config.model.is_random:
+                raise InputError(
+                    f"compile = {config.compile!r}: for GPUs; on a CPU dropout and noise have a generator a row, which "
+                    "torch.compile does not follow; set compile=none"
+                )
+            module.compile(mode=config.compile, dynamic=False, fullgraph=True)
         self._module, self._model, self._optimizer, self._config = module, model, optimizer, config
         self._rank, self._num_workers = rank, num_workers
         self._device, self._bfloat16 = device, bfloat16
@@ -101,7 +113,8 @@ class TrainStep:
             self._randomness(step, place),
             torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bfloat16),
         ):
-            return model(rows["global_feature"].float(), rows["patch_features"].float(), rows["token_ids"])
+            patch_features = dequantised(rows["patch_features"], rows["patch_scale"])
+            return model(rows["global_feature"].float(), patch_features, rows["token_ids"])
 
     @contextmanager
     def _randomness(self, step: int, rows: range) -> Iterator[None]:
@@ -119,10 +132,10 @@ class TrainStep:
         return self._model.no_sync() if hasattr(self._model, "no_sync") else nullcontext()  # type: ignore[operator]
 
     def _on_device(self, batch: Batch) -> dict[str, Tensor]:
-        names = ("global_feature", "patch_features", "clip_score", "token_ids", "target_ids")
+        names = ("global_feature", "patch_features", "patch_scale", "clip_score", "token_ids", "target_ids")
         arrays = {name: getattr(batch, name) for name in names}
-        if self._device.type == "cpu":
-            # Padding changes no result but takes time; a GPU's compiled kernels want one shape.
+        if self._device.type == "cpu" and self._config.compile == "none":
+            # Padding changes no result but takes time; compiled kernels and a GPU's want one shape.
             length = self._longest_caption(batch)
             arrays |= {name: arrays[name][:, :length] for name in ("token_ids", "target_ids")}
         return {name: self._to_device(array) for name, array in arrays.items()}

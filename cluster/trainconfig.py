@@ -12,8 +12,10 @@ from pcm.config import PCMNetConfig
 from pcm.errors import InputError
 from pcm.loss import CLIPWeightedCrossEntropy
 from pcm.records import FeatureShape
+from pcm.spec import COMPILE_MODES
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+FEATURE_DTYPES = ("float16", "int8")
 FIRST_EPOCHS = ("shuffled", "plan")
 
 #: Fields of the network that are read off the dataset and cannot be chosen.
@@ -50,6 +52,13 @@ class TrainConfig:
     ema_decay: float = 0.0
     #: Of matrix products; auto = bfloat16 autocast on a GPU, float32 on a CPU.
     precision: str = "auto"
+    #: torch.compile of the network: default, or reduce-overhead (CUDA graphs), for GPUs, which otherwise wait for
+    #: kernels to be launched at small batches. Part of the science because kernels that are fused round, and a GPU's
+    #: dropout draws, differently. Parts of a batch would have to go through another program: not with accumulation.
+    compile: str = "none"
+    #: Of patch features between a shard and the network: as stored, or rounded to 8 bits (cluster.quantised), which
+    #: halves memory, caches and what goes to a GPU. Validation sees them as stored.
+    feature_dtype: str = "float16"
 
     #: w of eq. 11: 4.0 for ViT-L/14, 2.5 for ViT-B/32.
     clip_weight: float = 4.0
@@ -90,6 +99,10 @@ class TrainConfig:
         _check(self, "holdout_fraction", 0 < self.holdout_fraction <= 0.5, "above 0 and at most 0.5")
         _check(self, "first_epoch", self.first_epoch in FIRST_EPOCHS, f"one of {', '.join(FIRST_EPOCHS)}")
         _check(self, "precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        _check(self, "compile", self.compile in COMPILE_MODES, f"one of {', '.join(COMPILE_MODES)}")
+        if self.compile != "none":
+            _check(self, "grad_accumulation", self.grad_accumulation == 1, f"1 with compile = {self.compile!r}")
+        _check(self, "feature_dtype", self.feature_dtype in FEATURE_DTYPES, f"one of {', '.join(FEATURE_DTYPES)}")
         CLIPWeightedCrossEntropy(**self.loss_settings)
 
     @property

@@ -124,4 +124,5 @@ class TrainingData:
     def _shard_cache(self, training_set: TrainingSet) -> ShardCache | None:
         if self._run.cache_dir is None:
             return None
-        return ShardCache(Path(self._run.cache_dir) / training_set.description()["sha256"][:16])
+        name = training_set.description()["sha256"][:16] + ("-int8" if self._shape.int8 else "")
+        return ShardCache(Path(self._run.cache_dir) / name, int8=self._shape.int8)

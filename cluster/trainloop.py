@@ -107,6 +107,7 @@ class _Worker:
             features=FeatureShape(**{name: getattr(self.config.model, name) for name in FEATURE_SIZES}),
             batch_size=self.config.batch_size,
             max_length=self.config.model.max_length,
+            int8=self.config.feature_dtype == "int8",
             **place,
         )
         self.data = TrainingData(run, shape, self.vocabulary, device=self.device)

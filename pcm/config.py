@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from pcm.errors import InputError
 
+_DROPOUTS = ("hidden_dropout", "attention_dropout", "visual_dropout", "word_dropout", "output_dropout")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PCMNetConfig:
@@ -90,11 +92,16 @@ class PCMNetConfig:
         for name in ("temperature", "tau"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} {getattr(self, name)}: must be greater than 0")
-        for name in ("hidden_dropout", "attention_dropout", "visual_dropout", "word_dropout", "output_dropout"):
+        for name in _DROPOUTS:
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: must be at least 0 and below 1")
         if self.noise_variance < 0:
             raise InputError(f"noise_variance {self.noise_variance}: must not be negative; 0 turns the noise off")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the network draws random numbers in training."""
+        return self.noise_variance > 0 or any(getattr(self, name) > 0 for name in _DROPOUTS)
 
     @property
     def num_pairs(self) -> int:

@@ -33,7 +33,7 @@ def everything(dataset: Path) -> Selection:
 
 def make_loader(dataset: Path, *parts: Part, **settings) -> ShardLoader:
     store = open_store(dataset)
-    sizes = {"batch_size": 8, "max_length": 12, "rank": 0, "num_workers": 1}
+    sizes = {"batch_size": 8, "max_length": 12, "rank": 0, "num_workers": 1, "int8": False}
     sizes = {name: settings.pop(name, value) for name, value in sizes.items()}
     return ShardLoader(
         parts or [Part(store, everything(dataset))],

@@ -15,6 +15,7 @@ from cluster.selection import all_rows
 from cluster.step import TrainStep, row_seed
 from cluster.storage import open_store
 from cluster.trainconfig import TrainConfig
+from pcm.errors import InputError
 from pcm.model import PCMNet
 from pcm.vocabulary import Vocabulary
 
@@ -24,6 +25,10 @@ WORKERS = 4  # two are trained with in test_train
 SMALL = {
     "batch_size": 8, "warmup_steps": 400, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64,
     "num_encoder_layers": 1, "num_decoder_layers": 1, "max_length": 12, "window_shards": 4,
+}  # fmt: skip
+NOTHING_RANDOM = {
+    "hidden_dropout": 0.0, "attention_dropout": 0.0, "visual_dropout": 0.0, "word_dropout": 0.0, "output_dropout": 0.0,
+    "noise_variance": 0.0,
 }  # fmt: skip
 #: Relative, of losses after some steps: float32 sums in another order, and Adam divides by small second moments.
 TOLERANCE = 1e-4
@@ -54,7 +59,13 @@ def losses(data: Path, *, rank: int = 0, num_workers: int = 1, **overrides) -> l
     step = TrainStep(module, model, optimizer, config, device=torch.device("cpu"), bfloat16=False, **place)
     loader = ShardLoader(
         [Part(store, all_rows(manifest))],
-        BatchShape(features=features, batch_size=config.batch_size, max_length=config.model.max_length, **place),
+        BatchShape(
+            features=features,
+            batch_size=config.batch_size,
+            max_length=config.model.max_length,
+            int8=config.feature_dtype == "int8",
+            **place,
+        ),
         vocabulary,
         lanes=config.window_shards,
         seed=config.seed,
@@ -63,29 +74,56 @@ def losses(data: Path, *, rank: int = 0, num_workers: int = 1, **overrides) -> l
     return [float(step(batch, number)[0]) for number, batch in enumerate(batches[:STEPS])]
 
 
-def _rank_losses(rank: int, data: str, folder: str) -> None:
+def _rank_losses(rank: int, data: str, folder: str, num_workers: int, runs: list[dict]) -> None:
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORKERS
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_workers
     )
-    found = {parts: losses(Path(data), rank=rank, num_workers=WORKERS, grad_accumulation=parts) for parts in (1, 2)}
+    found = [losses(Path(data), rank=rank, num_workers=num_workers, **overrides) for overrides in runs]
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def on_workers(data: Path, folder: Path, num_workers: int, *runs: dict) -> list[list[list[float]]]:
+    """For each rank the losses of each run."""
+    torch.multiprocessing.spawn(_rank_losses, (str(data), str(folder), num_workers, list(runs)), nprocs=num_workers)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(num_workers)]
 
 
 def test_four_workers_have_the_losses_of_one_with_dropout_and_with_two_parts_each(data: Path, tmp_path: Path) -> None:
     alone = losses(data)
     assert alone != pytest.approx(losses(data, seed=99), rel=TOLERANCE)
-    torch.multiprocessing.spawn(_rank_losses, args=(str(data), str(tmp_path)), nprocs=WORKERS)
-    for rank in range(WORKERS):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        assert found[1] == pytest.approx(alone, rel=TOLERANCE)
-        assert found[2] == pytest.approx(alone, rel=TOLERANCE)
+    for whole, in_parts in on_workers(data, tmp_path, WORKERS, {"grad_accumulation": 1}, {"grad_accumulation": 2}):
+        assert whole == pytest.approx(alone, rel=TOLERANCE)
+        assert in_parts == pytest.approx(alone, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("focal_mode", ["batch", "sentence", "word", "off"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(data: Path, focal_mode: str) -> None:
     whole = losses(data, focal_mode=focal_mode)
     assert losses(data, focal_mode=focal_mode, grad_accumulation=4) == pytest.approx(whole, rel=TOLERANCE)
+
+
+def test_the_compiled_network_is_one_graph_and_trains_alike(data: Path) -> None:
+    plain = losses(data, **NOTHING_RANDOM)
+    assert losses(data, compile="default", **NOTHING_RANDOM) == pytest.approx(plain, rel=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_two_workers_train_the_compiled_network_alike(data: Path, tmp_path: Path) -> None:
+    plain = losses(data, **NOTHING_RANDOM)
+    for (found,) in on_workers(data, tmp_path, 2, {"compile": "default", **NOTHING_RANDOM}):
+        assert found == pytest.approx(plain, rel=TOLERANCE)
+
+
+def test_compiling_is_refused_where_dropout_has_a_generator_a_row(data: Path) -> None:
+    with pytest.raises(InputError, match=r"compile = 'default': for GPUs; .* set compile=none"):
+        losses(data, compile="default", **NOTHING_RANDOM | {"word_dropout": 0.1})
+
+
+def test_eight_bit_features_train_nearly_alike(data: Path) -> None:
+    exact = losses(data)
+    rounded = losses(data, feature_dtype="int8")
+    assert rounded == pytest.approx(exact, rel=0.01) and rounded != exact
 
 
 def test_row_seeds_differ_by_run_step_and_row() -> None:
