@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pcm.errors import InputError
+from pcm.linear import packed
 from pcm.model import Encoded, PCMNet
-from pcm.packed_linear import packed
 from pcm.transformer import DecoderBlock
 
 #: Id of BOS, EOS and padding alike.

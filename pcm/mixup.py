@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pcm.config import PCMNetConfig
 from pcm.dropout import Dropout, normal_like
 from pcm.errors import InputError
+from pcm.linear import Linear
 
 #: How textual patches enter the sequence. "replace": selected patches become textual, 1 + N positions (training).
 #: "append": N more positions, those of unselected patches masked, 1 + 2N (inference, as published). "append_selected":
@@ -129,9 +130,9 @@ class VisualEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.clip_head = ClipHead(config.patch_dim, config.embed_dim)
-        self.patch_projection = nn.Linear(config.patch_dim, config.hidden_size)
-        self.textual_projection = nn.Linear(config.embed_dim, config.hidden_size)
-        self.global_projection = nn.Linear(config.embed_dim, config.hidden_size)
+        self.patch_projection = Linear(config.patch_dim, config.hidden_size)
+        self.textual_projection = Linear(config.embed_dim, config.hidden_size)
+        self.global_projection = Linear(config.embed_dim, config.hidden_size)
         #: Slot 0 is the global feature; a textual patch has the position of the patch it comes from.
         self.position = nn.Parameter(torch.empty(1, 1 + config.num_patches, config.hidden_size))
         nn.init.trunc_normal_(self.position, std=0.02)

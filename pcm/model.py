@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pcm.config import PCMNetConfig
 from pcm.dropout import Dropout
 from pcm.errors import InputError
+from pcm.linear import Linear
 from pcm.mixup import Layout, MixUp, VisualEmbedding, unit
 from pcm.transformer import DecoderBlock, EncoderBlock
 
@@ -63,7 +64,7 @@ class Encoder(nn.Module):
             )
             for _ in range(config.num_encoder_layers)
         )
-        self.global_fusion = nn.Linear((config.num_encoder_layers + 1) * config.hidden_size, config.hidden_size)
+        self.global_fusion = Linear((config.num_encoder_layers + 1) * config.hidden_size, config.hidden_size)
         self.global_norm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -119,7 +120,7 @@ class PCMNet(nn.Module):
             for _ in range(config.num_decoder_layers)
         )
         self.output_dropout = Dropout(config.output_dropout)
-        self.output = nn.Linear(config.hidden_size, config.vocab_size)
+        self.output = Linear(config.hidden_size, config.vocab_size)
         # Not in the state dict: the concepts belong to the dataset and are stored beside it and beside checkpoints.
         self.register_buffer("concept_embeddings", torch.zeros(config.num_concepts, config.embed_dim), persistent=False)
         self._has_concepts = False

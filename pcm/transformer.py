@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcm.dropout import Dropout
+from pcm.linear import Linear
 
 #: LayerNorm epsilon inside the blocks; the embeddings and the global fusion use PyTorch's default, 1e-5.
 BLOCK_NORM_EPS = 1e-12
@@ -34,9 +35,9 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.attention_dropout = Dropout(attention_dropout)
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key_value = nn.Linear(hidden_size, 2 * hidden_size)
-        self.output = nn.Linear(hidden_size, hidden_size)
+        self.query = Linear(hidden_size, hidden_size)
+        self.key_value = Linear(hidden_size, 2 * hidden_size)
+        self.output = Linear(hidden_size, hidden_size)
         self.dropout = Dropout(hidden_dropout)
         self.norm = nn.LayerNorm(hidden_size, eps=BLOCK_NORM_EPS)
 
@@ -72,8 +73,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, dropout: float):
         super().__init__()
-        self.expand = nn.Linear(hidden_size, intermediate_size)
-        self.contract = nn.Linear(intermediate_size, hidden_size)
+        self.expand = Linear(hidden_size, intermediate_size)
+        self.contract = Linear(intermediate_size, hidden_size)
         self.inner_dropout = Dropout(dropout)
         self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(hidden_size, eps=BLOCK_NORM_EPS)
