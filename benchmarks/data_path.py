@@ -6,8 +6,8 @@ Random features of the published size (64 x 1024 and 768): as a dataset's Parque
 40 kB each that training skips; and as the published code keeps them, one uncompressed float32 .npz an image. Both
 sides give the same batches' worth of arrays, in random order, from files whose pages were dropped from the cache as far
 as the system heeds posix_fadvise. The loader reads every epoch anew (nothing kept in memory), with captions turned into
-ids; the .npz side does without captions. `cached` is the loader by way of --cache-dir, in any epoch but the first.
-Sides take turns; medians of the rounds.
+ids; the .npz side does without captions. `cached` is the loader by way of --cache-dir, in any epoch but the first, and
+`cached_int8` the same with feature_dtype=int8. Sides take turns; medians of the rounds.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def training_rate(repeats: int) -> float:
 def _loader(folder: Path, selection: Selection, cache: ShardCache | None) -> ShardLoader:
     return ShardLoader(
         [Part(open_store(folder), selection, cache=cache)],
-        BatchShape(features=FEATURES, batch_size=BATCH, max_length=20),
+        BatchShape(features=FEATURES, batch_size=BATCH, max_length=20, int8=cache is not None and cache.int8),
         Vocabulary.build(WORDS, min_count=1),
         lanes=8,
         seed=0,
@@ -137,31 +137,35 @@ def _loader(folder: Path, selection: Selection, cache: ShardCache | None) -> Sha
 
 def measure(folder: Path, *, rows: int, shard_rows: int, rounds: int) -> dict:
     selection = write_both(folder, rows=rows, shard_rows=shard_rows)
-    loader = _loader(folder, selection, None)
-    cached = _loader(folder, selection, ShardCache(folder / "cache"))
-    read_shards(cached, 0)
-    shard_rates, cached_rates, npz_rates = [], [], []
+    loaders = {
+        "shards": _loader(folder, selection, None),
+        "cached": _loader(folder, selection, ShardCache(folder / "cache")),
+        "cached_int8": _loader(folder, selection, ShardCache(folder / "cache-int8", int8=True)),
+    }
+    for loader in loaders.values():
+        read_shards(loader, 0)
+    rates: dict[str, list[float]] = {name: [] for name in (*loaders, "npz")}
     for epoch in range(rounds):
+        for name, loader in loaders.items():
+            drop_from_cache(folder)
+            rates[name].append(read_shards(loader, epoch))
         drop_from_cache(folder)
-        shard_rates.append(read_shards(loader, epoch))
-        drop_from_cache(folder)
-        cached_rates.append(read_shards(cached, epoch))
-        drop_from_cache(folder)
-        npz_rates.append(read_npz(folder, rows, epoch))
+        rates["npz"].append(read_npz(folder, rows, epoch))
     trainer = training_rate(repeats=rounds)
-    shards, npz, raw = (statistics.median(rates) for rates in (shard_rates, npz_rates, cached_rates))
-    stored = sum(file.stat().st_size for file in (folder / "shards").iterdir())
+    places = {"shards": "shards", "cached": "cache", "cached_int8": "cache-int8", "npz": "npz"}
+    sizes = {
+        name: sum(file.stat().st_size for file in (folder / place).rglob("*") if file.is_file())
+        for name, place in places.items()
+    }
     return {
-        "shards_samples_per_second": round(shards, 1),
-        "cached_samples_per_second": round(raw, 1),
-        "npz_samples_per_second": round(npz, 1),
+        "samples_per_second": {name: round(statistics.median(values), 1) for name, values in rates.items()},
+        "over_npz": {
+            name: round(statistics.median(a / b for a, b in zip(rates[name], rates["npz"], strict=True)), 2)
+            for name in loaders
+        },
         "trainer_samples_per_second": round(trainer, 2),
-        "shards_over_npz": round(statistics.median(a / b for a, b in zip(shard_rates, npz_rates, strict=True)), 2),
-        "cached_over_npz": round(statistics.median(a / b for a, b in zip(cached_rates, npz_rates, strict=True)), 2),
-        "shards_over_trainer": round(shards / trainer, 1),
-        "cached_over_trainer": round(raw / trainer, 1),
-        "feature_megabytes_per_second": round(shards * FEATURES.bytes_per_row / 1e6, 1),
-        "bytes_per_row": {"shards": round(stored / rows), "npz": (folder / "npz" / "0.npz").stat().st_size},
+        "over_trainer": {name: round(statistics.median(rates[name]) / trainer, 1) for name in loaders},
+        "bytes_per_row": {name: round(size / rows) for name, size in sizes.items()},
         "rows": rows,
         "rounds": rounds,
         **machine("cpu"),

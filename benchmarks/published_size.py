@@ -15,10 +15,11 @@ log = logging.getLogger(__name__)
 BATCH = 32
 
 
-def published_model(*, device: str, seed: int = 0) -> PCMNet:
-    """PCM-Net with every default of PCMNetConfig: 512 wide, 8 heads, 3 + 3 layers, 10,200 words, 64 patches of 1024."""
+def published_model(config: PCMNetConfig | None = None, *, device: str, seed: int = 0) -> PCMNet:
+    """PCM-Net of random weights, by default with every default of PCMNetConfig: 512 wide, 8 heads, 3 + 3 layers,
+    10,200 words, 64 patches of 1024."""
     torch.manual_seed(seed)
-    config = PCMNetConfig()
+    config = config or PCMNetConfig()
     model = PCMNet(config)
     model.set_concepts(torch.randn(config.num_concepts, config.embed_dim))
     return model.to(device)

@@ -1,10 +1,10 @@
 """Seconds of one training step at the published size: forward, loss, backward, value clipping, Adam.
 
-python -m benchmarks.training_step [--device cuda] [--repeats 7] [--batch 32]
+python -m benchmarks.training_step [--repeats 7] [--batch 32]
 
 The counted FLOPs (matrix products of forward and backward) over the seconds give the rate, and that over the machine's
 matmul rate, measured in the same run, the share of what the machine can do. bfloat16 is left out (null) on a CPU that
-has no instructions for it.
+has no instructions for it. On a GPU: benchmarks.gpu.
 """
 
 import argparse
@@ -21,9 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.matmul_rate import has_fast_bfloat16, machine, matmul_rate, seconds
 from benchmarks.published_size import BATCH, published_model, random_batch
-from cluster.step import clip_values
-from cluster.trainer import MEMORY_KEPT
+from pcm.clipping import clip_values
+from pcm.config import PCMNetConfig
 from pcm.loss import CLIPWeightedCrossEntropy
+from pcm.quantised import dequantised
 
 
 def linear_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
@@ -31,28 +32,57 @@ def linear_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) ->
     return 2 * math.prod(x) * weight[0]
 
 
-def measure(dtype: torch.dtype, *, device: str, repeats: int, batch_size: int) -> dict[str, Any]:
-    """Seconds a step (median and fastest), its GFLOP, and the share of the matmul rate at `dtype`."""
-    model = published_model(device=device).train()
-    batch = random_batch(model.config, device=device, batch=batch_size)
-    loss_function = CLIPWeightedCrossEntropy()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True)
+class Step:
+    """One step of a network in training on random data, which lies on the device unless it is given."""
 
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits = model(batch["global_feature"], batch["patch_features"], batch["token_ids"])
-        loss_function(logits, batch["target_ids"], batch["clip_score"]).backward()
-        clip_values(parameters, 0.1)
-        optimizer.step()
+    def __init__(
+        self,
+        config: PCMNetConfig,
+        *,
+        device: str,
+        batch_size: int,
+        bfloat16: bool,
+        compile_mode: str = "none",
+    ) -> None:
+        self.model = published_model(config, device=device).train()
+        self.batch = random_batch(config, device=device, batch=batch_size)
+        self._device, self._bfloat16 = device, bfloat16
+        self._criterion = CLIPWeightedCrossEntropy()
+        self._parameters = list(self.model.parameters())
+        self._optimizer = torch.optim.Adam(self._parameters, lr=1e-4, fused=True)
+        if compile_mode != "none":
+            self.model.compile(mode=compile_mode, dynamic=False, fullgraph=True)
 
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: linear_flops}) as counter:
-        step()
-    before = matmul_rate(dtype, device=device, repeats=repeats)
-    times = seconds(step, repeats=repeats, device=device)
-    rate = (before + matmul_rate(dtype, device=device, repeats=repeats)) / 2
-    gflop = counter.get_total_flops() / 1e9
+    def __call__(self, batch: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """The loss. A `batch` may have patch features in int8, with patch_scale."""
+        batch = batch or self.batch
+        self._optimizer.zero_grad(set_to_none=True)
+        patches = batch["patch_features"]
+        if patches.dtype != torch.float32:
+            patches = dequantised(patches, batch["patch_scale"])
+        with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._bfloat16):
+            logits = self.model(batch["global_feature"].float(), patches, batch["token_ids"])
+        loss = self._criterion(logits, batch["target_ids"], batch["clip_score"])
+        loss.backward()
+        clip_values(self._parameters, 0.1)
+        self._optimizer.step()
+        return loss.detach()
+
+    def gflop(self) -> float:
+        """Of the products of one step, which is taken."""
+        custom = {torch.ops.mkldnn._linear_pointwise: linear_flops}
+        with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+            self()
+        return counter.get_total_flops() / 1e9
+
+
+def measure(dtype: torch.dtype, *, repeats: int, batch_size: int) -> dict[str, Any]:
+    """Seconds a step on this CPU (median and fastest), its GFLOP, and the share of the matmul rate at `dtype`."""
+    step = Step(PCMNetConfig(), device="cpu", batch_size=batch_size, bfloat16=dtype == torch.bfloat16)
+    gflop = step.gflop()
+    before = matmul_rate(dtype, device="cpu", repeats=repeats)
+    times = seconds(step, repeats=repeats, device="cpu")
+    rate = (before + matmul_rate(dtype, device="cpu", repeats=repeats)) / 2
     median = statistics.median(times)
     return {
         "seconds": round(median, 4),
@@ -64,23 +94,23 @@ def measure(dtype: torch.dtype, *, device: str, repeats: int, batch_size: int) -
 
 
 def main() -> None:
+    from cluster.trainer import MEMORY_KEPT  # here, because Step is used where there is no Ray
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch", type=int, default=BATCH)
     arguments = parser.parse_args()
-    if arguments.device == "cpu" and not MEMORY_KEPT.items() <= os.environ.items():
+    if not MEMORY_KEPT.items() <= os.environ.items():
         # As jobs.train starts its workers; a process reads it when it begins.
         command = [sys.executable, "-m", "benchmarks.training_step", *sys.argv[1:]]
         os.execve(sys.executable, command, {**os.environ, **MEMORY_KEPT})
-    options = {"device": arguments.device, "repeats": arguments.repeats, "batch_size": arguments.batch}
-    bfloat16 = arguments.device == "cuda" or has_fast_bfloat16()
+    options = {"repeats": arguments.repeats, "batch_size": arguments.batch}
     result = {
         "float32": measure(torch.float32, **options),
-        "bfloat16_autocast": measure(torch.bfloat16, **options) if bfloat16 else None,
+        "bfloat16_autocast": measure(torch.bfloat16, **options) if has_fast_bfloat16() else None,
         "batch": arguments.batch,
         "repeats": arguments.repeats,
-        **machine(arguments.device),
+        **machine("cpu"),
     }
     print(json.dumps(result))
 

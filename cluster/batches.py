@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from cluster.quantised import quantised
 from cluster.rows import Rows
 from pcm.errors import InputError
 from pcm.records import FeatureShape
@@ -48,7 +47,7 @@ class Decoded:
     def of(rows: Rows, vocabulary: Vocabulary, shape: "BatchShape") -> "Decoded":
         encoded = [vocabulary.encode(caption, shape.max_length) for caption in rows.captions]
         token_ids, target_ids = (np.stack(ids) for ids in zip(*encoded, strict=True))
-        return Decoded(quantised(rows) if shape.int8 else rows, token_ids, target_ids)
+        return Decoded(rows.in_8_bits() if shape.int8 else rows, token_ids, target_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ class BatchShape:
     max_length: int
     rank: int = 0
     num_workers: int = 1
-    int8: bool = False  # patch features as cluster.quantised has them
+    int8: bool = False  # patch features as pcm.quantised has them
 
     def __post_init__(self) -> None:
         if self.batch_size % self.num_workers:

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.feature_pages import plain_matrices
 from cluster.storage import Store
 from pcm.errors import InputError
+from pcm.quantised import quantised
 from pcm.records import FeatureShape
 
 MATRICES = ("global_feature", "patch_features")
@@ -27,7 +29,7 @@ class Rows:
     captions: np.ndarray  # (n,) of str
     clip_score: np.ndarray  # (n,) float32, raw cosine
     global_feature: np.ndarray  # (n, D) float16
-    patch_features: np.ndarray  # (n, N, D_v) float16, or int8: see cluster.quantised
+    patch_features: np.ndarray  # (n, N, D_v) float16, or int8: see pcm.quantised
     patch_scale: np.ndarray  # (n, D_v) float16 beside int8, (n, 0) beside float16
 
     def __len__(self) -> int:
@@ -39,6 +41,13 @@ class Rows:
     def some(self, numbers: np.ndarray) -> "Rows":
         """The rows of ascending numbers; nothing is copied where these are all."""
         return self if len(numbers) == len(self) else self.take(numbers)
+
+    def in_8_bits(self) -> "Rows":
+        """With patch features in int8; as they are where they have been rounded already."""
+        if self.patch_features.dtype == np.int8:
+            return self
+        values, scale = quantised(torch.from_numpy(self.patch_features))
+        return replace(self, patch_features=values.numpy(), patch_scale=scale.numpy())
 
     @staticmethod
     def concatenate(parts: Sequence["Rows"]) -> "Rows":

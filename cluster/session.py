@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Mapping
 
 import ray
 
@@ -14,10 +15,11 @@ log = logging.getLogger(__name__)
 START_ATTEMPTS = 3
 
 
-def start_ray(*, num_cpus: int | None = None) -> None:
+def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | None = None) -> None:
     """Join the cluster that RAY_ADDRESS names (a submitted job has it), else start one on this machine. Idempotent.
 
-    Usage statistics are off unless the user turned them on; a local cluster starts no dashboard.
+    `worker_env`: environment variables that this job's workers start with. Usage statistics are off unless the user
+    turned them on; a local cluster starts no dashboard.
     """
     if ray.is_initialized():
         return
@@ -25,11 +27,12 @@ def start_ray(*, num_cpus: int | None = None) -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     # No progress bars of Ray's own: the jobs report their progress, and logs must stay readable without a terminal.
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    runtime_env = {"env_vars": dict(worker_env)} if worker_env else None
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env)
         log.info("joined the Ray cluster at RAY_ADDRESS: %s", _resources())
     else:
-        _start_local(num_cpus)
+        _start_local(num_cpus, runtime_env)
         log.info("started Ray on this machine: %s", _resources())
     logging.getLogger("ray.data.exceptions").addFilter(is_no_user_error)
     context = ray.data.DataContext.get_current()
@@ -37,11 +40,11 @@ def start_ray(*, num_cpus: int | None = None) -> None:
     context.print_on_execution_start = False
 
 
-def _start_local(num_cpus: int | None) -> None:
+def _start_local(num_cpus: int | None, runtime_env: dict | None) -> None:
     """Start a cluster on this machine. On a busy one its processes can miss Ray's fixed 30 seconds: tried again."""
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+            ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING, runtime_env=runtime_env)
             return
         except Exception:  # Ray raises a bare Exception for this
             ray.shutdown()

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.quantised import quantised
 from cluster.rows import Rows, no_scale, read_rows
 from cluster.storage import Store
 from pcm.records import FeatureShape
@@ -29,7 +28,7 @@ _TEXTS = ("sample_ids", "captions")
 
 @dataclass(frozen=True)
 class ShardCache:
-    """`folder` belongs to one dataset in one state, and to `int8` features (cluster.quantised) or those as stored:
+    """`folder` belongs to one dataset in one state, and to `int8` features (pcm.quantised) or those as stored:
     whoever makes a cache names it by the manifest's digest and that.
 
     A shard is there as a whole or not at all. Where it cannot be written (the disk is full), it is read as without a
@@ -45,7 +44,7 @@ class ShardCache:
         if not place.exists():
             decoded = read_rows(store, key, None, features)
             if self.int8:
-                decoded = quantised(decoded)
+                decoded = decoded.in_8_bits()
             try:
                 _write(place, decoded)
             except OSError as error:

@@ -1,7 +1,7 @@
 """One optimiser step of one worker: the same for any number of workers and any division of its rows into parts."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from cluster.batches import Batch
 from cluster.global_loss import GlobalBatchLoss, gathered
-from cluster.quantised import dequantised
 from cluster.trainconfig import TrainConfig
+from pcm.clipping import clip_values
 from pcm.dropout import random_rows
 from pcm.errors import InputError
+from pcm.quantised import dequantised
 from pcm.schedule import noam_lr
 
 
@@ -150,16 +151,6 @@ class TrainStep:
     def _to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
-
-
-def clip_values(parameters: Sequence[nn.Parameter], limit: float) -> None:
-    """nn.utils.clip_grad_value_, which on a CPU would go through every gradient twice."""
-    if parameters[0].device.type != "cpu":
-        nn.utils.clip_grad_value_(parameters, limit)
-        return
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.clamp_(-limit, limit)
 
 
 def row_seed(seed: int, step: int, row: int) -> int:

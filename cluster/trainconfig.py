@@ -56,7 +56,7 @@ class TrainConfig:
     #: kernels to be launched at small batches. Part of the science because kernels that are fused round, and a GPU's
     #: dropout draws, differently. Parts of a batch would have to go through another program: not with accumulation.
     compile: str = "none"
-    #: Of patch features between a shard and the network: as stored, or rounded to 8 bits (cluster.quantised), which
+    #: Of patch features between a shard and the network: as stored, or rounded to 8 bits (pcm.quantised), which
     #: halves memory, caches and what goes to a GPU. Validation sees them as stored.
     feature_dtype: str = "float16"
 

@@ -9,10 +9,10 @@ from test_loader import everything, make_loader, select
 from tiny_dataset import write_dataset
 
 from cluster.loader import Part
-from cluster.quantised import dequantised, quantised
 from cluster.rows import Rows, no_scale
 from cluster.shard_cache import ShardCache
 from cluster.storage import open_store
+from pcm.quantised import dequantised
 
 ARRAYS = ("patch_features", "patch_scale", "global_feature", "clip_score", "token_ids", "target_ids")
 
@@ -45,7 +45,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 def test_a_value_is_off_by_half_a_step_of_its_channel_at_most() -> None:
     features = normal(5, 16, 24)
     features[:, :, 3] *= 300  # as CLIP has them: one channel that dwarfs the others
-    found = quantised(rows_of(features))
+    found = rows_of(features).in_8_bits()
     assert found.patch_features.dtype == np.int8 and found.patch_scale.shape == (5, 24)
     step = np.abs(features.astype(np.float32)).max(axis=1, keepdims=True) / 127
     assert (np.abs(restored(found) - features) <= 0.51 * step + 0.0005 * np.abs(features)).all()
@@ -55,8 +55,8 @@ def test_a_value_is_off_by_half_a_step_of_its_channel_at_most() -> None:
 
 def test_a_picture_is_rounded_alike_whatever_lies_beside_it() -> None:
     features = normal(6, 9, 8)
-    together = quantised(rows_of(features))
-    alone = quantised(rows_of(np.concatenate([features[2:3], 50 * features[:1]])))
+    together = rows_of(features).in_8_bits()
+    alone = rows_of(np.concatenate([features[2:3], 50 * features[:1]])).in_8_bits()
     np.testing.assert_array_equal(together.patch_features[2], alone.patch_features[0])
     np.testing.assert_array_equal(together.patch_scale[2], alone.patch_scale[0])
 
@@ -66,7 +66,7 @@ def test_zeros_stay_zeros_and_what_is_not_finite_does_not_become_so() -> None:
     features[0] = 0.0
     features[1, 2, 5] = np.nan
     features[2, 0, 1] = np.inf
-    found = restored(quantised(rows_of(features)))
+    found = restored(rows_of(features).in_8_bits())
     assert (found[0] == 0).all()
     assert not np.isfinite(found[1, :, 5]).any() and not np.isfinite(found[2, :, 1]).any()
     assert np.isfinite(np.delete(found[1], 5, axis=1)).all()
@@ -74,8 +74,8 @@ def test_zeros_stay_zeros_and_what_is_not_finite_does_not_become_so() -> None:
 
 def test_rounded_rows_are_not_rounded_again_and_float16_is_passed_through() -> None:
     rows = rows_of(normal(2, 4, 6))
-    once = quantised(rows)
-    assert quantised(once) is once
+    once = rows.in_8_bits()
+    assert once.in_8_bits() is once
     np.testing.assert_array_equal(restored(rows), rows.patch_features.astype(np.float32))
 
 

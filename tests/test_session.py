@@ -1,6 +1,9 @@
 """What a worker raises reaches the user as what it is."""
 
 import logging
+import os
+import subprocess
+import sys
 
 from ray.exceptions import RayTaskError
 
@@ -28,3 +31,13 @@ def test_ray_data_keeps_its_traceback_of_a_users_error_to_itself() -> None:
             raise error
         except ValueError:
             assert is_no_user_error(RECORD) is shown
+
+
+def test_workers_start_with_the_environment_that_is_asked_for() -> None:
+    code = (
+        "import os, ray; from cluster.session import start_ray; start_ray(num_cpus=1, worker_env={'PCM_ASKED': 'for'});"
+        "print(ray.get(ray.remote(lambda: os.environ.get('PCM_ASKED')).remote()))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=180)
+    assert done.stdout.splitlines()[-1:] == ["for"], done.stderr

@@ -1,0 +1,36 @@
+"""The benchmark for GPUs: that a bare machine with torch can run it, and that it reports all its parts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_it_needs_torch_alone() -> None:
+    code = (
+        "import sys, benchmarks.gpu; names = ('ray', 'pyarrow', 'fsspec', 'PIL', 'transformers', 'diffusers', "
+        "'open_clip', 'safetensors', 'pycocoevalcap'); print([name for name in names if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.slow
+def test_it_measures_all_its_parts_and_leaves_out_by_name_what_is_over_its_budget() -> None:
+    def run(budget: int) -> dict:
+        command = [sys.executable, "-m", "benchmarks.gpu", "--device=cpu", "--size=tiny", f"--budget={budget}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    whole = run(300)
+    parts = [name for name, value in whole.items() if isinstance(value, dict)]
+    assert len(parts) == 11 and whole["left_out"] == []
+    assert not any("failed" in whole[name] for name in parts)
+    assert whole["same_numbers"]["captions_equal"] == 1.0
+    nothing = run(-1)
+    assert set(nothing["left_out"]) == {"matmul_gflops", *parts}
