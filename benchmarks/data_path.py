@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from benchmarks.as_worker import as_worker
 from benchmarks.matmul_rate import machine, seconds
 from benchmarks.published_size import BATCH, published_model, random_batch
 from cluster.batches import BatchShape
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write some hundred MB for the time of the run")
     arguments = parser.parse_args()
+    as_worker("benchmarks.data_path")
     with tempfile.TemporaryDirectory(prefix="pcm-data-path-", dir=arguments.folder) as folder:
         result = measure(Path(folder), rows=arguments.rows, shard_rows=arguments.shard_rows, rounds=arguments.rounds)
     print(json.dumps(result))

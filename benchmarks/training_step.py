@@ -10,9 +10,7 @@ has no instructions for it. On a GPU: benchmarks.gpu.
 import argparse
 import json
 import math
-import os
 import statistics
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,16 +92,13 @@ def measure(dtype: torch.dtype, *, repeats: int, batch_size: int) -> dict[str, A
 
 
 def main() -> None:
-    from cluster.trainer import MEMORY_KEPT  # here, because Step is used where there is no Ray
+    from benchmarks.as_worker import as_worker  # here, because Step is used where there is no Ray
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch", type=int, default=BATCH)
     arguments = parser.parse_args()
-    if not MEMORY_KEPT.items() <= os.environ.items():
-        # As jobs.train starts its workers; a process reads it when it begins.
-        command = [sys.executable, "-m", "benchmarks.training_step", *sys.argv[1:]]
-        os.execve(sys.executable, command, {**os.environ, **MEMORY_KEPT})
+    as_worker("benchmarks.training_step")
     options = {"repeats": arguments.repeats, "batch_size": arguments.batch}
     result = {
         "float32": measure(torch.float32, **options),

@@ -1,8 +1,7 @@
 """Decoded shards as raw arrays on a local disk or in /dev/shm, shared by all workers of a machine.
 
 For datasets that lie far away, or whose features Arrow has to decode (see cluster.feature_pages): a shard is fetched
-and decoded once, and then only the pages of the rows that are asked for are read. A dataset of ours on a local disk is
-read faster without.
+and decoded once. A dataset of ours on a local disk is read as fast without, unless features are kept in 8 bits.
 """
 
 import json
@@ -12,6 +11,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 _ARRAYS = ("clip_score", "global_feature", "patch_features")
 _SCALE = "patch_scale"  # beside int8 features only
 _TEXTS = ("sample_ids", "captions")
+#: With less than this share of a shard's rows, only their pages are read.
+_MAPPED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class ShardCache:
     int8: bool = False
 
     def read_rows(self, store: Store, key: str, rows: np.ndarray, features: FeatureShape) -> Rows:
-        """cluster.rows.read_rows by way of the cache. All rows of a shard are mapped, some are copied."""
+        """cluster.rows.read_rows by way of the cache."""
         place = self.folder / key
         if not place.exists():
             decoded = read_rows(store, key, None, features)
@@ -50,10 +52,7 @@ class ShardCache:
             except OSError as error:
                 log.warning("%s: not cached (%s)", place, error.strerror)
                 return decoded.some(rows)
-        whole = _mapped(place)
-        if len(rows) == len(whole):
-            _read_ahead(place)
-        return whole.some(rows)
+        return _read(place, rows)
 
 
 def _write(place: Path, rows: Rows) -> None:
@@ -73,18 +72,15 @@ def _write(place: Path, rows: Rows) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _mapped(place: Path) -> Rows:
+def _read(place: Path, rows: np.ndarray) -> Rows:
+    """Of few rows only their pages; else the whole, from which what is not wanted is left out: mapped memory costs a
+    fault every few pages, which makes it slower than reading all."""
     texts = json.loads((place / "texts.json").read_text())
-    arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
+    mapped: Literal["r"] | None = "r" if len(rows) < _MAPPED_SHARE * len(texts["captions"]) else None
+    arrays = {name: np.load(place / f"{name}.npy", mmap_mode=mapped) for name in _ARRAYS}
     if arrays["patch_features"].dtype == np.int8:
-        scale = np.load(place / f"{_SCALE}.npy", mmap_mode="r")
+        scale = np.load(place / f"{_SCALE}.npy", mmap_mode=mapped)
     else:
-        scale = no_scale(len(arrays["clip_score"]))
-    return Rows(**{name: np.array(texts[name], dtype=object) for name in _TEXTS}, **arrays, patch_scale=scale)
-
-
-def _read_ahead(place: Path) -> None:
-    """Ask the system for a whole shard, in its own good order: row by row a disk is several times slower."""
-    if hasattr(os, "posix_fadvise"):
-        with open(place / "patch_features.npy", "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        scale = no_scale(len(texts["captions"]))
+    whole = Rows(**{name: np.array(texts[name], dtype=object) for name in _TEXTS}, **arrays, patch_scale=scale)
+    return whole.some(rows)

@@ -87,7 +87,7 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     _check_out(out, document, resume=request.train.resume)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's folder has its numbers already
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other prints boxes however quiet it is told to be
-    start_ray(worker_env=None if request.gpus_per_trial else MEMORY_KEPT)
+    start_ray(worker_env=MEMORY_KEPT)
     _check_place(request)
     out.write_bytes(SWEEP_KEY, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
     shared = SweepRun(out=run.out, run=run, tables=_tables(open_training_sets(request.train.sources)))
