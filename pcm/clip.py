@@ -14,10 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-import pcm.torchvision_shim  # noqa: F401  isort: skip
-import open_clip
-from open_clip.transformer import VisionTransformer
-
 from pcm.clip_names import count_tokens, resolve_clip_name
 from pcm.errors import InputError
 from pcm.images import to_uint8
@@ -51,6 +47,11 @@ class ClipEncoder:
     """
 
     def __init__(self, name: str, *, device: str = "cpu", dtype: str = "float32", batch_size: int = 32) -> None:
+        # Three seconds to import, and whoever only names this class needs neither.
+        import pcm.torchvision_shim  # noqa: F401  isort: skip
+        import open_clip
+        from open_clip.transformer import VisionTransformer
+
         self.name = name
         self.device = torch.device(device)
         self.batch_size = batch_size
