@@ -106,6 +106,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
     check_labels(request.worker_labels, joined=joined)
     if not joined:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes a node of this machine away
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # so soon is seen that training has ended
     start_ray()
     gpus = int(cluster_gpus())
     num_workers = request.num_workers or max(gpus, 1)
