@@ -1,6 +1,6 @@
 """Linear layers on a CPU by oneDNN's products, which on processors with AVX-512 are a tenth faster than those of torch.
 
-Bias and ReLU come with the product instead of as passes of their own. For decoding, whose products have few rows, a
+The bias comes with the product instead of as a pass of its own. For decoding, whose products have few rows, a
 weight can be laid out once in the order in which the processor wants it, which a product would otherwise do each time:
 that makes it 1.3 to 2 times as fast.
 """
