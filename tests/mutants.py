@@ -218,6 +218,64 @@ MUTANTS = (
         "cluster/clip_scores.py", "if scores.mean + 2 * scores.standard_error >= threshold:", "if True:",
         ("tests/test_progress.py::test_the_gate_closes_only_beyond_doubt_and_shows_an_example",),
     ),
+    Mutant(
+        "training: a loss that is no number stops the run, with the batch's ids",
+        "cluster/trainloop.py", "if not math.isfinite(value):", "if False:",
+        ("tests/test_train.py::test_a_loss_that_is_no_number_stops_the_run",),
+    ),
+    Mutant(
+        "training: an epoch is gone on with where it was left",
+        "cluster/trainloop.py", "first = progress.step - progress.epoch * steps", "first = 0",
+        ("tests/test_train.py::test_a_run_whose_driver_and_worker_were_killed_inside_epochs_equals_an_undisturbed_one",),
+    ),
+    Mutant(
+        "training: rows that fill up the last batch have no targets",
+        "cluster/batches.py", "np.full((rows, shape.max_length), -1, np.int64)",
+        "np.zeros((rows, shape.max_length), np.int64)",
+        ("tests/test_loader.py::test_padding_rows_of_the_last_batch_have_no_targets",),
+    ),
+    Mutant(
+        "training: dropout belongs to the row of the global batch",
+        "cluster/step.py", "row_seed(self._config.seed, step, row) for row in rows",
+        "row_seed(self._config.seed, step, row - rows.start) for row in rows",
+        ("tests/test_step.py::test_four_workers_have_the_losses_of_one_with_dropout_and_with_two_parts_each",),
+    ),
+    Mutant(
+        "training: what is wrong with the input is not tried again",
+        "cluster/trainer.py", "return FailureDecision.RAISE", "pass",
+        ("tests/test_train.py::test_an_error_of_the_users_is_not_tried_again",),
+    ),
+    Mutant(
+        "training: a cache without room is done without",
+        "cluster/shard_cache.py", "except OSError as error:", "except KeyError as error:",
+        ("tests/test_loader.py::test_a_cached_shard_is_not_read_again_and_a_cache_without_room_is_done_without",),
+    ),
+    Mutant(
+        "training: features that are not finite do not become so in 8 bits",
+        "pcm/quantised.py", "per_unit[scale == 0] = 0.0", "scale[:] = scale.nan_to_num(0, 0)",
+        ("tests/test_quantised.py::test_zeros_stay_zeros_and_what_is_not_finite_does_not_become_so",),
+    ),
+    Mutant(
+        "stream: the manifest of an earlier plan is not taken for this one's",
+        "cluster/arriving.py", "return manifest.corpus_fingerprint == plan.corpus_fingerprint", "return True",
+        ("tests/test_stream.py::test_the_manifest_is_waited_for_and_an_older_one_is_not_taken",),
+    ),
+    Mutant(
+        "a tracker that fails is given up, and training goes on",
+        "cluster/trackers.py", "except BaseException as error:", "except KeyError as error:",
+        ("tests/test_trackers.py::test_a_tracker_that_fails_is_one_warning_without_its_message",),
+    ),
+    Mutant(
+        "a sweep's finished trial is not trained again",
+        "cluster/trial.py", "if (result := read_result(store)) is not None:", "if (result := None) is not None:",
+        ("tests/test_sweep.py::test_a_finished_sweep_trains_nothing_again",),
+    ),
+    Mutant(
+        "a pickle cannot set the state of what it builds",
+        "pcm/safe_pickle.py", 'raise pickle.UnpicklingError("it sets the state of something else than an array")',
+        "pass",
+        ("tests/test_safe_pickle.py::test_the_state_of_values_cannot_be_set",),
+    ),
 )  # fmt: skip
 
 
