@@ -42,12 +42,8 @@ class TrainStep:
 
         Raises InputError where the config asks for torch.compile and the network has dropout or noise on a CPU.
         """
+        check_compile(config, device_type=device.type)
         if config.compile != "none":
-            if device.type == "cpu" and config.model.is_random:
-                raise InputError(
-                    f"compile = {config.compile!r}: for GPUs; on a CPU dropout and noise have a generator a row, which "
-                    "torch.compile does not follow; set compile=none"
-                )
             module.compile(mode=config.compile, dynamic=False, fullgraph=True)
         self._module, self._model, self._optimizer, self._config = module, model, optimizer, config
         self._rank, self._num_workers = rank, num_workers
@@ -151,6 +147,15 @@ class TrainStep:
     def _to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+
+
+def check_compile(config: TrainConfig, *, device_type: str) -> None:
+    """Raises InputError where torch.compile cannot follow the network's random numbers."""
+    if config.compile != "none" and device_type == "cpu" and config.model.is_random:
+        raise InputError(
+            f"compile = {config.compile!r}: for GPUs; on a CPU dropout and noise have a generator a row, which "
+            "torch.compile does not follow; set compile=none"
+        )
 
 
 def row_seed(seed: int, step: int, row: int) -> int:

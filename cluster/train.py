@@ -24,6 +24,7 @@ from cluster.mixture import DataSource, TrainingSet, Vocabularies, common_vocabu
 from cluster.pictures import EMBEDDED_PREFIX, PictureSource
 from cluster.run import Run
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
+from cluster.step import check_compile
 from cluster.storage import Store, join, open_store, read_uri
 from cluster.trainconfig import TrainConfig, default_preset, preset
 from cluster.trainer import check_labels, make_trainer, ray_storage, worker_input_error
@@ -100,7 +101,6 @@ def train(request: TrainRequest) -> dict[str, Any]:
         if done >= config.epochs:
             log.info("%s: all %d epochs are done", out.root, done)
             return _summary(out, started)
-    out.write_bytes(CONFIG_KEY, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
 
     joined = bool(os.environ.get("RAY_ADDRESS"))
     check_labels(request.worker_labels, joined=joined)
@@ -112,6 +112,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
     num_workers = request.num_workers or max(gpus, 1)
     cpus = request.cpus_per_worker or max(1, int(cluster_cpus()) // num_workers)
     _check_place(config, num_workers=num_workers, cpus=cpus, gpus=gpus)
+    out.write_bytes(CONFIG_KEY, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
     trainer = make_trainer(
         train_loop,
         {"run": _run(request, sets, vocabularies, config, document, cpus=cpus)},
@@ -263,6 +264,8 @@ def _named(document: dict[str, Any]) -> str:
 
 def _check_place(config: TrainConfig, *, num_workers: int, cpus: int, gpus: int) -> None:
     """Raises InputError for what the cluster cannot give, which Ray would wait for."""
+    if not gpus:
+        check_compile(config, device_type="cpu")
     if config.batch_size % num_workers:
         raise InputError(
             f"batch size {config.batch_size}: cannot be divided evenly among {num_workers} workers; "

@@ -387,6 +387,9 @@ def test_workers_that_the_cluster_cannot_place_are_refused(world: Path, ray_sess
         train(request(world, tmp_path / "out", num_workers=8, overrides={"grad_accumulation": 1}))
     with pytest.raises(InputError, match="batch size 8: cannot be divided evenly among 3 workers"):
         train(request(world, tmp_path / "other", num_workers=3))
+    with pytest.raises(InputError, match=r"compile = 'default': for GPUs; .* set compile=none"):
+        train(request(world, tmp_path / "compiled", overrides={"compile": "default", "grad_accumulation": 1}))
+    assert not any(tmp_path.iterdir()), "a refused run left something behind"
 
 
 def test_scenes_of_the_fixture_can_be_told_apart() -> None:
