@@ -93,7 +93,8 @@ class OpenBatch:
         self._sample_ids = [""] * rows
         self._arrays: dict[str, np.ndarray] = {
             "global_feature": np.zeros((rows, features.embed_dim), np.float16),
-            "patch_features": np.zeros(
+            # Megabytes that nearly always are filled: `close` clears what is not.
+            "patch_features": np.empty(
                 (rows, features.num_patches, features.patch_dim), np.int8 if shape.int8 else np.float16
             ),
             "patch_scale": np.zeros((rows, features.patch_dim if shape.int8 else 0), np.float16),
@@ -117,6 +118,8 @@ class OpenBatch:
         self._arrays["target_ids"][place] = decoded.target_ids[mine]
 
     def close(self, *, epoch: int, step: int, last: bool) -> Batch:
+        missing = [row for row, sample_id in enumerate(self._sample_ids) if not sample_id]
+        self._arrays["patch_features"][missing] = 0
         return Batch(epoch, step, last, tuple(self._sample_ids), **self._arrays)
 
 
