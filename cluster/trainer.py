@@ -21,8 +21,8 @@ from pcm.errors import InputError
 CHECKPOINTS = "checkpoints"
 
 #: glibc returns what a step has freed to the system, which clears each page before the next step gets it back. Told to
-#: keep it, in one arena for all threads: a step on a CPU is 4 % shorter, and reading is up to 1.6 times as fast. Read
-#: when a process starts.
+#: keep it, in one arena for all threads: a step on a CPU is 4 % shorter, and reading some faster. Read when a
+#: process starts.
 MEMORY_KEPT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**32 - 1),

@@ -259,18 +259,29 @@ def test_two_workers_learn_what_one_learns(trained: Path, world: Path, ray_sessi
     assert two == pytest.approx(one, rel=TOLERANCE)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(world: Path, ray_session: None, tiny_clip: Path) -> None:
+@pytest.mark.parametrize("feature_dtype", ["float16", "int8"])
+def test_a_loss_that_is_no_number_stops_the_run(
+    world: Path, ray_session: None, tiny_clip: Path, tmp_path: Path, feature_dtype: str
+) -> None:
     store = open_store(world / "data")
     config = TrainConfig().with_overrides(TINY)
     share = holdout_share(fraction=config.holdout_fraction, limit=config.holdout_limit, rows=ROWS)
     keys = all_rows(load_manifest(store)).keys
     training, _ = select_rows(store, keys, RowFilter(seed=config.seed, held_out=share))
     bad = int(training.rows[0][0])
-    write_dataset(world / "nan", tiny_clip, rows=ROWS, nan_row=bad)
-    broken = TrainRequest(data=str(world / "nan"), out=str(world / "nan-run"), overrides=TINY, cpus_per_worker=1)
+    write_dataset(tmp_path / "nan", tiny_clip, rows=ROWS, nan_row=bad)
+    broken = TrainRequest(
+        data=str(tmp_path / "nan"),
+        out=str(tmp_path / "run"),
+        overrides=TINY | {"feature_dtype": feature_dtype},
+        cpus_per_worker=1,
+        cache_dir=str(tmp_path / "cache"),
+    )
     with pytest.raises(TrainingFailed, match=rf"loss is nan in epoch 1, step \d+, .*{bad:09d}-00"):
         train(broken)
-    assert not (world / "nan-run/best").exists()
+    assert not (tmp_path / "run/best").exists()
+    trained_on = {str(np.load(file, mmap_mode="r").dtype) for file in tmp_path.glob("cache/*/*/*/patch_features.npy")}
+    assert trained_on == {feature_dtype}
 
 
 def test_an_error_of_the_users_is_not_tried_again() -> None:
