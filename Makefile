@@ -22,11 +22,11 @@ test-slow: $(STAMP)
 
 # 20 seeded kills -9 of drivers, actors, raylets and the store; another round: make chaos CHAOS='--kills 50 --seed 7'
 chaos: $(STAMP)
-	$(VENV)/bin/python tests/chaos.py $(CHAOS)
+	$(VENV)/bin/python -m tests.chaos.chaos $(CHAOS)
 
 # Takes the handling of each fault away in a copy of the tree, and sees its test fail.
 mutants: $(STAMP)
-	$(VENV)/bin/python tests/mutants.py
+	$(VENV)/bin/python -m tests.chaos.mutants
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from cluster.trainer import MEMORY_KEPT
+from cluster.training.ray_trainer import MEMORY_KEPT
 
 
 def as_worker(module: str) -> None:

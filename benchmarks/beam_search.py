@@ -22,11 +22,11 @@ from torch import Tensor
 
 from benchmarks.matmul_rate import machine, matmul_rate, seconds
 from benchmarks.published_size import WordPictures, published_model, random_batch, train
-from cluster.corpus import read_corpus
+from cluster.sources.corpus import read_corpus
 from jobs.generate import corpus_uri
-from pcm.captioner import BATCH_SIZE
-from pcm.decoding import Decoded, beam_search
-from pcm.model import PCMNet
+from pcm.captioners.captioner import BATCH_SIZE
+from pcm.captioners.pcmnet.decoding import Decoded, beam_search
+from pcm.captioners.pcmnet.model import PCMNet
 
 #: Captions of the corpus that are learned from, and those after them that are decoded.
 LEARNED = 20_000

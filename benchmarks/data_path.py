@@ -25,15 +25,15 @@ import torch
 from benchmarks.as_worker import as_worker
 from benchmarks.matmul_rate import machine, seconds
 from benchmarks.published_size import BATCH, published_model, random_batch
-from cluster.batches import BatchShape
-from cluster.dataset import parquet_bytes, shard_key
-from cluster.loader import Part, ShardLoader
-from cluster.selection import Selection
-from cluster.shard_cache import ShardCache
-from cluster.storage import open_store
-from pcm.loss import CLIPWeightedCrossEntropy
+from cluster.dataset.layout import parquet_bytes, shard_key
+from cluster.store.store import open_store
+from cluster.training.data.batches import BatchShape
+from cluster.training.data.selection import Selection
+from cluster.training.data.shard_cache import ShardCache
+from cluster.training.data.shuffled import Part, ShardLoader
+from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy
 from pcm.records import STORED, FeatureShape, shard_schema
-from pcm.vocabulary import Vocabulary
+from pcm.text.vocabulary import Vocabulary
 
 FEATURES = FeatureShape(embed_dim=768, patch_dim=1024, num_patches=64)
 PICTURE_BYTES = 40_000

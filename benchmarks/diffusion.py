@@ -28,10 +28,10 @@ import pcm.torchvision_shim  # noqa: F401  isort: skip
 import diffusers
 import transformers
 
-from pcm.diffusers_generator import DiffusersTextToImage
-from pcm.faults import free_memory, is_out_of_memory
+from pcm.generation.diffusers_pipeline import DiffusersTextToImage
+from pcm.generation.drawing import Request
+from pcm.generation.model_faults import free_memory, is_out_of_memory
 from pcm.spec import DTYPES, GeneratorSpec
-from pcm.text_to_image import Request
 
 #: What is compared with the plain pipeline.
 OPTIONS: dict[str, dict] = {

@@ -26,9 +26,9 @@ from torch import Tensor
 from benchmarks.matmul_rate import machine, matmul_rate
 from benchmarks.published_size import published_model, random_batch
 from benchmarks.training_step import Step
-from pcm.config import PCMNetConfig
-from pcm.decoding import beam_search
-from pcm.quantised import quantised
+from pcm.captioners.pcmnet.config import PCMNetConfig
+from pcm.captioners.pcmnet.decoding import beam_search
+from pcm.kernels.quantised import quantised
 
 #: Pairs and epochs of the published MSCOCO run.
 PAIRS, EPOCHS = 542_401, 12

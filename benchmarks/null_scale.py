@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
-from cluster.dataset import plan_part_key, read_table
-from cluster.stages.draw import DrawShard
-from cluster.stages.featurise import FeaturiseShard
-from cluster.stages.shard_row import ShardRow
-from cluster.stages.write import WriteShard
-from cluster.storage import Store, open_store
+from cluster.dataset.layout import plan_part_key, read_table
+from cluster.generation.stages.draw import DrawShard
+from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.generation.stages.shard_row import ShardRow
+from cluster.generation.stages.write import WriteShard
+from cluster.store.store import Store, open_store
 from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
 
 ROOT = Path(__file__).parent.parent

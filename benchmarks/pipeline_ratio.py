@@ -25,8 +25,8 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from statistics import median
 
+from jobs.arguments import dataset_spec
 from jobs.generate import parser as generate_parser
-from jobs.spec_arguments import dataset_spec
 from pcm.spec import DatasetSpec
 
 ROOT = Path(__file__).parent.parent
@@ -45,9 +45,9 @@ def captions(count: int) -> list[str]:
 def bare_worker(spec: DatasetSpec, part: list[tuple[int, str]], ready: Barrier, results: multiprocessing.Queue) -> None:
     """Load both models, warm them up with one batch, then draw and featurise this process's captions."""
     os.nice(RAY_NICENESS)
-    from pcm.clip import ClipEncoder
+    from pcm.clip.encoder import ClipEncoder
+    from pcm.generation.drawing import Request, load_generator
     from pcm.images import open_image
-    from pcm.text_to_image import Request, load_generator
 
     generator = load_generator(spec.generator)
     encoder = None

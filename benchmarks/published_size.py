@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pcm.loss import CLIPWeightedCrossEntropy
-from pcm.model import PCMNet, PCMNetConfig
-from pcm.vocabulary import Vocabulary
+from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy
+from pcm.captioners.pcmnet.model import PCMNet, PCMNetConfig
+from pcm.text.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 

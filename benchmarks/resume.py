@@ -24,17 +24,17 @@ from pathlib import Path
 import fsspec
 
 from benchmarks.null_scale import ROOT, write_captions
-from cluster.corpus import read_corpus
-from cluster.dataset import Plan, plan_part_key, read_table, shard_key
-from cluster.plan import make_plan
-from cluster.resume import committed
-from cluster.stages.draw import DrawShard
-from cluster.stages.featurise import FeaturiseShard
-from cluster.stages.shard_row import ShardRow
-from cluster.stages.write import WriteShard
-from cluster.storage import Store, open_store
+from cluster.dataset.committed import committed
+from cluster.dataset.layout import Plan, plan_part_key, read_table, shard_key
+from cluster.dataset.plan import make_plan
+from cluster.generation.stages.draw import DrawShard
+from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.generation.stages.shard_row import ShardRow
+from cluster.generation.stages.write import WriteShard
+from cluster.sources.corpus import read_corpus
+from cluster.store.store import Store, open_store
+from jobs.arguments import dataset_spec
 from jobs.generate import parser as generate_parser
-from jobs.spec_arguments import dataset_spec
 
 ROWS_A_SHARD = 2
 
@@ -98,8 +98,7 @@ def places(folder: str, *, s3: bool) -> Iterator[dict[str, str]]:
     if not s3:
         yield local
         return
-    sys.path.insert(0, str(ROOT / "tests"))
-    from seaweedfs import seaweedfs
+    from tests.helpers.seaweedfs import seaweedfs
 
     (Path(folder) / "weed").mkdir()
     with seaweedfs(Path(folder) / "weed") as server:

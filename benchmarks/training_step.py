@@ -19,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.matmul_rate import has_fast_bfloat16, machine, matmul_rate, seconds
 from benchmarks.published_size import BATCH, published_model, random_batch
-from pcm.clipping import clip_values
-from pcm.config import PCMNetConfig
-from pcm.loss import CLIPWeightedCrossEntropy
-from pcm.quantised import dequantised
+from pcm.captioners.pcmnet.config import PCMNetConfig
+from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy
+from pcm.kernels.gradient_clipping import clip_values
+from pcm.kernels.quantised import dequantised
 
 
 def linear_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:

@@ -12,7 +12,6 @@ do not compress either) and the feature shapes of ViT-L/14 (64 x 1024). The last
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,11 +20,11 @@ from statistics import median
 import numpy as np
 import pyarrow as pa
 
-from cluster.dataset import parquet_bytes, shard_key
-from cluster.stages.draw import DRAWN_SCHEMA
-from cluster.stages.shard_row import ShardRow
-from cluster.stages.write import WriteShard, split_samples
-from cluster.storage import Store, open_store
+from cluster.dataset.layout import parquet_bytes, shard_key
+from cluster.generation.stages.draw import DRAWN_SCHEMA
+from cluster.generation.stages.shard_row import ShardRow
+from cluster.generation.stages.write import WriteShard, split_samples
+from cluster.store.store import Store, open_store
 
 ROOT = Path(__file__).parent.parent
 EMBED_DIM, PATCH_VALUES = 768, 64 * 1024
@@ -94,8 +93,7 @@ def main() -> None:
     report: dict = {"shard_mb": round(len(parquet_bytes(split_samples(table)[0])) / 1e6, 1), "rounds": args.rounds}
     with tempfile.TemporaryDirectory() as folder:
         report["disk"] = measure(open_store(f"{folder}/disk"), table, shards=args.shards, rounds=args.rounds)
-        sys.path.insert(0, str(ROOT / "tests"))
-        from seaweedfs import seaweedfs
+        from tests.helpers.seaweedfs import seaweedfs
 
         server_folder = Path(folder) / "seaweedfs"
         server_folder.mkdir()

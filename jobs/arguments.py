@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from cluster.models import check_scheduler, pin_clip, pin_t2i, resolve_device, resolve_dtype
+from cluster.generation.pinning import check_scheduler, pin_clip, pin_t2i, resolve_device, resolve_dtype
 from pcm.errors import InputError
 from pcm.images import IMAGE_FORMATS
 from pcm.spec import ATTENTIONS, COMPILE_MODES, DEVICES, DTYPES, ClipSpec, DatasetSpec, GeneratorSpec

@@ -3,10 +3,10 @@
 import argparse
 import logging
 
-from cluster.captioning import local_checkpoint
-from cluster.storage import local_copy
+from cluster.evaluation.captioning import local_checkpoint
+from cluster.store.store import local_copy
 from jobs.cli import make_parser, run_job
-from pcm.captioner import Captioner
+from pcm.captioners.captioner import Captioner
 from pcm.errors import InputError
 
 log = logging.getLogger("jobs.caption")

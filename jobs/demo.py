@@ -9,8 +9,8 @@ from types import ModuleType
 
 from PIL import Image
 
-from cluster.dataset import load_manifest, read_table
-from cluster.storage import Store, open_store
+from cluster.dataset.layout import load_manifest, read_table
+from cluster.store.store import Store, open_store
 from jobs import evaluate, generate, report, train, verify
 from jobs.cli import make_parser, run_job
 from pcm import embedded

@@ -3,9 +3,9 @@
 import argparse
 import logging
 
-from cluster.evaluate import EvaluateRequest, evaluate, evaluate_results
-from cluster.experiments import EXPERIMENTS, SPLIT, comparison_table, experiment, experiments_table
-from cluster.pictures import PictureSource
+from cluster.evaluation.evaluate import EvaluateRequest, evaluate, evaluate_results
+from cluster.evaluation.experiments import EXPERIMENTS, SPLIT, comparison_table, experiment, experiments_table
+from cluster.sources.pictures import PictureSource
 from jobs.cli import make_parser, run_job
 from pcm.errors import InputError
 

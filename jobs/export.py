@@ -4,12 +4,12 @@ import argparse
 import logging
 import os
 
-from cluster.evaluate import local_checkpoint
-from cluster.export import FORMATS, ExportOptions, export_dataset
-from cluster.storage import open_store
+from cluster.evaluation.evaluate import local_checkpoint
+from cluster.export.export import FORMATS, ExportOptions, export_dataset
+from cluster.store.store import open_store
 from jobs.cli import make_parser, run_job
 from pcm.errors import InputError
-from pcm.official_checkpoint import export_checkpoint
+from pcm.official.checkpoint import export_checkpoint
 
 log = logging.getLogger("jobs.export")
 

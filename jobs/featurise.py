@@ -6,7 +6,7 @@ A row for each (photo, caption) pair; a photo's bytes are stored as they are. Re
 import argparse
 import os
 
-from cluster.photos import PhotoRequest, featurise_photos
+from cluster.ingest.photos import PhotoRequest, featurise_photos
 from jobs.cli import make_parser, run_job
 from pcm.errors import InputError
 from pcm.spec import DEVICES, DTYPES

@@ -3,24 +3,24 @@
 import argparse
 from dataclasses import dataclass
 
-from cluster.batch_size import with_batch_size
-from cluster.corpus import FORMATS, read_corpus, source_digest
-from cluster.dataset import CorpusSource, Plan, load_plan
-from cluster.generate import GenerationResult, generate
-from cluster.generation_presets import PRESETS, with_preset
-from cluster.monitor import FaultPolicy
-from cluster.pilot import PilotSize, Prediction, run_pilot
-from cluster.pilot import summary as pilot_summary
-from cluster.plan import make_plan
-from cluster.pools import Pools, check_clip_gpus, parse_generators, parse_node_label
-from cluster.progress import Watch
-from cluster.regenerate import regenerate
-from cluster.retry import ALL_GENERATOR, parse_reason, retry_quarantined
+from cluster.dataset.layout import CorpusSource, Plan, load_plan
+from cluster.dataset.plan import make_plan
+from cluster.generation.batch_size import with_batch_size
+from cluster.generation.generate import GenerationResult, generate
+from cluster.generation.pilot import PilotSize, Prediction, run_pilot
+from cluster.generation.pilot import summary as pilot_summary
+from cluster.generation.pools import Pools, check_clip_gpus, parse_generators, parse_node_label
+from cluster.generation.presets import PRESETS, with_preset
+from cluster.generation.progress import Watch
+from cluster.generation.regenerate import regenerate
+from cluster.generation.retry_quarantined import ALL_GENERATOR, parse_reason, retry_quarantined
+from cluster.generation.stages.monitor import FaultPolicy
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
-from cluster.storage import Store, open_store
+from cluster.sources.corpus import FORMATS, read_corpus, source_digest
+from cluster.store.store import Store, open_store
+from jobs.arguments import AUTO, add_spec_arguments, dataset_spec
 from jobs.cli import checked, make_parser, run_job
-from jobs.spec_arguments import AUTO, add_spec_arguments, dataset_spec
-from pcm.clip_names import truncation_check
+from pcm.clip.names import truncation_check
 from pcm.errors import InputError
 
 
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     result = make_parser("generate", __doc__)
     result.add_argument(
         "--preset",
-        help=f"{', '.join(PRESETS)}: its values for the arguments not given (see cluster/generation_presets.py)",
+        help=f"{', '.join(PRESETS)}: its values for the arguments not given (see cluster/generation/presets.py)",
     )
     result.add_argument("--out", required=True, help="dataset: path or URI")
     result.add_argument("--only", metavar="SAMPLE_ID", help="regenerate one sample of --out alone and compare")

@@ -4,14 +4,14 @@ import argparse
 import logging
 import os
 
-from cluster.corpus import FORMATS
-from cluster.official_import import ImportRequest, import_dataset, read_concepts, read_vocabulary
-from cluster.storage import join, local_copy, open_store
-from cluster.trainconfig import parse_override
+from cluster.ingest.published import ImportRequest, import_dataset, read_concepts, read_vocabulary
+from cluster.sources.corpus import FORMATS
+from cluster.store.store import join, local_copy, open_store
+from cluster.training.config import parse_override
 from jobs.cli import make_parser, run_job
-from pcm.captioner import MODEL_FILE
+from pcm.captioners.captioner import MODEL_FILE
 from pcm.errors import InputError
-from pcm.official_checkpoint import SETTINGS, import_checkpoint
+from pcm.official.checkpoint import SETTINGS, import_checkpoint
 from pcm.spec import DEVICES, DTYPES
 
 log = logging.getLogger("jobs.import_official")

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from jobs.cli import make_parser, run_job
-from pcm.embedded.world import FIRST, MIXED, PAINTER_STYLE, SECOND
+from pcm.embedded.making.world import FIRST, MIXED, PAINTER_STYLE, SECOND
 from pcm.errors import InputError
 
 STAGES = ("art", "clip", "judge", "t2i", "pack")
@@ -42,15 +42,15 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def _art_folder(args: argparse.Namespace) -> Path:
-    from pcm.embedded.art import DEFAULT_ART_FOLDER
+    from pcm.embedded.making.art import DEFAULT_ART_FOLDER
 
     return args.art or DEFAULT_ART_FOLDER
 
 
 def _art(args: argparse.Namespace) -> dict:
     """Fetches the art and draws the training sets and the check sets, those that are missing."""
-    from pcm.embedded.art import fetch_art
-    from pcm.embedded.scenes import draw_scenes, sample_scenes
+    from pcm.embedded.making.art import fetch_art
+    from pcm.embedded.making.scenes import draw_scenes, sample_scenes
 
     folder = fetch_art(_art_folder(args))
     both, painter = (FIRST, SECOND), PAINTER_STYLE
@@ -77,8 +77,8 @@ def _art(args: argparse.Namespace) -> dict:
 def _clip(args: argparse.Namespace) -> dict:
     import torch
 
-    from pcm.embedded.clip_training import ClipTraining, train_clip
-    from pcm.embedded.scenes import SceneSet
+    from pcm.embedded.making.clip_training import ClipTraining, train_clip
+    from pcm.embedded.making.scenes import SceneSet
 
     torch.set_num_threads(args.threads)
     check = {name: SceneSet.load(_need(args, f"check_{name}")) for name in ("seen", "unseen", "second")}
@@ -89,8 +89,8 @@ def _clip(args: argparse.Namespace) -> dict:
 def _judge(args: argparse.Namespace) -> dict:
     import torch
 
-    from pcm.embedded.classifier import train_classifier
-    from pcm.embedded.scenes import SceneSet
+    from pcm.embedded.making.classifier import train_classifier
+    from pcm.embedded.making.scenes import SceneSet
 
     torch.set_num_threads(args.threads)
     data, check = (SceneSet.load(_need(args, name)) for name in ("judge_train", "judge_check"))
@@ -100,10 +100,10 @@ def _judge(args: argparse.Namespace) -> dict:
 def _t2i(args: argparse.Namespace) -> dict:
     import torch
 
-    from pcm.embedded.autoencoder_training import AutoencoderTraining
-    from pcm.embedded.denoiser_training import DenoiserTraining
-    from pcm.embedded.scenes import SceneSet
-    from pcm.embedded.t2i_training import PainterTraining, train_painter
+    from pcm.embedded.making.autoencoder_training import AutoencoderTraining
+    from pcm.embedded.making.denoiser_training import DenoiserTraining
+    from pcm.embedded.making.scenes import SceneSet
+    from pcm.embedded.making.t2i_training import PainterTraining, train_painter
 
     torch.set_num_threads(args.threads)
     settings = PainterTraining(
@@ -116,7 +116,7 @@ def _pack(args: argparse.Namespace) -> dict:
     import torch
 
     from pcm.embedded import PACK
-    from pcm.embedded.packing import write_pack
+    from pcm.embedded.making.packing import write_pack
 
     torch.set_num_threads(args.threads)
     return write_pack(args.out, _art_folder(args), args.pack or PACK)

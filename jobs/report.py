@@ -2,8 +2,8 @@
 
 import argparse
 
-from cluster.pictures import PictureSource
 from cluster.report.make import ReportRequest, make_report
+from cluster.sources.pictures import PictureSource
 from jobs.cli import make_parser, run_job
 from pcm.errors import InputError
 

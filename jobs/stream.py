@@ -3,13 +3,13 @@
 import argparse
 from dataclasses import replace
 
-from cluster.generation_presets import PRESETS as GENERATION_PRESETS
-from cluster.generation_presets import with_preset
-from cluster.pools import Pools
+from cluster.generation.pools import Pools
+from cluster.generation.presets import PRESETS as GENERATION_PRESETS
+from cluster.generation.presets import with_preset
 from cluster.session import cluster_cpus, cluster_gpus
-from cluster.storage import join, open_store
-from cluster.stream import stream
-from cluster.trainconfig import PRESETS as TRAIN_PRESETS
+from cluster.store.store import join, open_store
+from cluster.training.config import PRESETS as TRAIN_PRESETS
+from cluster.training.stream import stream
 from jobs.cli import make_parser, run_job
 from jobs.generate import Prepared, prepare
 from jobs.generate import add_arguments as add_generation_arguments

@@ -2,11 +2,11 @@
 
 import argparse
 
-from cluster.pictures import PictureSource
-from cluster.search_space import ABLATIONS, DEFAULT_SPACE, SPEC_HELP, parse_param
-from cluster.sweep import SCHEDULERS, SEARCHES, SweepRequest, sweep
-from cluster.train import TrainRequest
-from cluster.trainconfig import PRESETS, parse_override
+from cluster.sources.pictures import PictureSource
+from cluster.sweep.search_space import ABLATIONS, DEFAULT_SPACE, SPEC_HELP, parse_param
+from cluster.sweep.sweep import SCHEDULERS, SEARCHES, SweepRequest, sweep
+from cluster.training.config import PRESETS, parse_override
+from cluster.training.train import TrainRequest
 from jobs.cli import make_parser, run_job
 from pcm.errors import InputError
 

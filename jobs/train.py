@@ -3,9 +3,9 @@
 import argparse
 import logging
 
-from cluster.pictures import PictureSource
-from cluster.train import TrainRequest, train
-from cluster.trainconfig import PRESETS, parse_override
+from cluster.sources.pictures import PictureSource
+from cluster.training.config import PRESETS, parse_override
+from cluster.training.train import TrainRequest, train
 from jobs.cli import make_parser, run_job
 from pcm.errors import InputError
 

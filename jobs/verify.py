@@ -3,11 +3,11 @@
 import argparse
 from collections.abc import Callable, Iterator
 
-from cluster.corpus import CorpusRecord, read_corpus
-from cluster.dataset import Plan
-from cluster.repair import repair
-from cluster.storage import Store, open_store
-from cluster.verify import verify
+from cluster.dataset.layout import Plan
+from cluster.dataset.verify import verify
+from cluster.generation.repair import repair
+from cluster.sources.corpus import CorpusRecord, read_corpus
+from cluster.store.store import Store, open_store
 from jobs.cli import make_parser, run_job
 
 
@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def _draw(store: Store, plan: Plan, shards: list[int]) -> None:
-    from cluster.generate import generate  # Ray takes seconds to import
-    from cluster.pools import Pools
+    from cluster.dataset.vocabularies import vocabularies_stored
+    from cluster.generation.generate import generate  # Ray takes seconds to import
+    from cluster.generation.pools import Pools
     from cluster.session import cluster_cpus, cluster_gpus, start_ray
-    from cluster.vocabularies import vocabularies_stored
 
     cpus, gpus = 1.0, 0.0
     if shards or not vocabularies_stored(store, plan):
@@ -54,7 +54,7 @@ def _draw(store: Store, plan: Plan, shards: list[int]) -> None:
 
 
 def _truncation_check(model: str) -> Callable[[str], bool]:
-    from pcm.clip_names import truncation_check
+    from pcm.clip.names import truncation_check
 
     return truncation_check(model)
 

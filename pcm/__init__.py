@@ -7,15 +7,15 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
-    "PCMNet": "pcm.model",
-    "PCMNetConfig": "pcm.config",
-    "CLIPWeightedCrossEntropy": "pcm.loss",
-    "beam_search": "pcm.decoding",
-    "greedy_search": "pcm.decoding",
-    "ClipEncoder": "pcm.clip",
-    "Captioner": "pcm.captioner",
-    "Vocabulary": "pcm.vocabulary",
-    "ConceptVocabulary": "pcm.concepts",
+    "PCMNet": "pcm.captioners.pcmnet.model",
+    "PCMNetConfig": "pcm.captioners.pcmnet.config",
+    "CLIPWeightedCrossEntropy": "pcm.captioners.pcmnet.loss",
+    "beam_search": "pcm.captioners.pcmnet.decoding",
+    "greedy_search": "pcm.captioners.pcmnet.decoding",
+    "ClipEncoder": "pcm.clip.encoder",
+    "Captioner": "pcm.captioners.captioner",
+    "Vocabulary": "pcm.text.vocabulary",
+    "ConceptVocabulary": "pcm.text.concepts",
     "InputError": "pcm.errors",
 }
 

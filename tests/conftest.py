@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-if TYPE_CHECKING:
-    from seaweedfs import S3Server
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
+if TYPE_CHECKING:
+    from tests.helpers.seaweedfs import S3Server
+
 
 # Before torch, Ray or a hub client is imported, here and in every process that a test starts.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -90,7 +91,7 @@ def ray_session(_ray_at_end: None) -> None:
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An open_clip folder: 32 px, 16 patches of 64, D = 32."""
-    from tiny_models import save_tiny_clip
+    from tests.helpers.tiny_models import save_tiny_clip
 
     return save_tiny_clip(tmp_path_factory.mktemp("models") / "clip")
 
@@ -98,7 +99,7 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_t2i(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion folder: 32 px pictures."""
-    from tiny_models import save_tiny_t2i
+    from tests.helpers.tiny_models import save_tiny_t2i
 
     return save_tiny_t2i(tmp_path_factory.mktemp("models") / "t2i")
 
@@ -106,7 +107,7 @@ def tiny_t2i(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[S3Server]":
     """A real S3 store (SeaweedFS). Give `s3_server.environment` to a job, or use the fixture `s3` in this process."""
-    from seaweedfs import seaweedfs
+    from tests.helpers.seaweedfs import seaweedfs
 
     with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as server:
         yield server

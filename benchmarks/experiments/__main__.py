@@ -18,7 +18,7 @@ from benchmarks.experiments.prepare import prepare
 from benchmarks.experiments.report import write_report
 from benchmarks.experiments.runs import planned, read_result, run_all
 from benchmarks.experiments.settings import CAPTIONS, CLIP_FACTOR, DOMAINS, EXPERIMENTS, MAIN, SEEDS, Variant
-from cluster.trainconfig import parse_override
+from cluster.training.config import parse_override
 from jobs.cli import checked, make_parser, run_job
 
 

@@ -20,15 +20,15 @@ from PIL import Image
 from benchmarks.experiments.runs import data_path, planned
 from benchmarks.experiments.scenes import scenes_of, thing_masks
 from benchmarks.experiments.settings import DOMAINS, EXPERIMENTS, MAIN
-from cluster.dataset import load_manifest
-from cluster.rows import Rows, read_rows, read_shard
-from cluster.storage import Store, open_store
-from cluster.trainloop import Run
-from pcm.clip import ClipEncoder
-from pcm.concepts import ConceptVocabulary, embed, lexicon_nouns
-from pcm.embedded.world import NOUNS, SIZE, Scene
+from cluster.dataset.layout import load_manifest
+from cluster.dataset.rows import Rows, read_rows, read_shard
+from cluster.store.store import Store, open_store
+from cluster.training.loop import Run
+from pcm.captioners.pcmnet.model import PCMNet
+from pcm.clip.encoder import ClipEncoder
+from pcm.embedded.making.world import NOUNS, SIZE, Scene
 from pcm.images import open_image
-from pcm.model import PCMNet
+from pcm.text.concepts import ConceptVocabulary, embed, lexicon_nouns
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def recognised(
 ) -> list[list[bool]]:
     """For every thing of every scene: whether its noun is among the picture's likeliest, as many as the scene has."""
     if judge is not None:
-        from pcm.embedded.classifier import judge as verdict
+        from pcm.embedded.making.classifier import judge as verdict
 
         scores = verdict(judge, images).nouns  # (n, nouns)
     else:

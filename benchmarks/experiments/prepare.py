@@ -7,11 +7,11 @@ from typing import Any
 from benchmarks.experiments.runs import data_path
 from benchmarks.experiments.scenes import render, scenes_of
 from benchmarks.experiments.settings import DOMAINS, MAIN, SHARD_SIZE, Domain
-from cluster.dataset import load_manifest
-from cluster.storage import open_store
-from cluster.text_only import text_only_dataset
+from cluster.dataset.layout import load_manifest
+from cluster.ingest.text_only import text_only_dataset
+from cluster.store.store import open_store
 from jobs import featurise, generate
-from pcm.clip import ClipEncoder
+from pcm.clip.encoder import ClipEncoder
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def _text(domain: Domain, out: Path) -> Path:
 
 
 def _render(domain: Domain, out: Path, captions: int, art: Path | None) -> Path:
-    from pcm.embedded.art import DEFAULT_ART_FOLDER, fetch_art
+    from pcm.embedded.making.art import DEFAULT_ART_FOLDER, fetch_art
 
     path = data_path(out, domain.name, "rendered")
     pairs = scenes_of(domain, captions)

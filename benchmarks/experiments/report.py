@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.experiments.runs import data_path, planned, read_result
 from benchmarks.experiments.settings import BASE, DOMAINS, EXPERIMENTS, PASSES, SEEDS, Experiment, Variant
-from cluster.dataset import load_manifest
-from cluster.storage import open_store
+from cluster.dataset.layout import load_manifest
+from cluster.store.store import open_store
 from pcm.errors import InputError
 
 FOLDER = Path(__file__).parent

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments.settings import BASE, DOMAINS, FIRST_SEED, NO_CXE, PRESET, Variant
-from cluster.dataset import load_manifest
-from cluster.evaluate import EvaluateRequest, evaluate
-from cluster.pictures import PictureSource, resolved
-from cluster.storage import open_store
-from cluster.sweep import without_paths
-from cluster.train import TrainRequest, planned_run
-from cluster.trainloop import METRICS_KEY, Run
+from cluster.dataset.layout import load_manifest
+from cluster.evaluation.evaluate import EvaluateRequest, evaluate
+from cluster.sources.pictures import PictureSource, resolved
+from cluster.store.store import open_store
+from cluster.sweep.sweep import without_paths
+from cluster.training.loop import METRICS_KEY, Run
+from cluster.training.train import TrainRequest, planned_run
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -182,10 +182,10 @@ def run_job(job: Job, out: Path) -> dict[str, Any]:
 
 
 def _train(run: Run, folder: Path) -> str:
-    """cluster.trainloop in this process; "" or why it stopped."""
+    """cluster.training.loop in this process; "" or why it stopped."""
     from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
 
-    from cluster.trainloop import train_loop
+    from cluster.training.loop import train_loop
 
     set_train_fn_utils(LocalTrainFnUtils(experiment_name=folder.name))
     return train_loop({"run": replace(run, out=str(folder))})

@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmarks.experiments.settings import Domain
 from jobs.generate import corpus_uri
-from pcm.embedded.captions import corpus_scenes
-from pcm.embedded.world import DOMAINS, Scene
+from pcm.embedded.making.captions import corpus_scenes
+from pcm.embedded.making.world import DOMAINS, Scene
 from pcm.errors import InputError
 
 
@@ -36,7 +36,7 @@ def render(pairs: Sequence[tuple[Scene, str]], folder: Path, art: Path) -> tuple
     """
     from PIL import Image
 
-    from pcm.embedded.art import Artist  # needs the extra "world"
+    from pcm.embedded.making.art import Artist  # needs the extra "world"
 
     pictures = folder / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.text_only import TEXT_ONLY_SETTINGS
-from pcm.embedded.world import DOMAINS as DOMAINS_OF_THE_WORLD
+from cluster.ingest.text_only import TEXT_ONLY_SETTINGS
+from pcm.embedded.making.world import DOMAINS as DOMAINS_OF_THE_WORLD
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ MAIN, OTHER = DOMAINS
 CAPTIONS = 3000
 SHARD_SIZE = 125
 
-#: Fields of cluster.trainconfig.TrainConfig in which every run differs from the preset `embedded`.
+#: Fields of cluster.training.config.TrainConfig in which every run differs from the preset `embedded`.
 PRESET = "embedded"
 BASE: Mapping[str, Any] = {
     "hidden_size": 128,

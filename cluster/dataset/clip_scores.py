@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.dataset import read_table, shard_key
-from cluster.storage import Store
+from cluster.dataset.layout import read_table, shard_key
+from cluster.store.store import Store
 from pcm.errors import InputError
 
 #: Bins of a shard's histogram: equal ones over -1..1.

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from cluster.dataset import Plan, group_key, shard_key, stats_key
-from cluster.storage import Store
+from cluster.dataset.layout import Plan, group_key, shard_key, stats_key
+from cluster.store.store import Store
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)

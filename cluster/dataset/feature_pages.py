@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.thrift_compact import Malformed, read_struct
+from cluster.dataset.thrift_compact import Malformed, read_struct
 
 # Of parquet.thrift: PageType and Encoding; fields of PageHeader, DataPageHeader and DataPageHeaderV2.
 _DATA_PAGE, _DATA_PAGE_V2 = 0, 3

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.storage import Store
+from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.records import SCHEMA_VERSION, FeatureShape
 from pcm.spec import DatasetSpec
@@ -181,8 +181,8 @@ def parquet_bytes(table: pa.Table) -> bytes:
     """A table as one Parquet file in memory; the same table gives the same bytes with the pinned pyarrow.
 
     Pictures are compressed already and features are noise to a compressor: left as they are, they take a tenth more
-    room, and cluster.feature_pages reads features without decoding. The other columns win from zstd; level 1 costs
-    nothing measurable.
+    room, and cluster.dataset.feature_pages reads features without decoding. The other columns win from zstd; level 1
+    costs nothing measurable.
     """
     buffer = io.BytesIO()
     flat = [field.name for field in table.schema if not pa.types.is_nested(field.type)]

@@ -18,9 +18,9 @@ from json.encoder import encode_basestring_ascii as json_string
 
 import pyarrow as pa
 
-from cluster.corpus import CorpusRecord
-from cluster.dataset import PLAN_KEY, CorpusSource, Plan, Segment, load_plan, parquet_bytes, plan_part_key
-from cluster.storage import Store
+from cluster.dataset.layout import PLAN_KEY, CorpusSource, Plan, Segment, load_plan, parquet_bytes, plan_part_key
+from cluster.sources.corpus import CorpusRecord
+from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.records import PLAN_SCHEMA, PROMPT_TRUNCATED
 from pcm.spec import DatasetSpec

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.feature_pages import plain_matrices
-from cluster.storage import Store
+from cluster.dataset.feature_pages import plain_matrices
+from cluster.store.store import Store
 from pcm.errors import InputError
-from pcm.quantised import quantised
+from pcm.kernels.quantised import quantised
 from pcm.records import FeatureShape
 
 MATRICES = ("global_feature", "patch_features")
@@ -29,7 +29,7 @@ class Rows:
     captions: np.ndarray  # (n,) of str
     clip_score: np.ndarray  # (n,) float32, raw cosine
     global_feature: np.ndarray  # (n, D) float16
-    patch_features: np.ndarray  # (n, N, D_v) float16, or int8: see pcm.quantised
+    patch_features: np.ndarray  # (n, N, D_v) float16, or int8: see pcm.kernels.quantised
     patch_scale: np.ndarray  # (n, D_v) float16 beside int8, (n, 0) beside float16
 
     def __len__(self) -> int:

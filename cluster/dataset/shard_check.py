@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.dataset import Manifest, Plan, plan_part_key, quarantine_key, read_table, shard_key, stats_key
-from cluster.plan import corpus_lines, sample_id
-from cluster.resume import load_stats
-from cluster.storage import Store
+from cluster.dataset.committed import load_stats
+from cluster.dataset.layout import Manifest, Plan, plan_part_key, quarantine_key, read_table, shard_key, stats_key
+from cluster.dataset.plan import corpus_lines, sample_id
+from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.images import open_image
 from pcm.records import PLAN_SCHEMA, PROMPT_TRUNCATED, QUARANTINED, STORED, FeatureShape, shard_schema

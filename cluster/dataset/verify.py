@@ -1,8 +1,8 @@
 """Proof of a dataset from the store alone: every planned sample stored or quarantined, once, and intact.
 
 Shards are read once, a few at a time, so memory does not grow with their number. What is checked of each:
-`cluster.shard_check`. Beyond that: the plan parts are the captions that plan.json speaks of, the manifest is the sum of
-the shards, no group object says what is not so, and no shard is there that nobody planned.
+`cluster.dataset.shard_check`. Beyond that: the plan parts are the captions that plan.json speaks of, the manifest is
+the sum of the shards, no group object says what is not so, and no shard is there that nobody planned.
 """
 
 import hashlib
@@ -14,10 +14,19 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from cluster.dataset import MANIFEST_KEY, PLAN_KEY, Manifest, Plan, group_key, load_plan, quarantine_key, shard_key
-from cluster.resume import GROUP, load_group
-from cluster.shard_check import PROBLEMS_SHOWN, ShardReport, check_shard
-from cluster.storage import Store
+from cluster.dataset.committed import GROUP, load_group
+from cluster.dataset.layout import (
+    MANIFEST_KEY,
+    PLAN_KEY,
+    Manifest,
+    Plan,
+    group_key,
+    load_plan,
+    quarantine_key,
+    shard_key,
+)
+from cluster.dataset.shard_check import PROBLEMS_SHOWN, ShardReport, check_shard
+from cluster.store.store import Store
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)

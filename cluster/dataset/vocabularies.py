@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from cluster.dataset import (
+from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     VOCABULARIES_KEY,
@@ -19,17 +19,17 @@ from cluster.dataset import (
     plan_part_key,
     read_table,
 )
-from cluster.plan import USABLE_REASONS
+from cluster.dataset.plan import USABLE_REASONS
+from cluster.generation.stages.featurise import NULL_FEATURES
 from cluster.session import user_error
-from cluster.stages.featurise import NULL_FEATURES
-from cluster.storage import Store
-from pcm.concepts import ConceptVocabulary
+from cluster.store.store import Store
 from pcm.records import FeatureShape
 from pcm.spec import ClipSpec
-from pcm.vocabulary import Vocabulary
+from pcm.text.concepts import ConceptVocabulary
+from pcm.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from pcm.clip import ClipEncoder
+    from pcm.clip.encoder import ClipEncoder
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
 
 @ray.remote
 def _load_and_store_clip_files(store: Store, plan: Plan, min_count: int) -> None:
-    from pcm.clip import ClipEncoder  # seconds to import, and the driver needs none of it
+    from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
     spec = plan.spec.clip
     encoder = ClipEncoder(spec.model, device=spec.device, dtype=spec.dtype, batch_size=spec.batch_size)

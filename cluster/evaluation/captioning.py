@@ -17,10 +17,10 @@ import ray
 import ray.data
 import torch
 
-from cluster.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set
 from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error
-from cluster.storage import join, local_copy, open_store
-from pcm.captioner import BATCH_SIZE, MODEL_FILE, Captioner
+from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set
+from cluster.store.store import join, local_copy, open_store
+from pcm.captioners.captioner import BATCH_SIZE, MODEL_FILE, Captioner
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from cluster.captioning import CaptionerSource, caption_on_cluster, caption_pictures, local_checkpoint
-from cluster.experiments import comparison
-from cluster.pictures import (
+from cluster.evaluation.captioning import CaptionerSource, caption_on_cluster, caption_pictures, local_checkpoint
+from cluster.evaluation.experiments import comparison
+from cluster.sources.pictures import (
     PictureSource,
     anywhere,
     load_picture_set,
@@ -21,11 +21,11 @@ from cluster.pictures import (
     picture_references,
     source_anywhere,
 )
-from cluster.storage import join, open_store, read_uri
-from pcm.captioner import Captioner
-from pcm.clip import ClipEncoder
+from cluster.store.store import join, open_store, read_uri
+from pcm.captioners.captioner import Captioner
+from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
-from pcm.metrics import cider_only, clip_scores, clipscore_text, coco_metrics
+from pcm.text.metrics import cider_only, clip_scores, clipscore_text, coco_metrics
 
 RESULTS_KEY = "captions.json"
 METRICS_KEY = "metrics.json"

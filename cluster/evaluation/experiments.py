@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.trainconfig import PRESETS
+from cluster.training.config import PRESETS
 from pcm.errors import InputError
 
 SPLIT = "test"

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from cluster.export_source import Format, Source, json_bytes
-from cluster.huggingface_export import HuggingFace
-from cluster.official_export import Official
-from cluster.storage import Store
-from cluster.webdataset_export import WebDataset
+from cluster.export.huggingface import HuggingFace
+from cluster.export.published import Official
+from cluster.export.source import Format, Source, json_bytes
+from cluster.export.webdataset import WebDataset
+from cluster.store.store import Store
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -6,15 +6,15 @@ dataset's card.
 
 import json
 
-from cluster.dataset import MANIFEST_KEY
-from cluster.export_source import Source
-from cluster.storage import Store
+from cluster.dataset.layout import MANIFEST_KEY
+from cluster.export.source import Source
+from cluster.store.store import Store
 
 _SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000))
 
 
 class HuggingFace:
-    """cluster.export_source.Format."""
+    """cluster.export.source.Format."""
 
     def __init__(self, source: Source, out: Store) -> None:
         self._source = source

@@ -17,12 +17,11 @@ import numpy as np
 import pyarrow as pa
 import safetensors.torch
 
-from cluster.dataset import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY
-from cluster.export_source import Source, picture_ending
-from cluster.storage import Store
-from pcm.concepts import ConceptVocabulary
+from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY
+from cluster.export.source import Source, picture_ending
+from cluster.store.store import Store
 from pcm.errors import InputError
-from pcm.official_files import (
+from pcm.official.files import (
     ANNOTATIONS_END,
     ANNOTATIONS_START,
     FIRST_IMAGE_ID,
@@ -34,7 +33,8 @@ from pcm.official_files import (
     split_of,
     stack_sentences,
 )
-from pcm.vocabulary import Vocabulary
+from pcm.text.concepts import ConceptVocabulary
+from pcm.text.vocabulary import Vocabulary
 
 ANNOTATIONS_KEY = "annotations.pickle"
 CAPTIONS_KEY = "captions.jsonl"
@@ -44,7 +44,7 @@ _PARTS = "parts"
 
 
 class Official:
-    """cluster.export_source.Format. Raises InputError for a name that is no folder's or a length below 2."""
+    """cluster.export.source.Format. Raises InputError for a name that is no folder's or a length below 2."""
 
     def __init__(self, source: Source, out: Store, *, name: str, max_length: int) -> None:
         if not name or set(name) & set("/\\{}") or name.startswith("."):

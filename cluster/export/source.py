@@ -9,9 +9,9 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.dataset import MANIFEST_KEY, Manifest, Plan, load_manifest, load_plan, stats_key
-from cluster.plan import parse_sample_id
-from cluster.storage import Store
+from cluster.dataset.layout import MANIFEST_KEY, Manifest, Plan, load_manifest, load_plan, stats_key
+from cluster.dataset.plan import parse_sample_id
+from cluster.store.store import Store
 from pcm.errors import InputError
 
 

@@ -10,8 +10,8 @@ import hashlib
 import io
 import tarfile
 
-from cluster.export_source import Source, json_bytes, picture_ending
-from cluster.storage import Store
+from cluster.export.source import Source, json_bytes, picture_ending
+from cluster.store.store import Store
 from pcm.errors import InputError
 
 MAX_SHARDS = 100_000
@@ -21,7 +21,7 @@ _COLUMNS = ["sample_id", "caption", "image", "width", "height", "seed", "clip_sc
 
 
 class WebDataset:
-    """cluster.export_source.Format."""
+    """cluster.export.source.Format."""
 
     def __init__(self, source: Source, out: Store) -> None:
         self._source = source

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import ray
 
-from cluster.dataset import load_plan
-from cluster.pools import Pools
+from cluster.dataset.layout import load_plan
+from cluster.generation.pools import Pools
 from cluster.session import user_error
-from cluster.storage import Store
-from pcm.batch_search import Trial, best_size, table
+from cluster.store.store import Store
 from pcm.errors import InputError
+from pcm.generation.batch_search import Trial, best_size, table
 from pcm.spec import DatasetSpec
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def with_batch_size(store: Store, spec: DatasetSpec, pools: Pools) -> DatasetSpe
 
 
 def _try_generator(spec: DatasetSpec, gpus: float) -> list[Trial]:
-    from pcm.batch_search import try_generator  # torch and diffusers, only on the worker
+    from pcm.generation.batch_search import try_generator  # torch and diffusers, only on the worker
 
     if 0 < gpus < 1:
         import torch

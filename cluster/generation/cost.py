@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cluster.pools import Pools
+from cluster.generation.pools import Pools
 
 SECONDS_AN_HOUR = 3600.0
 

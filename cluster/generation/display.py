@@ -13,9 +13,9 @@ from ray.actor import ActorHandle
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from cluster.progress import STAGES, Live, Progress, Status
+from cluster.generation.progress import STAGES, Live, Progress, Status
+from cluster.generation.telemetry import Telemetry
 from cluster.session import cluster_gpus, cluster_machines
-from cluster.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 

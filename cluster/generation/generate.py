@@ -9,27 +9,27 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster.clip_scores import check_gate
-from cluster.cost import Billing
-from cluster.dataset import (
+from cluster.dataset.clip_scores import check_gate
+from cluster.dataset.committed import committed, summaries
+from cluster.dataset.layout import (
     MANIFEST_KEY,
     Manifest,
     Plan,
     load_plan,
     shard_key,
 )
-from cluster.display import Display
-from cluster.monitor import FaultPolicy, start_monitor
-from cluster.pools import Pools
-from cluster.progress import Progress, Status, Watch
-from cluster.resume import committed, summaries
+from cluster.dataset.vocabularies import store_vocabularies
+from cluster.generation.cost import Billing
+from cluster.generation.display import Display
+from cluster.generation.pools import Pools
+from cluster.generation.progress import Progress, Status, Watch
+from cluster.generation.stages.draw import DrawShard
+from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.generation.stages.monitor import FaultPolicy, start_monitor
+from cluster.generation.stages.write import WriteShard
+from cluster.generation.telemetry import Telemetry
 from cluster.session import user_error
-from cluster.stages.draw import DrawShard
-from cluster.stages.featurise import FeaturiseShard
-from cluster.stages.write import WriteShard
-from cluster.storage import Store
-from cluster.telemetry import Telemetry
-from cluster.vocabularies import store_vocabularies
+from cluster.store.store import Store
 from pcm.records import FeatureShape
 
 log = logging.getLogger(__name__)

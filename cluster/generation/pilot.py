@@ -12,18 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cluster.clip_scores import ClipScores
-from cluster.cost import SECONDS_AN_HOUR, Billing
-from cluster.dataset import Plan, stats_key
-from cluster.display import duration, size
-from cluster.generate import GenerationResult, actors, generate
-from cluster.monitor import FaultPolicy
-from cluster.pools import Pools
-from cluster.progress import Watch
+from cluster.dataset.clip_scores import ClipScores
+from cluster.dataset.layout import Plan, stats_key
+from cluster.generation.cost import SECONDS_AN_HOUR, Billing
+from cluster.generation.display import duration, size
+from cluster.generation.generate import GenerationResult, actors, generate
+from cluster.generation.pools import Pools
+from cluster.generation.progress import Watch
+from cluster.generation.stages.monitor import FaultPolicy
 from cluster.session import cluster_machines
-from cluster.storage import Store
-from pcm.caption_text import REASONS
+from cluster.store.store import Store
 from pcm.errors import InputError
+from pcm.text.rules import REASONS
 
 log = logging.getLogger(__name__)
 

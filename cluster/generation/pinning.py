@@ -4,9 +4,9 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from pcm.clip_names import folder_revision, resolve_clip_name
+from pcm.clip.names import folder_revision, resolve_clip_name
 from pcm.errors import InputError
-from pcm.text_to_image import model_source
+from pcm.generation.drawing import model_source
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def check_scheduler(name: str | None, options: Iterable[str] = ()) -> None:
     """Raises InputError for a scheduler, or an option of it, that diffusers lacks, before anything is planned."""
     if name is not None:
         # seconds to import, so only where one is named
-        from pcm.pipeline_loading import check_scheduler_options, scheduler_class
+        from pcm.generation.pipeline_loading import check_scheduler_options, scheduler_class
 
         check_scheduler_options(scheduler_class(name), options)
 

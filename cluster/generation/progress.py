@@ -1,6 +1,6 @@
 """How far a run is: rate, ETA, busy shares, failures, scores and cost, from shard stats and from what the monitor says.
 
-Everything here is arithmetic on what it is told; asking and showing is cluster/display.py.
+Everything here is arithmetic on what it is told; asking and showing is cluster/generation/display.py.
 """
 
 import math
@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.clip_scores import ClipScores
-from cluster.cost import SECONDS_AN_HOUR, Billing
+from cluster.dataset.clip_scores import ClipScores
+from cluster.generation.cost import SECONDS_AN_HOUR, Billing
 from pcm.errors import InputError
 
 STAGES = ("draw", "featurise", "encode", "store")

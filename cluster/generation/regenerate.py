@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from cluster.dataset import load_plan, plan_part_key, quarantine_key, read_table, shard_key
-from cluster.plan import parse_sample_id
-from cluster.stages.draw import DrawShard
-from cluster.storage import Store
+from cluster.dataset.layout import load_plan, plan_part_key, quarantine_key, read_table, shard_key
+from cluster.dataset.plan import parse_sample_id
+from cluster.generation.stages.draw import DrawShard
+from cluster.store.store import Store
 from pcm.errors import InputError
 
 

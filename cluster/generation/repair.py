@@ -1,12 +1,11 @@
-"""A damaged dataset made whole: what `cluster.verify` finds missing or corrupt is made again, and nothing else."""
+"""A damaged dataset made whole: what verification finds missing or corrupt is made again, and nothing else."""
 
 import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator
 
-from cluster.corpus import CorpusRecord
-from cluster.dataset import (
+from cluster.dataset.layout import (
     MANIFEST_KEY,
     Manifest,
     Plan,
@@ -16,10 +15,11 @@ from cluster.dataset import (
     quarantine_key,
     read_table,
 )
-from cluster.plan import plan_parts, write_plan_part
-from cluster.shard_check import UNREADABLE
-from cluster.storage import Store
-from cluster.verify import inspect
+from cluster.dataset.plan import plan_parts, write_plan_part
+from cluster.dataset.shard_check import UNREADABLE
+from cluster.dataset.verify import inspect
+from cluster.sources.corpus import CorpusRecord
+from cluster.store.store import Store
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def repair(
 
     draw: makes these shards of the plan again, those that are missing, and the manifest.
     read_records: the corpus of the plan; asked for only when plan parts are damaged.
-    truncation_check: of a CLIP's name, as `pcm.clip.truncation_check`; likewise.
+    truncation_check: of a CLIP's name, as `pcm.clip.encoder.truncation_check`; likewise.
 
     Returns what `verify` does, and `repaired`, a number of shards. Objects that nobody planned are told of and stay.
     Raises InputError when there is no dataset, or when its plan is damaged and the corpus cannot rebuild it.

@@ -2,16 +2,16 @@
 
 import logging
 
-from cluster.dataset import MANIFEST_KEY, Plan
-from cluster.generate import generate
-from cluster.monitor import FaultPolicy
-from cluster.pools import Pools
-from cluster.resume import committed, summaries
-from cluster.stages.draw import DrawShard
-from cluster.stages.featurise import CLIP_ERROR
-from cluster.storage import Store
+from cluster.dataset.committed import committed, summaries
+from cluster.dataset.layout import MANIFEST_KEY, Plan
+from cluster.generation.generate import generate
+from cluster.generation.pools import Pools
+from cluster.generation.stages.draw import DrawShard
+from cluster.generation.stages.featurise import CLIP_ERROR
+from cluster.generation.stages.monitor import FaultPolicy
+from cluster.store.store import Store
 from pcm.errors import InputError
-from pcm.text_to_image import GENERATOR_REASONS
+from pcm.generation.drawing import GENERATOR_REASONS
 
 log = logging.getLogger(__name__)
 

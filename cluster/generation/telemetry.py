@@ -22,8 +22,8 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from cluster.clip_scores import NUM_BINS, bin_edge
-from cluster.progress import STAGES, Status
+from cluster.dataset.clip_scores import NUM_BINS, bin_edge
+from cluster.generation.progress import STAGES, Status
 
 log = logging.getLogger(__name__)
 

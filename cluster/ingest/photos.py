@@ -19,25 +19,25 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from cluster.corpus import CorpusRecord, read_corpus
-from cluster.dataset import Manifest, plan_part_key, read_table
-from cluster.generate import write_manifest
-from cluster.models import pin_clip, resolve_device, resolve_dtype
-from cluster.pictures import PictureFiles, find_pictures, resolved
-from cluster.plan import USABLE_REASONS, make_plan
-from cluster.resume import committed
-from cluster.shard_import import import_shards, picture_size, sample_row, undrawn
-from cluster.stages.draw import DRAWN_SCHEMA
-from cluster.stages.featurise import FeaturiseShard
-from cluster.stages.shard_row import ShardRow
-from cluster.stages.write import WriteShard
-from cluster.storage import Store, open_store
-from cluster.vocabularies import store_vocabularies
-from pcm.clip import ClipEncoder, ImageFeatures
+from cluster.dataset.committed import committed
+from cluster.dataset.layout import Manifest, plan_part_key, read_table
+from cluster.dataset.plan import USABLE_REASONS, make_plan
+from cluster.dataset.vocabularies import store_vocabularies
+from cluster.generation.generate import write_manifest
+from cluster.generation.pinning import pin_clip, resolve_device, resolve_dtype
+from cluster.generation.stages.draw import DRAWN_SCHEMA
+from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.generation.stages.shard_row import ShardRow
+from cluster.generation.stages.write import WriteShard
+from cluster.ingest.shards import import_shards, picture_size, sample_row, undrawn
+from cluster.sources.corpus import CorpusRecord, read_corpus
+from cluster.sources.pictures import PictureFiles, find_pictures, resolved
+from cluster.store.store import Store, open_store
+from pcm.clip.encoder import ClipEncoder, ImageFeatures
 from pcm.errors import InputError
+from pcm.generation.drawing import PHOTOS
 from pcm.images import open_image
 from pcm.spec import ClipSpec, DatasetSpec
-from pcm.text_to_image import PHOTOS
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ BAD_IMAGE = "bad_image"
 
 @dataclass(frozen=True, kw_only=True)
 class PhotoRequest:
-    """`images` as in `cluster.pictures.PictureSource`, `captions` any file that `cluster.corpus` reads, with the photo
+    """`images` as in `cluster.sources.pictures.PictureSource`, `captions` any file that `cluster.sources.corpus`
+    reads, with the photo
     of each caption; paths or URIs. `limit`: the captions of the first so many photos of the file."""
 
     images: str

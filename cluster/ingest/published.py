@@ -17,7 +17,8 @@ import pyarrow as pa
 import safetensors.torch
 import torch
 
-from cluster.dataset import (
+from cluster.dataset.committed import committed
+from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     VOCABULARY_KEY,
@@ -26,29 +27,28 @@ from cluster.dataset import (
     plan_part_key,
     read_table,
 )
-from cluster.generate import write_manifest
-from cluster.models import pin_clip, resolve_device, resolve_dtype
-from cluster.official_annotations import AnnotationCorpus, CaptionFile
-from cluster.official_places import Places
-from cluster.plan import USABLE_REASONS, make_plan
-from cluster.resume import committed
-from cluster.shard_import import import_shards, picture_size, sample_row, undrawn
-from cluster.stages.draw import DRAWN_SCHEMA
-from cluster.stages.featurise import FeaturiseShard
-from cluster.stages.shard_row import ShardRow
-from cluster.stages.write import WriteShard
-from cluster.storage import Store, local_copy, open_store, read_uri
-from cluster.vocabularies import planned_captions
-from pcm import safe_pickle
-from pcm.clip import ClipEncoder
-from pcm.concepts import ConceptVocabulary
+from cluster.dataset.plan import USABLE_REASONS, make_plan
+from cluster.dataset.vocabularies import planned_captions
+from cluster.generation.generate import write_manifest
+from cluster.generation.pinning import pin_clip, resolve_device, resolve_dtype
+from cluster.generation.stages.draw import DRAWN_SCHEMA
+from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.generation.stages.shard_row import ShardRow
+from cluster.generation.stages.write import WriteShard
+from cluster.ingest.shards import import_shards, picture_size, sample_row, undrawn
+from cluster.sources.published_annotations import AnnotationCorpus, CaptionFile
+from cluster.sources.published_places import Places
+from cluster.store.store import Store, local_copy, open_store, read_uri
+from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
-from pcm.official import read_tensors
-from pcm.official_files import concepts_from_pickle
+from pcm.generation.drawing import IMPORTED
+from pcm.official.files import concepts_from_pickle
+from pcm.official.state_dict import read_tensors
 from pcm.records import FeatureShape
+from pcm.safe_pickle import reader as safe_pickle
 from pcm.spec import ClipSpec, DatasetSpec
-from pcm.text_to_image import IMPORTED
-from pcm.vocabulary import Vocabulary
+from pcm.text.concepts import ConceptVocabulary
+from pcm.text.vocabulary import Vocabulary
 
 _HEAD = ("ln_post.weight", "ln_post.bias", "proj")
 

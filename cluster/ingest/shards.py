@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from cluster.dataset import Plan
-from cluster.resume import CommittedShards
+from cluster.dataset.committed import CommittedShards
+from cluster.dataset.layout import Plan
 from pcm.errors import InputError
 from pcm.images import open_image
 from pcm.spec import GeneratorSpec

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
-from cluster.dataset import (
+from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     MANIFEST_KEY,
@@ -21,10 +21,10 @@ from cluster.dataset import (
     load_manifest,
     parquet_bytes,
 )
-from cluster.rows import read_shard
-from cluster.shard_import import undrawn
-from cluster.storage import Store
-from pcm.clip import ClipEncoder
+from cluster.dataset.rows import read_shard
+from cluster.ingest.shards import undrawn
+from cluster.store.store import Store
+from pcm.clip.encoder import ClipEncoder
 from pcm.records import STORED, FeatureShape, shard_schema
 
 TEXT_ONLY = "text-only"

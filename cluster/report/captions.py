@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cluster.captioning import local_checkpoint
-from cluster.pictures import PictureSet, PictureSource, load_picture_set
+from cluster.evaluation.captioning import local_checkpoint
 from cluster.report.gallery import thumbnail
-from cluster.storage import open_store
-from pcm.captioner import MODEL_FILE, Captioner
+from cluster.sources.pictures import PictureSet, PictureSource, load_picture_set
+from cluster.store.store import open_store
+from pcm.captioners.captioner import MODEL_FILE, Captioner
+from pcm.captioners.pcmnet.patch_overlay import TextualPatch, textual_patches
 from pcm.errors import InputError
-from pcm.patch_overlay import TextualPatch, textual_patches
 
 SAMPLES = 12
 

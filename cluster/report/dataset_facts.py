@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cluster.dataset import PLAN_KEY, Manifest, load_manifest, quarantine_key, read_table, stats_key
-from cluster.display import size
-from cluster.rows import read_shard
-from cluster.storage import Store
-from cluster.verify import verify
+from cluster.dataset.layout import PLAN_KEY, Manifest, load_manifest, quarantine_key, read_table, stats_key
+from cluster.dataset.rows import read_shard
+from cluster.dataset.verify import verify
+from cluster.generation.display import size
+from cluster.store.store import Store
 from pcm.errors import InputError
 
 T = TypeVar("T")

@@ -3,17 +3,17 @@
 import json
 from collections.abc import Sequence
 
-from cluster.display import size
-from cluster.report.dataset import DatasetFacts
+from cluster.generation.display import size
+from cluster.report.dataset_facts import DatasetFacts
 from cluster.report.gallery import Concept, Gallery, Picture
 from cluster.report.html import Html, Node, tag
 from cluster.report.measures_view import cost_text, sampled_from
 from cluster.report.numbers import count, moment, percent
 from cluster.report.parts import absent, caption_text, code, details, facts, picture_card, section
 from cluster.report.throughput import Throughput
-from pcm.caption_text import REASONS
+from pcm.generation.drawing import IMPORTED, PHOTOS
 from pcm.spec import DatasetSpec
-from pcm.text_to_image import IMPORTED, PHOTOS
+from pcm.text.rules import REASONS
 
 _MODEL_REASONS = {
     "black_image": "black with every seed that was tried",

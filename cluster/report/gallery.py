@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from cluster.dataset import CONCEPTS_KEY
-from cluster.report.dataset import DatasetFacts, Row, in_parallel
+from cluster.dataset.layout import CONCEPTS_KEY
+from cluster.dataset.rows import read_shard
+from cluster.report.dataset_facts import DatasetFacts, Row, in_parallel
 from cluster.report.html import data_uri
-from cluster.rows import read_shard
-from cluster.storage import Store
-from pcm.concepts import ConceptVocabulary, lexicon_nouns
+from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.images import open_image
+from pcm.text.concepts import ConceptVocabulary, lexicon_nouns
 
 GROUP_SIZE = 12
 WALL_SIZE = 24

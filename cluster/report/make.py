@@ -6,17 +6,17 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.pictures import PictureSource
 from cluster.report import dataset_view, measures_view, run_view, sweep_view
 from cluster.report.captions import caption_samples, has_checkpoint
-from cluster.report.dataset import gather_dataset
+from cluster.report.dataset_facts import gather_dataset
 from cluster.report.gallery import make_gallery
 from cluster.report.headline import Facts, headline
 from cluster.report.page import Entry, page
-from cluster.report.run import gather_evaluation, gather_run
-from cluster.report.sweep import gather_sweep
+from cluster.report.run_facts import gather_evaluation, gather_run
+from cluster.report.sweep_facts import gather_sweep
 from cluster.report.throughput import throughput
-from cluster.storage import open_store
+from cluster.sources.pictures import PictureSource
+from cluster.store.store import open_store
 from pcm.errors import InputError
 
 

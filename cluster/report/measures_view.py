@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.display import duration
+from cluster.generation.display import duration
 from cluster.report.charts import Bar, Line, Mark, bars, histogram, line_chart, ticks
-from cluster.report.dataset import DatasetFacts
+from cluster.report.dataset_facts import DatasetFacts
 from cluster.report.gallery import Gallery
 from cluster.report.html import Html, tag
 from cluster.report.numbers import count, percent, score, short, spent

@@ -3,7 +3,7 @@
 import math
 from datetime import UTC, datetime
 
-from cluster.display import duration
+from cluster.generation.display import duration
 
 
 def count(value: int) -> str:
@@ -42,7 +42,7 @@ def percent(share: float) -> str:
 
 
 def spent(seconds: float) -> str:
-    """As cluster.display.duration, with a digit more below ten seconds."""
+    """As cluster.generation.display.duration, with a digit more below ten seconds."""
     return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from cluster.evaluate import METRICS_KEY as EVALUATION_KEY
-from cluster.report.dataset import in_parallel
-from cluster.storage import Store
-from cluster.train import CONFIG_KEY
-from cluster.trainconfig import DATASET_SIZES, PRESETS, TrainConfig
-from cluster.trainloop import METRICS_KEY
+from cluster.evaluation.evaluate import METRICS_KEY as EVALUATION_KEY
+from cluster.report.dataset_facts import in_parallel
+from cluster.store.store import Store
+from cluster.training.config import DATASET_SIZES, PRESETS, TrainConfig
+from cluster.training.loop import METRICS_KEY
+from cluster.training.train import CONFIG_KEY
 from pcm.errors import InputError
 
 #: Points of a curve.

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.display import duration
-from cluster.experiments import experiment
+from cluster.evaluation.experiments import experiment
+from cluster.generation.display import duration
 from cluster.report.captions import CaptionedPicture, CaptionSamples
 from cluster.report.charts import Bar, Line, bars, line_chart
 from cluster.report.html import Html, Node, tag
 from cluster.report.numbers import count, percent, short, times_100
 from cluster.report.parts import absent, caption_text, code, details, facts, section, table
-from cluster.report.run import RunFacts, nearest_preset, settings
+from cluster.report.run_facts import RunFacts, nearest_preset, settings
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE", "CLIPScore", "RefCLIPScore")
 #: Colours that tell concepts apart on a picture.

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.report.dataset import in_parallel
-from cluster.storage import Store
-from cluster.sweep import SWEEP_KEY
-from cluster.sweep_plots import axis_positions, to_unit
-from cluster.sweep_report import SettingResult, TrialResult, by_setting
-from cluster.trial import RESULT_FILE, TRIALS
+from cluster.report.dataset_facts import in_parallel
+from cluster.store.store import Store
+from cluster.sweep.plots import axis_positions, to_unit
+from cluster.sweep.sweep import SWEEP_KEY
+from cluster.sweep.tables import SettingResult, TrialResult, by_setting
+from cluster.sweep.trial import RESULT_FILE, TRIALS
 from pcm.errors import InputError
 
 

@@ -8,8 +8,8 @@ from cluster.report.charts import Axis, Line, line_chart, parallel, scatter
 from cluster.report.html import Html, Node, tag
 from cluster.report.numbers import short, times_100
 from cluster.report.parts import absent, code, details, section, table
-from cluster.report.sweep import ParameterAxis, SweepFacts, parameter_axis
-from cluster.sweep_report import SettingResult
+from cluster.report.sweep_facts import ParameterAxis, SweepFacts, parameter_axis
+from cluster.sweep.tables import SettingResult
 
 ROWS_SHOWN = 15
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.cost import SECONDS_AN_HOUR
+from cluster.generation.cost import SECONDS_AN_HOUR
 
 STAGES = ("draw", "featurise", "encode")
 BINS = 60

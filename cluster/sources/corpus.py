@@ -1,6 +1,6 @@
 """Read a corpus of captions from a local path or a URI, as a stream of `CorpusRecord`.
 
-Formats: `pcm.caption_files`. Which captions are kept, which are quarantined, and why: `pcm.caption_text` (the one place
+Formats: `pcm.text.formats`. Which captions are kept, which are quarantined, and why: `pcm.text.rules` (the one place
 where that rule is written). Nothing is dropped: every record comes out, with a reason where it cannot be used.
 """
 
@@ -20,10 +20,10 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from botocore.exceptions import BotoCoreError
 
-from pcm import caption_detect
-from pcm.caption_files import FORMATS, CaptionRow, in_split, read_rows
-from pcm.caption_text import REASONS, check_caption, quarantined
 from pcm.errors import InputError
+from pcm.text import detect
+from pcm.text.formats import FORMATS, CaptionRow, in_split, read_rows
+from pcm.text.rules import REASONS, check_caption, quarantined
 
 __all__ = ["FORMATS", "REASONS", "CorpusRecord", "detect_format", "read_corpus", "source_digest"]
 
@@ -39,7 +39,7 @@ class CorpusRecord:
     index: position among the records of the split, from 0; unique.
     corpus_id: the caption's own id (sentid, annotation id, name.jpg#k) or its position in the file; the same whatever
         split and limit are asked for. Unique in a well-formed corpus; a file may repeat its own ids.
-    caption: normalised; in quarantine as `pcm.caption_text` says.
+    caption: normalised; in quarantine as `pcm.text.rules` says.
     image_id: the picture it was written for, where the format says so.
     reason: "" for a usable caption, else a key of `REASONS`.
     """
@@ -112,7 +112,7 @@ def _detect(uri: str, stream: io.BufferedReader) -> str:
         head = stream.peek(1 << 16)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{uri}: cannot be read ({error})") from error
-    return caption_detect.detect_format(uri.removesuffix(".gz"), head)
+    return detect.detect_format(uri.removesuffix(".gz"), head)
 
 
 def _rows(stream: io.BufferedReader, format: str, uri: str) -> Iterator[CaptionRow]:

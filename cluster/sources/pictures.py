@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
-from cluster.storage import Store, local_copy, open_store
+from cluster.store.store import Store, local_copy, open_store
 from pcm import embedded
-from pcm.clip import ClipEncoder, ImageFeatures
+from pcm.clip.encoder import ClipEncoder, ImageFeatures
 from pcm.errors import InputError
 from pcm.images import open_image
-from pcm.references import load_domains, load_references
+from pcm.text.references import load_domains, load_references
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class PictureSource:
     """Where pictures and references are; what --images, --references and --split say.
 
     `images`: a folder of picture files (image id = file name), a Parquet file or folder of them (columns image_id and
-    image), or `embedded:val` / `embedded:test`. `references`: any file that pcm.references reads; None where the
+    image), or `embedded:val` / `embedded:test`. `references`: any file that pcm.text.references reads; None where the
     Parquet file itself has a `references` column. Paths or URIs.
     """
 
@@ -103,7 +103,7 @@ def load_picture_set(source: PictureSource, *, limit: int | None = None) -> Pict
 
 
 def picture_references(source: PictureSource) -> dict[str, list[str]]:
-    """Image id -> reference captions. Raises InputError as pcm.references.load_references does."""
+    """Image id -> reference captions. Raises InputError as pcm.text.references.load_references does."""
     return load_references(_reference_file(source), split=source.split)
 
 

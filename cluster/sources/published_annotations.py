@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from cluster.corpus import CorpusRecord, read_corpus
-from pcm.caption_text import check_caption
+from cluster.sources.corpus import CorpusRecord, read_corpus
 from pcm.errors import InputError
-from pcm.official_files import FIRST_IMAGE_ID, Annotation, read_annotation, sentence_of
-from pcm.vocabulary import Vocabulary
+from pcm.official.files import FIRST_IMAGE_ID, Annotation, read_annotation, sentence_of
+from pcm.text.rules import check_caption
+from pcm.text.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from cluster.storage import Store, open_store
+from cluster.store.store import Store, open_store
 from pcm.errors import InputError
-from pcm.official_files import features_from_npz, read_annotation
+from pcm.official.files import features_from_npz, read_annotation
 from pcm.records import FeatureShape
 
 SPLIT_FIELD = "{split_id}"

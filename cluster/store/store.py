@@ -5,10 +5,10 @@ from the environment or the instance's role (AWS_ENDPOINT_URL, AWS_PROFILE and f
 logged, and a store that travels to a worker carries its URI alone.
 
 A shard costs three or four operations, in this order: GET of its plan part, PUT of its quarantine part where it has
-one, PUT of its statistics, PUT of the shard; what resuming costs stands in `cluster.resume`. One prefix is enough for
-them: S3 serves at least 3,500 PUT and 5,500 GET a second below one prefix, and splits prefixes by itself under load; a
-GPU that draws 2 pictures a second commits a shard of 256 every two minutes, so 64 GPUs make 1.5 PUT a second and 1,000
-GPUs make 23.
+one, PUT of its statistics, PUT of the shard; what resuming costs stands in `cluster.dataset.committed`. One prefix is
+enough for them: S3 serves at least 3,500 PUT and 5,500 GET a second below one prefix, and splits prefixes by itself
+under load; a GPU that draws 2 pictures a second commits a shard of 256 every two minutes, so 64 GPUs make 1.5 PUT a
+second and 1,000 GPUs make 23.
 """
 
 import os
@@ -24,7 +24,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.store_faults import patiently
+from cluster.store.retries import patiently
 from pcm.errors import InputError
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ _SECRET_PARAMETERS = ("signature", "sig", "token", "secret", "password", "creden
 class Store:
     """Objects under one prefix. Keys are relative, with forward slashes.
 
-    Operations are tried again while the store fails in ways that pass (`cluster.store_faults.patiently`, which says
+    Operations are tried again while the store fails in ways that pass (`cluster.store.retries.patiently`, which says
     what they raise when it does not). `fs` is for those who need an open file; it has only its library's own retries.
     """
 

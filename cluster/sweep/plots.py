@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from cluster.sweep_report import SettingResult
+    from cluster.sweep.tables import SettingResult
 
 COLOURS = "viridis"
 #: Of an axis' length.

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.trainconfig import TrainConfig
+from cluster.training.config import TrainConfig
 from pcm.errors import InputError
 
 SPEC_HELP = "VALUE,VALUE,... or uniform:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH"

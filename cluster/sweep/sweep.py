@@ -1,7 +1,7 @@
 """Hyper-parameter sweeps with Ray Tune: many trainings on one dataset, which is read once.
 
 Under OUT: sweep.json (what was asked), trials/ID/ (each the folder of a run of jobs.train, with result.json once it is
-done), tune/ (Ray Tune's own), and the results of cluster.sweep_report.
+done), tune/ (Ray Tune's own), and the results of cluster.sweep.tables.
 
 A trial is known by its settings and seed. Started again, a sweep reports its finished trials to the search and the
 scheduler as they went, and trains only the others, from their last checkpoint; nothing of Ray Tune's own state, which
@@ -22,16 +22,11 @@ import ray
 import ray.tune
 from ray.tune.schedulers import ASHAScheduler
 
-from cluster.mixture import TrainingSet, open_training_sets
-from cluster.search_space import DEFAULT_SPACE, grid, optuna_distributions, random_settings, search_space
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
-from cluster.storage import Store, open_store
-from cluster.sweep_report import TrialResult, write_report
-from cluster.trackers import flattened
-from cluster.train import TrainRequest, planned_run, ray_storage
-from cluster.trainconfig import TrainConfig
-from cluster.trainer import MEMORY_KEPT
-from cluster.trial import (
+from cluster.store.store import Store, open_store
+from cluster.sweep.search_space import DEFAULT_SPACE, grid, optuna_distributions, random_settings, search_space
+from cluster.sweep.tables import TrialResult, write_report
+from cluster.sweep.trial import (
     CHECKPOINT,
     RESULT_FILE,
     ROW,
@@ -43,6 +38,11 @@ from cluster.trial import (
     trial_folder,
     trial_id,
 )
+from cluster.training.config import TrainConfig
+from cluster.training.data.mixture import TrainingSet, open_training_sets
+from cluster.training.ray_trainer import MEMORY_KEPT
+from cluster.training.trackers import flattened
+from cluster.training.train import TrainRequest, planned_run, ray_storage
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)

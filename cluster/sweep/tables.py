@@ -13,10 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.storage import Store, join
-from cluster.sweep_plots import plots
-from cluster.trainconfig import TrainConfig
-from cluster.trial import trial_id
+from cluster.store.store import Store, join
+from cluster.sweep.plots import plots
+from cluster.sweep.trial import trial_id
+from cluster.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ import ray.tune
 from ray.train._internal.session import get_session
 from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
 
-from cluster.rows import COLUMNS, preload, read_shard
-from cluster.run import Run
-from cluster.storage import Store, join, local_copy, open_store
-from cluster.trainconfig import TrainConfig
-from cluster.trainloop import SCORE, train_loop
+from cluster.dataset.rows import COLUMNS, preload, read_shard
+from cluster.store.store import Store, join, local_copy, open_store
+from cluster.training.config import TrainConfig
+from cluster.training.loop import SCORE, train_loop
+from cluster.training.run_spec import Run
 from pcm.errors import InputError
 
 TRIALS = "trials"

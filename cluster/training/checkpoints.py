@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from cluster.ema import WeightAverage
-from cluster.storage import Store
-from pcm.captioner import MODEL_FILE
+from cluster.store.store import Store
+from cluster.training.ema import WeightAverage
+from pcm.captioners.captioner import MODEL_FILE
 
 #: Beside MODEL_FILE, which then holds the averaged weights: those that the optimiser goes on with.
 WEIGHTS_FILE = "weights.safetensors"

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from pcm.config import PCMNetConfig
+from pcm.captioners.pcmnet.config import PCMNetConfig
+from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy
 from pcm.errors import InputError
-from pcm.loss import CLIPWeightedCrossEntropy
 from pcm.records import FeatureShape
 from pcm.spec import COMPILE_MODES
 
@@ -56,7 +56,7 @@ class TrainConfig:
     #: kernels to be launched at small batches. Part of the science because kernels that are fused round, and a GPU's
     #: dropout draws, differently. Parts of a batch would have to go through another program: not with accumulation.
     compile: str = "none"
-    #: Of patch features between a shard and the network: as stored, or rounded to 8 bits (pcm.quantised), which
+    #: Of patch features between a shard and the network: as stored, or rounded to 8 bits (pcm.kernels.quantised), which
     #: halves memory, caches and what goes to a GPU. Validation sees them as stored.
     feature_dtype: str = "float16"
 

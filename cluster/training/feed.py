@@ -5,18 +5,18 @@ from pathlib import Path
 
 import torch
 
-from cluster.arriving import ArrivingShards, finished_manifest
-from cluster.batches import Batch, BatchShape
-from cluster.dataset import Plan, load_plan
-from cluster.loader import Part, ShardLoader
-from cluster.mixture import TrainingSet, open_training_sets
-from cluster.run import Run
-from cluster.selection import RowFilter, all_rows, holdout_share, select_rows
-from cluster.shard_cache import ShardCache
-from cluster.storage import open_store
-from cluster.validation import ValidationShare, held_out_share, picture_share
-from pcm.clip import ClipEncoder
-from pcm.vocabulary import Vocabulary
+from cluster.dataset.layout import Plan, load_plan
+from cluster.store.store import open_store
+from cluster.training.data.arriving import ArrivingShards, finished_manifest
+from cluster.training.data.batches import Batch, BatchShape
+from cluster.training.data.mixture import TrainingSet, open_training_sets
+from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
+from cluster.training.data.shard_cache import ShardCache
+from cluster.training.data.shuffled import Part, ShardLoader
+from cluster.training.run_spec import Run
+from cluster.training.validation import ValidationShare, held_out_share, picture_share
+from pcm.clip.encoder import ClipEncoder
+from pcm.text.vocabulary import Vocabulary
 
 
 class TrainingData:

@@ -4,7 +4,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from pcm.loss import CLIPWeightedCrossEntropy
+from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy
 
 
 class GlobalBatchLoss(CLIPWeightedCrossEntropy):

@@ -21,20 +21,20 @@ import safetensors.torch
 import torch
 import torch.distributed
 
-from cluster.batches import Batch, BatchShape
-from cluster.checkpoints import LossLog, Progress, load_training_state, save_training_state
-from cluster.ema import WeightAverage
-from cluster.run import Run
-from cluster.step import TrainStep
-from cluster.storage import open_store
-from cluster.trackers import Tracker, open_trackers
-from cluster.training_data import TrainingData
-from cluster.validation import validation_cider
-from pcm.captioner import captioner_files
-from pcm.concepts import ConceptVocabulary
-from pcm.model import PCMNet
+from cluster.store.store import open_store
+from cluster.training.checkpoints import LossLog, Progress, load_training_state, save_training_state
+from cluster.training.data.batches import Batch, BatchShape
+from cluster.training.ema import WeightAverage
+from cluster.training.feed import TrainingData
+from cluster.training.run_spec import Run
+from cluster.training.step import TrainStep
+from cluster.training.trackers import Tracker, open_trackers
+from cluster.training.validation import validation_cider
+from pcm.captioners.captioner import captioner_files
+from pcm.captioners.pcmnet.model import PCMNet
 from pcm.records import FeatureShape
-from pcm.vocabulary import Vocabulary
+from pcm.text.concepts import ConceptVocabulary
+from pcm.text.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from ray.train.v2._internal.execution.failure_handling import DefaultFailurePoli
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster.session import user_error
-from cluster.storage import Store
+from cluster.store.store import Store
 from pcm.errors import InputError
 
 CHECKPOINTS = "checkpoints"

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.loader import CACHE_BYTES
-from cluster.mixture import DataSource, Vocabularies
-from cluster.pictures import PictureSource
-from cluster.trainconfig import TrainConfig
+from cluster.sources.pictures import PictureSource
+from cluster.training.config import TrainConfig
+from cluster.training.data.mixture import DataSource, Vocabularies
+from cluster.training.data.shuffled import CACHE_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)

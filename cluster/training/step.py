@@ -9,14 +9,14 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from cluster.batches import Batch
-from cluster.global_loss import GlobalBatchLoss, gathered
-from cluster.trainconfig import TrainConfig
-from pcm.clipping import clip_values
-from pcm.dropout import random_rows
+from cluster.training.config import TrainConfig
+from cluster.training.data.batches import Batch
+from cluster.training.global_loss import GlobalBatchLoss, gathered
+from pcm.captioners.pcmnet.schedule import noam_lr
 from pcm.errors import InputError
-from pcm.quantised import dequantised
-from pcm.schedule import noam_lr
+from pcm.kernels.dropout import random_rows
+from pcm.kernels.gradient_clipping import clip_values
+from pcm.kernels.quantised import dequantised
 
 
 class TrainStep:

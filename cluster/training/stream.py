@@ -1,10 +1,10 @@
 """Training that starts while its pictures are still being made.
 
 Generation persists a shard, then training reads it from the store: epoch 0 takes the shards in the order of the plan as
-they are committed (cluster.arriving), later epochs are shuffled over the finished dataset as always. The two sides meet
-nowhere but on the store, so each resumes by its own rules: a shard that is there is not drawn again, a step that a
-checkpoint has counted is not trained again. Everything training needs before the first picture - vocabulary, concepts,
-CLIP head - comes from the captions, and is there when the plan is.
+they are committed (cluster.training.data.arriving), later epochs are shuffled over the finished dataset as always.
+The two sides meet nowhere but on the store, so each resumes by its own rules: a shard that is there is not drawn
+again, a step that a checkpoint has counted is not trained again. Everything training needs before the first picture -
+vocabulary, concepts, CLIP head - comes from the captions, and is there when the plan is.
 """
 
 import json
@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 
 from ray.data import DataContext, ExecutionResources
 
-from cluster.dataset import Plan
-from cluster.generate import GenerationResult
-from cluster.mixture import arriving_set
-from cluster.storage import Store, open_store
-from cluster.train import CONFIG_KEY, TrainRequest, train
-from cluster.trainloop import FIRST_STEP_KEY
-from cluster.vocabularies import store_vocabularies
+from cluster.dataset.layout import Plan
+from cluster.dataset.vocabularies import store_vocabularies
+from cluster.generation.generate import GenerationResult
+from cluster.store.store import Store, open_store
+from cluster.training.data.mixture import arriving_set
+from cluster.training.loop import FIRST_STEP_KEY
+from cluster.training.train import CONFIG_KEY, TrainRequest, train
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)

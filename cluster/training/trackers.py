@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.storage import Store, open_store
+from cluster.store.store import Store, open_store
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Starting, resuming and summarising a training run: the driver's side of cluster.trainloop.
+"""Starting, resuming and summarising a training run: the driver's side of cluster.training.loop.
 
 A run's folder: config.json (the exact config, first), metrics.jsonl (a line an epoch), losses/ (a line a step), best/
 (the captioner of the best epoch) and checkpoints/epoch-NNN[-step-N]/, which Ray Train writes and finds again after a
@@ -18,20 +18,20 @@ import ray.train
 import safetensors.torch
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.dataset import CLIP_HEAD_KEY, CONCEPTS_KEY
-from cluster.loader import CACHE_BYTES
-from cluster.mixture import DataSource, TrainingSet, Vocabularies, common_vocabularies, open_training_sets
-from cluster.pictures import EMBEDDED_PREFIX, PictureSource
-from cluster.run import Run
+from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
-from cluster.step import check_compile
-from cluster.storage import Store, join, open_store, read_uri
-from cluster.trainconfig import TrainConfig, default_preset, preset
-from cluster.trainer import check_labels, make_trainer, ray_storage, worker_input_error
-from cluster.trainloop import BEST, METRICS_KEY, SCORE, train_loop
-from pcm.concepts import ConceptVocabulary
+from cluster.sources.pictures import EMBEDDED_PREFIX, PictureSource
+from cluster.store.store import Store, join, open_store, read_uri
+from cluster.training.config import TrainConfig, default_preset, preset
+from cluster.training.data.mixture import DataSource, TrainingSet, Vocabularies, common_vocabularies, open_training_sets
+from cluster.training.data.shuffled import CACHE_BYTES
+from cluster.training.loop import BEST, METRICS_KEY, SCORE, train_loop
+from cluster.training.ray_trainer import check_labels, make_trainer, ray_storage, worker_input_error
+from cluster.training.run_spec import Run
+from cluster.training.step import check_compile
 from pcm.errors import InputError
-from pcm.vocabulary import Vocabulary
+from pcm.text.concepts import ConceptVocabulary
+from pcm.text.vocabulary import Vocabulary
 
 __all__ = ["TrainRequest", "TrainingFailed", "planned_run", "ray_storage", "train"]
 
@@ -47,8 +47,8 @@ class TrainingFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """What a user asks for. `data`: datasets, each "URI" or "URI=WEIGHT", see cluster.mixture. `overrides`: fields of
-    TrainConfig that replace those of the preset or config file.
+    """What a user asks for. `data`: datasets, each "URI" or "URI=WEIGHT", see cluster.training.data.mixture.
+    `overrides`: fields of TrainConfig that replace those of the preset or config file.
     """
 
     data: str | Sequence[str]

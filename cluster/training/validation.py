@@ -6,16 +6,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch.distributed
 
-from cluster.pictures import PictureSource, encode_pictures, load_picture_set
-from cluster.rows import Rows, read_rows
-from cluster.selection import Selection
-from cluster.storage import Store
-from pcm.captioner import decode_captions
-from pcm.clip import ClipEncoder
-from pcm.metrics import cider_only
-from pcm.model import PCMNet
+from cluster.dataset.rows import Rows, read_rows
+from cluster.sources.pictures import PictureSource, encode_pictures, load_picture_set
+from cluster.store.store import Store
+from cluster.training.data.selection import Selection
+from pcm.captioners.captioner import decode_captions
+from pcm.captioners.pcmnet.model import PCMNet
+from pcm.clip.encoder import ClipEncoder
 from pcm.records import FeatureShape
-from pcm.vocabulary import Vocabulary
+from pcm.text.metrics import cider_only
+from pcm.text.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

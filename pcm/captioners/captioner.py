@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from pcm.clip import ClipEncoder, ImageFeatures
-from pcm.concepts import ConceptVocabulary
-from pcm.decoding import beam_search
+from pcm.captioners.pcmnet.decoding import beam_search
+from pcm.captioners.pcmnet.model import PCMNet, PCMNetConfig
+from pcm.clip.encoder import ClipEncoder, ImageFeatures
 from pcm.errors import InputError
 from pcm.images import open_image
-from pcm.model import PCMNet, PCMNetConfig
-from pcm.vocabulary import Vocabulary
+from pcm.text.concepts import ConceptVocabulary
+from pcm.text.vocabulary import Vocabulary
 
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pcm.clip_names import count_tokens, resolve_clip_name
+from pcm.clip.names import count_tokens, resolve_clip_name
 from pcm.errors import InputError
 from pcm.images import to_uint8
 from pcm.records import FeatureShape

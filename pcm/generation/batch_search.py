@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from pcm.faults import free_memory, is_out_of_memory
+from pcm.generation.drawing import Request
+from pcm.generation.model_faults import free_memory, is_out_of_memory
 from pcm.spec import GeneratorSpec
-from pcm.text_to_image import Request
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 #: A size must draw this much faster than the best before it, or the search ends: a larger batch costs memory, and
@@ -61,7 +61,9 @@ def best_size(trials: list[Trial]) -> int | None:
 
 def try_generator(spec: GeneratorSpec) -> list[Trial]:
     """`try_sizes` of the spec's generator on this process's device; its own batch_size plays no part."""
-    from pcm.diffusers_generator import DiffusersTextToImage  # seconds to import, and the driver needs none of it
+    from pcm.generation.diffusers_pipeline import (
+        DiffusersTextToImage,  # seconds to import, and the driver needs none of it
+    )
 
     generator = DiffusersTextToImage(spec)
 

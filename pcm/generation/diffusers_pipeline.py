@@ -8,11 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 import torch
 
+from pcm.generation.drawing import UNGUARDED, Drawing, Guard, Request
+from pcm.generation.isolation import IsolatedDrawing
+from pcm.generation.pipeline_loading import load_pipeline
 from pcm.images import defect, encode_image, to_uint8
-from pcm.isolation import IsolatedDrawing
-from pcm.pipeline_loading import load_pipeline
 from pcm.spec import GeneratorSpec
-from pcm.text_to_image import UNGUARDED, Drawing, Guard, Request
 
 #: Threads that check and encode pictures while the next batch is drawn, and how many batches may wait for them: a batch
 #: of eight 512x512 pictures is 25 MB.

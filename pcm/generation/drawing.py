@@ -104,7 +104,7 @@ def load_generator(spec: GeneratorSpec) -> TextToImage:
         )
     if spec.model == "null":
         return NullTextToImage(spec)
-    from pcm.diffusers_generator import DiffusersTextToImage  # seconds to import, and null needs none of it
+    from pcm.generation.diffusers_pipeline import DiffusersTextToImage  # seconds to import, and null needs none of it
 
     return DiffusersTextToImage(spec)
 

@@ -6,8 +6,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from pcm.errors import InputError
-from pcm.faults import first_line, free_memory, is_out_of_memory, is_sticky
-from pcm.text_to_image import (
+from pcm.generation.drawing import (
     GENERATOR_ERROR,
     OUT_OF_MEMORY,
     UNGUARDED,
@@ -16,6 +15,7 @@ from pcm.text_to_image import (
     Request,
     refused,
 )
+from pcm.generation.model_faults import first_line, free_memory, is_out_of_memory, is_sticky
 
 log = logging.getLogger(__name__)
 

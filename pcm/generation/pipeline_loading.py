@@ -13,9 +13,9 @@ import transformers
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from pcm.errors import InputError
-from pcm.prompt_cache import cache_prompts
+from pcm.generation.drawing import model_source
+from pcm.generation.prompt_cache import cache_prompts
 from pcm.spec import GeneratorSpec
-from pcm.text_to_image import model_source
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

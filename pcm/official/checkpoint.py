@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from pcm.captioner import CONCEPTS_FILE, CONFIG_FILE, MODEL_FILE, VOCABULARY_FILE, captioner_files
-from pcm.concepts import ConceptVocabulary
-from pcm.config import PCMNetConfig
+from pcm.captioners.captioner import CONCEPTS_FILE, CONFIG_FILE, MODEL_FILE, VOCABULARY_FILE, captioner_files
+from pcm.captioners.pcmnet.config import PCMNetConfig
+from pcm.captioners.pcmnet.model import PCMNet
 from pcm.errors import InputError
-from pcm.model import PCMNet
-from pcm.official import config_from_state, from_official, read_tensors, to_official
-from pcm.official_files import checkpoint_to_pth, concepts_to_pickle
-from pcm.vocabulary import Vocabulary
+from pcm.official.files import checkpoint_to_pth, concepts_to_pickle
+from pcm.official.state_dict import config_from_state, from_official, read_tensors, to_official
+from pcm.text.concepts import ConceptVocabulary
+from pcm.text.vocabulary import Vocabulary
 
 #: What a published checkpoint shows itself, and what the concept file does.
 _SHOWN = frozenset(

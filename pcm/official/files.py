@@ -2,7 +2,8 @@
 
 An annotation file is a pickled list of dicts: `image_id` (str), `split_id`, `tokens_ids` and `target_ids` (int arrays
 (n, L) for n sentences), `clipscore` (2.5 times the cosine). Features are one `{image_id}.npz` a picture. Whatever is
-read comes from others: pickles go through `pcm.safe_pickle`, npz headers are checked before anything is allocated.
+read comes from others: pickles go through `pcm.safe_pickle.reader`, npz headers are checked before anything is
+allocated.
 """
 
 import io
@@ -21,10 +22,10 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
-from pcm import safe_pickle
-from pcm.concepts import ConceptVocabulary
 from pcm.errors import InputError
-from pcm.vocabulary import IGNORED_TARGET, SPECIAL_ID, Vocabulary
+from pcm.safe_pickle import reader as safe_pickle
+from pcm.text.concepts import ConceptVocabulary
+from pcm.text.vocabulary import IGNORED_TARGET, SPECIAL_ID, Vocabulary
 
 #: Published synthetic pictures are numbered from here, in the order of their captions.
 FIRST_IMAGE_ID = 6_000_000

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcm.config import PCMNetConfig
-from pcm.decoding import Decoded, beam_search, greedy_search
+from pcm.captioners.pcmnet.config import PCMNetConfig
+from pcm.captioners.pcmnet.decoding import Decoded, beam_search, greedy_search
+from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy, FocalMode
+from pcm.captioners.pcmnet.mixup import Layout, MixUp, inject_noise, textual_patches
+from pcm.captioners.pcmnet.model import Encoded, PCMNet
+from pcm.captioners.pcmnet.schedule import noam_lr
 from pcm.errors import InputError
-from pcm.golden_file import INPUTS, Golden, read_golden
-from pcm.loss import CLIPWeightedCrossEntropy, FocalMode
-from pcm.mixup import Layout, MixUp, inject_noise, textual_patches
-from pcm.model import Encoded, PCMNet
-from pcm.official import config_from_state, from_official, to_official
-from pcm.schedule import noam_lr
+from pcm.official.golden_file import INPUTS, Golden, read_golden
+from pcm.official.state_dict import config_from_state, from_official, to_official
 
 #: Largest absolute difference allowed for float32 values. Ids and masks must be exact.
 TOLERANCE = 2e-5

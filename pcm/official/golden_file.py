@@ -13,7 +13,7 @@ import safetensors
 from torch import Tensor
 
 from pcm.errors import InputError
-from pcm.official import read_tensors
+from pcm.official.state_dict import read_tensors
 
 INPUTS = ("att_feats", "global_feats", "concept_embed", "tokens_ids", "target_ids", "clip_score")
 # Published settings for which there is only one implementation here; a file made with another is refused.

@@ -1,12 +1,6 @@
-"""The published implementation's checkpoints: its parameter names, and proof that our numbers are its numbers.
+"""The state dict of published checkpoints: its parameter names and ours."""
 
-`python -m pcm.official verify GOLDEN.safetensors` recomputes every output of a golden file (see pcm.golden).
-"""
-
-import argparse
-import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +9,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pcm import safe_pickle
-from pcm.config import PCMNetConfig
+from pcm.captioners.pcmnet.config import PCMNetConfig
+from pcm.captioners.pcmnet.model import SINUSOID_BASE, PCMNet, sinusoid
 from pcm.errors import InputError
-from pcm.model import SINUSOID_BASE, PCMNet, sinusoid
+from pcm.safe_pickle import reader as safe_pickle
 
 #: Rows of the word-position table that published checkpoints hold; ours is computed.
 OFFICIAL_POSITIONS = 5000
@@ -196,24 +190,3 @@ def _refused(path: Path, error: Exception) -> str:
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """A published checkpoint (.pth or .safetensors) under our names. Raises InputError for any other file."""
     return from_official(read_tensors(path))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line: 0 = every output agrees, 1 = some do not, 2 = unreadable file (one line on stderr)."""
-    from pcm.golden import verify  # here because that module builds on this one
-
-    parser = argparse.ArgumentParser(prog="python -m pcm.official", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("verify", help="recompute every output of a golden file; prints one JSON line")
-    command.add_argument("golden", metavar="GOLDEN.safetensors", help="with GOLDEN.json beside it")
-    try:
-        report = verify(parser.parse_args(arguments).golden)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(json.dumps(report))
-    return 0 if report["ok"] else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

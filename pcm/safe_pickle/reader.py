@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from pcm.errors import InputError
-from pcm.pickled_values import (
+from pcm.safe_pickle.values import (
     Answer,
     Array,
     DType,

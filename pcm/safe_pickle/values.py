@@ -1,6 +1,6 @@
 """What a pickle of numbers may be made of, built by code of our own from checked arguments and raw bytes.
 
-Used by `pcm.safe_pickle` alone. Whatever does not fit raises pickle.UnpicklingError.
+Used by `pcm.safe_pickle.reader` alone. Whatever does not fit raises pickle.UnpicklingError.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ TEMPLATES = (
     "there is a {} in the scene.",
 )
 SPACY_MODELS = ("en_core_web_sm", "en_core_web_md", "en_core_web_lg", "en_core_web_trf")
-LEXICON = Path(__file__).parent / "data" / "nouns.txt"
+LEXICON = Path(__file__).parent / "nouns" / "nouns.txt"
 
 _WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
 _IRREGULAR = {
@@ -107,7 +107,7 @@ class ConceptVocabulary:
         try:
             if path.suffix == ".safetensors":
                 return cls.from_bytes(data)
-            from pcm import safe_pickle  # brings torch: seconds to import
+            from pcm.safe_pickle import reader as safe_pickle  # brings torch: seconds to import
 
             return cls.from_published(safe_pickle.load(data))
         except InputError as error:
@@ -115,7 +115,7 @@ class ConceptVocabulary:
 
     @classmethod
     def from_published(cls, value: object) -> ConceptVocabulary:
-        """The published pair (list of names, (C, D) tensor or array), as `pcm.safe_pickle` reads it."""
+        """The published pair (list of names, (C, D) tensor or array), as `pcm.safe_pickle.reader` reads it."""
         if not isinstance(value, (tuple, list)) or len(value) != 2 or not isinstance(value[0], (list, tuple)):
             raise InputError(f"not a published concept vocabulary: wanted (list of names, tensor), got {type(value)}")
         names, embeddings = value

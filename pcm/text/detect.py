@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 
-from pcm.caption_files import FORMATS
 from pcm.errors import InputError
+from pcm.text.formats import FORMATS
 
 _EXTENSIONS = {
     "parquet": "parquet",

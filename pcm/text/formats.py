@@ -1,6 +1,6 @@
 """Read the files captions come in, one row at a time, from a binary stream.
 
-Nothing here judges a caption (`pcm.caption_text` does) or knows where the bytes come from. A record that cannot be read
+Nothing here judges a caption (`pcm.text.rules` does) or knows where the bytes come from. A record that cannot be read
 is a row with the reason `bad_record` or `missing_caption`; a file that cannot be read at all is an `InputError`.
 
 | format       | what it is                                                                                          |
@@ -27,8 +27,8 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pcm.caption_text import normalise
 from pcm.errors import InputError
+from pcm.text.rules import normalise
 
 CAPTION_FIELDS = ("caption", "text")
 CAPTION_LIST_FIELDS = ("captions", "references", "sentences")

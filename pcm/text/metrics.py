@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import pycocoevalcap
 
-from pcm.caption_text import normalise
 from pcm.errors import InputError
+from pcm.text.rules import normalise
 
 logger = logging.getLogger(__name__)
 

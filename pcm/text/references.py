@@ -1,6 +1,6 @@
 """Reference captions of real pictures, read from the formats users have.
 
-The formats are those of `pcm.caption_files`; here a file must be sound: a reference that cannot be used is an
+The formats are those of `pcm.text.formats`; here a file must be sound: a reference that cannot be used is an
 error, not a quarantined row, because every score would silently change with it. Only empty captions are passed
 over.
 """
@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from pcm.caption_detect import detect_format
-from pcm.caption_files import CaptionRow, coco_image_id, in_split, read_rows
-from pcm.caption_text import check_caption
 from pcm.errors import InputError
+from pcm.text.detect import detect_format
+from pcm.text.formats import CaptionRow, coco_image_id, in_split, read_rows
+from pcm.text.rules import check_caption
 
 
 def load_references(path: str | Path, *, split: str | None = None) -> dict[str, list[str]]:
@@ -24,7 +24,7 @@ def load_references(path: str | Path, *, split: str | None = None) -> dict[str, 
 
     The id is COCO's number where the picture's file name ends in it (`COCO_val2014_000000000042.jpg` is "42"), else
     the file name ("1000092795.jpg"); outside JSON documents, what the record says. split: as in
-    `cluster.corpus.read_corpus`; for Karpathy's files usually "val" or "test". A `.gz` file is decompressed.
+    `cluster.sources.corpus.read_corpus`; for Karpathy's files usually "val" or "test". A `.gz` file is decompressed.
 
     Raises InputError: the file or its format, no caption for the split, a caption without an image, an unusable
     caption.

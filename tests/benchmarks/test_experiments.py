@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_dataset import TINY, png, scene, write_dataset
 
 from benchmarks.experiments import dissect, report, runs
 from benchmarks.experiments.scenes import thing_masks
 from benchmarks.experiments.settings import EXPERIMENTS, PASSES, Domain, Variant
-from cluster.dataset import MANIFEST_KEY
-from pcm.embedded.world import Scene, Thing
+from cluster.dataset.layout import MANIFEST_KEY
+from pcm.embedded.making.world import Scene, Thing
 from pcm.errors import InputError
+from tests.helpers.tiny_dataset import TINY, png, scene, write_dataset
 
 BASE_VARIANT = Variant(name="base", domain="tiny", clip_factor=None, overrides={"top_patches": 0})
 FULL_VARIANT = Variant(name="both", domain="tiny")

@@ -1,9 +1,9 @@
 """Kill -9 what a generation run is made of, at random moments, and prove that nothing came of it.
 
-`python tests/chaos.py --kills 20 --seed 0` (or `make chaos`): a Ray cluster of three raylets on this machine, a dataset
-on SeaweedFS behind a proxy that counts requests, and the driver started again whenever it is the victim. Prints one
-JSON line; exit 1 when the fingerprint differs, something is missing or doubled, or a kill cost more than the shard that
-each generator was drawing and the one it had drawn.
+`python -m tests.chaos.chaos --kills 20 --seed 0` (or `make chaos`): a Ray cluster of three raylets on this machine, a
+dataset on SeaweedFS behind a proxy that counts requests, and the driver started again whenever it is the victim.
+Prints one JSON line; exit 1 when the fingerprint differs, something is missing or doubled, or a kill cost more than
+the shard that each generator was drawing and the one it had drawn.
 """
 # ruff: noqa: E402  Ray reads its environment when it is imported
 
@@ -25,8 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from tests.helpers.paths import ROOT
 
 for name, value in {
     "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token",
@@ -34,12 +33,11 @@ for name, value in {
 }.items():  # fmt: skip
     os.environ.setdefault(name, value)
 
-from faulty_proxy import FaultyProxy, faulty_proxy
-from seaweedfs import S3Server, seaweedfs
-from tiny_generation import make_dataset_in_process, null_spec, write_corpus
-
-from cluster.storage import open_store
-from cluster.verify import verify
+from cluster.dataset.verify import verify
+from cluster.store.store import open_store
+from tests.helpers.faulty_proxy import FaultyProxy, faulty_proxy
+from tests.helpers.seaweedfs import S3Server, seaweedfs
+from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 log = logging.getLogger("chaos")
 

@@ -4,8 +4,8 @@ A test of a fault that passes without the handling proves nothing. Every mutant 
 copy of the tree; the tests named beside it must pass in the copy as it is, and fail (or hang) in the mutant. The last
 line of stdout is JSON, and the exit status 1 if a mutant lives.
 
-    python tests/mutants.py            # all
-    python tests/mutants.py watchdog   # those whose name has this in it
+    python -m tests.chaos.mutants            # all
+    python -m tests.chaos.mutants watchdog   # those whose name has this in it
 """
 
 import json
@@ -18,7 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+
 LEFT_BEHIND = ("demo", "*.egg-info", "__pycache__", "dist", "build")  # and whatever begins with a dot
 SECONDS = 240  # a mutant that takes longer hangs
 
@@ -37,244 +38,244 @@ class Mutant:
 MUTANTS = (
     Mutant(
         "a store that answers 503, hangs or cuts is tried again",
-        "cluster/store_faults.py", 'if fault.kind != "transient":', "if True:",
-        ("tests/test_store_faults.py::test_a_fault_that_passes_is_tried_again",),
+        "cluster/store/retries.py", 'if fault.kind != "transient":', "if True:",
+        ("tests/cluster/store/test_retries.py::test_a_fault_that_passes_is_tried_again",),
     ),
     Mutant(
         "a store that restarts is waited for",
-        "cluster/store_faults.py", "if left <= 0:", "if True:",
-        ("tests/test_store_faults.py::test_a_store_that_restarts_is_waited_for",),
+        "cluster/store/retries.py", "if left <= 0:", "if True:",
+        ("tests/cluster/store/test_retries.py::test_a_store_that_restarts_is_waited_for",),
     ),
     Mutant(
         "a full disk is one line",
-        "cluster/store_faults.py", "frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})", "frozenset()",
-        ("tests/test_store_faults.py::test_a_full_disk_is_one_line_and_nothing_is_half_written",),
+        "cluster/store/retries.py", "frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})", "frozenset()",
+        ("tests/cluster/store/test_retries.py::test_a_full_disk_is_one_line_and_nothing_is_half_written",),
     ),
     Mutant(
         "a local object appears whole or not at all",
-        "cluster/storage.py", 'with open(temporary, "wb") as file:', 'with open(path, "wb") as file:',
-        ("tests/test_storage.py::test_a_failed_write_leaves_the_old_object_and_nothing_else",),
+        "cluster/store/store.py", 'with open(temporary, "wb") as file:', 'with open(path, "wb") as file:',
+        ("tests/cluster/store/test_store.py::test_a_failed_write_leaves_the_old_object_and_nothing_else",),
     ),
     Mutant(
         "a shard cut short on the store is found",
-        "cluster/shard_check.py", 'report.damage(f"{key}: unreadable ({_first_line(error)})")', "pass",
-        ("tests/test_repair.py::test_exactly_what_is_damaged_is_made_again",),
+        "cluster/dataset/shard_check.py", 'report.damage(f"{key}: unreadable ({_first_line(error)})")', "pass",
+        ("tests/cluster/generation/test_repair.py::test_exactly_what_is_damaged_is_made_again",),
     ),
     Mutant(
         "a shard with other bytes than the manifest says is found",
-        "cluster/shard_check.py", 'report.sha256 != manifest.shards[shard]["sha256"]', "False",
-        ("tests/test_verify.py::test_a_manifest_of_other_shards_is_found",),
+        "cluster/dataset/shard_check.py", 'report.sha256 != manifest.shards[shard]["sha256"]', "False",
+        ("tests/cluster/dataset/test_verify.py::test_a_manifest_of_other_shards_is_found",),
     ),
     Mutant(
         "out of memory: the batch halves",
-        "pcm/isolation.py", "elif is_out_of_memory(outcome):", "elif False:",
-        ("tests/test_isolation.py::test_too_little_memory_halves_the_batch_for_good_and_the_rows_say_so",),
+        "pcm/generation/isolation.py", "elif is_out_of_memory(outcome):", "elif False:",
+        ("tests/pcm/generation/test_isolation.py::test_too_little_memory_halves_the_batch_for_good_and_the_rows_say_so",),
     ),
     Mutant(
         "out of memory: the rows say in how large a batch they were drawn, and are drawn again so",
-        "cluster/stages/draw.py", '_OF_DRAWING = ("attempts", "batch_size",',
+        "cluster/generation/stages/draw.py", '_OF_DRAWING = ("attempts", "batch_size",',
         '_OF_DRAWING = ("attempts", "attempts",',
-        ("tests/test_faults.py::test_rows_drawn_in_a_smaller_batch_say_so_and_are_drawn_again_in_it",),
+        ("tests/cluster/generation/test_model_faults.py::test_rows_drawn_in_a_smaller_batch_say_so_and_are_drawn_again_in_it",),
     ),
     Mutant(
         "out of memory: CLIP's batch halves",
-        "cluster/stages/featurise.py", "if is_out_of_memory(error) else 0", "if False else 0",
-        ("tests/test_featurise.py::test_too_little_memory_halves_clips_batches_and_the_stats_say_so",),
+        "cluster/generation/stages/featurise.py", "if is_out_of_memory(error) else 0", "if False else 0",
+        ("tests/cluster/generation/stages/test_featurise.py::test_too_little_memory_halves_clips_batches_and_the_stats_say_so",),
     ),
     Mutant(
         "a caption on which the generator raises is quarantined alone",
-        "pcm/isolation.py", "elif len(indices) > 1:", "elif False:",
-        ("tests/test_isolation.py::test_a_caption_that_raises_is_refused_and_its_neighbours_are_drawn",),
+        "pcm/generation/isolation.py", "elif len(indices) > 1:", "elif False:",
+        ("tests/pcm/generation/test_isolation.py::test_a_caption_that_raises_is_refused_and_its_neighbours_are_drawn",),
     ),
     Mutant(
         "a picture that cannot be encoded is quarantined alone",
-        "pcm/isolation.py", "        except Exception as error:\n            guard.failed((request,)",
+        "pcm/generation/isolation.py", "        except Exception as error:\n            guard.failed((request,)",
         "        except ZeroDivisionError as error:\n            guard.failed((request,)",
-        ("tests/test_isolation.py::test_a_picture_that_cannot_be_encoded_is_refused_alone",),
+        ("tests/pcm/generation/test_isolation.py::test_a_picture_that_cannot_be_encoded_is_refused_alone",),
     ),
     Mutant(
         "a picture on which CLIP raises is quarantined alone",
-        "cluster/stages/featurise.py", "elif len(batch) > 1:", "elif False:",
-        ("tests/test_featurise.py::test_a_picture_on_which_clip_raises_is_quarantined_alone",),
+        "cluster/generation/stages/featurise.py", "elif len(batch) > 1:", "elif False:",
+        ("tests/cluster/generation/stages/test_featurise.py::test_a_picture_on_which_clip_raises_is_quarantined_alone",),
     ),
     Mutant(
         "watchdog: a batch that hangs ends its process",
-        "cluster/stages/watchdog.py", "faulthandler.dump_traceback_later(seconds, exit=True, file=file)", "pass",
-        ("tests/test_faults.py::test_captions_that_raise_crash_hang_or_break_are_quarantined_and_no_other",),
+        "cluster/generation/stages/watchdog.py", "faulthandler.dump_traceback_later(seconds, exit=True, file=file)", "pass",
+        ("tests/cluster/generation/test_model_faults.py::test_captions_that_raise_crash_hang_or_break_are_quarantined_and_no_other",),
     ),
     Mutant(
         "a caption over which processes die is given up",
-        "cluster/monitor.py", "            suspect.deaths += 1\n", "",
-        ("tests/test_monitor.py::test_who_was_in_a_batch_at_a_death_is_drawn_alone_and_given_up_after_the_third",),
+        "cluster/generation/stages/monitor.py", "            suspect.deaths += 1\n", "",
+        ("tests/cluster/generation/stages/test_monitor.py::test_who_was_in_a_batch_at_a_death_is_drawn_alone_and_given_up_after_the_third",),
     ),
     Mutant(
         "suspects are drawn alone",
-        "pcm/isolation.py", "if suspicion]", "if False]",
-        ("tests/test_isolation.py::test_suspects_are_drawn_alone_and_first_and_the_refused_not_at_all",),
+        "pcm/generation/isolation.py", "if suspicion]", "if False]",
+        ("tests/pcm/generation/test_isolation.py::test_suspects_are_drawn_alone_and_first_and_the_refused_not_at_all",),
     ),
     Mutant(
         "a process that can draw nothing any more refuses no caption",
-        "pcm/isolation.py", "                self._blame(outcome, slots.values(), guard)\n", "",
-        ("tests/test_isolation.py::test_a_process_that_can_draw_nothing_any_more_refuses_no_caption",),
+        "pcm/generation/isolation.py", "                self._blame(outcome, slots.values(), guard)\n", "",
+        ("tests/pcm/generation/test_isolation.py::test_a_process_that_can_draw_nothing_any_more_refuses_no_caption",),
     ),
     Mutant(
         "generators good for nothing stop the run",
-        "cluster/monitor.py", "if known.fruitless_starts >= max(MAX_FRUITLESS_STARTS, self._policy.max_deaths + 1):",
+        "cluster/generation/stages/monitor.py", "if known.fruitless_starts >= max(MAX_FRUITLESS_STARTS, self._policy.max_deaths + 1):",
         "if False:",
-        ("tests/test_monitor.py::test_a_generator_without_a_picture_in_all_its_processes_stops_the_run",),
+        ("tests/cluster/generation/stages/test_monitor.py::test_a_generator_without_a_picture_in_all_its_processes_stops_the_run",),
     ),
     Mutant(
         "too large a share of failures stops the run",
-        "cluster/monitor.py", "self._failed > self._policy.max_error_share * tried", "False",
-        ("tests/test_monitor.py::test_too_large_a_share_of_failures_stops_the_run",),
+        "cluster/generation/stages/monitor.py", "self._failed > self._policy.max_error_share * tried", "False",
+        ("tests/cluster/generation/stages/test_monitor.py::test_too_large_a_share_of_failures_stops_the_run",),
     ),
     Mutant(
         "a shard that no process finishes stops the run",
-        "cluster/monitor.py", "if self._starts[shard] - self._policy.max_deaths * len(refused) > MAX_SHARD_STARTS:",
+        "cluster/generation/stages/monitor.py", "if self._starts[shard] - self._policy.max_deaths * len(refused) > MAX_SHARD_STARTS:",
         "if False:",
-        ("tests/test_monitor.py::test_a_shard_that_no_process_finishes_stops_the_run",),
+        ("tests/cluster/generation/stages/test_monitor.py::test_a_shard_that_no_process_finishes_stops_the_run",),
     ),
     Mutant(
         "a generator does not run ahead of the store",
-        "cluster/monitor.py", "if in_hand >= MAX_IN_HAND and", "if False and",
-        ("tests/test_monitor.py::test_a_generator_does_not_run_ahead_of_the_store",),
+        "cluster/generation/stages/monitor.py", "if in_hand >= MAX_IN_HAND and", "if False and",
+        ("tests/cluster/generation/stages/test_monitor.py::test_a_generator_does_not_run_ahead_of_the_store",),
     ),
     Mutant(
         "what is on the store is not drawn again",
-        "cluster/generate.py", "missing = [shard for shard in wanted if shard not in on_store]",
+        "cluster/generation/generate.py", "missing = [shard for shard in wanted if shard not in on_store]",
         "missing = list(wanted)",
-        ("tests/test_generate.py::test_a_rerun_skips_everything",),
+        ("tests/cluster/generation/test_generate.py::test_a_rerun_skips_everything",),
     ),
     Mutant(
         "a shard that was lost is made again",
-        "cluster/resume.py", "listed = len(groups) <= LISTED_GROUPS", "listed = False",
-        ("tests/test_resume.py::test_few_groups_are_listed_all_the_same_and_a_lost_shard_is_found",),
+        "cluster/dataset/committed.py", "listed = len(groups) <= LISTED_GROUPS", "listed = False",
+        ("tests/cluster/dataset/test_committed.py::test_few_groups_are_listed_all_the_same_and_a_lost_shard_is_found",),
     ),
     Mutant(
         "the shards of another dataset are not believed",
-        "cluster/resume.py", 'if document["plan"] != _binding(plan, group):', "if False:",
-        ("tests/test_resume.py::test_a_group_object_of_another_dataset_is_not_believed",),
+        "cluster/dataset/committed.py", 'if document["plan"] != _binding(plan, group):', "if False:",
+        ("tests/cluster/dataset/test_committed.py::test_a_group_object_of_another_dataset_is_not_believed",),
     ),
     Mutant(
         "another spec on the same output is refused",
-        "cluster/plan.py", "        _refuse_other_spec(store, planned, spec, shard_size)\n", "",
-        ("tests/test_plan.py::test_a_resume_that_asks_for_something_else_is_refused_and_changes_nothing",),
+        "cluster/dataset/plan.py", "        _refuse_other_spec(store, planned, spec, shard_size)\n", "",
+        ("tests/cluster/dataset/test_plan.py::test_a_resume_that_asks_for_something_else_is_refused_and_changes_nothing",),
     ),
     Mutant(
         "a corpus that did not only grow is refused",
-        "cluster/plan.py", "        _refuse_other_corpus(store, planned, records, corpus, fingerprint)\n", "",
-        ("tests/test_plan.py::test_a_corpus_that_did_not_only_grow_is_refused",),
+        "cluster/dataset/plan.py", "        _refuse_other_corpus(store, planned, records, corpus, fingerprint)\n", "",
+        ("tests/cluster/dataset/test_plan.py::test_a_corpus_that_did_not_only_grow_is_refused",),
     ),
     Mutant(
         "two drivers that plan different growth do not mix their plans",
-        "cluster/plan.py", "if found is not None and found not in (planned, plan):", "if False:",
-        ("tests/test_plan.py::test_two_drivers_that_plan_different_growth_do_not_mix_their_plans",),
+        "cluster/dataset/plan.py", "if found is not None and found not in (planned, plan):", "if False:",
+        ("tests/cluster/dataset/test_plan.py::test_two_drivers_that_plan_different_growth_do_not_mix_their_plans",),
     ),
     Mutant(
         "a shard is committed by its last put",
-        "cluster/stages/write.py",
+        "cluster/generation/stages/write.py",
         "            self._store.write_bytes(stats_key(row.shard), stats_data)\n"
         "            self._store.write_bytes(shard_key(row.shard), shard_data)\n",
         "            self._store.write_bytes(shard_key(row.shard), shard_data)\n",
-        ("tests/test_generate.py::test_statistics_of_a_shard_follow_img2dataset",),
+        ("tests/cluster/generation/test_generate.py::test_statistics_of_a_shard_follow_img2dataset",),
     ),
     Mutant(
         "a picture does not depend on its neighbours: its slot in the batch",
-        "pcm/isolation.py", "{waiting[index].position % self.batch_size: waiting[index] for index in indices}",
+        "pcm/generation/isolation.py", "{waiting[index].position % self.batch_size: waiting[index] for index in indices}",
         "dict(enumerate(waiting[index] for index in indices))",
-        ("tests/test_isolation.py::test_a_request_always_has_the_same_slot_whoever_is_beside_it",),
+        ("tests/pcm/generation/test_isolation.py::test_a_request_always_has_the_same_slot_whoever_is_beside_it",),
     ),
     Mutant(
         "a picture does not depend on its neighbours: its own random numbers",
-        "pcm/diffusers_generator.py", "prompt=prompts, generator=generators,",
+        "pcm/generation/diffusers_pipeline.py", "prompt=prompts, generator=generators,",
         "prompt=prompts, generator=generators[0],",
-        ("tests/test_diffusers_generator.py::test_a_picture_does_not_depend_on_what_is_drawn_beside_it",),
+        ("tests/pcm/generation/test_diffusers_pipeline.py::test_a_picture_does_not_depend_on_what_is_drawn_beside_it",),
     ),
     Mutant(
         "--retry-quarantined tries these samples and no others",
-        "cluster/stages/merge.py", 'pc.is_in(quarantined["reason"], pa.array(list(reasons), pa.string()))',
+        "cluster/generation/stages/merge.py", 'pc.is_in(quarantined["reason"], pa.array(list(reasons), pa.string()))',
         'pc.is_valid(quarantined["reason"])',
-        ("tests/test_retry.py",),
+        ("tests/cluster/generation/test_retry_quarantined.py",),
     ),
     Mutant(
         "--retry-quarantined, killed between its puts, is ended by the same command",
-        "cluster/stages/merge.py", "return shard_table, quarantined.filter(pc.invert(in_shard))",
+        "cluster/generation/stages/merge.py", "return shard_table, quarantined.filter(pc.invert(in_shard))",
         "return shard_table, quarantined",
-        ("tests/test_retry.py::test_killed_between_its_puts_it_is_seen_and_ended_by_the_same_command",),
+        ("tests/cluster/generation/test_retry_quarantined.py::test_killed_between_its_puts_it_is_seen_and_ended_by_the_same_command",),
     ),
     Mutant(
         "--retry-quarantined, killed between its puts, has lost nothing",
-        "cluster/stages/merge.py", "    store.write_bytes(shard_key(shard), shard_data)\n    if len(quarantined):",
+        "cluster/generation/stages/merge.py", "    store.write_bytes(shard_key(shard), shard_data)\n    if len(quarantined):",
         "    if len(quarantined):",
-        ("tests/test_retry.py::test_killed_between_its_puts_it_is_seen_and_ended_by_the_same_command",),
+        ("tests/cluster/generation/test_retry_quarantined.py::test_killed_between_its_puts_it_is_seen_and_ended_by_the_same_command",),
     ),
     Mutant(
         "--repair makes exactly what is damaged again",
-        "cluster/repair.py", "    draw(found.plan, found.damaged_shards)\n", "",
-        ("tests/test_repair.py::test_exactly_what_is_damaged_is_made_again",),
+        "cluster/generation/repair.py", "    draw(found.plan, found.damaged_shards)\n", "",
+        ("tests/cluster/generation/test_repair.py::test_exactly_what_is_damaged_is_made_again",),
     ),
     Mutant(
         "the gate stops a run whose mean score is too low",
-        "cluster/clip_scores.py", "if scores.mean + 2 * scores.standard_error >= threshold:", "if True:",
-        ("tests/test_progress.py::test_the_gate_closes_only_beyond_doubt_and_shows_an_example",),
+        "cluster/dataset/clip_scores.py", "if scores.mean + 2 * scores.standard_error >= threshold:", "if True:",
+        ("tests/cluster/generation/test_progress.py::test_the_gate_closes_only_beyond_doubt_and_shows_an_example",),
     ),
     Mutant(
         "training: a loss that is no number stops the run, with the batch's ids",
-        "cluster/trainloop.py", "if not math.isfinite(value):", "if False:",
-        ("tests/test_train.py::test_a_loss_that_is_no_number_stops_the_run",),
+        "cluster/training/loop.py", "if not math.isfinite(value):", "if False:",
+        ("tests/cluster/training/test_train.py::test_a_loss_that_is_no_number_stops_the_run",),
     ),
     Mutant(
         "training: an epoch is gone on with where it was left",
-        "cluster/trainloop.py", "first = progress.step - progress.epoch * steps", "first = 0",
-        ("tests/test_train.py::test_a_run_whose_driver_and_worker_were_killed_inside_epochs_equals_an_undisturbed_one",),
+        "cluster/training/loop.py", "first = progress.step - progress.epoch * steps", "first = 0",
+        ("tests/cluster/training/test_train.py::test_a_run_whose_driver_and_worker_were_killed_inside_epochs_equals_an_undisturbed_one",),
     ),
     Mutant(
         "training: rows that fill up the last batch have no targets",
-        "cluster/batches.py", "np.full((rows, shape.max_length), -1, np.int64)",
+        "cluster/training/data/batches.py", "np.full((rows, shape.max_length), -1, np.int64)",
         "np.zeros((rows, shape.max_length), np.int64)",
-        ("tests/test_loader.py::test_padding_rows_of_the_last_batch_have_no_targets",),
+        ("tests/cluster/training/data/test_shuffled.py::test_padding_rows_of_the_last_batch_have_no_targets",),
     ),
     Mutant(
         "training: dropout belongs to the row of the global batch",
-        "cluster/step.py", "row_seed(self._config.seed, step, row) for row in rows",
+        "cluster/training/step.py", "row_seed(self._config.seed, step, row) for row in rows",
         "row_seed(self._config.seed, step, row - rows.start) for row in rows",
-        ("tests/test_step.py::test_four_workers_have_the_losses_of_one_with_dropout_and_with_two_parts_each",),
+        ("tests/cluster/training/test_step.py::test_four_workers_have_the_losses_of_one_with_dropout_and_with_two_parts_each",),
     ),
     Mutant(
         "training: what is wrong with the input is not tried again",
-        "cluster/trainer.py", "return FailureDecision.RAISE", "pass",
-        ("tests/test_train.py::test_an_error_of_the_users_is_not_tried_again",),
+        "cluster/training/ray_trainer.py", "return FailureDecision.RAISE", "pass",
+        ("tests/cluster/training/test_train.py::test_an_error_of_the_users_is_not_tried_again",),
     ),
     Mutant(
         "training: a cache without room is done without",
-        "cluster/shard_cache.py", "except OSError as error:", "except KeyError as error:",
-        ("tests/test_loader.py::test_a_cached_shard_is_not_read_again_and_a_cache_without_room_is_done_without",),
+        "cluster/training/data/shard_cache.py", "except OSError as error:", "except KeyError as error:",
+        ("tests/cluster/training/data/test_shuffled.py::test_a_cached_shard_is_not_read_again_and_a_cache_without_room_is_done_without",),
     ),
     Mutant(
         "training: features that are not finite do not become so in 8 bits",
-        "pcm/quantised.py", "per_unit[scale == 0] = 0.0", "scale[:] = scale.nan_to_num(0, 0)",
-        ("tests/test_quantised.py::test_zeros_stay_zeros_and_what_is_not_finite_does_not_become_so",),
+        "pcm/kernels/quantised.py", "per_unit[scale == 0] = 0.0", "scale[:] = scale.nan_to_num(0, 0)",
+        ("tests/pcm/kernels/test_quantised.py::test_zeros_stay_zeros_and_what_is_not_finite_does_not_become_so",),
     ),
     Mutant(
         "stream: the manifest of an earlier plan is not taken for this one's",
-        "cluster/arriving.py", "return manifest.corpus_fingerprint == plan.corpus_fingerprint", "return True",
-        ("tests/test_stream.py::test_the_manifest_is_waited_for_and_an_older_one_is_not_taken",),
+        "cluster/training/data/arriving.py", "return manifest.corpus_fingerprint == plan.corpus_fingerprint", "return True",
+        ("tests/cluster/training/test_stream.py::test_the_manifest_is_waited_for_and_an_older_one_is_not_taken",),
     ),
     Mutant(
         "a tracker that fails is given up, and training goes on",
-        "cluster/trackers.py", "except BaseException as error:", "except KeyError as error:",
-        ("tests/test_trackers.py::test_a_tracker_that_fails_is_one_warning_without_its_message",),
+        "cluster/training/trackers.py", "except BaseException as error:", "except KeyError as error:",
+        ("tests/cluster/training/test_trackers.py::test_a_tracker_that_fails_is_one_warning_without_its_message",),
     ),
     Mutant(
         "a sweep's finished trial is not trained again",
-        "cluster/trial.py", "if (result := read_result(store)) is not None:", "if (result := None) is not None:",
-        ("tests/test_sweep.py::test_a_finished_sweep_trains_nothing_again",),
+        "cluster/sweep/trial.py", "if (result := read_result(store)) is not None:", "if (result := None) is not None:",
+        ("tests/cluster/sweep/test_sweep.py::test_a_finished_sweep_trains_nothing_again",),
     ),
     Mutant(
         "a pickle cannot set the state of what it builds",
-        "pcm/safe_pickle.py", 'raise pickle.UnpicklingError("it sets the state of something else than an array")',
+        "pcm/safe_pickle/reader.py", 'raise pickle.UnpicklingError("it sets the state of something else than an array")',
         "pass",
-        ("tests/test_safe_pickle.py::test_the_state_of_values_cannot_be_set",),
+        ("tests/pcm/safe_pickle/test_safe_pickle.py::test_the_state_of_values_cannot_be_set",),
     ),
 )  # fmt: skip
 

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
-from cluster.storage import open_store
-from cluster.verify import verify
+from cluster.dataset.verify import verify
+from cluster.store.store import open_store
+from tests.conftest import ROOT
+from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from cluster.verify import verify
 )
 def test_kills_leave_no_trace_in_the_dataset(victims: tuple[str, ...]) -> None:
     captions = 60 * len(victims)
-    command = ["tests/chaos.py", "--victims", ",".join(victims), "--seed", "0", "--captions", str(captions)]
+    command = ["-m", "tests.chaos.chaos", "--victims", ",".join(victims), "--seed", "0", "--captions", str(captions)]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout, done.stderr)
     report = json.loads(done.stdout.splitlines()[-1])

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+
 #: What a package must not import.
 FORBIDDEN = {
     "pcm": {"cluster", "jobs", "tests", "ray", "fsspec", "s3fs", "boto3"},

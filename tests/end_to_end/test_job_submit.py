@@ -17,12 +17,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
-from tiny_dataset import TINY, write_dataset
-from tiny_generation import CAPTIONS, write_corpus
 
-from cluster.storage import open_store
-from cluster.verify import verify
+from cluster.dataset.verify import verify
+from cluster.store.store import open_store
+from tests.conftest import ROOT
+from tests.helpers.tiny_dataset import TINY, write_dataset
+from tests.helpers.tiny_generation import CAPTIONS, write_corpus
 
 RAY = str(Path(sys.executable).with_name("ray"))
 

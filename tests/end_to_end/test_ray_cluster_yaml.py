@@ -2,13 +2,13 @@
 
 import copy
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+
 INSTALL = r"pip install (?:--no-cache-dir )?-c constraints\.txt -e \."
 #: Shapes of secrets: AWS key ids, private keys, anything named like a secret with a literal value.
 SECRET = re.compile(

@@ -12,10 +12,10 @@ from concurrent.futures import Future
 
 import torch
 
-from cluster.stages.draw import DrawShard
-from pcm.isolation import IsolatedDrawing
+from cluster.generation.stages.draw import DrawShard
+from pcm.generation.drawing import UNGUARDED, Drawing, Guard, NullTextToImage, Request, TextToImage
+from pcm.generation.isolation import IsolatedDrawing
 from pcm.spec import GeneratorSpec
-from pcm.text_to_image import UNGUARDED, Drawing, Guard, NullTextToImage, Request, TextToImage
 
 RAISES = "A caption that raises."
 CRASHES = "A caption that kills."

@@ -1,11 +1,10 @@
 """The faults of faulty_generators.py in a real diffusers pipeline."""
 
-from faulty_generators import Faults
-
-from cluster.stages.draw import DrawShard
-from pcm.diffusers_generator import DiffusersTextToImage
+from cluster.generation.stages.draw import DrawShard
+from pcm.generation.diffusers_pipeline import DiffusersTextToImage
+from pcm.generation.drawing import TextToImage
 from pcm.spec import GeneratorSpec
-from pcm.text_to_image import TextToImage
+from tests.helpers.faulty_generators import Faults
 
 
 class FaultyTextToImage(Faults, DiffusersTextToImage):

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import safetensors.torch
-from tiny_generation import make_dataset_in_process, tiny_spec
 
-from cluster.dataset import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY, Manifest, Plan
-from cluster.storage import Store
-from cluster.vocabularies import planned_captions
-from pcm.clip import ClipEncoder
-from pcm.concepts import ConceptVocabulary
-from pcm.vocabulary import Vocabulary
+from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY, Manifest, Plan
+from cluster.dataset.vocabularies import planned_captions
+from cluster.store.store import Store
+from pcm.clip.encoder import ClipEncoder
+from pcm.text.concepts import ConceptVocabulary
+from pcm.text.vocabulary import Vocabulary
+from tests.helpers.tiny_generation import make_dataset_in_process, tiny_spec
 
 #: The third cannot be used, the fifth is longer than CLIP's context in the plan's eyes.
 CAPTIONS = (

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from PIL import Image, ImageDraw
 
-from cluster.dataset import (
+from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     MANIFEST_KEY,
@@ -20,15 +20,15 @@ from cluster.dataset import (
     parquet_bytes,
     shard_key,
 )
-from cluster.storage import open_store
-from cluster.trainconfig import preset
-from pcm.captioner import captioner_files
-from pcm.clip import ClipEncoder
-from pcm.concepts import ConceptVocabulary
-from pcm.model import PCMNet
+from cluster.store.store import open_store
+from cluster.training.config import preset
+from pcm.captioners.captioner import captioner_files
+from pcm.captioners.pcmnet.model import PCMNet
+from pcm.clip.encoder import ClipEncoder
 from pcm.records import STORED, shard_schema
 from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
-from pcm.vocabulary import Vocabulary
+from pcm.text.concepts import ConceptVocabulary
+from pcm.text.vocabulary import Vocabulary
 
 COLOURS = ("red", "green", "blue", "yellow", "white")
 SHAPES = ("square", "circle", "bar")

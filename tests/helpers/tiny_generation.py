@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from cluster.corpus import read_corpus
-from cluster.dataset import Manifest, Plan
-from cluster.generate import GenerationResult, generate, write_manifest
-from cluster.models import pin_clip, pin_t2i
-from cluster.plan import make_plan
-from cluster.pools import Pools
-from cluster.resume import committed
-from cluster.stages.draw import DrawShard
-from cluster.stages.featurise import FeaturiseShard
-from cluster.stages.write import WriteShard
-from cluster.storage import Store, open_store
+from cluster.dataset.committed import committed
+from cluster.dataset.layout import Manifest, Plan
+from cluster.dataset.plan import make_plan
+from cluster.generation.generate import GenerationResult, generate, write_manifest
+from cluster.generation.pinning import pin_clip, pin_t2i
+from cluster.generation.pools import Pools
+from cluster.generation.stages.draw import DrawShard
+from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.generation.stages.write import WriteShard
+from cluster.sources.corpus import read_corpus
+from cluster.store.store import Store, open_store
 from pcm.records import FeatureShape
 from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
 
@@ -43,7 +43,7 @@ def null_spec(**generator: object) -> DatasetSpec:
 
 
 def tiny_spec(t2i: Path, clip: Path | None = None, *, images_per_caption: int = 1, **generator: object) -> DatasetSpec:
-    """The tiny models of tests/tiny_models.py, two steps, batches of four."""
+    """The tiny models of tests/helpers/tiny_models.py, two steps, batches of four."""
     defaults = {"num_inference_steps": 2, "guidance_scale": 2.0, "batch_size": 4}
     clip_name = str(clip) if clip else "null"
     return DatasetSpec(

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from slow_pcmnet import Settings, SlowPCMNet, slow_loss
 from torch import Tensor
+
+from tests.helpers.slow_pcmnet import Settings, SlowPCMNet, slow_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from pcm.embedded.scenes import SceneSet
-from pcm.embedded.world import NOUNS, PLACES, SIZE
+from pcm.embedded.making.scenes import SceneSet
+from pcm.embedded.making.world import NOUNS, PLACES, SIZE
 
 #: Index into NOUNS -> name, of the nouns that the squares stand for.
 SQUARES = {index: NOUNS[index].name for index in (0, 3, 8, 12)}

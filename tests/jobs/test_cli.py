@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 import jobs
 from jobs.cli import make_parser, run_job
 from pcm.errors import InputError
+from tests.conftest import ROOT
 
 SHARED = {"cli", "spec_arguments"}  # parts of jobs, not jobs
 JOBS = sorted({module.name for module in pkgutil.iter_modules(jobs.__path__)} - SHARED)

@@ -8,21 +8,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import JobRun
 from PIL import Image
-from tiny_generation import make_dataset_in_process, tiny_spec, write_corpus
-from tiny_models import save_tiny_clip
 
-from cluster.dataset import load_plan, quarantine_key, shard_key
-from cluster.mixture import DataSource, open_training_sets
-from cluster.photos import in_slots
-from cluster.storage import Store, open_store
-from cluster.verify import verify
-from cluster.vocabularies import store_vocabularies
-from pcm.clip import ClipEncoder
+from cluster.dataset.layout import load_plan, quarantine_key, shard_key
+from cluster.dataset.verify import verify
+from cluster.dataset.vocabularies import store_vocabularies
+from cluster.ingest.photos import in_slots
+from cluster.store.store import Store, open_store
+from cluster.training.data.mixture import DataSource, open_training_sets
+from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
+from pcm.generation.drawing import load_generator
 from pcm.images import open_image
-from pcm.text_to_image import load_generator
+from tests.conftest import JobRun
+from tests.helpers.tiny_generation import make_dataset_in_process, tiny_spec, write_corpus
+from tests.helpers.tiny_models import save_tiny_clip
 
 CAPTIONS = ("A dog runs.", "A brown dog on grass.", "The dog plays.", "An animal outside.", "Dogs love grass!")
 SIZES = {"one.jpg": (40, 30), "two.jpg": (33, 70), "big.png": (1500, 900), "four.jpg": (64, 64), "test.jpg": (32, 32)}
@@ -154,7 +154,7 @@ def test_clip_sees_a_photo_once_for_all_its_captions(featurise, world, tmp_path,
         opened.append(name)
         return open_image(source, name=name)
 
-    monkeypatch.setattr("cluster.photos.open_image", counted)  # what the encoder opens; it runs all the same
+    monkeypatch.setattr("cluster.ingest.photos.open_image", counted)  # what the encoder opens; it runs all the same
     done = featurise(tmp_path / "out", captions=tmp_path / "shuffled.csv", shard_size=5)
     assert (done.summary["stored"], done.summary["photos"]) == (15, 3)
     assert sorted(name.partition("#")[0] for name in opened) == sorted(names)
@@ -205,7 +205,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(featurise, world, tmp_path, 
     for said, changed in {"clip.revision": {"clip": other}, "shard_size: 7 -> 8": {"shard_size": 8}}.items():
         done = featurise(tmp_path / "out", limit=2, **changed)
         assert done.returncode == 2 and said in done.stderr
-    monkeypatch.setattr("cluster.photos.MAX_SHARD_BYTES", 1000)
+    monkeypatch.setattr("cluster.ingest.photos.MAX_SHARD_BYTES", 1000)
     done = featurise(tmp_path / "huge")
     assert done.returncode == 2 and "give a smaller --shard-size" in done.stderr
 

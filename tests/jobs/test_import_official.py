@@ -15,21 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
 from PIL import Image
-from published import make_complete_dataset
 from safetensors.torch import load_file
-from seaweedfs import BUCKET
-from tiny_models import save_tiny_clip
 
-from cluster.dataset import CLIP_HEAD_KEY, VOCABULARY_KEY, Manifest, Plan, load_manifest, shard_key
-from cluster.export import ExportOptions, export_dataset
-from cluster.storage import Store, open_store
-from cluster.verify import verify
-from pcm.captioner import CONCEPTS_FILE, MODEL_FILE, VOCABULARY_FILE, Captioner
-from pcm.clip import ImageFeatures
+from cluster.dataset.layout import CLIP_HEAD_KEY, VOCABULARY_KEY, Manifest, Plan, load_manifest, shard_key
+from cluster.dataset.verify import verify
+from cluster.export.export import ExportOptions, export_dataset
+from cluster.store.store import Store, open_store
+from pcm.captioners.captioner import CONCEPTS_FILE, MODEL_FILE, VOCABULARY_FILE, Captioner
+from pcm.clip.encoder import ImageFeatures
 from pcm.errors import InputError
-from pcm.official_files import (
+from pcm.official.files import (
     concepts_from_pickle,
     features_from_npz,
     features_to_npz,
@@ -37,9 +33,14 @@ from pcm.official_files import (
     sentence_of,
     stack_sentences,
 )
-from pcm.vocabulary import Vocabulary
+from pcm.text.vocabulary import Vocabulary
+from tests.conftest import ROOT
+from tests.helpers.paths import DATA
+from tests.helpers.published import make_complete_dataset
+from tests.helpers.seaweedfs import BUCKET
+from tests.helpers.tiny_models import save_tiny_clip
 
-GOLDEN = Path(__file__).parent / "data" / "pcmnet_small.safetensors"
+GOLDEN = DATA / "pcmnet_small.safetensors"
 LENGTH = 12
 
 

@@ -3,7 +3,7 @@
 from PIL import Image
 
 from pcm.contact_sheet import Cell, contact_sheet
-from pcm.embedded.graded_sheet import graded
+from pcm.embedded.making.graded_sheet import graded
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 

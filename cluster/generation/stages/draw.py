@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from cluster.dataset import plan_part_key, read_table
-from cluster.plan import USABLE_REASONS, sample_id
-from cluster.stages.merge import to_retry
-from cluster.stages.shard_row import ShardRow
-from cluster.storage import Store
+from cluster.dataset.layout import plan_part_key, read_table
+from cluster.dataset.plan import USABLE_REASONS, sample_id
+from cluster.generation.stages.merge import to_retry
+from cluster.generation.stages.shard_row import ShardRow
+from cluster.store.store import Store
+from pcm.generation.drawing import UNGUARDED, Drawing, Request, TextToImage, load_generator
 from pcm.spec import DatasetSpec, GeneratorSpec
-from pcm.text_to_image import UNGUARDED, Drawing, Request, TextToImage, load_generator
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-    from cluster.monitor import FaultPolicy
-    from cluster.stages.guard import RunGuard
+    from cluster.generation.stages.guard import RunGuard
+    from cluster.generation.stages.monitor import FaultPolicy
 
 LONGEST_WAIT = 60.0  # seconds that a generator waits for its shards to be stored before it draws the next all the same
 
@@ -116,7 +116,7 @@ def _wait_for_room(monitor: "ActorHandle", shard: int) -> None:
 
 
 def _run_guard(monitor: "ActorHandle", policy: "FaultPolicy", spec: GeneratorSpec) -> "RunGuard":
-    from cluster.stages.guard import RunGuard  # brings torch, which the null generator needs not
+    from cluster.generation.stages.guard import RunGuard  # brings torch, which the null generator needs not
 
     return RunGuard(monitor, policy, compiles=spec.compile != "none")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import pyarrow as pa
 
-from cluster.stages.shard_row import ERRORS_KEPT, ShardRow
+from cluster.generation.stages.shard_row import ERRORS_KEPT, ShardRow
 from pcm.errors import InputError
 from pcm.images import open_image
 from pcm.records import FeatureShape
@@ -20,7 +20,7 @@ from pcm.spec import ClipSpec
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-    from pcm.clip import ClipEncoder, ImageFeatures
+    from pcm.clip.encoder import ClipEncoder, ImageFeatures
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class FeaturiseShard:
         self, drawn: pa.Table, rows: list[int], bad: list[int]
     ) -> "Iterator[tuple[list[int], ImageFeatures, np.ndarray]]":
         """(rows, features, text features) batch by batch; rows on which CLIP raises alone go to `bad`."""
-        from pcm.faults import first_line, free_memory, is_out_of_memory, is_sticky
+        from pcm.generation.model_faults import first_line, free_memory, is_out_of_memory, is_sticky
 
         assert self._encoder is not None
         waiting = [rows]
@@ -173,7 +173,7 @@ def _end_process(monitor: "ActorHandle", shard: int, said: str) -> NoReturn:
 def _load_encoder(spec: ClipSpec) -> "ClipEncoder":
     import torch
 
-    from pcm.clip import ClipEncoder  # seconds to import, and null needs none of it
+    from pcm.clip.encoder import ClipEncoder  # seconds to import, and null needs none of it
 
     if spec.device == "cpu":
         torch.set_num_threads(spec.cpu_threads)

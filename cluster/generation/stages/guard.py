@@ -10,12 +10,12 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster.monitor import FaultPolicy, ShardFaults
-from cluster.stages.shard_row import ERRORS_KEPT
-from cluster.stages.watchdog import Watchdog
+from cluster.generation.stages.monitor import FaultPolicy, ShardFaults
+from cluster.generation.stages.shard_row import ERRORS_KEPT
+from cluster.generation.stages.watchdog import Watchdog
 from pcm.errors import InputError
-from pcm.faults import first_line
-from pcm.text_to_image import Guard, Request
+from pcm.generation.drawing import Guard, Request
+from pcm.generation.model_faults import first_line
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from collections.abc import Collection
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.dataset import parquet_bytes, quarantine_key, read_table, shard_key, stats_key
-from cluster.storage import Store
+from cluster.dataset.layout import parquet_bytes, quarantine_key, read_table, shard_key, stats_key
+from cluster.store.store import Store
 
 
 def to_retry(store: Store, shard: int, planned: pa.Table, reasons: Collection[str]) -> pa.Table:

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.dataset import parquet_bytes, quarantine_key, shard_key, stats_key
-from cluster.stages.merge import merge_retried, replace_shard
-from cluster.stages.shard_row import ShardRow
-from cluster.storage import Store
+from cluster.dataset.layout import parquet_bytes, quarantine_key, shard_key, stats_key
+from cluster.generation.stages.merge import merge_retried, replace_shard
+from cluster.generation.stages.shard_row import ShardRow
+from cluster.store.store import Store
 from pcm.records import QUARANTINE_SCHEMA, QUARANTINED, STORED, FeatureShape, shard_schema
 
 

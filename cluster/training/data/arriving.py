@@ -1,9 +1,10 @@
 """The first epoch of a dataset that is still being made: batches in the order of the plan, as its shards are committed.
 
-An epoch over a finished dataset is shuffled over all of it (cluster.loader); one that begins before there is a dataset
-cannot be. Here the shards come as they are planned, each shard's rows permuted, and batch b takes the rows from b * G
-on. So the batches are a function of (data, seed) alone - whenever a shard arrives, however many workers there are - and
-step s can be resumed at. Every rank reads every shard, which costs little: they arrive at the speed of generation.
+An epoch over a finished dataset is shuffled over all of it (cluster.training.data.shuffled); one that begins before
+there is a dataset cannot be. Here the shards come as they are planned, each shard's rows permuted, and batch b takes
+the rows from b * G on. So the batches are a function of (data, seed) alone - whenever a shard arrives, however many
+workers there are - and step s can be resumed at. Every rank reads every shard, which costs little: they arrive at the
+speed of generation.
 """
 
 import logging
@@ -13,13 +14,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cluster.batches import Batch, BatchShape, Decoded, OpenBatch, in_background
-from cluster.dataset import Manifest, Plan, load_manifest, shard_key
-from cluster.rows import read_rows, read_shard
-from cluster.selection import RowFilter
-from cluster.storage import Store
+from cluster.dataset.layout import Manifest, Plan, load_manifest, shard_key
+from cluster.dataset.rows import read_rows, read_shard
+from cluster.store.store import Store
+from cluster.training.data.batches import Batch, BatchShape, Decoded, OpenBatch, in_background
+from cluster.training.data.selection import RowFilter
 from pcm.errors import InputError
-from pcm.vocabulary import Vocabulary
+from pcm.text.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 

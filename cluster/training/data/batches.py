@@ -8,10 +8,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from cluster.rows import Rows
+from cluster.dataset.rows import Rows
 from pcm.errors import InputError
 from pcm.records import FeatureShape
-from pcm.vocabulary import Vocabulary
+from pcm.text.vocabulary import Vocabulary
 
 _Item = TypeVar("_Item")
 
@@ -62,7 +62,7 @@ class BatchShape:
     max_length: int
     rank: int = 0
     num_workers: int = 1
-    int8: bool = False  # patch features as pcm.quantised has them
+    int8: bool = False  # patch features as pcm.kernels.quantised has them
 
     def __post_init__(self) -> None:
         if self.batch_size % self.num_workers:

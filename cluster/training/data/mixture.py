@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from cluster.dataset import (
+from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     MANIFEST_KEY,
@@ -21,13 +21,13 @@ from cluster.dataset import (
     Plan,
     load_manifest,
 )
-from cluster.rows import read_shard
-from cluster.storage import Store, open_store
-from cluster.vocabularies import MIN_WORD_COUNT, SMALL_CORPUS
-from pcm.concepts import ConceptVocabulary
+from cluster.dataset.rows import read_shard
+from cluster.dataset.vocabularies import MIN_WORD_COUNT, SMALL_CORPUS
+from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from pcm.records import FeatureShape
-from pcm.vocabulary import Vocabulary
+from pcm.text.concepts import ConceptVocabulary
+from pcm.text.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 

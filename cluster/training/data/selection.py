@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.dataset import Manifest
-from cluster.rows import read_shard
-from cluster.storage import Store
+from cluster.dataset.layout import Manifest
+from cluster.dataset.rows import read_shard
+from cluster.store.store import Store
 
 _INDEX_THREADS = 8
 

@@ -1,7 +1,8 @@
 """Decoded shards as raw arrays on a local disk or in /dev/shm, shared by all workers of a machine.
 
-For datasets that lie far away, or whose features Arrow has to decode (see cluster.feature_pages): a shard is fetched
-and decoded once. A dataset of ours on a local disk is read faster without, unless features are kept in 8 bits.
+For datasets that lie far away, or whose features Arrow has to decode (see cluster.dataset.feature_pages): a shard is
+fetched and decoded once. A dataset of ours on a local disk is read faster without, unless features are kept in 8
+bits.
 """
 
 import json
@@ -15,8 +16,8 @@ from typing import Literal
 
 import numpy as np
 
-from cluster.rows import Rows, no_scale, read_rows
-from cluster.storage import Store
+from cluster.dataset.rows import Rows, no_scale, read_rows
+from cluster.store.store import Store
 from pcm.records import FeatureShape
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ _MAPPED_SHARE = 0.5
 
 @dataclass(frozen=True)
 class ShardCache:
-    """`folder` belongs to one dataset in one state, and to `int8` features (pcm.quantised) or those as stored:
+    """`folder` belongs to one dataset in one state, and to `int8` features (pcm.kernels.quantised) or those as stored:
     whoever makes a cache names it by the manifest's digest and that.
 
     A shard is there as a whole or not at all. Where it cannot be written (the disk is full), it is read as without a
@@ -41,7 +42,7 @@ class ShardCache:
     int8: bool = False
 
     def read_rows(self, store: Store, key: str, rows: np.ndarray, features: FeatureShape) -> Rows:
-        """cluster.rows.read_rows by way of the cache."""
+        """cluster.dataset.rows.read_rows by way of the cache."""
         place = self.folder / key
         if not place.exists():
             decoded = read_rows(store, key, None, features)

@@ -25,14 +25,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.batches import Batch, BatchShape, Decoded, OpenBatch, in_background
-from cluster.rows import Rows, read_rows
-from cluster.selection import Selection
-from cluster.shard_cache import ShardCache
-from cluster.storage import Store
+from cluster.dataset.rows import Rows, read_rows
+from cluster.store.store import Store
+from cluster.training.data.batches import Batch, BatchShape, Decoded, OpenBatch, in_background
+from cluster.training.data.selection import Selection
+from cluster.training.data.shard_cache import ShardCache
 from pcm.errors import InputError
 from pcm.records import FeatureShape
-from pcm.vocabulary import Vocabulary
+from pcm.text.vocabulary import Vocabulary
 
 #: Selections whose features take at most this many bytes in memory are decoded once.
 CACHE_BYTES = 2 << 30

@@ -12,10 +12,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from pcm.captioners.pcmnet.model import Encoded, PCMNet
+from pcm.captioners.pcmnet.transformer import DecoderBlock
 from pcm.errors import InputError
-from pcm.linear import packed
-from pcm.model import Encoded, PCMNet
-from pcm.transformer import DecoderBlock
+from pcm.kernels.linear import packed
 
 #: Id of BOS, EOS and padding alike.
 BOS = EOS = 0

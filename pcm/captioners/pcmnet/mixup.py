@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcm.config import PCMNetConfig
-from pcm.dropout import Dropout, normal_like
+from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.errors import InputError
-from pcm.linear import Linear
+from pcm.kernels.dropout import Dropout, normal_like
+from pcm.kernels.linear import Linear
 
 #: How textual patches enter the sequence. "replace": selected patches become textual, 1 + N positions (training).
 #: "append": N more positions, those of unselected patches masked, 1 + 2N (inference, as published). "append_selected":

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pcm.config import PCMNetConfig
-from pcm.dropout import Dropout
+from pcm.captioners.pcmnet.config import PCMNetConfig
+from pcm.captioners.pcmnet.mixup import Layout, MixUp, VisualEmbedding, unit
+from pcm.captioners.pcmnet.transformer import DecoderBlock, EncoderBlock
 from pcm.errors import InputError
-from pcm.linear import Linear
-from pcm.mixup import Layout, MixUp, VisualEmbedding, unit
-from pcm.transformer import DecoderBlock, EncoderBlock
+from pcm.kernels.dropout import Dropout
+from pcm.kernels.linear import Linear
 
 __all__ = ["Encoded", "PCMNet", "PCMNetConfig", "sinusoid"]
 

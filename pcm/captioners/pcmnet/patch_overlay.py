@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pcm.mixup import MixUp
+from pcm.captioners.pcmnet.mixup import MixUp
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcm.dropout import Dropout
-from pcm.linear import Linear
+from pcm.kernels.dropout import Dropout
+from pcm.kernels.linear import Linear
 
 #: LayerNorm epsilon inside the blocks; the embeddings and the global fusion use PyTorch's default, 1e-5.
 BLOCK_NORM_EPS = 1e-12

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pcm.embedded.backgrounds import background
-from pcm.embedded.world import BY_NAME, DOMAINS, MIXED, NOUNS, SEEN_STYLES, SIZE, Scene, Thing
+from pcm.embedded.making.backgrounds import background
+from pcm.embedded.making.world import BY_NAME, DOMAINS, MIXED, NOUNS, SEEN_STYLES, SIZE, Scene, Thing
 from pcm.errors import InputError
 
 ART_PACKAGES = {

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import pcm.torchvision_shim  # noqa: F401  - before diffusers
-from pcm.embedded.clip_training import as_input
-from pcm.embedded.scenes import SceneSet
-from pcm.embedded.training_state import earlier_weights, rate_factor, save_state
-from pcm.embedded.world import SIZE
+from pcm.embedded.making.clip_training import as_input
+from pcm.embedded.making.scenes import SceneSet
+from pcm.embedded.making.training_state import earlier_weights, rate_factor, save_state
+from pcm.embedded.making.world import SIZE
 
 log = logging.getLogger(__name__)
 

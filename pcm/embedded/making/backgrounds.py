@@ -2,7 +2,7 @@
 
 import random
 
-from pcm.embedded.world import SIZE, Scene
+from pcm.embedded.making.world import SIZE, Scene
 from pcm.errors import InputError
 
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 from itertools import groupby
 
-from pcm.embedded.world import BY_NAME, FIRST, PAINTER_STYLE, Domain, Noun, Scene, sample_scene
+from pcm.embedded.making.world import BY_NAME, FIRST, PAINTER_STYLE, Domain, Noun, Scene, sample_scene
 
 PLACE_PHRASES = {
     "grass": ("on the grass", "on the grass", "in a grassy field", "in a field"),

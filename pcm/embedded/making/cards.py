@@ -1,8 +1,8 @@
 """The pack's texts: model card and licences. Lines are as long as Markdown tables and templates need."""
 # ruff: noqa: E501
 
-from pcm.embedded.t2i_training import GUIDANCE, STEPS
-from pcm.embedded.world import COLOURS, FIRST, NOUNS, PAINTER_STYLE, PLACES, SECOND, SEEN_STYLES
+from pcm.embedded.making.t2i_training import GUIDANCE, STEPS
+from pcm.embedded.making.world import COLOURS, FIRST, NOUNS, PAINTER_STYLE, PLACES, SECOND, SEEN_STYLES
 
 PREVIOUS = "403e839"  # whose pack the models of this one began with
 

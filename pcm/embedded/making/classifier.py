@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcm.embedded.clip_views import GRID, as_input, augment, moved, patch_labels
-from pcm.embedded.scenes import SceneSet
-from pcm.embedded.training_state import rate_factor, save_state
-from pcm.embedded.world import NOUNS, PLACES
+from pcm.embedded.making.clip_views import GRID, as_input, augment, moved, patch_labels
+from pcm.embedded.making.scenes import SceneSet
+from pcm.embedded.making.training_state import rate_factor, save_state
+from pcm.embedded.making.world import NOUNS, PLACES
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)

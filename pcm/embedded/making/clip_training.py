@@ -21,11 +21,20 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pcm.torchvision_shim  # noqa: F401  - before open_clip
-from pcm.embedded.clip_views import GRID, PATCH, KeepSomePatches, as_input, augment, moved, patch_labels, present_nouns
-from pcm.embedded.scenes import SceneSet
-from pcm.embedded.tokens import CONTEXT_LENGTH, PROMPTS, build_tokenizer
-from pcm.embedded.training_state import rate_factor, save_state
-from pcm.embedded.world import NOUNS, SIZE
+from pcm.embedded.making.clip_views import (
+    GRID,
+    PATCH,
+    KeepSomePatches,
+    as_input,
+    augment,
+    moved,
+    patch_labels,
+    present_nouns,
+)
+from pcm.embedded.making.scenes import SceneSet
+from pcm.embedded.making.tokens import CONTEXT_LENGTH, PROMPTS, build_tokenizer
+from pcm.embedded.making.training_state import rate_factor, save_state
+from pcm.embedded.making.world import NOUNS, SIZE
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcm.embedded.world import NOUNS, SIZE
+from pcm.embedded.making.world import NOUNS, SIZE
 
 PATCH = 8
 GRID = SIZE // PATCH

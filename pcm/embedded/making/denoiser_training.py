@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pcm.torchvision_shim  # noqa: F401  - before diffusers
-from pcm.embedded.autoencoder_training import LATENT_CHANNELS, LATENT_SIZE
-from pcm.embedded.text_training import WIDTH as TEXT_WIDTH
-from pcm.embedded.training_state import rate_factor, save_state
+from pcm.embedded.making.autoencoder_training import LATENT_CHANNELS, LATENT_SIZE
+from pcm.embedded.making.text_training import WIDTH as TEXT_WIDTH
+from pcm.embedded.making.training_state import rate_factor, save_state
 
 log = logging.getLogger(__name__)
 

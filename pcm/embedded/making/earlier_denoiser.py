@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import pcm.torchvision_shim  # noqa: F401  - before transformers
-from pcm.embedded.text_training import text_states
-from pcm.embedded.training_state import earlier_weights
+from pcm.embedded.making.text_training import text_states
+from pcm.embedded.making.training_state import earlier_weights
 
 CAPTIONS = 3000  # that the prediction is fitted on
 _READS_TEXT = ("attn2.to_k.weight", "attn2.to_v.weight")

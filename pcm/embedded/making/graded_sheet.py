@@ -9,8 +9,8 @@ from PIL import Image
 
 import pcm.torchvision_shim  # noqa: F401  - before open_clip
 from pcm.contact_sheet import Cell, contact_sheet
-from pcm.embedded.clip_views import as_input
-from pcm.embedded.judging import Painted, load_clip
+from pcm.embedded.making.clip_views import as_input
+from pcm.embedded.making.judging import Painted, load_clip
 
 COLUMNS = 8
 

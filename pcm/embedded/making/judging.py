@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 import pcm.torchvision_shim  # noqa: F401  - before open_clip and diffusers
-from pcm.embedded.captions import describe
-from pcm.embedded.clip_training import measure
-from pcm.embedded.scenes import SceneSet
-from pcm.embedded.t2i_training import GUIDANCE, STEPS
-from pcm.embedded.world import DOMAINS, PAINTER_STYLE, Domain, Noun, Scene, sample_scene
+from pcm.embedded.making.captions import describe
+from pcm.embedded.making.clip_training import measure
+from pcm.embedded.making.scenes import SceneSet
+from pcm.embedded.making.t2i_training import GUIDANCE, STEPS
+from pcm.embedded.making.world import DOMAINS, PAINTER_STYLE, Domain, Noun, Scene, sample_scene
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from pcm.embedded import CORPORA, test_set_file
-from pcm.embedded.captions import CORPUS_SIZE, corpus
-from pcm.embedded.cards import LICENSES, model_card
-from pcm.embedded.classifier import recognised
-from pcm.embedded.clip_training import new_clip, save_clip
-from pcm.embedded.graded_sheet import graded_sheet
-from pcm.embedded.judging import Painted, contact_sheet, judge_clip, judge_scenes, paint
-from pcm.embedded.scenes import SceneSet
-from pcm.embedded.test_sets import write_test_set
-from pcm.embedded.world import DOMAINS, PLACES
+from pcm.embedded.making.captions import CORPUS_SIZE, corpus
+from pcm.embedded.making.cards import LICENSES, model_card
+from pcm.embedded.making.classifier import recognised
+from pcm.embedded.making.clip_training import new_clip, save_clip
+from pcm.embedded.making.graded_sheet import graded_sheet
+from pcm.embedded.making.judging import Painted, contact_sheet, judge_clip, judge_scenes, paint
+from pcm.embedded.making.scenes import SceneSet
+from pcm.embedded.making.test_sets import write_test_set
+from pcm.embedded.making.world import DOMAINS, PLACES
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pcm.embedded.art import Artist
-from pcm.embedded.captions import describe
-from pcm.embedded.world import (
+from pcm.embedded.making.art import Artist
+from pcm.embedded.making.captions import describe
+from pcm.embedded.making.world import (
     COLOURS,
     FIRST,
     MOST_THINGS,

@@ -12,12 +12,12 @@ from typing import Any  # diffusers' and transformers' classes: their types tell
 import numpy as np
 
 import pcm.torchvision_shim  # noqa: F401  - before diffusers
-from pcm.embedded.autoencoder_training import AutoencoderTraining, encode_set, train_autoencoder
-from pcm.embedded.denoiser_training import DenoiserTraining, finished_denoiser, new_scheduler, train_denoiser
-from pcm.embedded.earlier_denoiser import begun_denoiser
-from pcm.embedded.scenes import SceneSet
-from pcm.embedded.text_training import TextTraining, text_states, train_text_encoder
-from pcm.embedded.tokens import build_tokenizer
+from pcm.embedded.making.autoencoder_training import AutoencoderTraining, encode_set, train_autoencoder
+from pcm.embedded.making.denoiser_training import DenoiserTraining, finished_denoiser, new_scheduler, train_denoiser
+from pcm.embedded.making.earlier_denoiser import begun_denoiser
+from pcm.embedded.making.scenes import SceneSet
+from pcm.embedded.making.text_training import TextTraining, text_states, train_text_encoder
+from pcm.embedded.making.tokens import build_tokenizer
 
 STEPS = 8  # of the sampler: what jobs.generate takes for the embedded model, and what the model is judged with
 GUIDANCE = 3.0

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pcm.embedded.art import Artist
-from pcm.embedded.captions import references
-from pcm.embedded.world import FIRST, Domain, Scene, sample_scene
+from pcm.embedded.making.art import Artist
+from pcm.embedded.making.captions import references
+from pcm.embedded.making.world import FIRST, Domain, Scene, sample_scene
 
 REFERENCES = 5
 FEATURES = {

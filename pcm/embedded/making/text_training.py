@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pcm.torchvision_shim  # noqa: F401  - before transformers
-from pcm.embedded.scenes import SceneSet
-from pcm.embedded.tokens import CONTEXT_LENGTH
-from pcm.embedded.training_state import rate_factor, save_state
-from pcm.embedded.world import COLOURS, NOUNS, PLACES
+from pcm.embedded.making.scenes import SceneSet
+from pcm.embedded.making.tokens import CONTEXT_LENGTH
+from pcm.embedded.making.training_state import rate_factor, save_state
+from pcm.embedded.making.world import COLOURS, NOUNS, PLACES
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pcm.embedded.captions import corpus
-from pcm.embedded.world import DOMAINS, NOUNS
+from pcm.embedded.making.captions import corpus
+from pcm.embedded.making.world import DOMAINS, NOUNS
 
 CONTEXT_LENGTH = 24  # start and end included: 22 words
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"

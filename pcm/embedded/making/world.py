@@ -1,7 +1,8 @@
 """The drawn world: which nouns, places and colours exist, its two domains, and how a scene is composed.
 
-A scene is one to three things in one place. `sample_scene` draws one at random; `pcm.embedded.art` draws its picture
-and `pcm.embedded.captions` says it in words. Nothing here renders anything, so it needs no drawing library.
+A scene is one to three things in one place. `sample_scene` draws one at random; `pcm.embedded.making.art` draws its
+picture and `pcm.embedded.making.captions` says it in words. Nothing here renders anything, so it needs no drawing
+library.
 
 The two domains stand to each other as MSCOCO and Flickr30k do: other nouns and places, other sentences, and "real
 photos" in another drawing style. No training sees either of those two styles.

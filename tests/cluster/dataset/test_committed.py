@@ -8,7 +8,16 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from tiny_generation import (
+
+from cluster.dataset import committed as committed_module
+from cluster.dataset.committed import committed, load_group, num_groups
+from cluster.dataset.layout import MANIFEST_KEY, Plan, group_key, load_manifest, shard_key, stats_key
+from cluster.dataset.verify import verify
+from cluster.generation.generate import write_manifest
+from cluster.generation.stages.featurise import NULL_FEATURES
+from cluster.store.store import Store, open_store
+from pcm.errors import InputError
+from tests.helpers.tiny_generation import (
     draw_in_process,
     make_dataset,
     make_dataset_in_process,
@@ -17,15 +26,6 @@ from tiny_generation import (
     write_corpus,
 )
 
-from cluster import resume
-from cluster.dataset import MANIFEST_KEY, Plan, group_key, load_manifest, shard_key, stats_key
-from cluster.generate import write_manifest
-from cluster.resume import committed, load_group, num_groups
-from cluster.stages.featurise import NULL_FEATURES
-from cluster.storage import Store, open_store
-from cluster.verify import verify
-from pcm.errors import InputError
-
 CAPTIONS = [f"caption number {index}" for index in range(18)]
 SHARDS = 9
 
@@ -33,7 +33,7 @@ SHARDS = 9
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every group beyond the first would need a thousand shards: here all are believed as in a large dataset."""
-    monkeypatch.setattr(resume, "LISTED_GROUPS", 0)
+    monkeypatch.setattr(committed_module, "LISTED_GROUPS", 0)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_few_groups_are_listed_all_the_same_and_a_lost_shard_is_found(
     store, plan = dataset
     store.delete(shard_key(3))
     assert missing(store, plan) == [], "a large dataset believes its group object"
-    monkeypatch.setattr(resume, "LISTED_GROUPS", 16)
+    monkeypatch.setattr(committed_module, "LISTED_GROUPS", 16)
     assert missing(store, plan) == [3]
 
 
@@ -206,7 +206,7 @@ def test_a_manifest_is_left_to_the_run_that_planned_more(dataset: tuple[Store, P
 def test_more_shards_than_one_run_of_the_pools_takes_are_made_all_the_same(
     finished: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.generate.SHARDS_AT_ONCE", 4)  # three runs for nine shards
+    monkeypatch.setattr("cluster.generation.generate.SHARDS_AT_ONCE", 4)  # three runs for nine shards
     made = make_dataset(tmp_path / "data", finished / "captions.txt", null_spec(), shard_size=2)
     assert made.result.generated == len(CAPTIONS)
     assert verify(made.store)["fingerprint"] == verify(open_store(finished / "data"))["fingerprint"]

@@ -8,15 +8,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from seaweedfs import S3Server
 
-from cluster.dataset import parquet_bytes
-from cluster.feature_pages import plain_matrices
-from cluster.rows import MATRICES, read_rows
-from cluster.storage import open_store
-from cluster.thrift_compact import Malformed, read_struct
+from cluster.dataset.feature_pages import plain_matrices
+from cluster.dataset.layout import parquet_bytes
+from cluster.dataset.rows import MATRICES, read_rows
+from cluster.dataset.thrift_compact import Malformed, read_struct
+from cluster.store.store import open_store
 from pcm.errors import InputError
 from pcm.records import FeatureShape, shard_schema
+from tests.helpers.seaweedfs import S3Server
 
 FEATURES = FeatureShape(embed_dim=24, patch_dim=96, num_patches=5)
 ROWS = 37

@@ -6,16 +6,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from tiny_generation import CAPTIONS, make_dataset_in_process, null_spec, plan_dataset, write_corpus
 
-from cluster.corpus import CorpusRecord, read_corpus, source_digest
-from cluster.dataset import CorpusSource, Plan, load_manifest, load_plan, plan_part_key, read_table
-from cluster.plan import make_plan, parse_sample_id, sample_id
-from cluster.storage import Store, open_store
-from cluster.verify import verify
-from cluster.vocabularies import store_vocabularies, vocabularies_stored
+from cluster.dataset.layout import CorpusSource, Plan, load_manifest, load_plan, plan_part_key, read_table
+from cluster.dataset.plan import make_plan, parse_sample_id, sample_id
+from cluster.dataset.verify import verify
+from cluster.dataset.vocabularies import store_vocabularies, vocabularies_stored
+from cluster.sources.corpus import CorpusRecord, read_corpus, source_digest
+from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from pcm.spec import DatasetSpec
+from tests.helpers.tiny_generation import CAPTIONS, make_dataset_in_process, null_spec, plan_dataset, write_corpus
 
 SPEC = null_spec()
 MIXED = [
@@ -324,7 +324,7 @@ def test_an_unchanged_source_is_not_read_and_a_changed_one_is(tmp_path: Path) ->
 
 
 def test_more_shards_than_keys_have_digits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.plan.MAX_SHARDS", 4)
+    monkeypatch.setattr("cluster.dataset.plan.MAX_SHARDS", 4)
     with pytest.raises(InputError, match="more than 4 shards: give a larger --shard-size"):
         grow(tmp_path, CAPTIONS)
     assert load_plan(open_store(tmp_path / "out")) is None

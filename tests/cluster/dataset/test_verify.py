@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_generation import CAPTIONS, make_dataset_in_process, null_spec, plan_dataset, write_corpus
 
-from cluster.dataset import MANIFEST_KEY, PLAN_KEY, parquet_bytes, plan_part_key, quarantine_key, shard_key
-from cluster.storage import open_store
-from cluster.verify import verify
+from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, parquet_bytes, plan_part_key, quarantine_key, shard_key
+from cluster.dataset.verify import verify
+from cluster.store.store import open_store
 from pcm.errors import InputError
+from tests.helpers.tiny_generation import CAPTIONS, make_dataset_in_process, null_spec, plan_dataset, write_corpus
 
 CORPUS = [*CAPTIONS[:3], "a\x07b", *CAPTIONS[3:12], "\x00"]  # 14 captions, two of them unusable
 SHARD_SIZE = 4

@@ -7,21 +7,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_dataset import png, scene, write_checkpoint, write_dataset, write_pictures
 
-from cluster.captioning import (
+from cluster.evaluation.captioning import (
     CaptionerSource,
     batches,
     caption_on_cluster,
     caption_pictures,
     local_checkpoint,
 )
-from cluster.evaluate import EvaluateRequest, deranged, evaluate, evaluate_results, read_results
-from cluster.pictures import PictureSource, anywhere, load_picture_set, source_anywhere
-from pcm.captioner import Captioner
+from cluster.evaluation.evaluate import EvaluateRequest, deranged, evaluate, evaluate_results, read_results
+from cluster.sources.pictures import PictureSource, anywhere, load_picture_set, source_anywhere
+from pcm.captioners.captioner import Captioner
 from pcm.errors import InputError
-from pcm.metrics import COCO_METRICS, cider_only, coco_metrics
-from pcm.references import load_references
+from pcm.text.metrics import COCO_METRICS, cider_only, coco_metrics
+from pcm.text.references import load_references
+from tests.helpers.tiny_dataset import png, scene, write_checkpoint, write_dataset, write_pictures
 
 COUNT = 7
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from cluster.experiments import EXPERIMENTS, comparison, comparison_table, experiments_table
-from cluster.trainconfig import preset
+from cluster.evaluation.experiments import EXPERIMENTS, comparison, comparison_table, experiments_table
+from cluster.training.config import preset
+from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy
 from pcm.errors import InputError
-from pcm.loss import CLIPWeightedCrossEntropy
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

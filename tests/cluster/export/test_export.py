@@ -12,15 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from published import make_complete_dataset
-from tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
-from cluster.dataset import CONCEPTS_KEY, Manifest, Plan, shard_key
-from cluster.export import FORMATS, ExportOptions, export_dataset
-from cluster.storage import Store, open_store
-from pcm.concepts import ConceptVocabulary
+from cluster.dataset.layout import CONCEPTS_KEY, Manifest, Plan, shard_key
+from cluster.export.export import FORMATS, ExportOptions, export_dataset
+from cluster.store.store import Store, open_store
 from pcm.errors import InputError
-from pcm.official_files import SPLIT_SIZE, split_of
+from pcm.official.files import SPLIT_SIZE, split_of
+from pcm.text.concepts import ConceptVocabulary
+from tests.helpers.published import make_complete_dataset
+from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 OPTIONS = ExportOptions(name="sd", max_length=12, workers=2)
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_generation import null_spec, plan_dataset, tiny_spec, write_corpus
 
-from cluster.batch_size import with_batch_size
-from cluster.pools import Pools
-from cluster.storage import open_store
-from pcm import batch_search
-from pcm.batch_search import SIZES, Trial, best_size, table, try_generator, try_sizes
+from cluster.generation.batch_size import with_batch_size
+from cluster.generation.pools import Pools
+from cluster.store.store import open_store
 from pcm.errors import InputError
+from pcm.generation import batch_search
+from pcm.generation.batch_search import SIZES, Trial, best_size, table, try_generator, try_sizes
+from tests.helpers.tiny_generation import null_spec, plan_dataset, tiny_spec, write_corpus
 
 
 class Device:

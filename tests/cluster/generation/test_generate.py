@@ -15,8 +15,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, JobRun
-from tiny_generation import (
+
+from cluster.dataset.layout import load_manifest, shard_key
+from cluster.dataset.verify import verify
+from cluster.generation.regenerate import regenerate
+from cluster.store.store import open_store
+from pcm.clip.encoder import ClipEncoder
+from pcm.images import open_image
+from tests.conftest import ROOT, JobRun
+from tests.helpers.tiny_generation import (
     CAPTIONS,
     Dataset,
     make_dataset,
@@ -25,13 +32,6 @@ from tiny_generation import (
     tiny_spec,
     write_corpus,
 )
-
-from cluster.dataset import load_manifest, shard_key
-from cluster.regenerate import regenerate
-from cluster.storage import open_store
-from cluster.verify import verify
-from pcm.clip import ClipEncoder
-from pcm.images import open_image
 
 LONG = "a very long caption " * 30
 BAD = ["\x00", "x" * 3000]
@@ -174,8 +174,8 @@ def test_hugging_face_shows_pictures(made: Dataset) -> None:
 
 
 def test_words_and_concepts_lie_beside_the_shards(made: Dataset) -> None:
-    from pcm.concepts import ConceptVocabulary
-    from pcm.vocabulary import Vocabulary
+    from pcm.text.concepts import ConceptVocabulary
+    from pcm.text.vocabulary import Vocabulary
 
     concepts = ConceptVocabulary.from_bytes(made.store.read_bytes("concepts.safetensors"))
     assert {"cat", "dog", "beach"} <= set(concepts.names) and concepts.embeddings.shape[1] == 32

@@ -4,14 +4,14 @@ import argparse
 from pathlib import Path
 
 import pytest
-from tiny_generation import null_spec, plan_dataset, write_corpus
 
-from cluster import generation_presets
-from cluster.generation_presets import PRESETS, with_preset
+from cluster.generation import presets
+from cluster.generation.presets import PRESETS, with_preset
+from jobs.arguments import dataset_spec
 from jobs.generate import parser
-from jobs.spec_arguments import dataset_spec
 from pcm.errors import InputError
 from pcm.spec import DatasetSpec
+from tests.helpers.tiny_generation import null_spec, plan_dataset, write_corpus
 
 
 def arguments(*given: str) -> argparse.Namespace:
@@ -104,7 +104,7 @@ def test_every_speed_argument_reaches_the_spec() -> None:
 
 
 def test_what_the_documentation_says_is_what_the_presets_hold() -> None:
-    text = generation_presets.__doc__ or ""
+    text = presets.__doc__ or ""
     for stated in ("20 steps", "Guidance 7.5", "512x512", "ViT-L/14", "542,401", "144,541", "restval"):
         assert stated in text
 

@@ -6,10 +6,22 @@ import signal
 import threading
 from pathlib import Path
 
-import faulty_generators
 import pyarrow.parquet as pq
 import pytest
-from faulty_generators import (
+from ray.cloudpickle import register_pickle_by_value
+
+from cluster.dataset.layout import Plan
+from cluster.dataset.verify import verify
+from cluster.generation.generate import GenerationResult, generate, write_manifest
+from cluster.generation.pools import Pools
+from cluster.generation.regenerate import regenerate
+from cluster.generation.retry_quarantined import retry_quarantined
+from cluster.generation.stages.draw import DrawShard
+from cluster.generation.stages.monitor import FaultPolicy
+from cluster.store.store import Store
+from pcm.errors import InputError
+from tests.helpers import faulty_generators
+from tests.helpers.faulty_generators import (
     CRASHES,
     HANGS,
     NEEDS_MEMORY,
@@ -20,19 +32,7 @@ from faulty_generators import (
     DrawTiring,
     DrawUseless,
 )
-from ray.cloudpickle import register_pickle_by_value
-from tiny_generation import CAPTIONS, draw_in_process, plan_dataset, tiny_spec, write_corpus
-
-from cluster.dataset import Plan
-from cluster.generate import GenerationResult, generate, write_manifest
-from cluster.monitor import FaultPolicy
-from cluster.pools import Pools
-from cluster.regenerate import regenerate
-from cluster.retry import retry_quarantined
-from cluster.stages.draw import DrawShard
-from cluster.storage import Store
-from cluster.verify import verify
-from pcm.errors import InputError
+from tests.helpers.tiny_generation import CAPTIONS, draw_in_process, plan_dataset, tiny_spec, write_corpus
 
 #: Ray's workers do not have the tests on their path.
 register_pickle_by_value(faulty_generators)
@@ -175,7 +175,7 @@ def test_a_generator_that_is_good_for_nothing_stops_the_run_in_one_line(
 
 
 def test_rows_drawn_in_a_smaller_batch_say_so_and_are_drawn_again_in_it(tiny_t2i: Path, tmp_path: Path) -> None:
-    from faulty_pipeline import DrawFaultyPipeline
+    from tests.helpers.faulty_pipeline import DrawFaultyPipeline
 
     spec = tiny_spec(tiny_t2i, num_inference_steps=1)
     captions = [*CAPTIONS[:5], NEEDS_MEMORY, CAPTIONS[5]]

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from tiny_generation import (
+
+from cluster.dataset.layout import Plan, stats_key
+from cluster.dataset.verify import verify
+from cluster.generation.cost import Billing
+from cluster.generation.pilot import PilotSize, Prediction, pilot_shards, predict
+from cluster.store.store import Store, open_store
+from pcm.errors import InputError
+from tests.helpers.tiny_generation import (
     ANIMALS,
     CAPTIONS,
     PLACES,
@@ -17,13 +24,6 @@ from tiny_generation import (
     tiny_spec,
     write_corpus,
 )
-
-from cluster.cost import Billing
-from cluster.dataset import Plan, stats_key
-from cluster.pilot import PilotSize, Prediction, pilot_shards, predict
-from cluster.storage import Store, open_store
-from cluster.verify import verify
-from pcm.errors import InputError
 
 TWO_MACHINES = Billing(price_per_hour=2.0, unit="machine")
 SOLO = {"draw": 1, "featurise": 1, "encode": 1, "store": 1}

@@ -2,12 +2,12 @@
 
 import pytest
 import ray
-from tiny_generation import null_spec, plan_dataset, write_corpus
 
-from cluster.generate import generate
-from cluster.pools import Pools, check_clip_gpus, parse_generators, parse_node_label
-from cluster.verify import verify
+from cluster.dataset.verify import verify
+from cluster.generation.generate import generate
+from cluster.generation.pools import Pools, check_clip_gpus, parse_generators, parse_node_label
 from pcm.errors import InputError
+from tests.helpers.tiny_generation import null_spec, plan_dataset, write_corpus
 
 
 def reserved(pools: Pools, kind: str) -> float:

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
-from cluster.clip_scores import ClipScores, check_gate
-from cluster.cost import Billing
-from cluster.display import Display, duration, log_line, next_line, size, trouble
-from cluster.pools import Pools
-from cluster.progress import Live, Progress, Watch
-from cluster.telemetry import Telemetry
+from cluster.dataset.clip_scores import ClipScores, check_gate
+from cluster.generation.cost import Billing
+from cluster.generation.display import Display, duration, log_line, next_line, size, trouble
+from cluster.generation.pools import Pools
+from cluster.generation.progress import Live, Progress, Watch
+from cluster.generation.telemetry import Telemetry
 from pcm.errors import InputError
+from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 FREE = Billing(price_per_hour=None, unit="machine")
 
@@ -320,7 +320,7 @@ def test_a_log_gets_lines_without_control_characters(caplog: pytest.LogCaptureFi
     run = a_run(clock, total=256, generators=1)
     no_terminal = io.StringIO()
     with (
-        caplog.at_level("INFO", logger="cluster.display"),
+        caplog.at_level("INFO", logger="cluster.generation.display"),
         Display(
             run, Telemetry("test", has_clip_scores=False), None, gpus_per_generator=0.0, stream=no_terminal
         ) as display,

@@ -8,10 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_generation import draw_in_process, make_dataset_in_process, null_spec, write_corpus
 
-from cluster.corpus import CorpusRecord, read_corpus
-from cluster.dataset import (
+from cluster.dataset.layout import (
     MANIFEST_KEY,
     PLAN_KEY,
     Plan,
@@ -22,11 +20,13 @@ from cluster.dataset import (
     shard_key,
     stats_key,
 )
-from cluster.generate import write_manifest
-from cluster.repair import repair
-from cluster.storage import open_store
-from cluster.verify import verify
+from cluster.dataset.verify import verify
+from cluster.generation.generate import write_manifest
+from cluster.generation.repair import repair
+from cluster.sources.corpus import CorpusRecord, read_corpus
+from cluster.store.store import open_store
 from pcm.errors import InputError
+from tests.helpers.tiny_generation import draw_in_process, make_dataset_in_process, null_spec, write_corpus
 
 CORPUS = ["A cat.", "a\x07b", *(f"caption number {index}" for index in range(9)), "\x00"]  # two of 12 unusable
 SHARDS = 4

@@ -5,20 +5,20 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from faulty_generators import RAISES
-from faulty_pipeline import DrawFaultyPipeline
-from tiny_generation import CAPTIONS, draw_in_process, plan_dataset, tiny_spec, write_corpus
 
-from cluster.dataset import MANIFEST_KEY, Plan, quarantine_key, shard_key, stats_key
-from cluster.generate import write_manifest
-from cluster.regenerate import regenerate
-from cluster.resume import committed
-from cluster.retry import parse_reason
-from cluster.stages.draw import DrawShard
-from cluster.stages.featurise import NULL_FEATURES
-from cluster.storage import Store
-from cluster.verify import verify
+from cluster.dataset.committed import committed
+from cluster.dataset.layout import MANIFEST_KEY, Plan, quarantine_key, shard_key, stats_key
+from cluster.dataset.verify import verify
+from cluster.generation.generate import write_manifest
+from cluster.generation.regenerate import regenerate
+from cluster.generation.retry_quarantined import parse_reason
+from cluster.generation.stages.draw import DrawShard
+from cluster.generation.stages.featurise import NULL_FEATURES
+from cluster.store.store import Store
 from pcm.errors import InputError
+from tests.helpers.faulty_generators import RAISES
+from tests.helpers.faulty_pipeline import DrawFaultyPipeline
+from tests.helpers.tiny_generation import CAPTIONS, draw_in_process, plan_dataset, tiny_spec, write_corpus
 
 CORPUS = [*CAPTIONS[:3], RAISES, "\x00", CAPTIONS[4]]
 

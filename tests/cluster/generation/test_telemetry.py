@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import ray
-from conftest import JobRun
-from tiny_generation import CAPTIONS, write_corpus
 
-from cluster.dataset import load_manifest
-from cluster.display import ask_cluster
-from cluster.monitor import FaultPolicy, start_monitor
-from cluster.progress import Live
-from cluster.storage import open_store
-from cluster.telemetry import Telemetry
+from cluster.dataset.layout import load_manifest
+from cluster.generation.display import ask_cluster
+from cluster.generation.progress import Live
+from cluster.generation.stages.monitor import FaultPolicy, start_monitor
+from cluster.generation.telemetry import Telemetry
+from cluster.store.store import open_store
+from tests.conftest import JobRun
+from tests.helpers.tiny_generation import CAPTIONS, write_corpus
 
 SCRAPE_FOR_SECONDS = 60  # far longer than Ray takes to collect its processes' metrics
 

@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_dataset import write_dataset
 
-from cluster.dataset import MANIFEST_KEY
-from cluster.mixture import DataSource, open_training_sets
-from cluster.rows import read_rows
-from cluster.storage import open_store
-from cluster.text_only import TEXT_ONLY_SETTINGS, text_only_dataset
-from cluster.train import TrainRequest, planned_run
-from pcm.clip import ClipEncoder
+from cluster.dataset.layout import MANIFEST_KEY
+from cluster.dataset.rows import read_rows
+from cluster.ingest.text_only import TEXT_ONLY_SETTINGS, text_only_dataset
+from cluster.store.store import open_store
+from cluster.training.data.mixture import DataSource, open_training_sets
+from cluster.training.train import TrainRequest, planned_run
+from pcm.captioners.pcmnet.model import PCMNet, PCMNetConfig
+from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
-from pcm.model import PCMNet, PCMNetConfig
+from tests.helpers.tiny_dataset import write_dataset
 
 SMALL = PCMNetConfig(
     vocab_size=30, patch_dim=12, embed_dim=8, num_patches=9, num_concepts=6, hidden_size=16, num_heads=2,

@@ -10,28 +10,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from page_reader import Page
 from PIL import Image
-from seaweedfs import S3Server
-from tiny_dataset import TINY, write_checkpoint, write_dataset, write_pictures
-from tiny_generation import make_dataset_in_process, tiny_spec
 
-from cluster.checkpoints import LossLog
-from cluster.dataset import load_manifest, stats_key
-from cluster.evaluate import METRICS_KEY as METRICS_FILE
-from cluster.evaluate import EvaluateRequest
-from cluster.experiments import comparison
-from cluster.pictures import PictureSource
-from cluster.report import dataset as dataset_facts
+from cluster.dataset.layout import load_manifest, stats_key
+from cluster.evaluation.evaluate import METRICS_KEY as METRICS_FILE
+from cluster.evaluation.evaluate import EvaluateRequest
+from cluster.evaluation.experiments import comparison
+from cluster.report import dataset_facts
 from cluster.report.make import ReportRequest, gather, make_report
-from cluster.storage import Store, open_store, read_uri
-from cluster.sweep import SWEEP_KEY
-from cluster.sweep_report import TrialResult
-from cluster.train import CONFIG_KEY
-from cluster.trainconfig import preset
-from cluster.trainloop import METRICS_KEY
-from cluster.trial import RESULT_FILE, TRIALS, trial_id
+from cluster.sources.pictures import PictureSource
+from cluster.store.store import Store, open_store, read_uri
+from cluster.sweep.sweep import SWEEP_KEY
+from cluster.sweep.tables import TrialResult
+from cluster.sweep.trial import RESULT_FILE, TRIALS, trial_id
+from cluster.training.checkpoints import LossLog
+from cluster.training.config import preset
+from cluster.training.loop import METRICS_KEY
+from cluster.training.train import CONFIG_KEY
 from pcm.errors import InputError
+from tests.helpers.page_reader import Page
+from tests.helpers.seaweedfs import S3Server
+from tests.helpers.tiny_dataset import TINY, write_checkpoint, write_dataset, write_pictures
+from tests.helpers.tiny_generation import make_dataset_in_process, tiny_spec
 
 SCRIPT = "<script>document.title='broken in'</script> a dog"
 #: The third cannot be used; the fourth is written from right to left.
@@ -195,7 +195,7 @@ def test_what_was_refused_is_counted_by_reason_with_examples(whole: Page, world:
 
 
 def test_the_dataset_is_verified_and_its_fingerprint_shown(whole: Page, world: Path) -> None:
-    from cluster.verify import verify
+    from cluster.dataset.verify import verify
 
     shown = part(whole, world, "dataset")
     assert verify(open_store(world / "data"))["fingerprint"] in shown.text

@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 from cluster.report.make import ReportRequest, make_report
+from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 #: What would show that something of it ran, or loaded.

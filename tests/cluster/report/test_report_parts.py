@@ -5,15 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from page_reader import Page
 
 from cluster.report.charts import Axis as ParallelAxis
 from cluster.report.charts import Bar, Line, bars, histogram, line_chart, parallel, scatter, ticks
-from cluster.report.dataset import sample_shards
+from cluster.report.dataset_facts import sample_shards
 from cluster.report.html import Html, rendered, tag
 from cluster.report.throughput import throughput
-from pcm.mixup import MixUp
-from pcm.patch_overlay import textual_patches
+from pcm.captioners.pcmnet.mixup import MixUp
+from pcm.captioners.pcmnet.patch_overlay import textual_patches
+from tests.helpers.page_reader import Page
 
 NASTY = "<script>alert('x')</script> & \"quoted\" \x00\x1b\ud800 end"
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.corpus import FORMATS, REASONS, CorpusRecord, detect_format, read_corpus
-from pcm.caption_text import CUT_MARK, MAX_CHARACTERS, check_caption
+from cluster.sources.corpus import FORMATS, REASONS, CorpusRecord, detect_format, read_corpus
 from pcm.errors import InputError
+from pcm.text.rules import CUT_MARK, MAX_CHARACTERS, check_caption
 
 KARPATHY = {
     "images": [

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 import s3fs
-from faulty_proxy import FaultyProxy, faulty_proxy
-from seaweedfs import S3Server
-from tiny_generation import CAPTIONS, make_dataset, make_dataset_in_process, null_spec, write_corpus
 
-from cluster.dataset import load_manifest, shard_key
-from cluster.storage import Store, open_store
-from cluster.store_faults import classify, patiently
-from cluster.verify import verify
+from cluster.dataset.layout import load_manifest, shard_key
+from cluster.dataset.verify import verify
+from cluster.store.retries import classify, patiently
+from cluster.store.store import Store, open_store
 from pcm.errors import InputError
+from tests.helpers.faulty_proxy import FaultyProxy, faulty_proxy
+from tests.helpers.seaweedfs import S3Server
+from tests.helpers.tiny_generation import CAPTIONS, make_dataset, make_dataset_in_process, null_spec, write_corpus
 
 DATA = bytes(range(256)) * 1024  # 256 KiB: several segments, so that half of it can be cut off
 OPERATIONS: dict[str, tuple[str, Callable[[Store], object]]] = {
@@ -154,10 +154,10 @@ def test_a_store_that_restarts_is_waited_for(
 def test_patience_says_what_it_waits_for_once(
     store: Store, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.store_faults._noticed_at", float("-inf"))
+    monkeypatch.setattr("cluster.store.retries._noticed_at", float("-inf"))
     proxy.fail("status", count=3)
     store.write_bytes("part", DATA)
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "cluster.store_faults"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "cluster.store.retries"]
     assert line == f"{store.root}/part: SlowDown 503; trying again for up to 30 s"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from cluster.storage import Store, join, local_copy, open_store, read_uri
+from cluster.store.store import Store, join, local_copy, open_store, read_uri
 from pcm.errors import InputError
 
 
@@ -32,7 +32,10 @@ def store(place: str) -> Store:
 
 def write_elsewhere(place: str, key: str, data: bytes) -> None:
     """Write one object as another machine would: by a process of its own."""
-    code = "import sys; from cluster.storage import open_store; open_store(sys.argv[1]).write_bytes(sys.argv[2], b'%s')"
+    code = (
+        "import sys; from cluster.store.store import open_store; "
+        "open_store(sys.argv[1]).write_bytes(sys.argv[2], b'%s')"
+    )
     subprocess.run([sys.executable, "-c", code % data.decode(), place, key], check=True, timeout=60)
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cluster.search_space import (
+from cluster.sweep.search_space import (
     ABLATIONS,
     DEFAULT_SPACE,
     Choice,
@@ -17,7 +17,7 @@ from cluster.search_space import (
     random_settings,
     search_space,
 )
-from cluster.trainconfig import TrainConfig
+from cluster.training.config import TrainConfig
 from pcm.errors import InputError
 
 BASE = TrainConfig()

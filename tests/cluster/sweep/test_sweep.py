@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from tiny_dataset import TINY, write_dataset
 
-from cluster.rows import preload, read_shard
-from cluster.storage import open_store
-from cluster.sweep import SweepRequest, sweep
-from cluster.train import TrainRequest, train
-from cluster.trial import shared_tables
+from cluster.dataset.rows import preload, read_shard
+from cluster.store.store import open_store
+from cluster.sweep.sweep import SweepRequest, sweep
+from cluster.sweep.trial import shared_tables
+from cluster.training.train import TrainRequest, train
 from pcm.errors import InputError
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_dataset import TINY, write_dataset
 
 #: The second is a learning rate at which nothing stays a number.
 PARAMS = {"lr_factor": "0.4,1e30"}
@@ -127,7 +128,7 @@ def test_shards_are_read_once_and_shared(data: Path, ray_session: None, monkeypa
     keys = store.list("shards")
     expected = [read_shard(store, key, columns) for key in keys]
     shared = shared_tables(store, keys)
-    monkeypatch.setattr("cluster.rows._PRELOADED", {})
+    monkeypatch.setattr("cluster.dataset.rows._PRELOADED", {})
     preload({path: ray.get(table) for path, table in shared.items()})
     elsewhere = (data / "shards").rename(data / "moved")
     try:
@@ -169,7 +170,7 @@ def test_a_killed_sweep_goes_on_with_what_is_left(data: Path, run_job) -> None:
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "jobs.sweep", *map(str, arguments)],
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.storage import open_store
-from cluster.sweep_report import TrialResult, by_setting, result_table, write_report
-from cluster.trainconfig import TrainConfig
+from cluster.store.store import open_store
+from cluster.sweep.tables import TrialResult, by_setting, result_table, write_report
+from cluster.training.config import TrainConfig
 
 PARAMS = ("top_concepts", "tau", "focal_mode")
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from cluster.trainconfig import PRESETS, TrainConfig, default_preset, parse_override, preset
+from cluster.training.config import PRESETS, TrainConfig, default_preset, parse_override, preset
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 

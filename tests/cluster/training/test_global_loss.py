@@ -6,8 +6,8 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from cluster.global_loss import GlobalBatchLoss
-from pcm.loss import CLIPWeightedCrossEntropy
+from cluster.training.global_loss import GlobalBatchLoss
+from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy
 
 
 def _rank_loss(rank: int, folder: str) -> None:

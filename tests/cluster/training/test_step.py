@@ -7,17 +7,17 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from cluster.batches import BatchShape
-from cluster.dataset import VOCABULARY_KEY, load_manifest
-from cluster.ema import WeightAverage
-from cluster.loader import Part, ShardLoader
-from cluster.selection import all_rows
-from cluster.step import TrainStep, row_seed
-from cluster.storage import open_store
-from cluster.trainconfig import TrainConfig
+from cluster.dataset.layout import VOCABULARY_KEY, load_manifest
+from cluster.store.store import open_store
+from cluster.training.config import TrainConfig
+from cluster.training.data.batches import BatchShape
+from cluster.training.data.selection import all_rows
+from cluster.training.data.shuffled import Part, ShardLoader
+from cluster.training.ema import WeightAverage
+from cluster.training.step import TrainStep, row_seed
+from pcm.captioners.pcmnet.model import PCMNet
 from pcm.errors import InputError
-from pcm.model import PCMNet
-from pcm.vocabulary import Vocabulary
+from pcm.text.vocabulary import Vocabulary
 
 STEPS = 12
 WORKERS = 4  # two are trained with in test_train
@@ -36,7 +36,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
-    from tiny_dataset import write_dataset
+    from tests.helpers.tiny_dataset import write_dataset
 
     return write_dataset(tmp_path_factory.mktemp("step") / "data", tiny_clip, rows=45, shard_size=12)
 

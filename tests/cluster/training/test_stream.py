@@ -12,17 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, JobRun
-from tiny_dataset import TINY
-from tiny_generation import ANIMALS, PLACES, make_dataset_in_process, tiny_spec, write_corpus
 
-from cluster.arriving import ArrivingShards, finished_manifest
-from cluster.batches import Batch, BatchShape
-from cluster.dataset import MANIFEST_KEY, Plan, shard_key
-from cluster.selection import RowFilter
-from cluster.storage import Store, open_store
+from cluster.dataset.layout import MANIFEST_KEY, Plan, shard_key
+from cluster.store.store import Store, open_store
+from cluster.training.data.arriving import ArrivingShards, finished_manifest
+from cluster.training.data.batches import Batch, BatchShape
+from cluster.training.data.selection import RowFilter
 from pcm.records import FeatureShape
-from pcm.vocabulary import Vocabulary
+from pcm.text.vocabulary import Vocabulary
+from tests.conftest import ROOT, JobRun
+from tests.helpers.tiny_dataset import TINY
+from tests.helpers.tiny_generation import ANIMALS, PLACES, make_dataset_in_process, tiny_spec, write_corpus
 
 CAPTIONS = [f"A {animal} near the {place}, number {n}." for n in range(2) for place in PLACES for animal in ANIMALS]
 BATCH = 8

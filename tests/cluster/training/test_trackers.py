@@ -9,12 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from seaweedfs import S3Server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster import trackers
-from cluster.storage import open_store
-from cluster.trackers import flattened, open_trackers, run_id, wandb_configured
+from cluster.store.store import open_store
+from cluster.training import trackers
+from cluster.training.trackers import flattened, open_trackers, run_id, wandb_configured
+from tests.helpers.seaweedfs import S3Server
 
 CONFIG = {"train": {"seed": 1, "model": {"tau": 0.01}}}
 

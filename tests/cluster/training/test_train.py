@@ -20,22 +20,23 @@ import torch
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
-from seaweedfs import S3Server
-from tiny_dataset import TINY, scene, write_dataset, write_pictures
 
-from cluster.dataset import load_manifest
-from cluster.evaluate import local_checkpoint
-from cluster.mixture import DataSource, common_vocabularies, merged_concepts, open_training_sets
-from cluster.pictures import PictureSource
-from cluster.selection import RowFilter, all_rows, holdout_share, select_rows
-from cluster.storage import open_store
-from cluster.train import TrainingFailed, TrainRequest, train
-from cluster.trainconfig import TrainConfig
-from cluster.trainer import _FailurePolicy, check_labels, make_trainer
-from pcm.captioner import Captioner
-from pcm.concepts import ConceptVocabulary
+from cluster.dataset.layout import load_manifest
+from cluster.evaluation.evaluate import local_checkpoint
+from cluster.sources.pictures import PictureSource
+from cluster.store.store import open_store
+from cluster.training.config import TrainConfig
+from cluster.training.data.mixture import DataSource, common_vocabularies, merged_concepts, open_training_sets
+from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
+from cluster.training.ray_trainer import _FailurePolicy, check_labels, make_trainer
+from cluster.training.train import TrainingFailed, TrainRequest, train
+from pcm.captioners.captioner import Captioner
 from pcm.errors import InputError
-from pcm.vocabulary import Vocabulary
+from pcm.text.concepts import ConceptVocabulary
+from pcm.text.vocabulary import Vocabulary
+from tests.helpers.paths import ROOT
+from tests.helpers.seaweedfs import S3Server
+from tests.helpers.tiny_dataset import TINY, scene, write_dataset, write_pictures
 
 ROWS = 72
 EPOCHS = 3
@@ -188,7 +189,7 @@ def test_a_run_whose_driver_and_worker_were_killed_inside_epochs_equals_an_undis
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "jobs.train", *map(str, arguments)],
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

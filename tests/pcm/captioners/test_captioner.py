@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_dataset import png, scene, write_checkpoint, write_dataset
 
-from pcm.captioner import Captioner, checkpoint_folder, decode_captions
-from pcm.decoding import greedy_search
+from pcm.captioners.captioner import Captioner, checkpoint_folder, decode_captions
+from pcm.captioners.pcmnet.decoding import greedy_search
 from pcm.errors import InputError
 from pcm.images import MAX_PIXELS
+from tests.helpers.tiny_dataset import png, scene, write_checkpoint, write_dataset
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 import pcm.torchvision_shim  # noqa: F401  isort: skip
 import open_clip
 
-from pcm.clip import ClipEncoder
-from pcm.clip_names import folder_revision, truncation_check
+from pcm.clip.encoder import ClipEncoder
+from pcm.clip.names import folder_revision, truncation_check
 from pcm.errors import InputError
 from pcm.images import open_image
 

@@ -15,8 +15,8 @@ import open_clip
 from diffusers import DiffusionPipeline
 
 from pcm import embedded
-from pcm.embedded.captions import CORPUS_SIZE, corpus_scenes
-from pcm.embedded.world import DOMAINS
+from pcm.embedded.making.captions import CORPUS_SIZE, corpus_scenes
+from pcm.embedded.making.world import DOMAINS
 from pcm.errors import InputError
 
 LIMIT_BYTES = 30_000_000

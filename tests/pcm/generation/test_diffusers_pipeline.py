@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_models import save_tiny_t2i
 
-from pcm.diffusers_generator import DiffusersTextToImage
 from pcm.errors import InputError
+from pcm.generation.diffusers_pipeline import DiffusersTextToImage
+from pcm.generation.drawing import Drawing, NullTextToImage, Request, load_generator
 from pcm.images import CONSTANT_STD, open_image
 from pcm.spec import GeneratorSpec
-from pcm.text_to_image import Drawing, NullTextToImage, Request, load_generator
+from tests.helpers.tiny_models import save_tiny_t2i
 
 CAPTIONS = ["a cat", "a dog", "two cows", "a red bus", "rain", "a very long caption " * 20]
 REQUESTS = [Request(position=index, caption=caption, seed=100 + index) for index, caption in enumerate(CAPTIONS)]

@@ -4,12 +4,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_diffusers_generator import spec_of
 
-from pcm import diffusers_generator
-from pcm.diffusers_generator import BATCHES_ENCODED_AT_ONCE, DiffusersTextToImage
+from pcm.generation import diffusers_pipeline as diffusers_generator
+from pcm.generation.diffusers_pipeline import BATCHES_ENCODED_AT_ONCE, DiffusersTextToImage
+from pcm.generation.drawing import Request
 from pcm.images import encode_image
-from pcm.text_to_image import Request
+from tests.pcm.generation.test_diffusers_pipeline import spec_of
 
 REQUESTS = [Request(position=index, caption="a cat", seed=index) for index in range(7)]
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty_generators import BREAKS, NEEDS_MEMORY, NEEDS_TOO_MUCH, RAISES
-from faulty_pipeline import FaultyTextToImage
 
-from pcm.diffusers_generator import DiffusersTextToImage
-from pcm.faults import is_out_of_memory, is_sticky
-from pcm.isolation import IsolatedDrawing
+from pcm.generation.diffusers_pipeline import DiffusersTextToImage
+from pcm.generation.drawing import Drawing, Guard, Request
+from pcm.generation.isolation import IsolatedDrawing
+from pcm.generation.model_faults import is_out_of_memory, is_sticky
 from pcm.spec import GeneratorSpec
-from pcm.text_to_image import Drawing, Guard, Request
+from tests.helpers.faulty_generators import BREAKS, NEEDS_MEMORY, NEEDS_TOO_MUCH, RAISES
+from tests.helpers.faulty_pipeline import FaultyTextToImage
 
 GOOD = [f"a {colour} bus" for colour in ("red", "blue", "green", "old", "new", "long", "wet")]
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from test_diffusers_generator import REQUESTS, spec_of
 
-from pcm.diffusers_generator import DiffusersTextToImage
 from pcm.errors import InputError
+from pcm.generation.diffusers_pipeline import DiffusersTextToImage
+from pcm.generation.pipeline_loading import load_pipeline
 from pcm.images import open_image
-from pcm.pipeline_loading import load_pipeline
 from pcm.spec import SPEED_FIELDS, GeneratorSpec
+from tests.pcm.generation.test_diffusers_pipeline import REQUESTS, spec_of
 
 #: Every option that a CPU can run, with the few-step schedulers that draw noise at every step.
 OPTIONS = {

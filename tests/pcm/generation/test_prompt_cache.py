@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_diffusers_generator import spec_of
 
-from pcm import prompt_cache
-from pcm.diffusers_generator import DiffusersTextToImage
-from pcm.pipeline_loading import load_pipeline
-from pcm.prompt_cache import cache_prompts
-from pcm.text_to_image import Drawing, Request
+from pcm.generation import prompt_cache
+from pcm.generation.diffusers_pipeline import DiffusersTextToImage
+from pcm.generation.drawing import Drawing, Request
+from pcm.generation.pipeline_loading import load_pipeline
+from pcm.generation.prompt_cache import cache_prompts
+from tests.pcm.generation.test_diffusers_pipeline import spec_of
 
 CAPTIONS = ["a cat", "a cat", "a dog", "two cows", "a cat", "a dog", "rain", "a red bus", "rain"]
 REQUESTS = [Request(position=index, caption=text, seed=100 + index) for index, text in enumerate(CAPTIONS)]

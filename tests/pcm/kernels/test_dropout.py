@@ -2,9 +2,9 @@
 
 import torch
 
-from pcm.config import PCMNetConfig
-from pcm.dropout import Dropout, normal_like, random_rows
-from pcm.model import PCMNet
+from pcm.captioners.pcmnet.config import PCMNetConfig
+from pcm.captioners.pcmnet.model import PCMNet
+from pcm.kernels.dropout import Dropout, normal_like, random_rows
 
 
 def test_a_row_draws_the_same_numbers_in_any_batch() -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pcm.linear import Linear, PackedLinear, can_pack, packed
-from pcm.transformer import DecoderBlock
+from pcm.captioners.pcmnet.transformer import DecoderBlock
+from pcm.kernels.linear import Linear, PackedLinear, can_pack, packed
 
 
 def test_a_packed_layer_computes_what_the_layer_does() -> None:

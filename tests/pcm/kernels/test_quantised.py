@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_loader import everything, make_loader, select
-from tiny_dataset import write_dataset
 
-from cluster.loader import Part
-from cluster.rows import Rows, no_scale
-from cluster.shard_cache import ShardCache
-from cluster.storage import open_store
-from pcm.quantised import dequantised
+from cluster.dataset.rows import Rows, no_scale
+from cluster.store.store import open_store
+from cluster.training.data.shard_cache import ShardCache
+from cluster.training.data.shuffled import Part
+from pcm.kernels.quantised import dequantised
+from tests.cluster.training.data.test_shuffled import everything, make_loader, select
+from tests.helpers.tiny_dataset import write_dataset
 
 ARRAYS = ("patch_features", "patch_scale", "global_feature", "clip_score", "token_ids", "target_ids")
 

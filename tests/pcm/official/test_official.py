@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from slow_pcmnet import Settings
-from tiny_goldens import Sizes, write_golden
 
+from pcm.captioners.pcmnet.model import PCMNet
 from pcm.errors import InputError
-from pcm.golden import TOLERANCE, Recomputation
-from pcm.golden_file import read_golden
-from pcm.model import PCMNet
-from pcm.official import config_from_state, from_official, load_state_dict, main, official_names, to_official
+from pcm.official.__main__ import main
+from pcm.official.golden import TOLERANCE, Recomputation
+from pcm.official.golden_file import read_golden
+from pcm.official.state_dict import config_from_state, from_official, load_state_dict, official_names, to_official
+from tests.helpers.paths import DATA
+from tests.helpers.slow_pcmnet import Settings
+from tests.helpers.tiny_goldens import Sizes, write_golden
 
-GOLDEN = Path(__file__).parent / "data" / "pcmnet_small.safetensors"
+GOLDEN = DATA / "pcmnet_small.safetensors"
 LOSSES = [
     {"name": "pairs", "alpha": 3.0, "gamma": 2, "gamma_type": "sent", "label_smoothing": 0.15},
     {"name": "plain", "alpha": 9.0, "gamma": 0, "gamma_type": "batch", "label_smoothing": 0.1},
@@ -55,7 +57,7 @@ def test_every_output_of_the_golden_set_is_reproduced(capsys: pytest.CaptureFixt
 
 
 def test_verification_runs_as_a_command() -> None:
-    command = [sys.executable, "-m", "pcm.official", "verify", str(GOLDEN)]
+    command = [sys.executable, "-m", "pcm.official.state_dict", "verify", str(GOLDEN)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ok"] is True

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pcm.concepts import (
+from pcm.errors import InputError
+from pcm.text.concepts import (
     TEMPLATES,
     ConceptVocabulary,
     count_nouns,
@@ -15,7 +16,6 @@ from pcm.concepts import (
     most_frequent,
     noun_finder,
 )
-from pcm.errors import InputError
 
 CAPTIONS = [
     "Two dogs are running on the red beach .",

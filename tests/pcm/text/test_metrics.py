@@ -7,8 +7,8 @@ import numpy as np
 import psutil
 import pytest
 
-from pcm import metrics
 from pcm.errors import InputError
+from pcm.text import metrics
 
 _SUBJECTS = ("a man", "two dogs", "a little girl", "the players", "an old woman's cat")
 _ACTIONS = (

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pcm.errors import InputError
-from pcm.references import load_domains, load_references
+from pcm.text.references import load_domains, load_references
 
 WANTED = {"a.jpg": ["a dog", "the dog"], "b.jpg": ["a cat"]}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pcm.errors import InputError
-from pcm.vocabulary import UNKNOWN, Vocabulary, tokenise
+from pcm.text.vocabulary import UNKNOWN, Vocabulary, tokenise
 
 CAPTIONS = ["A dog runs.", "a dog sleeps", "The dog, a brown dog!", "a cat"]
 

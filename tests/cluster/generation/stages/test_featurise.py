@@ -7,15 +7,15 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from tiny_generation import CAPTIONS, plan_dataset, tiny_spec, write_corpus
 
-from cluster.stages.draw import DrawShard
-from cluster.stages.featurise import FeaturiseShard
-from cluster.stages.shard_row import ShardRow
-from cluster.stages.write import WriteShard
-from cluster.storage import Store
-from pcm.clip import ClipEncoder, ImageFeatures
+from cluster.generation.stages.draw import DrawShard
+from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.generation.stages.shard_row import ShardRow
+from cluster.generation.stages.write import WriteShard
+from cluster.store.store import Store
+from pcm.clip.encoder import ClipEncoder, ImageFeatures
 from pcm.spec import ClipSpec, DatasetSpec
+from tests.helpers.tiny_generation import CAPTIONS, plan_dataset, tiny_spec, write_corpus
 
 
 class GreedyEncoder(ClipEncoder):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.monitor import MAX_FRUITLESS_STARTS, MAX_SHARD_STARTS, FaultPolicy, RunMonitor
+from cluster.generation.stages.monitor import MAX_FRUITLESS_STARTS, MAX_SHARD_STARTS, FaultPolicy, RunMonitor
 from pcm.errors import InputError
 
 

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_dataset import write_dataset
 
-import cluster.loader
-from cluster.batches import BatchShape
-from cluster.dataset import VOCABULARY_KEY, load_manifest
-from cluster.loader import Part, ShardLoader
-from cluster.rows import read_shard
-from cluster.selection import RowFilter, Selection, all_rows, holdout_share, select_rows
-from cluster.shard_cache import ShardCache
-from cluster.storage import open_store
+import cluster.training.data.shuffled
+from cluster.dataset.layout import VOCABULARY_KEY, load_manifest
+from cluster.dataset.rows import read_shard
+from cluster.store.store import open_store
+from cluster.training.data.batches import BatchShape
+from cluster.training.data.selection import RowFilter, Selection, all_rows, holdout_share, select_rows
+from cluster.training.data.shard_cache import ShardCache
+from cluster.training.data.shuffled import Part, ShardLoader
 from pcm.errors import InputError
-from pcm.vocabulary import Vocabulary
+from pcm.text.vocabulary import Vocabulary
+from tests.helpers.tiny_dataset import write_dataset
 
 ROWS = 53
 
@@ -64,13 +64,13 @@ def test_a_shard_is_read_by_one_worker_or_where_a_cut_goes_through_by_two(
 ) -> None:
     data = write_dataset(tmp_path / "data", tiny_clip, rows=96, shard_size=8)
     reads: list[str] = []
-    read_rows = cluster.loader.read_rows
+    read_rows = cluster.training.data.shuffled.read_rows
 
     def counted(store, key, rows, features):
         reads.append(key)
         return read_rows(store, key, rows, features)
 
-    monkeypatch.setattr(cluster.loader, "read_rows", counted)
+    monkeypatch.setattr(cluster.training.data.shuffled, "read_rows", counted)
     for rank in range(4):
         list(make_loader(data, rank=rank, num_workers=4, lanes=4, cache_bytes=0).epoch(1))
     assert set(reads) == set(everything(data).keys)

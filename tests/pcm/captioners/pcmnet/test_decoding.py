@@ -1,17 +1,16 @@
 """Beam search and greedy decoding: the published rules, and that caches and early stops change nothing."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_model import golden_inputs, golden_model, tiny
 
-from pcm import decoding
-from pcm.decoding import beam_search, greedy_search
+from pcm.captioners.pcmnet import decoding
+from pcm.captioners.pcmnet.decoding import beam_search, greedy_search
 from pcm.errors import InputError
+from tests.helpers.paths import DATA
+from tests.pcm.captioners.pcmnet.test_model import golden_inputs, golden_model, tiny
 
-GOLDEN = load_file(Path(__file__).parent / "data" / "pcmnet_small.safetensors")
+GOLDEN = load_file(DATA / "pcmnet_small.safetensors")
 
 
 def many_pictures(count: int = 12) -> tuple[torch.Tensor, torch.Tensor]:

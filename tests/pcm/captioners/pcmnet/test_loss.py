@@ -1,17 +1,16 @@
 """The CLIP-weighted cross-entropy against the golden set and a word-by-word implementation."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from slow_pcmnet import slow_loss
 
+from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy, LogLikelihoods
 from pcm.errors import InputError
-from pcm.loss import CLIPWeightedCrossEntropy, LogLikelihoods
+from tests.helpers.paths import DATA
+from tests.helpers.slow_pcmnet import slow_loss
 
-DATA = Path(__file__).parent / "data"
 GOLDEN = load_file(DATA / "pcmnet_small.safetensors")
 LOSSES = json.loads((DATA / "pcmnet_small.json").read_text())["spec"]["losses"]
 MODES = {"batch": "batch", "sent": "sentence", "word": "word"}

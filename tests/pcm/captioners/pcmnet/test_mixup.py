@@ -1,15 +1,11 @@
 """The patch-wise cross-modal mix-up, rule by rule and against the slow implementation."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
-from slow_pcmnet import Settings, SlowPCMNet
-from tiny_goldens import Sizes, random_state
 
-from pcm.config import PCMNetConfig
-from pcm.mixup import (
+from pcm.captioners.pcmnet.config import PCMNetConfig
+from pcm.captioners.pcmnet.mixup import (
     inject_noise,
     patch_concept_similarity,
     retrieve_concepts,
@@ -17,10 +13,13 @@ from pcm.mixup import (
     textual_patches,
     unit,
 )
-from pcm.model import PCMNet
-from pcm.official import config_from_state, from_official
+from pcm.captioners.pcmnet.model import PCMNet
+from pcm.official.state_dict import config_from_state, from_official
+from tests.helpers.paths import DATA
+from tests.helpers.slow_pcmnet import Settings, SlowPCMNet
+from tests.helpers.tiny_goldens import Sizes, random_state
 
-GOLDEN = load_file(Path(__file__).parent / "data" / "pcmnet_small.safetensors")
+GOLDEN = load_file(DATA / "pcmnet_small.safetensors")
 
 
 def example(settings: Settings, *, seed: int = 0) -> tuple[PCMNet, SlowPCMNet, torch.Tensor, torch.Tensor]:

@@ -1,20 +1,20 @@
 """PCMNet as a module: parity, purity, what is trained, what is refused."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from pcm.config import PCMNetConfig
-from pcm.dropout import Dropout
+from pcm.captioners.pcmnet.config import PCMNetConfig
+from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy
+from pcm.captioners.pcmnet.model import PCMNet, sinusoid
 from pcm.errors import InputError
-from pcm.loss import CLIPWeightedCrossEntropy
-from pcm.model import PCMNet, sinusoid
-from pcm.official import config_from_state, from_official
+from pcm.kernels.dropout import Dropout
+from pcm.official.state_dict import config_from_state, from_official
+from tests.helpers.paths import DATA
 
-GOLDEN = load_file(Path(__file__).parent / "data" / "pcmnet_small.safetensors")
+GOLDEN = load_file(DATA / "pcmnet_small.safetensors")
 NO_DROPOUT = {
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,

@@ -1,13 +1,13 @@
 """The published learning-rate schedule."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from pcm.schedule import noam_lr
+from pcm.captioners.pcmnet.schedule import noam_lr
+from tests.helpers.paths import DATA
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "noam_lr.json").read_text())
+GOLDEN = json.loads((DATA / "noam_lr.json").read_text())
 
 
 @pytest.mark.parametrize("step", sorted(GOLDEN["lr"], key=int))

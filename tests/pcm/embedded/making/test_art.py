@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from pcm.embedded.art import EXTRA_ICONS, OVERRIDES, STYLE_ICONS, STYLES, Artist
-from pcm.embedded.world import DOMAINS, FIRST, MIXED, NOUNS, SECOND, SEEN_STYLES, Scene, sample_scene
+from pcm.embedded.making.art import EXTRA_ICONS, OVERRIDES, STYLE_ICONS, STYLES, Artist
+from pcm.embedded.making.world import DOMAINS, FIRST, MIXED, NOUNS, SECOND, SEEN_STYLES, Scene, sample_scene
 from pcm.errors import InputError
 
 #: A style's icon names its style and itself, so that the picture's text tells which one was drawn.

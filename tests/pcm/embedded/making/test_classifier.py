@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_scenes import SQUARES, square_scenes
 
-from pcm.embedded import classifier
-from pcm.embedded.classifier import ClassifierTraining, Verdict, train_classifier
-from pcm.embedded.world import NOUNS, PLACES
+from pcm.embedded.making import classifier
+from pcm.embedded.making.classifier import ClassifierTraining, Verdict, train_classifier
+from pcm.embedded.making.world import NOUNS, PLACES
 from pcm.errors import InputError
+from tests.helpers.tiny_scenes import SQUARES, square_scenes
 
 SHORT = ClassifierTraining(steps=4, batch_size=8, checkpoint_every=2)
 

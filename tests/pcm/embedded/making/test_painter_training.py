@@ -3,21 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from tiny_scenes import square_scenes
+
+from tests.helpers.tiny_scenes import square_scenes
 
 import pcm.torchvision_shim  # noqa: F401  isort: skip
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from pcm.embedded import autoencoder_training, denoiser_training, t2i_training, text_training
-from pcm.embedded.autoencoder_training import AutoencoderTraining, reconstruction_loss
-from pcm.embedded.denoiser_training import DenoiserTraining, spread_times
-from pcm.embedded.earlier_denoiser import begun_denoiser, predicting
-from pcm.embedded.t2i_training import PainterTraining, train_painter
-from pcm.embedded.text_training import TextTraining, text_states
-from pcm.embedded.tokens import build_tokenizer
-from pcm.embedded.training_state import rate_factor
+from pcm.embedded.making import autoencoder_training, denoiser_training, t2i_training, text_training
+from pcm.embedded.making.autoencoder_training import AutoencoderTraining, reconstruction_loss
+from pcm.embedded.making.denoiser_training import DenoiserTraining, spread_times
+from pcm.embedded.making.earlier_denoiser import begun_denoiser, predicting
+from pcm.embedded.making.t2i_training import PainterTraining, train_painter
+from pcm.embedded.making.text_training import TextTraining, text_states
+from pcm.embedded.making.tokens import build_tokenizer
+from pcm.embedded.making.training_state import rate_factor
 
 TINY = PainterTraining(
     autoencoder=AutoencoderTraining(steps=4, decoder_steps=2, checkpoint_every=3),

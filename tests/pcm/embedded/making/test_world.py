@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 
-from pcm.embedded import world
-from pcm.embedded.art import HUES, STYLE_ICONS, recolour
-from pcm.embedded.captions import (
+from pcm.embedded.making import world
+from pcm.embedded.making.art import HUES, STYLE_ICONS, recolour
+from pcm.embedded.making.captions import (
     NUMBERS,
     PLACE_PHRASES,
     SECOND_PLACE_PHRASES,
@@ -16,9 +16,9 @@ from pcm.embedded.captions import (
     describe,
     references,
 )
-from pcm.embedded.test_sets import test_scenes as scenes_of_test_set
-from pcm.embedded.tokens import learn_merges
-from pcm.embedded.world import BY_NAME, DOMAINS, FIRST, NOUNS, PLACES, SECOND, SIZE, Domain, sample_scene
+from pcm.embedded.making.test_sets import test_scenes as scenes_of_test_set
+from pcm.embedded.making.tokens import learn_merges
+from pcm.embedded.making.world import BY_NAME, DOMAINS, FIRST, NOUNS, PLACES, SECOND, SIZE, Domain, sample_scene
 
 both_domains = pytest.mark.parametrize("domain", DOMAINS.values(), ids=lambda domain: domain.name)
 
