@@ -6,13 +6,12 @@ import pytest
 import torch
 
 import pcm.torchvision_shim  # noqa: F401  isort: skip
-from tests.helpers.tiny_scenes import square_scenes
-
 from pcm.embedded.making.clip_training import ClipTraining, copy_weights, encode_short, measure, new_clip, train_clip
 from pcm.embedded.making.clip_views import GRID, KeepSomePatches, as_input, augment, moved, patch_labels, present_nouns
 from pcm.embedded.making.tokens import build_tokenizer
 from pcm.embedded.making.world import NOUNS
 from pcm.errors import InputError
+from tests.helpers.tiny_scenes import square_scenes
 
 NONE = len(NOUNS)
 
