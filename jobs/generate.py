@@ -10,8 +10,8 @@ from cluster.generation.generate import GenerationResult, generate
 from cluster.generation.pilot import PilotSize, Prediction, run_pilot
 from cluster.generation.pilot import summary as pilot_summary
 from cluster.generation.pools import Pools, check_clip_gpus, parse_generators, parse_node_label
-from cluster.generation.presets import PRESETS, with_preset
-from cluster.generation.progress import Watch
+from cluster.generation.presets import GENERATION_PRESETS, with_preset
+from cluster.generation.progress import RunLimits
 from cluster.generation.regenerate import regenerate
 from cluster.generation.retry_quarantined import ALL_GENERATOR, parse_reason, retry_quarantined
 from cluster.generation.stages.monitor import FaultPolicy
@@ -32,7 +32,7 @@ class Prepared:
     plan: Plan
     pools: Pools
     faults: FaultPolicy
-    watch: Watch
+    watch: RunLimits
 
     def generate(self) -> GenerationResult:
         return generate(self.store, self.plan, self.pools, faults=self.faults, watch=self.watch)
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     result = make_parser("generate", __doc__)
     result.add_argument(
         "--preset",
-        help=f"{', '.join(PRESETS)}: its values for the arguments not given (see cluster/generation/presets.py)",
+        help=f"{', '.join(GENERATION_PRESETS)}: its values for what is not given (cluster/generation/presets.py)",
     )
     result.add_argument("--out", required=True, help="dataset: path or URI")
     result.add_argument("--only", metavar="SAMPLE_ID", help="regenerate one sample of --out alone and compare")
@@ -127,7 +127,9 @@ def prepare(store: Store, args: argparse.Namespace) -> Prepared:
     if not args.corpus:
         raise InputError("--corpus: missing; give a path or URI of captions, or 'embedded'")
     faults = _faults(args)
-    watch = Watch(price_per_hour=args.price_per_hour, spot=args.spot, stop_below_clip_score=args.stop_below_clip_score)
+    watch = RunLimits(
+        price_per_hour=args.price_per_hour, spot=args.spot, stop_below_clip_score=args.stop_below_clip_score
+    )
     start_ray()
     spec = dataset_spec(args, gpus=cluster_gpus())
     if spec.clip.model == "null" and watch.stop_below_clip_score is not None:

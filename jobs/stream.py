@@ -4,11 +4,10 @@ import argparse
 from dataclasses import replace
 
 from cluster.generation.pools import Pools
-from cluster.generation.presets import PRESETS as GENERATION_PRESETS
-from cluster.generation.presets import with_preset
+from cluster.generation.presets import GENERATION_PRESETS, with_preset
 from cluster.session import cluster_cpus, cluster_gpus
 from cluster.store.store import join, open_store
-from cluster.training.config import PRESETS as TRAIN_PRESETS
+from cluster.training.config import TRAINING_PRESETS
 from cluster.training.stream import stream
 from jobs.cli import make_parser, run_job
 from jobs.generate import Prepared, prepare
@@ -24,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--out", required=True, help="where the run goes, or with no --data both: path or URI")
     result.add_argument(
         "--preset", action="append", default=[], metavar="NAME",
-        help=f"of generation ({', '.join(GENERATION_PRESETS)}), of training ({', '.join(TRAIN_PRESETS)}), or both",
+        help=f"of generation ({', '.join(GENERATION_PRESETS)}), of training ({', '.join(TRAINING_PRESETS)}), or both",
     )  # fmt: skip
     add_generation_arguments(result)
     training = result.add_argument_group(
@@ -60,12 +59,12 @@ def run(args: argparse.Namespace) -> dict:
 def _presets(names: list[str]) -> tuple[str | None, str | None]:
     """(generation's, training's) of the names given."""
     generation = [name for name in names if name in GENERATION_PRESETS]
-    training = [name for name in names if name in TRAIN_PRESETS]
-    unknown = [name for name in names if name not in GENERATION_PRESETS and name not in TRAIN_PRESETS]
+    training = [name for name in names if name in TRAINING_PRESETS]
+    unknown = [name for name in names if name not in GENERATION_PRESETS and name not in TRAINING_PRESETS]
     if unknown or len(generation) > 1 or len(training) > 1:
         raise InputError(
             f"--preset {' '.join(names)}: give at most one of {', '.join(GENERATION_PRESETS)} and one of "
-            f"{', '.join(TRAIN_PRESETS)}"
+            f"{', '.join(TRAINING_PRESETS)}"
         )
     return next(iter(generation), None), next(iter(training), None)
 

@@ -5,7 +5,7 @@ import argparse
 from cluster.sources.pictures import PictureSource
 from cluster.sweep.search_space import ABLATIONS, DEFAULT_SPACE, SPEC_HELP, parse_param
 from cluster.sweep.sweep import SCHEDULERS, SEARCHES, SweepRequest, sweep
-from cluster.training.config import PRESETS, parse_override
+from cluster.training.config import TRAINING_PRESETS, parse_override
 from cluster.training.train import TrainRequest
 from jobs.cli import make_parser, run_job
 from pcm.errors import InputError
@@ -30,7 +30,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=1, help="runs of every setting; the best is chosen by their mean")
     parser.add_argument("--epochs", type=int, help="passes over the data of a trial (the preset's)")
     parser.add_argument("--seed", type=int, help="the first seed, of trials and of the search (the preset's)")
-    parser.add_argument("--preset", help=f"{', '.join(PRESETS)}; by default chosen by the dataset's feature sizes")
+    parser.add_argument(
+        "--preset", help=f"{', '.join(TRAINING_PRESETS)}; by default chosen by the dataset's feature sizes"
+    )
     parser.add_argument("--config", help="JSON file of a TrainConfig instead of a preset")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="fix a field; repeatable")
     parser.add_argument("--val-images", help="CIDEr on these pictures: a folder, Parquet, embedded:val")

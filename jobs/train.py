@@ -4,7 +4,7 @@ import argparse
 import logging
 
 from cluster.sources.pictures import PictureSource
-from cluster.training.config import PRESETS, parse_override
+from cluster.training.config import TRAINING_PRESETS, parse_override
 from cluster.training.train import TrainRequest, train
 from jobs.cli import make_parser, run_job
 from pcm.errors import InputError
@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
         help="dataset: local path or URI; repeatable. WEIGHT: how often each of its rows comes in an epoch (1)",
     )
     parser.add_argument("--out", required=True, help="where the run goes: local path or URI")
-    parser.add_argument("--preset", help=f"{', '.join(PRESETS)}; by default chosen by the dataset's feature sizes")
+    parser.add_argument(
+        "--preset", help=f"{', '.join(TRAINING_PRESETS)}; by default chosen by the dataset's feature sizes"
+    )
     parser.add_argument("--seed", type=int, help="of weights, hold-out, order, dropout (the preset's)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
     parser.add_argument("--clip", help="CLIP for --val-images, if the dataset's has moved")

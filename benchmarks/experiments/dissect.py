@@ -23,7 +23,7 @@ from benchmarks.experiments.settings import DOMAINS, EXPERIMENTS, MAIN
 from cluster.dataset.layout import load_manifest
 from cluster.dataset.rows import Rows, read_rows, read_shard
 from cluster.store.store import Store, open_store
-from cluster.training.loop import Run
+from cluster.training.run_spec import RunSpec
 from pcm.captioners.pcmnet.model import PCMNet
 from pcm.clip.encoder import ClipEncoder
 from pcm.embedded.making.world import NOUNS, SIZE, Scene
@@ -69,7 +69,7 @@ def dissect(out: Path, *, judge: Path | None) -> dict[str, Any]:
     return found
 
 
-def _of_dataset(store: Store, run: Run, names: Sequence[str], judge: Path | None) -> dict[str, Any]:
+def _of_dataset(store: Store, run: RunSpec, names: Sequence[str], judge: Path | None) -> dict[str, Any]:
     manifest = load_manifest(store)
     clip = manifest.spec.clip
     encoder = ClipEncoder(clip.model, device="cpu", batch_size=clip.batch_size)
@@ -77,7 +77,7 @@ def _of_dataset(store: Store, run: Run, names: Sequence[str], judge: Path | None
     images = np.concatenate([_images(store, shard["key"]) for shard in manifest.shards])
     pairs = scenes_of(DOMAINS[MAIN], manifest.expected)
     scenes = [pairs[int(sample_id.partition("-")[0])][0] for sample_id in rows.sample_ids]
-    findings = mix_up(run, rows)
+    findings = found_pairs(run, rows)
     seen = recognised(images, scenes, rows, encoder, judge)
     return {
         "pictures": len(rows),
@@ -97,7 +97,7 @@ def _images(store: Store, key: str) -> np.ndarray:
     )
 
 
-def mix_up(run: Run, rows: Rows) -> Findings:
+def found_pairs(run: RunSpec, rows: Rows) -> Findings:
     """Eqs. 1 and 2 and the selection with the run's settings; no trained weight takes part."""
     model = PCMNet(run.config.model)
     model.set_concepts(torch.from_numpy(ConceptVocabulary.from_bytes(run.vocabularies.concepts).embeddings))
@@ -105,7 +105,7 @@ def mix_up(run: Run, rows: Rows) -> Findings:
     parts = []
     for start in range(0, len(rows), BATCH):
         part = slice(start, start + BATCH)
-        found = model.mixup(
+        found = model.find_pairs(
             torch.from_numpy(rows.global_feature[part]).float(), torch.from_numpy(rows.patch_features[part]).float()
         )
         patches, places = (

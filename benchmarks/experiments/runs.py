@@ -24,7 +24,8 @@ from cluster.evaluation.evaluate import EvaluateRequest, evaluate
 from cluster.sources.pictures import PictureSource, resolved
 from cluster.store.store import open_store
 from cluster.sweep.sweep import without_paths
-from cluster.training.loop import METRICS_KEY, Run
+from cluster.training.loop import METRICS_KEY
+from cluster.training.run_spec import RunSpec
 from cluster.training.train import TrainRequest, planned_run
 from pcm.errors import InputError
 
@@ -42,7 +43,7 @@ class Job:
     variant: Variant
     seed: int
     key: str
-    run: Run
+    run: RunSpec
     tests: Mapping[str, PictureSource]  # pictures to caption, by domain
 
 
@@ -181,7 +182,7 @@ def run_job(job: Job, out: Path) -> dict[str, Any]:
     return result
 
 
-def _train(run: Run, folder: Path) -> str:
+def _train(run: RunSpec, folder: Path) -> str:
     """cluster.training.loop in this process; "" or why it stopped."""
     from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
 

@@ -87,7 +87,7 @@ class Plan:
         return len(self.shard_positions(shard))
 
     def shard_positions(self, shard: int) -> range:
-        """Places of a shard's samples among all: record_index * images_per_caption + image_index."""
+        """Positions of a shard's samples among all: record_index * images_per_caption + image_index."""
         segment = self._segment_of("first_shard", shard, self.num_shards)
         per_caption = self.spec.images_per_caption
         start = segment.first_record * per_caption + (shard - segment.first_shard) * self.shard_size

@@ -38,7 +38,7 @@ class Rows:
     def take(self, indices: np.ndarray) -> "Rows":
         return Rows(*(getattr(self, name)[indices] for name in self.__dataclass_fields__))
 
-    def some(self, numbers: np.ndarray) -> "Rows":
+    def select(self, numbers: np.ndarray) -> "Rows":
         """The rows of ascending numbers; nothing is copied where these are all."""
         return self if len(numbers) == len(self) else self.take(numbers)
 
@@ -108,7 +108,7 @@ def read_rows(store: Store, key: str, rows: np.ndarray | None, features: Feature
         patch_features=patch_features.reshape(-1, features.num_patches, features.patch_dim),  # (n, N, D_v)
         patch_scale=no_scale(len(global_feature)),
     )
-    return decoded if rows is None else decoded.some(rows)
+    return decoded if rows is None else decoded.select(rows)
 
 
 def _matrix(table: pa.Table, name: str) -> np.ndarray:

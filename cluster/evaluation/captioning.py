@@ -106,7 +106,7 @@ def caption_on_cluster(source: CaptionerSource, *, pictures: int, num_workers: i
     numbers = list(range(len(batches(pictures, source.batch_size))))
     dataset = ray.data.from_items([{"batch": number} for number in numbers], override_num_blocks=len(numbers))
     captioned = dataset.map_batches(
-        _Worker,  # type: ignore[arg-type]
+        _CaptionWorker,  # type: ignore[arg-type]
         fn_constructor_kwargs={"source": source, "threads": threads},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=num_workers),
@@ -121,7 +121,7 @@ def caption_on_cluster(source: CaptionerSource, *, pictures: int, num_workers: i
     return Captioned.concatenate([parts[number] for number in numbers])
 
 
-class _Worker:
+class _CaptionWorker:
     """A captioner in a Ray actor."""
 
     def __init__(self, *, source: CaptionerSource, threads: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.training.config import PRESETS
+from cluster.training.config import TRAINING_PRESETS
 from pcm.errors import InputError
 
 SPLIT = "test"
@@ -124,4 +124,4 @@ def experiments_table() -> str:
     return "\n".join(lines)
 
 
-assert all(found.preset in PRESETS for found in EXPERIMENTS.values())
+assert all(found.preset in TRAINING_PRESETS for found in EXPERIMENTS.values())

@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from cluster.generation.progress import STAGES, Live, Progress, Status
+from cluster.generation.progress import STAGES, MonitorSnapshot, RunProgress, Status
 from cluster.generation.telemetry import Telemetry
 from cluster.session import cluster_gpus, cluster_machines
 
@@ -35,35 +35,35 @@ FIRST_LINES_FOR = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class News:
+class ClusterState:
     """What can be asked of a running cluster."""
 
-    live: Live | None = None  # None: the monitor does not answer
+    live: MonitorSnapshot | None = None  # None: the monitor does not answer
     machines: int = 1
     gpus: float = 0.0
 
 
-def ask_cluster(monitor: ActorHandle | None, *, gpus_per_generator: float) -> News:
+def ask_cluster(monitor: ActorHandle | None, *, gpus_per_generator: float) -> ClusterState:
     """Ask Ray and the run's monitor. Takes up to ANSWER_SECONDS; raises whatever Ray raises when it is in trouble."""
     machines, gpus = cluster_machines(), cluster_gpus()
     if monitor is None:
-        return News(machines=machines, gpus=gpus)
+        return ClusterState(machines=machines, gpus=gpus)
     try:
         said: Any = ray.get(monitor.snapshot.remote(), timeout=ANSWER_SECONDS)
     except ray.exceptions.RayError:
-        return News(machines=machines, gpus=gpus)
+        return ClusterState(machines=machines, gpus=gpus)
     # The monitor remembers every generator, those on lost nodes too; there are no more than there are GPUs for.
     room = int(gpus / gpus_per_generator + 1e-6) if gpus_per_generator else said["generators"]
-    live = Live(drawn=said["drawn"], in_flight=said["in_flight"], generators=min(said["generators"], room))
-    return News(live=live, machines=machines, gpus=gpus)
+    live = MonitorSnapshot(drawn=said["drawn"], in_flight=said["in_flight"], generators=min(said["generators"], room))
+    return ClusterState(live=live, machines=machines, gpus=gpus)
 
 
 class Display:
-    """Shows a Progress, and exports it, until it is closed; a context manager. Asks for news in a thread of its own."""
+    """Shows a RunProgress, and exports it, until it is closed; a context manager. Asks the cluster in a thread."""
 
     def __init__(
         self,
-        progress: Progress,
+        progress: RunProgress,
         telemetry: Telemetry,
         monitor: ActorHandle | None,
         *,
@@ -102,7 +102,7 @@ class Display:
                 news = ask_cluster(self._monitor, gpus_per_generator=self._gpus_per_generator)
             except Exception as error:  # a run does not stop for its display
                 log.debug("the cluster does not answer: %s", error)
-                news = News()
+                news = ClusterState()
             self._progress.observe(news.live, machines=news.machines)
             status = self._progress.status()
             self._telemetry.update(status)

@@ -22,7 +22,7 @@ from cluster.dataset.vocabularies import store_vocabularies
 from cluster.generation.cost import Billing
 from cluster.generation.display import Display
 from cluster.generation.pools import Pools
-from cluster.generation.progress import Progress, Status, Watch
+from cluster.generation.progress import RunLimits, RunProgress, Status
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.monitor import FaultPolicy, start_monitor
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 #: Ray Data keeps something in the driver for every shard it is told of. After so many the pools start afresh: at 256
 #: pictures a shard that is every 2.5 million pictures, beside which loading a model again is nothing.
-SHARDS_AT_ONCE = 10_000
+SHARDS_PER_PIPELINE = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class GenerationResult:
     startup_seconds: float | None  # until the first drawing; None: nothing was drawn
     stage_seconds: dict[str, float]
     billing: Billing
-    watch: Watch
+    watch: RunLimits
 
     @property
     def skipped(self) -> int:
@@ -102,7 +102,7 @@ def generate(
     pools: Pools,
     *,
     faults: FaultPolicy | None = None,
-    watch: Watch | None = None,
+    watch: RunLimits | None = None,
     shards: Collection[int] | None = None,
     redo: Collection[int] = (),
     retry: frozenset[str] = frozenset(),
@@ -114,7 +114,7 @@ def generate(
     the place of those that are there; with `retry`, only their samples that are quarantined for one of these reasons.
     Raises InputError when the scores fall below the watch's threshold.
     """
-    watch = watch or Watch()
+    watch = watch or RunLimits()
     on_store = committed(store, plan)
     on_store.forget(redo)
     wanted = range(plan.num_shards) if shards is None else sorted(shards)
@@ -125,7 +125,7 @@ def generate(
         log.info("%d of %d samples are on the store already", skipped, total)
     features = store_vocabularies(store, plan)
     billing = Billing.of(pools, device=plan.spec.generator.device, price_per_hour=watch.price_per_hour)
-    progress = Progress(total=total, skipped=skipped, actors=actors(pools, len(missing)), billing=billing)
+    progress = RunProgress(total=total, skipped=skipped, actors=actors(pools, len(missing)), billing=billing)
     if missing:
         faults = faults or FaultPolicy()
         monitor = start_monitor(faults)
@@ -172,8 +172,8 @@ def shard_stream(
 
     Raises InputError when a model a user named cannot be loaded by the workers, or when the monitor stops the run.
     """
-    for start in range(0, len(shards), SHARDS_AT_ONCE):
-        some = shards[start : start + SHARDS_AT_ONCE]
+    for start in range(0, len(shards), SHARDS_PER_PIPELINE):
+        some = shards[start : start + SHARDS_PER_PIPELINE]
         yield from _run_pools(store, plan, some, pools, watched_by=watched_by, retry=retry, draw=draw)
 
 

@@ -18,7 +18,7 @@ from cluster.generation.cost import SECONDS_AN_HOUR, Billing
 from cluster.generation.display import duration, size
 from cluster.generation.generate import GenerationResult, actors, generate
 from cluster.generation.pools import Pools
-from cluster.generation.progress import Watch
+from cluster.generation.progress import RunLimits
 from cluster.generation.stages.monitor import FaultPolicy
 from cluster.session import cluster_machines
 from cluster.store.store import Store
@@ -90,7 +90,7 @@ def pilot_shards(plan: Plan, samples: int, *, generators: int) -> list[int]:
 
 
 def run_pilot(
-    store: Store, plan: Plan, pools: Pools, asked: PilotSize, *, faults: FaultPolicy | None = None, watch: Watch
+    store: Store, plan: Plan, pools: Pools, asked: PilotSize, *, faults: FaultPolicy | None = None, watch: RunLimits
 ) -> tuple[Prediction, GenerationResult]:
     """Make the pilot's shards (those that the store lacks) and predict the whole; no manifest is written.
 

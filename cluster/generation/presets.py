@@ -47,7 +47,7 @@ class GenerationPreset:
     arguments: dict[str, Any]
 
 
-PRESETS = {
+GENERATION_PRESETS = {
     "synthimgcap_coco": GenerationPreset(
         "SynthImgCap's COCO part, of the Karpathy file",
         {**_STABLE_DIFFUSION, "corpus": "dataset_coco.json"},
@@ -63,9 +63,9 @@ def with_preset(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments, those that were not given (None) as the preset has them. Raises InputError for an unknown name."""
     if args.preset is None:
         return args
-    if args.preset not in PRESETS:
-        raise InputError(f"preset {args.preset!r}: allowed are {', '.join(PRESETS)}")
-    values = PRESETS[args.preset].arguments
+    if args.preset not in GENERATION_PRESETS:
+        raise InputError(f"preset {args.preset!r}: allowed are {', '.join(GENERATION_PRESETS)}")
+    values = GENERATION_PRESETS[args.preset].arguments
     if args.t2i not in (None, values["t2i"]):
         values = {name: value for name, value in values.items() if name != "t2i_revision"}  # of another repository
     given = {name: value for name, value in vars(args).items() if value is not None}

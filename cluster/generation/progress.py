@@ -30,7 +30,7 @@ STALL_GAPS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watch:
+class RunLimits:
     """How a run is watched: what an hour costs, and when to give up. Changes no byte of the result."""
 
     price_per_hour: float | None = None  # of one GPU, or of one machine when drawing on CPUs
@@ -46,7 +46,7 @@ class Watch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Live:
+class MonitorSnapshot:
     """What the run's monitor says between commits."""
 
     drawn: int  # pictures in shards that are not committed yet
@@ -87,7 +87,7 @@ class Status:
         return max(0, self.total - self.skipped - self.samples - self.drawn)
 
 
-class Progress:
+class RunProgress:
     """Adds up shard stats as they are committed, and what the monitor sees meanwhile. Safe to use from two threads.
 
     Rates count from the start of the first shard's drawing: loading models is not drawing. With a silent monitor they
@@ -109,7 +109,7 @@ class Progress:
         self._longest_gap = 0.0
         self._first_draw: float | None = None
         self._last_commit: float | None = None
-        self._live: Live | None = None
+        self._live: MonitorSnapshot | None = None
         self._machines = 1
         self._history: deque[tuple[float, int]] = deque()  # (time, samples done), oldest first
         self._furthest = 0
@@ -140,7 +140,7 @@ class Progress:
                 self._live = replace(self._live, drawn=max(0, self._live.drawn - stats["count"]))
             self._advance(now)
 
-    def observe(self, live: Live | None, *, machines: int = 1) -> None:
+    def observe(self, live: MonitorSnapshot | None, *, machines: int = 1) -> None:
         """What the monitor says now (None: it is silent), and how many machines the cluster has."""
         with self._lock:
             now = self._clock()

@@ -37,7 +37,7 @@ from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard
 from cluster.ingest.shards import import_shards, picture_size, sample_row, undrawn
 from cluster.sources.published_annotations import AnnotationCorpus, CaptionFile
-from cluster.sources.published_places import Places
+from cluster.sources.published_folders import PublishedFolders
 from cluster.store.store import Store, local_copy, open_store, read_uri
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
@@ -101,7 +101,7 @@ def import_dataset(request: ImportRequest) -> ImportResult:
     del raw
     if not isinstance(annotations, list) or not annotations:
         raise InputError(f"{request.annotations}: not a list of annotations, or empty; give the published pickle")
-    places = Places(images=request.images, features=request.features)
+    places = PublishedFolders(images=request.images, features=request.features)
     found = places.probe(annotations)
     corpus = AnnotationCorpus(annotations, vocabulary, _caption_file(request))
     plan = make_plan(
@@ -213,7 +213,12 @@ class ShardImporter:
     """One shard at a time, from any number of threads: plan part in, shard, quarantine and stats out."""
 
     def __init__(
-        self, store: Store, spec: DatasetSpec, features: FeatureShape, places: Places, corpus: AnnotationCorpus
+        self,
+        store: Store,
+        spec: DatasetSpec,
+        features: FeatureShape,
+        places: PublishedFolders,
+        corpus: AnnotationCorpus,
     ) -> None:
         self._store = store
         self._features = features

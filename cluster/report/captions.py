@@ -60,7 +60,7 @@ def caption_samples(
         raise InputError(f"{source.images}: none of the {len(unreadable)} pictures that were drawn can be read")
     clip_encoder = captioner.clip
     features = clip_encoder.encode_images(list(opened.values()))
-    found = captioner.model.mixup(
+    found = captioner.model.find_pairs(
         *(
             torch.from_numpy(array).to(captioner.model.concept_embeddings.device)
             for array in (features.global_feature, features.patch_features)

@@ -94,7 +94,7 @@ def gather_dataset(store: Store, *, seed: int) -> DatasetFacts:
 
 
 def sample_shards(rows: Sequence[int], *, seed: int, most: int = MAX_SHARDS, most_rows: int = MAX_ROWS) -> list[int]:
-    """Places of shards drawn by a seed, ascending: at least one that has rows, and no more than the two limits."""
+    """Numbers of shards drawn by a seed, ascending: at least one that has rows, and no more than the two limits."""
     chosen: list[int] = []
     total = 0
     for place in np.random.default_rng(seed).permutation(len(rows)).tolist():

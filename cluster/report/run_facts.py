@@ -10,7 +10,7 @@ import numpy as np
 from cluster.evaluation.evaluate import METRICS_KEY as EVALUATION_KEY
 from cluster.report.dataset_facts import in_parallel
 from cluster.store.store import Store
-from cluster.training.config import DATASET_SIZES, PRESETS, TrainConfig
+from cluster.training.config import DATASET_SIZES, TRAINING_PRESETS, TrainConfig
 from cluster.training.loop import METRICS_KEY
 from cluster.training.train import CONFIG_KEY
 from pcm.errors import InputError
@@ -87,7 +87,7 @@ def nearest_preset(config: TrainConfig) -> tuple[str, dict[str, str]]:
             for field, change in preset.differences(config).items()
             if field not in DATASET_SIZES
         }
-        for name, preset in PRESETS.items()
+        for name, preset in TRAINING_PRESETS.items()
     }
     return min(found.items(), key=lambda item: len(item[1]))
 

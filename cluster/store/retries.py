@@ -92,7 +92,7 @@ def classify(error: BaseException) -> Fault:
     return fault
 
 
-def patiently(operation: Callable[[], T], *, place: str) -> T:
+def with_retries(operation: Callable[[], T], *, place: str) -> T:
     """Run an operation, again and again while the store fails in ways that pass.
 
     Pauses double from 0.2 s to 15 s, with jitter, for up to PCM_STORE_RETRY_SECONDS (300) since the first failure;

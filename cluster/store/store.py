@@ -24,7 +24,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.store.retries import patiently
+from cluster.store.retries import with_retries
 from pcm.errors import InputError
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ _SECRET_PARAMETERS = ("signature", "sig", "token", "secret", "password", "creden
 class Store:
     """Objects under one prefix. Keys are relative, with forward slashes.
 
-    Operations are tried again while the store fails in ways that pass (`cluster.store.retries.patiently`, which says
+    Operations are tried again while the store fails in ways that pass (`cluster.store.retries.with_retries`, which says
     what they raise when it does not). `fs` is for those who need an open file; it has only its library's own retries.
     """
 
@@ -93,7 +93,7 @@ class Store:
         self._patiently(key, lambda: self._single.rm_file(self.path(key)))
 
     def _patiently(self, key: str, operation: Callable[[], T]) -> T:
-        return patiently(operation, place=f"{self.root}/{key}" if key else self.root)
+        return with_retries(operation, place=f"{self.root}/{key}" if key else self.root)
 
     def _put(self, path: str, data: bytes) -> None:
         options: dict = {}

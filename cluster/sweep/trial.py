@@ -25,7 +25,7 @@ from cluster.dataset.rows import COLUMNS, preload, read_shard
 from cluster.store.store import Store, join, local_copy, open_store
 from cluster.training.config import TrainConfig
 from cluster.training.loop import SCORE, train_loop
-from cluster.training.run_spec import Run
+from cluster.training.run_spec import RunSpec
 from pcm.errors import InputError
 
 TRIALS = "trials"
@@ -44,7 +44,7 @@ class SweepRun:
     """What every trial of a sweep shares."""
 
     out: str  # of the sweep; absolute path or URI
-    run: Run  # of the base config; its `out` is replaced by the trial's
+    run: RunSpec  # of the base config; its `out` is replaced by the trial's
     tables: Mapping[str, ray.ObjectRef]  # shards by their path: read once, shared by the trials of a node
 
 

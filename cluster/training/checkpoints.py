@@ -20,7 +20,7 @@ STATE_FILE = "state.json"
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """How far training is; the part of a checkpoint that is neither weights nor optimiser."""
 
     epoch: int = 0  # epochs finished
@@ -39,7 +39,12 @@ class Progress:
 
 
 def save_training_state(
-    folder: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None, at: Progress
+    folder: Path,
+    *,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    at: TrainingState,
 ) -> None:
     """Complete a checkpoint that has the captioner's files already."""
     if average is not None:
@@ -52,7 +57,7 @@ def save_training_state(
 
 def load_training_state(
     folder: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None
-) -> Progress:
+) -> TrainingState:
     """The inverse of `save_training_state`, into what is given; how far the run was."""
     state = safetensors.torch.load_file(folder / MODEL_FILE)
     module.load_state_dict(state)
@@ -60,7 +65,7 @@ def load_training_state(
         average.load(state)
         module.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE), strict=False)
     optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, weights_only=True))
-    return Progress(**json.loads((folder / STATE_FILE).read_text()))
+    return TrainingState(**json.loads((folder / STATE_FILE).read_text()))
 
 
 class LossLog:

@@ -211,7 +211,7 @@ _SMALL = PCMNetConfig(
 
 #: The published runs (arXiv 2501.00437, section 4.1, and the released settings), and `embedded`, which is ours: a
 #: network for the small embedded world that two CPU cores train in about two minutes.
-PRESETS: Mapping[str, TrainConfig] = types.MappingProxyType(
+TRAINING_PRESETS: Mapping[str, TrainConfig] = types.MappingProxyType(
     {
         "coco_l14": TrainConfig(model=PCMNetConfig(hidden_dropout=0.25), clip_weight=4.0),
         "coco_b32": TrainConfig(model=_PUBLISHED, clip_weight=2.5),
@@ -224,10 +224,10 @@ PRESETS: Mapping[str, TrainConfig] = types.MappingProxyType(
 
 
 def preset(name: str) -> TrainConfig:
-    """Raises InputError for a name that is not in PRESETS."""
-    if name not in PRESETS:
-        raise InputError(f"preset {name!r}: not known; allowed are {', '.join(PRESETS)}")
-    return PRESETS[name]
+    """Raises InputError for a name that is not in TRAINING_PRESETS."""
+    if name not in TRAINING_PRESETS:
+        raise InputError(f"preset {name!r}: not known; allowed are {', '.join(TRAINING_PRESETS)}")
+    return TRAINING_PRESETS[name]
 
 
 def default_preset(features: FeatureShape) -> str:

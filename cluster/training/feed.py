@@ -13,7 +13,7 @@ from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
 from cluster.training.data.shard_cache import ShardCache
 from cluster.training.data.shuffled import Part, ShardLoader
-from cluster.training.run_spec import Run
+from cluster.training.run_spec import RunSpec
 from cluster.training.validation import ValidationShare, held_out_share, picture_share
 from pcm.clip.encoder import ClipEncoder
 from pcm.text.vocabulary import Vocabulary
@@ -24,7 +24,7 @@ class TrainingData:
     of the plan, which takes shards as they are committed.
     """
 
-    def __init__(self, run: Run, shape: BatchShape, vocabulary: Vocabulary, *, device: torch.device) -> None:
+    def __init__(self, run: RunSpec, shape: BatchShape, vocabulary: Vocabulary, *, device: torch.device) -> None:
         self._run, self._shape, self._vocabulary, self._device = run, shape, vocabulary, device
         #: Of data whose first epoch is in its order.
         self.plan = self._load_plan() if run.config.first_epoch == "plan" else None

@@ -22,11 +22,11 @@ import torch
 import torch.distributed
 
 from cluster.store.store import open_store
-from cluster.training.checkpoints import LossLog, Progress, load_training_state, save_training_state
+from cluster.training.checkpoints import LossLog, TrainingState, load_training_state, save_training_state
 from cluster.training.data.batches import Batch, BatchShape
 from cluster.training.ema import WeightAverage
 from cluster.training.feed import TrainingData
-from cluster.training.run_spec import Run
+from cluster.training.run_spec import RunSpec
 from cluster.training.step import TrainStep
 from cluster.training.trackers import Tracker, open_trackers
 from cluster.training.validation import validation_cider
@@ -61,16 +61,16 @@ class NonFiniteLoss(Exception):
 def train_loop(loop_config: dict[str, Any]) -> str:
     """train_loop_per_worker of Ray Train. Returns "" or, the same on every worker, why training was stopped."""
     try:
-        _Worker(loop_config["run"]).train()
+        _TrainWorker(loop_config["run"]).train()
     except NonFiniteLoss as error:
         return str(error)  # not raised: Ray would start the same arithmetic again
     return ""
 
 
-class _Worker:
+class _TrainWorker:
     """One rank of a run."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunSpec) -> None:
         _log_to_stderr()
         context = ray.train.get_context()
         self.run, self.config = run, run.config
@@ -173,7 +173,7 @@ class _Worker:
             f"{metrics['seconds']:.1f} s + {metrics['validation_seconds']:.1f} s validation"
         )
         self._track({name: metrics[name] for name in ("CIDEr", "epoch", "samples_per_second")})
-        self._report({**metrics, SCORE: cider}, is_best=is_best)
+        self._save_checkpoint({**metrics, SCORE: cider}, is_best=is_best)
         if self.rank == 0:
             self._write_metrics()
 
@@ -206,7 +206,7 @@ class _Worker:
             if at_end or due:
                 self._write_losses(losses)
             if due:
-                self._report({"step": progress.step, SCORE: NO_SCORE}, is_best=False)
+                self._save_checkpoint({"step": progress.step, SCORE: NO_SCORE}, is_best=False)
             if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
                 last_line = time.monotonic()
                 done = batch.step + 1
@@ -243,7 +243,7 @@ class _Worker:
             f"{', '.join(sample_ids)}; look at their features and clip scores, or lower lr_factor"
         )
 
-    def _report(self, metrics: dict[str, Any], *, is_best: bool) -> None:
+    def _save_checkpoint(self, metrics: dict[str, Any], *, is_best: bool) -> None:
         """Write a checkpoint. Best first, checkpoint next, metrics.jsonl last: a run killed in between does the steps
         since the checkpoint before again and writes the same.
         """
@@ -273,11 +273,11 @@ class _Worker:
                 checkpoint_dir_name=self.progress.checkpoint_name,
             )
 
-    def _restored(self) -> Progress:
+    def _restored(self) -> TrainingState:
         """Load the last checkpoint that this run reported, if there is one."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
-            return Progress()
+            return TrainingState()
         with checkpoint.as_directory() as folder:
             progress = load_training_state(
                 Path(folder), module=self.module, optimizer=self.optimizer, average=self.average

@@ -10,7 +10,7 @@ from cluster.training.data.shuffled import CACHE_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunSpec:
     """What crosses to the workers: where the data is, where the run goes, and its science."""
 
     data: tuple[DataSource, ...]  # absolute paths or URIs

@@ -27,7 +27,7 @@ from cluster.training.data.mixture import DataSource, TrainingSet, Vocabularies,
 from cluster.training.data.shuffled import CACHE_BYTES
 from cluster.training.loop import BEST, METRICS_KEY, SCORE, train_loop
 from cluster.training.ray_trainer import check_labels, make_trainer, ray_storage, worker_input_error
-from cluster.training.run_spec import Run
+from cluster.training.run_spec import RunSpec
 from cluster.training.step import check_compile
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
@@ -135,7 +135,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
     return _summary(out, started)
 
 
-def planned_run(request: TrainRequest, *, cpus: int) -> Run:
+def planned_run(request: TrainRequest, *, cpus: int) -> RunSpec:
     """What a worker of `request` would be given, starting nothing: a sweep's trials are runs of this kind.
 
     Raises InputError when a dataset is unfinished or unfit.
@@ -154,8 +154,8 @@ def _run(
     document: dict[str, Any],
     *,
     cpus: int,
-) -> Run:
-    return Run(
+) -> RunSpec:
+    return RunSpec(
         data=tuple(replace(source, uri=_anywhere(open_store(source.uri))) for source in request.sources),
         out=_anywhere(open_store(request.out)),
         vocabularies=vocabularies,

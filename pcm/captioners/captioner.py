@@ -142,7 +142,7 @@ class Captioner:
     @torch.inference_mode()
     def salient_concepts(self, features: ImageFeatures) -> list[tuple[tuple[str, float], ...]]:
         """The concepts that the mix-up retrieves for each picture (top K above the threshold), with eq. 1's softmax."""
-        found = self.model.mixup(*_on_device(self.model, features.global_feature, features.patch_features))
+        found = self.model.find_pairs(*_on_device(self.model, features.global_feature, features.patch_features))
         rows = zip(found.top_concepts.tolist(), found.top_probabilities.tolist(), found.kept.tolist(), strict=True)
         return [tuple((self.concepts.names[i], p) for i, p, kept in zip(*row, strict=True) if kept) for row in rows]
 

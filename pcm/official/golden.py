@@ -18,7 +18,7 @@ from torch import Tensor
 from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.captioners.pcmnet.decoding import Decoded, beam_search, greedy_search
 from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy, FocalMode
-from pcm.captioners.pcmnet.mixup import Layout, MixUp, inject_noise, textual_patches
+from pcm.captioners.pcmnet.mixup import Layout, MixUpFindings, inject_noise, textual_patches
 from pcm.captioners.pcmnet.model import Encoded, PCMNet
 from pcm.captioners.pcmnet.schedule import noam_lr
 from pcm.errors import InputError
@@ -111,8 +111,8 @@ class Recomputation:
         return to_official(self.eval_model.state_dict())
 
     @cached_property
-    def _mixup(self) -> MixUp:
-        return self.eval_model.mixup(*self._features)
+    def _mixup(self) -> MixUpFindings:
+        return self.eval_model.find_pairs(*self._features)
 
     @cached_property
     def _intermediate(self) -> dict[str, Tensor]:
@@ -263,7 +263,7 @@ class Recomputation:
             }[what]
         if group.startswith("topk2"):
             config = dataclasses.replace(self.config, top_patches=self.golden.part("spec")[group])
-            mixup = self._model(config, training=False).mixup(*self._features)
+            mixup = self._model(config, training=False).find_pairs(*self._features)
             return {"replace_mask": mixup.mix_mask.float()}[what]
         raise KeyError(name)
 

@@ -28,10 +28,10 @@ import torch
 
 from pcm.errors import InputError
 from pcm.safe_pickle.values import (
-    Answer,
+    AllowedCallable,
     Array,
+    ArrayResolver,
     DType,
-    Finisher,
     as_key,
     as_pairs,
     latin1_bytes,
@@ -77,7 +77,7 @@ def load(source: str | Path | bytes, *, name: str | None = None) -> Any:
     if data.startswith(b"PK\x03\x04"):
         return _torch_archive(data, name)
     try:
-        value = Finisher()(_Unpickler(io.BytesIO(data), budget=_COPIES * len(data) + _FREE_BYTES).load())
+        value = ArrayResolver()(_Unpickler(io.BytesIO(data), budget=_COPIES * len(data) + _FREE_BYTES).load())
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     except Exception as error:  # nothing but this reader runs, so whatever it trips over is the pickle's fault
@@ -145,7 +145,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     def load_reduce(self) -> None:
         args = self.stack.pop()
         function = self.stack[-1]
-        if not isinstance(function, Answer) or not isinstance(args, tuple):
+        if not isinstance(function, AllowedCallable) or not isinstance(args, tuple):
             raise pickle.UnpicklingError("it calls what is no function")
         if function.copies:
             for argument in args:
@@ -236,19 +236,19 @@ def _storage(data: Any) -> torch.Tensor:
 
 
 _ANSWERS: dict[tuple[str, str], Any] = {
-    ("numpy", "dtype"): Answer(DType),
-    ("numpy", "ndarray"): Answer(Array),
-    ("numpy._core.multiarray", "_reconstruct"): Answer(Array),
-    ("numpy._core.multiarray", "scalar"): Answer(make_scalar),
-    ("numpy._core.numeric", "_frombuffer"): Answer(make_array),
-    ("_codecs", "encode"): Answer(latin1_bytes),
-    ("torch._utils", "_rebuild_tensor_v2"): Answer(make_tensor, copies=False),
-    ("torch._utils", "_rebuild_parameter"): Answer(lambda data, *ignored: data, copies=False),
-    ("torch.storage", "_load_from_bytes"): Answer(_storage),
-    ("torch", "Size"): Answer(make_size),
+    ("numpy", "dtype"): AllowedCallable(DType),
+    ("numpy", "ndarray"): AllowedCallable(Array),
+    ("numpy._core.multiarray", "_reconstruct"): AllowedCallable(Array),
+    ("numpy._core.multiarray", "scalar"): AllowedCallable(make_scalar),
+    ("numpy._core.numeric", "_frombuffer"): AllowedCallable(make_array),
+    ("_codecs", "encode"): AllowedCallable(latin1_bytes),
+    ("torch._utils", "_rebuild_tensor_v2"): AllowedCallable(make_tensor, copies=False),
+    ("torch._utils", "_rebuild_parameter"): AllowedCallable(lambda data, *ignored: data, copies=False),
+    ("torch.storage", "_load_from_bytes"): AllowedCallable(_storage),
+    ("torch", "Size"): AllowedCallable(make_size),
     # A plain dict: nothing read here depends on the difference.
-    ("collections", "OrderedDict"): Answer(make_dict),
-    **{(module, name): Answer(kind) for module in ("builtins", "__builtin__")
+    ("collections", "OrderedDict"): AllowedCallable(make_dict),
+    **{(module, name): AllowedCallable(kind) for module in ("builtins", "__builtin__")
        for name, kind in (("set", set_of(set)), ("frozenset", set_of(frozenset)), ("complex", make_complex),
                           ("bytes", no_bytes))},
     **{("torch", name): dtype for name, dtype in _TORCH_DTYPES.items()},

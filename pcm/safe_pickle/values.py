@@ -35,7 +35,7 @@ def as_pairs(items: list[Any]) -> list[tuple[Any, Any]]:
     return list(zip(map(as_key, items[0::2]), items[1::2], strict=True))
 
 
-class Answer:
+class AllowedCallable:
     """What a name in a pickle stands for: it can be called, and nothing else. copies: its result takes memory."""
 
     __slots__ = ("_function", "copies")
@@ -71,7 +71,7 @@ class DType:
 
 
 class Array:
-    """A NumPy array in the making; `Finisher` puts the array in its place, and an object array's items in it."""
+    """A NumPy array in the making; `ArrayResolver` puts the array in its place, and an object array's items in it."""
 
     __slots__ = ("array", "items")
 
@@ -166,7 +166,7 @@ def _are_sizes(sizes: Any) -> bool:
     return known and all(isinstance(n, int) and 0 <= n < 2**48 for n in sizes)
 
 
-class Finisher:
+class ArrayResolver:
     """Replaces every `Array` by its array, in lists, tuples and dicts, however deep; what is shared stays shared."""
 
     def __init__(self) -> None:
@@ -174,7 +174,7 @@ class Finisher:
         self._begun: set[int] = set()
 
     def __call__(self, value: Any) -> Any:
-        if isinstance(value, (Answer, DType, torch.dtype)):
+        if isinstance(value, (AllowedCallable, DType, torch.dtype)):
             raise pickle.UnpicklingError("a function or a dtype where a value should be")
         if not isinstance(value, (Array, list, tuple, dict)):
             return value

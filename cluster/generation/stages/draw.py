@@ -64,9 +64,9 @@ class DrawShard:
         stats: dict = {"start_time": started, "draw_seconds": time.time() - started}
         if self._retry:
             stats["retry"] = sorted(self._retry)
-        return ShardRow(shard, drawn, stats | self._report()).to_block()
+        return ShardRow(shard, drawn, stats | self._faults_seen()).to_block()
 
-    def _report(self) -> dict:
+    def _faults_seen(self) -> dict:
         per_caption = self._spec.images_per_caption
         errors = [
             {"sample_id": sample_id(*divmod(position, per_caption)), "error": error}

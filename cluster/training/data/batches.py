@@ -73,7 +73,7 @@ class BatchShape:
 
     @property
     def slice(self) -> range:
-        """Places in the global batch."""
+        """PublishedFolders in the global batch."""
         share = self.batch_size // self.num_workers
         return range(self.rank * share, (self.rank + 1) * share)
 

@@ -52,7 +52,7 @@ class ShardCache:
                 _write(place, decoded)
             except OSError as error:
                 log.warning("%s: not cached (%s)", place, error.strerror)
-                return decoded.some(rows)
+                return decoded.select(rows)
         return _read(place, rows)
 
 
@@ -84,4 +84,4 @@ def _read(place: Path, rows: np.ndarray) -> Rows:
     else:
         scale = no_scale(len(texts["captions"]))
     whole = Rows(**{name: np.array(texts[name], dtype=object) for name in _TEXTS}, **arrays, patch_scale=scale)
-    return whole.some(rows)
+    return whole.select(rows)

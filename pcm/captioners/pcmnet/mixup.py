@@ -24,7 +24,7 @@ Layout = Literal["replace", "append", "append_selected"]
 
 
 @dataclass(frozen=True)
-class MixUp:
+class MixUpFindings:
     """What the mix-up found in a batch of pictures; nothing here carries gradients."""
 
     #: (B, D) the global feature, L2-normalised.
@@ -142,8 +142,8 @@ class VisualEmbedding(nn.Module):
         self.dropout = Dropout(config.visual_dropout)
 
     @torch.no_grad()
-    def mix_up(self, global_feature: Tensor, patch_features: Tensor, concepts: Tensor) -> MixUp:
-        """Eqs. 1 and 2 and the selection, always in float32: (B, D), (B, N, D_v), unit concepts (C, D) -> MixUp."""
+    def find_pairs(self, global_feature: Tensor, patch_features: Tensor, concepts: Tensor) -> MixUpFindings:
+        """Eqs. 1 and 2 and the selection, always in float32: (B, D), (B, N, D_v), unit concepts (C, D)."""
         config = self.config
         with torch.autocast(global_feature.device.type, enabled=False):
             global_unit = unit(global_feature.float())
@@ -159,7 +159,7 @@ class VisualEmbedding(nn.Module):
             patches = patches / (patches.norm(dim=-1, keepdim=True) + 1e-9)
             similarity = patch_concept_similarity(patches, vectors)  # (B, N, K)
             pair_probabilities, pairs, mask = select_pairs(similarity, num_pairs=config.num_pairs, tau=config.tau)
-        return MixUp(
+        return MixUpFindings(
             global_feature=global_unit,
             concept_probabilities=probabilities,
             top_concepts=top_concepts,
@@ -175,15 +175,15 @@ class VisualEmbedding(nn.Module):
 
     def forward(
         self, global_feature: Tensor, patch_features: Tensor, concepts: Tensor, *, layout: Layout
-    ) -> tuple[Tensor, Tensor | None, MixUp]:
-        """(B, D), (B, N, D_v) and unit concepts (C, D) -> embedding (B, S, H), mask (B, S) or None, MixUp.
+    ) -> tuple[Tensor, Tensor | None, MixUpFindings]:
+        """(B, D), (B, N, D_v) and unit concepts (C, D) -> embedding (B, S, H), mask (B, S) or None, MixUpFindings.
 
         S is 1 + N in the "replace" layout, where every position is visible and the mask is None; 1 + 2N in "append";
         1 + N + min(M, N) in "append_selected". In training mode noise is added to the global feature.
         """
         if layout not in get_args(Layout):
             raise InputError(f"layout {layout!r}: allowed are {', '.join(get_args(Layout))}")
-        mixup = self.mix_up(global_feature, patch_features, concepts)
+        mixup = self.find_pairs(global_feature, patch_features, concepts)
         global_input = mixup.global_feature
         if self.training and self.config.noise_variance > 0:
             global_input = inject_noise(global_input, variance=self.config.noise_variance)
@@ -220,7 +220,7 @@ class VisualEmbedding(nn.Module):
         order = mix_mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
         return order[:, : min(self.config.num_pairs, num_patches)]
 
-    def _textual(self, mixup: MixUp, slots: Tensor) -> Tensor:
+    def _textual(self, mixup: MixUpFindings, slots: Tensor) -> Tensor:
         """Eq. 3 for the patches `slots` (B, S_t), in the hidden space: (B, S_t, H)."""
         similarity = mixup.patch_concept_similarity
         with torch.autocast(similarity.device.type, enabled=False):

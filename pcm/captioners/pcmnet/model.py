@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pcm.captioners.pcmnet.config import PCMNetConfig
-from pcm.captioners.pcmnet.mixup import Layout, MixUp, VisualEmbedding, unit
+from pcm.captioners.pcmnet.mixup import Layout, MixUpFindings, VisualEmbedding, unit
 from pcm.captioners.pcmnet.transformer import DecoderBlock, EncoderBlock
 from pcm.errors import InputError
 from pcm.kernels.dropout import Dropout
@@ -91,7 +91,7 @@ class Encoded:
     mask: Tensor | None
     #: What the mix-up found: top_concepts and top_probabilities (B, K), patch_concept_similarity (B, N, K), mix_mask
     #: (B, N), ...
-    mixup: MixUp
+    mixup: MixUpFindings
 
 
 class PCMNet(nn.Module):
@@ -162,10 +162,10 @@ class PCMNet(nn.Module):
                 )
             buffer.copy_(value)
 
-    def mixup(self, global_feature: Tensor, patch_features: Tensor) -> MixUp:
+    def find_pairs(self, global_feature: Tensor, patch_features: Tensor) -> MixUpFindings:
         """Only the mix-up's findings (eqs. 1 and 2 and the selection), without the transformer."""
         self._check(global_feature, patch_features)
-        return self.visual_embedding.mix_up(global_feature, patch_features, self.concept_embeddings)
+        return self.visual_embedding.find_pairs(global_feature, patch_features, self.concept_embeddings)
 
     def encode(self, global_feature: Tensor, patch_features: Tensor, *, layout: Layout | None = None) -> Encoded:
         """`global_feature` (B, D) and `patch_features` (B, N, D_v) -> memory, mask and findings.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pcm.captioners.pcmnet.mixup import MixUp
+from pcm.captioners.pcmnet.mixup import MixUpFindings
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class TextualPatch:
     similarity: float  # cosine of patch and concept, eq. 2
 
 
-def textual_patches(mixup: MixUp, index: int, *, columns: int) -> list[TextualPatch]:
+def textual_patches(mixup: MixUpFindings, index: int, *, columns: int) -> list[TextualPatch]:
     """The selected patches of picture `index` of a batch, each once, under the concept it fits best, best first."""
     num_concepts = mixup.top_concepts.shape[1]
     found: dict[int, TextualPatch] = {}

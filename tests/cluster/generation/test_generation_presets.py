@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.generation import presets
-from cluster.generation.presets import PRESETS, with_preset
+from cluster.generation.presets import GENERATION_PRESETS, with_preset
 from jobs.arguments import dataset_spec
 from jobs.generate import parser
 from pcm.errors import InputError
@@ -22,7 +22,7 @@ def spec(*given: str) -> DatasetSpec:
     return dataset_spec(arguments(*given), gpus=0)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", GENERATION_PRESETS)
 def test_a_preset_pins_model_steps_guidance_scheduler_and_features(preset: str) -> None:
     made = spec("--preset", preset)
     drawn = made.generator
@@ -35,7 +35,7 @@ def test_a_preset_pins_model_steps_guidance_scheduler_and_features(preset: str) 
 
 
 def test_presets_differ_by_their_corpus() -> None:
-    corpora = {name: arguments("--preset", name).corpus for name in PRESETS}
+    corpora = {name: arguments("--preset", name).corpus for name in GENERATION_PRESETS}
     assert corpora == {
         "synthimgcap_coco": "dataset_coco.json", "synthimgcap_flickr30k": "dataset_flickr30k.json",
     }  # fmt: skip

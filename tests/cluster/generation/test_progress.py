@@ -15,7 +15,7 @@ from cluster.dataset.clip_scores import ClipScores, check_gate
 from cluster.generation.cost import Billing
 from cluster.generation.display import Display, duration, log_line, next_line, size, trouble
 from cluster.generation.pools import Pools
-from cluster.generation.progress import Live, Progress, Watch
+from cluster.generation.progress import MonitorSnapshot, RunLimits, RunProgress
 from cluster.generation.telemetry import Telemetry
 from pcm.errors import InputError
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
@@ -51,26 +51,26 @@ def shard_stats(
 
 def a_run(
     clock: Clock, *, total: int = 10_000, skipped: int = 0, generators: int = 4, billing: Billing = FREE
-) -> Progress:
+) -> RunProgress:
     actors = {"draw": generators, "featurise": 1, "encode": 1, "store": 1}
-    return Progress(total=total, skipped=skipped, actors=actors, billing=billing, clock=clock)
+    return RunProgress(total=total, skipped=skipped, actors=actors, billing=billing, clock=clock)
 
 
 def draw(
-    clock: Clock, run: Progress, *, seconds: int, images_per_second: float, already: int = 0, generators: int = 4
+    clock: Clock, run: RunProgress, *, seconds: int, images_per_second: float, already: int = 0, generators: int = 4
 ) -> None:
     """The monitor sees so many pictures a second, and is asked every second."""
     for second in range(1, seconds + 1):
         clock.now += 1
         drawn = already + int(second * images_per_second)
-        run.observe(Live(drawn=drawn, in_flight=generators, generators=generators))
+        run.observe(MonitorSnapshot(drawn=drawn, in_flight=generators, generators=generators))
 
 
 def test_the_rate_is_known_before_the_first_shard_is_committed() -> None:
     clock = Clock()
     run = a_run(clock)
     clock.now += 40  # models load
-    run.observe(Live(drawn=0, in_flight=4, generators=4))
+    run.observe(MonitorSnapshot(drawn=0, in_flight=4, generators=4))
     draw(clock, run, seconds=50, images_per_second=2.0)
     status = run.status()
     assert (status.samples, status.drawn) == (0, 100)
@@ -83,7 +83,7 @@ def test_the_first_pictures_make_no_rate_yet() -> None:
     clock = Clock()
     run = a_run(clock)
     clock.now += 40
-    run.observe(Live(drawn=8, in_flight=1, generators=1))
+    run.observe(MonitorSnapshot(drawn=8, in_flight=1, generators=1))
     clock.now += 0.001
     assert run.status().images_per_second is None and run.status().eta_seconds is None
 
@@ -91,7 +91,7 @@ def test_the_first_pictures_make_no_rate_yet() -> None:
 def test_the_recent_rate_follows_a_change_and_the_eta_with_it() -> None:
     clock = Clock()
     run = a_run(clock)
-    run.observe(Live(drawn=0, in_flight=4, generators=4))
+    run.observe(MonitorSnapshot(drawn=0, in_flight=4, generators=4))
     draw(clock, run, seconds=700, images_per_second=4.0)
     draw(clock, run, seconds=600, images_per_second=1.0, already=2800)
     status = run.status()
@@ -103,12 +103,12 @@ def test_the_recent_rate_follows_a_change_and_the_eta_with_it() -> None:
 def test_a_committed_picture_is_not_counted_twice() -> None:
     clock = Clock()
     run = a_run(clock)
-    run.observe(Live(drawn=0, in_flight=4, generators=4))
+    run.observe(MonitorSnapshot(drawn=0, in_flight=4, generators=4))
     draw(clock, run, seconds=128, images_per_second=2.0)
     assert run.status().missing == 10_000 - 256
     run.add(shard_stats(clock, images=250, quarantined=6, seconds=128))
     assert run.status().missing == 10_000 - 256
-    run.observe(Live(drawn=0, in_flight=4, generators=4))
+    run.observe(MonitorSnapshot(drawn=0, in_flight=4, generators=4))
     assert run.status().missing == 10_000 - 256
 
 
@@ -139,7 +139,7 @@ def test_a_run_without_a_monitor_goes_by_its_commits() -> None:
 def test_a_monitor_that_falls_silent_makes_no_false_rate() -> None:
     clock = Clock()
     run = a_run(clock)
-    run.observe(Live(drawn=0, in_flight=4, generators=4))
+    run.observe(MonitorSnapshot(drawn=0, in_flight=4, generators=4))
     draw(clock, run, seconds=90, images_per_second=2.0)
     run.observe(None)
     clock.now += 1
@@ -189,11 +189,11 @@ def test_gpus_are_paid_for_from_when_they_are_there() -> None:
     billing = Billing.of(pools, device="cuda", price_per_hour=3.0)
     clock = Clock()
     run = a_run(clock, total=2_000, billing=billing)
-    run.observe(Live(drawn=0, in_flight=0, generators=0))
+    run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=0))
     clock.now += 1800
-    run.observe(Live(drawn=0, in_flight=2, generators=2))  # half an hour of waiting costs nothing
+    run.observe(MonitorSnapshot(drawn=0, in_flight=2, generators=2))  # half an hour of waiting costs nothing
     clock.now += 3600
-    run.observe(Live(drawn=1_000, in_flight=4, generators=4))
+    run.observe(MonitorSnapshot(drawn=1_000, in_flight=4, generators=4))
     status = run.status()
     assert status.generator_hours == pytest.approx(2.0)
     assert status.unit_hours == pytest.approx(2.0), "a generator and its scorer share one GPU"
@@ -206,7 +206,7 @@ def test_machines_are_paid_for_when_drawing_on_cpus() -> None:
     billing = Billing.of(pools, device="cpu", price_per_hour=0.5)
     clock = Clock()
     run = a_run(clock, generators=16, billing=billing)
-    run.observe(Live(drawn=0, in_flight=16, generators=16), machines=2)
+    run.observe(MonitorSnapshot(drawn=0, in_flight=16, generators=16), machines=2)
     clock.now += 3600
     assert run.status().cost == pytest.approx(1.0)
     assert billing.basis(spot=True) == "0.5 per machine-hour (spot)"
@@ -225,12 +225,12 @@ def test_a_stall_is_said_once_it_is_longer_than_what_is_usual() -> None:
     run = a_run(clock)
     for second in range(20):
         clock.now += 40  # a batch takes 40 s
-        run.observe(Live(drawn=32 * second, in_flight=4, generators=4))
+        run.observe(MonitorSnapshot(drawn=32 * second, in_flight=4, generators=4))
     clock.now += 100
-    run.observe(Live(drawn=32 * 19, in_flight=4, generators=4))
+    run.observe(MonitorSnapshot(drawn=32 * 19, in_flight=4, generators=4))
     assert trouble(run.status(), gpus=0, gpus_per_generator=0) == ""
     clock.now += 112
-    run.observe(Live(drawn=32 * 19, in_flight=3, generators=4))
+    run.observe(MonitorSnapshot(drawn=32 * 19, in_flight=3, generators=4))
     said = trouble(run.status(), gpus=0, gpus_per_generator=0)
     assert said == "nothing finished for 3 min 32 s; 3 of 4 generators are drawing"
 
@@ -238,12 +238,12 @@ def test_a_stall_is_said_once_it_is_longer_than_what_is_usual() -> None:
 def test_waiting_for_an_autoscaling_cluster_is_said() -> None:
     clock = Clock()
     run = a_run(clock, generators=16)
-    run.observe(Live(drawn=0, in_flight=0, generators=0))
+    run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=0))
     clock.now += 100
     assert trouble(run.status(), gpus=0, gpus_per_generator=1.0) == (
         "waiting for 16 generators; the cluster has 0 GPUs now"
     )
-    run.observe(Live(drawn=0, in_flight=0, generators=16))
+    run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=16))
     assert "loading their models, for 1 min 40 s" in trouble(run.status(), gpus=16, gpus_per_generator=1.0)
 
 
@@ -375,4 +375,4 @@ def test_the_gate_closes_only_beyond_doubt_and_shows_an_example(tmp_path) -> Non
 )
 def test_a_watch_that_makes_no_sense_is_refused(watch: dict[str, float]) -> None:
     with pytest.raises(InputError):
-        Watch(**watch)
+        RunLimits(**watch)

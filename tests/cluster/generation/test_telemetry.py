@@ -10,7 +10,7 @@ import ray
 
 from cluster.dataset.layout import load_manifest
 from cluster.generation.display import ask_cluster
-from cluster.generation.progress import Live
+from cluster.generation.progress import MonitorSnapshot
 from cluster.generation.stages.monitor import FaultPolicy, start_monitor
 from cluster.generation.telemetry import Telemetry
 from cluster.store.store import open_store
@@ -76,8 +76,8 @@ def test_a_dead_monitor_is_a_silent_one(ray_session: None) -> None:
     ray.get(monitor.end.remote("one", 2))
     ray.get(monitor.begin.remote("two", 1, [2]))
     told = ask_cluster(monitor, gpus_per_generator=0.0)
-    assert (told.live, told.machines, told.gpus) == (Live(drawn=2, in_flight=1, generators=2), 1, 0.0)
+    assert (told.live, told.machines, told.gpus) == (MonitorSnapshot(drawn=2, in_flight=1, generators=2), 1, 0.0)
     told = ask_cluster(monitor, gpus_per_generator=1.0)
-    assert told.live == Live(drawn=2, in_flight=1, generators=0), "their GPUs are gone"
+    assert told.live == MonitorSnapshot(drawn=2, in_flight=1, generators=0), "their GPUs are gone"
     ray.kill(monitor)
     assert ask_cluster(monitor, gpus_per_generator=0.0).live is None

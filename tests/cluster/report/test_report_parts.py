@@ -11,7 +11,7 @@ from cluster.report.charts import Bar, Line, bars, histogram, line_chart, parall
 from cluster.report.dataset_facts import sample_shards
 from cluster.report.html import Html, rendered, tag
 from cluster.report.throughput import throughput
-from pcm.captioners.pcmnet.mixup import MixUp
+from pcm.captioners.pcmnet.mixup import MixUpFindings
 from pcm.captioners.pcmnet.patch_overlay import textual_patches
 from tests.helpers.page_reader import Page
 
@@ -116,7 +116,7 @@ def test_statistics_without_a_time_give_no_throughput() -> None:
 def test_a_selected_patch_is_shown_once_under_the_concept_it_fits_best() -> None:
     similarity = torch.tensor([[[0.1, 0.0], [0.9, 0.8], [0.2, 0.0], [0.5, 0.0], [0.0, 0.0], [0.0, 0.0]]])  # (1, 6, 2)
     nothing = torch.zeros(1, 0)
-    found = MixUp(
+    found = MixUpFindings(
         global_feature=nothing, concept_probabilities=nothing, top_concepts=torch.tensor([[7, 3]]),
         top_probabilities=torch.tensor([[0.7, 0.2]]), kept=torch.tensor([[True, False]]), concept_vectors=nothing,
         patch_embeddings=nothing, patch_concept_similarity=similarity, pair_probabilities=nothing,

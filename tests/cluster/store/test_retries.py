@@ -15,7 +15,7 @@ import s3fs
 
 from cluster.dataset.layout import load_manifest, shard_key
 from cluster.dataset.verify import verify
-from cluster.store.retries import classify, patiently
+from cluster.store.retries import classify, with_retries
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from tests.helpers.faulty_proxy import FaultyProxy, faulty_proxy
@@ -201,7 +201,7 @@ def test_a_network_disk_that_stutters_is_tried_again(number: int) -> None:
             raise failures.pop()
         return "done"
 
-    assert patiently(operation, place="/mnt/nfs/x") == "done"
+    assert with_retries(operation, place="/mnt/nfs/x") == "done"
 
 
 def test_errors_of_google_storage_are_told_apart_by_status() -> None:

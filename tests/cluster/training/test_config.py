@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from cluster.training.config import PRESETS, TrainConfig, default_preset, parse_override, preset
+from cluster.training.config import TRAINING_PRESETS, TrainConfig, default_preset, parse_override, preset
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", TRAINING_PRESETS)
 def test_json_round_trip_loses_nothing(name: str) -> None:
     import json
 

@@ -57,7 +57,7 @@ def example(settings: Settings, *, seed: int = 0) -> tuple[PCMNet, SlowPCMNet, t
 )
 def test_findings_match_the_slow_implementation(settings: Settings) -> None:
     model, slow, global_feature, patch_features = example(settings)
-    found = model.mixup(global_feature, patch_features)
+    found = model.find_pairs(global_feature, patch_features)
     for b in range(2):
         expected = slow.mixup(global_feature[b].double(), patch_features[b].double())
         assert found.top_concepts[b].tolist() == expected["top"]
@@ -176,7 +176,7 @@ def test_a_zero_feature_gives_finite_findings() -> None:
 
 def test_findings_are_float32_and_equal_under_autocast() -> None:
     model, _, global_feature, patch_features = example(Settings(3, 1, 1, 4, 3, 4, 0.0))
-    plain = model.mixup(global_feature, patch_features)
+    plain = model.find_pairs(global_feature, patch_features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = model.encode(global_feature, patch_features).mixup
     assert low.patch_concept_similarity.dtype == torch.float32

@@ -16,7 +16,7 @@ PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 PROBED = 100
 
 
-class Places:
+class PublishedFolders:
     """Folders, as paths or URIs; in both, `{split_id}` stands for each picture's own. `features` may be None."""
 
     def __init__(self, *, images: str, features: str | None) -> None:
