@@ -12,15 +12,13 @@ from pcm.generation.drawing import UNGUARDED, Drawing, Guard, Request
 from pcm.generation.isolation import IsolatedDrawing
 from pcm.generation.pipeline_loading import load_pipeline
 from pcm.images import defect, encode_image, to_uint8
+from pcm.reasons import NSFW_FLAGGED
 from pcm.spec import GeneratorSpec
 
 #: Threads that check and encode pictures while the next batch is drawn, and how many batches may wait for them: a batch
 #: of eight 512x512 pictures is 25 MB.
 ENCODING_THREADS = 4
 BATCHES_ENCODED_AT_ONCE = 2
-
-#: reason of a picture that the pipeline's own safety checker blanked.
-NSFW_FLAGGED = "nsfw_flagged"
 
 
 class DiffusersTextToImage:

@@ -19,13 +19,6 @@ PHOTOS = "photos"
 #: Generators that draw nothing, and the jobs that make their datasets.
 _UNDRAWN = {IMPORTED: "jobs.import_official", PHOTOS: "jobs.featurise"}
 
-#: Reasons of a sample that the generator could not draw, whatever the caption says.
-GENERATOR_ERROR = "generator_error"  # it raised on this caption alone
-GENERATOR_CRASHED = "generator_crashed"  # its process died, again and again, while it drew this caption
-GENERATOR_HUNG = "generator_hung"  # it took longer than it may, again and again
-OUT_OF_MEMORY = "out_of_memory"  # even alone
-GENERATOR_REASONS = (GENERATOR_ERROR, GENERATOR_CRASHED, GENERATOR_HUNG, OUT_OF_MEMORY)
-
 
 @dataclass(frozen=True)
 class Request:

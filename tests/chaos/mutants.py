@@ -58,7 +58,7 @@ MUTANTS = (
     ),
     Mutant(
         "a shard cut short on the store is found",
-        "cluster/dataset/shard_check.py", 'report.damage(f"{key}: unreadable ({_first_line(error)})")', "pass",
+        "cluster/dataset/shard_check.py", 'report.damage(f"{key}: unreadable ({first_line(error)})")', "pass",
         ("tests/cluster/generation/test_repair.py::test_exactly_what_is_damaged_is_made_again",),
     ),
     Mutant(
