@@ -64,7 +64,7 @@ def shard_schema(features: FeatureShape) -> pa.Schema:
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("seed", pa.int64()),
-        ("attempts", pa.int32()),  # seeds tried; the last, planned seed + attempts - 1, made the picture
+        ("attempts", pa.int32()),  # seeds tried; the last of them made the picture
         ("batch_size", pa.int32()),  # pictures drawn at once: spec.batch_size, or less after running out of memory
         ("clip_score", pa.float32()),
         ("global_feature", pa.list_(pa.float16(), features.embed_dim)),

@@ -23,6 +23,7 @@ from cluster.sources.corpus import CorpusRecord
 from cluster.store.store import Store
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError
+from pcm.generation.seeds import sample_seeds
 from pcm.reasons import PROMPT_TRUNCATED, USABLE
 from pcm.records import PLAN_SCHEMA
 from pcm.spec import DatasetSpec
@@ -164,7 +165,7 @@ def _samples(
         "image_index": [*images] * len(records),
         "corpus_id": [record.corpus_id for record in repeated],
         "caption": [record.caption for record in repeated],
-        "seed": spec.sample_seeds([record.corpus_id for record in records]),
+        "seed": sample_seeds(spec, [record.corpus_id for record in records]),
         "reason": [reason for reason in reasons for _ in images],
     }
     return pa.table(columns, schema=PLAN_SCHEMA)

@@ -14,6 +14,7 @@ from cluster.dataset.layout import Manifest, Plan, plan_part_key, quarantine_key
 from cluster.dataset.plan import corpus_lines, sample_id
 from cluster.store.store import Store
 from pcm.errors import InputError, first_line
+from pcm.generation.seeds import attempt_seed, sample_seeds
 from pcm.images import open_image
 from pcm.reasons import USABLE
 from pcm.records import PLAN_SCHEMA, QUARANTINED, STORED, FeatureShape, shard_schema
@@ -125,7 +126,7 @@ def _check_plan_part(part: pa.Table, plan: Plan, shard: int) -> None:
     if list(zip(part["record_index"].to_pylist(), part["image_index"].to_pylist(), strict=True)) != places:
         raise ValueError("other places than its sample ids")
     corpus_ids = dict(zip(part["record_index"].to_pylist(), part["corpus_id"].to_pylist(), strict=True))
-    seeds = plan.spec.sample_seeds(list(corpus_ids.values()))
+    seeds = sample_seeds(plan.spec, list(corpus_ids.values()))
     first = places[0][0]
     if part["seed"].to_pylist() != [seeds[(record - first) * images + image] for record, image in places]:
         raise ValueError("other seeds than its captions have")
@@ -161,7 +162,7 @@ def _stored_problem(row: tuple, planned: tuple[str, int] | None, finite: bool) -
         return f"status {status!r} in a shard"
     if caption != planned[0]:
         return "another caption than planned"
-    if attempts < 1 or seed != planned[1] + attempts - 1:
+    if attempts < 1 or seed != attempt_seed(planned[1], attempts - 1):
         return "another seed than planned"
     if not finite:
         return "features or score not finite"

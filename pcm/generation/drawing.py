@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from pcm.errors import InputError
+from pcm.generation.seeds import attempt_seed
 from pcm.images import encode_image
 from pcm.spec import GeneratorSpec
 
@@ -24,7 +25,7 @@ _UNDRAWN = {IMPORTED: "jobs.import_official", PHOTOS: "jobs.featurise"}
 class Request:
     """One picture to draw. `position` is the sample's place in the plan: it decides the slot in the batch.
 
-    `attempts` pictures of it were drawn and refused before, so the next one is drawn with `seed + attempts`.
+    `attempts` pictures of it were drawn and refused before, so the next one is attempt number `attempts`.
     """
 
     position: int
@@ -48,7 +49,8 @@ class Drawing:
 
 def refused(request: Request, batch_size: int, reason: str) -> Drawing:
     """What becomes of a request that gives no picture: the next one to try is the one that was to be drawn now."""
-    return Drawing(b"", 0, 0, request.seed + max(0, request.attempts - 1), request.attempts, batch_size, reason)
+    last = attempt_seed(request.seed, max(0, request.attempts - 1))
+    return Drawing(b"", 0, 0, last, request.attempts, batch_size, reason)
 
 
 class Guard:
