@@ -45,6 +45,17 @@ def refuse_credentials(uri: str) -> None:
         )
 
 
+def refuse_credentials_in(request: object) -> None:
+    """`refuse_credentials` of every text, and every text in a list or tuple, among the fields of a dataclass.
+
+    For a request, before its first field is used: what is opened last is refused before anything is written.
+    """
+    for value in vars(request).values():
+        for text in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(text, str):
+                refuse_credentials(text)
+
+
 def _carries_credential(uri: str) -> bool:
     if "://" not in uri:
         return re.match(r"(\w+:)?/{0,2}[^/:@]+:[^/@]+@[^/]", uri) is not None

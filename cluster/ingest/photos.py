@@ -34,6 +34,7 @@ from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.sources.pictures import PictureFiles, find_pictures, resolved
 from cluster.store.store import Store, open_store
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
+from pcm.credentials import refuse_credentials_in
 from pcm.errors import InputError
 from pcm.generation.drawing import PHOTOS
 from pcm.images import open_image
@@ -64,6 +65,9 @@ class PhotoRequest:
     workers: int = 8
     device: str = "auto"
     dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        refuse_credentials_in(self)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from cluster.sources.published_annotations import AnnotationCorpus, CaptionFile
 from cluster.sources.published_folders import PublishedFolders
 from cluster.store.store import Store, local_copy, open_store, read_uri
 from pcm.clip.encoder import ClipEncoder
+from pcm.credentials import refuse_credentials_in
 from pcm.errors import InputError
 from pcm.generation.drawing import IMPORTED
 from pcm.official.files import concepts_from_pickle
@@ -82,6 +83,9 @@ class ImportRequest:
     workers: int = 8
     device: str = "auto"
     dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        refuse_credentials_in(self)
 
 
 @dataclass(frozen=True)

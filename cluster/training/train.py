@@ -28,7 +28,7 @@ from cluster.training.loop import BEST, METRICS_KEY, SCORE, train_loop
 from cluster.training.ray_trainer import check_labels, make_trainer, ray_storage, worker_input_error
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import check_compile
-from pcm.credentials import refuse_credentials
+from pcm.credentials import refuse_credentials_in
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
@@ -70,6 +70,9 @@ class TrainRequest:
     cache_dir: str | None = None  # local folder for decoded shards, the same on every node
     arriving: tuple[TrainingSet, ...] = ()  # the one set of `data` while it is being made
 
+    def __post_init__(self) -> None:
+        refuse_credentials_in(self)
+
     @property
     def sources(self) -> tuple[DataSource, ...]:
         return tuple(map(DataSource.parse, [self.data] if isinstance(self.data, str) else self.data))
@@ -85,7 +88,6 @@ def train(request: TrainRequest) -> dict[str, Any]:
     if request.checkpoint_every_steps is not None and request.checkpoint_every_steps < 1:
         raise InputError(f"--checkpoint-every-steps {request.checkpoint_every_steps}: must be at least 1")
     if "://" in (request.cache_dir or ""):
-        refuse_credentials(request.cache_dir or "")
         raise InputError(f"--cache-dir {request.cache_dir}: must be a local folder, such as /dev/shm/pcm")
     sets, out = request.arriving or open_training_sets(request.sources), open_store(request.out)
     previous = _previous_run(out, resume=request.resume)

@@ -1,8 +1,10 @@
 """No credential in what a user names: one rule, and an error that does not show the secret."""
 
+from dataclasses import dataclass
+
 import pytest
 
-from pcm.credentials import refuse_credentials
+from pcm.credentials import refuse_credentials, refuse_credentials_in
 from pcm.errors import InputError
 
 SECRET = "very-secret"
@@ -117,3 +119,21 @@ def test_the_error_shows_the_protocol(uri: str, shown: str) -> None:
 )  # fmt: skip
 def test_what_carries_none_passes(uri: str) -> None:
     refuse_credentials(uri)
+
+
+@dataclass(frozen=True)
+class Request:
+    """As jobs have them."""
+
+    out: str = "s3://bucket/run"
+    data: str | list[str] | tuple[str, ...] | None = None
+    number: int = 3
+
+
+@pytest.mark.parametrize("data", [BAD := f"s3://key:{SECRET}@bucket/x", ["data", BAD], ("data", f"{BAD}=0.5")])
+def test_a_request_is_searched_whole(data: str | list[str] | tuple[str, ...]) -> None:
+    refuse_credentials_in(Request())
+    refuse_credentials_in(Request(data=["a", "b"]))
+    with pytest.raises(InputError, match="carries a credential") as caught:
+        refuse_credentials_in(Request(data=data))
+    assert SECRET not in str(caught.value)

@@ -11,9 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from cluster.sources.corpus import read_corpus
+from cluster.generation.pinning import pin_clip, pin_t2i
+from cluster.ingest.photos import PhotoRequest
+from cluster.ingest.published import ImportRequest
+from cluster.sources.corpus import read_corpus, source_digest
+from cluster.sources.pictures import PictureSource
 from cluster.store.object_file import ObjectFile
-from cluster.store.store import Store, open_store
+from cluster.store.store import Store, local_copy, open_store, read_uri
+from cluster.training.data.mixture import DataSource
+from cluster.training.train import TrainRequest
+from pcm.clip.names import resolve_clip_name
 from pcm.errors import InputError
 from tests.helpers.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.helpers.seaweedfs import S3Server
@@ -162,12 +169,29 @@ def test_an_object_that_has_become_shorter_is_noticed_at_once() -> None:
 # --- credentials: the rule itself is tested in tests/pcm/test_credentials.py ---
 
 
-@pytest.mark.parametrize(
-    "uri",
-    ["s3://AKIAKEY:very-secret@bucket/x", "simplecache::https://very-secret@host/c.txt", "https://h/c?sig=very-secret"],
-)
-def test_no_uri_with_a_credential_is_opened(uri: str) -> None:
-    for attempt in (open_store, lambda uri: list(read_corpus(uri))):
-        with pytest.raises(InputError, match="carries a credential") as caught:
-            attempt(uri)
-        assert "very-secret" not in str(caught.value)
+WAYS = {
+    "store": open_store,
+    "copy": local_copy,
+    "file": read_uri,
+    "corpus": lambda uri: list(read_corpus(uri)),
+    "digest of a corpus": source_digest,
+    "pictures": lambda uri: PictureSource(images=uri),
+    "references": lambda uri: PictureSource(images="photos", references=uri),
+    "dataset": DataSource.parse,
+    "dataset with a bad weight": lambda uri: DataSource.parse(f"{uri}=0"),
+    "text-to-image model": lambda uri: pin_t2i(uri, None),
+    "CLIP": lambda uri: pin_clip(uri, None),
+    "CLIP's name": resolve_clip_name,
+    "training": lambda uri: TrainRequest(data="data", out="run", clip=uri),
+    "cache": lambda uri: TrainRequest(data="data", out="run", cache_dir=uri),
+    "photos": lambda uri: PhotoRequest(images="photos", captions=uri, out="data", clip="embedded"),
+    "import": lambda uri: ImportRequest(annotations="a", images="b", vocabulary="c", out="d", clip="e", clip_head=uri),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("uri", ["s3://AKIAKEY:very-secret@bucket/x", "simplecache::https://very-secret@host/c.txt"])
+def test_no_way_in_takes_a_credential(way: str, uri: str) -> None:
+    with pytest.raises(InputError, match="carries a credential") as caught:
+        WAYS[way](uri)
+    assert "very-secret" not in str(caught.value) and "AKIAKEY" not in str(caught.value)
