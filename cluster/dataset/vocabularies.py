@@ -20,10 +20,9 @@ from cluster.dataset.layout import (
     read_table,
 )
 from cluster.dataset.plan import USABLE_REASONS
-from cluster.generation.stages.featurise import NULL_FEATURES
 from cluster.session import user_error
 from cluster.store.store import Store
-from pcm.records import FeatureShape
+from pcm.records import NULL_FEATURES, FeatureShape
 from pcm.spec import ClipSpec
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary

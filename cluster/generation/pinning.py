@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pcm.clip.names import folder_revision, resolve_clip_name
 from pcm.errors import InputError
-from pcm.generation.drawing import model_source
+from pcm.generation.names import model_source
 
 log = logging.getLogger(__name__)
 

@@ -35,7 +35,7 @@ from cluster.sources.pictures import PictureFiles, find_pictures, resolved
 from cluster.store.store import Store, open_store
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
 from pcm.errors import InputError
-from pcm.generation.drawing import PHOTOS
+from pcm.generation.names import PHOTOS
 from pcm.images import open_image
 from pcm.spec import ClipSpec, DatasetSpec
 

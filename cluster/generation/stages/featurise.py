@@ -14,7 +14,7 @@ import pyarrow as pa
 from cluster.generation.stages.shard_row import ERRORS_KEPT, ShardRow
 from pcm.errors import InputError
 from pcm.images import open_image
-from pcm.records import FeatureShape
+from pcm.records import NULL_FEATURES, FeatureShape
 from pcm.spec import ClipSpec
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 #: Reason of a sample whose picture makes CLIP raise.
 CLIP_ERROR = "clip_error"
-
-NULL_FEATURES = FeatureShape(embed_dim=1, patch_dim=1, num_patches=1)
 
 
 class FeaturiseShard:
