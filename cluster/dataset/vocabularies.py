@@ -19,11 +19,10 @@ from cluster.dataset.layout import (
     plan_part_key,
     read_table,
 )
-from cluster.generation.stages.featurise import NULL_FEATURES
 from cluster.session import user_error
 from cluster.store.store import Store
 from pcm.reasons import USABLE
-from pcm.records import FeatureShape
+from pcm.records import NULL_FEATURES, FeatureShape
 from pcm.spec import ClipSpec
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary

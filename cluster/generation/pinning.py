@@ -7,7 +7,7 @@ from pathlib import Path
 from pcm.clip.names import folder_revision, resolve_clip_name
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, first_line
-from pcm.generation.drawing import model_source
+from pcm.generation.names import model_source
 
 log = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from cluster.store.store import Store, open_store
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
 from pcm.credentials import refuse_credentials_in
 from pcm.errors import InputError
-from pcm.generation.drawing import PHOTOS
+from pcm.generation.names import PHOTOS
 from pcm.images import open_image
 from pcm.reasons import BAD_IMAGE, MISSING_IMAGE, USABLE
 from pcm.spec import ClipSpec, DatasetSpec

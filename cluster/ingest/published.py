@@ -42,7 +42,7 @@ from cluster.store.store import Store, local_copy, open_store, read_uri
 from pcm.clip.encoder import ClipEncoder
 from pcm.credentials import refuse_credentials_in
 from pcm.errors import InputError
-from pcm.generation.drawing import IMPORTED
+from pcm.generation.names import IMPORTED
 from pcm.official.files import concepts_from_pickle
 from pcm.official.state_dict import read_tensors
 from pcm.reasons import (

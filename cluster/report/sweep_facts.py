@@ -9,8 +9,8 @@ from typing import Any
 from cluster.report.dataset_facts import in_parallel
 from cluster.store.store import Store
 from cluster.sweep.plots import axis_positions, to_unit
+from cluster.sweep.results import SettingResult, TrialResult, by_setting
 from cluster.sweep.sweep import SWEEP_KEY
-from cluster.sweep.tables import SettingResult, TrialResult, by_setting
 from cluster.sweep.trial import RESULT_FILE, TRIALS
 from pcm.errors import InputError, one_line
 
