@@ -1,8 +1,8 @@
 """The documentation says what is so: links, files, options and tables are checked, and its commands are run."""
 
-import importlib
 import importlib.util
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from jobs.__main__ import job_names, load_job
+from pcm.reasons import markdown_table
 
 from tests.helpers.markdown import Block, Page, read_page
 from tests.helpers.paths import ROOT
@@ -26,7 +28,7 @@ README_LINES = 130
 
 #: Inline code that names a file or folder of ours. NEW stands for what a reader will write.
 OUR_PATH = re.compile(r"(?:pcm|cluster|jobs|tests|benchmarks|deploy|docs)/[\w./-]*")
-JOB = re.compile(r"\bjobs\.(\w+)")
+PYTHON_NAME = re.compile(r"((?:pcm|cluster)(?:\.\w+)+)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 MODULE = re.compile(r"python -m ((?:jobs|benchmarks|pcm|tests)[\w.]*)")
 
@@ -98,8 +100,25 @@ def test_modules_that_are_named_exist(path: Path) -> None:
     assert [module for module in sorted(modules - {"jobs.NAME"}) if importlib.util.find_spec(module) is None] == []
 
 
+@pytest.mark.parametrize("path", MANUAL, ids=name)
+def test_python_names_exist(path: Path) -> None:
+    codes = read_page(path).inline_code
+    names = {found[1] for code in codes if (found := PYTHON_NAME.match(code))}
+    assert [dotted for dotted in sorted(names) if not resolves(dotted)] == []
+
+
+def resolves(dotted: str) -> bool:
+    """Whether a module, or something in one, has this name."""
+    try:
+        pkgutil.resolve_name(dotted)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
 def options(job: str) -> set[str]:
-    return set(OPTION.findall(importlib.import_module(f"jobs.{job}").parser().format_help()))
+    """What --help names."""
+    return set(OPTION.findall(load_job(job).help()))
 
 
 @pytest.mark.parametrize("path", MANUAL, ids=name)
@@ -108,13 +127,13 @@ def test_options_of_a_job_are_its_own(path: Path) -> None:
     for command in commands(read_page(path)):
         program, _, arguments = command.partition("jobs.")
         job = arguments.partition(" ")[0]
-        if "python -m" in program and job.isidentifier() and job.islower():
+        if "python -m" in program and job in job_names():
             unknown += [f"jobs.{job} {option}" for option in set(OPTION.findall(arguments)) - options(job)]
     assert unknown == []
 
 
 def test_options_in_the_text_are_of_some_job() -> None:
-    known = set().union(*(options(path.stem) for path in (ROOT / "jobs").glob("*.py") if has_options(path)))
+    known = set().union(*map(options, job_names()))
     unknown = [
         f"{name(page.path)}: {code}"
         for page in pages(MANUAL)
@@ -124,8 +143,22 @@ def test_options_in_the_text_are_of_some_job() -> None:
     assert unknown == []
 
 
-def has_options(path: Path) -> bool:
-    return "def parser(" in path.read_text()
+def test_reasons_are_those_of_the_code() -> None:
+    table = (DOCS / "corpora.md").read_text().partition("<!-- reasons -->\n")[2].partition("\n<!-- /reasons -->")[0]
+    assert table == markdown_table(), "fill the table of docs/corpora.md with what `python -m pcm.reasons` prints"
+
+
+def test_layout_names_every_room() -> None:
+    """architecture.md's tree has a line for each folder of pcm/ and cluster/, and for no other."""
+    block = next(block for block in read_page(DOCS / "architecture.md").blocks if block.text.startswith("pcm/"))
+    package, named = "", set()
+    for line in block.text.splitlines():
+        folder = re.match(r"( *)([\w.]+)/ ", line)
+        if folder:
+            package = package if folder[1] else folder[2]
+            named |= {f"{package}/{folder[2]}"} if folder[1] else set()
+    there = {name(init.parent) for package in ("pcm", "cluster") for init in (ROOT / package).glob("*/__init__.py")}
+    assert named == there
 
 
 def test_every_command_is_run_or_says_what_it_needs() -> None:
