@@ -18,6 +18,7 @@ import ray.train
 import safetensors.torch
 from fsspec.implementations.local import LocalFileSystem
 
+import pcm
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.sources.pictures import EMBEDDED_PREFIX, PictureSource
@@ -38,7 +39,6 @@ __all__ = ["TrainRequest", "TrainingFailed", "planned_run", "ray_storage", "trai
 log = logging.getLogger(__name__)
 
 CONFIG_KEY = "config.json"
-PACKAGE = "pcmnet-ray"
 
 
 class TrainingFailed(Exception):
@@ -233,7 +233,8 @@ def _document(request: TrainRequest, sets: Sequence[TrainingSet], config: TrainC
         "clip": {"model": request.clip or clip.model, "dtype": clip.dtype},
         "datasets": [each.description() for each in sets],
         "validation": asdict(request.validation) if request.validation else None,
-        "versions": {package: version(package) for package in (PACKAGE, "torch", "ray")},
+        # Of this code, not of an installed package's metadata: a submitted job brings its own.
+        "versions": {"pcmnet-ray": pcm.__version__, "torch": version("torch"), "ray": version("ray")},
     }
 
 
