@@ -230,7 +230,7 @@ def _document(request: TrainRequest, sets: Sequence[TrainingSet], config: TrainC
     clip = sets[0].manifest.spec.clip
     return {
         "train": config.to_dict(),
-        "clip": {"model": request.clip or clip.model, "dtype": clip.dtype},
+        "clip": clip.identity() | {"model": request.clip or clip.model},
         "datasets": [each.description() for each in sets],
         "validation": asdict(request.validation) if request.validation else None,
         "versions": {package: version(package) for package in (PACKAGE, "torch", "ray")},

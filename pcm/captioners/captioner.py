@@ -99,9 +99,12 @@ class Captioner:
         except (SafetensorError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{folder / MODEL_FILE}: does not fit its {CONFIG_FILE} ({reason})") from None
+        trained_on = document["clip"]
+        activation = trained_on.get("activation")
         if not isinstance(clip, ClipEncoder):
-            trained_on = document["clip"]
-            clip = ClipEncoder(clip or trained_on["model"], device=device, dtype=trained_on["dtype"])
+            name = clip or trained_on["model"]
+            clip = ClipEncoder(name, device=device, dtype=trained_on["dtype"], activation=activation)
+        clip.check_activation(activation)
         return cls(
             model.to(device),
             vocabulary=Vocabulary.load(folder / VOCABULARY_FILE),
