@@ -234,7 +234,7 @@ def _document(request: TrainRequest, sets: Sequence[TrainingSet], config: TrainC
     clip = sets[0].manifest.spec.clip
     return {
         "train": config.to_dict(),
-        "clip": {"model": request.clip or clip.model, "dtype": clip.dtype},
+        "clip": clip.identity() | {"model": request.clip or clip.model},
         "datasets": [each.description() for each in sets],
         "validation": asdict(request.validation) if request.validation else None,
         # Of this code, not of an installed package's metadata: a submitted job brings its own.

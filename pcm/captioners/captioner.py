@@ -92,9 +92,12 @@ class Captioner:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         document = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         model = _method(folder, document).load(folder, document)
+        trained_on = document["clip"]
+        activation = trained_on.get("activation")
         if not isinstance(clip, ClipEncoder):
-            trained_on = document["clip"]
-            clip = ClipEncoder(clip or trained_on["model"], device=device, dtype=trained_on["dtype"])
+            name = clip or trained_on["model"]
+            clip = ClipEncoder(name, device=device, dtype=trained_on["dtype"], activation=activation)
+        clip.check_activation(activation)
         return cls(
             model.to(device),
             vocabulary=Vocabulary.load(folder / VOCABULARY_FILE),
