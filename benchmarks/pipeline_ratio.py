@@ -27,6 +27,7 @@ from statistics import median
 
 from jobs.arguments import dataset_spec
 from jobs.generate import parser as generate_parser
+from pcm.generation.seeds import sample_seed
 from pcm.spec import DatasetSpec
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +60,7 @@ def bare_worker(spec: DatasetSpec, part: list[tuple[int, str]], ready: Barrier, 
     def work(numbered: list[tuple[int, str]]) -> None:
         started = time.perf_counter()
         drawings = generator.draw(
-            [Request(position=at, caption=text, seed=spec.sample_seed(str(at), 0)) for at, text in numbered]
+            [Request(position=at, caption=text, seed=sample_seed(spec, str(at), 0)) for at, text in numbered]
         )
         drawn = time.perf_counter()
         if encoder:

@@ -23,7 +23,7 @@ from cluster.numbers import duration, size
 from cluster.session import cluster_machines
 from cluster.store.store import Store
 from pcm.errors import InputError
-from pcm.text.rules import REASONS
+from pcm.reasons import of_stage
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,8 @@ def predict(
     """
     samples = sum(part["count"] for part in stats)
     stored = sum(part["successes"] for part in stats)
-    drawn = samples - sum(count for reason, count in _reasons(stats) if reason in REASONS)
+    unusable = of_stage("caption")
+    drawn = samples - sum(count for reason, count in _reasons(stats) if reason in unusable)
     if not drawn:
         raise InputError(f"pilot: none of its {samples} captions is usable; give a larger --pilot")
     scores = sum((ClipScores.of_shard(dict(part)) for part in stats), ClipScores())

@@ -9,7 +9,7 @@ from cluster.store.store import Store
 from cluster.sweep.results import SettingResult, TrialResult, by_setting
 from cluster.sweep.sweep import SWEEP_KEY
 from cluster.sweep.trial import RESULT_FILE, TRIALS
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ def gather_sweep(store: Store) -> SweepFacts:
     except FileNotFoundError:
         raise InputError(f"{store.root}: not a sweep (no {SWEEP_KEY}); give the --out of jobs.sweep") from None
     except (ValueError, LookupError, TypeError) as error:
-        said = " ".join(str(error).split())
+        said = one_line(error)
         raise InputError(f"{store.root}/{SWEEP_KEY}: damaged ({said}); give the --out of jobs.sweep") from None
     keys = store.list(f"{TRIALS}/")
     folders = {key.split("/")[1] for key in keys}

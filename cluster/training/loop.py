@@ -18,10 +18,10 @@ from cluster.training.data.batches import Batch
 from cluster.training.reporting import LossLog
 from cluster.training.validation import validation_cider
 from cluster.training.worker import TrainWorker, set_up_worker
+from pcm.line_timer import LineTimer
 
 #: On a GPU the loss is read back, and checked, once in so many steps: reading it makes the GPU wait.
 GPU_CHECK_STEPS = 50
-SECONDS_BETWEEN_LINES = 10.0
 
 
 class NonFiniteLoss(Exception):
@@ -95,7 +95,7 @@ def _train_epoch(worker: TrainWorker) -> list[dict[str, float]]:
     unchecked: list[tuple[Batch, torch.Tensor, float]] = []
     check_steps = GPU_CHECK_STEPS if worker.device.type == "cuda" else 1
     first = progress.step - progress.epoch * steps
-    started = last_line = time.monotonic()
+    timer = LineTimer()
     for batch in worker.data.batches(progress.epoch, start_step=first):
         loss, lr = worker.step(batch, progress.step)
         progress.step += 1
@@ -114,10 +114,9 @@ def _train_epoch(worker: TrainWorker) -> list[dict[str, float]]:
             worker.reporter.write_losses(losses)
         if due:
             worker.checkpoints.save({"step": progress.step, SCORE: NO_SCORE}, progress, is_best=False)
-        if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
-            last_line = time.monotonic()
+        if timer.due():
             done = batch.step + 1
-            seconds_a_step = (last_line - started) / (done - first)
+            seconds_a_step = timer.elapsed / (done - first)
             left = (config.epochs - progress.epoch) * steps - done
             worker.reporter.say(
                 f"epoch {progress.epoch + 1}/{config.epochs} step {done}/{steps}: "

@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow.fs
 import ray
 import ray.train
-from fsspec.implementations.local import LocalFileSystem
 from ray.train.torch import TorchConfig
 
 from cluster.ray_internals import (
@@ -120,7 +119,7 @@ class _LocalTrainer(_Trainer):
 
 def ray_storage(out: Store) -> dict[str, Any]:
     """RunConfig's storage arguments for OUT, on the file system (endpoint, credentials) of our own objects."""
-    if isinstance(out.fs, LocalFileSystem):
+    if out.is_local:
         return {"storage_path": out.prefix}
     return {
         "storage_path": out.prefix,

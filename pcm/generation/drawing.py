@@ -5,19 +5,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
-#: Reasons of a sample that the generator could not draw, whatever the caption says.
-GENERATOR_ERROR = "generator_error"  # it raised on this caption alone
-GENERATOR_CRASHED = "generator_crashed"  # its process died, again and again, while it drew this caption
-GENERATOR_HUNG = "generator_hung"  # it took longer than it may, again and again
-OUT_OF_MEMORY = "out_of_memory"  # even alone
-GENERATOR_REASONS = (GENERATOR_ERROR, GENERATOR_CRASHED, GENERATOR_HUNG, OUT_OF_MEMORY)
+from pcm.generation.seeds import attempt_seed
 
 
 @dataclass(frozen=True)
 class Request:
     """One picture to draw. `position` is the sample's place in the plan: it decides the slot in the batch.
 
-    `attempts` pictures of it were drawn and refused before, so the next one is drawn with `seed + attempts`.
+    `attempts` pictures of it were drawn and refused before, so the next one is attempt number `attempts`.
     """
 
     position: int
@@ -41,7 +36,8 @@ class Drawing:
 
 def refused(request: Request, batch_size: int, reason: str) -> Drawing:
     """What becomes of a request that gives no picture: the next one to try is the one that was to be drawn now."""
-    return Drawing(b"", 0, 0, request.seed + max(0, request.attempts - 1), request.attempts, batch_size, reason)
+    last = attempt_seed(request.seed, max(0, request.attempts - 1))
+    return Drawing(b"", 0, 0, last, request.attempts, batch_size, reason)
 
 
 class Guard:

@@ -26,6 +26,11 @@ FORBIDDEN = {
 ORDER = {
     "pcm": (
         "errors",
+        "reasons",
+        "credentials",
+        "documents",
+        "line_timer",
+        "name_value",
         "torchvision_shim",
         "images",
         "records",
