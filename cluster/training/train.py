@@ -22,11 +22,13 @@ from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.sources.pictures import PictureSource, source_anywhere
 from cluster.store.store import Store, join, open_store, read_uri
+from cluster.training.checkpoints import BEST, SCORE
 from cluster.training.config import TrainConfig, default_preset, preset
 from cluster.training.data.mixture import DataSource, TrainingSet, Vocabularies, common_vocabularies, open_training_sets
 from cluster.training.data.shuffled import CACHE_BYTES
-from cluster.training.loop import BEST, METRICS_KEY, SCORE, train_loop
+from cluster.training.loop import train_loop
 from cluster.training.ray_trainer import check_labels, make_trainer, ray_storage, worker_input_error
+from cluster.training.reporting import METRICS_KEY
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import check_compile
 from pcm.credentials import refuse_credentials_in

@@ -26,11 +26,11 @@ FORBIDDEN = {
 ORDER = {
     "pcm": (
         "errors",
+        "reasons",
         "credentials",
         "documents",
         "line_timer",
         "name_value",
-        "reasons",
         "torchvision_shim",
         "images",
         "records",
@@ -48,6 +48,7 @@ ORDER = {
     ),
     "cluster": (
         "__init__",
+        "ray_internals",
         "session",
         "numbers",
         "charts",
@@ -63,6 +64,9 @@ ORDER = {
         "report",
     ),
 }
+
+#: The one file that may import what Ray does not promise to keep.
+RAY_INTERNALS = Path("cluster/ray_internals.py")
 
 FILES = [path.relative_to(ROOT) for package in FORBIDDEN for path in sorted((ROOT / package).rglob("*.py"))]
 
@@ -155,6 +159,21 @@ def test_imports_go_one_way(path: Path) -> None:
     package = path.parts[0]
     forbidden = imported_packages((ROOT / path).read_text()) & FORBIDDEN[package]
     assert not forbidden, f"{path} imports {', '.join(sorted(forbidden))}"
+
+
+def ray_internals(source: str) -> set[str]:
+    """What the source imports of Ray that is private by its name, or by the version in it."""
+    names = {name for name in imported_names(source) if name.startswith("ray.")}
+    return {name for name in names if any(part.startswith("_") or part == "v2" for part in name.split("."))}
+
+
+def test_private_parts_of_ray_are_imported_in_one_file() -> None:
+    paths = [*FILES, *(path.relative_to(ROOT) for path in sorted((ROOT / "benchmarks").rglob("*.py")))]
+    found = {str(path): names for path in paths if (names := ray_internals((ROOT / path).read_text()))}
+    assert found.keys() == {str(RAY_INTERNALS)}, found
+    assert ray_internals("def f():\n    from ray.train.torch.config import _TorchBackend") == {
+        "ray.train.torch.config._TorchBackend"
+    }
 
 
 @pytest.mark.parametrize("package", ORDER)

@@ -17,12 +17,11 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
-from ray.train.v2._internal.execution.failure_handling import FailureDecision
-from ray.train.v2.api.config import FailureConfig
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train import FailureConfig, WorkerGroupError
 
 from cluster.dataset.layout import load_manifest
 from cluster.evaluation.evaluate import local_checkpoint
+from cluster.ray_internals import FailureDecision
 from cluster.sources.pictures import PictureSource
 from cluster.store.store import open_store
 from cluster.training.config import TrainConfig
