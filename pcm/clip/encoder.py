@@ -18,6 +18,7 @@ from pcm.clip.names import count_tokens, resolve_clip_name
 from pcm.errors import InputError
 from pcm.images import to_uint8
 from pcm.records import FeatureShape
+from pcm.spec import ClipSpec
 
 #: Grids up to this side are kept as they are; larger even ones are 2x2 average-pooled.
 MAX_GRID_SIDE = 8
@@ -46,7 +47,9 @@ class ClipEncoder:
     Raises InputError when the model cannot be found or is no ViT with [CLS] pooling.
     """
 
-    def __init__(self, name: str, *, device: str = "cpu", dtype: str = "float32", batch_size: int = 32) -> None:
+    def __init__(
+        self, name: str, *, device: str = "cpu", dtype: str = "float32", batch_size: int = ClipSpec.batch_size
+    ) -> None:
         # Three seconds to import, and whoever only names this class needs neither.
         import pcm.torchvision_shim  # noqa: F401  isort: skip
         import open_clip
