@@ -6,12 +6,13 @@ group in --help. The modules that define requests import neither torch nor Ray, 
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from pcm.credentials import refuse_credentials_in
 from pcm.errors import InputError, not_known
+from pcm.name_value import read_value, split_name_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +46,13 @@ def option(default: Any = dataclasses.MISSING, **described: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Base of all requests. Raises InputError for a value that is none of an option's choices."""
+    """Base of all requests. Raises InputError for a value that is none of an option's choices, or has a credential."""
 
     #: What a --config file of this request may hold besides its fields.
     FILE_HELP: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
+        refuse_credentials_in(self)
         for name, described in options_of(type(self)).items():
             value = getattr(self, name)
             if described.choices and value is not None and value not in described.choices:
@@ -117,13 +119,8 @@ def check_at_least(request: Request, least: int, *names: str) -> None:
 
 def parse_setting(text: str) -> tuple[str, Any]:
     """("top_concepts", 3) of "top_concepts=3": JSON where it is, else text. Raises InputError."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"{text!r}: write FIELD=VALUE, such as top_concepts=3")
-    try:
-        return name.strip(), json.loads(value)
-    except ValueError:
-        return name.strip(), value.strip()
+    name, value = split_name_value(text, option="--set", form="FIELD=VALUE", example="top_concepts=3")
+    return name, read_value(value)
 
 
 def _shown(value: object) -> str:

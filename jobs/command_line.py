@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from cluster.options import Option, Request, flag, options_of
-from pcm.errors import InputError
+from pcm.credentials import refuse_credentials
+from pcm.errors import InputError, one_line
 
 _CONFIG = "--config"
 _WIDTH = 78  # of paragraphs in --help
@@ -63,6 +64,8 @@ class Job:
 
     def read(self, argv: Sequence[str]) -> Any:
         """The request that the arguments mean. Raises InputError."""
+        for text in argv:
+            refuse_credentials(text)  # errors show what was given
         given = _arguments(self._parser(), argv, self.request)
         config = given.pop(_CONFIG, None)
         values = _file_values(self.request, config) if config is not None else {}
@@ -221,7 +224,7 @@ def _load(place: str) -> dict[str, Any]:
         try:
             found = yaml.safe_load(data)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{place}: neither JSON nor YAML ({error})") from None
+            raise InputError(f"{place}: neither JSON nor YAML ({one_line(error)})") from None
     if not isinstance(found, dict):
         raise InputError(f"{place}: must hold NAME: value, an object in JSON")
     return found
@@ -239,7 +242,9 @@ def _as_arguments(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value)
+    refuse_credentials(text)
+    return text
 
 
 def _read(request: type[Request], name: str, given: Any, shown: str) -> Any:

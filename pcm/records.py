@@ -10,9 +10,6 @@ SCHEMA_VERSION = 2
 STORED = "stored"
 QUARANTINED = "quarantined"
 
-#: `reason` of a stored row whose prompt is longer than the CLIP context: generated from the truncated prompt.
-PROMPT_TRUNCATED = "prompt_truncated"
-
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 #: One planned sample: what has to exist in the end, whether or not it could be made.
@@ -24,7 +21,7 @@ PLAN_SCHEMA = pa.schema(
         ("corpus_id", pa.string()),  # the caption's own id in its corpus
         ("caption", pa.string()),
         ("seed", pa.int64()),
-        ("reason", pa.string()),  # "" or PROMPT_TRUNCATED: to be generated; anything else: quarantined
+        ("reason", pa.string()),  # one of pcm.reasons.USABLE: to be generated; anything else: quarantined
     ]
 )
 
@@ -54,6 +51,10 @@ class FeatureShape:
         return 2 * (self.embed_dim + self.num_patches * self.patch_dim)
 
 
+#: Of the CLIP named "null", which computes nothing: one zero in each column.
+NULL_FEATURES = FeatureShape(embed_dim=1, patch_dim=1, num_patches=1)
+
+
 def shard_schema(features: FeatureShape) -> pa.Schema:
     """Arrow schema of `shards/part-*.parquet`, with the metadata by which Hugging Face shows `image` as an Image.
 
@@ -67,7 +68,7 @@ def shard_schema(features: FeatureShape) -> pa.Schema:
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("seed", pa.int64()),
-        ("attempts", pa.int32()),  # seeds tried; the last, planned seed + attempts - 1, made the picture
+        ("attempts", pa.int32()),  # seeds tried; the last of them made the picture
         ("batch_size", pa.int32()),  # pictures drawn at once: spec.batch_size, or less after running out of memory
         ("clip_score", pa.float32()),
         ("global_feature", pa.list_(pa.float16(), features.embed_dim)),

@@ -8,11 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from fsspec.implementations.local import LocalFileSystem
 
 from cluster.dataset.feature_pages import plain_matrices
 from cluster.store.store import Store
-from pcm.errors import InputError
+from pcm.errors import InputError, first_line
 from pcm.kernels.quantised import quantised
 from pcm.records import FeatureShape
 
@@ -123,14 +122,12 @@ def _matrix(table: pa.Table, name: str) -> np.ndarray:
 def _opened(store: Store, key: str) -> Iterator[tuple[pa.NativeFile, pq.ParquetFile]]:
     """One shard, open. Raises InputError naming it when it cannot be read."""
     path = store.path(key)
-    local = isinstance(store.fs, LocalFileSystem)
     try:
-        # Arrow's own file reads without Python's lock; that of fsspec does not, and by itself would read ahead into
+        # Arrow's own file reads without Python's lock; a store's does not, and with a buffer would read ahead into
         # the pictures between the columns.
-        with pa.OSFile(path) if local else pa.PythonFile(store.fs.open(path, "rb", cache_type="none"), "r") as file:
+        with pa.OSFile(path) if store.is_local else pa.PythonFile(store.open(key, buffered=False), "r") as file:
             yield file, pq.ParquetFile(file, pre_buffer=True)
     except (OSError, pa.ArrowException) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{store.root}/{key}: cannot be read ({first_line}); run jobs.verify on the dataset"
+            f"{store.root}/{key}: cannot be read ({first_line(error)}); run jobs.verify on the dataset"
         ) from error

@@ -13,9 +13,11 @@ from cluster.dataset.committed import load_stats
 from cluster.dataset.layout import Manifest, Plan, plan_part_key, quarantine_key, read_table, shard_key, stats_key
 from cluster.dataset.plan import corpus_lines, sample_id
 from cluster.store.store import Store
-from pcm.errors import InputError
+from pcm.errors import InputError, first_line
+from pcm.generation.seeds import attempt_seed, sample_seeds
 from pcm.images import open_image
-from pcm.records import PLAN_SCHEMA, PROMPT_TRUNCATED, QUARANTINED, STORED, FeatureShape, shard_schema
+from pcm.reasons import USABLE
+from pcm.records import PLAN_SCHEMA, QUARANTINED, STORED, FeatureShape, shard_schema
 
 #: Problems that are told of one shard; all are counted.
 PROBLEMS_SHOWN = 20
@@ -61,7 +63,7 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
     except UNREADABLE as error:
         report.plan_damaged = True
         report.corrupt = report.planned
-        report.problems.append(f"{plan_part_key(shard)}: unreadable or not this plan's ({_first_line(error)})")
+        report.problems.append(f"{plan_part_key(shard)}: unreadable or not this plan's ({first_line(error)})")
         return report
     report.corpus = _corpus_lines(part)
     captions, seeds = part["caption"].to_pylist(), part["seed"].to_pylist()
@@ -82,7 +84,7 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
         rows, finite_rows = _light_rows(table), _finite_rows(table)
     except UNREADABLE as error:
         report.corrupt = report.planned
-        report.damage(f"{key}: unreadable ({_first_line(error)})")
+        report.damage(f"{key}: unreadable ({first_line(error)})")
         return report
     num_bytes = len(data)
     del data, table
@@ -124,7 +126,7 @@ def _check_plan_part(part: pa.Table, plan: Plan, shard: int) -> None:
     if list(zip(part["record_index"].to_pylist(), part["image_index"].to_pylist(), strict=True)) != places:
         raise ValueError("other places than its sample ids")
     corpus_ids = dict(zip(part["record_index"].to_pylist(), part["corpus_id"].to_pylist(), strict=True))
-    seeds = plan.spec.sample_seeds(list(corpus_ids.values()))
+    seeds = sample_seeds(plan.spec, list(corpus_ids.values()))
     first = places[0][0]
     if part["seed"].to_pylist() != [seeds[(record - first) * images + image] for record, image in places]:
         raise ValueError("other seeds than its captions have")
@@ -136,7 +138,7 @@ def _corpus_lines(part: pa.Table) -> bytes:
     return corpus_lines(
         (row[0] for row in first),
         (row[1] for row in first),
-        ("" if row[2] == PROMPT_TRUNCATED else row[2] for row in first),
+        ("" if row[2] in USABLE else row[2] for row in first),
     )
 
 
@@ -160,7 +162,7 @@ def _stored_problem(row: tuple, planned: tuple[str, int] | None, finite: bool) -
         return f"status {status!r} in a shard"
     if caption != planned[0]:
         return "another caption than planned"
-    if attempts < 1 or seed != planned[1] + attempts - 1:
+    if attempts < 1 or seed != attempt_seed(planned[1], attempts - 1):
         return "another seed than planned"
     if not finite:
         return "features or score not finite"
@@ -187,7 +189,7 @@ def _quarantine_rows(store: Store, shard: int, report: ShardReport) -> list[dict
     except FileNotFoundError:
         return []
     except UNREADABLE as error:
-        report.damage(f"{quarantine_key(shard)}: unreadable ({_first_line(error)})")
+        report.damage(f"{quarantine_key(shard)}: unreadable ({first_line(error)})")
         return []
 
 
@@ -238,7 +240,3 @@ def _finite_rows(table: pa.Table) -> np.ndarray:
         values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
         finite &= np.isfinite(values).all(axis=1)
     return finite
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

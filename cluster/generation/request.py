@@ -1,6 +1,5 @@
 """What a user asks of generation: `GenerateRequest`, and the options that jobs.stream shares with it."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from cluster.options import Request, check_at_least, option, refuse_others, refu
 from pcm import embedded
 from pcm.errors import InputError
 from pcm.images import IMAGE_FORMATS
+from pcm.name_value import read_value, split_name_value
 from pcm.spec import ATTENTIONS, COMPILE_MODES, DEVICES, DTYPES, ClipSpec, DatasetSpec, GeneratorSpec
 from pcm.text.detect import FORMATS
 
@@ -31,13 +31,8 @@ def parse_batch_size(text: str) -> int | str:
 
 def parse_scheduler_option(text: str) -> tuple[str, str | int | float | bool]:
     """("use_karras_sigmas", True) of "use_karras_sigmas=true". Raises InputError."""
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise InputError("write NAME=VALUE, such as timestep_spacing=trailing")
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        return name, value
+    name, value = split_name_value(text, option="--scheduler-option", example="timestep_spacing=trailing")
+    parsed = read_value(value)
     return name, parsed if isinstance(parsed, (int, float, bool)) else value
 
 
@@ -52,10 +47,7 @@ def parse_generators(text: str) -> int | tuple[int, int]:
 
 def parse_node_label(text: str) -> tuple[str, str]:
     """("pcmnet.io/role", "generation") of "pcmnet.io/role=generation". Raises InputError."""
-    key, _, value = text.partition("=")
-    if not (key and value):
-        raise InputError("write KEY=VALUE, such as pcmnet.io/role=generation")
-    return key, value
+    return split_name_value(text, option="--node-label", form="KEY=VALUE", example="pcmnet.io/role=generation")
 
 
 def check_clip_gpus(value: float) -> float:

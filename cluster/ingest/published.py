@@ -29,7 +29,7 @@ from cluster.dataset.layout import (
     plan_part_key,
     read_table,
 )
-from cluster.dataset.plan import USABLE_REASONS, make_plan
+from cluster.dataset.plan import make_plan
 from cluster.dataset.vocabularies import planned_captions
 from cluster.generation.pinning import pin_clip, resolve_device, resolve_dtype
 from cluster.generation.pipeline import write_manifest
@@ -45,10 +45,20 @@ from cluster.store.store import Store, join, local_copy, open_store, read_uri
 from pcm.captioners.captioner import MODEL_FILE
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
-from pcm.generation.drawing import IMPORTED
+from pcm.generation.names import IMPORTED
 from pcm.official.checkpoint import import_checkpoint
 from pcm.official.files import concepts_from_pickle
 from pcm.official.state_dict import read_tensors
+from pcm.reasons import (
+    BAD_FEATURES,
+    BAD_IMAGE,
+    FEATURES_BEYOND_FLOAT16,
+    FEATURES_OF_ANOTHER_SHAPE,
+    MISSING_CLIP_SCORE,
+    MISSING_FEATURES,
+    MISSING_IMAGE,
+    USABLE,
+)
 from pcm.records import FeatureShape
 from pcm.safe_pickle import reader as safe_pickle
 from pcm.spec import ClipSpec, DatasetSpec
@@ -286,7 +296,7 @@ class ShardImporter:
         """The sample of a plan row; its features are written into `patches` (N * D_v,) and `image` (D,)."""
         picture, reason = b"", row["reason"]
         size = (0, 0)
-        if reason in USABLE_REASONS:
+        if reason in USABLE:
             image_id = row["corpus_id"].rpartition("#")[0]
             split_id = self._corpus.split_ids[row["record_index"]]
             try:
@@ -294,10 +304,10 @@ class ShardImporter:
                 size = picture_size(picture)
                 reason = self._read_features(image_id, split_id, patches, image, score)
             except FileNotFoundError:
-                reason = "missing_image"
+                reason = MISSING_IMAGE
             except InputError:
-                reason = "bad_image"
-        if reason not in USABLE_REASONS:
+                reason = BAD_IMAGE
+        if reason not in USABLE:
             picture, size = b"", (0, 0)
         return sample_row(row, reason, picture, size)
 
@@ -308,20 +318,20 @@ class ShardImporter:
         if self._featuriser is not None:
             return ""
         if np.isnan(score):
-            return "missing_clip_score"
+            return MISSING_CLIP_SCORE
         try:
             given_patches, given_image = self._places.read_features(image_id, split_id)
         except FileNotFoundError:
-            return "missing_features"
+            return MISSING_FEATURES
         except InputError:
-            return "bad_features"
+            return BAD_FEATURES
         wanted = self._features
         if given_patches.shape != (wanted.num_patches, wanted.patch_dim) or len(given_image) != wanted.embed_dim:
-            return "features_of_another_shape"
+            return FEATURES_OF_ANOTHER_SHAPE
         with np.errstate(over="ignore"):
             patches[:] = given_patches.reshape(-1)
             image[:] = given_image
-        return "" if np.isfinite(patches).all() and np.isfinite(image).all() else "features_beyond_float16"
+        return "" if np.isfinite(patches).all() and np.isfinite(image).all() else FEATURES_BEYOND_FLOAT16
 
 
 def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from fsspec.implementations.local import LocalFileSystem
-
 from cluster.report import dataset_view, measures_view, run_view, sweep_view
 from cluster.report.captions import caption_samples, has_checkpoint
 from cluster.report.dataset_facts import gather_dataset
@@ -62,7 +60,7 @@ def gather(request: ReportRequest) -> Facts:
 
 def _check(request: ReportRequest) -> None:
     out = open_store(request.out)
-    if isinstance(out.fs, LocalFileSystem) and Path(out.prefix).is_dir():
+    if out.is_local and Path(out.prefix).is_dir():
         raise InputError(
             f"--out {request.out}: is a folder; give a file, such as {request.out.rstrip('/')}/report.html"
         )

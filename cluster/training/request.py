@@ -15,7 +15,9 @@ from cluster.training.config import (
     settable_fields,
 )
 from pcm.captioners.pcmnet.config import PCMNetConfig
+from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, not_known
+from pcm.name_value import split_name_value
 
 _NETWORK = [name for name in settable_fields() if name in PCMNetConfig.__dataclass_fields__]
 OVERRIDES_HELP = (
@@ -41,6 +43,7 @@ class DataSource:
 
         Only a number after the last "=" is a weight.
         """
+        refuse_credentials(text)  # also where the weight is wrong, and the error shows the text
         uri, equals, number = text.rpartition("=")
         try:
             weight = float(number)
@@ -55,10 +58,7 @@ class DataSource:
 
 def parse_worker_label(text: str) -> tuple[str, str]:
     """("pcmnet.io/role", "training") of "pcmnet.io/role=training". Raises InputError."""
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise InputError("write NAME=VALUE, such as pcmnet.io/role=training")
-    return name, value
+    return split_name_value(text, option="--worker-label", example="pcmnet.io/role=training")
 
 
 @dataclass(frozen=True, kw_only=True)

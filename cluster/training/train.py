@@ -16,7 +16,6 @@ from typing import Any
 
 import ray.train
 import safetensors.torch
-from fsspec.implementations.local import LocalFileSystem
 
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
@@ -30,6 +29,7 @@ from cluster.training.request import TrainRequest
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import check_compile
 from pcm.clip.names import resolve_clip_name
+from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
@@ -82,7 +82,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
     num_workers = request.num_workers or max(gpus, 1)
     cpus = request.cpus_per_worker or max(1, int(cluster_cpus()) // num_workers)
     _check_place(config, num_workers=num_workers, cpus=cpus, gpus=gpus)
-    out.write_bytes(CONFIG_KEY, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+    out.write_bytes(CONFIG_KEY, document_bytes(document))
     trainer = make_trainer(
         train_loop,
         {"run": _run(request, sets, vocabularies, config, document, cpus=cpus)},
@@ -126,8 +126,8 @@ def _run(
     cpus: int,
 ) -> RunSpec:
     return RunSpec(
-        data=tuple(replace(source, uri=_anywhere(open_store(source.uri))) for source in request.sources),
-        out=_anywhere(open_store(request.out)),
+        data=tuple(replace(source, uri=open_store(source.uri).address) for source in request.sources),
+        out=open_store(request.out).address,
         vocabularies=vocabularies,
         config=config,
         document=document,
@@ -270,11 +270,6 @@ def _check_place(config: TrainConfig, *, num_workers: int, cpus: int, gpus: int)
         raise InputError(
             f"--num-workers {num_workers} with {cpus} CPUs each: the cluster has {cluster_cpus():g} CPUs; take fewer"
         )
-
-
-def _anywhere(store: Store) -> str:
-    """A URI that means the same in a worker, whose working folder is another."""
-    return store.prefix if isinstance(store.fs, LocalFileSystem) else store.root
 
 
 def _history(out: Store) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from pcm.clip.names import count_tokens, resolve_clip_name
-from pcm.errors import InputError
+from pcm.errors import InputError, first_line
 from pcm.images import to_uint8
 from pcm.records import FeatureShape
 from pcm.spec import ClipSpec
@@ -66,9 +66,8 @@ class ClipEncoder:
             )
             self._tokenizer = open_clip.get_tokenizer(architecture)
         except (RuntimeError, OSError, ValueError, FileNotFoundError) as error:
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"CLIP model {name!r} cannot be loaded: {first_line}; "
+                f"CLIP model {name!r} cannot be loaded: {first_line(error)}; "
                 "give ARCHITECTURE/PRETRAINED (see open_clip.list_pretrained()), a folder, or 'embedded'"
             ) from error
         visual = model.visual
