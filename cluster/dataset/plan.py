@@ -78,7 +78,7 @@ def make_plan(
     records = iter(records)
     fingerprint = hashlib.sha256()
     if planned is not None:
-        _refuse_other_spec(store, planned, spec, shard_size)
+        refuse_other_spec(store, planned, spec, shard_size)
         if source is not None and source == planned.source:
             return planned
         _refuse_other_corpus(store, planned, records, corpus, fingerprint)
@@ -225,7 +225,8 @@ def _lines(records: list[CorpusRecord]) -> bytes:
     )
 
 
-def _refuse_other_spec(store: Store, planned: Plan, spec: DatasetSpec, shard_size: int) -> None:
+def refuse_other_spec(store: Store, planned: Plan, spec: DatasetSpec, shard_size: int) -> None:
+    """Raises InputError, with the differences, unless the dataset was begun with this spec and shard size."""
     differences = planned.spec.differences(spec)
     if planned.shard_size != shard_size:
         differences.append(f"shard_size: {planned.shard_size} -> {shard_size}")

@@ -18,8 +18,14 @@ from cluster.dataset.layout import (
 from cluster.dataset.plan import plan_parts, write_plan_part
 from cluster.dataset.shard_check import UNREADABLE
 from cluster.dataset.verify import inspect
-from cluster.sources.corpus import CorpusRecord
-from cluster.store.store import Store
+from cluster.dataset.vocabularies import vocabularies_stored
+from cluster.generation.pipeline import run_pipeline
+from cluster.generation.pools import Pools
+from cluster.session import cluster_cpus, cluster_gpus, start_ray
+from cluster.sources.corpus import CorpusRecord, read_corpus
+from cluster.store.store import Store, open_store
+from pcm import embedded
+from pcm.clip.names import truncation_check
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -57,6 +63,30 @@ def repair(
     log.info("shards to be made again: %d of %d", len(found.damaged_shards), found.plan.num_shards)
     draw(found.plan, found.damaged_shards)
     return inspect(store).to_dict() | {"repaired": len(found.damaged_shards)}
+
+
+def repair_dataset(dataset: str, *, corpus: str | None = None) -> dict:
+    """`repair` of the dataset at a path or URI; `corpus`: where its captions are now, where they were by default.
+
+    Ray is started only where there is something to draw.
+    """
+    store = open_store(dataset)
+
+    def read_records(plan: Plan) -> Iterator[CorpusRecord]:
+        uri = embedded.caption_file(corpus or plan.corpus)
+        if plan.source is None:
+            return read_corpus(uri, limit=plan.records)
+        return read_corpus(uri, format=plan.source.format, split=plan.source.split, limit=plan.records)
+
+    def draw(plan: Plan, shards: list[int]) -> None:
+        cpus, gpus = 1.0, 0.0
+        if shards or not vocabularies_stored(store, plan):
+            start_ray()
+            cpus, gpus = cluster_cpus(), cluster_gpus()
+        pools = Pools.for_cluster(device=plan.spec.generator.device, cpus=cpus, gpus=gpus)
+        run_pipeline(store, plan, pools, redo=shards)
+
+    return repair(store, draw=draw, read_records=read_records, truncation_check=truncation_check)
 
 
 def _drop_damaged_manifest(store: Store) -> None:

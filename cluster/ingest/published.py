@@ -8,9 +8,11 @@ decoding pictures and compressing, which run beside each other in one Python.
 
 import hashlib
 import json
+import logging
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,20 +31,22 @@ from cluster.dataset.layout import (
 )
 from cluster.dataset.plan import make_plan
 from cluster.dataset.vocabularies import planned_captions
-from cluster.generation.generate import write_manifest
 from cluster.generation.pinning import clip_of_given_features, clip_spec, resolve_device, resolve_dtype
+from cluster.generation.pipeline import write_manifest
 from cluster.generation.stages.draw import DRAWN_SCHEMA
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard
-from cluster.ingest.shards import import_shards, picture_size, sample_row, undrawn
+from cluster.ingest.request import ImportRequest
+from cluster.ingest.shards import counts, import_shards, picture_size, sample_row, undrawn
 from cluster.sources.published_annotations import AnnotationCorpus, CaptionFile
 from cluster.sources.published_folders import PublishedFolders
-from cluster.store.store import Store, local_copy, open_store, read_uri
+from cluster.store.store import Store, join, local_copy, open_store, read_uri
+from pcm.captioners.captioner import MODEL_FILE
 from pcm.clip.encoder import ClipEncoder
-from pcm.credentials import refuse_credentials_in
 from pcm.errors import InputError
 from pcm.generation.names import IMPORTED
+from pcm.official.checkpoint import import_checkpoint
 from pcm.official.files import concepts_from_pickle
 from pcm.official.state_dict import read_tensors
 from pcm.reasons import (
@@ -61,31 +65,9 @@ from pcm.spec import ClipSpec, DatasetSpec
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
 
+log = logging.getLogger(__name__)
+
 _HEAD = ("ln_post.weight", "ln_post.bias", "proj")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportRequest:
-    """Paths or URIs of published files. `{split_id}` in `images` and `features` is each picture's own."""
-
-    annotations: str
-    images: str
-    vocabulary: str
-    out: str
-    clip: str  # the CLIP that made the features, or is to make them
-    features: str | None = None  # None: computed with `clip`
-    concepts: str | None = None  # None: built with `clip` from the captions
-    clip_head: str | None = None  # a published .pth, whose CLIP head is taken instead of loading `clip`
-    captions: str | None = None
-    captions_format: str = "auto"
-    captions_split: str = "train"
-    shard_size: int = 256
-    workers: int = 8
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        refuse_credentials_in(self)
 
 
 @dataclass(frozen=True)
@@ -99,6 +81,47 @@ class ImportResult:
     seconds: float
     images_per_second: float
 
+    def summary(self) -> dict[str, Any]:
+        """What a job prints."""
+        return {
+            **counts(self.manifest),
+            "skipped": self.skipped,
+            "captions_from_file": self.captions_from_file,
+            "captions_recovered": self.captions_recovered,
+            "images_per_second": round(self.images_per_second, 1),
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def import_official(request: ImportRequest) -> dict[str, Any]:
+    """Import the dataset, or the captioner, that the request names, and summarise. Raises InputError."""
+    if request.checkpoint is not None:
+        return import_captioner(request, request.checkpoint)
+    return {**import_dataset(request).summary(), "dataset": request.out}
+
+
+def import_captioner(request: ImportRequest, checkpoint: str) -> dict[str, Any]:
+    """A published .pth as one of our captioners: checkpoint, model, bytes.
+
+    Raises InputError when a file is unreadable, unsafe or no PCM-Net, or OUT holds something else.
+    """
+    assert request.concepts is not None
+    store = open_store(request.out)
+    others = sorted(set(store.list()))
+    files = import_checkpoint(
+        local_copy(checkpoint),
+        vocabulary=read_vocabulary(request.vocabulary),
+        concepts=read_concepts(request.concepts),
+        clip=clip_of_given_features(request.clip).identity(),
+        settings=dict(request.settings),
+    )
+    if foreign := sorted(set(others) - set(files)):
+        raise InputError(f"--out {request.out}: holds other things ({foreign[0]}); give an empty place")
+    for name, data in files.items():
+        store.write_bytes(name, data)
+    log.info("imported %s", checkpoint)
+    return {"checkpoint": request.out, "model": join(request.out, MODEL_FILE), "bytes": sum(map(len, files.values()))}
+
 
 def import_dataset(request: ImportRequest) -> ImportResult:
     """Import, or go on importing. Memory: the annotations, then `workers` shards.
@@ -107,6 +130,7 @@ def import_dataset(request: ImportRequest) -> ImportResult:
     holds another dataset.
     """
     started = time.monotonic()
+    assert request.annotations is not None and request.images is not None
     store = open_store(request.out)
     raw = read_uri(request.annotations)
     spec = _spec(request, hashlib.sha256(raw).hexdigest())

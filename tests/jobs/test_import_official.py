@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from cluster.dataset.layout import CLIP_HEAD_KEY, VOCABULARY_KEY, Manifest, Plan, load_manifest, shard_key
 from cluster.dataset.verify import verify
-from cluster.export.export import ExportOptions, export_dataset
+from cluster.export.export import export_dataset
+from cluster.export.request import ExportRequest
 from cluster.store.store import Store, open_store
 from pcm.captioners.captioner import CONCEPTS_FILE, MODEL_FILE, VOCABULARY_FILE, Captioner
 from pcm.clip.encoder import ImageFeatures
@@ -51,8 +52,8 @@ def dataset(tmp_path_factory, tiny_t2i, tiny_clip) -> tuple[Store, Plan, Manifes
 @pytest.fixture(scope="module")
 def exported(dataset, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("official")
-    options = ExportOptions(name="sd", max_length=LENGTH, workers=2)
-    export_dataset(dataset[0], open_store(out), to="official", options=options)
+    asked = ExportRequest(data="it", out="there", to="official", name="sd", max_length=LENGTH, workers=2)
+    export_dataset(dataset[0], open_store(out), asked)
     return out
 
 
