@@ -9,18 +9,26 @@ from cluster.generation.repair import repair
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.store.store import Store, open_store
 from jobs.cli import make_parser, run_job
+from pcm.errors import InputError
 
 
 def parser() -> argparse.ArgumentParser:
     result = make_parser("verify", __doc__)
     result.add_argument("dataset", help="dataset: path or URI")
     result.add_argument("--repair", action="store_true", help="make missing and corrupt shards again, and no others")
+    result.add_argument("--upgrade", action="store_true", help="rewrite a dataset of an older schema version in place")
     result.add_argument("--corpus", help="with --repair: where the captions are now, should the plan be damaged")
     return result
 
 
 def run(args: argparse.Namespace) -> dict:
     store = open_store(args.dataset)
+    if args.upgrade:
+        from cluster.dataset.upgrade import upgrade
+
+        if args.repair:
+            raise InputError("--upgrade, --repair: give one of the two; repair first what is damaged")
+        return {**upgrade(store), **verify(store)}
     if not args.repair:
         return verify(store)
 

@@ -22,7 +22,7 @@ from cluster.dataset.layout import PLAN_KEY, CorpusSource, Plan, Segment, load_p
 from cluster.sources.corpus import CorpusRecord
 from cluster.store.store import Store
 from pcm.errors import InputError
-from pcm.records import PLAN_SCHEMA, PROMPT_TRUNCATED
+from pcm.records import PLAN_SCHEMA, PROMPT_TRUNCATED, SCHEMA_VERSION
 from pcm.spec import DatasetSpec
 
 log = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ def make_plan(
         shard_size=shard_size,
         segments=(*(planned.segments if planned else ()), segment),
         source=source,
+        schema_version=planned.schema_version if planned else SCHEMA_VERSION,  # a dataset is of one version
     )
     _replace_plan(store, planned, plan)
     added = f" (new: {segment.records} captions in {segment.num_shards} shards)" if planned else ""

@@ -20,10 +20,9 @@ from cluster.dataset.layout import (
     read_table,
 )
 from cluster.dataset.plan import USABLE_REASONS
-from cluster.generation.stages.featurise import NULL_FEATURES
 from cluster.session import user_error
 from cluster.store.store import Store
-from pcm.records import FeatureShape
+from pcm.records import NULL_FEATURES, FeatureShape
 from pcm.spec import ClipSpec
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
@@ -62,6 +61,11 @@ def store_vocabularies(store: Store, plan: Plan, *, encoder: "ClipEncoder | None
                 raise user_error(error) or error from None
         document = json.dumps({"corpus_fingerprint": plan.corpus_fingerprint, "min_count": min_count})
         store.write_bytes(VOCABULARIES_KEY, f"{document}\n".encode())
+    return stored_features(store, plan)
+
+
+def stored_features(store: Store, plan: Plan) -> FeatureShape:
+    """The shape of the features of a dataset whose CLIP files are on the store. Raises FileNotFoundError."""
     if plan.spec.clip.model == "null":
         return NULL_FEATURES
     metadata = safetensors_metadata(store.read_bytes(CLIP_HEAD_KEY))

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from cluster.dataset.layout import json_bytes
 from cluster.export.huggingface import HuggingFace
 from cluster.export.published import Official
-from cluster.export.source import Format, Source, json_bytes
+from cluster.export.source import Format, Source
 from cluster.export.webdataset import WebDataset
 from cluster.store.store import Store
 from pcm.errors import InputError

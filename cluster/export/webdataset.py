@@ -10,7 +10,8 @@ import hashlib
 import io
 import tarfile
 
-from cluster.export.source import Source, json_bytes, picture_ending
+from cluster.dataset.layout import json_bytes
+from cluster.export.source import Source, picture_ending
 from cluster.store.store import Store
 from pcm.errors import InputError
 
