@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pcm.errors import InputError
+from pcm.reasons import BLACK_IMAGE, CONSTANT_IMAGE, NAN_IMAGE
 
 #: Larger pictures are refused unread: a decompression bomb must not take a worker's memory (64 megapixels).
 MAX_PIXELS = 64_000_000
@@ -18,6 +19,26 @@ CONSTANT_STD = 2.0 / 255.0
 BLACK_MAX = 8.0 / 255.0
 
 IMAGE_FORMATS = ("jpeg", "png", "webp")
+#: So many bytes of a file tell its format.
+FORMAT_BYTES = 12
+_ENDINGS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+
+
+def image_format_of(data: bytes) -> str | None:
+    """Which of IMAGE_FORMATS a file is by its first FORMAT_BYTES bytes, None for any other; its name plays no part."""
+    if data.startswith(b"\xff\xd8"):
+        return "jpeg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:FORMAT_BYTES] == b"WEBP" else None
+
+
+def image_ending(data: bytes) -> str:
+    """ "jpg", "png" or "webp", by the first bytes of a picture that is one of IMAGE_FORMATS. Raises InputError."""
+    found = image_format_of(data)
+    if found is None:
+        raise InputError(f"a picture that begins with {data[:4]!r}: not a JPEG, PNG or WebP file")
+    return _ENDINGS[found]
 
 
 def open_image(source: str | Path | bytes, *, name: str | None = None) -> Image.Image:
@@ -67,13 +88,13 @@ def encode_image(pixels: np.ndarray, *, image_format: str, quality: int) -> byte
 
 
 def defect(pixels: np.ndarray) -> str:
-    """Why float pixels (H, W, 3) in 0..1 are not a picture: "nan_image", "black_image", "constant_image", or ""."""
+    """Why float pixels (H, W, 3) in 0..1 are not a picture, as a reason of pcm.reasons, or ""."""
     if not np.isfinite(pixels).all():
-        return "nan_image"
+        return NAN_IMAGE
     if pixels.max() < BLACK_MAX:
-        return "black_image"
+        return BLACK_IMAGE
     if pixels.std() < CONSTANT_STD:
-        return "constant_image"
+        return CONSTANT_IMAGE
     return ""
 
 

@@ -29,9 +29,6 @@ PATCH_SHAPE_KEY = b"patch_features_shape"
 STORED = "stored"
 QUARANTINED = "quarantined"
 
-#: `reason` of a stored row whose prompt is longer than the CLIP context: generated from the truncated prompt.
-PROMPT_TRUNCATED = "prompt_truncated"
-
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 #: One planned sample: what has to exist in the end, whether or not it could be made.
@@ -43,7 +40,7 @@ PLAN_SCHEMA = pa.schema(
         ("corpus_id", pa.string()),  # the caption's own id in its corpus
         ("caption", pa.string()),
         ("seed", pa.int64()),
-        ("reason", pa.string()),  # "" or PROMPT_TRUNCATED: to be generated; anything else: quarantined
+        ("reason", pa.string()),  # one of pcm.reasons.USABLE: to be generated; anything else: quarantined
     ]
 )
 
@@ -92,7 +89,7 @@ def shard_schema(features: FeatureShape, version: int = SCHEMA_VERSION) -> pa.Sc
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("seed", pa.int64()),
-        ("attempts", pa.int32()),  # seeds tried; the last, planned seed + attempts - 1, made the picture
+        ("attempts", pa.int32()),  # seeds tried; the last of them made the picture
         ("batch_size", pa.int32()),  # pictures drawn at once: spec.batch_size, or less after running out of memory
         ("clip_score", pa.float32()),
         ("global_feature", pa.list_(pa.float16(), features.embed_dim)),

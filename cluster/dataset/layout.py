@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.store.store import Store
-from pcm.errors import InputError
+from pcm.documents import document_bytes
+from pcm.errors import InputError, one_line
 from pcm.records import READABLE_VERSIONS, SCHEMA_VERSION, FeatureShape
 from pcm.spec import DatasetSpec
 
@@ -110,7 +111,7 @@ class Plan:
         return next(segment for segment in reversed(self.segments) if getattr(segment, first) <= value)
 
     def to_json(self) -> bytes:
-        return json_bytes({**asdict(self), "spec": self.spec.to_dict()})
+        return document_bytes({**asdict(self), "spec": self.spec.to_dict()})
 
     @staticmethod
     def from_json(data: bytes) -> "Plan":
@@ -140,7 +141,7 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> bytes:
-        return json_bytes({**asdict(self), "spec": self.spec.to_dict(), "features": asdict(self.features)})
+        return document_bytes({**asdict(self), "spec": self.spec.to_dict(), "features": asdict(self.features)})
 
     @staticmethod
     def from_json(data: bytes) -> "Manifest":
@@ -240,9 +241,5 @@ def _intact(key: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        said = " ".join(str(error).split())
+        said = one_line(error)
         raise InputError(f"{key}: damaged ({said}); restore it, or generate into another --out") from None
-
-
-def json_bytes(document: dict) -> bytes:
-    return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()

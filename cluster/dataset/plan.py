@@ -21,14 +21,14 @@ import pyarrow as pa
 from cluster.dataset.layout import PLAN_KEY, CorpusSource, Plan, Segment, load_plan, parquet_bytes, plan_part_key
 from cluster.sources.corpus import CorpusRecord
 from cluster.store.store import Store
+from pcm.credentials import refuse_credentials
 from pcm.errors import InputError
-from pcm.records import PLAN_SCHEMA, PROMPT_TRUNCATED, SCHEMA_VERSION
+from pcm.generation.seeds import sample_seeds
+from pcm.reasons import PROMPT_TRUNCATED, USABLE
+from pcm.records import PLAN_SCHEMA, SCHEMA_VERSION
 from pcm.spec import DatasetSpec
 
 log = logging.getLogger(__name__)
-
-#: Reasons with which a planned sample is generated all the same.
-USABLE_REASONS = ("", PROMPT_TRUNCATED)
 
 #: Shard numbers have six digits, sample ids nine: keys and ids sort as the plan is ordered.
 MAX_SHARDS = 10**6
@@ -73,6 +73,7 @@ def make_plan(
         raise InputError(f"shard size {shard_size}: must be at least 1")
     if spec.images_per_caption > 100:
         raise InputError(f"images per caption {spec.images_per_caption}: at most 100")
+    refuse_credentials(corpus)  # it goes into the plan and the manifest
     planned = load_plan(store)
     records = iter(records)
     fingerprint = hashlib.sha256()
@@ -165,7 +166,7 @@ def _samples(
         "image_index": [*images] * len(records),
         "corpus_id": [record.corpus_id for record in repeated],
         "caption": [record.caption for record in repeated],
-        "seed": spec.sample_seeds([record.corpus_id for record in records]),
+        "seed": sample_seeds(spec, [record.corpus_id for record in records]),
         "reason": [reason for reason in reasons for _ in images],
     }
     return pa.table(columns, schema=PLAN_SCHEMA)
@@ -189,7 +190,7 @@ class _PartWriter:
             raise InputError(f"more than {MAX_SHARDS} shards: give a larger --shard-size, so that there are fewer")
         self.parts += 1
         self.samples += len(table)
-        self.usable += sum(reason in USABLE_REASONS for reason in table["reason"].to_pylist())
+        self.usable += sum(reason in USABLE for reason in table["reason"].to_pylist())
         if self._held is None:
             self._write(shard, table)
             return

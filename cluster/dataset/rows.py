@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
 from cluster.store.store import Store
-from pcm.errors import InputError
+from pcm.errors import InputError, first_line
 from pcm.records import FeatureShape, feature_matrix
 
 COLUMNS = ("sample_id", "caption", "clip_score", "global_feature", "patch_features")
@@ -116,14 +115,13 @@ def read_rows(store: Store, key: str, rows: np.ndarray | None, features: Feature
 
 
 def _read(store: Store, key: str, columns: Sequence[str]) -> pa.Table:
-    """Nothing is read but these columns; Arrow's own file reads without Python's lock, that of fsspec does not."""
-    path = store.path(key)
-    if isinstance(store.fs, LocalFileSystem):
+    """Nothing is read but these columns; Arrow's own file reads without Python's lock, that of a store does not."""
+    if store.is_local:
         # One thread: a column is one copy, and handing it to another thread costs more than waiting for it.
-        with pa.OSFile(path) as file:
+        with pa.OSFile(store.path(key)) as file:
             return pq.ParquetFile(file).read(columns=list(columns), use_threads=False)
-    # By itself fsspec would read ahead into the pictures between the columns; Arrow asks for neighbours in one request.
-    with pa.PythonFile(store.fs.open(path, "rb", cache_type="none"), "r") as file:
+    # A buffer would read ahead into the pictures between the columns; Arrow asks for neighbours in one request.
+    with pa.PythonFile(store.open(key, buffered=False), "r") as file:
         return pq.ParquetFile(file, pre_buffer=True).read(columns=list(columns))
 
 
@@ -133,7 +131,6 @@ def _readable(store: Store, key: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{store.root}/{key}: cannot be read ({first_line}); run jobs.verify on the dataset"
+            f"{store.root}/{key}: cannot be read ({first_line(error)}); run jobs.verify on the dataset"
         ) from error

@@ -24,11 +24,12 @@ from cluster.dataset.layout import (
 )
 from cluster.dataset.plan import corpus_lines, sample_id
 from cluster.store.store import Store
-from pcm.errors import InputError
+from pcm.errors import InputError, first_line
+from pcm.generation.seeds import attempt_seed, sample_seeds
 from pcm.images import open_image
+from pcm.reasons import USABLE
 from pcm.records import (
     PLAN_SCHEMA,
-    PROMPT_TRUNCATED,
     QUARANTINED,
     STORED,
     FeatureShape,
@@ -85,7 +86,7 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
     except UNREADABLE as error:
         report.plan_damaged = True
         report.corrupt = report.planned
-        report.problems.append(f"{plan_part_key(shard)}: unreadable or not this plan's ({_first_line(error)})")
+        report.problems.append(f"{plan_part_key(shard)}: unreadable or not this plan's ({first_line(error)})")
         return report
     report.corpus = _corpus_lines(part)
     captions, seeds = part["caption"].to_pylist(), part["seed"].to_pylist()
@@ -106,7 +107,7 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
         rows, finite_rows = _light_rows(table), _finite_rows(table)
     except UNREADABLE as error:
         report.corrupt = report.planned
-        report.damage(f"{key}: unreadable ({_first_line(error)})")
+        report.damage(f"{key}: unreadable ({first_line(error)})")
         return report
     if version < plan.schema_version:
         report.problems.append(f"{key}: of schema version {version} still; {FINISH_UPGRADE}")
@@ -150,7 +151,7 @@ def _check_plan_part(part: pa.Table, plan: Plan, shard: int) -> None:
     if list(zip(part["record_index"].to_pylist(), part["image_index"].to_pylist(), strict=True)) != places:
         raise ValueError("other places than its sample ids")
     corpus_ids = dict(zip(part["record_index"].to_pylist(), part["corpus_id"].to_pylist(), strict=True))
-    seeds = plan.spec.sample_seeds(list(corpus_ids.values()))
+    seeds = sample_seeds(plan.spec, list(corpus_ids.values()))
     first = places[0][0]
     if part["seed"].to_pylist() != [seeds[(record - first) * images + image] for record, image in places]:
         raise ValueError("other seeds than its captions have")
@@ -162,7 +163,7 @@ def _corpus_lines(part: pa.Table) -> bytes:
     return corpus_lines(
         (row[0] for row in first),
         (row[1] for row in first),
-        ("" if row[2] == PROMPT_TRUNCATED else row[2] for row in first),
+        ("" if row[2] in USABLE else row[2] for row in first),
     )
 
 
@@ -186,7 +187,7 @@ def _stored_problem(row: tuple, planned: tuple[str, int] | None, finite: bool) -
         return f"status {status!r} in a shard"
     if caption != planned[0]:
         return "another caption than planned"
-    if attempts < 1 or seed != planned[1] + attempts - 1:
+    if attempts < 1 or seed != attempt_seed(planned[1], attempts - 1):
         return "another seed than planned"
     if not finite:
         return "features or score not finite"
@@ -213,7 +214,7 @@ def _quarantine_rows(store: Store, shard: int, report: ShardReport) -> list[dict
     except FileNotFoundError:
         return []
     except UNREADABLE as error:
-        report.damage(f"{quarantine_key(shard)}: unreadable ({_first_line(error)})")
+        report.damage(f"{quarantine_key(shard)}: unreadable ({first_line(error)})")
         return []
 
 
@@ -276,7 +277,3 @@ def _finite_rows(table: pa.Table) -> np.ndarray:
     for name in ("global_feature", "patch_features"):
         finite &= np.isfinite(feature_matrix(table[name])).all(axis=1)
     return finite
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

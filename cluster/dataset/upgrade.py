@@ -29,7 +29,6 @@ from cluster.dataset.layout import (
     Manifest,
     Plan,
     find_manifest,
-    json_bytes,
     load_plan,
     parquet_bytes,
     shard_key,
@@ -37,6 +36,7 @@ from cluster.dataset.layout import (
 )
 from cluster.dataset.shard_check import UNREADABLE
 from cluster.store.store import Store
+from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.records import SCHEMA_VERSION, FeatureShape, in_version, shard_version
 
@@ -90,7 +90,7 @@ def _upgrade_shard(store: Store, shard: int, features: FeatureShape) -> bool | N
         log.warning("%s: %s", shard_key(shard), error)
         return None
     stats |= {"sha256": hashlib.sha256(upgraded).hexdigest(), "bytes": len(upgraded), UPGRADED_FROM: digest}
-    store.write_bytes(stats_key(shard), json_bytes(stats))
+    store.write_bytes(stats_key(shard), document_bytes(stats))
     store.write_bytes(shard_key(shard), upgraded)
     return True
 

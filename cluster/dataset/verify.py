@@ -8,7 +8,6 @@ the sum of the shards, no group object says what is not so, and no shard is ther
 import hashlib
 import logging
 import os
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,10 +28,10 @@ from cluster.dataset.layout import (
 from cluster.dataset.shard_check import FINISH_UPGRADE, PROBLEMS_SHOWN, ShardReport, check_shard
 from cluster.store.store import Store
 from pcm.errors import InputError
+from pcm.line_timer import LineTimer
 
 log = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_LINES = 10.0
 _COUNTERS = ("stored", "quarantined", "missing", "duplicated", "corrupt")
 
 
@@ -192,17 +191,15 @@ class _Lines:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._started = self._last = time.monotonic()
+        self._timer = LineTimer()
         self._samples = self._problems = 0
 
     def add(self, report: ShardReport) -> None:
         self._samples += report.planned
         self._problems += report.missing + report.duplicated + report.corrupt
-        now = time.monotonic()
-        if now - self._last < _SECONDS_BETWEEN_LINES:
+        if not self._timer.due():
             return
-        self._last = now
-        rate = self._samples / (now - self._started)
+        rate = self._samples / self._timer.elapsed
         log.info(
             "%d of %d shards checked, %.0f samples/s, ETA %.0f s, missing, doubled or corrupt: %d",
             report.shard + 1, self._plan.num_shards, rate, (self._plan.expected - self._samples) / rate, self._problems,

@@ -19,9 +19,9 @@ from cluster.dataset.layout import (
     plan_part_key,
     read_table,
 )
-from cluster.dataset.plan import USABLE_REASONS
 from cluster.session import user_error
 from cluster.store.store import Store
+from pcm.reasons import USABLE
 from pcm.records import NULL_FEATURES, FeatureShape
 from pcm.spec import ClipSpec
 from pcm.text.concepts import ConceptVocabulary
@@ -88,7 +88,7 @@ def planned_captions(store: Store, plan: Plan) -> Iterator[str]:
     def part(shard: int) -> list[str]:
         table = read_table(store, plan_part_key(shard), ["caption", "reason", "image_index"])
         first = pc.equal(table["image_index"], 0)
-        usable = pc.is_in(table["reason"], pa.array(USABLE_REASONS))
+        usable = pc.is_in(table["reason"], pa.array(USABLE))
         return table["caption"].filter(pc.and_(first, usable)).to_pylist()
 
     window = 64

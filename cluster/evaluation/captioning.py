@@ -6,7 +6,6 @@ so a caption does not depend on how many workers there are, nor on which of them
 
 import json
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,9 @@ from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures,
 from cluster.store.store import join, local_copy, open_store
 from pcm.captioners.captioner import BATCH_SIZE, MODEL_FILE, Captioner
 from pcm.errors import InputError
+from pcm.line_timer import LineTimer
 
 log = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -155,11 +153,9 @@ def _unpacked(row: dict[str, Any]) -> Captioned:
 
 def _said(items: Any, *, pictures: int, batch_size: int) -> Iterator[Any]:
     """The items, with a line about how far they are every so often."""
-    started = last_line = time.monotonic()
+    timer = LineTimer()
     for done, item in enumerate(items):
         yield item
-        now = time.monotonic()
-        if now - last_line >= SECONDS_BETWEEN_LINES:
-            last_line = now
+        if timer.due():
             captioned = min((done + 1) * batch_size, pictures)
-            log.info("%d of %d pictures captioned, %.1f a second", captioned, pictures, captioned / (now - started))
+            log.info("%d of %d pictures captioned, %.1f a second", captioned, pictures, captioned / timer.elapsed)

@@ -11,19 +11,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from cluster.dataset.layout import json_bytes
 from cluster.export.huggingface import HuggingFace
 from cluster.export.published import Official
 from cluster.export.source import Format, Source
 from cluster.export.webdataset import WebDataset
 from cluster.store.store import Store
+from pcm.documents import document_bytes
 from pcm.errors import InputError
+from pcm.line_timer import LineTimer
 
 log = logging.getLogger(__name__)
 
 EXPORT_KEY = "export.json"
 FORMATS = ("official", "webdataset", "huggingface")
-SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +63,12 @@ def export_dataset(data: Store, out: Store, *, to: str, options: ExportOptions) 
         return counts | {"shards": len(shards), "skipped_shards": len(shards), "seconds": 0.0}
     started = time.monotonic()
     exporter.prepare()
-    out.write_bytes(EXPORT_KEY, json_bytes(document))
+    out.write_bytes(EXPORT_KEY, document_bytes(document))
     present = set(out.list())
     missing = [shard for shard in shards if exporter.marker(shard) not in present]
     _write(exporter, missing, workers=options.workers)
     exporter.finish()
-    out.write_bytes(EXPORT_KEY, json_bytes({**document, "complete": True, **counts}))
+    out.write_bytes(EXPORT_KEY, document_bytes({**document, "complete": True, **counts}))
     exporter.tidy()
     seconds = round(time.monotonic() - started, 2)
     return counts | {"shards": len(shards), "skipped_shards": len(shards) - len(missing), "seconds": seconds}
@@ -92,12 +92,11 @@ def _begun(out: Store, document: dict) -> bool:
 
 
 def _write(exporter: Format, shards: list[int], *, workers: int) -> None:
-    started = last_line = time.monotonic()
+    timer = LineTimer()
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(shards), 4 * workers):  # a window, so that a failure ends the run soon
             window = shards[start : start + 4 * workers]
             for done, _ in enumerate(pool.map(exporter.write, window), start=start + 1):
-                if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
-                    last_line = time.monotonic()
-                    left = (len(shards) - done) * (last_line - started) / done
+                if timer.due():
+                    left = (len(shards) - done) * timer.elapsed / done
                     log.info("%d of %d shards exported, %.0f s left", done, len(shards), left)

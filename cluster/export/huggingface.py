@@ -11,6 +11,7 @@ import json
 from cluster.dataset.layout import MANIFEST_KEY, parquet_bytes
 from cluster.export.source import Source
 from cluster.store.store import Store
+from pcm.reasons import PROMPT_TRUNCATED
 from pcm.records import in_version
 
 _SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000))
@@ -61,7 +62,7 @@ def card(source: Source) -> str:
             "patch_features",
             f"({features.num_patches} * {features.patch_dim},) float16, CLIP's last tokens before ln_post, row-major",
         ),
-        ("status, reason", "`stored`; `prompt_truncated` where the caption was longer than CLIP's context"),
+        ("status, reason", f"`stored`; `{PROMPT_TRUNCATED}` where the caption was longer than CLIP's context"),
     ]
     yaml = [
         "---",

@@ -16,9 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 import safetensors.torch
 
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY
-from cluster.export.source import Source, picture_ending
+from cluster.export.source import Source
 from cluster.store.store import Store
 from pcm.errors import InputError
+from pcm.images import image_ending
 from pcm.official.files import (
     ANNOTATIONS_END,
     ANNOTATIONS_START,
@@ -88,7 +89,7 @@ class Official:
             split_id = split_of(position, self._source.plan.expected)
             folder = f"{self._name}_sp{split_id}"
             picture = row["image"]["bytes"]
-            self._out.write_bytes(f"images/{folder}/{image_id}.{picture_ending(picture)}", picture)
+            self._out.write_bytes(f"images/{folder}/{image_id}.{image_ending(picture)}", picture)
             npz = features_to_npz(patches[number], images[number])
             self._out.write_bytes(f"features/{folder}/{image_id}.npz", npz)
             token_ids, target_ids = stack_sentences(self._vocabulary, [row["caption"]], self._max_length)

@@ -15,15 +15,15 @@ from typing import Any
 from cluster.dataset.clip_scores import ClipScores
 from cluster.dataset.layout import Plan, stats_key
 from cluster.generation.cost import SECONDS_AN_HOUR, Billing
-from cluster.generation.display import duration, size
 from cluster.generation.generate import GenerationResult, actors, generate
 from cluster.generation.pools import Pools
 from cluster.generation.progress import RunLimits
 from cluster.generation.stages.monitor import FaultPolicy
+from cluster.numbers import duration, size
 from cluster.session import cluster_machines
 from cluster.store.store import Store
 from pcm.errors import InputError
-from pcm.text.rules import REASONS
+from pcm.reasons import of_stage
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,8 @@ def predict(
     """
     samples = sum(part["count"] for part in stats)
     stored = sum(part["successes"] for part in stats)
-    drawn = samples - sum(count for reason, count in _reasons(stats) if reason in REASONS)
+    unusable = of_stage("caption")
+    drawn = samples - sum(count for reason, count in _reasons(stats) if reason in unusable)
     if not drawn:
         raise InputError(f"pilot: none of its {samples} captions is usable; give a larger --pilot")
     scores = sum((ClipScores.of_shard(dict(part)) for part in stats), ClipScores())

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pcm.clip.names import folder_revision, resolve_clip_name
-from pcm.errors import InputError
-from pcm.generation.drawing import model_source
+from pcm.credentials import refuse_credentials
+from pcm.errors import InputError, first_line
+from pcm.generation.names import model_source
 
 log = logging.getLogger(__name__)
 
@@ -16,6 +17,7 @@ def pin_t2i(model: str, revision: str | None) -> str:
 
     Raises InputError when the repo cannot be reached to look a branch up; a full commit hash needs no look-up.
     """
+    refuse_credentials(model)
     if model == "null":
         return ""
     source = model_source(model)
@@ -65,9 +67,8 @@ def _pin_repo(repo: str, revision: str | None) -> str:
     except HFValidationError:
         raise InputError(f"model {repo!r}: neither a folder nor a repo id ORG/NAME; give one of the two") from None
     except (HfHubHTTPError, OSError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"model {repo!r}: its revision cannot be looked up ({first_line}); "
+            f"model {repo!r}: its revision cannot be looked up ({first_line(error)}); "
             "give a 40-digit commit with the revision argument, or a local folder"
         ) from None
 

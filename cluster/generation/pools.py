@@ -7,6 +7,7 @@ from typing import Any
 from ray.data import ActorPoolStrategy
 
 from pcm.errors import InputError
+from pcm.name_value import split_name_value
 
 #: Generators that one CLIP actor with a GPU of its own keeps up with: it reads 16 pictures while one is denoised.
 GENERATORS_PER_SCORER = 16
@@ -103,10 +104,7 @@ def parse_generators(text: str) -> int | tuple[int, int]:
 
 def parse_node_label(text: str) -> tuple[str, str]:
     """("pcmnet.io/role", "generation") of "pcmnet.io/role=generation". Raises InputError."""
-    key, _, value = text.partition("=")
-    if not (key and value):
-        raise InputError(f"node label {text!r}: write KEY=VALUE, such as pcmnet.io/role=generation")
-    return key, value
+    return split_name_value(text, option="node label", example="pcmnet.io/role=generation")
 
 
 def check_clip_gpus(value: float) -> float:

@@ -7,29 +7,24 @@ from cluster.dataset.layout import MANIFEST_KEY, Plan
 from cluster.generation.generate import generate
 from cluster.generation.pools import Pools
 from cluster.generation.stages.draw import DrawShard
-from cluster.generation.stages.featurise import CLIP_ERROR
 from cluster.generation.stages.monitor import FaultPolicy
 from cluster.store.store import Store
 from pcm.errors import InputError
-from pcm.generation.drawing import GENERATOR_REASONS
+from pcm.reasons import RETRYABLE, of_stage
 
 log = logging.getLogger(__name__)
 
-#: Stands for all of GENERATOR_REASONS.
+#: Stands for every reason of the stage "generator".
 ALL_GENERATOR = "all-generator"
-
-#: What another seed may mend.
-DEFECTS = ("black_image", "constant_image", "nan_image", "nsfw_flagged")
 
 
 def parse_reason(reason: str) -> frozenset[str]:
     """The reasons that a --retry-quarantined argument means. Raises InputError."""
     if reason == ALL_GENERATOR:
-        return frozenset(GENERATOR_REASONS)
-    allowed = (*GENERATOR_REASONS, CLIP_ERROR, *DEFECTS)
-    if reason not in allowed:
+        return frozenset(of_stage("generator"))
+    if reason not in RETRYABLE:
         raise InputError(
-            f"retry of {reason!r}: allowed are {', '.join(allowed)} and {ALL_GENERATOR}; captions that were refused "
+            f"retry of {reason!r}: allowed are {', '.join(RETRYABLE)} and {ALL_GENERATOR}; captions that were refused "
             "for what they are stay so"
         )
     return frozenset([reason])

@@ -21,7 +21,7 @@ from PIL import Image
 
 from cluster.dataset.committed import committed
 from cluster.dataset.layout import Manifest, Plan, plan_part_key, read_table
-from cluster.dataset.plan import USABLE_REASONS, make_plan
+from cluster.dataset.plan import make_plan
 from cluster.dataset.vocabularies import store_vocabularies
 from cluster.generation.generate import write_manifest
 from cluster.generation.pinning import pin_clip, resolve_device, resolve_dtype
@@ -34,9 +34,11 @@ from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.sources.pictures import PictureFiles, find_pictures, resolved
 from cluster.store.store import Store, open_store
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
+from pcm.credentials import refuse_credentials_in
 from pcm.errors import InputError
-from pcm.generation.drawing import PHOTOS
+from pcm.generation.names import PHOTOS
 from pcm.images import open_image
+from pcm.reasons import BAD_IMAGE, MISSING_IMAGE, USABLE
 from pcm.spec import ClipSpec, DatasetSpec
 
 log = logging.getLogger(__name__)
@@ -45,9 +47,6 @@ T = TypeVar("T")
 
 #: What an Arrow column of photos may hold; more needs smaller shards.
 MAX_SHARD_BYTES = 2**31 - 1
-
-MISSING_IMAGE = "missing_image"
-BAD_IMAGE = "bad_image"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +65,9 @@ class PhotoRequest:
     workers: int = 8
     device: str = "auto"
     dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        refuse_credentials_in(self)
 
 
 @dataclass(frozen=True)
@@ -258,12 +260,12 @@ class PhotoShards:
 
     def _samples(self, shard: int, planned: list[dict]) -> pa.Table:
         photos = [self._corpus.photo_of[row["record_index"]] for row in planned]
-        usable = {photo for row, photo in zip(planned, photos, strict=True) if row["reason"] in USABLE_REASONS}
+        usable = {photo for row, photo in zip(planned, photos, strict=True) if row["reason"] in USABLE}
         read = {photo: self._read(photo) for photo in sorted(usable)}
         rows = []
         num_bytes = 0
         for row, photo in zip(planned, photos, strict=True):
-            if row["reason"] in USABLE_REASONS:
+            if row["reason"] in USABLE:
                 found = read[photo]
                 rows.append(sample_row(row, found.reason or row["reason"], found.data, found.size))
             else:

@@ -27,7 +27,7 @@ from cluster.dataset.layout import (
     plan_part_key,
     read_table,
 )
-from cluster.dataset.plan import USABLE_REASONS, make_plan
+from cluster.dataset.plan import make_plan
 from cluster.dataset.vocabularies import planned_captions
 from cluster.generation.generate import write_manifest
 from cluster.generation.pinning import pin_clip, resolve_device, resolve_dtype
@@ -40,10 +40,21 @@ from cluster.sources.published_annotations import AnnotationCorpus, CaptionFile
 from cluster.sources.published_folders import PublishedFolders
 from cluster.store.store import Store, local_copy, open_store, read_uri
 from pcm.clip.encoder import ClipEncoder
+from pcm.credentials import refuse_credentials_in
 from pcm.errors import InputError
-from pcm.generation.drawing import IMPORTED
+from pcm.generation.names import IMPORTED
 from pcm.official.files import concepts_from_pickle
 from pcm.official.state_dict import read_tensors
+from pcm.reasons import (
+    BAD_FEATURES,
+    BAD_IMAGE,
+    FEATURES_BEYOND_FLOAT16,
+    FEATURES_OF_ANOTHER_SHAPE,
+    MISSING_CLIP_SCORE,
+    MISSING_FEATURES,
+    MISSING_IMAGE,
+    USABLE,
+)
 from pcm.records import FeatureShape, with_features
 from pcm.safe_pickle import reader as safe_pickle
 from pcm.spec import ClipSpec, DatasetSpec
@@ -72,6 +83,9 @@ class ImportRequest:
     workers: int = 8
     device: str = "auto"
     dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        refuse_credentials_in(self)
 
 
 @dataclass(frozen=True)
@@ -257,7 +271,7 @@ class ShardImporter:
         """The sample of a plan row; its features are written into `patches` (N, D_v) and `image` (D,)."""
         picture, reason = b"", row["reason"]
         size = (0, 0)
-        if reason in USABLE_REASONS:
+        if reason in USABLE:
             image_id = row["corpus_id"].rpartition("#")[0]
             split_id = self._corpus.split_ids[row["record_index"]]
             try:
@@ -265,10 +279,10 @@ class ShardImporter:
                 size = picture_size(picture)
                 reason = self._read_features(image_id, split_id, patches, image, score)
             except FileNotFoundError:
-                reason = "missing_image"
+                reason = MISSING_IMAGE
             except InputError:
-                reason = "bad_image"
-        if reason not in USABLE_REASONS:
+                reason = BAD_IMAGE
+        if reason not in USABLE:
             picture, size = b"", (0, 0)
         return sample_row(row, reason, picture, size)
 
@@ -279,17 +293,17 @@ class ShardImporter:
         if self._featuriser is not None:
             return ""
         if np.isnan(score):
-            return "missing_clip_score"
+            return MISSING_CLIP_SCORE
         try:
             given_patches, given_image = self._places.read_features(image_id, split_id)
         except FileNotFoundError:
-            return "missing_features"
+            return MISSING_FEATURES
         except InputError:
-            return "bad_features"
+            return BAD_FEATURES
         wanted = self._features
         if given_patches.shape != (wanted.num_patches, wanted.patch_dim) or len(given_image) != wanted.embed_dim:
-            return "features_of_another_shape"
+            return FEATURES_OF_ANOTHER_SHAPE
         with np.errstate(over="ignore"):
             patches[:] = given_patches
             image[:] = given_image
-        return "" if np.isfinite(patches).all() and np.isfinite(image).all() else "features_beyond_float16"
+        return "" if np.isfinite(patches).all() and np.isfinite(image).all() else FEATURES_BEYOND_FLOAT16

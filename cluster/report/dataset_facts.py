@@ -16,7 +16,7 @@ import numpy as np
 from cluster.dataset.layout import PLAN_KEY, Manifest, load_manifest, quarantine_key, read_table, stats_key
 from cluster.dataset.rows import read_shard
 from cluster.dataset.verify import verify
-from cluster.generation.display import size
+from cluster.numbers import size
 from cluster.store.store import Store
 from pcm.errors import InputError
 

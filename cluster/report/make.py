@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsspec.implementations.local import LocalFileSystem
-
 from cluster.report import dataset_view, measures_view, run_view, sweep_view
 from cluster.report.captions import caption_samples, has_checkpoint
 from cluster.report.dataset_facts import gather_dataset
@@ -86,7 +84,7 @@ def _check(request: ReportRequest) -> None:
     if request.price_per_hour is not None and not 0 <= request.price_per_hour < float("inf"):
         raise InputError(f"--price-per-hour {request.price_per_hour:g}: must be a number of at least 0")
     out = open_store(request.out)
-    if isinstance(out.fs, LocalFileSystem) and Path(out.prefix).is_dir():
+    if out.is_local and Path(out.prefix).is_dir():
         raise InputError(
             f"--out {request.out}: is a folder; give a file, such as {request.out.rstrip('/')}/report.html"
         )

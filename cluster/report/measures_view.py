@@ -4,12 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.generation.display import duration
-from cluster.report.charts import Bar, Line, Mark, bars, histogram, line_chart, ticks
+from cluster.charts.markup import Html, tag
+from cluster.charts.svg import Bar, Line, Mark, bars, histogram, line_chart, ticks
+from cluster.numbers import count, duration, percent, score, short, spent
 from cluster.report.dataset_facts import DatasetFacts
 from cluster.report.gallery import Gallery
-from cluster.report.html import Html, tag
-from cluster.report.numbers import count, percent, score, short, spent
 from cluster.report.parts import absent, section, table
 from cluster.report.throughput import Throughput
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
+from cluster.charts.markup import Html, Node, tag
 from cluster.report.gallery import Picture
-from cluster.report.html import Html, Node, tag
 from cluster.report.parts import absent, code, tiles
 
 _HERE = files("cluster.report")

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.charts.markup import Html, Node, tag
+from cluster.charts.svg import Bar, Line, bars, line_chart
 from cluster.evaluation.experiments import experiment
-from cluster.generation.display import duration
+from cluster.numbers import count, duration, percent, short, times_100
 from cluster.report.captions import CaptionedPicture, CaptionSamples
-from cluster.report.charts import Bar, Line, bars, line_chart
-from cluster.report.html import Html, Node, tag
-from cluster.report.numbers import count, percent, short, times_100
 from cluster.report.parts import absent, caption_text, code, details, facts, section, table
 from cluster.report.run_facts import RunFacts, nearest_preset, settings
 

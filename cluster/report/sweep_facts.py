@@ -9,10 +9,10 @@ from typing import Any
 from cluster.report.dataset_facts import in_parallel
 from cluster.store.store import Store
 from cluster.sweep.plots import axis_positions, to_unit
+from cluster.sweep.results import SettingResult, TrialResult, by_setting
 from cluster.sweep.sweep import SWEEP_KEY
-from cluster.sweep.tables import SettingResult, TrialResult, by_setting
 from cluster.sweep.trial import RESULT_FILE, TRIALS
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def gather_sweep(store: Store) -> SweepFacts:
     except FileNotFoundError:
         raise InputError(f"{store.root}: not a sweep (no {SWEEP_KEY}); give the --out of jobs.sweep") from None
     except (ValueError, LookupError, TypeError) as error:
-        said = " ".join(str(error).split())
+        said = one_line(error)
         raise InputError(f"{store.root}/{SWEEP_KEY}: damaged ({said}); give the --out of jobs.sweep") from None
     keys = store.list(f"{TRIALS}/")
     folders = {key.split("/")[1] for key in keys}

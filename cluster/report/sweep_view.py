@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from cluster.report.charts import Axis, Line, line_chart, parallel, scatter
-from cluster.report.html import Html, Node, tag
-from cluster.report.numbers import short, times_100
+from cluster.charts.markup import Html, Node, tag
+from cluster.charts.svg import Axis, Line, line_chart, parallel, scatter
+from cluster.numbers import short, times_100
 from cluster.report.parts import absent, code, details, section, table
 from cluster.report.sweep_facts import ParameterAxis, SweepFacts, parameter_axis
-from cluster.sweep.tables import SettingResult
+from cluster.sweep.results import SettingResult
 
 ROWS_SHOWN = 15
 

@@ -8,13 +8,13 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from cluster.store.store import Store, local_copy, open_store
 from pcm import embedded
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
-from pcm.errors import InputError
+from pcm.credentials import refuse_credentials
+from pcm.errors import InputError, first_line
 from pcm.images import open_image
 from pcm.text.references import load_domains, load_references
 
@@ -30,12 +30,16 @@ class PictureSource:
 
     `images`: a folder of picture files (image id = file name), a Parquet file or folder of them (columns image_id and
     image), or `embedded:val` / `embedded:test`. `references`: any file that pcm.text.references reads; None where the
-    Parquet file itself has a `references` column. Paths or URIs.
+    Parquet file itself has a `references` column. Paths or URIs; raises InputError for one that carries a credential.
     """
 
     images: str
     references: str | None = None
     split: str | None = None
+
+    def __post_init__(self) -> None:
+        refuse_credentials(self.images)  # both are recorded before they are opened
+        refuse_credentials(self.references or "")
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,7 @@ def anywhere(uri: str) -> str:
     """An absolute path for a relative one; anything else as it is."""
     if uri.startswith(EMBEDDED_PREFIX):
         return uri
-    store = open_store(uri)
-    return store.prefix if isinstance(store.fs, LocalFileSystem) else store.root
+    return open_store(uri).address
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ def find_pictures(images: str) -> PictureFiles:
     """The pictures of a `PictureSource.images`. Raises InputError when there are none."""
     uri = resolved(images)
     store = open_store(uri)
-    if uri.endswith(".parquet") and store.fs.isfile(store.prefix):
+    if uri.endswith(".parquet") and store.is_file():
         return PictureFiles(uri, *_parquet_pictures(store, [""]))
     keys = store.list()
     names = [key for key in keys if key.lower().endswith(PICTURE_ENDINGS)]
@@ -200,11 +203,10 @@ def _parquet_pictures(store: Store, keys: Sequence[str]) -> tuple[Sequence[str],
     for key in keys:
         path = store.path(key)
         try:
-            with store.fs.open(path, "rb") as file:
+            with store.open(key, buffered=False) as file:
                 tables.append(pq.ParquetFile(file).read(columns=["image_id", "image"]))
         except (OSError, pa.ArrowException) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{path}: cannot be read as Parquet ({reason})") from None
+            raise InputError(f"{path}: cannot be read as Parquet ({first_line(error)})") from None
         if tables[-1].num_columns != 2:
             raise InputError(f"{path}: needs columns image_id and image (struct of bytes and path)")
     table = pa.concat_tables(tables)

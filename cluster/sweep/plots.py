@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from cluster.sweep.tables import SettingResult
+    from cluster.sweep.results import SettingResult
 
 COLOURS = "viridis"
 #: Of an axis' length.

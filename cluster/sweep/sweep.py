@@ -24,8 +24,9 @@ from ray.tune.schedulers import ASHAScheduler
 
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.store.store import Store, open_store
+from cluster.sweep.results import TrialResult
 from cluster.sweep.search_space import DEFAULT_SPACE, grid, optuna_distributions, random_settings, search_space
-from cluster.sweep.tables import TrialResult, write_report
+from cluster.sweep.tables import write_report
 from cluster.sweep.trial import (
     CHECKPOINT,
     RESULT_FILE,
@@ -43,6 +44,7 @@ from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.ray_trainer import MEMORY_KEPT
 from cluster.training.trackers import flattened
 from cluster.training.train import TrainRequest, planned_run, ray_storage
+from pcm.documents import document_bytes
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other prints boxes however quiet it is told to be
     start_ray(worker_env=MEMORY_KEPT)
     _check_place(request)
-    out.write_bytes(SWEEP_KEY, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+    out.write_bytes(SWEEP_KEY, document_bytes(document))
     shared = SweepRun(out=run.out, run=run, tables=_tables(open_training_sets(request.train.sources)))
     recorder = _Recorder(out, epochs=run.config.epochs, total=len(settings) or (request.trials or 0))
     trainable = ray.tune.with_resources(

@@ -11,6 +11,7 @@ from typing import Any, Self
 from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy
 from pcm.errors import InputError
+from pcm.name_value import read_value, split_name_value
 from pcm.records import FeatureShape
 from pcm.spec import COMPILE_MODES
 
@@ -159,13 +160,8 @@ class TrainConfig:
 
 def parse_override(text: str) -> tuple[str, Any]:
     """("top_concepts", 3) of "top_concepts=3"."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"{text!r}: write FIELD=VALUE, such as top_concepts=3")
-    try:
-        return name.strip(), json.loads(value)
-    except ValueError:
-        return name.strip(), value.strip()
+    name, value = split_name_value(text, option="--set", form="FIELD=VALUE", example="top_concepts=3")
+    return name, read_value(value)
 
 
 def _typed(record: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from cluster.training.trackers import Tracker, open_trackers
 from cluster.training.validation import validation_cider
 from pcm.captioners.captioner import captioner_files
 from pcm.captioners.pcmnet.model import PCMNet
+from pcm.line_timer import LineTimer
 from pcm.records import FeatureShape
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
@@ -51,7 +52,6 @@ FEATURE_SIZES = ("embed_dim", "patch_dim", "num_patches")
 
 #: On a GPU the loss is read back, and checked, once in so many steps: reading it makes the GPU wait.
 GPU_CHECK_STEPS = 50
-SECONDS_BETWEEN_LINES = 10.0
 
 
 class NonFiniteLoss(Exception):
@@ -188,7 +188,7 @@ class _TrainWorker:
         unchecked: list[tuple[Batch, torch.Tensor, float]] = []
         check_steps = GPU_CHECK_STEPS if self.device.type == "cuda" else 1
         first = progress.step - progress.epoch * steps
-        started = last_line = time.monotonic()
+        timer = LineTimer()
         for batch in self.data.batches(progress.epoch, start_step=first):
             loss, lr = self.step(batch, progress.step)
             progress.step += 1
@@ -207,10 +207,9 @@ class _TrainWorker:
                 self._write_losses(losses)
             if due:
                 self._save_checkpoint({"step": progress.step, SCORE: NO_SCORE}, is_best=False)
-            if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
-                last_line = time.monotonic()
+            if timer.due():
                 done = batch.step + 1
-                seconds_a_step = (last_line - started) / (done - first)
+                seconds_a_step = timer.elapsed / (done - first)
                 left = (self.config.epochs - progress.epoch) * steps - done
                 self._say(
                     f"epoch {progress.epoch + 1}/{self.config.epochs} step {done}/{steps}: "

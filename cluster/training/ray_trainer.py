@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow.fs
 import ray
 import ray.train
-from fsspec.implementations.local import LocalFileSystem
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -124,7 +123,7 @@ class _LocalTrainer(_Trainer):
 
 def ray_storage(out: Store) -> dict[str, Any]:
     """RunConfig's storage arguments for OUT, on the file system (endpoint, credentials) of our own objects."""
-    if isinstance(out.fs, LocalFileSystem):
+    if out.is_local:
         return {"storage_path": out.prefix}
     return {
         "storage_path": out.prefix,

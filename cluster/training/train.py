@@ -16,11 +16,10 @@ from typing import Any
 
 import ray.train
 import safetensors.torch
-from fsspec.implementations.local import LocalFileSystem
 
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
-from cluster.sources.pictures import EMBEDDED_PREFIX, PictureSource
+from cluster.sources.pictures import PictureSource, source_anywhere
 from cluster.store.store import Store, join, open_store, read_uri
 from cluster.training.config import TrainConfig, default_preset, preset
 from cluster.training.data.mixture import DataSource, TrainingSet, Vocabularies, common_vocabularies, open_training_sets
@@ -29,6 +28,8 @@ from cluster.training.loop import BEST, METRICS_KEY, SCORE, train_loop
 from cluster.training.ray_trainer import check_labels, make_trainer, ray_storage, worker_input_error
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import check_compile
+from pcm.credentials import refuse_credentials_in
+from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
@@ -68,6 +69,9 @@ class TrainRequest:
     cache_bytes: int = CACHE_BYTES
     cache_dir: str | None = None  # local folder for decoded shards, the same on every node
     arriving: tuple[TrainingSet, ...] = ()  # the one set of `data` while it is being made
+
+    def __post_init__(self) -> None:
+        refuse_credentials_in(self)
 
     @property
     def sources(self) -> tuple[DataSource, ...]:
@@ -112,7 +116,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
     num_workers = request.num_workers or max(gpus, 1)
     cpus = request.cpus_per_worker or max(1, int(cluster_cpus()) // num_workers)
     _check_place(config, num_workers=num_workers, cpus=cpus, gpus=gpus)
-    out.write_bytes(CONFIG_KEY, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+    out.write_bytes(CONFIG_KEY, document_bytes(document))
     trainer = make_trainer(
         train_loop,
         {"run": _run(request, sets, vocabularies, config, document, cpus=cpus)},
@@ -156,12 +160,12 @@ def _run(
     cpus: int,
 ) -> RunSpec:
     return RunSpec(
-        data=tuple(replace(source, uri=_anywhere(open_store(source.uri))) for source in request.sources),
-        out=_anywhere(open_store(request.out)),
+        data=tuple(replace(source, uri=open_store(source.uri).address) for source in request.sources),
+        out=open_store(request.out).address,
         vocabularies=vocabularies,
         config=config,
         document=document,
-        validation=_picture_source_anywhere(request.validation),
+        validation=source_anywhere(request.validation) if request.validation else None,
         clip=request.clip or sets[0].manifest.spec.clip.model,
         cpu_threads=cpus,
         checkpoint_every_steps=request.checkpoint_every_steps,
@@ -282,22 +286,6 @@ def _check_place(config: TrainConfig, *, num_workers: int, cpus: int, gpus: int)
         raise InputError(
             f"--num-workers {num_workers} with {cpus} CPUs each: the cluster has {cluster_cpus():g} CPUs; take fewer"
         )
-
-
-def _anywhere(store: Store) -> str:
-    """A URI that means the same in a worker, whose working folder is another."""
-    return store.prefix if isinstance(store.fs, LocalFileSystem) else store.root
-
-
-def _picture_source_anywhere(source: PictureSource | None) -> PictureSource | None:
-    if source is None:
-        return None
-
-    def absolute(uri: str) -> str:
-        return uri if uri.startswith(EMBEDDED_PREFIX) else _anywhere(open_store(uri))
-
-    references = absolute(source.references) if source.references is not None else None
-    return PictureSource(images=absolute(source.images), references=references, split=source.split)
 
 
 def _history(out: Store) -> list[dict[str, Any]]:

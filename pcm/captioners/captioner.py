@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from pcm.captioners.pcmnet.decoding import beam_search
 from pcm.captioners.pcmnet.model import PCMNet, PCMNetConfig
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
-from pcm.errors import InputError
+from pcm.documents import document_bytes
+from pcm.errors import InputError, one_line
 from pcm.images import open_image
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
@@ -97,7 +98,7 @@ class Captioner:
         try:
             model.load_state_dict(safetensors.torch.load_file(folder / MODEL_FILE))
         except (SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, longest=300)
             raise InputError(f"{folder / MODEL_FILE}: does not fit its {CONFIG_FILE} ({reason})") from None
         if not isinstance(clip, ClipEncoder):
             trained_on = document["clip"]
@@ -188,7 +189,7 @@ def captioner_files(model: PCMNet, *, document: dict[str, Any], vocabulary: byte
         VOCABULARY_FILE: vocabulary,
         CONCEPTS_FILE: concepts,
         MODEL_FILE: safetensors.torch.save(state),
-        CONFIG_FILE: (json.dumps(config, indent=1, sort_keys=True) + "\n").encode(),
+        CONFIG_FILE: document_bytes(config),
     }
 
 

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from pcm.clip.names import count_tokens, resolve_clip_name
-from pcm.errors import InputError
+from pcm.errors import InputError, first_line
 from pcm.images import to_uint8
 from pcm.records import FeatureShape
+from pcm.spec import ClipSpec
 
 #: Grids up to this side are kept as they are; larger even ones are 2x2 average-pooled.
 MAX_GRID_SIDE = 8
@@ -46,7 +47,9 @@ class ClipEncoder:
     Raises InputError when the model cannot be found or is no ViT with [CLS] pooling.
     """
 
-    def __init__(self, name: str, *, device: str = "cpu", dtype: str = "float32", batch_size: int = 32) -> None:
+    def __init__(
+        self, name: str, *, device: str = "cpu", dtype: str = "float32", batch_size: int = ClipSpec.batch_size
+    ) -> None:
         # Three seconds to import, and whoever only names this class needs neither.
         import pcm.torchvision_shim  # noqa: F401  isort: skip
         import open_clip
@@ -63,9 +66,8 @@ class ClipEncoder:
             )
             self._tokenizer = open_clip.get_tokenizer(architecture)
         except (RuntimeError, OSError, ValueError, FileNotFoundError) as error:
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"CLIP model {name!r} cannot be loaded: {first_line}; "
+                f"CLIP model {name!r} cannot be loaded: {first_line(error)}; "
                 "give ARCHITECTURE/PRETRAINED (see open_clip.list_pretrained()), a folder, or 'embedded'"
             ) from error
         visual = model.visual

@@ -7,11 +7,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pcm.credentials import refuse_credentials
 from pcm.errors import InputError
 
 
 def resolve_clip_name(name: str) -> tuple[str, str | None]:
-    """open_clip's (model_name, pretrained) of a NAME as users write it."""
+    """open_clip's (model_name, pretrained) of a NAME as users write it. Raises InputError."""
+    refuse_credentials(name)
     if name == "embedded":
         from pcm import embedded
 

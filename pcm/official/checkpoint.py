@@ -10,7 +10,7 @@ import torch
 from pcm.captioners.captioner import CONCEPTS_FILE, CONFIG_FILE, MODEL_FILE, VOCABULARY_FILE, captioner_files
 from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.captioners.pcmnet.model import PCMNet
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
 from pcm.official.files import checkpoint_to_pth, concepts_to_pickle
 from pcm.official.state_dict import config_from_state, from_official, read_tensors, to_official
 from pcm.text.concepts import ConceptVocabulary
@@ -66,7 +66,7 @@ def import_checkpoint(
     try:
         model.load_state_dict(from_official(tensors))
     except RuntimeError as error:  # a tensor of another shape
-        raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"{path}: {one_line(error, longest=300)}") from None
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return captioner_files(
         model,

@@ -27,7 +27,8 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
+from pcm.reasons import BAD_RECORD, MISSING_CAPTION
 from pcm.text.rules import normalise
 
 CAPTION_FIELDS = ("caption", "text")
@@ -121,7 +122,7 @@ def _karpathy_rows(document: dict, name: str) -> Iterator[CaptionRow]:
         )
     for position, image in enumerate(images):
         if not isinstance(image, dict):
-            yield CaptionRow(f"image{position}", repr(image), reason="bad_record")
+            yield CaptionRow(f"image{position}", repr(image), reason=BAD_RECORD)
             continue
         split = _label(image.get("split")) or "train"
         file_name = _label(image.get("filename"))
@@ -129,18 +130,18 @@ def _karpathy_rows(document: dict, name: str) -> Iterator[CaptionRow]:
         image_id = _label(image.get("cocoid")) or file_name or _label(image.get("imgid"))
         sentences = image.get("sentences")
         if not isinstance(sentences, list):
-            reason = "missing_caption" if sentences is None else "bad_record"
+            reason = MISSING_CAPTION if sentences is None else BAD_RECORD
             text = "" if sentences is None else repr(sentences)
             yield CaptionRow(f"image{position}", text, image_id, split, reason)
             continue
         for k, sentence in enumerate(sentences):
             row_id = f"image{position}#{k}"
-            text, reason = repr(sentence), "bad_record"
+            text, reason = repr(sentence), BAD_RECORD
             if isinstance(sentence, dict):
                 row_id = _label(sentence.get("sentid")) or row_id
                 text, reason = _caption_of(sentence.get("raw"))
                 tokens = sentence.get("tokens")
-                if reason == "missing_caption" and isinstance(tokens, list) and all(isinstance(t, str) for t in tokens):
+                if reason == MISSING_CAPTION and isinstance(tokens, list) and all(isinstance(t, str) for t in tokens):
                     text, reason = " ".join(tokens), ""
             yield CaptionRow(row_id, text, image_id, split, reason)
 
@@ -159,7 +160,7 @@ def _coco_rows(document: dict, name: str) -> Iterator[CaptionRow]:
     }
     for position, annotation in enumerate(annotations):
         if not isinstance(annotation, dict):
-            yield CaptionRow(f"row{position}", repr(annotation), reason="bad_record")
+            yield CaptionRow(f"row{position}", repr(annotation), reason=BAD_RECORD)
             continue
         text, reason = _caption_of(annotation.get("caption"))
         image_id = _label(annotation.get("image_id"))
@@ -196,7 +197,7 @@ def _read_flickr_token(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
         if tab and hash_mark and number.isdigit():
             yield CaptionRow(_storable(key.strip()), caption, _storable(image))
         else:
-            yield CaptionRow(f"row{position}", line, reason="bad_record")
+            yield CaptionRow(f"row{position}", line, reason=BAD_RECORD)
 
 
 def _read_jsonl(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
@@ -208,7 +209,7 @@ def _read_jsonl(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
         if isinstance(record, dict):
             yield from _record_rows(record, position)
         else:
-            yield CaptionRow(str(position), line, reason="bad_record")
+            yield CaptionRow(str(position), line, reason=BAD_RECORD)
 
 
 def _read_csv(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
@@ -232,13 +233,13 @@ def _read_csv(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
             return
         except csv.Error as error:  # a stray quote or carriage return spoils this row alone
             position += 1
-            yield CaptionRow(str(position), str(error), reason="bad_record")
+            yield CaptionRow(str(position), str(error), reason=BAD_RECORD)
             continue
         if not row:
             continue
         position += 1
         if len(row) < len(columns) or (len(row) > len(columns) and at != len(columns) - 1):
-            yield CaptionRow(str(position), delimiter.join(row), reason="bad_record")
+            yield CaptionRow(str(position), delimiter.join(row), reason=BAD_RECORD)
             continue
         # Unquoted delimiters are the commonest mistake in hand-made files; a caption in the last column survives them.
         record: dict[str, Any] = dict(zip(columns, row, strict=False))
@@ -263,7 +264,7 @@ def _read_parquet(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
         file = pq.ParquetFile(stream)
         yield from _parquet_rows(file, name)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{name}: not a readable Parquet file ({' '.join(str(error).split())})") from error
+        raise InputError(f"{name}: not a readable Parquet file ({one_line(error)})") from error
 
 
 def _parquet_rows(file: pq.ParquetFile, name: str) -> Iterator[CaptionRow]:
@@ -357,7 +358,7 @@ def _record_rows(record: dict[str, Any], position: int, *, lists: bool = False) 
 def _caption_of(value: Any) -> tuple[str, str]:
     if isinstance(value, str):
         return value, ""
-    return ("", "missing_caption") if value is None else (repr(value), "bad_record")
+    return ("", MISSING_CAPTION) if value is None else (repr(value), BAD_RECORD)
 
 
 def _label(value: Any) -> str | None:

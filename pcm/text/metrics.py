@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pycocoevalcap
 
-from pcm.errors import InputError
+from pcm.errors import InputError, first_line
 from pcm.text.rules import normalise
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def coco_metrics(candidates: Mapping[str, str], references: Mapping[str, Sequenc
         try:
             scores[name] = compute(truth, found)
         except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as error:
-            reasons[name] = (str(error).splitlines() or [type(error).__name__])[0]
+            reasons[name] = first_line(error)
             logger.warning("no %s: %s", name, reasons[name])
     return {**scores, "reasons": reasons}
 

@@ -11,7 +11,17 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from pcm.errors import InputError
-from pcm.images import IMAGE_FORMATS, MAX_PIXELS, defect, encode_image, open_image, to_uint8
+from pcm.images import (
+    FORMAT_BYTES,
+    IMAGE_FORMATS,
+    MAX_PIXELS,
+    defect,
+    encode_image,
+    image_ending,
+    image_format_of,
+    open_image,
+    to_uint8,
+)
 
 
 def picture(side: int = 32, seed: int = 0) -> np.ndarray:
@@ -37,6 +47,19 @@ def test_an_encoded_picture_decodes_to_what_it_was(image_format: str) -> None:
     assert decoded.shape == (32, 32, 3)
     error = np.abs(decoded.astype(int) - picture()).mean()
     assert error == 0 if image_format == "png" else error < 4
+
+
+@pytest.mark.parametrize(("name", "ending"), [("jpeg", "jpg"), ("png", "png"), ("webp", "webp")])
+def test_a_file_is_known_by_its_first_bytes(name: str, ending: str) -> None:
+    head = encode_image(picture(), image_format=name, quality=80)[:FORMAT_BYTES]
+    assert (image_format_of(head), image_ending(head)) == (name, ending)
+
+
+@pytest.mark.parametrize("data", [b"", b"%!PS-Adobe", b"RIFF\0\0\0\0WAVE", b"GIF89a", b"\x89PNG"])
+def test_a_file_of_another_kind_is_none_of_ours(data: bytes) -> None:
+    assert image_format_of(data) is None
+    with pytest.raises(InputError, match="not a JPEG, PNG or WebP file"):
+        image_ending(data)
 
 
 @pytest.mark.parametrize("image_format", IMAGE_FORMATS)

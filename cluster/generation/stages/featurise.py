@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.generation.stages.shard_row import ERRORS_KEPT, ShardRow
-from pcm.errors import InputError
+from pcm.errors import InputError, typed_first_line
 from pcm.images import open_image
+from pcm.reasons import CLIP_ERROR
 from pcm.records import NULL_FEATURES, FeatureShape, with_features
 from pcm.spec import ClipSpec
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from pcm.clip.encoder import ClipEncoder, ImageFeatures
 
 log = logging.getLogger(__name__)
-
-#: Reason of a sample whose picture makes CLIP raise.
-CLIP_ERROR = "clip_error"
 
 
 class FeaturiseShard:
@@ -85,7 +83,7 @@ class FeaturiseShard:
         self, drawn: pa.Table, rows: list[int], bad: list[int]
     ) -> "Iterator[tuple[list[int], ImageFeatures, np.ndarray]]":
         """(rows, features, text features) batch by batch; rows on which CLIP raises alone go to `bad`."""
-        from pcm.generation.model_faults import first_line, free_memory, is_out_of_memory, is_sticky
+        from pcm.generation.model_faults import free_memory, is_out_of_memory, is_sticky
 
         assert self._encoder is not None
         waiting = [rows]
@@ -94,7 +92,7 @@ class FeaturiseShard:
             try:
                 encoded = self.encode_rows(drawn, batch)
             except Exception as error:
-                said = first_line(error)
+                said = typed_first_line(error)
                 if is_sticky(error):
                     if self._monitor is None:
                         raise

@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pcm.errors import InputError
-from pcm.generation.drawing import GENERATOR_CRASHED, GENERATOR_HUNG
+from pcm.reasons import GENERATOR_CRASHED, GENERATOR_HUNG
 
 #: No verdict on the share of failures before so many samples.
 MIN_SAMPLES_FOR_SHARE = 64

@@ -13,6 +13,8 @@ from cluster.dataset.layout import parquet_bytes, quarantine_key, shard_key, sta
 from cluster.generation.stages.merge import merge_retried, replace_shard
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.store.store import Store
+from pcm.documents import document_bytes
+from pcm.images import FORMAT_BYTES, image_ending
 from pcm.records import (
     QUARANTINE_SCHEMA,
     QUARANTINED,
@@ -46,7 +48,7 @@ class WriteShard:
         encoded_at = time.time()
         stats = _shard_stats(row, stored, quarantined, shard_data)
         stats |= {"encode_seconds": encoded_at - started, "end_time": time.time()}
-        stats_data = (json.dumps(stats, indent=1, sort_keys=True) + "\n").encode()
+        stats_data = document_bytes(stats)
         if retry:
             replace_shard(self._store, row.shard, shard_data, quarantined, stats_data)
         else:
@@ -76,9 +78,9 @@ def split_samples(samples: pa.Table) -> tuple[pa.Table, pa.Table]:
 
 
 def _image_paths(stored: pa.Table) -> list[str]:
-    endings = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
-    heads = pc.binary_slice(stored["image"], 0, 2).to_pylist()
-    return [sample + endings[head] for sample, head in zip(stored["sample_id"].to_pylist(), heads, strict=True)]
+    heads = pc.binary_slice(stored["image"], 0, FORMAT_BYTES).to_pylist()
+    samples = stored["sample_id"].to_pylist()
+    return [f"{sample}.{image_ending(head)}" for sample, head in zip(samples, heads, strict=True)]
 
 
 def _shard_stats(row: ShardRow, stored: pa.Table, quarantined: pa.Table, shard_data: bytes) -> dict:

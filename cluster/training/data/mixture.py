@@ -24,6 +24,7 @@ from cluster.dataset.layout import (
 from cluster.dataset.rows import read_shard
 from cluster.dataset.vocabularies import MIN_WORD_COUNT, SMALL_CORPUS
 from cluster.store.store import Store, open_store
+from pcm.credentials import refuse_credentials
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 from pcm.text.concepts import ConceptVocabulary
@@ -47,6 +48,7 @@ class DataSource:
 
         Only a number after the last "=" is a weight.
         """
+        refuse_credentials(text)  # also where the weight is wrong, and the error shows the text
         uri, equals, number = text.rpartition("=")
         try:
             weight = float(number)

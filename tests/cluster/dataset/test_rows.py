@@ -123,16 +123,16 @@ def test_a_shard_cut_short_is_named(tmp_path: Path) -> None:
 
 
 def test_a_store_is_asked_for_the_needed_bytes_only(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    import s3fs.core
+    import s3fs
 
     asked: list[int] = []
-    fetch = s3fs.core.S3File._fetch_range
+    fetch = s3fs.S3FileSystem._cat_file
 
-    def counted(self, start: int, end: int) -> bytes:
+    async def counted(self, path: str, *, start: int, end: int) -> bytes:
         asked.append(end - start)
-        return fetch(self, start, end)
+        return await fetch(self, path, start=start, end=end)
 
-    monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", counted)
+    monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", counted)
     store, data = open_store(f"{s3.uri}/rows"), parquet_bytes(shard())
     store.write_bytes(KEY, data)
     np.testing.assert_array_equal(bits(read_rows(store, KEY, None, FEATURES)), BITS)

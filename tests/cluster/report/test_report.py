@@ -20,8 +20,8 @@ from cluster.report import dataset_facts
 from cluster.report.make import ReportRequest, gather, make_report
 from cluster.sources.pictures import PictureSource
 from cluster.store.store import Store, open_store, read_uri
+from cluster.sweep.results import TrialResult
 from cluster.sweep.sweep import SWEEP_KEY
-from cluster.sweep.tables import TrialResult
 from cluster.sweep.trial import RESULT_FILE, TRIALS, trial_id
 from cluster.training.checkpoints import LossLog
 from cluster.training.config import preset

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.sources.corpus import FORMATS, REASONS, CorpusRecord, detect_format, read_corpus
+from cluster.sources.corpus import FORMATS, CorpusRecord, detect_format, read_corpus
 from pcm.errors import InputError
+from pcm.reasons import of_stage
 from pcm.text.rules import CUT_MARK, MAX_CHARACTERS, check_caption
 
 KARPATHY = {
@@ -237,7 +238,7 @@ def test_wrong_format_name_lists_the_formats(tmp_path):
 )
 def test_the_rule_for_bad_captions(text, caption, reason):
     assert check_caption(text) == (caption, reason)
-    assert reason == "" or reason in REASONS
+    assert reason == "" or reason in of_stage("caption")
     caption.encode("utf-8")
 
 

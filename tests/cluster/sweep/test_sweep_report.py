@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.store.store import open_store
-from cluster.sweep.tables import TrialResult, by_setting, result_table, write_report
+from cluster.sweep.results import TrialResult, by_setting
+from cluster.sweep.tables import result_table, write_report
 from cluster.training.config import TrainConfig
 
 PARAMS = ("top_concepts", "tau", "focal_mode")

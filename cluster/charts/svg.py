@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.report.html import Html, Node, tag
-from cluster.report.numbers import short
+from cluster.charts.markup import Html, Node, tag
+from cluster.numbers import short
 
 WIDTH, HEIGHT = 420, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 24, 40
