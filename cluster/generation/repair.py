@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from cluster.dataset.layout import (
     MANIFEST_KEY,
     Manifest,
+    OtherSchema,
     Plan,
     group_key,
     load_plan,
@@ -95,6 +96,8 @@ def _drop_damaged_manifest(store: Store) -> None:
         Manifest.from_json(store.read_bytes(MANIFEST_KEY))
     except FileNotFoundError:
         return
+    except OtherSchema:  # it says much, to another release
+        raise
     except InputError as error:
         if load_plan(store) is not None:
             log.warning("%s", error)
