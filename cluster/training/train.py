@@ -20,7 +20,7 @@ import safetensors.torch
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.sources.pictures import PictureSource, source_anywhere
-from cluster.store.store import Store, join, open_store, read_uri
+from cluster.store.store import Store, is_uri, join, open_store, read_uri
 from cluster.training.config import TrainConfig, default_preset, preset
 from cluster.training.data.mixture import DataSource, TrainingSet, Vocabularies, common_vocabularies, open_training_sets
 from cluster.training.data.shuffled import CACHE_BYTES
@@ -87,7 +87,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
     started = time.monotonic()
     if request.checkpoint_every_steps is not None and request.checkpoint_every_steps < 1:
         raise InputError(f"--checkpoint-every-steps {request.checkpoint_every_steps}: must be at least 1")
-    if "://" in (request.cache_dir or ""):
+    if is_uri(request.cache_dir or ""):
         raise InputError(f"--cache-dir {request.cache_dir}: must be a local folder, such as /dev/shm/pcm")
     sets, out = request.arriving or open_training_sets(request.sources), open_store(request.out)
     previous = _previous_run(out, resume=request.resume)
