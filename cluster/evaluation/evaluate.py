@@ -15,11 +15,9 @@ from cluster.evaluation.captioning import CaptionerSource, caption_on_cluster, c
 from cluster.evaluation.experiments import comparison
 from cluster.sources.pictures import (
     PictureSource,
-    anywhere,
     load_picture_set,
     picture_domains,
     picture_references,
-    source_anywhere,
 )
 from cluster.store.store import join, open_store, read_uri
 from pcm.captioners.captioner import Captioner
@@ -145,11 +143,11 @@ def scored(
 
 def _source(request: EvaluateRequest, checkpoint: str) -> CaptionerSource:
     return CaptionerSource(
-        checkpoint=anywhere(checkpoint),
+        checkpoint=open_store(checkpoint).address,
         clip=request.clip,
         device=request.device,
         beam_size=request.beam_size,
-        pictures=source_anywhere(request.pictures),
+        pictures=request.pictures.absolute(),
         limit=request.limit,
     )
 

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
@@ -40,6 +40,16 @@ class PictureSource:
     def __post_init__(self) -> None:
         refuse_credentials(self.images)  # both are recorded before they are opened
         refuse_credentials(self.references or "")
+
+    def absolute(self) -> "PictureSource":
+        """The same source in paths and URIs that mean the same in a worker, whose working folder is another."""
+
+        def address(uri: str) -> str:
+            return uri if uri.startswith(EMBEDDED_PREFIX) else open_store(uri).address
+
+        return replace(
+            self, images=address(self.images), references=None if self.references is None else address(self.references)
+        )
 
 
 @dataclass(frozen=True)
@@ -114,19 +124,6 @@ def picture_references(source: PictureSource) -> dict[str, list[str]]:
 def picture_domains(source: PictureSource) -> dict[str, str]:
     """Image id -> domain where the references name one, as those of NoCaps do."""
     return load_domains(_reference_file(source))
-
-
-def source_anywhere(source: PictureSource) -> PictureSource:
-    """The same source in paths and URIs that mean the same in a worker, whose working folder is another."""
-    references = anywhere(source.references) if source.references is not None else None
-    return PictureSource(images=anywhere(source.images), references=references, split=source.split)
-
-
-def anywhere(uri: str) -> str:
-    """An absolute path for a relative one; anything else as it is."""
-    if uri.startswith(EMBEDDED_PREFIX):
-        return uri
-    return open_store(uri).address
 
 
 @dataclass(frozen=True)

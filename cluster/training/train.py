@@ -19,7 +19,7 @@ import safetensors.torch
 
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
-from cluster.sources.pictures import PictureSource, source_anywhere
+from cluster.sources.pictures import PictureSource
 from cluster.store.store import Store, is_uri, join, open_store, read_uri
 from cluster.training.config import TrainConfig, default_preset, preset
 from cluster.training.data.mixture import DataSource, TrainingSet, Vocabularies, common_vocabularies, open_training_sets
@@ -165,7 +165,7 @@ def _run(
         vocabularies=vocabularies,
         config=config,
         document=document,
-        validation=source_anywhere(request.validation) if request.validation else None,
+        validation=request.validation.absolute() if request.validation else None,
         clip=request.clip or sets[0].manifest.spec.clip.model,
         cpu_threads=cpus,
         checkpoint_every_steps=request.checkpoint_every_steps,

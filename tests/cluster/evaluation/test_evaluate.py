@@ -16,7 +16,7 @@ from cluster.evaluation.captioning import (
     local_checkpoint,
 )
 from cluster.evaluation.evaluate import EvaluateRequest, deranged, evaluate, evaluate_results, read_results
-from cluster.sources.pictures import PictureSource, anywhere, load_picture_set, source_anywhere
+from cluster.sources.pictures import PictureSource, load_picture_set
 from pcm.captioners.captioner import Captioner
 from pcm.errors import InputError
 from pcm.text.metrics import COCO_METRICS, cider_only, coco_metrics
@@ -93,9 +93,12 @@ def test_any_number_of_workers_makes_the_same_captions(world: Path, ray_session:
 
 def test_relative_paths_mean_the_same_in_a_worker(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
-    found = source_anywhere(PictureSource(images="pictures", references="references.csv", split="test"))
-    assert (found.images, found.references) == (str(world / "pictures"), str(world / "references.csv"))
-    assert anywhere("embedded:val") == "embedded:val" and anywhere("s3://bucket/a") == "s3://bucket/a"
+    found = PictureSource(images="pictures", references="references.csv", split="test").absolute()
+    assert found == PictureSource(
+        images=str(world / "pictures"), references=str(world / "references.csv"), split="test"
+    )
+    for uri in ("embedded:val", "s3://bucket/a"):
+        assert PictureSource(images=uri).absolute() == PictureSource(images=uri)
 
 
 def test_more_workers_than_the_cluster_has_are_refused(world: Path, ray_session: None) -> None:
