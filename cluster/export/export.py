@@ -16,6 +16,7 @@ from cluster.export.published import Official
 from cluster.export.source import Format, Source
 from cluster.export.webdataset import WebDataset
 from cluster.store.store import Store
+from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.line_timer import LineTimer
 
@@ -62,12 +63,12 @@ def export_dataset(data: Store, out: Store, *, to: str, options: ExportOptions) 
         return counts | {"shards": len(shards), "skipped_shards": len(shards), "seconds": 0.0}
     started = time.monotonic()
     exporter.prepare()
-    out.write_bytes(EXPORT_KEY(document))
+    out.write_bytes(EXPORT_KEY, document_bytes(document))
     present = set(out.list())
     missing = [shard for shard in shards if exporter.marker(shard) not in present]
     _write(exporter, missing, workers=options.workers)
     exporter.finish()
-    out.write_bytes(EXPORT_KEY({**document, "complete": True, **counts}))
+    out.write_bytes(EXPORT_KEY, document_bytes({**document, "complete": True, **counts}))
     exporter.tidy()
     seconds = round(time.monotonic() - started, 2)
     return counts | {"shards": len(shards), "skipped_shards": len(shards) - len(missing), "seconds": seconds}
