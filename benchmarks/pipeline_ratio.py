@@ -47,7 +47,8 @@ def bare_worker(spec: DatasetSpec, part: list[tuple[int, str]], ready: Barrier, 
     """Load both models, warm them up with one batch, then draw and featurise this process's captions."""
     os.nice(RAY_NICENESS)
     from pcm.clip.encoder import ClipEncoder
-    from pcm.generation.drawing import Request, load_generator
+    from pcm.generation.drawing import Request
+    from pcm.generation.loading import load_generator
     from pcm.images import open_image
 
     generator = load_generator(spec.generator)

@@ -51,6 +51,10 @@ class FeatureShape:
         return 2 * (self.embed_dim + self.num_patches * self.patch_dim)
 
 
+#: Of the CLIP named "null", which computes nothing: one zero in each column.
+NULL_FEATURES = FeatureShape(embed_dim=1, patch_dim=1, num_patches=1)
+
+
 def shard_schema(features: FeatureShape) -> pa.Schema:
     """Arrow schema of `shards/part-*.parquet`, with the metadata by which Hugging Face shows `image` as an Image.
 

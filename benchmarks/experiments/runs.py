@@ -24,7 +24,7 @@ from cluster.evaluation.evaluate import EvaluateRequest, evaluate
 from cluster.sources.pictures import PictureSource, resolved
 from cluster.store.store import open_store
 from cluster.sweep.sweep import without_paths
-from cluster.training.loop import METRICS_KEY
+from cluster.training.reporting import METRICS_KEY
 from cluster.training.run_spec import RunSpec
 from cluster.training.train import TrainRequest, planned_run
 from pcm.errors import InputError
@@ -184,11 +184,10 @@ def run_job(job: Job, out: Path) -> dict[str, Any]:
 
 def _train(run: RunSpec, folder: Path) -> str:
     """cluster.training.loop in this process; "" or why it stopped."""
-    from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
-
+    from cluster.ray_internals import LocalReports, train_in_this_process
     from cluster.training.loop import train_loop
 
-    set_train_fn_utils(LocalTrainFnUtils(experiment_name=folder.name))
+    train_in_this_process(LocalReports(name=folder.name))
     return train_loop({"run": replace(run, out=str(folder))})
 
 

@@ -15,11 +15,11 @@ from typing import Any
 from cluster.dataset.clip_scores import ClipScores
 from cluster.dataset.layout import Plan, stats_key
 from cluster.generation.cost import SECONDS_AN_HOUR, Billing
-from cluster.generation.display import duration, size
 from cluster.generation.generate import GenerationResult, actors, generate
 from cluster.generation.pools import Pools
 from cluster.generation.progress import RunLimits
 from cluster.generation.stages.monitor import FaultPolicy
+from cluster.numbers import duration, size
 from cluster.session import cluster_machines
 from cluster.store.store import Store
 from pcm.errors import InputError

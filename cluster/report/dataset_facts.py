@@ -23,7 +23,7 @@ from cluster.dataset.layout import (
 )
 from cluster.dataset.rows import read_shard
 from cluster.dataset.verify import verify
-from cluster.generation.display import size
+from cluster.numbers import size
 from cluster.store.store import Store
 from pcm.errors import InputError
 

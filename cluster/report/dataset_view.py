@@ -3,15 +3,14 @@
 import json
 from collections.abc import Sequence
 
-from cluster.generation.display import size
+from cluster.charts.markup import Html, Node, tag
+from cluster.numbers import count, moment, percent, size
 from cluster.report.dataset_facts import DatasetFacts
 from cluster.report.gallery import Concept, Gallery, Picture
-from cluster.report.html import Html, Node, tag
 from cluster.report.measures_view import cost_text, sampled_from
-from cluster.report.numbers import count, moment, percent
 from cluster.report.parts import absent, caption_text, code, details, facts, picture_card, section
 from cluster.report.throughput import Throughput
-from pcm.generation.drawing import IMPORTED, PHOTOS
+from pcm.generation.names import IMPORTED, PHOTOS
 from pcm.reasons import text_of
 from pcm.spec import DatasetSpec
 

@@ -11,7 +11,7 @@ from cluster.evaluation.evaluate import METRICS_KEY as EVALUATION_KEY
 from cluster.report.dataset_facts import in_parallel
 from cluster.store.store import Store
 from cluster.training.config import DATASET_SIZES, TRAINING_PRESETS, TrainConfig
-from cluster.training.loop import METRICS_KEY
+from cluster.training.reporting import METRICS_KEY
 from cluster.training.train import CONFIG_KEY
 from pcm.errors import InputError, one_line
 

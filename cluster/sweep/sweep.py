@@ -24,8 +24,9 @@ from ray.tune.schedulers import ASHAScheduler
 
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.store.store import Store, open_store
+from cluster.sweep.results import TrialResult
 from cluster.sweep.search_space import DEFAULT_SPACE, grid, optuna_distributions, random_settings, search_space
-from cluster.sweep.tables import TrialResult, write_report
+from cluster.sweep.tables import write_report
 from cluster.sweep.trial import (
     CHECKPOINT,
     RESULT_FILE,

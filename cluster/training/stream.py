@@ -23,7 +23,7 @@ from cluster.dataset.vocabularies import store_vocabularies
 from cluster.generation.generate import GenerationResult
 from cluster.store.store import Store, open_store
 from cluster.training.data.mixture import arriving_set
-from cluster.training.loop import FIRST_STEP_KEY
+from cluster.training.reporting import FIRST_STEP_KEY
 from cluster.training.train import CONFIG_KEY, TrainRequest, train
 from pcm.errors import InputError
 

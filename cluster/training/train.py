@@ -17,15 +17,18 @@ from typing import Any
 import ray.train
 import safetensors.torch
 
+import pcm
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.sources.pictures import PictureSource
 from cluster.store.store import Store, is_uri, join, open_store, read_uri
+from cluster.training.checkpoints import BEST, SCORE
 from cluster.training.config import TrainConfig, default_preset, preset
 from cluster.training.data.mixture import DataSource, TrainingSet, Vocabularies, common_vocabularies, open_training_sets
 from cluster.training.data.shuffled import CACHE_BYTES
-from cluster.training.loop import BEST, METRICS_KEY, SCORE, train_loop
+from cluster.training.loop import train_loop
 from cluster.training.ray_trainer import check_labels, make_trainer, ray_storage, worker_input_error
+from cluster.training.reporting import METRICS_KEY
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import check_compile
 from pcm.credentials import refuse_credentials_in
@@ -39,7 +42,6 @@ __all__ = ["TrainRequest", "TrainingFailed", "planned_run", "ray_storage", "trai
 log = logging.getLogger(__name__)
 
 CONFIG_KEY = "config.json"
-PACKAGE = "pcmnet-ray"
 
 
 class TrainingFailed(Exception):
@@ -234,10 +236,11 @@ def _document(request: TrainRequest, sets: Sequence[TrainingSet], config: TrainC
     clip = sets[0].manifest.spec.clip
     return {
         "train": config.to_dict(),
-        "clip": {"model": request.clip or clip.model, "dtype": clip.dtype},
+        "clip": clip.identity() | {"model": request.clip or clip.model},
         "datasets": [each.description() for each in sets],
         "validation": asdict(request.validation) if request.validation else None,
-        "versions": {package: version(package) for package in (PACKAGE, "torch", "ray")},
+        # Of this code, not of an installed package's metadata: a submitted job brings its own.
+        "versions": {"pcmnet-ray": pcm.__version__, "torch": version("torch"), "ray": version("ray")},
     }
 
 

@@ -13,7 +13,7 @@ import transformers
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from pcm.errors import InputError, first_line
-from pcm.generation.drawing import model_source
+from pcm.generation.names import model_source
 from pcm.generation.prompt_cache import cache_prompts
 from pcm.spec import GeneratorSpec
 

@@ -18,9 +18,9 @@ from cluster.store.store import Store, open_store
 from cluster.training.data.mixture import DataSource, open_training_sets
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
-from pcm.generation.drawing import load_generator
+from pcm.generation.loading import load_generator
 from pcm.images import open_image
-from tests.conftest import JobRun
+from tests.helpers.job_runs import JobRun
 from tests.helpers.tiny_generation import make_dataset_in_process, tiny_spec, write_corpus
 from tests.helpers.tiny_models import save_tiny_clip
 

@@ -11,7 +11,8 @@ from cluster.dataset.plan import sample_id
 from cluster.generation.stages.merge import to_retry
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.store.store import Store
-from pcm.generation.drawing import UNGUARDED, Drawing, Request, TextToImage, load_generator
+from pcm.generation.drawing import UNGUARDED, Drawing, Request, TextToImage
+from pcm.generation.loading import load_generator
 from pcm.reasons import USABLE
 from pcm.spec import DatasetSpec, GeneratorSpec
 

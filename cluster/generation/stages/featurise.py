@@ -15,7 +15,7 @@ from cluster.generation.stages.shard_row import ERRORS_KEPT, ShardRow
 from pcm.errors import InputError, typed_first_line
 from pcm.images import open_image
 from pcm.reasons import CLIP_ERROR
-from pcm.records import FeatureShape
+from pcm.records import NULL_FEATURES, FeatureShape
 from pcm.spec import ClipSpec
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from pcm.clip.encoder import ClipEncoder, ImageFeatures
 
 log = logging.getLogger(__name__)
-
-NULL_FEATURES = FeatureShape(embed_dim=1, patch_dim=1, num_patches=1)
 
 
 class FeaturiseShard:
@@ -175,7 +173,7 @@ def _load_encoder(spec: ClipSpec) -> "ClipEncoder":
 
     if spec.device == "cpu":
         torch.set_num_threads(spec.cpu_threads)
-    return ClipEncoder(spec.model, device=spec.device, dtype=spec.dtype, batch_size=spec.batch_size)
+    return ClipEncoder.from_spec(spec)
 
 
 def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:

@@ -14,9 +14,9 @@ from cluster.dataset.committed import committed, load_group, num_groups
 from cluster.dataset.layout import MANIFEST_KEY, Plan, group_key, load_manifest, shard_key, stats_key
 from cluster.dataset.verify import verify
 from cluster.generation.generate import write_manifest
-from cluster.generation.stages.featurise import NULL_FEATURES
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
+from pcm.records import NULL_FEATURES
 from tests.helpers.tiny_generation import (
     draw_in_process,
     make_dataset,

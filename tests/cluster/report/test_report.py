@@ -20,12 +20,11 @@ from cluster.report import dataset_facts
 from cluster.report.make import ReportRequest, gather, make_report
 from cluster.sources.pictures import PictureSource
 from cluster.store.store import Store, open_store, read_uri
+from cluster.sweep.results import TrialResult
 from cluster.sweep.sweep import SWEEP_KEY
-from cluster.sweep.tables import TrialResult
 from cluster.sweep.trial import RESULT_FILE, TRIALS, trial_id
-from cluster.training.checkpoints import LossLog
 from cluster.training.config import preset
-from cluster.training.loop import METRICS_KEY
+from cluster.training.reporting import METRICS_KEY, LossLog
 from cluster.training.train import CONFIG_KEY
 from pcm.errors import InputError
 from tests.helpers.page_reader import Page

@@ -3,8 +3,6 @@
 import math
 from datetime import UTC, datetime
 
-from cluster.generation.display import duration
-
 
 def count(value: int) -> str:
     """12,345"""
@@ -15,10 +13,10 @@ def short(value: float) -> str:
     """Three digits or so: 0.802, 12.3, 1,240, 3.1e-05."""
     if not math.isfinite(value):
         return "-"
-    size = abs(value)
-    if size >= 1000:
+    magnitude = abs(value)
+    if magnitude >= 1000:
         return f"{value:,.0f}"
-    if size == 0 or size >= 0.0001:
+    if magnitude == 0 or magnitude >= 0.0001:
         return f"{value:.3g}"
     return f"{value:.1e}"
 
@@ -42,10 +40,33 @@ def percent(share: float) -> str:
 
 
 def spent(seconds: float) -> str:
-    """As cluster.generation.display.duration, with a digit more below ten seconds."""
+    """As `duration`, with a digit more below ten seconds."""
     return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
 
 
 def moment(timestamp: float) -> str:
     """2026-03-01 14:05 UTC"""
     return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '7 min 05 s', '15 h 38 min', '3 d 4 h'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def size(count: float) -> str:
+    """'12.3 MB': bytes in powers of 1,000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"

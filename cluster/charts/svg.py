@@ -1,15 +1,19 @@
-"""Charts as inline SVG: text that a browser sets, colours that the page's style chooses, numbers on hover.
+"""Charts as SVG: text that a browser sets, colours of charts.css, numbers on hover.
 
-A chart is WIDTH units wide with text of 12, so that it can be read at the width of a phone.
+A chart is WIDTH units wide with text of 12, so that it can be read at the width of a phone. It stands in a page as a
+figure, or alone as a file.
 """
 
 import itertools
 import math
+import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 
-from cluster.report.html import Html, Node, tag
-from cluster.report.numbers import short
+from cluster.charts.markup import Html, Node, tag
+from cluster.numbers import short
 
 WIDTH, HEIGHT = 420, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 24, 40
@@ -17,6 +21,54 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 24, 40
 WIDE = 940
 #: Least distance of ticks, as a part of the axis.
 _TICK_DISTANCE = 0.09
+#: Of a chart that is a file of its own: around it, and its title and the lines of its description above it.
+_MARGIN, _TITLE_LINE, _TEXT_LINE = 16, 20, 16
+#: Characters of text of 12 that fit into 100 units of width.
+_CHARACTERS_IN_100 = 16
+
+#: The style of charts: colours as variables, in a page's `<style>`.
+STYLE = files("cluster.charts").joinpath("charts.css").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A drawing with its title, and its description for those who do not see it."""
+
+    title: str
+    description: str
+    drawn: Sequence[Node]  # SVG elements
+    series: Sequence[tuple[str, int]] = ()  # of the legend: name, number of the colour
+    width: int = WIDTH
+    height: int = HEIGHT
+
+    def figure(self) -> Html:
+        """For a page that has STYLE."""
+        picture = tag(
+            "svg", *self.drawn, viewBox=f"0 0 {self.width} {self.height}", role="img",
+            aria_label=f"{self.title}. {self.description}", class_="wide" if self.width > WIDTH else None,
+        )  # fmt: skip
+        caption = tag("figcaption", tag("b", self.title), " ", self.description)
+        return tag("figure", caption, _legend(self.series) if self.series else None, picture, class_="chart")
+
+    def file(self) -> bytes:
+        """An SVG file that needs nothing else; without a legend."""
+        lines = textwrap.wrap(self.description, self.width * _CHARACTERS_IN_100 // 100)
+        top = _MARGIN + _TITLE_LINE + _TEXT_LINE * len(lines) + 10
+        width, height = self.width + 2 * _MARGIN, top + self.height + _MARGIN
+        document = tag(
+            "svg",
+            tag("title", f"{self.title}. {self.description}"),
+            tag("style", Html(_with_colours(STYLE))),
+            tag("rect", width=width, height=height, class_="paper"),
+            tag("text", self.title, x=_MARGIN, y=_MARGIN + 14, class_="strong"),
+            [
+                tag("text", line, x=_MARGIN, y=_MARGIN + _TITLE_LINE + _TEXT_LINE * number + 12)
+                for number, line in enumerate(lines)
+            ],
+            tag("g", *self.drawn, transform=f"translate({_MARGIN} {top})"),
+            xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", width=width, height=height,
+        )  # fmt: skip
+        return f"{document}\n".encode()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +128,7 @@ def line_chart(
     best: tuple[float, float] | None = None,
     whole_x: bool = False,
     legend: bool = True,
-) -> Html:
+) -> Chart:
     """Curves over one axis. `best` is pointed out; `whole_x`: only whole numbers on the x axis, such as epochs."""
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
@@ -112,8 +164,7 @@ def line_chart(
                 text_anchor=side, class_="strong"),
         ]  # fmt: skip
     named = [(line.name, line.series) for line in lines if not line.faint]
-    keys = _legend(named) if legend and len(named) > 1 else None
-    return _chart(drawn, title=title, description=description, legend=keys)
+    return Chart(drawn=drawn, title=title, description=description, series=named if legend and len(named) > 1 else ())
 
 
 def histogram(
@@ -125,7 +176,7 @@ def histogram(
     x_label: str,
     y_label: str,
     marks: Sequence[Mark] = (),
-) -> Html:
+) -> Chart:
     """Counts between edges (one more than counts)."""
     x = Scale(edges[0], edges[-1], _LEFT, WIDTH - _RIGHT)
     y_ticks = [tick for tick in ticks(0, max(*counts, 1), count=4) if tick == int(tick)]
@@ -139,7 +190,7 @@ def histogram(
                 width=_at(max(0.5, x(high) - left - 1)), height=_at(HEIGHT - _BOTTOM - top), class_="fill s1")
         )  # fmt: skip
     drawn += [_mark(x, mark) for mark in marks]
-    return _chart(drawn, title=title, description=description)
+    return Chart(drawn=drawn, title=title, description=description)
 
 
 def bars(
@@ -150,7 +201,7 @@ def bars(
     start: float = 0.0,
     label_width: int = 110,
     dots: bool = False,
-) -> Html:
+) -> Chart:
     """Horizontal bars, one a row, the label before and the note behind; `dots` where they begin at another value
     than 0, because a bar's length would mislead.
     """
@@ -174,7 +225,7 @@ def bars(
             tag("text", each.note, x=_at(max(end, label_width + 7.5) + (10 if dots else 6)), y=top + 13,
                 class_="strong"),
         ]  # fmt: skip
-    return _chart(drawn, title=title, description=description, height=8 + row * len(rows))
+    return Chart(drawn=drawn, title=title, description=description, height=8 + row * len(rows))
 
 
 def scatter(
@@ -186,7 +237,7 @@ def scatter(
     y_label: str,
     x_names: Sequence[str] = (),
     log_x: bool = False,
-) -> Html:
+) -> Chart:
     """Points (x, y, spread, text); the first is the best. `x_names`: what x = 0, 1, ... stand for."""
     xs, ys = [point[0] for point in points], [point[1] for point in points]
     reach = [point[2] if math.isfinite(point[2]) else 0.0 for point in points]
@@ -211,7 +262,7 @@ def scatter(
             tag("circle", tag("title", text), cx=_at(x(value)), cy=_at(y(height)), r=6 if number == 0 else 5,
                 class_=f"dot {kind}")
         )  # fmt: skip
-    return _chart(drawn, title=title, description=description)
+    return Chart(drawn=drawn, title=title, description=description)
 
 
 @dataclass(frozen=True)
@@ -224,7 +275,7 @@ class Axis:
     high: str
 
 
-def parallel(axes: Sequence[Axis], texts: Sequence[str], *, title: str, description: str) -> Html:
+def parallel(axes: Sequence[Axis], texts: Sequence[str], *, title: str, description: str) -> Chart:
     """One line a setting through every axis; the first line is the best, the last axis colours the lines."""
     width = max(WIDE, 130 * len(axes))
     height = 280
@@ -246,7 +297,7 @@ def parallel(axes: Sequence[Axis], texts: Sequence[str], *, title: str, descript
             tag("polyline", tag("title", texts[number]), points=_points(places), class_=f"line {kind}",
                 opacity=f"{opacity:.2f}")
         )  # fmt: skip
-    return _chart(drawn, title=title, description=description, width=width, height=height)
+    return Chart(drawn=drawn, title=title, description=description, width=width, height=height)
 
 
 def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
@@ -311,25 +362,14 @@ def _mark(x: Scale, mark: Mark) -> Html:
     )  # fmt: skip
 
 
-def _chart(
-    drawn: Sequence[Node],
-    *,
-    title: str,
-    description: str,
-    legend: Html | None = None,
-    width: int = WIDTH,
-    height: int = HEIGHT,
-) -> Html:
-    """The figure: its title, the picture with its description as text for those who do not see it, a legend."""
-    picture = tag(
-        "svg", *drawn, viewBox=f"0 0 {width} {height}", role="img", aria_label=f"{title}. {description}",
-        class_="wide" if width > WIDTH else None,
-    )  # fmt: skip
-    return tag("figure", tag("figcaption", tag("b", title), " ", description), legend, picture, class_="chart")
-
-
 def _legend(entries: Sequence[tuple[str, int]]) -> Html:
     return tag("p", *(tag("span", name, class_=f"key s{series}") for name, series in entries), class_="legend")
+
+
+def _with_colours(style: str) -> str:
+    """The style with its variables written out: not every viewer of SVG files knows them."""
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]+)", style))
+    return re.sub(r"var\(--([\w-]+)\)", lambda match: colours[match[1]], style)
 
 
 def _points(places: Sequence[tuple[float, float]]) -> str:
