@@ -42,6 +42,11 @@ def stats_key(shard: int) -> str:
     return f"stats/part-{shard:06d}.json"
 
 
+def shard_number(key: str) -> int:
+    """The shard of a key that one of the four functions above made."""
+    return int(key.rpartition("/part-")[2].partition(".")[0])
+
+
 def group_key(group: int) -> str:
     return f"progress/group-{group:06d}.json"
 

@@ -95,7 +95,7 @@ def inspect(store: Store, *, workers: int | None = None) -> Inspection:
     result = Inspection(plan, find_manifest(store))
     fingerprint, corpus = hashlib.sha256(), hashlib.sha256()
     group: list[ShardReport] = []
-    progress = _Lines(plan)
+    progress = _ProgressLines(plan)
     for report in _reports(store, plan, result.manifest, workers or min(32, 4 * (os.cpu_count() or 1))):
         for counter in _COUNTERS:
             setattr(result, counter, getattr(result, counter) + getattr(report, counter))
@@ -186,7 +186,7 @@ def _manifest_disagrees(result: Inspection) -> list[str]:
     return problems
 
 
-class _Lines:
+class _ProgressLines:
     """A line on the log now and then: how much is checked, how fast, how long it will take."""
 
     def __init__(self, plan: Plan) -> None:

@@ -16,7 +16,6 @@ from cluster.evaluation.captioning import CaptionerSource, caption_on_cluster, c
 from cluster.evaluation.experiments import EXPERIMENTS, comparison, comparison_table, experiments_table
 from cluster.evaluation.request import EvaluateRequest
 from cluster.sources.pictures import (
-    anywhere,
     load_picture_set,
     picture_domains,
     picture_references,
@@ -137,7 +136,7 @@ def scored(
 
 def _source(request: EvaluateRequest, checkpoint: str) -> CaptionerSource:
     return CaptionerSource(
-        checkpoint=anywhere(checkpoint),
+        checkpoint=open_store(checkpoint).address,
         clip=request.clip,
         device=request.device,
         beam_size=request.beam_size,

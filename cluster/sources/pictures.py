@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
@@ -107,15 +107,15 @@ def check_source(source: PictureSource) -> None:
 
 def source_anywhere(source: PictureSource) -> PictureSource:
     """The same source in paths and URIs that mean the same in a worker, whose working folder is another."""
-    references = anywhere(source.references) if source.references is not None else None
-    return PictureSource(images=anywhere(source.images), references=references, split=source.split)
 
+    def address(uri: str) -> str:
+        return uri if uri.startswith(EMBEDDED_PREFIX) else open_store(uri).address
 
-def anywhere(uri: str) -> str:
-    """An absolute path for a relative one; anything else as it is."""
-    if uri.startswith(EMBEDDED_PREFIX):
-        return uri
-    return open_store(uri).address
+    return replace(
+        source,
+        images=address(source.images),
+        references=None if source.references is None else address(source.references),
+    )
 
 
 @dataclass(frozen=True)
