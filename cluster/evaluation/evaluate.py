@@ -25,7 +25,7 @@ from cluster.store.store import join, open_store, read_uri
 from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
-from pcm.text.metrics import cider_only, clip_scores, clipscore_text, coco_metrics
+from pcm.text.metrics import cider_only, clip_scores, clipscore_text, coco_metrics, require_metrics
 
 RESULTS_KEY = "captions.json"
 METRICS_KEY = "metrics.json"
@@ -58,6 +58,7 @@ def evaluate(request: EvaluateRequest) -> dict[str, Any]:
     started = time.monotonic()
     if request.checkpoint is None:
         raise InputError("--checkpoint is missing: give a run of jobs.train, or --results with captions to score")
+    require_metrics()
     captioner = Captioner.load(
         local_checkpoint(request.checkpoint), clip=request.clip, device=request.device, beam_size=request.beam_size
     )
@@ -98,6 +99,7 @@ def evaluate_results(request: EvaluateRequest, results: str) -> dict[str, Any]:
     caption (without_picture). Raises InputError when the file or the references cannot be used.
     """
     started = time.monotonic()
+    require_metrics()
     given = read_results(read_uri(results), source=results)
     references = picture_references(request.pictures)
     captions = {image_id: caption for image_id, caption in given.items() if image_id in references}

@@ -26,6 +26,7 @@ from cluster.training.data.mixture import arriving_set
 from cluster.training.reporting import FIRST_STEP_KEY
 from cluster.training.train import CONFIG_KEY, TrainRequest, train
 from pcm.errors import InputError
+from pcm.text.metrics import require_metrics
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def stream(
     """
     if plan.spec.clip.model == "null":
         raise InputError("--clip null: gives no features to train on; name an open_clip model")
+    require_metrics()
     started = time.time()
     arriving = arriving_set(store, plan, store_vocabularies(store, plan))
     request = replace(

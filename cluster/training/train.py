@@ -34,6 +34,7 @@ from pcm.credentials import refuse_credentials_in
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
+from pcm.text.metrics import require_metrics
 from pcm.text.vocabulary import Vocabulary
 
 __all__ = ["TrainRequest", "TrainingFailed", "planned_run", "ray_storage", "train"]
@@ -91,6 +92,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
         raise InputError(f"--checkpoint-every-steps {request.checkpoint_every_steps}: must be at least 1")
     if "://" in (request.cache_dir or ""):
         raise InputError(f"--cache-dir {request.cache_dir}: must be a local folder, such as /dev/shm/pcm")
+    require_metrics()
     sets, out = request.arriving or open_training_sets(request.sources), open_store(request.out)
     previous = _previous_run(out, resume=request.resume)
     vocabularies = common_vocabularies(sets)
@@ -146,6 +148,7 @@ def planned_run(request: TrainRequest, *, cpus: int) -> RunSpec:
 
     Raises InputError when a dataset is unfinished or unfit.
     """
+    require_metrics()
     sets = open_training_sets(request.sources)
     vocabularies = common_vocabularies(sets)
     config = _config_for(request, sets, vocabularies, None)
