@@ -11,10 +11,10 @@ export HF_HUB_OFFLINE := 1
 demo: $(STAMP)
 	$(VENV)/bin/python -m jobs.demo --out demo
 
-test: $(STAMP)
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest
+# Test files run side by side, each in one of so many processes with a Ray of its own (some 1.5 GB of memory each).
+WORKERS ?= 2
+test: lint
+	$(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 # What `make test` leaves out for its length.
 test-slow: $(STAMP)

@@ -3,10 +3,10 @@
 import argparse
 import json
 
-from cluster.generation.pinning import check_scheduler, pin_clip, pin_t2i, resolve_device, resolve_dtype
+from cluster.generation.pinning import check_scheduler, clip_spec, pin_t2i, resolve_device, resolve_dtype
 from pcm.errors import InputError
 from pcm.images import IMAGE_FORMATS
-from pcm.spec import ATTENTIONS, COMPILE_MODES, DEVICES, DTYPES, ClipSpec, DatasetSpec, GeneratorSpec
+from pcm.spec import ATTENTIONS, COMPILE_MODES, DEVICES, DTYPES, DatasetSpec, GeneratorSpec
 
 AUTO = "auto"
 
@@ -95,9 +95,9 @@ def dataset_spec(args: argparse.Namespace, *, gpus: float) -> DatasetSpec:
             vae_tiling=args.vae_tiling,
             prompt_cache=args.prompt_cache,
         ),
-        clip=ClipSpec(
-            model=clip,
-            revision=pin_clip(clip, args.clip_revision),
+        clip=clip_spec(
+            clip,
+            revision=args.clip_revision,
             dtype=dtype,
             device=device,
             batch_size=args.clip_batch_size,

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 
+from cluster.generation.pinning import clip_of_given_features
 from cluster.ingest.published import ImportRequest, import_dataset, read_concepts, read_vocabulary
 from cluster.sources.corpus import FORMATS
 from cluster.store.store import join, local_copy, open_store
@@ -86,7 +87,7 @@ def _captioner(args: argparse.Namespace) -> dict:
         local_copy(args.checkpoint),
         vocabulary=read_vocabulary(args.vocabulary),
         concepts=read_concepts(args.concepts),
-        clip={"model": args.clip, "dtype": "float32"},
+        clip=clip_of_given_features(args.clip).identity(),
         settings=dict(parse_override(text) for text in args.set),
     )
     if foreign := sorted(set(others) - set(files)):

@@ -56,7 +56,9 @@ def run(args: argparse.Namespace) -> dict:
         raise InputError(f"--param {' --param '.join(args.param)}: a field is given twice")
     overrides = dict(parse_override(text) for text in args.set)
     overrides |= {name: value for name in ("epochs", "seed") if (value := getattr(args, name)) is not None}
-    validation = PictureSource(images=args.val_images, references=args.val_references, split=args.val_split)
+    validation = None
+    if args.val_images:
+        validation = PictureSource(images=args.val_images, references=args.val_references, split=args.val_split)
     return sweep(
         SweepRequest(
             train=TrainRequest(
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> dict:
                 config=args.config,
                 overrides=overrides,
                 resume=args.resume,
-                validation=validation if args.val_images else None,
+                validation=validation,
                 clip=args.clip,
             ),
             params=ABLATIONS[args.ablation] if args.ablation else params,

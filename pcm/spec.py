@@ -19,6 +19,12 @@ ATTENTIONS = ("default", "sdpa", "eager")
 #: may round differently, and a picture would depend on who drew it.
 COMPILE_MODES = ("none", "default", "reduce-overhead")
 
+ACTIVATIONS = ("gelu", "quick_gelu")
+#: How open_clip names the variant of an architecture that runs QuickGELU.
+QUICK_GELU_SUFFIX = "-quickgelu"
+#: Begins the revision of an open_clip tag whose commit on the hub is not known.
+TAG_REVISION = "open_clip:"
+
 #: Bumped when the code starts to make other bytes from the same spec; part of the spec, so a resume is refused.
 GENERATOR_VERSION = 1
 
@@ -86,10 +92,45 @@ class ClipSpec:
     device: str = "cpu"
     batch_size: int = 32
     cpu_threads: int = 1
+    #: What open_clip's architecture runs with the weights of "architecture/pretrained". None where the revision covers
+    #: it (a folder, a hub repo), or where it was not known.
+    activation: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("CLIP dtype", self.dtype, DTYPES)
+        if self.activation is not None:
+            _check_choice("CLIP activation", self.activation, ACTIVATIONS)
         _check_positive(self, "batch_size", "cpu_threads")
+
+    def to_dict(self) -> dict:
+        """Without the younger fields that are not set, so that the digest of an older spec stays."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in _LATER_CLIP_FIELDS or value is not None}
+
+    @staticmethod
+    def from_dict(values: dict) -> "ClipSpec":
+        """Of a manifest or plan. Before the activation was recorded a tag ran whatever its architecture's name says,
+        which is not always what its weights need: such features must not be mixed with right ones.
+        """
+        spec = ClipSpec(**values)
+        if "activation" not in values and spec.revision.startswith(TAG_REVISION):
+            architecture = spec.model.partition("/")[0]
+            ran = "quick_gelu" if architecture.endswith(QUICK_GELU_SUFFIX) else "gelu"
+            return dataclasses.replace(spec, activation=ran)
+        return spec
+
+    def identity(self) -> dict:
+        """For a checkpoint's config.json: what is needed to load the same CLIP again and to see that it is the same."""
+        return {
+            name: value for name, value in self.to_dict().items() if name in ("model", "dtype", *_LATER_CLIP_FIELDS)
+        }
+
+    def conflicts(self, other: "ClipSpec") -> list[str]:
+        """What proves that `other` makes other features, as "activation: gelu -> quick_gelu". A name proves nothing:
+        a model may move. What one of the two did not record is not compared.
+        """
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in _LATER_CLIP_FIELDS}
+        return [f"{name}: {one} -> {two}" for name, (one, two) in pairs.items() if one and two and one != two]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,21 +147,30 @@ class DatasetSpec:
         _check_positive(self, "images_per_caption")
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"clip": self.clip.to_dict()}
 
     @staticmethod
     def from_dict(values: dict) -> "DatasetSpec":
         rest = {key: value for key, value in values.items() if key not in ("generator", "clip")}
-        return DatasetSpec(generator=GeneratorSpec(**values["generator"]), clip=ClipSpec(**values["clip"]), **rest)
+        return DatasetSpec(
+            generator=GeneratorSpec(**values["generator"]), clip=ClipSpec.from_dict(values["clip"]), **rest
+        )
 
     def digest(self) -> str:
         """sha256 of the canonical JSON."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: "DatasetSpec") -> list[str]:
-        """Fields in which `other` differs, as "generator.guidance_scale: 7.5 -> 2.0"."""
+        """Fields in which `other` differs, as "generator.guidance_scale: 7.5 -> 2.0".
+
+        A younger field that this spec, the recorded one, does not have is not compared.
+        """
         mine, theirs = _flatten(self.to_dict()), _flatten(other.to_dict())
         return [f"{key}: {mine.get(key)!r} -> {theirs.get(key)!r}" for key in mine if mine.get(key) != theirs.get(key)]
+
+
+#: Fields of a ClipSpec younger than the first datasets: at their default they are left out of the digest of the spec.
+_LATER_CLIP_FIELDS = ("activation",)
 
 
 def _sorted_pairs(options: object) -> tuple[tuple[str, str | int | float | bool], ...]:

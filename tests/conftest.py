@@ -4,15 +4,13 @@ import importlib
 import json
 import os
 import secrets
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.helpers.paths import ROOT
+from tests.helpers.job_runs import JobRun, run_job_process
 
 if TYPE_CHECKING:
     from tests.helpers.seaweedfs import S3Server
@@ -25,24 +23,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small processes on few cor
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home directory
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # every 10 s otherwise
 os.environ.pop("RAY_ADDRESS", None)  # never a cluster that the machine happens to have
-
-
-class JobRun(NamedTuple):
-    """How a job ended: exit status, its summary (the last line of stdout) or None, and stderr."""
-
-    returncode: int
-    summary: dict | None
-    stderr: str
-
-
-def run_job_process(name: str, *args: object, env: dict[str, str] | None = None, timeout: float = 300) -> JobRun:
-    """`python -m jobs.NAME ARGS` in the repository, as a user types it."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"jobs.{name}", *map(str, args)],
-        cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
-    lines = done.stdout.splitlines()
-    return JobRun(done.returncode, json.loads(lines[-1]) if lines else None, done.stderr)
 
 
 @pytest.fixture(scope="session")

@@ -103,9 +103,7 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
 def _load_and_store_clip_files(store: Store, plan: Plan, min_count: int) -> None:
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
-    spec = plan.spec.clip
-    encoder = ClipEncoder(spec.model, device=spec.device, dtype=spec.dtype, batch_size=spec.batch_size)
-    _store_clip_files(store, plan, min_count, encoder)
+    _store_clip_files(store, plan, min_count, ClipEncoder.from_spec(plan.spec.clip))
 
 
 def _store_clip_files(store: Store, plan: Plan, min_count: int, encoder: "ClipEncoder") -> None:

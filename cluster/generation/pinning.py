@@ -4,10 +4,11 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from pcm.clip.names import folder_revision, resolve_clip_name
+from pcm.clip.names import activation_of, folder_revision, resolve_clip_name
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, first_line
-from pcm.generation.names import model_source
+from pcm.generation.names import IMPORTED, model_source
+from pcm.spec import TAG_REVISION, ClipSpec
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,28 @@ def pin_clip(model: str, revision: str | None) -> str:
     if pretrained not in open_clip.list_pretrained_tags_by_model(architecture):
         allowed = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
         raise InputError(f"CLIP weights {pretrained!r} of {architecture}: allowed are {allowed}, or a checkpoint file")
-    return f"open_clip:{pretrained}"
+    return f"{TAG_REVISION}{pretrained}"
+
+
+def clip_spec(model: str, *, device: str, dtype: str, revision: str | None = None, **sizes: int) -> ClipSpec:
+    """The spec of a CLIP NAME with everything about its weights pinned; `sizes`: batch_size, cpu_threads.
+
+    Raises InputError when there is no such model, or its revision cannot be looked up.
+    """
+    pinned = pin_clip(model, revision)
+    activation = None if model == "null" else activation_of(*resolve_clip_name(model))
+    return ClipSpec(model=model, revision=pinned, device=device, dtype=dtype, activation=activation, **sizes)
+
+
+def clip_of_given_features(model: str) -> ClipSpec:
+    """The spec of features that somebody made elsewhere with this CLIP, which need not be here: it may be a folder of
+    another machine. A tag tells its activation.
+    """
+    try:
+        activation = activation_of(*resolve_clip_name(model))
+    except InputError:
+        activation = None
+    return ClipSpec(model=model, revision=IMPORTED, activation=activation)
 
 
 def check_scheduler(name: str | None, options: Iterable[str] = ()) -> None:

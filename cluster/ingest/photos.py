@@ -24,7 +24,7 @@ from cluster.dataset.layout import Manifest, plan_part_key, read_table
 from cluster.dataset.plan import make_plan
 from cluster.dataset.vocabularies import store_vocabularies
 from cluster.generation.generate import write_manifest
-from cluster.generation.pinning import pin_clip, resolve_device, resolve_dtype
+from cluster.generation.pinning import clip_spec, resolve_device, resolve_dtype
 from cluster.generation.stages.draw import DRAWN_SCHEMA
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow
@@ -39,7 +39,7 @@ from pcm.errors import InputError
 from pcm.generation.names import PHOTOS
 from pcm.images import open_image
 from pcm.reasons import BAD_IMAGE, MISSING_IMAGE, USABLE
-from pcm.spec import ClipSpec, DatasetSpec
+from pcm.spec import DatasetSpec
 
 log = logging.getLogger(__name__)
 
@@ -130,12 +130,7 @@ def _spec(request: PhotoRequest) -> DatasetSpec:
     device = resolve_device(request.device, cluster_gpus=torch.cuda.device_count())
     return DatasetSpec(
         generator=undrawn(PHOTOS, revision=""),
-        clip=ClipSpec(
-            model=request.clip,
-            revision=pin_clip(request.clip, None),
-            dtype=resolve_dtype(request.dtype, device=device),
-            device=device,
-        ),
+        clip=clip_spec(request.clip, dtype=resolve_dtype(request.dtype, device=device), device=device),
     )
 
 

@@ -30,7 +30,7 @@ from cluster.dataset.layout import (
 from cluster.dataset.plan import make_plan
 from cluster.dataset.vocabularies import planned_captions
 from cluster.generation.generate import write_manifest
-from cluster.generation.pinning import pin_clip, resolve_device, resolve_dtype
+from cluster.generation.pinning import clip_of_given_features, clip_spec, resolve_device, resolve_dtype
 from cluster.generation.stages.draw import DRAWN_SCHEMA
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow
@@ -171,16 +171,15 @@ def _caption_file(request: ImportRequest) -> CaptionFile:
 def _spec(request: ImportRequest, digest: str) -> DatasetSpec:
     """What is true of imported pictures: nobody here knows how they were drawn, so they cannot be drawn again."""
     given = request.features is not None
-    device = "cpu" if given else resolve_device(request.device, cluster_gpus=torch.cuda.device_count())
     return DatasetSpec(
         generator=undrawn(IMPORTED, f"sha256:{digest}"),
-        clip=ClipSpec(
-            model=request.clip,
-            revision=IMPORTED if given else pin_clip(request.clip, None),
-            dtype="float32" if given else resolve_dtype(request.dtype, device=device),
-            device=device,
-        ),
+        clip=clip_of_given_features(request.clip) if given else _clip_to_load(request),
     )
+
+
+def _clip_to_load(request: ImportRequest) -> ClipSpec:
+    device = resolve_device(request.device, cluster_gpus=torch.cuda.device_count())
+    return clip_spec(request.clip, dtype=resolve_dtype(request.dtype, device=device), device=device)
 
 
 def _store_clip_files(store: Store, plan: Plan, request: ImportRequest, found: FeatureShape | None) -> FeatureShape:
@@ -192,7 +191,7 @@ def _store_clip_files(store: Store, plan: Plan, request: ImportRequest, found: F
     spec = plan.spec.clip
     encoder = None
     if found is None or request.concepts is None or request.clip_head is None:
-        encoder = ClipEncoder(spec.model, device=spec.device, dtype=spec.dtype, batch_size=spec.batch_size)
+        encoder = ClipEncoder.from_spec(spec)
     shape = found or (encoder.features if encoder else None)
     assert shape is not None
     head = _published_head(request.clip_head) if request.clip_head else encoder.head() if encoder else {}

@@ -52,8 +52,7 @@ class TrainingData:
             self._validation = held_out_share(pairs, manifest.features, **place)
             source = f"{sum(map(len, held_out))} held-out synthetic pairs"
         else:
-            clip = manifest.spec.clip
-            encoder = ClipEncoder(run.clip, device=str(self._device), dtype=clip.dtype, batch_size=clip.batch_size)
+            encoder = ClipEncoder.from_spec(manifest.spec.clip, model=run.clip, device=str(self._device))
             self._validation = picture_share(run.validation, encoder, **place)
             source = run.validation.images
         self._loader = ShardLoader(

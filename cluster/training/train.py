@@ -17,6 +17,7 @@ from typing import Any
 import ray.train
 import safetensors.torch
 
+import pcm
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.sources.pictures import PictureSource, source_anywhere
@@ -42,7 +43,6 @@ __all__ = ["TrainRequest", "TrainingFailed", "planned_run", "ray_storage", "trai
 log = logging.getLogger(__name__)
 
 CONFIG_KEY = "config.json"
-PACKAGE = "pcmnet-ray"
 
 
 class TrainingFailed(Exception):
@@ -239,10 +239,11 @@ def _document(request: TrainRequest, sets: Sequence[TrainingSet], config: TrainC
     clip = sets[0].manifest.spec.clip
     return {
         "train": config.to_dict(),
-        "clip": {"model": request.clip or clip.model, "dtype": clip.dtype},
+        "clip": clip.identity() | {"model": request.clip or clip.model},
         "datasets": [each.description() for each in sets],
         "validation": asdict(request.validation) if request.validation else None,
-        "versions": {package: version(package) for package in (PACKAGE, "torch", "ray")},
+        # Of this code, not of an installed package's metadata: a submitted job brings its own.
+        "versions": {"pcmnet-ray": pcm.__version__, "torch": version("torch"), "ray": version("ray")},
     }
 
 

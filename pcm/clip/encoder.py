@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pcm.clip.names import count_tokens, resolve_clip_name
+from pcm.clip.names import activation_of, count_tokens, resolve_clip_name
 from pcm.errors import InputError, first_line
 from pcm.images import to_uint8
 from pcm.records import FeatureShape
@@ -44,11 +44,19 @@ class ClipEncoder:
     a folder with open_clip_config.json and weights, or `embedded`. Batches are padded to `batch_size` so that a
     picture's features do not depend on how many neighbours it had.
 
-    Raises InputError when the model cannot be found or is no ViT with [CLS] pooling.
+    `activation` is what the features at hand were recorded with, where that is known.
+
+    Raises InputError when the model cannot be found, is no ViT with [CLS] pooling or runs another activation.
     """
 
     def __init__(
-        self, name: str, *, device: str = "cpu", dtype: str = "float32", batch_size: int = ClipSpec.batch_size
+        self,
+        name: str,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        batch_size: int = ClipSpec.batch_size,
+        activation: str | None = None,
     ) -> None:
         # Three seconds to import, and whoever only names this class needs neither.
         import pcm.torchvision_shim  # noqa: F401  isort: skip
@@ -60,9 +68,15 @@ class ClipEncoder:
         self.batch_size = batch_size
         self._dtype = _DTYPES[dtype]
         architecture, pretrained = resolve_clip_name(name)
+        self.activation = activation_of(architecture, pretrained)
+        self.check_activation(activation)
         try:
             model = open_clip.create_model(
-                architecture, pretrained=pretrained, device=self.device, require_pretrained=True
+                architecture,
+                pretrained=pretrained,
+                device=self.device,
+                force_quick_gelu=self.activation == "quick_gelu",
+                require_pretrained=True,
             )
             self._tokenizer = open_clip.get_tokenizer(architecture)
         except (RuntimeError, OSError, ValueError, FileNotFoundError) as error:
@@ -90,6 +104,25 @@ class ClipEncoder:
         self.num_patches: int = cells // 4 if self._pool else cells
         #: Patches that a row of the picture has, of the N that are row-major.
         self.patch_columns: int = self._grid[1] // 2 if self._pool else self._grid[1]
+
+    @classmethod
+    def from_spec(cls, spec: ClipSpec, *, model: str | None = None, device: str | None = None) -> "ClipEncoder":
+        """The CLIP that a spec pins; `model` is where it is now, if it has moved."""
+        return cls(
+            model or spec.model,
+            device=device or spec.device,
+            dtype=spec.dtype,
+            batch_size=spec.batch_size,
+            activation=spec.activation,
+        )
+
+    def check_activation(self, recorded: str | None) -> None:
+        """Raises InputError when features recorded with an activation were made with another than this CLIP runs."""
+        if None not in (recorded, self.activation) and recorded != self.activation:
+            raise InputError(
+                f"CLIP model {self.name!r}: runs {self.activation}, but the features at hand were made with "
+                f"{recorded}; featurise again, or give the CLIP that made them"
+            )
 
     @property
     def features(self) -> FeatureShape:

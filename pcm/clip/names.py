@@ -9,6 +9,7 @@ from typing import Any
 
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError
+from pcm.spec import QUICK_GELU_SUFFIX
 
 
 def resolve_clip_name(name: str) -> tuple[str, str | None]:
@@ -29,10 +30,31 @@ def resolve_clip_name(name: str) -> tuple[str, str | None]:
     open_clip = _open_clip()
     if architecture not in open_clip.list_models() or not pretrained:
         raise InputError(
-            f"CLIP model {name!r}: give ARCHITECTURE/PRETRAINED such as ViT-L-14/openai, ARCHITECTURE/CHECKPOINT_FILE, "
-            "hf-hub:ORG/REPO, an open_clip folder, or 'embedded'"
+            f"CLIP model {name!r}: give ARCHITECTURE/PRETRAINED such as ViT-L-14/openai, ARCHITECTURE/CHECKPOINT_FILE "
+            "(ViT-L-14-quickgelu//FILE where its weights need QuickGELU), hf-hub:ORG/REPO, an open_clip folder, or "
+            "'embedded'"
         )
     return architecture, pretrained
+
+
+def activation_of(architecture: str, pretrained: str | None) -> str | None:
+    """ "quick_gelu" or "gelu": what the weights of ARCHITECTURE/PRETRAINED were trained with.
+
+    QuickGELU where the tag's own configuration or the architecture's asks for it, so `ViT-L-14/openai` and
+    `ViT-L-14-quickgelu/openai` are the same model. A checkpoint file does not say it: there the architecture decides
+    (`ViT-L-14-quickgelu//models/own.pt`). None for a folder or a hub repo, whose revision covers their configuration.
+    Raises InputError for an architecture named -quickgelu with a tag that was trained without it.
+    """
+    if pretrained is None:
+        return None
+    open_clip = _open_clip()
+    config, tag = open_clip.get_model_config(architecture), open_clip.get_pretrained_cfg(architecture, pretrained)
+    if tag and architecture.endswith(QUICK_GELU_SUFFIX) and not tag.get("quick_gelu"):
+        plain = architecture.removesuffix(QUICK_GELU_SUFFIX)
+        raise InputError(
+            f"CLIP model {architecture}/{pretrained}: these weights were trained with GELU; give {plain}/{pretrained}"
+        )
+    return "quick_gelu" if tag.get("quick_gelu") or config.get("quick_gelu") else "gelu"
 
 
 def truncation_check(name: str) -> Callable[[str], bool]:

@@ -10,7 +10,7 @@ from cluster.dataset.committed import committed
 from cluster.dataset.layout import Manifest, Plan
 from cluster.dataset.plan import make_plan
 from cluster.generation.generate import GenerationResult, generate, write_manifest
-from cluster.generation.pinning import pin_clip, pin_t2i
+from cluster.generation.pinning import clip_spec, pin_t2i
 from cluster.generation.pools import Pools
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
@@ -48,7 +48,7 @@ def tiny_spec(t2i: Path, clip: Path | None = None, *, images_per_caption: int = 
     clip_name = str(clip) if clip else "null"
     return DatasetSpec(
         generator=GeneratorSpec(model=str(t2i), revision=pin_t2i(str(t2i), None), **(defaults | generator)),
-        clip=ClipSpec(model=clip_name, revision=pin_clip(clip_name, None), batch_size=4),
+        clip=clip_spec(clip_name, device="cpu", dtype="float32", batch_size=4),
         images_per_caption=images_per_caption,
     )
 

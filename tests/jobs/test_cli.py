@@ -12,7 +12,7 @@ import pytest
 import jobs
 from jobs.cli import make_parser, run_job
 from pcm.errors import InputError
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 SHARED = {"cli", "spec_arguments"}  # parts of jobs, not jobs
 JOBS = sorted({module.name for module in pkgutil.iter_modules(jobs.__path__)} - SHARED)

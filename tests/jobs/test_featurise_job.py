@@ -20,7 +20,7 @@ from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from pcm.generation.loading import load_generator
 from pcm.images import open_image
-from tests.conftest import JobRun
+from tests.helpers.job_runs import JobRun
 from tests.helpers.tiny_generation import make_dataset_in_process, tiny_spec, write_corpus
 from tests.helpers.tiny_models import save_tiny_clip
 

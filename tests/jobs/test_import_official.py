@@ -34,8 +34,7 @@ from pcm.official.files import (
     stack_sentences,
 )
 from pcm.text.vocabulary import Vocabulary
-from tests.conftest import ROOT
-from tests.helpers.paths import DATA
+from tests.helpers.paths import DATA, ROOT
 from tests.helpers.published import make_complete_dataset
 from tests.helpers.seaweedfs import BUCKET
 from tests.helpers.tiny_models import save_tiny_clip

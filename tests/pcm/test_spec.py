@@ -10,7 +10,7 @@ from pcm.generation.seeds import SPEED_FIELDS
 from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
 
 GENERATOR = GeneratorSpec(model="folder", revision="sha256:0")
-CLIP = ClipSpec(model="ViT-L-14/openai", revision="open_clip:openai")
+CLIP = ClipSpec(model="ViT-L-14/openai", revision="open_clip:openai", activation="quick_gelu")
 SPEC = DatasetSpec(generator=GENERATOR, clip=CLIP)
 
 
@@ -64,3 +64,22 @@ def test_a_value_that_cannot_work_is_refused_in_one_line(values: dict, said: str
 def test_no_pictures_a_caption_is_refused() -> None:
     with pytest.raises(InputError, match="images_per_caption 0"):
         dataclasses.replace(SPEC, images_per_caption=0)
+
+
+def test_features_of_a_tag_from_before_its_activation_was_recorded_are_not_mixed_with_right_ones() -> None:
+    """Then a tag ran what its architecture's name says: GELU with OpenAI's weights, which need QuickGELU."""
+    older = SPEC.to_dict() | {"clip": {name: value for name, value in CLIP.to_dict().items() if name != "activation"}}
+    recorded = DatasetSpec.from_dict(older)
+    assert recorded.differences(SPEC) == ["clip.activation: 'gelu' -> 'quick_gelu'"]
+    assert recorded.clip.conflicts(CLIP) == ["activation: gelu -> quick_gelu"]
+    older["clip"]["model"] = "ViT-L-14-quickgelu/openai"
+    assert not DatasetSpec.from_dict(older).clip.conflicts(CLIP)
+
+
+def test_an_older_spec_without_activation_keeps_its_digest_and_can_be_resumed() -> None:
+    """Of folders and of null, whose digest was the sha256 of the same JSON before there was the field."""
+    spec = dataclasses.replace(SPEC, clip=ClipSpec(model="folder", revision="sha256:0"))
+    assert "activation" not in spec.to_dict()["clip"]
+    assert DatasetSpec.from_dict(spec.to_dict()) == spec
+    known = dataclasses.replace(spec, clip=dataclasses.replace(spec.clip, activation="gelu"))
+    assert not spec.differences(known), "what was not recorded is not compared"

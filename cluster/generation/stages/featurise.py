@@ -173,7 +173,7 @@ def _load_encoder(spec: ClipSpec) -> "ClipEncoder":
 
     if spec.device == "cpu":
         torch.set_num_threads(spec.cpu_threads)
-    return ClipEncoder(spec.model, device=spec.device, dtype=spec.dtype, batch_size=spec.batch_size)
+    return ClipEncoder.from_spec(spec)
 
 
 def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:

@@ -142,6 +142,11 @@ def _check_same_clip(sets: Sequence[TrainingSet]) -> None:
                 f"{other.store.root}: features {_sizes(features[1])}, but those of {first.store.root} are "
                 f"{_sizes(features[0])}; featurise both with one CLIP"
             )
+        if conflicts := first.manifest.spec.clip.conflicts(other.manifest.spec.clip):
+            raise InputError(
+                f"{other.store.root}: features of another CLIP than {first.store.root} ({'; '.join(conflicts)}); "
+                "featurise both with one CLIP"
+            )
         other_head = safetensors.torch.load(other.store.read_bytes(CLIP_HEAD_KEY))
         if not all(torch.equal(head[name], other_head[name]) for name in head):
             raise InputError(

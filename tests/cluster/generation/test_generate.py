@@ -22,7 +22,8 @@ from cluster.generation.regenerate import regenerate
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
 from pcm.images import open_image
-from tests.conftest import ROOT, JobRun
+from tests.helpers.job_runs import JobRun
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_generation import (
     CAPTIONS,
     Dataset,

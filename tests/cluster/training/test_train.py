@@ -409,3 +409,16 @@ def test_scenes_of_the_fixture_can_be_told_apart() -> None:
     for index in range(50):
         caption, image = scene(index)
         assert captions.setdefault(np.asarray(image).tobytes(), caption) == caption
+
+
+def test_features_of_another_activation_are_not_mixed(world: Path, copied: Path, tmp_path: Path) -> None:
+    """The same weights, and so the same CLIP head, run with GELU and with QuickGELU."""
+    folders = [tmp_path / "gelu", tmp_path / "quick_gelu"]
+    for folder in folders:
+        shutil.copytree(copied / "data", folder)
+        document = json.loads((folder / "dataset.json").read_text())
+        document["spec"]["clip"]["activation"] = folder.name
+        (folder / "dataset.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"another CLIP.*activation: gelu -> quick_gelu"):
+        open_training_sets([DataSource(str(folder)) for folder in folders])
+    open_training_sets([DataSource(str(copied / "data")), DataSource(str(folders[0]))])  # one did not record it
