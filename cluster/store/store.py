@@ -201,6 +201,10 @@ def open_store(uri: str | os.PathLike) -> Store:
     return _reopen(os.fspath(uri), os.fspath(uri))
 
 
+#: The extra of pyproject.toml that brings a protocol's package; S3's is always installed.
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure", "adl": "azure"}
+
+
 def _reopen(root: str, uri: str) -> Store:
     refuse_credentials(uri)
     if not is_uri(uri):
@@ -219,7 +223,11 @@ def _reopen(root: str, uri: str) -> Store:
             config = _s3_config() | {"retries": {"total_max_attempts": 1, "mode": "standard"}}
             single, _ = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=config, max_concurrency=1)
             single.retries = 1
-    except (ValueError, ImportError) as error:
+    except ImportError as error:
+        extra = _EXTRAS.get(uri.partition("://")[0])
+        install = f"; install it with pip install -c constraints.txt -e '.[{extra}]'" if extra else ""
+        raise InputError(f"{uri}: needs a package that is not installed ({first_line(error)}){install}") from None
+    except ValueError as error:
         raise InputError(
             f"{uri}: cannot be opened ({first_line(error)}); allowed are local paths, file://, s3://, gs:// and other "
             "fsspec URIs"
