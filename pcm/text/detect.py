@@ -55,6 +55,9 @@ def _first_line_is_record(head: bytes) -> bool:
     line = next((line for line in head.split(b"\n") if line.strip()), b"")
     try:
         record = json.loads(line.decode("utf-8", "surrogateescape"))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and not {"images", "annotations"} & set(record)
+    is_document = isinstance(record, dict) and (
+        not {"images", "annotations"}.isdisjoint(record) or isinstance(record.get("data"), list)
+    )
+    return isinstance(record, dict) and not is_document

@@ -23,6 +23,7 @@ CUT_MARK = " […]"
 REASONS = {
     "bad_record": "the record has the wrong shape: malformed JSON, a caption that is no string, too few fields",
     "missing_caption": "the record has no caption (the field is absent or null)",
+    "rejected": "the file itself says that it is no caption (VizWiz: is_rejected, is_precanned)",
     "invalid_utf8": "the caption is not valid UTF-8 (or holds a lone surrogate)",
     "control_characters": "a control character (Unicode category Cc) that is not white space; NUL is one",
     "empty": "nothing visible is left: empty, white space, or zero-width characters alone",
