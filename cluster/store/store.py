@@ -283,18 +283,27 @@ def _write_file(path: str, data: bytes) -> None:
 
 
 def _find_files(root: str, prefix: str) -> Iterator[str]:
-    """Keys of files below a folder that begin with a prefix; only folders that can hold one are read."""
+    """Keys of files below a folder that begin with a prefix; only folders that can hold one are read.
+
+    A folder that links lead to more than once is read once: a link to a folder above it would never end.
+    """
     folders = [prefix.rpartition("/")[0]]
+    read: set[tuple[int, int]] = set()
     while folders:
         folder = folders.pop()
+        path = os.path.join(root, folder)
         try:
-            entries = os.scandir(os.path.join(root, folder))
+            status = os.stat(path)
+            entries = os.scandir(path)
         except (FileNotFoundError, NotADirectoryError):
             continue
         with entries:
+            if (status.st_dev, status.st_ino) in read:
+                continue
+            read.add((status.st_dev, status.st_ino))
             for entry in entries:
                 key = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_dir():
+                if _is_folder(entry):
                     if f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/"):
                         folders.append(key)
                 elif key.startswith(prefix):
@@ -304,6 +313,13 @@ def _find_files(root: str, prefix: str) -> Iterator[str]:
 def is_uri(text: str) -> bool:
     """Whether this is a URI; anything without a protocol is a local path, whatever else is in its name."""
     return "://" in text
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def join(uri: str, *parts: str) -> str:
