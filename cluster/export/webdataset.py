@@ -12,6 +12,7 @@ import tarfile
 
 from cluster.export.source import Source
 from cluster.store.store import Store
+from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.images import image_ending
 
@@ -48,9 +49,9 @@ class WebDataset:
                 picture = row["image"]["bytes"]
                 _add(tar, f"{key}.{image_ending(picture)}", picture)
                 _add(tar, f"{key}.txt", row["caption"].encode())
-                _add(tar, f"{key}.json"(self._document(key, row, picture)))
+                _add(tar, f"{key}.json", document_bytes(self._document(key, row, picture)))
         self._out.write_bytes(f"{shard:05d}.tar", buffer.getvalue())
-        self._out.write_bytes(self.marker(shard)(self._stats(shard)))
+        self._out.write_bytes(self.marker(shard), document_bytes(self._stats(shard)))
 
     def finish(self) -> None:
         pass
