@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.matmul_rate import machine, matmul_rate, seconds
 from benchmarks.published_size import WordPictures, published_model, random_batch, train
 from cluster.sources.corpus import read_corpus
-from jobs.generate import corpus_uri
+from pcm import embedded
 from pcm.captioners.captioner import BATCH_SIZE
 from pcm.captioners.pcmnet.decoding import Decoded, beam_search
 from pcm.captioners.pcmnet.model import PCMNet
@@ -35,7 +35,7 @@ LEARNED = 20_000
 
 def taught(model: PCMNet, corpus: str, *, batch_size: int, steps: int, weights: Path | None) -> dict[str, Tensor]:
     """Teach the model, or read what was taught; one batch of held-out pictures."""
-    usable = (record.caption for record in read_corpus(corpus_uri(corpus)) if not record.reason)
+    usable = (record.caption for record in read_corpus(embedded.caption_file(corpus)) if not record.reason)
     captions = list(itertools.islice(usable, LEARNED + batch_size))
     pictures = WordPictures(captions, model.config)
     held_out = range(len(captions) - batch_size, len(captions))

@@ -25,8 +25,8 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from statistics import median
 
-from jobs.arguments import dataset_spec
-from jobs.generate import parser as generate_parser
+from cluster.generation.pinning import dataset_spec
+from jobs.generate import JOB
 from pcm.generation.seeds import sample_seed
 from pcm.spec import DatasetSpec
 
@@ -205,7 +205,7 @@ def main() -> None:
             "--corpus", str(corpus), "--t2i", args.t2i, "--clip", args.clip, "--steps", str(args.steps),
             "--batch-size", str(args.batch_size), "--shard-size", str(args.shard_size), "--device", "cpu",
         ]  # fmt: skip
-        spec = dataset_spec(generate_parser().parse_args([*arguments, "--out", folder]), gpus=0)
+        spec = dataset_spec(JOB.read([*arguments, "--out", folder]), gpus=0)
         bare, pipeline = [], []
         for number in range(args.rounds):
             bare.append(bare_round(spec, texts, args.generators))

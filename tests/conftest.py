@@ -36,12 +36,10 @@ def call_job(capsys: pytest.CaptureFixture) -> Callable[..., JobRun]:
     """The same in this process: cheaper, and a job that needs Ray uses `ray_session`'s."""
 
     def call(name: str, *args: object) -> JobRun:
-        from jobs.cli import run_job
-
-        job = importlib.import_module(f"jobs.{name}")
+        job = importlib.import_module(f"jobs.{name}").JOB
         capsys.readouterr()
         try:
-            run_job(job.parser(), job.run, [str(arg) for arg in args])
+            job.main([str(arg) for arg in args])
             status = 0
         except SystemExit as end:
             status = int(end.code or 0)

@@ -25,7 +25,7 @@ from pcm.credentials import refuse_credentials
 from pcm.errors import InputError
 from pcm.generation.seeds import sample_seeds
 from pcm.reasons import PROMPT_TRUNCATED, USABLE
-from pcm.records import PLAN_SCHEMA
+from pcm.records import PLAN_SCHEMA, SCHEMA_VERSION
 from pcm.spec import DatasetSpec
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def make_plan(
     records = iter(records)
     fingerprint = hashlib.sha256()
     if planned is not None:
-        _refuse_other_spec(store, planned, spec, shard_size)
+        refuse_other_spec(store, planned, spec, shard_size)
         if source is not None and source == planned.source:
             return planned
         _refuse_other_corpus(store, planned, records, corpus, fingerprint)
@@ -106,6 +106,7 @@ def make_plan(
         shard_size=shard_size,
         segments=(*(planned.segments if planned else ()), segment),
         source=source,
+        schema_version=planned.schema_version if planned else SCHEMA_VERSION,  # a dataset is of one version
     )
     _replace_plan(store, planned, plan)
     added = f" (new: {segment.records} captions in {segment.num_shards} shards)" if planned else ""
@@ -225,7 +226,8 @@ def _lines(records: list[CorpusRecord]) -> bytes:
     )
 
 
-def _refuse_other_spec(store: Store, planned: Plan, spec: DatasetSpec, shard_size: int) -> None:
+def refuse_other_spec(store: Store, planned: Plan, spec: DatasetSpec, shard_size: int) -> None:
+    """Raises InputError, with the differences, unless the dataset was begun with this spec and shard size."""
     differences = planned.spec.differences(spec)
     if planned.shard_size != shard_size:
         differences.append(f"shard_size: {planned.shard_size} -> {shard_size}")

@@ -16,6 +16,7 @@ import ray
 import ray.data
 import torch
 
+from cluster.evaluation.request import CaptionRequest
 from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error
 from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set
 from cluster.store.store import join, local_copy, open_store
@@ -41,6 +42,41 @@ class Captioned:
             np.concatenate([part.global_feature for part in parts]),
             {image_id: why for part in parts for image_id, why in part.unreadable.items()},
         )
+
+
+def caption(request: CaptionRequest) -> dict[str, Any]:
+    """A caption and its concepts for every picture; null, and one line in `errors`, for those that cannot be read.
+
+    Raises InputError when there is no captioner at the place, or none of the pictures can be read.
+    """
+    captioner = Captioner.load(
+        local_checkpoint(request.checkpoint), clip=request.clip, device=request.device, beam_size=request.beam_size
+    )
+    found = captioner.caption([_local(image) for image in request.images])
+    results = dict(zip(request.images, found, strict=True))
+    for image, result in results.items():
+        log.info("%s", result.error or f"{image}: {result.caption}")
+    errors = {image: result.error for image, result in results.items() if result.error}
+    if len(errors) == len(results):
+        raise InputError(f"none of {len(results)} pictures can be read; the first: {next(iter(errors.values()))}")
+    return {
+        "captions": {image: None if result.error else result.caption for image, result in results.items()},
+        "concepts": {
+            image: [[name, round(probability, 4)] for name, probability in result.concepts]
+            for image, result in results.items()
+        },
+        "errors": errors,
+    }
+
+
+def _local(image: str) -> str:
+    """A local path of a picture at a URI; a URI with nothing there stays, to be reported as the file it is not."""
+    if "://" not in image:
+        return image
+    try:
+        return str(local_copy(image))
+    except InputError:
+        return image
 
 
 def local_checkpoint(uri: str) -> Path:

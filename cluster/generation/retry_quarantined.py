@@ -4,10 +4,10 @@ import logging
 
 from cluster.dataset.committed import committed, summaries
 from cluster.dataset.layout import MANIFEST_KEY, Plan
-from cluster.generation.generate import generate
+from cluster.generation.limits import FaultPolicy
+from cluster.generation.pipeline import run_pipeline
 from cluster.generation.pools import Pools
 from cluster.generation.stages.draw import DrawShard
-from cluster.generation.stages.monitor import FaultPolicy
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.reasons import RETRYABLE, of_stage
@@ -60,5 +60,5 @@ def retry_quarantined(
     log.info("%d samples in %d shards are tried again", retried, len(shards))
     if shards and store.exists(MANIFEST_KEY):
         store.delete(MANIFEST_KEY)
-    result = generate(store, plan, pools, faults=faults, redo=shards, retry=reasons, draw=draw)
+    result = run_pipeline(store, plan, pools, faults=faults, redo=shards, retry=reasons, draw=draw)
     return {**result.summary(), "retried": retried}

@@ -5,9 +5,10 @@ their way to a shard, and shards made beside each other in threads of one proces
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from cluster.dataset.committed import CommittedShards
-from cluster.dataset.layout import Plan
+from cluster.dataset.layout import Manifest, Plan
 from pcm.errors import InputError
 from pcm.images import image_format_of, open_image
 from pcm.line_timer import LineTimer
@@ -36,6 +37,17 @@ def sample_row(planned: dict, reason: str, picture: bytes, size: tuple[int, int]
         "reason": reason, "image": picture, "width": size[0], "height": size[1],
         "attempts": int(bool(picture)), "batch_size": int(bool(picture)),
     }  # fmt: skip
+
+
+def counts(manifest: Manifest) -> dict[str, Any]:
+    """What the summary of any import says of the dataset."""
+    return {
+        "expected": manifest.expected,
+        "stored": manifest.stored,
+        "quarantined": manifest.quarantined,
+        "quarantined_by_reason": manifest.quarantined_by_reason,
+        "clip_score_mean": manifest.clip_score_mean,
+    }
 
 
 def import_shards(

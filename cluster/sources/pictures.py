@@ -3,17 +3,17 @@
 import logging
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from cluster.sources.picture_source import EMBEDDED_PREFIX, PictureSource
 from cluster.store.store import Store, local_copy, open_store
 from pcm import embedded
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
-from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, first_line
 from pcm.images import open_image
 from pcm.text.references import load_domains, load_references
@@ -21,35 +21,6 @@ from pcm.text.references import load_domains, load_references
 log = logging.getLogger(__name__)
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-EMBEDDED_PREFIX = "embedded:"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureSource:
-    """Where pictures and references are; what --images, --references and --split say.
-
-    `images`: a folder of picture files (image id = file name), a Parquet file or folder of them (columns image_id and
-    image), or `embedded:val` / `embedded:test`. `references`: any file that pcm.text.references reads; None where the
-    Parquet file itself has a `references` column. Paths or URIs; raises InputError for one that carries a credential.
-    """
-
-    images: str
-    references: str | None = None
-    split: str | None = None
-
-    def __post_init__(self) -> None:
-        refuse_credentials(self.images)  # both are recorded before they are opened
-        refuse_credentials(self.references or "")
-
-    def absolute(self) -> "PictureSource":
-        """The same source in paths and URIs that mean the same in a worker, whose working folder is another."""
-
-        def address(uri: str) -> str:
-            return uri if uri.startswith(EMBEDDED_PREFIX) else open_store(uri).address
-
-        return replace(
-            self, images=address(self.images), references=None if self.references is None else address(self.references)
-        )
 
 
 @dataclass(frozen=True)
@@ -124,6 +95,27 @@ def picture_references(source: PictureSource) -> dict[str, list[str]]:
 def picture_domains(source: PictureSource) -> dict[str, str]:
     """Image id -> domain where the references name one, as those of NoCaps do."""
     return load_domains(_reference_file(source))
+
+
+def check_source(source: PictureSource) -> None:
+    """Raises InputError where no picture is at the place, or the references cannot be read; no picture is opened."""
+    uri = resolved(source.images)
+    if not open_store(uri).list() and not open_store(uri).exists(""):
+        raise InputError(f"{uri}: no pictures; there is nothing at this place")
+    picture_references(source)
+
+
+def source_anywhere(source: PictureSource) -> PictureSource:
+    """The same source in paths and URIs that mean the same in a worker, whose working folder is another."""
+    references = anywhere(source.references) if source.references is not None else None
+    return PictureSource(images=anywhere(source.images), references=references, split=source.split)
+
+
+def anywhere(uri: str) -> str:
+    """An absolute path for a relative one; anything else as it is."""
+    if uri.startswith(EMBEDDED_PREFIX):
+        return uri
+    return open_store(uri).address
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ CHECKPOINT = "last"
 COMPLETE_FILE = "complete"
 #: Under which name a report to Ray Tune holds a row of metrics.jsonl.
 ROW = "row"
+#: Under which name Ray Tune gives a trial its settings.
+OVERRIDES = "overrides"
 #: What a trial that failed counts for the search.
 FAILED_CIDER = 0.0
 _READ_THREADS = 4
@@ -58,8 +60,11 @@ def trial_folder(out: str, overrides: Mapping[str, Any]) -> str:
 
 
 def run_trial(parameters: dict[str, Any], *, sweep: SweepRun) -> None:
-    """Ray Tune's trainable. A trial that has its result already reports it again, epoch by epoch, without training."""
-    overrides = parameters.get("overrides", parameters)
+    """Ray Tune's trainable; `parameters`: {"overrides": fields of TrainConfig}, whatever the search is.
+
+    A trial that has its result already reports it again, epoch by epoch, without training.
+    """
+    overrides = parameters[OVERRIDES]
     out = trial_folder(sweep.out, overrides)
     store = open_store(out)
     if (result := read_result(store)) is not None:

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -20,18 +20,18 @@ import safetensors.torch
 import pcm
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
-from cluster.sources.pictures import PictureSource
-from cluster.store.store import Store, is_uri, join, open_store, read_uri
+from cluster.sources.pictures import check_source, source_anywhere
+from cluster.store.store import Store, join, open_store
 from cluster.training.checkpoints import BEST, SCORE
 from cluster.training.config import TrainConfig, default_preset, preset
-from cluster.training.data.mixture import DataSource, TrainingSet, Vocabularies, common_vocabularies, open_training_sets
-from cluster.training.data.shuffled import CACHE_BYTES
+from cluster.training.data.mixture import TrainingSet, Vocabularies, common_vocabularies, open_training_sets
 from cluster.training.loop import train_loop
 from cluster.training.ray_trainer import check_labels, make_trainer, ray_storage, worker_input_error
 from cluster.training.reporting import METRICS_KEY
+from cluster.training.request import TrainRequest
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import check_compile
-from pcm.credentials import refuse_credentials_in
+from pcm.clip.names import resolve_clip_name
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
@@ -48,50 +48,15 @@ class TrainingFailed(Exception):
     """Training stopped for a reason that starting again would meet again; one line."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainRequest:
-    """What a user asks for. `data`: datasets, each "URI" or "URI=WEIGHT", see cluster.training.data.mixture.
-    `overrides`: fields of TrainConfig that replace those of the preset or config file.
-    """
-
-    data: str | Sequence[str]
-    out: str
-    preset: str | None = None  # None: chosen by the dataset's feature sizes, or what is resumed
-    config: str | None = None  # path or URI of a TrainConfig as JSON
-    overrides: dict[str, Any] = field(default_factory=dict)
-    resume: bool = False
-    validation: PictureSource | None = None  # None: held-out synthetic pairs
-    clip: str | None = None  # CLIP for validation pictures, where the dataset's has moved
-    num_workers: int | None = None  # None: one a GPU, or one
-    cpus_per_worker: int | None = None  # None: the cluster's CPUs divided by the workers
-    max_failures: int = 3  # crashed workers before the run is given up
-    worker_labels: dict[str, str] = field(default_factory=dict)  # of the nodes that workers are placed on
-    keep_checkpoints: int = 2  # those of the best epochs; the newest stays besides
-    checkpoint_every_steps: int | None = None  # None: at the end of every epoch only
-    cache_bytes: int = CACHE_BYTES
-    cache_dir: str | None = None  # local folder for decoded shards, the same on every node
-    arriving: tuple[TrainingSet, ...] = ()  # the one set of `data` while it is being made
-
-    def __post_init__(self) -> None:
-        refuse_credentials_in(self)
-
-    @property
-    def sources(self) -> tuple[DataSource, ...]:
-        return tuple(map(DataSource.parse, [self.data] if isinstance(self.data, str) else self.data))
-
-
-def train(request: TrainRequest) -> dict[str, Any]:
+def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dict[str, Any]:
     """Train, or go on training, and summarise: epochs, steps, best (its metrics), checkpoint.
 
-    Raises InputError when the dataset is unfinished or unfit, when OUT already holds a run and `resume` is not set, or
-    when what is resumed was begun otherwise; TrainingFailed when the loss is no longer a number.
+    `arriving`: the one set of `data` while it is being made. Raises InputError when the dataset is unfinished or unfit,
+    when OUT already holds a run and `resume` is not set, or when what is resumed was begun otherwise; TrainingFailed
+    when the loss is no longer a number.
     """
     started = time.monotonic()
-    if request.checkpoint_every_steps is not None and request.checkpoint_every_steps < 1:
-        raise InputError(f"--checkpoint-every-steps {request.checkpoint_every_steps}: must be at least 1")
-    if is_uri(request.cache_dir or ""):
-        raise InputError(f"--cache-dir {request.cache_dir}: must be a local folder, such as /dev/shm/pcm")
-    sets, out = request.arriving or open_training_sets(request.sources), open_store(request.out)
+    sets, out = arriving or open_training_sets(request.sources), open_store(request.out)
     previous = _previous_run(out, resume=request.resume)
     vocabularies = common_vocabularies(sets)
     config = _config_for(request, sets, vocabularies, previous)
@@ -100,6 +65,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
             f"first_epoch plan: takes one dataset without a weight, not {' '.join(each.store.root for each in sets)} "
             f"({', '.join(f'{each.weight:g}' for each in sets)}); use first_epoch shuffled"
         )
+    _check_request(request, config)
     document = _document(request, sets, config)
     if previous is not None:
         _refuse_other_run(out, previous, document)
@@ -167,7 +133,7 @@ def _run(
         vocabularies=vocabularies,
         config=config,
         document=document,
-        validation=request.validation.absolute() if request.validation else None,
+        validation=source_anywhere(request.validation) if request.validation else None,
         clip=request.clip or sets[0].manifest.spec.clip.model,
         cpu_threads=cpus,
         checkpoint_every_steps=request.checkpoint_every_steps,
@@ -197,12 +163,8 @@ def _config_for(
     vocabularies: Vocabularies,
     previous: dict[str, Any] | None,
 ) -> TrainConfig:
-    """The run's config: config file, preset, the resumed run's or the default preset, then the overrides."""
-    if request.preset and request.config:
-        raise InputError(f"--preset {request.preset} and --config {request.config}: give one of the two")
-    if request.config:
-        config = TrainConfig.from_json(read_uri(request.config), source=request.config)
-    elif request.preset:
+    """The run's config: the preset named, the resumed run's or the default preset, then what replaces its fields."""
+    if request.preset:
         config = preset(request.preset)
     elif previous is not None:
         config = TrainConfig.from_dict(previous["train"])
@@ -211,7 +173,7 @@ def _config_for(
         name = default_preset(features)
         log.info("preset %s, chosen by the dataset's features %s; another with --preset", name, features)
         config = preset(name)
-    return _fitted(config.with_overrides(request.overrides), sets, vocabularies)
+    return _fitted(config.with_overrides(request.settings), sets, vocabularies)
 
 
 def _fitted(config: TrainConfig, sets: Sequence[TrainingSet], vocabularies: Vocabularies) -> TrainConfig:
@@ -269,10 +231,25 @@ def _named(document: dict[str, Any]) -> str:
     return " + ".join(f"{each['path']}={each['weight']:g} ({each['sha256'][:8]})" for each in datasets)
 
 
-def _check_place(config: TrainConfig, *, num_workers: int, cpus: int, gpus: int) -> None:
-    """Raises InputError for what the cluster cannot give, which Ray would wait for."""
-    if not gpus:
-        check_compile(config, device_type="cpu")
+def check_settings(request: TrainRequest) -> None:
+    """Raises InputError for what cannot be, as far as that can be told before there is a dataset."""
+    _check_request(request, preset(request.preset).with_overrides(request.settings) if request.preset else None)
+
+
+def _check_request(request: TrainRequest, config: TrainConfig | None) -> None:
+    """Raises InputError for what cannot be, whatever the cluster is."""
+    if config is not None and request.num_workers is not None:
+        _check_batch(config, num_workers=request.num_workers)
+    if request.clip is not None:
+        resolve_clip_name(request.clip)
+    if request.validation is None:
+        log.info("no --val-images: the best epoch is chosen on a held-out part of the synthetic pairs")
+    else:
+        check_source(request.validation)
+
+
+def _check_batch(config: TrainConfig, *, num_workers: int) -> None:
+    """Raises InputError for a batch that so many workers cannot share."""
     if config.batch_size % num_workers:
         raise InputError(
             f"batch size {config.batch_size}: cannot be divided evenly among {num_workers} workers; "
@@ -283,6 +260,13 @@ def _check_place(config: TrainConfig, *, num_workers: int, cpus: int, gpus: int)
             f"grad_accumulation {config.grad_accumulation}: does not divide the {config.batch_size // num_workers} "
             "rows that a worker has of a batch; change it, batch_size or --num-workers"
         )
+
+
+def _check_place(config: TrainConfig, *, num_workers: int, cpus: int, gpus: int) -> None:
+    """Raises InputError for what the cluster cannot give, which Ray would wait for."""
+    if not gpus:
+        check_compile(config, device_type="cpu")
+    _check_batch(config, num_workers=num_workers)
     if gpus and num_workers > gpus:
         raise InputError(f"--num-workers {num_workers}: the cluster has {gpus} GPUs, and each worker takes one")
     if num_workers * cpus > cluster_cpus():

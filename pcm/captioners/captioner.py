@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from pcm.captioners.interface import CONCEPTS_FILE, CONFIG_FILE, MODEL_FILE, VOCABULARY_FILE
+from pcm.captioners.pcmnet.config import BEAM_SIZE
 from pcm.captioners.pcmnet.method import PCMNET, PCMNetMethod
 from pcm.captioners.pcmnet.model import PCMNet
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
@@ -58,7 +59,7 @@ class Captioner:
         vocabulary: Vocabulary,
         concepts: ConceptVocabulary,
         clip: ClipEncoder,
-        beam_size: int = 3,
+        beam_size: int = BEAM_SIZE,
     ) -> None:
         wanted = (model.config.embed_dim, model.config.patch_dim, model.config.num_patches)
         given = (clip.embed_dim, clip.patch_dim, clip.num_patches)
@@ -80,7 +81,12 @@ class Captioner:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, clip: ClipEncoder | str | None = None, device: str = "auto", beam_size: int = 3
+        cls,
+        path: str | Path,
+        *,
+        clip: ClipEncoder | str | None = None,
+        device: str = "auto",
+        beam_size: int = BEAM_SIZE,
     ) -> Self:
         """The captioner in a checkpoint folder (a run's own folder means its `best`).
 

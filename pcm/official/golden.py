@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.captioners.pcmnet.decoding import Decoded, beam_search, greedy_search
-from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy, FocalMode
+from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy
+from pcm.captioners.pcmnet.loss_settings import FocalMode
 from pcm.captioners.pcmnet.mixup import Layout, MixUpFindings, inject_noise, textual_patches
 from pcm.captioners.pcmnet.model import Encoded, PCMNet
 from pcm.captioners.pcmnet.schedule import noam_lr

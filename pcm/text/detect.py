@@ -6,7 +6,9 @@ import json
 import re
 
 from pcm.errors import InputError
-from pcm.text.formats import FORMATS
+
+# `json` (Karpathy's or COCO's, told apart by its keys) is what detection answers for *.json; users name the format.
+FORMATS = ("karpathy", "coco", "flickr_token", "csv", "jsonl", "parquet", "text")
 
 _EXTENSIONS = {
     "parquet": "parquet",

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from pcm.errors import InputError, one_line
 from pcm.reasons import BAD_RECORD, MISSING_CAPTION
+from pcm.text.detect import FORMATS
 from pcm.text.rules import normalise
 
 CAPTION_FIELDS = ("caption", "text")
@@ -407,5 +408,3 @@ READERS: dict[str, _Reader] = {
     "parquet": _read_parquet,
     "text": _read_text,
 }
-# `json` (either document, told apart by its keys) is what detection answers for *.json; users name the format itself.
-FORMATS = ("karpathy", "coco", "flickr_token", "csv", "jsonl", "parquet", "text")

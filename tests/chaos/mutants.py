@@ -179,7 +179,7 @@ MUTANTS = (
     ),
     Mutant(
         "what is on the store is not drawn again",
-        "cluster/generation/generate.py", "missing = [shard for shard in wanted if shard not in on_store]",
+        "cluster/generation/pipeline.py", "missing = [shard for shard in wanted if shard not in on_store]",
         "missing = list(wanted)",
         ("tests/cluster/generation/test_generate.py::test_a_rerun_skips_everything",),
     ),

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs.__main__ import job_names, load_job
 
+from jobs.__main__ import job_names, load_job
 from pcm.reasons import markdown_table
 from tests.helpers.markdown import Block, Page, read_page
 from tests.helpers.paths import ROOT

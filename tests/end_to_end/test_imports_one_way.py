@@ -50,6 +50,7 @@ ORDER = {
         "__init__",
         "ray_internals",
         "session",
+        "options",
         "numbers",
         "charts",
         "store",

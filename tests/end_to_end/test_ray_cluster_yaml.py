@@ -118,9 +118,9 @@ def test_ray_job_ends_with_its_cluster_gone(ray_job: dict) -> None:
 
 
 def test_ray_job_arguments_are_those_of_the_job(ray_job: dict) -> None:
-    from jobs.generate import parser
+    from jobs.generate import JOB
 
-    args = parser().parse_args(ray_job["spec"]["entrypoint"].split()[3:])
+    args = JOB.read(ray_job["spec"]["entrypoint"].split()[3:])
     group = ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     assert (args.device, args.generators) == ("cuda", group["maxReplicas"])
 

@@ -19,8 +19,8 @@ from pcm.spec import DatasetSpec, GeneratorSpec
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+    from cluster.generation.limits import FaultPolicy
     from cluster.generation.stages.guard import RunGuard
-    from cluster.generation.stages.monitor import FaultPolicy
 
 LONGEST_WAIT = 60.0  # seconds that a generator waits for its shards to be stored before it draws the next all the same
 

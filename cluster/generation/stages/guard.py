@@ -10,7 +10,8 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster.generation.stages.monitor import FaultPolicy, ShardFaults
+from cluster.generation.limits import FaultPolicy
+from cluster.generation.stages.monitor import ShardFaults
 from cluster.generation.stages.shard_row import ERRORS_KEPT
 from cluster.generation.stages.watchdog import Watchdog
 from pcm.errors import InputError, typed_first_line

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pcm.captioners.interface import Decoded
+from pcm.captioners.pcmnet.config import BEAM_SIZE
 from pcm.captioners.pcmnet.model import Encoded, PCMNet
 from pcm.captioners.pcmnet.transformer import DecoderBlock
 from pcm.errors import InputError
@@ -92,7 +93,7 @@ def beam_search(
     global_feature: Tensor,
     patch_features: Tensor,
     *,
-    beam_size: int = 3,
+    beam_size: int = BEAM_SIZE,
     max_length: int | None = None,
     out_size: int = 1,
 ) -> Decoded:

@@ -1,15 +1,12 @@
 """CXE, the CLIP-weighted cross-entropy (arXiv 2501.00437, eq. 11), with the focal factor of the published runs."""
 
 import math
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcm.errors import InputError
-
-FocalMode = Literal["batch", "sentence", "word", "off"]
+from pcm.captioners.pcmnet.loss_settings import LossSettings
 
 
 class CLIPWeightedCrossEntropy(nn.Module):
@@ -27,20 +24,18 @@ class CLIPWeightedCrossEntropy(nn.Module):
 
     def __init__(
         self,
-        clip_weight: float = 4.0,
-        label_smoothing: float = 0.1,
-        focal_gamma: float = 2.0,
-        focal_mode: FocalMode = "batch",
+        clip_weight: float = LossSettings.clip_weight,
+        label_smoothing: float = LossSettings.label_smoothing,
+        focal_gamma: float = LossSettings.focal_gamma,
+        focal_mode: str = LossSettings.focal_mode,
     ):
         super().__init__()
-        if not clip_weight > 0:
-            raise InputError(f"clip_weight {clip_weight}: must be greater than 0")
-        if not 0 <= label_smoothing < 1:
-            raise InputError(f"label_smoothing {label_smoothing}: must be at least 0 and below 1")
-        if focal_mode not in get_args(FocalMode):
-            raise InputError(f"focal_mode {focal_mode!r}: allowed are {', '.join(get_args(FocalMode))}")
-        if focal_mode != "off" and focal_gamma < 1:
-            raise InputError(f"focal_gamma {focal_gamma}: must be at least 1; focal_mode 'off' leaves the factor out")
+        LossSettings(
+            clip_weight=clip_weight,
+            label_smoothing=label_smoothing,
+            focal_gamma=focal_gamma,
+            focal_mode=focal_mode,
+        )  # checks them
         self.clip_weight = clip_weight
         self.label_smoothing = label_smoothing
         self.focal_gamma = focal_gamma

@@ -14,8 +14,9 @@ import pytest
 from cluster.dataset.clip_scores import ClipScores, check_gate
 from cluster.generation.cost import Billing
 from cluster.generation.display import Display, log_line, next_line, trouble
+from cluster.generation.limits import RunLimits
 from cluster.generation.pools import Pools
-from cluster.generation.progress import MonitorSnapshot, RunLimits, RunProgress
+from cluster.generation.progress import MonitorSnapshot, RunProgress
 from cluster.generation.telemetry import Telemetry
 from cluster.numbers import duration, size
 from pcm.errors import InputError

@@ -9,7 +9,7 @@ import pytest
 from cluster.dataset.committed import committed
 from cluster.dataset.layout import MANIFEST_KEY, Plan, quarantine_key, shard_key, stats_key
 from cluster.dataset.verify import verify
-from cluster.generation.generate import write_manifest
+from cluster.generation.pipeline import write_manifest
 from cluster.generation.regenerate import regenerate
 from cluster.generation.retry_quarantined import parse_reason
 from cluster.generation.stages.draw import DrawShard

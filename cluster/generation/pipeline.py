@@ -21,11 +21,12 @@ from cluster.dataset.layout import (
 from cluster.dataset.vocabularies import store_vocabularies
 from cluster.generation.cost import Billing
 from cluster.generation.display import Display
+from cluster.generation.limits import FaultPolicy, RunLimits
 from cluster.generation.pools import Pools
-from cluster.generation.progress import RunLimits, RunProgress, Status
+from cluster.generation.progress import RunProgress, Status
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
-from cluster.generation.stages.monitor import FaultPolicy, start_monitor
+from cluster.generation.stages.monitor import start_monitor
 from cluster.generation.stages.write import WriteShard
 from cluster.generation.telemetry import Telemetry
 from cluster.session import user_error
@@ -96,7 +97,7 @@ class GenerationResult:
         }
 
 
-def generate(
+def run_pipeline(
     store: Store,
     plan: Plan,
     pools: Pools,
@@ -209,7 +210,7 @@ def _run_pools(
         )
         .map_batches(
             WriteShard,
-            fn_constructor_args=(store,),
+            fn_constructor_args=(store, plan.schema_version),
             **pools.write_options(len(shards)),
             batch_size=1,
             batch_format="pyarrow",
@@ -260,6 +261,7 @@ def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest
         clip_score_mean=score_sum / stored if stored else None,
         shard_bytes=sum(shard["bytes"] for shard in shards),
         shards=tuple(shards),
+        schema_version=plan.schema_version,
     )
     if load_plan(store) == plan:
         store.write_bytes(MANIFEST_KEY, manifest.to_json())
