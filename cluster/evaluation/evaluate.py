@@ -138,7 +138,7 @@ def scored(
 
 def _source(request: EvaluateRequest, checkpoint: str) -> CaptionerSource:
     return CaptionerSource(
-        checkpoint=anywhere(checkpoint),
+        checkpoint=open_store(checkpoint).address,
         clip=request.clip,
         device=request.device,
         beam_size=request.beam_size,

@@ -74,8 +74,7 @@ def prepare(store: Store, asked: GenerationOptions) -> Prepared:
     if spec.clip.model == "null" and asked.stop_below_clip_score is not None:
         raise InputError("--stop-below-clip-score: --clip null gives no scores; name a CLIP")
     uri = embedded.caption_file(asked.corpus)
-    columns = tuple(asked.caption_column.split(",")) if asked.caption_column else ()
-    options = ReadOptions(caption_columns=columns, csv_quoting=asked.csv_quoting)
+    options = ReadOptions.of(asked.caption_column, asked.csv_quoting)
     source = CorpusSource(
         source_digest(uri), asked.corpus_format, asked.split, asked.limit, asked.caption_column, asked.csv_quoting
     )

@@ -26,7 +26,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -62,6 +62,12 @@ class ReadOptions:
 
     caption_columns: tuple[str, ...] = ()
     csv_quoting: str = "auto"
+
+    @classmethod
+    def of(cls, caption_column: str | None, csv_quoting: str) -> Self:
+        """What --caption-column, "NAME[,NAME...]" or None, and --csv-quoting say."""
+        columns = (column.strip() for column in (caption_column or "").split(","))
+        return cls(caption_columns=tuple(filter(None, columns)), csv_quoting=csv_quoting)
 
     def __post_init__(self) -> None:
         if self.csv_quoting not in QUOTINGS:
