@@ -70,6 +70,8 @@ class CorpusSource:
     format: str
     split: str | None
     limit: int | None
+    caption_column: str | None = None
+    csv_quoting: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from cluster.store.store import Store, open_store
 from pcm import embedded
 from pcm.clip.names import truncation_check
 from pcm.errors import InputError
+from pcm.text.formats import ReadOptions
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ def repair_dataset(dataset: str, *, corpus: str | None = None) -> dict:
         uri = embedded.caption_file(corpus or plan.corpus)
         if plan.source is None:
             return read_corpus(uri, limit=plan.records)
-        return read_corpus(uri, format=plan.source.format, split=plan.source.split, limit=plan.records)
+        options = ReadOptions.of(plan.source.caption_column, plan.source.csv_quoting)
+        return read_corpus(uri, format=plan.source.format, split=plan.source.split, limit=plan.records, options=options)
 
     def draw(plan: Plan, shards: list[int]) -> None:
         cpus, gpus = 1.0, 0.0

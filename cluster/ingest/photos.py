@@ -269,7 +269,7 @@ class PhotoShards:
         try:
             data = self._files.read(position)
             return Photo("", data, picture_size(data))
-        except FileNotFoundError:
+        except OSError:  # a link that leads nowhere or to itself, a file that vanished
             return Photo(MISSING_IMAGE)
         except InputError as error:
             log.warning("%s: %s", self._files.names[position], error)

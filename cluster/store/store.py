@@ -201,6 +201,10 @@ def open_store(uri: str | os.PathLike) -> Store:
     return _reopen(os.fspath(uri), os.fspath(uri))
 
 
+#: The extra of pyproject.toml that brings a protocol's package; S3's is always installed.
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure", "adl": "azure"}
+
+
 def _reopen(root: str, uri: str) -> Store:
     refuse_credentials(uri)
     if not is_uri(uri):
@@ -219,7 +223,11 @@ def _reopen(root: str, uri: str) -> Store:
             config = _s3_config() | {"retries": {"total_max_attempts": 1, "mode": "standard"}}
             single, _ = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=config, max_concurrency=1)
             single.retries = 1
-    except (ValueError, ImportError) as error:
+    except ImportError as error:
+        extra = _EXTRAS.get(uri.partition("://")[0])
+        install = f"; install it with pip install -c constraints.txt -e '.[{extra}]'" if extra else ""
+        raise InputError(f"{uri}: needs a package that is not installed ({first_line(error)}){install}") from None
+    except ValueError as error:
         raise InputError(
             f"{uri}: cannot be opened ({first_line(error)}); allowed are local paths, file://, s3://, gs:// and other "
             "fsspec URIs"
@@ -275,18 +283,27 @@ def _write_file(path: str, data: bytes) -> None:
 
 
 def _find_files(root: str, prefix: str) -> Iterator[str]:
-    """Keys of files below a folder that begin with a prefix; only folders that can hold one are read."""
+    """Keys of files below a folder that begin with a prefix; only folders that can hold one are read.
+
+    A folder that links lead to more than once is read once: a link to a folder above it would never end.
+    """
     folders = [prefix.rpartition("/")[0]]
+    read: set[tuple[int, int]] = set()
     while folders:
         folder = folders.pop()
+        path = os.path.join(root, folder)
         try:
-            entries = os.scandir(os.path.join(root, folder))
+            status = os.stat(path)
+            entries = os.scandir(path)
         except (FileNotFoundError, NotADirectoryError):
             continue
         with entries:
+            if (status.st_dev, status.st_ino) in read:
+                continue
+            read.add((status.st_dev, status.st_ino))
             for entry in entries:
                 key = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_dir():
+                if _is_folder(entry):
                     if f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/"):
                         folders.append(key)
                 elif key.startswith(prefix):
@@ -296,6 +313,13 @@ def _find_files(root: str, prefix: str) -> Iterator[str]:
 def is_uri(text: str) -> bool:
     """Whether this is a URI; anything without a protocol is a local path, whatever else is in its name."""
     return "://" in text
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def join(uri: str, *parts: str) -> str:

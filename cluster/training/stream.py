@@ -31,6 +31,7 @@ from cluster.training.reporting import FIRST_STEP_KEY
 from cluster.training.request import StreamRequest, TrainRequest
 from cluster.training.train import CONFIG_KEY, check_settings, train
 from pcm.errors import InputError
+from pcm.text.metrics import require_metrics
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def generate_and_train(
     """
     if plan.spec.clip.model == "null":
         raise InputError("--clip null: gives no features to train on; name an open_clip model")
+    require_metrics()
     started = time.time()
     arriving = arriving_set(store, plan, store_vocabularies(store, plan))
     request = replace(request, overrides={**request.overrides, "first_epoch": "plan"}, resume=_is_begun(request))
