@@ -20,12 +20,11 @@ OPTIONAL = (
 
 #: A Python in which these packages are not installed; the job's workers inherit it by PYTHONPATH.
 BLOCKER = f"""
-import sys
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {OPTIONAL!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, NotInstalled())
+from importlib.machinery import PathFinder
+find_spec = PathFinder.find_spec
+def find_installed(name, path=None, target=None):
+    return None if name.partition(".")[0] in {OPTIONAL!r} else find_spec(name, path, target)
+PathFinder.find_spec = staticmethod(find_installed)
 """
 
 
