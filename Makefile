@@ -38,11 +38,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,evaluation]'
 	touch $(STAMP)
 
-constraints:
-	@{ echo "# Exact versions for laptop, CI and cluster image: pip install -c constraints.txt -e .   (made by: make constraints)"; \
+# Of every extra, those that `make install` leaves out too.
+constraints: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,evaluation,gcs,azure,world]'
+	@{ echo "# Exact versions for laptop, CI and cluster image: pip install -c constraints.txt -e '.[dev,evaluation]'   (made by: make constraints)"; \
 	$(VENV)/bin/python -m pip freeze --exclude-editable | grep -v ' @ ' | sed -E 's/^(torch==[0-9.]+)\+.*/\1/'; } > constraints.txt
 
 clean:

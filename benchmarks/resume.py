@@ -35,6 +35,7 @@ from cluster.generation.stages.write import WriteShard
 from cluster.sources.corpus import read_corpus
 from cluster.store.store import Store, open_store
 from jobs.generate import JOB
+from pcm.records import SCHEMA_VERSION
 
 ROWS_A_SHARD = 2
 
@@ -51,7 +52,7 @@ def build(corpus: Path, out: str) -> tuple[Store, Plan]:
         store, read_corpus(str(corpus), split="train"), spec, corpus=str(corpus), shard_size=ROWS_A_SHARD,
         is_truncated=lambda prompt: False,
     )  # fmt: skip
-    draw, featurise, write = DrawShard(store, spec), FeaturiseShard(spec.clip), WriteShard(store)
+    draw, featurise, write = DrawShard(store, spec), FeaturiseShard(spec.clip), WriteShard(store, SCHEMA_VERSION)
     times = {"start_time": 0.0, "draw_seconds": 0.0, "featurise_seconds": 0.0}
 
     def make(shard: int) -> None:

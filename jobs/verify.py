@@ -14,7 +14,12 @@ def run(request: VerifyRequest) -> dict[str, Any]:
     from cluster.dataset.verify import verify
     from cluster.store.store import open_store
 
-    return verify(open_store(request.dataset))
+    store = open_store(request.dataset)
+    if request.upgrade:
+        from cluster.dataset.upgrade import upgrade
+
+        return {**upgrade(store), **verify(store)}
+    return verify(store)
 
 
 JOB = Job("verify", __doc__, VerifyRequest, run)

@@ -19,6 +19,7 @@ Retry = Literal["none", "same seed", "next seeds"]
 # Captions, in the order in which pcm.text.rules tests them.
 BAD_RECORD = "bad_record"
 MISSING_CAPTION = "missing_caption"
+REJECTED = "rejected"
 INVALID_UTF8 = "invalid_utf8"
 CONTROL_CHARACTERS = "control_characters"
 EMPTY = "empty"
@@ -75,6 +76,10 @@ _ROWS = (
         "the record has the wrong shape: malformed JSON, a caption that is no string, too few fields",
     ),
     Reason(MISSING_CAPTION, "caption", "none", "the record has no caption (the field is absent or null)"),
+    Reason(
+        REJECTED, "caption", "none",
+        "the file itself says that it is no caption (VizWiz: is_rejected, is_precanned)",
+    ),
     Reason(INVALID_UTF8, "caption", "none", "the caption is not valid UTF-8 (or holds a lone surrogate)"),
     Reason(
         CONTROL_CHARACTERS, "caption", "none",

@@ -25,7 +25,7 @@ from pcm.credentials import refuse_credentials
 from pcm.errors import InputError
 from pcm.generation.seeds import sample_seeds
 from pcm.reasons import PROMPT_TRUNCATED, USABLE
-from pcm.records import PLAN_SCHEMA
+from pcm.records import PLAN_SCHEMA, SCHEMA_VERSION
 from pcm.spec import DatasetSpec
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ def make_plan(
         shard_size=shard_size,
         segments=(*(planned.segments if planned else ()), segment),
         source=source,
+        schema_version=planned.schema_version if planned else SCHEMA_VERSION,  # a dataset is of one version
     )
     _replace_plan(store, planned, plan)
     added = f" (new: {segment.records} captions in {segment.num_shards} shards)" if planned else ""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cluster.options import Request, option, refuse_without
+from pcm.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,10 @@ class VerifyRequest(Request):
         unset="where they were",
     )
 
+    upgrade: bool = option(False, help="rewrite a dataset of an older schema version in place")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_without(self, "repair", "corpus")
+        if self.upgrade and self.repair:
+            raise InputError("--upgrade, --repair: give one of the two; repair first what is damaged")

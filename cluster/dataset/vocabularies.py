@@ -61,6 +61,11 @@ def store_vocabularies(store: Store, plan: Plan, *, encoder: "ClipEncoder | None
                 raise user_error(error) or error from None
         document = json.dumps({"corpus_fingerprint": plan.corpus_fingerprint, "min_count": min_count})
         store.write_bytes(VOCABULARIES_KEY, f"{document}\n".encode())
+    return stored_features(store, plan)
+
+
+def stored_features(store: Store, plan: Plan) -> FeatureShape:
+    """The shape of the features of a dataset whose CLIP files are on the store. Raises FileNotFoundError."""
     if plan.spec.clip.model == "null":
         return NULL_FEATURES
     metadata = safetensors_metadata(store.read_bytes(CLIP_HEAD_KEY))

@@ -88,7 +88,7 @@ def local_checkpoint(uri: str) -> Path:
 
 def caption_pictures(captioner: Captioner, pictures: PictureSet, *, batch_size: int = BATCH_SIZE) -> Captioned:
     """All pictures, in this process."""
-    said = _said(batches(len(pictures), batch_size), pictures=len(pictures), batch_size=batch_size)
+    said = _with_progress_lines(batches(len(pictures), batch_size), pictures=len(pictures), batch_size=batch_size)
     return Captioned.concatenate([caption_batch(captioner, pictures, batch) for batch in said])
 
 
@@ -148,7 +148,7 @@ def caption_on_cluster(source: CaptionerSource, *, pictures: int, num_workers: i
         num_gpus=1 if gpus else 0,
     )
     try:
-        rows = list(_said(captioned.iter_rows(), pictures=pictures, batch_size=source.batch_size))
+        rows = list(_with_progress_lines(captioned.iter_rows(), pictures=pictures, batch_size=source.batch_size))
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
     parts = {row["batch"]: _unpacked(row) for row in rows}
@@ -187,7 +187,7 @@ def _unpacked(row: dict[str, Any]) -> Captioned:
     return Captioned(json.loads(row["captions"]), features, json.loads(row["unreadable"]))
 
 
-def _said(items: Any, *, pictures: int, batch_size: int) -> Iterator[Any]:
+def _with_progress_lines(items: Any, *, pictures: int, batch_size: int) -> Iterator[Any]:
     """The items, with a line about how far they are every so often."""
     timer = LineTimer()
     for done, item in enumerate(items):

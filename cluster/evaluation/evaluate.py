@@ -16,7 +16,6 @@ from cluster.evaluation.captioning import CaptionerSource, caption_on_cluster, c
 from cluster.evaluation.experiments import EXPERIMENTS, comparison, comparison_table, experiments_table
 from cluster.evaluation.request import EvaluateRequest
 from cluster.sources.pictures import (
-    anywhere,
     load_picture_set,
     picture_domains,
     picture_references,
@@ -26,7 +25,7 @@ from cluster.store.store import join, open_store, read_uri
 from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
-from pcm.text.metrics import cider_only, clip_scores, clipscore_text, coco_metrics
+from pcm.text.metrics import cider_only, clip_scores, clipscore_text, coco_metrics, require_metrics
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +49,7 @@ def evaluate(request: EvaluateRequest) -> dict[str, Any]:
         return _evaluate_results(request, request.results)
     assert request.checkpoint is not None
     started = time.monotonic()
+    require_metrics()
     captioner = Captioner.load(
         local_checkpoint(request.checkpoint), clip=request.clip, device=request.device, beam_size=request.beam_size
     )
@@ -90,6 +90,7 @@ def _evaluate_results(request: EvaluateRequest, results: str) -> dict[str, Any]:
     caption (without_picture). Raises InputError when the file or the references cannot be used.
     """
     started = time.monotonic()
+    require_metrics()
     given = read_results(read_uri(results), source=results)
     references = picture_references(request.pictures)
     captions = {image_id: caption for image_id, caption in given.items() if image_id in references}
@@ -137,7 +138,7 @@ def scored(
 
 def _source(request: EvaluateRequest, checkpoint: str) -> CaptionerSource:
     return CaptionerSource(
-        checkpoint=anywhere(checkpoint),
+        checkpoint=open_store(checkpoint).address,
         clip=request.clip,
         device=request.device,
         beam_size=request.beam_size,

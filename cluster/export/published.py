@@ -13,8 +13,6 @@ last one the remainder too.
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-import pyarrow as pa
 import safetensors.torch
 
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY
@@ -34,6 +32,7 @@ from pcm.official.files import (
     split_of,
     stack_sentences,
 )
+from pcm.records import feature_matrix
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
 
@@ -80,8 +79,8 @@ class Official:
         table = self._source.read(shard)
         rows = len(table)
         features = self._source.manifest.features
-        patches = _matrix(table, "patch_features").reshape(rows, features.num_patches, features.patch_dim)
-        images = _matrix(table, "global_feature")
+        patches = feature_matrix(table["patch_features"]).reshape(rows, features.num_patches, features.patch_dim)
+        images = feature_matrix(table["global_feature"])
         annotations, captions = [], []
         light = table.select(["sample_id", "caption", "image", "clip_score"]).to_pylist()
         for number, row in enumerate(light):
@@ -113,8 +112,3 @@ class Official:
     def tidy(self) -> None:
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(self._out.delete, self._out.list(_PARTS)))
-
-
-def _matrix(table: pa.Table, name: str) -> np.ndarray:
-    column = table[name].combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)

@@ -26,6 +26,7 @@ from pcm import embedded
 from pcm.clip.names import truncation_check
 from pcm.errors import InputError
 from pcm.spec import DatasetSpec
+from pcm.text.formats import ReadOptions
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +74,14 @@ def prepare(store: Store, asked: GenerationOptions) -> Prepared:
     if spec.clip.model == "null" and asked.stop_below_clip_score is not None:
         raise InputError("--stop-below-clip-score: --clip null gives no scores; name a CLIP")
     uri = embedded.caption_file(asked.corpus)
-    source = CorpusSource(source_digest(uri), asked.corpus_format, asked.split, asked.limit)
+    options = ReadOptions.of(asked.caption_column, asked.csv_quoting)
+    source = CorpusSource(
+        source_digest(uri), asked.corpus_format, asked.split, asked.limit, asked.caption_column, asked.csv_quoting
+    )
     planned = load_plan(store)
     if planned is not None:
         refuse_other_spec(store, planned, _resumed(spec, planned, asked), asked.shard_size)
-    records = read_corpus(uri, format=asked.corpus_format, split=asked.split, limit=asked.limit)
+    records = read_corpus(uri, format=asked.corpus_format, split=asked.split, limit=asked.limit, options=options)
     if planned is None or planned.source != source:
         records = _begun(records)
     is_truncated = truncation_check(spec.clip.model)

@@ -210,7 +210,7 @@ def _run_pools(
         )
         .map_batches(
             WriteShard,
-            fn_constructor_args=(store,),
+            fn_constructor_args=(store, plan.schema_version),
             **pools.write_options(len(shards)),
             batch_size=1,
             batch_format="pyarrow",
@@ -261,6 +261,7 @@ def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest
         clip_score_mean=score_sum / stored if stored else None,
         shard_bytes=sum(shard["bytes"] for shard in shards),
         shards=tuple(shards),
+        schema_version=plan.schema_version,
     )
     if load_plan(store) == plan:
         store.write_bytes(MANIFEST_KEY, manifest.to_json())

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from cluster.dataset.layout import (
     MANIFEST_KEY,
     Manifest,
+    OtherSchema,
     Plan,
     group_key,
     load_plan,
@@ -27,6 +28,7 @@ from cluster.store.store import Store, open_store
 from pcm import embedded
 from pcm.clip.names import truncation_check
 from pcm.errors import InputError
+from pcm.text.formats import ReadOptions
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,8 @@ def repair_dataset(dataset: str, *, corpus: str | None = None) -> dict:
         uri = embedded.caption_file(corpus or plan.corpus)
         if plan.source is None:
             return read_corpus(uri, limit=plan.records)
-        return read_corpus(uri, format=plan.source.format, split=plan.source.split, limit=plan.records)
+        options = ReadOptions.of(plan.source.caption_column, plan.source.csv_quoting)
+        return read_corpus(uri, format=plan.source.format, split=plan.source.split, limit=plan.records, options=options)
 
     def draw(plan: Plan, shards: list[int]) -> None:
         cpus, gpus = 1.0, 0.0
@@ -95,6 +98,8 @@ def _drop_damaged_manifest(store: Store) -> None:
         Manifest.from_json(store.read_bytes(MANIFEST_KEY))
     except FileNotFoundError:
         return
+    except OtherSchema:  # it says much, to another release
+        raise
     except InputError as error:
         if load_plan(store) is not None:
             log.warning("%s", error)

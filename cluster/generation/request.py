@@ -13,6 +13,7 @@ from pcm.errors import InputError
 from pcm.images import IMAGE_FORMATS
 from pcm.name_value import read_value, split_name_value
 from pcm.spec import ATTENTIONS, COMPILE_MODES, DEVICES, DTYPES, ClipSpec, DatasetSpec, GeneratorSpec
+from pcm.text.csv_records import QUOTINGS
 from pcm.text.detect import FORMATS
 
 AUTO = "auto"
@@ -70,6 +71,15 @@ class CorpusOptions(Request):
     )
     corpus_format: str = option(
         AUTO, choices=(AUTO, *FORMATS), help="of the captions; auto tells it from name and content"
+    )
+    caption_column: str | None = option(
+        None,
+        metavar="NAME[,NAME...]",
+        help="columns that hold captions, of CSV, JSONL or Parquet; numbers from 1 for a CSV file without a header",
+        unset="the first of caption, text, ...",
+    )
+    csv_quoting: str = option(
+        QUOTINGS[0], choices=QUOTINGS, help="whether quotes round a CSV field belong to it; auto decides by evidence"
     )
     split: str = option("train", help="split of a Karpathy file (train takes restval too), or all")
     limit: int | None = option(None, help="only the first N records", unset="all")

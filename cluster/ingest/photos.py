@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from cluster.dataset.committed import committed
-from cluster.dataset.layout import Manifest, plan_part_key, read_table
+from cluster.dataset.layout import Manifest, Plan, plan_part_key, read_table
 from cluster.dataset.plan import make_plan
 from cluster.dataset.vocabularies import store_vocabularies
 from cluster.generation.pinning import clip_spec, resolve_device, resolve_dtype
@@ -102,7 +102,7 @@ def featurise_photos(request: PhotoRequest) -> PhotoResult:
     missing = [shard for shard in range(plan.num_shards) if shard not in made]
     making = time.monotonic()
     by_number = {corpus.numbers[image_id]: position for image_id, position in photos.items()}
-    shards = PhotoShards(store, featuriser, corpus, files, by_number)
+    shards = PhotoShards(store, plan, featuriser, corpus, files, by_number)
     rows = import_shards(shards, made, plan, missing, workers=request.workers)
     return PhotoResult(
         manifest=write_manifest(store, plan, features),
@@ -216,6 +216,7 @@ class PhotoShards:
     def __init__(
         self,
         store: Store,
+        plan: Plan,
         featuriser: FeaturisePhotos,
         corpus: PhotoCorpus,
         files: PictureFiles,
@@ -226,7 +227,7 @@ class PhotoShards:
         self._corpus = corpus
         self._files = files
         self._positions = positions
-        self._writer = WriteShard(store)
+        self._writer = WriteShard(store, plan.schema_version)
         self._model = threading.Lock()  # one forward pass at a time; photos are read and decoded beside it
 
     def __call__(self, shard: int) -> dict:
@@ -268,7 +269,7 @@ class PhotoShards:
         try:
             data = self._files.read(position)
             return Photo("", data, picture_size(data))
-        except FileNotFoundError:
+        except OSError:  # a link that leads nowhere or to itself, a file that vanished
             return Photo(MISSING_IMAGE)
         except InputError as error:
             log.warning("%s: %s", self._files.names[position], error)

@@ -59,7 +59,7 @@ from pcm.reasons import (
     MISSING_IMAGE,
     USABLE,
 )
-from pcm.records import FeatureShape
+from pcm.records import FeatureShape, with_features
 from pcm.safe_pickle import reader as safe_pickle
 from pcm.spec import ClipSpec, DatasetSpec
 from pcm.text.concepts import ConceptVocabulary
@@ -154,7 +154,7 @@ def import_dataset(request: ImportRequest) -> ImportResult:
     features = _store_clip_files(store, plan, request, found)
     made = committed(store, plan)
     missing = [shard for shard in range(plan.num_shards) if shard not in made]
-    importer = ShardImporter(store, spec, features, places, corpus)
+    importer = ShardImporter(store, plan, features, places, corpus)
     importing = time.monotonic()
     rows = import_shards(importer, made, plan, missing, workers=request.workers)
     return ImportResult(
@@ -252,7 +252,7 @@ class ShardImporter:
     def __init__(
         self,
         store: Store,
-        spec: DatasetSpec,
+        plan: Plan,
         features: FeatureShape,
         places: PublishedFolders,
         corpus: AnnotationCorpus,
@@ -261,15 +261,15 @@ class ShardImporter:
         self._features = features
         self._places = places
         self._corpus = corpus
-        self._writer = WriteShard(store)
-        self._featuriser = None if places.features else FeaturiseShard(spec.clip)
+        self._writer = WriteShard(store, plan.schema_version)
+        self._featuriser = None if places.features else FeaturiseShard(plan.spec.clip)
         self._model = threading.Lock()  # one forward pass at a time; pictures are read and decoded beside it
 
     def __call__(self, shard: int) -> dict:
         """The stats of the shard, once it is committed."""
         started = time.time()
         rows = read_table(self._store, plan_part_key(shard)).to_pylist()
-        patches = np.zeros((len(rows), self._features.num_patches * self._features.patch_dim), np.float16)
+        patches = np.zeros((len(rows), self._features.num_patches, self._features.patch_dim), np.float16)
         images = np.zeros((len(rows), self._features.embed_dim), np.float16)
         scores = np.array([self._corpus.clip_scores[row["record_index"]] for row in rows], np.float32)
         read = [
@@ -285,14 +285,13 @@ class ShardImporter:
             scores = np.where(np.isnan(scores), computed, scores)
             samples = samples.drop_columns(["clip_score"])
         else:
-            samples = samples.append_column("global_feature", _fixed_lists(images))
-            samples = samples.append_column("patch_features", _fixed_lists(patches))
+            samples = with_features(samples, images, patches)
         samples = samples.append_column("clip_score", pa.array(scores))
         times = {"start_time": started, "draw_seconds": read_at - started, "featurise_seconds": time.time() - read_at}
         return self._writer.write(ShardRow(shard, samples, times))
 
     def _row(self, row: dict, *, patches: np.ndarray, image: np.ndarray, score: np.float32) -> dict:
-        """The sample of a plan row; its features are written into `patches` (N * D_v,) and `image` (D,)."""
+        """The sample of a plan row; its features are written into `patches` (N, D_v) and `image` (D,)."""
         picture, reason = b"", row["reason"]
         size = (0, 0)
         if reason in USABLE:
@@ -328,10 +327,6 @@ class ShardImporter:
         if given_patches.shape != (wanted.num_patches, wanted.patch_dim) or len(given_image) != wanted.embed_dim:
             return FEATURES_OF_ANOTHER_SHAPE
         with np.errstate(over="ignore"):
-            patches[:] = given_patches.reshape(-1)
+            patches[:] = given_patches
             image[:] = given_image
         return "" if np.isfinite(patches).all() and np.isfinite(image).all() else FEATURES_BEYOND_FLOAT16
-
-
-def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])

@@ -20,7 +20,7 @@ from typing import BinaryIO, cast
 from cluster.store.store import open_store
 from pcm.errors import InputError, first_line
 from pcm.text import detect
-from pcm.text.formats import FORMATS, CaptionRow, in_split, read_rows
+from pcm.text.formats import FORMATS, CaptionRow, ReadOptions, in_split, read_rows
 from pcm.text.rules import check_caption, quarantined
 
 __all__ = ["FORMATS", "CorpusRecord", "detect_format", "read_corpus", "source_digest"]
@@ -50,7 +50,12 @@ class CorpusRecord:
 
 
 def read_corpus(
-    uri: str, *, format: str = "auto", split: str | None = None, limit: int | None = None
+    uri: str,
+    *,
+    format: str = "auto",
+    split: str | None = None,
+    limit: int | None = None,
+    options: ReadOptions | None = None,
 ) -> Iterator[CorpusRecord]:
     """Stream the records of a corpus, in file order. Memory stays flat, except that a JSON document is loaded whole.
 
@@ -58,6 +63,7 @@ def read_corpus(
     format: one of `FORMATS`, or "auto".
     split: None or "all" for every split. "train" takes Karpathy's "restval" too; a record naming no split is "train".
     limit: at most this many records, bad ones included.
+    options: which columns are captions, and how fields are quoted, where the file does not say so itself.
 
     Raises InputError (while iterating): the file cannot be opened or told apart, has the wrong shape, has no record of
     the split, or, after its last record, had no usable caption at all.
@@ -73,7 +79,7 @@ def read_corpus(
         reasons: Counter[str] = Counter()
         splits: Counter[str] = Counter()
         index = 0
-        for row in _rows(stream, format, uri):
+        for row in _rows(stream, format, uri, options):
             splits[row.split] += 1
             if split is not None and not in_split(row, split):
                 continue
@@ -113,9 +119,9 @@ def _detect(uri: str, stream: io.BufferedReader) -> str:
     return detect.detect_format(uri.removesuffix(".gz"), head)
 
 
-def _rows(stream: io.BufferedReader, format: str, uri: str) -> Iterator[CaptionRow]:
+def _rows(stream: io.BufferedReader, format: str, uri: str, options: ReadOptions | None) -> Iterator[CaptionRow]:
     try:
-        yield from read_rows(cast(BinaryIO, stream), format, name=uri)
+        yield from read_rows(cast(BinaryIO, stream), format, name=uri, options=options)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{uri}: its gzip data is damaged or cut short ({error})") from error
 

@@ -75,7 +75,7 @@ class Store:
 
     def read_bytes(self, key: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError."""
-        return self._patiently(key, lambda: self._single.cat_file(self.path(key)))
+        return self._with_retries(key, lambda: self._single.cat_file(self.path(key)))
 
     def open(self, key: str = "", *, buffered: bool = True) -> BinaryIO:
         """One object as a file to read, from any place and in little memory.
@@ -86,9 +86,9 @@ class Store:
         while reading InputError when a remote object is changed meanwhile.
         """
         if self.is_local:
-            return self._patiently(key, lambda: open(self.path(key), "rb", LOCAL_BUFFER if buffered else 0))
+            return self._with_retries(key, lambda: open(self.path(key), "rb", LOCAL_BUFFER if buffered else 0))
         if not _RANGES & set(_protocols(self.fs)):
-            return self._patiently(key, lambda: self._copied(key))
+            return self._with_retries(key, lambda: self._copied(key))
         raw = self._open_remote(key)
         return cast(BinaryIO, io.BufferedReader(raw, REMOTE_BUFFER) if buffered else raw)
 
@@ -100,9 +100,9 @@ class Store:
         gets its name. Nothing is read back.
         """
         if self.is_local:
-            self._patiently(key, lambda: _write_file(self.path(key), data))
+            self._with_retries(key, lambda: _write_file(self.path(key), data))
             return
-        self._patiently(key, lambda: self._put(self.path(key), data))
+        self._with_retries(key, lambda: self._put(self.path(key), data))
 
     def exists(self, key: str) -> bool:
         try:
@@ -128,25 +128,25 @@ class Store:
         One request a 1,000 keys on an object store. Temporary files of interrupted writers are not objects.
         """
         try:
-            return sorted(self._patiently(prefix, lambda: [key for key in self._find(prefix) if _is_object(key)]))
+            return sorted(self._with_retries(prefix, lambda: [key for key in self._find(prefix) if _is_object(key)]))
         except FileNotFoundError:
             return []
 
     def delete(self, key: str) -> None:
-        self._patiently(key, lambda: self._single.rm_file(self.path(key)))
+        self._with_retries(key, lambda: self._single.rm_file(self.path(key)))
 
-    def _patiently(self, key: str, operation: Callable[[], T]) -> T:
+    def _with_retries(self, key: str, operation: Callable[[], T]) -> T:
         return with_retries(operation, place=f"{self.root}/{key}" if key else self.root)
 
     def _info(self, key: str) -> dict[str, Any]:
-        return self._patiently(key, lambda: self._single.info(self.path(key)))
+        return self._with_retries(key, lambda: self._single.info(self.path(key)))
 
     def _open_remote(self, key: str) -> ObjectFile:
         path, info = self.path(key), self._info(key)
         if info["type"] == "directory":
             raise IsADirectoryError(path)
         return ObjectFile(
-            lambda start, end: self._patiently(key, lambda: self._single.cat_file(path, start=start, end=end)),
+            lambda start, end: self._with_retries(key, lambda: self._single.cat_file(path, start=start, end=end)),
             size=info["size"],
             opened=_version(info),
             version=lambda: _version(self._info(key)),
@@ -201,9 +201,13 @@ def open_store(uri: str | os.PathLike) -> Store:
     return _reopen(os.fspath(uri), os.fspath(uri))
 
 
+#: The extra of pyproject.toml that brings a protocol's package; S3's is always installed.
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure", "adl": "azure"}
+
+
 def _reopen(root: str, uri: str) -> Store:
     refuse_credentials(uri)
-    if "://" not in uri:
+    if not is_uri(uri):
         fs, prefix = LocalFileSystem(), os.path.abspath(LocalFileSystem._strip_protocol(uri))
         return Store(root=root.rstrip("/"), fs=fs, prefix=prefix.rstrip("/"), _single=fs)
     try:
@@ -219,7 +223,11 @@ def _reopen(root: str, uri: str) -> Store:
             config = _s3_config() | {"retries": {"total_max_attempts": 1, "mode": "standard"}}
             single, _ = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=config, max_concurrency=1)
             single.retries = 1
-    except (ValueError, ImportError) as error:
+    except ImportError as error:
+        extra = _EXTRAS.get(uri.partition("://")[0])
+        install = f"; install it with pip install -c constraints.txt -e '.[{extra}]'" if extra else ""
+        raise InputError(f"{uri}: needs a package that is not installed ({first_line(error)}){install}") from None
+    except ValueError as error:
         raise InputError(
             f"{uri}: cannot be opened ({first_line(error)}); allowed are local paths, file://, s3://, gs:// and other "
             "fsspec URIs"
@@ -275,25 +283,47 @@ def _write_file(path: str, data: bytes) -> None:
 
 
 def _find_files(root: str, prefix: str) -> Iterator[str]:
-    """Keys of files below a folder that begin with a prefix; only folders that can hold one are read."""
+    """Keys of files below a folder that begin with a prefix; only folders that can hold one are read.
+
+    A folder that links lead to more than once is read once: a link to a folder above it would never end.
+    """
     folders = [prefix.rpartition("/")[0]]
+    read: set[tuple[int, int]] = set()
     while folders:
         folder = folders.pop()
+        path = os.path.join(root, folder)
         try:
-            entries = os.scandir(os.path.join(root, folder))
+            status = os.stat(path)
+            entries = os.scandir(path)
         except (FileNotFoundError, NotADirectoryError):
             continue
         with entries:
+            if (status.st_dev, status.st_ino) in read:
+                continue
+            read.add((status.st_dev, status.st_ino))
             for entry in entries:
                 key = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_dir():
+                if _is_folder(entry):
                     if f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/"):
                         folders.append(key)
                 elif key.startswith(prefix):
                     yield key
 
 
+def is_uri(text: str) -> bool:
+    """Whether this is a URI; anything without a protocol is a local path, whatever else is in its name."""
+    return "://" in text
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def join(uri: str, *parts: str) -> str:
+    """A path or URI below another."""
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 

@@ -31,6 +31,7 @@ from cluster.training.reporting import FIRST_STEP_KEY
 from cluster.training.request import StreamRequest, TrainRequest
 from cluster.training.train import CONFIG_KEY, check_settings, train
 from pcm.errors import InputError
+from pcm.text.metrics import require_metrics
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def stream(request: StreamRequest) -> dict[str, Any]:
     asked = with_preset(request, request.generation_preset)
     if (asked.clip or asked.t2i) == "null":
         raise InputError("--clip null: gives no features to train on; name an open_clip model")
+    require_metrics()
     prepared = prepare(open_store(request.dataset), asked)
     workers, cpus, gpus = _training_share(request, device=prepared.plan.spec.generator.device)
     pools = _pools(request, device=prepared.plan.spec.generator.device, cpus=workers * cpus, gpus=workers * gpus)

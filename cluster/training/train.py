@@ -35,6 +35,7 @@ from pcm.clip.names import resolve_clip_name
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
+from pcm.text.metrics import require_metrics
 from pcm.text.vocabulary import Vocabulary
 
 __all__ = ["TrainRequest", "TrainingFailed", "planned_run", "ray_storage", "train"]
@@ -56,6 +57,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
     when the loss is no longer a number.
     """
     started = time.monotonic()
+    require_metrics()
     sets, out = arriving or open_training_sets(request.sources), open_store(request.out)
     previous = _previous_run(out, resume=request.resume)
     vocabularies = common_vocabularies(sets)
@@ -112,6 +114,7 @@ def planned_run(request: TrainRequest, *, cpus: int) -> RunSpec:
 
     Raises InputError when a dataset is unfinished or unfit.
     """
+    require_metrics()
     sets = open_training_sets(request.sources)
     vocabularies = common_vocabularies(sets)
     config = _config_for(request, sets, vocabularies, None)

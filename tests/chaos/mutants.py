@@ -54,7 +54,7 @@ MUTANTS = (
     Mutant(
         "a corpus is read through faults of its store that pass",
         "cluster/store/store.py",
-        "lambda start, end: self._patiently(key, lambda: self._single.cat_file(path, start=start, end=end)),",
+        "lambda start, end: self._with_retries(key, lambda: self._single.cat_file(path, start=start, end=end)),",
         "lambda start, end: self._single.cat_file(path, start=start, end=end),",
         ("tests/cluster/store/test_open.py::test_a_corpus_is_read_through_faults_that_pass",),
     ),

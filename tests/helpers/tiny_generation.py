@@ -100,7 +100,7 @@ def draw_in_process(
 ) -> FeatureShape:
     """Put these shards on the store, whatever is there; with `retry`, only what was quarantined for these reasons."""
     drawing, featurise = draw(store, plan.spec, None, retry), FeaturiseShard(plan.spec.clip)
-    write = WriteShard(store)
+    write = WriteShard(store, plan.schema_version)
     for shard in shards:
         write(featurise(drawing(pa.table({"shard": [shard]}))))
     return featurise.features

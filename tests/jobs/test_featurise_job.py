@@ -116,7 +116,7 @@ def test_it_mixes_with_drawn_pictures_and_its_features_are_the_encoders(
     assert [(found.manifest.stored, found.weight) for found in sets] == [(19, 0.5), (5, 1.0)]
     for row, name in zip(rows(sets[0].store)[::5], ("one.jpg", "two.jpg", "big.png", "four.jpg"), strict=True):
         alone = encoder.encode_images([open_image(world / "photos" / name)])
-        patches = np.array(row["patch_features"], np.float32).reshape(alone.patch_features[0].shape)
+        patches = np.frombuffer(row["patch_features"], np.float16).reshape(alone.patch_features[0].shape)
         np.testing.assert_allclose(patches, alone.patch_features[0], atol=2e-3)
         np.testing.assert_allclose(row["global_feature"], alone.global_feature[0], atol=1e-3)
         score = alone.global_feature[0] @ encoder.encode_texts([row["caption"]])[0]

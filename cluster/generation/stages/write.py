@@ -15,14 +15,23 @@ from cluster.generation.stages.shard_row import ShardRow
 from cluster.store.store import Store
 from pcm.documents import document_bytes
 from pcm.images import FORMAT_BYTES, image_ending
-from pcm.records import QUARANTINE_SCHEMA, QUARANTINED, STORED, FeatureShape, shard_schema
+from pcm.records import (
+    QUARANTINE_SCHEMA,
+    QUARANTINED,
+    STORED,
+    feature_shape,
+    in_version,
+    shard_schema,
+)
 
 
 class WriteShard:
     """Writer pool: quarantine part and stats first, the shard last - the shard's presence says that all three exist."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, schema_version: int) -> None:
+        """`schema_version`: the plan's; a dataset is finished in the version in which it was begun."""
         self._store = store
+        self._version = schema_version
 
     def __call__(self, block: pa.Table) -> pa.Table:
         row = ShardRow.from_block(block)
@@ -35,7 +44,7 @@ class WriteShard:
         retry = row.stats.get("retry", [])
         if retry:
             stored, quarantined = merge_retried(self._store, row.shard, stored, quarantined, retry)
-        shard_data = parquet_bytes(stored)
+        shard_data = parquet_bytes(in_version(stored, feature_shape(stored.schema), self._version))
         encoded_at = time.time()
         stats = _shard_stats(row, stored, quarantined, shard_data)
         stats |= {"encode_seconds": encoded_at - started, "end_time": time.time()}
@@ -56,13 +65,7 @@ def split_samples(samples: pa.Table) -> tuple[pa.Table, pa.Table]:
     good = pc.greater(pc.binary_length(samples["image"]), 0)
     stored = samples.filter(good)
     bad = samples.filter(pc.invert(good))
-    # The schema needs the length of a row's patch features, N * D_v, and not its two factors.
-    features = FeatureShape(
-        embed_dim=samples.schema.field("global_feature").type.list_size,
-        patch_dim=samples.schema.field("patch_features").type.list_size,
-        num_patches=1,
-    )
-    schema = shard_schema(features)
+    schema = shard_schema(feature_shape(samples.schema))
     images = pa.StructArray.from_arrays(
         [stored["image"].combine_chunks(), pa.array(_image_paths(stored), pa.string())],
         names=["bytes", "path"],

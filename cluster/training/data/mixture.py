@@ -101,6 +101,7 @@ def arriving_set(store: Store, plan: Plan, features: FeatureShape) -> TrainingSe
         clip_score_mean=None,
         shard_bytes=0,
         shards=(),
+        schema_version=plan.schema_version,
     )
     return TrainingSet(store, manifest, 1.0, defined_by=PLAN_KEY)
 

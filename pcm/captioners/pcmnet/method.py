@@ -14,7 +14,7 @@ from pcm.captioners.interface import CONCEPTS_FILE, CONFIG_FILE, MODEL_FILE, VOC
 from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.captioners.pcmnet.decoding import beam_search
 from pcm.captioners.pcmnet.model import PCMNet
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
 
@@ -30,7 +30,7 @@ class PCMNetMethod:
         try:
             model.load_state_dict(safetensors.torch.load_file(folder / MODEL_FILE))
         except (SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, longest=300)
             raise InputError(f"{folder / MODEL_FILE}: does not fit its {CONFIG_FILE} ({reason})") from None
         return model
 

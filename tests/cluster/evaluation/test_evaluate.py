@@ -17,7 +17,7 @@ from cluster.evaluation.captioning import (
 )
 from cluster.evaluation.evaluate import deranged, evaluate, read_results
 from cluster.evaluation.request import EvaluateRequest
-from cluster.sources.pictures import PictureSource, anywhere, load_picture_set, source_anywhere
+from cluster.sources.pictures import PictureSource, load_picture_set, source_anywhere
 from pcm.captioners.captioner import Captioner
 from pcm.errors import InputError
 from pcm.text.metrics import COCO_METRICS, cider_only, coco_metrics
@@ -100,8 +100,11 @@ def test_any_number_of_workers_makes_the_same_captions(world: Path, ray_session:
 def test_relative_paths_mean_the_same_in_a_worker(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
     found = source_anywhere(PictureSource(images="pictures", references="references.csv", split="test"))
-    assert (found.images, found.references) == (str(world / "pictures"), str(world / "references.csv"))
-    assert anywhere("embedded:val") == "embedded:val" and anywhere("s3://bucket/a") == "s3://bucket/a"
+    assert found == PictureSource(
+        images=str(world / "pictures"), references=str(world / "references.csv"), split="test"
+    )
+    for uri in ("embedded:val", "s3://bucket/a"):
+        assert source_anywhere(PictureSource(images=uri)) == PictureSource(images=uri)
 
 
 def test_more_workers_than_the_cluster_has_are_refused(world: Path, ray_session: None) -> None:

@@ -42,6 +42,11 @@ def stored_rows(store: Store, plan: Plan) -> list[dict]:
     ]
 
 
+def patches(row: dict) -> np.ndarray:
+    """(N * D_v,) of a row as it is stored."""
+    return np.frombuffer(row["patch_features"], "<f2")
+
+
 def files(folder: Path) -> dict[str, str]:
     found = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
@@ -65,7 +70,7 @@ def test_published_training_code_can_read_an_official_export(dataset, tmp_path):
         with np.load(tmp_path / "features" / folder / f"{item['image_id']}.npz") as features:
             assert features["features"].shape == (16, 64) and features["g_feature"].shape == (1, 32)
             assert features["features"].dtype == features["g_feature"].dtype == np.float32
-            np.testing.assert_array_equal(features["features"].reshape(-1), np.float32(row["patch_features"]))
+            np.testing.assert_array_equal(features["features"].reshape(-1), np.float32(patches(row)))
             np.testing.assert_array_equal(features["g_feature"][0], np.float32(row["global_feature"]))
         assert item["tokens_ids"].shape == item["target_ids"].shape == (1, 12)
         assert item["tokens_ids"].dtype.kind == item["target_ids"].dtype.kind == "i"
@@ -129,7 +134,9 @@ def test_datasets_opens_a_hugging_face_export(dataset, tmp_path, monkeypatch):
     for sample, row in zip(train, rows, strict=True):
         stored = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
         np.testing.assert_array_equal(np.asarray(sample["image"]), np.asarray(stored))
-        np.testing.assert_array_equal(np.float16(sample["patch_features"]), np.float16(row["patch_features"]))
+        np.testing.assert_array_equal(np.float16(sample["patch_features"]), patches(row))
+    as_arrays = train.with_format("numpy")[0]["patch_features"]
+    np.testing.assert_array_equal(as_arrays, patches(rows[0]))
     assert "| `caption` |" in (tmp_path / "hf" / "README.md").read_text()
 
 

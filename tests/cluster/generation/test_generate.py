@@ -93,7 +93,10 @@ def test_rows_hold_what_the_contract_says(made: Dataset, tiny_clip: Path) -> Non
         assert row["clip_score"] == pytest.approx(encoded.global_feature[index] @ texts[index], abs=1e-5)
         np.testing.assert_allclose(row["global_feature"], encoded.global_feature[index], atol=1e-3)
         np.testing.assert_allclose(
-            np.reshape(row["patch_features"], (16, 64)), encoded.patch_features[index], rtol=1e-3, atol=1e-3
+            np.frombuffer(row["patch_features"], np.float16).reshape(16, 64),
+            encoded.patch_features[index],
+            rtol=1e-3,
+            atol=1e-3,
         )
     features = made.result.manifest.features
     assert (features.embed_dim, features.patch_dim, features.num_patches) == (32, 64, 16)
@@ -170,7 +173,7 @@ def test_hugging_face_shows_pictures(made: Dataset) -> None:
     assert loaded.num_rows == 14
     picture = loaded[0]["image"]
     assert picture.size == (32, 32) and np.asarray(picture).std() > 0
-    assert loaded[0]["caption"] == CORPUS[0] and len(loaded[0]["patch_features"]) == 16 * 64
+    assert loaded[0]["caption"] == CORPUS[0] and len(loaded[0]["patch_features"]) == 16 * 64 * 2
     metadata = pq.read_schema(Path(made.store.prefix) / shard_key(0)).metadata
     assert json.loads(metadata[b"huggingface"])["info"]["features"]["image"] == {"_type": "Image"}
 

@@ -330,7 +330,11 @@ def test_duplicates_are_records_of_their_own(tmp_path):
         ("a.json", '{"annotations": [{"bbox": [1, 2]}]}', "none of its 1 annotations has a 'caption'"),
         ("a.json", '{"images": [', "not valid JSON"),
         ("a.json", "", "not valid JSON"),
-        ("a.csv", "image,title\nx.jpg,a dog\n", "no column 'caption' .* it has 'image', 'title'"),
+        (
+            "a.csv",
+            "image,title\nx.jpg,a dog\n",
+            r"no column 'caption' .* are 1 'image', 2 'title'; .*--caption-column",
+        ),
         ("a.csv", "", "empty; a CSV needs a header"),
         ("a.parquet", b"PAR1 but not really", "not a readable Parquet file"),
         ("a.txt", "\n \n", "no usable caption .*no record at all"),
@@ -348,7 +352,7 @@ def test_unusable_file_is_one_clear_line(tmp_path, name, content, message):
 
 def test_parquet_without_captions_names_its_columns(tmp_path):
     pq.write_table(pa.table({"url": ["x"], "title": ["y"]}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"no column 'caption' .* it has url, title"):
+    with pytest.raises(InputError, match=r"no column 'caption' .*columns are 1 'url', 2 'title'; .*--caption-column"):
         captions(tmp_path / "a.parquet")
     pq.write_table(pa.table({"caption": [1, 2]}), tmp_path / "b.parquet")
     with pytest.raises(InputError, match="column 'caption' is int64; wanted strings"):

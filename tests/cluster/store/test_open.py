@@ -1,5 +1,6 @@
 """Any URI is opened by the store: as a stream, with its patience, and never with a credential."""
 
+import ast
 import gzip
 import http.server
 import os
@@ -23,6 +24,7 @@ from cluster.training.train import TrainRequest
 from pcm.clip.names import resolve_clip_name
 from pcm.errors import InputError
 from tests.helpers.faulty_proxy import FaultyProxy, faulty_proxy
+from tests.helpers.paths import ROOT
 from tests.helpers.seaweedfs import S3Server
 
 DATA = bytes(range(256)) * 1024  # 256 KiB
@@ -195,3 +197,25 @@ def test_no_way_in_takes_a_credential(way: str, uri: str) -> None:
     with pytest.raises(InputError, match="carries a credential") as caught:
         WAYS[way](uri)
     assert "very-secret" not in str(caught.value) and "AKIAKEY" not in str(caught.value)
+
+
+# --- nobody else opens what a user names ---
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of what a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+def test_nothing_but_the_store_imports_a_file_system() -> None:
+    clients = {"fsspec", "s3fs", "gcsfs", "adlfs", "boto3", "botocore", "aiohttp", "requests"}
+    files = [
+        path.relative_to(ROOT) for package in ("pcm", "cluster", "jobs") for path in (ROOT / package).rglob("*.py")
+    ]
+    assert {str(path.parent) for path in files if imports(ROOT / path) & clients} == {"cluster/store"}

@@ -14,6 +14,7 @@ from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard
 from cluster.store.store import Store
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
+from pcm.records import SCHEMA_VERSION
 from pcm.spec import ClipSpec, DatasetSpec
 from tests.helpers.tiny_generation import CAPTIONS, plan_dataset, tiny_spec, write_corpus
 
@@ -60,7 +61,7 @@ def test_a_picture_on_which_clip_raises_is_quarantined_alone(drawn: tuple[Store,
         assert samples[index]["image"] == images[index]
         assert samples[index]["clip_score"] == pytest.approx(healthy[index]["clip_score"], abs=1e-5)
     assert featurised.stats["errors"][0]["sample_id"] == "000000002-00"
-    stats = json.loads(WriteShard(store)(featurised.to_block())["stats"][0].as_py())
+    stats = json.loads(WriteShard(store, SCHEMA_VERSION)(featurised.to_block())["stats"][0].as_py())
     assert (stats["successes"], stats["quarantined_by_reason"]) == (5, {"clip_error": 1})
 
 
