@@ -82,9 +82,13 @@ def pin_t2i(model: str, revision: str | None) -> str:
     """
     refuse_credentials(model)
     if model == "null":
+        if revision is not None:
+            raise InputError(f"--t2i-revision {revision}: null draws nothing; leave it out")
         return ""
     source = model_source(model)
     if Path(source).is_dir():
+        if revision is not None:
+            raise InputError(f"--t2i-revision {revision}: {model} is a folder, which has none; leave it out")
         if not (Path(source) / "model_index.json").is_file():
             raise InputError(f"text-to-image folder {model!r}: has no model_index.json; give a diffusers folder")
         return folder_revision(Path(source))
