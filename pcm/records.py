@@ -50,8 +50,17 @@ class FeatureShape:
     num_patches: int
 
     @property
+    def has_patches(self) -> bool:
+        """Not of the null CLIP and of towers without a grid of tokens, which store one zero."""
+        return self.num_patches * self.patch_dim > 1
+
+    @property
     def bytes_per_row(self) -> int:
         return 2 * (self.embed_dim + self.num_patches * self.patch_dim)
+
+
+#: In place of the patches of a CLIP whose tower has none: one zero a row.
+NO_PATCHES = FeatureShape(embed_dim=1, patch_dim=1, num_patches=1)
 
 
 def shard_schema(features: FeatureShape) -> pa.Schema:

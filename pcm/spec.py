@@ -96,6 +96,7 @@ class ClipSpec:
     #: What open_clip's architecture runs with the weights of "architecture/pretrained". None where the revision covers
     #: it (a folder, a hub repo), or where it was not known.
     activation: str | None = None
+    weights: str | None = None  # "sha256:..." of the file of weights, where it is known before the model is loaded
 
     def __post_init__(self) -> None:
         _check_choice("CLIP dtype", self.dtype, DTYPES)
@@ -122,9 +123,8 @@ class ClipSpec:
 
     def identity(self) -> dict:
         """For a checkpoint's config.json: what is needed to load the same CLIP again and to see that it is the same."""
-        return {
-            name: value for name, value in self.to_dict().items() if name in ("model", "dtype", *_LATER_CLIP_FIELDS)
-        }
+        names = ("model", "revision", "dtype", *_LATER_CLIP_FIELDS)
+        return {name: value for name, value in self.to_dict().items() if name in names}
 
     def conflicts(self, other: "ClipSpec") -> list[str]:
         """What proves that `other` makes other features, as "activation: gelu -> quick_gelu". A name proves nothing:
@@ -199,7 +199,7 @@ SPEED_FIELDS = ("attention", "channels_last", "compile", "vae_slicing", "vae_til
 #: Fields younger than the first datasets: at their default they are left out, so that those keep their seeds.
 _LATER_FIELDS = ("scheduler_options",)
 #: The same of a ClipSpec, for the digest of the spec.
-_LATER_CLIP_FIELDS = ("activation",)
+_LATER_CLIP_FIELDS = ("activation", "weights")
 
 
 @functools.lru_cache(maxsize=8)

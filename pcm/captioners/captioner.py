@@ -100,11 +100,13 @@ class Captioner:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{folder / MODEL_FILE}: does not fit its {CONFIG_FILE} ({reason})") from None
         trained_on = document["clip"]
-        activation = trained_on.get("activation")
+        recorded = {name: trained_on.get(name) for name in ("activation", "weights")}
         if not isinstance(clip, ClipEncoder):
-            name = clip or trained_on["model"]
-            clip = ClipEncoder(name, device=device, dtype=trained_on["dtype"], activation=activation)
-        clip.check_activation(activation)
+            moved = {} if clip else {"revision": trained_on.get("revision")}
+            clip = ClipEncoder(
+                clip or trained_on["model"], device=device, dtype=trained_on["dtype"], **moved, **recorded
+            )
+        clip.check_recorded(**recorded)
         return cls(
             model.to(device),
             vocabulary=Vocabulary.load(folder / VOCABULARY_FILE),

@@ -138,9 +138,11 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, tiny
     assert "cannot be loaded" in refused(str(tmp_path / "no_weights"))
 
 
-def test_a_tower_without_a_cls_token_is_refused(tmp_path: Path) -> None:
-    folder = save_clip(tmp_path / "clip", image_size=32, patch_size=8, pool_type="avg")
-    assert "[CLS]" in refused(str(folder))
+def test_a_tower_that_pools_by_attention_gives_tokens_without_a_head(tmp_path: Path, images: list[Image.Image]) -> None:
+    folder = save_clip(tmp_path / "clip", image_size=32, patch_size=8, attentional_pool=True, attn_pooler_heads=2)
+    encoder = ClipEncoder(str(folder), batch_size=4)
+    assert encoder.features.has_patches and encoder.head() == {}
+    assert encoder.encode_images(images).patch_features.shape == (5, 16, 32)
 
 
 def test_a_folders_revision_is_its_content(tmp_path: Path) -> None:
