@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import replace
 
+from cluster.generation.pinning import require_joint_patches
 from cluster.generation.pools import Pools
 from cluster.generation.presets import GENERATION_PRESETS, with_preset
 from cluster.session import cluster_cpus, cluster_gpus
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> dict:
     request = train_request(
         argparse.Namespace(**{**vars(args), "data": [data], "out": run_uri, "preset": train_preset, "resume": False})
     )
+    require_joint_patches(args.clip or "embedded")
     prepared = prepare(open_store(data), args)
     workers, cpus, gpus = _training_share(args, device=prepared.plan.spec.generator.device)
     prepared = replace(prepared, pools=_pools(args, prepared, cpus=workers * cpus, gpus=workers * gpus))

@@ -164,9 +164,12 @@ class DatasetSpec:
     def differences(self, other: "DatasetSpec") -> list[str]:
         """Fields in which `other` differs, as "generator.guidance_scale: 7.5 -> 2.0".
 
-        A younger field that this spec, the recorded one, does not have is not compared.
+        A younger field that this spec, the recorded one, does not have is not compared; neither is the revision of a
+        CLIP of which only the tag was recorded.
         """
         mine, theirs = _flatten(self.to_dict()), _flatten(other.to_dict())
+        if self.clip.revision.startswith(TAG_REVISION) and self.clip.model == other.clip.model:
+            del mine["clip.revision"]
         return [f"{key}: {mine.get(key)!r} -> {theirs.get(key)!r}" for key in mine if mine.get(key) != theirs.get(key)]
 
     def sample_seed(self, corpus_id: str, image_index: int) -> int:

@@ -19,7 +19,7 @@ from PIL import Image
 from pcm.clip.names import count_tokens, folder_revision, resolve_clip_name
 from pcm.errors import InputError
 from pcm.images import to_uint8
-from pcm.records import NO_PATCHES, FeatureShape
+from pcm.records import FeatureShape
 from pcm.spec import ClipSpec
 
 #: Threads that open and preprocess pictures beside the model.
@@ -64,7 +64,7 @@ class ClipEncoder:
         import pcm.torchvision_shim  # noqa: F401  isort: skip
         import open_clip
 
-        from pcm.clip.towers import token_grid
+        from pcm.clip.towers import feature_shape, token_grid
         from pcm.clip.weights import clip_files
 
         self.name = name
@@ -96,10 +96,10 @@ class ClipEncoder:
         self.resolution: int = min(open_clip.transform.to_2tuple(self._visual.image_size))
         self.context_length: int = self._tokenizer.context_length
         self._grid = token_grid(self._visual)
-        self.patch_dim: int = self._grid.width if self._grid else NO_PATCHES.patch_dim
+        self.features: FeatureShape = feature_shape(self.embed_dim, self._grid)
+        self.patch_dim, self.num_patches = self.features.patch_dim, self.features.num_patches
         #: Patches that a row of the picture has, of the N that are row-major.
         self.patch_columns: int = self._grid.patch_columns if self._grid else 1
-        self.num_patches: int = self._grid.patch_rows * self.patch_columns if self._grid else 1
 
     @classmethod
     def from_spec(cls, spec: ClipSpec, *, model: str | None = None, device: str | None = None) -> "ClipEncoder":
@@ -139,10 +139,6 @@ class ClipEncoder:
                     f"CLIP {self.name!r}: its {what} is {mine}, but the features at hand were made with {recorded}; "
                     "give the CLIP that made them, or featurise again"
                 )
-
-    @property
-    def features(self) -> FeatureShape:
-        return FeatureShape(embed_dim=self.embed_dim, patch_dim=self.patch_dim, num_patches=self.num_patches)
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image | Callable[[], Image.Image]]) -> ImageFeatures:

@@ -10,11 +10,14 @@ CLIP's patches (section 3.1 of arXiv 2501.00437). Attention pooling (SigLIP, PE-
 its MLP and its norms act on a mixture of all tokens.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pcm.records import NO_PATCHES, FeatureShape
 
 #: Grids up to this side are kept as they are; larger even ones are 2x2 average-pooled.
 MAX_GRID_SIDE = 8
@@ -41,6 +44,12 @@ class TokenGrid:
     @property
     def patch_columns(self) -> int:
         return self.columns // 2 if self.pools else self.columns
+
+
+def feature_shape(embed_dim: int, grid: TokenGrid | None) -> FeatureShape:
+    """What a dataset stores of a row."""
+    patches = NO_PATCHES if grid is None else FeatureShape(embed_dim, grid.width, grid.patch_rows * grid.patch_columns)
+    return dataclasses.replace(patches, embed_dim=embed_dim)
 
 
 def token_grid(visual: nn.Module) -> TokenGrid | None:

@@ -14,7 +14,9 @@ import open_clip
 import torch
 
 from pcm.clip.names import HUB_PREFIX, activation_of, is_commit, resolve_clip_name
+from pcm.clip.towers import feature_shape, token_grid
 from pcm.errors import InputError
+from pcm.records import FeatureShape
 
 _CONFIG_FILE = "open_clip_config.json"
 _LOCAL_PREFIX = "local-dir:"
@@ -111,13 +113,45 @@ def hub_place(architecture: str, tag: str) -> tuple[str, str | None]:
     return repo, filename or None
 
 
-def tower_config(name: str) -> dict[str, Any]:
-    """open_clip's model configuration of a NAME, of which at most the configuration file is downloaded."""
+def loaded_names(filename: str | None) -> list[str]:
+    """The files of a repo that open_clip's download tries, in its order."""
+    name = filename or open_clip.constants.HF_WEIGHTS_NAME
+    return [*open_clip.pretrained._get_safe_alternatives(name), name]
+
+
+@dataclass(frozen=True)
+class TowerFacts:
+    """What a CLIP gives, known before its weights are there."""
+
+    features: FeatureShape
+    has_head: bool
+
+    def __str__(self) -> str:
+        shape = self.features
+        patches = "no patches"
+        if shape.has_patches:
+            place = "with a head to the joint space" if self.has_head else "without a head to the joint space"
+            patches = f"{shape.num_patches} patches of {shape.patch_dim} {place}"
+        return f"a global feature of {shape.embed_dim} and {patches}, {shape.bytes_per_row:,} bytes a row"
+
+
+def tower_facts(name: str) -> TowerFacts:
+    """Of a NAME, whose configuration file is all that is downloaded. The tower is built without memory for weights.
+
+    Raises InputError when there is no such model, or its configuration is none.
+    """
     architecture, _ = resolve_clip_name(name)
-    config = open_clip.get_model_config(architecture)
-    if not (isinstance(config, dict) and {"embed_dim", "vision_cfg", "text_cfg"} <= set(config)):
-        raise InputError(f"CLIP {name!r}: its configuration has no embed_dim, vision_cfg and text_cfg")
-    return config
+    try:
+        config = open_clip.get_model_config(architecture)
+        vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+        with torch.device("meta"):
+            # The image tower alone: the text tower may need a configuration of another repo.
+            visual = open_clip.model._build_vision_tower(config["embed_dim"], vision)
+    except (OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"CLIP model {name!r}: its configuration cannot be used ({first_line})") from None
+    grid = token_grid(visual)
+    return TowerFacts(feature_shape(config["embed_dim"], grid), grid is not None and grid.has_head)
 
 
 def sha256_of(path: Path) -> str:

@@ -14,8 +14,10 @@ import pcm.torchvision_shim  # noqa: F401  isort: skip
 import open_clip
 
 from benchmarks.shrunk_clips import distinct_tags, shrunk
+from cluster.generation.pinning import require_joint_patches
 from pcm.clip.encoder import ClipEncoder
 from pcm.clip.names import activation_of
+from pcm.clip.weights import tower_facts
 from pcm.errors import InputError
 
 TEXTS = ["a cat on the beach", "two dogs, with hats", "a photo of a " + "very " * 100 + "long day"]
@@ -131,3 +133,24 @@ def test_features_recorded_with_another_activation_are_refused(tmp_path: Path) -
 @pytest.mark.parametrize(("architecture", "tag"), open_clip.list_pretrained(), ids=str)
 def test_every_tag_runs_as_its_own_configuration_says(architecture: str, tag: str, tmp_path: Path) -> None:
     compare(architecture, tag, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    {
+        "ViT-L-14/openai": "a global feature of 768 and 64 patches of 1024 with a head to the joint space, 132,608",
+        "ViT-H-14-378/dfn5b": "a global feature of 1024 and 729 patches of 1280 with a head",
+        "ViT-B-16-SigLIP2-256/webli": "a global feature of 768 and 64 patches of 768 without a head",
+        "EVA02-L-14/merged2b_s4b_b131k": "a global feature of 768 and 64 patches of 1024 with a head",
+        "RN50/openai": "a global feature of 1024 and no patches, 2,050 bytes a row",
+    }.items(),
+)
+def test_what_a_clip_gives_is_known_before_its_weights_are_there(name: str, said: str) -> None:
+    assert str(tower_facts(name)).startswith(said)
+
+
+def test_a_captioner_that_needs_joint_patches_says_so_before_anything_is_downloaded() -> None:
+    require_joint_patches("ViT-L-14/openai")
+    for name in ("ViT-B-16-SigLIP2-256/webli", "RN50/openai"):
+        with pytest.raises(InputError, match="PCM-Net needs patches in the joint space"):
+            require_joint_patches(name)
