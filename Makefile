@@ -11,10 +11,10 @@ export HF_HUB_OFFLINE := 1
 demo: $(STAMP)
 	$(VENV)/bin/python -m jobs.demo --out demo
 
-test: $(STAMP)
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest
+# Test files run side by side, each in one of so many processes with a Ray of its own (some 1.5 GB of memory each).
+WORKERS ?= 2
+test: lint
+	$(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 # What `make test` leaves out for its length.
 test-slow: $(STAMP)
@@ -38,11 +38,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,evaluation]'
 	touch $(STAMP)
 
-constraints:
-	@{ echo "# Exact versions for laptop, CI and cluster image: pip install -c constraints.txt -e .   (made by: make constraints)"; \
+# Of every extra, those that `make install` leaves out too.
+constraints: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,evaluation,gcs,azure,world]'
+	@{ echo "# Exact versions for laptop, CI and cluster image: pip install -c constraints.txt -e '.[dev,evaluation]'   (made by: make constraints)"; \
 	$(VENV)/bin/python -m pip freeze --exclude-editable | grep -v ' @ ' | sed -E 's/^(torch==[0-9.]+)\+.*/\1/'; } > constraints.txt
 
 clean:

@@ -6,7 +6,7 @@ python -m benchmarks.beam_search --captions CORPUS [--train-steps 400] [--weight
 Random weights never end a caption, so every search takes all 20 steps: the worst case. With --captions (any corpus that
 jobs.generate reads; "embedded") the model is first taught, on the CPU, to caption pictures whose patches show the words
 of such a caption, one each: then captions have the length, and searches the early end, of a trained captioner. Held-out
-captions are decoded. --weights keeps that model for the next time.
+captions are decoded. --weights keeps that model for the next time. --plain decodes without packed weights.
 """
 
 import argparse
@@ -23,10 +23,11 @@ from torch import Tensor
 from benchmarks.matmul_rate import machine, matmul_rate, seconds
 from benchmarks.published_size import WordPictures, published_model, random_batch, train
 from cluster.sources.corpus import read_corpus
-from jobs.generate import corpus_uri
+from pcm import embedded
 from pcm.captioners.captioner import BATCH_SIZE
 from pcm.captioners.pcmnet.decoding import Decoded, beam_search
 from pcm.captioners.pcmnet.model import PCMNet
+from pcm.kernels.packed_linear import for_decoding
 
 #: Captions of the corpus that are learned from, and those after them that are decoded.
 LEARNED = 20_000
@@ -34,7 +35,7 @@ LEARNED = 20_000
 
 def taught(model: PCMNet, corpus: str, *, batch_size: int, steps: int, weights: Path | None) -> dict[str, Tensor]:
     """Teach the model, or read what was taught; one batch of held-out pictures."""
-    usable = (record.caption for record in read_corpus(corpus_uri(corpus)) if not record.reason)
+    usable = (record.caption for record in read_corpus(embedded.caption_file(corpus)) if not record.reason)
     captions = list(itertools.islice(usable, LEARNED + batch_size))
     pictures = WordPictures(captions, model.config)
     held_out = range(len(captions) - batch_size, len(captions))
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--captions", metavar="CORPUS", help="teach the model on these first; 'embedded', or a file")
     parser.add_argument("--train-steps", type=int, default=400)
     parser.add_argument("--weights", type=Path, metavar="FILE", help="read or keep what was taught, safetensors")
+    parser.add_argument("--plain", action="store_true", help="plain torch: weights are not packed")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = arguments.device
@@ -73,7 +75,8 @@ def main() -> None:
     rate = matmul_rate(torch.float32, device=device, repeats=arguments.repeats)
 
     def search() -> Decoded:
-        return beam_search(model, *features, beam_size=arguments.beam)
+        network = model if arguments.plain else for_decoding(model, rows=arguments.batch * arguments.beam)
+        return beam_search(network, *features, beam_size=arguments.beam)
 
     times = seconds(search, repeats=arguments.repeats, device=device)
     token_ids = search().token_ids
@@ -85,6 +88,7 @@ def main() -> None:
             {
                 "captions_per_second": round(arguments.batch / statistics.median(times), 1),
                 "seconds": round(statistics.median(times), 4),
+                "plain": arguments.plain,
                 "beam": arguments.beam,
                 "batch": arguments.batch,
                 "words": round(float((token_ids != 0).sum(dim=1).float().mean()), 1),

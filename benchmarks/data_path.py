@@ -32,7 +32,7 @@ from cluster.training.data.selection import Selection
 from cluster.training.data.shard_cache import ShardCache
 from cluster.training.data.shuffled import Part, ShardLoader
 from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy
-from pcm.records import STORED, FeatureShape, shard_schema
+from pcm.records import STORED, FeatureShape, feature_columns, shard_schema
 from pcm.text.vocabulary import Vocabulary
 
 FEATURES = FeatureShape(embed_dim=768, patch_dim=1024, num_patches=64)
@@ -66,17 +66,12 @@ def _table(global_feature: np.ndarray, patches: np.ndarray, random: np.random.Ge
         "caption": [" ".join(random.choice(WORDS, 11)) for _ in range(count)],
         "image": [{"bytes": random.bytes(PICTURE_BYTES), "path": f"{name}.jpg"} for name in ids],
         "clip_score": random.random(count, dtype=np.float32),
-        "global_feature": _lists(global_feature),
-        "patch_features": _lists(patches.reshape(count, -1)),
         "status": [STORED] * count,
         "reason": [""] * count,
     }
+    columns |= feature_columns(global_feature.astype(np.float16), patches.astype(np.float16))
     schema = shard_schema(FEATURES)
     return pa.table({name: columns.get(name, [1] * count) for name in schema.names}, schema=schema)
-
-
-def _lists(matrix: np.ndarray) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(matrix.astype(np.float16).reshape(-1), matrix.shape[1])
 
 
 def drop_from_cache(folder: Path) -> None:

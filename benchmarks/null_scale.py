@@ -25,6 +25,7 @@ from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard
 from cluster.store.store import Store, open_store
+from pcm.records import SCHEMA_VERSION
 from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +69,7 @@ def shard_operations(folder: Path, spec: DatasetSpec) -> dict[str, int]:
         return operation
 
     names = ("read_bytes", "write_bytes", "exists", "size", "list", "delete")
-    draw, featurise, write = DrawShard(store, spec), FeaturiseShard(spec.clip), WriteShard(store)
+    draw, featurise, write = DrawShard(store, spec), FeaturiseShard(spec.clip), WriteShard(store, SCHEMA_VERSION)
     with patch.multiple(Store, **{name: counted(name) for name in names}):
         drawn = draw.draw(read_table(store, plan_part_key(0)))
         times = {"start_time": 0.0, "draw_seconds": 0.0, "featurise_seconds": 0.0}

@@ -25,8 +25,9 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from statistics import median
 
-from jobs.arguments import dataset_spec
-from jobs.generate import parser as generate_parser
+from cluster.generation.pinning import dataset_spec
+from jobs.generate import JOB
+from pcm.generation.seeds import sample_seed
 from pcm.spec import DatasetSpec
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +47,8 @@ def bare_worker(spec: DatasetSpec, part: list[tuple[int, str]], ready: Barrier, 
     """Load both models, warm them up with one batch, then draw and featurise this process's captions."""
     os.nice(RAY_NICENESS)
     from pcm.clip.encoder import ClipEncoder
-    from pcm.generation.drawing import Request, load_generator
+    from pcm.generation.drawing import Request
+    from pcm.generation.loading import load_generator
     from pcm.images import open_image
 
     generator = load_generator(spec.generator)
@@ -58,7 +60,7 @@ def bare_worker(spec: DatasetSpec, part: list[tuple[int, str]], ready: Barrier, 
     def work(numbered: list[tuple[int, str]]) -> None:
         started = time.perf_counter()
         drawings = generator.draw(
-            [Request(position=at, caption=text, seed=spec.sample_seed(str(at), 0)) for at, text in numbered]
+            [Request(position=at, caption=text, seed=sample_seed(spec, str(at), 0)) for at, text in numbered]
         )
         drawn = time.perf_counter()
         if encoder:
@@ -203,7 +205,7 @@ def main() -> None:
             "--corpus", str(corpus), "--t2i", args.t2i, "--clip", args.clip, "--steps", str(args.steps),
             "--batch-size", str(args.batch_size), "--shard-size", str(args.shard_size), "--device", "cpu",
         ]  # fmt: skip
-        spec = dataset_spec(generate_parser().parse_args([*arguments, "--out", folder]), gpus=0)
+        spec = dataset_spec(JOB.read([*arguments, "--out", folder]), gpus=0)
         bare, pipeline = [], []
         for number in range(args.rounds):
             bare.append(bare_round(spec, texts, args.generators))

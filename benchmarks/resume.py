@@ -27,14 +27,15 @@ from benchmarks.null_scale import ROOT, write_captions
 from cluster.dataset.committed import committed
 from cluster.dataset.layout import Plan, plan_part_key, read_table, shard_key
 from cluster.dataset.plan import make_plan
+from cluster.generation.pinning import dataset_spec
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard
 from cluster.sources.corpus import read_corpus
 from cluster.store.store import Store, open_store
-from jobs.arguments import dataset_spec
-from jobs.generate import parser as generate_parser
+from jobs.generate import JOB
+from pcm.records import SCHEMA_VERSION
 
 ROWS_A_SHARD = 2
 
@@ -45,13 +46,13 @@ def job_arguments(corpus: Path, out: str) -> list[str]:
 
 def build(corpus: Path, out: str) -> tuple[Store, Plan]:
     """Plan and every shard, as a driver leaves them that dies before the manifest."""
-    spec = dataset_spec(generate_parser().parse_args(job_arguments(corpus, out)), gpus=0)
+    spec = dataset_spec(JOB.read(job_arguments(corpus, out)), gpus=0)
     store = open_store(out)
     plan = make_plan(
         store, read_corpus(str(corpus), split="train"), spec, corpus=str(corpus), shard_size=ROWS_A_SHARD,
         is_truncated=lambda prompt: False,
     )  # fmt: skip
-    draw, featurise, write = DrawShard(store, spec), FeaturiseShard(spec.clip), WriteShard(store)
+    draw, featurise, write = DrawShard(store, spec), FeaturiseShard(spec.clip), WriteShard(store, SCHEMA_VERSION)
     times = {"start_time": 0.0, "draw_seconds": 0.0, "featurise_seconds": 0.0}
 
     def make(shard: int) -> None:

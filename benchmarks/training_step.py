@@ -1,17 +1,22 @@
 """Seconds of one training step at the published size: forward, loss, backward, value clipping, Adam.
 
 python -m benchmarks.training_step [--repeats 7] [--batch 32]
+python -m benchmarks.training_step --compare [--repeats 9] [--threads 1]
 
 The counted FLOPs (matrix products of forward and backward) over the seconds give the rate, and that over the machine's
 matmul rate, measured in the same run, the share of what the machine can do. bfloat16 is left out (null) on a CPU that
 has no instructions for it. On a GPU: benchmarks.gpu.
+
+--compare takes steps in turn as the engine makes them and as plain torch does (dropout by torch's own generator), and
+gives the medians of the ratios of neighbours, in wall time and in processor time: what holds on a machine that others
+use too.
 """
 
 import argparse
 import json
-import math
 import statistics
-from collections.abc import Sequence
+import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,17 +26,15 @@ from benchmarks.matmul_rate import has_fast_bfloat16, machine, matmul_rate, seco
 from benchmarks.published_size import BATCH, published_model, random_batch
 from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy
-from pcm.kernels.gradient_clipping import clip_values
 from pcm.kernels.quantised import dequantised
-
-
-def linear_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of a product by oneDNN, from shapes (..., in) and (out, in); torch counts its own only."""
-    return 2 * math.prod(x) * weight[0]
+from pcm.kernels.row_randomness import RowRandomness
 
 
 class Step:
-    """One step of a network in training on random data, which lies on the device unless it is given."""
+    """One step of a network in training on random data, which lies on the device unless it is given.
+
+    Random numbers belong to the rows on a CPU, as in training, unless `plain`.
+    """
 
     def __init__(
         self,
@@ -41,10 +44,12 @@ class Step:
         batch_size: int,
         bfloat16: bool,
         compile_mode: str = "none",
+        plain: bool = False,
     ) -> None:
         self.model = published_model(config, device=device).train()
         self.batch = random_batch(config, device=device, batch=batch_size)
         self._device, self._bfloat16 = device, bfloat16
+        self._by_row = device == "cpu" and compile_mode == "none" and not plain
         self._criterion = CLIPWeightedCrossEntropy()
         self._parameters = list(self.model.parameters())
         self._optimizer = torch.optim.Adam(self._parameters, lr=1e-4, fused=True)
@@ -58,18 +63,21 @@ class Step:
         patches = batch["patch_features"]
         if patches.dtype != torch.float32:
             patches = dequantised(patches, batch["patch_scale"])
-        with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._bfloat16):
+        rows = range(len(batch["token_ids"]))
+        with (
+            RowRandomness(rows) if self._by_row else nullcontext(),
+            torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._bfloat16),
+        ):
             logits = self.model(batch["global_feature"].float(), patches, batch["token_ids"])
         loss = self._criterion(logits, batch["target_ids"], batch["clip_score"])
         loss.backward()
-        clip_values(self._parameters, 0.1)
+        torch.nn.utils.clip_grad_value_(self._parameters, 0.1)
         self._optimizer.step()
         return loss.detach()
 
     def gflop(self) -> float:
         """Of the products of one step, which is taken."""
-        custom = {torch.ops.mkldnn._linear_pointwise: linear_flops}
-        with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+        with FlopCounterMode(display=False) as counter:
             self()
         return counter.get_total_flops() / 1e9
 
@@ -91,15 +99,43 @@ def measure(dtype: torch.dtype, *, repeats: int, batch_size: int) -> dict[str, A
     }
 
 
+def compare(*, repeats: int, batch_size: int) -> dict[str, Any]:
+    """Steps of float32 in turn, as the engine makes them and plain ones."""
+    settings = {"device": "cpu", "batch_size": batch_size, "bfloat16": False}
+    steps = {"kernels": Step(PCMNetConfig(), **settings), "plain": Step(PCMNetConfig(), plain=True, **settings)}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for _ in range(repeats):
+        for name, step in steps.items():
+            wall, processor = time.perf_counter(), time.process_time()
+            step()
+            taken[name].append((time.perf_counter() - wall, time.process_time() - processor))
+    result: dict[str, Any] = {}
+    for index, clock in enumerate(("seconds", "processor_seconds")):
+        times = {name: [pair[index] for pair in pairs] for name, pairs in taken.items()}
+        ratios = [plain / ours for plain, ours in zip(times["plain"], times["kernels"], strict=True)]
+        result[clock] = {name: round(statistics.median(values), 4) for name, values in times.items()}
+        result[clock]["plain_over_kernels"] = round(statistics.median(ratios), 3)
+    return result
+
+
 def main() -> None:
     from benchmarks.as_worker import as_worker  # here, because Step is used where there is no Ray
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--compare", action="store_true", help="against the same step in plain torch")
+    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     arguments = parser.parse_args()
     as_worker("benchmarks.training_step")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     options = {"repeats": arguments.repeats, "batch_size": arguments.batch}
+    if arguments.compare:
+        print(json.dumps({**compare(**options), **options, **machine("cpu")}))
+        return
     result = {
         "float32": measure(torch.float32, **options),
         "bfloat16_autocast": measure(torch.bfloat16, **options) if has_fast_bfloat16() else None,

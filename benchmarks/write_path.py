@@ -25,9 +25,10 @@ from cluster.generation.stages.draw import DRAWN_SCHEMA
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard, split_samples
 from cluster.store.store import Store, open_store
+from pcm.records import SCHEMA_VERSION, FeatureShape, with_features
 
 ROOT = Path(__file__).parent.parent
-EMBED_DIM, PATCH_VALUES = 768, 64 * 1024
+FEATURES = FeatureShape(embed_dim=768, patch_dim=1024, num_patches=64)
 
 
 def samples(rows: int, image_bytes: int) -> pa.Table:
@@ -42,9 +43,9 @@ def samples(rows: int, image_bytes: int) -> pa.Table:
     }
     ones = {name: [1] * rows for name in DRAWN_SCHEMA.names if name not in values}
     table = pa.table({name: (values | ones)[name] for name in DRAWN_SCHEMA.names}, schema=DRAWN_SCHEMA)
-    for name, width in (("global_feature", EMBED_DIM), ("patch_features", PATCH_VALUES)):
-        flat = random.standard_normal((rows, width)).astype(np.float16).reshape(-1)
-        table = table.append_column(name, pa.FixedSizeListArray.from_arrays(pa.array(flat), width))
+    global_feature = random.standard_normal((rows, FEATURES.embed_dim)).astype(np.float16)
+    patches = random.standard_normal((rows, FEATURES.num_patches, FEATURES.patch_dim)).astype(np.float16)
+    table = with_features(table, global_feature, patches)
     return table.append_column("clip_score", pa.array(np.full(rows, 0.3, np.float32)))
 
 
@@ -56,7 +57,7 @@ def round_of(store: Store, table: pa.Table, shards: int) -> dict[str, float]:
     for shard in range(shards):
         store.write_bytes(shard_key(shard), data)
     bare = time.perf_counter() - started
-    stage = WriteShard(store)
+    stage = WriteShard(store, SCHEMA_VERSION)
     started = time.perf_counter()
     encoding = 0.0
     for shard in range(shards):

@@ -1,75 +1,101 @@
 """The main job end to end on embedded models: captions in, pictures, a captioner and its COCO metrics out."""
 
-import argparse
 import json
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
-from cluster.dataset.layout import load_manifest, read_table
-from cluster.store.store import Store, open_store
-from jobs import evaluate, generate, report, train, verify
-from jobs.cli import make_parser, run_job
+from cluster.dataset.request import VerifyRequest
+from cluster.evaluation.request import EvaluateRequest
+from cluster.generation.request import GenerateRequest
+from cluster.options import Request, check_at_least, given, option
+from cluster.report.request import ReportRequest
+from cluster.training.request import TrainRequest
+from jobs.command_line import Job
 from pcm import embedded
-from pcm.contact_sheet import Cell, contact_sheet
 from pcm.errors import InputError
-from pcm.images import open_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from cluster.store.store import Store
 
 log = logging.getLogger("demo")
 
 SHEET_CELLS = 24
+SHARD_SIZE = 125  # small enough that two cores have something to share
 
 
-def parser() -> argparse.ArgumentParser:
-    result = make_parser("demo", __doc__)
-    result.add_argument("--out", default="demo", help="local folder; run again to resume")
-    result.add_argument("--captions", type=int, default=2000, help="captions to draw and train on")
-    result.add_argument("--epochs", type=int, help="training epochs; default: the embedded preset's")
-    result.add_argument("--seed", type=int, default=0)
-    return result
+@dataclass(frozen=True, kw_only=True)
+class DemoRequest(Request):
+    """What the demo is asked for."""
+
+    out: str = option("demo", metavar="DIR", help="local folder; run again to resume")
+    captions: int = option(2000, help="captions to draw and train on")
+    epochs: int | None = option(None, help="training epochs", unset="the embedded preset's")
+    seed: int = option(GenerateRequest.seed, help="of drawing and of training")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "captions", "epochs")
 
 
-def run(args: argparse.Namespace) -> dict:
-    out = Path(args.out)
+def run(request: DemoRequest) -> dict[str, Any]:
+    from cluster.dataset.verify import verify
+    from cluster.evaluation.evaluate import evaluate
+    from cluster.generation import generate
+    from cluster.report.make import make_report
+    from cluster.store.store import open_store
+    from cluster.training.train import train
+
+    out = Path(request.out)
     dataset, captioner, results = (str(out / name) for name in ("dataset", "captioner", "evaluation"))
     stages: dict[str, float] = {}
 
-    def stage(name: str, job: ModuleType, *arguments: str) -> dict:
-        log.info("== %s: python -m jobs.%s %s", name, job.__name__.rpartition(".")[2], " ".join(arguments))
+    def stage(name: str, work: Callable[[Any], dict[str, Any]], asked: Request) -> dict[str, Any]:
+        log.info("== %s: %s", name, ", ".join(f"{field} {getattr(asked, field)}" for field in given(asked)))
         started = time.monotonic()
-        summary = job.run(job.parser().parse_args(list(arguments)))
+        summary = work(asked)
         stages[name] = round(time.monotonic() - started, 1)
         return summary
 
     generated = stage(
-        "generate", generate, "--corpus", "embedded", "--out", dataset, "--limit", str(args.captions),
-        "--shard-size", "125", "--seed", str(args.seed),
-    )  # fmt: skip
-    verified = stage("verify", verify, dataset)
+        "generate",
+        generate,
+        GenerateRequest(
+            corpus="embedded", out=dataset, limit=request.captions, shard_size=SHARD_SIZE, seed=request.seed
+        ),
+    )
+    verified = stage("verify", lambda asked: verify(open_store(asked.dataset)), VerifyRequest(dataset=dataset))
     if not verified["ok"]:
         raise InputError(f"{dataset}: failed verification ({verified['problems'][:1]}); delete it and run again")
-    epochs = ("--epochs", str(args.epochs)) if args.epochs else ()
-    resume = ("--resume",) if (Path(captioner) / "config.json").exists() else ()
     trained = stage(
-        "train", train, "--data", dataset, "--out", captioner, "--preset", "embedded", "--seed", str(args.seed),
-        "--val-images", "embedded:val", "--val-references", "embedded:val", *epochs, *resume,
-    )  # fmt: skip
+        "train",
+        train,
+        TrainRequest(
+            data=dataset,
+            out=captioner,
+            preset="embedded",
+            seed=request.seed,
+            epochs=request.epochs,
+            val_images="embedded:val",
+            val_references="embedded:val",
+            resume=(Path(captioner) / "config.json").exists(),
+        ),
+    )
+    test = {"images": "embedded:test", "references": "embedded:test"}
     metrics = stage(
-        "evaluate", evaluate, "--checkpoint", captioner, "--images", "embedded:test", "--references", "embedded:test",
-        "--out", results, "--shuffled-baseline",
-    )  # fmt: skip
+        "evaluate", evaluate, EvaluateRequest(checkpoint=captioner, out=results, shuffled_baseline=True, **test)
+    )
     sheet = out / "contact_sheet.png"
     pictures_sheet(open_store(dataset)).save(sheet)
     captions = out / "captions.png"
     captions_sheet(Path(results)).save(captions)
     page = str(out / "report.html")
-    stage(
-        "report", report, "--data", dataset, "--run", captioner, "--evaluation", results,
-        "--images", "embedded:test", "--references", "embedded:test", "--out", page,
-    )  # fmt: skip
+    stage("report", make_report, ReportRequest(data=dataset, run=captioner, evaluation=results, out=page, **test))
     print(table(generated, trained, metrics, stages), flush=True)
     log.info("pictures: %s; captions of held-out real pictures: %s; all of it, in a browser: %s", sheet, captions, page)
     return {
@@ -90,8 +116,12 @@ def run(args: argparse.Namespace) -> dict:
     }
 
 
-def pictures_sheet(store: Store) -> Image.Image:
+def pictures_sheet(store: "Store") -> "Image.Image":
     """The best, middle and worst pictures of a dataset by clip score, a third of the sheet each."""
+    from cluster.dataset.layout import load_manifest, read_table
+    from pcm.contact_sheet import Cell, contact_sheet
+    from pcm.images import open_image
+
     columns = ["sample_id", "caption", "image", "clip_score"]
     rows = [
         row for shard in load_manifest(store).shards for row in read_table(store, shard["key"], columns).to_pylist()
@@ -105,8 +135,13 @@ def pictures_sheet(store: Store) -> Image.Image:
     )
 
 
-def captions_sheet(results: Path) -> Image.Image:
+def captions_sheet(results: Path) -> "Image.Image":
     """Held-out real pictures with the caption made for each, and the first reference."""
+    from cluster.dataset.layout import read_table
+    from cluster.store.store import open_store
+    from pcm.contact_sheet import Cell, contact_sheet
+    from pcm.images import open_image
+
     made = {entry["image_id"]: entry["caption"] for entry in json.loads((results / "captions.json").read_text())}
     photos = read_table(open_store(embedded.test_set_path("test")), "").to_pylist()
     return contact_sheet(
@@ -132,5 +167,7 @@ def table(generated: dict, trained: dict, metrics: dict, stages: dict[str, float
     return "\n".join(lines)
 
 
+JOB = Job("demo", __doc__ or "", DemoRequest, run)
+
 if __name__ == "__main__":
-    run_job(parser(), run)
+    JOB.main()

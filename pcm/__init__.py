@@ -6,6 +6,8 @@ The public names are loaded on first use, so that `import pcm` costs nothing.
 import importlib
 from typing import Any
 
+__version__ = "0.2.0"
+
 _PUBLIC = {
     "PCMNet": "pcm.captioners.pcmnet.model",
     "PCMNetConfig": "pcm.captioners.pcmnet.config",

@@ -1,4 +1,7 @@
-"""The one error a user can cause."""
+"""The one error a user can cause, and what any error says in one line."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -6,3 +9,35 @@ class InputError(ValueError):
 
     The message is one line: the value, what is allowed, what to do. Jobs print it and exit with status 2.
     """
+
+
+def not_known(what: str, value: object, allowed: Iterable[str], *, why: str = "not known") -> InputError:
+    """The error for a name that is none of those allowed, with the nearest one. `what`: "preset", "--dtype", ..."""
+    names = list(allowed)
+    near = difflib.get_close_matches(str(value), names, n=1)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    return InputError(f"{what} {value!r}: {why}; {guess}allowed are {', '.join(names)}")
+
+
+def one_line(error: BaseException, *, longest: int | None = None) -> str:
+    """All that an error says, its lines joined by blanks and cut after `longest` characters.
+
+    For libraries whose first line is a heading and whose reasons follow, such as torch's list of missing weights. The
+    error's type where it says nothing.
+    """
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if longest is None else said[:longest]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without white space around it; its type where it says nothing.
+
+    For libraries whose first line has the reason, and whose others are advice to programmers.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()
+
+
+def typed_first_line(error: BaseException) -> str:
+    """The type of an error and its first line, for errors that only together say what went wrong: "KeyError: 'x'"."""
+    kind, said = type(error).__name__, first_line(error)
+    return said if said == kind else f"{kind}: {said}"

@@ -5,9 +5,10 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pcm.errors import InputError
+from pcm.reasons import BLACK_IMAGE, CONSTANT_IMAGE, NAN_IMAGE
 
 #: Larger pictures are refused unread: a decompression bomb must not take a worker's memory (64 megapixels).
 MAX_PIXELS = 64_000_000
@@ -17,26 +18,64 @@ CONSTANT_STD = 2.0 / 255.0
 #: A picture whose brightest pixel is below this is black: what safety checkers and fp16 overflows return.
 BLACK_MAX = 8.0 / 255.0
 
+#: A picture that is longer than so many times its width becomes too large when its shorter side is scaled up.
+MAX_ASPECT_RATIO = 100
+
+#: What is written.
 IMAGE_FORMATS = ("jpeg", "png", "webp")
+#: What is read, by Pillow's names.
+OPENED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+#: File names that are taken for pictures. HEIC is not read: such a file is found, and counted as unreadable.
+PICTURE_ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic",
+)  # fmt: skip
+#: So many bytes of a file tell its format.
+FORMAT_BYTES = 12
+_ENDINGS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+
+
+def image_format_of(data: bytes) -> str | None:
+    """Which of IMAGE_FORMATS a file is by its first FORMAT_BYTES bytes, None for any other; its name plays no part."""
+    if data.startswith(b"\xff\xd8"):
+        return "jpeg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:FORMAT_BYTES] == b"WEBP" else None
+
+
+def image_ending(data: bytes) -> str:
+    """ "jpg", "png" or "webp", by the first bytes of a picture that is one of IMAGE_FORMATS. Raises InputError."""
+    found = image_format_of(data)
+    if found is None:
+        raise InputError(f"a picture that begins with {data[:4]!r}: not a JPEG, PNG or WebP file")
+    return _ENDINGS[found]
 
 
 def open_image(source: str | Path | bytes, *, name: str | None = None) -> Image.Image:
-    """Decode a picture wholly, as RGB.
+    """Decode a picture wholly, as a person sees it, as RGB: upright (EXIF), greys of any depth scaled, on white ground.
 
-    Raises InputError (one line, naming the file) when it is missing, corrupt, truncated or over MAX_PIXELS.
+    Only OPENED_FORMATS are tried, so no other parser of Pillow's ever sees the bytes. Raises InputError (one line,
+    naming the file) when it is missing, corrupt, truncated, over MAX_PIXELS or more than MAX_ASPECT_RATIO times as long
+    as it is wide (or the reverse): a CLIP makes the shorter side as long as its own, and the longer one follows.
     """
     label = name or (str(source) if not isinstance(source, bytes) else f"{len(source)} bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            opened = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(opened, formats=OPENED_FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise InputError(
                         f"{label}: {width}x{height} pixels; at most {MAX_PIXELS:,} are read; resize the picture first"
                     )
+                if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+                    raise InputError(
+                        f"{label}: {width}x{height} pixels; one side may be at most {MAX_ASPECT_RATIO} times "
+                        "the other; crop the picture first"
+                    )
                 image.load()
-                return image.convert("RGB")
+                return _on_white(_in_8_bits(ImageOps.exif_transpose(image)))
     except FileNotFoundError:
         raise InputError(f"{label}: no such file; give the path of a picture") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -45,7 +84,33 @@ def open_image(source: str | Path | bytes, *, name: str | None = None) -> Image.
         if isinstance(error, InputError):
             raise
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else f"cannot be decoded ({error})"
-        raise InputError(f"{label}: {reason}; give a JPEG, PNG, WebP, GIF or BMP file") from None
+        raise InputError(f"{label}: {reason}; give a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file") from None
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits, 32 bits or floats as 8 bits; Pillow's own conversion cuts them off at 255, which is white.
+
+    Integers are taken as 16 bits; floats as 0..1 where none is larger, else as 0..255, else as 0..65535. Raises
+    ValueError for a value that is not finite.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image, np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("a pixel that is not a number")
+    top = 65_535.0
+    if image.mode == "F":
+        top = next((limit for limit in (1.0, 255.0) if values.max() <= limit), top)
+    return Image.fromarray(to_uint8(values / top), mode="L")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent shows white, as a page would."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    ground = Image.new("RGBA", layer.size, "white")
+    return Image.alpha_composite(ground, layer).convert("RGB")
 
 
 def encode_image(pixels: np.ndarray, *, image_format: str, quality: int) -> bytes:
@@ -67,13 +132,13 @@ def encode_image(pixels: np.ndarray, *, image_format: str, quality: int) -> byte
 
 
 def defect(pixels: np.ndarray) -> str:
-    """Why float pixels (H, W, 3) in 0..1 are not a picture: "nan_image", "black_image", "constant_image", or ""."""
+    """Why float pixels (H, W, 3) in 0..1 are not a picture, as a reason of pcm.reasons, or ""."""
     if not np.isfinite(pixels).all():
-        return "nan_image"
+        return NAN_IMAGE
     if pixels.max() < BLACK_MAX:
-        return "black_image"
+        return BLACK_IMAGE
     if pixels.std() < CONSTANT_STD:
-        return "constant_image"
+        return CONSTANT_IMAGE
     return ""
 
 

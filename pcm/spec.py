@@ -1,12 +1,10 @@
 """Everything that determines the pixels and features of a dataset, as one frozen, hashable, printable record."""
 
 import dataclasses
-import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from json.encoder import encode_basestring_ascii as json_string
 
 from pcm.errors import InputError
 from pcm.images import IMAGE_FORMATS
@@ -53,7 +51,8 @@ class GeneratorSpec:
     image_quality: int = 95
     # Changes to the scheduler's configuration, as (name, value) pairs sorted by name; a mapping is taken too.
     scheduler_options: tuple[tuple[str, str | int | float | bool], ...] = ()
-    # From here on speed alone is meant, but kernels round differently: recorded and compared, yet not in the seeds.
+    # From here on speed alone is meant, but kernels round differently: recorded and compared, yet not in the
+    # seeds (pcm.generation.seeds).
     attention: str = "default"
     channels_last: bool = False  # convolutions in NHWC
     compile: str = "none"
@@ -172,48 +171,9 @@ class DatasetSpec:
             del mine["clip.revision"]
         return [f"{key}: {mine.get(key)!r} -> {theirs.get(key)!r}" for key in mine if mine.get(key) != theirs.get(key)]
 
-    def sample_seed(self, corpus_id: str, image_index: int) -> int:
-        """Seed of one sample's first attempt, in [0, 2**53): exact as a JSON number and in an int64 column.
 
-        Hashes the caption's corpus id, the picture-deciding part of the spec and --seed, so neighbours in the
-        corpus, worker count and order of work play no part, and neither do the options that are there for speed:
-        pictures made with and without them can be compared. Attempt k uses seed + k.
-        """
-        key = json.dumps([_pictures_digest(self.generator, self.seed), corpus_id, image_index])
-        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 11
-
-    def sample_seeds(self, corpus_ids: Sequence[str]) -> list[int]:
-        """`sample_seed` of every picture of these captions, in order: the same numbers, faster."""
-        start = hashlib.sha256(f'["{_pictures_digest(self.generator, self.seed)}", '.encode())
-        endings = [f", {image_index}]".encode() for image_index in range(self.images_per_caption)]
-        seeds = []
-        for corpus_id in corpus_ids:
-            caption = start.copy()
-            caption.update(json_string(corpus_id).encode())
-            for ending in endings:
-                key = caption.copy()
-                key.update(ending)
-                seeds.append(int.from_bytes(key.digest()[:8], "big") >> 11)
-        return seeds
-
-
-#: What a seed never depends on.
-SPEED_FIELDS = ("attention", "channels_last", "compile", "vae_slicing", "vae_tiling", "prompt_cache")
-#: Fields younger than the first datasets: at their default they are left out, so that those keep their seeds.
-_LATER_FIELDS = ("scheduler_options",)
-#: The same of a ClipSpec, for the digest of the spec.
+#: Fields of a ClipSpec younger than the first datasets: at their default they are left out of the digest of the spec.
 _LATER_CLIP_FIELDS = ("activation", "weights")
-
-
-@functools.lru_cache(maxsize=8)
-def _pictures_digest(generator: GeneratorSpec, seed: int) -> str:
-    defaults = {entry.name: entry.default for entry in dataclasses.fields(generator)}
-    deciding = {
-        name: value
-        for name, value in dataclasses.asdict(generator).items()
-        if name not in SPEED_FIELDS and not (name in _LATER_FIELDS and value == defaults[name])
-    }
-    return hashlib.sha256(json.dumps([deciding, seed], sort_keys=True).encode()).hexdigest()
 
 
 def _sorted_pairs(options: object) -> tuple[tuple[str, str | int | float | bool], ...]:

@@ -8,8 +8,9 @@ python -m benchmarks.experiments dissect --out DIR            # what the mix-up 
 python -m benchmarks.experiments report --out DIR             # benchmarks/RESULTS.md
 """
 
-import argparse
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,56 +19,66 @@ from benchmarks.experiments.prepare import prepare
 from benchmarks.experiments.report import write_report
 from benchmarks.experiments.runs import planned, read_result, run_all
 from benchmarks.experiments.settings import CAPTIONS, CLIP_FACTOR, DOMAINS, EXPERIMENTS, MAIN, SEEDS, Variant
-from cluster.training.config import parse_override
-from jobs.cli import checked, make_parser, run_job
+from cluster.options import Request, check_at_least, option, parse_setting
+from jobs.command_line import Job
 
 
-def parser() -> argparse.ArgumentParser:
-    result = make_parser("experiments", __doc__)
-    result.prog = "python -m benchmarks.experiments"
-    result.formatter_class = argparse.RawDescriptionHelpFormatter
-    result.add_argument("what", choices=("prepare", *EXPERIMENTS, "all", "try", "dissect", "report"))
-    result.add_argument("--out", type=Path, required=True, help="local folder of datasets and results")
-    result.add_argument("--seeds", type=int, default=SEEDS, help=f"runs of every variant (default {SEEDS})")
-    result.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each (default: the cores)"
-    )
-    result.add_argument("--art", type=Path, help="prepare: folder of the icon packages (default: ~/.cache)")
-    result.add_argument("--captions", type=int, default=CAPTIONS, help=f"prepare: of each domain (default {CAPTIONS})")
-    result.add_argument(
-        "--set", type=checked(parse_override), action="append", default=[], metavar="FIELD=VALUE", dest="settings",
-        help="try: a field of TrainConfig",
+@dataclass(frozen=True, kw_only=True)
+class ExperimentsRequest(Request):
+    """What is to be prepared, run, tried or reported."""
+
+    what: str = option(
+        positional=True, choices=("prepare", *EXPERIMENTS, "all", "try", "dissect", "report"),
+        help="an experiment, all of them, or a step before or after: "
+        + ", ".join(("prepare", *EXPERIMENTS, "all", "try", "dissect", "report")),
     )  # fmt: skip
-    result.add_argument("--clip-factor", type=float, default=CLIP_FACTOR, help="try: w x mean cosine; 0 = no CXE")
-    result.add_argument("--judge", type=Path, help="dissect: folder of the classifier that pretrain_embedded trains")
-    result.add_argument("--domain", default=MAIN, help="try")
-    result.add_argument("--data", default="drawn", choices=("drawn", "rendered", "text"), help="try")
-    return result
+    out: Path = option(parse=Path, metavar="DIR", help="local folder of datasets and results")
+    seeds: int = option(SEEDS, help="runs of every variant")
+    processes: int = option(os.cpu_count() or 1, help="runs at a time, one core each")
+    art: Path | None = option(
+        None, parse=Path, metavar="DIR", help="prepare: folder of the icon packages", unset="in ~/.cache"
+    )
+    captions: int = option(CAPTIONS, help="prepare: of each domain")
+    settings: Mapping[str, Any] = option(
+        {}, flag="set", metavar="FIELD=VALUE", parse=parse_setting, help="try: a field of TrainConfig"
+    )
+    clip_factor: float = option(CLIP_FACTOR, help="try: w x mean cosine; 0 = no CXE")
+    judge: Path | None = option(
+        None, parse=Path, metavar="DIR", help="dissect: folder of the classifier that pretrain_embedded trains"
+    )
+    domain: str = option(MAIN, choices=tuple(DOMAINS), help="try")
+    data: str = option("drawn", choices=("drawn", "rendered", "text"), help="try")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "seeds", "processes", "captions")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.what == "prepare":
-        return prepare(args.out, captions=args.captions, art=args.art, domains=tuple(DOMAINS))
-    if args.what == "try":
-        return _try(args)
-    if args.what == "dissect":
-        return dissect(args.out, judge=args.judge)
-    if args.what == "report":
-        return write_report(args.out, seeds=args.seeds)
-    names = list(EXPERIMENTS) if args.what == "all" else [args.what]
-    jobs = planned((variant for name in names for variant in EXPERIMENTS[name].variants), args.out, seeds=args.seeds)
-    return {"runs": len(jobs), "done_now": run_all(jobs, args.out, processes=args.processes)}
+def run(request: ExperimentsRequest) -> dict[str, Any]:
+    if request.what == "prepare":
+        return prepare(request.out, captions=request.captions, art=request.art, domains=tuple(DOMAINS))
+    if request.what == "try":
+        return _try(request)
+    if request.what == "dissect":
+        return dissect(request.out, judge=request.judge)
+    if request.what == "report":
+        return write_report(request.out, seeds=request.seeds)
+    names = list(EXPERIMENTS) if request.what == "all" else [request.what]
+    jobs = planned(
+        (variant for name in names for variant in EXPERIMENTS[name].variants), request.out, seeds=request.seeds
+    )
+    return {"runs": len(jobs), "done_now": run_all(jobs, request.out, processes=request.processes)}
 
 
-def _try(args: argparse.Namespace) -> dict[str, Any]:
+def _try(request: ExperimentsRequest) -> dict[str, Any]:
     """Settings tried on validation pictures; the test pictures are not looked at."""
     variant = Variant(
-        name="try", domain=args.domain, data=args.data, clip_factor=args.clip_factor or None,
-        overrides=dict(args.settings),
+        name="try", domain=request.domain, data=request.data, clip_factor=request.clip_factor or None,
+        overrides=dict(request.settings),
     )  # fmt: skip
-    jobs = planned([variant], args.out, seeds=args.seeds, test=False)
-    run_all(jobs, args.out, processes=args.processes)
-    found = [read_result(args.out, job.key) for job in jobs]
+    jobs = planned([variant], request.out, seeds=request.seeds, test=False)
+    run_all(jobs, request.out, processes=request.processes)
+    found = [read_result(request.out, job.key) for job in jobs]
     return {
         "validation_CIDEr": [[round(row["CIDEr"], 3) for row in each["validation"]["history"]] for each in found],
         "loss": [[round(row["loss"], 3) for row in each["validation"]["history"]] for each in found],
@@ -76,5 +87,7 @@ def _try(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+JOB = Job("experiments", __doc__ or "", ExperimentsRequest, run, package="benchmarks")
+
 if __name__ == "__main__":
-    run_job(parser(), run)
+    JOB.main()

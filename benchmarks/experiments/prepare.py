@@ -8,9 +8,11 @@ from benchmarks.experiments.runs import data_path
 from benchmarks.experiments.scenes import render, scenes_of
 from benchmarks.experiments.settings import DOMAINS, MAIN, SHARD_SIZE, Domain
 from cluster.dataset.layout import load_manifest
+from cluster.generation import GenerateRequest, generate
+from cluster.ingest.photos import featurise_photos
+from cluster.ingest.request import PhotoRequest
 from cluster.ingest.text_only import text_only_dataset
 from cluster.store.store import open_store
-from jobs import featurise, generate
 from pcm.clip.encoder import ClipEncoder
 
 log = logging.getLogger(__name__)
@@ -32,8 +34,7 @@ def prepare(out: Path, *, captions: int, art: Path | None, domains: tuple[str, .
 
 def _draw(domain: Domain, out: Path, captions: int) -> Path:
     path = data_path(out, domain.name, "drawn")
-    arguments = ["--corpus", domain.corpus, "--limit", str(captions), "--shard-size", str(SHARD_SIZE)]
-    generate.run(generate.parser().parse_args([*arguments, "--out", str(path)]))
+    generate(GenerateRequest(corpus=domain.corpus, out=str(path), limit=captions, shard_size=SHARD_SIZE))
     return path
 
 
@@ -51,6 +52,5 @@ def _render(domain: Domain, out: Path, captions: int, art: Path | None) -> Path:
     path = data_path(out, domain.name, "rendered")
     pairs = scenes_of(domain, captions)
     pictures, table = render(pairs, out / "rendered" / domain.name, fetch_art(art or DEFAULT_ART_FOLDER))
-    arguments = ["--images", str(pictures), "--captions", str(table), "--shard-size", str(SHARD_SIZE)]
-    featurise.run(featurise.parser().parse_args([*arguments, "--out", str(path)]))
+    featurise_photos(PhotoRequest(images=str(pictures), captions=str(table), out=str(path), shard_size=SHARD_SIZE))
     return path

@@ -20,13 +20,15 @@ from typing import Any
 
 from benchmarks.experiments.settings import BASE, DOMAINS, FIRST_SEED, NO_CXE, PRESET, Variant
 from cluster.dataset.layout import load_manifest
-from cluster.evaluation.evaluate import EvaluateRequest, evaluate
+from cluster.evaluation.evaluate import evaluate
+from cluster.evaluation.request import EvaluateRequest
 from cluster.sources.pictures import PictureSource, resolved
 from cluster.store.store import open_store
 from cluster.sweep.sweep import without_paths
-from cluster.training.loop import METRICS_KEY
+from cluster.training.reporting import METRICS_KEY
+from cluster.training.request import TrainRequest
 from cluster.training.run_spec import RunSpec
-from cluster.training.train import TrainRequest, planned_run
+from cluster.training.train import planned_run
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -82,7 +84,8 @@ def _planned(variant: Variant, seed: int, out: Path, *, test: bool) -> Job:
         out=str(out),
         preset=PRESET,
         overrides={**BASE, "clip_weight": clip_weight, **variant.overrides, "seed": seed},
-        validation=validation,
+        val_images=validation.images,
+        val_references=validation.references,
     )
     run = planned_run(request, cpus=1)
     tested = (variant.domain, *variant.also_on) if test else ()
@@ -152,7 +155,12 @@ def run_job(job: Job, out: Path) -> dict[str, Any]:
     tests, samples = {}, {}
     for name, source in job.tests.items():
         request = EvaluateRequest(
-            pictures=source, checkpoint=str(folder), out=str(folder / name), shuffled_baseline=True, device="cpu"
+            images=source.images,
+            references=source.references,
+            checkpoint=str(folder),
+            out=str(folder / name),
+            shuffled_baseline=True,
+            device="cpu",
         )
         found = evaluate(request)
         tests[name] = {metric: found.get(metric) for metric in METRICS}
@@ -184,11 +192,10 @@ def run_job(job: Job, out: Path) -> dict[str, Any]:
 
 def _train(run: RunSpec, folder: Path) -> str:
     """cluster.training.loop in this process; "" or why it stopped."""
-    from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
-
+    from cluster.ray_internals import LocalReports, train_in_this_process
     from cluster.training.loop import train_loop
 
-    set_train_fn_utils(LocalTrainFnUtils(experiment_name=folder.name))
+    train_in_this_process(LocalReports(name=folder.name))
     return train_loop({"run": replace(run, out=str(folder))})
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.experiments.settings import Domain
-from jobs.generate import corpus_uri
+from pcm import embedded
 from pcm.embedded.making.captions import corpus_scenes
 from pcm.embedded.making.world import DOMAINS, Scene
 from pcm.errors import InputError
@@ -22,7 +22,7 @@ def scenes_of(domain: Domain, count: int) -> list[tuple[Scene, str]]:
     """
     world = DOMAINS[domain.name]
     found = list(corpus_scenes(random.Random(world.corpus_seed), count, world))
-    with open(corpus_uri(domain.corpus), encoding="utf-8") as lines:
+    with open(embedded.caption_file(domain.corpus), encoding="utf-8") as lines:
         for number, (line, (_, caption)) in enumerate(itertools.zip_longest(itertools.islice(lines, count), found)):
             if line is None or line.rstrip("\n") != caption:
                 raise InputError(f"{domain.corpus}: caption {number} is not what its scene says; make the pack again")

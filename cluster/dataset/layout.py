@@ -4,14 +4,15 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.store.store import Store
-from pcm.errors import InputError
-from pcm.records import SCHEMA_VERSION, FeatureShape
+from pcm.documents import document_bytes
+from pcm.errors import InputError, one_line
+from pcm.records import READABLE_VERSIONS, SCHEMA_VERSION, FeatureShape
 from pcm.spec import DatasetSpec
 
 PLAN_KEY = "plan.json"
@@ -20,6 +21,9 @@ VOCABULARY_KEY = "vocabulary.txt"
 CONCEPTS_KEY = "concepts.safetensors"
 CLIP_HEAD_KEY = "clip_head.safetensors"
 VOCABULARIES_KEY = "vocabularies.json"  # of which captions the three are
+
+#: In the stats of a shard that cluster.dataset.upgrade rewrote: the sha256 of the shard before.
+UPGRADED_FROM = "upgraded_from"
 
 
 def plan_part_key(shard: int) -> str:
@@ -36,6 +40,11 @@ def quarantine_key(shard: int) -> str:
 
 def stats_key(shard: int) -> str:
     return f"stats/part-{shard:06d}.json"
+
+
+def shard_number(key: str) -> int:
+    """The shard of a key that one of the four functions above made."""
+    return int(key.rpartition("/part-")[2].partition(".")[0])
 
 
 def group_key(group: int) -> str:
@@ -61,6 +70,8 @@ class CorpusSource:
     format: str
     split: str | None
     limit: int | None
+    caption_column: str | None = None
+    csv_quoting: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,21 +118,16 @@ class Plan:
         return next(segment for segment in reversed(self.segments) if getattr(segment, first) <= value)
 
     def to_json(self) -> bytes:
-        return _json_bytes({**asdict(self), "spec": self.spec.to_dict()})
+        return document_bytes({**asdict(self), "spec": self.spec.to_dict()})
 
     @staticmethod
     def from_json(data: bytes) -> "Plan":
-        values = _json_object(data, PLAN_KEY)
-        if values.get("schema_version") != SCHEMA_VERSION:
-            raise InputError(
-                f"dataset schema version {values.get('schema_version')}: this code reads version {SCHEMA_VERSION}; "
-                "use the release that wrote it, or generate into another --out"
-            )
+        values = _document(data, PLAN_KEY)
         with _intact(PLAN_KEY):
-            segments = tuple(Segment(**segment) for segment in values["segments"])
-            source = CorpusSource(**values["source"]) if values["source"] else None
+            segments = tuple(Segment(**_known(Segment, segment)) for segment in values["segments"])
+            source = CorpusSource(**_known(CorpusSource, values["source"])) if values["source"] else None
             spec = DatasetSpec.from_dict(values["spec"])
-            return Plan(**{**values, "spec": spec, "segments": segments, "source": source})
+            return Plan(**{**_known(Plan, values), "spec": spec, "segments": segments, "source": source})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,17 +148,17 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> bytes:
-        return _json_bytes({**asdict(self), "spec": self.spec.to_dict(), "features": asdict(self.features)})
+        return document_bytes({**asdict(self), "spec": self.spec.to_dict(), "features": asdict(self.features)})
 
     @staticmethod
     def from_json(data: bytes) -> "Manifest":
-        values = _json_object(data, MANIFEST_KEY)
+        values = _document(data, MANIFEST_KEY)
         with _intact(MANIFEST_KEY):
             return Manifest(
                 **{
-                    **values,
+                    **_known(Manifest, values),
                     "spec": DatasetSpec.from_dict(values["spec"]),
-                    "features": FeatureShape(**values["features"]),
+                    "features": FeatureShape(**_known(FeatureShape, values["features"])),
                     "shards": tuple(values["shards"]),
                 }
             )
@@ -165,45 +171,75 @@ def load_plan(store: Store) -> Plan | None:
         return None
 
 
-def load_manifest(store: Store) -> Manifest:
-    """The manifest of a finished dataset. Raises InputError when there is none."""
+def find_manifest(store: Store) -> Manifest | None:
+    """The manifest of a finished dataset, or None where there is none (yet)."""
     try:
         return Manifest.from_json(store.read_bytes(MANIFEST_KEY))
     except FileNotFoundError:
-        unfinished = store.exists(PLAN_KEY)
-        raise InputError(
-            f"{store.root}: {'an unfinished dataset' if unfinished else 'not a dataset'} (no {MANIFEST_KEY}); "
-            f"{'rerun the same jobs.generate command to finish it' if unfinished else 'make one with jobs.generate'}"
-        ) from None
+        return None
+
+
+def load_manifest(store: Store) -> Manifest:
+    """The manifest of a finished dataset. Raises InputError when there is none."""
+    if (manifest := find_manifest(store)) is not None:
+        return manifest
+    unfinished = store.exists(PLAN_KEY)
+    raise InputError(
+        f"{store.root}: {'an unfinished dataset' if unfinished else 'not a dataset'} (no {MANIFEST_KEY}); "
+        f"{'rerun the same jobs.generate command to finish it' if unfinished else 'make one with jobs.generate'}"
+    )
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
     """A table as one Parquet file in memory; the same table gives the same bytes with the pinned pyarrow.
 
     Pictures are compressed already and features are noise to a compressor: left as they are, they take a tenth more
-    room, and cluster.dataset.feature_pages reads features without decoding. The other columns win from zstd; level 1
-    costs nothing measurable.
+    room, and Arrow reads the patch features by copying their bytes. The other columns win from zstd; level 1 costs
+    nothing measurable.
     """
     buffer = io.BytesIO()
-    flat = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
+    compressed = [field.name for field in table.schema if not _is_noise(field.type)]
     pq.write_table(
         table,
         buffer,
-        compression=dict.fromkeys(flat, "zstd"),
-        compression_level=dict.fromkeys(flat, 1),
+        compression=dict.fromkeys(compressed, "zstd"),
+        compression_level=dict.fromkeys(compressed, 1),
         use_dictionary=["caption", "status", "reason"] if "caption" in table.column_names else False,
         write_statistics=["sample_id"],
     )
     return buffer.getvalue()
 
 
+def _is_noise(kind: pa.DataType) -> bool:
+    """Pictures and features."""
+    return pa.types.is_nested(kind) or pa.types.is_fixed_size_binary(kind)
+
+
 def read_table(store: Store, key: str, columns: list[str] | None = None) -> pa.Table:
     return pq.read_table(io.BytesIO(store.read_bytes(key)), columns=columns)
 
 
-def _json_object(data: bytes, key: str) -> dict:
+class OtherSchema(InputError):
+    """A dataset of a schema that this package does not read: nothing in it may be judged or touched."""
+
+
+def _document(data: bytes, key: str) -> dict:
+    """Raises OtherSchema, and InputError for what is no JSON object."""
     with _intact(key):
-        return dict(json.loads(data))
+        values = dict(json.loads(data))
+    if (version := values.get("schema_version")) not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise OtherSchema(
+            f"{key}: dataset schema version {version}, but this package reads versions {readable}; "
+            "use the release that wrote it, or generate into another --out"
+        )
+    return values
+
+
+def _known(kind: type, values: dict) -> dict:
+    """The values without fields that later work has added to a document."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 @contextlib.contextmanager
@@ -212,9 +248,5 @@ def _intact(key: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        said = " ".join(str(error).split())
+        said = one_line(error)
         raise InputError(f"{key}: damaged ({said}); restore it, or generate into another --out") from None
-
-
-def _json_bytes(document: dict) -> bytes:
-    return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()

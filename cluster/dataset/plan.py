@@ -21,14 +21,14 @@ import pyarrow as pa
 from cluster.dataset.layout import PLAN_KEY, CorpusSource, Plan, Segment, load_plan, parquet_bytes, plan_part_key
 from cluster.sources.corpus import CorpusRecord
 from cluster.store.store import Store
+from pcm.credentials import refuse_credentials
 from pcm.errors import InputError
-from pcm.records import PLAN_SCHEMA, PROMPT_TRUNCATED
+from pcm.generation.seeds import sample_seeds
+from pcm.reasons import PROMPT_TRUNCATED, USABLE
+from pcm.records import PLAN_SCHEMA, SCHEMA_VERSION
 from pcm.spec import DatasetSpec
 
 log = logging.getLogger(__name__)
-
-#: Reasons with which a planned sample is generated all the same.
-USABLE_REASONS = ("", PROMPT_TRUNCATED)
 
 #: Shard numbers have six digits, sample ids nine: keys and ids sort as the plan is ordered.
 MAX_SHARDS = 10**6
@@ -73,11 +73,12 @@ def make_plan(
         raise InputError(f"shard size {shard_size}: must be at least 1")
     if spec.images_per_caption > 100:
         raise InputError(f"images per caption {spec.images_per_caption}: at most 100")
+    refuse_credentials(corpus)  # it goes into the plan and the manifest
     planned = load_plan(store)
     records = iter(records)
     fingerprint = hashlib.sha256()
     if planned is not None:
-        _refuse_other_spec(store, planned, spec, shard_size)
+        refuse_other_spec(store, planned, spec, shard_size)
         if source is not None and source == planned.source:
             return planned
         _refuse_other_corpus(store, planned, records, corpus, fingerprint)
@@ -105,6 +106,7 @@ def make_plan(
         shard_size=shard_size,
         segments=(*(planned.segments if planned else ()), segment),
         source=source,
+        schema_version=planned.schema_version if planned else SCHEMA_VERSION,  # a dataset is of one version
     )
     _replace_plan(store, planned, plan)
     added = f" (new: {segment.records} captions in {segment.num_shards} shards)" if planned else ""
@@ -164,7 +166,7 @@ def _samples(
         "image_index": [*images] * len(records),
         "corpus_id": [record.corpus_id for record in repeated],
         "caption": [record.caption for record in repeated],
-        "seed": spec.sample_seeds([record.corpus_id for record in records]),
+        "seed": sample_seeds(spec, [record.corpus_id for record in records]),
         "reason": [reason for reason in reasons for _ in images],
     }
     return pa.table(columns, schema=PLAN_SCHEMA)
@@ -188,7 +190,7 @@ class _PartWriter:
             raise InputError(f"more than {MAX_SHARDS} shards: give a larger --shard-size, so that there are fewer")
         self.parts += 1
         self.samples += len(table)
-        self.usable += sum(reason in USABLE_REASONS for reason in table["reason"].to_pylist())
+        self.usable += sum(reason in USABLE for reason in table["reason"].to_pylist())
         if self._held is None:
             self._write(shard, table)
             return
@@ -224,7 +226,8 @@ def _lines(records: list[CorpusRecord]) -> bytes:
     )
 
 
-def _refuse_other_spec(store: Store, planned: Plan, spec: DatasetSpec, shard_size: int) -> None:
+def refuse_other_spec(store: Store, planned: Plan, spec: DatasetSpec, shard_size: int) -> None:
+    """Raises InputError, with the differences, unless the dataset was begun with this spec and shard size."""
     differences = planned.spec.differences(spec)
     if planned.shard_size != shard_size:
         differences.append(f"shard_size: {planned.shard_size} -> {shard_size}")

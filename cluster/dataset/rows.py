@@ -1,5 +1,6 @@
 """Reading the columns of shards that training needs."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -7,18 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from fsspec.implementations.local import LocalFileSystem
 
-from cluster.dataset.feature_pages import plain_matrices
 from cluster.store.store import Store
-from pcm.errors import InputError
-from pcm.kernels.quantised import quantised
-from pcm.records import FeatureShape
+from pcm.errors import InputError, first_line
+from pcm.records import FeatureShape, feature_matrix
 
-MATRICES = ("global_feature", "patch_features")
-SMALL = ("sample_id", "caption", "clip_score")
-COLUMNS = (*SMALL, *MATRICES)
+COLUMNS = ("sample_id", "caption", "clip_score", "global_feature", "patch_features")
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,10 @@ class Rows:
         """With patch features in int8; as they are where they have been rounded already."""
         if self.patch_features.dtype == np.int8:
             return self
+        import torch  # seconds to import, and who reads rows as they are needs none of it
+
+        from pcm.kernels.quantised import quantised
+
         values, scale = quantised(torch.from_numpy(self.patch_features))
         return replace(self, patch_features=values.numpy(), patch_scale=scale.numpy())
 
@@ -85,52 +84,53 @@ def read_shard(store: Store, key: str, columns: Sequence[str]) -> pa.Table:
     """Some columns of one shard. Raises InputError naming the shard when it cannot be read."""
     if (preloaded := _PRELOADED.get(store.path(key))) is not None:
         return preloaded.select(list(columns))
-    with _opened(store, key) as (_, parquet):
-        return parquet.read(columns=list(columns))
+    with _readable(store, key):
+        table = _read(store, key, columns)
+        if missing := [name for name in columns if name not in table.column_names]:
+            raise pa.ArrowInvalid(f"no column {missing[0]}")
+        return table
+
+
+def features_of(store: Store, key: str, table: pa.Table, name: str, *shape: int) -> np.ndarray:
+    """(n, *shape) float16 of a column of one shard. Raises InputError where values are missing or more or fewer."""
+    with _readable(store, key):
+        matrix = feature_matrix(table[name])
+        if matrix.shape[1] != math.prod(shape):
+            raise pa.ArrowInvalid(f"{name}: {matrix.shape[1]} values, must be {' x '.join(map(str, shape))}")
+        return matrix.reshape(-1, *shape)
 
 
 def read_rows(store: Store, key: str, rows: np.ndarray | None, features: FeatureShape) -> Rows:
     """The given rows (ascending row numbers; None = all) of one shard, decoded. Raises as read_shard does."""
-    if store.path(key) in _PRELOADED:
-        table = read_shard(store, key, COLUMNS)
-        matrices = [_matrix(table, name) for name in MATRICES]
-    else:
-        with _opened(store, key) as (file, parquet):
-            plain = plain_matrices(file.read_at, parquet, MATRICES, whole=not isinstance(file, pa.OSFile))
-            table = parquet.read(columns=list(COLUMNS if plain is None else SMALL))
-            matrices = plain or [_matrix(table, name) for name in MATRICES]
-    global_feature, patch_features = matrices
+    table = read_shard(store, key, COLUMNS)
     decoded = Rows(
         sample_ids=np.array(table["sample_id"].to_pylist(), dtype=object),
         captions=np.array(table["caption"].to_pylist(), dtype=object),
         clip_score=table["clip_score"].to_numpy(),
-        global_feature=global_feature,
-        patch_features=patch_features.reshape(-1, features.num_patches, features.patch_dim),  # (n, N, D_v)
-        patch_scale=no_scale(len(global_feature)),
+        global_feature=features_of(store, key, table, "global_feature", features.embed_dim),
+        patch_features=features_of(store, key, table, "patch_features", features.num_patches, features.patch_dim),
+        patch_scale=no_scale(len(table)),
     )
     return decoded if rows is None else decoded.select(rows)
 
 
-def _matrix(table: pa.Table, name: str) -> np.ndarray:
-    """(n, length) of a column of fixed-size lists. Raises ArrowInvalid where values are missing."""
-    values = pa.concat_arrays(table[name].chunks) if table[name].num_chunks != 1 else table[name].chunk(0)
-    if values.null_count or values.flatten().null_count:
-        raise pa.ArrowInvalid(f"{name} lacks values")
-    return values.flatten().to_numpy(zero_copy_only=True).reshape(table.num_rows, -1)
+def _read(store: Store, key: str, columns: Sequence[str]) -> pa.Table:
+    """Nothing is read but these columns; Arrow's own file reads without Python's lock, that of a store does not."""
+    if store.is_local:
+        # One thread: a column is one copy, and handing it to another thread costs more than waiting for it.
+        with pa.OSFile(store.path(key)) as file:
+            return pq.ParquetFile(file).read(columns=list(columns), use_threads=False)
+    # A buffer would read ahead into the pictures between the columns; Arrow asks for neighbours in one request.
+    with pa.PythonFile(store.open(key, buffered=False), "r") as file:
+        return pq.ParquetFile(file, pre_buffer=True).read(columns=list(columns))
 
 
 @contextmanager
-def _opened(store: Store, key: str) -> Iterator[tuple[pa.NativeFile, pq.ParquetFile]]:
-    """One shard, open. Raises InputError naming it when it cannot be read."""
-    path = store.path(key)
-    local = isinstance(store.fs, LocalFileSystem)
+def _readable(store: Store, key: str) -> Iterator[None]:
+    """What goes wrong with a shard inside is an InputError that names it."""
     try:
-        # Arrow's own file reads without Python's lock; that of fsspec does not, and by itself would read ahead into
-        # the pictures between the columns.
-        with pa.OSFile(path) if local else pa.PythonFile(store.fs.open(path, "rb", cache_type="none"), "r") as file:
-            yield file, pq.ParquetFile(file, pre_buffer=True)
+        yield
     except (OSError, pa.ArrowException) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{store.root}/{key}: cannot be read ({first_line}); run jobs.verify on the dataset"
+            f"{store.root}/{key}: cannot be read ({first_line(error)}); run jobs.verify on the dataset"
         ) from error

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring as json_string
 
@@ -10,15 +11,39 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.dataset.committed import load_stats
-from cluster.dataset.layout import Manifest, Plan, plan_part_key, quarantine_key, read_table, shard_key, stats_key
+from cluster.dataset.layout import (
+    MANIFEST_KEY,
+    UPGRADED_FROM,
+    Manifest,
+    Plan,
+    plan_part_key,
+    quarantine_key,
+    read_table,
+    shard_key,
+    stats_key,
+)
 from cluster.dataset.plan import corpus_lines, sample_id
 from cluster.store.store import Store
-from pcm.errors import InputError
+from pcm.errors import InputError, first_line
+from pcm.generation.seeds import attempt_seed, sample_seeds
 from pcm.images import open_image
-from pcm.records import PLAN_SCHEMA, PROMPT_TRUNCATED, QUARANTINED, STORED, FeatureShape, shard_schema
+from pcm.reasons import USABLE
+from pcm.records import (
+    PLAN_SCHEMA,
+    QUARANTINED,
+    STORED,
+    FeatureShape,
+    feature_matrix,
+    feature_shape,
+    shard_schema,
+    shard_version,
+)
 
 #: Problems that are told of one shard; all are counted.
 PROBLEMS_SHOWN = 20
+
+#: What a user is to do about shards of another version than plan.json.
+FINISH_UPGRADE = "an upgrade was interrupted: run jobs.verify DATASET --upgrade"
 
 #: What reading a damaged Parquet object raises: gone, no Parquet, broken pages, text that is no UTF-8, another schema.
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException)
@@ -61,7 +86,7 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
     except UNREADABLE as error:
         report.plan_damaged = True
         report.corrupt = report.planned
-        report.problems.append(f"{plan_part_key(shard)}: unreadable or not this plan's ({_first_line(error)})")
+        report.problems.append(f"{plan_part_key(shard)}: unreadable or not this plan's ({first_line(error)})")
         return report
     report.corpus = _corpus_lines(part)
     captions, seeds = part["caption"].to_pylist(), part["seed"].to_pylist()
@@ -78,12 +103,14 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
         report.problems.append(f"{key}: its sha256 is not the manifest's")
     try:
         table = pq.read_table(io.BytesIO(data))
-        _check_schema(table, manifest)
+        version = _check_schema(table, plan, manifest)
         rows, finite_rows = _light_rows(table), _finite_rows(table)
     except UNREADABLE as error:
         report.corrupt = report.planned
-        report.damage(f"{key}: unreadable ({_first_line(error)})")
+        report.damage(f"{key}: unreadable ({first_line(error)})")
         return report
+    if version < plan.schema_version:
+        report.problems.append(f"{key}: of schema version {version} still; {FINISH_UPGRADE}")
     num_bytes = len(data)
     del data, table
     seen: set[str] = set()
@@ -103,7 +130,7 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
     if report.missing:
         report.damage(f"{key}: {report.missing} planned samples neither stored nor quarantined")
     report.entries = "".join(sorted(entries)).encode()
-    _check_stats(store, report, num_bytes)
+    _check_stats(store, report, num_bytes, outdated=version < plan.schema_version)
     return report
 
 
@@ -124,7 +151,7 @@ def _check_plan_part(part: pa.Table, plan: Plan, shard: int) -> None:
     if list(zip(part["record_index"].to_pylist(), part["image_index"].to_pylist(), strict=True)) != places:
         raise ValueError("other places than its sample ids")
     corpus_ids = dict(zip(part["record_index"].to_pylist(), part["corpus_id"].to_pylist(), strict=True))
-    seeds = plan.spec.sample_seeds(list(corpus_ids.values()))
+    seeds = sample_seeds(plan.spec, list(corpus_ids.values()))
     first = places[0][0]
     if part["seed"].to_pylist() != [seeds[(record - first) * images + image] for record, image in places]:
         raise ValueError("other seeds than its captions have")
@@ -136,7 +163,7 @@ def _corpus_lines(part: pa.Table) -> bytes:
     return corpus_lines(
         (row[0] for row in first),
         (row[1] for row in first),
-        ("" if row[2] == PROMPT_TRUNCATED else row[2] for row in first),
+        ("" if row[2] in USABLE else row[2] for row in first),
     )
 
 
@@ -160,7 +187,7 @@ def _stored_problem(row: tuple, planned: tuple[str, int] | None, finite: bool) -
         return f"status {status!r} in a shard"
     if caption != planned[0]:
         return "another caption than planned"
-    if attempts < 1 or seed != planned[1] + attempts - 1:
+    if attempts < 1 or seed != attempt_seed(planned[1], attempts - 1):
         return "another seed than planned"
     if not finite:
         return "features or score not finite"
@@ -187,16 +214,18 @@ def _quarantine_rows(store: Store, shard: int, report: ShardReport) -> list[dict
     except FileNotFoundError:
         return []
     except UNREADABLE as error:
-        report.damage(f"{quarantine_key(shard)}: unreadable ({_first_line(error)})")
+        report.damage(f"{quarantine_key(shard)}: unreadable ({first_line(error)})")
         return []
 
 
-def _check_stats(store: Store, report: ShardReport, num_bytes: int) -> None:
+def _check_stats(store: Store, report: ShardReport, num_bytes: int, *, outdated: bool) -> None:
     try:
         said = load_stats(store, report.shard)
     except InputError as error:
         report.damage(str(error))
         return
+    if outdated and json.loads(store.read_bytes(stats_key(report.shard))).get(UPGRADED_FROM) == report.sha256:
+        return  # the upgrade was interrupted between the two
     if (said["sha256"], said["bytes"]) != (report.sha256, num_bytes):
         report.damage(f"{stats_key(report.shard)}: of other bytes than {shard_key(report.shard)}")
     elif (said["successes"], said["quarantined_by_reason"]) != (report.stored, report.reasons):
@@ -206,19 +235,31 @@ def _check_stats(store: Store, report: ShardReport, num_bytes: int) -> None:
         )
 
 
-def _check_schema(table: pa.Table, manifest: Manifest | None) -> None:
-    """Raises ValueError unless names and types are a shard's, with the manifest's features where there is one."""
-    if manifest is not None:
-        features = manifest.features
-    else:
-        sizes = [table.schema.field(name).type.list_size for name in ("global_feature", "patch_features")]
-        features = FeatureShape(embed_dim=sizes[0], patch_dim=sizes[1], num_patches=1)
-    wanted = {field.name: field.type for field in shard_schema(features)}
-    found = {field.name: field.type for field in table.schema}
-    for name in wanted | found:
-        if wanted.get(name) != found.get(name):
-            raise ValueError(f"column {name}: {found.get(name, 'missing')}, must be {wanted.get(name, 'absent')}")
+def _check_schema(table: pa.Table, plan: Plan, manifest: Manifest | None) -> int:
+    """The version of the shard's schema: the plan's, or the one before where an upgrade is not done.
+
+    Raises ValueError unless names and types are a shard's, with the manifest's features where there is one. Columns of
+    later work are passed over.
+    """
+    version = min(shard_version(table.schema), plan.schema_version)
+    features = feature_shape(table.schema) if version >= 3 else _features_of_lists(table.schema, manifest)
+    if manifest is not None and features != manifest.features:
+        raise ValueError(f"features {features}, must be {manifest.features} as in {MANIFEST_KEY}")
+    wanted = shard_schema(features, version)
+    found = dict(zip(table.schema.names, table.schema.types, strict=True))
+    for name, kind in zip(wanted.names, wanted.types, strict=True):
+        if found.get(name) != kind:
+            raise ValueError(f"column {name}: {found.get(name, 'missing')}, must be {kind}")
     table.validate(full=True)  # text is UTF-8, offsets lie within
+    return version
+
+
+def _features_of_lists(schema: pa.Schema, manifest: Manifest | None) -> FeatureShape:
+    """Of a shard of version 2, which tells no more than the number of values."""
+    if manifest is not None:
+        return manifest.features
+    sizes = [schema.field(name).type.list_size for name in ("global_feature", "patch_features")]
+    return FeatureShape(embed_dim=sizes[0], patch_dim=sizes[1], num_patches=1)
 
 
 def _light_rows(table: pa.Table) -> list[tuple]:
@@ -234,11 +275,5 @@ def _light_rows(table: pa.Table) -> list[tuple]:
 def _finite_rows(table: pa.Table) -> np.ndarray:
     finite = np.isfinite(table["clip_score"].to_numpy())
     for name in ("global_feature", "patch_features"):
-        column = table[name].combine_chunks()
-        values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
-        finite &= np.isfinite(values).all(axis=1)
+        finite &= np.isfinite(feature_matrix(table[name])).all(axis=1)
     return finite
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,6 @@ the sum of the shards, no group object says what is not so, and no shard is ther
 import hashlib
 import logging
 import os
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,18 +19,19 @@ from cluster.dataset.layout import (
     PLAN_KEY,
     Manifest,
     Plan,
+    find_manifest,
     group_key,
     load_plan,
     quarantine_key,
     shard_key,
 )
-from cluster.dataset.shard_check import PROBLEMS_SHOWN, ShardReport, check_shard
+from cluster.dataset.shard_check import FINISH_UPGRADE, PROBLEMS_SHOWN, ShardReport, check_shard
 from cluster.store.store import Store
 from pcm.errors import InputError
+from pcm.line_timer import LineTimer
 
 log = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_LINES = 10.0
 _COUNTERS = ("stored", "quarantined", "missing", "duplicated", "corrupt")
 
 
@@ -92,10 +92,10 @@ def inspect(store: Store, *, workers: int | None = None) -> Inspection:
     plan = load_plan(store)
     if plan is None:
         raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
-    result = Inspection(plan, _manifest(store))
+    result = Inspection(plan, find_manifest(store))
     fingerprint, corpus = hashlib.sha256(), hashlib.sha256()
     group: list[ShardReport] = []
-    progress = _Lines(plan)
+    progress = _ProgressLines(plan)
     for report in _reports(store, plan, result.manifest, workers or min(32, 4 * (os.cpu_count() or 1))):
         for counter in _COUNTERS:
             setattr(result, counter, getattr(result, counter) + getattr(report, counter))
@@ -172,6 +172,11 @@ def _manifest_disagrees(result: Inspection) -> list[str]:
     problems = []
     if differences := manifest.spec.differences(plan.spec):
         problems.append(f"{MANIFEST_KEY}: of another spec than the plan ({'; '.join(differences)})")
+    if manifest.schema_version != plan.schema_version:
+        problems.append(
+            f"{MANIFEST_KEY}: of schema version {manifest.schema_version}, {PLAN_KEY} of version "
+            f"{plan.schema_version}; {FINISH_UPGRADE}"
+        )
     if [shard["key"] for shard in manifest.shards] != [shard_key(number) for number in range(plan.num_shards)]:
         problems.append(f"{MANIFEST_KEY}: lists other shards than the plan")
     if said != found:
@@ -181,29 +186,20 @@ def _manifest_disagrees(result: Inspection) -> list[str]:
     return problems
 
 
-def _manifest(store: Store) -> Manifest | None:
-    try:
-        return Manifest.from_json(store.read_bytes(MANIFEST_KEY))
-    except FileNotFoundError:
-        return None
-
-
-class _Lines:
+class _ProgressLines:
     """A line on the log now and then: how much is checked, how fast, how long it will take."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._started = self._last = time.monotonic()
+        self._timer = LineTimer()
         self._samples = self._problems = 0
 
     def add(self, report: ShardReport) -> None:
         self._samples += report.planned
         self._problems += report.missing + report.duplicated + report.corrupt
-        now = time.monotonic()
-        if now - self._last < _SECONDS_BETWEEN_LINES:
+        if not self._timer.due():
             return
-        self._last = now
-        rate = self._samples / (now - self._started)
+        rate = self._samples / self._timer.elapsed
         log.info(
             "%d of %d shards checked, %.0f samples/s, ETA %.0f s, missing, doubled or corrupt: %d",
             report.shard + 1, self._plan.num_shards, rate, (self._plan.expected - self._samples) / rate, self._problems,

@@ -19,11 +19,10 @@ from cluster.dataset.layout import (
     plan_part_key,
     read_table,
 )
-from cluster.dataset.plan import USABLE_REASONS
-from cluster.generation.stages.featurise import NULL_FEATURES
 from cluster.session import user_error
 from cluster.store.store import Store
-from pcm.records import FeatureShape
+from pcm.reasons import USABLE
+from pcm.records import NULL_FEATURES, FeatureShape
 from pcm.spec import ClipSpec
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
@@ -62,6 +61,11 @@ def store_vocabularies(store: Store, plan: Plan, *, encoder: "ClipEncoder | None
                 raise user_error(error) or error from None
         document = json.dumps({"corpus_fingerprint": plan.corpus_fingerprint, "min_count": min_count})
         store.write_bytes(VOCABULARIES_KEY, f"{document}\n".encode())
+    return stored_features(store, plan)
+
+
+def stored_features(store: Store, plan: Plan) -> FeatureShape:
+    """The shape of the features of a dataset whose CLIP files are on the store. Raises FileNotFoundError."""
     if plan.spec.clip.model == "null":
         return NULL_FEATURES
     metadata = safetensors_metadata(store.read_bytes(CLIP_HEAD_KEY))
@@ -84,7 +88,7 @@ def planned_captions(store: Store, plan: Plan) -> Iterator[str]:
     def part(shard: int) -> list[str]:
         table = read_table(store, plan_part_key(shard), ["caption", "reason", "image_index"])
         first = pc.equal(table["image_index"], 0)
-        usable = pc.is_in(table["reason"], pa.array(USABLE_REASONS))
+        usable = pc.is_in(table["reason"], pa.array(USABLE))
         return table["caption"].filter(pc.and_(first, usable)).to_pylist()
 
     window = 64

@@ -6,7 +6,6 @@ so a caption does not depend on how many workers there are, nor on which of them
 
 import json
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,15 @@ import ray
 import ray.data
 import torch
 
+from cluster.evaluation.request import CaptionRequest
 from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error
 from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set
 from cluster.store.store import join, local_copy, open_store
 from pcm.captioners.captioner import BATCH_SIZE, MODEL_FILE, Captioner
 from pcm.errors import InputError
+from pcm.line_timer import LineTimer
 
 log = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,41 @@ class Captioned:
         )
 
 
+def caption(request: CaptionRequest) -> dict[str, Any]:
+    """A caption and its concepts for every picture; null, and one line in `errors`, for those that cannot be read.
+
+    Raises InputError when there is no captioner at the place, or none of the pictures can be read.
+    """
+    captioner = Captioner.load(
+        local_checkpoint(request.checkpoint), clip=request.clip, device=request.device, beam_size=request.beam_size
+    )
+    found = captioner.caption([_local(image) for image in request.images])
+    results = dict(zip(request.images, found, strict=True))
+    for image, result in results.items():
+        log.info("%s", result.error or f"{image}: {result.caption}")
+    errors = {image: result.error for image, result in results.items() if result.error}
+    if len(errors) == len(results):
+        raise InputError(f"none of {len(results)} pictures can be read; the first: {next(iter(errors.values()))}")
+    return {
+        "captions": {image: None if result.error else result.caption for image, result in results.items()},
+        "concepts": {
+            image: [[name, round(probability, 4)] for name, probability in result.concepts]
+            for image, result in results.items()
+        },
+        "errors": errors,
+    }
+
+
+def _local(image: str) -> str:
+    """A local path of a picture at a URI; a URI with nothing there stays, to be reported as the file it is not."""
+    if "://" not in image:
+        return image
+    try:
+        return str(local_copy(image))
+    except InputError:
+        return image
+
+
 def local_checkpoint(uri: str) -> Path:
     """A local folder with the captioner at `uri`: a checkpoint, or a run, whose best one it is."""
     store = open_store(uri)
@@ -54,7 +88,7 @@ def local_checkpoint(uri: str) -> Path:
 
 def caption_pictures(captioner: Captioner, pictures: PictureSet, *, batch_size: int = BATCH_SIZE) -> Captioned:
     """All pictures, in this process."""
-    said = _said(batches(len(pictures), batch_size), pictures=len(pictures), batch_size=batch_size)
+    said = _with_progress_lines(batches(len(pictures), batch_size), pictures=len(pictures), batch_size=batch_size)
     return Captioned.concatenate([caption_batch(captioner, pictures, batch) for batch in said])
 
 
@@ -114,7 +148,7 @@ def caption_on_cluster(source: CaptionerSource, *, pictures: int, num_workers: i
         num_gpus=1 if gpus else 0,
     )
     try:
-        rows = list(_said(captioned.iter_rows(), pictures=pictures, batch_size=source.batch_size))
+        rows = list(_with_progress_lines(captioned.iter_rows(), pictures=pictures, batch_size=source.batch_size))
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
     parts = {row["batch"]: _unpacked(row) for row in rows}
@@ -153,13 +187,11 @@ def _unpacked(row: dict[str, Any]) -> Captioned:
     return Captioned(json.loads(row["captions"]), features, json.loads(row["unreadable"]))
 
 
-def _said(items: Any, *, pictures: int, batch_size: int) -> Iterator[Any]:
+def _with_progress_lines(items: Any, *, pictures: int, batch_size: int) -> Iterator[Any]:
     """The items, with a line about how far they are every so often."""
-    started = last_line = time.monotonic()
+    timer = LineTimer()
     for done, item in enumerate(items):
         yield item
-        now = time.monotonic()
-        if now - last_line >= SECONDS_BETWEEN_LINES:
-            last_line = now
+        if timer.due():
             captioned = min((done + 1) * batch_size, pictures)
-            log.info("%d of %d pictures captioned, %.1f a second", captioned, pictures, captioned / (now - started))
+            log.info("%d of %d pictures captioned, %.1f a second", captioned, pictures, captioned / timer.elapsed)

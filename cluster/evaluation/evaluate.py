@@ -4,18 +4,18 @@ Under OUT: captions.json in COCO's results format, and metrics.json with the met
 """
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from cluster.evaluation.captioning import CaptionerSource, caption_on_cluster, caption_pictures, local_checkpoint
-from cluster.evaluation.experiments import comparison
+from cluster.evaluation.experiments import EXPERIMENTS, comparison, comparison_table, experiments_table
+from cluster.evaluation.request import EvaluateRequest
 from cluster.sources.pictures import (
-    PictureSource,
-    anywhere,
     load_picture_set,
     picture_domains,
     picture_references,
@@ -25,27 +25,12 @@ from cluster.store.store import join, open_store, read_uri
 from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
-from pcm.text.metrics import cider_only, clip_scores, clipscore_text, coco_metrics
+from pcm.text.metrics import cider_only, clip_scores, clipscore_text, coco_metrics, require_metrics
+
+log = logging.getLogger(__name__)
 
 RESULTS_KEY = "captions.json"
 METRICS_KEY = "metrics.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateRequest:
-    """What a user asks for; paths or URIs."""
-
-    pictures: PictureSource
-    checkpoint: str | None = None  # None: evaluate_results, which needs no model
-    out: str | None = None
-    beam_size: int = 3
-    limit: int | None = None  # the first pictures by image id only
-    shuffled_baseline: bool = False  # also CIDEr of the same captions given to other pictures
-    seed: int = 0  # of the shuffling
-    clip: str | None = None  # where the checkpoint's CLIP has moved
-    device: str = "auto"
-    num_workers: int | None = None  # Ray actors; None: in this process, without Ray
-    experiment: str | None = None  # of the paper, whose figures are put beside ours
 
 
 def evaluate(request: EvaluateRequest) -> dict[str, Any]:
@@ -53,11 +38,18 @@ def evaluate(request: EvaluateRequest) -> dict[str, Any]:
 
     Pictures that cannot be read, pictures without references and references without a picture are left out and counted:
     unreadable, without_references, without_picture. A metric that could not be computed is None, with its reason.
-    Raises InputError when checkpoint, pictures or references cannot be used.
+    With `results` in the request they are scored, without a model; CLIPScore is then None. With `list_experiments` the
+    paper's experiments are all that is given. Raises InputError when
+    checkpoint, results, pictures or references cannot be used.
     """
+    if request.list_experiments:
+        log.info("experiments of arXiv 2501.00437:\n%s", experiments_table())
+        return {"experiments": {name: {"train": found.training, **found.paper} for name, found in EXPERIMENTS.items()}}
+    if request.results is not None:
+        return _evaluate_results(request, request.results)
+    assert request.checkpoint is not None
     started = time.monotonic()
-    if request.checkpoint is None:
-        raise InputError("--checkpoint is missing: give a run of jobs.train, or --results with captions to score")
+    require_metrics()
     captioner = Captioner.load(
         local_checkpoint(request.checkpoint), clip=request.clip, device=request.device, beam_size=request.beam_size
     )
@@ -91,13 +83,14 @@ def evaluate(request: EvaluateRequest) -> dict[str, Any]:
     return _finished(summary, reasons, request, captions=captions, unreadable=found.unreadable)
 
 
-def evaluate_results(request: EvaluateRequest, results: str) -> dict[str, Any]:
-    """The same metrics of a COCO results file, whoever made it, without a model; CLIPScore is None.
+def _evaluate_results(request: EvaluateRequest, results: str) -> dict[str, Any]:
+    """The metrics of a COCO results file, whoever made it.
 
     Captions of pictures without references are left out and counted (without_references), as are references without a
     caption (without_picture). Raises InputError when the file or the references cannot be used.
     """
     started = time.monotonic()
+    require_metrics()
     given = read_results(read_uri(results), source=results)
     references = picture_references(request.pictures)
     captions = {image_id: caption for image_id, caption in given.items() if image_id in references}
@@ -145,7 +138,7 @@ def scored(
 
 def _source(request: EvaluateRequest, checkpoint: str) -> CaptionerSource:
     return CaptionerSource(
-        checkpoint=anywhere(checkpoint),
+        checkpoint=open_store(checkpoint).address,
         clip=request.clip,
         device=request.device,
         beam_size=request.beam_size,
@@ -167,10 +160,12 @@ def _finished(
         summary["reasons"] = reasons
     if request.experiment is not None:
         summary["paper"] = comparison(request.experiment, summary)
+        log.info("%s", comparison_table(request.experiment, summary["paper"]))
     if request.out is not None:
         store = open_store(request.out)
         store.write_bytes(RESULTS_KEY, results_json(captions))
-        document = {"metrics": summary, "request": asdict(request), "unreadable": unreadable}
+        asked = {**asdict(request), "pictures": asdict(request.pictures)}
+        document = {"metrics": summary, "request": asked, "unreadable": unreadable}
         store.write_bytes(METRICS_KEY, (json.dumps(document, indent=1) + "\n").encode())
         summary["results"] = join(store.root, RESULTS_KEY)
     return summary

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.training.config import TRAINING_PRESETS
-from pcm.errors import InputError
+from pcm.errors import not_known
 
 SPLIT = "test"
 #: The w with which eq. 11 weighs every pair 1, as without CXE.
@@ -88,7 +88,7 @@ EXPERIMENTS: Mapping[str, Experiment] = types.MappingProxyType(_experiments())
 def experiment(name: str) -> Experiment:
     """Raises InputError for a name that is not in EXPERIMENTS."""
     if name not in EXPERIMENTS:
-        raise InputError(f"experiment {name!r}: not known; allowed are {', '.join(EXPERIMENTS)}")
+        raise not_known("experiment", name, EXPERIMENTS)
     return EXPERIMENTS[name]
 
 

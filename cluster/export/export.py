@@ -9,48 +9,56 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
+from cluster.evaluation.captioning import local_checkpoint
 from cluster.export.huggingface import HuggingFace
 from cluster.export.published import Official
-from cluster.export.source import Format, Source, json_bytes
+from cluster.export.request import ExportRequest
+from cluster.export.source import Format, Source
 from cluster.export.webdataset import WebDataset
-from cluster.store.store import Store
+from cluster.store.store import Store, open_store
+from pcm.documents import document_bytes
 from pcm.errors import InputError
+from pcm.line_timer import LineTimer
+from pcm.official.checkpoint import export_checkpoint
 
 log = logging.getLogger(__name__)
 
 EXPORT_KEY = "export.json"
-FORMATS = ("official", "webdataset", "huggingface")
-SECONDS_BETWEEN_LINES = 10.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """name: of the published folders `NAME_sp0`, ... max_length: tokens of a sentence with its end (both: official)."""
+def export(request: ExportRequest) -> dict:
+    """Write a dataset or a captioner in another format, and what that was: counts, or files and bytes.
 
-    name: str = "synth"
-    max_length: int = 20
-    workers: int = 8
+    Raises InputError as `export_dataset` does, and for a captioner that cannot be exported.
+    """
+    out = open_store(request.out)
+    if request.data is not None:
+        return {**export_dataset(open_store(request.data), out, request), "out": request.out}
+    assert request.checkpoint is not None
+    files = export_checkpoint(local_checkpoint(request.checkpoint))
+    if foreign := sorted(set(out.list()) - set(files)):
+        raise InputError(f"--out {request.out}: holds other things ({foreign[0]}); give an empty place")
+    for name, data in files.items():
+        out.write_bytes(name, data)
+    return {"files": sorted(files), "bytes": sum(map(len, files.values())), "out": request.out}
 
 
-def export_dataset(data: Store, out: Store, *, to: str, options: ExportOptions) -> dict:
+def export_dataset(data: Store, out: Store, asked: ExportRequest) -> dict:
     """Export a finished dataset, or go on exporting it; the counts. Memory: `workers` shards.
 
-    Raises InputError for another format, for a dataset that is unfinished or that the format cannot hold, and where
+    Raises InputError for a dataset that is unfinished or that the format cannot hold, and where
     `out` holds anything but this very export.
     """
-    if to not in FORMATS:
-        raise InputError(f"--to {to!r}: allowed are {', '.join(FORMATS)}")
     source = Source.open(data)
     makers: dict[str, Callable[[], Format]] = {
-        "official": lambda: Official(source, out, name=options.name, max_length=options.max_length),
+        "official": lambda: Official(source, out, name=asked.name, max_length=asked.max_length),
         "webdataset": lambda: WebDataset(source, out),
         "huggingface": lambda: HuggingFace(source, out),
     }
-    exporter = makers[to]()
-    settings = {"name": options.name, "max_length": options.max_length} if to == "official" else {}
-    document = {"to": to, "dataset_sha256": source.sha256, "complete": False, **settings}
+    exporter = makers[asked.to]()
+    settings = {"name": asked.name, "max_length": asked.max_length} if asked.to == "official" else {}
+    document = {"to": asked.to, "dataset_sha256": source.sha256, "complete": False, **settings}
     shards = list(range(source.plan.num_shards))
     counts = {
         "exported": source.manifest.stored,
@@ -62,12 +70,12 @@ def export_dataset(data: Store, out: Store, *, to: str, options: ExportOptions) 
         return counts | {"shards": len(shards), "skipped_shards": len(shards), "seconds": 0.0}
     started = time.monotonic()
     exporter.prepare()
-    out.write_bytes(EXPORT_KEY, json_bytes(document))
+    out.write_bytes(EXPORT_KEY, document_bytes(document))
     present = set(out.list())
     missing = [shard for shard in shards if exporter.marker(shard) not in present]
-    _write(exporter, missing, workers=options.workers)
+    _write(exporter, missing, workers=asked.workers)
     exporter.finish()
-    out.write_bytes(EXPORT_KEY, json_bytes({**document, "complete": True, **counts}))
+    out.write_bytes(EXPORT_KEY, document_bytes({**document, "complete": True, **counts}))
     exporter.tidy()
     seconds = round(time.monotonic() - started, 2)
     return counts | {"shards": len(shards), "skipped_shards": len(shards) - len(missing), "seconds": seconds}
@@ -91,12 +99,11 @@ def _begun(out: Store, document: dict) -> bool:
 
 
 def _write(exporter: Format, shards: list[int], *, workers: int) -> None:
-    started = last_line = time.monotonic()
+    timer = LineTimer()
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(shards), 4 * workers):  # a window, so that a failure ends the run soon
             window = shards[start : start + 4 * workers]
             for done, _ in enumerate(pool.map(exporter.write, window), start=start + 1):
-                if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
-                    last_line = time.monotonic()
-                    left = (len(shards) - done) * (last_line - started) / done
+                if timer.due():
+                    left = (len(shards) - done) * timer.elapsed / done
                     log.info("%d of %d shards exported, %.0f s left", done, len(shards), left)

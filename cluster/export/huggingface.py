@@ -1,14 +1,18 @@
 """Export to a folder that `datasets.load_dataset` and the Hugging Face hub open, pictures shown as pictures.
 
-Shards carry the metadata already, so they are copied: `data/train-00000-of-000NN.parquet`, and a README.md with the
-dataset's card.
+`data/train-00000-of-000NN.parquet`, and a README.md with the dataset's card. Both columns of features are lists of
+float16, as in version 2 of our schema: `datasets` gives them as lists, or as arrays by `with_format("numpy")`, where
+the bytes of version 3 would have to be taken apart by hand. All else is as in the shards, the metadata by which
+pictures are shown among it.
 """
 
 import json
 
-from cluster.dataset.layout import MANIFEST_KEY
+from cluster.dataset.layout import MANIFEST_KEY, parquet_bytes
 from cluster.export.source import Source
 from cluster.store.store import Store
+from pcm.reasons import PROMPT_TRUNCATED
+from pcm.records import in_version
 
 _SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000))
 
@@ -27,7 +31,8 @@ class HuggingFace:
         return f"data/train-{shard:05d}-of-{self._source.plan.num_shards:05d}.parquet"
 
     def write(self, shard: int) -> None:
-        self._out.write_bytes(self.marker(shard), self._source.read_bytes(shard))
+        table = in_version(self._source.read(shard), self._source.manifest.features, 2)
+        self._out.write_bytes(self.marker(shard), parquet_bytes(table))
 
     def finish(self) -> None:
         self._out.write_bytes(MANIFEST_KEY, self._source.store.read_bytes(MANIFEST_KEY))
@@ -57,7 +62,7 @@ def card(source: Source) -> str:
             "patch_features",
             f"({features.num_patches} * {features.patch_dim},) float16, CLIP's last tokens before ln_post, row-major",
         ),
-        ("status, reason", "`stored`; `prompt_truncated` where the caption was longer than CLIP's context"),
+        ("status, reason", f"`stored`; `{PROMPT_TRUNCATED}` where the caption was longer than CLIP's context"),
     ]
     yaml = [
         "---",

@@ -13,14 +13,13 @@ last one the remainder too.
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-import pyarrow as pa
 import safetensors.torch
 
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY
-from cluster.export.source import Source, picture_ending
+from cluster.export.source import Source
 from cluster.store.store import Store
 from pcm.errors import InputError
+from pcm.images import image_ending
 from pcm.official.files import (
     ANNOTATIONS_END,
     ANNOTATIONS_START,
@@ -33,6 +32,7 @@ from pcm.official.files import (
     split_of,
     stack_sentences,
 )
+from pcm.records import feature_matrix
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
 
@@ -79,8 +79,8 @@ class Official:
         table = self._source.read(shard)
         rows = len(table)
         features = self._source.manifest.features
-        patches = _matrix(table, "patch_features").reshape(rows, features.num_patches, features.patch_dim)
-        images = _matrix(table, "global_feature")
+        patches = feature_matrix(table["patch_features"]).reshape(rows, features.num_patches, features.patch_dim)
+        images = feature_matrix(table["global_feature"])
         annotations, captions = [], []
         light = table.select(["sample_id", "caption", "image", "clip_score"]).to_pylist()
         for number, row in enumerate(light):
@@ -89,7 +89,7 @@ class Official:
             split_id = split_of(position, self._source.plan.expected)
             folder = f"{self._name}_sp{split_id}"
             picture = row["image"]["bytes"]
-            self._out.write_bytes(f"images/{folder}/{image_id}.{picture_ending(picture)}", picture)
+            self._out.write_bytes(f"images/{folder}/{image_id}.{image_ending(picture)}", picture)
             npz = features_to_npz(patches[number], images[number])
             self._out.write_bytes(f"features/{folder}/{image_id}.npz", npz)
             token_ids, target_ids = stack_sentences(self._vocabulary, [row["caption"]], self._max_length)
@@ -112,8 +112,3 @@ class Official:
     def tidy(self) -> None:
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(self._out.delete, self._out.list(_PARTS)))
-
-
-def _matrix(table: pa.Table, name: str) -> np.ndarray:
-    column = table[name].combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)

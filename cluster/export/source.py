@@ -73,12 +73,3 @@ class Format(Protocol):
 
     def tidy(self) -> None:
         """Delete what only an unfinished export needs."""
-
-
-def picture_ending(picture: bytes) -> str:
-    """ "jpg", "png" or "webp" of a stored picture."""
-    return {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}[picture[:2]]
-
-
-def json_bytes(document: dict) -> bytes:
-    return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -10,9 +10,11 @@ import hashlib
 import io
 import tarfile
 
-from cluster.export.source import Source, json_bytes, picture_ending
+from cluster.export.source import Source
 from cluster.store.store import Store
+from pcm.documents import document_bytes
 from pcm.errors import InputError
+from pcm.images import image_ending
 
 MAX_SHARDS = 100_000
 MAX_ROWS = 10_000
@@ -45,11 +47,11 @@ class WebDataset:
                 row_of_shard = self._source.plan.shard_of(self._source.position(row["sample_id"]))[1]
                 key = f"{shard:05d}{row_of_shard:04d}"
                 picture = row["image"]["bytes"]
-                _add(tar, f"{key}.{picture_ending(picture)}", picture)
+                _add(tar, f"{key}.{image_ending(picture)}", picture)
                 _add(tar, f"{key}.txt", row["caption"].encode())
-                _add(tar, f"{key}.json", json_bytes(self._document(key, row, picture)))
+                _add(tar, f"{key}.json", document_bytes(self._document(key, row, picture)))
         self._out.write_bytes(f"{shard:05d}.tar", buffer.getvalue())
-        self._out.write_bytes(self.marker(shard), json_bytes(self._stats(shard)))
+        self._out.write_bytes(self.marker(shard), document_bytes(self._stats(shard)))
 
     def finish(self) -> None:
         pass

@@ -15,6 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cluster.generation.progress import STAGES, MonitorSnapshot, RunProgress, Status
 from cluster.generation.telemetry import Telemetry
+from cluster.numbers import duration, size
 from cluster.session import cluster_gpus, cluster_machines
 
 log = logging.getLogger(__name__)
@@ -209,26 +210,3 @@ def trouble(status: Status, *, gpus: float, gpus_per_generator: float) -> str:
         drawing = "" if status.generators is None else f"; {status.in_flight} of {wanted} generators are drawing"
         return f"nothing finished for {duration(status.idle_seconds)}{drawing}{here}"
     return ""
-
-
-def duration(seconds: float) -> str:
-    """'42 s', '7 min 05 s', '15 h 38 min', '3 d 4 h'."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    hours = round(seconds / 3600)
-    return f"{hours // 24} d {hours % 24} h"
-
-
-def size(count: float) -> str:
-    """'12.3 MB': bytes in powers of 1,000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"

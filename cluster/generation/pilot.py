@@ -6,7 +6,6 @@ rarely shuffled.
 
 import json
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,15 +14,14 @@ from typing import Any
 from cluster.dataset.clip_scores import ClipScores
 from cluster.dataset.layout import Plan, stats_key
 from cluster.generation.cost import SECONDS_AN_HOUR, Billing
-from cluster.generation.display import duration, size
-from cluster.generation.generate import GenerationResult, actors, generate
+from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
+from cluster.generation.pipeline import GenerationResult, actors, run_pipeline
 from cluster.generation.pools import Pools
-from cluster.generation.progress import RunLimits
-from cluster.generation.stages.monitor import FaultPolicy
+from cluster.numbers import duration, size
 from cluster.session import cluster_machines
 from cluster.store.store import Store
 from pcm.errors import InputError
-from pcm.text.rules import REASONS
+from pcm.reasons import of_stage
 
 log = logging.getLogger(__name__)
 
@@ -49,39 +47,6 @@ class Prediction:
     clip_score_standard_error: float | None
 
 
-@dataclass(frozen=True)
-class PilotSize:
-    """What `--pilot` asks for: a share of the samples, 0..1, or a number of them."""
-
-    share: float | None = None
-    samples: int | None = None
-
-    @staticmethod
-    def parse(text: str) -> "PilotSize":
-        """ "1%" or "2000". Raises InputError for anything else."""
-        try:
-            if text.endswith("%") and 0 < float(text[:-1]) <= 100:
-                return PilotSize(share=float(text[:-1]) / 100)
-            if not text.endswith("%") and int(text) > 0:
-                return PilotSize(samples=int(text))
-        except ValueError:
-            pass
-        raise InputError(
-            f"pilot {text!r}: must be a share such as 1% (more than 0%, up to 100%) or a number of samples such as 2000"
-        )
-
-    def of(self, expected: int) -> int:
-        """How many of so many samples. Raises InputError when there are not so many."""
-        if self.share is not None:
-            return math.ceil(self.share * expected)
-        assert self.samples is not None
-        if self.samples > expected:
-            raise InputError(
-                f"pilot {self.samples}: the whole has {expected} samples; give fewer, or a share such as 1%"
-            )
-        return self.samples
-
-
 def pilot_shards(plan: Plan, samples: int, *, generators: int) -> list[int]:
     """Evenly spaced shards of about so many samples, at least one a generator."""
     wanted = max(1, generators, round(samples / plan.shard_size))
@@ -101,7 +66,7 @@ def run_pilot(
     rows = sum(plan.shard_rows(shard) for shard in shards)
     more = f", at least one for each of {pools.generators} generators" if rows > samples + plan.shard_size / 2 else ""
     log.info("pilot: %d samples in %d of %d shards%s", rows, len(shards), plan.num_shards, more)
-    result = generate(store, plan, pools, faults=faults, watch=watch, shards=shards)
+    result = run_pipeline(store, plan, pools, faults=faults, watch=watch, shards=shards)
     with ThreadPoolExecutor(16) as pool:
         stats = list(pool.map(lambda shard: json.loads(store.read_bytes(stats_key(shard))), shards))
     made = result.status.samples
@@ -139,7 +104,8 @@ def predict(
     """
     samples = sum(part["count"] for part in stats)
     stored = sum(part["successes"] for part in stats)
-    drawn = samples - sum(count for reason, count in _reasons(stats) if reason in REASONS)
+    unusable = of_stage("caption")
+    drawn = samples - sum(count for reason, count in _reasons(stats) if reason in unusable)
     if not drawn:
         raise InputError(f"pilot: none of its {samples} captions is usable; give a larger --pilot")
     scores = sum((ClipScores.of_shard(dict(part)) for part in stats), ClipScores())

@@ -2,13 +2,17 @@
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.generation.request import AUTO, GenerationOptions
+from pcm import embedded
 from pcm.clip.names import HUB_PREFIX, activation_of, folder_revision, is_commit, resolve_clip_name
-from pcm.errors import InputError
-from pcm.generation.drawing import IMPORTED, model_source
-from pcm.spec import TAG_REVISION, ClipSpec
+from pcm.credentials import refuse_credentials
+from pcm.errors import InputError, first_line
+from pcm.generation.names import IMPORTED, model_source
+from pcm.spec import TAG_REVISION, ClipSpec, DatasetSpec, GeneratorSpec
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -18,11 +22,71 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def dataset_spec(asked: GenerationOptions, *, gpus: float) -> DatasetSpec:
+    """The spec that a request means, with every default resolved and every revision pinned; `gpus`: the cluster's.
+
+    With batch_size auto its batch size is a placeholder. Raises InputError.
+    """
+    check_scheduler(asked.scheduler, asked.scheduler_options)
+    device = resolve_device(asked.device, cluster_gpus=gpus)
+    dtype = resolve_dtype(asked.dtype, device=device)
+    t2i = asked.t2i or "embedded"
+    steps, guidance_scale = GeneratorSpec.num_inference_steps, GeneratorSpec.guidance_scale
+    if t2i == "embedded":
+        steps, guidance_scale = embedded.STEPS, embedded.GUIDANCE_SCALE
+    clip = asked.clip or ("null" if t2i == "null" else "embedded")
+    return DatasetSpec(
+        generator=GeneratorSpec(
+            model=t2i,
+            revision=pin_t2i(t2i, asked.t2i_revision),
+            num_inference_steps=steps if asked.steps is None else asked.steps,
+            guidance_scale=guidance_scale if asked.guidance_scale is None else asked.guidance_scale,
+            width=asked.width,
+            height=asked.height,
+            scheduler=asked.scheduler,
+            negative_prompt=asked.negative_prompt,
+            prompt_template=asked.prompt_template,
+            dtype=dtype,
+            device=device,
+            batch_size=GeneratorSpec.batch_size if asked.batch_size == AUTO else int(asked.batch_size),
+            max_attempts=asked.max_attempts,
+            image_format=asked.image_format,
+            image_quality=asked.image_quality,
+            scheduler_options=tuple(asked.scheduler_options.items()),
+            attention=asked.attention,
+            channels_last=asked.channels_last,
+            compile=asked.compile,
+            vae_slicing=asked.vae_slicing,
+            vae_tiling=asked.vae_tiling,
+            prompt_cache=asked.prompt_cache,
+        ),
+        clip=clip_spec(
+            clip,
+            revision=asked.clip_revision,
+            dtype=dtype,
+            device=device,
+            batch_size=asked.clip_batch_size,
+        ),
+        seed=asked.seed,
+        images_per_caption=asked.images_per_caption,
+    )
+
+
+def on_device(spec: DatasetSpec, *, device: str, dtype: str) -> DatasetSpec:
+    """The same spec drawn and scored on a device in a precision."""
+    return replace(
+        spec,
+        generator=replace(spec.generator, device=device, dtype=dtype),
+        clip=replace(spec.clip, device=device, dtype=dtype),
+    )
+
+
 def pin_t2i(model: str, revision: str | None) -> str:
     """The revision of a text-to-image NAME: sha256 of a folder, commit of a repo, "" of the null generator.
 
     Raises InputError when the repo cannot be reached to look a branch up; a full commit hash needs no look-up.
     """
+    refuse_credentials(model)
     if model == "null":
         return ""
     source = model_source(model)
@@ -170,9 +234,8 @@ def _look_up(repo: str, revision: str | None) -> "ModelInfo":
     except HFValidationError:
         raise InputError(f"model {repo!r}: neither a folder nor a repo id ORG/NAME; give one of the two") from None
     except (HfHubHTTPError, OSError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"model {repo!r}: its revision cannot be looked up ({first_line}); "
+            f"model {repo!r}: its revision cannot be looked up ({first_line(error)}); "
             "give a 40-digit commit with the revision argument, or a local folder"
         ) from None
 

@@ -6,12 +6,10 @@ from typing import Any
 
 from ray.data import ActorPoolStrategy
 
-from pcm.errors import InputError
+from cluster.generation.request import MachineOptions
 
 #: Generators that one CLIP actor with a GPU of its own keeps up with: it reads 16 pictures while one is denoised.
 GENERATORS_PER_SCORER = 16
-#: Share of a GPU that CLIP takes beside a generator.
-SHARED_CLIP_GPUS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +35,7 @@ class Pools:
         gpus: float,
         generators: int | tuple[int, int] | None = None,
         scorers: int | None = None,
-        clip_gpus: float | None = None,
+        clip_gpus: float = MachineOptions.clip_gpus,
         node_label: tuple[str, str] | None = None,
     ) -> "Pools":
         """One generator a GPU, sharing it with a scorer; on a CPU, a generator a core with room for the other stages.
@@ -48,7 +46,6 @@ class Pools:
         schedulable on two cores, and the operating system shares the rest out. Raises InputError.
         """
         least, most = generators if isinstance(generators, tuple) else (None, generators)
-        clip_gpus = SHARED_CLIP_GPUS if clip_gpus is None else clip_gpus
         if device == "cuda" and clip_gpus >= 1:
             scorers = scorers or max(1, math.ceil((most or gpus) / (GENERATORS_PER_SCORER + clip_gpus)))
             count = most or max(1, int(gpus - scorers * clip_gpus))
@@ -68,6 +65,19 @@ class Pools:
             generator_cpus=1, generator_gpus=1 if clip_gpus >= 1 else round(1 - clip_gpus, 4), scorer_cpus=1,
             scorer_gpus=clip_gpus, writer_cpus=0.5, node_label=node_label,
         )  # fmt: skip
+
+    @staticmethod
+    def of(asked: MachineOptions, *, device: str, cpus: float, gpus: float) -> "Pools":
+        """`for_cluster` with what a request asks for."""
+        return Pools.for_cluster(
+            device=device,
+            cpus=cpus,
+            gpus=gpus,
+            generators=asked.generators,
+            scorers=asked.scorers,
+            clip_gpus=asked.clip_gpus,
+            node_label=asked.node_label,
+        )
 
     def draw_options(self, shards: int) -> dict[str, Any]:
         """What `map_batches` is told about the generator pool of a run over so many shards.
@@ -90,27 +100,3 @@ class Pools:
     def _stage(self, pool: ActorPoolStrategy, cpus: float, gpus: float) -> dict[str, Any]:
         options: dict[str, Any] = {"compute": pool, "num_cpus": cpus, "num_gpus": gpus}
         return options | ({"label_selector": dict([self.node_label])} if self.node_label else {})
-
-
-def parse_generators(text: str) -> int | tuple[int, int]:
-    """8 of "8", (2, 8) of "2:8". Raises InputError."""
-    least, colon, most = text.partition(":")
-    counts = [int(part) for part in ((least, most) if colon else (least,)) if part.isdecimal()]
-    if len(counts) != (2 if colon else 1) or counts != sorted(counts) or counts[0] < 1:
-        raise InputError(f"generators {text!r}: write a number such as 8, or MIN:MAX such as 2:8")
-    return (counts[0], counts[1]) if colon else counts[0]
-
-
-def parse_node_label(text: str) -> tuple[str, str]:
-    """("pcmnet.io/role", "generation") of "pcmnet.io/role=generation". Raises InputError."""
-    key, _, value = text.partition("=")
-    if not (key and value):
-        raise InputError(f"node label {text!r}: write KEY=VALUE, such as pcmnet.io/role=generation")
-    return key, value
-
-
-def check_clip_gpus(value: float) -> float:
-    """Raises InputError for GPUs of an actor that Ray could not reserve."""
-    if value <= 0 or (value > 1 and value != int(value)) or 0.9 < value < 1:
-        raise InputError(f"clip gpus {value:g}: a fraction up to 0.9 is shared with a generator; 1, 2, ... are its own")
-    return value

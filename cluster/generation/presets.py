@@ -21,11 +21,13 @@ captions; how they were chosen is not published, so every caption is drawn, and 
 that the same caption has there.
 """
 
-import argparse
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from pcm.errors import InputError
+from cluster.options import Request
+from pcm.errors import not_known
+
+AnyRequest = TypeVar("AnyRequest", bound=Request)
 
 _STABLE_DIFFUSION = {
     "t2i": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -59,14 +61,14 @@ GENERATION_PRESETS = {
 }
 
 
-def with_preset(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments, those that were not given (None) as the preset has them. Raises InputError for an unknown name."""
-    if args.preset is None:
-        return args
-    if args.preset not in GENERATION_PRESETS:
-        raise InputError(f"preset {args.preset!r}: allowed are {', '.join(GENERATION_PRESETS)}")
-    values = GENERATION_PRESETS[args.preset].arguments
-    if args.t2i not in (None, values["t2i"]):
-        values = {name: value for name, value in values.items() if name != "t2i_revision"}  # of another repository
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    return argparse.Namespace(**(vars(args) | values | given))
+def with_preset(request: AnyRequest, name: str | None) -> AnyRequest:
+    """The request, what was not given (None) as the preset has it. Raises InputError for an unknown name."""
+    if name is None:
+        return request
+    if name not in GENERATION_PRESETS:
+        raise not_known("preset", name, GENERATION_PRESETS)
+    asked: Any = request
+    values = dict(GENERATION_PRESETS[name].arguments)
+    if asked.t2i not in (None, values["t2i"]):
+        del values["t2i_revision"]  # of another repository
+    return replace(request, **{field: value for field, value in values.items() if getattr(request, field) is None})

@@ -3,7 +3,6 @@
 Everything here is arithmetic on what it is told; asking and showing is cluster/generation/display.py.
 """
 
-import math
 import threading
 import time
 from collections import deque
@@ -13,7 +12,6 @@ from typing import Any
 
 from cluster.dataset.clip_scores import ClipScores
 from cluster.generation.cost import SECONDS_AN_HOUR, Billing
-from pcm.errors import InputError
 
 STAGES = ("draw", "featurise", "encode", "store")
 
@@ -27,22 +25,6 @@ MIN_RATE_SECONDS = 5.0
 #: Without an advance for this long, and for several times the longest gap so far, the run is said to stand still.
 STALL_SECONDS = 60.0
 STALL_GAPS = 3.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunLimits:
-    """How a run is watched: what an hour costs, and when to give up. Changes no byte of the result."""
-
-    price_per_hour: float | None = None  # of one GPU, or of one machine when drawing on CPUs
-    spot: bool = False  # a label on the price
-    stop_below_clip_score: float | None = None  # raw cosine
-
-    def __post_init__(self) -> None:
-        price, threshold = self.price_per_hour, self.stop_below_clip_score
-        if price is not None and not (math.isfinite(price) and price >= 0):
-            raise InputError(f"price per hour {price:g}: must be a number of at least 0")
-        if threshold is not None and not -1 < threshold < 1:
-            raise InputError(f"stop below clip score {threshold:g}: a cosine, allowed are numbers between -1 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)

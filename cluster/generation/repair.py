@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from cluster.dataset.layout import (
     MANIFEST_KEY,
     Manifest,
+    OtherSchema,
     Plan,
     group_key,
     load_plan,
@@ -18,9 +19,16 @@ from cluster.dataset.layout import (
 from cluster.dataset.plan import plan_parts, write_plan_part
 from cluster.dataset.shard_check import UNREADABLE
 from cluster.dataset.verify import inspect
-from cluster.sources.corpus import CorpusRecord
-from cluster.store.store import Store
+from cluster.dataset.vocabularies import vocabularies_stored
+from cluster.generation.pipeline import run_pipeline
+from cluster.generation.pools import Pools
+from cluster.session import cluster_cpus, cluster_gpus, start_ray
+from cluster.sources.corpus import CorpusRecord, read_corpus
+from cluster.store.store import Store, open_store
+from pcm import embedded
+from pcm.clip.names import truncation_check
 from pcm.errors import InputError
+from pcm.text.formats import ReadOptions
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +67,39 @@ def repair(
     return inspect(store).to_dict() | {"repaired": len(found.damaged_shards)}
 
 
+def repair_dataset(dataset: str, *, corpus: str | None = None) -> dict:
+    """`repair` of the dataset at a path or URI; `corpus`: where its captions are now, where they were by default.
+
+    Ray is started only where there is something to draw.
+    """
+    store = open_store(dataset)
+
+    def read_records(plan: Plan) -> Iterator[CorpusRecord]:
+        uri = embedded.caption_file(corpus or plan.corpus)
+        if plan.source is None:
+            return read_corpus(uri, limit=plan.records)
+        options = ReadOptions.of(plan.source.caption_column, plan.source.csv_quoting)
+        return read_corpus(uri, format=plan.source.format, split=plan.source.split, limit=plan.records, options=options)
+
+    def draw(plan: Plan, shards: list[int]) -> None:
+        cpus, gpus = 1.0, 0.0
+        if shards or not vocabularies_stored(store, plan):
+            start_ray()
+            cpus, gpus = cluster_cpus(), cluster_gpus()
+        pools = Pools.for_cluster(device=plan.spec.generator.device, cpus=cpus, gpus=gpus)
+        run_pipeline(store, plan, pools, redo=shards)
+
+    return repair(store, draw=draw, read_records=read_records, truncation_check=truncation_check)
+
+
 def _drop_damaged_manifest(store: Store) -> None:
     """A manifest that cannot be read says nothing that the shards do not say."""
     try:
         Manifest.from_json(store.read_bytes(MANIFEST_KEY))
     except FileNotFoundError:
         return
+    except OtherSchema:  # it says much, to another release
+        raise
     except InputError as error:
         if load_plan(store) is not None:
             log.warning("%s", error)

@@ -4,32 +4,27 @@ import logging
 
 from cluster.dataset.committed import committed, summaries
 from cluster.dataset.layout import MANIFEST_KEY, Plan
-from cluster.generation.generate import generate
+from cluster.generation.limits import FaultPolicy
+from cluster.generation.pipeline import run_pipeline
 from cluster.generation.pools import Pools
 from cluster.generation.stages.draw import DrawShard
-from cluster.generation.stages.featurise import CLIP_ERROR
-from cluster.generation.stages.monitor import FaultPolicy
 from cluster.store.store import Store
 from pcm.errors import InputError
-from pcm.generation.drawing import GENERATOR_REASONS
+from pcm.reasons import RETRYABLE, of_stage
 
 log = logging.getLogger(__name__)
 
-#: Stands for all of GENERATOR_REASONS.
+#: Stands for every reason of the stage "generator".
 ALL_GENERATOR = "all-generator"
-
-#: What another seed may mend.
-DEFECTS = ("black_image", "constant_image", "nan_image", "nsfw_flagged")
 
 
 def parse_reason(reason: str) -> frozenset[str]:
     """The reasons that a --retry-quarantined argument means. Raises InputError."""
     if reason == ALL_GENERATOR:
-        return frozenset(GENERATOR_REASONS)
-    allowed = (*GENERATOR_REASONS, CLIP_ERROR, *DEFECTS)
-    if reason not in allowed:
+        return frozenset(of_stage("generator"))
+    if reason not in RETRYABLE:
         raise InputError(
-            f"retry of {reason!r}: allowed are {', '.join(allowed)} and {ALL_GENERATOR}; captions that were refused "
+            f"retry of {reason!r}: allowed are {', '.join(RETRYABLE)} and {ALL_GENERATOR}; captions that were refused "
             "for what they are stay so"
         )
     return frozenset([reason])
@@ -65,5 +60,5 @@ def retry_quarantined(
     log.info("%d samples in %d shards are tried again", retried, len(shards))
     if shards and store.exists(MANIFEST_KEY):
         store.delete(MANIFEST_KEY)
-    result = generate(store, plan, pools, faults=faults, redo=shards, retry=reasons, draw=draw)
+    result = run_pipeline(store, plan, pools, faults=faults, redo=shards, retry=reasons, draw=draw)
     return {**result.summary(), "retried": retried}

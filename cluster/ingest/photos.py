@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,23 +20,25 @@ import torch
 from PIL import Image
 
 from cluster.dataset.committed import committed
-from cluster.dataset.layout import Manifest, plan_part_key, read_table
-from cluster.dataset.plan import USABLE_REASONS, make_plan
+from cluster.dataset.layout import Manifest, Plan, plan_part_key, read_table
+from cluster.dataset.plan import make_plan
 from cluster.dataset.vocabularies import store_vocabularies
-from cluster.generation.generate import write_manifest
 from cluster.generation.pinning import clip_spec, resolve_device, resolve_dtype
+from cluster.generation.pipeline import write_manifest
 from cluster.generation.stages.draw import DRAWN_SCHEMA
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard
-from cluster.ingest.shards import import_shards, picture_size, sample_row, undrawn
+from cluster.ingest.request import PhotoRequest
+from cluster.ingest.shards import counts, import_shards, picture_size, sample_row, undrawn
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.sources.pictures import PictureFiles, find_pictures, resolved
 from cluster.store.store import Store, open_store
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
 from pcm.errors import InputError
-from pcm.generation.drawing import PHOTOS
+from pcm.generation.names import PHOTOS
 from pcm.images import open_image
+from pcm.reasons import BAD_IMAGE, MISSING_IMAGE, USABLE
 from pcm.spec import DatasetSpec
 
 log = logging.getLogger(__name__)
@@ -45,27 +47,6 @@ T = TypeVar("T")
 
 #: What an Arrow column of photos may hold; more needs smaller shards.
 MAX_SHARD_BYTES = 2**31 - 1
-
-MISSING_IMAGE = "missing_image"
-BAD_IMAGE = "bad_image"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhotoRequest:
-    """`images` as in `cluster.sources.pictures.PictureSource`, `captions` any file that `cluster.sources.corpus`
-    reads, with the photo
-    of each caption; paths or URIs. `limit`: the captions of the first so many photos of the file."""
-
-    images: str
-    captions: str
-    out: str
-    clip: str
-    split: str | None = None
-    limit: int | None = None
-    shard_size: int = 256
-    workers: int = 8
-    device: str = "auto"
-    dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -77,6 +58,16 @@ class PhotoResult:
     skipped: int  # pairs that were there already
     seconds: float
     pairs_per_second: float
+
+    def summary(self) -> dict[str, Any]:
+        """What a job prints."""
+        return {
+            **counts(self.manifest),
+            "photos": self.photos,
+            "skipped": self.skipped,
+            "pairs_per_second": round(self.pairs_per_second, 1),
+            "seconds": round(self.seconds, 2),
+        }
 
 
 def featurise_photos(request: PhotoRequest) -> PhotoResult:
@@ -111,7 +102,7 @@ def featurise_photos(request: PhotoRequest) -> PhotoResult:
     missing = [shard for shard in range(plan.num_shards) if shard not in made]
     making = time.monotonic()
     by_number = {corpus.numbers[image_id]: position for image_id, position in photos.items()}
-    shards = PhotoShards(store, featuriser, corpus, files, by_number)
+    shards = PhotoShards(store, plan, featuriser, corpus, files, by_number)
     rows = import_shards(shards, made, plan, missing, workers=request.workers)
     return PhotoResult(
         manifest=write_manifest(store, plan, features),
@@ -123,8 +114,6 @@ def featurise_photos(request: PhotoRequest) -> PhotoResult:
 
 
 def _spec(request: PhotoRequest) -> DatasetSpec:
-    if request.clip == "null":
-        raise InputError("--clip null: has no features; give an open_clip model or 'embedded'")
     device = resolve_device(request.device, cluster_gpus=torch.cuda.device_count())
     return DatasetSpec(
         generator=undrawn(PHOTOS, revision=""),
@@ -227,6 +216,7 @@ class PhotoShards:
     def __init__(
         self,
         store: Store,
+        plan: Plan,
         featuriser: FeaturisePhotos,
         corpus: PhotoCorpus,
         files: PictureFiles,
@@ -237,7 +227,7 @@ class PhotoShards:
         self._corpus = corpus
         self._files = files
         self._positions = positions
-        self._writer = WriteShard(store)
+        self._writer = WriteShard(store, plan.schema_version)
         self._model = threading.Lock()  # one forward pass at a time; photos are read and decoded beside it
 
     def __call__(self, shard: int) -> dict:
@@ -252,12 +242,12 @@ class PhotoShards:
 
     def _samples(self, shard: int, planned: list[dict]) -> pa.Table:
         photos = [self._corpus.photo_of[row["record_index"]] for row in planned]
-        usable = {photo for row, photo in zip(planned, photos, strict=True) if row["reason"] in USABLE_REASONS}
+        usable = {photo for row, photo in zip(planned, photos, strict=True) if row["reason"] in USABLE}
         read = {photo: self._read(photo) for photo in sorted(usable)}
         rows = []
         num_bytes = 0
         for row, photo in zip(planned, photos, strict=True):
-            if row["reason"] in USABLE_REASONS:
+            if row["reason"] in USABLE:
                 found = read[photo]
                 rows.append(sample_row(row, found.reason or row["reason"], found.data, found.size))
             else:
@@ -279,7 +269,7 @@ class PhotoShards:
         try:
             data = self._files.read(position)
             return Photo("", data, picture_size(data))
-        except FileNotFoundError:
+        except OSError:  # a link that leads nowhere or to itself, a file that vanished
             return Photo(MISSING_IMAGE)
         except InputError as error:
             log.warning("%s: %s", self._files.names[position], error)

@@ -8,9 +8,11 @@ decoding pictures and compressing, which run beside each other in one Python.
 
 import hashlib
 import json
+import logging
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,51 +29,45 @@ from cluster.dataset.layout import (
     plan_part_key,
     read_table,
 )
-from cluster.dataset.plan import USABLE_REASONS, make_plan
+from cluster.dataset.plan import make_plan
 from cluster.dataset.vocabularies import planned_captions
-from cluster.generation.generate import write_manifest
 from cluster.generation.pinning import clip_of_given_features, clip_spec, resolve_device, resolve_dtype
+from cluster.generation.pipeline import write_manifest
 from cluster.generation.stages.draw import DRAWN_SCHEMA
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard
-from cluster.ingest.shards import import_shards, picture_size, sample_row, undrawn
+from cluster.ingest.request import ImportRequest
+from cluster.ingest.shards import counts, import_shards, picture_size, sample_row, undrawn
 from cluster.sources.published_annotations import AnnotationCorpus, CaptionFile
 from cluster.sources.published_folders import PublishedFolders
-from cluster.store.store import Store, local_copy, open_store, read_uri
+from cluster.store.store import Store, join, local_copy, open_store, read_uri
+from pcm.captioners.captioner import MODEL_FILE
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
-from pcm.generation.drawing import IMPORTED
+from pcm.generation.names import IMPORTED
+from pcm.official.checkpoint import import_checkpoint
 from pcm.official.files import concepts_from_pickle
 from pcm.official.state_dict import read_tensors
-from pcm.records import FeatureShape
+from pcm.reasons import (
+    BAD_FEATURES,
+    BAD_IMAGE,
+    FEATURES_BEYOND_FLOAT16,
+    FEATURES_OF_ANOTHER_SHAPE,
+    MISSING_CLIP_SCORE,
+    MISSING_FEATURES,
+    MISSING_IMAGE,
+    USABLE,
+)
+from pcm.records import FeatureShape, with_features
 from pcm.safe_pickle import reader as safe_pickle
 from pcm.spec import ClipSpec, DatasetSpec
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
 
+log = logging.getLogger(__name__)
+
 _HEAD = ("ln_post.weight", "ln_post.bias", "proj")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportRequest:
-    """Paths or URIs of published files. `{split_id}` in `images` and `features` is each picture's own."""
-
-    annotations: str
-    images: str
-    vocabulary: str
-    out: str
-    clip: str  # the CLIP that made the features, or is to make them
-    features: str | None = None  # None: computed with `clip`
-    concepts: str | None = None  # None: built with `clip` from the captions
-    clip_head: str | None = None  # a published .pth, whose CLIP head is taken instead of loading `clip`
-    captions: str | None = None
-    captions_format: str = "auto"
-    captions_split: str = "train"
-    shard_size: int = 256
-    workers: int = 8
-    device: str = "auto"
-    dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -85,6 +81,47 @@ class ImportResult:
     seconds: float
     images_per_second: float
 
+    def summary(self) -> dict[str, Any]:
+        """What a job prints."""
+        return {
+            **counts(self.manifest),
+            "skipped": self.skipped,
+            "captions_from_file": self.captions_from_file,
+            "captions_recovered": self.captions_recovered,
+            "images_per_second": round(self.images_per_second, 1),
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def import_official(request: ImportRequest) -> dict[str, Any]:
+    """Import the dataset, or the captioner, that the request names, and summarise. Raises InputError."""
+    if request.checkpoint is not None:
+        return import_captioner(request, request.checkpoint)
+    return {**import_dataset(request).summary(), "dataset": request.out}
+
+
+def import_captioner(request: ImportRequest, checkpoint: str) -> dict[str, Any]:
+    """A published .pth as one of our captioners: checkpoint, model, bytes.
+
+    Raises InputError when a file is unreadable, unsafe or no PCM-Net, or OUT holds something else.
+    """
+    assert request.concepts is not None
+    store = open_store(request.out)
+    others = sorted(set(store.list()))
+    files = import_checkpoint(
+        local_copy(checkpoint),
+        vocabulary=read_vocabulary(request.vocabulary),
+        concepts=read_concepts(request.concepts),
+        clip=clip_of_given_features(request.clip).identity(),
+        settings=dict(request.settings),
+    )
+    if foreign := sorted(set(others) - set(files)):
+        raise InputError(f"--out {request.out}: holds other things ({foreign[0]}); give an empty place")
+    for name, data in files.items():
+        store.write_bytes(name, data)
+    log.info("imported %s", checkpoint)
+    return {"checkpoint": request.out, "model": join(request.out, MODEL_FILE), "bytes": sum(map(len, files.values()))}
+
 
 def import_dataset(request: ImportRequest) -> ImportResult:
     """Import, or go on importing. Memory: the annotations, then `workers` shards.
@@ -93,6 +130,7 @@ def import_dataset(request: ImportRequest) -> ImportResult:
     holds another dataset.
     """
     started = time.monotonic()
+    assert request.annotations is not None and request.images is not None
     store = open_store(request.out)
     raw = read_uri(request.annotations)
     spec = _spec(request, hashlib.sha256(raw).hexdigest())
@@ -116,7 +154,7 @@ def import_dataset(request: ImportRequest) -> ImportResult:
     features = _store_clip_files(store, plan, request, found)
     made = committed(store, plan)
     missing = [shard for shard in range(plan.num_shards) if shard not in made]
-    importer = ShardImporter(store, spec, features, places, corpus)
+    importer = ShardImporter(store, plan, features, places, corpus)
     importing = time.monotonic()
     rows = import_shards(importer, made, plan, missing, workers=request.workers)
     return ImportResult(
@@ -218,7 +256,7 @@ class ShardImporter:
     def __init__(
         self,
         store: Store,
-        spec: DatasetSpec,
+        plan: Plan,
         features: FeatureShape,
         places: PublishedFolders,
         corpus: AnnotationCorpus,
@@ -227,15 +265,15 @@ class ShardImporter:
         self._features = features
         self._places = places
         self._corpus = corpus
-        self._writer = WriteShard(store)
-        self._featuriser = None if places.features else FeaturiseShard(spec.clip)
+        self._writer = WriteShard(store, plan.schema_version)
+        self._featuriser = None if places.features else FeaturiseShard(plan.spec.clip)
         self._model = threading.Lock()  # one forward pass at a time; pictures are read and decoded beside it
 
     def __call__(self, shard: int) -> dict:
         """The stats of the shard, once it is committed."""
         started = time.time()
         rows = read_table(self._store, plan_part_key(shard)).to_pylist()
-        patches = np.zeros((len(rows), self._features.num_patches * self._features.patch_dim), np.float16)
+        patches = np.zeros((len(rows), self._features.num_patches, self._features.patch_dim), np.float16)
         images = np.zeros((len(rows), self._features.embed_dim), np.float16)
         scores = np.array([self._corpus.clip_scores[row["record_index"]] for row in rows], np.float32)
         read = [
@@ -251,17 +289,16 @@ class ShardImporter:
             scores = np.where(np.isnan(scores), computed, scores)
             samples = samples.drop_columns(["clip_score"])
         else:
-            samples = samples.append_column("global_feature", _fixed_lists(images))
-            samples = samples.append_column("patch_features", _fixed_lists(patches))
+            samples = with_features(samples, images, patches)
         samples = samples.append_column("clip_score", pa.array(scores))
         times = {"start_time": started, "draw_seconds": read_at - started, "featurise_seconds": time.time() - read_at}
         return self._writer.write(ShardRow(shard, samples, times))
 
     def _row(self, row: dict, *, patches: np.ndarray, image: np.ndarray, score: np.float32) -> dict:
-        """The sample of a plan row; its features are written into `patches` (N * D_v,) and `image` (D,)."""
+        """The sample of a plan row; its features are written into `patches` (N, D_v) and `image` (D,)."""
         picture, reason = b"", row["reason"]
         size = (0, 0)
-        if reason in USABLE_REASONS:
+        if reason in USABLE:
             image_id = row["corpus_id"].rpartition("#")[0]
             split_id = self._corpus.split_ids[row["record_index"]]
             try:
@@ -269,10 +306,10 @@ class ShardImporter:
                 size = picture_size(picture)
                 reason = self._read_features(image_id, split_id, patches, image, score)
             except FileNotFoundError:
-                reason = "missing_image"
+                reason = MISSING_IMAGE
             except InputError:
-                reason = "bad_image"
-        if reason not in USABLE_REASONS:
+                reason = BAD_IMAGE
+        if reason not in USABLE:
             picture, size = b"", (0, 0)
         return sample_row(row, reason, picture, size)
 
@@ -283,21 +320,17 @@ class ShardImporter:
         if self._featuriser is not None:
             return ""
         if np.isnan(score):
-            return "missing_clip_score"
+            return MISSING_CLIP_SCORE
         try:
             given_patches, given_image = self._places.read_features(image_id, split_id)
         except FileNotFoundError:
-            return "missing_features"
+            return MISSING_FEATURES
         except InputError:
-            return "bad_features"
+            return BAD_FEATURES
         wanted = self._features
         if given_patches.shape != (wanted.num_patches, wanted.patch_dim) or len(given_image) != wanted.embed_dim:
-            return "features_of_another_shape"
+            return FEATURES_OF_ANOTHER_SHAPE
         with np.errstate(over="ignore"):
-            patches[:] = given_patches.reshape(-1)
+            patches[:] = given_patches
             image[:] = given_image
-        return "" if np.isfinite(patches).all() and np.isfinite(image).all() else "features_beyond_float16"
-
-
-def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+        return "" if np.isfinite(patches).all() and np.isfinite(image).all() else FEATURES_BEYOND_FLOAT16

@@ -3,20 +3,18 @@ their way to a shard, and shards made beside each other in threads of one proces
 """
 
 import logging
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from cluster.dataset.committed import CommittedShards
-from cluster.dataset.layout import Plan
+from cluster.dataset.layout import Manifest, Plan
 from pcm.errors import InputError
-from pcm.images import open_image
+from pcm.images import image_format_of, open_image
+from pcm.line_timer import LineTimer
 from pcm.spec import GeneratorSpec
 
 log = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LINES = 10.0
-_PICTURE_STARTS = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 
 
 def undrawn(model: str, revision: str) -> GeneratorSpec:
@@ -28,7 +26,7 @@ def undrawn(model: str, revision: str) -> GeneratorSpec:
 
 def picture_size(picture: bytes) -> tuple[int, int]:
     """(width, height). Raises InputError for what is no JPEG, PNG or WebP, or does not decode wholly."""
-    if not picture.startswith(_PICTURE_STARTS):
+    if image_format_of(picture) is None:
         raise InputError("not a JPEG, PNG or WebP file")
     return open_image(picture).size
 
@@ -41,21 +39,31 @@ def sample_row(planned: dict, reason: str, picture: bytes, size: tuple[int, int]
     }  # fmt: skip
 
 
+def counts(manifest: Manifest) -> dict[str, Any]:
+    """What the summary of any import says of the dataset."""
+    return {
+        "expected": manifest.expected,
+        "stored": manifest.stored,
+        "quarantined": manifest.quarantined,
+        "quarantined_by_reason": manifest.quarantined_by_reason,
+        "clip_score_mean": manifest.clip_score_mean,
+    }
+
+
 def import_shards(
     make: Callable[[int], dict], made: CommittedShards, plan: Plan, missing: list[int], *, workers: int
 ) -> int:
     """Import the missing shards; how many samples that were. `make` commits a shard and returns its stats."""
     rows = 0
     total = sum(plan.shard_rows(shard) for shard in missing)
-    started = last_line = time.monotonic()
+    timer = LineTimer()
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(missing), 4 * workers):  # a window, so that a failure ends the run soon
             window = missing[start : start + 4 * workers]
             for shard, stats in zip(window, pool.map(make, window), strict=True):
                 made.add(stats)
                 rows += plan.shard_rows(shard)
-                if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
-                    last_line = time.monotonic()
-                    rate = rows / (last_line - started)
+                if timer.due():
+                    rate = rows / timer.elapsed
                     log.info("%d of %d samples, %.0f a second, %.0f s left", rows, total, rate, (total - rows) / rate)
     return rows

@@ -25,7 +25,7 @@ from cluster.dataset.rows import read_shard
 from cluster.ingest.shards import undrawn
 from cluster.store.store import Store
 from pcm.clip.encoder import ClipEncoder
-from pcm.records import STORED, FeatureShape, shard_schema
+from pcm.records import SCHEMA_VERSION, STORED, FeatureShape, feature_columns, shard_schema
 
 TEXT_ONLY = "text-only"
 #: Settings of a captioner that sees the global feature only, and weighs every caption alike.
@@ -59,6 +59,7 @@ def text_only_dataset(source: Store, out: Store, encoder: ClipEncoder) -> Manife
         clip_score_mean=1.0,
         shard_bytes=sum(shard["bytes"] for shard in shards),
         shards=tuple(shards),
+        schema_version=SCHEMA_VERSION,
     )
     out.write_bytes(MANIFEST_KEY, made.to_json())
     return made
@@ -67,13 +68,12 @@ def text_only_dataset(source: Store, out: Store, encoder: ClipEncoder) -> Manife
 def _rows(table: pa.Table, texts: np.ndarray, features: FeatureShape) -> pa.Table:
     """A shard of `texts` (n, D)."""
     rows = len(table)
-    size = features.num_patches * features.patch_dim
+    patches = np.zeros((rows, features.num_patches, features.patch_dim), np.float16)
     columns = {
         **{name: table[name] for name in table.column_names},
         "image": pa.nulls(rows, shard_schema(features).field("image").type),
         "clip_score": np.ones(rows, np.float32),
-        "global_feature": pa.FixedSizeListArray.from_arrays(texts.astype(np.float16).reshape(-1), features.embed_dim),
-        "patch_features": pa.FixedSizeListArray.from_arrays(np.zeros(rows * size, np.float16), size),
+        **feature_columns(texts.astype(np.float16), patches),
         "status": [STORED] * rows,
         "reason": [""] * rows,
         **{name: np.zeros(rows, np.int32) for name in ("width", "height", "attempts", "batch_size")},

@@ -8,15 +8,22 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
 
-from cluster.dataset.layout import PLAN_KEY, Manifest, load_manifest, quarantine_key, read_table, stats_key
+from cluster.dataset.layout import (
+    PLAN_KEY,
+    Manifest,
+    load_manifest,
+    quarantine_key,
+    read_table,
+    shard_number,
+    stats_key,
+)
 from cluster.dataset.rows import read_shard
 from cluster.dataset.verify import verify
-from cluster.generation.display import size
+from cluster.numbers import size
 from cluster.store.store import Store
 from pcm.errors import InputError
 
@@ -116,7 +123,7 @@ def _rows(store: Store, manifest: Manifest, place: int) -> list[Row]:
 
 def _stats(store: Store, manifest: Manifest) -> tuple[dict[str, Any], ...]:
     """Of all shards, or of MAX_STATS evenly spaced ones."""
-    shards = [_shard_number(shard["key"]) for shard in manifest.shards]
+    shards = [shard_number(shard["key"]) for shard in manifest.shards]
     step = max(1, -(-len(shards) // MAX_STATS))
 
     def read(shard: int) -> dict[str, Any] | None:
@@ -139,7 +146,7 @@ def _refused(store: Store, manifest: Manifest) -> dict[str, list[Refused]]:
         if all(len(examples) >= EXAMPLES_PER_REASON for examples in found.values()):
             break
         columns = ["sample_id", "caption", "seed", "reason"]
-        for row in read_table(store, quarantine_key(_shard_number(shard["key"])), columns).to_pylist():
+        for row in read_table(store, quarantine_key(shard_number(shard["key"])), columns).to_pylist():
             examples = found.setdefault(row.pop("reason"), [])
             if len(examples) < EXAMPLES_PER_REASON:
                 examples.append(Refused(**row))
@@ -153,7 +160,3 @@ def _verified(store: Store, manifest: Manifest) -> tuple[dict[str, Any] | None, 
     if not store.exists(PLAN_KEY):
         return None, f"no: it has no {PLAN_KEY}, so nothing says what ought to be there"
     return verify(store), ""
-
-
-def _shard_number(key: str) -> int:
-    return int(PurePosixPath(key).stem.removeprefix("part-"))

@@ -3,29 +3,16 @@
 import json
 from collections.abc import Sequence
 
-from cluster.generation.display import size
+from cluster.charts.markup import Html, Node, tag
+from cluster.numbers import count, moment, percent, size
 from cluster.report.dataset_facts import DatasetFacts
 from cluster.report.gallery import Concept, Gallery, Picture
-from cluster.report.html import Html, Node, tag
 from cluster.report.measures_view import cost_text, sampled_from
-from cluster.report.numbers import count, moment, percent
 from cluster.report.parts import absent, caption_text, code, details, facts, picture_card, section
 from cluster.report.throughput import Throughput
-from pcm.generation.drawing import IMPORTED, PHOTOS
+from pcm.generation.names import IMPORTED, PHOTOS
+from pcm.reasons import text_of
 from pcm.spec import DatasetSpec
-from pcm.text.rules import REASONS
-
-_MODEL_REASONS = {
-    "black_image": "black with every seed that was tried",
-    "constant_image": "one colour with every seed that was tried",
-    "nan_image": "not a number with every seed that was tried",
-    "nsfw_flagged": "blanked by the model's safety checker with every seed that was tried",
-    "generator_error": "the model raised on this caption alone",
-    "generator_crashed": "three processes died with it in hand",
-    "generator_hung": "three processes overran the time limit with it in hand",
-    "out_of_memory": "it did not fit into memory, not even alone",
-    "clip_error": "CLIP raised on the picture",
-}
 
 
 def overview(data: DatasetFacts, speed: Throughput | None, *, hourly: float | None) -> Html:
@@ -131,7 +118,7 @@ def _reason(reason: str, number: int, most: int, data: DatasetFacts) -> Html:
         "article",
         tag("h3", code(reason), tag("b", count(number))),
         tag("span", tag("span", style=f"width:{100 * number / most:.1f}%"), class_="bar"),
-        tag("p", REASONS.get(reason) or _MODEL_REASONS.get(reason, ""), class_="note"),
+        tag("p", text_of(reason), class_="note"),
         examples and tag("ul", examples),
     )
 

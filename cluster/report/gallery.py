@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from cluster.charts.markup import data_uri
 from cluster.dataset.layout import CONCEPTS_KEY
 from cluster.dataset.rows import read_shard
 from cluster.report.dataset_facts import DatasetFacts, Row, in_parallel
-from cluster.report.html import data_uri
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.images import open_image

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.numbers import count, percent, score, short, times_100
 from cluster.report.captions import CaptionSamples
 from cluster.report.dataset_facts import DatasetFacts
 from cluster.report.gallery import Gallery
 from cluster.report.measures_view import cost
-from cluster.report.numbers import count, percent, score, short, times_100
 from cluster.report.page import Headline
 from cluster.report.run_facts import RunFacts
 from cluster.report.sweep_facts import SweepFacts

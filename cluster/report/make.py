@@ -1,10 +1,7 @@
 """jobs.report's work: gather what there is, show it, write one file."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from fsspec.implementations.local import LocalFileSystem
 
 from cluster.report import dataset_view, measures_view, run_view, sweep_view
 from cluster.report.captions import caption_samples, has_checkpoint
@@ -12,36 +9,19 @@ from cluster.report.dataset_facts import gather_dataset
 from cluster.report.gallery import make_gallery
 from cluster.report.headline import Facts, headline
 from cluster.report.page import Entry, page
+from cluster.report.request import ReportRequest
 from cluster.report.run_facts import gather_evaluation, gather_run
 from cluster.report.sweep_facts import gather_sweep
 from cluster.report.throughput import throughput
-from cluster.sources.pictures import PictureSource
 from cluster.store.store import open_store
 from pcm.errors import InputError
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportRequest:
-    """What a user asks for; paths or URIs. At least one of data, run, evaluation and sweep."""
-
-    out: str
-    data: str | None = None
-    run: str | None = None
-    evaluation: str | None = None  # the --out of jobs.evaluate
-    sweep: str | None = None
-    pictures: PictureSource | None = None  # real ones, which the run's captioner describes
-    title: str | None = None
-    price_per_hour: float | None = None  # of one GPU, or of one machine on CPUs
-    seed: int = 0  # of everything that is drawn: shards, pictures
-    clip: str | None = None  # where the captioner's CLIP has moved
-    device: str = "auto"
 
 
 def make_report(request: ReportRequest) -> dict[str, Any]:
     """Write the report; {"ok", "path", "bytes", "sections"}.
 
-    The same stores and the same request give the same bytes. Raises InputError for what cannot be read, for a request
-    of nothing, and for an OUT that cannot be written.
+    The same stores and the same request give the same bytes. Raises InputError for what cannot be read, and for an OUT
+    that cannot be written.
     """
     _check(request)
     facts = gather(request)
@@ -79,14 +59,8 @@ def gather(request: ReportRequest) -> Facts:
 
 
 def _check(request: ReportRequest) -> None:
-    if not any((request.data, request.run, request.evaluation, request.sweep)):
-        raise InputError("nothing to report on: give --data, --run, --evaluation or --sweep")
-    if request.pictures is not None and request.run is None:
-        raise InputError(f"--images {request.pictures.images}: needs --run, whose captioner describes the pictures")
-    if request.price_per_hour is not None and not 0 <= request.price_per_hour < float("inf"):
-        raise InputError(f"--price-per-hour {request.price_per_hour:g}: must be a number of at least 0")
     out = open_store(request.out)
-    if isinstance(out.fs, LocalFileSystem) and Path(out.prefix).is_dir():
+    if out.is_local and Path(out.prefix).is_dir():
         raise InputError(
             f"--out {request.out}: is a folder; give a file, such as {request.out.rstrip('/')}/report.html"
         )
@@ -129,15 +103,14 @@ def _missing(facts: Facts, request: ReportRequest) -> list[tuple[str, str]]:
 
 
 def _command(request: ReportRequest) -> str:
-    pictures = request.pictures
     given = {
         "--data": request.data,
         "--run": request.run,
         "--evaluation": request.evaluation,
         "--sweep": request.sweep,
-        "--images": pictures and pictures.images,
-        "--references": pictures and pictures.references,
-        "--split": pictures and pictures.split,
+        "--images": request.images,
+        "--references": request.references,
+        "--split": request.split,
         "--price-per-hour": request.price_per_hour,
         "--seed": request.seed or None,
         "--out": request.out,

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.generation.display import duration
-from cluster.report.charts import Bar, Line, Mark, bars, histogram, line_chart, ticks
+from cluster.charts.markup import Html, tag
+from cluster.charts.svg import Bar, Line, Mark, bars, histogram, line_chart, ticks
+from cluster.numbers import count, duration, percent, score, short, spent
 from cluster.report.dataset_facts import DatasetFacts
 from cluster.report.gallery import Gallery
-from cluster.report.html import Html, tag
-from cluster.report.numbers import count, percent, score, short, spent
 from cluster.report.parts import absent, section, table
 from cluster.report.throughput import Throughput
 
@@ -29,7 +28,7 @@ def scores(data: DatasetFacts, found: Gallery) -> Html:
         edges, np.histogram(values, edges)[0].tolist(), title="CLIP scores", y_label="pictures",
         x_label="raw cosine of picture and caption", marks=[Mark(mean, f"mean {mean:.3f}")],
         description=f"{count(len(values))} pictures; mean {mean:.3f}, standard deviation {values.std():.3f}.",
-    )  # fmt: skip
+    ).figure()  # fmt: skip
     shares = table(
         ["share of pictures below", *(f"{each} %" for each in _QUANTILES)],
         [["CLIP score", *map(score, quantiles)]],
@@ -57,7 +56,7 @@ def _concept_scores(ranked: Sequence[tuple[str, float, int]]) -> Html:
         [Bar(name, mean, f"{mean:.3f} ({captions})") for name, mean, captions in ranked],
         title="Mean score by concept", start=low, dots=True,
         description=f"The {len(ranked)} most frequent, with the number of captions; the axis begins at {low:g}.",
-    )  # fmt: skip
+    ).figure()  # fmt: skip
 
 
 def speed(data: DatasetFacts, found: Throughput | None, *, hourly: float | None) -> Html:
@@ -70,7 +69,7 @@ def speed(data: DatasetFacts, found: Throughput | None, *, hourly: float | None)
         [Line(name="images a second", points=_over_time(found, found.rate), area=True)],
         title="Throughput", x_label=_time_unit(found), y_label="images a second", from_zero=True,
         description=f"{found.images_per_second:.2f} images a second over {duration(found.working_seconds)} of work.",
-    )  # fmt: skip
+    ).figure()  # fmt: skip
     on_gpu = data.manifest.spec.generator.device == "cuda"
     hours = found.generator_hours if on_gpu else found.machine_hours
     unit = "GPU-hours of drawing" if on_gpu else "machine-hours"
@@ -80,13 +79,13 @@ def speed(data: DatasetFacts, found: Throughput | None, *, hourly: float | None)
         title="Cost so far" if hourly is not None else f"{unit} so far".capitalize().replace("Gpu", "GPU"),
         x_label=_time_unit(found), y_label="" if hourly is not None else unit, from_zero=True,
         description=cost_text(found, data, hourly) + ".",
-    )  # fmt: skip
+    ).figure()  # fmt: skip
     busy = sum(found.stage_seconds.values()) or 1.0
     stages = bars(
         [Bar(stage, seconds, f"{spent(seconds)}, {percent(seconds / busy)}", series=1 + place)
          for place, (stage, seconds) in enumerate(found.stage_seconds.items())],
         title="Where the time went", description="Busy time of each stage, all its actors together.", label_width=80,
-    )  # fmt: skip
+    ).figure()  # fmt: skip
     over_time = table(
         ["time", "pictures", "images/s", "hours", *([] if hourly is None else ["cost"])],
         [

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
+from cluster.charts.markup import Html, Node, tag
+from cluster.charts.svg import STYLE
 from cluster.report.gallery import Picture
-from cluster.report.html import Html, Node, tag
 from cluster.report.parts import absent, code, tiles
 
 _HERE = files("cluster.report")
@@ -34,7 +35,7 @@ class Entry:
 
 def page(headline: Headline, entries: Sequence[Entry], *, missing: Sequence[tuple[str, Node]], made_by: str) -> str:
     """The whole document. `missing`: (part, why it is not there); `made_by`: the command that writes it again."""
-    style = _HERE.joinpath("report.css").read_text(encoding="utf-8")
+    style = STYLE + _HERE.joinpath("report.css").read_text(encoding="utf-8")
     script = _HERE.joinpath("report.js").read_text(encoding="utf-8")
     links = [tag("a", each.name, href=f"#{each.anchor}") for each in entries]
     body = tag(

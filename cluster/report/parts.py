@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
+from cluster.charts.markup import Html, Node, tag
+from cluster.numbers import score
 from cluster.report.gallery import Picture
-from cluster.report.html import Html, Node, tag
-from cluster.report.numbers import score
 
 #: Pictures up to this side are enlarged without smoothing.
 PIXEL_ART_SIDE = 128

@@ -11,9 +11,9 @@ from cluster.evaluation.evaluate import METRICS_KEY as EVALUATION_KEY
 from cluster.report.dataset_facts import in_parallel
 from cluster.store.store import Store
 from cluster.training.config import DATASET_SIZES, TRAINING_PRESETS, TrainConfig
-from cluster.training.loop import METRICS_KEY
+from cluster.training.reporting import METRICS_KEY
 from cluster.training.train import CONFIG_KEY
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
 
 #: Points of a curve.
 CURVE_POINTS = 300
@@ -44,7 +44,7 @@ def gather_run(store: Store) -> RunFacts:
     except FileNotFoundError:
         raise InputError(f"{store.root}: not a training run (no {CONFIG_KEY}); give the --out of jobs.train") from None
     except (ValueError, LookupError, TypeError) as error:
-        said = " ".join(str(error).split())
+        said = one_line(error)
         raise InputError(f"{store.root}/{CONFIG_KEY}: damaged ({said}); give the --out of jobs.train") from None
     keys = [key for key in store.list("losses/") if PurePosixPath(key).suffix == ".jsonl"]
     steps = [row for rows in in_parallel(lambda key: _lines(store, key), keys) for row in rows]

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.charts.markup import Html, Node, tag
+from cluster.charts.svg import Bar, Line, bars, line_chart
 from cluster.evaluation.experiments import experiment
-from cluster.generation.display import duration
+from cluster.numbers import count, duration, percent, short, times_100
 from cluster.report.captions import CaptionedPicture, CaptionSamples
-from cluster.report.charts import Bar, Line, bars, line_chart
-from cluster.report.html import Html, Node, tag
-from cluster.report.numbers import count, percent, short, times_100
 from cluster.report.parts import absent, caption_text, code, details, facts, section, table
 from cluster.report.run_facts import RunFacts, nearest_preset, settings
 
@@ -86,7 +85,7 @@ def metrics(document: Mapping[str, Any]) -> Html:
                  Bar("another picture", 100 * shuffled, times_100(shuffled), series=2)],
                 title="Does it look at the picture?",
                 description="CIDEr of the captions, and of the same captions given to other pictures.",
-            )
+            ).figure()
         )  # fmt: skip
     if compared:
         name = str(request["experiment"])
@@ -94,7 +93,7 @@ def metrics(document: Mapping[str, Any]) -> Html:
             bars(
                 [bar for metric, pair in compared.items() for bar in _pair(metric, pair)],
                 title="Beside the paper's", description=f"Experiment {name}. {experiment(name).note}".strip(),
-            )
+            ).figure()
         )  # fmt: skip
     if domains := found.get("domains"):
         charts.append(
@@ -102,7 +101,7 @@ def metrics(document: Mapping[str, Any]) -> Html:
                 [Bar(domain, 100 * each["CIDEr"], f"{times_100(each['CIDEr'])} ({each['n']})")
                  for domain, each in domains.items()],
                 title="CIDEr by domain", description="Pictures in brackets.",
-            )
+            ).figure()
         )  # fmt: skip
     said = (
         f"CIDEr {times_100(found['CIDEr'])} on {count(found['n'])} pictures of {source['images']}, beam search "
@@ -161,7 +160,7 @@ def _loss_chart(run: RunFacts) -> Html:
     return line_chart(
         [*lines, Line(name="mean of an epoch", points=means, dots=True)],
         title="Loss", description="The thin line is of steps, the dots are of whole epochs.", x_label="step",
-    )  # fmt: skip
+    ).figure()  # fmt: skip
 
 
 def _cider_chart(run: RunFacts, best: Mapping[str, Any]) -> Html:
@@ -170,7 +169,7 @@ def _cider_chart(run: RunFacts, best: Mapping[str, Any]) -> Html:
         [Line(name="CIDEr", points=points, dots=True, series=2)],
         title="CIDEr", description="On the validation pictures, times 100.", x_label="epoch", from_zero=True,
         best=(best["epoch"], 100 * best["CIDEr"]), whole_x=True,
-    )  # fmt: skip
+    ).figure()  # fmt: skip
 
 
 def _rate_chart(run: RunFacts) -> Html:
@@ -179,7 +178,7 @@ def _rate_chart(run: RunFacts) -> Html:
         [Line(name="learning rate", points=points, series=3)],
         title="Learning rate", description=f"Noam schedule, {count(run.config.warmup_steps)} steps of warm-up.",
         x_label="step", from_zero=True,
-    )  # fmt: skip
+    ).figure()  # fmt: skip
 
 
 def _speed_chart(run: RunFacts) -> Html:
@@ -189,7 +188,7 @@ def _speed_chart(run: RunFacts) -> Html:
               points=[(row["epoch"], row.get("samples_per_second", 0.0)) for row in run.history])],
         title="Speed", description=f"Samples a second; {duration(seconds)} of training in all.", x_label="epoch",
         from_zero=True, whole_x=True,
-    )  # fmt: skip
+    ).figure()  # fmt: skip
 
 
 def _captioned(picture: CaptionedPicture, samples: CaptionSamples) -> Html:

@@ -1,18 +1,15 @@
-"""What a report knows of a sweep: its trials, gathered by setting, and where they lie on the axes of a plot."""
+"""What a report knows of a sweep: its trials, gathered by setting."""
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cluster.report.dataset_facts import in_parallel
 from cluster.store.store import Store
-from cluster.sweep.plots import axis_positions, to_unit
+from cluster.sweep.results import SettingResult, TrialResult, by_setting
 from cluster.sweep.sweep import SWEEP_KEY
-from cluster.sweep.tables import SettingResult, TrialResult, by_setting
 from cluster.sweep.trial import RESULT_FILE, TRIALS
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +35,7 @@ def gather_sweep(store: Store) -> SweepFacts:
     except FileNotFoundError:
         raise InputError(f"{store.root}: not a sweep (no {SWEEP_KEY}); give the --out of jobs.sweep") from None
     except (ValueError, LookupError, TypeError) as error:
-        said = " ".join(str(error).split())
+        said = one_line(error)
         raise InputError(f"{store.root}/{SWEEP_KEY}: damaged ({said}); give the --out of jobs.sweep") from None
     keys = store.list(f"{TRIALS}/")
     folders = {key.split("/")[1] for key in keys}
@@ -50,28 +47,4 @@ def gather_sweep(store: Store) -> SweepFacts:
         search=search,
         ranked=tuple(by_setting(trials)),
         unfinished=len(folders) - len(results),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParameterAxis:
-    """Where the settings lie along one parameter: `places` as values (or 0, 1, ... for names), `unit` in 0..1."""
-
-    places: tuple[float, ...]
-    unit: tuple[float, ...]
-    log: bool
-    names: tuple[str, ...]  # of the places, where they are no numbers
-    values: tuple[Any, ...]
-
-
-def parameter_axis(scored: Sequence[SettingResult], name: str) -> ParameterAxis:
-    values = tuple(setting.settings[name] for setting in scored)
-    places, kind = axis_positions(values)
-    along = [math.log(place) for place in places] if kind == "log" else places
-    return ParameterAxis(
-        places=tuple(places),
-        unit=tuple(to_unit(along)),
-        log=kind == "log",
-        names=tuple(sorted({str(value) for value in values})) if kind == "names" else (),
-        values=values,
     )

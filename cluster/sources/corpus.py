@@ -15,17 +15,15 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
-import fsspec
-from botocore.exceptions import BotoCoreError
-
-from pcm.errors import InputError
+from cluster.store.store import open_store
+from pcm.errors import InputError, first_line
 from pcm.text import detect
-from pcm.text.formats import FORMATS, CaptionRow, in_split, read_rows
-from pcm.text.rules import REASONS, check_caption, quarantined
+from pcm.text.formats import FORMATS, CaptionRow, ReadOptions, in_split, read_rows
+from pcm.text.rules import check_caption, quarantined
 
-__all__ = ["FORMATS", "REASONS", "CorpusRecord", "detect_format", "read_corpus", "source_digest"]
+__all__ = ["FORMATS", "CorpusRecord", "detect_format", "read_corpus", "source_digest"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +39,7 @@ class CorpusRecord:
         split and limit are asked for. Unique in a well-formed corpus; a file may repeat its own ids.
     caption: normalised; in quarantine as `pcm.text.rules` says.
     image_id: the picture it was written for, where the format says so.
-    reason: "" for a usable caption, else a key of `REASONS`.
+    reason: "" for a usable caption, else a caption reason of `pcm.reasons`.
     """
 
     index: int
@@ -52,14 +50,20 @@ class CorpusRecord:
 
 
 def read_corpus(
-    uri: str, *, format: str = "auto", split: str | None = None, limit: int | None = None
+    uri: str,
+    *,
+    format: str = "auto",
+    split: str | None = None,
+    limit: int | None = None,
+    options: ReadOptions | None = None,
 ) -> Iterator[CorpusRecord]:
     """Stream the records of a corpus, in file order. Memory stays flat, except that a JSON document is loaded whole.
 
-    uri: a path or an fsspec URI (file://, s3://, gs://); `.gz` is decompressed.
+    uri: a path or URI, as `cluster.store.store` opens them; `.gz` is decompressed.
     format: one of `FORMATS`, or "auto".
     split: None or "all" for every split. "train" takes Karpathy's "restval" too; a record naming no split is "train".
     limit: at most this many records, bad ones included.
+    options: which columns are captions, and how fields are quoted, where the file does not say so itself.
 
     Raises InputError (while iterating): the file cannot be opened or told apart, has the wrong shape, has no record of
     the split, or, after its last record, had no usable caption at all.
@@ -75,7 +79,7 @@ def read_corpus(
         reasons: Counter[str] = Counter()
         splits: Counter[str] = Counter()
         index = 0
-        for row in _rows(stream, format, uri):
+        for row in _rows(stream, format, uri, options):
             splits[row.split] += 1
             if split is not None and not in_split(row, split):
                 continue
@@ -115,9 +119,9 @@ def _detect(uri: str, stream: io.BufferedReader) -> str:
     return detect.detect_format(uri.removesuffix(".gz"), head)
 
 
-def _rows(stream: io.BufferedReader, format: str, uri: str) -> Iterator[CaptionRow]:
+def _rows(stream: io.BufferedReader, format: str, uri: str, options: ReadOptions | None) -> Iterator[CaptionRow]:
     try:
-        yield from read_rows(cast(BinaryIO, stream), format, name=uri)
+        yield from read_rows(cast(BinaryIO, stream), format, name=uri, options=options)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{uri}: its gzip data is damaged or cut short ({error})") from error
 
@@ -135,26 +139,24 @@ def source_digest(uri: str) -> str:
 @contextlib.contextmanager
 def _open(uri: str) -> Iterator[io.BufferedReader]:
     with _open_raw(uri) as raw:
-        unzipped = gzip.GzipFile(fileobj=raw) if uri.endswith(".gz") else raw
-        yield io.BufferedReader(unzipped, _BUFFER)
+        if uri.endswith(".gz"):
+            yield io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER)
+        else:
+            yield cast(io.BufferedReader, raw)
 
 
 @contextlib.contextmanager
-def _open_raw(uri: str) -> Iterator[Any]:
+def _open_raw(uri: str) -> Iterator[BinaryIO]:
+    store = open_store(uri)
     try:
-        raw = fsspec.open(uri, "rb").open()
-    except FileNotFoundError as error:
+        raw = store.open()
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{uri}: no such file") from error
     except IsADirectoryError as error:
         raise InputError(f"{uri}: a folder; name one caption file") from error
-    except (
-        OSError,
-        ImportError,
-        ValueError,
-        BotoCoreError,
-    ) as error:  # no such protocol, package, credentials, endpoint
-        raise InputError(
-            f"{uri}: cannot be opened ({(str(error).splitlines() or [type(error).__name__])[0]})"
-        ) from error
-    with contextlib.closing(raw):
+    except (OSError, ImportError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{uri}: cannot be opened ({first_line(error)})") from error
+    with raw:
         yield raw

@@ -2,40 +2,24 @@
 
 import logging
 import re
+import unicodedata
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
+from cluster.sources.picture_source import EMBEDDED_PREFIX, PictureSource
 from cluster.store.store import Store, local_copy, open_store
 from pcm import embedded
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
-from pcm.errors import InputError
-from pcm.images import open_image
+from pcm.errors import InputError, first_line
+from pcm.images import PICTURE_ENDINGS, open_image
 from pcm.text.references import load_domains, load_references
 
 log = logging.getLogger(__name__)
-
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-EMBEDDED_PREFIX = "embedded:"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureSource:
-    """Where pictures and references are; what --images, --references and --split say.
-
-    `images`: a folder of picture files (image id = file name), a Parquet file or folder of them (columns image_id and
-    image), or `embedded:val` / `embedded:test`. `references`: any file that pcm.text.references reads; None where the
-    Parquet file itself has a `references` column. Paths or URIs.
-    """
-
-    images: str
-    references: str | None = None
-    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +38,10 @@ class PictureSet:
 
 @dataclass(frozen=True)
 class PictureFiles:
-    """Pictures as they lie at a place: their names, and `read(i)`, the bytes of one as they are, decoded or not."""
+    """Pictures as they lie at a place: their names, and `read(i)`, the bytes of one as they are, decoded or not.
+
+    `read` raises OSError for one that is not there any more, such as a link that leads nowhere.
+    """
 
     place: str
     names: Sequence[str]
@@ -88,6 +75,14 @@ def load_picture_set(source: PictureSource, *, limit: int | None = None) -> Pict
             f"{len(references)} image ids of the references (such as {next(iter(references))!r}); "
             "check --references and --split"
         )
+
+    def open_picture(i: int) -> Image.Image:
+        position = matched[image_ids[i]]
+        try:
+            return open_image(pictures.read(position), name=named[position])
+        except OSError as error:
+            raise InputError(f"{named[position]}: cannot be read ({type(error).__name__})") from None
+
     unmatched = len(named) - len(matched)
     image_ids = tuple(sorted(matched))[:limit]
     missing = len(references) - len(matched)
@@ -96,7 +91,7 @@ def load_picture_set(source: PictureSource, *, limit: int | None = None) -> Pict
     return PictureSet(
         image_ids=image_ids,
         references={image_id: references[image_id] for image_id in image_ids},
-        open=lambda i: open_image(pictures.read(matched[image_ids[i]]), name=named[matched[image_ids[i]]]),
+        open=open_picture,
         without_references=unmatched,
         without_picture=missing,
     )
@@ -112,18 +107,25 @@ def picture_domains(source: PictureSource) -> dict[str, str]:
     return load_domains(_reference_file(source))
 
 
+def check_source(source: PictureSource) -> None:
+    """Raises InputError where no picture is at the place, or the references cannot be read; no picture is opened."""
+    uri = resolved(source.images)
+    if not open_store(uri).list() and not open_store(uri).exists(""):
+        raise InputError(f"{uri}: no pictures; there is nothing at this place")
+    picture_references(source)
+
+
 def source_anywhere(source: PictureSource) -> PictureSource:
     """The same source in paths and URIs that mean the same in a worker, whose working folder is another."""
-    references = anywhere(source.references) if source.references is not None else None
-    return PictureSource(images=anywhere(source.images), references=references, split=source.split)
 
+    def address(uri: str) -> str:
+        return uri if uri.startswith(EMBEDDED_PREFIX) else open_store(uri).address
 
-def anywhere(uri: str) -> str:
-    """An absolute path for a relative one; anything else as it is."""
-    if uri.startswith(EMBEDDED_PREFIX):
-        return uri
-    store = open_store(uri)
-    return store.prefix if isinstance(store.fs, LocalFileSystem) else store.root
+    return replace(
+        source,
+        images=address(source.images),
+        references=None if source.references is None else address(source.references),
+    )
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,11 @@ def candidate_ids(name: str) -> list[str]:
     """
     path = PurePosixPath(name)
     candidates = [name, path.name, str(path.with_suffix("")), path.stem]
-    if number := re.fullmatch(r"(?:.*_)?(\d+)", path.stem):
-        candidates.append(str(int(number[1])))
-    return candidates
+    if number := re.fullmatch(r"(?:.*_)?([0-9]+)", path.stem):
+        candidates.append(number[1].lstrip("0") or "0")
+    # File systems differ in how they write accents (macOS: in two characters), and readers strip blanks.
+    forms = [candidates, *([unicodedata.normalize(form, each) for each in candidates] for form in ("NFC", "NFD"))]
+    return list(dict.fromkeys(text for form in forms for each in form for text in (each, each.strip())))
 
 
 def _reference_file(source: PictureSource) -> Path:
@@ -180,10 +184,13 @@ def find_pictures(images: str) -> PictureFiles:
     """The pictures of a `PictureSource.images`. Raises InputError when there are none."""
     uri = resolved(images)
     store = open_store(uri)
-    if uri.endswith(".parquet") and store.fs.isfile(store.prefix):
+    if uri.endswith(".parquet") and store.is_file():
         return PictureFiles(uri, *_parquet_pictures(store, [""]))
     keys = store.list()
-    names = [key for key in keys if key.lower().endswith(PICTURE_ENDINGS)]
+    endings = [key for key in keys if key.lower().endswith(PICTURE_ENDINGS)]
+    names = [key for key in endings if not _is_macos_litter(key)]
+    if len(names) < len(endings):
+        log.info("%s: %d files left out that macOS keeps beside pictures", uri, len(endings) - len(names))
     tables = [key for key in keys if key.endswith(".parquet")]
     if tables and not names:
         return PictureFiles(uri, *_parquet_pictures(store, tables))
@@ -195,20 +202,38 @@ def find_pictures(images: str) -> PictureFiles:
     return PictureFiles(uri, names, lambda position: store.read_bytes(names[position]))
 
 
+def _is_macos_litter(key: str) -> bool:
+    """Whether a file is one that macOS writes beside a picture, under nearly the same name, and that is none."""
+    path = PurePosixPath(key)
+    return path.name.startswith("._") or "__MACOSX" in path.parts
+
+
 def _parquet_pictures(store: Store, keys: Sequence[str]) -> tuple[Sequence[str], Callable[[int], bytes]]:
     tables = []
     for key in keys:
         path = store.path(key)
         try:
-            with store.fs.open(path, "rb") as file:
+            with store.open(key, buffered=False) as file:
                 tables.append(pq.ParquetFile(file).read(columns=["image_id", "image"]))
         except (OSError, pa.ArrowException) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{path}: cannot be read as Parquet ({reason})") from None
-        if tables[-1].num_columns != 2:
-            raise InputError(f"{path}: needs columns image_id and image (struct of bytes and path)")
-    table = pa.concat_tables(tables)
-    names = [str(value) for value in table["image_id"].to_pylist()]
-    pictures = table["image"]
+            raise InputError(f"{path}: cannot be read as Parquet ({first_line(error)})") from None
+        if tables[-1].num_columns != 2 or not _holds_bytes(tables[-1].schema.field("image").type):
+            found = ", ".join(f"{field.name} {field.type}" for field in tables[-1].schema)
+            raise InputError(
+                f"{path}: needs columns image_id and image (bytes, or struct of bytes and path); of these it has "
+                f"{found or 'none'}"
+            )
+    names = [str(value) for table in tables for value in table["image_id"].to_pylist()]
+    pictures = [picture for table in tables for chunk in table["image"].chunks for picture in chunk]
 
-    return names, lambda position: (pictures[position].as_py() or {}).get("bytes") or b""
+    def read(position: int) -> bytes:
+        picture = pictures[position].as_py()
+        return (picture.get("bytes") if isinstance(picture, dict) else picture) or b""
+
+    return names, read
+
+
+def _holds_bytes(type_: pa.DataType) -> bool:
+    if pa.types.is_struct(type_):
+        return type_.get_field_index("bytes") >= 0 and _holds_bytes(type_.field("bytes").type)
+    return pa.types.is_binary(type_) or pa.types.is_large_binary(type_)

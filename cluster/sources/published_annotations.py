@@ -10,6 +10,7 @@ import numpy as np
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from pcm.errors import InputError
 from pcm.official.files import FIRST_IMAGE_ID, Annotation, read_annotation, sentence_of
+from pcm.reasons import BAD_RECORD
 from pcm.text.rules import check_caption
 from pcm.text.vocabulary import Vocabulary
 
@@ -72,7 +73,7 @@ class AnnotationCorpus:
                 annotation = read_annotation(value)
             except InputError as error:
                 self._name(f"annotation {position}: {error}")
-                yield self._record(f"[{position}]", "", None, "bad_record", split_id=None, clip_score=None)
+                yield self._record(f"[{position}]", "", None, BAD_RECORD, split_id=None, clip_score=None)
                 continue
             scores = annotation.clip_scores or (None,) * len(annotation.token_ids)
             for number, score in enumerate(scores):
@@ -103,7 +104,7 @@ class AnnotationCorpus:
             caption, reason = check_caption(sentence_of(token_ids, target_ids, self._vocabulary))
         except InputError as error:
             self._name(f"{annotation.image_id}#{number}: {error}")
-            return "", "bad_record"
+            return "", BAD_RECORD
         self.recovered += not reason
         return caption, reason
 

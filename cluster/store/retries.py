@@ -9,13 +9,13 @@ import errno
 import logging
 import os
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from pcm.errors import InputError
+from pcm.line_timer import LineTimer
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,6 @@ Kind = Literal["transient", "full", "refused", "no bucket", "other"]
 
 RETRY_SECONDS = 300.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0  # seconds
-LOG_EVERY = 30.0  # seconds
 
 _TRANSIENT_CODES = frozenset(
     {
@@ -119,7 +118,8 @@ def with_retries(operation: Callable[[], T], *, place: str) -> T:
                     f"{place}: the store did not answer properly for {now - failed_at:.0f} s ({fault.what}); "
                     "rerun the same command when it does: it resumes"
                 ) from None
-            _notice(f"{place}: {fault.what}; trying again for up to {left:.0f} s")
+            if _lines.due():
+                log.warning("%s: %s; trying again for up to %.0f s", place, fault.what, left)
         time.sleep(min(pause * random.uniform(0.5, 1.0), left))
         pause = min(pause * 2, LONGEST_PAUSE)
 
@@ -177,16 +177,5 @@ def _kind_of_answer(code: str, status: int) -> Kind:
     return "refused" if code in _REFUSED_CODES or status in (401, 403) else "other"
 
 
-_noticed_at = float("-inf")
-_notice_lock = threading.Lock()
-
-
-def _notice(message: str) -> None:
-    """One line for a store that fails sixteen threads at once, and one every LOG_EVERY seconds."""
-    global _noticed_at
-    with _notice_lock:
-        now = time.monotonic()
-        if now - _noticed_at < LOG_EVERY:
-            return
-        _noticed_at = now
-    log.warning("%s", message)
+#: One line for a store that fails sixteen threads at once, and one every 30 seconds.
+_lines = LineTimer(30.0, at_once=True)

@@ -1,8 +1,9 @@
 """One storage layer: a dataset or a run is a prefix on a local disk or an object store.
 
-Any URI that fsspec understands (`s3://` through s3fs, `gs://`, `file://`, a plain path). Credentials and endpoints come
-from the environment or the instance's role (AWS_ENDPOINT_URL, AWS_PROFILE and friends); they are never arguments, never
-logged, and a store that travels to a worker carries its URI alone.
+This is the only way to what a user names: any path, or any URI that fsspec understands (`s3://` through s3fs, `gs://`,
+`https://`, `file://`, chains). Whatever has no "://" in it is a path. Credentials and endpoints come from the
+environment or the instance's role (AWS_ENDPOINT_URL, AWS_PROFILE and friends); they are never arguments
+(`pcm.credentials`), never logged, and a store that travels to a worker carries its URI alone.
 
 A shard costs three or four operations, in this order: GET of its plan part, PUT of its quarantine part where it has
 one, PUT of its statistics, PUT of the shard; what resuming costs stands in `cluster.dataset.committed`. One prefix is
@@ -11,21 +12,24 @@ under load; a GPU that draws 2 pictures a second commits a shard of 256 every tw
 second and 1,000 GPUs make 23.
 """
 
+import io
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
-from urllib.parse import parse_qsl, urlsplit
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from cluster.store.object_file import ObjectFile
 from cluster.store.retries import with_retries
-from pcm.errors import InputError
+from pcm.credentials import refuse_credentials
+from pcm.errors import InputError, first_line
 
 T = TypeVar("T")
 
@@ -33,7 +37,10 @@ TIMEOUT_SECONDS = 30.0  # of silence, after which a connection is given up; PCM_
 SLOWEST_UPLOAD = 2**20  # bytes a second that an upload must reach
 #: Up to S3's limit for it, an object is one PUT: whole or not there, and nothing to clean up behind a writer that died.
 LARGEST_PUT = 5 * 2**30
-_SECRET_PARAMETERS = ("signature", "sig", "token", "secret", "password", "credential")
+#: Bytes that a file asks for at once when it is read from one end to the other.
+LOCAL_BUFFER, REMOTE_BUFFER = 2**20, 8 * 2**20
+#: Protocols whose servers give a range of an object's bytes.
+_RANGES = frozenset({"s3", "gs", "abfs"})
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Store:
     """Objects under one prefix. Keys are relative, with forward slashes.
 
     Operations are tried again while the store fails in ways that pass (`cluster.store.retries.with_retries`, which says
-    what they raise when it does not). `fs` is for those who need an open file; it has only its library's own retries.
+    what they raise when it does not). `fs` is for Ray Train alone; it has only its library's own retries.
     """
 
     root: str  # the URI as the user wrote it
@@ -49,12 +56,41 @@ class Store:
     prefix: str  # the file system's own path of the prefix
     _single: fsspec.AbstractFileSystem  # as fs, but the first failure is reported: the patience is ours
 
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    @property
+    def address(self) -> str:
+        """The path or URI that means the same in a process whose working folder is another."""
+        return self.prefix if self.is_local else self.root
+
+    @property
+    def name(self) -> str:
+        """What a person calls it: the last part of its path."""
+        return self.prefix.rsplit("/", 1)[-1]
+
     def path(self, key: str) -> str:
         return f"{self.prefix}/{key}" if key else self.prefix
 
     def read_bytes(self, key: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError."""
-        return self._patiently(key, lambda: self._single.cat_file(self.path(key)))
+        return self._with_retries(key, lambda: self._single.cat_file(self.path(key)))
+
+    def open(self, key: str = "", *, buffered: bool = True) -> BinaryIO:
+        """One object as a file to read, from any place and in little memory.
+
+        Each read of a remote object is tried again as any operation is. `buffered` suits a reader that goes from one
+        end to the other in small steps; without it, exactly what is asked for is read. What no range can be had of
+        (https:, chains, ...) is copied to a temporary file first. Raises FileNotFoundError and IsADirectoryError, and
+        while reading InputError when a remote object is changed meanwhile.
+        """
+        if self.is_local:
+            return self._with_retries(key, lambda: open(self.path(key), "rb", LOCAL_BUFFER if buffered else 0))
+        if not _RANGES & set(_protocols(self.fs)):
+            return self._with_retries(key, lambda: self._copied(key))
+        raw = self._open_remote(key)
+        return cast(BinaryIO, io.BufferedReader(raw, REMOTE_BUFFER) if buffered else raw)
 
     def write_bytes(self, key: str, data: bytes) -> None:
         """Put one object at once: readers see the old object, or the new one whole, or none.
@@ -63,21 +99,28 @@ class Store:
         that it signs), and the server refuses a body that differs; on a local disk it is on the disk before the file
         gets its name. Nothing is read back.
         """
-        if isinstance(self.fs, LocalFileSystem):
-            self._patiently(key, lambda: _write_file(self.path(key), data))
+        if self.is_local:
+            self._with_retries(key, lambda: _write_file(self.path(key), data))
             return
-        self._patiently(key, lambda: self._put(self.path(key), data))
+        self._with_retries(key, lambda: self._put(self.path(key), data))
 
     def exists(self, key: str) -> bool:
         try:
-            self._patiently(key, lambda: self._single.info(self.path(key)))
+            self._info(key)
         except (FileNotFoundError, NotADirectoryError):
             return False
         return True
 
+    def is_file(self, key: str = "") -> bool:
+        """Whether there is an object, and not only a folder, at a key; "" is the store's own path."""
+        try:
+            return self._info(key)["type"] == "file"
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
     def size(self, key: str) -> int:
         """Bytes of the object. Raises FileNotFoundError."""
-        return self._patiently(key, lambda: self._single.info(self.path(key)))["size"]
+        return self._info(key)["size"]
 
     def list(self, prefix: str = "") -> list[str]:
         """Keys that begin with a prefix, sorted: `shards/` is a folder, `shards/part-000123` a thousand shards.
@@ -85,15 +128,43 @@ class Store:
         One request a 1,000 keys on an object store. Temporary files of interrupted writers are not objects.
         """
         try:
-            return sorted(self._patiently(prefix, lambda: [key for key in self._find(prefix) if _is_object(key)]))
+            return sorted(self._with_retries(prefix, lambda: [key for key in self._find(prefix) if _is_object(key)]))
         except FileNotFoundError:
             return []
 
     def delete(self, key: str) -> None:
-        self._patiently(key, lambda: self._single.rm_file(self.path(key)))
+        self._with_retries(key, lambda: self._single.rm_file(self.path(key)))
 
-    def _patiently(self, key: str, operation: Callable[[], T]) -> T:
+    def _with_retries(self, key: str, operation: Callable[[], T]) -> T:
         return with_retries(operation, place=f"{self.root}/{key}" if key else self.root)
+
+    def _info(self, key: str) -> dict[str, Any]:
+        return self._with_retries(key, lambda: self._single.info(self.path(key)))
+
+    def _open_remote(self, key: str) -> ObjectFile:
+        path, info = self.path(key), self._info(key)
+        if info["type"] == "directory":
+            raise IsADirectoryError(path)
+        return ObjectFile(
+            lambda start, end: self._with_retries(key, lambda: self._single.cat_file(path, start=start, end=end)),
+            size=info["size"],
+            opened=_version(info),
+            version=lambda: _version(self._info(key)),
+            name=f"{self.root}/{key}" if key else self.root,
+        )
+
+    def _copied(self, key: str) -> BinaryIO:
+        if self._single.info(self.path(key))["type"] == "directory":
+            raise IsADirectoryError(self.path(key))
+        copy = tempfile.TemporaryFile()  # noqa: SIM115  # the caller's to close
+        try:
+            with self._single.open(self.path(key), "rb") as file:
+                shutil.copyfileobj(file, copy, REMOTE_BUFFER)
+        except BaseException:
+            copy.close()
+            raise
+        copy.seek(0)
+        return cast(BinaryIO, copy)
 
     def _put(self, path: str, data: bytes) -> None:
         options: dict = {}
@@ -105,7 +176,7 @@ class Store:
         self._single.pipe_file(path, data, **options)
 
     def _find(self, prefix: str) -> Iterator[str]:
-        if isinstance(self.fs, LocalFileSystem):
+        if self.is_local:
             yield from _find_files(self.prefix, prefix)
             return
         folder, _, stem = prefix.rpartition("/")
@@ -118,33 +189,48 @@ class Store:
 
     def __reduce__(self) -> tuple:
         # By address: what a file system was made with may hold a secret, and a worker has its own environment.
-        return _reopen, (self.root, self.prefix if isinstance(self.fs, LocalFileSystem) else self.root)
+        return _reopen, (self.root, self.address)
 
 
 def open_store(uri: str | os.PathLike) -> Store:
     """The store at a path or URI; nothing is created or contacted yet.
 
-    Raises InputError for a protocol that is unknown or whose package is missing, and for a URI that holds a secret:
-    URIs are logged and stored with the dataset.
+    Raises InputError for a protocol that is unknown or whose package is missing, and for a URI that carries a
+    credential.
     """
     return _reopen(os.fspath(uri), os.fspath(uri))
 
 
+#: The extra of pyproject.toml that brings a protocol's package; S3's is always installed.
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure", "adl": "azure"}
+
+
 def _reopen(root: str, uri: str) -> Store:
-    _refuse_secrets(uri)
+    refuse_credentials(uri)
+    if not is_uri(uri):
+        fs, prefix = LocalFileSystem(), os.path.abspath(LocalFileSystem._strip_protocol(uri))
+        return Store(root=root.rstrip("/"), fs=fs, prefix=prefix.rstrip("/"), _single=fs)
     try:
         # No cache of listings: other machines write to the same prefix.
         fs, prefix = fsspec.core.url_to_fs(uri, use_listings_cache=False)
         single = fs
+        if {"http", "https"} & set(_protocols(fs)):
+            fs, _ = fsspec.core.url_to_fs(uri, use_listings_cache=False, client_kwargs=_http_config())
+            single = fs
         if "s3" in _protocols(fs):
             fs, _ = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=_s3_config())
             # One connection an operation: s3fs would ask for the size before each read, and retry beneath our retries.
             config = _s3_config() | {"retries": {"total_max_attempts": 1, "mode": "standard"}}
             single, _ = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=config, max_concurrency=1)
             single.retries = 1
-    except (ValueError, ImportError) as error:
+    except ImportError as error:
+        extra = _EXTRAS.get(uri.partition("://")[0])
+        install = f"; install it with pip install -c constraints.txt -e '.[{extra}]'" if extra else ""
+        raise InputError(f"{uri}: needs a package that is not installed ({first_line(error)}){install}") from None
+    except ValueError as error:
         raise InputError(
-            f"{uri}: {error}; allowed are local paths, file://, s3://, gs:// and other fsspec URIs"
+            f"{uri}: cannot be opened ({first_line(error)}); allowed are local paths, file://, s3://, gs:// and other "
+            "fsspec URIs"
         ) from None
     if isinstance(fs, LocalFileSystem):
         prefix = os.path.abspath(prefix)
@@ -155,6 +241,12 @@ def _s3_config() -> dict:
     return {"connect_timeout": 10, "read_timeout": _timeout_seconds(), "max_pool_connections": 32}
 
 
+def _http_config() -> dict:
+    import aiohttp  # needed for this protocol alone
+
+    return {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_timeout_seconds())}
+
+
 def _timeout_seconds() -> float:
     return float(os.environ.get("PCM_STORE_TIMEOUT_SECONDS", TIMEOUT_SECONDS))
 
@@ -163,17 +255,12 @@ def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
-def _refuse_secrets(uri: str) -> None:
-    if "://" not in uri:
-        return
-    parts = urlsplit(uri)
-    signed = any(word in name.lower() for name, _ in parse_qsl(parts.query) for word in _SECRET_PARAMETERS)
-    if parts.password is not None or signed:
-        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        raise InputError(
-            f"{shown}: the URI carries a credential, and URIs are logged and stored with the dataset; "
-            "give credentials by the environment or the instance's role"
-        )
+#: Of what a file system says of an object: what changes when the object does.
+_VERSION_FIELDS = ("size", "mtime", "ETag", "etag", "generation", "LastModified")
+
+
+def _version(info: dict[str, Any]) -> tuple:
+    return tuple(info.get(name) for name in _VERSION_FIELDS)
 
 
 def _is_object(key: str) -> bool:
@@ -196,25 +283,47 @@ def _write_file(path: str, data: bytes) -> None:
 
 
 def _find_files(root: str, prefix: str) -> Iterator[str]:
-    """Keys of files below a folder that begin with a prefix; only folders that can hold one are read."""
+    """Keys of files below a folder that begin with a prefix; only folders that can hold one are read.
+
+    A folder that links lead to more than once is read once: a link to a folder above it would never end.
+    """
     folders = [prefix.rpartition("/")[0]]
+    read: set[tuple[int, int]] = set()
     while folders:
         folder = folders.pop()
+        path = os.path.join(root, folder)
         try:
-            entries = os.scandir(os.path.join(root, folder))
+            status = os.stat(path)
+            entries = os.scandir(path)
         except (FileNotFoundError, NotADirectoryError):
             continue
         with entries:
+            if (status.st_dev, status.st_ino) in read:
+                continue
+            read.add((status.st_dev, status.st_ino))
             for entry in entries:
                 key = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_dir():
+                if _is_folder(entry):
                     if f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/"):
                         folders.append(key)
                 elif key.startswith(prefix):
                     yield key
 
 
+def is_uri(text: str) -> bool:
+    """Whether this is a URI; anything without a protocol is a local path, whatever else is in its name."""
+    return "://" in text
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def join(uri: str, *parts: str) -> str:
+    """A path or URI below another."""
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
@@ -233,13 +342,13 @@ def local_copy(uri: str | os.PathLike, *, folder: Path | None = None) -> Path:
     A remote prefix is downloaded as a folder. Raises InputError when there is nothing at the URI.
     """
     store = open_store(uri)
-    if isinstance(store.fs, LocalFileSystem):
+    if store.is_local:
         path = Path(store.prefix)
         if not path.exists():
             raise InputError(f"{os.fspath(uri)}: no such file or folder; give an existing path or URI")
         return path
     target = Path(folder or tempfile.mkdtemp(prefix="pcm-")) / Path(store.prefix).name
-    if store.fs.isfile(store.prefix):
+    if store.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(store.read_bytes(""))
         return target

@@ -5,7 +5,6 @@ logarithm), `int:LOW:HIGH` (whole numbers, both ends included).
 """
 
 import itertools
-import json
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from cluster.training.config import TrainConfig
 from pcm.errors import InputError
+from pcm.name_value import read_value, split_name_value
 
 SPEC_HELP = "VALUE,VALUE,... or uniform:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH"
 
@@ -81,17 +81,14 @@ ABLATIONS = types.MappingProxyType(
 
 def parse_param(text: str) -> tuple[str, str]:
     """("tau", "log:0.01:1") of "tau=log:0.01:1"."""
-    name, equals, spec = text.partition("=")
-    if not equals or not name.strip() or not spec.strip():
-        raise InputError(f"--param {text!r}: write FIELD=SPEC, SPEC being {SPEC_HELP}")
-    return name.strip(), spec.strip()
+    return split_name_value(text, option="--param", form="FIELD=SPEC", example=f"tau=log:0.01:1; SPEC is {SPEC_HELP}")
 
 
 def parse_domain(name: str, spec: str) -> Domain:
     """Raises InputError for a spec that is not one of SPEC_HELP."""
     kind, colon, ends = spec.partition(":")
     if not colon:
-        values = tuple(_value(part) for part in spec.split(","))
+        values = tuple(read_value(part) for part in spec.split(","))
         if len(set(map(repr, values))) < len(values) or "" in values:
             raise InputError(f"--param {name}={spec}: a value is empty or given twice; write {SPEC_HELP}")
         return Choice(values)
@@ -155,11 +152,3 @@ def optuna_distributions(space: SearchSpace) -> dict[str, Any]:
         return FloatDistribution(domain.low, domain.high, log=domain.kind == "log")
 
     return {name: distribution(domain) for name, domain in space.items()}
-
-
-def _value(text: str) -> Any:
-    """A number, true or false where it reads as one, else the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text.strip()

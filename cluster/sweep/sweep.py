@@ -15,7 +15,6 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -24,10 +23,13 @@ from ray.tune.schedulers import ASHAScheduler
 
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.store.store import Store, open_store
-from cluster.sweep.search_space import DEFAULT_SPACE, grid, optuna_distributions, random_settings, search_space
-from cluster.sweep.tables import TrialResult, write_report
+from cluster.sweep.request import SweepRequest
+from cluster.sweep.results import TrialResult
+from cluster.sweep.search_space import grid, optuna_distributions, random_settings, search_space
+from cluster.sweep.tables import write_report
 from cluster.sweep.trial import (
     CHECKPOINT,
+    OVERRIDES,
     RESULT_FILE,
     ROW,
     TRIALS,
@@ -42,14 +44,13 @@ from cluster.training.config import TrainConfig
 from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.ray_trainer import MEMORY_KEPT
 from cluster.training.trackers import flattened
-from cluster.training.train import TrainRequest, planned_run, ray_storage
+from cluster.training.train import check_settings, planned_run, ray_storage
+from pcm.documents import document_bytes
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)
 
 SWEEP_KEY = "sweep.json"
-SEARCHES = ("random", "grid", "optuna")
-SCHEDULERS = ("asha", "none")
 #: Shards are shared through Ray's object store if they take at most this part of it.
 SHARED_PART = 0.6
 
@@ -58,39 +59,26 @@ class SweepFailed(Exception):
     """No trial came to a result; one line."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepRequest:
-    """What a user asks for. `train` is the training that every trial varies; its `out` is the sweep's."""
-
-    train: TrainRequest
-    params: Mapping[str, str] = field(default_factory=dict)  # FIELD -> SPEC; empty: DEFAULT_SPACE
-    trials: int | None = None  # settings to try; None: the whole grid
-    search: str = "random"
-    scheduler: str = "asha"
-    seeds: int = 1  # runs of every setting
-    concurrent: int | None = None  # trials at a time; None: as many as fit
-    cpus_per_trial: int = 1
-    gpus_per_trial: float = 0.0
-
-
 def sweep(request: SweepRequest) -> dict[str, Any]:
     """Run the sweep, or what is left of it, and summarise: best (settings, CIDEr), config, trials, results.
 
     Raises InputError for a space, a search or an OUT that cannot be used; SweepFailed where every trial failed.
     """
     started = time.monotonic()
-    out = open_store(request.train.out)
-    run = planned_run(request.train, cpus=request.cpus_per_trial)
-    space = search_space(request.params or DEFAULT_SPACE, base=run.config)
+    out = open_store(request.out)
+    train = request.train
+    check_settings(train)
+    run = planned_run(train, cpus=request.cpus_per_trial)
+    space = search_space(request.space, base=run.config)
     settings = _settings(request, space, run.config)
     document = _document(request, run.document)
-    _check_out(out, document, resume=request.train.resume)
+    _check_out(out, document, resume=request.resume)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's folder has its numbers already
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other prints boxes however quiet it is told to be
     start_ray(worker_env=MEMORY_KEPT)
     _check_place(request)
-    out.write_bytes(SWEEP_KEY, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
-    shared = SweepRun(out=run.out, run=run, tables=_tables(open_training_sets(request.train.sources)))
+    out.write_bytes(SWEEP_KEY, document_bytes(document))
+    shared = SweepRun(out=run.out, run=run, tables=_tables(open_training_sets(train.sources)))
     recorder = _Recorder(out, epochs=run.config.epochs, total=len(settings) or (request.trials or 0))
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(run_trial, sweep=shared),
@@ -98,13 +86,13 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     )
     ray.tune.Tuner(
         trainable,
-        param_space={"overrides": ray.tune.grid_search(settings)} if settings else None,
+        param_space={OVERRIDES: ray.tune.grid_search(settings)} if settings else None,
         tune_config=ray.tune.TuneConfig(
             metric="CIDEr",
             mode="max",
             num_samples=1 if settings else request.trials or 1,
             max_concurrent_trials=request.concurrent,
-            scheduler=_asha(run.config.epochs) if request.scheduler == "asha" else None,
+            scheduler=_asha(run.config.epochs) if request.chosen_scheduler == "asha" else None,
             search_alg=None if settings else _optuna(out, space, seed=run.config.seed),
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
@@ -127,28 +115,14 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
 
 def _settings(request: SweepRequest, space: Mapping[str, Any], base: TrainConfig) -> list[dict[str, Any]]:
     """Overrides of every trial, seeds included; empty where Optuna suggests them one by one."""
-    if request.search not in SEARCHES or request.scheduler not in SCHEDULERS:
-        raise InputError(
-            f"search {request.search!r}, scheduler {request.scheduler!r}: allowed are {', '.join(SEARCHES)} and "
-            f"{', '.join(SCHEDULERS)}"
-        )
-    for name in ("trials", "seeds", "concurrent", "cpus_per_trial"):
-        if (value := getattr(request, name)) is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    if request.search == "grid":
+    if request.chosen_search == "grid":
         points = grid(space)
         if request.trials is not None and request.trials != len(points):
             raise InputError(f"--trials {request.trials}: the grid has {len(points)} settings; leave --trials out")
-    elif request.trials is None:
-        raise InputError(f"--search {request.search}: give --trials N")
-    elif request.search == "random":
+    elif request.chosen_search == "random":
+        assert request.trials is not None
         points = random_settings(space, count=request.trials, seed=base.seed)
     else:
-        if request.seeds > 1:
-            raise InputError(
-                f"--seeds {request.seeds} with --search optuna: search with one seed, then run the best settings "
-                "again with --search grid --seeds N"
-            )
         try:
             import optuna
         except ImportError:
@@ -170,15 +144,20 @@ def _optuna(out: Store, space: Mapping[str, Any], *, seed: int) -> Any:
     """Optuna's search, told first of what an interrupted sweep has tried."""
     from ray.tune.search.optuna import OptunaSearch
 
-    tried = [result["overrides"] for result in _recorded(out)]
+    tried = [_parameters(result["overrides"]) for result in _recorded(out)]
     # Another seed than before: the same would suggest again what was suggested first.
     return OptunaSearch(
-        optuna_distributions(space),
+        _parameters(optuna_distributions(space)),
         metric="CIDEr",
         mode="max",
         seed=seed + len(tried),
         points_to_evaluate=tried or None,
     )
+
+
+def _parameters(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """As Optuna's search knows them: it gives a trial {"overrides": {"tau": 0.1}} for "overrides/tau"."""
+    return {f"{OVERRIDES}/{name}": value for name, value in overrides.items()}
 
 
 def _recorded(out: Store) -> list[dict[str, Any]]:
@@ -190,9 +169,9 @@ def _recorded(out: Store) -> list[dict[str, Any]]:
 def _document(request: SweepRequest, run: Mapping[str, Any]) -> dict[str, Any]:
     """sweep.json: what was asked, and all that the numbers of the trials depend on."""
     return {
-        "params": dict(request.params or DEFAULT_SPACE),
-        "search": request.search,
-        "scheduler": request.scheduler,
+        "params": dict(request.space),
+        "search": request.chosen_search,
+        "scheduler": request.chosen_scheduler,
         "seeds": request.seeds,
         "trials": request.trials,
         "run": dict(run),
@@ -265,7 +244,7 @@ class _Recorder(ray.tune.Callback):
         history[:] = [row for row in history if row["epoch"] < result["epoch"]] + [result[ROW]]
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        overrides = _overrides(trial)
+        overrides = trial.config[OVERRIDES]
         store = open_store(trial_folder(self._out.root, overrides))
         result = read_result(store)
         if result is None:
@@ -288,7 +267,7 @@ class _Recorder(ray.tune.Callback):
         history = self._history[trial.trial_id]
         self._add(
             TrialResult(
-                overrides=_overrides(trial),
+                overrides=trial.config[OVERRIDES],
                 status="crashed",
                 reason=lines[-1],
                 history=tuple(history),
@@ -304,10 +283,6 @@ class _Recorder(ray.tune.Callback):
         settings = ", ".join(f"{name} {_short(value)}" for name, value in result.overrides.items())
         found = f"CIDEr {result.best['CIDEr']:.4f}" if result.best else result.reason
         log.info("trial %d of %d %s: %s (%s)", len(self._results), self._total, result.status, found, settings)
-
-
-def _overrides(trial: Any) -> dict[str, Any]:
-    return trial.config.get("overrides", trial.config)
 
 
 def _short(value: Any) -> str:

@@ -18,13 +18,13 @@ from typing import Any
 import ray
 import ray.train
 import ray.tune
-from ray.train._internal.session import get_session
-from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
 
 from cluster.dataset.rows import COLUMNS, preload, read_shard
+from cluster.ray_internals import LocalReports, train_in_this_process
 from cluster.store.store import Store, join, local_copy, open_store
+from cluster.training.checkpoints import SCORE
 from cluster.training.config import TrainConfig
-from cluster.training.loop import SCORE, train_loop
+from cluster.training.loop import train_loop
 from cluster.training.run_spec import RunSpec
 from pcm.errors import InputError
 
@@ -34,6 +34,8 @@ CHECKPOINT = "last"
 COMPLETE_FILE = "complete"
 #: Under which name a report to Ray Tune holds a row of metrics.jsonl.
 ROW = "row"
+#: Under which name Ray Tune gives a trial its settings.
+OVERRIDES = "overrides"
 #: What a trial that failed counts for the search.
 FAILED_CIDER = 0.0
 _READ_THREADS = 4
@@ -58,8 +60,11 @@ def trial_folder(out: str, overrides: Mapping[str, Any]) -> str:
 
 
 def run_trial(parameters: dict[str, Any], *, sweep: SweepRun) -> None:
-    """Ray Tune's trainable. A trial that has its result already reports it again, epoch by epoch, without training."""
-    overrides = parameters.get("overrides", parameters)
+    """Ray Tune's trainable; `parameters`: {"overrides": fields of TrainConfig}, whatever the search is.
+
+    A trial that has its result already reports it again, epoch by epoch, without training.
+    """
+    overrides = parameters[OVERRIDES]
     out = trial_folder(sweep.out, overrides)
     store = open_store(out)
     if (result := read_result(store)) is not None:
@@ -69,9 +74,7 @@ def run_trial(parameters: dict[str, Any], *, sweep: SweepRun) -> None:
     config: TrainConfig = sweep.run.config.with_overrides(overrides)
     run = replace(sweep.run, out=out, config=config, document={**sweep.run.document, "train": config.to_dict()})
     preload({key: ray.get(table) for key, table in sweep.tables.items()})
-    # Ray Train's functions refuse to be called from a process that is a trial and nothing else.
-    get_session().world_rank = 0  # type: ignore[union-attr]
-    set_train_fn_utils(_TrialReports(store))
+    train_in_this_process(_TrialReports(store))
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     try:
         reason = train_loop({"run": run})
@@ -107,18 +110,12 @@ def shared_tables(store: Store, keys: Sequence[str]) -> dict[str, ray.ObjectRef]
         return {store.path(key): table for key, table in zip(keys, pool.map(shared, keys), strict=True)}
 
 
-class _TrialReports(LocalTrainFnUtils):
+class _TrialReports(LocalReports):
     """What ray.train.report and ray.train.get_checkpoint do in a trial."""
 
     def __init__(self, store: Store) -> None:
-        super().__init__(experiment_name=store.prefix)
+        super().__init__(name=store.prefix, checkpoint=_newest_checkpoint(store))
         self._store = store
-        found = store.list(CHECKPOINT)
-        whole = [key.split("/")[1] for key in found if key.endswith(f"/{COMPLETE_FILE}")]
-        self._newest = max(whole, default=None)
-        if self._newest:
-            folder = local_copy(join(store.root, CHECKPOINT, self._newest))
-            self._last_checkpoint = ray.train.Checkpoint.from_directory(folder)  # type: ignore[assignment]
 
     def report(  # type: ignore[override]
         self,
@@ -141,3 +138,12 @@ class _TrialReports(LocalTrainFnUtils):
         for key in self._store.list(CHECKPOINT):
             if not key.startswith(f"{CHECKPOINT}/{name}/"):
                 self._store.delete(key)
+
+
+def _newest_checkpoint(store: Store) -> ray.train.Checkpoint | None:
+    """The last checkpoint of a trial that is whole, if there is one."""
+    keys = store.list(CHECKPOINT)
+    newest = max((key.split("/")[1] for key in keys if key.endswith(f"/{COMPLETE_FILE}")), default=None)
+    if newest is None:
+        return None
+    return ray.train.Checkpoint.from_directory(local_copy(join(store.root, CHECKPOINT, newest)))

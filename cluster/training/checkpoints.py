@@ -1,17 +1,28 @@
-"""What a training run keeps to go on from: a checkpoint's files, and the loss of every step."""
+"""The checkpoints of a training run: what is in one, and where and when it is written."""
 
 import json
+import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ray.train
 import safetensors.torch
 import torch
 from torch import nn
 
 from cluster.store.store import Store
 from cluster.training.ema import WeightAverage
-from pcm.captioners.captioner import MODEL_FILE
+from cluster.training.run_spec import RunSpec
+from pcm.captioners.captioner import MODEL_FILE, captioner_files
+from pcm.captioners.pcmnet.model import PCMNet
+
+#: The folder of the run, beside Ray Train's own (ray_trainer.CHECKPOINTS), with the captioner of its best epoch.
+BEST = "best"
+#: By which Ray Train keeps checkpoints: the CIDEr of an epoch; those inside an epoch have none and count for nothing.
+SCORE = "score"
+NO_SCORE = -1.0
 
 #: Beside MODEL_FILE, which then holds the averaged weights: those that the optimiser goes on with.
 WEIGHTS_FILE = "weights.safetensors"
@@ -36,6 +47,65 @@ class TrainingState:
         """epoch-002 at the end of epoch 2, epoch-002-step-000000700 in epoch 3; in the order of training."""
         at_end = bool(self.history) and self.history[-1]["step"] == self.step
         return f"epoch-{self.epoch:03d}" + ("" if at_end else f"-step-{self.step:09d}")
+
+
+class Checkpoints:
+    """One worker's side of a run's checkpoints: the first rank writes them, the others report that they are there."""
+
+    def __init__(
+        self,
+        run: RunSpec,
+        out: Store,
+        *,
+        module: PCMNet,
+        optimizer: torch.optim.Optimizer,
+        average: WeightAverage | None,
+        is_first: bool,
+    ) -> None:
+        self._run, self._out, self._is_first = run, out, is_first
+        self._module, self._optimizer, self._average = module, optimizer, average
+
+    def save(self, metrics: dict[str, Any], at: TrainingState, *, is_best: bool) -> None:
+        """Write a checkpoint and report `metrics`, whose SCORE decides how long Ray Train keeps it.
+
+        Best first, checkpoint next, and the caller writes metrics.jsonl last: a run killed in between does the steps
+        since the checkpoint before again and writes the same.
+        """
+        if not self._is_first:
+            ray.train.report(metrics)
+            return
+        row = {name: value for name, value in metrics.items() if name != SCORE}
+        with self._average.applied() if self._average else nullcontext():
+            files = captioner_files(
+                self._module,
+                document={**self._run.document, "metrics": row},
+                vocabulary=self._run.vocabularies.words,
+                concepts=self._run.vocabularies.concepts,
+            )
+        if is_best:
+            for name, data in files.items():
+                self._out.write_bytes(f"{BEST}/{name}", data)
+        with tempfile.TemporaryDirectory(prefix="pcm-checkpoint-") as folder:
+            for name, data in files.items():
+                Path(folder, name).write_bytes(data)
+            save_training_state(
+                Path(folder), module=self._module, optimizer=self._optimizer, average=self._average, at=at
+            )
+            ray.train.report(
+                metrics,
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_dir_name=at.checkpoint_name,
+            )
+
+    def restore(self) -> TrainingState:
+        """Load the last checkpoint that this run reported; at step 0, and nothing loaded, where there is none."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return TrainingState()
+        with checkpoint.as_directory() as folder:
+            return load_training_state(
+                Path(folder), module=self._module, optimizer=self._optimizer, average=self._average
+            )
 
 
 def save_training_state(
@@ -66,26 +136,3 @@ def load_training_state(
         module.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE), strict=False)
     optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, weights_only=True))
     return TrainingState(**json.loads((folder / STATE_FILE).read_text()))
-
-
-class LossLog:
-    """The loss of every step of an epoch: `losses/epoch-001.jsonl`, one {"step", "loss", "lr"} a line.
-
-    Written as a whole at every checkpoint, because object stores cannot append; a run that goes on from a checkpoint
-    finds the lines before it.
-    """
-
-    def __init__(self, store: Store, *, epoch: int, until: int) -> None:
-        """Of epoch `epoch` (from 1), with the lines up to step `until` that are stored."""
-        self._store = store
-        self._key = f"losses/epoch-{epoch:03d}.jsonl"
-        self.rows: list[dict[str, float]] = []
-        if store.exists(self._key):
-            lines = store.read_bytes(self._key).splitlines()
-            self.rows = [row for line in lines if (row := json.loads(line))["step"] <= until]
-
-    def append(self, *, step: int, loss: float, lr: float) -> None:
-        self.rows.append({"step": step, "loss": loss, "lr": lr})
-
-    def write(self) -> None:
-        self._store.write_bytes(self._key, "".join(json.dumps(row) + "\n" for row in self.rows).encode())

@@ -6,13 +6,15 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from pcm.captioners.pcmnet.config import PCMNetConfig
-from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy
-from pcm.errors import InputError
-from pcm.records import FeatureShape
+from pcm.captioners.pcmnet.config import BEAM_SIZE, PCMNetConfig
+from pcm.captioners.pcmnet.loss_settings import LossSettings
+from pcm.errors import InputError, not_known
 from pcm.spec import COMPILE_MODES
+
+if TYPE_CHECKING:
+    from pcm.records import FeatureShape  # whose module loads Arrow: --help would wait for it
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 FEATURE_DTYPES = ("float16", "int8")
@@ -61,11 +63,11 @@ class TrainConfig:
     feature_dtype: str = "float16"
 
     #: w of eq. 11: 4.0 for ViT-L/14, 2.5 for ViT-B/32.
-    clip_weight: float = 4.0
-    label_smoothing: float = 0.1
+    clip_weight: float = LossSettings.clip_weight
+    label_smoothing: float = LossSettings.label_smoothing
     #: The focal factor of the published code, which the paper does not mention.
-    focal_gamma: float = 2.0
-    focal_mode: str = "batch"
+    focal_gamma: float = LossSettings.focal_gamma
+    focal_mode: str = LossSettings.focal_mode
 
     #: A batch mixes rows of so many randomly drawn shards (of the next divisor of batch_size).
     window_shards: int = 8
@@ -82,7 +84,7 @@ class TrainConfig:
     holdout_fraction: float = 0.05
     holdout_limit: int = 1000
     #: Beam search of validation; 1 = greedy.
-    validation_beam_size: int = 3
+    validation_beam_size: int = BEAM_SIZE
 
     def __post_init__(self) -> None:
         counts = "epochs batch_size grad_accumulation warmup_steps window_shards holdout_limit validation_beam_size"
@@ -103,15 +105,15 @@ class TrainConfig:
         if self.compile != "none":
             _check(self, "grad_accumulation", self.grad_accumulation == 1, f"1 with compile = {self.compile!r}")
         _check(self, "feature_dtype", self.feature_dtype in FEATURE_DTYPES, f"one of {', '.join(FEATURE_DTYPES)}")
-        CLIPWeightedCrossEntropy(**self.loss_settings)
+        LossSettings(**self.loss_settings)
 
     @property
     def loss_settings(self) -> dict[str, Any]:
         """Arguments of pcm.CLIPWeightedCrossEntropy."""
-        names = ("clip_weight", "label_smoothing", "focal_gamma", "focal_mode")
+        names = [entry.name for entry in dataclasses.fields(LossSettings)]
         return {name: getattr(self, name) for name in names}
 
-    def for_dataset(self, *, vocab_size: int, features: FeatureShape, num_concepts: int) -> Self:
+    def for_dataset(self, *, vocab_size: int, features: "FeatureShape", num_concepts: int) -> Self:
         """This config with the network's sizes filled in. Raises InputError where a setting does not fit them."""
         sizes = {"vocab_size": vocab_size, "num_concepts": num_concepts, **dataclasses.asdict(features)}
         return dataclasses.replace(self, model=dataclasses.replace(self.model, **sizes))
@@ -121,10 +123,9 @@ class TrainConfig:
 
         Strict as from_dict; the sizes that come from the dataset are refused too.
         """
+        check_overrides(overrides)
         values = self.to_dict()
         for name, value in overrides.items():
-            if name in DATASET_SIZES:
-                raise InputError(f"training config field {name!r}: comes from the dataset and cannot be set")
             (values["model"] if name in values["model"] else values)[name] = value
         return type(self).from_dict(values)
 
@@ -138,9 +139,9 @@ class TrainConfig:
             raise InputError(
                 f"training config {values!r}: must be a JSON object of field: value, 'model' an object too"
             )
-        model = PCMNetConfig(**_typed(PCMNetConfig, values.get("model", {}), "model."))
+        model = PCMNetConfig(**_typed_fields(PCMNetConfig, values.get("model", {}), "model."))
         rest = {name: value for name, value in values.items() if name != "model"}
-        return cls(model=model, **_typed(cls, rest, ""))
+        return cls(model=model, **_typed_fields(cls, rest, ""))
 
     @classmethod
     def from_json(cls, data: bytes | str, *, source: str) -> Self:
@@ -157,33 +158,56 @@ class TrainConfig:
         return {name: f"{mine[name]!r} -> {theirs[name]!r}" for name in mine if mine[name] != theirs[name]}
 
 
-def parse_override(text: str) -> tuple[str, Any]:
-    """("top_concepts", 3) of "top_concepts=3"."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"{text!r}: write FIELD=VALUE, such as top_concepts=3")
+def settable_fields() -> dict[str, Any]:
+    """Field -> type of all that can be chosen: TrainConfig's own, and the network's (the mix-up's among them)."""
+    own = {name: kind for name, kind in typing.get_type_hints(TrainConfig).items() if name != "model"}
+    network = {name: kind for name, kind in typing.get_type_hints(PCMNetConfig).items() if name not in DATASET_SIZES}
+    return own | network
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Raises InputError for a field that is not known or comes from the dataset, and for a value of another type."""
+    fields = settable_fields()
+    for name, value in overrides.items():
+        if name in DATASET_SIZES:
+            raise InputError(f"training config field {name!r}: comes from the dataset and cannot be set")
+        if name not in fields:
+            raise not_known("training config field", name, fields)
+        _typed(name, value, fields[name])
+
+
+def file_overrides(values: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """The overrides that a TrainConfig written as JSON means, whole or in part; the dataset's sizes are left out.
+
+    Raises InputError as `check_overrides` does, naming `source`.
+    """
+    model = values.get("model", {})
+    if not isinstance(model, Mapping):
+        raise InputError(f"{source}: model {model!r}: must be an object of field: value")
+    flat = {name: value for name, value in {**values, **model}.items() if name not in ("model", *DATASET_SIZES)}
     try:
-        return name.strip(), json.loads(value)
-    except ValueError:
-        return name.strip(), value.strip()
+        check_overrides(flat)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    return flat
 
 
-def _typed(record: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """`values` if they are fields of `record` of the right types (an int passes for a float); InputError otherwise."""
-    annotations = typing.get_type_hints(record)
-    typed = {}
-    for name, value in values.items():
-        if name not in annotations:
-            raise InputError(
-                f"training config field {prefix + name!r}: not known; allowed are {', '.join(annotations)}"
-            )
-        wanted = annotations[name]
-        if wanted is float and type(value) is int:
-            value = float(value)
-        if type(value) is not wanted:
-            raise InputError(f"training config {prefix}{name} = {value!r}: must be of type {wanted.__name__}")
-        typed[name] = value
-    return typed
+def _typed_fields(record: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """`values` if they are fields of `record` of the right types; InputError otherwise."""
+    kinds = typing.get_type_hints(record)
+    for name in values:
+        if name not in kinds:
+            raise not_known("training config field", prefix + name, kinds)
+    return {name: _typed(prefix + name, value, kinds[name]) for name, value in values.items()}
+
+
+def _typed(name: str, value: Any, wanted: type) -> Any:
+    """The value, an int as a float where one is wanted. Raises InputError for one of another type."""
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted:
+        raise InputError(f"training config {name} = {value!r}: must be of type {wanted.__name__}")
+    return value
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -226,11 +250,11 @@ TRAINING_PRESETS: Mapping[str, TrainConfig] = types.MappingProxyType(
 def preset(name: str) -> TrainConfig:
     """Raises InputError for a name that is not in TRAINING_PRESETS."""
     if name not in TRAINING_PRESETS:
-        raise InputError(f"preset {name!r}: not known; allowed are {', '.join(TRAINING_PRESETS)}")
+        raise not_known("preset", name, TRAINING_PRESETS)
     return TRAINING_PRESETS[name]
 
 
-def default_preset(features: FeatureShape) -> str:
+def default_preset(features: "FeatureShape") -> str:
     """The preset for features of these sizes: the paper's MSCOCO runs for CLIPs as large as theirs, else `embedded`."""
     if features.embed_dim < 512:
         return "embedded"

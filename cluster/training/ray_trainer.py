@@ -7,13 +7,15 @@ from typing import Any
 import pyarrow.fs
 import ray
 import ray.train
-from fsspec.implementations.local import LocalFileSystem
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.torch import TorchConfig
 
+from cluster.ray_internals import (
+    DefaultFailurePolicy,
+    FailureDecision,
+    PolicyTrainer,
+    TorchBackend,
+    TrainingFailedError,
+)
 from cluster.session import user_error
 from cluster.store.store import Store
 from pcm.errors import InputError
@@ -44,7 +46,7 @@ def make_trainer(
     keep_checkpoints: int,
     max_failures: int,
     joined: bool,
-) -> TorchTrainer:
+) -> PolicyTrainer:
     """A trainer of `num_workers` workers with `cpus` CPUs each and, where the cluster has some, one GPU.
 
     `labels`: workers are placed on nodes that have these. Of the checkpoints those with the `keep_checkpoints` highest
@@ -73,8 +75,8 @@ def make_trainer(
     )
 
 
-class _Backend(_TorchBackend):
-    """NCCL only where torch knows the workers' GPUs; else they train on CPUs, and say so (trainloop.worker_device)."""
+class _Backend(TorchBackend):
+    """NCCL only where torch knows the workers' GPUs; else they train on CPUs, and say so (worker.worker_device)."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         has_gpus = worker_group.get_resources_per_worker().get("GPU", 0) > 0
@@ -105,26 +107,19 @@ class _FailurePolicy(DefaultFailurePolicy):
         return super().make_decision(training_failed_error)
 
 
-class _Trainer(TorchTrainer):
-    def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        settings["failure_policy"] = _FailurePolicy(self.run_config.failure_config)  # type: ignore[arg-type]
-        return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]
+class _Trainer(PolicyTrainer):
+    failure_policy = _FailurePolicy
 
 
 class _LocalTrainer(_Trainer):
-    """Ray Train without its clean-up after a lost controller, on a Ray that ends with this process.
+    """On a Ray that ends with this process, and has no dashboard."""
 
-    The clean-up asks Ray's dashboard, which a local Ray does not start, and prints a traceback for want of it.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+    cleans_up = False
 
 
 def ray_storage(out: Store) -> dict[str, Any]:
     """RunConfig's storage arguments for OUT, on the file system (endpoint, credentials) of our own objects."""
-    if isinstance(out.fs, LocalFileSystem):
+    if out.is_local:
         return {"storage_path": out.prefix}
     return {
         "storage_path": out.prefix,

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.sources.pictures import PictureSource
+from cluster.sources.picture_source import PictureSource
 from cluster.training.config import TrainConfig
-from cluster.training.data.mixture import DataSource, Vocabularies
-from cluster.training.data.shuffled import CACHE_BYTES
+from cluster.training.data.mixture import Vocabularies
+from cluster.training.request import DataSource, TrainRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,5 +22,5 @@ class RunSpec:
     clip: str  # NAME of the CLIP for validation pictures
     cpu_threads: int
     checkpoint_every_steps: int | None = None  # beside the one at the end of an epoch
-    cache_bytes: int = CACHE_BYTES
+    cache_bytes: int = TrainRequest.cache_bytes
     cache_dir: str | None = None  # local folder of a ShardCache

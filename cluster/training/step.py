@@ -1,8 +1,7 @@
 """One optimiser step of one worker: the same for any number of workers and any division of its rows into parts."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 from cluster.training.config import TrainConfig
 from cluster.training.data.batches import Batch
 from cluster.training.global_loss import GlobalBatchLoss, gathered
+from pcm.captioners.pcmnet.method import PCMNET
 from pcm.captioners.pcmnet.schedule import noam_lr
 from pcm.errors import InputError
-from pcm.kernels.dropout import random_rows
-from pcm.kernels.gradient_clipping import clip_values
 from pcm.kernels.quantised import dequantised
+from pcm.kernels.row_randomness import RowRandomness
 
 
 class TrainStep:
@@ -48,6 +47,8 @@ class TrainStep:
         self._module, self._model, self._optimizer, self._config = module, model, optimizer, config
         self._rank, self._num_workers = rank, num_workers
         self._device, self._bfloat16 = device, bfloat16
+        #: torch.compile does not follow it; on a CPU only networks without random numbers are compiled.
+        self._by_row = device.type == "cpu" and config.compile == "none"
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._criterion = GlobalBatchLoss(**config.loss_settings)
 
@@ -61,7 +62,7 @@ class TrainStep:
         rows = self._on_device(batch)
         loss = self._whole(rows, step) if config.grad_accumulation == 1 else self._in_parts(rows, step)
         if config.clip_value:
-            clip_values(self._parameters, config.clip_value)
+            nn.utils.clip_grad_value_(self._parameters, config.clip_value)
         self._optimizer.step()
         return loss, lr
 
@@ -106,21 +107,23 @@ class TrainStep:
         count = len(rows["target_ids"])
         share = self._config.batch_size // self._num_workers
         place = range(self._rank * share + first_row, self._rank * share + first_row + count)
+        read = rows | {
+            "global_feature": rows["global_feature"].float(),
+            "patch_features": dequantised(rows["patch_features"], rows["patch_scale"]),
+        }
         with (
             self._randomness(step, place),
             torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bfloat16),
         ):
-            patch_features = dequantised(rows["patch_features"], rows["patch_scale"])
-            return model(rows["global_feature"].float(), patch_features, rows["token_ids"])
+            logits, _ = PCMNET.words(model, read)
+        return logits
 
-    @contextmanager
-    def _randomness(self, step: int, rows: range) -> Iterator[None]:
-        if self._device.type != "cpu":
-            torch.manual_seed(row_seed(self._config.seed, step, rows.start))
-            yield
-            return
-        with random_rows([row_seed(self._config.seed, step, row) for row in rows]):
-            yield
+    def _randomness(self, step: int, rows: range) -> AbstractContextManager:
+        """Of the network, whatever it is made of, for these rows of the global batch."""
+        if self._by_row:
+            return RowRandomness([row_seed(self._config.seed, step, row) for row in rows])
+        torch.manual_seed(row_seed(self._config.seed, step, rows.start))
+        return nullcontext()
 
     def _backward(self, loss: Tensor) -> None:
         (loss * self._num_workers).backward()  # DDP averages the gradients of the workers, whose sum is wanted

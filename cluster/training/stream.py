@@ -20,19 +20,69 @@ from ray.data import DataContext, ExecutionResources
 
 from cluster.dataset.layout import Plan
 from cluster.dataset.vocabularies import store_vocabularies
-from cluster.generation.generate import GenerationResult
+from cluster.generation.make import prepare
+from cluster.generation.pinning import require_joint_patches
+from cluster.generation.pipeline import GenerationResult
+from cluster.generation.pools import Pools
+from cluster.generation.presets import with_preset
+from cluster.session import cluster_cpus, cluster_gpus
 from cluster.store.store import Store, open_store
 from cluster.training.data.mixture import arriving_set
-from cluster.training.loop import FIRST_STEP_KEY
-from cluster.training.train import CONFIG_KEY, TrainRequest, train
+from cluster.training.reporting import FIRST_STEP_KEY
+from cluster.training.request import StreamRequest, TrainRequest
+from cluster.training.train import CONFIG_KEY, check_settings, train
 from pcm.errors import InputError
+from pcm.text.metrics import require_metrics
 
 log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
 
-def stream(
+def stream(request: StreamRequest) -> dict[str, Any]:
+    """Generate and train at once: `generate_and_train`, whose summary it is, on a cluster shared between both sides.
+
+    Raises InputError for what cannot be used, before Ray is started wherever that can be told before.
+    """
+    training = request.training
+    check_settings(training)
+    asked = with_preset(request, request.generation_preset)
+    require_joint_patches(asked.clip or "embedded")
+    prepared = prepare(open_store(request.dataset), asked)
+    workers, cpus, gpus = _training_share(request, device=prepared.plan.spec.generator.device)
+    pools = _pools(request, device=prepared.plan.spec.generator.device, cpus=workers * cpus, gpus=workers * gpus)
+    summary = generate_and_train(
+        prepared.store,
+        prepared.plan,
+        replace(training, num_workers=workers, cpus_per_worker=cpus),
+        replace(prepared, pools=pools).generate,
+        cpus=workers * cpus,
+        gpus=workers * gpus,
+    )
+    return {**summary, "dataset": request.dataset}
+
+
+def _training_share(request: StreamRequest, *, device: str) -> tuple[int, int, int]:
+    """(workers, CPUs of each, GPUs of each): on GPUs one worker with one of them, on CPUs half of them."""
+    workers = request.num_workers or 1
+    if device == "cuda":
+        return workers, request.cpus_per_worker or 1, 1
+    return workers, request.cpus_per_worker or max(1, int(cluster_cpus()) // 2 // workers), 0
+
+
+def _pools(request: StreamRequest, *, device: str, cpus: float, gpus: float) -> Pools:
+    """Generation's actors on what training leaves. Raises InputError when that is nothing."""
+    left = {"cpus": cluster_cpus() - cpus, "gpus": cluster_gpus() - gpus}
+    if left["cpus"] < 1 or (device == "cuda" and left["gpus"] < 1 and not request.generators):
+        raise InputError(
+            f"training takes {cpus:g} CPUs and {gpus:g} GPUs of the cluster's {cluster_cpus():g} and "
+            f"{cluster_gpus():g}, which leaves none for generation; lower --num-workers or --cpus-per-worker, name "
+            "--generators on a cluster that grows, or run jobs.generate first and jobs.train then"
+        )
+    return Pools.of(request, device=device, **left)
+
+
+def generate_and_train(
     store: Store,
     plan: Plan,
     request: TrainRequest,
@@ -51,15 +101,14 @@ def stream(
     """
     if plan.spec.clip.model == "null":
         raise InputError("--clip null: gives no features to train on; name an open_clip model")
+    require_metrics()
     started = time.time()
     arriving = arriving_set(store, plan, store_vocabularies(store, plan))
-    request = replace(
-        request, arriving=(arriving,), overrides={**request.overrides, "first_epoch": "plan"}, resume=_is_begun(request)
-    )
+    request = replace(request, overrides={**request.overrides, "first_epoch": "plan"}, resume=_is_begun(request))
     context = DataContext.get_current()
     context.execution_options.exclude_resources = ExecutionResources(cpu=cpus, gpu=gpus)
     generated = _in_thread("generation", generating)
-    trained = _in_thread("training", lambda: train(request))
+    trained = _in_thread("training", lambda: train(request, arriving=(arriving,)))
     generation_seconds = None
     waiting: set[Future] = {generated, trained}
     while waiting:

@@ -24,8 +24,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from fsspec.implementations.local import LocalFileSystem
-
 from cluster.store.store import Store, open_store
 
 log = logging.getLogger(__name__)
@@ -133,7 +131,7 @@ class _Folder:
 
     def __init__(self, store: Store, key: str) -> None:
         self._store, self._key = store, key
-        self._remote = not isinstance(store.fs, LocalFileSystem)
+        self._remote = not store.is_local
         self.path = Path(tempfile.mkdtemp(prefix="pcm-tracker-"), key) if self._remote else Path(store.path(key))
         self.path.mkdir(parents=True, exist_ok=True)
         self._uploaded = time.monotonic()
@@ -239,7 +237,7 @@ class _MLflow:
 
 def run_name(store: Store) -> str:
     """What a person calls the run: its folder."""
-    return store.prefix.rsplit("/", 1)[-1]
+    return store.name
 
 
 def run_id(store: Store) -> str:

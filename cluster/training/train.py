@@ -10,27 +10,32 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
 import ray.train
 import safetensors.torch
-from fsspec.implementations.local import LocalFileSystem
 
+import pcm
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
-from cluster.sources.pictures import EMBEDDED_PREFIX, PictureSource
-from cluster.store.store import Store, join, open_store, read_uri
+from cluster.sources.pictures import check_source, source_anywhere
+from cluster.store.store import Store, join, open_store
+from cluster.training.checkpoints import BEST, SCORE
 from cluster.training.config import TrainConfig, default_preset, preset
-from cluster.training.data.mixture import DataSource, TrainingSet, Vocabularies, common_vocabularies, open_training_sets
-from cluster.training.data.shuffled import CACHE_BYTES
-from cluster.training.loop import BEST, METRICS_KEY, SCORE, train_loop
+from cluster.training.data.mixture import TrainingSet, Vocabularies, common_vocabularies, open_training_sets
+from cluster.training.loop import train_loop
 from cluster.training.ray_trainer import check_labels, make_trainer, ray_storage, worker_input_error
+from cluster.training.reporting import METRICS_KEY
+from cluster.training.request import TrainRequest
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import check_compile
+from pcm.clip.names import resolve_clip_name
+from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
+from pcm.text.metrics import require_metrics
 from pcm.text.vocabulary import Vocabulary
 
 __all__ = ["TrainRequest", "TrainingFailed", "planned_run", "ray_storage", "train"]
@@ -38,54 +43,22 @@ __all__ = ["TrainRequest", "TrainingFailed", "planned_run", "ray_storage", "trai
 log = logging.getLogger(__name__)
 
 CONFIG_KEY = "config.json"
-PACKAGE = "pcmnet-ray"
 
 
 class TrainingFailed(Exception):
     """Training stopped for a reason that starting again would meet again; one line."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainRequest:
-    """What a user asks for. `data`: datasets, each "URI" or "URI=WEIGHT", see cluster.training.data.mixture.
-    `overrides`: fields of TrainConfig that replace those of the preset or config file.
-    """
-
-    data: str | Sequence[str]
-    out: str
-    preset: str | None = None  # None: chosen by the dataset's feature sizes, or what is resumed
-    config: str | None = None  # path or URI of a TrainConfig as JSON
-    overrides: dict[str, Any] = field(default_factory=dict)
-    resume: bool = False
-    validation: PictureSource | None = None  # None: held-out synthetic pairs
-    clip: str | None = None  # CLIP for validation pictures, where the dataset's has moved
-    num_workers: int | None = None  # None: one a GPU, or one
-    cpus_per_worker: int | None = None  # None: the cluster's CPUs divided by the workers
-    max_failures: int = 3  # crashed workers before the run is given up
-    worker_labels: dict[str, str] = field(default_factory=dict)  # of the nodes that workers are placed on
-    keep_checkpoints: int = 2  # those of the best epochs; the newest stays besides
-    checkpoint_every_steps: int | None = None  # None: at the end of every epoch only
-    cache_bytes: int = CACHE_BYTES
-    cache_dir: str | None = None  # local folder for decoded shards, the same on every node
-    arriving: tuple[TrainingSet, ...] = ()  # the one set of `data` while it is being made
-
-    @property
-    def sources(self) -> tuple[DataSource, ...]:
-        return tuple(map(DataSource.parse, [self.data] if isinstance(self.data, str) else self.data))
-
-
-def train(request: TrainRequest) -> dict[str, Any]:
+def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dict[str, Any]:
     """Train, or go on training, and summarise: epochs, steps, best (its metrics), checkpoint.
 
-    Raises InputError when the dataset is unfinished or unfit, when OUT already holds a run and `resume` is not set, or
-    when what is resumed was begun otherwise; TrainingFailed when the loss is no longer a number.
+    `arriving`: the one set of `data` while it is being made. Raises InputError when the dataset is unfinished or unfit,
+    when OUT already holds a run and `resume` is not set, or when what is resumed was begun otherwise; TrainingFailed
+    when the loss is no longer a number.
     """
     started = time.monotonic()
-    if request.checkpoint_every_steps is not None and request.checkpoint_every_steps < 1:
-        raise InputError(f"--checkpoint-every-steps {request.checkpoint_every_steps}: must be at least 1")
-    if "://" in (request.cache_dir or ""):
-        raise InputError(f"--cache-dir {request.cache_dir}: must be a local folder, such as /dev/shm/pcm")
-    sets, out = request.arriving or open_training_sets(request.sources), open_store(request.out)
+    require_metrics()
+    sets, out = arriving or open_training_sets(request.sources), open_store(request.out)
     previous = _previous_run(out, resume=request.resume)
     vocabularies = common_vocabularies(sets)
     config = _config_for(request, sets, vocabularies, previous)
@@ -94,6 +67,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
             f"first_epoch plan: takes one dataset without a weight, not {' '.join(each.store.root for each in sets)} "
             f"({', '.join(f'{each.weight:g}' for each in sets)}); use first_epoch shuffled"
         )
+    _check_request(request, config)
     document = _document(request, sets, config)
     if previous is not None:
         _refuse_other_run(out, previous, document)
@@ -112,7 +86,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
     num_workers = request.num_workers or max(gpus, 1)
     cpus = request.cpus_per_worker or max(1, int(cluster_cpus()) // num_workers)
     _check_place(config, num_workers=num_workers, cpus=cpus, gpus=gpus)
-    out.write_bytes(CONFIG_KEY, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+    out.write_bytes(CONFIG_KEY, document_bytes(document))
     trainer = make_trainer(
         train_loop,
         {"run": _run(request, sets, vocabularies, config, document, cpus=cpus)},
@@ -140,6 +114,7 @@ def planned_run(request: TrainRequest, *, cpus: int) -> RunSpec:
 
     Raises InputError when a dataset is unfinished or unfit.
     """
+    require_metrics()
     sets = open_training_sets(request.sources)
     vocabularies = common_vocabularies(sets)
     config = _config_for(request, sets, vocabularies, None)
@@ -156,12 +131,12 @@ def _run(
     cpus: int,
 ) -> RunSpec:
     return RunSpec(
-        data=tuple(replace(source, uri=_anywhere(open_store(source.uri))) for source in request.sources),
-        out=_anywhere(open_store(request.out)),
+        data=tuple(replace(source, uri=open_store(source.uri).address) for source in request.sources),
+        out=open_store(request.out).address,
         vocabularies=vocabularies,
         config=config,
         document=document,
-        validation=_picture_source_anywhere(request.validation),
+        validation=source_anywhere(request.validation) if request.validation else None,
         clip=request.clip or sets[0].manifest.spec.clip.model,
         cpu_threads=cpus,
         checkpoint_every_steps=request.checkpoint_every_steps,
@@ -191,12 +166,8 @@ def _config_for(
     vocabularies: Vocabularies,
     previous: dict[str, Any] | None,
 ) -> TrainConfig:
-    """The run's config: config file, preset, the resumed run's or the default preset, then the overrides."""
-    if request.preset and request.config:
-        raise InputError(f"--preset {request.preset} and --config {request.config}: give one of the two")
-    if request.config:
-        config = TrainConfig.from_json(read_uri(request.config), source=request.config)
-    elif request.preset:
+    """The run's config: the preset named, the resumed run's or the default preset, then what replaces its fields."""
+    if request.preset:
         config = preset(request.preset)
     elif previous is not None:
         config = TrainConfig.from_dict(previous["train"])
@@ -205,7 +176,7 @@ def _config_for(
         name = default_preset(features)
         log.info("preset %s, chosen by the dataset's features %s; another with --preset", name, features)
         config = preset(name)
-    return _fitted(config.with_overrides(request.overrides), sets, vocabularies)
+    return _fitted(config.with_overrides(request.settings), sets, vocabularies)
 
 
 def _fitted(config: TrainConfig, sets: Sequence[TrainingSet], vocabularies: Vocabularies) -> TrainConfig:
@@ -238,7 +209,8 @@ def _document(request: TrainRequest, sets: Sequence[TrainingSet], config: TrainC
         "clip": clip.identity() | {"model": request.clip or clip.model},
         "datasets": [each.description() for each in sets],
         "validation": asdict(request.validation) if request.validation else None,
-        "versions": {package: version(package) for package in (PACKAGE, "torch", "ray")},
+        # Of this code, not of an installed package's metadata: a submitted job brings its own.
+        "versions": {"pcmnet-ray": pcm.__version__, "torch": version("torch"), "ray": version("ray")},
     }
 
 
@@ -267,10 +239,25 @@ def _named(document: dict[str, Any]) -> str:
     return " + ".join(f"{each['path']}={each['weight']:g} ({each['sha256'][:8]})" for each in datasets)
 
 
-def _check_place(config: TrainConfig, *, num_workers: int, cpus: int, gpus: int) -> None:
-    """Raises InputError for what the cluster cannot give, which Ray would wait for."""
-    if not gpus:
-        check_compile(config, device_type="cpu")
+def check_settings(request: TrainRequest) -> None:
+    """Raises InputError for what cannot be, as far as that can be told before there is a dataset."""
+    _check_request(request, preset(request.preset).with_overrides(request.settings) if request.preset else None)
+
+
+def _check_request(request: TrainRequest, config: TrainConfig | None) -> None:
+    """Raises InputError for what cannot be, whatever the cluster is."""
+    if config is not None and request.num_workers is not None:
+        _check_batch(config, num_workers=request.num_workers)
+    if request.clip is not None:
+        resolve_clip_name(request.clip)
+    if request.validation is None:
+        log.info("no --val-images: the best epoch is chosen on a held-out part of the synthetic pairs")
+    else:
+        check_source(request.validation)
+
+
+def _check_batch(config: TrainConfig, *, num_workers: int) -> None:
+    """Raises InputError for a batch that so many workers cannot share."""
     if config.batch_size % num_workers:
         raise InputError(
             f"batch size {config.batch_size}: cannot be divided evenly among {num_workers} workers; "
@@ -281,28 +268,19 @@ def _check_place(config: TrainConfig, *, num_workers: int, cpus: int, gpus: int)
             f"grad_accumulation {config.grad_accumulation}: does not divide the {config.batch_size // num_workers} "
             "rows that a worker has of a batch; change it, batch_size or --num-workers"
         )
+
+
+def _check_place(config: TrainConfig, *, num_workers: int, cpus: int, gpus: int) -> None:
+    """Raises InputError for what the cluster cannot give, which Ray would wait for."""
+    if not gpus:
+        check_compile(config, device_type="cpu")
+    _check_batch(config, num_workers=num_workers)
     if gpus and num_workers > gpus:
         raise InputError(f"--num-workers {num_workers}: the cluster has {gpus} GPUs, and each worker takes one")
     if num_workers * cpus > cluster_cpus():
         raise InputError(
             f"--num-workers {num_workers} with {cpus} CPUs each: the cluster has {cluster_cpus():g} CPUs; take fewer"
         )
-
-
-def _anywhere(store: Store) -> str:
-    """A URI that means the same in a worker, whose working folder is another."""
-    return store.prefix if isinstance(store.fs, LocalFileSystem) else store.root
-
-
-def _picture_source_anywhere(source: PictureSource | None) -> PictureSource | None:
-    if source is None:
-        return None
-
-    def absolute(uri: str) -> str:
-        return uri if uri.startswith(EMBEDDED_PREFIX) else _anywhere(open_store(uri))
-
-    references = absolute(source.references) if source.references is not None else None
-    return PictureSource(images=absolute(source.images), references=references, split=source.split)
 
 
 def _history(out: Store) -> list[dict[str, Any]]:

@@ -10,20 +10,21 @@ import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 
-from pcm.captioners.pcmnet.decoding import beam_search
-from pcm.captioners.pcmnet.model import PCMNet, PCMNetConfig
+from pcm.captioners.interface import CONCEPTS_FILE, CONFIG_FILE, MODEL_FILE, VOCABULARY_FILE
+from pcm.captioners.pcmnet.config import BEAM_SIZE
+from pcm.captioners.pcmnet.method import PCMNET, PCMNetMethod
+from pcm.captioners.pcmnet.model import PCMNet
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
+from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.images import open_image
+from pcm.kernels.packed_linear import for_decoding
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
 
-CONFIG_FILE = "config.json"
-MODEL_FILE = "model.safetensors"
-VOCABULARY_FILE = "vocabulary.txt"
-CONCEPTS_FILE = "concepts.safetensors"
+#: By the name in config.json; a checkpoint without one is a PCM-Net's.
+METHODS = {PCMNET.name: PCMNET}
 
 #: Pictures captioned together, fewer where they are large: a batch is closed at this many pixels (3 bytes each). With
 #: beam 3, 64 pictures are 192 rows a step: on a CPU, matrix products of half as many rows are a quarter slower.
@@ -58,7 +59,7 @@ class Captioner:
         vocabulary: Vocabulary,
         concepts: ConceptVocabulary,
         clip: ClipEncoder,
-        beam_size: int = 3,
+        beam_size: int = BEAM_SIZE,
     ) -> None:
         wanted = (model.config.embed_dim, model.config.patch_dim, model.config.num_patches)
         given = (clip.embed_dim, clip.patch_dim, clip.num_patches)
@@ -80,7 +81,12 @@ class Captioner:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, clip: ClipEncoder | str | None = None, device: str = "auto", beam_size: int = 3
+        cls,
+        path: str | Path,
+        *,
+        clip: ClipEncoder | str | None = None,
+        device: str = "auto",
+        beam_size: int = BEAM_SIZE,
     ) -> Self:
         """The captioner in a checkpoint folder (a run's own folder means its `best`).
 
@@ -91,26 +97,20 @@ class Captioner:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         document = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        concepts = ConceptVocabulary.load(folder / CONCEPTS_FILE)
-        model = PCMNet(PCMNetConfig(**document["model"]))
-        model.set_concepts(torch.from_numpy(concepts.embeddings))
-        try:
-            model.load_state_dict(safetensors.torch.load_file(folder / MODEL_FILE))
-        except (SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{folder / MODEL_FILE}: does not fit its {CONFIG_FILE} ({reason})") from None
+        model = _method(folder, document).load(folder, document)
         trained_on = document["clip"]
         recorded = {name: trained_on.get(name) for name in ("activation", "weights")}
         if not isinstance(clip, ClipEncoder):
-            moved = {} if clip else {"revision": trained_on.get("revision")}
+            name, revision = (clip, None) if clip else (trained_on["model"], trained_on.get("revision"))
+            # Nobody stores these features: one picture need not cost a batch of 32.
             clip = ClipEncoder(
-                clip or trained_on["model"], device=device, dtype=trained_on["dtype"], **moved, **recorded
+                name, device=device, dtype=trained_on["dtype"], revision=revision, exact=False, **recorded
             )
         clip.check_recorded(**recorded)
         return cls(
             model.to(device),
             vocabulary=Vocabulary.load(folder / VOCABULARY_FILE),
-            concepts=concepts,
+            concepts=ConceptVocabulary.load(folder / CONCEPTS_FILE),
             clip=clip,
             beam_size=beam_size,
         )
@@ -166,11 +166,12 @@ def decode_captions(
 
     global_feature (n, D) and patch_features (n, N, D_v) of any float type.
     """
+    network = for_decoding(model, rows=min(batch_size, len(global_feature)) * beam_size)
     decoded: list[tuple[str, float]] = []
     for start in range(0, len(global_feature), batch_size):
         part = slice(start, start + batch_size)
         images, patches = _on_device(model, global_feature[part], patch_features[part])
-        found = beam_search(model, images, patches, beam_size=beam_size)
+        found = PCMNET.decode(network, images, patches, beam_size=beam_size)
         log_probs = found.log_probs.sum(dim=-1).tolist()
         token_ids = found.token_ids.tolist()
         decoded.extend((vocabulary.decode(ids), log_prob) for ids, log_prob in zip(token_ids, log_probs, strict=True))
@@ -188,12 +189,12 @@ def captioner_files(model: PCMNet, *, document: dict[str, Any], vocabulary: byte
     `document` becomes config.json; it must hold "clip": {"model", "dtype"} and is completed with the network's sizes.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    config = {**document, "model": asdict(model.config)}
+    config = {**document, "captioner": PCMNET.name, "model": asdict(model.config)}
     return {
         VOCABULARY_FILE: vocabulary,
         CONCEPTS_FILE: concepts,
         MODEL_FILE: safetensors.torch.save(state),
-        CONFIG_FILE: (json.dumps(config, indent=1, sort_keys=True) + "\n").encode(),
+        CONFIG_FILE: document_bytes(config),
     }
 
 
@@ -201,13 +202,22 @@ def checkpoint_folder(path: Path) -> Path:
     """The folder that holds the captioner: `path` itself or, for a run's folder, `path/best`."""
     for folder in (path, path / "best"):
         if (folder / MODEL_FILE).is_file():
-            missing = [name for name in (CONFIG_FILE, VOCABULARY_FILE, CONCEPTS_FILE) if not (folder / name).is_file()]
+            missing = [name for name in PCMNET.files if not (folder / name).is_file()]
             if missing:
                 raise InputError(
                     f"checkpoint {folder}: {', '.join(missing)} missing; give a complete checkpoint folder"
                 )
             return folder
     raise InputError(f"checkpoint {path}: no {MODEL_FILE} in it or in its best/; give a folder that jobs.train wrote")
+
+
+def _method(folder: Path, document: dict[str, Any]) -> PCMNetMethod:
+    name = document.get("captioner", PCMNET.name)
+    if name not in METHODS:
+        raise InputError(
+            f"{folder / CONFIG_FILE}: captioner {name!r} is not known here; known are {', '.join(sorted(METHODS))}"
+        )
+    return METHODS[name]
 
 
 def _opened(images: Sequence[Image.Image | str | Path]) -> Iterator[list[Image.Image | str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pcm.credentials import refuse_credentials
 from pcm.errors import InputError
 from pcm.spec import QUICK_GELU_SUFFIX
 
@@ -15,7 +16,8 @@ HUB_PREFIX = "hf-hub:"
 
 
 def resolve_clip_name(name: str) -> tuple[str, str | None]:
-    """open_clip's (model_name, pretrained) of a NAME as users write it."""
+    """open_clip's (model_name, pretrained) of a NAME as users write it. Raises InputError."""
+    refuse_credentials(name)
     if name == "embedded":
         from pcm import embedded
 

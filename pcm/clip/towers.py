@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcm.records import NO_PATCHES, FeatureShape
+from pcm.records import NULL_FEATURES, FeatureShape
 
 #: Grids up to this side are kept as they are; larger even ones are 2x2 average-pooled.
 MAX_GRID_SIDE = 8
@@ -48,7 +48,9 @@ class TokenGrid:
 
 def feature_shape(embed_dim: int, grid: TokenGrid | None) -> FeatureShape:
     """What a dataset stores of a row."""
-    patches = NO_PATCHES if grid is None else FeatureShape(embed_dim, grid.width, grid.patch_rows * grid.patch_columns)
+    patches = (
+        NULL_FEATURES if grid is None else FeatureShape(embed_dim, grid.width, grid.patch_rows * grid.patch_columns)
+    )
     return dataclasses.replace(patches, embed_dim=embed_dim)
 
 

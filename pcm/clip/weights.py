@@ -15,7 +15,7 @@ import torch
 
 from pcm.clip.names import HUB_PREFIX, activation_of, is_commit, resolve_clip_name
 from pcm.clip.towers import feature_shape, token_grid
-from pcm.errors import InputError
+from pcm.errors import InputError, first_line
 from pcm.records import FeatureShape
 
 _CONFIG_FILE = "open_clip_config.json"
@@ -148,8 +148,7 @@ def tower_facts(name: str) -> TowerFacts:
             # The image tower alone: the text tower may need a configuration of another repo.
             visual = open_clip.model._build_vision_tower(config["embed_dim"], vision)
     except (OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"CLIP model {name!r}: its configuration cannot be used ({first_line})") from None
+        raise InputError(f"CLIP model {name!r}: its configuration cannot be used ({first_line(error)})") from None
     grid = token_grid(visual)
     return TowerFacts(feature_shape(config["embed_dim"], grid), grid is not None and grid.has_head)
 

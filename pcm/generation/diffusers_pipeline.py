@@ -11,16 +11,15 @@ import torch
 from pcm.generation.drawing import UNGUARDED, Drawing, Guard, Request
 from pcm.generation.isolation import IsolatedDrawing
 from pcm.generation.pipeline_loading import load_pipeline
+from pcm.generation.seeds import attempt_seed
 from pcm.images import defect, encode_image, to_uint8
+from pcm.reasons import NSFW_FLAGGED
 from pcm.spec import GeneratorSpec
 
 #: Threads that check and encode pictures while the next batch is drawn, and how many batches may wait for them: a batch
 #: of eight 512x512 pictures is 25 MB.
 ENCODING_THREADS = 4
 BATCHES_ENCODED_AT_ONCE = 2
-
-#: reason of a picture that the pipeline's own safety checker blanked.
-NSFW_FLAGGED = "nsfw_flagged"
 
 
 class DiffusersTextToImage:
@@ -54,7 +53,8 @@ class DiffusersTextToImage:
         for slot in range(batch_size):
             request = slots.get(slot)
             prompts.append(spec.prompt(request.caption) if request else "")
-            generators.append(torch.Generator("cpu").manual_seed(request.seed + request.attempts if request else 0))
+            seed = attempt_seed(request.seed, request.attempts) if request else 0
+            generators.append(torch.Generator("cpu").manual_seed(seed))
         output = self._pipeline(  # type: ignore[operator]  # every text-to-image pipeline is callable
             **_call_arguments(spec, batch_size), prompt=prompts, generator=generators, output_type="np"
         )
@@ -71,7 +71,7 @@ class DiffusersTextToImage:
     def _drawing(self, pixels: np.ndarray, flagged: bool, request: Request, batch_size: int) -> Drawing:
         spec = self._spec
         height, width = pixels.shape[:2]
-        seed, attempts = request.seed + request.attempts, request.attempts + 1
+        seed, attempts = attempt_seed(request.seed, request.attempts), request.attempts + 1
         reason = NSFW_FLAGGED if flagged else defect(pixels)
         if reason:
             return Drawing(b"", width, height, seed, attempts, batch_size, reason)

@@ -1,37 +1,18 @@
-"""Text-to-image as a pure function of (caption, spec, seed): request, drawing and the null generator."""
+"""Text-to-image as a pure function of (caption, spec, seed): what is asked, what is drawn, who watches over it."""
 
-import functools
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
-from pcm.errors import InputError
-from pcm.images import encode_image
-from pcm.spec import GeneratorSpec
-
-#: Names the generator of a dataset whose pictures were drawn elsewhere.
-IMPORTED = "imported"
-#: Names the generator of a dataset of real photos.
-PHOTOS = "photos"
-#: Generators that draw nothing, and the jobs that make their datasets.
-_UNDRAWN = {IMPORTED: "jobs.import_official", PHOTOS: "jobs.featurise"}
-
-#: Reasons of a sample that the generator could not draw, whatever the caption says.
-GENERATOR_ERROR = "generator_error"  # it raised on this caption alone
-GENERATOR_CRASHED = "generator_crashed"  # its process died, again and again, while it drew this caption
-GENERATOR_HUNG = "generator_hung"  # it took longer than it may, again and again
-OUT_OF_MEMORY = "out_of_memory"  # even alone
-GENERATOR_REASONS = (GENERATOR_ERROR, GENERATOR_CRASHED, GENERATOR_HUNG, OUT_OF_MEMORY)
+from pcm.generation.seeds import attempt_seed
 
 
 @dataclass(frozen=True)
 class Request:
     """One picture to draw. `position` is the sample's place in the plan: it decides the slot in the batch.
 
-    `attempts` pictures of it were drawn and refused before, so the next one is drawn with `seed + attempts`.
+    `attempts` pictures of it were drawn and refused before, so the next one is attempt number `attempts`.
     """
 
     position: int
@@ -55,7 +36,8 @@ class Drawing:
 
 def refused(request: Request, batch_size: int, reason: str) -> Drawing:
     """What becomes of a request that gives no picture: the next one to try is the one that was to be drawn now."""
-    return Drawing(b"", 0, 0, request.seed + max(0, request.attempts - 1), request.attempts, batch_size, reason)
+    last = attempt_seed(request.seed, max(0, request.attempts - 1))
+    return Drawing(b"", 0, 0, last, request.attempts, batch_size, reason)
 
 
 class Guard:
@@ -90,49 +72,3 @@ class TextToImage(Protocol):
     device_name: str
 
     def draw(self, requests: Sequence[Request], guard: Guard = UNGUARDED) -> list[Drawing]: ...
-
-
-def load_generator(spec: GeneratorSpec) -> TextToImage:
-    """The generator a spec names: diffusers, or the null generator that measures the pipeline itself.
-
-    Raises InputError for pictures that came from elsewhere.
-    """
-    if job := _UNDRAWN.get(spec.model):
-        raise InputError(
-            f"generator {spec.model!r}: the pictures of this dataset were imported, so none can be drawn again or "
-            f"added; rerun {job}, or generate into another --out"
-        )
-    if spec.model == "null":
-        return NullTextToImage(spec)
-    from pcm.generation.diffusers_pipeline import DiffusersTextToImage  # seconds to import, and null needs none of it
-
-    return DiffusersTextToImage(spec)
-
-
-class NullTextToImage:
-    """1x1 pictures whose colour is twelve bits of the seed: the whole pipeline without a model."""
-
-    device_name = "null"
-
-    def __init__(self, spec: GeneratorSpec) -> None:
-        self._spec = spec
-        self._encoded = functools.cache(self._encode)  # 4,096 colours
-
-    def draw(self, requests: Sequence[Request], guard: Guard = UNGUARDED) -> list[Drawing]:
-        return [
-            Drawing(self._encoded(request.seed & 0xFFF), 1, 1, request.seed, 1, self._spec.batch_size)
-            for request in requests
-        ]
-
-    def _encode(self, colour: int) -> bytes:
-        pixels = np.array([[[17 * (colour >> shift & 15) for shift in (0, 4, 8)]]], np.uint8)
-        return encode_image(pixels, image_format=self._spec.image_format, quality=self._spec.image_quality)
-
-
-def model_source(model: str) -> str:
-    """What diffusers loads for a NAME: the embedded pack's folder, a folder, or a repo id."""
-    if model == "embedded":
-        from pcm import embedded
-
-        return str(embedded.t2i_path())
-    return model

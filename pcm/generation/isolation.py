@@ -5,17 +5,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
-from pcm.errors import InputError
+from pcm.errors import InputError, typed_first_line
 from pcm.generation.drawing import (
-    GENERATOR_ERROR,
-    OUT_OF_MEMORY,
     UNGUARDED,
     Drawing,
     Guard,
     Request,
     refused,
 )
-from pcm.generation.model_faults import first_line, free_memory, is_out_of_memory, is_sticky
+from pcm.generation.model_faults import free_memory, is_out_of_memory, is_sticky
+from pcm.reasons import GENERATOR_ERROR, OUT_OF_MEMORY
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +71,10 @@ class IsolatedDrawing:
                 yield from zip(indices, outcome, strict=True)
             elif is_out_of_memory(outcome):
                 if self.batch_size == 1:
-                    guard.failed(slots.values(), OUT_OF_MEMORY, first_line(outcome))
+                    guard.failed(slots.values(), OUT_OF_MEMORY, typed_first_line(outcome))
                     yield from ((index, refused(waiting[index], 1, OUT_OF_MEMORY)) for index in indices)
                     continue
-                self._halve(first_line(outcome))
+                self._halve(typed_first_line(outcome))
                 left = [index for batch in [indices, *queue] for index in batch]
                 together = {index: waiting[index] for index in left if index not in alone}
                 queue = [[index] for index in left if index in alone] + _slotted(together, self.batch_size)
@@ -83,7 +82,7 @@ class IsolatedDrawing:
                 queue[:0] = [[index] for index in indices]
             else:
                 self._blame(outcome, slots.values(), guard)
-                guard.failed(slots.values(), GENERATOR_ERROR, first_line(outcome))
+                guard.failed(slots.values(), GENERATOR_ERROR, typed_first_line(outcome))
                 yield indices[0], refused(waiting[indices[0]], self.batch_size, GENERATOR_ERROR)
 
     def _encoded(self, drawn: Drawn, request: Request, guard: Guard) -> Drawing:
@@ -93,7 +92,7 @@ class IsolatedDrawing:
         try:
             return drawn.result()
         except Exception as error:
-            guard.failed((request,), GENERATOR_ERROR, first_line(error))
+            guard.failed((request,), GENERATOR_ERROR, typed_first_line(error))
             return refused(request, self.batch_size, GENERATOR_ERROR)
 
     def _attempt(self, slots: dict[int, Request], guard: Guard) -> Sequence[Drawn] | Exception:

@@ -33,12 +33,6 @@ def is_sticky(error: BaseException) -> bool:
     return isinstance(error, torch.AcceleratorError) or bool(_STICKY.search(str(error)))
 
 
-def first_line(error: BaseException) -> str:
-    """The type of an error and the first line of its text."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def free_memory() -> None:
     """Give what a failed call left behind back to the allocator; call it after the exception's own frames are gone."""
     import torch

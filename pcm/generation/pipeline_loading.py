@@ -12,8 +12,8 @@ import diffusers
 import transformers
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from pcm.errors import InputError
-from pcm.generation.drawing import model_source
+from pcm.errors import InputError, first_line
+from pcm.generation.names import model_source
 from pcm.generation.prompt_cache import cache_prompts
 from pcm.spec import GeneratorSpec
 
@@ -35,9 +35,8 @@ def load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
             local_files_only=is_folder,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"text-to-image model {spec.model!r} cannot be loaded: {first_line}; "
+            f"text-to-image model {spec.model!r} cannot be loaded: {first_line(error)}; "
             "give a diffusers repo id, a folder saved by save_pretrained(), 'embedded' or 'null'"
         ) from error
     return prepare_pipeline(pipeline, spec)

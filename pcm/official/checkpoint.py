@@ -1,6 +1,5 @@
 """Published captioners - a .pth, a vocabulary, a concept pickle - to our checkpoint folder and back."""
 
-import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -8,22 +7,13 @@ from typing import Any
 import torch
 
 from pcm.captioners.captioner import CONCEPTS_FILE, CONFIG_FILE, MODEL_FILE, VOCABULARY_FILE, captioner_files
-from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.captioners.pcmnet.model import PCMNet
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
 from pcm.official.files import checkpoint_to_pth, concepts_to_pickle
+from pcm.official.settings import check_settings
 from pcm.official.state_dict import config_from_state, from_official, read_tensors, to_official
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
-
-#: What a published checkpoint shows itself, and what the concept file does.
-_SHOWN = frozenset(
-    (
-        *("vocab_size", "hidden_size", "patch_dim", "embed_dim", "num_patches", "intermediate_size"),
-        *("num_encoder_layers", "num_decoder_layers", "num_concepts"),
-    )
-)
-SETTINGS = tuple(field.name for field in dataclasses.fields(PCMNetConfig) if field.name not in _SHOWN)
 
 #: What an exported checkpoint is made of.
 OFFICIAL_MODEL_FILE = "model.pth"
@@ -45,11 +35,7 @@ def import_checkpoint(
     InputError when a file is unreadable, unsafe or no PCM-Net, or when the parts do not belong together.
     """
     tensors = read_tensors(path)
-    for name in settings or {}:
-        if name not in SETTINGS:
-            raise InputError(
-                f"setting {name!r}: cannot be chosen for a published checkpoint; can: {', '.join(SETTINGS)}"
-            )
+    check_settings(settings or {})
     try:
         config = config_from_state(tensors, num_concepts=len(concepts), **(settings or {}))
     except TypeError as error:
@@ -66,7 +52,7 @@ def import_checkpoint(
     try:
         model.load_state_dict(from_official(tensors))
     except RuntimeError as error:  # a tensor of another shape
-        raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"{path}: {one_line(error, longest=300)}") from None
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return captioner_files(
         model,

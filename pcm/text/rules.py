@@ -2,7 +2,7 @@
 
 Every record of a corpus is kept or quarantined, never dropped, never a crash. A caption is first normalised: each run
 of Unicode white space (tab, newline, no-break space, ...) becomes one space and both ends are trimmed. Then the first
-reason of `REASONS` that applies quarantines it; if none does, it is kept.
+caption reason of `pcm.reasons` that applies quarantines it; if none does, it is kept.
 
 Kept on purpose: duplicates (each gets a picture of its own), emoji, right-to-left text with its bidirectional marks,
 composed and decomposed accents (NFC and NFD are not touched), captions of punctuation or digits alone, and captions
@@ -16,18 +16,10 @@ from __future__ import annotations
 
 import re
 
+from pcm.reasons import CONTROL_CHARACTERS, EMPTY, INVALID_UTF8, TOO_LONG
+
 MAX_CHARACTERS = 2000
 CUT_MARK = " […]"
-
-# In the order in which they are tested.
-REASONS = {
-    "bad_record": "the record has the wrong shape: malformed JSON, a caption that is no string, too few fields",
-    "missing_caption": "the record has no caption (the field is absent or null)",
-    "invalid_utf8": "the caption is not valid UTF-8 (or holds a lone surrogate)",
-    "control_characters": "a control character (Unicode category Cc) that is not white space; NUL is one",
-    "empty": "nothing visible is left: empty, white space, or zero-width characters alone",
-    "too_long": f"more than {MAX_CHARACTERS:,} characters after normalisation",
-}
 
 # The White_Space property of Unicode. str.split() would also take U+001C..U+001F, which are control characters.
 _WHITE_SPACE = re.compile("[\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
@@ -44,24 +36,24 @@ def normalise(text: str) -> str:
 def check_caption(text: str) -> tuple[str, str]:
     """Apply the rule to one caption, as decoded with the error handler `surrogateescape`.
 
-    Returns (caption, reason): the normalised caption and "", or the caption as it is stored in quarantine and a key of
-    `REASONS`.
+    Returns (caption, reason): the normalised caption and "", or the caption as it is stored in quarantine and a reason
+    of `pcm.reasons`.
     """
     # Nearly every caption takes this way out: printable (so no control, surrogate or zero-width character), short.
     if text.isprintable() and len(text) <= MAX_CHARACTERS:
         caption = normalise(text) if "  " in text else text.strip(" ")
         if caption and (caption.isascii() or _INVISIBLE.sub("", caption)):
             return caption, ""
-        return caption, "empty"
+        return caption, EMPTY
     caption = normalise(text)
     if _SURROGATES.search(caption):
-        return quarantined(caption), "invalid_utf8"
+        return quarantined(caption), INVALID_UTF8
     if _CONTROL.search(caption):
-        return quarantined(caption), "control_characters"
+        return quarantined(caption), CONTROL_CHARACTERS
     if not _INVISIBLE.sub("", caption).strip(" "):
-        return quarantined(caption), "empty"
+        return quarantined(caption), EMPTY
     if len(caption) > MAX_CHARACTERS:
-        return quarantined(caption), "too_long"
+        return quarantined(caption), TOO_LONG
     return caption, ""
 
 

@@ -52,13 +52,50 @@ MUTANTS = (
         ("tests/cluster/store/test_retries.py::test_a_full_disk_is_one_line_and_nothing_is_half_written",),
     ),
     Mutant(
+        "a corpus is read through faults of its store that pass",
+        "cluster/store/store.py",
+        "lambda start, end: self._with_retries(key, lambda: self._single.cat_file(path, start=start, end=end)),",
+        "lambda start, end: self._single.cat_file(path, start=start, end=end),",
+        ("tests/cluster/store/test_open.py::test_a_corpus_is_read_through_faults_that_pass",),
+    ),
+    Mutant(
+        "an object that is replaced while it is read is not read as a mixture",
+        "cluster/store/object_file.py", "if self._version() != self._opened:", "if False:",
+        ("tests/cluster/store/test_open.py::test_an_object_that_is_replaced_while_it_is_read_is_noticed_at_its_end",),
+    ),
+    Mutant(
+        "a credential before the @ of an address is refused",
+        "pcm/credentials.py", 'if at and (":" in name or protocol.lower() not in _NAME_BEFORE_AT):', "if False:",
+        ("tests/pcm/test_credentials.py",),
+    ),
+    Mutant(
+        "a credential among the parameters of a URI is refused",
+        "pcm/credentials.py", "return any(map(_is_secret, _PARAMETER.findall(rest)))", "return False",
+        ("tests/pcm/test_credentials.py",),
+    ),
+    Mutant(
+        "a credential that is percent-encoded is refused",
+        "pcm/credentials.py", "{uri, unquote(uri), unquote(unquote(uri))}", "{uri}",
+        ("tests/pcm/test_credentials.py",),
+    ),
+    Mutant(
+        "the store opens no URI that carries a credential",
+        "cluster/store/store.py", "    refuse_credentials(uri)\n", "",
+        ("tests/cluster/store/test_open.py::test_no_way_in_takes_a_credential",),
+    ),
+    Mutant(
+        "no plan records a URI that carries a credential",
+        "cluster/dataset/plan.py", "    refuse_credentials(corpus)  # it goes into the plan and the manifest\n", "",
+        ("tests/cluster/dataset/test_plan.py::test_a_corpus_whose_name_carries_a_credential_is_not_planned",),
+    ),
+    Mutant(
         "a local object appears whole or not at all",
         "cluster/store/store.py", 'with open(temporary, "wb") as file:', 'with open(path, "wb") as file:',
         ("tests/cluster/store/test_store.py::test_a_failed_write_leaves_the_old_object_and_nothing_else",),
     ),
     Mutant(
         "a shard cut short on the store is found",
-        "cluster/dataset/shard_check.py", 'report.damage(f"{key}: unreadable ({_first_line(error)})")', "pass",
+        "cluster/dataset/shard_check.py", 'report.damage(f"{key}: unreadable ({first_line(error)})")', "pass",
         ("tests/cluster/generation/test_repair.py::test_exactly_what_is_damaged_is_made_again",),
     ),
     Mutant(
@@ -142,7 +179,7 @@ MUTANTS = (
     ),
     Mutant(
         "what is on the store is not drawn again",
-        "cluster/generation/generate.py", "missing = [shard for shard in wanted if shard not in on_store]",
+        "cluster/generation/pipeline.py", "missing = [shard for shard in wanted if shard not in on_store]",
         "missing = list(wanted)",
         ("tests/cluster/generation/test_generate.py::test_a_rerun_skips_everything",),
     ),

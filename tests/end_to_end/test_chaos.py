@@ -10,7 +10,7 @@ import pytest
 
 from cluster.dataset.verify import verify
 from cluster.store.store import open_store
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 

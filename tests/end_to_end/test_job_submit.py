@@ -20,7 +20,7 @@ import pytest
 
 from cluster.dataset.verify import verify
 from cluster.store.store import open_store
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import TINY, write_dataset
 from tests.helpers.tiny_generation import CAPTIONS, write_corpus
 

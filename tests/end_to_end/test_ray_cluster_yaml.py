@@ -9,7 +9,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.helpers.paths import ROOT
 
-INSTALL = r"pip install (?:--no-cache-dir )?-c constraints\.txt -e \."
+#: With the metrics: training and evaluation run on the cluster and in the image too.
+INSTALL = r"pip install (?:--no-cache-dir )?-c constraints\.txt -e (?:'\.\[evaluation\]'|\"\.\[\$EXTRAS\]\")"
 #: Shapes of secrets: AWS key ids, private keys, anything named like a secret with a literal value.
 SECRET = re.compile(
     r"AKIA[0-9A-Z]{16}|-----BEGIN|(?i:secret_access_key|aws_access_key_id|password|auth_token)\s*[:=]\s*['\"]?[\w/+]{8,}"
@@ -88,7 +89,7 @@ def test_mounted_files_exist(cluster: dict) -> None:
 def test_cluster_and_image_install_what_laptop_and_ci_install(cluster: dict) -> None:
     assert any(re.search(INSTALL, command) for command in cluster["setup_commands"])
     dockerfile = (ROOT / "deploy/Dockerfile").read_text()
-    assert re.search(INSTALL, dockerfile)
+    assert re.search(INSTALL, dockerfile) and "\nARG EXTRAS=evaluation\n" in dockerfile
     for text in (dockerfile, *cluster["setup_commands"], *cluster["head_setup_commands"]):
         for command in re.findall(r"pip install[^\n&]*", text):
             assert "-c constraints.txt" in command, f"unpinned: {command}"
@@ -118,9 +119,9 @@ def test_ray_job_ends_with_its_cluster_gone(ray_job: dict) -> None:
 
 
 def test_ray_job_arguments_are_those_of_the_job(ray_job: dict) -> None:
-    from jobs.generate import parser
+    from jobs.generate import JOB
 
-    args = parser().parse_args(ray_job["spec"]["entrypoint"].split()[3:])
+    args = JOB.read(ray_job["spec"]["entrypoint"].split()[3:])
     group = ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     assert (args.device, args.generators) == ("cuda", group["maxReplicas"])
 

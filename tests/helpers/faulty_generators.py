@@ -13,8 +13,9 @@ from concurrent.futures import Future
 import torch
 
 from cluster.generation.stages.draw import DrawShard
-from pcm.generation.drawing import UNGUARDED, Drawing, Guard, NullTextToImage, Request, TextToImage
+from pcm.generation.drawing import UNGUARDED, Drawing, Guard, Request, TextToImage
 from pcm.generation.isolation import IsolatedDrawing
+from pcm.generation.null_generator import NullTextToImage
 from pcm.spec import GeneratorSpec
 
 RAISES = "A caption that raises."

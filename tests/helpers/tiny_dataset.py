@@ -25,7 +25,7 @@ from cluster.training.config import preset
 from pcm.captioners.captioner import captioner_files
 from pcm.captioners.pcmnet.model import PCMNet
 from pcm.clip.encoder import ClipEncoder
-from pcm.records import STORED, shard_schema
+from pcm.records import STORED, feature_columns, shard_schema
 from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
@@ -65,7 +65,7 @@ def write_dataset(
     texts = encoder.encode_texts(captions)
     features = encoder.features
     global_feature = encoded.global_feature.astype(np.float16)
-    patch_features = encoded.patch_features.astype(np.float16).reshape(rows, -1)
+    patch_features = encoded.patch_features.astype(np.float16)
     if nan_row is not None:
         patch_features[nan_row] = np.nan
     table = pa.table(
@@ -79,10 +79,7 @@ def write_dataset(
             "attempts": [1] * rows,
             "batch_size": [4] * rows,
             "clip_score": (encoded.global_feature * texts).sum(axis=1).clip(0.3, 1.0).astype(np.float32),
-            "global_feature": pa.FixedSizeListArray.from_arrays(global_feature.reshape(-1), features.embed_dim),
-            "patch_features": pa.FixedSizeListArray.from_arrays(
-                patch_features.reshape(-1), features.num_patches * features.patch_dim
-            ),
+            **feature_columns(global_feature, patch_features),
             "status": [STORED] * rows,
             "reason": [""] * rows,
         },

@@ -9,8 +9,8 @@ import pyarrow as pa
 from cluster.dataset.committed import committed
 from cluster.dataset.layout import Manifest, Plan
 from cluster.dataset.plan import make_plan
-from cluster.generation.generate import GenerationResult, generate, write_manifest
 from cluster.generation.pinning import clip_spec, pin_t2i
+from cluster.generation.pipeline import GenerationResult, run_pipeline, write_manifest
 from cluster.generation.pools import Pools
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
@@ -74,7 +74,7 @@ def make_dataset(
     """Plan and generate; Ray must be running. Run it again on the same place to resume."""
     store, plan = plan_dataset(out, corpus, spec, shard_size=shard_size)
     pools = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=generators)
-    return Dataset(store, plan, generate(store, plan, pools), corpus)
+    return Dataset(store, plan, run_pipeline(store, plan, pools), corpus)
 
 
 def make_dataset_in_process(
@@ -100,7 +100,7 @@ def draw_in_process(
 ) -> FeatureShape:
     """Put these shards on the store, whatever is there; with `retry`, only what was quarantined for these reasons."""
     drawing, featurise = draw(store, plan.spec, None, retry), FeaturiseShard(plan.spec.clip)
-    write = WriteShard(store)
+    write = WriteShard(store, plan.schema_version)
     for shard in shards:
         write(featurise(drawing(pa.table({"shard": [shard]}))))
     return featurise.features

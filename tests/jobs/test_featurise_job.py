@@ -18,9 +18,9 @@ from cluster.store.store import Store, open_store
 from cluster.training.data.mixture import DataSource, open_training_sets
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
-from pcm.generation.drawing import load_generator
+from pcm.generation.loading import load_generator
 from pcm.images import open_image
-from tests.conftest import JobRun
+from tests.helpers.job_runs import JobRun
 from tests.helpers.tiny_generation import make_dataset_in_process, tiny_spec, write_corpus
 from tests.helpers.tiny_models import save_tiny_clip
 
@@ -116,7 +116,7 @@ def test_it_mixes_with_drawn_pictures_and_its_features_are_the_encoders(
     assert [(found.manifest.stored, found.weight) for found in sets] == [(19, 0.5), (5, 1.0)]
     for row, name in zip(rows(sets[0].store)[::5], ("one.jpg", "two.jpg", "big.png", "four.jpg"), strict=True):
         alone = encoder.encode_images([open_image(world / "photos" / name)])
-        patches = np.array(row["patch_features"], np.float32).reshape(alone.patch_features[0].shape)
+        patches = np.frombuffer(row["patch_features"], np.float16).reshape(alone.patch_features[0].shape)
         np.testing.assert_allclose(patches, alone.patch_features[0], atol=2e-3)
         np.testing.assert_allclose(row["global_feature"], alone.global_feature[0], atol=1e-3)
         score = alone.global_feature[0] @ encoder.encode_texts([row["caption"]])[0]

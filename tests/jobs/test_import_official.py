@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from cluster.dataset.layout import CLIP_HEAD_KEY, VOCABULARY_KEY, Manifest, Plan, load_manifest, shard_key
 from cluster.dataset.verify import verify
-from cluster.export.export import ExportOptions, export_dataset
+from cluster.export.export import export_dataset
+from cluster.export.request import ExportRequest
 from cluster.store.store import Store, open_store
 from pcm.captioners.captioner import CONCEPTS_FILE, MODEL_FILE, VOCABULARY_FILE, Captioner
 from pcm.clip.encoder import ImageFeatures
@@ -34,8 +35,7 @@ from pcm.official.files import (
     stack_sentences,
 )
 from pcm.text.vocabulary import Vocabulary
-from tests.conftest import ROOT
-from tests.helpers.paths import DATA
+from tests.helpers.paths import DATA, ROOT
 from tests.helpers.published import make_complete_dataset
 from tests.helpers.seaweedfs import BUCKET
 from tests.helpers.tiny_models import save_tiny_clip
@@ -52,8 +52,8 @@ def dataset(tmp_path_factory, tiny_t2i, tiny_clip) -> tuple[Store, Plan, Manifes
 @pytest.fixture(scope="module")
 def exported(dataset, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("official")
-    options = ExportOptions(name="sd", max_length=LENGTH, workers=2)
-    export_dataset(dataset[0], open_store(out), to="official", options=options)
+    asked = ExportRequest(data="it", out="there", to="official", name="sd", max_length=LENGTH, workers=2)
+    export_dataset(dataset[0], open_store(out), asked)
     return out
 
 
@@ -196,7 +196,8 @@ def test_features_are_computed_where_none_are_given(dataset, exported, tmp_path,
     result = call_job("import_official", *arguments(exported, tmp_path / "out", tiny_clip, **changed))
     assert result.returncode == 0, result.stderr
     for old, new in zip(rows(store), rows(open_store(tmp_path / "out")), strict=True):
-        np.testing.assert_allclose(new["patch_features"], old["patch_features"], atol=2e-3)
+        patches = [np.frombuffer(row["patch_features"], np.float16) for row in (new, old)]
+        np.testing.assert_allclose(*patches, atol=2e-3)
         np.testing.assert_allclose(new["global_feature"], old["global_feature"], atol=1e-3)
         assert new["clip_score"] == old["clip_score"]  # the annotation's, though the caption is spelled otherwise
     assert verify(open_store(tmp_path / "out"))["ok"]

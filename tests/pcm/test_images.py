@@ -11,7 +11,19 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from pcm.errors import InputError
-from pcm.images import IMAGE_FORMATS, MAX_PIXELS, defect, encode_image, open_image, to_uint8
+from pcm.images import (
+    FORMAT_BYTES,
+    IMAGE_FORMATS,
+    MAX_PIXELS,
+    OPENED_FORMATS,
+    defect,
+    encode_image,
+    image_ending,
+    image_format_of,
+    open_image,
+    to_uint8,
+)
+from tests.helpers.paths import DATA
 
 
 def picture(side: int = 32, seed: int = 0) -> np.ndarray:
@@ -37,6 +49,19 @@ def test_an_encoded_picture_decodes_to_what_it_was(image_format: str) -> None:
     assert decoded.shape == (32, 32, 3)
     error = np.abs(decoded.astype(int) - picture()).mean()
     assert error == 0 if image_format == "png" else error < 4
+
+
+@pytest.mark.parametrize(("name", "ending"), [("jpeg", "jpg"), ("png", "png"), ("webp", "webp")])
+def test_a_file_is_known_by_its_first_bytes(name: str, ending: str) -> None:
+    head = encode_image(picture(), image_format=name, quality=80)[:FORMAT_BYTES]
+    assert (image_format_of(head), image_ending(head)) == (name, ending)
+
+
+@pytest.mark.parametrize("data", [b"", b"%!PS-Adobe", b"RIFF\0\0\0\0WAVE", b"GIF89a", b"\x89PNG"])
+def test_a_file_of_another_kind_is_none_of_ours(data: bytes) -> None:
+    assert image_format_of(data) is None
+    with pytest.raises(InputError, match="not a JPEG, PNG or WebP file"):
+        image_ending(data)
 
 
 @pytest.mark.parametrize("image_format", IMAGE_FORMATS)
@@ -112,3 +137,57 @@ def test_a_decompression_bomb_is_refused_before_it_is_read() -> None:
     side = int(MAX_PIXELS**0.5) + 1
     assert "pixels" in refused(png_header(side, side))
     assert "pixels" in refused(png_header(60_000, 60_000))
+
+
+# --- pictures as people have them ---
+
+CASES = DATA / "cases" / "images"
+
+
+def test_a_picture_is_turned_upright_as_its_camera_says() -> None:
+    stored = np.asarray(Image.open(CASES / "exif_orientation3.jpg"))
+    np.testing.assert_array_equal(np.asarray(open_image(CASES / "exif_orientation3.jpg")), stored[::-1, ::-1])
+
+
+def test_greys_of_16_bits_are_scaled() -> None:
+    stored = np.asarray(Image.open(CASES / "gray16.png"), np.float64)
+    seen = np.asarray(open_image(CASES / "gray16.png"))
+    assert np.abs(seen[..., 0] - stored / 257).max() <= 0.5 and (seen[..., 0] == seen[..., 2]).all()
+
+
+@pytest.mark.parametrize(("top", "scale"), [(1.0, 255.0), (255.0, 1.0), (65_535.0, 255.0 / 65_535.0)])
+def test_greys_of_floats_are_scaled_by_their_range(top: float, scale: float) -> None:
+    values = np.linspace(0, top, 64, dtype=np.float32).reshape(8, 8)
+    buffer = io.BytesIO()
+    Image.fromarray(values, mode="F").save(buffer, "TIFF")
+    seen = np.asarray(open_image(buffer.getvalue()))[..., 0]
+    assert np.abs(seen - values * scale).max() <= 0.5
+    values[0, 0] = np.nan
+    buffer = io.BytesIO()
+    Image.fromarray(values, mode="F").save(buffer, "TIFF")
+    with pytest.raises(InputError, match="a pixel that is not a number"):
+        open_image(buffer.getvalue())
+
+
+@pytest.mark.parametrize("name", ["icon_rgba.png", "icon_palette.png"])
+def test_what_is_transparent_shows_white(name: str) -> None:
+    alpha = np.asarray(Image.open(CASES / name).convert("RGBA"))[..., 3]
+    seen = np.asarray(open_image(CASES / name))
+    assert (seen[alpha == 0] == 255).all() and (seen[alpha == 255] == 0).all() and 0 < (alpha == 255).mean() < 1
+
+
+@pytest.mark.parametrize("name", ["sliver_1x65000.png", "spacer_1x4000.png"])
+def test_a_sliver_is_refused_by_its_header(name: str) -> None:
+    with pytest.raises(InputError, match="one side may be at most 100 times the other"):
+        open_image(CASES / name)
+
+
+@pytest.mark.parametrize("name", ["chrome.jfif", "upright.jpe"])
+def test_jpeg_under_other_endings_is_read(name: str) -> None:
+    assert open_image(CASES / name).size == (320, 240)
+
+
+def test_postscript_reaches_no_interpreter() -> None:
+    with pytest.raises(InputError, match="not a picture"):
+        open_image(CASES / "eps_named.jpg")
+    assert "EPS" not in OPENED_FORMATS

@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from cluster.dataset.layout import plan_part_key, read_table
-from cluster.dataset.plan import USABLE_REASONS, sample_id
+from cluster.dataset.plan import sample_id
 from cluster.generation.stages.merge import to_retry
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.store.store import Store
-from pcm.generation.drawing import UNGUARDED, Drawing, Request, TextToImage, load_generator
+from pcm.generation.drawing import UNGUARDED, Drawing, Request, TextToImage
+from pcm.generation.loading import load_generator
+from pcm.reasons import USABLE
 from pcm.spec import DatasetSpec, GeneratorSpec
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+    from cluster.generation.limits import FaultPolicy
     from cluster.generation.stages.guard import RunGuard
-    from cluster.generation.stages.monitor import FaultPolicy
 
 LONGEST_WAIT = 60.0  # seconds that a generator waits for its shards to be stored before it draws the next all the same
 
@@ -80,7 +82,7 @@ class DrawShard:
         Rows may come with `attempts` made before: the next seeds are tried.
         """
         reasons, seeds = plan["reason"].to_pylist(), plan["seed"].to_pylist()
-        usable = [reason in USABLE_REASONS for reason in reasons]
+        usable = [reason in USABLE for reason in reasons]
         wanted = [request for request, ok in zip(self._requests(plan), usable, strict=True) if ok]
         drawn = iter(self._generator.draw(wanted, self._guard or UNGUARDED))
         none = Drawing(b"", 0, 0, 0, 0, 0)

@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.generation.stages.shard_row import ERRORS_KEPT, ShardRow
-from pcm.errors import InputError
+from pcm.errors import InputError, typed_first_line
 from pcm.images import open_image
-from pcm.records import FeatureShape
+from pcm.reasons import CLIP_ERROR
+from pcm.records import NULL_FEATURES, FeatureShape, with_features
 from pcm.spec import ClipSpec
 
 if TYPE_CHECKING:
@@ -23,11 +24,6 @@ if TYPE_CHECKING:
     from pcm.clip.encoder import ClipEncoder, ImageFeatures
 
 log = logging.getLogger(__name__)
-
-#: Reason of a sample whose picture makes CLIP raise.
-CLIP_ERROR = "clip_error"
-
-NULL_FEATURES = FeatureShape(embed_dim=1, patch_dim=1, num_patches=1)
 
 
 class FeaturiseShard:
@@ -69,31 +65,25 @@ class FeaturiseShard:
         self._errors = []
         shape = self.features
         global_feature = np.zeros((len(drawn), shape.embed_dim), np.float16)
-        patch_features = np.zeros((len(drawn), shape.num_patches * shape.patch_dim), np.float16)
+        patch_features = np.zeros((len(drawn), shape.num_patches, shape.patch_dim), np.float16)
         clip_score = np.zeros(len(drawn), np.float32)
         has_image = [row for row, image in enumerate(drawn["image"]) if len(image.as_buffer())]
         bad: list[int] = []
         if self._encoder and has_image:
             for rows, encoded, texts in self._encode(drawn, has_image, bad):
                 global_feature[rows] = encoded.global_feature
-                patch_features[rows] = encoded.patch_features.reshape(len(rows), -1)
+                patch_features[rows] = encoded.patch_features
                 clip_score[rows] = (encoded.global_feature * texts).sum(axis=1)
         if bad:
             drawn = _without_images(drawn, bad)
-        columns = {
-            "clip_score": pa.array(clip_score),
-            "global_feature": _fixed_lists(global_feature),
-            "patch_features": _fixed_lists(patch_features),
-        }
-        for name, column in columns.items():
-            drawn = drawn.append_column(name, column)
-        return drawn
+        drawn = drawn.append_column("clip_score", pa.array(clip_score))
+        return with_features(drawn, global_feature, patch_features)
 
     def _encode(
         self, drawn: pa.Table, rows: list[int], bad: list[int]
     ) -> "Iterator[tuple[list[int], ImageFeatures, np.ndarray]]":
         """(rows, features, text features) batch by batch; rows on which CLIP raises alone go to `bad`."""
-        from pcm.generation.model_faults import first_line, free_memory, is_out_of_memory, is_sticky
+        from pcm.generation.model_faults import free_memory, is_out_of_memory, is_sticky
 
         assert self._encoder is not None
         waiting = [rows]
@@ -102,7 +92,7 @@ class FeaturiseShard:
             try:
                 encoded = self.encode_rows(drawn, batch)
             except Exception as error:
-                said = first_line(error)
+                said = typed_first_line(error)
                 if is_sticky(error):
                     if self._monitor is None:
                         raise
@@ -178,7 +168,3 @@ def _load_encoder(spec: ClipSpec) -> "ClipEncoder":
     if spec.device == "cpu":
         torch.set_num_threads(spec.cpu_threads)
     return ClipEncoder.from_spec(spec)
-
-
-def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])

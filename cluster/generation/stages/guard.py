@@ -10,12 +10,12 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster.generation.stages.monitor import FaultPolicy, ShardFaults
+from cluster.generation.limits import FaultPolicy
+from cluster.generation.stages.monitor import ShardFaults
 from cluster.generation.stages.shard_row import ERRORS_KEPT
 from cluster.generation.stages.watchdog import Watchdog
-from pcm.errors import InputError
+from pcm.errors import InputError, typed_first_line
 from pcm.generation.drawing import Guard, Request
-from pcm.generation.model_faults import first_line
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class RunGuard(Guard):
             self.errors += [(position, f"{reason}: {error}") for position in positions][:ERRORS_KEPT]
 
     def broken(self, requests: Iterable[Request], error: Exception) -> None:
-        said = first_line(error)
+        said = typed_first_line(error)
         positions = [request.position for request in requests]
         self._ask("broken", self._generator, self._shard, positions, said)
         log.warning("shard %d: this process can draw no more (%s); it ends and is restarted", self._shard, said)

@@ -7,6 +7,7 @@ import pyarrow.compute as pc
 
 from cluster.dataset.layout import parquet_bytes, quarantine_key, read_table, shard_key, stats_key
 from cluster.store.store import Store
+from pcm.records import SCHEMA_VERSION, feature_shape, in_version
 
 
 def to_retry(store: Store, shard: int, planned: pa.Table, reasons: Collection[str]) -> pa.Table:
@@ -29,9 +30,10 @@ def merge_retried(
 
     After a death between the puts of `replace_shard` a sample may be both stored and quarantined: stored it stays.
     """
-    there = read_table(store, shard_key(shard)).cast(stored.schema)
+    there = in_version(read_table(store, shard_key(shard)), feature_shape(stored.schema), SCHEMA_VERSION)
     new = stored.filter(pc.invert(pc.is_in(stored["sample_id"], there["sample_id"])))
-    shard_table = pa.concat_tables([there, new]).sort_by("sample_id")
+    # Columns that this package does not know stay; of the new rows they are null.
+    shard_table = pa.concat_tables([there, new], promote_options="default").sort_by("sample_id")
     waiting = _quarantined(store, shard)
     if waiting is not None:
         others = waiting.filter(pc.invert(pc.is_in(waiting["reason"], pa.array(list(reasons), pa.string()))))

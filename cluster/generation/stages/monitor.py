@@ -14,8 +14,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pcm.errors import InputError
-from pcm.generation.drawing import GENERATOR_CRASHED, GENERATOR_HUNG
+from cluster.generation.limits import FaultPolicy
+from pcm.reasons import GENERATOR_CRASHED, GENERATOR_HUNG
 
 #: No verdict on the share of failures before so many samples.
 MIN_SAMPLES_FOR_SHARE = 64
@@ -30,23 +30,6 @@ MAX_SHARD_STARTS = 12
 #: Shards that a generator has begun or drawn and that are not on the store yet: while one is stored, the next is drawn.
 #: So the death of a driver or a node costs a finished shard a generator, and the one it was drawing.
 MAX_IN_HAND = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class FaultPolicy:
-    """When a run gives a batch up, a sample, and itself."""
-
-    batch_timeout: float = 900.0  # seconds a batch may take; four times that where torch.compile compiles it
-    max_error_share: float = 0.5  # of the samples tried so far may fail through the generator
-    max_deaths: int = 3  # of a process with the same sample in its batch, until that sample is given up
-
-    def __post_init__(self) -> None:
-        if self.batch_timeout <= 0:
-            raise InputError(f"batch timeout {self.batch_timeout:g}: must be more than 0 seconds")
-        if not 0 < self.max_error_share <= 1:
-            raise InputError(f"max error share {self.max_error_share:g}: allowed are more than 0, up to 1")
-        if self.max_deaths < 2:
-            raise InputError(f"max deaths {self.max_deaths}: must be at least 2, because a batch dies as a whole")
 
 
 @dataclass(frozen=True)

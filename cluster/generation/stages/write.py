@@ -13,14 +13,25 @@ from cluster.dataset.layout import parquet_bytes, quarantine_key, shard_key, sta
 from cluster.generation.stages.merge import merge_retried, replace_shard
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.store.store import Store
-from pcm.records import QUARANTINE_SCHEMA, QUARANTINED, STORED, FeatureShape, shard_schema
+from pcm.documents import document_bytes
+from pcm.images import FORMAT_BYTES, image_ending
+from pcm.records import (
+    QUARANTINE_SCHEMA,
+    QUARANTINED,
+    STORED,
+    feature_shape,
+    in_version,
+    shard_schema,
+)
 
 
 class WriteShard:
     """Writer pool: quarantine part and stats first, the shard last - the shard's presence says that all three exist."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, schema_version: int) -> None:
+        """`schema_version`: the plan's; a dataset is finished in the version in which it was begun."""
         self._store = store
+        self._version = schema_version
 
     def __call__(self, block: pa.Table) -> pa.Table:
         row = ShardRow.from_block(block)
@@ -33,11 +44,11 @@ class WriteShard:
         retry = row.stats.get("retry", [])
         if retry:
             stored, quarantined = merge_retried(self._store, row.shard, stored, quarantined, retry)
-        shard_data = parquet_bytes(stored)
+        shard_data = parquet_bytes(in_version(stored, feature_shape(stored.schema), self._version))
         encoded_at = time.time()
         stats = _shard_stats(row, stored, quarantined, shard_data)
         stats |= {"encode_seconds": encoded_at - started, "end_time": time.time()}
-        stats_data = (json.dumps(stats, indent=1, sort_keys=True) + "\n").encode()
+        stats_data = document_bytes(stats)
         if retry:
             replace_shard(self._store, row.shard, shard_data, quarantined, stats_data)
         else:
@@ -54,13 +65,7 @@ def split_samples(samples: pa.Table) -> tuple[pa.Table, pa.Table]:
     good = pc.greater(pc.binary_length(samples["image"]), 0)
     stored = samples.filter(good)
     bad = samples.filter(pc.invert(good))
-    # The schema needs the length of a row's patch features, N * D_v, and not its two factors.
-    features = FeatureShape(
-        embed_dim=samples.schema.field("global_feature").type.list_size,
-        patch_dim=samples.schema.field("patch_features").type.list_size,
-        num_patches=1,
-    )
-    schema = shard_schema(features)
+    schema = shard_schema(feature_shape(samples.schema))
     images = pa.StructArray.from_arrays(
         [stored["image"].combine_chunks(), pa.array(_image_paths(stored), pa.string())],
         names=["bytes", "path"],
@@ -73,9 +78,9 @@ def split_samples(samples: pa.Table) -> tuple[pa.Table, pa.Table]:
 
 
 def _image_paths(stored: pa.Table) -> list[str]:
-    endings = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
-    heads = pc.binary_slice(stored["image"], 0, 2).to_pylist()
-    return [sample + endings[head] for sample, head in zip(stored["sample_id"].to_pylist(), heads, strict=True)]
+    heads = pc.binary_slice(stored["image"], 0, FORMAT_BYTES).to_pylist()
+    samples = stored["sample_id"].to_pylist()
+    return [f"{sample}.{image_ending(head)}" for sample, head in zip(samples, heads, strict=True)]
 
 
 def _shard_stats(row: ShardRow, stored: pa.Table, quarantined: pa.Table, shard_data: bytes) -> dict:

@@ -20,6 +20,7 @@ from cluster.store.store import Store
 from cluster.training.data.batches import Batch, BatchShape, Decoded, OpenBatch, in_background
 from cluster.training.data.selection import RowFilter
 from pcm.errors import InputError
+from pcm.line_timer import LineTimer
 from pcm.text.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -111,14 +112,12 @@ def finished_manifest(store: Store, plan: Plan, *, sleep: Callable[[float], None
 
 
 def _until(holds: Callable[[], bool], *, what: str, sleep: Callable[[float], None]) -> None:
-    pause, started = FIRST_PAUSE, time.monotonic()
-    said = started
+    pause, timer = FIRST_PAUSE, LineTimer(SECONDS_BETWEEN_LINES)
     while not holds():
         sleep(pause)
         pause = min(1.5 * pause, LONGEST_PAUSE)
-        if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            log.info("training has waited %.0f s for %s", said - started, what)
+        if timer.due():
+            log.info("training has waited %.0f s for %s", timer.elapsed, what)
 
 
 def _taken(held: deque[tuple[Decoded, np.ndarray]], count: int) -> list[tuple[Decoded, np.ndarray]]:

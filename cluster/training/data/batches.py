@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from cluster.dataset.rows import Rows
+from pcm.captioners.pcmnet.method import PCMNET
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 from pcm.text.vocabulary import Vocabulary
@@ -45,8 +46,7 @@ class Decoded:
 
     @staticmethod
     def of(rows: Rows, vocabulary: Vocabulary, shape: "BatchShape") -> "Decoded":
-        encoded = [vocabulary.encode(caption, shape.max_length) for caption in rows.captions]
-        token_ids, target_ids = (np.stack(ids) for ids in zip(*encoded, strict=True))
+        token_ids, target_ids = PCMNET.encode(rows.captions, vocabulary, length=shape.max_length)
         return Decoded(rows.in_8_bits() if shape.int8 else rows, token_ids, target_ids)
 
 

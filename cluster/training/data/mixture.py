@@ -24,6 +24,7 @@ from cluster.dataset.layout import (
 from cluster.dataset.rows import read_shard
 from cluster.dataset.vocabularies import MIN_WORD_COUNT, SMALL_CORPUS
 from cluster.store.store import Store, open_store
+from cluster.training.request import DataSource
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 from pcm.text.concepts import ConceptVocabulary
@@ -32,31 +33,6 @@ from pcm.text.vocabulary import Vocabulary
 log = logging.getLogger(__name__)
 
 _READ_THREADS = 8
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """A dataset and how often each of its rows comes in an epoch."""
-
-    uri: str
-    weight: float = 1.0
-
-    @staticmethod
-    def parse(text: str) -> "DataSource":
-        """Of "URI" or "URI=WEIGHT", such as s3://bucket/real=0.5. Raises InputError for a weight that is not above 0.
-
-        Only a number after the last "=" is a weight.
-        """
-        uri, equals, number = text.rpartition("=")
-        try:
-            weight = float(number)
-        except ValueError:
-            return DataSource(text)
-        if not equals:
-            return DataSource(text)
-        if not (uri and 0 < weight <= 1000):
-            raise InputError(f"--data {text}: write DATASET or DATASET=WEIGHT with a weight above 0, such as real=0.5")
-        return DataSource(uri, weight)
 
 
 @dataclass(frozen=True)
@@ -125,6 +101,7 @@ def arriving_set(store: Store, plan: Plan, features: FeatureShape) -> TrainingSe
         clip_score_mean=None,
         shard_bytes=0,
         shards=(),
+        schema_version=plan.schema_version,
     )
     return TrainingSet(store, manifest, 1.0, defined_by=PLAN_KEY)
 

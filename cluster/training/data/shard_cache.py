@@ -1,7 +1,7 @@
 """Decoded shards as raw arrays on a local disk or in /dev/shm, shared by all workers of a machine.
 
-For datasets that lie far away, or whose features Arrow has to decode (see cluster.dataset.feature_pages): a shard is
-fetched and decoded once. A dataset of ours on a local disk is read faster without, unless features are kept in 8
+For datasets that lie far away, and those of schema version 2, whose features Arrow decodes value by value: a shard is
+fetched and decoded once. A dataset of version 3 on a local disk is read faster without, unless features are kept in 8
 bits.
 """
 

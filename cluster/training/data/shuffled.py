@@ -30,12 +30,10 @@ from cluster.store.store import Store
 from cluster.training.data.batches import Batch, BatchShape, Decoded, OpenBatch, in_background
 from cluster.training.data.selection import Selection
 from cluster.training.data.shard_cache import ShardCache
+from cluster.training.request import TrainRequest
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 from pcm.text.vocabulary import Vocabulary
-
-#: Selections whose features take at most this many bytes in memory are decoded once.
-CACHE_BYTES = 2 << 30
 
 _READ_THREADS = 4
 
@@ -87,7 +85,7 @@ class ShardLoader:
         *,
         lanes: int,
         seed: int,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int = TrainRequest.cache_bytes,
         prefetch: int = 4,
     ) -> None:
         batch_size = shape.batch_size

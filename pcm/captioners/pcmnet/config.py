@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from pcm.errors import InputError
 
+#: Hypotheses that beam search keeps (arXiv 2501.00437, section 4.1); 1 = greedy.
+BEAM_SIZE = 3
+
 _DROPOUTS = ("hidden_dropout", "attention_dropout", "visual_dropout", "word_dropout", "output_dropout")
 
 

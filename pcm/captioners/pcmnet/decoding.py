@@ -6,16 +6,16 @@ Images whose result stands leave the batch: hypotheses only lose score as they g
 be overtaken. None of this changes a result.
 """
 
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from pcm.captioners.interface import Decoded
+from pcm.captioners.pcmnet.config import BEAM_SIZE
 from pcm.captioners.pcmnet.model import Encoded, PCMNet
 from pcm.captioners.pcmnet.transformer import DecoderBlock
 from pcm.errors import InputError
-from pcm.kernels.linear import packed
 
 #: Id of BOS, EOS and padding alike.
 BOS = EOS = 0
@@ -30,24 +30,13 @@ _STEPS_BETWEEN_CHECKS = 4
 _SHRINK_SHARE = 0.25
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """Captions as ids: words, then 0 (the end) and zeros. A hypothesis may also fill all T positions without an end."""
-
-    #: (B, T) int64, or (B, out_size, T), best first, where out_size > 1.
-    token_ids: Tensor
-    #: float32, the same shape: log-probability of each word, 0 after the end. Their sum is the hypothesis' score.
-    log_probs: Tensor
-
-
 class _Decoder:
     """The decoder's state for W hypotheses of each image: caches of keys and values, moved on word by word."""
 
     def __init__(self, model: PCMNet, encoded: Encoded, *, beam_size: int, max_length: int):
         self.word_embedding = model.word_embedding
-        rows = len(encoded.memory) * beam_size
-        self.blocks = [packed(cast(DecoderBlock, block), rows=rows) for block in model.decoder]
-        self.output = packed(model.output, rows=rows)
+        self.blocks = [cast(DecoderBlock, block) for block in model.decoder]
+        self.output = model.output
         self.beam_size = beam_size
         self.memory_mask = None if encoded.mask is None else encoded.mask[:, None, None, :]  # (B, 1, 1, S)
         self.cross_caches = [
@@ -104,7 +93,7 @@ def beam_search(
     global_feature: Tensor,
     patch_features: Tensor,
     *,
-    beam_size: int = 3,
+    beam_size: int = BEAM_SIZE,
     max_length: int | None = None,
     out_size: int = 1,
 ) -> Decoded:

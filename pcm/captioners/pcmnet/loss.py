@@ -1,42 +1,12 @@
 """CXE, the CLIP-weighted cross-entropy (arXiv 2501.00437, eq. 11), with the focal factor of the published runs."""
 
 import math
-from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from pcm.errors import InputError
-
-FocalMode = Literal["batch", "sentence", "word", "off"]
-
-
-class LogLikelihoods(torch.autograd.Function):
-    """For each row of logits: the log-probability of the target, and the mean log-probability of all V words.
-
-    These two numbers are all that label smoothing needs, so neither the log-softmax nor the smoothed target (both as
-    large as the logits) is ever built: with d and e their incoming gradients, the gradient of the logits is
-    d * onehot + e / V - (d + e) * softmax.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """`logits` (n, V) of any float type, `targets` (n,) in 0..V-1 -> two float32 tensors (n,)."""
-        scores = logits.float()
-        log_normaliser = scores.logsumexp(dim=-1)  # (n,)
-        target_score = scores.gather(1, targets.unsqueeze(1)).squeeze(1)
-        ctx.save_for_backward(logits, targets, log_normaliser)
-        return target_score - log_normaliser, scores.mean(dim=-1) - log_normaliser
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_target: Tensor, grad_mean: Tensor) -> tuple[Tensor, None]:
-        logits, targets, log_normaliser = ctx.saved_tensors
-        grad = (logits.float() - log_normaliser.unsqueeze(1)).exp_()  # softmax
-        grad.mul_(-(grad_target + grad_mean).unsqueeze(1)).add_((grad_mean / grad.shape[1]).unsqueeze(1))
-        grad.scatter_add_(1, targets.unsqueeze(1), grad_target.unsqueeze(1))
-        return grad.to(logits.dtype), None
+from pcm.captioners.pcmnet.loss_settings import LossSettings
 
 
 class CLIPWeightedCrossEntropy(nn.Module):
@@ -54,20 +24,18 @@ class CLIPWeightedCrossEntropy(nn.Module):
 
     def __init__(
         self,
-        clip_weight: float = 4.0,
-        label_smoothing: float = 0.1,
-        focal_gamma: float = 2.0,
-        focal_mode: FocalMode = "batch",
+        clip_weight: float = LossSettings.clip_weight,
+        label_smoothing: float = LossSettings.label_smoothing,
+        focal_gamma: float = LossSettings.focal_gamma,
+        focal_mode: str = LossSettings.focal_mode,
     ):
         super().__init__()
-        if not clip_weight > 0:
-            raise InputError(f"clip_weight {clip_weight}: must be greater than 0")
-        if not 0 <= label_smoothing < 1:
-            raise InputError(f"label_smoothing {label_smoothing}: must be at least 0 and below 1")
-        if focal_mode not in get_args(FocalMode):
-            raise InputError(f"focal_mode {focal_mode!r}: allowed are {', '.join(get_args(FocalMode))}")
-        if focal_mode != "off" and focal_gamma < 1:
-            raise InputError(f"focal_gamma {focal_gamma}: must be at least 1; focal_mode 'off' leaves the factor out")
+        LossSettings(
+            clip_weight=clip_weight,
+            label_smoothing=label_smoothing,
+            focal_gamma=focal_gamma,
+            focal_mode=focal_mode,
+        )  # checks them
         self.clip_weight = clip_weight
         self.label_smoothing = label_smoothing
         self.focal_gamma = focal_gamma
@@ -97,10 +65,11 @@ class CLIPWeightedCrossEntropy(nn.Module):
 
         The first two are 0 where there is no word.
         """
-        batch, length, vocab_size = logits.shape
+        vocab_size = logits.shape[-1]
         valid = target_ids >= 0  # (B, T)
-        log_p, mean_log_p = LogLikelihoods.apply(logits.reshape(-1, vocab_size), target_ids.clamp_min(0).reshape(-1))
-        log_p, mean_log_p = log_p.view(batch, length), mean_log_p.view(batch, length)
+        log_probs = F.log_softmax(logits.float(), dim=-1)  # (B, T, V)
+        log_p = log_probs.gather(-1, target_ids.clamp_min(0).unsqueeze(-1)).squeeze(-1)  # (B, T): of the target
+        mean_log_p = log_probs.mean(dim=-1)  # (B, T): all that label smoothing needs of the other words
 
         confidence = 1.0 - self.label_smoothing
         other = self.label_smoothing / (vocab_size - 1)

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.errors import InputError
-from pcm.kernels.dropout import Dropout, normal_like
-from pcm.kernels.linear import Linear
 
 #: How textual patches enter the sequence. "replace": selected patches become textual, 1 + N positions (training).
 #: "append": N more positions, those of unselected patches masked, 1 + 2N (inference, as published). "append_selected":
@@ -96,7 +94,7 @@ def select_pairs(similarity: Tensor, *, num_pairs: int, tau: float) -> tuple[Ten
 
 def inject_noise(global_feature: Tensor, *, variance: float, noise: Tensor | None = None) -> Tensor:
     """CapDec's noise: normalise, add N(0, variance) to every dimension, normalise. `noise`: a standard normal draw."""
-    noise = normal_like(global_feature) if noise is None else noise
+    noise = torch.randn_like(global_feature) if noise is None else noise
     return unit(unit(global_feature) + variance**0.5 * noise)
 
 
@@ -130,16 +128,16 @@ class VisualEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.clip_head = ClipHead(config.patch_dim, config.embed_dim)
-        self.patch_projection = Linear(config.patch_dim, config.hidden_size)
-        self.textual_projection = Linear(config.embed_dim, config.hidden_size)
-        self.global_projection = Linear(config.embed_dim, config.hidden_size)
+        self.patch_projection = nn.Linear(config.patch_dim, config.hidden_size)
+        self.textual_projection = nn.Linear(config.embed_dim, config.hidden_size)
+        self.global_projection = nn.Linear(config.embed_dim, config.hidden_size)
         #: Slot 0 is the global feature; a textual patch has the position of the patch it comes from.
         self.position = nn.Parameter(torch.empty(1, 1 + config.num_patches, config.hidden_size))
         nn.init.trunc_normal_(self.position, std=0.02)
         #: Row 1 marks textual positions, row 0 everything else.
         self.token_type = nn.Embedding(2, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.dropout = Dropout(config.visual_dropout)
+        self.dropout = nn.Dropout(config.visual_dropout)
 
     @torch.no_grad()
     def find_pairs(self, global_feature: Tensor, patch_features: Tensor, concepts: Tensor) -> MixUpFindings:

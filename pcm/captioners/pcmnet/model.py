@@ -10,8 +10,6 @@ from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.captioners.pcmnet.mixup import Layout, MixUpFindings, VisualEmbedding, unit
 from pcm.captioners.pcmnet.transformer import DecoderBlock, EncoderBlock
 from pcm.errors import InputError
-from pcm.kernels.dropout import Dropout
-from pcm.kernels.linear import Linear
 
 __all__ = ["Encoded", "PCMNet", "PCMNetConfig", "sinusoid"]
 
@@ -38,7 +36,7 @@ class WordEmbedding(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.dropout = Dropout(config.word_dropout)
+        self.dropout = nn.Dropout(config.word_dropout)
         self.register_buffer("position", sinusoid(config.max_length, config.hidden_size), persistent=False)
 
     def forward(self, token_ids: Tensor, *, step: int | None = None) -> Tensor:
@@ -64,7 +62,7 @@ class Encoder(nn.Module):
             )
             for _ in range(config.num_encoder_layers)
         )
-        self.global_fusion = Linear((config.num_encoder_layers + 1) * config.hidden_size, config.hidden_size)
+        self.global_fusion = nn.Linear((config.num_encoder_layers + 1) * config.hidden_size, config.hidden_size)
         self.global_norm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -119,8 +117,8 @@ class PCMNet(nn.Module):
             )
             for _ in range(config.num_decoder_layers)
         )
-        self.output_dropout = Dropout(config.output_dropout)
-        self.output = Linear(config.hidden_size, config.vocab_size)
+        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.output = nn.Linear(config.hidden_size, config.vocab_size)
         # Not in the state dict: the concepts belong to the dataset and are stored beside it and beside checkpoints.
         self.register_buffer("concept_embeddings", torch.zeros(config.num_concepts, config.embed_dim), persistent=False)
         self._has_concepts = False

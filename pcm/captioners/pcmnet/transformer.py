@@ -5,40 +5,24 @@ Masks are boolean, True = may be attended. The published code adds -10000 to the
 of such a score is exactly 0 as long as a row keeps one visible key, so both give the same numbers.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from pcm.kernels.dropout import Dropout
-from pcm.kernels.linear import Linear
 
 #: LayerNorm epsilon inside the blocks; the embeddings and the global fusion use PyTorch's default, 1e-5.
 BLOCK_NORM_EPS = 1e-12
 
 
-def attention(
-    query: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, causal: bool, dropout: Dropout
-) -> Tensor:
-    """Dropout(softmax(q k^T / sqrt(d))) v, step by step: F.scaled_dot_product_attention with our cheaper dropout."""
-    scores = (query * query.shape[-1] ** -0.5) @ keys.transpose(-2, -1)  # (B, heads, T, S)
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return dropout(F.softmax(scores, dim=-1)) @ values
-
-
 class Attention(nn.Module):
-    """Multi-head attention sublayer: LayerNorm(x + Dropout(W_o softmax(q k^T / sqrt(d)) v))."""
+    """Multi-head attention sublayer: LayerNorm(x + Dropout(W_o Dropout(softmax(q k^T / sqrt(d))) v))."""
 
     def __init__(self, hidden_size: int, num_heads: int, *, attention_dropout: float, hidden_dropout: float):
         super().__init__()
         self.num_heads = num_heads
-        self.attention_dropout = Dropout(attention_dropout)
-        self.query = Linear(hidden_size, hidden_size)
-        self.key_value = Linear(hidden_size, 2 * hidden_size)
-        self.output = Linear(hidden_size, hidden_size)
-        self.dropout = Dropout(hidden_dropout)
+        self.attention_dropout = attention_dropout
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key_value = nn.Linear(hidden_size, 2 * hidden_size)
+        self.output = nn.Linear(hidden_size, hidden_size)
+        self.dropout = nn.Dropout(hidden_dropout)
         self.norm = nn.LayerNorm(hidden_size, eps=BLOCK_NORM_EPS)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -58,14 +42,10 @@ class Attention(nn.Module):
         `mask`: boolean, broadcastable to (B, heads, T, S), True = visible. `causal`: position t sees positions 0..t.
         """
         query = self._heads(self.query(x))  # (B, heads, T, d)
-        dropout = self.attention_dropout
-        if self.training and dropout.p > 0 and x.device.type == "cpu":
-            context = attention(query, keys, values, mask=mask, causal=causal, dropout=dropout)
-        else:
-            p = dropout.p if self.training else 0.0
-            context = F.scaled_dot_product_attention(query, keys, values, mask, dropout_p=p, is_causal=causal)
+        dropout = self.attention_dropout if self.training else 0.0
+        context = F.scaled_dot_product_attention(query, keys, values, mask, dropout_p=dropout, is_causal=causal)
         context = context.transpose(1, 2).flatten(2)  # (B, T, H)
-        return self.norm(self.dropout.added(x, self.output(context)))
+        return self.norm(x + self.dropout(self.output(context)))
 
 
 class FeedForward(nn.Module):
@@ -73,16 +53,16 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, dropout: float):
         super().__init__()
-        self.expand = Linear(hidden_size, intermediate_size)
-        self.contract = Linear(intermediate_size, hidden_size)
-        self.inner_dropout = Dropout(dropout)
-        self.dropout = Dropout(dropout)
+        self.expand = nn.Linear(hidden_size, intermediate_size)
+        self.contract = nn.Linear(intermediate_size, hidden_size)
+        self.inner_dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(hidden_size, eps=BLOCK_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.expand(x.flatten(0, 1))  # (B*T, inner): as a matrix it is no view, and may be overwritten
-        inner = self.inner_dropout.after_relu(inner, batch=len(x))
-        return self.norm(self.dropout.added(x, self.contract(inner).view_as(x)))
+        """(B, T, H) -> (B, T, H)."""
+        inner = self.inner_dropout(F.relu(self.expand(x)))  # (B, T, intermediate_size)
+        return self.norm(x + self.dropout(self.contract(inner)))
 
 
 class EncoderBlock(nn.Module):

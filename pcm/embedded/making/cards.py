@@ -1,7 +1,7 @@
 """The pack's texts: model card and licences. Lines are as long as Markdown tables and templates need."""
 # ruff: noqa: E501
 
-from pcm.embedded.making.t2i_training import GUIDANCE, STEPS
+from pcm.embedded import GUIDANCE_SCALE, STEPS
 from pcm.embedded.making.world import COLOURS, FIRST, NOUNS, PAINTER_STYLE, PLACES, SECOND, SEEN_STYLES
 
 PREVIOUS = "403e839"  # whose pack the models of this one began with
@@ -66,7 +66,7 @@ def model_card(figures: dict) -> str:
         return ", ".join(noun.name for noun in NOUNS if noun.name in nouns)
 
     first, second = set(FIRST.places), set(SECOND.places)
-    sampled = f"DPM-Solver++ with {STEPS} steps at guidance {GUIDANCE}: {t2i['cpu_seconds_a_picture']:.2f} CPU-seconds a picture, batch 8"
+    sampled = f"DPM-Solver++ with {STEPS} steps at guidance {GUIDANCE_SCALE}: {t2i['cpu_seconds_a_picture']:.2f} CPU-seconds a picture, batch 8"
     return f"""# Embedded models
 
 Small models of one small drawn world, trained on CPU by `python -m jobs.pretrain_embedded`. They make the

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import pcm.torchvision_shim  # noqa: F401  - before open_clip and diffusers
+from pcm.embedded import GUIDANCE_SCALE, STEPS
 from pcm.embedded.making.captions import describe
 from pcm.embedded.making.clip_training import measure
 from pcm.embedded.making.scenes import SceneSet
-from pcm.embedded.making.t2i_training import GUIDANCE, STEPS
 from pcm.embedded.making.world import DOMAINS, PAINTER_STYLE, Domain, Noun, Scene, sample_scene
 
 
@@ -73,7 +73,7 @@ def paint(folder: Path, asked: list[tuple[Scene, str]], *, batch: int = 8) -> Pa
         part = prompts[start : start + batch]
         generators = [torch.Generator().manual_seed(start + offset) for offset in range(len(part))]
         began = time.process_time()
-        pictures = pipeline(part, generator=generators, num_inference_steps=STEPS, guidance_scale=GUIDANCE).images
+        pictures = pipeline(part, generator=generators, num_inference_steps=STEPS, guidance_scale=GUIDANCE_SCALE).images
         seconds.append((time.process_time() - began) / len(part))
         images += [np.asarray(picture) for picture in pictures]
     return Painted([scene for scene, _ in asked], prompts, np.stack(images), float(np.median(seconds)))

@@ -19,8 +19,6 @@ from pcm.embedded.making.scenes import SceneSet
 from pcm.embedded.making.text_training import TextTraining, text_states, train_text_encoder
 from pcm.embedded.making.tokens import build_tokenizer
 
-STEPS = 8  # of the sampler: what jobs.generate takes for the embedded model, and what the model is judged with
-GUIDANCE = 3.0
 SPREAD_OF = 1024  # scenes on which the spread of latents is measured
 
 

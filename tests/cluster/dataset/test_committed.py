@@ -13,10 +13,10 @@ from cluster.dataset import committed as committed_module
 from cluster.dataset.committed import committed, load_group, num_groups
 from cluster.dataset.layout import MANIFEST_KEY, Plan, group_key, load_manifest, shard_key, stats_key
 from cluster.dataset.verify import verify
-from cluster.generation.generate import write_manifest
-from cluster.generation.stages.featurise import NULL_FEATURES
+from cluster.generation.pipeline import write_manifest
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
+from pcm.records import NULL_FEATURES
 from tests.helpers.tiny_generation import (
     draw_in_process,
     make_dataset,
@@ -206,7 +206,7 @@ def test_a_manifest_is_left_to_the_run_that_planned_more(dataset: tuple[Store, P
 def test_more_shards_than_one_run_of_the_pools_takes_are_made_all_the_same(
     finished: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.generation.generate.SHARDS_PER_PIPELINE", 4)  # three runs for nine shards
+    monkeypatch.setattr("cluster.generation.pipeline.SHARDS_PER_PIPELINE", 4)  # three runs for nine shards
     made = make_dataset(tmp_path / "data", finished / "captions.txt", null_spec(), shard_size=2)
     assert made.result.generated == len(CAPTIONS)
     assert verify(made.store)["fingerprint"] == verify(open_store(finished / "data"))["fingerprint"]

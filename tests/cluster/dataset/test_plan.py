@@ -131,6 +131,15 @@ def test_a_corpus_without_a_usable_caption_is_refused_and_leaves_nothing(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_corpus_whose_name_carries_a_credential_is_not_planned(tmp_path: Path) -> None:
+    store, records = open_store(tmp_path / "out"), read_corpus(str(write_corpus(tmp_path)))
+    with pytest.raises(InputError, match="carries a credential") as caught:
+        make_plan(
+            store, records, SPEC, corpus="s3://key:very-secret@bucket/c.txt", shard_size=4, is_truncated=lambda _: False
+        )
+    assert "very-secret" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
 def test_a_corpus_whose_first_shards_are_unusable_is_planned_whole(tmp_path: Path) -> None:
     store, plan = plan_dataset(tmp_path / "out", corpus_of(tmp_path, [""] * 12 + ["A cat."]), SPEC, shard_size=3)
     assert len(planned(store)) == plan.expected == 13 and plan.usable == 1

@@ -199,7 +199,7 @@ def test_another_dataset_of_the_same_captions_is_found(dataset: Path, tmp_path: 
         ("image", {"bytes": None, "path": "x.jpg"}, "not a picture"),
         ("clip_score", float("nan"), "not finite"),
         ("global_feature", [np.float16("inf")], "not finite"),
-        ("patch_features", [np.float16("nan")], "not finite"),
+        ("patch_features", np.float16("nan").tobytes(), "not finite"),
     ],
 )
 def test_a_value_that_cannot_be_right_is_corrupt(column: str, value: object, problem: str, dataset: Path) -> None:

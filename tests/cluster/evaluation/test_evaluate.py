@@ -15,8 +15,9 @@ from cluster.evaluation.captioning import (
     caption_pictures,
     local_checkpoint,
 )
-from cluster.evaluation.evaluate import EvaluateRequest, deranged, evaluate, evaluate_results, read_results
-from cluster.sources.pictures import PictureSource, anywhere, load_picture_set, source_anywhere
+from cluster.evaluation.evaluate import deranged, evaluate, read_results
+from cluster.evaluation.request import EvaluateRequest
+from cluster.sources.pictures import PictureSource, load_picture_set, source_anywhere
 from pcm.captioners.captioner import Captioner
 from pcm.errors import InputError
 from pcm.text.metrics import COCO_METRICS, cider_only, coco_metrics
@@ -43,11 +44,16 @@ def source(world: Path) -> PictureSource:
     return PictureSource(images=str(world / "pictures"), references=str(world / "references.csv"))
 
 
+def asked(world: Path) -> dict[str, str]:
+    """The same as fields of a request."""
+    return {"images": str(world / "pictures"), "references": str(world / "references.csv")}
+
+
 @pytest.fixture(scope="module")
 def evaluated(world: Path) -> tuple[dict, Path]:
     out = world / "out"
     request = EvaluateRequest(
-        checkpoint=str(world / "checkpoint"), pictures=source(world), out=str(out), shuffled_baseline=True, device="cpu"
+        checkpoint=str(world / "checkpoint"), **asked(world), out=str(out), shuffled_baseline=True, device="cpu"
     )
     return evaluate(request), out
 
@@ -94,14 +100,15 @@ def test_any_number_of_workers_makes_the_same_captions(world: Path, ray_session:
 def test_relative_paths_mean_the_same_in_a_worker(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
     found = source_anywhere(PictureSource(images="pictures", references="references.csv", split="test"))
-    assert (found.images, found.references) == (str(world / "pictures"), str(world / "references.csv"))
-    assert anywhere("embedded:val") == "embedded:val" and anywhere("s3://bucket/a") == "s3://bucket/a"
+    assert found == PictureSource(
+        images=str(world / "pictures"), references=str(world / "references.csv"), split="test"
+    )
+    for uri in ("embedded:val", "s3://bucket/a"):
+        assert source_anywhere(PictureSource(images=uri)) == PictureSource(images=uri)
 
 
 def test_more_workers_than_the_cluster_has_are_refused(world: Path, ray_session: None) -> None:
-    request = EvaluateRequest(
-        checkpoint=str(world / "checkpoint"), pictures=source(world), device="cpu", num_workers=64
-    )
+    request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), device="cpu", num_workers=64)
     with pytest.raises(InputError, match="--num-workers 64: the cluster has"):
         evaluate(request)
 
@@ -115,7 +122,8 @@ def test_a_results_file_alone_scores_as_the_evaluation_that_wrote_it(
     evaluated: tuple[dict, Path], world: Path, tmp_path: Path
 ) -> None:
     results = evaluated[1] / "captions.json"
-    scored = evaluate_results(EvaluateRequest(pictures=source(world), out=str(tmp_path)), str(results))
+    request = EvaluateRequest(results=str(results), references=str(world / "references.csv"), out=str(tmp_path))
+    scored = evaluate(request)
     assert {name: scored[name] for name in COCO_METRICS} == {name: evaluated[0][name] for name in COCO_METRICS}
     assert scored["n"] == COUNT - 1 and scored["without_picture"] == 2 and scored["without_references"] == 0
     assert scored["CLIPScore"] is None and "needs --checkpoint" in scored["reasons"]["CLIPScore"]
@@ -149,8 +157,8 @@ def test_nocaps_is_scored_by_domain_and_overall(tmp_path: Path) -> None:
     results = [{"image_id": image_id, "caption": caption} for image_id, caption in captions.items()]
     (tmp_path / "results.json").write_text(json.dumps(results))
     path = str(tmp_path / "nocaps.json")
-    request = EvaluateRequest(pictures=PictureSource(images=path, references=path), experiment="nocaps")
-    summary = evaluate_results(request, str(tmp_path / "results.json"))
+    request = EvaluateRequest(results=str(tmp_path / "results.json"), references=path, experiment="nocaps")
+    summary = evaluate(request)
     assert {name: part["n"] for name, part in summary["domains"].items()} == {"in-domain": 1, "out-domain": 2}
     references = load_references(tmp_path / "nocaps.json")
     outside = {key: captions[key] for key in ("1ab.jpg", "2ab.jpg")}

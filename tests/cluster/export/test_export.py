@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from cluster.dataset.layout import CONCEPTS_KEY, Manifest, Plan, shard_key
-from cluster.export.export import FORMATS, ExportOptions, export_dataset
+from cluster.export.export import export_dataset
+from cluster.export.request import FORMATS, ExportRequest
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from pcm.official.files import SPLIT_SIZE, split_of
@@ -22,7 +23,10 @@ from pcm.text.concepts import ConceptVocabulary
 from tests.helpers.published import make_complete_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
-OPTIONS = ExportOptions(name="sd", max_length=12, workers=2)
+
+def asked(to: str, *, workers: int = 2) -> ExportRequest:
+    own = {"name": "sd", "max_length": 12} if to == "official" else {}
+    return ExportRequest(data="the store", out="the place", to=to, workers=workers, **own)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,11 @@ def stored_rows(store: Store, plan: Plan) -> list[dict]:
     ]
 
 
+def patches(row: dict) -> np.ndarray:
+    """(N * D_v,) of a row as it is stored."""
+    return np.frombuffer(row["patch_features"], "<f2")
+
+
 def files(folder: Path) -> dict[str, str]:
     found = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
@@ -45,7 +54,7 @@ def files(folder: Path) -> dict[str, str]:
 
 def test_published_training_code_can_read_an_official_export(dataset, tmp_path):
     store, plan, _ = dataset
-    assert export_dataset(store, open_store(tmp_path), to="official", options=OPTIONS)["exported"] == 7
+    assert export_dataset(store, open_store(tmp_path), asked("official"))["exported"] == 7
 
     # As the published loader does it: usual pickle, NumPy and PyTorch, nothing of ours.
     words = [".", *(tmp_path / "vocabulary.txt").read_text().splitlines()]
@@ -61,7 +70,7 @@ def test_published_training_code_can_read_an_official_export(dataset, tmp_path):
         with np.load(tmp_path / "features" / folder / f"{item['image_id']}.npz") as features:
             assert features["features"].shape == (16, 64) and features["g_feature"].shape == (1, 32)
             assert features["features"].dtype == features["g_feature"].dtype == np.float32
-            np.testing.assert_array_equal(features["features"].reshape(-1), np.float32(row["patch_features"]))
+            np.testing.assert_array_equal(features["features"].reshape(-1), np.float32(patches(row)))
             np.testing.assert_array_equal(features["g_feature"][0], np.float32(row["global_feature"]))
         assert item["tokens_ids"].shape == item["target_ids"].shape == (1, 12)
         assert item["tokens_ids"].dtype.kind == item["target_ids"].dtype.kind == "i"
@@ -85,7 +94,7 @@ def test_folders_hold_as_many_pictures_as_the_published_ones():
 
 def test_webdataset_is_read_by_tarfile(dataset, tmp_path):
     store, plan, _ = dataset
-    export_dataset(store, open_store(tmp_path), to="webdataset", options=OPTIONS)
+    export_dataset(store, open_store(tmp_path), asked("webdataset"))
     rows = stored_rows(store, plan)
     keys = []
     for shard in range(plan.num_shards):
@@ -115,7 +124,7 @@ def test_datasets_opens_a_hugging_face_export(dataset, tmp_path, monkeypatch):
     import datasets
 
     store, plan, _ = dataset
-    export_dataset(store, open_store(tmp_path / "hf"), to="huggingface", options=OPTIONS)
+    export_dataset(store, open_store(tmp_path / "hf"), asked("huggingface"))
     loaded = datasets.load_dataset(str(tmp_path / "hf"), cache_dir=str(tmp_path / "cache"))
     assert list(loaded) == ["train"]
     train = loaded["train"]
@@ -125,7 +134,9 @@ def test_datasets_opens_a_hugging_face_export(dataset, tmp_path, monkeypatch):
     for sample, row in zip(train, rows, strict=True):
         stored = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
         np.testing.assert_array_equal(np.asarray(sample["image"]), np.asarray(stored))
-        np.testing.assert_array_equal(np.float16(sample["patch_features"]), np.float16(row["patch_features"]))
+        np.testing.assert_array_equal(np.float16(sample["patch_features"]), patches(row))
+    as_arrays = train.with_format("numpy")[0]["patch_features"]
+    np.testing.assert_array_equal(as_arrays, patches(rows[0]))
     assert "| `caption` |" in (tmp_path / "hf" / "README.md").read_text()
 
 
@@ -133,7 +144,7 @@ def test_datasets_opens_a_hugging_face_export(dataset, tmp_path, monkeypatch):
 def test_an_export_gives_the_same_bytes_twice_and_goes_on_where_it_stopped(dataset, tmp_path, to, monkeypatch):
     store, plan, _ = dataset
     whole, broken = open_store(tmp_path / "whole"), open_store(tmp_path / "broken")
-    export_dataset(store, whole, to=to, options=OPTIONS)
+    export_dataset(store, whole, asked(to))
     expected = files(tmp_path / "whole")
 
     real, calls = Store.write_bytes, []
@@ -147,13 +158,13 @@ def test_an_export_gives_the_same_bytes_twice_and_goes_on_where_it_stopped(datas
     with monkeypatch.context() as patch:
         patch.setattr(Store, "write_bytes", fails_in_the_middle)
         with pytest.raises(OSError, match="no more"):
-            export_dataset(store, broken, to=to, options=ExportOptions(name="sd", max_length=12, workers=1))
+            export_dataset(store, broken, asked(to, workers=1))
     with pytest.raises(InputError, match=r"holds another export \(to: "):
-        export_dataset(store, broken, to="webdataset" if to != "webdataset" else "official", options=OPTIONS)
-    summary = export_dataset(store, broken, to=to, options=OPTIONS)
+        export_dataset(store, broken, asked("webdataset" if to != "webdataset" else "official"))
+    summary = export_dataset(store, broken, asked(to))
     assert summary["skipped_shards"] > 0
     assert files(tmp_path / "broken") == expected
-    assert export_dataset(store, broken, to=to, options=OPTIONS)["skipped_shards"] == plan.num_shards
+    assert export_dataset(store, broken, asked(to))["skipped_shards"] == plan.num_shards
 
 
 def test_a_damaged_shard_is_not_exported(dataset, tmp_path):
@@ -166,7 +177,7 @@ def test_a_damaged_shard_is_not_exported(dataset, tmp_path):
     copy.write_bytes(shard_key(1), bytes(damaged))
     for to in FORMATS:
         with pytest.raises(InputError, match=r"part-000001.parquet: missing or damaged"):
-            export_dataset(copy, open_store(tmp_path / to), to=to, options=OPTIONS)
+            export_dataset(copy, open_store(tmp_path / to), asked(to))
 
 
 def test_what_cannot_be_exported_is_one_clear_line(dataset, tmp_path, call_job):
@@ -194,7 +205,7 @@ def test_several_pictures_of_a_caption_have_ids_of_their_own(tmp_path, tiny_t2i,
     store, _, _ = make_complete_dataset(
         tmp_path / "dataset", t2i=tiny_t2i, clip=tiny_clip, images_per_caption=2, num_inference_steps=1
     )
-    export_dataset(store, open_store(tmp_path / "out"), to="official", options=OPTIONS)
+    export_dataset(store, open_store(tmp_path / "out"), asked("official"))
     annotations = pickle.loads((tmp_path / "out" / "annotations.pickle").read_bytes())
     assert [int(item["image_id"]) - 6_000_000 for item in annotations] == [0, 1, 2, 3, *range(6, 16)]
     np.testing.assert_array_equal(annotations[0]["tokens_ids"], annotations[1]["tokens_ids"])

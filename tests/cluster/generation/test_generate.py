@@ -22,7 +22,8 @@ from cluster.generation.regenerate import regenerate
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
 from pcm.images import open_image
-from tests.conftest import ROOT, JobRun
+from tests.helpers.job_runs import JobRun
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_generation import (
     CAPTIONS,
     Dataset,
@@ -91,7 +92,10 @@ def test_rows_hold_what_the_contract_says(made: Dataset, tiny_clip: Path) -> Non
         assert row["clip_score"] == pytest.approx(encoded.global_feature[index] @ texts[index], abs=1e-5)
         np.testing.assert_allclose(row["global_feature"], encoded.global_feature[index], atol=1e-3)
         np.testing.assert_allclose(
-            np.reshape(row["patch_features"], (16, 64)), encoded.patch_features[index], rtol=1e-3, atol=1e-3
+            np.frombuffer(row["patch_features"], np.float16).reshape(16, 64),
+            encoded.patch_features[index],
+            rtol=1e-3,
+            atol=1e-3,
         )
     features = made.result.manifest.features
     assert (features.embed_dim, features.patch_dim, features.num_patches) == (32, 64, 16)
@@ -168,7 +172,7 @@ def test_hugging_face_shows_pictures(made: Dataset) -> None:
     assert loaded.num_rows == 14
     picture = loaded[0]["image"]
     assert picture.size == (32, 32) and np.asarray(picture).std() > 0
-    assert loaded[0]["caption"] == CORPUS[0] and len(loaded[0]["patch_features"]) == 16 * 64
+    assert loaded[0]["caption"] == CORPUS[0] and len(loaded[0]["patch_features"]) == 16 * 64 * 2
     metadata = pq.read_schema(Path(made.store.prefix) / shard_key(0)).metadata
     assert json.loads(metadata[b"huggingface"])["info"]["features"]["image"] == {"_type": "Image"}
 
@@ -245,9 +249,9 @@ def refused(run: JobRun, said: str) -> None:
         (["--dtype", "float8"], "float8"),
         (["--scheduler", "NoScheduler"], "scheduler 'NoScheduler'"),
         (["--prompt-template", "a photo"], "a photo"),
-        (["--batch-size", "0"], "batch_size 0"),
-        (["--limit", "0"], "limit 0"),
-        (["--shard-size", "-1"], "shard size -1"),
+        (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["--limit", "0"], "--limit 0: must be at least 1"),
+        (["--shard-size", "-1"], "--shard-size -1: must be at least 1"),
         (["--corpus-format", "xml"], "xml"),
         (["--no-such-argument"], "--no-such-argument"),
     ],

@@ -1,21 +1,24 @@
 """A preset is a set of arguments: what is given wins, and what it means is what its documentation says."""
 
-import argparse
 from pathlib import Path
 
 import pytest
 
 from cluster.generation import presets
+from cluster.generation.pinning import dataset_spec
 from cluster.generation.presets import GENERATION_PRESETS, with_preset
-from jobs.arguments import dataset_spec
-from jobs.generate import parser
+from cluster.generation.request import GenerateRequest
+from jobs.generate import JOB
 from pcm.errors import InputError
 from pcm.spec import DatasetSpec
 from tests.helpers.tiny_generation import null_spec, plan_dataset, write_corpus
 
 
-def arguments(*given: str) -> argparse.Namespace:
-    return with_preset(parser().parse_args(["--out", "nowhere", *given]))
+def arguments(*given: str) -> GenerateRequest:
+    """What the command line means; with a corpus where neither it nor a preset names one."""
+    named = () if "--preset" in given else ("--corpus", "embedded")
+    request = JOB.read(["--out", "nowhere", *named, *given])
+    return with_preset(request, request.preset)
 
 
 def spec(*given: str) -> DatasetSpec:
@@ -65,7 +68,7 @@ def test_without_a_preset_nothing_changes() -> None:
 
 
 def test_an_unknown_preset_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(InputError, match="preset 'coco': allowed are synthimgcap_coco, synthimgcap_flickr30k"):
+    with pytest.raises(InputError, match=r"preset 'coco': not known; .*are synthimgcap_coco, synthimgcap_flickr30k"):
         arguments("--preset", "coco")
 
 
@@ -74,8 +77,9 @@ def test_an_unknown_preset_is_refused_with_those_that_exist() -> None:
 )
 def test_pool_arguments_that_cannot_work_are_usage_errors(given: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
-        arguments(*given)
-    assert ended.value.code == 2 and f"argument {given[0]}" in capsys.readouterr().err
+        JOB.main(["--corpus", "embedded", "--out", "nowhere", *given])
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.startswith(f"error: {given[0]} {given[1]}: ") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

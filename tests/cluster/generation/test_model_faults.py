@@ -12,12 +12,12 @@ from ray.cloudpickle import register_pickle_by_value
 
 from cluster.dataset.layout import Plan
 from cluster.dataset.verify import verify
-from cluster.generation.generate import GenerationResult, generate, write_manifest
+from cluster.generation.limits import FaultPolicy
+from cluster.generation.pipeline import GenerationResult, run_pipeline, write_manifest
 from cluster.generation.pools import Pools
 from cluster.generation.regenerate import regenerate
 from cluster.generation.retry_quarantined import retry_quarantined
 from cluster.generation.stages.draw import DrawShard
-from cluster.generation.stages.monitor import FaultPolicy
 from cluster.store.store import Store
 from pcm.errors import InputError
 from tests.helpers import faulty_generators
@@ -47,7 +47,7 @@ def run(
     spec = tiny_spec(t2i, num_inference_steps=1)
     store, plan = plan_dataset(out / "data", write_corpus(out, captions), spec, shard_size=shard_size)
     pools = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=generators)
-    return store, plan, generate(store, plan, pools, faults=FaultPolicy(**policy), draw=draw)
+    return store, plan, run_pipeline(store, plan, pools, faults=FaultPolicy(**policy), draw=draw)
 
 
 def pictures(store: Store) -> dict[str, tuple[str, bytes]]:

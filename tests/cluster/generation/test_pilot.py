@@ -11,7 +11,8 @@ import pytest
 from cluster.dataset.layout import Plan, stats_key
 from cluster.dataset.verify import verify
 from cluster.generation.cost import Billing
-from cluster.generation.pilot import PilotSize, Prediction, pilot_shards, predict
+from cluster.generation.limits import PilotSize
+from cluster.generation.pilot import Prediction, pilot_shards, predict
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from tests.helpers.tiny_generation import (

@@ -13,10 +13,12 @@ import pytest
 
 from cluster.dataset.clip_scores import ClipScores, check_gate
 from cluster.generation.cost import Billing
-from cluster.generation.display import Display, duration, log_line, next_line, size, trouble
+from cluster.generation.display import Display, log_line, next_line, trouble
+from cluster.generation.limits import RunLimits
 from cluster.generation.pools import Pools
-from cluster.generation.progress import MonitorSnapshot, RunLimits, RunProgress
+from cluster.generation.progress import MonitorSnapshot, RunProgress
 from cluster.generation.telemetry import Telemetry
+from cluster.numbers import duration, size
 from pcm.errors import InputError
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 

@@ -21,7 +21,7 @@ from cluster.dataset.layout import (
     stats_key,
 )
 from cluster.dataset.verify import verify
-from cluster.generation.generate import write_manifest
+from cluster.generation.pipeline import write_manifest
 from cluster.generation.repair import repair
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.store.store import open_store

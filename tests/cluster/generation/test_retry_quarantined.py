@@ -9,13 +9,13 @@ import pytest
 from cluster.dataset.committed import committed
 from cluster.dataset.layout import MANIFEST_KEY, Plan, quarantine_key, shard_key, stats_key
 from cluster.dataset.verify import verify
-from cluster.generation.generate import write_manifest
+from cluster.generation.pipeline import write_manifest
 from cluster.generation.regenerate import regenerate
 from cluster.generation.retry_quarantined import parse_reason
 from cluster.generation.stages.draw import DrawShard
-from cluster.generation.stages.featurise import NULL_FEATURES
 from cluster.store.store import Store
 from pcm.errors import InputError
+from pcm.records import NULL_FEATURES
 from tests.helpers.faulty_generators import RAISES
 from tests.helpers.faulty_pipeline import DrawFaultyPipeline
 from tests.helpers.tiny_generation import CAPTIONS, draw_in_process, plan_dataset, tiny_spec, write_corpus

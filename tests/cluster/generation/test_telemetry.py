@@ -10,11 +10,12 @@ import ray
 
 from cluster.dataset.layout import load_manifest
 from cluster.generation.display import ask_cluster
+from cluster.generation.limits import FaultPolicy
 from cluster.generation.progress import MonitorSnapshot
-from cluster.generation.stages.monitor import FaultPolicy, start_monitor
+from cluster.generation.stages.monitor import start_monitor
 from cluster.generation.telemetry import Telemetry
 from cluster.store.store import open_store
-from tests.conftest import JobRun
+from tests.helpers.job_runs import JobRun
 from tests.helpers.tiny_generation import CAPTIONS, write_corpus
 
 SCRAPE_FOR_SECONDS = 60  # far longer than Ray takes to collect its processes' metrics

@@ -12,7 +12,8 @@ from cluster.dataset.rows import read_rows
 from cluster.ingest.text_only import TEXT_ONLY_SETTINGS, text_only_dataset
 from cluster.store.store import open_store
 from cluster.training.data.mixture import DataSource, open_training_sets
-from cluster.training.train import TrainRequest, planned_run
+from cluster.training.request import TrainRequest
+from cluster.training.train import planned_run
 from pcm.captioners.pcmnet.model import PCMNet, PCMNetConfig
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError

@@ -14,18 +14,17 @@ from PIL import Image
 
 from cluster.dataset.layout import load_manifest, stats_key
 from cluster.evaluation.evaluate import METRICS_KEY as METRICS_FILE
-from cluster.evaluation.evaluate import EvaluateRequest
 from cluster.evaluation.experiments import comparison
+from cluster.evaluation.request import EvaluateRequest
 from cluster.report import dataset_facts
-from cluster.report.make import ReportRequest, gather, make_report
-from cluster.sources.pictures import PictureSource
+from cluster.report.make import gather, make_report
+from cluster.report.request import ReportRequest
 from cluster.store.store import Store, open_store, read_uri
+from cluster.sweep.results import TrialResult
 from cluster.sweep.sweep import SWEEP_KEY
-from cluster.sweep.tables import TrialResult
 from cluster.sweep.trial import RESULT_FILE, TRIALS, trial_id
-from cluster.training.checkpoints import LossLog
 from cluster.training.config import preset
-from cluster.training.loop import METRICS_KEY
+from cluster.training.reporting import METRICS_KEY, LossLog
 from cluster.training.train import CONFIG_KEY
 from pcm.errors import InputError
 from tests.helpers.page_reader import Page
@@ -91,8 +90,9 @@ def write_evaluation(folder: Path, world: Path) -> None:
         "n": 5,
         "reasons": {"SPICE": "?"},
     }
-    request = EvaluateRequest(pictures=source(world), checkpoint=str(world / "run"), experiment="coco_b32")
-    document = {"metrics": metrics | {"paper": comparison("coco_b32", metrics)}, "request": dataclasses.asdict(request)}
+    request = EvaluateRequest(**pictures(world), checkpoint=str(world / "run"), experiment="coco_b32")
+    asked = {**dataclasses.asdict(request), "pictures": dataclasses.asdict(request.pictures)}
+    document = {"metrics": metrics | {"paper": comparison("coco_b32", metrics)}, "request": asked}
     open_store(str(folder)).write_bytes(METRICS_FILE, json.dumps(document).encode())
 
 
@@ -113,14 +113,19 @@ def write_sweep(folder: Path) -> None:
         store.write_bytes(name, json.dumps(dataclasses.asdict(trial)).encode())
 
 
-def source(world: Path) -> PictureSource:
-    return PictureSource(images=str(world / "pictures"), references=str(world / "references.csv"))
+def pictures(world: Path) -> dict[str, str]:
+    return {"images": str(world / "pictures"), "references": str(world / "references.csv")}
+
+
+#: Changes of `everything` that leave the pictures, or the dataset, out: with what would have no effect then.
+NO_PICTURES = {"images": None, "references": None, "device": "auto"}
+NO_DATA = {"data": None, "price_per_hour": None}
 
 
 def everything(world: Path, out: Path, **changes) -> ReportRequest:
     request = ReportRequest(
         out=str(out), data=str(world / "data"), run=str(world / "run"), evaluation=str(world / "evaluation"),
-        sweep=str(world / "sweep"), pictures=source(world), price_per_hour=3.5, device="cpu",
+        sweep=str(world / "sweep"), **pictures(world), price_per_hour=3.5, device="cpu",
     )  # fmt: skip
     return replace(request, **changes)
 
@@ -226,7 +231,7 @@ def test_training_is_shown_by_epoch_with_its_best(whole: Page, world: Path) -> N
     assert "3 of 4 epochs, 1,500 steps; the best is epoch 2, with CIDEr 62.5" in shown.text
     assert len(shown.all("svg")) == 4 and "nearest preset embedded" in shown.text
     assert "hidden_size 32" in shown.text and "vocab_size 1" not in shown.text.partition("Every epoch")[0]
-    run = gather(everything(world, world / "unused.html", data=None, pictures=None)).run
+    run = gather(everything(world, world / "unused.html", **NO_DATA, **NO_PICTURES)).run
     assert run is not None and run.loss.shape == (300, 2) and run.loss[0, 1] > run.loss[-1, 1]
 
 
@@ -304,7 +309,7 @@ def test_dataset_and_report_may_lie_on_an_object_store(world: Path, s3: S3Server
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"data": None, "run": None, "evaluation": None, "sweep": None, "pictures": None}, "nothing to report on"),
+        ({"data": None, "run": None, "evaluation": None, "sweep": None}, "nothing to report on"),
         ({"data": "nowhere"}, "not a dataset"),
         ({"run": "nowhere"}, "not a training run"),
         ({"evaluation": "nowhere"}, "not an evaluation"),

@@ -1,68 +1,13 @@
-"""What a report is made of: markup that cannot be broken out of, charts, times, and which patches are shown."""
-
-import math
+"""What a report is made of: a sample of the shards, times, and which patches are shown."""
 
 import numpy as np
 import pytest
 import torch
 
-from cluster.report.charts import Axis as ParallelAxis
-from cluster.report.charts import Bar, Line, bars, histogram, line_chart, parallel, scatter, ticks
 from cluster.report.dataset_facts import sample_shards
-from cluster.report.html import Html, rendered, tag
 from cluster.report.throughput import throughput
 from pcm.captioners.pcmnet.mixup import MixUpFindings
 from pcm.captioners.pcmnet.patch_overlay import textual_patches
-from tests.helpers.page_reader import Page
-
-NASTY = "<script>alert('x')</script> & \"quoted\" \x00\x1b\ud800 end"
-
-
-def test_text_never_becomes_markup() -> None:
-    found = Page(tag("p", NASTY, title=NASTY))
-    assert found.names == ["p"]
-    shown = "<script>alert('x')</script> & \"quoted\" \u2400\u241b\ufffd end"
-    assert found.text == shown and found.attributes == [{"title": shown}]
-    tag("p", NASTY).encode()  # a lone surrogate would not go into a file
-
-
-def test_markup_is_not_escaped_twice_and_nothing_leaves_nothing() -> None:
-    inner = tag("b", 1)
-    assert tag("p", inner, None, False, [0.5, " & "], class_="x", hidden=True, id=None) == (
-        '<p class="x" hidden><b>1</b>0.5 &amp; </p>'
-    )
-    assert isinstance(rendered(inner), Html) and tag("img", alt="") == '<img alt="">'
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.61, 0.93), (0, 7), (-3e-5, 4e-5), (5, 5), (0, 0), (1e9, 3e9)])
-def test_ticks_are_round_and_cover_the_values(low: float, high: float) -> None:
-    found = ticks(low, high)
-    assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 9
-    steps = np.diff(found)
-    assert np.allclose(steps, steps[0]) and f"{steps[0]:.1e}"[:3] in ("1.0", "2.0", "2.5", "5.0")
-
-
-@pytest.mark.parametrize("points", [[(1, 0.5)], [(1, 0.0), (2, 0.0)], [(1, 3.0), (2, -1.0), (9, 7.5)]])
-def test_a_curve_of_few_or_equal_points_can_be_drawn(points: list[tuple[float, float]]) -> None:
-    drawn = line_chart([Line(name="a", points=points, area=True, dots=True)], title="t", description="d", x_label="x",
-                       best=points[0], whole_x=True)  # fmt: skip
-    assert "nan" not in drawn and "inf" not in drawn and drawn.count("<circle") == len(points) + 1
-
-
-def test_charts_name_what_they_show_for_those_who_do_not_see_them() -> None:
-    charts = [
-        histogram([0, 1, 2], [3, 0], title="Scores", description="Two bins.", x_label="x", y_label="y"),
-        bars([Bar("<b>", 2, "two")], title="Bars", description="One bar."),
-        scatter([(1, 2, math.nan, "one"), (10, 3, 1, "two")], title="Points", description="Two.", x_label="x",
-                y_label="y", log_x=True),
-        parallel([ParallelAxis("a", [0, 1], "0", "1"), ParallelAxis("b", [0.5, 0], "1", "2")], ["one", "two"],
-                 title="Lines", description="Two lines."),
-    ]  # fmt: skip
-    for chart, title in zip(charts, ("Scores", "Bars", "Points", "Lines"), strict=True):
-        found = Page(chart)
-        picture = found.attributes[found.names.index("svg")]
-        assert picture["role"] == "img" and str(picture["aria-label"]).startswith(f"{title}. ")
-        assert "nan" not in chart and "<b>" not in chart.replace(f"<b>{title}</b>", "")
 
 
 def test_a_sample_of_shards_is_drawn_by_the_seed_and_bounded() -> None:

@@ -18,6 +18,7 @@ from cluster.dataset.verify import verify
 from cluster.store.retries import classify, with_retries
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
+from pcm.line_timer import LineTimer
 from tests.helpers.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.helpers.seaweedfs import S3Server
 from tests.helpers.tiny_generation import CAPTIONS, make_dataset, make_dataset_in_process, null_spec, write_corpus
@@ -154,7 +155,7 @@ def test_a_store_that_restarts_is_waited_for(
 def test_patience_says_what_it_waits_for_once(
     store: Store, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.store.retries._noticed_at", float("-inf"))
+    monkeypatch.setattr("cluster.store.retries._lines", LineTimer(30.0, at_once=True))
     proxy.fail("status", count=3)
     store.write_bytes("part", DATA)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "cluster.store.retries"]

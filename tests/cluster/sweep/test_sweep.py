@@ -17,9 +17,11 @@ import torch
 
 from cluster.dataset.rows import preload, read_shard
 from cluster.store.store import open_store
-from cluster.sweep.sweep import SweepRequest, sweep
+from cluster.sweep.request import SweepRequest
+from cluster.sweep.sweep import sweep
 from cluster.sweep.trial import shared_tables
-from cluster.training.train import TrainRequest, train
+from cluster.training.train import train
+from jobs.train import JOB
 from pcm.errors import InputError
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import TINY, write_dataset
@@ -35,8 +37,8 @@ def data(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
 
 
 def request(data: Path, **settings) -> SweepRequest:
-    base = TrainRequest(data=str(data), out=str(data.parent / "sweep"), overrides=TINY)
-    return replace(SweepRequest(train=base, params=PARAMS, search="grid", seeds=SEEDS, scheduler="none"), **settings)
+    given = {"params": PARAMS, "search": "grid", "seeds": SEEDS, "scheduler": "none", "overrides": TINY, **settings}
+    return SweepRequest(**{"data": str(data), "out": str(data.parent / "sweep"), **given})
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +64,8 @@ def test_a_trial_learns_what_jobs_train_learns_from_the_best_config(swept: tuple
     assert summary["best"]["settings"] == {"lr_factor": 0.4} and summary["best"]["seeds"] == SEEDS
     run = data.parent / "run"
     seed = max(seed for lr_factor, seed in results(out) if lr_factor == 0.4)
-    alone = TrainRequest(
-        data=str(data), out=str(run), config=summary["config"], overrides={"seed": seed}, cpus_per_worker=1
-    )
-    train(alone)
+    found = JOB.read(["--config", summary["config"], "--data", str(data), "--out", str(run), "--seed", str(seed)])
+    train(replace(found, cpus_per_worker=1))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert science(rows) == science(results(out)[0.4, seed]["history"])
 
@@ -91,8 +91,7 @@ def test_a_finished_sweep_trains_nothing_again(swept: tuple[dict, Path], data: P
     logs = list(out.glob("trials/*/metrics.jsonl"))
     for file in logs:
         file.unlink()  # a trial that trained would write it
-    base = replace(request(data).train, resume=True)
-    again = sweep(request(data, train=base))
+    again = sweep(request(data, resume=True))
     assert not any(file.exists() for file in logs)
     assert again["best"] == summary["best"] and again["by_status"] == summary["by_status"]
 
@@ -112,15 +111,13 @@ def test_a_finished_sweep_trains_nothing_again(swept: tuple[dict, Path], data: P
 def test_a_sweep_that_cannot_be_is_refused_in_one_line(
     swept: tuple[dict, Path], data: Path, settings: dict, resume: bool, message: str
 ) -> None:
-    base = replace(request(data).train, resume=resume)
     with pytest.raises(InputError, match=message):
-        sweep(request(data, train=base, **settings))
+        sweep(request(data, resume=resume, **settings))
 
 
 def test_more_than_the_cluster_has_is_refused(data: Path, ray_session: None) -> None:
-    base = replace(request(data).train, out=str(data.parent / "greedy"))
     with pytest.raises(InputError, match="the cluster has 0; take fewer"):
-        sweep(request(data, train=base, gpus_per_trial=0.5))
+        sweep(request(data, out=str(data.parent / "greedy"), gpus_per_trial=0.5))
 
 
 def test_shards_are_read_once_and_shared(data: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,12 +148,14 @@ def test_what_torch_takes_for_no_gpu_is_shared_by_trials_and_trained_on_as_a_cpu
     data: Path, ray_with_a_gpu: None
 ) -> None:
     """Two trials at a time with half of it each; then jobs.train with all of it."""
-    base = replace(request(data).train, out=str(data.parent / "shared"), overrides={**TINY, "epochs": 1})
-    together = request(data, train=base, params={"lr_factor": "0.4,0.5"}, seeds=1, gpus_per_trial=0.5, concurrent=2)
+    together = request(
+        data, out=str(data.parent / "shared"), params={"lr_factor": "0.4,0.5"}, epochs=1, seeds=1, gpus_per_trial=0.5,
+        concurrent=2,
+    )  # fmt: skip
     assert sweep(together)["by_status"] == {"finished": 2}
     with pytest.raises(InputError, match=r"--gpus-per-trial 1\.5: the cluster has 1; take fewer"):
-        sweep(replace(together, train=replace(base, resume=True), gpus_per_trial=1.5))
-    assert train(replace(base, out=str(data.parent / "alone"), cpus_per_worker=1))["epochs"] == 1
+        sweep(replace(together, resume=True, gpus_per_trial=1.5))
+    assert train(replace(together.train, out=str(data.parent / "alone"), cpus_per_worker=1))["epochs"] == 1
 
 
 @pytest.mark.slow

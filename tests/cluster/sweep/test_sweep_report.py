@@ -2,13 +2,16 @@
 
 import json
 import math
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pyarrow.parquet as pq
 import pytest
 
 from cluster.store.store import open_store
-from cluster.sweep.tables import TrialResult, by_setting, result_table, write_report
+from cluster.sweep.results import TrialResult, by_setting
+from cluster.sweep.tables import result_table, write_report
 from cluster.training.config import TrainConfig
 
 PARAMS = ("top_concepts", "tau", "focal_mode")
@@ -54,8 +57,14 @@ def test_the_report_keeps_every_trial_and_the_best_config(tmp_path: Path) -> Non
     assert rows[4]["CIDEr"] is None and rows[4]["reason"] == "loss is nan"
 
     plots = {path.name for path in (tmp_path / "plots").iterdir()}
-    assert plots == {"top_concepts.png", "tau.png", "focal_mode.png", "epochs.png", "parallel_coordinates.png"}
-    assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in plots)
+    assert plots == {"top_concepts.svg", "tau.svg", "focal_mode.svg", "epochs.svg", "parallel_coordinates.svg"}
+    for name in plots:
+        drawing = ElementTree.fromstring((tmp_path / "plots" / name).read_bytes())
+        assert drawing.tag == "{http://www.w3.org/2000/svg}svg", name
+    dots = len(re.findall("<circle", (tmp_path / "plots" / "tau.svg").read_text()))
+    assert dots == 2, "one a setting that has a mean"
+    lines = re.findall("<polyline", (tmp_path / "plots" / "epochs.svg").read_text())
+    assert len(lines) == 4, "one a trial of these"
 
 
 def test_the_table_has_a_line_a_setting_with_reasons() -> None:

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from cluster.training.config import TRAINING_PRESETS, TrainConfig, default_preset, parse_override, preset
+from cluster.options import parse_setting
+from cluster.training.config import TRAINING_PRESETS, TrainConfig, default_preset, preset
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 
@@ -90,10 +91,10 @@ def test_default_preset_follows_the_feature_sizes() -> None:
 
 
 def test_overrides_are_parsed_as_json_or_text() -> None:
-    assert parse_override("top_concepts=3") == ("top_concepts", 3)
-    assert parse_override("focal_mode=off") == ("focal_mode", "off")
+    assert parse_setting("top_concepts=3") == ("top_concepts", 3)
+    assert parse_setting("focal_mode=off") == ("focal_mode", "off")
     with pytest.raises(InputError, match="FIELD=VALUE"):
-        parse_override("top_concepts")
+        parse_setting("top_concepts")
 
 
 def test_configs_are_immutable() -> None:

@@ -20,7 +20,8 @@ from cluster.training.data.batches import Batch, BatchShape
 from cluster.training.data.selection import RowFilter
 from pcm.records import FeatureShape
 from pcm.text.vocabulary import Vocabulary
-from tests.conftest import ROOT, JobRun
+from tests.helpers.job_runs import JobRun
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import TINY
 from tests.helpers.tiny_generation import ANIMALS, PLACES, make_dataset_in_process, tiny_spec, write_corpus
 

@@ -17,19 +17,18 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
-from ray.train.v2._internal.execution.failure_handling import FailureDecision
-from ray.train.v2.api.config import FailureConfig
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train import FailureConfig, WorkerGroupError
 
 from cluster.dataset.layout import load_manifest
 from cluster.evaluation.evaluate import local_checkpoint
-from cluster.sources.pictures import PictureSource
+from cluster.ray_internals import FailureDecision
 from cluster.store.store import open_store
-from cluster.training.config import TrainConfig
+from cluster.training.config import TrainConfig, settable_fields
 from cluster.training.data.mixture import DataSource, common_vocabularies, merged_concepts, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
 from cluster.training.ray_trainer import _FailurePolicy, check_labels, make_trainer
-from cluster.training.train import TrainingFailed, TrainRequest, train
+from cluster.training.request import TrainRequest
+from cluster.training.train import TrainingFailed, train
 from pcm.captioners.captioner import Captioner
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
@@ -62,8 +61,8 @@ def request(world: Path, out: Path, **settings) -> TrainRequest:
     return TrainRequest(data=str(world / "data"), out=str(out), overrides=overrides, cpus_per_worker=1, **settings)
 
 
-def real_pictures(world: Path) -> PictureSource:
-    return PictureSource(images=str(world / "pictures"), references=str(world / "references.csv"))
+def real_pictures(world: Path) -> dict[str, str]:
+    return {"val_images": str(world / "pictures"), "val_references": str(world / "references.csv")}
 
 
 def history(out: Path) -> list[dict]:
@@ -103,7 +102,7 @@ def trained(world: Path, _ray_at_end: None) -> Path:
 
     start_ray(num_cpus=2)
     out = world / "run"
-    summary = train(request(world, out, validation=real_pictures(world)))
+    summary = train(request(world, out, **real_pictures(world)))
     (world / "summary.json").write_text(json.dumps(summary))
     return out
 
@@ -159,18 +158,18 @@ def test_the_best_checkpoint_is_a_captioner(trained: Path, world: Path) -> None:
 
 def test_a_folder_with_a_run_is_not_overwritten(trained: Path, world: Path) -> None:
     with pytest.raises(InputError, match="holds a finished run; add --resume"):
-        train(request(world, trained, validation=real_pictures(world)))
+        train(request(world, trained, **real_pictures(world)))
 
 
 def test_resuming_a_finished_run_changes_nothing(trained: Path, world: Path) -> None:
     before = (trained / "metrics.jsonl").read_bytes()
-    summary = train(request(world, trained, validation=real_pictures(world), resume=True))
+    summary = train(request(world, trained, **real_pictures(world), resume=True))
     assert summary["best"] == json.loads((world / "summary.json").read_text())["best"]
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
 def test_resuming_with_other_settings_is_refused_with_the_difference(trained: Path, world: Path) -> None:
-    changed = request(world, trained, resume=True, validation=real_pictures(world), overrides={"batch_size": 4})
+    changed = request(world, trained, resume=True, **real_pictures(world), overrides={"batch_size": 4})
     with pytest.raises(InputError, match=r"begun otherwise \(batch_size: 8 -> 4"):
         train(changed)
     with pytest.raises(InputError, match="validation: "):
@@ -198,10 +197,10 @@ def test_a_run_whose_driver_and_worker_were_killed_inside_epochs_equals_an_undis
     process.wait()
     assert len(history(out)) < EPOCHS
     with pytest.raises(InputError, match="or give another --out"):
-        train(request(world, out, validation=real_pictures(world)))
+        train(request(world, out, **real_pictures(world)))
 
     # Now the driver is this process, and its worker is killed inside the last epoch.
-    resumed = request(world, out, validation=real_pictures(world), resume=True, checkpoint_every_steps=CHECKPOINT_STEPS)
+    resumed = request(world, out, **real_pictures(world), resume=True, checkpoint_every_steps=CHECKPOINT_STEPS)
     done: list[dict] = []
     driver = threading.Thread(target=lambda: done.append(train(resumed)))
     driver.start()
@@ -255,7 +254,7 @@ def test_a_run_resumes_on_an_object_store_from_several_datasets(
 def test_two_workers_learn_what_one_learns(trained: Path, world: Path, ray_session: None) -> None:
     """Same batches, same dropout, same losses, step by step; with two workers and two parts each."""
     out = world / "workers2"
-    train(request(world, out, num_workers=2, validation=real_pictures(world), overrides={"epochs": EPOCHS}))
+    train(request(world, out, num_workers=2, **real_pictures(world), overrides={"epochs": EPOCHS}))
     one, two = ([row["loss"] for row in losses(each)] for each in (trained, out))
     assert two == pytest.approx(one, rel=TOLERANCE)
 
@@ -381,9 +380,13 @@ def test_a_folder_with_something_else_is_not_a_run(copied: Path) -> None:
         train(request(copied, copied / "out"))
 
 
-def test_preset_and_config_exclude_each_other(copied: Path) -> None:
-    with pytest.raises(InputError, match="give one of the two"):
-        train(request(copied, copied / "out", preset="coco_l14", config="config.json"))
+def test_a_preset_under_a_config_that_sets_every_field_is_refused(copied: Path) -> None:
+    values = TrainConfig().to_dict()
+    every = {name: value for name, value in {**values, **values["model"]}.items() if name in settable_fields()}
+    with pytest.raises(InputError, match="--preset coco_l14: without effect, every field is set"):
+        request(copied, copied / "out", preset="coco_l14", overrides=every)
+    every.pop("tau")
+    assert request(copied, copied / "out", preset="coco_l14", overrides=every).settings["epochs"] == EPOCHS
 
 
 def test_a_first_epoch_in_the_order_of_a_plan_is_of_one_whole_dataset(world: Path, tmp_path: Path) -> None:

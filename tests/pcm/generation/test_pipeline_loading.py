@@ -11,8 +11,9 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from pcm.errors import InputError
 from pcm.generation.diffusers_pipeline import DiffusersTextToImage
 from pcm.generation.pipeline_loading import load_pipeline
+from pcm.generation.seeds import SPEED_FIELDS
 from pcm.images import open_image
-from pcm.spec import SPEED_FIELDS, GeneratorSpec
+from pcm.spec import GeneratorSpec
 from tests.pcm.generation.test_diffusers_pipeline import REQUESTS, spec_of
 
 #: Every option that a CPU can run, with the few-step schedulers that draw noise at every step.

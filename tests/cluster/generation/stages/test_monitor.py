@@ -2,7 +2,8 @@
 
 import pytest
 
-from cluster.generation.stages.monitor import MAX_FRUITLESS_STARTS, MAX_SHARD_STARTS, FaultPolicy, RunMonitor
+from cluster.generation.limits import FaultPolicy
+from cluster.generation.stages.monitor import MAX_FRUITLESS_STARTS, MAX_SHARD_STARTS, RunMonitor
 from pcm.errors import InputError
 
 

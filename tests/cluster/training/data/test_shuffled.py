@@ -152,7 +152,7 @@ def test_batches_hold_the_stored_values(dataset: Path) -> None:
         for position, sample_id in enumerate(batch.sample_ids):
             if sample_id in stored:
                 seen += 1
-                expected = np.array(stored[sample_id]["patch_features"], np.float16)
+                expected = np.frombuffer(stored[sample_id]["patch_features"], np.float16)
                 np.testing.assert_array_equal(batch.patch_features[position].reshape(-1), expected)
                 token_ids, target_ids = vocabulary.encode(stored[sample_id]["caption"], 12)
                 np.testing.assert_array_equal(batch.token_ids[position], token_ids)

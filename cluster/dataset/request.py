@@ -1,0 +1,34 @@
+"""Options about datasets that several jobs share, and the request of jobs.verify."""
+
+from dataclasses import dataclass
+
+from cluster.options import Request, option, refuse_without
+from pcm.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOptions(Request):
+    """Shards."""
+
+    shard_size: int = option(256, help="samples a shard: the unit of work and of commit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyRequest(Request):
+    """A dataset to prove, or with `repair` to make whole; paths or URIs."""
+
+    dataset: str = option(positional=True, help="path or URI")
+    repair: bool = option(False, help="make missing and corrupt shards again, and no others")
+    corpus: str | None = option(
+        None,
+        help="with --repair: where the captions are now, should the plan be damaged",
+        unset="where they were",
+    )
+
+    upgrade: bool = option(False, help="rewrite a dataset of an older schema version in place")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_without(self, "repair", "corpus")
+        if self.upgrade and self.repair:
+            raise InputError("--upgrade, --repair: give one of the two; repair first what is damaged")

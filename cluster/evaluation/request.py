@@ -1,0 +1,104 @@
+"""What a user asks of captioning: `EvaluateRequest` and `CaptionRequest`, and the options that both have."""
+
+from dataclasses import dataclass
+
+from cluster.evaluation.experiments import EXPERIMENTS, SPLIT, experiment
+from cluster.options import Request, check_at_least, option, refuse_others, refuse_without
+from cluster.sources.picture_source import PictureSource
+from pcm.captioners.pcmnet.config import BEAM_SIZE
+from pcm.errors import InputError
+from pcm.spec import DEVICES
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionerOptions(Request):
+    """Captioner."""
+
+    beam_size: int = option(BEAM_SIZE, help="hypotheses of beam search; 1 = greedy")
+    clip: str | None = option(None, metavar="NAME", help="CLIP to use, if it has moved", unset="the checkpoint's")
+    device: str = option("auto", choices=DEVICES, help="where to run; auto is cuda where there is a GPU")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "beam_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionRequest(CaptionerOptions):
+    """Picture files to caption; paths or URIs."""
+
+    images: tuple[str, ...] = option(positional=True, metavar="IMAGE", help="JPEG, PNG, WebP, GIF or BMP files")
+    checkpoint: str = option(metavar="P", help="checkpoint or run of jobs.train: path or URI")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest(CaptionerOptions):
+    """Pictures with references, and a captioner or its captions; paths or URIs.
+
+    Raises InputError for options that do not go together.
+    """
+
+    checkpoint: str | None = option(
+        None, metavar="P", help="checkpoint or run of jobs.train: path or URI", unset="required without --results"
+    )
+    results: str | None = option(
+        None, metavar="FILE", help="score this COCO results file instead; needs --references alone"
+    )
+    images: str | None = option(
+        None, metavar="P", help="folder of pictures, Parquet with image_id and image, embedded:val, embedded:test",
+        unset="required with --checkpoint",
+    )  # fmt: skip
+    references: str | None = option(
+        None, metavar="P", help="Karpathy or COCO JSON, Flickr token, CSV, JSONL, Parquet",
+        unset="the references column of --images",
+    )  # fmt: skip
+    split: str | None = option(
+        None, metavar="NAME", help="the split of the references to use, such as test",
+        unset=f"all, with --experiment {SPLIT}",
+    )  # fmt: skip
+    experiment: str | None = option(
+        None, choices=tuple(EXPERIMENTS), metavar="NAME",
+        help=f"put the paper's figures beside ours: {', '.join(EXPERIMENTS)}",
+    )  # fmt: skip
+    list_experiments: bool = option(False, help="show the paper's experiments and end")
+    num_workers: int | None = option(None, help="caption on so many Ray actors", unset="in this process, without Ray")
+    out: str | None = option(None, metavar="P", help="folder for captions.json (COCO results format) and metrics.json")
+    limit: int | None = option(None, help="the first pictures by image id only", unset="all")
+    shuffled_baseline: bool = option(False, help="also CIDEr of the same captions given to other pictures")
+    seed: int = option(0, help="of the shuffling")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "num_workers", "limit")
+        refuse_without(self, "shuffled_baseline", "seed")
+        if self.list_experiments:
+            refuse_others(self, "list_experiments", (), why="which evaluates nothing")
+            return
+        if self.results is not None:
+            for name in ("checkpoint", "images", "num_workers", "clip"):
+                if (value := getattr(self, name)) is not None:
+                    raise InputError(
+                        f"--{name.replace('_', '-')} {value}: without effect beside --results, which holds captions "
+                        "already; leave it out"
+                    )
+            if self.beam_size != BEAM_SIZE or self.device != "auto":
+                raise InputError("--beam-size, --device: without effect beside --results; leave them out")
+            if self.references is None:
+                raise InputError("--references is missing: what --results is scored with")
+        else:
+            if self.checkpoint is None:
+                raise InputError(
+                    "--checkpoint is missing: give a run of jobs.train, or --results with captions to score"
+                )
+            if self.images is None:
+                raise InputError("--images is missing: the pictures to caption")
+
+    @property
+    def pictures(self) -> PictureSource:
+        """Pictures, references and the split: an experiment's own where none is given."""
+        images = self.images or self.references
+        assert images is not None
+        split = self.split
+        if self.experiment is not None and split is None and experiment(self.experiment).pictures != "NoCaps":
+            split = SPLIT
+        return PictureSource(images=images, references=self.references, split=split)

@@ -1,0 +1,40 @@
+"""What a user asks of an export."""
+
+import os
+from dataclasses import dataclass
+
+from cluster.options import Request, check_at_least, given, option
+from pcm.errors import InputError
+
+FORMATS = ("official", "webdataset", "huggingface")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest(Request):
+    """A dataset or a captioner to write in another format; paths or URIs. Raises InputError for values that cannot be.
+
+    name: of the published folders `NAME_sp0`, ... max_length: tokens of a sentence with its end (both: official).
+    """
+
+    data: str | None = option(None, metavar="P", help="finished dataset: path or URI", unset="none; or --checkpoint")
+    checkpoint: str | None = option(
+        None, metavar="P", help="captioner or training run: path or URI", unset="none; or --data"
+    )
+    out: str = option(metavar="P", help="an empty place: path or URI")
+    to: str = option(choices=FORMATS, help="a captioner: official only")
+    name: str = option("synth", help="official: folders are NAME_sp0, NAME_sp1, ...")
+    max_length: int = option(20, help="official: tokens of a sentence with its end")
+    workers: int = option(min(16, 2 * (os.cpu_count() or 4)), help="threads")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.data) == bool(self.checkpoint):
+            raise InputError("--data, --checkpoint: give one of the two")
+        if self.checkpoint and self.to != "official":
+            raise InputError(f"--to {self.to}: a captioner can be exported --to official only")
+        for name in given(self):
+            if name in ("name", "max_length") and (self.checkpoint or self.to != "official"):
+                raise InputError(
+                    f"--{name.replace('_', '-')}: without effect but on a dataset --to official; leave it out"
+                )
+        check_at_least(self, 1, "workers")

@@ -1,0 +1,131 @@
+"""jobs.generate's work: from a request to a dataset, to a pilot of one, or to samples of one drawn again."""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cluster.dataset.layout import CorpusSource, Plan, load_plan
+from cluster.dataset.plan import make_plan, refuse_other_spec
+from cluster.generation.batch_size import with_batch_size
+from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
+from cluster.generation.pilot import Prediction, run_pilot
+from cluster.generation.pilot import summary as pilot_summary
+from cluster.generation.pinning import dataset_spec, on_device, resolve_device, resolve_dtype
+from cluster.generation.pipeline import GenerationResult, run_pipeline
+from cluster.generation.pools import Pools
+from cluster.generation.presets import with_preset
+from cluster.generation.regenerate import regenerate
+from cluster.generation.request import AUTO, GenerateRequest, GenerationOptions
+from cluster.generation.retry_quarantined import parse_reason, retry_quarantined
+from cluster.session import cluster_cpus, cluster_gpus, start_ray
+from cluster.sources.corpus import CorpusRecord, read_corpus, source_digest
+from cluster.store.store import Store, open_store
+from pcm import embedded
+from pcm.clip.names import truncation_check
+from pcm.errors import InputError
+from pcm.spec import DatasetSpec
+from pcm.text.formats import ReadOptions
+
+log = logging.getLogger(__name__)
+
+
+def generate(request: GenerateRequest) -> dict[str, Any]:
+    """Make the dataset, or go on making it, and summarise; or do what `pilot`, `only` or `retry_quarantined` asks for.
+
+    The summary: expected, stored, quarantined, skipped, images_per_second, seconds, dataset and more; see
+    `GenerationResult.summary`, `pilot.summary`, `regenerate` and `retry_quarantined`. Raises InputError for what
+    cannot be used, before Ray is started wherever that can be told before.
+    """
+    store = open_store(request.out)
+    if request.only is not None:
+        return regenerate(store, request.only, image_out=request.image_out)
+    if request.retry_quarantined is not None:
+        return {**_retry(store, request, request.retry_quarantined), "dataset": request.out}
+    prepared = prepare(store, with_preset(request, request.preset))
+    if request.pilot is not None:
+        return {**pilot_summary(*prepared.pilot(PilotSize.parse(request.pilot))), "dataset": request.out}
+    return {**prepared.generate().summary(), "dataset": request.out}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan that is on the store, and with what it is to be carried out."""
+
+    store: Store
+    plan: Plan
+    pools: Pools
+    faults: FaultPolicy
+    watch: RunLimits
+
+    def generate(self) -> GenerationResult:
+        return run_pipeline(self.store, self.plan, self.pools, faults=self.faults, watch=self.watch)
+
+    def pilot(self, size: PilotSize) -> tuple[Prediction, GenerationResult]:
+        return run_pilot(self.store, self.plan, self.pools, size, faults=self.faults, watch=self.watch)
+
+
+def prepare(store: Store, asked: GenerationOptions) -> Prepared:
+    """Check the request, start Ray and write the plan. Raises InputError, before Ray is started where that can be."""
+    if not asked.corpus:
+        raise InputError("--corpus: missing; give a path or URI of captions, or 'embedded'")
+    spec = dataset_spec(asked, gpus=0)  # the device is known when Ray is
+    if spec.clip.model == "null" and asked.stop_below_clip_score is not None:
+        raise InputError("--stop-below-clip-score: --clip null gives no scores; name a CLIP")
+    uri = embedded.caption_file(asked.corpus)
+    options = ReadOptions.of(asked.caption_column, asked.csv_quoting)
+    source = CorpusSource(
+        source_digest(uri), asked.corpus_format, asked.split, asked.limit, asked.caption_column, asked.csv_quoting
+    )
+    planned = load_plan(store)
+    if planned is not None:
+        refuse_other_spec(store, planned, _resumed(spec, planned, asked), asked.shard_size)
+    records = read_corpus(uri, format=asked.corpus_format, split=asked.split, limit=asked.limit, options=options)
+    if planned is None or planned.source != source:
+        records = _begun(records)
+    is_truncated = truncation_check(spec.clip.model)
+
+    start_ray()
+    device = resolve_device(asked.device, cluster_gpus=cluster_gpus())
+    spec = on_device(spec, device=device, dtype=resolve_dtype(asked.dtype, device=device))
+    pools = Pools.of(asked, device=device, cpus=cluster_cpus(), gpus=cluster_gpus())
+    if asked.batch_size == AUTO:
+        spec = with_batch_size(store, spec, pools)
+    plan = make_plan(
+        store,
+        records,
+        spec,
+        corpus=asked.corpus,
+        shard_size=asked.shard_size,
+        is_truncated=is_truncated,
+        source=source,
+    )
+    return Prepared(store, plan, pools, asked.faults, asked.limits)
+
+
+def _resumed(spec: DatasetSpec, planned: Plan, asked: GenerationOptions) -> DatasetSpec:
+    """The spec, what only the cluster decides as the plan has it."""
+    before = planned.spec.generator
+    if asked.device == AUTO:
+        dtype = before.dtype if asked.dtype == AUTO else asked.dtype
+        spec = on_device(spec, device=before.device, dtype=dtype)
+    if asked.batch_size == AUTO:
+        spec = replace(spec, generator=replace(spec.generator, batch_size=before.batch_size))
+    return spec
+
+
+def _begun(records: Iterator[CorpusRecord]) -> Iterator[CorpusRecord]:
+    """The same records, the first of them read: a corpus that cannot be read is refused now."""
+    first = list(itertools.islice(records, 1))
+    return itertools.chain(first, records)
+
+
+def _retry(store: Store, request: GenerateRequest, reason: str) -> dict[str, Any]:
+    parse_reason(reason)
+    plan = load_plan(store)
+    if plan is None:
+        raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
+    start_ray()
+    pools = Pools.of(request, device=plan.spec.generator.device, cpus=cluster_cpus(), gpus=cluster_gpus())
+    return retry_quarantined(store, plan, reason, pools, faults=request.faults)

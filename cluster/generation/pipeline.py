@@ -1,0 +1,270 @@
+"""Generation: plan -> Ray Data actor pools -> shards on the store -> manifest. Rerun it to resume."""
+
+import json
+import logging
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from cluster.dataset.clip_scores import check_gate
+from cluster.dataset.committed import committed, summaries
+from cluster.dataset.layout import (
+    MANIFEST_KEY,
+    Manifest,
+    Plan,
+    load_plan,
+    shard_key,
+)
+from cluster.dataset.vocabularies import store_vocabularies
+from cluster.generation.cost import Billing
+from cluster.generation.display import Display
+from cluster.generation.limits import FaultPolicy, RunLimits
+from cluster.generation.pools import Pools
+from cluster.generation.progress import RunProgress, Status
+from cluster.generation.stages.draw import DrawShard
+from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.generation.stages.monitor import start_monitor
+from cluster.generation.stages.write import WriteShard
+from cluster.generation.telemetry import Telemetry
+from cluster.session import user_error
+from cluster.store.store import Store
+from pcm.records import FeatureShape
+
+log = logging.getLogger(__name__)
+
+#: Ray Data keeps something in the driver for every shard it is told of. After so many the pools start afresh: at 256
+#: pictures a shard that is every 2.5 million pictures, beside which loading a model again is nothing.
+SHARDS_PER_PIPELINE = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """What a run did, and how it went."""
+
+    manifest: Manifest | None  # None: only some shards were asked for
+    status: Status  # counts, rates and cost of this run
+    startup_seconds: float | None  # until the first drawing; None: nothing was drawn
+    stage_seconds: dict[str, float]
+    billing: Billing
+    watch: RunLimits
+
+    @property
+    def skipped(self) -> int:
+        """Samples that were there already."""
+        return self.status.skipped
+
+    @property
+    def generated(self) -> int:
+        """Pictures stored by this run."""
+        return self.status.images
+
+    def summary(self) -> dict[str, Any]:
+        """What a job prints: the dataset's counts if it is complete, and what this run did and cost."""
+        status, scores = self.status, self.status.scores
+        whole = self.manifest and {
+            "expected": self.manifest.expected,
+            "stored": self.manifest.stored,
+            "quarantined": self.manifest.quarantined,
+            "quarantined_by_reason": self.manifest.quarantined_by_reason,
+            "clip_score_mean": self.manifest.clip_score_mean,
+        }
+        per_1000 = 1000 * status.cost / status.images if status.cost is not None and status.images else None
+        return {
+            **(whole or {}),
+            "skipped": status.skipped,
+            "generated": status.images,
+            "retried": status.retried,
+            "images_per_second": round(status.images_per_second or 0.0, 3),
+            "seconds": round(status.seconds, 2),
+            "startup_seconds": None if self.startup_seconds is None else round(self.startup_seconds, 2),
+            "stage_seconds": {stage: round(spent, 3) for stage, spent in self.stage_seconds.items()},
+            "utilisation": {stage: round(share, 4) for stage, share in status.utilisation.items()},
+            "bytes": status.bytes,
+            "clip_score_histogram": list(scores.histogram),
+            "clip_score_percentiles": {
+                f"p{percent}": None if value is None else round(value, 4)
+                for percent in (5, 25, 50, 75, 95)
+                for value in (scores.percentile(percent),)
+            },
+            "generator_hours": round(status.generator_hours, 6),
+            "gpu_hours": round(status.unit_hours, 6) if self.billing.unit == "GPU" else None,
+            "cost": None if status.cost is None else round(status.cost, 6),
+            "cost_per_1000_images": None if per_1000 is None else round(per_1000, 6),
+            "price_basis": self.billing.basis(spot=self.watch.spot),
+        }
+
+
+def run_pipeline(
+    store: Store,
+    plan: Plan,
+    pools: Pools,
+    *,
+    faults: FaultPolicy | None = None,
+    watch: RunLimits | None = None,
+    shards: Collection[int] | None = None,
+    redo: Collection[int] = (),
+    retry: frozenset[str] = frozenset(),
+    draw: type[DrawShard] = DrawShard,
+) -> GenerationResult:
+    """Make every shard that the plan asks for and the store lacks, then write the manifest.
+
+    With `shards`, only those of them that the store lacks, and no manifest. Shards in `redo` are made again and put in
+    the place of those that are there; with `retry`, only their samples that are quarantined for one of these reasons.
+    Raises InputError when the scores fall below the watch's threshold.
+    """
+    watch = watch or RunLimits()
+    on_store = committed(store, plan)
+    on_store.forget(redo)
+    wanted = range(plan.num_shards) if shards is None else sorted(shards)
+    missing = [shard for shard in wanted if shard not in on_store]
+    total = sum(plan.shard_rows(shard) for shard in wanted)
+    skipped = total - sum(plan.shard_rows(shard) for shard in missing)
+    if skipped:
+        log.info("%d of %d samples are on the store already", skipped, total)
+    features = store_vocabularies(store, plan)
+    billing = Billing.of(pools, device=plan.spec.generator.device, price_per_hour=watch.price_per_hour)
+    progress = RunProgress(total=total, skipped=skipped, actors=actors(pools, len(missing)), billing=billing)
+    if missing:
+        faults = faults or FaultPolicy()
+        monitor = start_monitor(faults)
+        telemetry = Telemetry(store.root, has_clip_scores=plan.spec.clip.model != "null")
+        with Display(progress, telemetry, monitor, gpus_per_generator=billing.units_per_generator) as display:
+            made = shard_stream(store, plan, missing, pools, watched_by=(monitor, faults), retry=retry, draw=draw)
+            for stats in made:
+                on_store.add(stats)
+                display.add(stats)
+                check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
+    status = progress.status()
+    return GenerationResult(
+        manifest=write_manifest(store, plan, features) if shards is None else None,
+        status=status,
+        startup_seconds=progress.startup_seconds,
+        stage_seconds=progress.stage_seconds,
+        billing=billing,
+        watch=watch,
+    )
+
+
+def actors(pools: Pools, shards: int) -> dict[str, int]:
+    """How many actors work at each stage of so many shards; encoding and storing are one pool's."""
+    writers = min(pools.writers, shards)
+    return {
+        "draw": min(pools.generators, shards),
+        "featurise": min(pools.scorers, shards),
+        "encode": writers,
+        "store": writers,
+    }
+
+
+def shard_stream(
+    store: Store,
+    plan: Plan,
+    shards: list[int],
+    pools: Pools,
+    *,
+    watched_by: tuple[ActorHandle, FaultPolicy],
+    retry: frozenset[str] = frozenset(),
+    draw: type[DrawShard] = DrawShard,
+) -> Iterable[dict]:
+    """Run shards through the three pools; yields each shard's stats once it is committed.
+
+    Raises InputError when a model a user named cannot be loaded by the workers, or when the monitor stops the run.
+    """
+    for start in range(0, len(shards), SHARDS_PER_PIPELINE):
+        some = shards[start : start + SHARDS_PER_PIPELINE]
+        yield from _run_pools(store, plan, some, pools, watched_by=watched_by, retry=retry, draw=draw)
+
+
+def _run_pools(
+    store: Store,
+    plan: Plan,
+    shards: list[int],
+    pools: Pools,
+    *,
+    watched_by: tuple[ActorHandle, FaultPolicy],
+    retry: frozenset[str],
+    draw: type[DrawShard],
+) -> Iterable[dict]:
+    monitor, _ = watched_by
+    # Made in this process, a block a shard; from_arrow would start a task for each only to look at it.
+    source = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+    pipeline = (
+        source.map_batches(
+            draw,
+            fn_constructor_args=(store, plan.spec, watched_by, retry),
+            **pools.draw_options(len(shards)),
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+        )
+        .map_batches(
+            FeaturiseShard,
+            fn_constructor_args=(plan.spec.clip, monitor),
+            **pools.featurise_options(len(shards)),
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+        )
+        .map_batches(
+            WriteShard,
+            fn_constructor_args=(store, plan.schema_version),
+            **pools.write_options(len(shards)),
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+        )
+    )
+    try:
+        for batch in pipeline.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+            stats = json.loads(batch["stats"][0].as_py())
+            monitor.committed.remote(stats["shard"])
+            yield stats
+    except ray.exceptions.RayError as error:
+        raise user_error(error) or error from None
+
+
+def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest:
+    """Collect every shard's counts into dataset.json, the last object of a dataset.
+
+    It is not written where the plan has grown meanwhile: that is left to the run that grew it. Raises InputError when
+    the stats of a shard are damaged or missing.
+    """
+    shards = []
+    reasons: dict[str, int] = {}
+    score_sum = 0.0
+    for part in summaries(store, plan):
+        for reason, count in part["quarantined_by_reason"].items():
+            reasons[reason] = reasons.get(reason, 0) + count
+        score_sum += part["clip_score_sum"]
+        shards.append(
+            {
+                "key": shard_key(part["shard"]),
+                "rows": part["successes"],
+                "quarantined": part["failed_to_generate"],
+                "sha256": part["sha256"],
+                "bytes": part["bytes"],
+            }
+        )
+    stored = sum(shard["rows"] for shard in shards)
+    manifest = Manifest(
+        spec=plan.spec,
+        corpus=plan.corpus,
+        corpus_fingerprint=plan.corpus_fingerprint,
+        features=features,
+        expected=plan.expected,
+        stored=stored,
+        quarantined=sum(reasons.values()),
+        quarantined_by_reason=dict(sorted(reasons.items())),
+        clip_score_mean=score_sum / stored if stored else None,
+        shard_bytes=sum(shard["bytes"] for shard in shards),
+        shards=tuple(shards),
+        schema_version=plan.schema_version,
+    )
+    if load_plan(store) == plan:
+        store.write_bytes(MANIFEST_KEY, manifest.to_json())
+    else:
+        log.warning("the corpus has grown meanwhile; %s is left to the run that planned it", MANIFEST_KEY)
+    return manifest

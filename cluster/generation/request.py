@@ -1,0 +1,279 @@
+"""What a user asks of generation: `GenerateRequest`, and the options that jobs.stream shares with it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.dataset.request import ShardOptions
+from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
+from cluster.generation.presets import GENERATION_PRESETS
+from cluster.options import Request, check_at_least, option, refuse_others, refuse_without
+from pcm import embedded
+from pcm.errors import InputError
+from pcm.images import IMAGE_FORMATS
+from pcm.name_value import read_value, split_name_value
+from pcm.spec import ATTENTIONS, COMPILE_MODES, DEVICES, DTYPES, ClipSpec, DatasetSpec, GeneratorSpec
+from pcm.text.csv_records import QUOTINGS
+from pcm.text.detect import FORMATS
+
+AUTO = "auto"
+#: --retry-quarantined: whatever failed through the generator.
+ALL_GENERATOR = "all-generator"
+
+
+def parse_batch_size(text: str) -> int | str:
+    """8 of "8", or "auto". Raises InputError."""
+    if text == AUTO:
+        return text
+    if not text.isdecimal():
+        raise InputError("write a number of pictures, or auto")
+    return int(text)
+
+
+def parse_scheduler_option(text: str) -> tuple[str, str | int | float | bool]:
+    """("use_karras_sigmas", True) of "use_karras_sigmas=true". Raises InputError."""
+    name, value = split_name_value(text, option="--scheduler-option", example="timestep_spacing=trailing")
+    parsed = read_value(value)
+    return name, parsed if isinstance(parsed, (int, float, bool)) else value
+
+
+def parse_generators(text: str) -> int | tuple[int, int]:
+    """8 of "8", (2, 8) of "2:8". Raises InputError."""
+    least, colon, most = text.partition(":")
+    counts = [int(part) for part in ((least, most) if colon else (least,)) if part.isdecimal()]
+    if len(counts) != (2 if colon else 1) or counts != sorted(counts) or counts[0] < 1:
+        raise InputError("write a number such as 8, or MIN:MAX such as 2:8")
+    return (counts[0], counts[1]) if colon else counts[0]
+
+
+def parse_node_label(text: str) -> tuple[str, str]:
+    """("pcmnet.io/role", "generation") of "pcmnet.io/role=generation". Raises InputError."""
+    return split_name_value(text, option="--node-label", form="KEY=VALUE", example="pcmnet.io/role=generation")
+
+
+def check_clip_gpus(value: float) -> float:
+    """Raises InputError for GPUs of an actor that Ray could not reserve."""
+    if not value > 0 or (value > 1 and value != int(value)) or 0.9 < value < 1:
+        raise InputError(
+            f"--clip-gpus {value:g}: a fraction up to 0.9 is shared with a generator; 1, 2, ... are its own"
+        )
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions(Request):
+    """Corpus."""
+
+    corpus: str | None = option(
+        None,
+        help="captions: path or URI, or the embedded pack's: " + ", ".join(embedded.CORPORA),
+        unset="the preset's; required without one",
+    )
+    corpus_format: str = option(
+        AUTO, choices=(AUTO, *FORMATS), help="of the captions; auto tells it from name and content"
+    )
+    caption_column: str | None = option(
+        None,
+        metavar="NAME[,NAME...]",
+        help="columns that hold captions, of CSV, JSONL or Parquet; numbers from 1 for a CSV file without a header",
+        unset="the first of caption, text, ...",
+    )
+    csv_quoting: str = option(
+        QUOTINGS[0], choices=QUOTINGS, help="whether quotes round a CSV field belong to it; auto decides by evidence"
+    )
+    split: str = option("train", help="split of a Karpathy file (train takes restval too), or all")
+    limit: int | None = option(None, help="only the first N records", unset="all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions(Request):
+    """Pictures (all recorded in the manifest)."""
+
+    t2i: str | None = option(
+        None, metavar="NAME", help="diffusers repo id, folder, 'embedded' or 'null'", unset="embedded"
+    )
+    t2i_revision: str | None = option(
+        None, metavar="COMMIT", help="of the repo; a branch is resolved to its commit", unset="the newest commit"
+    )
+    steps: int | None = option(
+        None,
+        help="denoising steps",
+        unset=f"{GeneratorSpec.num_inference_steps}, embedded {embedded.STEPS}",
+    )
+    guidance_scale: float | None = option(
+        None,
+        help="classifier-free guidance",
+        unset=f"{GeneratorSpec.guidance_scale:g}, embedded {embedded.GUIDANCE_SCALE:g}",
+    )
+    width: int | None = option(None, help="pixels", unset="the model's own")
+    height: int | None = option(None, help="pixels", unset="the model's own")
+    scheduler: str | None = option(None, metavar="CLASS", help="diffusers scheduler class", unset="the model's own")
+    scheduler_options: Mapping[str, str | int | float | bool] = option(
+        {},
+        flag="scheduler-option",
+        metavar="NAME=VALUE",
+        parse=parse_scheduler_option,
+        help="of the scheduler's configuration: timestep_spacing=trailing, use_karras_sigmas=true, ...",
+    )
+    negative_prompt: str | None = option(None, metavar="TEXT", help="what a picture should not show")
+    prompt_template: str = option(GeneratorSpec.prompt_template, metavar="TEXT", help="the prompt of a caption")
+    images_per_caption: int = option(DatasetSpec.images_per_caption, help="pictures of each caption")
+    seed: int = option(DatasetSpec.seed, help="with the caption's id, decides the noise of each picture")
+    max_attempts: int = option(GeneratorSpec.max_attempts, help="seeds tried before a bad picture is quarantined")
+    image_format: str = option(GeneratorSpec.image_format, choices=IMAGE_FORMATS, help="as which pictures are stored")
+    image_quality: int = option(GeneratorSpec.image_quality, metavar="Q", help="of JPEG and WebP, 1 to 100")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipOptions(Request):
+    """Scores and features."""
+
+    clip: str | None = option(
+        None, metavar="NAME", help="open_clip NAME, 'embedded' or 'null'", unset="embedded, or null with --t2i null"
+    )
+    clip_revision: str | None = option(None, metavar="COMMIT", help="for hf-hub: names", unset="the newest commit")
+    clip_batch_size: int = option(ClipSpec.batch_size, help="pictures that CLIP encodes at once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedOptions(Request):
+    """Device and speed (recorded too: another batch shape or kernel rounds differently). Few-step models need their
+    scheduler, steps and guidance: LCM --scheduler LCMScheduler --steps 4 --guidance-scale 1; Turbo --steps 1 to 4
+    --guidance-scale 0; Lightning and Hyper-SD also --scheduler-option timestep_spacing=trailing."""
+
+    device: str = option(AUTO, choices=DEVICES, help="auto is cuda where the cluster has a GPU")
+    dtype: str = option(AUTO, choices=(AUTO, *DTYPES), help="auto is bfloat16 on GPUs, float32 on CPUs")
+    batch_size: int | str = option(
+        GeneratorSpec.batch_size, metavar="N|auto", parse=parse_batch_size,
+        help="pictures drawn at once; auto measures first",
+    )  # fmt: skip
+    attention: str = option(GeneratorSpec.attention, choices=ATTENTIONS, help="default is torch's fused one")
+    channels_last: bool = option(False, help="convolutions in NHWC")
+    compile: str = option(
+        GeneratorSpec.compile, choices=COMPILE_MODES, bare="default", help="torch.compile of the denoiser"
+    )
+    vae_slicing: bool = option(False, help="decode picture by picture: less memory")
+    vae_tiling: bool = option(False, help="decode large pictures in tiles: less memory")
+    prompt_cache: bool = option(False, help="encode each distinct prompt once, alone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions(Request):
+    """Machine."""
+
+    generators: int | tuple[int, int] | None = option(
+        None, metavar="N|MIN:MAX", parse=parse_generators,
+        help="generator actors, or the least and most of a pool that grows", unset="one a GPU, or one a core",
+    )  # fmt: skip
+    scorers: int | None = option(
+        None, help="CLIP actors", unset="as many as share or need a GPU, or one for 8 generators"
+    )
+    clip_gpus: float = option(
+        0.2, help="GPUs of a CLIP actor: a fraction is taken from a generator's GPU, 1 or more are its own"
+    )
+    node_label: tuple[str, str] | None = option(
+        None, metavar="KEY=VALUE", parse=parse_node_label, help="run only on nodes with this Ray label", unset="any"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions(Request):
+    """Watching and cost. Cost = price x GPUs that the run reserves (one a generator, from the moment it is there) x
+    hours, start-up included; drawing on CPUs, price x machines of the cluster x hours. Storage and traffic are not in
+    it."""
+
+    price_per_hour: float | None = option(
+        RunLimits.price_per_hour, help="of one GPU, or of one machine on CPUs", unset="no cost is given"
+    )
+    spot: bool = option(RunLimits.spot, help="the price is of spot capacity: a label in the summary")
+    stop_below_clip_score: float | None = option(
+        RunLimits.stop_below_clip_score, 
+        help="stop once at least 64 pictures have a mean clip score (raw cosine) two standard errors below X",
+        unset="never",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultOptions(Request):
+    """Faults."""
+
+    batch_timeout: float = option(FaultPolicy.batch_timeout, metavar="S", help="seconds a batch may take")
+    max_error_share: float = option(
+        FaultPolicy.max_error_share, 
+        help="stop once more than this share of at least 64 samples has failed in the generator",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(
+    FaultOptions, WatchOptions, MachineOptions, ShardOptions, SpeedOptions, ClipOptions, PictureOptions, CorpusOptions
+):
+    """What says how a whole dataset is made. Raises InputError for what cannot be."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = "limit steps images_per_caption max_attempts clip_batch_size scorers shard_size"
+        check_at_least(self, 1, *counts.split())
+        if isinstance(self.batch_size, int):
+            check_at_least(self, 1, "batch_size")
+        check_clip_gpus(self.clip_gpus)
+        refuse_without(self, "price_per_hour", "spot")
+        self.faults, self.limits  # noqa: B018  # check themselves
+
+    @property
+    def faults(self) -> FaultPolicy:
+        return FaultPolicy(batch_timeout=self.batch_timeout, max_error_share=self.max_error_share)
+
+    @property
+    def limits(self) -> RunLimits:
+        return RunLimits(
+            price_per_hour=self.price_per_hour, spot=self.spot, stop_below_clip_score=self.stop_below_clip_score
+        )
+
+
+#: What --retry-quarantined listens to; the rest stands in the dataset.
+_OF_RETRY = ("out", *MachineOptions.__annotations__, *FaultOptions.__annotations__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest(GenerationOptions):
+    """A dataset to make, or with `only` or `retry_quarantined` what to do to the one at `out`; paths or URIs.
+
+    Raises InputError for values that cannot be, and for options that have no effect together.
+    """
+
+    out: str = option(help="dataset: path or URI")
+    preset: str | None = option(
+        None,
+        choices=tuple(GENERATION_PRESETS),
+        metavar="NAME",
+        help=f"{', '.join(GENERATION_PRESETS)}: its values for what is not given (cluster/generation/presets.py)",
+    )
+    only: str | None = option(None, metavar="SAMPLE_ID", help="regenerate one sample of --out alone and compare")
+    image_out: str | None = option(None, metavar="FILE", help="with --only: write the regenerated picture here")
+    pilot: str | None = option(
+        None,
+        metavar="1%|N",
+        help="make only so many samples, in evenly spaced shards that the full run skips, at least one a generator; "
+        "predict images/s, hours, bytes and cost of the whole",
+    )
+    retry_quarantined: str | None = option(
+        None,
+        metavar="REASON",
+        help=f"of the dataset --out, try the samples quarantined for REASON again; {ALL_GENERATOR}: whatever failed "
+        "through the generator",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_without(self, "only", "image_out")
+        if self.image_out and not os.path.isdir(os.path.dirname(self.image_out) or "."):
+            raise InputError(f"--image-out {self.image_out}: its folder is not there; make it first")
+        if self.only is not None:
+            refuse_others(self, "only", ("out", "image_out"), why="which takes everything from the dataset")
+        elif self.retry_quarantined is not None:
+            refuse_others(self, "retry_quarantined", _OF_RETRY, why="which takes the rest from the dataset")
+        elif self.corpus is None and self.preset is None:
+            raise InputError("--corpus: missing; give a path or URI of captions, or 'embedded'")
+        if self.pilot is not None:
+            PilotSize.parse(self.pilot)

@@ -1,0 +1,122 @@
+"""What a user asks of ingest: `PhotoRequest` and `ImportRequest`, and the options that both have."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.dataset.request import ShardOptions
+from cluster.options import Request, check_at_least, option, parse_setting, refuse_others, refuse_without
+from pcm.errors import InputError
+from pcm.official.settings import SETTINGS, check_settings
+from pcm.spec import DEVICES, DTYPES
+from pcm.text.detect import FORMATS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions(ShardOptions):
+    """Machine."""
+
+    workers: int = option(min(16, 2 * (os.cpu_count() or 4)), help="threads that read")
+    device: str = option("auto", choices=DEVICES, help="where CLIP runs; auto is cuda where there is a GPU")
+    dtype: str = option("auto", choices=("auto", *DTYPES), help="of CLIP; auto is bfloat16 on GPUs, float32 on CPUs")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "shard_size", "workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoRequest(ReadingOptions):
+    """Real photos to make a dataset of; paths or URIs.
+
+    `images` as in `cluster.sources.pictures.PictureSource`, `captions` any file that `cluster.sources.corpus` reads,
+    with the photo of each caption.
+    """
+
+    images: str = option(
+        metavar="P",
+        help="folder of JPEG, PNG or WebP files, Parquet with image_id and image, embedded:val, embedded:test",
+    )
+    captions: str = option(
+        metavar="P",
+        help="Karpathy or COCO JSON, Flickr token, CSV, JSONL or Parquet that names the photo of each caption",
+    )
+    out: str = option(metavar="P", help="dataset: path or URI")
+    clip: str = option("embedded", metavar="NAME", help="open_clip NAME, such as ViT-L-14/openai; that of the mix")
+    split: str = option("train", help="split of a Karpathy file (train takes restval too), or all")
+    limit: int | None = option(None, help="the captions of the first N photos of the file only", unset="all")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "limit")
+        if self.clip == "null":
+            raise InputError("--clip null: has no features; give an open_clip model or 'embedded'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFiles(ReadingOptions):
+    """A dataset."""
+
+    annotations: str | None = option(None, metavar="PICKLE", help="pickled list of annotations")
+    images: str | None = option(
+        None, metavar="P",
+        help="folder of IMAGE_ID.jpg; {split_id} in it is replaced, as in images/coco_sp{split_id}",
+        unset="required with --annotations",
+    )  # fmt: skip
+    features: str | None = option(
+        None, metavar="P", help="folder of IMAGE_ID.npz, likewise", unset="computed with --clip"
+    )
+    clip_head: str | None = option(
+        None, metavar="PTH", help="take the CLIP head of this checkpoint", unset="that of --clip, loaded"
+    )
+    captions: str | None = option(
+        None, metavar="P", help="the sentences as written, any caption file", unset="from the word ids"
+    )
+    captions_format: str = option("auto", choices=("auto", *FORMATS), help="of --captions; auto tells it")
+    captions_split: str = option("train", metavar="NAME", help="split of a Karpathy file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionerFiles(Request):
+    """A captioner."""
+
+    checkpoint: str | None = option(None, metavar="PTH", help="published .pth")
+    settings: Mapping[str, Any] = option(
+        {}, flag="set", metavar="FIELD=VALUE", parse=parse_setting,
+        help=f"what a checkpoint does not show: {', '.join(SETTINGS)}", unset="as published",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportRequest(CaptionerFiles, DatasetFiles):
+    """Published files to make a dataset or a captioner of; paths or URIs.
+
+    `{split_id}` in `images` and `features` is each picture's own. `clip`: that which made the features, or is to make
+    them. Raises InputError for options that do not go together.
+    """
+
+    out: str = option(metavar="P", help="dataset or captioner: path or URI")
+    vocabulary: str = option(metavar="P", help="vocabulary.txt")
+    clip: str = option(metavar="NAME", help="the open_clip NAME of the features, such as ViT-L-14/openai")
+    concepts: str | None = option(
+        None, metavar="P", help="concept pickle (or ours)", unset="of a dataset: built with --clip; else required"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.annotations) == bool(self.checkpoint):
+            raise InputError("--annotations, --checkpoint: give one of the two, for a dataset or a captioner")
+        if self.checkpoint is not None:
+            if not self.concepts:
+                raise InputError("--concepts: missing; a captioner needs the concept file it was trained with")
+            of_both = ("out", "vocabulary", "clip", "concepts", "settings")
+            refuse_others(self, "checkpoint", of_both, why="which is a captioner")
+            check_settings(self.settings)
+            return
+        if not self.images:
+            raise InputError("--images: missing; a dataset is its pictures, give their folder")
+        refuse_without(self, "checkpoint", "settings")
+        if self.features is not None and (self.device != "auto" or self.dtype != "auto"):
+            raise InputError("--device, --dtype: without effect beside --features, which are computed; leave them out")
+        refuse_without(self, "captions", "captions_format", "captions_split")

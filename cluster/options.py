@@ -1,0 +1,133 @@
+"""What a user can ask of a job: frozen dataclasses, whose fields hold an option's name, type, default and text.
+
+The command line, a --config file and Python callers all read these fields, so a default stands once. Options that
+several requests share are a class of their own, from which the requests inherit; its docstring is the title of the
+group in --help. The modules that define requests import neither torch nor Ray, so that --help is fast.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pcm.credentials import refuse_credentials_in
+from pcm.errors import InputError, not_known
+from pcm.name_value import read_value, split_name_value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What --help and the command line need to know of a field besides its name, type and default."""
+
+    help: str
+    #: Name on the command line, where it is not the field's.
+    flag: str | None = None
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    #: The value of one argument's text; None: by the field's type.
+    parse: Callable[[str], Any] | None = None
+    #: What --help says of a default that is None.
+    unset: str = "none"
+    #: What the flag means without a value; None: it needs one.
+    bare: str | None = None
+    #: Given without a flag.
+    positional: bool = False
+
+
+def option(default: Any = dataclasses.MISSING, **described: Any) -> Any:
+    """A field of a request; `described` as in `Option`. Without a default it is required."""
+    metadata = {"option": Option(**described)}
+    if default is dataclasses.MISSING:
+        return field(metadata=metadata)
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Base of all requests. Raises InputError for a value that is none of an option's choices, or has a credential."""
+
+    #: What a --config file of this request may hold besides its fields.
+    FILE_HELP: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        refuse_credentials_in(self)
+        for name, described in options_of(type(self)).items():
+            value = getattr(self, name)
+            if described.choices and value is not None and value not in described.choices:
+                raise not_known(flag(type(self), name), value, described.choices)
+
+    @classmethod
+    def file_fields(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that a --config file means."""
+        return dict(values)
+
+
+def options_of(request: type[Request]) -> dict[str, Option]:
+    """Field name -> Option, of every field that the command line knows."""
+    return {entry.name: entry.metadata["option"] for entry in dataclasses.fields(request) if "option" in entry.metadata}
+
+
+def flag(request: type[Request], name: str) -> str:
+    """ "--clip-gpus" of the field clip_gpus; the metavar of one that is given without a flag."""
+    described = options_of(request)[name]
+    if described.positional:
+        return described.metavar or name.upper()
+    return f"--{(described.flag or name).replace('_', '-')}"
+
+
+def given(request: Request) -> list[str]:
+    """Fields whose value is not the default."""
+    return [
+        entry.name
+        for entry in dataclasses.fields(request)
+        if "option" in entry.metadata and getattr(request, entry.name) != _default(entry)
+    ]
+
+
+def shared(request: Request, wanted: type[Request]) -> dict[str, Any]:
+    """The values of `request` for the fields that `wanted` has too."""
+    names = {entry.name for entry in dataclasses.fields(request)}
+    return {entry.name: getattr(request, entry.name) for entry in dataclasses.fields(wanted) if entry.name in names}
+
+
+def refuse_others(request: Request, because: str, allowed: Iterable[str], *, why: str) -> None:
+    """Raises InputError for a given option without effect beside the field `because`: nothing is silently ignored."""
+    kind = type(request)
+    if useless := [name for name in given(request) if name not in (because, *allowed)]:
+        flags = ", ".join(flag(kind, name) for name in useless)
+        raise InputError(f"{flags}: without effect beside {flag(kind, because)}, {why}; leave it out")
+
+
+def refuse_without(request: Request, needed: str, *names: str) -> None:
+    """Raises InputError for a given option that has no effect where the field `needed` is not given."""
+    kind, present = type(request), given(request)
+    if needed not in present:
+        for name in names:
+            if name in present:
+                raise InputError(f"{flag(kind, name)} {_shown(getattr(request, name))}needs {flag(kind, needed)}")
+
+
+def check_at_least(request: Request, least: int, *names: str) -> None:
+    """Raises InputError for a number that is too small; None is none."""
+    for name in names:
+        value = getattr(request, name)
+        if value is not None and value < least:
+            raise InputError(f"{flag(type(request), name)} {value}: must be at least {least}")
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """("top_concepts", 3) of "top_concepts=3": JSON where it is, else text. Raises InputError."""
+    name, value = split_name_value(text, option="--set", form="FIELD=VALUE", example="top_concepts=3")
+    return name, read_value(value)
+
+
+def _shown(value: object) -> str:
+    return "" if value is True else f"{value}: "
+
+
+def _default(entry: dataclasses.Field) -> Any:
+    if entry.default_factory is not dataclasses.MISSING:
+        return entry.default_factory()
+    return entry.default

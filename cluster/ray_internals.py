@@ -1,0 +1,66 @@
+"""All that is used of Ray outside its public interface, in one file: the first to read when Ray is upgraded.
+
+`pyproject.toml` admits one minor version of Ray, and tests/cluster/test_ray_internals.py names each of these and calls
+it as we do. The public counterpart of none of them can do what is said beside it.
+"""
+
+from typing import Any
+
+import ray.train
+from ray.train._internal.session import get_session
+from ray.train.torch import TorchTrainer
+from ray.train.torch.config import _TorchBackend as TorchBackend  # starts the workers' process group
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
+from ray.train.v2.api.exceptions import (
+    TrainingFailedError,  # ray.train's at run time, which a type checker does not know
+)
+
+__all__ = [
+    "DefaultFailurePolicy",
+    "FailureDecision",
+    "LocalReports",
+    "PolicyTrainer",
+    "TorchBackend",
+    "TrainingFailedError",
+    "train_in_this_process",
+]
+
+
+class PolicyTrainer(TorchTrainer):
+    """A TorchTrainer with a failure policy of our own: Ray's retries every error, those of the input too."""
+
+    failure_policy: type[DefaultFailurePolicy] = DefaultFailurePolicy
+    #: False leaves out Ray's clean-up after a lost controller, which asks the dashboard and, where none was started,
+    #: prints a traceback.
+    cleans_up = True
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        settings["failure_policy"] = self.failure_policy(self.run_config.failure_config)  # type: ignore[arg-type]
+        return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+        return [each for each in callbacks if self.cleans_up or not isinstance(each, PlacementGroupCleanerCallback)]
+
+
+class LocalReports(LocalTrainFnUtils):
+    """What ray.train's functions do where training runs in this process; a subclass says what becomes of a report.
+
+    Ray's local mode cannot be told where to begin, and keeps reports to itself.
+    """
+
+    def __init__(self, *, name: str, checkpoint: ray.train.Checkpoint | None = None) -> None:
+        """`checkpoint`: what ray.train.get_checkpoint() gives."""
+        super().__init__(experiment_name=name)
+        self._last_checkpoint = checkpoint  # type: ignore[assignment]
+
+
+def train_in_this_process(reports: LocalReports) -> None:
+    """From now on a training loop can be called here as a plain function. In a trial of Ray Tune too, where Ray Train's
+    functions would refuse to be called: they want a session with a rank.
+    """
+    if (session := get_session()) is not None:
+        session.world_rank = 0
+    set_train_fn_utils(reports)

@@ -1,0 +1,339 @@
+"""The command line of every job, made from its request: help, one-line errors, --config, one JSON line on stdout.
+
+Written on argparse: jsonargparse and tyro were tried, and neither keeps repeatable options (`--data A --data B`,
+`--set NAME=VALUE`) and errors of one line.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import logging
+import os
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from cluster.options import Option, Request, flag, options_of
+from pcm.credentials import refuse_credentials
+from pcm.errors import InputError, one_line
+
+_CONFIG = "--config"
+_WIDTH = 78  # of paragraphs in --help
+_KINDS = {int: "a whole number", float: "a number"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """`python -m PACKAGE.NAME`: what it takes, and the function from that to its summary."""
+
+    name: str
+    description: str
+    request: type[Request]
+    run: Callable[[Any], dict[str, Any]]
+    package: str = "jobs"
+
+    @property
+    def command(self) -> str:
+        return f"python -m {self.package}.{self.name}"
+
+    def main(self, argv: Sequence[str] | None = None) -> None:
+        """Read the request, run, print the summary as one JSON line, exit.
+
+        0 = done; 2 = bad arguments or input, with one line on stderr; anything else raises, so Python prints the
+        traceback and exits with 1. A summary may carry `"ok": False` (a check that ran and failed): exit 1.
+        """
+        try:
+            request = self.read(sys.argv[1:] if argv is None else argv)
+        except InputError as error:
+            end_with_error(f"{error} (see `{self.command} --help`)")
+        set_up_logging()
+        try:
+            summary = self.run(request)
+        except InputError as error:
+            end_with_error(str(error))
+        sys.stderr.flush()
+        print(json.dumps(summary, allow_nan=False), flush=True)
+        if summary.get("ok") is False:
+            sys.exit(1)
+
+    def read(self, argv: Sequence[str]) -> Any:
+        """The request that the arguments mean. Raises InputError."""
+        for text in argv:
+            refuse_credentials(text)  # errors show what was given
+        given = _arguments(self._parser(), argv, self.request)
+        config = given.pop(_CONFIG, None)
+        values = _file_values(self.request, config) if config is not None else {}
+        for name, value in given.items():
+            earlier = values.get(name)
+            values[name] = {**earlier, **value} if isinstance(earlier, dict) else value
+        missing = [
+            flag(self.request, entry.name)
+            for entry in dataclasses.fields(self.request)
+            if _is_required(entry) and entry.name not in values
+        ]
+        if missing:
+            raise InputError(f"{', '.join(missing)}: missing")
+        return self.request(**values)
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the description."""
+        return self.description.partition(". ")[0].partition(".\n")[0].removesuffix(".")
+
+    def help(self) -> str:
+        return self._parser().format_help()
+
+    def _parser(self) -> "_Parser":
+        required = " ".join(
+            _usage(self.request, entry.name) for entry in dataclasses.fields(self.request) if _is_required(entry)
+        )
+        parser = _Parser(
+            prog=self.command,
+            usage=" ".join(f"{self.command} {required} [options]".split()),
+            description=self.description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        groups: dict[type, Any] = {}
+        for name, described in options_of(self.request).items():
+            owner = next(kind for kind in self.request.__mro__ if name in inspect.get_annotations(kind))
+            if owner is self.request:
+                _add(parser, self.request, name, described)
+                continue
+            if owner not in groups:
+                title, _, text = (owner.__doc__ or "").partition(".")
+                described_as = textwrap.fill(" ".join(text.split()), _WIDTH) or None
+                groups[owner] = parser.add_argument_group(title.strip(), described_as)
+            _add(groups[owner], self.request, name, described)
+        parser.add_argument(
+            _CONFIG, dest=_CONFIG, metavar="FILE", default=argparse.SUPPRESS,
+            help="YAML or JSON file, path or URI, of these options by name, with _ for -; the command line wins. "
+            f"{self.request.FILE_HELP}(default: none)",
+        )  # fmt: skip
+        return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises InputError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message.removeprefix("argument "))
+
+
+def end_with_error(message: str) -> NoReturn:
+    """One line on stderr, and exit status 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def set_up_logging() -> None:
+    logging.basicConfig(
+        level=os.environ.get("PCM_LOG_LEVEL", "INFO"),
+        format="%(asctime)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_worth_reading)
+    for chatty in ("httpx", "httpcore", "botocore", "aiobotocore", "s3fs", "fsspec", "PIL", "filelock"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    """open_clip narrates its loading on the root logger; only its warnings concern a user."""
+    return record.name != "root" or record.levelno >= logging.WARNING
+
+
+def _add(group: Any, request: type[Request], name: str, described: Option) -> None:
+    entry = next(entry for entry in dataclasses.fields(request) if entry.name == name)
+    shape = _shape(request, name)
+    text = f"{described.help} ({_default_text(entry, described, shape)})".replace("%", "%%")
+    settings: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
+    if described.positional:
+        nargs = "*" if shape.repeated else "?"
+        group.add_argument(name, nargs=nargs, metavar=flag(request, name), help=text, default=argparse.SUPPRESS)
+        return
+    if shape.item is bool:
+        group.add_argument(flag(request, name), dest=name, action=argparse.BooleanOptionalAction, **settings)
+        return
+    settings["metavar"] = _metavar(request, name)
+    if shape.repeated or shape.pairs:
+        settings["action"] = "append"
+    if described.bare is not None:
+        settings |= {"nargs": "?", "const": described.bare}
+    group.add_argument(flag(request, name), dest=name, **settings)
+
+
+def _arguments(parser: _Parser, argv: Sequence[str], request: type[Request]) -> dict[str, Any]:
+    """Field -> value, of what was given."""
+    namespace, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown:
+        raise _unknown_argument(unknown, request)
+    values = {}
+    for name, value in vars(namespace).items():
+        if name == _CONFIG:
+            values[name] = value
+        elif value != [] or not options_of(request)[name].positional:
+            values[name] = _read(request, name, value, flag(request, name))
+    return values
+
+
+def _unknown_argument(unknown: list[str], request: type[Request]) -> InputError:
+    shown = next((text for text in unknown if text.startswith("-")), unknown[0])
+    if not shown.startswith("-"):
+        return InputError(f"{shown}: not known; it belongs to no option")
+    name = shown.partition("=")[0]
+    flags = [_CONFIG, *(flag(request, field) for field in options_of(request))]
+    near = difflib.get_close_matches(name, flags, n=1)
+    return InputError(f"{name}: not known" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _file_values(request: type[Request], place: str) -> dict[str, Any]:
+    """Field -> value, of a --config file. Raises InputError."""
+    fields = request.file_fields(_load(place))
+    names = options_of(request)
+    by_flag = {flag(request, name).removeprefix("--").replace("-", "_"): name for name in names}
+    values = {}
+    for key, value in fields.items():
+        name = key if key in names else by_flag.get(str(key).replace("-", "_"))
+        if name is None:
+            near = difflib.get_close_matches(str(key), [*names, *by_flag], n=1)
+            guess = f"; did you mean {near[0]!r}?" if near else f"; allowed are {', '.join(by_flag)}"
+            raise InputError(f"{place}: {key!r} is not known{guess}")
+        if value is None:
+            continue
+        values[name] = _read(request, name, _as_arguments(value), f"{place}: {key}")
+    return values
+
+
+def _load(place: str) -> dict[str, Any]:
+    import yaml
+
+    from cluster.store.store import read_uri
+
+    data = read_uri(place)
+    try:
+        found = json.loads(data)  # first: YAML takes 1e-8, which JSON writes, for a text
+    except ValueError:
+        try:
+            found = yaml.safe_load(data)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{place}: neither JSON nor YAML ({one_line(error)})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{place}: must hold NAME: value, an object in JSON")
+    return found
+
+
+def _as_arguments(value: Any) -> Any:
+    """A value of a file as the command line would have it: text, texts, or a bool."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, dict):
+        return [f"{name}={_text(item)}" for name, item in value.items()]
+    if isinstance(value, list):
+        return [_text(item) for item in value]
+    return _text(value)
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    refuse_credentials(text)
+    return text
+
+
+def _read(request: type[Request], name: str, given: Any, shown: str) -> Any:
+    """The value of a field from its texts. `shown` is what errors call it."""
+    described, shape = options_of(request)[name], _shape(request, name)
+    if shape.item is bool:
+        if not isinstance(given, bool):
+            raise InputError(f"{shown} {given!r}: must be true or false")
+        return given
+    if isinstance(given, bool):
+        given = _text(given)
+    if shape.pairs or shape.repeated:
+        items = [_read_one(described, shape, text, shown) for text in (given if isinstance(given, list) else [given])]
+        if not shape.pairs:
+            return tuple(items)
+        if twice := [key for number, (key, _) in enumerate(items) if key in dict(items[:number])]:
+            raise InputError(f"{shown} {twice[0]}: is given twice; give it once")
+        return dict(items)
+    if isinstance(given, list):
+        raise InputError(f"{shown} {' '.join(given)}: takes one value")
+    return _read_one(described, shape, given, shown)
+
+
+def _read_one(described: Option, shape: "_Shape", text: str, shown: str) -> Any:
+    if described.parse is not None:
+        try:
+            return described.parse(text)
+        except InputError as error:
+            message = str(error)
+            raise InputError(message if message.startswith(shown) else f"{shown} {text}: {message}") from None
+    try:
+        return shape.item(text)
+    except ValueError:
+        raise InputError(f"{shown} {text}: must be {_KINDS[shape.item]}") from None
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How a field is written: one value of type `item`, several, or NAME=VALUE pairs."""
+
+    item: type
+    repeated: bool = False
+    pairs: bool = False
+
+
+def _shape(request: type[Request], name: str) -> _Shape:
+    hint = typing.get_type_hints(request)[name]
+    parts = [
+        part
+        for part in (typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,))
+        if part is not type(None)
+    ]
+    for part in parts:
+        origin = typing.get_origin(part)
+        if origin is tuple and typing.get_args(part)[-1] is Ellipsis:
+            return _Shape(typing.get_args(part)[0], repeated=True)
+        if isinstance(origin, type) and issubclass(origin, Mapping):
+            return _Shape(str, pairs=True)
+    return _Shape(parts[0])
+
+
+def _metavar(request: type[Request], name: str) -> str:
+    described = options_of(request)[name]
+    if described.metavar:
+        return described.metavar
+    if described.choices:
+        return "|".join(described.choices)
+    return {int: "N", float: "X"}.get(_shape(request, name).item, name.upper())
+
+
+def _usage(request: type[Request], name: str) -> str:
+    described = options_of(request)[name]
+    if described.positional:
+        return flag(request, name) + ("..." if _shape(request, name).repeated else "")
+    return f"{flag(request, name)} {_metavar(request, name)}"
+
+
+def _is_required(entry: dataclasses.Field) -> bool:
+    return entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+
+
+def _default_text(entry: dataclasses.Field, described: Option, shape: _Shape) -> str:
+    more = "; repeatable" if shape.repeated or shape.pairs else ""
+    if described.positional:
+        more = "; one or more" if shape.repeated else ""
+    if _is_required(entry):
+        return f"required{more}"
+    if entry.default in (None, ()) or entry.default is dataclasses.MISSING:
+        return f"default: {described.unset}{more}"
+    if shape.item is bool:
+        return f"default: {'on' if entry.default else 'off'}"
+    return f"default: {entry.default}{more}"

@@ -1,0 +1,48 @@
+"""PCM-Net as a captioning method: see pcm.captioners.interface."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from pcm.captioners.interface import CONCEPTS_FILE, CONFIG_FILE, MODEL_FILE, VOCABULARY_FILE, Decoded
+from pcm.captioners.pcmnet.config import PCMNetConfig
+from pcm.captioners.pcmnet.decoding import beam_search
+from pcm.captioners.pcmnet.model import PCMNet
+from pcm.errors import InputError, one_line
+from pcm.text.concepts import ConceptVocabulary
+from pcm.text.vocabulary import Vocabulary
+
+
+class PCMNetMethod:
+    name = "pcmnet"
+    files = (VOCABULARY_FILE, CONCEPTS_FILE, MODEL_FILE, CONFIG_FILE)
+    inputs = ("global_feature", "patch_features", "token_ids")
+
+    def load(self, folder: Path, document: Mapping[str, Any]) -> PCMNet:
+        model = PCMNet(PCMNetConfig(**document["model"]))
+        model.set_concepts(torch.from_numpy(ConceptVocabulary.load(folder / CONCEPTS_FILE).embeddings))
+        try:
+            model.load_state_dict(safetensors.torch.load_file(folder / MODEL_FILE))
+        except (SafetensorError, RuntimeError) as error:
+            reason = one_line(error, longest=300)
+            raise InputError(f"{folder / MODEL_FILE}: does not fit its {CONFIG_FILE} ({reason})") from None
+        return model
+
+    def encode(self, captions: Sequence[str], vocabulary: Vocabulary, *, length: int) -> tuple[np.ndarray, np.ndarray]:
+        token_ids, target_ids = zip(*(vocabulary.encode(caption, length) for caption in captions), strict=True)
+        return np.stack(token_ids), np.stack(target_ids)
+
+    def words(self, network: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return network(*(rows[name] for name in self.inputs)), rows["target_ids"]
+
+    def decode(self, network: PCMNet, global_feature: Tensor, patch_features: Tensor, *, beam_size: int) -> Decoded:
+        return beam_search(network, global_feature, patch_features, beam_size=beam_size)
+
+
+PCMNET = PCMNetMethod()

@@ -1,0 +1,17 @@
+"""What a text-to-image NAME stands for; diffusers and torch are not imported."""
+
+from pcm import embedded
+
+#: Names the generator of a dataset whose pictures were drawn elsewhere.
+IMPORTED = "imported"
+#: Names the generator of a dataset of real photos.
+PHOTOS = "photos"
+#: Generators that draw nothing, and the jobs that make their datasets.
+UNDRAWN = {IMPORTED: "jobs.import_official", PHOTOS: "jobs.featurise"}
+
+
+def model_source(model: str) -> str:
+    """What diffusers loads for a NAME: the embedded pack's folder, a folder, or a repo id."""
+    if model == "embedded":
+        return str(embedded.t2i_path())
+    return model

@@ -1,0 +1,108 @@
+"""Each thing of Ray that is not public, named and called as we call it: what an upgrade of Ray breaks is seen here."""
+
+import inspect
+
+import pytest
+import ray.train
+from ray.train import FailureConfig, WorkerGroupError
+from ray.train._internal.session import get_session
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution import train_fn_utils
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+
+from cluster import ray_internals
+from cluster.ray_internals import LocalReports, PolicyTrainer, train_in_this_process
+
+
+def parameters(function: object) -> list[str]:
+    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (get_session, []),
+        (_TorchBackend.on_start, ["self", "worker_group", "backend_config"]),
+        (DefaultFailurePolicy.__init__, ["self", "failure_config"]),
+        (DefaultFailurePolicy.make_decision, ["self", "training_failed_error"]),
+        (PlacementGroupCleanerCallback.__init__, ["self"]),
+        (TorchTrainer._initialize_and_run_controller, ["self", "controller_init_kwargs"]),
+        (TorchTrainer._create_default_callbacks, ["self"]),
+        (train_fn_utils.set_train_fn_utils, ["train_fn_utils"]),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_ray_still_has_it_with_the_signature_we_call(function: object, expected: list[str]) -> None:
+    names = [name for name in parameters(function) if name not in ("args", "kwargs")]
+    assert names[: len(expected)] == expected
+    assert all(
+        each.default is not inspect.Parameter.empty or each.kind is inspect.Parameter.VAR_KEYWORD
+        for each in list(inspect.signature(function).parameters.values())[len(expected) :]  # type: ignore[arg-type]
+    )
+
+
+def test_the_workers_backend_is_chosen_by_a_property_of_the_config() -> None:
+    assert TorchConfig().backend_cls is ray_internals.TorchBackend is _TorchBackend
+
+
+def test_a_report_takes_what_the_loop_gives_and_a_subclass_may_ignore_the_rest() -> None:
+    assert parameters(train_fn_utils.LocalTrainFnUtils.report)[:4] == [
+        "self", "metrics", "checkpoint", "checkpoint_dir_name",
+    ]  # fmt: skip
+    assert parameters(train_fn_utils.LocalTrainFnUtils.__init__)[1] == "experiment_name"
+
+
+def test_a_failure_policy_is_asked_about_the_errors_of_workers() -> None:
+    policy = DefaultFailurePolicy(FailureConfig(max_failures=1))
+    failed = WorkerGroupError("failed", {0: OSError("gone")})
+    assert policy.make_decision(failed) == FailureDecision.RETRY
+    assert isinstance(failed, ray_internals.TrainingFailedError)
+    assert ray_internals.TrainingFailedError is ray.train.TrainingFailedError
+    assert list(failed.worker_failures) == [0] and FailureDecision.RAISE != FailureDecision.RETRY
+
+
+def test_a_trainer_gives_its_controller_our_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Policy(DefaultFailurePolicy):
+        pass
+
+    class Trainer(PolicyTrainer):
+        failure_policy = Policy
+
+    given: dict = {}
+    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", lambda self, **settings: given.update(settings))
+    run_config = ray.train.RunConfig(failure_config=FailureConfig(max_failures=2))
+    trainer = Trainer(lambda: None, scaling_config=ray.train.ScalingConfig(num_workers=1), run_config=run_config)
+    trainer._initialize_and_run_controller(failure_policy=None, callbacks=[])
+    assert isinstance(given["failure_policy"], Policy) and given["callbacks"] == []
+    assert "failure_policy=" in inspect.getsource(TorchTrainer.fit), "fit() passes the policy by this name"
+
+
+def test_the_clean_up_after_a_lost_controller_can_be_left_out() -> None:
+    class Quiet(PolicyTrainer):
+        cleans_up = False
+
+    def callbacks(kind: type[PolicyTrainer]) -> list[type]:
+        trainer = kind(lambda: None, scaling_config=ray.train.ScalingConfig(num_workers=1))
+        return [type(each) for each in trainer._create_default_callbacks()]
+
+    kept, left = callbacks(PolicyTrainer), callbacks(Quiet)
+    assert PlacementGroupCleanerCallback in kept and PlacementGroupCleanerCallback not in left
+    assert set(kept) - set(left) == {PlacementGroupCleanerCallback}
+
+
+def test_a_loop_runs_as_a_plain_function_from_the_checkpoint_it_is_given(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(train_fn_utils, "_train_fn_utils", None)
+    reported = []
+
+    class Reports(LocalReports):
+        def report(self, metrics, checkpoint=None, checkpoint_dir_name=None, **settings) -> None:
+            reported.append((metrics, checkpoint_dir_name))
+
+    begin = ray.train.Checkpoint.from_directory(str(tmp_path))
+    train_in_this_process(Reports(name="trial", checkpoint=begin))
+    assert ray.train.get_checkpoint() is begin
+    assert (ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()) == (0, 1)
+    ray.train.report({"loss": 1.0}, checkpoint_dir_name="epoch-001")
+    assert reported == [({"loss": 1.0}, "epoch-001")]
