@@ -86,7 +86,7 @@ def run(request: DemoRequest) -> dict[str, Any]:
             resume=(Path(captioner) / "config.json").exists(),
         ),
     )
-    test = {"images": "embedded:test", "references": "embedded:test"}
+    test: dict[str, Any] = {"images": "embedded:test", "references": "embedded:test"}
     metrics = stage(
         "evaluate", evaluate, EvaluateRequest(checkpoint=captioner, out=results, shuffled_baseline=True, **test)
     )

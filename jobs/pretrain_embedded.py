@@ -73,7 +73,7 @@ def _art(request: PretrainRequest) -> dict:
     both, painter = (FIRST, SECOND), PAINTER_STYLE
     wild = ("plain", "varied", "wild", "wild", "wild")
     half = request.scenes // 2
-    plans = {
+    plans: dict[str, dict[str, Any]] = {
         "clip_train": dict(seed=1, count=request.scenes, style=MIXED, varieties=wild, domains=both),
         "paint_train": dict(seed=2, count=request.scenes, style=painter, varieties=("plain",), domains=both),
         "judge_train": dict(seed=5, count=half, style=painter, varieties=("plain", "varied"), domains=both),

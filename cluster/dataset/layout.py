@@ -224,10 +224,13 @@ class OtherSchema(InputError):
 
 
 def _document(data: bytes, key: str) -> dict:
-    """Raises OtherSchema, and InputError for what is no JSON object."""
+    """Raises OtherSchema, and InputError for what is no JSON object or has no version."""
     with _intact(key):
         values = dict(json.loads(data))
-    if (version := values.get("schema_version")) not in READABLE_VERSIONS:
+        version = values["schema_version"]
+        if type(version) is not int:
+            raise ValueError(f"schema_version is {version!r}")
+    if version not in READABLE_VERSIONS:
         readable = " and ".join(map(str, READABLE_VERSIONS))
         raise OtherSchema(
             f"{key}: dataset schema version {version}, but this package reads versions {readable}; "

@@ -6,7 +6,7 @@ Under OUT: captions.json in COCO's results format, and metrics.json with the met
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,8 +16,9 @@ from cluster.evaluation.captioning import CaptionerSource, caption_on_cluster, c
 from cluster.evaluation.experiments import EXPERIMENTS, comparison, comparison_table, experiments_table
 from cluster.evaluation.request import EvaluateRequest
 from cluster.sources.pictures import (
+    candidate_ids,
+    coco_pictures,
     load_picture_set,
-    picture_domains,
     picture_references,
     source_anywhere,
 )
@@ -26,6 +27,7 @@ from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from pcm.text.metrics import cider_only, clip_scores, clipscore_text, coco_metrics, require_metrics
+from pcm.text.references import CocoPicture
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +67,15 @@ def evaluate(request: EvaluateRequest) -> dict[str, Any]:
         raise InputError(f"{request.pictures.images}: none of its {len(pictures)} pictures can be read")
     captioned = time.monotonic()
     references = {image_id: pictures.references[image_id] for image_id in captions}
-    summary, reasons = scored(captions, references, picture_domains(request.pictures))
+    known = coco_pictures(request.pictures)
+    summary, reasons = scored(captions, references, _domains(known))
     summary |= {
         **_clip_metrics(captioner.clip, found.global_feature, captions, references),
         "n": len(captions),
         "unreadable": len(found.unreadable),
         "without_references": pictures.without_references,
         "without_picture": pictures.without_picture,
+        "bad_references": pictures.bad_references,
         "captions_per_second": round(len(captions) / (captioned - loaded), 2),
         "seconds": round(time.monotonic() - started, 2),
     }
@@ -80,41 +84,64 @@ def evaluate(request: EvaluateRequest) -> dict[str, Any]:
         summary["CIDEr_shuffled"] = cider_only(shuffled, references) if shuffled else None
         if not shuffled:
             reasons["CIDEr_shuffled"] = "one picture cannot take another's caption"
-    return _finished(summary, reasons, request, captions=captions, unreadable=found.unreadable)
+    return _finished(summary, reasons, request, captions=captions, known=known, unreadable=found.unreadable)
 
 
 def _evaluate_results(request: EvaluateRequest, results: str) -> dict[str, Any]:
     """The metrics of a COCO results file, whoever made it.
 
-    Captions of pictures without references are left out and counted (without_references), as are references without a
-    caption (without_picture). Raises InputError when the file or the references cannot be used.
+    An image id is the number that the references' file gives the picture, or any name that a picture of it might have
+    (`candidate_ids`). Captions of pictures without references are left out and counted (without_references), as are
+    references without a caption (without_picture). Raises InputError when the file or the references cannot be used.
     """
     started = time.monotonic()
     require_metrics()
     given = read_results(read_uri(results), source=results)
-    references = picture_references(request.pictures)
-    captions = {image_id: caption for image_id, caption in given.items() if image_id in references}
-    captions = dict(list(captions.items())[: request.limit])
+    read = picture_references(request.pictures)
+    references, known = read.by_image, coco_pictures(request.pictures)
+    matched = _matched(given, references, known, source=results)
+    captions = dict(list(matched.items())[: request.limit])
     if not captions:
         raise InputError(
             f"{results}: none of its {len(given)} image ids (such as {next(iter(given))!r}) is among the "
             f"{len(references)} of the references (such as {next(iter(references))!r}); check --references and --split"
         )
     kept = {image_id: references[image_id] for image_id in captions}
-    summary, reasons = scored(captions, kept, picture_domains(request.pictures))
+    summary, reasons = scored(captions, kept, _domains(known))
     for name in ("CLIPScore", "RefCLIPScore"):
         summary[name] = None
         reasons[name] = "needs --checkpoint and --images"
     summary |= {
         "n": len(captions),
-        "without_references": sum(image_id not in references for image_id in given),
+        "without_references": len(given) - len(matched),
         "without_picture": len(references) - len(captions),
+        "bad_references": read.left_out.total(),
         "seconds": round(time.monotonic() - started, 2),
     }
     if request.shuffled_baseline:
         shuffled = deranged(captions, seed=request.seed)
         summary["CIDEr_shuffled"] = cider_only(shuffled, kept) if shuffled else None
-    return _finished(summary, reasons, request, captions=captions, unreadable={})
+    return _finished(summary, reasons, request, captions=captions, known=known, unreadable={})
+
+
+def _matched(
+    given: Mapping[str, str], references: Container[str], known: Mapping[str, CocoPicture], *, source: str
+) -> dict[str, str]:
+    """Image id of the references -> caption. Raises InputError for two captions of one picture."""
+    by_number = {str(picture.number): image_id for image_id, picture in known.items()}
+    matched: dict[str, str] = {}
+    for name, caption in given.items():
+        candidates = (by_number.get(name), *candidate_ids(name))
+        image_id = next((each for each in candidates if each is not None and each in references), None)
+        if image_id in matched:
+            raise InputError(f"{source}: two captions for image id {image_id} ({name!r} is the second); keep one")
+        if image_id is not None:
+            matched[image_id] = caption
+    return matched
+
+
+def _domains(known: Mapping[str, CocoPicture]) -> dict[str, str]:
+    return {image_id: picture.domain for image_id, picture in known.items() if picture.domain is not None}
 
 
 def scored(
@@ -153,6 +180,7 @@ def _finished(
     request: EvaluateRequest,
     *,
     captions: Mapping[str, str],
+    known: Mapping[str, CocoPicture],
     unreadable: Mapping[str, str],
 ) -> dict[str, Any]:
     """The summary with the experiment's comparison, written under OUT where one is given."""
@@ -163,7 +191,7 @@ def _finished(
         log.info("%s", comparison_table(request.experiment, summary["paper"]))
     if request.out is not None:
         store = open_store(request.out)
-        store.write_bytes(RESULTS_KEY, results_json(captions))
+        store.write_bytes(RESULTS_KEY, results_json(captions, known))
         asked = {**asdict(request), "pictures": asdict(request.pictures)}
         document = {"metrics": summary, "request": asked, "unreadable": unreadable}
         store.write_bytes(METRICS_KEY, (json.dumps(document, indent=1) + "\n").encode())
@@ -190,10 +218,14 @@ def read_results(data: bytes, *, source: str) -> dict[str, str]:
     return captions
 
 
-def results_json(captions: Mapping[str, str]) -> bytes:
-    """COCO's results file. Ids that are COCO's numbers are written as numbers, as its own tools expect."""
+def results_json(captions: Mapping[str, str], known: Mapping[str, CocoPicture] | None = None) -> bytes:
+    """COCO's results file. Ids are the numbers of the references' file where it has them, as COCO's tools expect."""
+    numbers = {image_id: picture.number for image_id, picture in (known or {}).items()}
     results = [
-        {"image_id": int(image_id) if _is_number(image_id) else image_id, "caption": caption}
+        {
+            "image_id": numbers.get(image_id, int(image_id) if _is_number(image_id) else image_id),
+            "caption": caption,
+        }
         for image_id, caption in captions.items()
     ]
     return (json.dumps(results, ensure_ascii=False, indent=0) + "\n").encode()
@@ -226,4 +258,4 @@ def _clip_metrics(
 
 
 def _is_number(image_id: str) -> bool:
-    return image_id.isdecimal() and str(int(image_id)) == image_id
+    return image_id.isdecimal() and len(image_id) < 19 and str(int(image_id)) == image_id

@@ -17,7 +17,7 @@ from pcm import embedded
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
 from pcm.errors import InputError, first_line
 from pcm.images import PICTURE_ENDINGS, open_image
-from pcm.text.references import load_domains, load_references
+from pcm.text.references import CocoPicture, References, load_coco_pictures, load_references
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ class PictureSet:
     references: dict[str, list[str]]
     open: Callable[[int], Image.Image]
     without_references: int  # pictures left out
-    without_picture: int  # references left out
+    without_picture: int  # pictures that have references and are not there
+    bad_references: int  # references left out
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -67,7 +68,8 @@ def load_picture_set(source: PictureSource, *, limit: int | None = None) -> Pict
     """
     pictures = find_pictures(source.images)
     named = pictures.names
-    references = picture_references(source)
+    found = picture_references(source)
+    references = found.by_image
     matched = pictures.match(references)
     if not matched:
         raise InputError(
@@ -94,17 +96,18 @@ def load_picture_set(source: PictureSource, *, limit: int | None = None) -> Pict
         open=open_picture,
         without_references=unmatched,
         without_picture=missing,
+        bad_references=found.left_out.total(),
     )
 
 
-def picture_references(source: PictureSource) -> dict[str, list[str]]:
-    """Image id -> reference captions. Raises InputError as pcm.text.references.load_references does."""
+def picture_references(source: PictureSource) -> References:
+    """Reference captions by image id. Raises InputError as pcm.text.references.load_references does."""
     return load_references(_reference_file(source), split=source.split)
 
 
-def picture_domains(source: PictureSource) -> dict[str, str]:
-    """Image id -> domain where the references name one, as those of NoCaps do."""
-    return load_domains(_reference_file(source))
+def coco_pictures(source: PictureSource) -> dict[str, CocoPicture]:
+    """Image id -> number and domain, where the references are a file of COCO's form, as NoCaps' is."""
+    return load_coco_pictures(_reference_file(source))
 
 
 def check_source(source: PictureSource) -> None:

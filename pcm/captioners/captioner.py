@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from pcm.captioners.interface import CONCEPTS_FILE, CONFIG_FILE, MODEL_FILE, VOCABULARY_FILE
+from pcm.captioners.interface import CONCEPTS_FILE, CONFIG_FILE, MODEL_FILE, VOCABULARY_FILE, CaptioningMethod
 from pcm.captioners.pcmnet.config import BEAM_SIZE
-from pcm.captioners.pcmnet.method import PCMNET, PCMNetMethod
+from pcm.captioners.pcmnet.method import PCMNET
 from pcm.captioners.pcmnet.model import PCMNet
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
 from pcm.documents import document_bytes
@@ -24,7 +24,7 @@ from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
 
 #: By the name in config.json; a checkpoint without one is a PCM-Net's.
-METHODS = {PCMNET.name: PCMNET}
+METHODS: dict[str, CaptioningMethod[PCMNet]] = {PCMNET.name: PCMNET}
 
 #: Pictures captioned together, fewer where they are large: a batch is closed at this many pixels (3 bytes each). With
 #: beam 3, 64 pictures are 192 rows a step: on a CPU, matrix products of half as many rows are a quarter slower.
@@ -211,7 +211,7 @@ def checkpoint_folder(path: Path) -> Path:
     raise InputError(f"checkpoint {path}: no {MODEL_FILE} in it or in its best/; give a folder that jobs.train wrote")
 
 
-def _method(folder: Path, document: dict[str, Any]) -> PCMNetMethod:
+def _method(folder: Path, document: dict[str, Any]) -> CaptioningMethod[PCMNet]:
     name = document.get("captioner", PCMNET.name)
     if name not in METHODS:
         raise InputError(

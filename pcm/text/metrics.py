@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,8 @@ def coco_metrics(candidates: Mapping[str, str], references: Mapping[str, Sequenc
     """Bleu_1..4, METEOR, ROUGE_L, CIDEr and SPICE over a set of images, as fractions (CIDEr 1.138 is "113.8").
 
     candidates: image id -> caption (an empty one scores 0). references: image id -> captions, at least one.
-    METEOR and SPICE are None where they cannot be computed; `"reasons"` maps their names to why.
+    METEOR and SPICE are None where they cannot be computed, and CIDEr of a single image: it weighs words by how many
+    images' references hold them. `"reasons"` maps their names to why.
 
     Raises InputError: no images, ids that differ, an image without references, the extra `evaluation` is not installed.
     RuntimeError: Java does not run.
@@ -74,7 +76,10 @@ def coco_metrics(candidates: Mapping[str, str], references: Mapping[str, Sequenc
     bleu, _ = Bleu(4).compute_score(truth, found, verbose=0)
     scores.update({f"Bleu_{n}": float(score) for n, score in enumerate(bleu, start=1)})
     scores["ROUGE_L"] = float(Rouge().compute_score(truth, found)[0])
-    scores["CIDEr"] = float(Cider().compute_score(truth, found)[0])
+    if len(candidates) > 1:
+        scores["CIDEr"] = float(Cider().compute_score(truth, found)[0])
+    else:
+        reasons["CIDEr"] = "one picture has no document frequencies; it needs two at least"
     for name, compute in (("METEOR", _meteor), ("SPICE", _spice)):
         try:
             scores[name] = compute(truth, found)
@@ -200,9 +205,9 @@ def _meteor(truth: dict[str, list[str]], found: dict[str, list[str]]) -> float:
         references = {id_: [text.replace("|||", "") for text in group] for id_, group in truth.items()}
         return float(scorer.compute_score(references, found)[0])
     except (ValueError, OSError) as error:
-        scorer.meteor_p.kill()
-        detail = scorer.meteor_p.stderr.read().decode("utf-8", "replace").strip().splitlines() or [str(error)]
-        raise RuntimeError(f"METEOR's Java process ended without a score: {detail[-1]}") from error
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            scorer.meteor_p.wait(timeout=5)  # a broken pipe is seen before the process is gone
+        raise RuntimeError(_why_meteor_ended(scorer.meteor_p)) from error
     finally:
         watchdog.cancel()
         scorer.meteor_p.kill()
@@ -213,6 +218,19 @@ def _meteor(truth: dict[str, list[str]], found: dict[str, list[str]]) -> float:
         scorer.meteor_p.stderr.close()
         # pycocoevalcap's __del__ takes this lock, and a failed compute_score leaves it locked.
         scorer.lock = threading.Lock()
+
+
+def _why_meteor_ended(process: subprocess.Popen) -> str:
+    """One line on a Java process that gave no score."""
+    status = process.poll()
+    process.kill()
+    said = process.stderr.read().decode("utf-8", "replace").strip().splitlines() if process.stderr else []
+    if said:
+        return f"METEOR's Java process ended without a score: {said[-1]}"
+    if status is not None and status < 0:
+        name = signal.Signals(-status).name
+        return f"METEOR's Java process was ended by {name} before it gave a score; it needs 2 GB of memory and time"
+    return f"METEOR's Java process gave something that is no score (exit status {status})"
 
 
 def _spice(truth: dict[str, list[str]], found: dict[str, list[str]]) -> float:

@@ -46,7 +46,7 @@ class Decoded:
 
     @staticmethod
     def of(rows: Rows, vocabulary: Vocabulary, shape: "BatchShape") -> "Decoded":
-        token_ids, target_ids = PCMNET.encode(rows.captions, vocabulary, length=shape.max_length)
+        token_ids, target_ids = PCMNET.encode(rows.captions.tolist(), vocabulary, length=shape.max_length)
         return Decoded(rows.in_8_bits() if shape.int8 else rows, token_ids, target_ids)
 
 

@@ -327,7 +327,7 @@ def changed(store: Store, key: str, **fields: object) -> None:
 
 
 @pytest.mark.parametrize("key", [PLAN_KEY, MANIFEST_KEY])
-@pytest.mark.parametrize("version", [1, 4, "3", None])
+@pytest.mark.parametrize("version", [1, 4])
 def test_another_version_is_refused_in_one_line_and_nothing_is_touched(key: str, version: object, new: Store) -> None:
     changed(new, key, schema_version=version)
     before = {name: new.read_bytes(name) for name in new.list()}
@@ -345,6 +345,13 @@ def test_another_version_is_refused_in_one_line_and_nothing_is_touched(key: str,
         assert f"{key}: dataset schema version {version}, but this package reads versions 2 and 3; use" in said
         assert "\n" not in said
     assert {name: new.read_bytes(name) for name in new.list()} == before
+
+
+@pytest.mark.parametrize("version", ["3", None, True, 3.0])
+def test_a_version_that_is_no_number_is_damage(version: object, new: Store) -> None:
+    changed(new, MANIFEST_KEY, schema_version=version)
+    with pytest.raises(InputError, match=r"dataset.json: damaged \(schema_version is"):
+        load_manifest(new)
 
 
 def test_fields_and_columns_of_later_work_are_ignored(new: Store) -> None:

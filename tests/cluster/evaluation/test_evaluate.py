@@ -75,7 +75,9 @@ def test_results_are_those_of_the_captioner_in_coco_format(evaluated: tuple[dict
 def test_metrics_are_those_of_the_results_file(evaluated: tuple[dict, Path], world: Path) -> None:
     summary, out = evaluated
     captions = {row["image_id"]: row["caption"] for row in json.loads((out / "captions.json").read_text())}
-    references = {key: texts for key, texts in load_references(world / "references.csv").items() if key in captions}
+    references = {
+        key: texts for key, texts in load_references(world / "references.csv").by_image.items() if key in captions
+    }
     expected = coco_metrics(captions, references)
     reasons = expected.pop("reasons")
     assert {name: summary[name] for name in expected} == expected
@@ -160,7 +162,7 @@ def test_nocaps_is_scored_by_domain_and_overall(tmp_path: Path) -> None:
     request = EvaluateRequest(results=str(tmp_path / "results.json"), references=path, experiment="nocaps")
     summary = evaluate(request)
     assert {name: part["n"] for name, part in summary["domains"].items()} == {"in-domain": 1, "out-domain": 2}
-    references = load_references(tmp_path / "nocaps.json")
+    references = load_references(tmp_path / "nocaps.json").by_image
     outside = {key: captions[key] for key in ("1ab.jpg", "2ab.jpg")}
     expected = cider_only(outside, {key: references[key] for key in outside})
     assert summary["domains"]["out-domain"]["CIDEr"] == expected

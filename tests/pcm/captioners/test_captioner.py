@@ -3,9 +3,12 @@
 import copy
 import io
 import json
+import shutil
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import torch
 from PIL import Image
 
 from pcm.captioners.captioner import Captioner, checkpoint_folder, decode_captions
+from pcm.captioners.interface import CONFIG_FILE
 from pcm.captioners.pcmnet.decoding import greedy_search
 from pcm.errors import InputError
 from pcm.images import MAX_PIXELS
@@ -141,3 +145,27 @@ def test_a_clip_of_other_feature_sizes_is_refused(captioner: Captioner) -> None:
     other.patch_dim = 7
     with pytest.raises(InputError, match="its features"):
         Captioner(captioner.model, vocabulary=captioner.vocabulary, concepts=captioner.concepts, clip=other)
+
+
+def changed_config(checkpoint: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of the checkpoint whose config.json is changed."""
+    shutil.copytree(checkpoint, folder)
+    document = json.loads((folder / CONFIG_FILE).read_text())
+    change(document)
+    (folder / CONFIG_FILE).write_text(json.dumps(document))
+    return folder
+
+
+def test_a_checkpoint_names_its_method_and_one_without_a_name_is_a_pcm_net(
+    captioner: Captioner, checkpoint: Path, tmp_path: Path
+) -> None:
+    assert json.loads((checkpoint / CONFIG_FILE).read_text())["captioner"] == "pcmnet"
+    old = changed_config(checkpoint, tmp_path / "old", lambda document: document.pop("captioner"))
+    picture = scene(0)[1]
+    assert Captioner.load(old, clip=captioner.clip, device="cpu").caption([picture]) == captioner.caption([picture])
+
+
+def test_a_method_that_is_not_known_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
+    other = changed_config(checkpoint, tmp_path / "other", lambda document: document.update(captioner="viecap"))
+    with pytest.raises(InputError, match=r"config\.json: captioner 'viecap' is not known here; known are pcmnet"):
+        Captioner.load(other, device="cpu")

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pcm.errors import InputError
-from pcm.text.references import load_domains, load_references
+from pcm.text.references import CocoPicture, load_coco_pictures, load_references
 
 WANTED = {"a.jpg": ["a dog", "the dog"], "b.jpg": ["a cat"]}
 
@@ -43,7 +43,7 @@ def test_every_format_gives_the_same_references(tmp_path):
     paths = write_all(tmp_path)
     assert len(paths) == 9
     for path in paths:
-        assert load_references(path) == WANTED, path
+        assert load_references(path).by_image == WANTED, path
 
 
 def test_coco_pictures_are_known_by_the_number_in_their_name(tmp_path):
@@ -58,23 +58,26 @@ def test_coco_pictures_are_known_by_the_number_in_their_name(tmp_path):
     }
     (tmp_path / "k.json").write_text(json.dumps(karpathy))
     (tmp_path / "c.json").write_text(json.dumps(coco))
-    assert load_references(tmp_path / "k.json", split="test") == {"391895": ["a man"]}
-    assert load_references(tmp_path / "k.json", split="val") == {"42": ["shoes"]}
-    assert load_references(tmp_path / "k.json") == {"391895": ["a man"], "42": ["shoes"]}
-    assert load_references(tmp_path / "c.json") == {"391895": ["a man"]}
+    assert load_references(tmp_path / "k.json", split="test").by_image == {"391895": ["a man"]}
+    assert load_references(tmp_path / "k.json", split="val").by_image == {"42": ["shoes"]}
+    assert load_references(tmp_path / "k.json").by_image == {"391895": ["a man"], "42": ["shoes"]}
+    assert load_references(tmp_path / "c.json").by_image == {"391895": ["a man"]}
 
 
-def test_empty_references_are_passed_over(tmp_path):
-    (tmp_path / "r.csv").write_text("image,caption\na.jpg,a dog\na.jpg,  \nb.jpg,\n")
-    assert load_references(tmp_path / "r.csv") == {"a.jpg": ["a dog"]}
+def test_references_that_cannot_be_used_are_left_out_and_counted(tmp_path, caplog):
+    (tmp_path / "r.csv").write_text("image,caption\na.jpg,a dog\na.jpg,  \nb.jpg,\nc.jpg,a\x00cat\n,a cow\njust text\n")
+    found = load_references(tmp_path / "r.csv")
+    assert found.by_image == {"a.jpg": ["a dog"]}
+    assert found.left_out == {"empty": 2, "control_characters": 1, "no_image": 1, "bad_record": 1}
+    assert "5 references left out (2 empty, 1 control_characters" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("r.txt", "a dog\n", "reference 0 names no image"),
-        ("r.csv", "image,caption\na.jpg,a\x00dog\n", "reference 0 of image a.jpg cannot be used: control_characters"),
-        ("r.csv", "image,caption\njust text\n", "cannot be used: bad_record"),
+        ("r.txt", "a dog\n", "left out: 1 no_image"),
+        ("r.csv", "image,caption\na.jpg,a\x00dog\n", "left out: 1 control_characters"),
+        ("r.csv", "image,caption\njust text\n", "left out: 1 bad_record"),
         ("r.csv", "image,caption\na.jpg,\n", "no references in split 'all'"),
         ("r.json", "[]", "neither Karpathy's JSON"),
         ("r.csv.gz", "not gzip", "cannot be read"),
@@ -106,10 +109,14 @@ def test_nocaps_domains_go_by_the_same_ids_as_its_references(tmp_path):
     }
     path = tmp_path / "nocaps_val.json"
     path.write_text(json.dumps(document))
-    assert load_domains(path) == {"0013ea2087020901.jpg": "near-domain", "0015a66e2a9be1b7.jpg": "out-domain"}
-    assert load_references(path).keys() == load_domains(path).keys()
+    known = load_coco_pictures(path)
+    assert known == {
+        "0013ea2087020901.jpg": CocoPicture(0, "near-domain"),
+        "0015a66e2a9be1b7.jpg": CocoPicture(1, "out-domain"),
+    }
+    assert load_references(path).by_image.keys() == known.keys()
 
 
 def test_files_without_domains_have_none(tmp_path):
     for path in write_all(tmp_path):
-        assert load_domains(path) == {}
+        assert not any(picture.domain for picture in load_coco_pictures(path).values())
