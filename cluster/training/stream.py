@@ -21,6 +21,7 @@ from ray.data import DataContext, ExecutionResources
 from cluster.dataset.layout import Plan
 from cluster.dataset.vocabularies import store_vocabularies
 from cluster.generation.make import prepare
+from cluster.generation.pinning import require_joint_patches
 from cluster.generation.pipeline import GenerationResult
 from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
@@ -49,6 +50,7 @@ def stream(request: StreamRequest) -> dict[str, Any]:
     if (asked.clip or asked.t2i) == "null":
         raise InputError("--clip null: gives no features to train on; name an open_clip model")
     require_metrics()
+    require_joint_patches(asked.clip or "embedded")
     prepared = prepare(open_store(request.dataset), asked)
     workers, cpus, gpus = _training_share(request, device=prepared.plan.spec.generator.device)
     pools = _pools(request, device=prepared.plan.spec.generator.device, cpus=workers * cpus, gpus=workers * gpus)

@@ -186,6 +186,11 @@ def _fitted(
     features = sets[0].manifest.features
     concepts = ConceptVocabulary.from_bytes(vocabularies.concepts)
     head = safetensors.torch.load(vocabularies.clip_head)
+    if "proj" not in head:
+        raise InputError(
+            f"{sets[0].store.root}: its CLIP ({sets[0].manifest.spec.clip.model}) gives no patches in the joint space, "
+            "which PCM-Net needs; featurise with a CLIP that does, such as ViT-L-14/openai"
+        )
     sizes = {
         "dataset.json": (features.patch_dim, features.embed_dim),
         CLIP_HEAD_KEY: tuple(head["proj"].shape),
