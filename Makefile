@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 demo: $(STAMP)
 	$(VENV)/bin/python -m jobs.demo --out demo
 
-# Test files run side by side, each in one of so many processes with a Ray of its own (some 1.5 GB of memory each).
+# Test files run side by side in so many processes, each with a Ray of its own: 2.5 GB of memory each.
 WORKERS ?= 2
 test: lint
 	$(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder

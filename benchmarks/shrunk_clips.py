@@ -37,7 +37,7 @@ _VIT = {"depth": 2, "embed_dim": WIDTH, "num_heads": 2}
 #: What makes a timm model small, by the module that defines it.
 _TIMM_SIZES: dict[str, dict[str, Any]] = {
     "vision_transformer": _VIT,
-    "vision_transformer_hybrid": _VIT,
+    "vision_transformer_hybrid": {"depth": 2},  # the width is that of its convolutional stem
     "vision_transformer_relpos": _VIT,
     "eva": _VIT,
     "vitamin": _VIT
@@ -116,11 +116,16 @@ def _random_weights(architecture: str) -> dict[str, torch.Tensor]:
     model = open_clip.create_model(architecture, load_weights=False, pretrained_text=False)
     generator = torch.Generator().manual_seed(1)
     return {
-        name: (tensor + 0.05 * torch.randn(tensor.shape, generator=generator)).contiguous()
-        if tensor.is_floating_point()
-        else tensor.contiguous()
+        name: _changed(tensor, generator).contiguous() if tensor.is_floating_point() else tensor.contiguous()
         for name, tensor in model.state_dict().items()
     }
+
+
+def _changed(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(tensor.shape, generator=generator)
+    if tensor.ndim == 4:  # convolutions, of which there are many: they must not blur all pictures to the same
+        return noise * (2 / tensor[0].numel()) ** 0.5
+    return tensor + 0.05 * noise
 
 
 def _small_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -66,11 +66,17 @@ class FeatureShape:
     num_patches: int
 
     @property
+    def has_patches(self) -> bool:
+        """Not of the null CLIP and of towers without a grid of tokens, which store one zero."""
+        return self.num_patches * self.patch_dim > 1
+
+    @property
     def bytes_per_row(self) -> int:
         return 2 * (self.embed_dim + self.num_patches * self.patch_dim)
 
 
-#: Of the CLIP named "null", which computes nothing: one zero in each column.
+#: Of the CLIP named "null", which computes nothing: one zero in each column. One zero stands for the patches of a tower
+#: without tokens, too.
 NULL_FEATURES = FeatureShape(embed_dim=1, patch_dim=1, num_patches=1)
 
 

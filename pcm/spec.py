@@ -95,6 +95,7 @@ class ClipSpec:
     #: What open_clip's architecture runs with the weights of "architecture/pretrained". None where the revision covers
     #: it (a folder, a hub repo), or where it was not known.
     activation: str | None = None
+    weights: str | None = None  # "sha256:..." of the file of weights, where it is known before the model is loaded
 
     def __post_init__(self) -> None:
         _check_choice("CLIP dtype", self.dtype, DTYPES)
@@ -121,9 +122,8 @@ class ClipSpec:
 
     def identity(self) -> dict:
         """For a checkpoint's config.json: what is needed to load the same CLIP again and to see that it is the same."""
-        return {
-            name: value for name, value in self.to_dict().items() if name in ("model", "dtype", *_LATER_CLIP_FIELDS)
-        }
+        names = ("model", "revision", "dtype", *_LATER_CLIP_FIELDS)
+        return {name: value for name, value in self.to_dict().items() if name in names}
 
     def conflicts(self, other: "ClipSpec") -> list[str]:
         """What proves that `other` makes other features, as "activation: gelu -> quick_gelu". A name proves nothing:
@@ -163,14 +163,17 @@ class DatasetSpec:
     def differences(self, other: "DatasetSpec") -> list[str]:
         """Fields in which `other` differs, as "generator.guidance_scale: 7.5 -> 2.0".
 
-        A younger field that this spec, the recorded one, does not have is not compared.
+        A younger field that this spec, the recorded one, does not have is not compared; neither is the revision of a
+        CLIP of which only the tag was recorded.
         """
         mine, theirs = _flatten(self.to_dict()), _flatten(other.to_dict())
+        if self.clip.revision.startswith(TAG_REVISION) and self.clip.model == other.clip.model:
+            del mine["clip.revision"]
         return [f"{key}: {mine.get(key)!r} -> {theirs.get(key)!r}" for key in mine if mine.get(key) != theirs.get(key)]
 
 
 #: Fields of a ClipSpec younger than the first datasets: at their default they are left out of the digest of the spec.
-_LATER_CLIP_FIELDS = ("activation",)
+_LATER_CLIP_FIELDS = ("activation", "weights")
 
 
 def _sorted_pairs(options: object) -> tuple[tuple[str, str | int | float | bool], ...]:

@@ -124,7 +124,8 @@ def _store_clip_files(store: Store, plan: Plan, min_count: int, encoder: "ClipEn
     )
     store.write_bytes(CONCEPTS_KEY, concepts.to_bytes())
     shape = encoder.features
-    metadata = {_FEATURES_FIELD: json.dumps(vars(shape)), "clip": plan.spec.clip.model}
+    logits = {name: repr(value) for name, value in encoder.logits.items()}
+    metadata = {_FEATURES_FIELD: json.dumps(vars(shape)), "clip": plan.spec.clip.model, **logits}
     store.write_bytes(CLIP_HEAD_KEY, safetensors.torch.save(encoder.head(), metadata))
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cluster.evaluation.experiments import EXPERIMENTS, SPLIT, experiment
-from cluster.options import Request, check_at_least, option, refuse_others, refuse_without
+from cluster.options import Request, check_at_least, flag, option, refuse_others, refuse_without
 from cluster.sources.picture_source import PictureSource
 from pcm.captioners.pcmnet.config import BEAM_SIZE
 from pcm.errors import InputError
@@ -78,7 +78,7 @@ class EvaluateRequest(CaptionerOptions):
             for name in ("checkpoint", "images", "num_workers", "clip"):
                 if (value := getattr(self, name)) is not None:
                     raise InputError(
-                        f"--{name.replace('_', '-')} {value}: without effect beside --results, which holds captions "
+                        f"{flag(EvaluateRequest, name)} {value}: without effect beside --results, which holds captions "
                         "already; leave it out"
                     )
             if self.beam_size != BEAM_SIZE or self.device != "auto":

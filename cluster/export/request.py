@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from cluster.options import Request, check_at_least, given, option
+from cluster.options import Request, check_at_least, flag, given, option
 from pcm.errors import InputError
 
 FORMATS = ("official", "webdataset", "huggingface")
@@ -34,7 +34,7 @@ class ExportRequest(Request):
             raise InputError(f"--to {self.to}: a captioner can be exported --to official only")
         for name in given(self):
             if name in ("name", "max_length") and (self.checkpoint or self.to != "official"):
-                raise InputError(
-                    f"--{name.replace('_', '-')}: without effect but on a dataset --to official; leave it out"
-                )
+                raise InputError(f"{flag(ExportRequest, name)}: is for a dataset --to official; leave it out")
+            if name == "workers" and self.checkpoint:
+                raise InputError("--workers: is for a dataset; leave it out")
         check_at_least(self, 1, "workers")

@@ -18,7 +18,7 @@ from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
 from cluster.generation.regenerate import regenerate
 from cluster.generation.request import AUTO, GenerateRequest, GenerationOptions
-from cluster.generation.retry_quarantined import parse_reason, retry_quarantined
+from cluster.generation.retry_quarantined import parse_reason, require_finished, retry_quarantined
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.sources.corpus import CorpusRecord, read_corpus, source_digest
 from cluster.store.store import Store, open_store
@@ -126,6 +126,7 @@ def _retry(store: Store, request: GenerateRequest, reason: str) -> dict[str, Any
     plan = load_plan(store)
     if plan is None:
         raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
+    require_finished(store, plan)
     start_ray()
     pools = Pools.of(request, device=plan.spec.generator.device, cpus=cluster_cpus(), gpus=cluster_gpus())
     return retry_quarantined(store, plan, reason, pools, faults=request.faults)

@@ -217,6 +217,10 @@ class GenerationOptions(
         if isinstance(self.batch_size, int):
             check_at_least(self, 1, "batch_size")
         check_clip_gpus(self.clip_gpus)
+        if self.image_format == "png" and self.image_quality != GeneratorSpec.image_quality:
+            raise InputError(f"--image-quality {self.image_quality}: without effect on PNG; leave it out")
+        if self.clip_revision is not None and not (self.clip or "").startswith("hf-hub:"):
+            raise InputError(f"--clip-revision {self.clip_revision}: is for hf-hub: names; leave it out")
         refuse_without(self, "price_per_hour", "spot")
         self.faults, self.limits  # noqa: B018  # check themselves
 

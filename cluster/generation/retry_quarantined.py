@@ -30,6 +30,12 @@ def parse_reason(reason: str) -> frozenset[str]:
     return frozenset([reason])
 
 
+def require_finished(store: Store, plan: Plan) -> None:
+    """Raises InputError for a dataset with shards to make yet."""
+    if not committed(store, plan).complete:
+        raise InputError(f"{store.root}: an unfinished dataset; finish it with its jobs.generate command first")
+
+
 def retry_quarantined(
     store: Store,
     plan: Plan,
@@ -49,8 +55,7 @@ def retry_quarantined(
     dataset is unfinished.
     """
     reasons = parse_reason(reason)
-    if not committed(store, plan).complete:
-        raise InputError(f"{store.root}: an unfinished dataset; finish it with its jobs.generate command first")
+    require_finished(store, plan)
     counts = {
         part["shard"]: sum(part["quarantined_by_reason"].get(name, 0) for name in reasons)
         for part in summaries(store, plan)

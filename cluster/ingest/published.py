@@ -219,6 +219,10 @@ def _store_clip_files(store: Store, plan: Plan, request: ImportRequest, found: F
     shape = found or (encoder.features if encoder else None)
     assert shape is not None
     head = _published_head(request.clip_head) if request.clip_head else encoder.head() if encoder else {}
+    if not head:
+        raise InputError(
+            f"--clip {request.clip}: gives no patches in the joint space; give the CLIP that made the features"
+        )
     if request.concepts is not None:
         concepts = read_concepts(request.concepts)
     else:

@@ -42,6 +42,8 @@ class ReportRequest(Request):
         if self.images is not None and self.run is None:
             raise InputError(f"--images {self.images}: needs --run, whose captioner describes the pictures")
         refuse_without(self, "data", "price_per_hour")
+        if self.data is None and self.images is None and self.seed != ReportRequest.seed:
+            raise InputError(f"--seed {self.seed}: needs --data or --images, of which it draws; leave it out")
         check_at_least(self, 0, "price_per_hour")
         if self.price_per_hour is not None and not self.price_per_hour < float("inf"):
             raise InputError(f"--price-per-hour {self.price_per_hour:g}: must be a number of at least 0")

@@ -113,18 +113,32 @@ class TrainConfig:
         names = [entry.name for entry in dataclasses.fields(LossSettings)]
         return {name: getattr(self, name) for name in names}
 
-    def for_dataset(self, *, vocab_size: int, features: "FeatureShape", num_concepts: int) -> Self:
-        """This config with the network's sizes filled in. Raises InputError where a setting does not fit them."""
+    def for_dataset(
+        self,
+        *,
+        vocab_size: int,
+        features: "FeatureShape",
+        num_concepts: int,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """This config with the network's sizes filled in, and `overrides` as in `with_overrides`.
+
+        Both at once, because a setting may fit these sizes alone. Raises InputError where one does not fit them.
+        """
         sizes = {"vocab_size": vocab_size, "num_concepts": num_concepts, **dataclasses.asdict(features)}
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, **sizes))
+        return self._replaced(overrides or {}, sizes)
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
         """This config with some fields replaced, the network's by their plain names: {"top_concepts": 3}.
 
         Strict as from_dict; the sizes that come from the dataset are refused too.
         """
+        return self._replaced(overrides, {})
+
+    def _replaced(self, overrides: Mapping[str, Any], sizes: Mapping[str, int]) -> Self:
         check_overrides(overrides)
         values = self.to_dict()
+        values["model"] |= sizes
         for name, value in overrides.items():
             (values["model"] if name in values["model"] else values)[name] = value
         return type(self).from_dict(values)

@@ -21,6 +21,7 @@ from ray.data import DataContext, ExecutionResources
 from cluster.dataset.layout import Plan
 from cluster.dataset.vocabularies import store_vocabularies
 from cluster.generation.make import prepare
+from cluster.generation.pinning import require_joint_patches
 from cluster.generation.pipeline import GenerationResult
 from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
@@ -39,16 +40,21 @@ _Result = TypeVar("_Result")
 
 
 def stream(request: StreamRequest) -> dict[str, Any]:
-    """Generate and train at once: `generate_and_train`, whose summary it is, on a cluster shared between both sides.
+    """Generate and train at once: `_generate_and_train`, whose summary it is, on a cluster shared between both sides.
 
     Raises InputError for what cannot be used, before Ray is started wherever that can be told before.
     """
     training = request.training
     check_settings(training)
-    prepared = prepare(open_store(request.dataset), with_preset(request, request.generation_preset))
+    asked = with_preset(request, request.generation_preset)
+    if (asked.clip or asked.t2i) == "null":
+        raise InputError("--clip null: gives no features to train on; name an open_clip model")
+    require_metrics()
+    require_joint_patches(asked.clip or "embedded")
+    prepared = prepare(open_store(request.dataset), asked)
     workers, cpus, gpus = _training_share(request, device=prepared.plan.spec.generator.device)
     pools = _pools(request, device=prepared.plan.spec.generator.device, cpus=workers * cpus, gpus=workers * gpus)
-    summary = generate_and_train(
+    summary = _generate_and_train(
         prepared.store,
         prepared.plan,
         replace(training, num_workers=workers, cpus_per_worker=cpus),
@@ -79,7 +85,7 @@ def _pools(request: StreamRequest, *, device: str, cpus: float, gpus: float) -> 
     return Pools.of(request, device=device, **left)
 
 
-def generate_and_train(
+def _generate_and_train(
     store: Store,
     plan: Plan,
     request: TrainRequest,
@@ -94,11 +100,8 @@ def generate_and_train(
     generation_seconds: from the call to the manifest.
 
     `generating` makes the dataset; `cpus` and `gpus` are the workers' and left alone by it. Whichever side fails first
-    ends both: what it raised is raised. Run it again to go on. Raises InputError for pictures without features.
+    ends both: what it raised is raised. Run it again to go on.
     """
-    if plan.spec.clip.model == "null":
-        raise InputError("--clip null: gives no features to train on; name an open_clip model")
-    require_metrics()
     started = time.time()
     arriving = arriving_set(store, plan, store_vocabularies(store, plan))
     request = replace(request, overrides={**request.overrides, "first_epoch": "plan"}, resume=_is_begun(request))

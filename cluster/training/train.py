@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
@@ -176,14 +176,21 @@ def _config_for(
         name = default_preset(features)
         log.info("preset %s, chosen by the dataset's features %s; another with --preset", name, features)
         config = preset(name)
-    return _fitted(config.with_overrides(request.settings), sets, vocabularies)
+    return _fitted(config, request.settings, sets, vocabularies)
 
 
-def _fitted(config: TrainConfig, sets: Sequence[TrainingSet], vocabularies: Vocabularies) -> TrainConfig:
-    """`config` with the network's sizes of the data. Raises InputError when its parts do not fit together."""
+def _fitted(
+    config: TrainConfig, overrides: Mapping[str, Any], sets: Sequence[TrainingSet], vocabularies: Vocabularies
+) -> TrainConfig:
+    """`config` with the overrides and the sizes of the data. Raises InputError when its parts do not fit together."""
     features = sets[0].manifest.features
     concepts = ConceptVocabulary.from_bytes(vocabularies.concepts)
     head = safetensors.torch.load(vocabularies.clip_head)
+    if "proj" not in head:
+        raise InputError(
+            f"{sets[0].store.root}: its CLIP ({sets[0].manifest.spec.clip.model}) gives no patches in the joint space, "
+            "which PCM-Net needs; featurise with a CLIP that does, such as ViT-L-14/openai"
+        )
     sizes = {
         "dataset.json": (features.patch_dim, features.embed_dim),
         CLIP_HEAD_KEY: tuple(head["proj"].shape),
@@ -193,7 +200,9 @@ def _fitted(config: TrainConfig, sets: Sequence[TrainingSet], vocabularies: Voca
         found = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise InputError(f"{sets[0].store.root}: feature sizes (D_v, D) differ: {found}; generate the dataset again")
     vocabulary = Vocabulary.from_text(vocabularies.words.decode())
-    return config.for_dataset(vocab_size=len(vocabulary), features=features, num_concepts=len(concepts.names))
+    return config.for_dataset(
+        vocab_size=len(vocabulary), features=features, num_concepts=len(concepts.names), overrides=overrides
+    )
 
 
 def _document(request: TrainRequest, sets: Sequence[TrainingSet], config: TrainConfig) -> dict[str, Any]:

@@ -99,11 +99,14 @@ class Captioner:
         document = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         model = _method(folder, document).load(folder, document)
         trained_on = document["clip"]
-        activation = trained_on.get("activation")
+        recorded = {name: trained_on.get(name) for name in ("activation", "weights")}
         if not isinstance(clip, ClipEncoder):
-            name = clip or trained_on["model"]
-            clip = ClipEncoder(name, device=device, dtype=trained_on["dtype"], activation=activation)
-        clip.check_activation(activation)
+            name, revision = (clip, None) if clip else (trained_on["model"], trained_on.get("revision"))
+            # Nobody stores these features: one picture need not cost a batch of 32.
+            clip = ClipEncoder(
+                name, device=device, dtype=trained_on["dtype"], revision=revision, exact=False, **recorded
+            )
+        clip.check_recorded(**recorded)
         return cls(
             model.to(device),
             vocabulary=Vocabulary.load(folder / VOCABULARY_FILE),

@@ -1,27 +1,30 @@
-"""The frozen CLIP: scores a picture against its caption and gives the features that PCM-Net reads.
+"""The frozen CLIP: scores a picture against its caption and gives the features that captioners read.
 
-Any open_clip model with a ViT image tower and [CLS] pooling. Feature conventions are the paper's section 3.1 and the
-published features: `patch_features` are the last block's tokens before ln_post and projection; a grid larger than
-8x8 with even sides is 2x2 average-pooled (ViT-L/14: 16x16 -> 64 patches; ViT-B/16: 14x14 -> 49).
+Any open_clip model. Feature conventions are the paper's section 3.1 and the published features: `patch_features` are
+the last block's tokens before the last norm and projection; a grid larger than 8x8 with even sides is 2x2
+average-pooled (ViT-L/14: 16x16 -> 64 patches; ViT-B/16: 14x14 -> 49). pcm/clip/towers.py says which towers have them.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from pcm.clip.names import activation_of, count_tokens, resolve_clip_name
+from pcm.clip.names import count_tokens, folder_revision, resolve_clip_name
 from pcm.errors import InputError, first_line
 from pcm.images import to_uint8
 from pcm.records import FeatureShape
 from pcm.spec import ClipSpec
 
-#: Grids up to this side are kept as they are; larger even ones are 2x2 average-pooled.
-MAX_GRID_SIDE = 8
+#: Batches smaller than `batch_size` that cost less. On a CPU in float32 with one thread they give the same bytes as 32;
+#: 1 and 2 do not, nor does any of a SigLIP with two threads. On a GPU another shape may take other kernels.
+SMALL_BATCHES = (4, 8, 16)
 
 #: Threads that open and preprocess pictures beside the model.
 PREPROCESSING_THREADS = 4
@@ -31,7 +34,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """global_feature (B, D) float32, L2-normalised; patch_features (B, N, D_v) float32."""
+    """global_feature (B, D) float32, L2-normalised; patch_features (B, N, D_v) float32, zeros (B, 1, 1) of a tower
+    without tokens.
+    """
 
     global_feature: np.ndarray
     patch_features: np.ndarray
@@ -41,12 +46,13 @@ class ClipEncoder:
     """An open_clip model as a feature extractor.
 
     `name` is "architecture/pretrained" (`ViT-L-14/openai`; `pretrained` may be a checkpoint file), `hf-hub:org/repo`,
-    a folder with open_clip_config.json and weights, or `embedded`. Batches are padded to `batch_size` so that a
-    picture's features do not depend on how many neighbours it had.
+    a folder with open_clip_config.json and weights, or `embedded`. Batches are padded to a fixed shape, `batch_size` or
+    one of SMALL_BATCHES that gives the same bytes, so that features do not depend on how many neighbours there were;
+    `exact=False`, for features that nobody stores, takes small shapes where the last bits differ, too. `revision` is
+    the commit of a hub repo, also of a tag's. `activation` and `weights` (a sha256) are what the features at hand were
+    recorded with, where it is known.
 
-    `activation` is what the features at hand were recorded with, where that is known.
-
-    Raises InputError when the model cannot be found, is no ViT with [CLS] pooling or runs another activation.
+    Raises InputError when the model cannot be found or is another than recorded.
     """
 
     def __init__(
@@ -56,77 +62,90 @@ class ClipEncoder:
         device: str = "cpu",
         dtype: str = "float32",
         batch_size: int = ClipSpec.batch_size,
+        revision: str | None = None,
         activation: str | None = None,
+        weights: str | None = None,
+        exact: bool = True,
     ) -> None:
         # Three seconds to import, and whoever only names this class needs neither.
         import pcm.torchvision_shim  # noqa: F401  isort: skip
         import open_clip
-        from open_clip.transformer import VisionTransformer
+
+        from pcm.clip.towers import feature_shape, token_grid
+        from pcm.clip.weights import clip_files
 
         self.name = name
         self.device = torch.device(device)
         self.batch_size = batch_size
+        self._exact = exact
         self._dtype = _DTYPES[dtype]
-        architecture, pretrained = resolve_clip_name(name)
-        self.activation = activation_of(architecture, pretrained)
-        self.check_activation(activation)
         try:
-            model = open_clip.create_model(
-                architecture,
-                pretrained=pretrained,
-                device=self.device,
-                force_quick_gelu=self.activation == "quick_gelu",
-                require_pretrained=True,
-            )
-            self._tokenizer = open_clip.get_tokenizer(architecture)
+            files = clip_files(name, revision)
+            self.activation = files.activation
+            self.check_recorded(activation=activation)
+            self._files = files
+            self.check_recorded(weights=weights)
+            model = files.load(self.device)
+            self._tokenizer = files.tokenizer()
+            self.embed_dim: int = files.config["embed_dim"]
+        except InputError:
+            raise
         except (RuntimeError, OSError, ValueError, FileNotFoundError) as error:
             raise InputError(
                 f"CLIP model {name!r} cannot be loaded: {first_line(error)}; "
                 "give ARCHITECTURE/PRETRAINED (see open_clip.list_pretrained()), a folder, or 'embedded'"
             ) from error
-        visual = model.visual
-        if not isinstance(visual, VisionTransformer) or visual.pool_type != "tok" or visual.attn_pool is not None:
-            raise InputError(
-                f"CLIP model {name!r}: needs a ViT image tower with [CLS] pooling, such as ViT-L-14/openai"
-            )
         self._model = model.eval().requires_grad_(False).to(dtype=self._dtype)
-        self._visual = visual
+        self._visual = model.visual
         self._preprocess = open_clip.transform.image_transform_v2(
-            open_clip.transform.PreprocessCfg(**visual.preprocess_cfg), is_train=False
+            open_clip.transform.PreprocessCfg(**self._visual.preprocess_cfg), is_train=False
         )
-        self.resolution: int = visual.image_size[0]
-        self.context_length: int = getattr(model, "context_length", 77)
-        self.embed_dim: int = visual.output_dim
-        self.patch_dim: int = visual.conv1.out_channels
-        self._grid: tuple[int, int] = visual.grid_size
-        self._pool = _pools(self._grid)
-        cells = self._grid[0] * self._grid[1]
-        self.num_patches: int = cells // 4 if self._pool else cells
+        self.resolution: int = min(open_clip.transform.to_2tuple(self._visual.image_size))
+        self.context_length: int = self._tokenizer.context_length
+        self._grid = token_grid(self._visual)
+        self.features: FeatureShape = feature_shape(self.embed_dim, self._grid)
+        self.patch_dim, self.num_patches = self.features.patch_dim, self.features.num_patches
         #: Patches that a row of the picture has, of the N that are row-major.
-        self.patch_columns: int = self._grid[1] // 2 if self._pool else self._grid[1]
+        self.patch_columns: int = self._grid.patch_columns if self._grid else 1
 
     @classmethod
     def from_spec(cls, spec: ClipSpec, *, model: str | None = None, device: str | None = None) -> "ClipEncoder":
-        """The CLIP that a spec pins; `model` is where it is now, if it has moved."""
+        """The CLIP that a spec pins, in whatever process; `model` is where it is now, if it has moved.
+
+        Raises InputError when a folder or file is no longer what was pinned.
+        """
+        pinned = spec.revision
+        if model in (None, spec.model) and pinned.startswith("sha256:"):
+            architecture, pretrained = resolve_clip_name(spec.model)
+            now = folder_revision(Path(pretrained or architecture.removeprefix("local-dir:")))
+            if now != pinned:
+                raise InputError(
+                    f"CLIP {spec.model!r}: its files are {now}, but {pinned} were pinned; put the same files there, or "
+                    "begin another dataset"
+                )
         return cls(
             model or spec.model,
             device=device or spec.device,
             dtype=spec.dtype,
             batch_size=spec.batch_size,
+            revision=pinned,
             activation=spec.activation,
+            weights=spec.weights,
         )
 
-    def check_activation(self, recorded: str | None) -> None:
-        """Raises InputError when features recorded with an activation were made with another than this CLIP runs."""
-        if None not in (recorded, self.activation) and recorded != self.activation:
-            raise InputError(
-                f"CLIP model {self.name!r}: runs {self.activation}, but the features at hand were made with "
-                f"{recorded}; featurise again, or give the CLIP that made them"
-            )
-
-    @property
-    def features(self) -> FeatureShape:
-        return FeatureShape(embed_dim=self.embed_dim, patch_dim=self.patch_dim, num_patches=self.num_patches)
+    def check_recorded(self, *, activation: str | None = None, weights: str | None = None) -> None:
+        """Raises InputError when the features at hand are recorded to be of another activation or other weights than
+        this CLIP's. What was not recorded is not compared.
+        """
+        for what, recorded, mine in (
+            ("activation", activation, self.activation),
+            ("weights", weights, weights and self.weights),
+        ):
+            if recorded and mine and recorded != mine:
+                raise InputError(
+                    f"CLIP {self.name!r}: its {what} is {mine}, but the features at hand were made with {recorded}; "
+                    "give the CLIP that made them, or featurise again"
+                )
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image | Callable[[], Image.Image]]) -> ImageFeatures:
@@ -134,18 +153,20 @@ class ClipEncoder:
 
         The next batch is opened and preprocessed in threads while the model works on this one.
         """
+        from pcm.clip.towers import image_features
+
         global_features, patch_features = [], []
         for pixel_values in self._preprocessed(images):  # (B, 3, H, W)
-            output = self._visual.forward_intermediates(
-                self._padded(pixel_values).to(self.device, self._dtype), indices=1, output_fmt="NCHW"
-            )
-            tokens = output["image_intermediates"][-1].float()  # (B, D_v, h, w)
-            if self._pool:
-                tokens = torch.nn.functional.avg_pool2d(tokens, 2)
-            pooled = torch.nn.functional.normalize(output["image_features"].float(), dim=-1)  # (B, D)
+            given = self._padded(pixel_values).to(self.device, self._dtype)
+            features, tokens = image_features(self._visual, self._grid, given)
             count = len(pixel_values)
-            global_features.append(pooled[:count].cpu().numpy())
-            patch_features.append(tokens.flatten(2).transpose(1, 2)[:count].cpu().numpy())  # (B, N, D_v)
+            global_features.append(
+                torch.nn.functional.normalize(features.float(), dim=-1)[:count].cpu().numpy()
+            )  # (B, D)
+            if tokens is None:
+                patch_features.append(np.zeros((count, self.num_patches, self.patch_dim), np.float32))
+            else:
+                patch_features.append(tokens.flatten(2).transpose(1, 2)[:count].cpu().numpy())  # (B, N, D_v)
         if not images:
             return ImageFeatures(
                 np.zeros((0, self.embed_dim), np.float32), np.zeros((0, self.num_patches, self.patch_dim), np.float32)
@@ -188,17 +209,32 @@ class ClipEncoder:
         return count_tokens(self._tokenizer, text)
 
     def head(self) -> dict[str, torch.Tensor]:
-        """The [CLS] head that PCM-Net applies to patches: ln_post.weight (D_v,), ln_post.bias (D_v,), proj (D_v, D)."""
-        return {
-            "ln_post.weight": self._visual.ln_post.weight.detach().float().cpu().clone(),
-            "ln_post.bias": self._visual.ln_post.bias.detach().float().cpu().clone(),
-            "proj": self._visual.proj.detach().float().cpu().clone(),
-        }
+        """The head that PCM-Net applies to patches: ln_post.weight (D_v,), ln_post.bias (D_v,), proj (D_v, D); empty
+        where the tower has none.
+        """
+        from pcm.clip.towers import token_head
+
+        return token_head(self._visual)
+
+    @cached_property
+    def weights(self) -> str:
+        """sha256 of the file of weights, as "sha256:...". Reads the file once."""
+        from pcm.clip.weights import sha256_of
+
+        return sha256_of(self._files.weights)
+
+    @property
+    def logits(self) -> dict[str, float]:
+        """How the model turns a cosine into a logit: cosine * logit_scale, plus logit_bias of a SigLIP."""
+        found = {"logit_scale": self._model.logit_scale.float().exp().item()}
+        bias = getattr(self._model, "logit_bias", None)
+        return found if bias is None else found | {"logit_bias": bias.float().item()}
 
     def _padded(self, batch: torch.Tensor) -> torch.Tensor:
-        missing = self.batch_size - len(batch)
+        size = next((size for size in self._small_batches() if size >= len(batch)), self.batch_size)
+        missing = size - len(batch)
         return torch.cat([batch, batch[-1:].expand(missing, *batch.shape[1:])]) if missing else batch
 
-
-def _pools(grid: tuple[int, int]) -> bool:
-    return min(grid) > MAX_GRID_SIDE and grid[0] % 2 == 0 and grid[1] % 2 == 0
+    def _small_batches(self) -> list[int]:
+        one_thread = self.device.type == "cpu" and self._dtype == torch.float32 and torch.get_num_threads() == 1
+        return [size for size in SMALL_BATCHES if size < self.batch_size] if one_thread or not self._exact else []

@@ -11,6 +11,9 @@ from pcm.credentials import refuse_credentials
 from pcm.errors import InputError
 from pcm.spec import QUICK_GELU_SUFFIX
 
+#: Begins a NAME that is a repo on the Hugging Face hub.
+HUB_PREFIX = "hf-hub:"
+
 
 def resolve_clip_name(name: str) -> tuple[str, str | None]:
     """open_clip's (model_name, pretrained) of a NAME as users write it. Raises InputError."""
@@ -19,7 +22,7 @@ def resolve_clip_name(name: str) -> tuple[str, str | None]:
         from pcm import embedded
 
         name = str(embedded.clip_path())
-    if name.startswith("hf-hub:"):
+    if name.startswith(HUB_PREFIX):
         return name, None
     path = Path(name)
     if path.is_dir():
@@ -85,6 +88,11 @@ def count_tokens(tokenizer: Any, text: str) -> int:
     if hasattr(tokenizer, "tokenizer"):  # a Hugging Face tokenizer inside open_clip's wrapper
         return len(tokenizer.tokenizer(text, truncation=False)["input_ids"])
     return len(tokenizer.encode(text)) + 2  # start and end
+
+
+def is_commit(revision: str) -> bool:
+    """Whether it is a full commit, which never moves."""
+    return len(revision) == 40 and all(digit in "0123456789abcdef" for digit in revision)
 
 
 def folder_revision(path: Path) -> str:

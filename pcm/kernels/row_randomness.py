@@ -16,6 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _LEVELS = 1 << 16  # of the 16 random bits that each element gets
 
+#: Tagged as random for their dropout, which they refuse: attention with dropout takes torch's other path.
+_NEVER_RANDOM = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
+
 
 class RowRandomness(TorchDispatchMode):
     """`with RowRandomness(seeds):` row i of every batch has its own random numbers, which seeds[i] decides.
@@ -38,7 +41,7 @@ class RowRandomness(TorchDispatchMode):
             return self._bernoulli(*args)
         if func is torch.ops.aten.randn_like.default:
             return self._normal(args[0].shape).to(args[0].dtype)
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and func not in _NEVER_RANDOM:
             raise NotImplementedError(f"{func} within RowRandomness: it knows dropout and torch.randn_like")
         return func(*args, **(kwargs or {}))
 

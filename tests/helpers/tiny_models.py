@@ -65,3 +65,17 @@ def _byte_tokenizer(folder: Path) -> transformers.CLIPTokenizer:
     vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}))
     merges.write_text("#version: 0.2\n")
     return transformers.CLIPTokenizer(str(vocabulary), str(merges), model_max_length=77)
+
+
+def save_resnet_clip(folder: Path) -> Path:
+    """A randomly initialised open_clip ResNet folder: 32 px, no tokens, D = 32."""
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 1, "layers": 1},
+    }
+    torch.manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    save_file(open_clip.model.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    return folder

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -138,6 +139,12 @@ def test_a_process_ends_with_the_status_of_the_contract(arguments: list[str], st
     )
     assert done.returncode == status
     assert "Traceback" not in done.stderr and (status == 0 or done.stderr.count("\n") == 1)
+
+
+def test_no_job_imports_another() -> None:
+    for name in JOBS:
+        source = (ROOT / "jobs" / f"{name}.py").read_text()
+        assert set(re.findall(r"(?:from|import) jobs\.(\w+)", source)) == {"command_line"}, name
 
 
 # --- from a request to a command line ---
@@ -327,7 +334,11 @@ def test_a_name_that_generation_and_training_share_is_generations_in_a_stream(tm
         ("caption --checkpoint /no/such/run a.jpg", "/no/such/run"),
         ("verify A --corpus x", "--corpus x: needs --repair"),
         ("export --data A --out B --to webdatset", "did you mean 'webdataset'?"),
-        ("export --data A --out B --to webdataset --name x", "--name: without effect"),
+        ("export --data A --out B --to webdataset --name x", "--name: is for a dataset --to official"),
+        ("generate --out B --corpus embedded --image-format png --image-quality 90", "without effect on PNG"),
+        ("generate --out B --corpus embedded --t2i-revision main", "is a folder"),
+        ("generate --out B --corpus embedded --clip-revision main", "is for hf-hub: names"),
+        ("stream --out B --corpus embedded --t2i null", "--clip null: gives no features"),
         ("featurise --images A --captions B --out C --clip null", "--clip null"),
         ("import_official --out B --vocabulary v --clip c", "give one of the two"),
         (

@@ -224,17 +224,23 @@ def test_a_run_uri_means_its_best_checkpoint(world: Path, tmp_path: Path) -> Non
     assert local_checkpoint(str(world / "checkpoint")) == world / "checkpoint"
 
 
-def test_jobs_evaluate_and_caption_print_their_summaries(world: Path, run_job) -> None:
-    pictures = world / "pictures"
-    done = run_job(
-        *("evaluate", "--checkpoint", world / "checkpoint", "--images", pictures),
+def test_job_evaluate_prints_its_summary(world: Path, call_job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def left_out(*captions: object) -> float:
+        raise RuntimeError("its Java takes ten seconds to start, and other tests start it")
+
+    monkeypatch.setattr("pcm.text.metrics._meteor", left_out)
+    done = call_job(
+        *("evaluate", "--checkpoint", world / "checkpoint", "--images", world / "pictures"),
         *("--references", world / "references.csv", "--limit", 3, "--beam-size", 2, "--device", "cpu"),
     )
     assert done.returncode == 0, done.stderr
     keys = (*COCO_METRICS, "CLIPScore", "RefCLIPScore", "n")
     assert set(keys) <= set(done.summary) and done.summary["n"] == 3
+    assert done.summary["METEOR"] is None and "ten seconds" in done.summary["reasons"]["METEOR"]
 
-    files = [pictures / "scene1000.png", pictures / "scene1003.png"]
+
+def test_job_caption_prints_its_summary_and_names_what_it_cannot_read(world: Path, run_job, call_job) -> None:
+    files = [world / "pictures/scene1000.png", world / "pictures/scene1003.png"]
     done = run_job("caption", "--checkpoint", world / "checkpoint", *files, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     good, bad = map(str, files)
@@ -242,6 +248,6 @@ def test_jobs_evaluate_and_caption_print_their_summaries(world: Path, run_job) -
     assert done.summary["concepts"][good] and "not a picture" in done.summary["errors"][bad]
     assert "not a picture" in done.stderr and "Traceback" not in done.stderr
 
-    done = run_job("caption", "--checkpoint", world / "checkpoint", bad, "--device", "cpu")
+    done = call_job("caption", "--checkpoint", world / "checkpoint", bad, "--device", "cpu")
     assert done.returncode == 2 and done.summary is None
     assert done.stderr.strip().splitlines()[-1].startswith("error: none of 1 pictures can be read")

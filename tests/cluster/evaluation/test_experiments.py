@@ -41,7 +41,7 @@ def test_figures_are_compared_in_the_papers_unit() -> None:
 
 
 def test_an_unknown_experiment_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match="'coco': not known; allowed are coco_b32, coco_l14"):
+    with pytest.raises(InputError, match=r"'coco': not known; did you mean 'coco_l14'\? allowed are coco_b32"):
         comparison("coco", {})
 
 

@@ -18,6 +18,7 @@ import torch
 
 from cluster.dataset.layout import load_manifest, shard_key
 from cluster.dataset.verify import verify
+from cluster.generation import GenerateRequest, generate
 from cluster.generation.regenerate import regenerate
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
@@ -338,3 +339,12 @@ def test_a_dataset_on_s3_is_the_dataset_on_disk(s3_server, tmp_path: Path, run_j
     make_dataset_in_process(tmp_path / "disk", corpus, null_spec(), shard_size=5)
     # On the command line "null" means 77 tokens of context no more than here: nothing is cut.
     assert checked.summary["fingerprint"] == proven(tmp_path / "disk")
+
+
+def test_generation_is_one_call_from_python(call_job, ray_session: None, tmp_path: Path) -> None:
+    corpus = str(write_corpus(tmp_path, CAPTIONS))
+    made = generate(GenerateRequest(corpus=corpus, out=str(tmp_path / "python"), t2i="null", shard_size=8))
+    assert (made["stored"], made["dataset"]) == (made["expected"], str(tmp_path / "python"))
+    done = call_job("generate", "--corpus", corpus, "--out", tmp_path / "job", "--t2i", "null", "--shard-size", 8)
+    assert done.returncode == 0, done.stderr
+    assert proven(tmp_path / "python") == proven(tmp_path / "job")

@@ -249,7 +249,7 @@ def test_metrics_stand_beside_the_papers_where_an_experiment_applies(whole: Page
 
 def test_captions_of_real_pictures_stand_with_concepts_and_patches(whole: Page, world: Path) -> None:
     shown = part(whole, world, "captions")
-    found = gather(everything(world, world / "unused.html", data=None)).captions
+    found = gather(everything(world, world / "unused.html", **NO_DATA)).captions
     assert found is not None and len(found.pictures) == 4 and (found.rows, found.columns) == (4, 4)
     assert "1 pictures could not be read" in shown.text and "scene1003.png" in shown.text
     overlays = [found for found in shown.all("svg") if found.get("class") == "patches"]

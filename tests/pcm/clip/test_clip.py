@@ -95,6 +95,30 @@ def test_a_row_does_not_depend_on_its_neighbours(encoder: ClipEncoder, images: l
     assert not np.allclose(together.global_feature[0], together.global_feature[3]), "different pictures differ"
 
 
+def test_small_batches_of_one_thread_give_the_bytes_of_large_ones(tmp_path: Path) -> None:
+    """At the real widths of ViT-B/32, whose matrix products are as large as those that datasets are made with."""
+    folder = save_clip(tmp_path / "clip", image_size=224, patch_size=32, width=768, head_width=64)
+    random = np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 255, (224, 224, 3), dtype=np.uint8)) for _ in range(3)] * 11
+    texts = [f"{number} cats" for number in range(3)] * 11
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        encoder = ClipEncoder(str(folder), batch_size=32)
+        assert encoder._small_batches() == [4, 8, 16]
+        large, large_texts = encoder.encode_images(pictures[:32]), encoder.encode_texts(texts[:32])
+        for count in (1, 3, 5, 9, 16, 17):
+            small = encoder.encode_images(pictures[:count])
+            np.testing.assert_array_equal(small.global_feature, large.global_feature[:count])
+            np.testing.assert_array_equal(small.patch_features, large.patch_features[:count])
+            np.testing.assert_array_equal(encoder.encode_texts(texts[:count]), large_texts[:count])
+        torch.set_num_threads(2)
+        assert encoder._small_batches() == []
+        assert ClipEncoder(str(folder), exact=False)._small_batches() == [4, 8, 16]
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_rows_have_unit_length(encoder: ClipEncoder, images: list[Image.Image]) -> None:
     for rows in (encoder.encode_images(images).global_feature, encoder.encode_texts(TEXTS)):
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
@@ -138,9 +162,11 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, tiny
     assert "cannot be loaded" in refused(str(tmp_path / "no_weights"))
 
 
-def test_a_tower_without_a_cls_token_is_refused(tmp_path: Path) -> None:
-    folder = save_clip(tmp_path / "clip", image_size=32, patch_size=8, pool_type="avg")
-    assert "[CLS]" in refused(str(folder))
+def test_a_tower_that_pools_by_attention_gives_tokens_without_a_head(tmp_path: Path, images: list[Image.Image]) -> None:
+    folder = save_clip(tmp_path / "clip", image_size=32, patch_size=8, attentional_pool=True, attn_pooler_heads=2)
+    encoder = ClipEncoder(str(folder), batch_size=4)
+    assert encoder.features.has_patches and encoder.head() == {}
+    assert encoder.encode_images(images).patch_features.shape == (5, 16, 32)
 
 
 def test_a_folders_revision_is_its_content(tmp_path: Path) -> None:

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import pcm.torchvision_shim  # noqa: F401  isort: skip
 import open_clip
 
 from benchmarks.shrunk_clips import distinct_tags, shrunk
+from cluster.generation.pinning import require_joint_patches
 from pcm.clip.encoder import ClipEncoder
 from pcm.clip.names import activation_of
+from pcm.clip.weights import tower_facts
 from pcm.errors import InputError
 
 TEXTS = ["a cat on the beach", "two dogs, with hats", "a photo of a " + "very " * 100 + "long day"]
@@ -46,19 +49,53 @@ def compare(architecture: str, tag: str, folder: Path) -> None:
     np.testing.assert_allclose(encoder.encode_images(pictures()).global_feature, image_features, atol=2e-6)
     np.testing.assert_allclose(encoder.encode_texts(TEXTS[:2]), text_features, atol=2e-6)
     np.testing.assert_allclose(encoder.encode_texts(TEXTS[2:]), long[:1], atol=2e-6)
+    check_head(encoder, model, pixel_values, image_features)
     assert np.abs(image_features[0] - image_features[1]).max() > 1e-3, "pictures are told apart"
     assert np.abs(text_features[0] - text_features[1]).max() > 1e-3, "so are texts"
 
 
-def taken(architecture: str) -> bool:
-    vision = open_clip.get_model_config(architecture)["vision_cfg"]
-    return isinstance(vision.get("layers"), int) and "pool_type" not in vision and not vision.get("attentional_pool")
+def check_head(
+    encoder: ClipEncoder, model: torch.nn.Module, pixel_values: torch.Tensor, image_features: np.ndarray
+) -> None:
+    """Of a tower that has one: it takes what the tower pools to the tower's own global feature."""
+    head = encoder.head()
+    patches = encoder.encode_images(pictures()).patch_features  # (2, N, D_v)
+    assert patches.shape == (2, encoder.num_patches, encoder.patch_dim)
+    if not encoder.features.has_patches:
+        assert not head and not patches.any()
+    if not head:
+        return
+    width = encoder.patch_dim
+    assert {name: tuple(tensor.shape) for name, tensor in head.items()} == {
+        "ln_post.weight": (width,), "ln_post.bias": (width,), "proj": (width, encoder.embed_dim)
+    }  # fmt: skip
+    with torch.no_grad():
+        output = model.visual.forward_intermediates(
+            pixel_values, indices=1, output_fmt="NLC" if hasattr(model.visual, "conv1") else "NCHW",
+            output_extra_tokens=True,
+        )  # fmt: skip
+    prefix = output.get("image_intermediates_prefix")
+    if pools_cls(model.visual):
+        pooled = prefix[0][:, 0]
+    elif getattr(model.visual, "final_ln_after_pool", False) or isinstance(model.visual.trunk.fc_norm, nn.LayerNorm):
+        pooled = mean_token(output["image_intermediates"][-1])
+    else:
+        return  # norm before mean: of no single vector
+    cls = nn.functional.layer_norm(pooled, (width,), head["ln_post.weight"], head["ln_post.bias"])
+    again = nn.functional.normalize(cls @ head["proj"], dim=-1)
+    np.testing.assert_allclose(again.numpy(), image_features, atol=1e-4)
 
 
-TAGS = [(architecture, tag) for architecture, tag in distinct_tags() if taken(architecture)]
+def pools_cls(visual: nn.Module) -> bool:
+    trunk = getattr(visual, "trunk", None)
+    return visual.pool_type == "tok" if trunk is None else trunk.global_pool == "token"
 
 
-@pytest.mark.parametrize(("architecture", "tag"), TAGS, ids=str)
+def mean_token(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens.mean(dim=1) if tokens.ndim == 3 else tokens.mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(("architecture", "tag"), distinct_tags(), ids=str)
 def test_a_tag_runs_as_its_own_configuration_says(architecture: str, tag: str, tmp_path: Path) -> None:
     compare(architecture, tag, tmp_path)
 
@@ -88,7 +125,7 @@ def test_an_architecture_named_quickgelu_with_weights_trained_without_it_is_refu
 
 
 def test_features_recorded_with_another_activation_are_refused(tmp_path: Path) -> None:
-    with shrunk("ViT-B-32", tmp_path), pytest.raises(InputError, match=r"runs quick_gelu.*made with gelu"):
+    with shrunk("ViT-B-32", tmp_path), pytest.raises(InputError, match=r"activation is quick_gelu, .*made with gelu"):
         ClipEncoder("ViT-B-32/openai", activation="gelu")
 
 
@@ -96,3 +133,24 @@ def test_features_recorded_with_another_activation_are_refused(tmp_path: Path) -
 @pytest.mark.parametrize(("architecture", "tag"), open_clip.list_pretrained(), ids=str)
 def test_every_tag_runs_as_its_own_configuration_says(architecture: str, tag: str, tmp_path: Path) -> None:
     compare(architecture, tag, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    {
+        "ViT-L-14/openai": "a global feature of 768 and 64 patches of 1024 with a head to the joint space, 132,608",
+        "ViT-H-14-378/dfn5b": "a global feature of 1024 and 729 patches of 1280 with a head",
+        "ViT-B-16-SigLIP2-256/webli": "a global feature of 768 and 64 patches of 768 without a head",
+        "EVA02-L-14/merged2b_s4b_b131k": "a global feature of 768 and 64 patches of 1024 with a head",
+        "RN50/openai": "a global feature of 1024 and no patches, 2,050 bytes a row",
+    }.items(),
+)
+def test_what_a_clip_gives_is_known_before_its_weights_are_there(name: str, said: str) -> None:
+    assert str(tower_facts(name)).startswith(said)
+
+
+def test_a_captioner_that_needs_joint_patches_says_so_before_anything_is_downloaded() -> None:
+    require_joint_patches("ViT-L-14/openai")
+    for name in ("ViT-B-16-SigLIP2-256/webli", "RN50/openai"):
+        with pytest.raises(InputError, match="PCM-Net needs patches in the joint space"):
+            require_joint_patches(name)

@@ -144,6 +144,16 @@ def test_nothing_of_it_is_left_afterwards_and_nothing_is_drawn_in_evaluation() -
     assert torch.equal(dropout.train()(x), expected)
 
 
+def test_attention_without_dropout_draws_nothing() -> None:
+    x = torch.randn(4, 2, 5, 8, requires_grad=True)
+    with RowRandomness(range(4)):
+        found = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        after = torch.randn_like(x)
+    with RowRandomness(range(4)):
+        assert torch.equal(torch.randn_like(x), after)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(x, x, x, is_causal=True))
+
+
 def test_what_would_break_the_promise_is_refused() -> None:
     with RowRandomness(range(4)):
         with pytest.raises(ValueError, match=r"4 row seeds for a draw of shape \(6, 3\)"):

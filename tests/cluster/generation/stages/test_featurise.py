@@ -3,11 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 
+from cluster.dataset.layout import shard_key
+from cluster.dataset.rows import read_shard
+from cluster.generation.pinning import clip_spec
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow
@@ -17,6 +21,7 @@ from pcm.clip.encoder import ClipEncoder, ImageFeatures
 from pcm.records import SCHEMA_VERSION
 from pcm.spec import ClipSpec, DatasetSpec
 from tests.helpers.tiny_generation import CAPTIONS, plan_dataset, tiny_spec, write_corpus
+from tests.helpers.tiny_models import save_resnet_clip
 
 
 class GreedyEncoder(ClipEncoder):
@@ -75,3 +80,21 @@ def test_too_little_memory_halves_clips_batches_and_the_stats_say_so(
     assert len([record for record in caplog.records if "CLIP takes 2 pictures" in record.message]) == 1
     for one, two in zip(healthy.samples.to_pylist(), featurised.samples.to_pylist(), strict=True):
         assert one["clip_score"] == pytest.approx(two["clip_score"], abs=1e-5) and two["reason"] == ""
+
+
+def test_a_clip_without_patches_gives_scores_and_global_features(
+    drawn: tuple[Store, DatasetSpec, pa.Table], tmp_path: Path
+) -> None:
+    """A ResNet has no tokens: the column of patches holds one zero a row, and there is no head for PCM-Net."""
+    store, _, block = drawn
+    clip = save_resnet_clip(tmp_path / "resnet")
+    stage = FeaturiseShard(clip_spec(str(clip), device="cpu", dtype="float32", batch_size=4))
+    assert (stage.features.embed_dim, stage.features.has_patches, stage._encoder.head()) == (32, False, {})
+    featurised = ShardRow.from_block(stage(block))
+    for sample in featurised.samples.to_pylist():
+        assert -1 <= sample["clip_score"] <= 1 and sample["clip_score"]
+        assert np.linalg.norm(np.array(sample["global_feature"], np.float32)) == pytest.approx(1, abs=1e-3)
+        assert not any(sample["patch_features"]), "bytes of one zero"
+    stats = json.loads(WriteShard(store, SCHEMA_VERSION)(featurised.to_block())["stats"][0].as_py())
+    assert stats["successes"] == 6
+    assert read_shard(store, shard_key(0), ["global_feature", "patch_features"]).num_rows == 6

@@ -1,0 +1,88 @@
+"""Which models work, as a table for docs/models.md: python -m benchmarks.models --clip [ARCHITECTURE ...]
+
+Every open_clip architecture is shrunk to two layers with random weights and compared with open_clip's own model and
+preprocessing; the sizes in the table are those of the full one. Takes some minutes.
+"""
+
+import argparse
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import pcm.torchvision_shim  # noqa: F401  isort: skip
+import open_clip
+
+from benchmarks.shrunk_clips import shrunk
+from pcm.clip.encoder import ClipEncoder
+from pcm.clip.towers import feature_shape, token_grid
+
+CLIP_HEADER = (
+    "| architecture | pretrained tags | global | patches | head to the joint space | bytes a row | "
+    "same features | same pixels |",
+    "|---|---|---|---|---|---|---|---|",
+)
+TEXT = "a cat on the beach"
+
+
+def clip_rows(architectures: list[str]) -> Iterator[str]:
+    """A line of the table for each. Raises what the model raises."""
+    for architecture in architectures:
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        with tempfile.TemporaryDirectory() as folder, shrunk(architecture, Path(folder)) as weights:
+            features, pixels = _same_as_open_clip(architecture, tags[0] if tags else str(weights))
+        config = open_clip.get_model_config(architecture)
+        with torch.device("meta"):
+            visual = open_clip.model._build_vision_tower(config["embed_dim"], config["vision_cfg"])
+        grid = token_grid(visual)
+        shape = feature_shape(config["embed_dim"], grid)
+        patches = f"{shape.num_patches} x {shape.patch_dim}" if shape.has_patches else "-"
+        head = "yes" if grid and grid.has_head else "-"
+        yield (
+            f"| {architecture} | {', '.join(tags) or '-'} | {shape.embed_dim} | {patches} | {head} | "
+            f"{shape.bytes_per_row:,} | {_yes(features)} | {_yes(pixels)} |"
+        )
+
+
+def _same_as_open_clip(architecture: str, pretrained: str) -> tuple[bool, bool]:
+    """Whether features (within 2e-6) and preprocessed pixels (bit for bit) are those of open_clip."""
+    tag = open_clip.get_pretrained_cfg(architecture, pretrained)
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        architecture, pretrained=pretrained, force_quick_gelu=tag.get("quick_gelu", False)
+    )
+    tokenizer = open_clip.get_tokenizer(architecture)
+    encoder = ClipEncoder(f"{architecture}/{pretrained}", batch_size=1)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8))
+    pixel_values = preprocess(image)[None]  # (1, 3, H, W)
+    with torch.no_grad():
+        ours = encoder.encode_images([image]).global_feature, encoder.encode_texts([TEXT])
+        theirs = (
+            model.eval().encode_image(pixel_values, normalize=True).numpy(),
+            model.encode_text(tokenizer([TEXT]), normalize=True).numpy(),
+        )
+    same = all(np.abs(one - two).max() <= 2e-6 for one, two in zip(ours, theirs, strict=True))
+    return same, torch.equal(encoder._pixels(image)[None], pixel_values)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "NO"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.models", description=__doc__.splitlines()[0])
+    parser.add_argument("--clip", nargs="*", metavar="ARCHITECTURE", required=True, help="default: all")
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    print(*CLIP_HEADER, sep="\n")
+    for line in clip_rows(args.clip or open_clip.list_models()):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
