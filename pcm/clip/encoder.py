@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ class ClipEncoder:
             self.check_recorded(activation=activation)
             self._files = files
             self.check_recorded(weights=weights)
-            model = files.load(self.device)
+            model: Any = files.load(self.device)
             self._tokenizer = files.tokenizer()
             self.embed_dim: int = files.config["embed_dim"]
         except InputError:
@@ -95,8 +96,8 @@ class ClipEncoder:
                 f"CLIP model {name!r} cannot be loaded: {first_line(error)}; "
                 "give ARCHITECTURE/PRETRAINED (see open_clip.list_pretrained()), a folder, or 'embedded'"
             ) from error
-        self._model = model.eval().requires_grad_(False).to(dtype=self._dtype)
-        self._visual = model.visual
+        self._model: Any = model.eval().requires_grad_(False).to(dtype=self._dtype)
+        self._visual: Any = model.visual
         self._preprocess = open_clip.transform.image_transform_v2(
             open_clip.transform.PreprocessCfg(**self._visual.preprocess_cfg), is_train=False
         )

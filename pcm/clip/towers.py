@@ -111,7 +111,8 @@ def _norm_and_projection(visual: nn.Module) -> tuple[nn.LayerNorm, Tensor, Tenso
     trunk: Any = _timm_vit(visual)
     if trunk is None or trunk.global_pool not in ("token", "avg") or getattr(trunk, "attn_pool", None) is not None:
         return None
-    norms = [part for part in (getattr(trunk, "norm", None), getattr(trunk, "fc_norm", None)) if _is_norm(part)]
+    candidates: list[Any] = [getattr(trunk, "norm", None), getattr(trunk, "fc_norm", None)]
+    norms = [part for part in candidates if _is_norm(part)]
     linears = [part for part in (getattr(trunk, "head", None), *tower.head) if isinstance(part, nn.Linear)]
     others = [part for part in tower.head if not isinstance(part, nn.Linear | nn.Dropout)]
     if len(norms) != 1 or len(linears) != 1 or others:
