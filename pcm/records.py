@@ -88,6 +88,9 @@ def shard_schema(features: FeatureShape, version: int = SCHEMA_VERSION) -> pa.Sc
     """
     values = features.num_patches * features.patch_dim
     as_bytes = version >= 3
+    lists, encoded = pa.list_(pa.float16(), values), pa.binary(2 * values)
+    # Where none can be missing, Arrow copies a page at once instead of row by row.
+    patches = pa.field("patch_features", encoded, nullable=False) if as_bytes else pa.field("patch_features", lists)
     fields = [
         ("sample_id", pa.string()),
         ("caption", pa.string()),
@@ -99,7 +102,7 @@ def shard_schema(features: FeatureShape, version: int = SCHEMA_VERSION) -> pa.Sc
         ("batch_size", pa.int32()),  # pictures drawn at once: spec.batch_size, or less after running out of memory
         ("clip_score", pa.float32()),
         ("global_feature", pa.list_(pa.float16(), features.embed_dim)),
-        ("patch_features", pa.binary(2 * values) if as_bytes else pa.list_(pa.float16(), values)),
+        patches,
         ("status", pa.string()),
         ("reason", pa.string()),
     ]

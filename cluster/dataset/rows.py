@@ -15,6 +15,9 @@ from pcm.records import FeatureShape, feature_matrix
 
 COLUMNS = ("sample_id", "caption", "clip_score", "global_feature", "patch_features")
 
+#: Arrow writes pages of about this size.
+_PAGE_BYTES = 1 << 20
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -117,9 +120,9 @@ def read_rows(store: Store, key: str, rows: np.ndarray | None, features: Feature
 def _read(store: Store, key: str, columns: Sequence[str]) -> pa.Table:
     """Nothing is read but these columns; Arrow's own file reads without Python's lock, that of a store does not."""
     if store.is_local:
-        # One thread: a column is one copy, and handing it to another thread costs more than waiting for it.
+        # Page by page, so that a column is not in memory twice; in this thread, for it is no more than one copy.
         with pa.OSFile(store.path(key)) as file:
-            return pq.ParquetFile(file).read(columns=list(columns), use_threads=False)
+            return pq.ParquetFile(file, buffer_size=_PAGE_BYTES).read(columns=list(columns), use_threads=False)
     # A buffer would read ahead into the pictures between the columns; Arrow asks for neighbours in one request.
     with pa.PythonFile(store.open(key, buffered=False), "r") as file:
         return pq.ParquetFile(file, pre_buffer=True).read(columns=list(columns))

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.dataset.layout import CorpusSource, Plan, load_plan
 from cluster.dataset.plan import make_plan, refuse_other_spec
-from cluster.generation.batch_size import with_batch_size
+from cluster.generation.auto_batch_size import with_batch_size
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.pilot import Prediction, run_pilot
 from cluster.generation.pilot import summary as pilot_summary

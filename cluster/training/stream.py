@@ -44,11 +44,11 @@ def stream(request: StreamRequest) -> dict[str, Any]:
 
     Raises InputError for what cannot be used, before Ray is started wherever that can be told before.
     """
-    training = request.training
-    check_settings(training)
     asked = with_preset(request, request.generation_preset)
     if (asked.clip or asked.t2i) == "null":
         raise InputError("--clip null: gives no features to train on; name an open_clip model")
+    training = request.training
+    check_settings(training)
     require_metrics()
     require_joint_patches(asked.clip or "embedded")
     prepared = prepare(open_store(request.dataset), asked)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from pcm.captioners.interface import CONCEPTS_FILE, CONFIG_FILE, MODEL_FILE, VOCABULARY_FILE, CaptioningMethod
+from pcm.captioners.methods import METHODS
 from pcm.captioners.pcmnet.config import BEAM_SIZE
 from pcm.captioners.pcmnet.method import PCMNET
 from pcm.captioners.pcmnet.model import PCMNet
@@ -22,9 +23,6 @@ from pcm.images import open_image
 from pcm.kernels.packed_linear import for_decoding
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
-
-#: By the name in config.json; a checkpoint without one is a PCM-Net's.
-METHODS: dict[str, CaptioningMethod[PCMNet]] = {PCMNET.name: PCMNET}
 
 #: Pictures captioned together, fewer where they are large: a batch is closed at this many pixels (3 bytes each). With
 #: beam 3, 64 pictures are 192 rows a step: on a CPU, matrix products of half as many rows are a quarter slower.

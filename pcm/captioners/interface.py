@@ -1,7 +1,7 @@
-"""What a captioning method brings, and all that training, evaluation and `pcm.Captioner` ask of it.
+"""What a captioning method brings, and what evaluation, `pcm.Captioner` and most of training ask of it.
 
 A new method is a folder beside `pcmnet/` with a torch module of plain torch, and an object as described here that
-`pcm.captioners.captioner.METHODS` lists. Its randomness in training needs no care: on CPUs the engine gives every row
+`pcm.captioners.methods` lists. Its randomness in training needs no care: on CPUs the engine gives every row
 its own (pcm.kernels.row_randomness), whatever the module is made of.
 """
 

@@ -16,7 +16,8 @@ from typing import BinaryIO, NamedTuple, cast
 
 from pcm.errors import InputError, one_line
 from pcm.text.detect import detect_format
-from pcm.text.formats import CaptionRow, coco_image_id, in_split, read_rows
+from pcm.text.formats import CaptionRow, in_split, read_rows
+from pcm.text.json_documents import coco_image_id
 from pcm.text.rules import check_caption
 
 log = logging.getLogger(__name__)

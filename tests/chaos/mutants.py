@@ -195,8 +195,44 @@ MUTANTS = (
     ),
     Mutant(
         "another spec on the same output is refused",
-        "cluster/dataset/plan.py", "        _refuse_other_spec(store, planned, spec, shard_size)\n", "",
+        "cluster/dataset/plan.py", "        refuse_other_spec(store, planned, spec, shard_size)\n", "",
         ("tests/cluster/dataset/test_plan.py::test_a_resume_that_asks_for_something_else_is_refused_and_changes_nothing",),
+    ),
+    Mutant(
+        "CSV: a quote that nobody closes swallows no line",
+        "pcm/text/csv_records.py", "if alike and not self._proven:", "if False:",
+        ("tests/cluster/sources/test_files_as_people_have_them.py::test_two_stray_quotes_do_not_join_lines_that_are_records_by_themselves",),
+    ),
+    Mutant(
+        "TSV: quotes are characters without proof",
+        "pcm/text/csv_records.py", 'self._literal = self.quoting == "none" or (self.delimiter == "\\t" and not self._proven)',
+        'self._literal = self.quoting == "none"',
+        ("tests/cluster/sources/test_files_as_people_have_them.py::test_a_tsv_whose_captions_are_in_quotes_keeps_them_without_proof",),
+    ),
+    Mutant(
+        "a caption line without end does not fill the memory",
+        "pcm/text/caption_rows.py", "rest = stream.readline(MAX_LINE_BYTES)", "break",
+        ("tests/cluster/sources/test_files_as_people_have_them.py::test_an_endless_line_is_cut_and_the_next_record_is_read",),
+    ),
+    Mutant(
+        "a picture is turned upright",
+        "pcm/images.py", "ImageOps.exif_transpose(image)", "image",
+        ("tests/pcm/test_images.py::test_a_picture_is_turned_upright_as_its_camera_says",),
+    ),
+    Mutant(
+        "only the formats we promise are parsed",
+        "pcm/images.py", "Image.open(opened, formats=OPENED_FORMATS)", "Image.open(opened)",
+        ("tests/pcm/test_images.py::test_postscript_reaches_no_interpreter",),
+    ),
+    Mutant(
+        "a picture that would become gigabytes is refused",
+        "pcm/images.py", "if max(width, height) > MAX_ASPECT_RATIO * min(width, height):", "if False:",
+        ("tests/pcm/test_images.py::test_a_sliver_is_refused_by_its_header",),
+    ),
+    Mutant(
+        "one bad reference does not end an evaluation",
+        "pcm/text/references.py", "            left_out[reason] += 1\n", '            raise InputError(f"{path}: {reason}")\n',
+        ("tests/pcm/text/test_references.py::test_references_that_cannot_be_used_are_left_out_and_counted",),
     ),
     Mutant(
         "a corpus that did not only grow is refused",

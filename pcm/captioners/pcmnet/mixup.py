@@ -63,7 +63,7 @@ def retrieve_concepts(
     """
     probabilities = F.softmax(global_feature @ concepts.T / temperature, dim=-1)  # (B, C)
     top_probabilities, indices = probabilities.topk(top_concepts, dim=-1)  # (B, K)
-    return probabilities, top_probabilities, indices, top_probabilities > threshold
+    return probabilities, top_probabilities, indices, top_probabilities > threshold  # config.concept_threshold
 
 
 def patch_concept_similarity(patch_embeddings: Tensor, concept_vectors: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cluster.generation.generate import write_manifest
 
 from cluster.dataset import read_dataset
 from cluster.dataset.committed import committed
@@ -27,7 +26,9 @@ from cluster.dataset.layout import (
 from cluster.dataset.plan import make_plan
 from cluster.dataset.upgrade import upgrade
 from cluster.dataset.verify import verify
-from cluster.export.export import FORMATS, ExportOptions, export_dataset
+from cluster.export.export import export_dataset
+from cluster.export.request import FORMATS, ExportRequest
+from cluster.generation.pipeline import write_manifest
 from cluster.generation.regenerate import regenerate
 from cluster.generation.repair import repair
 from cluster.ingest.text_only import text_only_dataset
@@ -304,7 +305,8 @@ def test_exports_of_both_versions_are_the_same(old: Store, new: Store, folder: P
         found = []
         for store in (old, new):
             out = open_store(folder / f"{to}-{Path(store.prefix).name}")
-            export_dataset(store, out, to=to, options=ExportOptions(name="sd", max_length=12, workers=2))
+            own = {"name": "sd", "max_length": 12} if to == "official" else {}
+            export_dataset(store, out, ExportRequest(data=store.root, out=out.root, to=to, workers=2, **own))
             keys = [key for key in out.list() if key not in ("export.json", MANIFEST_KEY)]
             found.append({key: out.read_bytes(key) for key in keys})
         assert found[0].keys() == found[1].keys()

@@ -8,8 +8,8 @@ import pytest
 
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from pcm.errors import InputError
+from pcm.text.caption_rows import MAX_LINE_BYTES, ReadOptions
 from pcm.text.csv_records import MAX_LINES, CsvRecords
-from pcm.text.formats import MAX_LINE_BYTES, ReadOptions
 from tests.helpers.paths import DATA
 
 CORPUS = DATA / "cases" / "corpus"

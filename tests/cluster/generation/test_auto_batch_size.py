@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.generation.batch_size import with_batch_size
+from cluster.generation.auto_batch_size import with_batch_size
 from cluster.generation.pools import Pools
 from cluster.store.store import open_store
 from pcm.errors import InputError
