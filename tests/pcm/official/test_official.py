@@ -57,7 +57,7 @@ def test_every_output_of_the_golden_set_is_reproduced(capsys: pytest.CaptureFixt
 
 
 def test_verification_runs_as_a_command() -> None:
-    command = [sys.executable, "-m", "pcm.official.state_dict", "verify", str(GOLDEN)]
+    command = [sys.executable, "-m", "pcm.official", "verify", str(GOLDEN)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ok"] is True
