@@ -79,7 +79,7 @@ def losses(out: Path) -> list[dict]:
 
 
 def wait_for(found: Callable[[], object], *, alive: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 480  # a run that hangs; starting one takes minutes where cores are shared
+    deadline = time.monotonic() + 240
     while not found():
         assert alive() and time.monotonic() < deadline, "the run ended before it could be killed"
         time.sleep(0.02)
