@@ -1,5 +1,6 @@
 """Reading the columns of shards that training needs."""
 
+import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ from pcm.records import FeatureShape, feature_matrix
 
 COLUMNS = ("sample_id", "caption", "clip_score", "global_feature", "patch_features")
 
-#: Arrow writes pages of about this size.
-_PAGE_BYTES = 1 << 20
+#: While a piece of this size is copied, the system reads the next ones from the disk; one large read waits for all.
+_PIECE_BYTES = 128 << 10
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,24 @@ def read_rows(store: Store, key: str, rows: np.ndarray | None, features: Feature
     return decoded if rows is None else decoded.select(rows)
 
 
+class _InPieces(io.FileIO):
+    """A local file whose large reads are done piece by piece, each without Python's lock."""
+
+    def read(self, size: int | None = -1) -> bytes | memoryview:  # type: ignore[override]  # Arrow takes any buffer
+        if size is None or size <= _PIECE_BYTES:
+            return super().read(size) or b""
+        view, done = memoryview(np.empty(size, np.uint8)), 0
+        while count := self.readinto(view[done : done + _PIECE_BYTES]):
+            done += count
+        return view[:done]
+
+
 def _read(store: Store, key: str, columns: Sequence[str]) -> pa.Table:
-    """Nothing is read but these columns; Arrow's own file reads without Python's lock, that of a store does not."""
+    """Nothing is read but these columns."""
     if store.is_local:
-        # Page by page, so that a column is not in memory twice; in this thread, for it is no more than one copy.
-        with pa.OSFile(store.path(key)) as file:
-            return pq.ParquetFile(file, buffer_size=_PAGE_BYTES).read(columns=list(columns), use_threads=False)
+        # In this thread, for it is no more than one copy.
+        with _InPieces(store.path(key)) as file:
+            return pq.ParquetFile(pa.PythonFile(file, "r")).read(columns=list(columns), use_threads=False)
     # A buffer would read ahead into the pictures between the columns; Arrow asks for neighbours in one request.
     with pa.PythonFile(store.open(key, buffered=False), "r") as file:
         return pq.ParquetFile(file, pre_buffer=True).read(columns=list(columns))

@@ -69,7 +69,7 @@ class RowRandomness(TorchDispatchMode):
 
 def _int16(generator: np.random.Generator, count: int) -> Tensor:
     """Uniform 16-bit integers, (count,)."""
-    words = generator.integers(2**64, size=(count + 3) // 4, dtype=np.uint64)
+    words = generator.bit_generator.random_raw((count + 3) // 4)
     return torch.from_numpy(words.view(np.int16)[:count])
 
 
