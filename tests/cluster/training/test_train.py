@@ -259,7 +259,7 @@ def test_two_workers_learn_what_one_learns(trained: Path, world: Path, ray_sessi
     assert two == pytest.approx(one, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("feature_dtype", ["float16", "int8"])
+@pytest.mark.parametrize("feature_dtype", [pytest.param("float16", marks=pytest.mark.slow), "int8"])
 def test_a_loss_that_is_no_number_stops_the_run(
     world: Path, ray_session: None, tiny_clip: Path, tmp_path: Path, feature_dtype: str
 ) -> None:
