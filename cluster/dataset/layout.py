@@ -52,6 +52,25 @@ def group_key(group: int) -> str:
 
 
 @dataclass(frozen=True)
+class StoredShard:
+    """A shard as the manifest, or its stats, describe it: readers compare what they find with that."""
+
+    key: str
+    rows: int
+    bytes: int
+    sha256: str
+
+    @staticmethod
+    def of(entry: dict) -> "StoredShard":
+        """Of an entry of Manifest.shards. Raises KeyError or TypeError when it is not one."""
+        found = StoredShard(**{name: entry[name] for name in StoredShard.__dataclass_fields__})
+        for name, kind in (("key", str), ("rows", int), ("bytes", int), ("sha256", str)):
+            if type(getattr(found, name)) is not kind:
+                raise TypeError(f"a shard's {name} is {entry[name]!r}")
+        return found
+
+
+@dataclass(frozen=True)
 class Segment:
     """Captions that were planned together: a corpus, or what it grew by. Its last shard may be short, and stays so."""
 
@@ -146,6 +165,10 @@ class Manifest:
     shard_bytes: int  # of all shards
     shards: tuple[dict, ...]  # {"key", "rows", "quarantined", "sha256", "bytes"} in shard order
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def stored_shards(self) -> tuple[StoredShard, ...]:
+        return tuple(map(StoredShard.of, self.shards))
 
     def to_json(self) -> bytes:
         return document_bytes({**asdict(self), "spec": self.spec.to_dict(), "features": asdict(self.features)})

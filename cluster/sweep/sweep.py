@@ -228,7 +228,7 @@ def _tables(sets: Sequence[TrainingSet]) -> dict[str, ray.ObjectRef]:
     if wanted > SHARED_PART * room:
         log.info("features of %.1f GB do not fit into Ray's object store: every trial reads its own", wanted / 1e9)
         return {}
-    return {path: table for found in sets for path, table in shared_tables(found.store, found.keys).items()}
+    return {path: table for found in sets for path, table in shared_tables(found.store, found.shards).items()}
 
 
 class _Recorder(ray.tune.Callback):
