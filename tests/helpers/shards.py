@@ -3,11 +3,12 @@
 import hashlib
 import io
 import json
+from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from cluster.dataset.layout import MANIFEST_KEY, StoredShard
-from cluster.store.store import Store
+from cluster.dataset.layout import MANIFEST_KEY, StoredShard, load_plan
+from cluster.store.store import Store, open_store
 
 
 def described(key: str, data: bytes, *, rows: int | None = None) -> StoredShard:
@@ -28,3 +29,10 @@ def describe_anew(store: Store) -> None:
         entry |= {"rows": found.rows, "bytes": found.bytes, "sha256": found.sha256}
     manifest["stored"] = sum(entry["rows"] for entry in manifest["shards"])
     store.write_bytes(MANIFEST_KEY, json.dumps(manifest).encode())
+
+
+def part_key(folder: Path, shard: int) -> str:
+    """Of the plan part of a shard of the dataset in a folder."""
+    plan = load_plan(open_store(folder))
+    assert plan is not None
+    return plan.part_key(shard)

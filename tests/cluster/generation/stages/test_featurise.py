@@ -48,7 +48,7 @@ def drawn(
     folder = tmp_path_factory.mktemp("drawn")
     spec = tiny_spec(tiny_t2i, tiny_clip, num_inference_steps=1)
     store, plan = plan_dataset(folder / "data", write_corpus(folder, CAPTIONS[:6]), spec, shard_size=6)
-    return store, plan.spec, DrawShard(store, plan.spec)(pa.table({"shard": [0]}))
+    return store, plan.spec, DrawShard(store, plan.spec)(pa.table({"shard": [0], "part": [plan.part_key(0)]}))
 
 
 def test_a_picture_on_which_clip_raises_is_quarantined_alone(drawn: tuple[Store, DatasetSpec, pa.Table]) -> None:
