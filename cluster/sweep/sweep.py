@@ -256,7 +256,7 @@ class _Recorder(ray.tune.Callback):
                 **{"overrides": overrides, "status": status, "reason": reason, "history": history},
                 **{"seconds": round(trial.last_result.get("time_total_s", math.nan), 2), "ended": time.time()},
             }
-            store.write_bytes(RESULT_FILE, (json.dumps(result, indent=1) + "\n").encode())
+            store.write_bytes(RESULT_FILE, document_bytes(result))
             for key in store.list(CHECKPOINT):
                 store.delete(key)
         self._add(TrialResult.of(result))

@@ -342,8 +342,13 @@ class Meeting(Store):
 
 def mine_is_whole(store: Store, corpus: Path) -> bool:
     """Whether plan.json and all of its parts are of this corpus."""
+    plan = load_plan(store)
     captions = [row["caption"] for row in planned(store)]
-    return captions == [record.caption for record in read_corpus(str(corpus))]
+    return (
+        plan is not None
+        and plan.corpus == str(corpus)
+        and captions == [record.caption for record in read_corpus(str(corpus))]
+    )
 
 
 @pytest.mark.parametrize("operation", ["claim", "list planning/", "write plan.json"])

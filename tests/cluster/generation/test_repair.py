@@ -131,7 +131,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[int]]] = {
         lambda folder: rewritten(folder, part_key(folder, 1), with_value("caption", "Another.")), [],
     ),
     "plan and shard are damaged": (
-        lambda folder: [flipped(folder, key(1)) for key in (shard_key)], [1],
+        lambda folder: [flipped(folder, key) for key in (part_key(folder, 1), shard_key(1))], [1],
     ),
 }  # fmt: skip
 
