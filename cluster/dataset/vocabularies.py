@@ -16,7 +16,6 @@ from cluster.dataset.layout import (
     VOCABULARIES_KEY,
     VOCABULARY_KEY,
     Plan,
-    plan_part_key,
     read_table,
 )
 from cluster.session import user_error
@@ -86,7 +85,7 @@ def planned_captions(store: Store, plan: Plan) -> Iterator[str]:
     """Every usable caption once, in corpus order, with a few plan parts in memory at a time."""
 
     def part(shard: int) -> list[str]:
-        table = read_table(store, plan_part_key(shard), ["caption", "reason", "image_index"])
+        table = read_table(store, plan.part_key(shard), ["caption", "reason", "image_index"])
         first = pc.equal(table["image_index"], 0)
         usable = pc.is_in(table["reason"], pa.array(USABLE))
         return table["caption"].filter(pc.and_(first, usable)).to_pylist()

@@ -60,7 +60,7 @@ MUTANTS = (
     ),
     Mutant(
         "an object that is replaced while it is read is not read as a mixture",
-        "cluster/store/object_file.py", "if self._version() != self._opened:", "if False:",
+        "cluster/store/object_file.py", "if self._version() != self.opened:", "if False:",
         ("tests/cluster/store/test_open.py::test_an_object_that_is_replaced_while_it_is_read_is_noticed_at_its_end",),
     ),
     Mutant(
@@ -241,8 +241,56 @@ MUTANTS = (
     ),
     Mutant(
         "two drivers that plan different growth do not mix their plans",
-        "cluster/dataset/plan.py", "if found is not None and found not in (planned, plan):", "if False:",
+        "cluster/dataset/plan.py", "if found != planned:", "if False:",
         ("tests/cluster/dataset/test_plan.py::test_two_drivers_that_plan_different_growth_do_not_mix_their_plans",),
+    ),
+    Mutant(
+        "of two drivers that plan different things at one moment one gives up",
+        "cluster/dataset/plan.py", "        if others:\n", "        if False:\n",
+        (
+            "tests/cluster/dataset/test_plan.py::"
+            "test_of_two_drivers_that_plan_different_things_at_one_moment_one_plans_and_nothing_mixes",
+        ),
+    ),
+    Mutant(
+        "plan parts of another run lie elsewhere",
+        "cluster/dataset/plan.py", 'return f"plan/{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}"',
+        'return "plan"',
+        (
+            "tests/cluster/dataset/test_plan.py::"
+            "test_of_two_drivers_that_plan_different_things_at_one_moment_one_plans_and_nothing_mixes",
+        ),
+    ),
+    Mutant(
+        "a shard of another size is not read",
+        "cluster/dataset/rows.py", "if size != shard.bytes:", "if False:",
+        ("tests/cluster/dataset/test_rows.py::test_another_shard_than_the_manifests_is_noticed_when_it_is_opened",),
+    ),
+    Mutant(
+        "a shard of other rows is not read",
+        "cluster/dataset/rows.py", "if file.metadata.num_rows != shard.rows:", "if False:",
+        (
+            "tests/cluster/dataset/test_rows.py::"
+            "test_rows_that_the_manifest_does_not_know_are_noticed_without_the_checksum",
+        ),
+    ),
+    Mutant(
+        "a shard of other bytes is not read",
+        "cluster/dataset/rows.py", "if found != shard.sha256:", "if False:",
+        ("tests/cluster/dataset/test_rows.py::test_another_shard_than_the_manifests_is_noticed_when_it_is_opened",),
+    ),
+    Mutant(
+        "a tie in a sweep is won by the preset's value",
+        "cluster/sweep/results.py", "return -mean, changed, json", "return -mean, 0, json",
+        (
+            "tests/cluster/sweep/test_sweep_report.py::"
+            "test_a_tie_is_won_by_the_presets_value_in_whatever_order_trials_come",
+        ),
+    ),
+    Mutant(
+        "the throughput chart counts a second once",
+        "cluster/report/throughput.py", "1 / np.maximum(in_hand[:-1], 1)", "1.0",
+        ("tests/cluster/report/test_throughput.py",),
     ),
     Mutant(
         "a shard is committed by its last put",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from cluster.dataset.layout import plan_part_key, read_table
+from cluster.dataset.layout import read_table
 from cluster.dataset.plan import sample_id
 from cluster.generation.stages.merge import to_retry
 from cluster.generation.stages.shard_row import ShardRow
@@ -59,7 +59,7 @@ class DrawShard:
         started = time.time()
         if self._guard:
             self._guard.begin_shard(shard)
-        planned = read_table(self._store, plan_part_key(shard))
+        planned = read_table(self._store, block["part"][0].as_py())
         drawn = self.draw(to_retry(self._store, shard, planned, self._retry) if self._retry else planned)
         if self._guard:
             self._guard.end_shard()

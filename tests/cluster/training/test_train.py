@@ -266,7 +266,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     store = open_store(world / "data")
     config = TrainConfig().with_overrides(TINY)
     share = holdout_share(fraction=config.holdout_fraction, limit=config.holdout_limit, rows=ROWS)
-    keys = all_rows(load_manifest(store)).keys
+    keys = all_rows(load_manifest(store)).shards
     training, _ = select_rows(store, keys, RowFilter(seed=config.seed, held_out=share))
     bad = int(training.rows[0][0])
     write_dataset(tmp_path / "nan", tiny_clip, rows=ROWS, nan_row=bad)
