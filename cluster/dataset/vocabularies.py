@@ -19,6 +19,7 @@ from cluster.dataset.layout import (
     read_table,
 )
 from cluster.session import user_error
+from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
 from pcm.reasons import USABLE
 from pcm.records import NULL_FEATURES, FeatureShape
@@ -107,7 +108,9 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
 def _load_and_store_clip_files(store: Store, plan: Plan, min_count: int) -> None:
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
-    _store_clip_files(store, plan, min_count, ClipEncoder.from_spec(plan.spec.clip))
+    clip = plan.spec.clip
+    encoder = load_with_retries(lambda: ClipEncoder.from_spec(clip), model=clip.model)
+    _store_clip_files(store, plan, min_count, encoder)
 
 
 def _store_clip_files(store: Store, plan: Plan, min_count: int, encoder: "ClipEncoder") -> None:
