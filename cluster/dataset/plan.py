@@ -29,6 +29,7 @@ import pyarrow as pa
 import pcm
 from cluster.dataset.layout import (
     CLAIMS,
+    MANIFEST_KEY,
     PLAN_KEY,
     CorpusSource,
     Plan,
@@ -94,6 +95,8 @@ def make_plan(
         raise InputError(f"images per caption {spec.images_per_caption}: at most 100")
     refuse_credentials(corpus)  # it goes into the plan and the manifest
     planned = load_plan(store)
+    if planned is None:
+        _refuse_foreign_objects(store)
     records = iter(records)
     fingerprint = hashlib.sha256()
     if planned is not None:
@@ -258,6 +261,16 @@ def _lines(records: list[CorpusRecord]) -> bytes:
         (record.caption for record in records),
         (record.reason for record in records),
     )
+
+
+def _refuse_foreign_objects(store: Store) -> None:
+    """Raises InputError where something that looks like ours lies at a place that nothing was planned for."""
+    for place in (MANIFEST_KEY, "shards/", "stats/", "quarantine/"):
+        if found := store.list(place):
+            raise InputError(
+                f"{store.root}: holds {found[0]} but no {PLAN_KEY}, so it is not a dataset that was begun here; "
+                "give another --out"
+            )
 
 
 def refuse_other_spec(store: Store, planned: Plan, spec: DatasetSpec, shard_size: int) -> None:

@@ -272,6 +272,21 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "shards of somebody else are not counted as ours",
+        "cluster/dataset/plan.py", "        _refuse_foreign_objects(store)\n", "        pass\n",
+        ("tests/cluster/store/test_outputs.py::test_objects_of_somebody_else_are_not_counted_as_ours",),
+    ),
+    Mutant(
+        "a URI with a double colon does not go elsewhere",
+        "cluster/store/store.py", "    _refuse_unmeant_chain(uri)\n", "",
+        ("tests/cluster/store/test_outputs.py::test_a_uri_that_fsspec_would_cut_at_a_double_colon_is_refused",),
+    ),
+    Mutant(
+        "a place that cannot hold the result is refused before the job begins",
+        "jobs/command_line.py", "            _check_outputs(request)\n", "",
+        ("tests/cluster/store/test_outputs.py::test_every_job_refuses_such_a_place_before_it_begins",),
+    ),
+    Mutant(
         "a shard of another size is not read",
         "cluster/dataset/rows.py", "if size != shard.bytes:", "if False:",
         ("tests/cluster/dataset/test_rows.py::test_another_shard_than_the_manifests_is_noticed_when_it_is_opened",),
