@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +17,7 @@ from pcm.spec import DatasetSpec
 
 PLAN_KEY = "plan.json"
 MANIFEST_KEY = "dataset.json"
+CLAIMS = "planning/"
 VOCABULARY_KEY = "vocabulary.txt"
 CONCEPTS_KEY = "concepts.safetensors"
 CLIP_HEAD_KEY = "clip_head.safetensors"
@@ -26,8 +27,9 @@ VOCABULARIES_KEY = "vocabularies.json"  # of which captions the three are
 UPGRADED_FROM = "upgraded_from"
 
 
-def plan_part_key(shard: int) -> str:
-    return f"plan/part-{shard:06d}.parquet"
+def plan_part_key(folder: str, shard: int) -> str:
+    """`folder`: of a segment; see Plan.part_key."""
+    return f"{folder}/part-{shard:06d}.parquet"
 
 
 def shard_key(shard: int) -> str:
@@ -43,12 +45,36 @@ def stats_key(shard: int) -> str:
 
 
 def shard_number(key: str) -> int:
-    """The shard of a key that one of the four functions above made."""
+    """The shard of a key of a shard, or of what belongs to one."""
     return int(key.rpartition("/part-")[2].partition(".")[0])
+
+
+def claim_key(digest: str, claimant: str) -> str:
+    """Of what a run writes while it puts plan.json there: see cluster.dataset.plan."""
+    return f"{CLAIMS}{digest}-{claimant}.json"
 
 
 def group_key(group: int) -> str:
     return f"progress/group-{group:06d}.json"
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A shard as the manifest, or its stats, describe it: readers compare what they find with that."""
+
+    key: str
+    rows: int
+    bytes: int
+    sha256: str
+
+    @staticmethod
+    def of(entry: dict) -> "StoredShard":
+        """Of an entry of Manifest.shards. Raises KeyError or TypeError when it is not one."""
+        found = StoredShard(**{name: entry[name] for name in StoredShard.__dataclass_fields__})
+        for name, kind in (("key", str), ("rows", int), ("bytes", int), ("sha256", str)):
+            if type(getattr(found, name)) is not kind:
+                raise TypeError(f"a shard's {name} is {entry[name]!r}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -60,6 +86,7 @@ class Segment:
     first_shard: int
     num_shards: int
     corpus_fingerprint: str  # of all captions up to the end of this segment
+    parts: str = "plan"  # the folder of its plan parts, its own: another run that plans here writes into another
 
 
 @dataclass(frozen=True)
@@ -92,6 +119,15 @@ class Plan:
     @property
     def num_shards(self) -> int:
         return self.segments[-1].first_shard + self.segments[-1].num_shards
+
+    def part_key(self, shard: int) -> str:
+        """Of the plan part of a shard. Raises IndexError for a shard beyond the plan."""
+        segment = self._segment_of("first_shard", shard, self.num_shards)
+        return plan_part_key(segment.parts, shard)
+
+    def asked(self) -> "Plan":
+        """What it asks for, wherever its parts lie: of two plans for the same samples in the same shards the same."""
+        return replace(self, segments=tuple(replace(segment, parts="") for segment in self.segments))
 
     def shard_rows(self, shard: int) -> int:
         """Samples planned for a shard. Raises IndexError for a shard beyond the plan."""
@@ -146,6 +182,10 @@ class Manifest:
     shard_bytes: int  # of all shards
     shards: tuple[dict, ...]  # {"key", "rows", "quarantined", "sha256", "bytes"} in shard order
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def stored_shards(self) -> tuple[StoredShard, ...]:
+        return tuple(map(StoredShard.of, self.shards))
 
     def to_json(self) -> bytes:
         return document_bytes({**asdict(self), "spec": self.spec.to_dict(), "features": asdict(self.features)})

@@ -16,7 +16,6 @@ from cluster.dataset.layout import (
     UPGRADED_FROM,
     Manifest,
     Plan,
-    plan_part_key,
     quarantine_key,
     read_table,
     shard_key,
@@ -81,12 +80,12 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
     """Check plan part, shard, quarantine part and stats of one shard."""
     report = ShardReport(shard, planned=plan.shard_rows(shard))
     try:
-        part = read_table(store, plan_part_key(shard))
+        part = read_table(store, plan.part_key(shard))
         _check_plan_part(part, plan, shard)
     except UNREADABLE as error:
         report.plan_damaged = True
         report.corrupt = report.planned
-        report.problems.append(f"{plan_part_key(shard)}: unreadable or not this plan's ({first_line(error)})")
+        report.problems.append(f"{plan.part_key(shard)}: unreadable or not this plan's ({first_line(error)})")
         return report
     report.corpus = _corpus_lines(part)
     captions, seeds = part["caption"].to_pylist(), part["seed"].to_pylist()

@@ -16,10 +16,10 @@ from cluster.dataset.layout import (
     VOCABULARIES_KEY,
     VOCABULARY_KEY,
     Plan,
-    plan_part_key,
     read_table,
 )
 from cluster.session import user_error
+from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
 from pcm.reasons import USABLE
 from pcm.records import NULL_FEATURES, FeatureShape
@@ -86,7 +86,7 @@ def planned_captions(store: Store, plan: Plan) -> Iterator[str]:
     """Every usable caption once, in corpus order, with a few plan parts in memory at a time."""
 
     def part(shard: int) -> list[str]:
-        table = read_table(store, plan_part_key(shard), ["caption", "reason", "image_index"])
+        table = read_table(store, plan.part_key(shard), ["caption", "reason", "image_index"])
         first = pc.equal(table["image_index"], 0)
         usable = pc.is_in(table["reason"], pa.array(USABLE))
         return table["caption"].filter(pc.and_(first, usable)).to_pylist()
@@ -108,7 +108,9 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
 def _load_and_store_clip_files(store: Store, plan: Plan, min_count: int) -> None:
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
-    _store_clip_files(store, plan, min_count, ClipEncoder.from_spec(plan.spec.clip))
+    clip = plan.spec.clip
+    encoder = load_with_retries(lambda: ClipEncoder.from_spec(clip), model=clip.model)
+    _store_clip_files(store, plan, min_count, encoder)
 
 
 def _store_clip_files(store: Store, plan: Plan, min_count: int, encoder: "ClipEncoder") -> None:

@@ -25,6 +25,7 @@ from cluster.sources.pictures import (
 from cluster.store.store import join, open_store, read_uri
 from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder
+from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.text.metrics import cider_only, clip_scores, clipscore_text, coco_metrics, require_metrics
 from pcm.text.references import CocoPicture
@@ -194,7 +195,7 @@ def _finished(
         store.write_bytes(RESULTS_KEY, results_json(captions, known))
         asked = {**asdict(request), "pictures": asdict(request.pictures)}
         document = {"metrics": summary, "request": asked, "unreadable": unreadable}
-        store.write_bytes(METRICS_KEY, (json.dumps(document, indent=1) + "\n").encode())
+        store.write_bytes(METRICS_KEY, document_bytes(document))
         summary["results"] = join(store.root, RESULTS_KEY)
     return summary
 

@@ -62,7 +62,9 @@ class EvaluateRequest(CaptionerOptions):
     )  # fmt: skip
     list_experiments: bool = option(False, help="show the paper's experiments and end")
     num_workers: int | None = option(None, help="caption on so many Ray actors", unset="in this process, without Ray")
-    out: str | None = option(None, metavar="P", help="folder for captions.json (COCO results format) and metrics.json")
+    out: str | None = option(
+        None, metavar="P", writes="folder", help="folder for captions.json (COCO results format) and metrics.json"
+    )
     limit: int | None = option(None, help="the first pictures by image id only", unset="all")
     shuffled_baseline: bool = option(False, help="also CIDEr of the same captions given to other pictures")
     seed: int = option(0, help="of the shuffling")

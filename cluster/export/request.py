@@ -20,7 +20,7 @@ class ExportRequest(Request):
     checkpoint: str | None = option(
         None, metavar="P", help="captioner or training run: path or URI", unset="none; or --data"
     )
-    out: str = option(metavar="P", help="an empty place: path or URI")
+    out: str = option(metavar="P", writes="folder", help="an empty place: path or URI")
     to: str = option(choices=FORMATS, help="a captioner: official only")
     name: str = option("synth", help="official: folders are NAME_sp0, NAME_sp1, ...")
     max_length: int = option(20, help="official: tokens of a sentence with its end")

@@ -12,7 +12,6 @@ from cluster.dataset.layout import (
     Plan,
     group_key,
     load_plan,
-    plan_part_key,
     quarantine_key,
     read_table,
 )
@@ -123,7 +122,7 @@ def _rebuild_plan_parts(
         parts = plan_parts(captions, plan.spec, plan.shard_size, is_truncated, segment.first_record, fingerprint)
         for shard, part in enumerate(parts, segment.first_shard):
             try:
-                intact = read_table(store, plan_part_key(shard)).equals(part)
+                intact = read_table(store, plan.part_key(shard)).equals(part)
             except UNREADABLE:
                 intact = False
             if not intact:
@@ -134,5 +133,5 @@ def _rebuild_plan_parts(
             "more; give the original by --corpus, or generate into another --out"
         )
     for shard, part in differ.items():
-        write_plan_part(store, shard, part)
+        write_plan_part(store, plan.part_key(shard), part)
     return len(differ)

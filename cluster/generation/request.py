@@ -302,7 +302,7 @@ class GenerateRequest(GenerationOptions):
     Raises InputError for values that cannot be, and for options that have no effect together.
     """
 
-    out: str = option(help="dataset: path or URI")
+    out: str = option(writes="folder", help="dataset: path or URI")
     preset: str | None = option(
         None,
         choices=tuple(GENERATION_PRESETS),

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from cluster.dataset.committed import committed
-from cluster.dataset.layout import Manifest, Plan, plan_part_key, read_table
+from cluster.dataset.layout import Manifest, Plan, read_table
 from cluster.dataset.plan import make_plan
 from cluster.dataset.vocabularies import store_vocabularies
 from cluster.generation.pinning import clip_spec, resolve_device, resolve_dtype
@@ -223,6 +223,7 @@ class PhotoShards:
         positions: Mapping[int, int],  # number of a photo -> where it is among the files
     ) -> None:
         self._store = store
+        self._plan = plan
         self._featuriser = featuriser
         self._corpus = corpus
         self._files = files
@@ -233,7 +234,7 @@ class PhotoShards:
     def __call__(self, shard: int) -> dict:
         """The stats of the shard, once it is committed. Raises InputError when its photos are too many bytes."""
         started = time.time()
-        samples = self._samples(shard, read_table(self._store, plan_part_key(shard)).to_pylist())
+        samples = self._samples(shard, read_table(self._store, self._plan.part_key(shard)).to_pylist())
         block = ShardRow(shard, samples, {"start_time": started, "draw_seconds": time.time() - started}).to_block()
         del samples
         with self._model:

@@ -26,7 +26,6 @@ from cluster.dataset.layout import (
     VOCABULARY_KEY,
     Manifest,
     Plan,
-    plan_part_key,
     read_table,
 )
 from cluster.dataset.plan import make_plan
@@ -262,6 +261,7 @@ class ShardImporter:
         corpus: AnnotationCorpus,
     ) -> None:
         self._store = store
+        self._plan = plan
         self._features = features
         self._places = places
         self._corpus = corpus
@@ -272,7 +272,7 @@ class ShardImporter:
     def __call__(self, shard: int) -> dict:
         """The stats of the shard, once it is committed."""
         started = time.time()
-        rows = read_table(self._store, plan_part_key(shard)).to_pylist()
+        rows = read_table(self._store, self._plan.part_key(shard)).to_pylist()
         patches = np.zeros((len(rows), self._features.num_patches, self._features.patch_dim), np.float16)
         images = np.zeros((len(rows), self._features.embed_dim), np.float16)
         scores = np.array([self._corpus.clip_scores[row["record_index"]] for row in rows], np.float32)

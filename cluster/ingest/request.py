@@ -42,7 +42,7 @@ class PhotoRequest(ReadingOptions):
         metavar="P",
         help="Karpathy or COCO JSON, Flickr token, CSV, JSONL or Parquet that names the photo of each caption",
     )
-    out: str = option(metavar="P", help="dataset: path or URI")
+    out: str = option(metavar="P", writes="folder", help="dataset: path or URI")
     clip: str = option("embedded", metavar="NAME", help="open_clip NAME, such as ViT-L-14/openai; that of the mix")
     split: str = option("train", help="split of a Karpathy file (train takes restval too), or all")
     limit: int | None = option(None, help="the captions of the first N photos of the file only", unset="all")
@@ -96,7 +96,7 @@ class ImportRequest(CaptionerFiles, DatasetFiles):
     them. Raises InputError for options that do not go together.
     """
 
-    out: str = option(metavar="P", help="dataset or captioner: path or URI")
+    out: str = option(metavar="P", writes="folder", help="dataset or captioner: path or URI")
     vocabulary: str = option(metavar="P", help="vocabulary.txt")
     clip: str = option(metavar="NAME", help="the open_clip NAME of the features, such as ViT-L-14/openai")
     concepts: str | None = option(

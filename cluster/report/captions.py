@@ -1,4 +1,4 @@
-"""Sample captions of real pictures, with what the mix-up saw in each: its concepts, and the patches it made textual."""
+"""Sample captions of pictures, with what the mix-up saw in each: its concepts, and the patches it made textual."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ SAMPLES = 12
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedPicture:
-    """A real picture as CLIP sees it, its caption, and what led to it."""
+    """A picture as CLIP sees it, its caption, and what led to it."""
 
     image_id: str
     uri: str  # the picture as a data URI

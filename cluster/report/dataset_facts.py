@@ -15,6 +15,7 @@ import numpy as np
 from cluster.dataset.layout import (
     PLAN_KEY,
     Manifest,
+    StoredShard,
     load_manifest,
     quarantine_key,
     read_table,
@@ -117,7 +118,7 @@ def in_parallel(work: Callable[[T], U], items: Sequence[T]) -> list[U]:
 
 
 def _rows(store: Store, manifest: Manifest, place: int) -> list[Row]:
-    table = read_shard(store, manifest.shards[place]["key"], ["sample_id", "caption", "seed", "clip_score"])
+    table = read_shard(store, StoredShard.of(manifest.shards[place]), ["sample_id", "caption", "seed", "clip_score"])
     return [Row(shard=place, row=number, **row) for number, row in enumerate(table.to_pylist())]
 
 

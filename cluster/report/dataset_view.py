@@ -52,7 +52,7 @@ def overview(data: DatasetFacts, speed: Throughput | None, *, hourly: float | No
 
 def gallery(data: DatasetFacts, found: Gallery) -> Html:
     drawn_here = data.manifest.spec.generator.model not in (IMPORTED, PHOTOS)
-    redraw = f"python -m jobs.generate --out {data.root} --only {{sample_id}}" if drawn_here else ""
+    redraw = f"python -m jobs.generate --out {data.root} --only" if drawn_here else ""
 
     def cards(pictures: Sequence[Picture]) -> Html:
         return tag(

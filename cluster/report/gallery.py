@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from cluster.charts.markup import data_uri
-from cluster.dataset.layout import CONCEPTS_KEY
+from cluster.dataset.layout import CONCEPTS_KEY, StoredShard
 from cluster.dataset.rows import read_shard
 from cluster.report.dataset_facts import DatasetFacts, Row, in_parallel
 from cluster.store.store import Store
@@ -144,7 +144,7 @@ def _pictures(
         wanted[row.shard].add(row)
 
     def read(shard: int) -> list[tuple[Row, Picture]]:
-        column = read_shard(store, facts.manifest.shards[shard]["key"], ["image"])["image"]
+        column = read_shard(store, StoredShard.of(facts.manifest.shards[shard]), ["image"])["image"]
         cells = {row: column[row.row].as_py() or {} for row in wanted[shard]}
         return [(row, _picture(row, cell.get("bytes") or b"", side)) for row, cell in cells.items()]
 

@@ -176,7 +176,7 @@ class TrainRequest(TrainingOptions):
         metavar="DATASET[=WEIGHT]",
         help="dataset: local path or URI. WEIGHT: how often each of its rows comes in an epoch (1)",
     )
-    out: str = option(help="where the run goes: local path or URI")
+    out: str = option(writes="folder", help="where the run goes: local path or URI")
     preset: str | None = option(
         None, choices=tuple(TRAINING_PRESETS), metavar="NAME", help=PRESET_HELP,
         unset="by the dataset's feature sizes; of a resumed run, its own settings",
@@ -213,8 +213,10 @@ class StreamRequest(GenerationOptions, TrainingOptions):
         "the file has `model`, as a sweep's best.json has. "
     )
 
-    out: str = option(help="where the run goes, or with no --data both: path or URI")
-    data: str | None = option(None, help="dataset: path or URI", unset="OUT/dataset, and the run is then OUT/run")
+    out: str = option(writes="folder", help="where the run goes, or with no --data both: path or URI")
+    data: str | None = option(
+        None, writes="folder", help="dataset: path or URI", unset="OUT/dataset, and the run is then OUT/run"
+    )
     preset: tuple[str, ...] = option(
         (), metavar="NAME",
         help=f"of generation ({', '.join(GENERATION_PRESETS)}), of training ({PRESET_HELP}), or both",

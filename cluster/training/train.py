@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -139,6 +140,7 @@ def _run(
         validation=source_anywhere(request.validation) if request.validation else None,
         clip=request.clip or sets[0].manifest.spec.clip.model,
         cpu_threads=cpus,
+        checks=f"pcm-checked-{uuid.uuid4().hex}",
         checkpoint_every_steps=request.checkpoint_every_steps,
         cache_bytes=request.cache_bytes,
         cache_dir=os.path.abspath(request.cache_dir) if request.cache_dir else None,

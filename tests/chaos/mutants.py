@@ -43,8 +43,18 @@ MUTANTS = (
     ),
     Mutant(
         "a store that restarts is waited for",
-        "cluster/store/retries.py", "if left <= 0:", "if True:",
+        "cluster/store/retries.py", "if (left := patience.left()) <= 0:", "if (left := 0.0) <= 0:",
         ("tests/cluster/store/test_retries.py::test_a_store_that_restarts_is_waited_for",),
+    ),
+    Mutant(
+        "a hub that fails is asked again",
+        "cluster/store/retries.py", 'if fault.kind != "transient" or (left := patience.left()) <= 0:', "if left := 1.0:",
+        ("tests/cluster/store/test_load_with_retries.py::test_a_hub_that_fails_twice_is_asked_again",),
+    ),
+    Mutant(
+        "a slow run is no failed one",
+        "cluster/session.py", "context.execution_no_progress_timeout_s = -1", "pass",
+        ("tests/cluster/store/test_load_with_retries.py::test_ray_data_ends_no_run_for_being_slow",),
     ),
     Mutant(
         "a full disk is one line",
@@ -60,7 +70,7 @@ MUTANTS = (
     ),
     Mutant(
         "an object that is replaced while it is read is not read as a mixture",
-        "cluster/store/object_file.py", "if self._version() != self._opened:", "if False:",
+        "cluster/store/object_file.py", "if self._version() != self.opened:", "if False:",
         ("tests/cluster/store/test_open.py::test_an_object_that_is_replaced_while_it_is_read_is_noticed_at_its_end",),
     ),
     Mutant(
@@ -241,8 +251,71 @@ MUTANTS = (
     ),
     Mutant(
         "two drivers that plan different growth do not mix their plans",
-        "cluster/dataset/plan.py", "if found is not None and found not in (planned, plan):", "if False:",
+        "cluster/dataset/plan.py", "if found != planned:", "if False:",
         ("tests/cluster/dataset/test_plan.py::test_two_drivers_that_plan_different_growth_do_not_mix_their_plans",),
+    ),
+    Mutant(
+        "of two drivers that plan different things at one moment one gives up",
+        "cluster/dataset/plan.py", "        if others:\n", "        if False:\n",
+        (
+            "tests/cluster/dataset/test_plan.py::"
+            "test_of_two_drivers_that_plan_different_things_at_one_moment_one_plans_and_nothing_mixes",
+        ),
+    ),
+    Mutant(
+        "plan parts of another run lie elsewhere",
+        "cluster/dataset/plan.py", 'return f"plan/{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}"',
+        'return "plan"',
+        (
+            "tests/cluster/dataset/test_plan.py::"
+            "test_of_two_drivers_that_plan_different_things_at_one_moment_one_plans_and_nothing_mixes",
+        ),
+    ),
+    Mutant(
+        "shards of somebody else are not counted as ours",
+        "cluster/dataset/plan.py", "        _refuse_foreign_objects(store)\n", "        pass\n",
+        ("tests/cluster/store/test_outputs.py::test_objects_of_somebody_else_are_not_counted_as_ours",),
+    ),
+    Mutant(
+        "a URI with a double colon does not go elsewhere",
+        "cluster/store/store.py", "    _refuse_unmeant_chain(uri)\n", "",
+        ("tests/cluster/store/test_outputs.py::test_a_uri_that_fsspec_would_cut_at_a_double_colon_is_refused",),
+    ),
+    Mutant(
+        "a place that cannot hold the result is refused before the job begins",
+        "jobs/command_line.py", "            _check_outputs(request)\n", "",
+        ("tests/cluster/store/test_outputs.py::test_every_job_refuses_such_a_place_before_it_begins",),
+    ),
+    Mutant(
+        "a shard of another size is not read",
+        "cluster/dataset/rows.py", "if size != shard.bytes:", "if False:",
+        ("tests/cluster/dataset/test_rows.py::test_another_shard_than_the_manifests_is_noticed_when_it_is_opened",),
+    ),
+    Mutant(
+        "a shard of other rows is not read",
+        "cluster/dataset/rows.py", "if file.metadata.num_rows != shard.rows:", "if False:",
+        (
+            "tests/cluster/dataset/test_rows.py::"
+            "test_rows_that_the_manifest_does_not_know_are_noticed_without_the_checksum",
+        ),
+    ),
+    Mutant(
+        "a shard of other bytes is not read",
+        "cluster/dataset/rows.py", "if found != shard.sha256:", "if False:",
+        ("tests/cluster/dataset/test_rows.py::test_another_shard_than_the_manifests_is_noticed_when_it_is_opened",),
+    ),
+    Mutant(
+        "a tie in a sweep is won by the preset's value",
+        "cluster/sweep/results.py", "return -mean, changed, json", "return -mean, 0, json",
+        (
+            "tests/cluster/sweep/test_sweep_report.py::"
+            "test_a_tie_is_won_by_the_presets_value_in_whatever_order_trials_come",
+        ),
+    ),
+    Mutant(
+        "the throughput chart counts a second once",
+        "cluster/report/throughput.py", "1 / np.maximum(in_hand[:-1], 1)", "1.0",
+        ("tests/cluster/report/test_throughput.py",),
     ),
     Mutant(
         "a shard is committed by its last put",

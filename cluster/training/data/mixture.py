@@ -19,6 +19,7 @@ from cluster.dataset.layout import (
     VOCABULARY_KEY,
     Manifest,
     Plan,
+    StoredShard,
     load_manifest,
 )
 from cluster.dataset.rows import read_shard
@@ -46,8 +47,8 @@ class TrainingSet:
     defined_by: str = MANIFEST_KEY
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        return tuple(shard["key"] for shard in self.manifest.shards)
+    def shards(self) -> tuple[StoredShard, ...]:
+        return self.manifest.stored_shards
 
     def description(self) -> dict:
         """For config.json: what decides the rows."""
@@ -167,10 +168,10 @@ def merged_concepts(vocabularies: Sequence[ConceptVocabulary]) -> ConceptVocabul
 
 
 def _captions(sets: Sequence[TrainingSet]) -> Iterator[str]:
-    places = [(each.store, key) for each in sets for key in each.keys]
+    places = [(each.store, shard) for each in sets for shard in each.shards]
 
-    def read(place: tuple[Store, str]) -> list[str]:
-        return read_shard(*place, ["caption"])["caption"].to_pylist()
+    def read(place: tuple[Store, StoredShard]) -> list[str]:
+        return read_shard(*place, ["caption"], checksum=False)["caption"].to_pylist()
 
     window = 8 * _READ_THREADS
     with ThreadPoolExecutor(_READ_THREADS) as pool:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.dataset.layout import CONCEPTS_KEY, Manifest, Plan, shard_key
+from cluster.dataset import read_dataset
+from cluster.dataset.layout import CONCEPTS_KEY, Manifest, Plan, load_manifest, shard_key
 from cluster.export.export import export_dataset
 from cluster.export.request import FORMATS, ExportRequest
 from cluster.store.store import Store, open_store
@@ -21,6 +22,7 @@ from pcm.errors import InputError
 from pcm.official.files import SPLIT_SIZE, split_of
 from pcm.text.concepts import ConceptVocabulary
 from tests.helpers.published import make_complete_dataset
+from tests.helpers.shards import as_it_lies
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 
@@ -138,6 +140,10 @@ def test_datasets_opens_a_hugging_face_export(dataset, tmp_path, monkeypatch):
     as_arrays = train.with_format("numpy")[0]["patch_features"]
     np.testing.assert_array_equal(as_arrays, patches(rows[0]))
     assert "| `caption` |" in (tmp_path / "hf" / "README.md").read_text()
+    exported = load_manifest(open_store(tmp_path / "hf"))
+    for shard in exported.stored_shards:  # the manifest speaks of the export's own files
+        assert shard == as_it_lies(open_store(tmp_path / "hf"), shard.key) and shard.key.startswith("data/")
+    assert [row.caption for row in read_dataset(tmp_path / "hf")] == train["caption"][:]
 
 
 @pytest.mark.parametrize("to", FORMATS)

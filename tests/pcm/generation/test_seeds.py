@@ -62,8 +62,8 @@ def test_where_a_folder_lies_enters_no_seed_since_version_two() -> None:
 def test_an_unused_younger_field_leaves_the_digest_of_a_spec() -> None:
     values = SPEC.to_dict()
     assert "loras" not in values["generator"] and "offload" not in values["generator"]
-    assert DatasetSpec.from_dict(json.loads(json.dumps(values))) == SPEC
-    assert DatasetSpec.from_dict(json.loads(json.dumps(local("/here").to_dict()))) == local("/here")
+    for spec in (SPEC, local("/here")):
+        assert DatasetSpec.from_dict(json.loads(json.dumps(spec.to_dict()))).generator == spec.generator
 
 
 def test_seed_differs_by_caption_id_picture_and_base_seed() -> None:
