@@ -20,12 +20,12 @@ FEW_STEP_MODELS = (
     (re.compile(r"stable-diffusion-3\.5.*turbo"), FewSteps(4, 0.0)),
     (re.compile(r"flux\.1-schnell"), FewSteps(4, 0.0)),
     (re.compile(r"flux\.2-klein(?!-base)"), FewSteps(4, 1.0)),
-    (re.compile(r"^sdxl?-turbo"), FewSteps(1, 0.0)),
+    (re.compile(r"^sd(xl)?-turbo"), FewSteps(1, 0.0)),
 )
 #: The same of what is fused into a model: a LoRA decides before the model it is fused into.
 FEW_STEP_LORAS = (
     (re.compile(r"lcm-lora"), FewSteps(4, 1.0)),
-    (re.compile(r"(lightning|hyper).*\b1step"), FewSteps(1, 0.0)),
+    (re.compile(r"(lightning|hyper).*[-_]1step"), FewSteps(1, 0.0)),
     (re.compile(r"(lightning|hyper).*[-_]2step"), FewSteps(2, 0.0)),
     (re.compile(r"(lightning|hyper).*[-_]4step"), FewSteps(4, 0.0)),
     (re.compile(r"(lightning|hyper).*[-_]8step"), FewSteps(8, 0.0)),
