@@ -31,6 +31,8 @@ def load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
     try:
         pipeline = _load_parts(spec)
         _fuse_loras(pipeline, spec)
+    except InputError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise _too_large(spec, error) from error
