@@ -1,6 +1,5 @@
 """A trained captioner: pictures in, captions and their salient concepts out. No Ray, no cluster, one folder on disk."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +10,22 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from pcm.captioners.interface import CONCEPTS_FILE, CONFIG_FILE, MODEL_FILE, VOCABULARY_FILE, CaptioningMethod
+from pcm.captioners.interface import (
+    CLIP_OPTION,
+    CONCEPTS_FILE,
+    CONFIG_FILE,
+    MODEL_FILE,
+    VOCABULARY_FILE,
+    CaptioningMethod,
+)
 from pcm.captioners.methods import METHODS
 from pcm.captioners.pcmnet.config import BEAM_SIZE
 from pcm.captioners.pcmnet.method import PCMNET
 from pcm.captioners.pcmnet.model import PCMNet
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
-from pcm.documents import document_bytes
-from pcm.errors import InputError
+from pcm.clip.names import refuse_place
+from pcm.documents import document_bytes, read_document
+from pcm.errors import InputError, first_line
 from pcm.images import open_image
 from pcm.kernels.packed_linear import for_decoding
 from pcm.text.concepts import ConceptVocabulary
@@ -88,22 +95,28 @@ class Captioner:
     ) -> Self:
         """The captioner in a checkpoint folder (a run's own folder means its `best`).
 
-        `clip` replaces the encoder that the checkpoint names, such as a folder that has moved. Raises InputError when
-        files are missing or do not belong together.
+        `clip` replaces the encoder that the checkpoint names, such as a folder that has moved. A checkpoint alone may
+        name only a CLIP that is known here; a folder, file or hub repo must be named by `clip` or by the record of the
+        run that the checkpoint lies in. Raises InputError when files are missing or do not belong together.
         """
         folder = checkpoint_folder(Path(path))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        document = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        try:
+            document = read_document((folder / CONFIG_FILE).read_bytes())
+            trained_on, dtype = document["clip"], document["clip"]["dtype"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(
+                f"{folder / CONFIG_FILE}: damaged ({first_line(error)}); give another checkpoint"
+            ) from None
         model = _method(folder, document).load(folder, document)
-        trained_on = document["clip"]
         recorded = {name: trained_on.get(name) for name in ("activation", "weights")}
         if not isinstance(clip, ClipEncoder):
             name, revision = (clip, None) if clip else (trained_on["model"], trained_on.get("revision"))
+            if not clip and name != _clip_of_run(folder):
+                refuse_place(name, source=str(folder / CONFIG_FILE))
             # Nobody stores these features: one picture need not cost a batch of 32.
-            clip = ClipEncoder(
-                name, device=device, dtype=trained_on["dtype"], revision=revision, exact=False, **recorded
-            )
+            clip = ClipEncoder(name, device=device, dtype=dtype, revision=revision, exact=False, **recorded)
         clip.check_recorded(**recorded)
         return cls(
             model.to(device),
@@ -207,6 +220,21 @@ def checkpoint_folder(path: Path) -> Path:
                 )
             return folder
     raise InputError(f"checkpoint {path}: no {MODEL_FILE} in it or in its best/; give a folder that jobs.train wrote")
+
+
+def _run_record(folder: Path) -> Path | None:
+    """config.json of the run that a checkpoint's folder lies in (`best/` or `checkpoints/NAME`), where there is one."""
+    places = (folder.resolve().parent / CONFIG_FILE, folder.resolve().parent.parent / CONFIG_FILE)
+    return next((place for place in places if place.is_file()), None)
+
+
+def _clip_of_run(folder: Path) -> str | None:
+    """The CLIP that the command line of the run named (CLIP_OPTION of its record); None where it named none."""
+    record = _run_record(folder)
+    try:
+        return read_document(record.read_bytes())[CLIP_OPTION] if record else None
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def _method(folder: Path, document: dict[str, Any]) -> CaptioningMethod[PCMNet]:
