@@ -21,6 +21,7 @@ from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error
 from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set
 from cluster.store.store import join, local_copy, open_store
 from pcm.captioners.captioner import BATCH_SIZE, MODEL_FILE, Captioner
+from pcm.captioners.interface import CONFIG_FILE
 from pcm.errors import InputError
 from pcm.line_timer import LineTimer
 
@@ -80,10 +81,16 @@ def _local(image: str) -> str:
 
 
 def local_checkpoint(uri: str) -> Path:
-    """A local folder with the captioner at `uri`: a checkpoint, or a run, whose best one it is."""
+    """A local folder with the captioner at `uri`: a checkpoint, or a run, whose best one it is.
+
+    The record of a remote run comes with it (`Captioner.load` looks there which CLIP the run was given).
+    """
     store = open_store(uri)
     in_run = not store.exists(MODEL_FILE) and store.exists(f"best/{MODEL_FILE}")
-    return local_copy(join(uri, "best") if in_run else uri)
+    folder = local_copy(join(uri, "best") if in_run else uri)
+    if in_run and not store.is_local and store.exists(CONFIG_FILE):
+        (folder.parent / CONFIG_FILE).write_bytes(store.read_bytes(CONFIG_FILE))
+    return folder
 
 
 def caption_pictures(captioner: Captioner, pictures: PictureSet, *, batch_size: int = BATCH_SIZE) -> Captioned:

@@ -25,7 +25,7 @@ from cluster.sources.pictures import (
 from cluster.store.store import join, open_store, read_uri
 from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder
-from pcm.documents import document_bytes
+from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError
 from pcm.text.metrics import cider_only, clip_scores, clipscore_text, coco_metrics, require_metrics
 from pcm.text.references import CocoPicture
@@ -203,7 +203,7 @@ def _finished(
 def read_results(data: bytes, *, source: str) -> dict[str, str]:
     """Image id -> caption of a COCO results file: [{"image_id": 42, "caption": "..."}]."""
     try:
-        rows = json.loads(data)
+        rows = read_document(data)
     except ValueError as error:
         raise InputError(f"{source}: not JSON ({error}); a COCO results file is a list of image_id, caption") from None
     captions: dict[str, str] = {}

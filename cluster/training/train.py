@@ -32,7 +32,8 @@ from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import check_compile
-from pcm.clip.names import resolve_clip_name
+from pcm.captioners.interface import CLIP_OPTION
+from pcm.clip.names import refuse_place, resolve_clip_name
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
@@ -69,7 +70,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
             f"({', '.join(f'{each.weight:g}' for each in sets)}); use first_epoch shuffled"
         )
     _check_request(request, config)
-    document = _document(request, sets, config)
+    document = _document(request, sets, config, previous)
     if previous is not None:
         _refuse_other_run(out, previous, document)
         done = len(_history(out))
@@ -119,7 +120,7 @@ def planned_run(request: TrainRequest, *, cpus: int) -> RunSpec:
     sets = open_training_sets(request.sources)
     vocabularies = common_vocabularies(sets)
     config = _config_for(request, sets, vocabularies, None)
-    return _run(request, sets, vocabularies, config, _document(request, sets, config), cpus=cpus)
+    return _run(request, sets, vocabularies, config, _document(request, sets, config, None), cpus=cpus)
 
 
 def _run(
@@ -138,7 +139,7 @@ def _run(
         config=config,
         document=document,
         validation=source_anywhere(request.validation) if request.validation else None,
-        clip=request.clip or sets[0].manifest.spec.clip.model,
+        clip=document["clip"]["model"],
         cpu_threads=cpus,
         checks=f"pcm-checked-{uuid.uuid4().hex}",
         checkpoint_every_steps=request.checkpoint_every_steps,
@@ -207,12 +208,21 @@ def _fitted(
     )
 
 
-def _document(request: TrainRequest, sets: Sequence[TrainingSet], config: TrainConfig) -> dict[str, Any]:
-    """config.json: everything that the run's numbers depend on."""
+def _document(
+    request: TrainRequest, sets: Sequence[TrainingSet], config: TrainConfig, previous: dict[str, Any] | None
+) -> dict[str, Any]:
+    """config.json: everything that the run's numbers depend on.
+
+    Raises InputError where pictures must be read by a CLIP that the dataset alone names, and not as one known here.
+    """
     clip = sets[0].manifest.spec.clip
+    given = request.clip or (previous or {}).get(CLIP_OPTION)
+    if given is None and request.validation is not None:
+        refuse_place(clip.model, source=sets[0].store.root)
     return {
         "train": config.to_dict(),
-        "clip": clip.identity() | {"model": request.clip or clip.model},
+        "clip": clip.identity() | {"model": given or clip.model},
+        CLIP_OPTION: given,
         "datasets": [each.description() for each in sets],
         "validation": asdict(request.validation) if request.validation else None,
         # Of this code, not of an installed package's metadata: a submitted job brings its own.
