@@ -1,7 +1,7 @@
 """A trained captioner: pictures in, captions and their salient concepts out. No Ray, no cluster, one folder on disk."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -67,6 +67,7 @@ class Captioner:
 
     The CLIP may be given as a function that loads it: it is called when the first picture comes, and never where
     features are described. `others`: more networks, whose word probabilities are averaged with the model's.
+    `recorded`: activation and weights (a sha256) of the CLIP that it was trained with, where they are known.
 
     Raises InputError when the CLIP's feature sizes are not those the network was trained on.
     """
@@ -80,6 +81,7 @@ class Captioner:
         clip: ClipEncoder | Callable[[], ClipEncoder],
         beam_size: int = BEAM_SIZE,
         others: Sequence[PCMNet] = (),
+        recorded: Mapping[str, str | None] | None = None,
     ) -> None:
         if len(vocabulary) != model.config.vocab_size:
             raise InputError(
@@ -91,6 +93,7 @@ class Captioner:
         self.vocabulary = vocabulary
         self.concepts = concepts
         self.beam_size = beam_size
+        self.recorded = recorded or {}
         self._clip = clip
         if isinstance(clip, ClipEncoder):
             self._check_sizes(clip)
@@ -173,6 +176,7 @@ class Captioner:
             concepts=concepts or ConceptVocabulary.load(folder / CONCEPTS_FILE),
             clip=clip if isinstance(clip, ClipEncoder) else load_clip,
             beam_size=beam_size,
+            recorded=recorded,
         )
 
     def caption(self, images: Sequence[Image.Image | str | Path]) -> list[CaptionResult]:
