@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from cluster.dataset.layout import MANIFEST_KEY, load_manifest, load_plan, plan_part_key, read_table
+from cluster.dataset.layout import MANIFEST_KEY, load_manifest, load_plan, read_table
 from cluster.dataset.rows import read_rows, read_shard
 from cluster.sources.picture_source import FeatureSource
 from cluster.sources.pictures import EncodedPictures, candidate_ids, picture_references, reference_names
@@ -180,11 +180,12 @@ def _of_dataset(store: Store) -> GivenFeatures:
     plan = load_plan(store) if manifest.spec.generator.model in UNDRAWN else None
     places: list[tuple[int, int]] = []
     captions: dict[str, list[str]] = {}
-    for shard, entry in enumerate(manifest.shards):
-        table = read_shard(store, entry["key"], ["sample_id", "caption"])
+    shards = manifest.stored_shards
+    for shard, stored in enumerate(shards):
+        table = read_shard(store, stored, ["sample_id", "caption"], checksum=False)  # when its features are read
         image_ids = table["sample_id"].to_pylist()
         if plan is not None:
-            planned = read_table(store, plan_part_key(shard), ["sample_id", "corpus_id"]).to_pylist()
+            planned = read_table(store, plan.part_key(shard), ["sample_id", "corpus_id"]).to_pylist()
             named = {row["sample_id"]: row["corpus_id"].rpartition("#")[0] for row in planned}
             image_ids = [named[sample_id] for sample_id in image_ids]
         for row, (image_id, caption) in enumerate(zip(image_ids, table["caption"].to_pylist(), strict=True)):
@@ -202,7 +203,7 @@ def _of_dataset(store: Store) -> GivenFeatures:
         for shard, some in by_shard.items():
             some = sorted(some, key=lambda position: places[position][1])
             numbers = np.array([places[position][1] for position in some])
-            rows = read_rows(store, manifest.shards[shard]["key"], numbers, manifest.features)
+            rows = read_rows(store, shards[shard], numbers, manifest.features)
             found |= dict(zip(some, zip(rows.global_feature, rows.patch_features, strict=True), strict=True))
         return [found[position] for position in positions]
 

@@ -142,7 +142,7 @@ def _evaluate_every_epoch(request: EvaluateRequest) -> dict[str, Any]:
     summary = {"epochs": epochs, "best": best, "not_kept": gone, "seconds": round(time.monotonic() - started, 2)}
     if request.out is not None:
         document = {"metrics": summary, "request": asdict(request)}
-        open_store(request.out).write_bytes(METRICS_KEY, (json.dumps(document, indent=1) + "\n").encode())
+        open_store(request.out).write_bytes(METRICS_KEY, document_bytes(document))
     return summary
 
 
@@ -151,7 +151,7 @@ def _spice_folder(request: EvaluateRequest) -> Path | None:
     home = request.spice_home or os.environ.get(SPICE_HOME_VARIABLE)
     store = open_store(home) if home else None
     if store is None or store.is_local:
-        return require_spice(store and store.prefix)
+        return require_spice(None if store is None else store.prefix)
     if missing := [name for name in SPICE_MODELS if not store.exists(name)]:
         raise InputError(f"--spice-home {home}: has no {' and no '.join(missing)}")
     folder = Path(tempfile.mkdtemp(prefix="pcm-spice-"))

@@ -7,7 +7,6 @@ caption of a corpus is; the pictures and their other references stay.
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -95,7 +94,7 @@ def load_coco_pictures(path: str | Path) -> dict[str, CocoPicture]:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[io.BufferedReader]:
+def _open(path: Path) -> Iterator[BinaryIO]:
     with path.open("rb", buffering=1 << 20) as raw:
         yield open_gzip(raw, name=str(path)) if path.suffix == ".gz" else raw
 
