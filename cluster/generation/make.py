@@ -25,7 +25,7 @@ from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.corpus import CorpusRecord, read_corpus, source_digest
 from cluster.store.store import Store, open_store
 from pcm import embedded
-from pcm.clip.names import truncation_check
+from pcm.clip.truncation import truncation_check
 from pcm.errors import InputError
 from pcm.spec import DatasetSpec
 from pcm.text.formats import ReadOptions

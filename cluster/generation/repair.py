@@ -25,7 +25,7 @@ from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.store.store import Store, open_store
 from pcm import embedded
-from pcm.clip.names import truncation_check
+from pcm.clip.truncation import truncation_check
 from pcm.errors import InputError
 from pcm.text.formats import ReadOptions
 

@@ -7,11 +7,12 @@ caption of a corpus is; the pictures and their other references stay.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from pcm.documents import read_document
 from pcm.errors import InputError, one_line
@@ -94,7 +95,7 @@ def load_coco_pictures(path: str | Path) -> dict[str, CocoPicture]:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
+def _open(path: Path) -> Iterator[io.BufferedReader[Any]]:
     with path.open("rb", buffering=1 << 20) as raw:
         yield open_gzip(raw, name=str(path)) if path.suffix == ".gz" else raw
 
