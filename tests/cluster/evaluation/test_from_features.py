@@ -145,6 +145,7 @@ def test_every_epoch_that_the_run_kept_is_evaluated(world: Path, tmp_path: Path)
         shutil.copytree(world / "checkpoint", tmp_path / "run" / "checkpoints" / name)
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n" * 3)
     assert list(epoch_checkpoints(str(tmp_path / "run"))[0]) == [2, 3]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch-003")
     summary = evaluate(
         asked(
             world,
