@@ -43,7 +43,7 @@ def test_an_evaluation_with_a_wrong_folder_ends_before_anything_is_loaded(tmp_pa
     request = EvaluateRequest(
         checkpoint=str(tmp_path / "none"), images="embedded:val", spice_home=str(tmp_path), device="cpu"
     )
-    with pytest.raises(InputError, match="--spice-home .*: has no stanford-corenlp-3.6.0.jar and no"):
+    with pytest.raises(InputError, match=r"--spice-home .*: has no stanford-corenlp-3\.6\.0\.jar and no"):
         evaluate(request)
 
 
