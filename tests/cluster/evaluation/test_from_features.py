@@ -11,16 +11,23 @@ from cluster.dataset.given_features import FeatureSet, load_feature_set
 from cluster.evaluation.captioning import caption, caption_pictures, epoch_checkpoints
 from cluster.evaluation.evaluate import _matched, evaluate, read_results
 from cluster.evaluation.request import CaptionRequest, EvaluateRequest
+from cluster.export.export import export
+from cluster.export.request import ExportRequest
+from cluster.ingest.published import import_official
+from cluster.ingest.request import ImportRequest
 from cluster.sources.picture_source import FeatureSource
+from cluster.sources.pictures import PictureSource, load_picture_set
 from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
 from pcm.errors import InputError
 from pcm.official.files import features_to_npz
-from pcm.text.metrics import COCO_METRICS
+from pcm.text.metrics import COCO_METRICS, cider_only
 from pcm.text.references import load_references
-from tests.helpers.tiny_dataset import scene, write_checkpoint, write_dataset, write_pictures
+from tests.helpers.tiny_dataset import TINY, scene, write_checkpoint, write_dataset, write_pictures
 
 COUNT = 7
+#: What a published file does not show of the tiny network.
+SETTINGS_OF_TINY = {name: TINY[name] for name in ("num_heads", "max_length")}
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +152,7 @@ def test_every_epoch_that_the_run_kept_is_evaluated(world: Path, tmp_path: Path)
         shutil.copytree(world / "checkpoint", tmp_path / "run" / "checkpoints" / name)
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n" * 3)
     assert list(epoch_checkpoints(str(tmp_path / "run"))[0]) == [2, 3]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch-003")
     summary = evaluate(
         asked(
             world,
@@ -185,3 +193,23 @@ def test_a_captioner_is_loaded_without_its_clip_and_asks_for_it_with_the_first_p
     )
     assert len(captioner.describe(features)) == 1
     assert not isinstance(captioner._clip, ClipEncoder)
+
+
+def test_the_published_files_alone_give_the_captions_and_cider_of_our_own(world: Path, tmp_path: Path) -> None:
+    """What a release holds - .pth, vocabulary, concepts, .npz - without photos and CLIP, against our own files."""
+    release = tmp_path / "release"
+    export(ExportRequest(checkpoint=str(world / "checkpoint"), to="official", out=str(release)))
+    import_official(
+        ImportRequest(
+            checkpoint=str(release / "model.pth"), vocabulary=str(release / "vocabulary.txt"),
+            concepts=str(release / "concepts.pickle"), clip="ViT-L-14/openai", out=str(tmp_path / "imported"),
+            settings=SETTINGS_OF_TINY,
+        )
+    )  # fmt: skip
+    given = loaded(world, world / "img")
+    pictures = load_picture_set(PictureSource(images=str(world / "pictures"), references=str(world / "references.csv")))
+    ours = caption_pictures(Captioner.load(world / "checkpoint", device="cpu"), pictures)
+    published = caption_pictures(Captioner.load(tmp_path / "imported", device="cpu"), given)
+    assert published.captions == ours.captions and len(ours.captions) == COUNT
+    np.testing.assert_array_equal(published.global_feature, ours.global_feature)
+    assert cider_only(published.captions, given.references) == cider_only(ours.captions, pictures.references)
