@@ -4,6 +4,7 @@ Pictures are captioned in batches that depend on their number alone (the first 6
 so a caption does not depend on how many workers there are, nor on which of them captioned it.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures,
 from cluster.store.store import join, local_copy, open_store
 from pcm.captioners.captioner import BATCH_SIZE, MODEL_FILE, Captioner
 from pcm.captioners.interface import CONFIG_FILE
+from pcm.captioners.pcmnet.config import BEAM_SIZE
 from pcm.errors import InputError
 from pcm.line_timer import LineTimer
 
@@ -50,10 +52,11 @@ def caption(request: CaptionRequest) -> dict[str, Any]:
 
     Raises InputError when there is no captioner at the place, or none of the pictures can be read.
     """
-    captioner = Captioner.load(
-        local_checkpoint(request.checkpoint), clip=request.clip, device=request.device, beam_size=request.beam_size
+    captioner = load_captioner(
+        request.checkpoint, clip=request.clip, device=request.device, beam_size=request.beam_size
     )
-    found = captioner.caption([_local(image) for image in request.images])
+    with contextlib.ExitStack() as copies:
+        found = captioner.caption([_local(image, copies) for image in request.images])
     results = dict(zip(request.images, found, strict=True))
     for image, result in results.items():
         log.info("%s", result.error or f"{image}: {result.caption}")
@@ -70,27 +73,35 @@ def caption(request: CaptionRequest) -> dict[str, Any]:
     }
 
 
-def _local(image: str) -> str:
+def _local(image: str, copies: contextlib.ExitStack) -> str:
     """A local path of a picture at a URI; a URI with nothing there stays, to be reported as the file it is not."""
     if "://" not in image:
         return image
     try:
-        return str(local_copy(image))
+        return str(copies.enter_context(local_copy(image)))
     except InputError:
         return image
 
 
-def local_checkpoint(uri: str) -> Path:
-    """A local folder with the captioner at `uri`: a checkpoint, or a run, whose best one it is.
+@contextlib.contextmanager
+def local_checkpoint(uri: str) -> Iterator[Path]:
+    """A local folder with the captioner at `uri`, for as long as it is read: a checkpoint, or a run, whose best one it
+    is.
 
     The record of a remote run comes with it (`Captioner.load` looks there which CLIP the run was given).
     """
     store = open_store(uri)
     in_run = not store.exists(MODEL_FILE) and store.exists(f"best/{MODEL_FILE}")
-    folder = local_copy(join(uri, "best") if in_run else uri)
-    if in_run and not store.is_local and store.exists(CONFIG_FILE):
-        (folder.parent / CONFIG_FILE).write_bytes(store.read_bytes(CONFIG_FILE))
-    return folder
+    with local_copy(join(uri, "best") if in_run else uri) as folder:
+        if in_run and not store.is_local and store.exists(CONFIG_FILE):
+            (folder.parent / CONFIG_FILE).write_bytes(store.read_bytes(CONFIG_FILE))
+        yield folder
+
+
+def load_captioner(checkpoint: str, *, clip: str | None, device: str, beam_size: int = BEAM_SIZE) -> Captioner:
+    """`Captioner.load` of a path or URI. Raises InputError as it does."""
+    with local_checkpoint(checkpoint) as folder:
+        return Captioner.load(folder, clip=clip, device=device, beam_size=beam_size)
 
 
 def caption_pictures(captioner: Captioner, pictures: PictureSet, *, batch_size: int = BATCH_SIZE) -> Captioned:
@@ -168,8 +179,8 @@ class _CaptionWorker:
     def __init__(self, *, source: CaptionerSource, threads: int) -> None:
         if source.device == "cpu":
             torch.set_num_threads(threads)
-        self.captioner = Captioner.load(
-            local_checkpoint(source.checkpoint),
+        self.captioner = load_captioner(
+            source.checkpoint,
             clip=source.clip,
             device=source.device,
             beam_size=source.beam_size,

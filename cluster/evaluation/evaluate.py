@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.evaluation.captioning import CaptionerSource, caption_on_cluster, caption_pictures, local_checkpoint
+from cluster.evaluation.captioning import CaptionerSource, caption_on_cluster, caption_pictures, load_captioner
 from cluster.evaluation.experiments import EXPERIMENTS, comparison, comparison_table, experiments_table
 from cluster.evaluation.request import EvaluateRequest
 from cluster.sources.pictures import (
@@ -23,7 +23,6 @@ from cluster.sources.pictures import (
     source_anywhere,
 )
 from cluster.store.store import join, open_store, read_uri
-from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder
 from pcm.documents import read_document
 from pcm.errors import InputError
@@ -53,8 +52,8 @@ def evaluate(request: EvaluateRequest) -> dict[str, Any]:
     assert request.checkpoint is not None
     started = time.monotonic()
     require_metrics()
-    captioner = Captioner.load(
-        local_checkpoint(request.checkpoint), clip=request.clip, device=request.device, beam_size=request.beam_size
+    captioner = load_captioner(
+        request.checkpoint, clip=request.clip, device=request.device, beam_size=request.beam_size
     )
     pictures = load_picture_set(request.pictures, limit=request.limit)
     loaded = time.monotonic()

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from cluster.dataset.rows import Rows, no_scale, read_rows
+from cluster.store.paths import inside
 from cluster.store.store import Store
 from pcm.records import FeatureShape
 
@@ -43,7 +44,7 @@ class ShardCache:
 
     def read_rows(self, store: Store, key: str, rows: np.ndarray, features: FeatureShape) -> Rows:
         """cluster.dataset.rows.read_rows by way of the cache."""
-        place = self.folder / key
+        place = inside(self.folder, key)
         if not place.exists():
             decoded = read_rows(store, key, None, features)
             if self.int8:
