@@ -20,7 +20,7 @@ import torch
 from ray.train import FailureConfig, WorkerGroupError
 
 from cluster.dataset.layout import load_manifest
-from cluster.evaluation.evaluate import local_checkpoint
+from cluster.evaluation.captioning import load_captioner
 from cluster.ray_internals import FailureDecision
 from cluster.store.store import open_store
 from cluster.training.config import TrainConfig, settable_fields
@@ -249,7 +249,7 @@ def test_a_run_resumes_on_an_object_store_from_several_datasets(
     assert {"config.json", "metrics.jsonl", "losses/epoch-002.jsonl", "checkpoints/epoch-002/optimizer.pt"} <= set(keys)
     document = json.loads(open_store(out).read_bytes("config.json"))
     assert [each["weight"] for each in document["datasets"]] == [1.0, 0.5] and document["train"]["fraction"] == 0.5
-    assert Captioner.load(local_checkpoint(out), device="cpu").caption([scene(0)[1]])[0].caption
+    assert load_captioner(str(out), clip=None, device="cpu").caption([scene(0)[1]])[0].caption
 
 
 @pytest.mark.slow
