@@ -19,6 +19,7 @@ from cluster.dataset.layout import (
     MANIFEST_KEY,
     PLAN_KEY,
     VOCABULARY_KEY,
+    load_manifest,
     shard_key,
     stats_key,
 )
@@ -124,6 +125,8 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }  # fmt: skip
 
 
+#: One of these is in every error; a schema of a later release is nothing to judge.
+ADVICE = ("jobs.verify", "jobs.generate", "schema version 99")
 #: What jobs.verify does not look at: words, concepts and CLIP head.
 NOT_OF_SAMPLES = ("a vocabulary that is no text", "concepts cut short", "a CLIP head cut short")
 
@@ -146,7 +149,7 @@ def sweep(folder: Path, _: Path) -> None:
 
 def text_only(folder: Path, out: Path) -> None:
     store = open_store(folder)
-    clip = json.loads((folder / MANIFEST_KEY).read_bytes())["spec"]["clip"]["model"]
+    clip = load_manifest(store).spec.clip.model
     text_only_dataset(store, open_store(out), ClipEncoder(clip))
 
 
@@ -172,9 +175,7 @@ def test_what_reads_a_damaged_dataset_reads_it_or_says_what_is_wrong(damaged: Pa
         except InputError as error:
             said = str(error)
             assert "\n" not in said and len(said) < 700, name
-            assert any(each in said for each in ("jobs.verify", "jobs.generate", "schema version 99")), (
-                f"{name}: {said}"
-            )
+            assert any(advice in said for advice in ADVICE), f"{name}: {said}"
 
 
 @pytest.mark.parametrize("job", ["verify", "export", "report"])
@@ -187,7 +188,7 @@ def test_jobs_that_take_a_damaged_dataset_end_in_one_line(job: str, damaged: Pat
     run = call_job(job, *given)
     assert run.returncode in (0, 1, 2) and "Traceback" not in run.stderr
     if run.returncode == 2:
-        assert "jobs.verify" in run.stderr or "schema version 99" in run.stderr, run.stderr
+        assert any(advice in run.stderr for advice in ADVICE), run.stderr
 
 
 @pytest.mark.parametrize("case", [case for case in DAMAGES if case not in NOT_OF_SAMPLES])
