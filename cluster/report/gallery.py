@@ -115,8 +115,8 @@ def _concept_names(store: Store) -> frozenset[str] | None:
         return None
     except InputError as error:
         raise InputError(
-            f"{store.root}/{CONCEPTS_KEY}: {error}; delete it and rerun the same jobs.generate command, which builds it "
-            "again"
+            f"{store.root}/{CONCEPTS_KEY}: {error}; delete it and rerun the same jobs.generate command, which builds "
+            "it again"
         ) from None
 
 
