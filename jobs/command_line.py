@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from cluster.options import Option, Request, flag, options_of
 from pcm.credentials import refuse_credentials
+from pcm.documents import read_document
 from pcm.errors import InputError, one_line
 
 _CONFIG = "--config"
@@ -220,11 +221,11 @@ def _load(place: str) -> dict[str, Any]:
 
     data = read_uri(place)
     try:
-        found = json.loads(data)  # first: YAML takes 1e-8, which JSON writes, for a text
+        found = read_document(data)  # first: YAML takes 1e-8, which JSON writes, for a text
     except ValueError:
         try:
             found = yaml.safe_load(data)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(f"{place}: neither JSON nor YAML ({one_line(error)})") from None
     if not isinstance(found, dict):
         raise InputError(f"{place}: must hold NAME: value, an object in JSON")

@@ -22,6 +22,7 @@ VOCABULARY_KEY = "vocabulary.txt"
 CONCEPTS_KEY = "concepts.safetensors"
 CLIP_HEAD_KEY = "clip_head.safetensors"
 VOCABULARIES_KEY = "vocabularies.json"  # of which captions the three are
+GIVEN_CONCEPTS_KEY = "concepts.json"  # where the concepts are a user's: which
 
 #: In the stats of a shard that cluster.dataset.upgrade rewrote: the sha256 of the shard before.
 UPGRADED_FROM = "upgraded_from"

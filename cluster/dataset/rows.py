@@ -199,7 +199,7 @@ class _InPieces(io.FileIO):
     def read(self, size: int | None = -1) -> bytes | memoryview:  # type: ignore[override]  # Arrow takes any buffer
         if size is None or size <= _PIECE_BYTES:
             return super().read(size) or b""
-        view, done = memoryview(np.empty(size, np.uint8)), 0
+        view, done = np.empty(size, np.uint8).data, 0
         while count := self.readinto(view[done : done + _PIECE_BYTES]):
             done += count
         return view[:done]

@@ -38,6 +38,7 @@ from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard
 from cluster.ingest.request import ImportRequest
 from cluster.ingest.shards import counts, import_shards, picture_size, sample_row, undrawn
+from cluster.sources.concept_file import read_concepts
 from cluster.sources.published_annotations import AnnotationCorpus, CaptionFile
 from cluster.sources.published_folders import PublishedFolders
 from cluster.store.store import Store, join, local_copy, open_store, read_uri
@@ -46,7 +47,6 @@ from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from pcm.generation.names import IMPORTED
 from pcm.official.checkpoint import import_checkpoint
-from pcm.official.files import concepts_from_pickle
 from pcm.official.state_dict import read_tensors
 from pcm.reasons import (
     BAD_FEATURES,
@@ -174,15 +174,6 @@ def read_vocabulary(uri: str) -> Vocabulary:
         raise InputError(f"{uri}: not a vocabulary ({error}); wanted one word a line in id order") from None
     except InputError as error:
         raise InputError(f"--vocabulary {uri}: {error}") from None
-
-
-def read_concepts(uri: str) -> ConceptVocabulary:
-    """Published concepts, or ours in safetensors, at a path or URI. Raises InputError."""
-    data = read_uri(uri)
-    try:
-        return ConceptVocabulary.from_bytes(data) if uri.endswith(".safetensors") else concepts_from_pickle(data)
-    except InputError as error:
-        raise InputError(f"--concepts {uri}: {error}") from None
 
 
 def _caption_file(request: ImportRequest) -> CaptionFile:

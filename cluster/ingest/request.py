@@ -46,6 +46,10 @@ class PhotoRequest(ReadingOptions):
     clip: str = option("embedded", metavar="NAME", help="open_clip NAME, such as ViT-L-14/openai; that of the mix")
     split: str = option("train", help="split of a Karpathy file (train takes restval too), or all")
     limit: int | None = option(None, help="the captions of the first N photos of the file only", unset="all")
+    concepts: str | None = option(
+        None, metavar="P", help="concepts of captioners: a published pickle or concepts.safetensors",
+        unset="the captions' own 400 most frequent nouns",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

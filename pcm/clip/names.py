@@ -40,6 +40,21 @@ def resolve_clip_name(name: str) -> tuple[str, str | None]:
     return architecture, pretrained
 
 
+def refuse_place(name: str, *, source: str) -> None:
+    """Raises InputError for a NAME that only a file says, `source`, where it stands for a folder, file or hub repo.
+
+    Whoever made the file could name any. "embedded", "null" and open_clip's own tags are allowed: they are known here.
+    """
+    if name in ("embedded", "null"):
+        return
+    architecture, _, pretrained = name.partition("/")
+    if pretrained not in _open_clip().list_pretrained_tags_by_model(architecture):
+        raise InputError(
+            f"{source}: names the CLIP {name!r}, a folder, file or hub repo, which is opened only where you name it "
+            f"too; if you trust it, give --clip {name} (clip= in Python)"
+        )
+
+
 def activation_of(architecture: str, pretrained: str | None) -> str | None:
     """ "quick_gelu" or "gelu": what the weights of ARCHITECTURE/PRETRAINED were trained with.
 
@@ -72,7 +87,9 @@ def truncation_check(name: str) -> Callable[[str], bool]:
     @cache
     def tokenizer() -> tuple[Any, int]:
         """The tokenizer and its context length: with the first prompt, because a plan that stands needs neither."""
-        made = _open_clip().get_tokenizer(architecture)
+        from pcm.clip.configuration import open_tokenizer  # seconds to import
+
+        made = open_tokenizer(architecture)
         return made, made.context_length or 77
 
     def is_truncated(text: str) -> bool:

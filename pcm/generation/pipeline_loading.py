@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from pcm.errors import InputError, first_line
 from pcm.generation.names import model_source
+from pcm.generation.own_code import refuse_own_code
 from pcm.generation.prompt_cache import cache_prompts
 from pcm.spec import GeneratorSpec
 
@@ -23,6 +24,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
     source = model_source(spec.model)
     is_folder = Path(source).is_dir()
+    if is_folder:
+        refuse_own_code(Path(source))
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -33,6 +36,7 @@ def load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
             dtype=_DTYPES[spec.dtype],
             use_safetensors=True,
             local_files_only=is_folder,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(

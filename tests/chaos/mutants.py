@@ -43,8 +43,18 @@ MUTANTS = (
     ),
     Mutant(
         "a store that restarts is waited for",
-        "cluster/store/retries.py", "if left <= 0:", "if True:",
+        "cluster/store/retries.py", "if (left := patience.left()) <= 0:", "if (left := 0.0) <= 0:",
         ("tests/cluster/store/test_retries.py::test_a_store_that_restarts_is_waited_for",),
+    ),
+    Mutant(
+        "a hub that fails is asked again",
+        "cluster/store/retries.py", 'if fault.kind != "transient" or (left := patience.left()) <= 0:', "if left := 1.0:",
+        ("tests/cluster/store/test_load_with_retries.py::test_a_hub_that_fails_twice_is_asked_again",),
+    ),
+    Mutant(
+        "a slow run is no failed one",
+        "cluster/session.py", "context.execution_no_progress_timeout_s = -1", "pass",
+        ("tests/cluster/store/test_load_with_retries.py::test_ray_data_ends_no_run_for_being_slow",),
     ),
     Mutant(
         "a full disk is one line",

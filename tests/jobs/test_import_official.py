@@ -372,7 +372,7 @@ def test_a_published_checkpoint_gives_the_published_captions_and_goes_back_uncha
     ]  # fmt: skip
     result = call_job(*command)
     assert result.returncode == 0, result.stderr
-    captioner = Captioner.load(tmp_path / "ours")
+    captioner = Captioner.load(tmp_path / "ours", clip=str(clip))
 
     images, patches = tensors["in.global_feats"], tensors["in.att_feats"]
     with torch.inference_mode():
@@ -385,7 +385,7 @@ def test_a_published_checkpoint_gives_the_published_captions_and_goes_back_uncha
     np.testing.assert_allclose([found.log_prob for found in described], log_probs, atol=2e-4)
     picture = tmp_path / "picture.png"
     Image.new("RGB", (40, 30), "red").save(picture)
-    assert call_job("caption", "--checkpoint", tmp_path / "ours", picture).returncode == 0
+    assert call_job("caption", "--checkpoint", tmp_path / "ours", "--clip", clip, picture).returncode == 0
 
     result = call_job("export", "--checkpoint", tmp_path / "ours", "--out", tmp_path / "back", "--to", "official")
     assert result.returncode == 0, result.stderr

@@ -144,6 +144,7 @@ def ray_with_a_gpu() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they would take the real one")
 def test_what_torch_takes_for_no_gpu_is_shared_by_trials_and_trained_on_as_a_cpu(
     data: Path, ray_with_a_gpu: None
