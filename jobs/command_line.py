@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from cluster.options import Option, Request, flag, options_of
+from jobs.endings import StopSignals, flush_streams, open_streams, print_summary, say
 from pcm.credentials import refuse_credentials
+from pcm.documents import read_document
 from pcm.errors import InputError, one_line
 
 _CONFIG = "--config"
@@ -45,9 +47,27 @@ class Job:
     def main(self, argv: Sequence[str] | None = None) -> None:
         """Read the request, run, print the summary as one JSON line, exit.
 
-        0 = done; 2 = bad arguments or input, with one line on stderr; anything else raises, so Python prints the
-        traceback and exits with 1. A summary may carry `"ok": False` (a check that ran and failed): exit 1.
+        0 = done; 2 = bad arguments or input, with one line on stderr; 130 and 143 after SIGINT and SIGTERM
+        (jobs/endings.py); anything else raises, so Python prints the traceback and exits with 1. A summary may carry
+        `"ok": False` (a check that ran and failed): exit 1.
         """
+        open_streams()
+        stop = StopSignals()
+        try:
+            with stop.watched():
+                try:
+                    self._main(argv)
+                except SystemExit as end:
+                    if end.code not in (None, 0, 2):
+                        stop.end_if_received()
+                    raise
+                except BaseException:
+                    stop.end_if_received()
+                    raise
+        finally:
+            flush_streams()
+
+    def _main(self, argv: Sequence[str] | None) -> None:
         try:
             request = self.read(sys.argv[1:] if argv is None else argv)
         except InputError as error:
@@ -58,8 +78,8 @@ class Job:
             summary = self.run(request)
         except InputError as error:
             end_with_error(str(error))
-        sys.stderr.flush()
-        print(json.dumps(summary, allow_nan=False), flush=True)
+        flush_streams()
+        print_summary(json.dumps(summary, allow_nan=False))
         if summary.get("ok") is False:
             sys.exit(1)
 
@@ -129,7 +149,7 @@ class _Parser(argparse.ArgumentParser):
 
 def end_with_error(message: str) -> NoReturn:
     """One line on stderr, and exit status 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    say(f"error: {message}")
     sys.exit(2)
 
 
@@ -220,11 +240,11 @@ def _load(place: str) -> dict[str, Any]:
 
     data = read_uri(place)
     try:
-        found = json.loads(data)  # first: YAML takes 1e-8, which JSON writes, for a text
+        found = read_document(data)  # first: YAML takes 1e-8, which JSON writes, for a text
     except ValueError:
         try:
             found = yaml.safe_load(data)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(f"{place}: neither JSON nor YAML ({one_line(error)})") from None
     if not isinstance(found, dict):
         raise InputError(f"{place}: must hold NAME: value, an object in JSON")

@@ -1,6 +1,5 @@
 """What a report knows of a training run: its settings, its epochs, its losses, and what an evaluation found."""
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,6 +12,7 @@ from cluster.store.store import Store
 from cluster.training.config import DATASET_SIZES, TRAINING_PRESETS, TrainConfig
 from cluster.training.reporting import METRICS_KEY
 from cluster.training.train import CONFIG_KEY
+from pcm.documents import read_document
 from pcm.errors import InputError, one_line
 
 #: Points of a curve.
@@ -38,7 +38,7 @@ class RunFacts:
 def gather_run(store: Store) -> RunFacts:
     """Raises InputError where there is no run, or its documents are damaged."""
     try:
-        document = json.loads(store.read_bytes(CONFIG_KEY))
+        document = read_document(store.read_bytes(CONFIG_KEY))
         config = TrainConfig.from_dict(document["train"])
         history = _lines(store, METRICS_KEY)
     except FileNotFoundError:
@@ -61,7 +61,7 @@ def gather_run(store: Store) -> RunFacts:
 def gather_evaluation(store: Store) -> dict[str, Any]:
     """metrics.json of jobs.evaluate: {"metrics", "request", ...}. Raises InputError where there is none."""
     try:
-        document = json.loads(store.read_bytes(EVALUATION_KEY))
+        document = read_document(store.read_bytes(EVALUATION_KEY))
         if isinstance(document["metrics"], dict) and isinstance(document["request"], dict):
             return document
     except FileNotFoundError:
@@ -94,7 +94,7 @@ def nearest_preset(config: TrainConfig) -> tuple[str, dict[str, str]]:
 
 def _lines(store: Store, key: str) -> tuple[dict[str, Any], ...]:
     try:
-        return tuple(json.loads(line) for line in store.read_bytes(key).splitlines())
+        return tuple(read_document(line) for line in store.read_bytes(key).splitlines())
     except FileNotFoundError:
         if key == METRICS_KEY:
             return ()

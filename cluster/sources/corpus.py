@@ -21,6 +21,7 @@ from cluster.store.store import open_store
 from pcm.errors import InputError, first_line
 from pcm.text import detect
 from pcm.text.formats import FORMATS, CaptionRow, ReadOptions, in_split, read_rows
+from pcm.text.gzip_files import open_gzip
 from pcm.text.rules import check_caption, quarantined
 
 __all__ = ["FORMATS", "CorpusRecord", "detect_format", "read_corpus", "source_digest"]
@@ -140,7 +141,7 @@ def source_digest(uri: str) -> str:
 def _open(uri: str) -> Iterator[io.BufferedReader]:
     with _open_raw(uri) as raw:
         if uri.endswith(".gz"):
-            yield io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER)
+            yield open_gzip(raw, name=uri)
         else:
             yield cast(io.BufferedReader, raw)
 

@@ -3,7 +3,8 @@
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -102,12 +103,14 @@ def load_picture_set(source: PictureSource, *, limit: int | None = None) -> Pict
 
 def picture_references(source: PictureSource) -> References:
     """Reference captions by image id. Raises InputError as pcm.text.references.load_references does."""
-    return load_references(_reference_file(source), split=source.split)
+    with _reference_file(source) as path:
+        return load_references(path, split=source.split)
 
 
 def coco_pictures(source: PictureSource) -> dict[str, CocoPicture]:
     """Image id -> number and domain, where the references are a file of COCO's form, as NoCaps' is."""
-    return load_coco_pictures(_reference_file(source))
+    with _reference_file(source) as path:
+        return load_coco_pictures(path)
 
 
 def check_source(source: PictureSource) -> None:
@@ -172,7 +175,19 @@ def candidate_ids(name: str) -> list[str]:
     return list(dict.fromkeys(text for form in forms for each in form for text in (each, each.strip())))
 
 
-def _reference_file(source: PictureSource) -> Path:
+def reference_names(image_ids: Iterable[str]) -> dict[str, str]:
+    """Any name by which a file without a picture's own ending may know an image id -> that id: "1000092795" is
+    "1000092795.jpg". An id itself comes before what another's name shortens to.
+    """
+    image_ids = list(image_ids)
+    names = {image_id: image_id for image_id in image_ids}
+    for image_id in image_ids:
+        for candidate in candidate_ids(image_id):
+            names.setdefault(candidate, image_id)
+    return names
+
+
+def _reference_file(source: PictureSource) -> AbstractContextManager[Path]:
     return local_copy(resolved(source.references or source.images))
 
 

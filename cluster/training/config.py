@@ -1,7 +1,6 @@
 """Every number that decides what a training run learns, as one frozen record, and the published presets."""
 
 import dataclasses
-import json
 import types
 import typing
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pcm.captioners.pcmnet.config import BEAM_SIZE, PCMNetConfig
 from pcm.captioners.pcmnet.loss_settings import LossSettings
+from pcm.documents import read_document
 from pcm.errors import InputError, not_known
 from pcm.spec import COMPILE_MODES
 
@@ -161,7 +161,7 @@ class TrainConfig:
     def from_json(cls, data: bytes | str, *, source: str) -> Self:
         """from_dict of a JSON file; `source` names it in errors."""
         try:
-            values = json.loads(data)
+            values = read_document(data)
         except ValueError as error:
             raise InputError(f"{source}: not JSON ({error}); write an object of field: value") from None
         return cls.from_dict(values)

@@ -28,6 +28,10 @@ OVERRIDES_HELP = (
     + ")"
 )
 PRESET_HELP = ", ".join(TRAINING_PRESETS)
+CONCEPTS_HELP = (
+    "concepts in place of the dataset's: a published pickle or concepts.safetensors. The published runs, which the "
+    "presets coco_* and flickr30k_* follow, all read one of 446 COCO nouns"
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,10 @@ class TrainingOptions(SettingsOptions):
     """Training."""
 
     fraction: float | None = option(
-        None, help="train on this share of the captions; 0.2 contains 0.1", unset="the preset's, 1"
+        None,
+        help="train on this share of the captions; 0.2 contains 0.1. The steps shrink with it: as many as the "
+        "paper's data efficiency takes --epochs 12/FRACTION",
+        unset="the preset's, 1",
     )
     min_clip_score: float | None = option(
         None, help="train on pairs of at least this raw cosine", unset="the preset's, all"
@@ -182,6 +189,7 @@ class TrainRequest(TrainingOptions):
         unset="by the dataset's feature sizes; of a resumed run, its own settings",
     )  # fmt: skip
     seed: int | None = option(None, help="of weights, hold-out, order, dropout", unset="the preset's")
+    concepts: str | None = option(None, metavar="P", help=CONCEPTS_HELP, unset="the dataset's own")
     resume: bool = option(False, help="continue the run in --out exactly where it stopped")
     clip: str | None = option(None, metavar="NAME", help="CLIP for --val-images", unset="the dataset's")
 
@@ -256,6 +264,7 @@ class StreamRequest(GenerationOptions, TrainingOptions):
         values = shared(self, TrainRequest) | {
             "data": self.dataset,
             "out": self.out if self.data else join(self.out, "run"),
+            "concepts": None,  # the dataset has them
             "preset": next((name for name in self.preset if name in TRAINING_PRESETS), None),
         }
         return TrainRequest(**values)

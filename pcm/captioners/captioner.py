@@ -1,8 +1,7 @@
 """A trained captioner: pictures in, captions and their salient concepts out. No Ray, no cluster, one folder on disk."""
 
-import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,14 +11,22 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from pcm.captioners.interface import CONCEPTS_FILE, CONFIG_FILE, MODEL_FILE, VOCABULARY_FILE, CaptioningMethod
+from pcm.captioners.interface import (
+    CLIP_OPTION,
+    CONCEPTS_FILE,
+    CONFIG_FILE,
+    MODEL_FILE,
+    VOCABULARY_FILE,
+    CaptioningMethod,
+)
 from pcm.captioners.methods import METHODS
 from pcm.captioners.pcmnet.config import BEAM_SIZE
 from pcm.captioners.pcmnet.method import PCMNET
 from pcm.captioners.pcmnet.model import PCMNet
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
-from pcm.documents import document_bytes
-from pcm.errors import InputError
+from pcm.clip.names import refuse_place
+from pcm.documents import document_bytes, read_document
+from pcm.errors import InputError, first_line
 from pcm.images import open_image
 from pcm.kernels.packed_linear import for_decoding
 from pcm.records import FeatureShape
@@ -60,6 +67,7 @@ class Captioner:
 
     The CLIP may be given as a function that loads it: it is called when the first picture comes, and never where
     features are described. `others`: more networks, whose word probabilities are averaged with the model's.
+    `recorded`: activation and weights (a sha256) of the CLIP that it was trained with, where they are known.
 
     Raises InputError when the CLIP's feature sizes are not those the network was trained on.
     """
@@ -73,6 +81,7 @@ class Captioner:
         clip: ClipEncoder | Callable[[], ClipEncoder],
         beam_size: int = BEAM_SIZE,
         others: Sequence[PCMNet] = (),
+        recorded: Mapping[str, str | None] | None = None,
     ) -> None:
         if len(vocabulary) != model.config.vocab_size:
             raise InputError(
@@ -84,6 +93,7 @@ class Captioner:
         self.vocabulary = vocabulary
         self.concepts = concepts
         self.beam_size = beam_size
+        self.recorded = recorded or {}
         self._clip = clip
         if isinstance(clip, ClipEncoder):
             self._check_sizes(clip)
@@ -125,13 +135,14 @@ class Captioner:
         """The captioner in a checkpoint folder (a run's own folder means its `best`), or an ensemble of several.
 
         `clip` replaces the encoder that the checkpoint names, such as a folder that has moved, `concepts` those beside
-        it. The CLIP is loaded when the first picture comes. Raises InputError when files are missing or do not belong
-        together.
+        it. The CLIP is loaded when the first picture comes. A checkpoint alone may name only a CLIP that is known here;
+        a folder, file or hub repo must be named by `clip` or by the record of the run that the checkpoint lies in.
+        Raises InputError when files are missing or do not belong together.
         """
         folders = [checkpoint_folder(Path(each)) for each in ([path] if isinstance(path, (str, Path)) else path)]
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        documents = [json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")) for folder in folders]
+        documents = [_read_config(folder) for folder in folders]
         folder, document = folders[0], documents[0]
         for other, its in zip(folders[1:], documents[1:], strict=True):
             _check_same_kind(folder, document, other, its)
@@ -144,9 +155,13 @@ class Captioner:
         if isinstance(clip, ClipEncoder):
             clip.check_recorded(**recorded)
 
+        named_by_run = _clip_of_run(folder)  # read now: the folder may be a copy that does not stay
+
         def load_clip() -> ClipEncoder:
             name, revision = (clip, None) if clip else (trained_on["model"], trained_on.get("revision"))
             assert isinstance(name, str)
+            if not clip and name != named_by_run:
+                refuse_place(name, source=str(folder / CONFIG_FILE))
             # Nobody stores these features: one picture need not cost a batch of 32.
             found = ClipEncoder(
                 name, device=device, dtype=trained_on["dtype"], revision=revision, exact=False, **recorded
@@ -163,6 +178,7 @@ class Captioner:
             concepts=concepts or ConceptVocabulary.load(folder / CONCEPTS_FILE),
             clip=clip if isinstance(clip, ClipEncoder) else load_clip,
             beam_size=beam_size,
+            recorded=recorded,
         )
 
     def caption(self, images: Sequence[Image.Image | str | Path]) -> list[CaptionResult]:
@@ -279,6 +295,31 @@ def _check_same_kind(first: Path, document: dict[str, Any], other: Path, its: di
             f"checkpoint {other}: another {', '.join(different)} than {first}; "
             "an ensemble needs captioners of one dataset"
         )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint. Raises InputError where it is damaged."""
+    try:
+        document = read_document((folder / CONFIG_FILE).read_bytes())
+        _ = document["clip"]["dtype"], document["clip"]["model"]
+        return document
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{folder / CONFIG_FILE}: damaged ({first_line(error)}); give another checkpoint") from None
+
+
+def _run_record(folder: Path) -> Path | None:
+    """config.json of the run that a checkpoint's folder lies in (`best/` or `checkpoints/NAME`), where there is one."""
+    places = (folder.resolve().parent / CONFIG_FILE, folder.resolve().parent.parent / CONFIG_FILE)
+    return next((place for place in places if place.is_file()), None)
+
+
+def _clip_of_run(folder: Path) -> str | None:
+    """The CLIP that the command line of the run named (CLIP_OPTION of its record); None where it named none."""
+    record = _run_record(folder)
+    try:
+        return read_document(record.read_bytes())[CLIP_OPTION] if record else None
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def _method(folder: Path, document: dict[str, Any]) -> CaptioningMethod[PCMNet]:

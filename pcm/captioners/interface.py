@@ -20,6 +20,9 @@ Network = TypeVar("Network", bound=nn.Module)
 
 #: Files of a checkpoint folder. config.json: {"captioner": the method's name, "model": its config, "clip": ..., ...}.
 CONFIG_FILE = "config.json"
+#: In the config.json of a run: the CLIP that its command line named, or null. What is trusted of it stands in
+#: `Captioner.load`.
+CLIP_OPTION = "clip_option"
 MODEL_FILE = "model.safetensors"
 VOCABULARY_FILE = "vocabulary.txt"
 CONCEPTS_FILE = "concepts.safetensors"

@@ -1,11 +1,8 @@
-"""What a CLIP's NAME stands for, and its tokenizer; open_clip and torch are imported only where they are needed."""
+"""What a CLIP's NAME stands for; open_clip and torch are imported only where they are needed."""
 
 import hashlib
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError
@@ -40,6 +37,21 @@ def resolve_clip_name(name: str) -> tuple[str, str | None]:
     return architecture, pretrained
 
 
+def refuse_place(name: str, *, source: str) -> None:
+    """Raises InputError for a NAME that only a file says, `source`, where it stands for a folder, file or hub repo.
+
+    Whoever made the file could name any. "embedded", "null" and open_clip's own tags are allowed: they are known here.
+    """
+    if name in ("embedded", "null"):
+        return
+    architecture, _, pretrained = name.partition("/")
+    if pretrained not in _open_clip().list_pretrained_tags_by_model(architecture):
+        raise InputError(
+            f"{source}: names the CLIP {name!r}, a folder, file or hub repo, which is opened only where you name it "
+            f"too; if you trust it, give --clip {name} (clip= in Python)"
+        )
+
+
 def activation_of(architecture: str, pretrained: str | None) -> str | None:
     """ "quick_gelu" or "gelu": what the weights of ARCHITECTURE/PRETRAINED were trained with.
 
@@ -58,36 +70,6 @@ def activation_of(architecture: str, pretrained: str | None) -> str | None:
             f"CLIP model {architecture}/{pretrained}: these weights were trained with GELU; give {plain}/{pretrained}"
         )
     return "quick_gelu" if tag.get("quick_gelu") or config.get("quick_gelu") else "gelu"
-
-
-def truncation_check(name: str) -> Callable[[str], bool]:
-    """Whether a prompt has more tokens than the CLIP's context, without loading the model's weights.
-
-    The text encoder of the text-to-image model is a CLIP of the same context in every Stable Diffusion.
-    """
-    if name == "null":
-        return lambda text: False
-    architecture, _ = resolve_clip_name(name)
-
-    @cache
-    def tokenizer() -> tuple[Any, int]:
-        """The tokenizer and its context length: with the first prompt, because a plan that stands needs neither."""
-        made = _open_clip().get_tokenizer(architecture)
-        return made, made.context_length or 77
-
-    def is_truncated(text: str) -> bool:
-        made, context_length = tokenizer()
-        # A token is at least one character, so short prompts need no tokenising.
-        return len(text) + 2 > context_length and count_tokens(made, text) > context_length
-
-    return is_truncated
-
-
-def count_tokens(tokenizer: Any, text: str) -> int:
-    """CLIP tokens of `text` by one of open_clip's tokenizers, start and end included."""
-    if hasattr(tokenizer, "tokenizer"):  # a Hugging Face tokenizer inside open_clip's wrapper
-        return len(tokenizer.tokenizer(text, truncation=False)["input_ids"])
-    return len(tokenizer.encode(text)) + 2  # start and end
 
 
 def is_commit(revision: str) -> bool:

@@ -13,13 +13,12 @@ import pcm.torchvision_shim  # noqa: F401  isort: skip
 import open_clip
 import torch
 
+from pcm.clip.configuration import CONFIG_FILE, LOCAL_PREFIX, model_config, open_tokenizer
 from pcm.clip.names import HUB_PREFIX, activation_of, is_commit, resolve_clip_name
 from pcm.clip.towers import feature_shape, token_grid
 from pcm.errors import InputError, first_line
 from pcm.records import FeatureShape
-
-_CONFIG_FILE = "open_clip_config.json"
-_LOCAL_PREFIX = "local-dir:"
+from pcm.safe_pickle.torch_files import check_archive
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,21 @@ class ClipFiles:
 
     @property
     def config(self) -> dict[str, Any]:
-        """open_clip's model configuration."""
-        return open_clip.get_model_config(self.architecture)
+        """open_clip's model configuration. Raises InputError for one that says what is not allowed."""
+        return model_config(self.architecture)
 
     @property
     def weights(self) -> Path:
         """The file with the weights."""
         if self.checkpoint is not None:
             return Path(self.checkpoint)
-        found = open_clip.factory._find_checkpoint_in_dir(Path(self.architecture.removeprefix(_LOCAL_PREFIX)))
+        found = open_clip.factory._find_checkpoint_in_dir(Path(self.architecture.removeprefix(LOCAL_PREFIX)))
         return Path(found or "")
 
     def load(self, device: torch.device) -> torch.nn.Module:
+        assert self.config  # raises before open_clip reads it
+        if self.weights.is_file():
+            check_archive(self.weights)
         settings: dict[str, Any] = {}
         if self.checkpoint is not None:
             settings = {
@@ -62,18 +64,7 @@ class ClipFiles:
 
     def tokenizer(self) -> Any:
         """The model's own; of a repo, at the same commit."""
-        if self.repo is None:
-            return open_clip.get_tokenizer(self.architecture)
-        text = self.config.get("text_cfg", {})
-        name = text.get("hf_tokenizer_name")
-        if not name:
-            return open_clip.get_tokenizer(self.architecture)
-        settings = dict(text.get("tokenizer_kwargs", {}))
-        if name == self.repo:
-            settings["revision"] = self.commit
-        return open_clip.tokenizer.HFTokenizer(
-            name, context_length=text.get("context_length", 77), tokenizer_mode=text.get("tokenizer_mode"), **settings
-        )
+        return open_tokenizer(self.architecture, repo=self.repo, commit=self.commit)
 
 
 def clip_files(name: str, revision: str | None = None) -> ClipFiles:
@@ -85,11 +76,12 @@ def clip_files(name: str, revision: str | None = None) -> ClipFiles:
     commit = revision if revision and is_commit(revision) else None
     if architecture.startswith(HUB_PREFIX):
         repo = architecture.removeprefix(HUB_PREFIX)
+        model_config(architecture, commit=commit)  # before anything else of it is here
         weights = open_clip.pretrained.download_pretrained_from_hf(repo, revision=commit)
-        config = open_clip.pretrained.download_pretrained_from_hf(repo, _CONFIG_FILE, revision=commit)
+        config = open_clip.pretrained.download_pretrained_from_hf(repo, CONFIG_FILE, revision=commit)
         if Path(config).parent != Path(weights).parent:
             raise InputError(f"CLIP {name!r}: changed on the hub while it was downloaded; run again")
-        return ClipFiles(f"{_LOCAL_PREFIX}{Path(weights).parent}", repo=repo, commit=commit)
+        return ClipFiles(f"{LOCAL_PREFIX}{Path(weights).parent}", repo=repo, commit=commit)
     if pretrained is None:
         return ClipFiles(architecture)
     activation = activation_of(architecture, pretrained)
@@ -142,11 +134,13 @@ def tower_facts(name: str) -> TowerFacts:
     """
     architecture, _ = resolve_clip_name(name)
     try:
-        config = open_clip.get_model_config(architecture)
+        config = model_config(architecture)
         vision = {**config["vision_cfg"], "timm_model_pretrained": False}
         with torch.device("meta"):
             # The image tower alone: the text tower may need a configuration of another repo.
             visual = open_clip.model._build_vision_tower(config["embed_dim"], vision)
+    except InputError:
+        raise
     except (OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
         raise InputError(f"CLIP model {name!r}: its configuration cannot be used ({first_line(error)})") from None
     grid = token_grid(visual)

@@ -15,6 +15,7 @@ from pcm.errors import InputError, first_line
 from pcm.generation.model_faults import is_out_of_memory
 from pcm.generation.names import model_source, split_repo_file
 from pcm.generation.neighbour_test import LONG, SHORT
+from pcm.generation.own_code import refuse_own_code
 from pcm.generation.pipeline_call import call_pipeline
 from pcm.generation.pipeline_signature import check_scheduler_options, pipeline_class, scheduler_class
 from pcm.generation.prompt_cache import cache_prompts
@@ -25,6 +26,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
     """The spec's pipeline with everything that is fused into it or put on it. Raises InputError."""
+    if Path(model_source(spec.model)).is_dir():
+        refuse_own_code(Path(model_source(spec.model)))
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -48,7 +51,7 @@ def _load_parts(spec: GeneratorSpec) -> Any:
     parts: dict[str, Any] = dict.fromkeys(spec.without)
     if spec.vae is not None:
         parts["vae"] = diffusers.AutoModel.from_pretrained(
-            spec.vae, dtype=dtype, use_safetensors=True, **_where(spec.vae, spec.vae_revision)
+            spec.vae, dtype=dtype, use_safetensors=True, trust_remote_code=False, **_where(spec.vae, spec.vae_revision)
         )
     if Path(source).is_file():
         assert spec.config is not None  # the pinning asks for it
@@ -60,6 +63,7 @@ def _load_parts(spec: GeneratorSpec) -> Any:
         dtype=dtype,
         use_safetensors=True,
         variant=spec.variant,
+        trust_remote_code=False,
         **_where(source, spec.revision),
         **parts,
     )

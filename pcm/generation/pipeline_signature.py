@@ -8,9 +8,12 @@ import inspect
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pcm.errors import InputError, not_known
+from pcm.generation.names import model_source
+from pcm.generation.own_code import refuse_own_code
 from pcm.generation.pipeline_index import PipelineIndex, read_index
 from pcm.generation.prompt_cache import PURE_ENCODERS
 
@@ -150,6 +153,8 @@ class PipelineSignature:
 def read_signature(model: str, revision: str | None) -> PipelineSignature:
     """The signature of a NAME's pipeline, at a pinned revision. Raises InputError for what draws no prompts."""
     index = read_index(model, revision)
+    if (source := Path(model_source(model))).is_dir():
+        refuse_own_code(source)
     kind = _class_of(index)
     parameters = [each for each in inspect.signature(kind.__call__).parameters.values() if each.name != "self"]
     defaults = {each.name: None if each.default is each.empty else each.default for each in parameters}

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pcm.clip.names import truncation_check as cut_by_clip
+from pcm.clip.truncation import truncation_check as cut_by_clip
 from pcm.errors import InputError, first_line
 from pcm.generation.names import UNDRAWN, model_source
 from pcm.generation.pipeline_index import PipelineIndex, read_index

@@ -4,7 +4,6 @@ A golden file is NAME.safetensors with NAME.json beside it (or the same JSON in 
 holds the published settings ("official_config_overrides"), the generator's own ("spec") and the meaning of each tensor.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
+from pcm.documents import read_document
 from pcm.errors import InputError
 from pcm.official.state_dict import read_tensors
 
@@ -87,11 +87,11 @@ def _description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     beside = path.with_suffix(".json")
     try:
         if beside.is_file():
-            description = json.loads(beside.read_text(encoding="utf-8"))
+            description = read_document(beside.read_text(encoding="utf-8"))
         else:
             # One entry may hold the whole description, or each of its sections one.
             parsed = {
-                key: json.loads(value) for key, value in metadata.items() if value.lstrip().startswith(("{", "["))
+                key: read_document(value) for key, value in metadata.items() if value.lstrip().startswith(("{", "["))
             }
             whole = [value for value in parsed.values() if isinstance(value, dict) and "spec" in value]
             description = whole[0] if whole else parsed

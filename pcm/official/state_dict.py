@@ -13,6 +13,7 @@ from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.captioners.pcmnet.model import SINUSOID_BASE, PCMNet, sinusoid
 from pcm.errors import InputError
 from pcm.safe_pickle import reader as safe_pickle
+from pcm.safe_pickle.torch_files import load_torch
 
 #: Rows of the word-position table that published checkpoints hold; ours is computed.
 OFFICIAL_POSITIONS = 5000
@@ -164,7 +165,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path}: not a readable safetensors file ({error})") from None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_torch(path)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except Exception as error:  # torch raises many kinds; whichever, the file is refused and nothing was executed
         raise InputError(
             f"{path}: not a plain torch checkpoint, refused unexecuted ({_refused(path, error)})"

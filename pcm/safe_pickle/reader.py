@@ -6,8 +6,9 @@ value from raw bytes; any other name is refused before anything is called. Not e
 helpers are used, because NumPy believes a pickle that calls raw bytes objects, and PyTorch's `_load_from_bytes`
 unpickles again, unrestricted.
 
-Nor can a small pickle cost much time or memory: what it refers to twice is built once, what it copies is counted
-against its own size, and keys are flat, because hashing nested tuples that share their parts takes exponential time.
+Nor can a small pickle cost much time or memory: what it refers to twice is built once, what it copies, or means when it
+is written out, is counted against its own size, and keys are flat and of few numbers: hashing nested tuples that share
+their parts takes exponential time, and keys with equal hashes take quadratic time.
 
 What can be read: None, bool, int, float, complex, str, bytes, list, tuple, dict, set; NumPy arrays and scalars of
 booleans, numbers and strings, and object arrays of readable values; dense torch tensors, from any device, onto the
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 
 from pcm.errors import InputError, one_line
+from pcm.safe_pickle.torch_files import load_torch
 from pcm.safe_pickle.values import (
     AllowedCallable,
     Array,
@@ -59,7 +61,8 @@ _TORCH_DTYPES = {
 }
 _LEGACY_TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 
-#: A pickle may have so many times its own bytes read again or copied, and some more where it is small.
+#: A pickle may have so many times its own bytes read again or copied, or mean so many values, and some more where it is
+#: small.
 _COPIES = 6
 _FREE_BYTES = 1 << 20
 
@@ -77,7 +80,8 @@ def load(source: str | Path | bytes, *, name: str | None = None) -> Any:
     if data.startswith(b"PK\x03\x04"):
         return _torch_archive(data, name)
     try:
-        value = ArrayResolver()(_Unpickler(io.BytesIO(data), budget=_COPIES * len(data) + _FREE_BYTES).load())
+        limit = _COPIES * len(data) + _FREE_BYTES
+        value = ArrayResolver(limit=limit)(_Unpickler(io.BytesIO(data), budget=limit).load())
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     except Exception as error:  # nothing but this reader runs, so whatever it trips over is the pickle's fault
@@ -90,7 +94,9 @@ def load(source: str | Path | bytes, *, name: str | None = None) -> Any:
 def _torch_archive(data: bytes, name: str) -> Any:
     """A whole file written by torch.save: PyTorch's own restricted reader."""
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return load_torch(io.BytesIO(data))
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
     except Exception as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,22 @@ _MAX_KEY = 1 << 60  # beyond it, integers with the same hash are easy to find
 
 
 def as_key(value: Any) -> Any:
-    """A key or member as it is. Raises for all but scalars and short tuples of them: those are hashed in no time."""
+    """A key or member as it is. Raises for all but scalars and short tuples of text with at most one number.
+
+    Those are hashed in no time, and few have the same hash: Python's hashes of text are secret, and those of numbers
+    differ. A pair of numbers, or a complex number, can be computed for any hash, and a dict of 20,000 such keys takes
+    minutes.
+    """
     parts = value if isinstance(value, tuple) else (value,)
     if len(parts) > _MAX_DIMENSIONS:
         raise pickle.UnpicklingError("a key of many parts")
     for part in parts:
         if not isinstance(part, _SCALARS) or (isinstance(part, int) and abs(part) >= _MAX_KEY):
             raise pickle.UnpicklingError("a key that is neither text nor a number")
+        if isinstance(part, (complex, np.complexfloating)):
+            raise pickle.UnpicklingError("a key that is a complex number")
+    if sum(not isinstance(part, (str, bytes)) for part in parts) > 1:
+        raise pickle.UnpicklingError("a key of several numbers")
     return value
 
 
@@ -167,10 +176,16 @@ def _are_sizes(sizes: Any) -> bool:
 
 
 class ArrayResolver:
-    """Replaces every `Array` by its array, in lists, tuples and dicts, however deep; what is shared stays shared."""
+    """Replaces every `Array` by its array, in lists, tuples and dicts, however deep; what is shared stays shared.
 
-    def __init__(self) -> None:
+    What is shared counts each time towards `limit`, the values that the whole may mean when it is written out: whoever
+    reads it goes through all of them.
+    """
+
+    def __init__(self, *, limit: int) -> None:
+        self._limit = limit
         self._done: dict[int, Any] = {}
+        self._meaning: dict[int, int] = {}  # values that it means, written out
         self._begun: set[int] = set()
 
     def __call__(self, value: Any) -> Any:
@@ -186,15 +201,28 @@ class ArrayResolver:
         return self._done[id(value)]
 
     def _finish(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: self(item) for key, item in value.items()}
-        if not isinstance(value, Array):
-            return type(value)(self(item) for item in value)
+        if isinstance(value, Array):
+            return self._array(value)
+        items = value.values() if isinstance(value, dict) else value
+        finished = [self(item) for item in items]
+        self._count(value, items)
+        return dict(zip(value, finished, strict=True)) if isinstance(value, dict) else type(value)(finished)
+
+    def _array(self, value: Array) -> np.ndarray:
         if value.array is None:
             raise pickle.UnpicklingError("an array without contents")
-        if value.items is not None:
-            items = np.empty(len(value.items), object)
-            for position, item in enumerate(value.items):
-                items[position] = self(item)
-            value.array[...] = items.reshape(value.array.shape, order="F" if value.array.flags.fnc else "C")
+        if value.items is None:
+            self._meaning[id(value)] = value.array.size
+            return value.array
+        items = np.empty(len(value.items), object)
+        for position, item in enumerate(value.items):
+            items[position] = self(item)
+        self._count(value, value.items)
+        value.array[...] = items.reshape(value.array.shape, order="F" if value.array.flags.fnc else "C")
         return value.array
+
+    def _count(self, value: Any, items: Iterable[Any]) -> None:
+        meaning = sum(self._meaning.get(id(item), 1) for item in items)
+        if meaning > self._limit:
+            raise pickle.UnpicklingError("it means many more values than it holds: it repeats some without end")
+        self._meaning[id(value)] = meaning

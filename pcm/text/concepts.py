@@ -21,6 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from pcm.documents import read_document
 from pcm.errors import InputError
 
 # The paper's template and some in the manner of CLIP's own; a concept is the mean of them all.
@@ -137,10 +138,12 @@ class ConceptVocabulary:
         """The inverse of `to_bytes`. Raises InputError."""
         try:
             embeddings = safetensors.numpy.load(data)["concept_embeddings"]
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            concepts = json.loads(header["__metadata__"]["concepts"])
+            header = read_document(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            concepts = read_document(header["__metadata__"]["concepts"])
             return cls(tuple(concepts["names"]), embeddings.astype(np.float32, copy=False), concepts["source"])
-        except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except InputError:
+            raise
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
             raise InputError(f"not a concept vocabulary in safetensors ({type(error).__name__}: {error})") from error
 
 

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy as np
 
 from pcm.errors import InputError, first_line
 from pcm.text.rules import normalise
+from pcm.text.spice import SPICE_HOME_VARIABLE, SPICE_MODELS, spice, spice_home
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,6 @@ CLIPSCORE_WEIGHT = 2.5
 CLIPSCORE_PROMPT = "A photo depicts "
 COCO_METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE")
 
-_SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 _TOKENIZER = (
     "-cp",
     "stanford-corenlp-3.4.1.jar",
@@ -56,12 +57,22 @@ def require_metrics() -> None:
         ) from None
 
 
-def coco_metrics(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def require_spice(given: str | Path | None) -> Path | None:
+    """The folder with SPICE's CoreNLP, None where there is none. Raises InputError for one that was named and lacks it.
+
+    `given`: a folder; None: what the environment says.
+    """
+    return spice_home(given, installed=_package() / "spice")
+
+
+def coco_metrics(
+    candidates: Mapping[str, str], references: Mapping[str, Sequence[str]], *, spice_folder: str | Path | None = None
+) -> dict[str, Any]:
     """Bleu_1..4, METEOR, ROUGE_L, CIDEr and SPICE over a set of images, as fractions (CIDEr 1.138 is "113.8").
 
     candidates: image id -> caption (an empty one scores 0). references: image id -> captions, at least one.
     METEOR and SPICE are None where they cannot be computed, and CIDEr of a single image: it weighs words by how many
-    images' references hold them. `"reasons"` maps their names to why.
+    images' references hold them. `"reasons"` maps their names to why. `spice_folder`: as in `require_spice`.
 
     Raises InputError: no images, ids that differ, an image without references, the extra `evaluation` is not installed.
     RuntimeError: Java does not run.
@@ -81,7 +92,8 @@ def coco_metrics(candidates: Mapping[str, str], references: Mapping[str, Sequenc
         scores["CIDEr"] = float(Cider().compute_score(truth, found)[0])
     else:
         reasons["CIDEr"] = "one picture has no document frequencies; it needs two at least"
-    for name, compute in (("METEOR", _meteor), ("SPICE", _spice)):
+    with_corenlp = partial(_spice, home=require_spice(spice_folder))
+    for name, compute in (("METEOR", _meteor), ("SPICE", with_corenlp)):
         try:
             scores[name] = compute(truth, found)
         except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as error:
@@ -264,17 +276,13 @@ def _why_meteor_ended(process: subprocess.Popen) -> str:
     return f"METEOR's Java process gave something that is no score (exit status {status})"
 
 
-def _spice(truth: dict[str, list[str]], found: dict[str, list[str]]) -> float:
-    missing = [name for name in _SPICE_MODELS if not (_package() / "spice" / "lib" / name).exists()]
-    if missing:
+def _spice(truth: dict[str, list[str]], found: dict[str, list[str]], *, home: Path | None) -> float:
+    if home is None:
         raise RuntimeError(
-            f"Stanford CoreNLP 3.6.0 is not installed: put {' and '.join(missing)} in pycocoevalcap/spice/lib "
-            "(nothing is downloaded)"
+            f"Stanford CoreNLP 3.6.0 is not here: give a folder with {' and '.join(SPICE_MODELS)} as --spice-home, or "
+            f"as {SPICE_HOME_VARIABLE} (nothing is downloaded)"
         )
-    from pycocoevalcap.spice.spice import Spice
-
-    java()
-    return float(Spice().compute_score(truth, found)[0])
+    return spice(truth, found, home=home, installed=_package() / "spice", java=java())
 
 
 def _package() -> Path:

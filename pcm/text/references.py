@@ -4,19 +4,19 @@ The formats are those of `pcm.text.formats`. A reference that cannot be used is 
 caption of a corpus is; the pictures and their other references stay.
 """
 
-from __future__ import annotations
-
-import gzip
-import json
+import contextlib
+import io
 import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
+from pcm.documents import read_document
 from pcm.errors import InputError, one_line
 from pcm.text.detect import detect_format
 from pcm.text.formats import CaptionRow, in_split, read_rows
+from pcm.text.gzip_files import open_gzip
 from pcm.text.json_documents import coco_image_id
 from pcm.text.rules import check_caption
 
@@ -77,8 +77,10 @@ def load_coco_pictures(path: str | Path) -> dict[str, CocoPicture]:
     if not path.name.removesuffix(".gz").endswith(".json"):
         return {}
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-            document = json.load(stream)
+        with _open(path) as stream:
+            document = read_document(stream.read())
+    except InputError:
+        raise
     except (ValueError, EOFError):  # not one document: jsonl under this name
         return {}
     images = document.get("images") if isinstance(document, dict) else None
@@ -90,11 +92,16 @@ def load_coco_pictures(path: str | Path) -> dict[str, CocoPicture]:
     }
 
 
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[io.BufferedReader]:
+    with path.open("rb", buffering=1 << 20) as raw:
+        yield open_gzip(raw, name=str(path)) if path.suffix == ".gz" else cast(io.BufferedReader, raw)
+
+
 def _rows(path: Path) -> Iterator[CaptionRow]:
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-            head = stream.read(1 << 16)
-            stream.seek(0)
+        with _open(path) as stream:
+            head = stream.peek(1 << 16)
             format = detect_format(str(path).removesuffix(".gz"), head)
             yield from read_rows(cast(BinaryIO, stream), format, name=str(path))
     except (OSError, EOFError) as error:

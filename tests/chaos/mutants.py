@@ -272,6 +272,25 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "a damaged newest checkpoint is passed over",
+        "cluster/training/checkpoints.py", "for earlier in self._earlier_than(name):", "for earlier in ():",
+        (
+            "tests/cluster/training/test_train.py::"
+            "test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before",
+        ),
+    ),
+    Mutant(
+        "deep JSON in a dataset's documents is damage",
+        "cluster/dataset/layout.py", "LookupError, AttributeError, RecursionError) as error:",
+        "LookupError, AttributeError) as error:",
+        ("tests/cluster/dataset/test_damaged.py",),
+    ),
+    Mutant(
+        "a caption that is null is named",
+        "cluster/dataset/rows.py", "for name in _TEXTS & set(columns):", "for name in ():",
+        ("tests/cluster/dataset/test_rows.py::test_a_caption_that_is_missing_or_no_text_is_named",),
+    ),
+    Mutant(
         "shards of somebody else are not counted as ours",
         "cluster/dataset/plan.py", "        _refuse_foreign_objects(store)\n", "        pass\n",
         ("tests/cluster/store/test_outputs.py::test_objects_of_somebody_else_are_not_counted_as_ours",),
@@ -422,6 +441,59 @@ MUTANTS = (
         "pcm/safe_pickle/reader.py", 'raise pickle.UnpicklingError("it sets the state of something else than an array")',
         "pass",
         ("tests/pcm/safe_pickle/test_safe_pickle.py::test_the_state_of_values_cannot_be_set",),
+    ),
+    Mutant(
+        "a captioner is loaded without its CLIP",
+        "pcm/captioners/captioner.py",
+        "clip=clip if isinstance(clip, ClipEncoder) else load_clip,",
+        "clip=clip if isinstance(clip, ClipEncoder) else load_clip(),",
+        ("tests/cluster/evaluation/test_from_features.py::"
+         "test_a_captioner_is_loaded_without_its_clip_and_asks_for_it_with_the_first_picture",),
+    ),
+    Mutant(
+        "features of another shape are left out and named",
+        "cluster/dataset/given_features.py",
+        "if image.shape == (shape.embed_dim,) and patches.shape == (shape.num_patches, shape.patch_dim):",
+        "if True:",
+        ("tests/cluster/evaluation/test_from_features.py::"
+         "test_damaged_features_and_those_of_another_clip_are_left_out_and_named",),
+    ),
+    Mutant(
+        "features that are recorded to be of another CLIP are refused",
+        "cluster/evaluation/captioning.py", "if wanted and given and wanted != given:", "if False:",
+        ("tests/cluster/evaluation/test_from_features.py::"
+         "test_features_of_another_clip_than_the_captioners_are_refused",),
+    ),
+    Mutant(
+        "an ensemble is of one vocabulary",
+        "pcm/captioners/captioner.py",
+        "if different := [name for name, is_so in differences.items() if is_so]:", "if different := []:",
+        ("tests/cluster/evaluation/test_from_features.py::"
+         "test_an_ensemble_of_one_captioner_twice_says_what_it_says_alone",),
+    ),
+    Mutant(
+        "given concepts stay when words are counted again",
+        "cluster/dataset/vocabularies.py", "if not store.exists(GIVEN_CONCEPTS_KEY):", "if True:",
+        ("tests/cluster/dataset/test_given_concepts.py::test_a_dataset_keeps_the_concepts_that_it_was_given",),
+    ),
+    Mutant(
+        "a run is not resumed with other concepts",
+        "cluster/training/train.py", "if concepts[0] != concepts[1]:", "if False:",
+        ("tests/cluster/dataset/test_given_concepts.py::"
+         "test_training_takes_concepts_of_a_file_and_says_so_in_its_config",),
+    ),
+    Mutant(
+        "a published picture is found by its id, not by its annotation's folder",
+        "cluster/sources/published_folders.py",
+        "return [*([first] if first >= 0 else []), *(split for split in known if split != first)]",
+        "return [first]",
+        ("tests/jobs/test_import_official.py::"
+         "test_refined_annotations_find_their_pictures_by_id_and_their_scores_are_5_times_the_cosine",),
+    ),
+    Mutant(
+        "a folder without CoreNLP is refused at the start",
+        "pcm/text/spice.py", "    if not named:\n        return None", "    return None",
+        ("tests/pcm/text/test_spice.py::test_a_folder_without_the_models_is_refused_by_name",),
     ),
 )  # fmt: skip
 

@@ -23,8 +23,10 @@ from cluster.dataset.layout import (
 from cluster.store.store import open_store
 from cluster.training.config import preset
 from pcm.captioners.captioner import captioner_files
+from pcm.captioners.interface import CLIP_OPTION, CONFIG_FILE
 from pcm.captioners.pcmnet.model import PCMNet
 from pcm.clip.encoder import ClipEncoder
+from pcm.documents import document_bytes
 from pcm.records import STORED, feature_columns, shard_schema
 from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
 from pcm.text.concepts import ConceptVocabulary
@@ -119,7 +121,7 @@ def write_dataset(
 
 
 def write_checkpoint(folder: Path, dataset: Path) -> Path:
-    """The checkpoint of an untrained captioner for a dataset."""
+    """The checkpoint of an untrained captioner for a dataset; beside it the record of a run that named its CLIP."""
     manifest = load_manifest(open_store(dataset))
     vocabulary, concepts = Vocabulary.load(dataset / VOCABULARY_KEY), ConceptVocabulary.load(dataset / CONCEPTS_KEY)
     config = preset("embedded").with_overrides(TINY)
@@ -139,6 +141,7 @@ def write_checkpoint(folder: Path, dataset: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
+    (folder.parent / CONFIG_FILE).write_bytes(document_bytes({CLIP_OPTION: manifest.spec.clip.model}))
     return folder
 
 

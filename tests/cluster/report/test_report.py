@@ -61,9 +61,11 @@ def write_run(folder: Path, data: Path) -> None:
     """A run as jobs.train leaves it; the network is untrained, the numbers are written by hand."""
     write_checkpoint(folder / "best", data)
     store, config = open_store(str(folder)), preset("embedded").with_overrides(TINY | {"epochs": EPOCHS + 1})
+    clip = load_manifest(open_store(data)).spec.clip.model
     document = {
         "train": config.to_dict(),
-        "clip": {"model": load_manifest(open_store(data)).spec.clip.model, "dtype": "float32"},
+        "clip": {"model": clip, "dtype": "float32"},
+        "clip_option": clip,
         "datasets": [{"path": str(data), "sha256": "0" * 64, "weight": 0.5}],
         "validation": None,
         "versions": {"torch": "2"},

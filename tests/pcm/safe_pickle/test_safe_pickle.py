@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from pcm.errors import InputError
 from pcm.safe_pickle import reader as safe_pickle
+from tests.helpers.paths import ROOT
 
 
 class Touch:
@@ -323,3 +325,41 @@ def test_no_damaged_pickle_executes_anything_or_ends_otherwise_than_in_one_line(
             assert "\n" not in str(error)
     assert refused > 100
     assert not victim.exists()
+
+
+SECURITY = ROOT / "tests/data/cases/security"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("annotations_amplified.pickle", "many more values than it holds"), ("complex_collide_20000.pkl", "complex")],
+)
+def test_small_files_that_would_cost_much_are_refused(name: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        safe_pickle.load(SECURITY / name)
+
+
+@pytest.mark.parametrize("key", [(1, 2), (1.5, 2), (1, "a", 2), (np.int64(1), 2), np.complex64(1j), 1j, (None, 1)])
+def test_keys_whose_hashes_can_be_chosen_are_refused(key: Any) -> None:
+    for value in ({key: 0}, {key}):
+        with pytest.raises(InputError, match=r"a key (of several numbers|that is a complex number)"):
+            safe_pickle.load(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("key", [("a", "b"), ("a", 1), (1,), 1, 1.5, "a", b"a", None, True])
+def test_keys_that_people_use_are_read(key: Any) -> None:
+    assert safe_pickle.load(pickle.dumps({key: 1})) == {key: 1}
+
+
+def test_what_is_shared_a_few_times_is_read_and_stays_shared() -> None:
+    inner = [1, 2, 3]
+    value = safe_pickle.load(pickle.dumps([inner] * 1000))
+    assert value == [inner] * 1000 and value[0] is value[999]
+
+
+def test_lists_that_double_are_refused() -> None:
+    value: list = [0] * 1000
+    for _ in range(40):
+        value = [value, value]
+    with pytest.raises(InputError, match="repeats some without end"):
+        safe_pickle.load(pickle.dumps(value))
