@@ -127,11 +127,11 @@ def prepare_pipeline(pipeline: Any, spec: GeneratorSpec) -> diffusers.DiffusionP
             getattr(decoder, f"enable_{name}")()
     cache_prompts(pipeline, each_alone=spec.prompt_cache)
     if spec.compile != "none":
+        refuse_varying_shapes(pipeline, spec)
         from torch._inductor import config as inductor  # seconds to import, and few need it
 
         # Inductor times some kernels to choose among them; which one wins must not depend on the worker.
         inductor.deterministic = True
-        _refuse_varying_shapes(pipeline, denoiser, spec)
         denoiser.compile(mode=spec.compile, dynamic=False)  # every batch has one shape, so it compiles once
     return pipeline
 
@@ -151,13 +151,13 @@ def _place(pipeline: Any, spec: GeneratorSpec) -> None:
         raise
 
 
-def _refuse_varying_shapes(pipeline: Any, denoiser: Any, spec: GeneratorSpec) -> None:
+def refuse_varying_shapes(pipeline: Any, spec: GeneratorSpec) -> None:
     """Raises InputError where the denoiser's arguments change shape with the prompt's length.
 
     Such a model would be compiled anew for every length, and after eight of them not at all.
     """
     seen: list[set] = []
-    watch = denoiser.register_forward_pre_hook(
+    watch = _denoiser(pipeline, spec).register_forward_pre_hook(
         lambda _, args, kwargs: seen[-1].update(_shapes([*args, *kwargs.values()])), with_kwargs=True
     )
     try:

@@ -3,7 +3,9 @@
 import logging
 from pathlib import Path
 
+import diffusers
 import numpy as np
+import peft
 import pytest
 import torch
 
@@ -132,3 +134,23 @@ def test_out_of_memory_on_the_way_to_the_device_is_one_line(tiny_t2i: Path) -> N
     with pytest.raises(InputError, match=r"does not fit into the memory of cpu as float32 .*--offload model") as caught:
         prepare_pipeline(pipeline, spec_of(tiny_t2i))
     assert "\n" not in str(caught.value)
+
+
+def test_a_lora_is_fused_with_its_weight(tiny_t2i: Path, tmp_path: Path) -> None:
+    pipeline = load_pipeline(spec_of(tiny_t2i))
+    pipeline.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v"]))
+    with torch.no_grad():
+        for name, weight in pipeline.unet.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.5)
+    layers = diffusers.utils.convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(pipeline.unet))
+    type(pipeline).save_lora_weights(tmp_path, unet_lora_layers=layers, weight_name="lora.safetensors")
+    name = str(tmp_path / "lora.safetensors")
+
+    def drawn(*weights: float) -> bytes:
+        loras = tuple((name, "sha256:0", weight) for weight in weights)
+        return DiffusersTextToImage(spec_of(tiny_t2i, loras=loras)).draw(REQUESTS[:1])[0].image
+
+    assert drawn() == drawn(0.0) != drawn(1.0)
+    fused = load_pipeline(spec_of(tiny_t2i, loras=((name, "sha256:0", 1.0),)))
+    assert not any("lora" in part for part, _ in fused.unet.named_parameters()), "no layer of its own is left"
