@@ -112,6 +112,11 @@ class DiffusersTextToImage:
                 )
         if found.independent:
             return size
+        if spec.compile != "none":
+            raise InputError(
+                f"--compile: a picture of {spec.model} depends on what is drawn beside it, so each is drawn alone and for "
+                "its own prompt's length; leave it out"
+            )
         alone = self._try_neighbours(1)
         log.warning(
             "%s: a picture depends on what is drawn beside it, so each is drawn alone: %.2g s a picture of %d steps "
