@@ -114,8 +114,8 @@ class DiffusersTextToImage:
             return size
         if spec.compile != "none":
             raise InputError(
-                f"--compile: a picture of {spec.model} depends on what is drawn beside it, so each is drawn alone and for "
-                "its own prompt's length; leave it out"
+                f"--compile: a picture of {spec.model} depends on what is drawn beside it, so each is drawn alone, in its "
+                "own prompt's length; leave it out"
             )
         alone = self._try_neighbours(1)
         log.warning(
@@ -160,7 +160,7 @@ class DiffusersTextToImage:
 
 def _dtypes(pipeline: Any) -> list[tuple[Any, torch.dtype]]:
     """The parts of a pipeline that have a dtype, and which."""
-    parts = pipeline.components.values()
+    parts: list[Any] = list(pipeline.components.values())
     return [(part, part.dtype) for part in parts if isinstance(part, torch.nn.Module) and hasattr(part, "dtype")]
 
 
