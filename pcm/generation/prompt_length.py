@@ -1,5 +1,6 @@
 """Whether a prompt is longer than the drawing model reads, by its own tokenizers and without its weights."""
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any
 from pcm.clip.truncation import truncation_check as cut_by_clip
 from pcm.errors import InputError, first_line
 from pcm.generation.names import UNDRAWN, model_source
-from pcm.generation.pipeline_index import PipelineIndex, read_index
+from pcm.generation.pipeline_index import PipelineIndex, UnreachableIndex, read_index
 from pcm.spec import DatasetSpec, GeneratorSpec
+
+log = logging.getLogger(__name__)
 
 #: A tokenizer without a length of its own says 10**30.
 LONGEST = 10**6
@@ -30,7 +33,12 @@ def truncation_check(dataset: DatasetSpec) -> Callable[[str], bool]:
     @cache
     def tokenizers() -> list[tuple[Any, int]]:
         source, revision = (spec.config, spec.config_revision) if spec.config else (spec.model, spec.revision)
-        index = read_index(source, revision)
+        try:
+            index = read_index(source, revision)
+        except UnreachableIndex as error:
+            log.warning("%s; whether prompts are too long is judged by CLIP's tokenizer", error)
+            cut = cut_by_clip(dataset.clip.model)
+            return [(lambda text: {"input_ids": (0,) * cut(text)}, 0)]
         try:
             return _load(index, spec)
         except (OSError, ValueError, ImportError) as error:
