@@ -1,5 +1,6 @@
 """Parts of the page that every section is made of."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 
 from cluster.charts.markup import Html, Node, tag
@@ -64,7 +65,7 @@ def caption_text(text: str) -> Html:
 
 
 def picture_card(picture: Picture, *, scored: bool, redraw: str) -> Html:
-    """A picture with its caption, seed and score. `redraw`: what to type to draw it again."""
+    """A picture with its caption, seed and score. `redraw`: what to type, before its id, to draw it again."""
     row = picture.row
     shown: Node = tag("p", picture.error, class_="broken")
     if picture.uri:
@@ -84,7 +85,7 @@ def picture_card(picture: Picture, *, scored: bool, redraw: str) -> Html:
             tag("small", f"seed {row.seed}"),
         ),
         class_="picture",
-        data_redraw=redraw.format(sample_id=row.sample_id) if redraw else None,
+        data_redraw=f"{redraw} {shlex.quote(row.sample_id)}" if redraw else None,
     )
 
 
