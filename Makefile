@@ -33,12 +33,13 @@ lint: $(STAMP)
 
 install: $(STAMP)
 
-# torch first: what else needs torch then finds it, and takes no other build.
+# torch first: what else needs torch then finds it, and takes no other build. --no-compile: of the modules installed,
+# most are never imported; Python compiles the others when they are.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,evaluation]'
+	$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev,evaluation]'
 	touch $(STAMP)
 
 # Of every extra, those that `make install` leaves out too.

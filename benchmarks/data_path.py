@@ -11,6 +11,7 @@ ids; the .npz side does without captions. `cached` is the loader by way of --cac
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -25,7 +26,7 @@ import torch
 from benchmarks.as_worker import as_worker
 from benchmarks.matmul_rate import machine, seconds
 from benchmarks.published_size import BATCH, published_model, random_batch
-from cluster.dataset.layout import parquet_bytes, shard_key
+from cluster.dataset.layout import StoredShard, parquet_bytes, shard_key
 from cluster.store.store import open_store
 from cluster.training.data.batches import BatchShape
 from cluster.training.data.selection import Selection
@@ -44,7 +45,7 @@ def write_both(folder: Path, *, rows: int, shard_rows: int) -> Selection:
     """Shards under folder/shards and one file a row under folder/npz."""
     (folder / "npz").mkdir()
     store, random = open_store(folder), np.random.default_rng(0)
-    keys, numbers = [], []
+    shards, numbers = [], []
     for shard, start in enumerate(range(0, rows, shard_rows)):
         count = min(shard_rows, rows - start)
         global_feature = random.standard_normal((count, FEATURES.embed_dim), dtype=np.float32)
@@ -52,10 +53,12 @@ def write_both(folder: Path, *, rows: int, shard_rows: int) -> Selection:
         for row in range(count):
             arrays = {"features": patches[row], "g_feature": global_feature[row : row + 1]}
             np.savez(folder / "npz" / f"{start + row}.npz", **arrays)
-        store.write_bytes(shard_key(shard), parquet_bytes(_table(global_feature, patches, random, start)))
-        keys.append(shard_key(shard))
+        data = parquet_bytes(_table(global_feature, patches, random, start))
+        store.write_bytes(shard_key(shard), data)
+        digest = hashlib.sha256(data).hexdigest()
+        shards.append(StoredShard(shard_key(shard), rows=count, bytes=len(data), sha256=digest))
         numbers.append(np.arange(count))
-    return Selection(tuple(keys), tuple(numbers))
+    return Selection(tuple(shards), tuple(numbers))
 
 
 def _table(global_feature: np.ndarray, patches: np.ndarray, random: np.random.Generator, start: int) -> pa.Table:

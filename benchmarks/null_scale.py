@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
-from cluster.dataset.layout import plan_part_key, read_table
+from cluster.dataset.layout import load_plan, read_table
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow
@@ -57,6 +57,8 @@ def peak_memory(process: subprocess.Popen) -> int:
 def shard_operations(folder: Path, spec: DatasetSpec) -> dict[str, int]:
     """Store operations of one shard on its way through the stages."""
     store = open_store(folder)
+    plan = load_plan(store)
+    assert plan is not None
     counts: dict[str, int] = {}
 
     def counted(name: str):
@@ -71,7 +73,7 @@ def shard_operations(folder: Path, spec: DatasetSpec) -> dict[str, int]:
     names = ("read_bytes", "write_bytes", "exists", "size", "list", "delete")
     draw, featurise, write = DrawShard(store, spec), FeaturiseShard(spec.clip), WriteShard(store, SCHEMA_VERSION)
     with patch.multiple(Store, **{name: counted(name) for name in names}):
-        drawn = draw.draw(read_table(store, plan_part_key(0)))
+        drawn = draw.draw(read_table(store, plan.part_key(0)))
         times = {"start_time": 0.0, "draw_seconds": 0.0, "featurise_seconds": 0.0}
         write.write(ShardRow(0, featurise.featurise(drawn), times))
     return counts

@@ -25,7 +25,7 @@ import fsspec
 
 from benchmarks.null_scale import ROOT, write_captions
 from cluster.dataset.committed import committed
-from cluster.dataset.layout import Plan, plan_part_key, read_table, shard_key
+from cluster.dataset.layout import Plan, read_table, shard_key
 from cluster.dataset.plan import make_plan
 from cluster.generation.pinning import dataset_spec
 from cluster.generation.stages.draw import DrawShard
@@ -56,7 +56,7 @@ def build(corpus: Path, out: str) -> tuple[Store, Plan]:
     times = {"start_time": 0.0, "draw_seconds": 0.0, "featurise_seconds": 0.0}
 
     def make(shard: int) -> None:
-        drawn = draw.draw(read_table(store, plan_part_key(shard)))
+        drawn = draw.draw(read_table(store, plan.part_key(shard)))
         write.write(ShardRow(shard, featurise.featurise(drawn), times))
 
     with ThreadPoolExecutor(16) as pool:

@@ -8,7 +8,7 @@ group in --help. The modules that define requests import neither torch nor Ray, 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pcm.credentials import refuse_credentials_in
 from pcm.errors import InputError, not_known
@@ -32,6 +32,8 @@ class Option:
     bare: str | None = None
     #: Given without a flag.
     positional: bool = False
+    #: What the job makes at the path or URI that is given: checked before it begins (cluster.store.outputs).
+    writes: Literal["folder", "file"] | None = None
 
 
 def option(default: Any = dataclasses.MISSING, **described: Any) -> Any:

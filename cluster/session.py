@@ -11,7 +11,7 @@ from pathlib import Path
 
 import ray
 
-from pcm.errors import InputError
+from pcm.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,9 @@ def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | No
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Ray Data ends an execution in which no block moves for 30 minutes. A slow model, a queue for GPUs or a lack of
+    # spot machines takes longer; what hangs is for the watchdog of the generators to say.
+    context.execution_no_progress_timeout_s = -1
 
 
 def _start_local(num_cpus: int | None, runtime_env: dict | None) -> None:
@@ -64,10 +67,13 @@ def _start_local(num_cpus: int | None, runtime_env: dict | None) -> None:
                 runtime_env=runtime_env,
             )
             return
-        except Exception:  # Ray raises a bare Exception for this
+        except Exception as error:  # Ray raises a bare Exception for this
             ray.shutdown()
             if attempt == START_ATTEMPTS:
-                raise
+                raise InputError(
+                    f"Ray did not start on this machine, {START_ATTEMPTS} times tried ({first_line(error)}); let other "
+                    "work on it end, or look into /tmp/ray/session_latest/logs, and run the same command again"
+                ) from error
             log.warning("Ray did not start; trying again (%d of %d)", attempt + 1, START_ATTEMPTS)
 
 

@@ -74,6 +74,7 @@ class Job:
             end_with_error(f"{error} (see `{self.command} --help`)")
         set_up_logging()
         try:
+            _check_outputs(request)
             summary = self.run(request)
         except InputError as error:
             end_with_error(str(error))
@@ -248,6 +249,16 @@ def _load(place: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{place}: must hold NAME: value, an object in JSON")
     return found
+
+
+def _check_outputs(request: Request) -> None:
+    """Raises InputError for a place that cannot hold what the job makes."""
+    from cluster.store.outputs import check_output  # --help needs no file systems
+
+    kind = type(request)
+    for name, described in options_of(kind).items():
+        if described.writes and (uri := getattr(request, name)) is not None:
+            check_output(uri, described.writes, shown=flag(kind, name))
 
 
 def _as_arguments(value: Any) -> Any:

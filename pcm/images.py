@@ -1,4 +1,4 @@
-"""Pictures as bytes and pixels: safe decoding, deterministic encoding, and the defects a diffusion model produces."""
+"""Pictures as bytes and pixels: safe decoding and deterministic encoding."""
 
 import io
 import warnings
@@ -8,15 +8,9 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pcm.errors import InputError
-from pcm.reasons import BLACK_IMAGE, CONSTANT_IMAGE, NAN_IMAGE
 
 #: Larger pictures are refused unread: a decompression bomb must not take a worker's memory (64 megapixels).
 MAX_PIXELS = 64_000_000
-
-#: A picture whose pixel values (0..1) spread less than this (standard deviation over all channels) shows nothing.
-CONSTANT_STD = 2.0 / 255.0
-#: A picture whose brightest pixel is below this is black: what safety checkers and fp16 overflows return.
-BLACK_MAX = 8.0 / 255.0
 
 #: A picture that is longer than so many times its width becomes too large when its shorter side is scaled up.
 MAX_ASPECT_RATIO = 100
@@ -129,17 +123,6 @@ def encode_image(pixels: np.ndarray, *, image_format: str, quality: int) -> byte
     else:
         raise InputError(f"image format {image_format!r}: allowed are {', '.join(IMAGE_FORMATS)}")
     return buffer.getvalue()
-
-
-def defect(pixels: np.ndarray) -> str:
-    """Why float pixels (H, W, 3) in 0..1 are not a picture, as a reason of pcm.reasons, or ""."""
-    if not np.isfinite(pixels).all():
-        return NAN_IMAGE
-    if pixels.max() < BLACK_MAX:
-        return BLACK_IMAGE
-    if pixels.std() < CONSTANT_STD:
-        return CONSTANT_IMAGE
-    return ""
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:

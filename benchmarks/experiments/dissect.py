@@ -20,7 +20,7 @@ from PIL import Image
 from benchmarks.experiments.runs import data_path, planned
 from benchmarks.experiments.scenes import scenes_of, thing_masks
 from benchmarks.experiments.settings import DOMAINS, EXPERIMENTS, MAIN
-from cluster.dataset.layout import load_manifest
+from cluster.dataset.layout import StoredShard, load_manifest
 from cluster.dataset.rows import Rows, read_rows, read_shard
 from cluster.store.store import Store, open_store
 from cluster.training.run_spec import RunSpec
@@ -73,8 +73,8 @@ def _of_dataset(store: Store, run: RunSpec, names: Sequence[str], judge: Path | 
     manifest = load_manifest(store)
     clip = manifest.spec.clip
     encoder = ClipEncoder(clip.model, device="cpu", batch_size=clip.batch_size)
-    rows = Rows.concatenate([read_rows(store, shard["key"], None, manifest.features) for shard in manifest.shards])
-    images = np.concatenate([_images(store, shard["key"]) for shard in manifest.shards])
+    rows = Rows.concatenate([read_rows(store, shard, None, manifest.features) for shard in manifest.stored_shards])
+    images = np.concatenate([_images(store, shard) for shard in manifest.stored_shards])
     pairs = scenes_of(DOMAINS[MAIN], manifest.expected)
     scenes = [pairs[int(sample_id.partition("-")[0])][0] for sample_id in rows.sample_ids]
     findings = found_pairs(run, rows)
@@ -89,9 +89,9 @@ def _of_dataset(store: Store, run: RunSpec, names: Sequence[str], judge: Path | 
     }
 
 
-def _images(store: Store, key: str) -> np.ndarray:
+def _images(store: Store, shard: StoredShard) -> np.ndarray:
     """(n, SIZE, SIZE, 3) uint8 pictures of a shard."""
-    pictures = [open_image(row["bytes"]) for row in read_shard(store, key, ["image"])["image"].to_pylist()]
+    pictures = [open_image(row["bytes"]) for row in read_shard(store, shard, ["image"])["image"].to_pylist()]
     return np.stack(
         [np.asarray(picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)) for picture in pictures]
     )

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from cluster.dataset.layout import Plan, group_key, shard_key, stats_key
+from cluster.dataset.layout import Plan, StoredShard, group_key, shard_key, stats_key
 from cluster.store.store import Store
 from pcm.errors import InputError
 
@@ -123,7 +123,7 @@ def load_group(store: Store, plan: Plan, group: int) -> list[dict] | None:
         found = [summary(entry) for entry in document["shards"]]
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         log.warning("%s: damaged (%s); it is made again", group_key(group), error)
         return None
     shards = group_shards(plan, group)
@@ -149,9 +149,15 @@ def load_stats(store: Store, shard: int) -> dict:
         if found["shard"] != shard:
             raise ValueError(f"of shard {found['shard']}")
         return found
-    except (FileNotFoundError, ValueError, TypeError, LookupError) as error:
+    except (FileNotFoundError, ValueError, TypeError, LookupError, RecursionError) as error:
         what = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
         raise InputError(f"{stats_key(shard)}: {what}; run jobs.verify --repair") from None
+
+
+def stored_shard(store: Store, shard: int) -> StoredShard:
+    """A committed shard as its stats describe it. Raises InputError as load_stats does."""
+    stats = load_stats(store, shard)
+    return StoredShard(shard_key(shard), rows=stats["successes"], bytes=stats["bytes"], sha256=stats["sha256"])
 
 
 def _store_group(store: Store, plan: Plan, group: int, known: dict[int, dict], pool: ThreadPoolExecutor) -> list[dict]:

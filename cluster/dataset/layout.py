@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,17 +17,20 @@ from pcm.spec import DatasetSpec
 
 PLAN_KEY = "plan.json"
 MANIFEST_KEY = "dataset.json"
+CLAIMS = "planning/"
 VOCABULARY_KEY = "vocabulary.txt"
 CONCEPTS_KEY = "concepts.safetensors"
 CLIP_HEAD_KEY = "clip_head.safetensors"
 VOCABULARIES_KEY = "vocabularies.json"  # of which captions the three are
+GIVEN_CONCEPTS_KEY = "concepts.json"  # where the concepts are a user's: which
 
 #: In the stats of a shard that cluster.dataset.upgrade rewrote: the sha256 of the shard before.
 UPGRADED_FROM = "upgraded_from"
 
 
-def plan_part_key(shard: int) -> str:
-    return f"plan/part-{shard:06d}.parquet"
+def plan_part_key(folder: str, shard: int) -> str:
+    """`folder`: of a segment; see Plan.part_key."""
+    return f"{folder}/part-{shard:06d}.parquet"
 
 
 def shard_key(shard: int) -> str:
@@ -43,12 +46,36 @@ def stats_key(shard: int) -> str:
 
 
 def shard_number(key: str) -> int:
-    """The shard of a key that one of the four functions above made."""
+    """The shard of a key of a shard, or of what belongs to one."""
     return int(key.rpartition("/part-")[2].partition(".")[0])
+
+
+def claim_key(digest: str, claimant: str) -> str:
+    """Of what a run writes while it puts plan.json there: see cluster.dataset.plan."""
+    return f"{CLAIMS}{digest}-{claimant}.json"
 
 
 def group_key(group: int) -> str:
     return f"progress/group-{group:06d}.json"
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A shard as the manifest, or its stats, describe it: readers compare what they find with that."""
+
+    key: str
+    rows: int
+    bytes: int
+    sha256: str
+
+    @staticmethod
+    def of(entry: dict) -> "StoredShard":
+        """Of an entry of Manifest.shards. Raises KeyError or TypeError when it is not one."""
+        found = StoredShard(**{name: entry[name] for name in StoredShard.__dataclass_fields__})
+        for name, kind in (("key", str), ("rows", int), ("bytes", int), ("sha256", str)):
+            if type(getattr(found, name)) is not kind:
+                raise TypeError(f"a shard's {name} is {entry[name]!r}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -60,6 +87,7 @@ class Segment:
     first_shard: int
     num_shards: int
     corpus_fingerprint: str  # of all captions up to the end of this segment
+    parts: str = "plan"  # the folder of its plan parts, its own: another run that plans here writes into another
 
 
 @dataclass(frozen=True)
@@ -92,6 +120,15 @@ class Plan:
     @property
     def num_shards(self) -> int:
         return self.segments[-1].first_shard + self.segments[-1].num_shards
+
+    def part_key(self, shard: int) -> str:
+        """Of the plan part of a shard. Raises IndexError for a shard beyond the plan."""
+        segment = self._segment_of("first_shard", shard, self.num_shards)
+        return plan_part_key(segment.parts, shard)
+
+    def asked(self) -> "Plan":
+        """What it asks for, wherever its parts lie: of two plans for the same samples in the same shards the same."""
+        return replace(self, segments=tuple(replace(segment, parts="") for segment in self.segments))
 
     def shard_rows(self, shard: int) -> int:
         """Samples planned for a shard. Raises IndexError for a shard beyond the plan."""
@@ -127,7 +164,13 @@ class Plan:
             segments = tuple(Segment(**_known(Segment, segment)) for segment in values["segments"])
             source = CorpusSource(**_known(CorpusSource, values["source"])) if values["source"] else None
             spec = DatasetSpec.from_dict(values["spec"])
-            return Plan(**{**_known(Plan, values), "spec": spec, "segments": segments, "source": source})
+            found = Plan(**{**_known(Plan, values), "spec": spec, "segments": segments, "source": source})
+            _check_numbers(found, "records", "expected", "usable", "shard_size")
+            for segment in segments:
+                _check_numbers(segment, "first_record", "records", "first_shard", "num_shards")
+            if not segments or found.shard_size < 1:
+                raise ValueError("nothing is planned")
+            return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +190,10 @@ class Manifest:
     shards: tuple[dict, ...]  # {"key", "rows", "quarantined", "sha256", "bytes"} in shard order
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def stored_shards(self) -> tuple[StoredShard, ...]:
+        return tuple(map(StoredShard.of, self.shards))
+
     def to_json(self) -> bytes:
         return document_bytes({**asdict(self), "spec": self.spec.to_dict(), "features": asdict(self.features)})
 
@@ -154,14 +201,22 @@ class Manifest:
     def from_json(data: bytes) -> "Manifest":
         values = _document(data, MANIFEST_KEY)
         with _intact(MANIFEST_KEY):
-            return Manifest(
+            features = FeatureShape(**_known(FeatureShape, values["features"]))
+            found = Manifest(
                 **{
                     **_known(Manifest, values),
                     "spec": DatasetSpec.from_dict(values["spec"]),
-                    "features": FeatureShape(**_known(FeatureShape, values["features"])),
+                    "features": features,
                     "shards": tuple(values["shards"]),
                 }
             )
+            _check_numbers(found, "expected", "stored", "quarantined", "shard_bytes")
+            _check_numbers(features, *asdict(features))
+            for shard in found.shards:
+                StoredShard.of(shard)
+                if type(shard["quarantined"]) is not int:
+                    raise TypeError(f"quarantined of {shard['key']} is {shard['quarantined']!r}")
+            return found
 
 
 def load_plan(store: Store) -> Plan | None:
@@ -239,10 +294,23 @@ def _document(data: bytes, key: str) -> dict:
     return values
 
 
+def _check_numbers(found: object, *names: str) -> None:
+    for name in names:
+        if type(value := getattr(found, name)) is not int or value < 0:
+            raise TypeError(f"{name} is {value!r}")
+
+
 def _known(kind: type, values: dict) -> dict:
     """The values without fields that later work has added to a document."""
     names = {field.name for field in fields(kind)}
     return {name: value for name, value in values.items() if name in names}
+
+
+#: What helps against a damaged document.
+_MENDED = {
+    PLAN_KEY: "restore it (without it jobs.verify cannot tell what is missing)",
+    MANIFEST_KEY: "run jobs.verify DATASET --repair, which writes it anew",
+}
 
 
 @contextlib.contextmanager
@@ -250,6 +318,6 @@ def _intact(key: str) -> Iterator[None]:
     """What goes wrong in reading a document is that it is damaged. Raises InputError."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        said = one_line(error)
-        raise InputError(f"{key}: damaged ({said}); restore it, or generate into another --out") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        said = one_line(error, longest=200)
+        raise InputError(f"{key}: damaged ({said}); {_MENDED[key]}, or generate into another --out") from None

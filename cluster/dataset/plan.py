@@ -6,19 +6,39 @@ It is itself stored, so that workers read their own part, the driver's memory st
 A corpus may grow: as long as its first captions are the planned ones, what follows them is planned as a new segment
 with shards of its own. plan.json is written after the parts it speaks of, so a driver that dies leaves the old plan
 valid, or the new one; two drivers that plan the same write the same bytes.
+
+Two drivers that plan different things at the same moment never mix. Each writes its parts into a folder of its own,
+which plan.json names. And of two different plans one at most becomes plan.json (`_put_plan`), by a rule that asks of a
+store only that a read or a listing shows what was written before it, as local disks, S3, GCS and Azure do; no
+conditional put is needed.
 """
 
 import hashlib
 import itertools
+import json
 import logging
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from json.encoder import encode_basestring_ascii as json_string
 
 import pyarrow as pa
 
-from cluster.dataset.layout import PLAN_KEY, CorpusSource, Plan, Segment, load_plan, parquet_bytes, plan_part_key
+import pcm
+from cluster.dataset.layout import (
+    CLAIMS,
+    MANIFEST_KEY,
+    PLAN_KEY,
+    CorpusSource,
+    Plan,
+    Segment,
+    claim_key,
+    load_plan,
+    parquet_bytes,
+    plan_part_key,
+)
 from cluster.sources.corpus import CorpusRecord
 from cluster.store.store import Store
 from pcm.credentials import refuse_credentials
@@ -75,6 +95,8 @@ def make_plan(
         raise InputError(f"images per caption {spec.images_per_caption}: at most 100")
     refuse_credentials(corpus)  # it goes into the plan and the manifest
     planned = load_plan(store)
+    if planned is None:
+        _refuse_foreign_objects(store)
     records = iter(records)
     fingerprint = hashlib.sha256()
     if planned is not None:
@@ -83,7 +105,8 @@ def make_plan(
             return planned
         _refuse_other_corpus(store, planned, records, corpus, fingerprint)
     first_record, first_shard = (planned.records, planned.num_shards) if planned else (0, 0)
-    written = _PartWriter(store, first_shard, held_back=planned is None)
+    parts = _parts_folder(spec, shard_size, planned, source)
+    written = _PartWriter(store, parts, first_shard, held_back=planned is None)
     with written:
         for table in plan_parts(records, spec, shard_size, is_truncated, first_record, fingerprint):
             written.add(table)
@@ -95,7 +118,7 @@ def make_plan(
         raise InputError(
             f"corpus {corpus}: no usable caption among {counted} records; check the file, --corpus-format and --split"
         )
-    segment = Segment(first_record, counted - first_record, first_shard, written.parts, fingerprint.hexdigest())
+    segment = Segment(first_record, counted - first_record, first_shard, written.parts, fingerprint.hexdigest(), parts)
     plan = Plan(
         spec=spec,
         corpus=corpus,
@@ -108,7 +131,7 @@ def make_plan(
         source=source,
         schema_version=planned.schema_version if planned else SCHEMA_VERSION,  # a dataset is of one version
     )
-    _replace_plan(store, planned, plan)
+    plan = _put_plan(store, planned, plan)
     added = f" (new: {segment.records} captions in {segment.num_shards} shards)" if planned else ""
     log.info("planned %d samples of %d captions in %d shards%s", plan.expected, counted, plan.num_shards, added)
     return plan
@@ -176,8 +199,9 @@ class _PartWriter:
     """Writes plan parts, several at a time; `held_back`: nothing before the first usable sample, for a corpus without
     one leaves nothing behind."""
 
-    def __init__(self, store: Store, first_shard: int, *, held_back: bool) -> None:
+    def __init__(self, store: Store, folder: str, first_shard: int, *, held_back: bool) -> None:
         self._store = store
+        self._folder = folder
         self._first_shard = first_shard
         self._held: list[tuple[int, pa.Table]] | None = [] if held_back else None
         self._pool = ThreadPoolExecutor(_WRITERS)
@@ -203,7 +227,8 @@ class _PartWriter:
     def _write(self, shard: int, table: pa.Table) -> None:
         if len(self._writing) >= 2 * _WRITERS:
             self._writing.popleft().result()
-        self._writing.append(self._pool.submit(write_plan_part, self._store, shard, table))
+        key = plan_part_key(self._folder, shard)
+        self._writing.append(self._pool.submit(write_plan_part, self._store, key, table))
 
     def __enter__(self) -> "_PartWriter":
         return self
@@ -214,8 +239,20 @@ class _PartWriter:
                 self._writing.popleft().result()
 
 
-def write_plan_part(store: Store, shard: int, table: pa.Table) -> None:
-    store.write_bytes(plan_part_key(shard), parquet_bytes(table))
+def write_plan_part(store: Store, key: str, table: pa.Table) -> None:
+    store.write_bytes(key, parquet_bytes(table))
+
+
+def _parts_folder(spec: DatasetSpec, shard_size: int, planned: Plan | None, source: CorpusSource | None) -> str:
+    """Named by all that decides the parts of a segment, so that the same command, run again, writes the same objects.
+
+    Where the source of the captions is not known, by chance.
+    """
+    if source is None:
+        return f"plan/{uuid.uuid4().hex[:16]}"
+    before = (planned.records, planned.corpus_fingerprint) if planned else None
+    decides = [pcm.__version__, spec.digest(), shard_size, before, asdict(source)]
+    return f"plan/{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}"
 
 
 def _lines(records: list[CorpusRecord]) -> bytes:
@@ -224,6 +261,16 @@ def _lines(records: list[CorpusRecord]) -> bytes:
         (record.caption for record in records),
         (record.reason for record in records),
     )
+
+
+def _refuse_foreign_objects(store: Store) -> None:
+    """Raises InputError where something that looks like ours lies at a place that nothing was planned for."""
+    for place in (MANIFEST_KEY, "shards/", "stats/", "quarantine/"):
+        if found := store.list(place):
+            raise InputError(
+                f"{store.root}: holds {found[0]} but no {PLAN_KEY}, so it is not a dataset that was begun here; "
+                "give another --out"
+            )
 
 
 def refuse_other_spec(store: Store, planned: Plan, spec: DatasetSpec, shard_size: int) -> None:
@@ -256,12 +303,37 @@ def _refuse_other_corpus(
     )
 
 
-def _replace_plan(store: Store, planned: Plan | None, plan: Plan) -> None:
-    """Write plan.json, unless another driver planned something else meanwhile: its parts may have replaced ours."""
-    found = load_plan(store)
-    if found is not None and found not in (planned, plan):
-        raise InputError(
-            f"{store.root}: another run planned {found.records} records here meanwhile (this one {plan.records}); "
-            "run the command again"
-        )
-    store.write_bytes(PLAN_KEY, plan.to_json())
+def _put_plan(store: Store, planned: Plan | None, plan: Plan) -> Plan:
+    """Make `plan` plan.json, where `planned` was when this run began; the plan that is there then: the same samples.
+
+    First comes a claim, an object with a name of its own that tells the plan by its digest. Whoever lists a claim to
+    another plan gives up. Whoever lists none looks at plan.json once more, and only then writes it; its claim goes
+    last. Of two runs with different plans the one that lists later sees the claim of the other, or, where that is gone
+    already, the plan that it left. Both may give up, never both go on.
+
+    Raises InputError for the one that gives up.
+    """
+    digest = hashlib.sha256(plan.asked().to_json()).hexdigest()[:16]
+    claim = claim_key(digest, uuid.uuid4().hex[:16])
+    store.write_bytes(claim, plan.to_json())
+    try:
+        others = [key for key in store.list(CLAIMS) if not key.startswith(f"{CLAIMS}{digest}-")]
+        if others:
+            raise InputError(
+                f"{store.root}: another run plans something else here at this moment ({others[0]}); run the command "
+                "again when it is done, or use another --out. If no run is at work here, one was killed in that "
+                "moment: delete this object"
+            )
+        found = load_plan(store)
+        if found is not None and found.asked() == plan.asked():
+            return found
+        if found != planned:
+            records = found.records if found else 0
+            raise InputError(
+                f"{store.root}: another run planned {records} records here meanwhile (this one {plan.records}); "
+                "run the command again"
+            )
+        store.write_bytes(PLAN_KEY, plan.to_json())
+        return plan
+    finally:
+        store.delete(claim)

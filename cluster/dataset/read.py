@@ -9,14 +9,14 @@ Training reads by way of cluster.dataset.rows, which keeps whole shards as array
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from cluster.dataset.committed import committed
-from cluster.dataset.layout import load_manifest, load_plan, shard_key
+from cluster.dataset.committed import committed, stored_shard
+from cluster.dataset.layout import StoredShard, load_manifest, load_plan
 from cluster.dataset.rows import features_of, read_shard
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
@@ -57,29 +57,29 @@ def read_dataset(
     if unknown := [name for name in columns if name not in COLUMNS]:
         raise InputError(f"column {unknown[0]!r}: allowed are {', '.join(COLUMNS)}")
     store = open_store(uri)
-    keys, features = _shards(store, unfinished=unfinished)
-    return (row for key in keys for row in _rows(store, key, columns, features))
+    shards, features = _shards(store, unfinished=unfinished)
+    return (row for shard in shards for row in _rows(store, shard, columns, features))
 
 
-def _shards(store: Store, *, unfinished: bool) -> tuple[list[str], FeatureShape]:
+def _shards(store: Store, *, unfinished: bool) -> tuple[Iterable[StoredShard], FeatureShape]:
     plan = load_plan(store) if unfinished else None
     if plan is None:
         manifest = load_manifest(store)
-        return [shard["key"] for shard in manifest.shards], manifest.features
+        return manifest.stored_shards, manifest.features
     from cluster.dataset.vocabularies import stored_features  # imports Ray, which takes seconds
 
     made = committed(store, plan)
-    keys = [shard_key(shard) for shard in range(plan.num_shards) if shard in made]
-    return keys, stored_features(store, plan)
+    shards = (stored_shard(store, shard) for shard in range(plan.num_shards) if shard in made)
+    return shards, stored_features(store, plan)
 
 
-def _rows(store: Store, key: str, columns: Sequence[str], features: FeatureShape) -> Iterator[DatasetRow]:
-    table = read_shard(store, key, columns)
+def _rows(store: Store, shard: StoredShard, columns: Sequence[str], features: FeatureShape) -> Iterator[DatasetRow]:
+    table = read_shard(store, shard, columns)
     shapes = {"global_feature": (features.embed_dim,), "patch_features": (features.num_patches, features.patch_dim)}
     plain = {name: table[name].to_pylist() for name in columns if name not in shapes}
     if "image" in plain:
         plain["image_bytes"] = [image and image["bytes"] for image in plain.pop("image")]
-    arrays = {name: features_of(store, key, table, name, *shapes[name]) for name in columns if name in shapes}
+    arrays = {name: features_of(store, shard, table, name, *shapes[name]) for name in columns if name in shapes}
     for row in range(len(table)):
         values = {name: column[row] for name, column in plain.items()}
         values |= {name: array[row].copy() for name, array in arrays.items()}  # a kept row keeps no shard in memory

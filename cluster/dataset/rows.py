@@ -1,20 +1,38 @@
-"""Reading the columns of shards that training needs."""
+"""Reading the columns of shards that training needs, of the very shards that the dataset speaks of.
 
+What lies on the store must be what was stored: its size and its rows are compared with the manifest's each time, its
+sha256 once a process - once a node where the processes of a run share what they found (`share_checks`) - and again
+when the object changes. That reads the shard whole, its pictures too: a local file goes from the disk to the cache of
+the system, where its columns are read then, and of a remote object the columns are taken from these bytes.
+"""
+
+import contextlib
+import hashlib
 import io
+import json
 import math
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.dataset.layout import UPGRADED_FROM, StoredShard, shard_number, stats_key
+from cluster.store.object_file import ObjectFile
 from cluster.store.store import Store
 from pcm.errors import InputError, first_line
 from pcm.records import FeatureShape, feature_matrix
 
 COLUMNS = ("sample_id", "caption", "clip_score", "global_feature", "patch_features")
+
+#: Of the columns those of text, which every row has.
+_TEXTS = frozenset({"sample_id", "caption"})
 
 #: While a piece of this size is copied, the system reads the next ones from the disk; one large read waits for all.
 _PIECE_BYTES = 128 << 10
@@ -84,35 +102,92 @@ def preload(tables: Mapping[str, pa.Table]) -> None:
     _PRELOADED.update(tables)
 
 
-def read_shard(store: Store, key: str, columns: Sequence[str]) -> pa.Table:
-    """Some columns of one shard. Raises InputError naming the shard when it cannot be read."""
-    if (preloaded := _PRELOADED.get(store.path(key))) is not None:
+@dataclass
+class _Checks:
+    """Which objects have been compared with their checksum, in this process and, by `folder`, on this node."""
+
+    seen: set[str]
+    folder: Path | None = None
+
+    def due(self, mark: str) -> bool:
+        return mark not in self.seen and not (self.folder and (self.folder / mark).exists())
+
+    def done(self, mark: str) -> None:
+        self.seen.add(mark)
+        if self.folder:
+            with contextlib.suppress(OSError):  # then another process of the node compares it, too
+                (self.folder / mark).touch()
+
+
+_checks = _Checks(set())
+
+
+@contextmanager
+def share_checks(folder: Path) -> Iterator[None]:
+    """Share with the node's processes that name the same folder which checksums were compared.
+
+    The first that leaves deletes the folder; the others go by what they know.
+    """
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    _checks.folder = folder
+    try:
+        yield
+    finally:
+        _checks.folder = None
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_shard(store: Store, shard: StoredShard, columns: Sequence[str], *, checksum: bool = True) -> pa.Table:
+    """Some columns of one shard.
+
+    Without `checksum`, for a reader of a few small columns of every shard, only its size and its rows are compared.
+    Raises InputError naming the shard when it cannot be read or is not the one that the dataset speaks of.
+    """
+    if (preloaded := _PRELOADED.get(store.path(shard.key))) is not None:
         return preloaded.select(list(columns))
-    with _readable(store, key):
-        table = _read(store, key, columns)
+    with _readable(store, shard):
+        try:
+            table = _read(store, shard, columns, checksum=checksum)
+        except _OtherShard:
+            if (upgraded := _upgraded(store, shard)) is None:
+                raise
+            table = _read(store, upgraded, columns, checksum=checksum)
         if missing := [name for name in columns if name not in table.column_names]:
             raise pa.ArrowInvalid(f"no column {missing[0]}")
+        for name in _TEXTS & set(columns):
+            if (kind := table[name].type) != pa.string() or table[name].null_count:
+                raise pa.ArrowInvalid(f"{name}: {table[name].null_count} of {len(table)} are missing, type {kind}")
+            table[name].validate(full=True)  # it is UTF-8
         return table
 
 
-def features_of(store: Store, key: str, table: pa.Table, name: str, *shape: int) -> np.ndarray:
+def features_of(store: Store, shard: StoredShard, table: pa.Table, name: str, *shape: int) -> np.ndarray:
     """(n, *shape) float16 of a column of one shard. Raises InputError where values are missing or more or fewer."""
-    with _readable(store, key):
+    with _readable(store, shard):
         matrix = feature_matrix(table[name])
         if matrix.shape[1] != math.prod(shape):
             raise pa.ArrowInvalid(f"{name}: {matrix.shape[1]} values, must be {' x '.join(map(str, shape))}")
         return matrix.reshape(-1, *shape)
 
 
-def read_rows(store: Store, key: str, rows: np.ndarray | None, features: FeatureShape) -> Rows:
+def scores_of(store: Store, shard: StoredShard, table: pa.Table) -> np.ndarray:
+    """(n,) float32 of a shard's clip_score. Raises InputError where values are missing."""
+    with _readable(store, shard):
+        if (kind := table["clip_score"].type) != pa.float32() or table["clip_score"].null_count:
+            raise pa.ArrowInvalid(f"clip_score: {table['clip_score'].null_count} of {len(table)} missing, type {kind}")
+        return table["clip_score"].to_numpy()
+
+
+def read_rows(store: Store, shard: StoredShard, rows: np.ndarray | None, features: FeatureShape) -> Rows:
     """The given rows (ascending row numbers; None = all) of one shard, decoded. Raises as read_shard does."""
-    table = read_shard(store, key, COLUMNS)
+    table = read_shard(store, shard, COLUMNS)
     decoded = Rows(
         sample_ids=np.array(table["sample_id"].to_pylist(), dtype=object),
         captions=np.array(table["caption"].to_pylist(), dtype=object),
-        clip_score=table["clip_score"].to_numpy(),
-        global_feature=features_of(store, key, table, "global_feature", features.embed_dim),
-        patch_features=features_of(store, key, table, "patch_features", features.num_patches, features.patch_dim),
+        clip_score=scores_of(store, shard, table),
+        global_feature=features_of(store, shard, table, "global_feature", features.embed_dim),
+        patch_features=features_of(store, shard, table, "patch_features", features.num_patches, features.patch_dim),
         patch_scale=no_scale(len(table)),
     )
     return decoded if rows is None else decoded.select(rows)
@@ -124,29 +199,87 @@ class _InPieces(io.FileIO):
     def read(self, size: int | None = -1) -> bytes | memoryview:  # type: ignore[override]  # Arrow takes any buffer
         if size is None or size <= _PIECE_BYTES:
             return super().read(size) or b""
-        view, done = memoryview(np.empty(size, np.uint8)), 0
+        view, done = np.empty(size, np.uint8).data, 0
         while count := self.readinto(view[done : done + _PIECE_BYTES]):
             done += count
         return view[:done]
 
 
-def _read(store: Store, key: str, columns: Sequence[str]) -> pa.Table:
-    """Nothing is read but these columns."""
+def _read(store: Store, shard: StoredShard, columns: Sequence[str], *, checksum: bool) -> pa.Table:
+    """Nothing is read but these columns, unless the checksum has still to be compared."""
     if store.is_local:
         # In this thread, for it is no more than one copy.
-        with _InPieces(store.path(key)) as file:
-            return pq.ParquetFile(pa.PythonFile(file, "r")).read(columns=list(columns), use_threads=False)
+        with _InPieces(store.path(shard.key)) as file:
+            _compare_size(file, shard)
+            mark = _mark(store, shard, file)
+            if checksum and _checks.due(mark):
+                _compare_sha256(hashlib.file_digest(file, "sha256").hexdigest(), shard, mark)
+            return _columns(pq.ParquetFile(pa.PythonFile(file, "r")), shard, columns, use_threads=False)
     # A buffer would read ahead into the pictures between the columns; Arrow asks for neighbours in one request.
-    with pa.PythonFile(store.open(key, buffered=False), "r") as file:
-        return pq.ParquetFile(file, pre_buffer=True).read(columns=list(columns))
+    with store.open(shard.key, buffered=False) as file:
+        _compare_size(file, shard)
+        mark = _mark(store, shard, file)
+        source: pa.NativeFile = pa.PythonFile(file, "r")
+        if checksum and _checks.due(mark):
+            data = file.read()
+            _compare_sha256(hashlib.sha256(data).hexdigest(), shard, mark)
+            source = pa.BufferReader(data)
+        return _columns(pq.ParquetFile(source, pre_buffer=True), shard, columns, use_threads=True)
+
+
+def _columns(file: pq.ParquetFile, shard: StoredShard, columns: Sequence[str], *, use_threads: bool) -> pa.Table:
+    if file.metadata.num_rows != shard.rows:
+        raise _OtherShard(f"it has {file.metadata.num_rows} rows instead of {shard.rows}")
+    return file.read(columns=list(columns), use_threads=use_threads)
+
+
+class _OtherShard(Exception):
+    """What lies on the store is another shard than the one that the dataset speaks of; in what they differ."""
+
+
+def _upgraded(store: Store, shard: StoredShard) -> StoredShard | None:
+    """The shard as `cluster.dataset.upgrade` rewrote it, where the manifest has not heard of that yet."""
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError, LookupError, RecursionError):
+        stats = json.loads(store.read_bytes(stats_key(shard_number(shard.key))))
+        if stats[UPGRADED_FROM] == shard.sha256:
+            return replace(shard, bytes=stats["bytes"], sha256=stats["sha256"])
+    return None
+
+
+def _compare_size(file: BinaryIO, shard: StoredShard) -> None:
+    size = file.seek(0, os.SEEK_END)
+    if size != shard.bytes:
+        raise _OtherShard(f"it has {size} bytes instead of {shard.bytes}")
+    file.seek(0)
+
+
+def _compare_sha256(found: str, shard: StoredShard, mark: str) -> None:
+    if found != shard.sha256:
+        raise _OtherShard(f"its sha256 is {found[:16]}... instead of {shard.sha256[:16]}...")
+    _checks.done(mark)
+
+
+def _mark(store: Store, shard: StoredShard, file: BinaryIO) -> str:
+    """Names an object as it lies there now, and what it has to be."""
+    if isinstance(file, ObjectFile):
+        version: object = file.opened
+    else:
+        status = os.fstat(file.fileno())
+        version = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return hashlib.sha256(repr((store.path(shard.key), shard.sha256, version)).encode()).hexdigest()
 
 
 @contextmanager
-def _readable(store: Store, key: str) -> Iterator[None]:
+def _readable(store: Store, shard: StoredShard) -> Iterator[None]:
     """What goes wrong with a shard inside is an InputError that names it."""
     try:
         yield
+    except _OtherShard as error:
+        raise InputError(
+            f"{store.root}/{shard.key}: not the shard that the dataset speaks of ({error}); "
+            "run jobs.verify on the dataset"
+        ) from None
     except (OSError, pa.ArrowException) as error:
         raise InputError(
-            f"{store.root}/{key}: cannot be read ({first_line(error)}); run jobs.verify on the dataset"
+            f"{store.root}/{shard.key}: cannot be read ({first_line(error)}); run jobs.verify on the dataset"
         ) from error

@@ -1,5 +1,6 @@
 """The words and concepts of a dataset, built from its planned captions and stored beside its shards."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -13,14 +14,17 @@ import ray
 from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
+    GIVEN_CONCEPTS_KEY,
     VOCABULARIES_KEY,
     VOCABULARY_KEY,
     Plan,
-    plan_part_key,
     read_table,
 )
 from cluster.session import user_error
+from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
+from pcm.documents import document_bytes
+from pcm.errors import InputError
 from pcm.reasons import USABLE
 from pcm.records import NULL_FEATURES, FeatureShape
 from pcm.spec import ClipSpec
@@ -36,7 +40,7 @@ log = logging.getLogger(__name__)
 MIN_WORD_COUNT = 5
 SMALL_CORPUS = 10_000  # captions; below it every word counts
 
-CONCEPTS = 400  # high-frequency nouns, as in the published runs
+CONCEPTS = 400  # the corpus's most frequent nouns; the published runs all read one file of 446, see --concepts
 _FEATURES_FIELD = "features"
 
 
@@ -64,6 +68,29 @@ def store_vocabularies(store: Store, plan: Plan, *, encoder: "ClipEncoder | None
     return stored_features(store, plan)
 
 
+def store_given_concepts(store: Store, concepts: ConceptVocabulary) -> None:
+    """Put a user's concepts beside the shards, in place of those that `store_vocabularies` would build.
+
+    Raises InputError where the dataset has others, its own or given ones.
+    """
+    data = concepts.to_bytes()
+    document = document_bytes({"sha256": hashlib.sha256(data).hexdigest(), "concepts": len(concepts)})
+    if store.exists(GIVEN_CONCEPTS_KEY):
+        if store.read_bytes(GIVEN_CONCEPTS_KEY) != document:
+            raise InputError(
+                f"{store.root}: was begun with other --concepts; give the same file, leave the option out, or begin "
+                "another dataset"
+            )
+        return
+    if store.exists(CONCEPTS_KEY) and store.exists(VOCABULARIES_KEY) and store.read_bytes(CONCEPTS_KEY) != data:
+        raise InputError(
+            f"{store.root}: was begun with the concepts of its own captions; leave --concepts out, or begin another "
+            "dataset. jobs.train takes --concepts too"
+        )
+    store.write_bytes(CONCEPTS_KEY, data)
+    store.write_bytes(GIVEN_CONCEPTS_KEY, document)
+
+
 def stored_features(store: Store, plan: Plan) -> FeatureShape:
     """The shape of the features of a dataset whose CLIP files are on the store. Raises FileNotFoundError."""
     if plan.spec.clip.model == "null":
@@ -86,7 +113,7 @@ def planned_captions(store: Store, plan: Plan) -> Iterator[str]:
     """Every usable caption once, in corpus order, with a few plan parts in memory at a time."""
 
     def part(shard: int) -> list[str]:
-        table = read_table(store, plan_part_key(shard), ["caption", "reason", "image_index"])
+        table = read_table(store, plan.part_key(shard), ["caption", "reason", "image_index"])
         first = pc.equal(table["image_index"], 0)
         usable = pc.is_in(table["reason"], pa.array(USABLE))
         return table["caption"].filter(pc.and_(first, usable)).to_pylist()
@@ -108,21 +135,24 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
 def _load_and_store_clip_files(store: Store, plan: Plan, min_count: int) -> None:
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
-    _store_clip_files(store, plan, min_count, ClipEncoder.from_spec(plan.spec.clip))
+    clip = plan.spec.clip
+    encoder = load_with_retries(lambda: ClipEncoder.from_spec(clip), model=clip.model)
+    _store_clip_files(store, plan, min_count, encoder)
 
 
 def _store_clip_files(store: Store, plan: Plan, min_count: int, encoder: "ClipEncoder") -> None:
     import safetensors.torch
 
-    concepts = ConceptVocabulary.build(
-        # A corpus of few nouns can be generated all the same; training says so when it needs more of them.
-        planned_captions(store, plan),
-        encoder,
-        size=CONCEPTS,
-        at_least=0,
-        min_count=min_count,
-    )
-    store.write_bytes(CONCEPTS_KEY, concepts.to_bytes())
+    if not store.exists(GIVEN_CONCEPTS_KEY):
+        concepts = ConceptVocabulary.build(
+            # A corpus of few nouns can be generated all the same; training says so when it needs more of them.
+            planned_captions(store, plan),
+            encoder,
+            size=CONCEPTS,
+            at_least=0,
+            min_count=min_count,
+        )
+        store.write_bytes(CONCEPTS_KEY, concepts.to_bytes())
     shape = encoder.features
     logits = {name: repr(value) for name, value in encoder.logits.items()}
     metadata = {_FEATURES_FIELD: json.dumps(vars(shape)), "clip": plan.spec.clip.model, **logits}

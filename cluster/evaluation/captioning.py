@@ -7,9 +7,10 @@ so a caption does not depend on how many workers there are, nor on which of them
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,21 @@ import ray
 import ray.data
 import torch
 
-from cluster.evaluation.request import CaptionRequest
+from cluster.dataset.given_features import FeatureSet, all_features, load_feature_set
+from cluster.evaluation.request import CaptionerOptions, CaptionRequest
 from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error
+from cluster.sources.concept_file import read_concepts
+from cluster.sources.picture_source import FeatureSource
 from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set
 from cluster.store.store import join, local_copy, open_store
-from pcm.captioners.captioner import BATCH_SIZE, MODEL_FILE, Captioner
+from cluster.training.ray_trainer import CHECKPOINTS
+from cluster.training.reporting import METRICS_KEY
+from pcm.captioners.captioner import BATCH_SIZE, MODEL_FILE, Captioner, CaptionResult
 from pcm.captioners.interface import CONFIG_FILE
-from pcm.captioners.pcmnet.config import BEAM_SIZE
+from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from pcm.line_timer import LineTimer
+from pcm.text.concepts import ConceptVocabulary
 
 log = logging.getLogger(__name__)
 
@@ -50,27 +57,97 @@ class Captioned:
 def caption(request: CaptionRequest) -> dict[str, Any]:
     """A caption and its concepts for every picture; null, and one line in `errors`, for those that cannot be read.
 
-    Raises InputError when there is no captioner at the place, or none of the pictures can be read.
+    With `out` captions and concepts go into a file, and the summary has its place and how many there are. Raises
+    InputError when there is no captioner at the place, or none of the pictures can be read.
     """
-    captioner = load_captioner(
-        request.checkpoint, clip=request.clip, device=request.device, beam_size=request.beam_size
-    )
-    with contextlib.ExitStack() as copies:
-        found = captioner.caption([_local(image, copies) for image in request.images])
-    results = dict(zip(request.images, found, strict=True))
+    captioner = load_captioner(request.checkpoints, request)
+    if request.features is None:
+        with contextlib.ExitStack() as copies:
+            found = captioner.caption([_local(image, copies) for image in request.images])
+        results = dict(zip(request.images, found, strict=True))
+    else:
+        results = _described(captioner, all_features(request.features, limit=request.limit))
     for image, result in results.items():
         log.info("%s", result.error or f"{image}: {result.caption}")
     errors = {image: result.error for image, result in results.items() if result.error}
     if len(errors) == len(results):
         raise InputError(f"none of {len(results)} pictures can be read; the first: {next(iter(errors.values()))}")
+    concepts = {
+        image: [[name, round(probability, 4)] for name, probability in result.concepts]
+        for image, result in results.items()
+    }
+    if request.out is not None:
+        rows = [
+            {"image_id": image, "caption": result.caption, "concepts": concepts[image]}
+            for image, result in results.items()
+            if not result.error
+        ]
+        data = json.dumps(rows, ensure_ascii=False, indent=0) + "\n"
+        open_store(request.out).write_bytes("", data.encode())
+        return {"captions": request.out, "n": len(rows), "errors": errors}
     return {
         "captions": {image: None if result.error else result.caption for image, result in results.items()},
-        "concepts": {
-            image: [[name, round(probability, 4)] for name, probability in result.concepts]
-            for image, result in results.items()
-        },
+        "concepts": concepts,
         "errors": errors,
     }
+
+
+def _described(captioner: Captioner, given: FeatureSet) -> dict[str, CaptionResult]:
+    """One result for each of the features, in order."""
+    check_clip(captioner, given)
+    results: dict[str, CaptionResult] = {}
+    for batch in batches(len(given), BATCH_SIZE):
+        encoded = given.encoded(batch, captioner.features)
+        described = captioner.describe(encoded.features) if encoded.image_ids else []
+        found = dict(zip(encoded.image_ids, described, strict=True))
+        for image_id in (given.image_ids[number] for number in batch):
+            results[image_id] = found.get(image_id) or CaptionResult("", (), 0.0, encoded.unreadable[image_id])
+    return results
+
+
+def load_captioner(
+    checkpoints: Sequence[str], asked: CaptionerOptions, *, clip: ClipEncoder | None = None
+) -> Captioner:
+    """The captioner in one checkpoint, or an ensemble of several. `clip`: one that is loaded already."""
+    concepts = None if asked.concepts is None else read_concepts(asked.concepts)
+    return _load(
+        checkpoints, clip=clip or asked.clip, device=asked.device, beam_size=asked.beam_size, concepts=concepts
+    )
+
+
+def _load(
+    checkpoints: Sequence[str],
+    *,
+    clip: ClipEncoder | str | None,
+    device: str,
+    beam_size: int,
+    concepts: ConceptVocabulary | None,
+) -> Captioner:
+    """`Captioner.load` of paths or URIs. Raises InputError as it does."""
+    with contextlib.ExitStack() as copies:
+        folders = [copies.enter_context(local_checkpoint(checkpoint)) for checkpoint in checkpoints]
+        return Captioner.load(folders, clip=clip, device=device, beam_size=beam_size, concepts=concepts)
+
+
+def load_pictures(source: PictureSource, *, limit: int | None) -> PictureSet | FeatureSet:
+    """What a source means: pictures, or features in place of them. Raises InputError as loading either does."""
+    if isinstance(source, FeatureSource):
+        return load_feature_set(source, limit=limit)
+    return load_picture_set(source, limit=limit)
+
+
+def check_clip(captioner: Captioner, pictures: PictureSet | FeatureSet) -> None:
+    """Raises InputError for features that are recorded to be of another CLIP than the captioner's."""
+    if not isinstance(pictures, FeatureSet) or pictures.given.clip is None:
+        return
+    theirs = pictures.given.clip
+    for name in ("activation", "weights"):
+        wanted, given = captioner.recorded.get(name), getattr(theirs, name)
+        if wanted and given and wanted != given:
+            raise InputError(
+                f"--features {pictures.given.place}: the {name} of its CLIP {theirs.model} is {given}, the captioner "
+                f"was trained with {wanted}; give features of the same CLIP"
+            )
 
 
 def _local(image: str, copies: contextlib.ExitStack) -> str:
@@ -98,13 +175,27 @@ def local_checkpoint(uri: str) -> Iterator[Path]:
         yield folder
 
 
-def load_captioner(checkpoint: str, *, clip: str | None, device: str, beam_size: int = BEAM_SIZE) -> Captioner:
-    """`Captioner.load` of a path or URI. Raises InputError as it does."""
-    with local_checkpoint(checkpoint) as folder:
-        return Captioner.load(folder, clip=clip, device=device, beam_size=beam_size)
+_EPOCH = re.compile(r"epoch-([0-9]{3,})")
 
 
-def caption_pictures(captioner: Captioner, pictures: PictureSet, *, batch_size: int = BATCH_SIZE) -> Captioned:
+def epoch_checkpoints(run: str) -> tuple[dict[int, str], int]:
+    """(epoch -> the checkpoint at its end, how many epochs were trained) of a run. Raises InputError without any."""
+    store = open_store(run)
+    folders = {PurePosixPath(key.removeprefix(f"{CHECKPOINTS}/")).parts[0] for key in store.list(CHECKPOINTS)}
+    ended = {int(match[1]): name for name in folders if (match := _EPOCH.fullmatch(name))}
+    if not ended:
+        raise InputError(f"--every-epoch: {run} has no checkpoints of epochs; give the --out of a jobs.train run")
+    try:
+        trained = len(store.read_bytes(METRICS_KEY).splitlines())
+    except FileNotFoundError:
+        trained = max(ended)
+    places = {epoch: join(run, CHECKPOINTS, ended[epoch]) for epoch in sorted(ended)}
+    return places, max(trained, *ended)
+
+
+def caption_pictures(
+    captioner: Captioner, pictures: PictureSet | FeatureSet, *, batch_size: int = BATCH_SIZE
+) -> Captioned:
     """All pictures, in this process."""
     said = _with_progress_lines(batches(len(pictures), batch_size), pictures=len(pictures), batch_size=batch_size)
     return Captioned.concatenate([caption_batch(captioner, pictures, batch) for batch in said])
@@ -115,8 +206,11 @@ def batches(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def caption_batch(captioner: Captioner, pictures: PictureSet, positions: Sequence[int]) -> Captioned:
-    encoded = list(encode_pictures(pictures, captioner.clip, positions=positions))
+def caption_batch(captioner: Captioner, pictures: PictureSet | FeatureSet, positions: Sequence[int]) -> Captioned:
+    if isinstance(pictures, FeatureSet):
+        encoded = [pictures.encoded(positions, captioner.features)]
+    else:
+        encoded = list(encode_pictures(pictures, captioner.clip, positions=positions))
     image_ids = [image_id for part in encoded for image_id in part.image_ids]
     features = [part.features for part in encoded]
     joined = type(features[0])(
@@ -135,12 +229,13 @@ def caption_batch(captioner: Captioner, pictures: PictureSet, positions: Sequenc
 class CaptionerSource:
     """Where a worker finds its captioner and its pictures; paths or URIs that mean the same on every node."""
 
-    checkpoint: str
+    checkpoint: str | tuple[str, ...]
     clip: str | None
     device: str
     beam_size: int
     pictures: PictureSource
     limit: int | None
+    concepts: ConceptVocabulary | None = None
     batch_size: int = BATCH_SIZE
 
 
@@ -179,13 +274,15 @@ class _CaptionWorker:
     def __init__(self, *, source: CaptionerSource, threads: int) -> None:
         if source.device == "cpu":
             torch.set_num_threads(threads)
-        self.captioner = load_captioner(
-            source.checkpoint,
+        checkpoints = [source.checkpoint] if isinstance(source.checkpoint, str) else source.checkpoint
+        self.captioner = _load(
+            checkpoints,
             clip=source.clip,
             device=source.device,
             beam_size=source.beam_size,
+            concepts=source.concepts,
         )
-        self.pictures = load_picture_set(source.pictures, limit=source.limit)
+        self.pictures = load_pictures(source.pictures, limit=source.limit)
         self.batches = batches(len(self.pictures), source.batch_size)
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -196,7 +293,7 @@ class _CaptionWorker:
             "captions": [json.dumps(found.captions)],
             "unreadable": [json.dumps(found.unreadable)],
             "global_feature": [found.global_feature.astype(np.float32).tobytes()],
-            "embed_dim": [self.captioner.clip.embed_dim],
+            "embed_dim": [self.captioner.features.embed_dim],
         }
 
 

@@ -5,29 +5,45 @@ Under OUT: captions.json in COCO's results format, and metrics.json with the met
 
 import json
 import logging
+import math
+import os
+import tempfile
 import time
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cluster.evaluation.captioning import CaptionerSource, caption_on_cluster, caption_pictures, load_captioner
+from cluster.evaluation.captioning import (
+    CaptionerSource,
+    caption_on_cluster,
+    caption_pictures,
+    check_clip,
+    epoch_checkpoints,
+    load_captioner,
+    load_pictures,
+)
 from cluster.evaluation.experiments import EXPERIMENTS, comparison, comparison_table, experiments_table
 from cluster.evaluation.request import EvaluateRequest
+from cluster.sources.concept_file import read_concepts
 from cluster.sources.pictures import (
     candidate_ids,
     coco_pictures,
-    load_picture_set,
     picture_references,
+    reference_names,
     source_anywhere,
 )
 from cluster.store.store import join, open_store, read_uri
+from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder
-from pcm.documents import read_document
+from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError
-from pcm.text.metrics import cider_only, clip_scores, clipscore_text, coco_metrics, require_metrics
+from pcm.text.metrics import cider_only, clip_scores, clipscore_text, coco_metrics, require_metrics, require_spice
 from pcm.text.references import CocoPicture
+from pcm.text.spice import SPICE_HOME_VARIABLE, SPICE_MODELS
 
 log = logging.getLogger(__name__)
 
@@ -40,37 +56,51 @@ def evaluate(request: EvaluateRequest) -> dict[str, Any]:
 
     Pictures that cannot be read, pictures without references and references without a picture are left out and counted:
     unreadable, without_references, without_picture. A metric that could not be computed is None, with its reason.
-    With `results` in the request they are scored, without a model; CLIPScore is then None. With `list_experiments` the
-    paper's experiments are all that is given. Raises InputError when
-    checkpoint, results, pictures or references cannot be used.
+    With `results` in the request they are scored, without a model; CLIPScore is then None. With `every_epoch` there are
+    metrics of each epoch's checkpoint. With `list_experiments` the paper's experiments are all that is given. Raises
+    InputError when checkpoint, results, pictures or references cannot be used.
     """
     if request.list_experiments:
         log.info("experiments of arXiv 2501.00437:\n%s", experiments_table())
         return {"experiments": {name: {"train": found.training, **found.paper} for name, found in EXPERIMENTS.items()}}
-    if request.results is not None:
-        return _evaluate_results(request, request.results)
-    assert request.checkpoint is not None
-    started = time.monotonic()
     require_metrics()
-    captioner = load_captioner(
-        request.checkpoint, clip=request.clip, device=request.device, beam_size=request.beam_size
-    )
-    pictures = load_picture_set(request.pictures, limit=request.limit)
+    with _spice_folder(request) as spice_folder:
+        if request.results is not None:
+            return _evaluate_results(request, request.results, spice_folder=spice_folder)
+        if request.every_epoch:
+            return _evaluate_every_epoch(request, spice_folder=spice_folder)
+        return _evaluate(request, request.checkpoints, spice_folder=spice_folder)[0]
+
+
+def _evaluate(
+    request: EvaluateRequest, checkpoints: Sequence[str], *, spice_folder: Path | None, clip: ClipEncoder | None = None
+) -> tuple[dict[str, Any], Captioner]:
+    """The metrics of one captioner, and the captioner; `clip`: one that is loaded already."""
+    started = time.monotonic()
+    captioner = load_captioner(checkpoints, request, clip=clip)
+    pictures = load_pictures(request.pictures, limit=request.limit)
+    check_clip(captioner, pictures)
     loaded = time.monotonic()
     if request.num_workers is None:
         found = caption_pictures(captioner, pictures)
     else:
-        source = _source(request, request.checkpoint)
+        source = _source(request, checkpoints)
         found = caption_on_cluster(source, pictures=len(pictures), num_workers=request.num_workers)
     captions = found.captions
     if not captions:
-        raise InputError(f"{request.pictures.images}: none of its {len(pictures)} pictures can be read")
+        first = next(iter(found.unreadable.values()), "")
+        raise InputError(f"{request.pictures.images}: none of its {len(pictures)} pictures can be read ({first})")
     captioned = time.monotonic()
     references = {image_id: pictures.references[image_id] for image_id in captions}
-    known = coco_pictures(request.pictures)
-    summary, reasons = scored(captions, references, _domains(known))
+    known = {} if request.pictures.references is None and request.features else coco_pictures(request.pictures)
+    summary, reasons = scored(captions, references, _domains(known), spice_folder=spice_folder)
+    if request.features is None or request.clip is not None:
+        summary |= _clip_metrics(captioner.clip, found.global_feature, captions, references)
+    else:
+        for name in ("CLIPScore", "RefCLIPScore"):
+            summary[name] = None
+            reasons[name] = "needs CLIP's text tower, which is not loaded with --features; name it with --clip"
     summary |= {
-        **_clip_metrics(captioner.clip, found.global_feature, captions, references),
         "n": len(captions),
         "unreadable": len(found.unreadable),
         "without_references": pictures.without_references,
@@ -84,10 +114,55 @@ def evaluate(request: EvaluateRequest) -> dict[str, Any]:
         summary["CIDEr_shuffled"] = cider_only(shuffled, references) if shuffled else None
         if not shuffled:
             reasons["CIDEr_shuffled"] = "one picture cannot take another's caption"
-    return _finished(summary, reasons, request, captions=captions, known=known, unreadable=found.unreadable)
+    return _finished(summary, reasons, request, captions=captions, known=known, unreadable=found.unreadable), captioner
 
 
-def _evaluate_results(request: EvaluateRequest, results: str) -> dict[str, Any]:
+def _evaluate_every_epoch(request: EvaluateRequest, *, spice_folder: Path | None) -> dict[str, Any]:
+    """The metrics of each epoch's checkpoint that a run has, and which epoch is the best by CIDEr.
+
+    Raises InputError where the run has none.
+    """
+    started = time.monotonic()
+    (run,) = request.checkpoints
+    checkpoints, trained = epoch_checkpoints(run)
+    epochs: list[dict[str, Any]] = []
+    clip = None
+    for epoch, checkpoint in checkpoints.items():
+        out = None if request.out is None else join(request.out, f"epoch-{epoch:03d}")
+        asked = replace(request, checkpoint=checkpoint, every_epoch=False, out=out)
+        metrics, captioner = _evaluate(asked, (checkpoint,), spice_folder=spice_folder, clip=clip)
+        if request.features is None:
+            clip = captioner.clip  # once loaded, for all epochs
+        epochs.append({"epoch": epoch, **metrics})
+        log.info("epoch %d of %d: CIDEr %s", epoch, trained, metrics["CIDEr"])
+    gone = sorted(set(range(1, trained + 1)) - set(checkpoints))
+    if gone:
+        log.warning("epochs %s: not kept; train with --keep-checkpoints %d", ", ".join(map(str, gone)), trained)
+    best = max(epochs, key=lambda row: -math.inf if row["CIDEr"] is None else row["CIDEr"])
+    summary = {"epochs": epochs, "best": best, "not_kept": gone, "seconds": round(time.monotonic() - started, 2)}
+    if request.out is not None:
+        document = {"metrics": summary, "request": asdict(request)}
+        open_store(request.out).write_bytes(METRICS_KEY, document_bytes(document))
+    return summary
+
+
+@contextmanager
+def _spice_folder(request: EvaluateRequest) -> Iterator[Path | None]:
+    """A local folder with SPICE's models, None where there is none. Raises InputError for one that lacks them."""
+    home = request.spice_home or os.environ.get(SPICE_HOME_VARIABLE)
+    store = open_store(home) if home else None
+    if store is None or store.is_local:
+        yield require_spice(None if store is None else store.prefix)
+        return
+    if missing := [name for name in SPICE_MODELS if not store.exists(name)]:
+        raise InputError(f"--spice-home {home}: has no {' and no '.join(missing)}")
+    with tempfile.TemporaryDirectory(prefix="pcm-spice-") as folder:
+        for name in SPICE_MODELS:
+            Path(folder, name).write_bytes(store.read_bytes(name))
+        yield Path(folder)
+
+
+def _evaluate_results(request: EvaluateRequest, results: str, *, spice_folder: Path | None) -> dict[str, Any]:
     """The metrics of a COCO results file, whoever made it.
 
     An image id is the number that the references' file gives the picture, or any name that a picture of it might have
@@ -95,7 +170,6 @@ def _evaluate_results(request: EvaluateRequest, results: str) -> dict[str, Any]:
     references without a caption (without_picture). Raises InputError when the file or the references cannot be used.
     """
     started = time.monotonic()
-    require_metrics()
     given = read_results(read_uri(results), source=results)
     read = picture_references(request.pictures)
     references, known = read.by_image, coco_pictures(request.pictures)
@@ -107,7 +181,7 @@ def _evaluate_results(request: EvaluateRequest, results: str) -> dict[str, Any]:
             f"{len(references)} of the references (such as {next(iter(references))!r}); check --references and --split"
         )
     kept = {image_id: references[image_id] for image_id in captions}
-    summary, reasons = scored(captions, kept, _domains(known))
+    summary, reasons = scored(captions, kept, _domains(known), spice_folder=spice_folder)
     for name in ("CLIPScore", "RefCLIPScore"):
         summary[name] = None
         reasons[name] = "needs --checkpoint and --images"
@@ -125,14 +199,15 @@ def _evaluate_results(request: EvaluateRequest, results: str) -> dict[str, Any]:
 
 
 def _matched(
-    given: Mapping[str, str], references: Container[str], known: Mapping[str, CocoPicture], *, source: str
+    given: Mapping[str, str], references: Collection[str], known: Mapping[str, CocoPicture], *, source: str
 ) -> dict[str, str]:
     """Image id of the references -> caption. Raises InputError for two captions of one picture."""
     by_number = {str(picture.number): image_id for image_id, picture in known.items()}
+    names = reference_names(references)
     matched: dict[str, str] = {}
     for name, caption in given.items():
         candidates = (by_number.get(name), *candidate_ids(name))
-        image_id = next((each for each in candidates if each is not None and each in references), None)
+        image_id = next((names[each] for each in candidates if each is not None and each in names), None)
         if image_id in matched:
             raise InputError(f"{source}: two captions for image id {image_id} ({name!r} is the second); keep one")
         if image_id is not None:
@@ -145,32 +220,39 @@ def _domains(known: Mapping[str, CocoPicture]) -> dict[str, str]:
 
 
 def scored(
-    captions: Mapping[str, str], references: Mapping[str, Sequence[str]], domains: Mapping[str, str]
+    captions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    domains: Mapping[str, str],
+    *,
+    spice_folder: Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """(COCO metrics, reasons of those that are None). Where references name domains, as those of NoCaps do,
     "domains" holds the metrics of each domain's pictures by themselves, as its benchmark reports them.
     """
-    summary = coco_metrics(captions, references)
+    summary = coco_metrics(captions, references, spice_folder=spice_folder)
     reasons = summary.pop("reasons")
     named = {domains[image_id] for image_id in captions if image_id in domains}
     if named:
         summary["domains"] = {}
     for domain in sorted(named):
         inside = {image_id: caption for image_id, caption in captions.items() if domains.get(image_id) == domain}
-        metrics = coco_metrics(inside, {image_id: references[image_id] for image_id in inside})
+        metrics = coco_metrics(
+            inside, {image_id: references[image_id] for image_id in inside}, spice_folder=spice_folder
+        )
         metrics.pop("reasons")
         summary["domains"][domain] = {**metrics, "n": len(inside)}
     return summary, reasons
 
 
-def _source(request: EvaluateRequest, checkpoint: str) -> CaptionerSource:
+def _source(request: EvaluateRequest, checkpoints: Sequence[str]) -> CaptionerSource:
     return CaptionerSource(
-        checkpoint=open_store(checkpoint).address,
+        checkpoint=tuple(open_store(checkpoint).address for checkpoint in checkpoints),
         clip=request.clip,
         device=request.device,
         beam_size=request.beam_size,
         pictures=source_anywhere(request.pictures),
         limit=request.limit,
+        concepts=None if request.concepts is None else read_concepts(request.concepts),
     )
 
 
@@ -194,7 +276,7 @@ def _finished(
         store.write_bytes(RESULTS_KEY, results_json(captions, known))
         asked = {**asdict(request), "pictures": asdict(request.pictures)}
         document = {"metrics": summary, "request": asked, "unreadable": unreadable}
-        store.write_bytes(METRICS_KEY, (json.dumps(document, indent=1) + "\n").encode())
+        store.write_bytes(METRICS_KEY, document_bytes(document))
         summary["results"] = join(store.root, RESULTS_KEY)
     return summary
 

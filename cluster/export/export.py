@@ -19,6 +19,7 @@ from cluster.export.webdataset import WebDataset
 from cluster.store.store import Store, open_store
 from pcm.documents import document_bytes
 from pcm.errors import InputError
+from pcm.generation.names import UNDRAWN
 from pcm.line_timer import LineTimer
 from pcm.official.checkpoint import export_checkpoint
 
@@ -52,13 +53,19 @@ def export_dataset(data: Store, out: Store, asked: ExportRequest) -> dict:
     `out` holds anything but this very export.
     """
     source = Source.open(data)
+    photos = {stage: _photos(uri, f"--{stage}") for stage in ("val", "test") if (uri := getattr(asked, stage))}
     makers: dict[str, Callable[[], Format]] = {
-        "official": lambda: Official(source, out, name=asked.name, max_length=asked.max_length),
+        "official": lambda: Official(
+            source, out, name=asked.name, max_length=asked.max_length, corpus=asked.corpus, photos=photos
+        ),
         "webdataset": lambda: WebDataset(source, out),
         "huggingface": lambda: HuggingFace(source, out),
     }
     exporter = makers[asked.to]()
-    settings = {"name": asked.name, "max_length": asked.max_length} if asked.to == "official" else {}
+    settings: dict[str, str | int] = {}
+    if asked.to == "official":
+        settings = {"name": asked.name, "max_length": asked.max_length, "corpus": asked.corpus}
+        settings |= {f"{stage}_sha256": other.sha256 for stage, other in photos.items()}
     document = {"to": asked.to, "dataset_sha256": source.sha256, "complete": False, **settings}
     shards = list(range(source.plan.num_shards))
     counts = {
@@ -80,6 +87,13 @@ def export_dataset(data: Store, out: Store, asked: ExportRequest) -> dict:
     exporter.tidy()
     seconds = round(time.monotonic() - started, 2)
     return counts | {"shards": len(shards), "skipped_shards": len(shards) - len(missing), "seconds": seconds}
+
+
+def _photos(uri: str, option: str) -> Source:
+    source = Source.open(open_store(uri))
+    if source.manifest.spec.generator.model not in UNDRAWN:
+        raise InputError(f"{option} {uri}: holds drawn pictures; give real photos, a dataset of jobs.featurise")
+    return source
 
 
 def _begun(out: Store, document: dict) -> bool:

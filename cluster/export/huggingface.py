@@ -6,14 +6,18 @@ the bytes of version 3 would have to be taken apart by hand. All else is as in t
 pictures are shown among it.
 """
 
+import hashlib
 import json
+from dataclasses import replace
 
-from cluster.dataset.layout import MANIFEST_KEY, parquet_bytes
+from cluster.dataset.layout import MANIFEST_KEY, Manifest, parquet_bytes
 from cluster.export.source import Source
 from cluster.store.store import Store
 from pcm.reasons import PROMPT_TRUNCATED
 from pcm.records import in_version
 
+#: In which patch features are lists.
+_SCHEMA_VERSION = 2
 _SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000))
 
 
@@ -23,6 +27,7 @@ class HuggingFace:
     def __init__(self, source: Source, out: Store) -> None:
         self._source = source
         self._out = out
+        self._written: dict[int, tuple[str, int]] = {}  # sha256 and bytes of the files of this run
 
     def prepare(self) -> None:
         pass
@@ -31,15 +36,33 @@ class HuggingFace:
         return f"data/train-{shard:05d}-of-{self._source.plan.num_shards:05d}.parquet"
 
     def write(self, shard: int) -> None:
-        table = in_version(self._source.read(shard), self._source.manifest.features, 2)
-        self._out.write_bytes(self.marker(shard), parquet_bytes(table))
+        table = in_version(self._source.read(shard), self._source.manifest.features, _SCHEMA_VERSION)
+        data = parquet_bytes(table)
+        self._out.write_bytes(self.marker(shard), data)
+        self._written[shard] = hashlib.sha256(data).hexdigest(), len(data)
 
     def finish(self) -> None:
-        self._out.write_bytes(MANIFEST_KEY, self._source.store.read_bytes(MANIFEST_KEY))
+        self._out.write_bytes(MANIFEST_KEY, self._manifest().to_json())
         self._out.write_bytes("README.md", card(self._source).encode())
 
     def tidy(self) -> None:
         pass
+
+    def _manifest(self) -> Manifest:
+        """The dataset's, of the files that the export has; those of an earlier run are read for it."""
+        files = []
+        for shard, entry in enumerate(self._source.manifest.shards):
+            if shard not in self._written:
+                data = self._out.read_bytes(self.marker(shard))
+                self._written[shard] = hashlib.sha256(data).hexdigest(), len(data)
+            sha256, size = self._written[shard]
+            files.append({**entry, "key": self.marker(shard), "sha256": sha256, "bytes": size})
+        return replace(
+            self._source.manifest,
+            shards=tuple(files),
+            shard_bytes=sum(entry["bytes"] for entry in files),
+            schema_version=_SCHEMA_VERSION,
+        )
 
 
 def card(source: Source) -> str:

@@ -7,6 +7,9 @@ from cluster.options import Request, check_at_least, flag, given, option
 from pcm.errors import InputError
 
 FORMATS = ("official", "webdataset", "huggingface")
+#: What the published code knows by name.
+CORPORA = ("mscoco", "flickr30k")
+_OF_OFFICIAL = ("name", "corpus", "val", "test", "max_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +23,12 @@ class ExportRequest(Request):
     checkpoint: str | None = option(
         None, metavar="P", help="captioner or training run: path or URI", unset="none; or --data"
     )
-    out: str = option(metavar="P", help="an empty place: path or URI")
+    out: str = option(metavar="P", writes="folder", help="an empty place: path or URI")
     to: str = option(choices=FORMATS, help="a captioner: official only")
-    name: str = option("synth", help="official: folders are NAME_sp0, NAME_sp1, ...")
+    name: str = option("synth", help="official: folders are NAME_sp0, NAME_sp1, ... and NAME, of real photos")
+    corpus: str = option("mscoco", choices=CORPORA, help="official: CORPUS_caption_anno_train.pkl, as published")
+    val: str | None = option(None, metavar="P", help="official: dataset of real photos, by jobs.featurise")
+    test: str | None = option(None, metavar="P", help="official: the same for the test split")
     max_length: int = option(20, help="official: tokens of a sentence with its end")
     workers: int = option(min(16, 2 * (os.cpu_count() or 4)), help="threads")
 
@@ -33,7 +39,7 @@ class ExportRequest(Request):
         if self.checkpoint and self.to != "official":
             raise InputError(f"--to {self.to}: a captioner can be exported --to official only")
         for name in given(self):
-            if name in ("name", "max_length") and (self.checkpoint or self.to != "official"):
+            if name in _OF_OFFICIAL and (self.checkpoint or self.to != "official"):
                 raise InputError(f"{flag(ExportRequest, name)}: is for a dataset --to official; leave it out")
             if name == "workers" and self.checkpoint:
                 raise InputError("--workers: is for a dataset; leave it out")

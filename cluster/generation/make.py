@@ -8,11 +8,12 @@ from typing import Any
 
 from cluster.dataset.layout import CorpusSource, Plan, load_plan
 from cluster.dataset.plan import make_plan, refuse_other_spec
+from cluster.dataset.vocabularies import store_given_concepts
 from cluster.generation.auto_batch_size import with_batch_size
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.pilot import Prediction, run_pilot
 from cluster.generation.pilot import summary as pilot_summary
-from cluster.generation.pinning import dataset_spec, on_device, resolve_device, resolve_dtype
+from cluster.generation.pinning import dataset_spec, joint_dimensions, on_device, resolve_device, resolve_dtype
 from cluster.generation.pipeline import GenerationResult, run_pipeline
 from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
@@ -20,10 +21,11 @@ from cluster.generation.regenerate import regenerate
 from cluster.generation.request import AUTO, GenerateRequest, GenerationOptions
 from cluster.generation.retry_quarantined import parse_reason, require_finished, retry_quarantined
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
+from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.corpus import CorpusRecord, read_corpus, source_digest
 from cluster.store.store import Store, open_store
 from pcm import embedded
-from pcm.clip.names import truncation_check
+from pcm.clip.truncation import truncation_check
 from pcm.errors import InputError
 from pcm.spec import DatasetSpec
 from pcm.text.formats import ReadOptions
@@ -85,6 +87,9 @@ def prepare(store: Store, asked: GenerationOptions) -> Prepared:
     if planned is None or planned.source != source:
         records = _begun(records)
     is_truncated = truncation_check(spec.clip.model)
+    concepts = None
+    if asked.concepts is not None:
+        concepts = fitting_concepts(asked.concepts, embed_dim=joint_dimensions(spec.clip.model))
 
     start_ray()
     device = resolve_device(asked.device, cluster_gpus=cluster_gpus())
@@ -101,6 +106,8 @@ def prepare(store: Store, asked: GenerationOptions) -> Prepared:
         is_truncated=is_truncated,
         source=source,
     )
+    if concepts is not None:
+        store_given_concepts(store, concepts)
     return Prepared(store, plan, pools, asked.faults, asked.limits)
 
 

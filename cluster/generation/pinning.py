@@ -163,6 +163,13 @@ def require_joint_patches(model: str) -> None:
         )
 
 
+def joint_dimensions(model: str) -> int:
+    """D of a CLIP's joint space. Raises InputError for the null CLIP, which has none."""
+    if model == "null":
+        raise InputError("--concepts: without effect with --clip null, which has no features; leave it out")
+    return describe_tower(model).features.embed_dim
+
+
 def describe_tower(model: str) -> "TowerFacts":
     from pcm.clip.weights import tower_facts  # seconds to import
 

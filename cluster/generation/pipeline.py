@@ -190,7 +190,8 @@ def _run_pools(
 ) -> Iterable[dict]:
     monitor, _ = watched_by
     # Made in this process, a block a shard; from_arrow would start a task for each only to look at it.
-    source = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+    wanted = [{"shard": shard, "part": plan.part_key(shard)} for shard in shards]
+    source = ray.data.from_items(wanted, override_num_blocks=len(shards))
     pipeline = (
         source.map_batches(
             draw,
@@ -263,7 +264,7 @@ def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest
         shards=tuple(shards),
         schema_version=plan.schema_version,
     )
-    if load_plan(store) == plan:
+    if (found := load_plan(store)) is not None and found.asked() == plan.asked():
         store.write_bytes(MANIFEST_KEY, manifest.to_json())
     else:
         log.warning("the corpus has grown meanwhile; %s is left to the run that planned it", MANIFEST_KEY)

@@ -12,6 +12,8 @@ guidance, scheduler, seeds, and which captions were used. So these are ours, sta
   model's own scheduler cost 2.5 times as much.
 - Guidance 7.5: the default with which diffusers runs Stable Diffusion.
 - ViT-L/14 features, 2x2-pooled to 64 patches of 1,024; `--clip ViT-B-32/openai` for the 49 of 768.
+- Concepts: every published configuration, Flickr30k's too, reads one file of 446 nouns of COCO's captions (its name,
+  coco400_embeddings_*, says 400). Without `--concepts FILE` a dataset has its own captions' 400 most frequent nouns.
 - The model's own safety checker stays on: a picture that it blanks is drawn again with the next seeds, and quarantined
   as nsfw_flagged in the end.
 
@@ -51,11 +53,11 @@ class GenerationPreset:
 
 GENERATION_PRESETS = {
     "synthimgcap_coco": GenerationPreset(
-        "SynthImgCap's COCO part, of the Karpathy file",
+        "SynthImgCap's COCO part, of the Karpathy file; with --concepts, the published 446 nouns",
         {**_STABLE_DIFFUSION, "corpus": "dataset_coco.json"},
     ),
     "synthimgcap_flickr30k": GenerationPreset(
-        "SynthImgCap's Flickr30k part, of the Karpathy file",
+        "SynthImgCap's Flickr30k part, of the Karpathy file; with --concepts, the published 446 nouns of COCO",
         {**_STABLE_DIFFUSION, "corpus": "dataset_flickr30k.json"},
     ),
 }

@@ -12,7 +12,6 @@ from cluster.dataset.layout import (
     Plan,
     group_key,
     load_plan,
-    plan_part_key,
     quarantine_key,
     read_table,
 )
@@ -26,7 +25,7 @@ from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.store.store import Store, open_store
 from pcm import embedded
-from pcm.clip.names import truncation_check
+from pcm.clip.truncation import truncation_check
 from pcm.errors import InputError
 from pcm.text.formats import ReadOptions
 
@@ -122,7 +121,7 @@ def _rebuild_plan_parts(
         parts = plan_parts(captions, plan.spec, plan.shard_size, is_truncated, segment.first_record, fingerprint)
         for shard, part in enumerate(parts, segment.first_shard):
             try:
-                intact = read_table(store, plan_part_key(shard)).equals(part)
+                intact = read_table(store, plan.part_key(shard)).equals(part)
             except UNREADABLE:
                 intact = False
             if not intact:
@@ -133,5 +132,5 @@ def _rebuild_plan_parts(
             "more; give the original by --corpus, or generate into another --out"
         )
     for shard, part in differ.items():
-        write_plan_part(store, shard, part)
+        write_plan_part(store, plan.part_key(shard), part)
     return len(differ)

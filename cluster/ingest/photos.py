@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 
 from cluster.dataset.committed import committed
-from cluster.dataset.layout import Manifest, Plan, plan_part_key, read_table
+from cluster.dataset.layout import Manifest, Plan, read_table
 from cluster.dataset.plan import make_plan
-from cluster.dataset.vocabularies import store_vocabularies
-from cluster.generation.pinning import clip_spec, resolve_device, resolve_dtype
+from cluster.dataset.vocabularies import store_given_concepts, store_vocabularies
+from cluster.generation.pinning import clip_spec, joint_dimensions, resolve_device, resolve_dtype
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.stages.draw import DRAWN_SCHEMA
 from cluster.generation.stages.featurise import FeaturiseShard
@@ -31,6 +31,7 @@ from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard
 from cluster.ingest.request import PhotoRequest
 from cluster.ingest.shards import counts, import_shards, picture_size, sample_row, undrawn
+from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.sources.pictures import PictureFiles, find_pictures, resolved
 from cluster.store.store import Store, open_store
@@ -79,6 +80,9 @@ def featurise_photos(request: PhotoRequest) -> PhotoResult:
     started = time.monotonic()
     store = open_store(request.out)
     spec = _spec(request)
+    concepts = None
+    if request.concepts is not None:
+        concepts = fitting_concepts(request.concepts, embed_dim=joint_dimensions(request.clip))
     corpus = PhotoCorpus(_captions(request), limit=request.limit)
     files = find_pictures(request.images)
     photos = files.match(corpus.numbers)
@@ -96,6 +100,8 @@ def featurise_photos(request: PhotoRequest) -> PhotoResult:
         shard_size=request.shard_size,
         is_truncated=lambda prompt: False,  # nothing is prompted
     )
+    if concepts is not None:
+        store_given_concepts(store, concepts)
     featuriser = FeaturisePhotos(spec.clip)
     features = store_vocabularies(store, plan, encoder=featuriser.encoder)
     made = committed(store, plan)
@@ -223,6 +229,7 @@ class PhotoShards:
         positions: Mapping[int, int],  # number of a photo -> where it is among the files
     ) -> None:
         self._store = store
+        self._plan = plan
         self._featuriser = featuriser
         self._corpus = corpus
         self._files = files
@@ -233,7 +240,7 @@ class PhotoShards:
     def __call__(self, shard: int) -> dict:
         """The stats of the shard, once it is committed. Raises InputError when its photos are too many bytes."""
         started = time.time()
-        samples = self._samples(shard, read_table(self._store, plan_part_key(shard)).to_pylist())
+        samples = self._samples(shard, read_table(self._store, self._plan.part_key(shard)).to_pylist())
         block = ShardRow(shard, samples, {"start_time": started, "draw_seconds": time.time() - started}).to_block()
         del samples
         with self._model:

@@ -26,7 +26,6 @@ from cluster.dataset.layout import (
     VOCABULARY_KEY,
     Manifest,
     Plan,
-    plan_part_key,
     read_table,
 )
 from cluster.dataset.plan import make_plan
@@ -36,9 +35,10 @@ from cluster.generation.pipeline import write_manifest
 from cluster.generation.stages.draw import DRAWN_SCHEMA
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow
-from cluster.generation.stages.write import WriteShard
+from cluster.generation.stages.write import IMAGE_PATH, WriteShard
 from cluster.ingest.request import ImportRequest
 from cluster.ingest.shards import counts, import_shards, picture_size, sample_row, undrawn
+from cluster.sources.concept_file import read_concepts
 from cluster.sources.published_annotations import AnnotationCorpus, CaptionFile
 from cluster.sources.published_folders import PublishedFolders
 from cluster.store.store import Store, join, local_copy, open_store, read_uri
@@ -47,7 +47,7 @@ from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from pcm.generation.names import IMPORTED
 from pcm.official.checkpoint import import_checkpoint
-from pcm.official.files import concepts_from_pickle
+from pcm.official.settings import CLIP_SCORE_SCALE
 from pcm.official.state_dict import read_tensors
 from pcm.reasons import (
     BAD_FEATURES,
@@ -67,6 +67,8 @@ from pcm.text.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
+#: A mean cosine above this is none of picture and caption by a CLIP of open_clip's.
+HIGH_COSINE = 0.45
 _HEAD = ("ln_post.weight", "ln_post.bias", "proj")
 
 
@@ -141,8 +143,8 @@ def import_dataset(request: ImportRequest) -> ImportResult:
     if not isinstance(annotations, list) or not annotations:
         raise InputError(f"{request.annotations}: not a list of annotations, or empty; give the published pickle")
     places = PublishedFolders(images=request.images, features=request.features)
-    found = places.probe(annotations)
-    corpus = AnnotationCorpus(annotations, vocabulary, _caption_file(request))
+    found = places.probe(annotations, score_scale=request.clip_score_scale)
+    corpus = AnnotationCorpus(annotations, vocabulary, _caption_file(request), score_scale=request.clip_score_scale)
     plan = make_plan(
         store,
         corpus.records(),
@@ -151,6 +153,7 @@ def import_dataset(request: ImportRequest) -> ImportResult:
         shard_size=request.shard_size,
         is_truncated=lambda prompt: False,
     )
+    _warn_of_scale(corpus, plan, request)
     store.write_bytes(VOCABULARY_KEY, vocabulary.to_text().encode())
     features = _store_clip_files(store, plan, request, found)
     made = committed(store, plan)
@@ -168,6 +171,18 @@ def import_dataset(request: ImportRequest) -> ImportResult:
     )
 
 
+def _warn_of_scale(corpus: AnnotationCorpus, plan: Plan, request: ImportRequest) -> None:
+    """Say so where the scores are no cosines of a picture and its caption by a known CLIP, which are 0.2 to 0.4."""
+    scores = np.array(corpus.clip_scores)
+    known = plan.spec.clip.activation is not None and bool((~np.isnan(scores)).any())
+    if known and (mean := float(np.nanmean(scores))) > HIGH_COSINE:
+        log.warning(
+            "clipscore / %g is %.2f on average, more than %s gives; SynC's refined annotations hold 5 times the "
+            "cosine, for which there is --clip-score-scale 5",
+            request.clip_score_scale, mean, request.clip,
+        )  # fmt: skip
+
+
 def read_vocabulary(uri: str) -> Vocabulary:
     """A published vocabulary.txt at a path or URI. Raises InputError."""
     try:
@@ -176,15 +191,6 @@ def read_vocabulary(uri: str) -> Vocabulary:
         raise InputError(f"{uri}: not a vocabulary ({error}); wanted one word a line in id order") from None
     except InputError as error:
         raise InputError(f"--vocabulary {uri}: {error}") from None
-
-
-def read_concepts(uri: str) -> ConceptVocabulary:
-    """Published concepts, or ours in safetensors, at a path or URI. Raises InputError."""
-    data = read_uri(uri)
-    try:
-        return ConceptVocabulary.from_bytes(data) if uri.endswith(".safetensors") else concepts_from_pickle(data)
-    except InputError as error:
-        raise InputError(f"--concepts {uri}: {error}") from None
 
 
 def _caption_file(request: ImportRequest) -> CaptionFile:
@@ -196,6 +202,8 @@ def _caption_file(request: ImportRequest) -> CaptionFile:
 def _spec(request: ImportRequest, digest: str) -> DatasetSpec:
     """What is true of imported pictures: nobody here knows how they were drawn, so they cannot be drawn again."""
     given = request.features is not None
+    if request.clip_score_scale != CLIP_SCORE_SCALE:  # read otherwise, the same file is other data
+        digest += f" clipscore / {request.clip_score_scale:g}"
     return DatasetSpec(
         generator=undrawn(IMPORTED, f"sha256:{digest}"),
         clip=clip_of_given_features(request.clip) if given else _clip_to_load(request),
@@ -264,6 +272,7 @@ class ShardImporter:
         corpus: AnnotationCorpus,
     ) -> None:
         self._store = store
+        self._plan = plan
         self._features = features
         self._places = places
         self._corpus = corpus
@@ -274,7 +283,7 @@ class ShardImporter:
     def __call__(self, shard: int) -> dict:
         """The stats of the shard, once it is committed."""
         started = time.time()
-        rows = read_table(self._store, plan_part_key(shard)).to_pylist()
+        rows = read_table(self._store, self._plan.part_key(shard)).to_pylist()
         patches = np.zeros((len(rows), self._features.num_patches, self._features.patch_dim), np.float16)
         images = np.zeros((len(rows), self._features.embed_dim), np.float16)
         scores = np.array([self._corpus.clip_scores[row["record_index"]] for row in rows], np.float32)
@@ -282,6 +291,7 @@ class ShardImporter:
             self._row(row, patches=patches[number], image=images[number], score=scores[number])
             for number, row in enumerate(rows)
         ]
+        paths = pa.array([row.pop(IMAGE_PATH) for row in read], pa.string())
         samples = pa.Table.from_pylist(read, schema=DRAWN_SCHEMA)
         read_at = time.time()
         if self._featuriser is not None:
@@ -292,19 +302,19 @@ class ShardImporter:
             samples = samples.drop_columns(["clip_score"])
         else:
             samples = with_features(samples, images, patches)
-        samples = samples.append_column("clip_score", pa.array(scores))
+        samples = samples.append_column("clip_score", pa.array(scores)).append_column(IMAGE_PATH, paths)
         times = {"start_time": started, "draw_seconds": read_at - started, "featurise_seconds": time.time() - read_at}
         return self._writer.write(ShardRow(shard, samples, times))
 
     def _row(self, row: dict, *, patches: np.ndarray, image: np.ndarray, score: np.float32) -> dict:
         """The sample of a plan row; its features are written into `patches` (N, D_v) and `image` (D,)."""
-        picture, reason = b"", row["reason"]
+        picture, path, reason = b"", "", row["reason"]
         size = (0, 0)
         if reason in USABLE:
             image_id = row["corpus_id"].rpartition("#")[0]
             split_id = self._corpus.split_ids[row["record_index"]]
             try:
-                picture = self._places.read_image(image_id, split_id)
+                picture, path = self._places.read_image(image_id, split_id)
                 size = picture_size(picture)
                 reason = self._read_features(image_id, split_id, patches, image, score)
             except FileNotFoundError:
@@ -313,7 +323,7 @@ class ShardImporter:
                 reason = BAD_IMAGE
         if reason not in USABLE:
             picture, size = b"", (0, 0)
-        return sample_row(row, reason, picture, size)
+        return {**sample_row(row, reason, picture, size), IMAGE_PATH: path}
 
     def _read_features(
         self, image_id: str, split_id: int, patches: np.ndarray, image: np.ndarray, score: np.float32

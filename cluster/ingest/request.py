@@ -8,7 +8,7 @@ from typing import Any
 from cluster.dataset.request import ShardOptions
 from cluster.options import Request, check_at_least, option, parse_setting, refuse_others, refuse_without
 from pcm.errors import InputError
-from pcm.official.settings import SETTINGS, check_settings
+from pcm.official.settings import CLIP_SCORE_SCALE, SETTINGS, check_settings
 from pcm.spec import DEVICES, DTYPES
 from pcm.text.detect import FORMATS
 
@@ -42,10 +42,14 @@ class PhotoRequest(ReadingOptions):
         metavar="P",
         help="Karpathy or COCO JSON, Flickr token, CSV, JSONL or Parquet that names the photo of each caption",
     )
-    out: str = option(metavar="P", help="dataset: path or URI")
+    out: str = option(metavar="P", writes="folder", help="dataset: path or URI")
     clip: str = option("embedded", metavar="NAME", help="open_clip NAME, such as ViT-L-14/openai; that of the mix")
     split: str = option("train", help="split of a Karpathy file (train takes restval too), or all")
     limit: int | None = option(None, help="the captions of the first N photos of the file only", unset="all")
+    concepts: str | None = option(
+        None, metavar="P", help="concepts of captioners: a published pickle or concepts.safetensors",
+        unset="the captions' own 400 most frequent nouns",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +79,10 @@ class DatasetFiles(ReadingOptions):
     )
     captions_format: str = option("auto", choices=("auto", *FORMATS), help="of --captions; auto tells it")
     captions_split: str = option("train", metavar="NAME", help="split of a Karpathy file")
+    clip_score_scale: float = option(
+        CLIP_SCORE_SCALE, metavar="X", help="what the cosine was multiplied by in clipscore: 2.5 in SynthImgCap, 5 in "
+        "SynC's refined annotations, whose cosine is of SigLIP2",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +104,7 @@ class ImportRequest(CaptionerFiles, DatasetFiles):
     them. Raises InputError for options that do not go together.
     """
 
-    out: str = option(metavar="P", help="dataset or captioner: path or URI")
+    out: str = option(metavar="P", writes="folder", help="dataset or captioner: path or URI")
     vocabulary: str = option(metavar="P", help="vocabulary.txt")
     clip: str = option(metavar="NAME", help="the open_clip NAME of the features, such as ViT-L-14/openai")
     concepts: str | None = option(
@@ -114,6 +122,8 @@ class ImportRequest(CaptionerFiles, DatasetFiles):
             refuse_others(self, "checkpoint", of_both, why="which is a captioner")
             check_settings(self.settings)
             return
+        if not self.clip_score_scale > 0:
+            raise InputError(f"--clip-score-scale {self.clip_score_scale:g}: must be above 0")
         if not self.images:
             raise InputError("--images: missing; a dataset is its pictures, give their folder")
         refuse_without(self, "checkpoint", "settings")

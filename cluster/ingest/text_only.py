@@ -18,6 +18,7 @@ from cluster.dataset.layout import (
     VOCABULARIES_KEY,
     VOCABULARY_KEY,
     Manifest,
+    StoredShard,
     load_manifest,
     parquet_bytes,
 )
@@ -45,7 +46,7 @@ def text_only_dataset(source: Store, out: Store, encoder: ClipEncoder) -> Manife
         return found
     shards = []
     for shard in manifest.shards:
-        table = read_shard(source, shard["key"], ["sample_id", "caption", "seed"])
+        table = read_shard(source, StoredShard.of(shard), ["sample_id", "caption", "seed"])
         texts = encoder.encode_texts(table["caption"].to_pylist())
         data = parquet_bytes(_rows(table, texts, manifest.features))
         out.write_bytes(shard["key"], data)

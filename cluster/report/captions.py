@@ -1,4 +1,4 @@
-"""Sample captions of real pictures, with what the mix-up saw in each: its concepts, and the patches it made textual."""
+"""Sample captions of pictures, with what the mix-up saw in each: its concepts, and the patches it made textual."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from cluster.evaluation.captioning import load_captioner
+from cluster.evaluation.request import CaptionerOptions
 from cluster.report.gallery import thumbnail
 from cluster.sources.pictures import PictureSet, PictureSource, load_picture_set
 from cluster.store.store import open_store
@@ -19,7 +20,7 @@ SAMPLES = 12
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedPicture:
-    """A real picture as CLIP sees it, its caption, and what led to it."""
+    """A picture as CLIP sees it, its caption, and what led to it."""
 
     image_id: str
     uri: str  # the picture as a data URI
@@ -53,7 +54,7 @@ def caption_samples(
 ) -> CaptionSamples:
     """Caption SAMPLES pictures in this process. Raises InputError as jobs.evaluate does."""
     pictures = load_picture_set(source)
-    captioner = load_captioner(checkpoint, clip=clip, device=device)
+    captioner = load_captioner((checkpoint,), CaptionerOptions(clip=clip, device=device))
     order = np.random.default_rng(seed).permutation(len(pictures)).tolist()
     opened, unreadable = _opened(pictures, sorted(order[:SAMPLES]))
     if not opened:

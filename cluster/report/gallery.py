@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from cluster.charts.markup import data_uri
-from cluster.dataset.layout import CONCEPTS_KEY
+from cluster.dataset.layout import CONCEPTS_KEY, StoredShard
 from cluster.dataset.rows import read_shard
 from cluster.report.dataset_facts import DatasetFacts, Row, in_parallel
 from cluster.store.store import Store
@@ -113,6 +113,11 @@ def _concept_names(store: Store) -> frozenset[str] | None:
         return frozenset(ConceptVocabulary.from_bytes(store.read_bytes(CONCEPTS_KEY)).names)
     except FileNotFoundError:
         return None
+    except InputError as error:
+        raise InputError(
+            f"{store.root}/{CONCEPTS_KEY}: {error}; delete it and rerun the same jobs.generate command, which builds "
+            "it again"
+        ) from None
 
 
 def _by_concept(rows: Sequence[Row], names: frozenset[str] | None) -> dict[str, list[Row]]:
@@ -144,7 +149,7 @@ def _pictures(
         wanted[row.shard].add(row)
 
     def read(shard: int) -> list[tuple[Row, Picture]]:
-        column = read_shard(store, facts.manifest.shards[shard]["key"], ["image"])["image"]
+        column = read_shard(store, StoredShard.of(facts.manifest.shards[shard]), ["image"])["image"]
         cells = {row: column[row.row].as_py() or {} for row in wanted[shard]}
         return [(row, _picture(row, cell.get("bytes") or b"", side)) for row, cell in cells.items()]
 

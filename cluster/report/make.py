@@ -96,7 +96,7 @@ def _missing(facts: Facts, request: ReportRequest) -> list[tuple[str, str]]:
         ("Dataset", facts.data, "no dataset given (--data)."),
         ("Training", facts.run, "no training run given (--run)."),
         ("Metrics", facts.evaluation, "no evaluation given (--evaluation, the --out of jobs.evaluate)."),
-        ("Captions of real pictures", facts.captions, captions),
+        ("Captions of pictures", facts.captions, captions),
         ("Sweep", facts.sweep, "no sweep given (--sweep)."),
     ]
     return [(name, why) for name, found, why in every if found is None]

@@ -27,7 +27,7 @@ class ReportRequest(Request):
     split: str | None = option(
         None, metavar="NAME", help="the split of the references to use, such as test", unset="all"
     )
-    out: str = option(metavar="FILE", help="the HTML file: path or URI")
+    out: str = option(metavar="FILE", writes="file", help="the HTML file: path or URI")
     title: str | None = option(None, metavar="TEXT", help="headline", unset="what is in the report")
     price_per_hour: float | None = option(None, help="of one GPU, or of one machine on CPUs", unset="no cost is given")
     seed: int = option(0, help="of the shards and pictures that are drawn at random")

@@ -1,4 +1,4 @@
-"""The sections about a training run: how it learned, what its metrics are, what it says of real pictures."""
+"""The sections about a training run: how it learned, what its metrics are, what it says of pictures."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +36,7 @@ def training(run: RunFacts) -> Html:
     if not run.history:
         return section("training", "Training", title, None, absent("No epoch is finished yet."), facts(about), every)
     best, last = run.best or {}, run.history[-1]
-    pictures = "real pictures" if run.document.get("validation") else "held-out synthetic pairs"
+    pictures = "the validation pictures" if run.document.get("validation") else "held-out synthetic pairs"
     lead = (
         f"{len(run.history)} of {run.config.epochs} epochs, {count(last['step'])} steps; the best is epoch "
         f"{best['epoch']}, with CIDEr {times_100(best['CIDEr'])} on {pictures}."
@@ -135,7 +135,7 @@ def captions(samples: CaptionSamples) -> Html:
     return section(
         "captions",
         "Evaluation",
-        "What it says of real pictures",
+        "What it says of pictures",
         f"{len(samples.pictures)} of the {count(samples.total)} pictures of {samples.source}, drawn at random. Below "
         f"each caption stand the concepts that were retrieved, with their probability; framed on the picture, in the "
         f"colour of their concept, are the patches (of {grid}) that the mix-up selected.",
@@ -224,7 +224,7 @@ def _captioned(picture: CaptionedPicture, samples: CaptionSamples) -> Html:
             "div",
             tag("h3", caption_text(picture.caption.removesuffix(" ."))),
             tag("ul", concepts, class_="concepts"),
-            tag("p", "People wrote: ", "; ".join(picture.references[:REFERENCES_SHOWN]), class_="note"),
+            tag("p", "References: ", "; ".join(picture.references[:REFERENCES_SHOWN]), class_="note"),
             tag("small", picture.image_id),
         ),
     )  # fmt: skip

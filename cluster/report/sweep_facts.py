@@ -9,6 +9,7 @@ from cluster.store.store import Store
 from cluster.sweep.results import SettingResult, TrialResult, by_setting
 from cluster.sweep.sweep import SWEEP_KEY
 from cluster.sweep.trial import RESULT_FILE, TRIALS
+from cluster.training.config import TrainConfig
 from pcm.errors import InputError, one_line
 
 
@@ -32,19 +33,29 @@ def gather_sweep(store: Store) -> SweepFacts:
     try:
         document = json.loads(store.read_bytes(SWEEP_KEY))
         params, search = tuple(document["params"]), str(document["search"])
+        base = TrainConfig.from_dict(document["run"]["train"])
     except FileNotFoundError:
         raise InputError(f"{store.root}: not a sweep (no {SWEEP_KEY}); give the --out of jobs.sweep") from None
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         said = one_line(error)
         raise InputError(f"{store.root}/{SWEEP_KEY}: damaged ({said}); give the --out of jobs.sweep") from None
     keys = store.list(f"{TRIALS}/")
     folders = {key.split("/")[1] for key in keys}
     results = [key for key in keys if key.count("/") == 2 and key.endswith(f"/{RESULT_FILE}")]
-    trials = in_parallel(lambda key: TrialResult.of(json.loads(store.read_bytes(key))), results)
+
+    def read(key: str) -> TrialResult:
+        try:
+            return TrialResult.of(json.loads(store.read_bytes(key)))
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{store.root}/{key}: damaged ({one_line(error)}); delete it, then jobs.sweep --resume trains it again"
+            ) from None
+
+    trials = in_parallel(read, results)
     return SweepFacts(
         root=store.root,
         params=params,
         search=search,
-        ranked=tuple(by_setting(trials)),
+        ranked=tuple(by_setting(trials, base=base)),
         unfinished=len(folders) - len(results),
     )

@@ -8,7 +8,7 @@ from cluster.numbers import short, times_100
 from cluster.report.parts import absent, code, details, section, table
 from cluster.report.sweep_facts import SweepFacts
 from cluster.sweep.plots import against, epochs, parallel_coordinates, value_text
-from cluster.sweep.results import SettingResult
+from cluster.sweep.results import SettingResult, tied
 
 ROWS_SHOWN = 15
 
@@ -22,7 +22,7 @@ def sweep(found: SweepFacts) -> Html:
     scored = found.scored
     if not scored:
         return section("sweep", "Sweep", title, place, absent("No setting has a result."), _table(found.ranked, found))
-    best = scored[0]
+    best, ties = scored[0], tied(scored)
     chosen = ", ".join(f"{name} {value_text(best.settings.get(name))}" for name in found.params)
     charts = [*(against(scored, name) for name in found.params), epochs(scored)]
     return section(
@@ -30,7 +30,8 @@ def sweep(found: SweepFacts) -> Html:
         "Sweep",
         title,
         f"Of {len(found.ranked)} settings the best is {chosen}: CIDEr {times_100(best.mean)}"
-        + (f" +- {times_100(best.spread)} over {len(best.scores)} seeds." if len(best.scores) > 1 else "."),
+        + (f" +- {times_100(best.spread)} over {len(best.scores)} seeds." if len(best.scores) > 1 else ".")
+        + (f" {len(ties)} settings tie; of those this one changes least of the preset." if len(ties) > 1 else ""),
         tag("p", place, class_="note"),
         tag("div", (chart.figure() for chart in charts), class_="charts"),
         len(found.params) > 1 and len(scored) > 1 and _parallel(scored, found.params),

@@ -56,7 +56,8 @@ def throughput(stats: Sequence[Mapping[str, Any]], *, stored: int) -> Throughput
     seconds = np.linspace(0.0, working.total, BINS + 1)
     begin, end = working(starts), working(ends)
     drawn = np.minimum(begin + drawing, end)
-    so_far = _accumulated(seconds, begin, end, weights)
+    shared = _SharedTime(begin, end)
+    so_far = _accumulated(shared(seconds), shared(begin), shared(end), weights)
     return Throughput(
         began=float(starts.min()),
         ended=float(ends.max()),
@@ -90,6 +91,24 @@ class _WorkingTime:
     def __call__(self, times: np.ndarray) -> np.ndarray:
         span = np.searchsorted(self._begin, times, side="right") - 1
         return self._before[span] + times - self._begin[span]
+
+
+class _SharedTime:
+    """From seconds of work to seconds that a shard has for itself: those in which k shards are in hand count 1 / k.
+
+    A generator begins a shard while those before it are still featurised and stored. Were pictures spread over all of
+    that, a second would count for several shards at once, and the rate would wave with them.
+    """
+
+    def __init__(self, begin: np.ndarray, end: np.ndarray) -> None:
+        self._at = np.unique(np.concatenate([[0.0], begin, end]))
+        started = np.searchsorted(np.sort(begin), self._at, side="right")
+        in_hand = started - np.searchsorted(np.sort(end), self._at, side="right")
+        own = np.diff(self._at) * np.where(in_hand[:-1] > 0, 1 / np.maximum(in_hand[:-1], 1), 0.0)
+        self._own = np.concatenate([[0.0], np.cumsum(own)])
+
+    def __call__(self, seconds: np.ndarray) -> np.ndarray:
+        return np.interp(seconds, self._at, self._own)
 
 
 def _accumulated(at: np.ndarray, begin: np.ndarray, end: np.ndarray, amounts: np.ndarray) -> np.ndarray:

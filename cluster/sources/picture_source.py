@@ -23,3 +23,12 @@ class PictureSource:
     def __post_init__(self) -> None:
         refuse_credentials(self.images)  # both are recorded before they are opened
         refuse_credentials(self.references or "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSource(PictureSource):
+    """CLIP features in place of pictures; what --features, --references and --split say.
+
+    `images`: a folder of IMAGE_ID.npz files as published, or one of our datasets, whose captions are the references
+    where none are given.
+    """

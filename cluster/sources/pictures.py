@@ -3,7 +3,7 @@
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -173,6 +173,18 @@ def candidate_ids(name: str) -> list[str]:
     # File systems differ in how they write accents (macOS: in two characters), and readers strip blanks.
     forms = [candidates, *([unicodedata.normalize(form, each) for each in candidates] for form in ("NFC", "NFD"))]
     return list(dict.fromkeys(text for form in forms for each in form for text in (each, each.strip())))
+
+
+def reference_names(image_ids: Iterable[str]) -> dict[str, str]:
+    """Any name by which a file without a picture's own ending may know an image id -> that id: "1000092795" is
+    "1000092795.jpg". An id itself comes before what another's name shortens to.
+    """
+    image_ids = list(image_ids)
+    names = {image_id: image_id for image_id in image_ids}
+    for image_id in image_ids:
+        for candidate in candidate_ids(image_id):
+            names.setdefault(candidate, image_id)
+    return names
 
 
 def _reference_file(source: PictureSource) -> AbstractContextManager[Path]:

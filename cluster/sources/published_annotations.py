@@ -52,10 +52,13 @@ class AnnotationCorpus:
     split_ids: folder (-1: none). clip_scores: cosine (NaN: none).
     """
 
-    def __init__(self, annotations: list[Any], vocabulary: Vocabulary, written: CaptionFile) -> None:
+    def __init__(
+        self, annotations: list[Any], vocabulary: Vocabulary, written: CaptionFile, *, score_scale: float
+    ) -> None:
         self._annotations = annotations
         self._vocabulary = vocabulary
         self._written = written
+        self._score_scale = score_scale
         self._named = 0
         self.split_ids: list[int] = []
         self.clip_scores: list[float] = []
@@ -70,7 +73,7 @@ class AnnotationCorpus:
         for position in range(len(self._annotations)):
             value, self._annotations[position] = self._annotations[position], None
             try:
-                annotation = read_annotation(value)
+                annotation = read_annotation(value, score_scale=self._score_scale)
             except InputError as error:
                 self._name(f"annotation {position}: {error}")
                 yield self._record(f"[{position}]", "", None, BAD_RECORD, split_id=None, clip_score=None)

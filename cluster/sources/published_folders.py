@@ -14,37 +14,60 @@ SPLIT_FIELD = "{split_id}"
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 #: So many annotations are tried before a folder counts as the wrong one.
 PROBED = 100
+#: Folders that are looked into, from 0, for a picture that is not in the one its annotation names.
+MOST_SPLITS = 64
 
 
 class PublishedFolders:
-    """Folders, as paths or URIs; in both, `{split_id}` stands for each picture's own. `features` may be None."""
+    """Folders, as paths or URIs; in both, `{split_id}` stands for the number of a picture's folder. `features` may be
+    None.
+
+    A picture is found by its id, in whichever folder it lies: the one that its annotation names is only tried first.
+    SynC's refined annotations give a picture another caption's split_id.
+    """
 
     def __init__(self, *, images: str, features: str | None) -> None:
         self.images = images
         self.features = features
         self._stores: dict[tuple[str, int], Store] = {}
+        self._folders: dict[str, list[int]] = {}
 
-    def read_image(self, image_id: str, split_id: int) -> bytes:
-        """Raises FileNotFoundError."""
-        folder = self._store(self.images, split_id)
-        for ending in PICTURE_ENDINGS:
-            try:
-                return folder.read_bytes(f"{image_id}{ending}")
-            except FileNotFoundError:
-                continue
-        raise FileNotFoundError(f"{folder.root}/{image_id}{PICTURE_ENDINGS[0]}")
+    def read_image(self, image_id: str, split_id: int) -> tuple[bytes, str]:
+        """The bytes, and where they lie: "sp3/6000123.jpg", without `{split_id}` "6000123.jpg". FileNotFoundError."""
+        return self._find(self.images, split_id, [f"{image_id}{ending}" for ending in PICTURE_ENDINGS])
 
     def read_features(self, image_id: str, split_id: int) -> tuple[np.ndarray, np.ndarray]:
         """Features (N, D_v) and (D,). Raises FileNotFoundError, or InputError for a file that holds none."""
         assert self.features is not None
-        return features_from_npz(self._store(self.features, split_id).read_bytes(f"{image_id}.npz"))
+        return features_from_npz(self._find(self.features, split_id, [f"{image_id}.npz"])[0])
 
-    def probe(self, annotations: list[Any]) -> FeatureShape | None:
+    def _find(self, template: str, split_id: int, names: list[str]) -> tuple[bytes, str]:
+        for split in self._splits(template, split_id):
+            folder = self._store(template, split)
+            for name in names:
+                try:
+                    data = folder.read_bytes(name)
+                except FileNotFoundError:
+                    continue
+                return data, name if SPLIT_FIELD not in template else f"sp{split}/{name}"
+        raise FileNotFoundError(f"{template}/{names[0]}")
+
+    def _splits(self, template: str, first: int) -> list[int]:
+        """The folders to look into; what the template names alone has none."""
+        if SPLIT_FIELD not in template:
+            return [-1]
+        if template not in self._folders:
+            found = [split for split in range(MOST_SPLITS) if self._store(template, split).exists("")]
+            self._folders[template] = found
+        known = self._folders[template]
+        return [*([first] if first >= 0 else []), *(split for split in known if split != first)]
+
+    def probe(self, annotations: list[Any], *, score_scale: float) -> FeatureShape | None:
         """The shape of the first features found. Raises InputError when no picture, or no feature, is to be found."""
         readable = []
         for value in annotations[:PROBED]:
             try:
-                annotation = read_annotation(value)
+                annotation = read_annotation(value, score_scale=score_scale)
             except InputError:
                 continue
             readable.append((annotation.image_id, -1 if annotation.split_id is None else annotation.split_id))
@@ -69,7 +92,5 @@ class PublishedFolders:
     def _store(self, template: str, split_id: int) -> Store:
         key = template, split_id
         if key not in self._stores:
-            if SPLIT_FIELD in template and split_id < 0:
-                raise FileNotFoundError(f"{template}: the annotation has no split_id")
             self._stores[key] = open_store(template.replace(SPLIT_FIELD, str(split_id)))
         return self._stores[key]

@@ -29,7 +29,7 @@ class ObjectFile(io.RawIOBase):
         super().__init__()
         self._read_range = read_range
         self._size = size
-        self._opened = opened
+        self.opened = opened
         self._version = version
         self._checked = False
         self._at = 0
@@ -72,7 +72,7 @@ class ObjectFile(io.RawIOBase):
         return data
 
     def _check(self) -> None:
-        if self._version() != self._opened:
+        if self._version() != self.opened:
             raise InputError(f"{self.name}: {_CHANGED}")
         self._checked = True
 

@@ -99,8 +99,7 @@ def with_retries(operation: Callable[[], T], *, place: str) -> T:
     the disk or quota is full, when access is refused and when the bucket does not exist; whatever else `operation`
     raises, FileNotFoundError too, passes unchanged.
     """
-    failed_at: float | None = None
-    pause = FIRST_PAUSE
+    patience = _Patience()
     while True:
         try:
             return operation()
@@ -110,18 +109,55 @@ def with_retries(operation: Callable[[], T], *, place: str) -> T:
                 raise
             if fault.kind != "transient":
                 raise InputError(_advice(fault, place)) from None
-            now = time.monotonic()
-            failed_at = now if failed_at is None else failed_at
-            left = failed_at + float(os.environ.get("PCM_STORE_RETRY_SECONDS", RETRY_SECONDS)) - now
-            if left <= 0:
+            if (left := patience.left()) <= 0:
                 raise InputError(
-                    f"{place}: the store did not answer properly for {now - failed_at:.0f} s ({fault.what}); "
+                    f"{place}: the store did not answer properly for {patience.spent:.0f} s ({fault.what}); "
                     "rerun the same command when it does: it resumes"
                 ) from None
             if _lines.due():
                 log.warning("%s: %s; trying again for up to %.0f s", place, fault.what, left)
-        time.sleep(min(pause * random.uniform(0.5, 1.0), left))
-        pause = min(pause * 2, LONGEST_PAUSE)
+        patience.sleep(left)
+
+
+def load_with_retries(load: Callable[[], T], *, model: str) -> T:
+    """Load a model, again and again while its hub or store fails in ways that pass: as patient as `with_retries`.
+
+    On many machines that start at once, one answer of a hub in a hundred is a failure. Whatever else `load` raises, and
+    the last failure when the time is over, passes unchanged.
+    """
+    patience = _Patience()
+    while True:
+        try:
+            return load()
+        except Exception as error:
+            fault = classify(error)
+            if fault.kind != "transient" or (left := patience.left()) <= 0:
+                raise
+            log.warning("%s: not loaded (%s); trying again for up to %.0f s", model, fault.what, left)
+        patience.sleep(left)
+
+
+class _Patience:
+    """Pauses that double, with jitter, for PCM_STORE_RETRY_SECONDS since the first failure."""
+
+    def __init__(self) -> None:
+        self._failed_at: float | None = None
+        self._pause = FIRST_PAUSE
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the first failure."""
+        return 0.0 if self._failed_at is None else time.monotonic() - self._failed_at
+
+    def left(self) -> float:
+        """Seconds for which it may be tried again; the first call says that it failed."""
+        if self._failed_at is None:
+            self._failed_at = time.monotonic()
+        return float(os.environ.get("PCM_STORE_RETRY_SECONDS", RETRY_SECONDS)) - self.spent
+
+    def sleep(self, left: float) -> None:
+        time.sleep(min(self._pause * random.uniform(0.5, 1.0), left))
+        self._pause = min(self._pause * 2, LONGEST_PAUSE)
 
 
 def _advice(fault: Fault, place: str) -> str:
@@ -147,9 +183,14 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _classify_link(error: BaseException) -> Fault:
     names = {base.__name__ for base in type(error).__mro__}
     name = type(error).__name__
+    if name == "OfflineModeIsEnabled":  # of a hub; a ConnectionError that no patience helps
+        return Fault("other", name)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int):  # a hub's, by httpx or requests
+        return Fault(_kind_of_answer("", status), f"HTTP {status}")
     if "ClientResponseError" in names or "HttpError" in names:  # aiohttp; gcsfs
-        status = getattr(error, "status", None) or getattr(error, "code", None) or 0
-        return Fault(_kind_of_answer("", int(status)), f"HTTP {status}")
+        answered = getattr(error, "status", None) or getattr(error, "code", None) or 0
+        return Fault(_kind_of_answer("", int(answered)), f"HTTP {answered}")
     if isinstance(error, OSError) and error.errno is not None and error.errno in errno.errorcode:
         code = errno.errorcode[error.errno]
         if error.errno in _FULL_ERRNO:

@@ -212,8 +212,9 @@ _EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "
 
 def _reopen(root: str, uri: str) -> Store:
     refuse_credentials(uri)
+    _refuse_unmeant_chain(uri)
     if not is_uri(uri):
-        fs, prefix = LocalFileSystem(), os.path.abspath(LocalFileSystem._strip_protocol(uri))
+        fs, prefix = LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))  # "file:x" is a name, too
         return Store(root=root.rstrip("/"), fs=fs, prefix=prefix.rstrip("/"), _single=fs)
     try:
         # No cache of listings: other machines write to the same prefix.
@@ -240,6 +241,22 @@ def _reopen(root: str, uri: str) -> Store:
     if isinstance(fs, LocalFileSystem):
         prefix = os.path.abspath(prefix)
     return Store(root=root.rstrip("/"), fs=fs, prefix=prefix.rstrip("/"), _single=single)
+
+
+#: Protocols of fsspec that take what follows "::" for the place they work on.
+_CHAINED = frozenset(
+    {"blockcache", "cached", "dir", "filecache", "libarchive", "reference", "simplecache", "tar", "zip"}
+)
+
+
+def _refuse_unmeant_chain(uri: str) -> None:
+    """Raises InputError for a URI with "::" in a name: fsspec would cut it there, and read or write elsewhere."""
+    *before, _ = uri.split("::")
+    if is_uri(uri) and not all(link.partition("://")[0] in _CHAINED for link in before):
+        raise InputError(
+            f"{uri}: fsspec takes '::' for a chain of file systems and would go to {before[0]}; give a URI without '::'"
+            " in its names, or a plain local path"
+        )
 
 
 def _s3_config() -> dict:

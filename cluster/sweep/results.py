@@ -1,5 +1,6 @@
 """What became of the trials of a sweep, and of a setting over its seeds."""
 
+import json
 import math
 import statistics
 from collections import defaultdict
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.sweep.trial import trial_id
+from cluster.training.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +62,29 @@ class SettingResult:
         return statistics.stdev(self.scores) if len(self.scores) > 1 else math.nan
 
 
-def by_setting(results: Sequence[TrialResult]) -> list[SettingResult]:
-    """The settings, best mean first, those without one last."""
+def by_setting(results: Sequence[TrialResult], *, base: TrainConfig) -> list[SettingResult]:
+    """The settings, best mean first, those without one last.
+
+    Of settings that tie, the one that changes least of `base`, which the sweep began with, comes first; then the first
+    in the order of their values, so that neither the order of the trials nor that of a listing decides.
+    """
     groups: dict[str, list[TrialResult]] = defaultdict(list)
     for result in results:
         groups[trial_id(result.settings)].append(result)
     found = [SettingResult(settings=group[0].settings, trials=tuple(group)) for group in groups.values()]
-    return sorted(found, key=lambda setting: -math.inf if math.isnan(setting.mean) else setting.mean, reverse=True)
+
+    def rank(setting: SettingResult) -> tuple[float, int, str]:
+        mean = -math.inf if math.isnan(setting.mean) else setting.mean
+        changed = sum(_preset_value(base, name) != value for name, value in setting.settings.items())
+        return -mean, changed, json.dumps(setting.settings, sort_keys=True)
+
+    return sorted(found, key=rank)
+
+
+def _preset_value(base: TrainConfig, name: str) -> Any:
+    return getattr(base if hasattr(base, name) else base.model, name, None)
+
+
+def tied(ranked: Sequence[SettingResult]) -> list[SettingResult]:
+    """The settings whose mean is the best one's, in the order of `by_setting`; one where none ties."""
+    return [setting for setting in ranked if setting.mean == ranked[0].mean]

@@ -228,7 +228,7 @@ def _tables(sets: Sequence[TrainingSet]) -> dict[str, ray.ObjectRef]:
     if wanted > SHARED_PART * room:
         log.info("features of %.1f GB do not fit into Ray's object store: every trial reads its own", wanted / 1e9)
         return {}
-    return {path: table for found in sets for path, table in shared_tables(found.store, found.keys).items()}
+    return {path: table for found in sets for path, table in shared_tables(found.store, found.shards).items()}
 
 
 class _Recorder(ray.tune.Callback):
@@ -256,7 +256,7 @@ class _Recorder(ray.tune.Callback):
                 **{"overrides": overrides, "status": status, "reason": reason, "history": history},
                 **{"seconds": round(trial.last_result.get("time_total_s", math.nan), 2), "ended": time.time()},
             }
-            store.write_bytes(RESULT_FILE, (json.dumps(result, indent=1) + "\n").encode())
+            store.write_bytes(RESULT_FILE, document_bytes(result))
             for key in store.list(CHECKPOINT):
                 store.delete(key)
         self._add(TrialResult.of(result))

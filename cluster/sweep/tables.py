@@ -1,7 +1,6 @@
 """What a sweep found: a table, results.parquet, best.json for `jobs.train --config`, and plots."""
 
 import io
-import json
 import logging
 import math
 from collections import Counter
@@ -13,9 +12,10 @@ import pyarrow.parquet as pq
 
 from cluster.store.store import Store, join
 from cluster.sweep.plots import plots
-from cluster.sweep.results import SettingResult, TrialResult, by_setting
+from cluster.sweep.results import SettingResult, TrialResult, by_setting, tied
 from cluster.sweep.trial import trial_id
 from cluster.training.config import TrainConfig
+from pcm.documents import document_bytes
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def write_report(
     out: Store, results: Sequence[TrialResult], *, params: Sequence[str], base: TrainConfig
 ) -> dict[str, Any] | None:
     """Write everything under OUT, show the table; the job's summary, or None where no setting has a result."""
-    ranked = by_setting(results)
+    ranked = by_setting(results, base=base)
     table = result_table(ranked, params=params)
     log.info("results, best first:\n%s", table)
     out.write_bytes(TABLE_KEY, (table + "\n").encode())
@@ -38,9 +38,11 @@ def write_report(
         out.write_bytes(f"{PLOTS}/{name}", data)
     if not ranked or math.isnan(ranked[0].mean):
         return None
-    best = ranked[0]
+    best, ties = ranked[0], len(tied(ranked))
+    if ties > 1:
+        log.info("%d settings tie at CIDEr %.4f; the one that changes least of the preset is taken", ties, best.mean)
     config = base.with_overrides(best.settings)
-    out.write_bytes(BEST_KEY, (json.dumps(config.to_dict(), indent=1) + "\n").encode())
+    out.write_bytes(BEST_KEY, document_bytes(config.to_dict()))
     top = max(best.trials, key=lambda trial: trial.best["CIDEr"] if trial.best else -math.inf)
     return {
         "best": {
@@ -48,6 +50,7 @@ def write_report(
             "CIDEr": best.mean,
             "CIDEr_spread": None if math.isnan(best.spread) else best.spread,
             "seeds": len(best.trials),
+            "tied": ties,
         },
         "config": join(out.root, BEST_KEY),
         "checkpoint": join(out.root, "trials", trial_id(top.overrides), "best"),

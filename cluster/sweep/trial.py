@@ -20,6 +20,7 @@ import ray
 import ray.train
 import ray.tune
 
+from cluster.dataset.layout import StoredShard
 from cluster.dataset.rows import COLUMNS, preload, read_shard
 from cluster.ray_internals import LocalReports, train_in_this_process
 from cluster.store.store import Store, join, local_copy, open_store
@@ -99,17 +100,17 @@ def read_result(store: Store) -> dict[str, Any] | None:
         return None
 
 
-def shared_tables(store: Store, keys: Sequence[str]) -> dict[str, ray.ObjectRef]:
+def shared_tables(store: Store, shards: Sequence[StoredShard]) -> dict[str, ray.ObjectRef]:
     """What training reads of some shards, as Arrow tables in Ray's object store, by path.
 
     Read here, once; a node's trials share the memory of the copy that Ray brings there.
     """
 
-    def shared(key: str) -> ray.ObjectRef:
-        return ray.put(read_shard(store, key, COLUMNS).combine_chunks())
+    def shared(shard: StoredShard) -> ray.ObjectRef:
+        return ray.put(read_shard(store, shard, COLUMNS).combine_chunks())
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return {store.path(key): table for key, table in zip(keys, pool.map(shared, keys), strict=True)}
+        return {store.path(shard.key): table for shard, table in zip(shards, pool.map(shared, shards), strict=True)}
 
 
 class _TrialReports(LocalReports):

@@ -45,7 +45,7 @@ class TrainingData:
         if row_filter.keeps_everything:
             training, held_out = [all_rows(each.manifest) for each in sets], []
         else:
-            chosen = [select_rows(each.store, each.keys, row_filter) for each in sets]
+            chosen = [select_rows(each.store, each.shards, row_filter) for each in sets]
             training, held_out = [rows for rows, _ in chosen], [rows for _, rows in chosen]
         if run.validation is None:
             pairs = [(each.store, rows) for each, rows in zip(sets, held_out, strict=True)]

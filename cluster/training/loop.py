@@ -6,16 +6,20 @@ middle of an epoch too, as if it had not been.
 """
 
 import math
+import tempfile
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 
+from cluster.dataset.rows import share_checks
 from cluster.training.checkpoints import NO_SCORE, SCORE
 from cluster.training.data.batches import Batch
 from cluster.training.reporting import LossLog
+from cluster.training.run_spec import RunSpec
 from cluster.training.validation import validation_cider
 from cluster.training.worker import TrainWorker, set_up_worker
 from pcm.line_timer import LineTimer
@@ -30,8 +34,10 @@ class NonFiniteLoss(Exception):
 
 def train_loop(loop_config: dict[str, Any]) -> str:
     """train_loop_per_worker of Ray Train. Returns "" or, the same on every worker, why training was stopped."""
+    run: RunSpec = loop_config["run"]
     try:
-        _train(set_up_worker(loop_config["run"]))
+        with share_checks(Path(tempfile.gettempdir(), run.checks)):
+            _train(set_up_worker(run))
     except NonFiniteLoss as error:
         return str(error)  # not raised: Ray would start the same arithmetic again
     return ""

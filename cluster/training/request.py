@@ -28,6 +28,10 @@ OVERRIDES_HELP = (
     + ")"
 )
 PRESET_HELP = ", ".join(TRAINING_PRESETS)
+CONCEPTS_HELP = (
+    "concepts in place of the dataset's: a published pickle or concepts.safetensors. The published runs, which the "
+    "presets coco_* and flickr30k_* follow, all read one of 446 COCO nouns"
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,10 @@ class TrainingOptions(SettingsOptions):
     """Training."""
 
     fraction: float | None = option(
-        None, help="train on this share of the captions; 0.2 contains 0.1", unset="the preset's, 1"
+        None,
+        help="train on this share of the captions; 0.2 contains 0.1. The steps shrink with it: as many as the "
+        "paper's data efficiency takes --epochs 12/FRACTION",
+        unset="the preset's, 1",
     )
     min_clip_score: float | None = option(
         None, help="train on pairs of at least this raw cosine", unset="the preset's, all"
@@ -176,12 +183,13 @@ class TrainRequest(TrainingOptions):
         metavar="DATASET[=WEIGHT]",
         help="dataset: local path or URI. WEIGHT: how often each of its rows comes in an epoch (1)",
     )
-    out: str = option(help="where the run goes: local path or URI")
+    out: str = option(writes="folder", help="where the run goes: local path or URI")
     preset: str | None = option(
         None, choices=tuple(TRAINING_PRESETS), metavar="NAME", help=PRESET_HELP,
         unset="by the dataset's feature sizes; of a resumed run, its own settings",
     )  # fmt: skip
     seed: int | None = option(None, help="of weights, hold-out, order, dropout", unset="the preset's")
+    concepts: str | None = option(None, metavar="P", help=CONCEPTS_HELP, unset="the dataset's own")
     resume: bool = option(False, help="continue the run in --out exactly where it stopped")
     clip: str | None = option(None, metavar="NAME", help="CLIP for --val-images", unset="the dataset's")
 
@@ -213,8 +221,10 @@ class StreamRequest(GenerationOptions, TrainingOptions):
         "the file has `model`, as a sweep's best.json has. "
     )
 
-    out: str = option(help="where the run goes, or with no --data both: path or URI")
-    data: str | None = option(None, help="dataset: path or URI", unset="OUT/dataset, and the run is then OUT/run")
+    out: str = option(writes="folder", help="where the run goes, or with no --data both: path or URI")
+    data: str | None = option(
+        None, writes="folder", help="dataset: path or URI", unset="OUT/dataset, and the run is then OUT/run"
+    )
     preset: tuple[str, ...] = option(
         (), metavar="NAME",
         help=f"of generation ({', '.join(GENERATION_PRESETS)}), of training ({PRESET_HELP}), or both",
@@ -254,6 +264,7 @@ class StreamRequest(GenerationOptions, TrainingOptions):
         values = shared(self, TrainRequest) | {
             "data": self.dataset,
             "out": self.out if self.data else join(self.out, "run"),
+            "concepts": None,  # the dataset has them
             "preset": next((name for name in self.preset if name in TRAINING_PRESETS), None),
         }
         return TrainRequest(**values)

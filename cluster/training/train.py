@@ -5,10 +5,12 @@ A run's folder: config.json (the exact config, first), metrics.jsonl (a line an 
 crash of a worker or of the driver.
 """
 
+import hashlib
 import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -18,8 +20,9 @@ import ray.train
 import safetensors.torch
 
 import pcm
-from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY
+from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, GIVEN_CONCEPTS_KEY
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
+from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.pictures import check_source, source_anywhere
 from cluster.store.store import Store, join, open_store
 from cluster.training.checkpoints import BEST, SCORE
@@ -34,7 +37,7 @@ from cluster.training.step import check_compile
 from pcm.captioners.interface import CLIP_OPTION
 from pcm.clip.names import refuse_place, resolve_clip_name
 from pcm.documents import document_bytes
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.metrics import require_metrics
 from pcm.text.vocabulary import Vocabulary
@@ -61,7 +64,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
     require_metrics()
     sets, out = arriving or open_training_sets(request.sources), open_store(request.out)
     previous = _previous_run(out, resume=request.resume)
-    vocabularies = common_vocabularies(sets)
+    vocabularies = _vocabularies(request, sets)
     config = _config_for(request, sets, vocabularies, previous)
     if config.first_epoch == "plan" and (len(sets) > 1 or sets[0].weight != 1):
         raise InputError(
@@ -69,7 +72,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
             f"({', '.join(f'{each.weight:g}' for each in sets)}); use first_epoch shuffled"
         )
     _check_request(request, config)
-    document = _document(request, sets, config, previous)
+    document = _document(request, sets, config, vocabularies, previous)
     if previous is not None:
         _refuse_other_run(out, previous, document)
         done = len(_history(out))
@@ -117,9 +120,25 @@ def planned_run(request: TrainRequest, *, cpus: int) -> RunSpec:
     """
     require_metrics()
     sets = open_training_sets(request.sources)
-    vocabularies = common_vocabularies(sets)
+    vocabularies = _vocabularies(request, sets)
     config = _config_for(request, sets, vocabularies, None)
-    return _run(request, sets, vocabularies, config, _document(request, sets, config, None), cpus=cpus)
+    return _run(request, sets, vocabularies, config, _document(request, sets, config, vocabularies, None), cpus=cpus)
+
+
+def _vocabularies(request: TrainRequest, sets: Sequence[TrainingSet]) -> Vocabularies:
+    """Those of the datasets, with the concepts of `request.concepts` where it names a file."""
+    found = common_vocabularies(sets)
+    if request.concepts is not None:
+        embed_dim = sets[0].manifest.features.embed_dim
+        return replace(found, concepts=fitting_concepts(request.concepts, embed_dim=embed_dim).to_bytes())
+    if request.preset not in (None, "embedded") and not any(each.store.exists(GIVEN_CONCEPTS_KEY) for each in sets):
+        count = len(ConceptVocabulary.from_bytes(found.concepts))
+        log.info(
+            "preset %s: concepts are the dataset's own %d nouns; the published run read a file of 446 COCO nouns, for "
+            "which there is --concepts",
+            request.preset, count,
+        )  # fmt: skip
+    return found
 
 
 def _run(
@@ -140,6 +159,7 @@ def _run(
         validation=source_anywhere(request.validation) if request.validation else None,
         clip=document["clip"]["model"],
         cpu_threads=cpus,
+        checks=f"pcm-checked-{uuid.uuid4().hex}",
         checkpoint_every_steps=request.checkpoint_every_steps,
         cache_bytes=request.cache_bytes,
         cache_dir=os.path.abspath(request.cache_dir) if request.cache_dir else None,
@@ -150,10 +170,15 @@ def _previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
     """config.json of the run in OUT, or None for an empty OUT."""
     try:
         previous = json.loads(out.read_bytes(CONFIG_KEY))
+        TrainConfig.from_dict(previous["train"])
+        previous["validation"], _rows(previous)
     except FileNotFoundError:
         if out.list():
             raise InputError(f"{out.root}: not empty and not a training run; give another --out") from None
         return None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        said = one_line(error, longest=200)
+        raise InputError(f"{out.root}/{CONFIG_KEY}: damaged ({said}); restore it, or give another --out") from None
     if not resume:
         done, wanted = len(_history(out)), previous["train"]["epochs"]
         state = "a finished run" if done >= wanted else f"a run with {done} of {wanted} epochs done"
@@ -207,7 +232,11 @@ def _fitted(
 
 
 def _document(
-    request: TrainRequest, sets: Sequence[TrainingSet], config: TrainConfig, previous: dict[str, Any] | None
+    request: TrainRequest,
+    sets: Sequence[TrainingSet],
+    config: TrainConfig,
+    vocabularies: Vocabularies,
+    previous: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """config.json: everything that the run's numbers depend on.
 
@@ -217,7 +246,9 @@ def _document(
     given = request.clip or (previous or {}).get(CLIP_OPTION)
     if given is None and request.validation is not None:
         refuse_place(clip.model, source=sets[0].store.root)
+    concepts = {"path": request.concepts, "sha256": hashlib.sha256(vocabularies.concepts).hexdigest()}
     return {
+        **({} if request.concepts is None else {"concepts": concepts}),
         "train": config.to_dict(),
         "clip": clip.identity() | {"model": given or clip.model},
         CLIP_OPTION: given,
@@ -236,6 +267,9 @@ def _refuse_other_run(out: Store, previous: dict[str, Any], document: dict[str, 
         differences.pop("epochs", None)
     if _rows(previous) != _rows(document):
         differences["data"] = f"{_named(previous)} -> {_named(document)} (by weight and manifest)"
+    concepts = [each.get("concepts", {}).get("sha256", "the dataset's own") for each in (previous, document)]
+    if concepts[0] != concepts[1]:
+        differences["concepts"] = f"{concepts[0][:17]} -> {concepts[1][:17]}"
     if previous["validation"] != document["validation"]:
         differences["validation"] = f"{previous['validation']} -> {document['validation']}"
     if differences:
@@ -299,9 +333,17 @@ def _check_place(config: TrainConfig, *, num_workers: int, cpus: int, gpus: int)
 
 def _history(out: Store) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in out.read_bytes(METRICS_KEY).splitlines()]
+        history = [json.loads(line) for line in out.read_bytes(METRICS_KEY).splitlines()]
+        for row in history:
+            row["CIDEr"], row["step"]
+        return history
     except FileNotFoundError:
         return []
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        said = one_line(error, longest=200)
+        raise InputError(
+            f"{out.root}/{METRICS_KEY}: damaged ({said}); delete it: --resume writes it again, from the last checkpoint"
+        ) from None
 
 
 def _summary(out: Store, started: float) -> dict[str, Any]:

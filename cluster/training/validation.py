@@ -34,9 +34,9 @@ def held_out_share(
     parts, image_ids = [Rows.empty(features)], []
     for place, (store, selection) in enumerate(held_out):
         share = selection.part(rank, num_workers)
-        for key, numbers in zip(share.keys, share.rows, strict=True):
+        for shard, numbers in zip(share.shards, share.rows, strict=True):
             if len(numbers):
-                parts.append(read_rows(store, key, numbers, features))
+                parts.append(read_rows(store, shard, numbers, features))
                 image_ids += [f"{place}/{sample_id}" for sample_id in parts[-1].sample_ids]
     rows = Rows.concatenate(parts)
     references = {image_id: [caption] for image_id, caption in zip(image_ids, rows.captions, strict=True)}

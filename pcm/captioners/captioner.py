@@ -1,6 +1,7 @@
 """A trained captioner: pictures in, captions and their salient concepts out. No Ray, no cluster, one folder on disk."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +29,8 @@ from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError, first_line
 from pcm.images import open_image
 from pcm.kernels.packed_linear import for_decoding
+from pcm.records import FeatureShape
+from pcm.spec import QUICK_GELU_SUFFIX
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
 
@@ -35,6 +38,14 @@ from pcm.text.vocabulary import Vocabulary
 #: beam 3, 64 pictures are 192 rows a step: on a CPU, matrix products of half as many rows are a quarter slower.
 BATCH_SIZE = 64
 BATCH_PIXELS = 128_000_000
+
+UNRECORDED_ACTIVATION = (
+    "checkpoint %s: does not say which activation its CLIP had when it was trained; assumed is quick_gelu, which the "
+    "weights of %s need (before version 0.2.0 it was gelu, and such a captioner should be trained again). To state it, "
+    'write "activation": "quick_gelu" or "gelu" under "clip" in its config.json'
+)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,10 @@ class Captioner:
         for result in captioner.caption(["street.jpg", pil_image]):
             print(result.error or result.caption)
 
+    The CLIP may be given as a function that loads it: it is called when the first picture comes, and never where
+    features are described. `others`: more networks, whose word probabilities are averaged with the model's.
+    `recorded`: activation and weights (a sha256) of the CLIP that it was trained with, where they are known.
+
     Raises InputError when the CLIP's feature sizes are not those the network was trained on.
     """
 
@@ -63,67 +78,107 @@ class Captioner:
         *,
         vocabulary: Vocabulary,
         concepts: ConceptVocabulary,
-        clip: ClipEncoder,
+        clip: ClipEncoder | Callable[[], ClipEncoder],
         beam_size: int = BEAM_SIZE,
+        others: Sequence[PCMNet] = (),
+        recorded: Mapping[str, str | None] | None = None,
     ) -> None:
-        wanted = (model.config.embed_dim, model.config.patch_dim, model.config.num_patches)
-        given = (clip.embed_dim, clip.patch_dim, clip.num_patches)
-        if wanted != given:
-            raise InputError(
-                f"CLIP {clip.name!r}: its features (D, D_v, N) are {given}, the captioner was trained on {wanted}; "
-                "give the CLIP of the training data"
-            )
         if len(vocabulary) != model.config.vocab_size:
             raise InputError(
                 f"vocabulary of {len(vocabulary)} words: the captioner was trained with {model.config.vocab_size}; "
                 "give the vocabulary of its dataset"
             )
         self.model = model.eval()
+        self.others = [other.eval() for other in others]
         self.vocabulary = vocabulary
         self.concepts = concepts
-        self.clip = clip
         self.beam_size = beam_size
+        self.recorded = recorded or {}
+        self._clip = clip
+        if isinstance(clip, ClipEncoder):
+            self._check_sizes(clip)
+
+    @property
+    def clip(self) -> ClipEncoder:
+        """The CLIP, loaded when it is first asked for. Raises InputError when it cannot be, or does not fit."""
+        if not isinstance(self._clip, ClipEncoder):
+            loaded = self._clip()
+            self._check_sizes(loaded)
+            self._clip = loaded
+        return self._clip
+
+    @property
+    def features(self) -> FeatureShape:
+        """The shape of the features that the network takes."""
+        config = self.model.config
+        return FeatureShape(config.embed_dim, config.patch_dim, config.num_patches)
+
+    def _check_sizes(self, clip: ClipEncoder) -> None:
+        wanted = tuple(vars(self.features).values())
+        given = (clip.embed_dim, clip.patch_dim, clip.num_patches)
+        if wanted != given:
+            raise InputError(
+                f"CLIP {clip.name!r}: its features (D, D_v, N) are {given}, the captioner was trained on {wanted}; "
+                "give the CLIP of the training data"
+            )
 
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | Path | Sequence[str | Path],
         *,
         clip: ClipEncoder | str | None = None,
         device: str = "auto",
         beam_size: int = BEAM_SIZE,
+        concepts: ConceptVocabulary | None = None,
     ) -> Self:
-        """The captioner in a checkpoint folder (a run's own folder means its `best`).
+        """The captioner in a checkpoint folder (a run's own folder means its `best`), or an ensemble of several.
 
-        `clip` replaces the encoder that the checkpoint names, such as a folder that has moved. A checkpoint alone may
-        name only a CLIP that is known here; a folder, file or hub repo must be named by `clip` or by the record of the
-        run that the checkpoint lies in. Raises InputError when files are missing or do not belong together.
+        `clip` replaces the encoder that the checkpoint names, such as a folder that has moved, `concepts` those beside
+        it. The CLIP is loaded when the first picture comes. A checkpoint alone may name only a CLIP that is known here;
+        a folder, file or hub repo must be named by `clip` or by the record of the run that the checkpoint lies in.
+        Raises InputError when files are missing or do not belong together.
         """
-        folder = checkpoint_folder(Path(path))
+        folders = [checkpoint_folder(Path(each)) for each in ([path] if isinstance(path, (str, Path)) else path)]
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            document = read_document((folder / CONFIG_FILE).read_bytes())
-            trained_on, dtype = document["clip"], document["clip"]["dtype"]
-        except (ValueError, LookupError, TypeError) as error:
-            raise InputError(
-                f"{folder / CONFIG_FILE}: damaged ({first_line(error)}); give another checkpoint"
-            ) from None
-        model = _method(folder, document).load(folder, document)
+        documents = [_read_config(folder) for folder in folders]
+        folder, document = folders[0], documents[0]
+        for other, its in zip(folders[1:], documents[1:], strict=True):
+            _check_same_kind(folder, document, other, its)
+        models = [
+            _method(each, its).load(each, its, concepts=concepts).to(device)
+            for each, its in zip(folders, documents, strict=True)
+        ]
+        trained_on = document["clip"]
         recorded = {name: trained_on.get(name) for name in ("activation", "weights")}
-        if not isinstance(clip, ClipEncoder):
+        if isinstance(clip, ClipEncoder):
+            clip.check_recorded(**recorded)
+
+        named_by_run = _clip_of_run(folder)  # read now: the folder may be a copy that does not stay
+
+        def load_clip() -> ClipEncoder:
             name, revision = (clip, None) if clip else (trained_on["model"], trained_on.get("revision"))
-            if not clip and name != _clip_of_run(folder):
+            assert isinstance(name, str)
+            if not clip and name != named_by_run:
                 refuse_place(name, source=str(folder / CONFIG_FILE))
             # Nobody stores these features: one picture need not cost a batch of 32.
-            clip = ClipEncoder(name, device=device, dtype=dtype, revision=revision, exact=False, **recorded)
-        clip.check_recorded(**recorded)
+            found = ClipEncoder(
+                name, device=device, dtype=trained_on["dtype"], revision=revision, exact=False, **recorded
+            )
+            own = name.partition("/")[0].endswith(QUICK_GELU_SUFFIX)  # then it was quick_gelu before, too
+            if recorded["activation"] is None and found.activation == "quick_gelu" and not own:
+                log.warning(UNRECORDED_ACTIVATION, folder, name)
+            return found
+
         return cls(
-            model.to(device),
+            models[0],
+            others=models[1:],
             vocabulary=Vocabulary.load(folder / VOCABULARY_FILE),
-            concepts=ConceptVocabulary.load(folder / CONCEPTS_FILE),
-            clip=clip,
+            concepts=concepts or ConceptVocabulary.load(folder / CONCEPTS_FILE),
+            clip=clip if isinstance(clip, ClipEncoder) else load_clip,
             beam_size=beam_size,
+            recorded=recorded,
         )
 
     def caption(self, images: Sequence[Image.Image | str | Path]) -> list[CaptionResult]:
@@ -148,6 +203,7 @@ class Captioner:
             features.global_feature,
             features.patch_features,
             beam_size=self.beam_size,
+            others=self.others,
         )
         concepts = self.salient_concepts(features)
         return [
@@ -172,17 +228,19 @@ def decode_captions(
     *,
     beam_size: int,
     batch_size: int = BATCH_SIZE,
+    others: Sequence[PCMNet] = (),
 ) -> list[tuple[str, float]]:
     """(caption, summed log-probability) of each picture; beam_size 1 is greedy search. The model is in eval mode.
 
-    global_feature (n, D) and patch_features (n, N, D_v) of any float type.
+    global_feature (n, D) and patch_features (n, N, D_v) of any float type. `others`: see Captioner.
     """
-    network = for_decoding(model, rows=min(batch_size, len(global_feature)) * beam_size)
+    rows = min(batch_size, len(global_feature)) * beam_size
+    network, *voters = (for_decoding(each, rows=rows) for each in (model, *others))
     decoded: list[tuple[str, float]] = []
     for start in range(0, len(global_feature), batch_size):
         part = slice(start, start + batch_size)
         images, patches = _on_device(model, global_feature[part], patch_features[part])
-        found = PCMNET.decode(network, images, patches, beam_size=beam_size)
+        found = PCMNET.decode(network, images, patches, beam_size=beam_size, others=voters)
         log_probs = found.log_probs.sum(dim=-1).tolist()
         token_ids = found.token_ids.tolist()
         decoded.extend((vocabulary.decode(ids), log_prob) for ids, log_prob in zip(token_ids, log_probs, strict=True))
@@ -220,6 +278,33 @@ def checkpoint_folder(path: Path) -> Path:
                 )
             return folder
     raise InputError(f"checkpoint {path}: no {MODEL_FILE} in it or in its best/; give a folder that jobs.train wrote")
+
+
+def _check_same_kind(first: Path, document: dict[str, Any], other: Path, its: dict[str, Any]) -> None:
+    """Raises InputError unless two checkpoints may vote on one word: same method, words, features and CLIP."""
+    sizes = ("vocab_size", "embed_dim", "patch_dim", "num_patches")
+    clips = [{name: each["clip"].get(name) for name in ("model", "activation", "weights")} for each in (document, its)]
+    differences = {
+        "vocabulary": (first / VOCABULARY_FILE).read_bytes() != (other / VOCABULARY_FILE).read_bytes(),
+        "captioner": document.get("captioner", PCMNET.name) != its.get("captioner", PCMNET.name),
+        "feature sizes": any(document["model"][name] != its["model"][name] for name in sizes),
+        "CLIP": clips[0] != clips[1],
+    }
+    if different := [name for name, is_so in differences.items() if is_so]:
+        raise InputError(
+            f"checkpoint {other}: another {', '.join(different)} than {first}; "
+            "an ensemble needs captioners of one dataset"
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint. Raises InputError where it is damaged."""
+    try:
+        document = read_document((folder / CONFIG_FILE).read_bytes())
+        _ = document["clip"]["dtype"], document["clip"]["model"]
+        return document
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{folder / CONFIG_FILE}: damaged ({first_line(error)}); give another checkpoint") from None
 
 
 def _run_record(folder: Path) -> Path | None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
+from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -54,8 +55,10 @@ class CaptioningMethod(Protocol[Network]):
         clip_score, in the order of its arguments.
         """
 
-    def load(self, folder: Path, document: Mapping[str, Any]) -> Network:
-        """The network in a checkpoint folder whose config.json holds `document`. Raises InputError."""
+    def load(self, folder: Path, document: Mapping[str, Any], *, concepts: ConceptVocabulary | None = None) -> Network:
+        """The network in a checkpoint folder whose config.json holds `document`, with these concepts in place of the
+        folder's. Raises InputError.
+        """
 
     def encode(self, captions: Sequence[str], vocabulary: Vocabulary, *, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Captions as token_ids and target_ids, both int64 (n, length); targets are padded with -1."""
@@ -63,5 +66,15 @@ class CaptioningMethod(Protocol[Network]):
     def words(self, network: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) of a batch in training, and their targets (B, T). `network` may be wrapped (DDP)."""
 
-    def decode(self, network: Network, global_feature: Tensor, patch_features: Tensor, *, beam_size: int) -> Decoded:
-        """The best caption of each picture, (B, D) and (B, N, D_v); beam_size 1 is greedy search."""
+    def decode(
+        self,
+        network: Network,
+        global_feature: Tensor,
+        patch_features: Tensor,
+        *,
+        beam_size: int,
+        others: Sequence[Network] = (),
+    ) -> Decoded:
+        """The best caption of each picture, (B, D) and (B, N, D_v); beam_size 1 is greedy search. `others`: networks
+        that vote on each word too.
+        """

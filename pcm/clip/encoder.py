@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pcm.clip.names import count_tokens, folder_revision, resolve_clip_name
+from pcm.clip.names import folder_revision, resolve_clip_name
+from pcm.clip.truncation import count_tokens
 from pcm.errors import InputError, first_line
 from pcm.images import to_uint8
 from pcm.records import FeatureShape

@@ -8,11 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 import torch
 
+from pcm.generation.blank_pictures import why_blank
 from pcm.generation.drawing import UNGUARDED, Drawing, Guard, Request
 from pcm.generation.isolation import IsolatedDrawing
 from pcm.generation.pipeline_loading import load_pipeline
 from pcm.generation.seeds import attempt_seed
-from pcm.images import defect, encode_image, to_uint8
+from pcm.images import encode_image, to_uint8
 from pcm.reasons import NSFW_FLAGGED
 from pcm.spec import GeneratorSpec
 
@@ -72,7 +73,7 @@ class DiffusersTextToImage:
         spec = self._spec
         height, width = pixels.shape[:2]
         seed, attempts = attempt_seed(request.seed, request.attempts), request.attempts + 1
-        reason = NSFW_FLAGGED if flagged else defect(pixels)
+        reason = NSFW_FLAGGED if flagged else why_blank(pixels)
         if reason:
             return Drawing(b"", width, height, seed, attempts, batch_size, reason)
         encoded = encode_image(to_uint8(pixels), image_format=spec.image_format, quality=spec.image_quality)

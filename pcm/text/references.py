@@ -4,8 +4,6 @@ The formats are those of `pcm.text.formats`. A reference that cannot be used is 
 caption of a corpus is; the pictures and their other references stay.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging
@@ -97,7 +95,7 @@ def load_coco_pictures(path: str | Path) -> dict[str, CocoPicture]:
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[io.BufferedReader]:
     with path.open("rb", buffering=1 << 20) as raw:
-        yield open_gzip(raw, name=str(path)) if path.suffix == ".gz" else raw
+        yield open_gzip(raw, name=str(path)) if path.suffix == ".gz" else cast(io.BufferedReader, raw)
 
 
 def _rows(path: Path) -> Iterator[CaptionRow]:

@@ -152,7 +152,7 @@ class Run:
         if kills_left:
             left = max(1, self.shards - self.committed())
             delay = min(5.0, GENERATORS * SECONDS_A_KILL * kills_left / left)
-            self.proxy.fail("slow", method="GET", path="/plan/part-", delay=delay)
+            self.proxy.fail("slow", method="GET", path="/plan/", delay=delay)
 
     def wait_for_work(self, timeout: float = 240) -> None:
         """Until a shard is committed after now, then for a random while. Starts a driver that ended on its own."""

@@ -43,8 +43,18 @@ MUTANTS = (
     ),
     Mutant(
         "a store that restarts is waited for",
-        "cluster/store/retries.py", "if left <= 0:", "if True:",
+        "cluster/store/retries.py", "if (left := patience.left()) <= 0:", "if (left := 0.0) <= 0:",
         ("tests/cluster/store/test_retries.py::test_a_store_that_restarts_is_waited_for",),
+    ),
+    Mutant(
+        "a hub that fails is asked again",
+        "cluster/store/retries.py", 'if fault.kind != "transient" or (left := patience.left()) <= 0:', "if left := 1.0:",
+        ("tests/cluster/store/test_load_with_retries.py::test_a_hub_that_fails_twice_is_asked_again",),
+    ),
+    Mutant(
+        "a slow run is no failed one",
+        "cluster/session.py", "context.execution_no_progress_timeout_s = -1", "pass",
+        ("tests/cluster/store/test_load_with_retries.py::test_ray_data_ends_no_run_for_being_slow",),
     ),
     Mutant(
         "a full disk is one line",
@@ -60,7 +70,7 @@ MUTANTS = (
     ),
     Mutant(
         "an object that is replaced while it is read is not read as a mixture",
-        "cluster/store/object_file.py", "if self._version() != self._opened:", "if False:",
+        "cluster/store/object_file.py", "if self._version() != self.opened:", "if False:",
         ("tests/cluster/store/test_open.py::test_an_object_that_is_replaced_while_it_is_read_is_noticed_at_its_end",),
     ),
     Mutant(
@@ -241,8 +251,90 @@ MUTANTS = (
     ),
     Mutant(
         "two drivers that plan different growth do not mix their plans",
-        "cluster/dataset/plan.py", "if found is not None and found not in (planned, plan):", "if False:",
+        "cluster/dataset/plan.py", "if found != planned:", "if False:",
         ("tests/cluster/dataset/test_plan.py::test_two_drivers_that_plan_different_growth_do_not_mix_their_plans",),
+    ),
+    Mutant(
+        "of two drivers that plan different things at one moment one gives up",
+        "cluster/dataset/plan.py", "        if others:\n", "        if False:\n",
+        (
+            "tests/cluster/dataset/test_plan.py::"
+            "test_of_two_drivers_that_plan_different_things_at_one_moment_one_plans_and_nothing_mixes",
+        ),
+    ),
+    Mutant(
+        "plan parts of another run lie elsewhere",
+        "cluster/dataset/plan.py", 'return f"plan/{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}"',
+        'return "plan"',
+        (
+            "tests/cluster/dataset/test_plan.py::"
+            "test_of_two_drivers_that_plan_different_things_at_one_moment_one_plans_and_nothing_mixes",
+        ),
+    ),
+    Mutant(
+        "a damaged newest checkpoint is passed over",
+        "cluster/training/checkpoints.py", "for earlier in self._earlier_than(name):", "for earlier in ():",
+        (
+            "tests/cluster/training/test_train.py::"
+            "test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before",
+        ),
+    ),
+    Mutant(
+        "deep JSON in a dataset's documents is damage",
+        "cluster/dataset/layout.py", "LookupError, AttributeError, RecursionError) as error:",
+        "LookupError, AttributeError) as error:",
+        ("tests/cluster/dataset/test_damaged.py",),
+    ),
+    Mutant(
+        "a caption that is null is named",
+        "cluster/dataset/rows.py", "for name in _TEXTS & set(columns):", "for name in ():",
+        ("tests/cluster/dataset/test_rows.py::test_a_caption_that_is_missing_or_no_text_is_named",),
+    ),
+    Mutant(
+        "shards of somebody else are not counted as ours",
+        "cluster/dataset/plan.py", "        _refuse_foreign_objects(store)\n", "        pass\n",
+        ("tests/cluster/store/test_outputs.py::test_objects_of_somebody_else_are_not_counted_as_ours",),
+    ),
+    Mutant(
+        "a URI with a double colon does not go elsewhere",
+        "cluster/store/store.py", "    _refuse_unmeant_chain(uri)\n", "",
+        ("tests/cluster/store/test_outputs.py::test_a_uri_that_fsspec_would_cut_at_a_double_colon_is_refused",),
+    ),
+    Mutant(
+        "a place that cannot hold the result is refused before the job begins",
+        "jobs/command_line.py", "            _check_outputs(request)\n", "",
+        ("tests/cluster/store/test_outputs.py::test_every_job_refuses_such_a_place_before_it_begins",),
+    ),
+    Mutant(
+        "a shard of another size is not read",
+        "cluster/dataset/rows.py", "if size != shard.bytes:", "if False:",
+        ("tests/cluster/dataset/test_rows.py::test_another_shard_than_the_manifests_is_noticed_when_it_is_opened",),
+    ),
+    Mutant(
+        "a shard of other rows is not read",
+        "cluster/dataset/rows.py", "if file.metadata.num_rows != shard.rows:", "if False:",
+        (
+            "tests/cluster/dataset/test_rows.py::"
+            "test_rows_that_the_manifest_does_not_know_are_noticed_without_the_checksum",
+        ),
+    ),
+    Mutant(
+        "a shard of other bytes is not read",
+        "cluster/dataset/rows.py", "if found != shard.sha256:", "if False:",
+        ("tests/cluster/dataset/test_rows.py::test_another_shard_than_the_manifests_is_noticed_when_it_is_opened",),
+    ),
+    Mutant(
+        "a tie in a sweep is won by the preset's value",
+        "cluster/sweep/results.py", "return -mean, changed, json", "return -mean, 0, json",
+        (
+            "tests/cluster/sweep/test_sweep_report.py::"
+            "test_a_tie_is_won_by_the_presets_value_in_whatever_order_trials_come",
+        ),
+    ),
+    Mutant(
+        "the throughput chart counts a second once",
+        "cluster/report/throughput.py", "1 / np.maximum(in_hand[:-1], 1)", "1.0",
+        ("tests/cluster/report/test_throughput.py",),
     ),
     Mutant(
         "a shard is committed by its last put",
@@ -349,6 +441,59 @@ MUTANTS = (
         "pcm/safe_pickle/reader.py", 'raise pickle.UnpicklingError("it sets the state of something else than an array")',
         "pass",
         ("tests/pcm/safe_pickle/test_safe_pickle.py::test_the_state_of_values_cannot_be_set",),
+    ),
+    Mutant(
+        "a captioner is loaded without its CLIP",
+        "pcm/captioners/captioner.py",
+        "clip=clip if isinstance(clip, ClipEncoder) else load_clip,",
+        "clip=clip if isinstance(clip, ClipEncoder) else load_clip(),",
+        ("tests/cluster/evaluation/test_from_features.py::"
+         "test_a_captioner_is_loaded_without_its_clip_and_asks_for_it_with_the_first_picture",),
+    ),
+    Mutant(
+        "features of another shape are left out and named",
+        "cluster/dataset/given_features.py",
+        "if image.shape == (shape.embed_dim,) and patches.shape == (shape.num_patches, shape.patch_dim):",
+        "if True:",
+        ("tests/cluster/evaluation/test_from_features.py::"
+         "test_damaged_features_and_those_of_another_clip_are_left_out_and_named",),
+    ),
+    Mutant(
+        "features that are recorded to be of another CLIP are refused",
+        "cluster/evaluation/captioning.py", "if wanted and given and wanted != given:", "if False:",
+        ("tests/cluster/evaluation/test_from_features.py::"
+         "test_features_of_another_clip_than_the_captioners_are_refused",),
+    ),
+    Mutant(
+        "an ensemble is of one vocabulary",
+        "pcm/captioners/captioner.py",
+        "if different := [name for name, is_so in differences.items() if is_so]:", "if different := []:",
+        ("tests/cluster/evaluation/test_from_features.py::"
+         "test_an_ensemble_of_one_captioner_twice_says_what_it_says_alone",),
+    ),
+    Mutant(
+        "given concepts stay when words are counted again",
+        "cluster/dataset/vocabularies.py", "if not store.exists(GIVEN_CONCEPTS_KEY):", "if True:",
+        ("tests/cluster/dataset/test_given_concepts.py::test_a_dataset_keeps_the_concepts_that_it_was_given",),
+    ),
+    Mutant(
+        "a run is not resumed with other concepts",
+        "cluster/training/train.py", "if concepts[0] != concepts[1]:", "if False:",
+        ("tests/cluster/dataset/test_given_concepts.py::"
+         "test_training_takes_concepts_of_a_file_and_says_so_in_its_config",),
+    ),
+    Mutant(
+        "a published picture is found by its id, not by its annotation's folder",
+        "cluster/sources/published_folders.py",
+        "return [*([first] if first >= 0 else []), *(split for split in known if split != first)]",
+        "return [first]",
+        ("tests/jobs/test_import_official.py::"
+         "test_refined_annotations_find_their_pictures_by_id_and_their_scores_are_5_times_the_cosine",),
+    ),
+    Mutant(
+        "a folder without CoreNLP is refused at the start",
+        "pcm/text/spice.py", "    if not named:\n        return None", "    return None",
+        ("tests/pcm/text/test_spice.py::test_a_folder_without_the_models_is_refused_by_name",),
     ),
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from cluster.dataset.committed import committed
-from cluster.dataset.layout import Manifest, Plan
+from cluster.dataset.layout import CorpusSource, Manifest, Plan
 from cluster.dataset.plan import make_plan
 from cluster.generation.pinning import clip_spec, pin_t2i
 from cluster.generation.pipeline import GenerationResult, run_pipeline, write_manifest
@@ -15,7 +15,7 @@ from cluster.generation.pools import Pools
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.write import WriteShard
-from cluster.sources.corpus import read_corpus
+from cluster.sources.corpus import read_corpus, source_digest
 from cluster.store.store import Store, open_store
 from pcm.records import FeatureShape
 from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
@@ -61,9 +61,10 @@ def write_corpus(folder: Path, captions: Sequence[str] = CAPTIONS) -> Path:
 
 def plan_dataset(out: str | Path, corpus: Path, spec: DatasetSpec, *, shard_size: int = 5) -> tuple[Store, Plan]:
     store = open_store(str(out))
+    source = CorpusSource(source_digest(str(corpus)), "auto", None, None)
     plan = make_plan(
         store, read_corpus(str(corpus)), spec, corpus=str(corpus), shard_size=shard_size,
-        is_truncated=lambda prompt: len(prompt) > 500,
+        is_truncated=lambda prompt: len(prompt) > 500, source=source,
     )  # fmt: skip
     return store, plan
 
@@ -102,5 +103,5 @@ def draw_in_process(
     drawing, featurise = draw(store, plan.spec, None, retry), FeaturiseShard(plan.spec.clip)
     write = WriteShard(store, plan.schema_version)
     for shard in shards:
-        write(featurise(drawing(pa.table({"shard": [shard]}))))
+        write(featurise(drawing(pa.table({"shard": [shard], "part": [plan.part_key(shard)]}))))
     return featurise.features

@@ -42,6 +42,7 @@ from tests.helpers.tiny_models import save_tiny_clip
 
 GOLDEN = DATA / "pcmnet_small.safetensors"
 LENGTH = 12
+ANNOTATIONS = "mscoco_caption_anno_train.pkl"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def published(exported: Path, tmp_path: Path) -> Path:
 def arguments(published: Path | str, out: Path | str, clip: Path, **changed: object) -> list[object]:
     """`jobs.import_official` of everything that an export holds; an argument changed to None is left out."""
     given: dict[str, object] = {
-        "annotations": f"{published}/annotations.pickle", "images": f"{published}/images/sd_sp{{split_id}}",
+        "annotations": f"{published}/mscoco_caption_anno_train.pkl", "images": f"{published}/images/sd_sp{{split_id}}",
         "features": f"{published}/features/sd_sp{{split_id}}", "vocabulary": f"{published}/vocabulary.txt",
         "concepts": f"{published}/concepts.pickle", "clip_head": f"{published}/clip_head.pth", "clip": clip,
         "out": out, "shard_size": 3, "workers": 2,
@@ -87,7 +88,7 @@ def quarantined(store: Store) -> dict[str, str]:
 
 def rewrite(published: Path, change) -> None:
     """Change the annotations as a user would, with the usual pickle."""
-    path = published / "annotations.pickle"
+    path = published / "mscoco_caption_anno_train.pkl"
     annotations = pickle.loads(path.read_bytes())
     path.write_bytes(pickle.dumps(change(annotations) or annotations))
 
@@ -114,15 +115,55 @@ def test_a_dataset_comes_back_from_published_files_as_it_was(dataset, exported, 
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
     assert load_manifest(back).features == load_manifest(store).features
 
-    # And to published files again: the same pictures and features, under the ids of their new places.
+    # And to published files again: the same pictures and features, under the same ids.
     again = tmp_path / "again"
     call_job("export", "--data", back.root, "--out", again, "--to", "official", "--name", "sd", "--max-length", LENGTH)
     for old_path, new_path in zip(sorted(exported.rglob("60*")), sorted(again.rglob("60*")), strict=True):
+        assert new_path.relative_to(again) == old_path.relative_to(exported)
         assert new_path.read_bytes() == old_path.read_bytes()
-    first, second = (pickle.loads((place / "annotations.pickle").read_bytes()) for place in (exported, again))
+    first, second = (
+        pickle.loads((place / "mscoco_caption_anno_train.pkl").read_bytes()) for place in (exported, again)
+    )
     for old, new in zip(first, second, strict=True):
-        assert all(np.array_equal(old[name], new[name]) for name in old if name != "image_id")
+        assert all(np.array_equal(old[name], new[name]) for name in old)
     assert (again / "concepts.pickle").read_bytes() == (exported / "concepts.pickle").read_bytes()
+
+
+def test_refined_annotations_find_their_pictures_by_id_and_their_scores_are_5_times_the_cosine(
+    dataset, published, tmp_path, tiny_clip, call_job
+):
+    """As SynC writes them: captions have moved to other pictures, whose split_id did not move with them."""
+    for kind, ending in (("images", "jpg"), ("features", "npz")):
+        for image_id, split in (("6000003", 2), ("6000005", 5)):
+            folder = published / kind / f"sd_sp{split}"
+            folder.mkdir()
+            (published / kind / "sd_sp0" / f"{image_id}.{ending}").rename(folder / f"{image_id}.{ending}")
+
+    def change(annotations):
+        for item in annotations:
+            item |= {"split_id": 7, "clipscore": 2 * item["clipscore"]}
+        del annotations[-1]["split_id"]
+
+    rewrite(published, change)
+    settings = {"clip_score_scale": 5}
+    result = call_job("import_official", *arguments(published, tmp_path / "out", tiny_clip, **settings))
+    assert result.returncode == 0, result.stderr
+    assert (result.summary["stored"], result.summary["quarantined"]) == (7, 0)
+    found = rows(open_store(tmp_path / "out"))
+    scores = [row["clip_score"] for row in rows(dataset[0])]
+    assert [row["clip_score"] for row in found] == pytest.approx(scores, abs=1e-6)
+    assert [row["image"]["path"] for row in found] == [
+        f"sp{ {3: 2, 5: 5}.get(k, 0) }/{6_000_000 + k}.jpg" for k in (0, 1, 3, 4, 5, 6, 7)
+    ]
+    other = call_job("import_official", *arguments(published, tmp_path / "out", tiny_clip, clip_score_scale=4))
+    assert other.returncode == 2 and "was begun with another spec" in other.stderr
+
+    # The folders that the pictures were in are those that they are exported to.
+    again = tmp_path / "again"
+    call_job("export", "--data", tmp_path / "out", "--out", again, "--to", "official", "--name", "sd")
+    annotations = pickle.loads((again / ANNOTATIONS).read_bytes())
+    assert [item["split_id"] for item in annotations] == [0, 0, 2, 0, 5, 0, 0]
+    assert all((again / f"features/sd_sp{item['split_id']}/{item['image_id']}.npz").is_file() for item in annotations)
 
 
 def test_captions_come_from_the_caption_file_where_its_words_are_the_ids(

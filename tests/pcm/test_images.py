@@ -16,7 +16,6 @@ from pcm.images import (
     IMAGE_FORMATS,
     MAX_PIXELS,
     OPENED_FORMATS,
-    defect,
     encode_image,
     image_ending,
     image_format_of,
@@ -77,23 +76,6 @@ def test_jpeg_keeps_the_colour_of_single_pixels() -> None:
     stripes[:, 1::2, 2] = 255
     decoded = np.asarray(open_image(encode_image(stripes, image_format="jpeg", quality=95))).astype(int)
     assert np.abs(decoded - stripes).mean() < 12  # 64 with chroma at half the resolution
-
-
-@pytest.mark.parametrize(
-    ("pixels", "reason"),
-    [
-        (np.zeros((8, 8, 3)), "black_image"),
-        (np.full((8, 8, 3), 0.5), "constant_image"),
-        (np.ones((8, 8, 3)), "constant_image"),
-        (np.full((8, 8, 3), np.nan), "nan_image"),
-        (np.where(np.arange(192).reshape(8, 8, 3) == 7, np.nan, 0.5), "nan_image"),
-        (np.where(np.arange(192).reshape(8, 8, 3) == 7, np.inf, 0.5), "nan_image"),
-        (picture() / 255, ""),
-        (np.where(np.arange(32 * 32 * 3).reshape(32, 32, 3) < 300, 0.6, 0.0), ""),  # night, with a light in it
-    ],
-)
-def test_what_shows_nothing_is_a_defect(pixels: np.ndarray, reason: str) -> None:
-    assert defect(pixels.astype(np.float32)) == reason
 
 
 def test_pixels_are_rounded_as_diffusers_rounds_them() -> None:

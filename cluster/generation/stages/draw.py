@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from cluster.dataset.layout import plan_part_key, read_table
+from cluster.dataset.layout import read_table
 from cluster.dataset.plan import sample_id
 from cluster.generation.stages.merge import to_retry
 from cluster.generation.stages.shard_row import ShardRow
+from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
 from pcm.generation.drawing import UNGUARDED, Drawing, Request, TextToImage
 from pcm.generation.loading import load_generator
@@ -45,7 +46,7 @@ class DrawShard:
         self._monitor = watched_by[0] if watched_by else None
         # Before the model is loaded, because a process may die of that too.
         self._guard = _run_guard(*watched_by, spec.generator) if watched_by and spec.generator.model != "null" else None
-        self._generator = self.load(spec.generator)
+        self._generator = load_with_retries(lambda: self.load(spec.generator), model=spec.generator.model)
 
     @staticmethod
     def load(spec: GeneratorSpec) -> TextToImage:
@@ -59,7 +60,7 @@ class DrawShard:
         started = time.time()
         if self._guard:
             self._guard.begin_shard(shard)
-        planned = read_table(self._store, plan_part_key(shard))
+        planned = read_table(self._store, block["part"][0].as_py())
         drawn = self.draw(to_retry(self._store, shard, planned, self._retry) if self._retry else planned)
         if self._guard:
             self._guard.end_shard()

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.generation.stages.shard_row import ERRORS_KEPT, ShardRow
+from cluster.store.retries import load_with_retries
 from pcm.errors import InputError, typed_first_line
 from pcm.images import open_image
 from pcm.reasons import CLIP_ERROR
@@ -31,7 +32,7 @@ class FeaturiseShard:
 
     def __init__(self, spec: ClipSpec, monitor: "ActorHandle | None" = None) -> None:
         self._monitor = monitor
-        self._encoder = None if spec.model == "null" else self.load(spec)
+        self._encoder = None if spec.model == "null" else load_with_retries(lambda: self.load(spec), model=spec.model)
         self._shard = -1
         self._errors: list[dict] = []  # of the present shard, the first few
 

@@ -24,6 +24,9 @@ from pcm.records import (
     shard_schema,
 )
 
+#: A column of samples whose pictures were drawn elsewhere: where each lay there. It becomes the picture's path.
+IMAGE_PATH = "image_path"
+
 
 class WriteShard:
     """Writer pool: quarantine part and stats first, the shard last - the shard's presence says that all three exist."""
@@ -78,6 +81,9 @@ def split_samples(samples: pa.Table) -> tuple[pa.Table, pa.Table]:
 
 
 def _image_paths(stored: pa.Table) -> list[str]:
+    """Where pictures of others lay there; ours are named by their sample."""
+    if IMAGE_PATH in stored.column_names:
+        return stored[IMAGE_PATH].to_pylist()
     heads = pc.binary_slice(stored["image"], 0, FORMAT_BYTES).to_pylist()
     samples = stored["sample_id"].to_pylist()
     return [f"{sample}.{image_ending(head)}" for sample, head in zip(samples, heads, strict=True)]

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from cluster.dataset.committed import stored_shard
 from cluster.dataset.layout import Manifest, Plan, load_manifest, shard_key
-from cluster.dataset.rows import read_rows, read_shard
+from cluster.dataset.rows import read_rows, read_shard, scores_of
 from cluster.store.store import Store
 from cluster.training.data.batches import Batch, BatchShape, Decoded, OpenBatch, in_background
 from cluster.training.data.selection import RowFilter
@@ -82,13 +83,14 @@ class ArrivingShards:
         """The selected rows of every shard in the plan's order, without the first `skip`."""
         for shard in range(self._plan.num_shards):
             self._wait(shard)
-            columns = read_shard(self._store, shard_key(shard), ["caption", "clip_score"])
-            chosen, _ = self._filter.masks(columns["caption"].to_pylist(), columns["clip_score"].to_numpy())
+            stored = stored_shard(self._store, shard)
+            columns = read_shard(self._store, stored, ["caption", "clip_score"], checksum=False)
+            chosen, _ = self._filter.masks(columns["caption"].to_pylist(), scores_of(self._store, stored, columns))
             numbers = np.flatnonzero(chosen)
             order = np.random.default_rng([self._seed, 0, shard]).permutation(len(numbers))[skip:]
             skip = max(0, skip - len(numbers))
             if len(order):
-                rows = read_rows(self._store, shard_key(shard), numbers, self._shape.features)
+                rows = read_rows(self._store, stored, numbers, self._shape.features)
                 yield Decoded.of(rows, self._vocabulary, self._shape), order
 
     def _wait(self, shard: int) -> None:

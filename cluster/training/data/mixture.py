@@ -3,11 +3,12 @@
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 
@@ -19,13 +20,14 @@ from cluster.dataset.layout import (
     VOCABULARY_KEY,
     Manifest,
     Plan,
+    StoredShard,
     load_manifest,
 )
 from cluster.dataset.rows import read_shard
 from cluster.dataset.vocabularies import MIN_WORD_COUNT, SMALL_CORPUS
 from cluster.store.store import Store, open_store
 from cluster.training.request import DataSource
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
 from pcm.records import FeatureShape
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
@@ -46,8 +48,8 @@ class TrainingSet:
     defined_by: str = MANIFEST_KEY
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        return tuple(shard["key"] for shard in self.manifest.shards)
+    def shards(self) -> tuple[StoredShard, ...]:
+        return self.manifest.stored_shards
 
     def description(self) -> dict:
         """For config.json: what decides the rows."""
@@ -80,11 +82,29 @@ def open_training_sets(sources: Sequence[DataSource]) -> tuple[TrainingSet, ...]
                     " (a dataset of the null generator has no features)" if manifest.spec.clip.model == "null" else ""
                 )
                 raise InputError(f"{store.root}: has no {key}; it cannot be trained on{null}")
+        _check_vocabularies(store)
         sets.append(TrainingSet(store, manifest, source.weight))
     if len({training_set.store.prefix for training_set in sets}) < len(sets):
         raise InputError(f"--data {' '.join(source.uri for source in sources)}: a dataset twice; give it a weight")
     _check_same_clip(sets)
     return tuple(sets)
+
+
+def _check_vocabularies(store: Store) -> None:
+    """Raises InputError where words, concepts or CLIP head cannot be read."""
+    readers: dict[str, Callable[[bytes], object]] = {
+        VOCABULARY_KEY: lambda data: Vocabulary.from_text(data.decode()),
+        CONCEPTS_KEY: ConceptVocabulary.from_bytes,
+        CLIP_HEAD_KEY: safetensors.torch.load,
+    }
+    for key, read in readers.items():
+        try:
+            read(store.read_bytes(key))
+        except (ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
+            raise InputError(
+                f"{store.root}/{key}: damaged ({one_line(error, longest=200)}); delete it and rerun the same "
+                "jobs.generate command, which builds it again"
+            ) from None
 
 
 def arriving_set(store: Store, plan: Plan, features: FeatureShape) -> TrainingSet:
@@ -167,10 +187,10 @@ def merged_concepts(vocabularies: Sequence[ConceptVocabulary]) -> ConceptVocabul
 
 
 def _captions(sets: Sequence[TrainingSet]) -> Iterator[str]:
-    places = [(each.store, key) for each in sets for key in each.keys]
+    places = [(each.store, shard) for each in sets for shard in each.shards]
 
-    def read(place: tuple[Store, str]) -> list[str]:
-        return read_shard(*place, ["caption"])["caption"].to_pylist()
+    def read(place: tuple[Store, StoredShard]) -> list[str]:
+        return read_shard(*place, ["caption"], checksum=False)["caption"].to_pylist()
 
     window = 8 * _READ_THREADS
     with ThreadPoolExecutor(_READ_THREADS) as pool:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.dataset.layout import Manifest
-from cluster.dataset.rows import read_shard
+from cluster.dataset.layout import Manifest, StoredShard
+from cluster.dataset.rows import read_shard, scores_of
 from cluster.store.store import Store
 
 _INDEX_THREADS = 8
@@ -20,9 +20,9 @@ _INDEX_THREADS = 8
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows of which shards are read: `rows[i]` are the ascending row numbers used of shard `keys[i]`."""
+    """Which rows of which shards are read: `rows[i]` are the ascending row numbers used of `shards[i]`."""
 
-    keys: tuple[str, ...]
+    shards: tuple[StoredShard, ...]
     rows: tuple[np.ndarray, ...]
 
     def __len__(self) -> int:
@@ -30,7 +30,7 @@ class Selection:
 
     def part(self, rank: int, num_workers: int) -> "Selection":
         """One worker's share of the shards."""
-        return Selection(self.keys[rank::num_workers], self.rows[rank::num_workers])
+        return Selection(self.shards[rank::num_workers], self.rows[rank::num_workers])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,8 @@ class RowFilter:
 
 def all_rows(manifest: Manifest) -> Selection:
     """Every row of a dataset."""
-    shards = manifest.shards
-    return Selection(tuple(shard["key"] for shard in shards), tuple(np.arange(shard["rows"]) for shard in shards))
+    shards = manifest.stored_shards
+    return Selection(shards, tuple(np.arange(shard.rows) for shard in shards))
 
 
 def holdout_share(*, fraction: float, limit: int, rows: int) -> float:
@@ -77,19 +77,19 @@ def holdout_share(*, fraction: float, limit: int, rows: int) -> float:
     return min(fraction, limit / max(rows, 1))
 
 
-def select_rows(store: Store, shard_keys: Sequence[str], row_filter: RowFilter) -> tuple[Selection, Selection]:
+def select_rows(store: Store, shards: Sequence[StoredShard], row_filter: RowFilter) -> tuple[Selection, Selection]:
     """(training, held-out) rows of some shards; reads two small columns of each."""
 
-    def masks(key: str) -> tuple[np.ndarray, np.ndarray]:
-        table = read_shard(store, key, ["caption", "clip_score"])
-        return row_filter.masks(table["caption"].to_pylist(), table["clip_score"].to_numpy())
+    def masks(shard: StoredShard) -> tuple[np.ndarray, np.ndarray]:
+        table = read_shard(store, shard, ["caption", "clip_score"], checksum=False)  # when its features are read
+        return row_filter.masks(table["caption"].to_pylist(), scores_of(store, shard, table))
 
     with ThreadPoolExecutor(_INDEX_THREADS) as pool:
-        chosen = list(pool.map(masks, shard_keys))
-    keys = tuple(shard_keys)
+        chosen = list(pool.map(masks, shards))
+    chosen_from = tuple(shards)
     return (
-        Selection(keys, tuple(np.flatnonzero(training) for training, _ in chosen)),
-        Selection(keys, tuple(np.flatnonzero(held_out) for _, held_out in chosen)),
+        Selection(chosen_from, tuple(np.flatnonzero(training) for training, _ in chosen)),
+        Selection(chosen_from, tuple(np.flatnonzero(held_out) for _, held_out in chosen)),
     )
 
 

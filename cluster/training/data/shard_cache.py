@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from cluster.dataset.layout import StoredShard
 from cluster.dataset.rows import Rows, no_scale, read_rows
 from cluster.store.paths import inside
 from cluster.store.store import Store
@@ -42,11 +43,11 @@ class ShardCache:
     folder: Path
     int8: bool = False
 
-    def read_rows(self, store: Store, key: str, rows: np.ndarray, features: FeatureShape) -> Rows:
+    def read_rows(self, store: Store, shard: StoredShard, rows: np.ndarray, features: FeatureShape) -> Rows:
         """cluster.dataset.rows.read_rows by way of the cache."""
-        place = inside(self.folder, key)
+        place = inside(self.folder, shard.key)
         if not place.exists():
-            decoded = read_rows(store, key, None, features)
+            decoded = read_rows(store, shard, None, features)
             if self.int8:
                 decoded = decoded.in_8_bits()
             try:

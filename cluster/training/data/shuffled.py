@@ -53,8 +53,8 @@ class Part:
 
     def read_shard(self, shard: int, features: FeatureShape) -> Rows:
         """The selected rows of one shard."""
-        key, numbers = self.selection.keys[shard], self.selection.rows[shard]
-        return (self.cache.read_rows if self.cache else read_rows)(self.store, key, numbers, features)
+        stored, numbers = self.selection.shards[shard], self.selection.rows[shard]
+        return (self.cache.read_rows if self.cache else read_rows)(self.store, stored, numbers, features)
 
     @property
     def rows_per_epoch(self) -> int:

@@ -6,6 +6,8 @@ Images whose result stands leave the batch: hypotheses only lose score as they g
 be overtaken. None of this changes a result.
 """
 
+import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -55,6 +57,12 @@ class _Decoder:
         """Feed the words of this step, (B, w) with w = 1 or W; returns the `count` most probable next words of each
         hypothesis, best first, (B, w, count), and their log-probabilities.
         """
+        logits = self.logits(words, step)
+        best, ids = logits.topk(count, dim=-1)
+        return ids, best - logits.logsumexp(dim=-1, keepdim=True)
+
+    def logits(self, words: Tensor, step: int) -> Tensor:
+        """Feed the words of this step, (B, w); float32 logits of the next ones, (B, w, V)."""
         width = words.shape[1]
         slot = step * self.beam_size
         own = torch.eye(width, dtype=torch.bool, device=words.device)
@@ -70,9 +78,7 @@ class _Decoder:
                 cross_cache=cross_cache,
                 memory_mask=self.memory_mask,
             )
-        logits = self.output(x).float()  # (B, w, V)
-        best, ids = logits.topk(count, dim=-1)
-        return ids, best - logits.logsumexp(dim=-1, keepdim=True)
+        return self.output(x).float()  # (B, w, V)
 
     def follow(self, parents: Tensor) -> None:
         """Hypothesis w now continues hypothesis parents[:, w], (B, W)."""
@@ -87,6 +93,37 @@ class _Decoder:
             self.memory_mask = self.memory_mask[rows]
 
 
+class _Ensemble:
+    """Several networks' decoders as one: a word's probability is the mean of theirs."""
+
+    def __init__(self, decoders: Sequence[_Decoder]):
+        self._decoders = decoders
+
+    def best_words(self, words: Tensor, step: int, *, count: int) -> tuple[Tensor, Tensor]:
+        log_probs = torch.stack([decoder.logits(words, step).log_softmax(dim=-1) for decoder in self._decoders])
+        mean = log_probs.logsumexp(dim=0) - math.log(len(self._decoders))  # (B, w, V)
+        best, ids = mean.topk(count, dim=-1)
+        return ids, best
+
+    def follow(self, parents: Tensor) -> None:
+        for decoder in self._decoders:
+            decoder.follow(parents)
+
+    def keep(self, rows: Tensor) -> None:
+        for decoder in self._decoders:
+            decoder.keep(rows)
+
+
+def _decoder(
+    models: Sequence[PCMNet], global_feature: Tensor, patch_features: Tensor, *, beam_size: int, max_length: int
+) -> _Decoder | _Ensemble:
+    decoders = [
+        _Decoder(model, model.encode(global_feature, patch_features), beam_size=beam_size, max_length=max_length)
+        for model in models
+    ]
+    return decoders[0] if len(decoders) == 1 else _Ensemble(decoders)
+
+
 @torch.no_grad()
 def beam_search(
     model: PCMNet,
@@ -96,24 +133,26 @@ def beam_search(
     beam_size: int = BEAM_SIZE,
     max_length: int | None = None,
     out_size: int = 1,
+    others: Sequence[PCMNet] = (),
 ) -> Decoded:
     """The `out_size` best captions of each picture, `global_feature` (B, D) and `patch_features` (B, N, D_v).
 
     A hypothesis' score is the sum of its words' log-probabilities: no length penalty, no word is forbidden. An ended
     one keeps its score in column 0 and gets -999 elsewhere. `beam_size` 1 is greedy_search. `max_length`: T, by default
-    the model's.
+    the model's. `others`: more networks of the same vocabulary and features; a word's probability is then the mean of
+    all theirs.
 
     Raises InputError for a beam that does not fit, or a model in training mode.
     """
-    max_length = _checked_length(model, max_length)
+    max_length = _checked_length((model, *others), max_length)
     if not 1 <= out_size <= beam_size <= model.config.vocab_size:
         raise InputError(
             f"beam_size {beam_size}, out_size {out_size}: need 1 <= out_size <= beam_size <= {model.config.vocab_size}"
         )
     if beam_size == 1:
-        return greedy_search(model, global_feature, patch_features, max_length=max_length)
-    encoded = model.encode(global_feature, patch_features)
-    decoder = _Decoder(model, encoded, beam_size=beam_size, max_length=max_length)
+        return greedy_search(model, global_feature, patch_features, max_length=max_length, others=others)
+    models = (model, *others)
+    decoder = _decoder(models, global_feature, patch_features, beam_size=beam_size, max_length=max_length)
     batch, device = len(global_feature), global_feature.device
 
     result = Decoded(
@@ -179,14 +218,20 @@ def _settled(scores: Tensor, ended: Tensor, out_size: int) -> Tensor:
 
 @torch.no_grad()
 def greedy_search(
-    model: PCMNet, global_feature: Tensor, patch_features: Tensor, *, max_length: int | None = None
+    model: PCMNet,
+    global_feature: Tensor,
+    patch_features: Tensor,
+    *,
+    max_length: int | None = None,
+    others: Sequence[PCMNet] = (),
 ) -> Decoded:
     """The most probable word at every step; arguments as in beam_search, results (B, T).
 
     As published, log_probs holds the arg-max's log-probability even after a caption has ended, until all have.
     """
-    max_length = _checked_length(model, max_length)
-    decoder = _Decoder(model, model.encode(global_feature, patch_features), beam_size=1, max_length=max_length)
+    models = (model, *others)
+    max_length = _checked_length(models, max_length)
+    decoder = _decoder(models, global_feature, patch_features, beam_size=1, max_length=max_length)
     batch, device = len(global_feature), global_feature.device
     token_ids = torch.zeros(batch, max_length, dtype=torch.long, device=device)
     log_probs = torch.zeros(batch, max_length, device=device)
@@ -202,11 +247,12 @@ def greedy_search(
     return Decoded(token_ids, log_probs)
 
 
-def _checked_length(model: PCMNet, max_length: int | None) -> int:
+def _checked_length(models: Sequence[PCMNet], max_length: int | None) -> int:
     """T, after checks that concern every search."""
-    if model.training:
+    if any(model.training for model in models):
         raise InputError("decoding with a model in training mode: call model.eval() first")
-    length = model.config.max_length if max_length is None else max_length
-    if not 1 <= length <= model.config.max_length:
-        raise InputError(f"max_length {length}: from 1 to the model's {model.config.max_length}")
+    longest = min(model.config.max_length for model in models)
+    length = longest if max_length is None else max_length
+    if not 1 <= length <= longest:
+        raise InputError(f"max_length {length}: from 1 to the model's {longest}")
     return length

@@ -1,6 +1,7 @@
 """PCM-Net as a captioning method: see pcm.captioners.interface."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,14 @@ class PCMNetMethod:
     files = (VOCABULARY_FILE, CONCEPTS_FILE, MODEL_FILE, CONFIG_FILE)
     inputs = ("global_feature", "patch_features", "token_ids")
 
-    def load(self, folder: Path, document: Mapping[str, Any]) -> PCMNet:
-        model = PCMNet(PCMNetConfig(**document["model"]))
-        model.set_concepts(torch.from_numpy(ConceptVocabulary.load(folder / CONCEPTS_FILE).embeddings))
+    def load(self, folder: Path, document: Mapping[str, Any], *, concepts: ConceptVocabulary | None = None) -> PCMNet:
+        config = PCMNetConfig(**document["model"])
+        if concepts is None:
+            concepts = ConceptVocabulary.load(folder / CONCEPTS_FILE)
+        else:
+            config = replace(config, num_concepts=len(concepts))
+        model = PCMNet(config)
+        model.set_concepts(torch.from_numpy(concepts.embeddings))
         try:
             model.load_state_dict(safetensors.torch.load_file(folder / MODEL_FILE))
         except (SafetensorError, RuntimeError) as error:
@@ -41,8 +47,16 @@ class PCMNetMethod:
     def words(self, network: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return network(*(rows[name] for name in self.inputs)), rows["target_ids"]
 
-    def decode(self, network: PCMNet, global_feature: Tensor, patch_features: Tensor, *, beam_size: int) -> Decoded:
-        return beam_search(network, global_feature, patch_features, beam_size=beam_size)
+    def decode(
+        self,
+        network: PCMNet,
+        global_feature: Tensor,
+        patch_features: Tensor,
+        *,
+        beam_size: int,
+        others: Sequence[PCMNet] = (),
+    ) -> Decoded:
+        return beam_search(network, global_feature, patch_features, beam_size=beam_size, others=others)
 
 
 PCMNET = PCMNetMethod()

@@ -1,13 +1,15 @@
 """The plan: every caption of the corpus becomes samples with ids and seeds, and a resume must ask for the same."""
 
 import dataclasses
+import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from cluster.dataset.layout import CorpusSource, Plan, load_manifest, load_plan, plan_part_key, read_table
+from cluster.dataset.layout import CorpusSource, Plan, claim_key, load_manifest, load_plan, read_table
 from cluster.dataset.plan import make_plan, parse_sample_id, sample_id
 from cluster.dataset.verify import verify
 from cluster.dataset.vocabularies import store_vocabularies, vocabularies_stored
@@ -33,7 +35,10 @@ MIXED = [
 
 
 def planned(store: Store) -> list[dict]:
-    return [row for key in store.list("plan/") for row in read_table(store, key).to_pylist()]
+    plan = load_plan(store)
+    assert plan is not None
+    keys = [plan.part_key(shard) for shard in range(plan.num_shards)]
+    return [row for key in keys for row in read_table(store, key).to_pylist()]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -42,8 +47,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def corpus_of(tmp_path: Path, captions: Sequence[str]) -> Path:
     """A CSV-free way to hold any caption, empty ones too: JSON lines."""
-    import json
-
     path = tmp_path / "captions.jsonl"
     path.write_text("".join(json.dumps({"id": index, "caption": text}) + "\n" for index, text in enumerate(captions)))
     return path
@@ -143,7 +146,7 @@ def test_a_corpus_whose_name_carries_a_credential_is_not_planned(tmp_path: Path)
 def test_a_corpus_whose_first_shards_are_unusable_is_planned_whole(tmp_path: Path) -> None:
     store, plan = plan_dataset(tmp_path / "out", corpus_of(tmp_path, [""] * 12 + ["A cat."]), SPEC, shard_size=3)
     assert len(planned(store)) == plan.expected == 13 and plan.usable == 1
-    assert store.list("plan/") == [plan_part_key(shard) for shard in range(5)]
+    assert store.list("plan/") == [plan.part_key(shard) for shard in range(5)]
 
 
 def test_the_plan_document_is_written_last(tmp_path: Path) -> None:
@@ -151,7 +154,7 @@ def test_the_plan_document_is_written_last(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path)
     whole, plan = plan_dataset(tmp_path / "whole", corpus, SPEC)
     broken = open_store(tmp_path / "broken")
-    broken.write_bytes(plan_part_key(0), b"half a plan part")
+    broken.write_bytes(plan.part_key(0), b"half a plan part")
     assert load_plan(broken) is None
     assert plan_dataset(tmp_path / "broken", corpus, SPEC)[1] == plan
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
@@ -192,7 +195,7 @@ def test_captions_that_were_appended_are_planned_in_shards_of_their_own(tmp_path
     assert (plan.records, plan.expected, plan.usable, plan.num_shards) == (34, 34, 32, 7)
     assert [plan.shard_rows(shard) for shard in range(7)] == [5, 5, 5, 5, 4, 5, 5]
     assert {key: (tmp_path / "out" / key).stat().st_mtime_ns for key in before} == before
-    assert [len(read_table(store, plan_part_key(shard))) for shard in range(7)] == [5, 5, 5, 5, 4, 5, 5]
+    assert [len(read_table(store, plan.part_key(shard))) for shard in range(7)] == [5, 5, 5, 5, 4, 5, 5]
     (tmp_path / "once").mkdir()
     at_once, whole = grow(tmp_path / "once", [*CAPTIONS, *NEW, *NEW], shard_size=100)
     assert planned(store) == planned(at_once) and plan.corpus_fingerprint == whole.corpus_fingerprint
@@ -222,7 +225,7 @@ def test_every_sample_of_a_grown_plan_has_its_place(images_per_caption: int, tmp
     for count in (7, 8, 20, 24):
         store, plan = plan_dataset(tmp_path / "out", write_corpus(tmp_path, CAPTIONS[:count]), spec, shard_size=4)
     assert len(plan.segments) == 4
-    parts = [read_table(store, plan_part_key(shard)).to_pylist() for shard in range(plan.num_shards)]
+    parts = [read_table(store, plan.part_key(shard)).to_pylist() for shard in range(plan.num_shards)]
     assert [len(part) for part in parts] == [plan.shard_rows(shard) for shard in range(plan.num_shards)]
     for position in range(plan.expected):
         shard, row = plan.shard_of(position)
@@ -260,14 +263,14 @@ def dying_at(key: str, store: Store) -> Store:
 
     class Dying(Store):
         def write_bytes(self, written: str, data: bytes) -> None:
-            if written == key:
+            if written.endswith(key):
                 raise KeyboardInterrupt
             super().write_bytes(written, data)
 
     return Dying(**{field.name: getattr(store, field.name) for field in dataclasses.fields(store)})
 
 
-@pytest.mark.parametrize("key", ["plan.json", "plan/part-000005.parquet", "plan/part-000006.parquet"])
+@pytest.mark.parametrize("key", ["plan.json", "/part-000005.parquet", "/part-000006.parquet"])
 def test_a_driver_that_dies_while_it_plans_what_is_new_leaves_the_old_plan(key: str, tmp_path: Path) -> None:
     store, begun = grow(tmp_path, CAPTIONS)
     old = contents(tmp_path / "out")
@@ -286,7 +289,7 @@ def test_a_driver_that_dies_while_it_plans_what_is_new_leaves_the_old_plan(key: 
 
 
 def planned_rows(store: Store, plan: Plan) -> int:
-    return sum(len(read_table(store, plan_part_key(shard))) for shard in range(plan.num_shards))
+    return sum(len(read_table(store, plan.part_key(shard))) for shard in range(plan.num_shards))
 
 
 def test_two_drivers_that_plan_different_growth_do_not_mix_their_plans(tmp_path: Path) -> None:
@@ -304,6 +307,120 @@ def test_two_drivers_that_plan_different_growth_do_not_mix_their_plans(tmp_path:
         make_plan(store, records(), SPEC, corpus=str(corpus), shard_size=5, is_truncated=lambda prompt: False)
     _, plan = grow(tmp_path, [*CAPTIONS, *NEW])
     assert plan.records == 29
+
+
+def other_captions(folder: Path) -> Path:
+    (folder / "other").mkdir(exist_ok=True)
+    return write_corpus(folder / "other", [f"{caption} Again." for caption in CAPTIONS])
+
+
+class Meeting(Store):
+    """A store whose user meets another at an operation: `at` is called once, before it."""
+
+    def __new__(cls, store: Store, operation: str, at: Callable[[], object]) -> "Meeting":
+        meeting = super().__new__(cls)
+        for field in dataclasses.fields(store):
+            object.__setattr__(meeting, field.name, getattr(store, field.name))
+        object.__setattr__(meeting, "_awaited", [(operation, at)])
+        return meeting
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def _meet(self, operation: str) -> None:
+        if self._awaited and self._awaited[0][0] == operation:  # type: ignore[attr-defined]
+            self._awaited.pop()[1]()  # type: ignore[attr-defined]
+
+    def list(self, prefix: str = "") -> list[str]:
+        self._meet(f"list {prefix}")
+        return super().list(prefix)
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        self._meet("claim" if key.startswith("planning/") else f"write {key}")
+        super().write_bytes(key, data)
+
+
+def mine_is_whole(store: Store, corpus: Path) -> bool:
+    """Whether plan.json and all of its parts are of this corpus."""
+    plan = load_plan(store)
+    captions = [row["caption"] for row in planned(store)]
+    return (
+        plan is not None
+        and plan.corpus == str(corpus)
+        and captions == [record.caption for record in read_corpus(str(corpus))]
+    )
+
+
+@pytest.mark.parametrize("operation", ["claim", "list planning/", "write plan.json"])
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_of_two_drivers_that_plan_different_things_at_one_moment_one_plans_and_nothing_mixes(
+    operation: str, where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    place = str(tmp_path / "out")
+    if where == "s3":
+        place = f"{request.getfixturevalue('s3').uri}/race-{operation.replace(' ', '-').replace('/', '')}"
+    one, two = write_corpus(tmp_path), other_captions(tmp_path)
+    refused: list[str] = []
+
+    def plan(store: Store, corpus: Path) -> None:
+        source = CorpusSource(source_digest(str(corpus)), "auto", None, None)
+        try:
+            make_plan(
+                store, read_corpus(str(corpus)), SPEC, corpus=str(corpus), shard_size=5,
+                is_truncated=lambda prompt: False, source=source,
+            )  # fmt: skip
+        except InputError as error:
+            refused.append(str(error))
+
+    store = open_store(place)
+    plan(Meeting(store, operation, lambda: plan(store, two)), one)
+    assert len(refused) == 1 and "\n" not in refused[0] and "another run plan" in refused[0]
+    assert mine_is_whole(store, one) != mine_is_whole(store, two)
+    assert store.list("planning/") == []
+
+
+def test_a_claim_of_a_driver_that_was_killed_stops_others_and_not_the_same_command(tmp_path: Path) -> None:
+    store, corpus = open_store(tmp_path / "out"), write_corpus(tmp_path)
+    asked, _ = plan_dataset(tmp_path / "elsewhere", corpus, SPEC)
+    plan = load_plan(asked)
+    assert plan is not None
+    digest = hashlib.sha256(plan.asked().to_json()).hexdigest()[:16]
+    store.write_bytes(claim_key(digest, "killed"), b"")
+    with pytest.raises(InputError, match=r"planning/.*-killed.json.*delete this object"):
+        plan_dataset(tmp_path / "out", other_captions(tmp_path), SPEC)
+    assert load_plan(store) is None
+    assert plan_dataset(tmp_path / "out", corpus, SPEC)[1] == plan
+
+
+def test_two_drivers_that_plan_the_same_at_one_moment_both_go_on(tmp_path: Path) -> None:
+    store, corpus = open_store(tmp_path / "out"), write_corpus(tmp_path)
+    plans: list[Plan] = []
+
+    def plan(store: Store) -> None:
+        plans.append(
+            make_plan(
+                store, read_corpus(str(corpus)), SPEC, corpus=str(corpus), shard_size=5, is_truncated=lambda _: False
+            )
+        )
+
+    plan(Meeting(store, "claim", lambda: plan(store)))
+    assert plans[0] == plans[1] == load_plan(store) and mine_is_whole(store, corpus)
+
+
+def test_a_plan_of_an_earlier_release_is_read_and_grows(tmp_path: Path) -> None:
+    """Its parts lie in plan/ itself, and its plan.json names no folder."""
+    store, plan = grow(tmp_path, CAPTIONS)
+    for shard in range(plan.num_shards):
+        store.write_bytes(f"plan/part-{shard:06d}.parquet", store.read_bytes(plan.part_key(shard)))
+        store.delete(plan.part_key(shard))
+    document = json.loads(store.read_bytes("plan.json"))
+    for segment in document["segments"]:
+        del segment["parts"]
+    store.write_bytes("plan.json", json.dumps(document).encode())
+    begun = load_plan(store)
+    assert begun is not None and planned(store) and begun.part_key(1) == "plan/part-000001.parquet"
+    _, grown = grow(tmp_path, [*CAPTIONS, *NEW])
+    assert grown.segments[0] == begun.segments[0] and planned_rows(store, grown) == 29
 
 
 def test_an_unchanged_source_is_not_read_and_a_changed_one_is(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from cluster.store.store import open_store
 from pcm.errors import InputError
 from tests.helpers.paths import ROOT
 from tests.helpers.seaweedfs import S3Server
+from tests.helpers.shards import describe_anew
 from tests.helpers.tiny_dataset import scene, write_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
@@ -52,6 +53,7 @@ def test_what_is_not_asked_for_is_not_read(dataset: Path, tmp_path: Path) -> Non
         sink = io.BytesIO()
         pq.write_table(pq.read_table(dataset / shard["key"], columns=["caption"]), sink)
         store.write_bytes(shard["key"], sink.getvalue())
+    describe_anew(store)
     assert [row.caption for row in read_dataset(tmp_path, columns=["caption"])] == [scene(n)[0] for n in range(ROWS)]
     with pytest.raises(InputError, match="no column clip_score"):
         list(read_dataset(tmp_path, columns=["clip_score"]))
@@ -111,3 +113,13 @@ def test_reading_needs_neither_torch_nor_ray(dataset: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(result.stdout) == [ROWS, []]
+
+
+def test_an_unfinished_datasets_shard_is_compared_with_its_stats(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path, ["A cat.", "A dog."])
+    store, _, _ = make_dataset_in_process(tmp_path / "out", corpus, null_spec(), shard_size=2)
+    store.delete(MANIFEST_KEY)
+    assert len(list(read_dataset(tmp_path / "out", columns=["caption"], unfinished=True))) == 2
+    store.write_bytes(shard_key(0), store.read_bytes(shard_key(0)) + b" ")
+    with pytest.raises(InputError, match=r"part-000000.parquet: not the shard .* bytes instead of .*run jobs.verify"):
+        list(read_dataset(tmp_path / "out", columns=["caption"], unfinished=True))

@@ -1,5 +1,6 @@
 """Rows of shards as training reads them."""
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -8,13 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.dataset.layout import parquet_bytes
-from cluster.dataset.rows import COLUMNS, Rows, read_rows, read_shard
+from cluster.dataset.layout import StoredShard, parquet_bytes
+from cluster.dataset.rows import COLUMNS, Rows, _Checks, read_rows, read_shard, share_checks
 from cluster.store.store import open_store
 from pcm.errors import InputError
 from pcm.records import FeatureShape, feature_columns, in_version, shard_schema
 from tests.helpers.seaweedfs import S3Server
+from tests.helpers.shards import described
 
+_digest = hashlib.file_digest
 FEATURES = FeatureShape(embed_dim=24, patch_dim=96, num_patches=5)
 ROWS = 37
 BITS = np.random.default_rng(0).integers(2**16, size=(ROWS, 24 + 5 * 96), dtype=np.uint16)
@@ -46,9 +49,9 @@ def bits(rows: Rows) -> np.ndarray:
     return np.concatenate([matrix.view(np.uint16) for matrix in matrices], axis=1)
 
 
-def read(folder: Path, data: bytes, numbers: np.ndarray | None = None) -> Rows:
+def read(folder: Path, data: bytes, numbers: np.ndarray | None = None, *, rows: int | None = None) -> Rows:
     (folder / KEY).write_bytes(data)
-    return read_rows(open_store(folder), KEY, numbers, FEATURES)
+    return read_rows(open_store(folder), described(KEY, data, rows=rows), numbers, FEATURES)
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -106,9 +109,12 @@ def test_missing_values_are_an_error_that_names_the_shard(version: int, tmp_path
 
 @pytest.mark.parametrize("version", [2, 3])
 def test_features_of_another_shape_are_an_error_that_names_the_shard(version: int, tmp_path: Path) -> None:
-    (tmp_path / KEY).write_bytes(parquet_bytes(shard(version)))
+    data = parquet_bytes(shard(version))
+    (tmp_path / KEY).write_bytes(data)
     with pytest.raises(InputError, match=r"part.parquet: .*patch_features: 480 values, must be 6 x 96"):
-        read_rows(open_store(tmp_path), KEY, None, FeatureShape(embed_dim=24, patch_dim=96, num_patches=6))
+        read_rows(
+            open_store(tmp_path), described(KEY, data), None, FeatureShape(embed_dim=24, patch_dim=96, num_patches=6)
+        )
 
 
 def test_a_shard_without_a_column_is_named(tmp_path: Path) -> None:
@@ -119,7 +125,7 @@ def test_a_shard_without_a_column_is_named(tmp_path: Path) -> None:
 def test_a_shard_cut_short_is_named(tmp_path: Path) -> None:
     data = parquet_bytes(shard())
     with pytest.raises(InputError, match=r"part.parquet: cannot be read \(.+\); run jobs.verify"):
-        read(tmp_path, data[: len(data) // 2])
+        read(tmp_path, data[: len(data) // 2], rows=ROWS)
 
 
 def test_a_store_is_asked_for_the_needed_bytes_only(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +141,98 @@ def test_a_store_is_asked_for_the_needed_bytes_only(s3: S3Server, monkeypatch: p
     monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", counted)
     store, data = open_store(f"{s3.uri}/rows"), parquet_bytes(shard())
     store.write_bytes(KEY, data)
-    np.testing.assert_array_equal(bits(read_rows(store, KEY, None, FEATURES)), BITS)
+    stored = described(KEY, data)
+    np.testing.assert_array_equal(bits(read_rows(store, stored, None, FEATURES)), BITS)
+    assert sum(asked) == len(data), "once whole, for its checksum"
+    asked.clear()
+    np.testing.assert_array_equal(bits(read_rows(store, stored, None, FEATURES)), BITS)
     assert 0 < len(asked) <= 4
     assert BITS.nbytes < sum(asked) < BITS.nbytes + 80_000 < len(data) / 4
-    assert read_shard(store, KEY, COLUMNS).num_rows == ROWS
+    assert read_shard(store, stored, COLUMNS).num_rows == ROWS
+
+
+def lying(folder: Path, data: bytes) -> StoredShard:
+    (folder / KEY).write_bytes(data)
+    return described(KEY, data)
+
+
+def edited_in_place(data: bytes) -> bytes:
+    """The same length and the same rows, and Arrow reads it without complaint: one bit of one feature differs."""
+    place = data.index(np.ascontiguousarray(BITS[:, 24:]).tobytes()) + 100
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+OTHER_SHARDS = {
+    "other bytes": (edited_in_place, "its sha256 is .* instead of"),
+    "other rows": (lambda data: parquet_bytes(shard().slice(1)), "bytes instead of"),
+    "written anew by pandas": (
+        lambda data: written(pa.Table.from_pandas(shard(2).drop_columns(["image"]).to_pandas())),
+        "bytes instead of",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SHARDS)
+def test_another_shard_than_the_manifests_is_noticed_when_it_is_opened(case: str, tmp_path: Path) -> None:
+    change, said = OTHER_SHARDS[case]
+    data = parquet_bytes(shard())
+    stored = lying(tmp_path, data)
+    (tmp_path / KEY).write_bytes(change(data))
+    with pytest.raises(InputError, match=rf"part.parquet: not the shard that .*{said}.*; run jobs.verify"):
+        read_rows(open_store(tmp_path), stored, None, FEATURES)
+
+
+def test_a_shard_that_changes_after_it_was_compared_is_compared_again(tmp_path: Path) -> None:
+    data = parquet_bytes(shard())
+    stored, store = lying(tmp_path, data), open_store(tmp_path)
+    read_rows(store, stored, None, FEATURES)
+    (tmp_path / KEY).write_bytes(edited_in_place(data))
+    with pytest.raises(InputError, match="its sha256 is"):
+        read_rows(store, stored, None, FEATURES)
+
+
+def test_other_bytes_on_an_object_store_are_noticed_too(s3: S3Server) -> None:
+    data, store = parquet_bytes(shard()), open_store(f"{s3.uri}/other")
+    store.write_bytes(KEY, edited_in_place(data))
+    with pytest.raises(InputError, match="its sha256 is"):
+        read_rows(store, described(KEY, data), None, FEATURES)
+    store.write_bytes(KEY, data[:-1])
+    with pytest.raises(InputError, match="bytes instead of"):
+        read_shard(store, described(KEY, data), ["caption"], checksum=False)
+
+
+def test_rows_that_the_manifest_does_not_know_are_noticed_without_the_checksum(tmp_path: Path) -> None:
+    data = parquet_bytes(shard())
+    (tmp_path / KEY).write_bytes(data)
+    with pytest.raises(InputError, match="it has 37 rows instead of 36"):
+        read_shard(open_store(tmp_path), described(KEY, data, rows=36), ["caption"], checksum=False)
+
+
+def test_the_checksum_is_compared_once_by_all_processes_of_a_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, store = lying(tmp_path, parquet_bytes(shard())), open_store(tmp_path)
+    hashed: list[object] = []
+    monkeypatch.setattr("hashlib.file_digest", lambda file, name: hashed.append(file) or _digest(file, name))
+    for _ in range(3):  # as three processes: each begins with nothing
+        monkeypatch.setattr("cluster.dataset.rows._checks", _Checks(set(), tmp_path / "checked"))
+        (tmp_path / "checked").mkdir(exist_ok=True)
+        read_rows(store, stored, None, FEATURES)
+        read_rows(store, stored, None, FEATURES)
+    assert len(hashed) == 1
+    with share_checks(tmp_path / "checked"):
+        pass
+    assert not (tmp_path / "checked").exists()
+
+
+def test_a_caption_that_is_missing_or_no_text_is_named(tmp_path: Path) -> None:
+    table = shard()
+    place = table.schema.get_field_index("caption")
+    for values in (pa.array([None, *["a"] * (ROWS - 1)], pa.string()), pa.array([1] * ROWS), _no_utf8()):
+        with pytest.raises(InputError, match=r"part.parquet: cannot be read \(.*; run jobs.verify"):
+            read(tmp_path, parquet_bytes(table.set_column(place, "caption", values)))
+
+
+def _no_utf8() -> pa.Array:
+    texts = pa.array([b"\xff\xfe"] * ROWS, pa.binary())
+    return pa.Array.from_buffers(pa.string(), ROWS, texts.buffers())

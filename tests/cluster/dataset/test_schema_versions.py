@@ -46,6 +46,7 @@ from pcm.errors import InputError
 from pcm.text.vocabulary import Vocabulary
 from tests.helpers.faulty_generators import RAISES
 from tests.helpers.paths import ROOT
+from tests.helpers.shards import describe_anew
 from tests.helpers.tiny_generation import CAPTIONS, draw_in_process, write_corpus
 
 VERSION_2 = ROOT / "tests" / "data" / "dataset_v2"
@@ -371,6 +372,7 @@ def test_fields_and_columns_of_later_work_are_ignored(new: Store) -> None:
     report = verify(new)
     assert report["corrupt"] == report["missing"] == 0 and report["fingerprint"] == FINGERPRINT
     assert all("sha256" in said or "other bytes" in said for said in report["problems"])  # it is another object
+    describe_anew(new)
     assert len(list(read_dataset(new.prefix))) == 6
 
 

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, parquet_bytes, plan_part_key, quarantine_key, shard_key
+from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, parquet_bytes, quarantine_key, shard_key
 from cluster.dataset.verify import verify
 from cluster.store.store import open_store
 from pcm.errors import InputError
+from tests.helpers.shards import part_key
 from tests.helpers.tiny_generation import CAPTIONS, make_dataset_in_process, null_spec, plan_dataset, write_corpus
 
 CORPUS = [*CAPTIONS[:3], "a\x07b", *CAPTIONS[3:12], "\x00"]  # 14 captions, two of them unusable
@@ -249,10 +250,10 @@ def test_a_damaged_document_is_one_clear_line(key: str, dataset: Path) -> None:
 
 
 def test_a_shard_whose_plan_is_lost_proves_nothing(dataset: Path) -> None:
-    (dataset / plan_part_key(1)).write_bytes(b"no Parquet")
-    (dataset / plan_part_key(2)).unlink()
+    (dataset / part_key(dataset, 1)).write_bytes(b"no Parquet")
+    (dataset / part_key(dataset, 2)).unlink()
     report = check(dataset)
-    assert report["corrupt"] == 8 and plan_part_key(1) in said(report) and plan_part_key(2) in said(report)
+    assert report["corrupt"] == 8 and all(part_key(dataset, shard) in said(report) for shard in (1, 2))
 
 
 def test_an_unfinished_dataset_is_not_ok(tmp_path: Path) -> None:

@@ -47,4 +47,12 @@ def test_an_unknown_experiment_is_refused_with_the_known_ones() -> None:
 
 def test_the_table_names_what_to_train() -> None:
     line = next(line for line in experiments_table().splitlines() if line.startswith("coco_b32_data20"))
-    assert line.split() == ["coco_b32_data20", "--preset", "coco_b32", "--set", "fraction=0.2", "COCO", "98.8"]
+    training = "--preset coco_b32 --set fraction=0.2 --set epochs=60"
+    assert line.split() == ["coco_b32_data20", *training.split(), "COCO", "98.8"]
+
+
+def test_a_part_of_the_captions_is_trained_on_for_as_many_steps_as_all_of_them() -> None:
+    for percent in (10, 20, 40, 60, 80):
+        config = preset("coco_b32").with_overrides(EXPERIMENTS[f"coco_b32_data{percent}"].overrides)
+        assert config.fraction * config.epochs == pytest.approx(12)
+    assert EXPERIMENTS["coco_b32_data100"].overrides == {}

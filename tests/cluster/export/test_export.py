@@ -11,16 +11,24 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-from cluster.dataset.layout import CONCEPTS_KEY, Manifest, Plan, shard_key
+from cluster.dataset import read_dataset
+from cluster.dataset.layout import CONCEPTS_KEY, Manifest, Plan, load_manifest, shard_key
 from cluster.export.export import export_dataset
+from cluster.export.published_ids import _numbers
 from cluster.export.request import FORMATS, ExportRequest
+from cluster.ingest.photos import featurise_photos
+from cluster.ingest.request import PhotoRequest
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from pcm.official.files import SPLIT_SIZE, split_of
 from pcm.text.concepts import ConceptVocabulary
+from pcm.text.references import load_references
 from tests.helpers.published import make_complete_dataset
+from tests.helpers.shards import as_it_lies
+from tests.helpers.tiny_dataset import scene
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 
@@ -58,7 +66,7 @@ def test_published_training_code_can_read_an_official_export(dataset, tmp_path):
 
     # As the published loader does it: usual pickle, NumPy and PyTorch, nothing of ours.
     words = [".", *(tmp_path / "vocabulary.txt").read_text().splitlines()]
-    annotations = pickle.loads((tmp_path / "annotations.pickle").read_bytes())
+    annotations = pickle.loads((tmp_path / "mscoco_caption_anno_train.pkl").read_bytes())
     names, concepts = pickle.loads((tmp_path / "concepts.pickle").read_bytes())
     assert isinstance(names, list) and isinstance(concepts, torch.Tensor) and concepts.shape == (len(names), 32)
     assert [item["image_id"] for item in annotations] == [str(6_000_000 + k) for k in (0, 1, 3, 4, 5, 6, 7)]
@@ -85,11 +93,67 @@ def test_published_training_code_can_read_an_official_export(dataset, tmp_path):
     assert tuple(names) == saved.names
 
 
+def test_photos_go_beside_as_val_and_test_with_their_ids_and_cocos_captions(dataset, tmp_path, tiny_clip):
+    store, _, _ = dataset
+    numbers = (391_895, 42, 74)
+    (tmp_path / "photos").mkdir()
+    lines = ["image,caption"]
+    for number in numbers:
+        name = f"COCO_val2014_{number:012d}.jpg"
+        scene(number)[1].save(tmp_path / "photos" / name, "JPEG")
+        lines += [f"{name},A dog near the beach.", f"{name},There is a cat."]
+    (tmp_path / "captions.csv").write_text("\n".join(lines) + "\n")
+    request = PhotoRequest(
+        images=str(tmp_path / "photos"), captions=str(tmp_path / "captions.csv"), clip=str(tiny_clip),
+        out=str(tmp_path / "test"), device="cpu", shard_size=2,
+    )  # fmt: skip
+    featurise_photos(request)
+    out = tmp_path / "out"
+    exported = ExportRequest(
+        data=store.root, out=str(out), to="official", name="img", corpus="flickr30k", test=str(tmp_path / "test")
+    )
+    export_dataset(store, open_store(out), exported)
+
+    train, test = (
+        pickle.loads((out / f"flickr30k_caption_anno_{stage}.pkl").read_bytes()) for stage in ("train", "test")
+    )
+    assert len(train) == 7 and all("split_id" in item for item in train)
+    assert [item["image_id"] for item in test] == [str(number) for number in numbers]
+    for item in test:  # without split_id the published code looks into the folder itself
+        assert item.keys() == {"image_id", "tokens_ids", "target_ids"} and item["tokens_ids"].shape == (2, 20)
+        with np.load(out / "features" / "img" / f"{item['image_id']}.npz") as features:
+            assert features["features"].shape == (16, 64) and features["g_feature"].shape == (1, 32)
+    coco = json.loads((out / "captions_test.json").read_text())
+    assert {image["id"] for image in coco["images"]} == set(numbers)
+    assert coco["images"][1]["file_name"] == "COCO_val2014_000000000042.jpg"
+    assert [row["caption"] for row in coco["annotations"] if row["image_id"] == 42] == [
+        "A dog near the beach.", "There is a cat.",
+    ]  # fmt: skip
+    assert load_references(out / "captions_test.json").by_image.keys() == {str(number) for number in numbers}
+    settings = yaml.safe_load((out / "pcmnet.yaml").read_text())
+    assert settings["DATASETS"] == {"TRAIN": "Flickr30kCapDataset", "VAL": "", "TEST": "Flickr30kCapDataset"}
+    assert settings["DATALOADER"] == {"FEATS_FOLDER": "features/img", "ANNO_FOLDER": ".", "MAX_FEAT_NUM": 17}
+    visual = settings["MODEL"]["VISUAL_EMBED"]
+    assert (visual["IN_DIM"], visual["G_IN_DIM"]) == (64, 32)
+    words = (out / settings["INFERENCE"]["VOCAB"]).read_text().splitlines()
+    assert settings["MODEL"]["VOCAB_SIZE"] == len(words) + 1  # and the end
+    names, _ = pickle.loads((out / visual["CLIPTAG"]["VOCAB_EMBED_PATH"]).read_bytes())
+    assert names and (out / settings["INFERENCE"]["TEST_ANNFILE"]).is_file()
+    drawn = ExportRequest(data=store.root, out=str(tmp_path / "no"), to="official", val=store.root)
+    with pytest.raises(InputError, match="holds drawn pictures; give real photos"):
+        export_dataset(store, open_store(tmp_path / "no"), drawn)
+
+
+def test_photos_whose_names_hold_no_number_are_numbered():
+    assert _numbers(["a.jpg", "b.jpg"]) == {"a.jpg": "1", "b.jpg": "2"}
+    assert _numbers(["x_7.jpg", "y_7.jpg"]) == {"x_7.jpg": "1", "y_7.jpg": "2"}
+    assert _numbers(["1000092795.jpg", "36979.jpg"]) == {"1000092795.jpg": "1000092795", "36979.jpg": "36979"}
+
+
 def test_folders_hold_as_many_pictures_as_the_published_ones():
-    coco = [split_of(k, 542_401) for k in (0, SPLIT_SIZE - 1, SPLIT_SIZE, 542_399, 542_400)]
-    assert coco == [0, 0, 1, 7, 7]  # eight folders, the last with one picture more
-    assert split_of(144_540, 144_541) == 1
-    assert split_of(99, 100) == 0
+    coco = [split_of(k) for k in (0, SPLIT_SIZE - 1, SPLIT_SIZE, 542_399, 542_400)]
+    assert coco == [0, 0, 1, 7, 7]
+    assert 542_401 - 7 * SPLIT_SIZE == 67_794  # eight folders, the last of which is short by seven
 
 
 def test_webdataset_is_read_by_tarfile(dataset, tmp_path):
@@ -138,6 +202,10 @@ def test_datasets_opens_a_hugging_face_export(dataset, tmp_path, monkeypatch):
     as_arrays = train.with_format("numpy")[0]["patch_features"]
     np.testing.assert_array_equal(as_arrays, patches(rows[0]))
     assert "| `caption` |" in (tmp_path / "hf" / "README.md").read_text()
+    exported = load_manifest(open_store(tmp_path / "hf"))
+    for shard in exported.stored_shards:  # the manifest speaks of the export's own files
+        assert shard == as_it_lies(open_store(tmp_path / "hf"), shard.key) and shard.key.startswith("data/")
+    assert [row.caption for row in read_dataset(tmp_path / "hf")] == train["caption"][:]
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -206,6 +274,6 @@ def test_several_pictures_of_a_caption_have_ids_of_their_own(tmp_path, tiny_t2i,
         tmp_path / "dataset", t2i=tiny_t2i, clip=tiny_clip, images_per_caption=2, num_inference_steps=1
     )
     export_dataset(store, open_store(tmp_path / "out"), asked("official"))
-    annotations = pickle.loads((tmp_path / "out" / "annotations.pickle").read_bytes())
+    annotations = pickle.loads((tmp_path / "out" / "mscoco_caption_anno_train.pkl").read_bytes())
     assert [int(item["image_id"]) - 6_000_000 for item in annotations] == [0, 1, 2, 3, *range(6, 16)]
     np.testing.assert_array_equal(annotations[0]["tokens_ids"], annotations[1]["tokens_ids"])

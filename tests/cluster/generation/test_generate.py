@@ -127,6 +127,7 @@ def test_a_rerun_skips_everything(made: Dataset, ray_session: None) -> None:
     assert again.result.manifest == made.result.manifest
 
 
+@pytest.mark.slow  # test_repair.py shows the same in less time
 def test_a_lost_shard_alone_is_made_again(made: Dataset, copy: Dataset, ray_session: None) -> None:
     lost = Path(copy.store.prefix) / shard_key(1)
     lost.unlink()

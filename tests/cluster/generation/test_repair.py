@@ -15,7 +15,6 @@ from cluster.dataset.layout import (
     Plan,
     group_key,
     parquet_bytes,
-    plan_part_key,
     quarantine_key,
     shard_key,
     stats_key,
@@ -26,6 +25,7 @@ from cluster.generation.repair import repair
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.store.store import open_store
 from pcm.errors import InputError
+from tests.helpers.shards import part_key
 from tests.helpers.tiny_generation import draw_in_process, make_dataset_in_process, null_spec, write_corpus
 
 CORPUS = ["A cat.", "a\x07b", *(f"caption number {index}" for index in range(9)), "\x00"]  # two of 12 unusable
@@ -124,14 +124,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[int]]] = {
             (folder / group_key(0)).read_bytes().replace(b'"sha256": "', b'"sha256": "0')
         ), [],
     ),
-    "a plan part is damaged": (lambda folder: (folder / plan_part_key(1)).write_bytes(b"PAR1"), []),
-    "a plan part is gone": (lambda folder: (folder / plan_part_key(3)).unlink(), []),
-    "a plan part has another seed": (lambda folder: rewritten(folder, plan_part_key(1), with_value("seed", 7)), []),
+    "a plan part is damaged": (lambda folder: (folder / part_key(folder, 1)).write_bytes(b"PAR1"), []),
+    "a plan part is gone": (lambda folder: (folder / part_key(folder, 3)).unlink(), []),
+    "a plan part has another seed": (lambda folder: rewritten(folder, part_key(folder, 1), with_value("seed", 7)), []),
     "a plan part has another caption": (
-        lambda folder: rewritten(folder, plan_part_key(1), with_value("caption", "Another.")), [],
+        lambda folder: rewritten(folder, part_key(folder, 1), with_value("caption", "Another.")), [],
     ),
     "plan and shard are damaged": (
-        lambda folder: [flipped(folder, key(1)) for key in (plan_part_key, shard_key)], [1],
+        lambda folder: [flipped(folder, key) for key in (part_key(folder, 1), shard_key(1))], [1],
     ),
 }  # fmt: skip
 
@@ -172,7 +172,7 @@ def test_what_nobody_planned_is_told_of_and_stays(data: Path) -> None:
 def test_a_plan_is_rebuilt_from_the_corpus_alone_that_it_was_made_from(
     healthy: Path, data: Path, tmp_path: Path
 ) -> None:
-    (data / plan_part_key(1)).write_bytes(b"PAR1")
+    (data / part_key(data, 1)).write_bytes(b"PAR1")
     before = contents(data)
     other = write_corpus(tmp_path, [*CORPUS[:-1], "Another."])
     with pytest.raises(InputError, match=r"its plan is damaged.*--corpus") as caught:
@@ -188,7 +188,7 @@ def test_a_dataset_that_grew_is_repaired_in_its_own_shards(data: Path, tmp_path:
     corpus = write_corpus(tmp_path, [*CORPUS, "More.", "Still more."])
     make_dataset_in_process(data, corpus, null_spec(), shard_size=3)
     before = contents(data)
-    for key in (shard_key(SHARDS), plan_part_key(SHARDS), plan_part_key(0)):
+    for key in (shard_key(SHARDS), part_key(data, SHARDS), part_key(data, 0)):
         (data / key).unlink()
     report, drawn = repaired(data)
     assert report["ok"] and drawn == [SHARDS] and contents(data) == before
@@ -205,7 +205,7 @@ def test_without_a_plan_there_is_nothing_to_repair(data: Path) -> None:
 def test_the_job_repairs_with_the_real_pipeline(data: Path, healthy: Path, call_job, ray_session: None) -> None:
     (data / shard_key(1)).unlink()
     flipped(data, shard_key(2))
-    (data / plan_part_key(0)).unlink()
+    (data / part_key(data, 0)).unlink()
     assert call_job("verify", data).returncode == 1
     moved = call_job("verify", data, "--repair", "--corpus", data / "nowhere.txt")
     assert moved.returncode == 2 and "nowhere.txt" in moved.stderr

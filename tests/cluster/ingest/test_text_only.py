@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.dataset.layout import MANIFEST_KEY
+from cluster.dataset.layout import MANIFEST_KEY, load_manifest
 from cluster.dataset.rows import read_rows
 from cluster.ingest.text_only import TEXT_ONLY_SETTINGS, text_only_dataset
 from cluster.store.store import open_store
@@ -30,8 +30,9 @@ def test_rows_are_the_captions_and_their_embeddings(tmp_path: Path, tiny_clip: P
     out, encoder = open_store(tmp_path / "text"), ClipEncoder(str(tiny_clip))
     made = text_only_dataset(source, out, encoder)
     training_set = open_training_sets([DataSource(str(tmp_path / "text"))])[0]
-    for key in training_set.keys:
-        drawn, text = (read_rows(store, key, None, made.features) for store in (source, out))
+    for drawn_shard, text_shard in zip(load_manifest(source).stored_shards, training_set.shards, strict=True):
+        drawn = read_rows(source, drawn_shard, None, made.features)
+        text = read_rows(out, text_shard, None, made.features)
         assert drawn.sample_ids.tolist() == text.sample_ids.tolist()
         expected = encoder.encode_texts(drawn.captions.tolist())
         np.testing.assert_allclose(text.global_feature.astype(np.float32), expected, atol=1e-3)

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +101,11 @@ def write_evaluation(folder: Path, world: Path) -> None:
 
 def write_sweep(folder: Path) -> None:
     store = open_store(str(folder))
-    document = {"params": {"top_concepts": "1,3", "lr_factor": "log:0.1:9"}, "search": "grid"}
+    document = {
+        "params": {"top_concepts": "1,3", "lr_factor": "log:0.1:9"},
+        "search": "grid",
+        "run": {"train": preset("embedded").to_dict()},
+    }
     store.write_bytes(SWEEP_KEY, json.dumps(document).encode())
     scores = {(1, 0.1): 0.3, (3, 0.1): 0.9, (1, 5.0): 0.7, (3, 5.0): None}
     for number, ((top_concepts, lr_factor), cider) in enumerate(scores.items()):
@@ -329,6 +334,17 @@ def test_what_cannot_be_used_is_one_line(
     with pytest.raises(InputError, match=re.escape(said)) as raised:
         make_report(replace(everything(world, world / "refused.html"), **changes))
     assert "\n" not in str(raised.value) and not (world / "refused.html").exists()
+
+
+def test_braces_and_percent_signs_in_paths_are_names(world: Path, tmp_path: Path, call_job: Callable) -> None:
+    folder = tmp_path / "{0} {x} 50% %s a::b"
+    for name in ("data", "run", "evaluation", "sweep"):
+        shutil.copytree(world / name, folder / name)
+    out = folder / "{report}.html"
+    given = [text for name in ("data", "run", "evaluation", "sweep") for text in (f"--{name}", folder / name)]
+    run = call_job("report", *given, "--out", out)
+    assert run.returncode == 0, run.stderr
+    assert "{0} {x} 50% %s a::b" in out.read_text() and run.summary["path"] == str(out)
 
 
 def test_the_job_ends_with_the_path(world: Path, tmp_path: Path, call_job: Callable) -> None:

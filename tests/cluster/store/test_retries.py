@@ -306,8 +306,8 @@ def test_a_run_through_a_failing_network_ends_as_if_nothing_had_been(
     faults = [
         proxy.fail("status", method="PUT", path="/shards/", count=4),
         proxy.fail("status", status=500, code="InternalError", path="/stats/", count=2),
-        proxy.fail("hang", path="/plan/part-00001", count=2),
-        proxy.fail("cut", method="GET", path="/plan/part", count=2),
+        proxy.fail("hang", path="/plan/", count=2),
+        proxy.fail("cut", method="GET", path="/plan/", count=2),
         proxy.fail("lose_answer", method="PUT", path="/shards/part-00002", count=4),
         proxy.fail("reset", path="/shards/part-00000", count=4),
         proxy.fail("slow", delay=0.2, path="/stats/", count=5),

@@ -15,6 +15,7 @@ import pytest
 import ray
 import torch
 
+from cluster.dataset.layout import load_manifest
 from cluster.dataset.rows import preload, read_shard
 from cluster.store.store import open_store
 from cluster.sweep.request import SweepRequest
@@ -122,14 +123,14 @@ def test_more_than_the_cluster_has_is_refused(data: Path, ray_session: None) -> 
 
 def test_shards_are_read_once_and_shared(data: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     store, columns = open_store(data), ["sample_id", "clip_score"]
-    keys = store.list("shards")
-    expected = [read_shard(store, key, columns) for key in keys]
-    shared = shared_tables(store, keys)
+    shards = load_manifest(store).stored_shards
+    expected = [read_shard(store, shard, columns) for shard in shards]
+    shared = shared_tables(store, shards)
     monkeypatch.setattr("cluster.dataset.rows._PRELOADED", {})
     preload({path: ray.get(table) for path, table in shared.items()})
     elsewhere = (data / "shards").rename(data / "moved")
     try:
-        assert [read_shard(store, key, columns) for key in keys] == expected
+        assert [read_shard(store, shard, columns) for shard in shards] == expected
     finally:
         elsewhere.rename(data / "shards")
 
@@ -143,6 +144,7 @@ def ray_with_a_gpu() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they would take the real one")
 def test_what_torch_takes_for_no_gpu_is_shared_by_trials_and_trained_on_as_a_cpu(
     data: Path, ray_with_a_gpu: None

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.store.store import open_store
-from cluster.sweep.results import TrialResult, by_setting
+from cluster.sweep.results import TrialResult, by_setting, tied
 from cluster.sweep.tables import result_table, write_report
 from cluster.training.config import TrainConfig
 
@@ -36,11 +36,27 @@ RESULTS = [
 
 
 def test_the_best_setting_is_that_of_the_best_mean_over_its_seeds() -> None:
-    first, second, third = by_setting(RESULTS)
+    first, second, third = by_setting(RESULTS, base=TrainConfig())
     assert first.settings["tau"] == 0.1 and first.mean == pytest.approx(0.75)
     assert first.spread == pytest.approx(0.05 * math.sqrt(2))
     assert second.settings["top_concepts"] == 3 and second.mean == pytest.approx(0.7)
     assert math.isnan(third.mean), "a setting one seed of which failed has no mean"
+
+
+def test_a_tie_is_won_by_the_presets_value_in_whatever_order_trials_come(tmp_path: Path) -> None:
+    preset = TrainConfig()
+    assert preset.model.top_concepts == 5
+    tie = [result([0.9], top_concepts=top) for top in (3, 5, 8)]
+    for order in (tie, tie[::-1], [tie[2], tie[0], tie[1]]):
+        ranked = by_setting([*order, result([0.1], top_concepts=4)], base=preset)
+        assert [setting.settings["top_concepts"] for setting in ranked] == [5, 3, 8, 4]
+        assert len(tied(ranked)) == 3
+        summary = write_report(open_store(tmp_path), order, params=["top_concepts"], base=preset)
+        assert summary is not None
+        assert summary["best"]["settings"]["top_concepts"] == 5 and summary["best"]["tied"] == 3
+        best = TrainConfig.from_json((tmp_path / "best.json").read_bytes(), source="best.json")
+        assert best.model.top_concepts == 5
+        assert [line.split()[0] for line in (tmp_path / "table.txt").read_text().splitlines()[1:]] == ["5", "3", "8"]
 
 
 def test_the_report_keeps_every_trial_and_the_best_config(tmp_path: Path) -> None:
@@ -68,7 +84,7 @@ def test_the_report_keeps_every_trial_and_the_best_config(tmp_path: Path) -> Non
 
 
 def test_the_table_has_a_line_a_setting_with_reasons() -> None:
-    lines = result_table(by_setting(RESULTS), params=PARAMS).splitlines()
+    lines = result_table(by_setting(RESULTS, base=TrainConfig()), params=PARAMS).splitlines()
     assert lines[0].split() == [*PARAMS, "CIDEr", "spread", "seeds", "epochs", "seconds", "status"]
     assert lines[1].split()[:6] == ["5", "0.1", "batch", "0.75", "0.07071", "2"]
     assert lines[3].endswith("failed: loss is nan; finished")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.dataset.layout import MANIFEST_KEY, Plan, shard_key
+from cluster.dataset.layout import MANIFEST_KEY, Plan, shard_key, shard_number, stats_key
 from cluster.store.store import Store, open_store
 from cluster.training.data.arriving import ArrivingShards, finished_manifest
 from cluster.training.data.batches import Batch, BatchShape
@@ -96,8 +96,9 @@ def test_batches_do_not_depend_on_when_shards_arrive(made: tuple[Store, Plan], t
 
     def arrive(_seconds: float) -> None:
         key = coming.pop()
-        (tmp_path / "data" / key).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Path(store.prefix) / key, tmp_path / "data" / key)
+        for name in (stats_key(shard_number(key)), key):
+            (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(store.prefix) / name, tmp_path / "data" / name)
 
     found = list(arriving(growing, plan, sleep=arrive).batches())
     assert ids(found) == ids(list(arriving(*made).batches()))

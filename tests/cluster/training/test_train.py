@@ -222,6 +222,53 @@ def test_a_run_whose_driver_and_worker_were_killed_inside_epochs_equals_an_undis
     assert (out / "best/model.safetensors").read_bytes() == (trained / "best/model.safetensors").read_bytes()
 
 
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
+    trained: Path, world: Path, ray_session: None, capfd: pytest.CaptureFixture
+) -> None:
+    """The epochs that it counted are trained again, and are the same; then the run goes on, and can be resumed."""
+    out = world / "damaged"
+    shutil.copytree(trained, out)
+    cut(out / f"checkpoints/epoch-{EPOCHS:03d}/optimizer.pt")
+    longer = {"overrides": {"epochs": EPOCHS + 1}, **real_pictures(world)}
+    summary = train(request(world, out, resume=True, **longer))
+    assert summary["epochs"] == EPOCHS + 1 and science(out)[:EPOCHS] == science(trained)
+    said = ""
+    while "epoch-002 is used" not in said:  # a worker's lines come by way of Ray
+        said += capfd.readouterr().err
+        time.sleep(0.1)
+    assert "damaged checkpoints are passed over (epoch-003: " in said
+    names = {path.name for path in (out / "checkpoints").iterdir() if path.is_dir()}
+    assert f"epoch-{EPOCHS:03d}-again" in names and f"epoch-{EPOCHS + 1:03d}" in names
+
+
+def test_a_run_of_which_all_checkpoints_are_damaged_is_one_line(trained: Path, world: Path, ray_session: None) -> None:
+    out = world / "all damaged"
+    shutil.copytree(trained, out)
+    for folder in (out / "checkpoints").glob("epoch-*"):
+        cut(folder / "model.safetensors")
+    with pytest.raises(
+        InputError, match=r"no checkpoint can be read \(epoch-003: .*train into another --out"
+    ) as caught:
+        train(request(world, out, resume=True, overrides={"epochs": EPOCHS + 1}, **real_pictures(world)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+@pytest.mark.parametrize("data", [b'{"train": ', b"[]\n", b"[" * 100_000, b"{}\n"])
+def test_a_damaged_document_of_a_resumed_run_is_one_line(name: str, data: bytes, trained: Path, world: Path) -> None:
+    out = world / "damaged documents"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(trained, out)
+    (out / name).write_bytes(data)
+    with pytest.raises(InputError, match=rf"{name}: damaged \(.*\); (restore it|delete it)") as caught:
+        train(request(world, out, resume=True, overrides={"epochs": EPOCHS + 1}, **real_pictures(world)))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.slow
 def test_a_run_resumes_on_an_object_store_from_several_datasets(
     world: Path, tiny_clip: Path, run_job, s3: S3Server
@@ -261,14 +308,14 @@ def test_two_workers_learn_what_one_learns(trained: Path, world: Path, ray_sessi
     assert two == pytest.approx(one, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("feature_dtype", ["float16", "int8"])
+@pytest.mark.parametrize("feature_dtype", [pytest.param("float16", marks=pytest.mark.slow), "int8"])
 def test_a_loss_that_is_no_number_stops_the_run(
     world: Path, ray_session: None, tiny_clip: Path, tmp_path: Path, feature_dtype: str
 ) -> None:
     store = open_store(world / "data")
     config = TrainConfig().with_overrides(TINY)
     share = holdout_share(fraction=config.holdout_fraction, limit=config.holdout_limit, rows=ROWS)
-    keys = all_rows(load_manifest(store)).keys
+    keys = all_rows(load_manifest(store)).shards
     training, _ = select_rows(store, keys, RowFilter(seed=config.seed, held_out=share))
     bad = int(training.rows[0][0])
     write_dataset(tmp_path / "nan", tiny_clip, rows=ROWS, nan_row=bad)

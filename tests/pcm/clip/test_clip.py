@@ -15,7 +15,8 @@ import pcm.torchvision_shim  # noqa: F401  isort: skip
 import open_clip
 
 from pcm.clip.encoder import ClipEncoder
-from pcm.clip.names import folder_revision, truncation_check
+from pcm.clip.names import folder_revision
+from pcm.clip.truncation import truncation_check
 from pcm.errors import InputError
 from pcm.images import open_image
 

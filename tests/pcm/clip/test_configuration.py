@@ -9,7 +9,8 @@ import pytest
 
 from pcm.clip.configuration import model_config, read_config
 from pcm.clip.encoder import ClipEncoder
-from pcm.clip.names import refuse_place, truncation_check
+from pcm.clip.names import refuse_place
+from pcm.clip.truncation import truncation_check
 from pcm.errors import InputError
 from tests.helpers.paths import ROOT
 

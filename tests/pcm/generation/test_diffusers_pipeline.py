@@ -10,11 +10,12 @@ import torch
 import transformers
 
 from pcm.errors import InputError
+from pcm.generation.blank_pictures import CONSTANT_STD
 from pcm.generation.diffusers_pipeline import DiffusersTextToImage
 from pcm.generation.drawing import Drawing, Request
 from pcm.generation.loading import load_generator
 from pcm.generation.null_generator import NullTextToImage
-from pcm.images import CONSTANT_STD, open_image
+from pcm.images import open_image
 from pcm.spec import GeneratorSpec
 from tests.helpers.tiny_models import save_tiny_t2i
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cluster.training.data.shuffled
-from cluster.dataset.layout import VOCABULARY_KEY, load_manifest
+from cluster.dataset.layout import VOCABULARY_KEY, StoredShard, load_manifest
 from cluster.dataset.rows import read_shard
 from cluster.store.store import open_store
 from cluster.training.data.batches import BatchShape
@@ -17,6 +17,7 @@ from cluster.training.data.shard_cache import ShardCache
 from cluster.training.data.shuffled import Part, ShardLoader
 from pcm.errors import InputError
 from pcm.text.vocabulary import Vocabulary
+from tests.helpers.shards import described
 from tests.helpers.tiny_dataset import write_dataset
 
 ROWS = 53
@@ -63,17 +64,17 @@ def test_a_shard_is_read_by_one_worker_or_where_a_cut_goes_through_by_two(
     tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_dataset(tmp_path / "data", tiny_clip, rows=96, shard_size=8)
-    reads: list[str] = []
+    reads: list[StoredShard] = []
     read_rows = cluster.training.data.shuffled.read_rows
 
-    def counted(store, key, rows, features):
-        reads.append(key)
-        return read_rows(store, key, rows, features)
+    def counted(store, shard, rows, features):
+        reads.append(shard)
+        return read_rows(store, shard, rows, features)
 
     monkeypatch.setattr(cluster.training.data.shuffled, "read_rows", counted)
     for rank in range(4):
         list(make_loader(data, rank=rank, num_workers=4, lanes=4, cache_bytes=0).epoch(1))
-    assert set(reads) == set(everything(data).keys)
+    assert set(reads) == set(everything(data).shards)
     assert max(Counter(reads).values()) <= 2 and len(reads) <= 12 + 3
 
 
@@ -125,7 +126,7 @@ def test_batches_by_way_of_a_shard_cache_are_equal(dataset: Path, tmp_path: Path
             assert a.sample_ids == b.sample_ids
             for name in ("patch_features", "global_feature", "clip_score", "target_ids"):
                 np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
-    assert len(list((tmp_path / "cache/shards").iterdir())) == len(rows.keys)
+    assert len(list((tmp_path / "cache/shards").iterdir())) == len(rows.shards)
 
 
 def test_a_cached_shard_is_not_read_again_and_a_cache_without_room_is_done_without(
@@ -133,18 +134,18 @@ def test_a_cached_shard_is_not_read_again_and_a_cache_without_room_is_done_witho
 ) -> None:
     store, rows = open_store(dataset), everything(dataset)
     features, cache = load_manifest(store).features, ShardCache(tmp_path / "cache")
-    first = cache.read_rows(store, rows.keys[0], rows.rows[0], features)
+    first = cache.read_rows(store, rows.shards[0], rows.rows[0], features)
     gone = open_store(tmp_path / "gone")
-    again = cache.read_rows(gone, rows.keys[0], rows.rows[0], features)
+    again = cache.read_rows(gone, rows.shards[0], rows.rows[0], features)
     np.testing.assert_array_equal(first.patch_features, again.patch_features)
     (tmp_path / "file").write_text("no folder can be made here")
-    full = ShardCache(tmp_path / "file").read_rows(store, rows.keys[0], rows.rows[0], features)
+    full = ShardCache(tmp_path / "file").read_rows(store, rows.shards[0], rows.rows[0], features)
     np.testing.assert_array_equal(first.patch_features, full.patch_features)
 
 
 def test_batches_hold_the_stored_values(dataset: Path) -> None:
     loader = make_loader(dataset)
-    table = read_shard(open_store(dataset), "shards/part-000001.parquet", ["sample_id", "patch_features", "caption"])
+    table = read_shard(open_store(dataset), everything(dataset).shards[1], ["sample_id", "patch_features", "caption"])
     vocabulary = Vocabulary.load(dataset / VOCABULARY_KEY)
     stored = {row["sample_id"]: row for row in table.to_pylist()}
     seen = 0
@@ -171,7 +172,7 @@ def test_padding_rows_of_the_last_batch_have_no_targets(dataset: Path) -> None:
 
 
 def test_a_dataset_smaller_than_a_batch_gives_one_batch(dataset: Path) -> None:
-    few = Selection(("shards/part-000000.parquet",), (np.array([1, 4]),))
+    few = Selection(everything(dataset).shards[:1], (np.array([1, 4]),))
     (batch,) = make_loader(dataset, Part(open_store(dataset), few)).epoch(0)
     assert sorted(batch.sample_ids) == [""] * 6 + ["000000001-00", "000000004-00"]
 
@@ -213,18 +214,18 @@ def test_a_mixture_is_the_same_for_any_number_of_workers(dataset: Path, tmp_path
 def captions_of(dataset: Path, selection: Selection) -> list[str]:
     store = open_store(dataset)
     return [
-        read_shard(store, key, ["caption"])["caption"][int(row)].as_py()
-        for key, rows in zip(selection.keys, selection.rows, strict=True)
+        read_shard(store, shard, ["caption"])["caption"][int(row)].as_py()
+        for shard, rows in zip(selection.shards, selection.rows, strict=True)
         for row in rows
     ]
 
 
 def select(dataset: Path, **rule) -> tuple[Selection, Selection]:
-    return select_rows(open_store(dataset), everything(dataset).keys, RowFilter(**{"seed": 1, **rule}))
+    return select_rows(open_store(dataset), everything(dataset).shards, RowFilter(**{"seed": 1, **rule}))
 
 
 def rows_of(selection: Selection) -> set[tuple[str, int]]:
-    return {(key, int(row)) for key, rows in zip(selection.keys, selection.rows, strict=True) for row in rows}
+    return {(shard.key, int(row)) for shard, rows in zip(selection.shards, selection.rows, strict=True) for row in rows}
 
 
 def test_held_out_captions_are_never_trained_on(dataset: Path) -> None:
@@ -276,7 +277,8 @@ def test_a_broken_shard_is_named(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "shards/part-000000.parquet").write_bytes(b"PAR1 but not really PAR1")
     (tmp_path / VOCABULARY_KEY).write_bytes((dataset / VOCABULARY_KEY).read_bytes())
     (tmp_path / "dataset.json").write_bytes((dataset / "dataset.json").read_bytes())
-    broken = Selection(("shards/part-000000.parquet",), (np.arange(3),))
+    stored = described("shards/part-000000.parquet", b"PAR1 but not really PAR1", rows=3)
+    broken = Selection((stored,), (np.arange(3),))
     loader = make_loader(tmp_path, Part(open_store(tmp_path), broken))
     with pytest.raises(InputError, match=r"shards/part-000000\.parquet: cannot be read"):
         list(loader.epoch(0))

@@ -1,0 +1,45 @@
+"""Where a job may write: checked before it begins, so that a place that cannot hold its result costs no work."""
+
+from pathlib import Path
+from typing import Literal
+
+from cluster.store.store import Store, open_store
+from pcm.errors import InputError
+
+#: Where nothing can be put, or what is put does not stay: with the reason.
+_NO_OUTPUT = {
+    "http": "is read only",
+    "https": "is read only",
+    "data": "is read only",
+    "github": "is read only",
+    "git": "is read only",
+    "memory": "is gone when its process ends",
+}
+
+
+def check_output(uri: str, kind: Literal["folder", "file"], *, shown: str) -> None:
+    """Whether a folder or a file can be made at a path or URI, as far as that can be told without writing there.
+
+    `shown`: the option, for the error. Raises InputError for a protocol that takes no output, and, on a local disk,
+    where a file stands in the way or a link that leads nowhere.
+    """
+    store = open_store(uri)
+    protocol = uri.partition("://")[0] if "://" in uri else "file"
+    why = "joins file systems" if "::" in protocol else _NO_OUTPUT.get(protocol)
+    if why is not None:
+        raise InputError(f"{shown} {uri}: {protocol}:// {why}; give a local path, s3://, gs:// or abfs://")
+    if store.is_local:
+        _check_local(store, uri, kind, shown=shown)
+
+
+def _check_local(store: Store, uri: str, kind: Literal["folder", "file"], *, shown: str) -> None:
+    path = Path(store.prefix)
+    if kind == "folder" and path.exists() and not path.is_dir():
+        raise InputError(f"{shown} {uri}: is a file; give a folder, or a name that is not taken")
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise InputError(f"{shown} {uri}: {place} is a link that leads nowhere; remove it, or give another place")
+        if place != path and place.exists():
+            if not place.is_dir():
+                raise InputError(f"{shown} {uri}: {place} is a file, not a folder; give another place")
+            return

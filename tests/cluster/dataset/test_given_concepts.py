@@ -1,0 +1,93 @@
+"""Concepts of a file in place of a corpus's own nouns: datasets of photos, training, and what is refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.generation.make import generate
+from cluster.generation.request import GenerateRequest
+from cluster.ingest.photos import featurise_photos
+from cluster.ingest.request import PhotoRequest
+from cluster.store.store import open_store
+from cluster.training.request import TrainRequest
+from cluster.training.train import _refuse_other_run, planned_run
+from pcm.clip.encoder import ClipEncoder
+from pcm.errors import InputError
+from pcm.official.files import concepts_to_pickle
+from pcm.text.concepts import ConceptVocabulary
+from tests.helpers.tiny_dataset import TINY, write_dataset, write_pictures
+
+NAMES = ("sea", "sky", "dog", "street", "bird", "hat")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
+    """pictures/, references.csv, data/, coco.pickle as published, other.pickle, wide.pickle of another CLIP."""
+    folder = tmp_path_factory.mktemp("concepts")
+    write_pictures(folder / "pictures", count=4)
+    write_dataset(folder / "data", tiny_clip, rows=30)
+    texts = ClipEncoder(str(tiny_clip)).encode_texts(list(NAMES))
+    (folder / "coco.pickle").write_bytes(concepts_to_pickle(ConceptVocabulary(NAMES, texts)))
+    (folder / "other.pickle").write_bytes(concepts_to_pickle(ConceptVocabulary(NAMES[:5], texts[:5])))
+    (folder / "wide.pickle").write_bytes(concepts_to_pickle(ConceptVocabulary(NAMES, np.eye(6, 999, dtype=np.float32))))
+    return folder
+
+
+def asked(world: Path, clip: Path, out: Path, concepts: str | None) -> PhotoRequest:
+    given = None if concepts is None else str(world / concepts)
+    captions = str(world / "references.csv")
+    return PhotoRequest(
+        images=str(world / "pictures"), captions=captions, clip=str(clip), out=str(out), concepts=given, device="cpu"
+    )
+
+
+def test_a_dataset_keeps_the_concepts_that_it_was_given(world: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    featurise_photos(asked(world, tiny_clip, out, "coco.pickle"))
+    stored = (out / "concepts.safetensors").read_bytes()
+    assert ConceptVocabulary.from_bytes(stored).names == NAMES
+    (out / "vocabularies.json").unlink()  # as when the corpus has grown: words are counted again, concepts stay
+    featurise_photos(asked(world, tiny_clip, out, None))
+    assert (out / "concepts.safetensors").read_bytes() == stored
+    with pytest.raises(InputError, match="was begun with other --concepts"):
+        featurise_photos(asked(world, tiny_clip, out, "other.pickle"))
+    assert (out / "concepts.safetensors").read_bytes() == stored
+
+
+def test_a_dataset_with_its_own_concepts_does_not_change_them(world: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    featurise_photos(asked(world, tiny_clip, tmp_path / "out", None))
+    with pytest.raises(InputError, match="was begun with the concepts of its own captions"):
+        featurise_photos(asked(world, tiny_clip, tmp_path / "out", "coco.pickle"))
+
+
+def test_concepts_of_another_clip_are_refused_before_anything_is_written(
+    world: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"embeddings of 999 dimensions, the CLIP's have \d+"):
+        featurise_photos(asked(world, tiny_clip, tmp_path / "out", "wide.pickle"))
+    wide = str(world / "wide.pickle")
+    settings = {"corpus": "embedded", "t2i": "null", "out": str(tmp_path / "out"), "concepts": wide}
+    with pytest.raises(InputError, match="embeddings of 999 dimensions"):
+        generate(GenerateRequest(**settings, clip=str(tiny_clip)))
+    with pytest.raises(InputError, match="without effect with --clip null"):
+        generate(GenerateRequest(**settings))
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_takes_concepts_of_a_file_and_says_so_in_its_config(world: Path, tmp_path: Path) -> None:
+    request = TrainRequest(
+        data=str(world / "data"), out=str(tmp_path), preset="embedded", overrides=TINY,
+        concepts=str(world / "coco.pickle"),
+    )  # fmt: skip
+    run = planned_run(request, cpus=1)
+    assert ConceptVocabulary.from_bytes(run.vocabularies.concepts).names == NAMES
+    assert run.config.model.num_concepts == len(NAMES)
+    own = planned_run(dataclasses.replace(request, concepts=None), cpus=1)
+    assert "concepts" not in own.document and own.config.model.num_concepts != len(NAMES)
+    for document, previous in ((run.document, own.document), (own.document, run.document)):
+        with pytest.raises(InputError, match=r"was begun otherwise .*concepts: "):
+            _refuse_other_run(open_store(tmp_path), json.loads(json.dumps(previous)), document)
+    _refuse_other_run(open_store(tmp_path), json.loads(json.dumps(run.document)), run.document)

@@ -1,0 +1,86 @@
+"""Places that cannot hold what a job makes, and names that fsspec would read in another way."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.dataset.layout import shard_key
+from cluster.store.outputs import check_output
+from cluster.store.store import open_store
+from pcm.errors import InputError
+from tests.helpers.tiny_generation import null_spec, plan_dataset, write_corpus
+
+
+def said_of(uri: object, kind: str = "folder") -> str:
+    with pytest.raises(InputError) as caught:
+        check_output(str(uri), kind, shown="--out")  # type: ignore[arg-type]
+    assert str(caught.value).startswith("--out ") and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_place_where_something_stands_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "is a file; give a folder" in said_of(tmp_path / "file")
+    assert "link that leads nowhere" in said_of(tmp_path / "link")
+    assert "link that leads nowhere" in said_of(tmp_path / "link/run")
+    assert f"{tmp_path}/file is a file, not a folder" in said_of(tmp_path / "file/run/one")
+    assert "is a file, not a folder" in said_of(tmp_path / "file/report.html", "file")
+    (tmp_path / "good").symlink_to(tmp_path)
+    for place in (tmp_path / "new/deep", tmp_path / "good/new", tmp_path, "s3://bucket/prefix"):
+        check_output(str(place), "folder", shown="--out")
+    check_output(str(tmp_path / "file"), "file", shown="--out")
+
+
+@pytest.mark.parametrize("uri", ["https://host/run", "http://host/run", "memory://run", "simplecache::s3://bucket/run"])
+def test_a_protocol_that_keeps_nothing_is_refused(uri: str) -> None:
+    assert "give a local path, s3://" in said_of(uri)
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/a::b", "file:///tmp/a::b", "s3://one/a::s3://two/b", "https://host/a::b"])
+def test_a_uri_that_fsspec_would_cut_at_a_double_colon_is_refused(uri: str) -> None:
+    with pytest.raises(InputError, match="takes '::' for a chain"):
+        open_store(uri)
+
+
+@pytest.mark.parametrize("name", ["a::b", "file:x", "{x}", "x[1]*", "50%20", "a b", "#1"])
+def test_a_path_goes_where_it_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for root in (name, f"{tmp_path}/absolute/{name}"):
+        open_store(root).write_bytes("k", b"1")
+        assert (tmp_path / root / "k").read_bytes() == b"1" and open_store(root).list() == ["k"]
+        assert open_store(f"{root}/k").read_bytes("") == b"1"
+
+
+@pytest.mark.parametrize("key", ["dataset.json", shard_key(0), "stats/part-000000.json"])
+def test_objects_of_somebody_else_are_not_counted_as_ours(key: str, tmp_path: Path) -> None:
+    place = tmp_path / "out" / key
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"somebody else's")
+    with pytest.raises(InputError, match=rf"holds {key} but no plan.json.*another --out"):
+        plan_dataset(tmp_path / "out", write_corpus(tmp_path), null_spec())
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == [place.name]
+
+
+OUTS = {
+    "generate": ["--corpus", "{captions}", "--t2i", "null"],
+    "featurise": ["--images", "{folder}", "--captions", "{captions}"],
+    "import_official": ["--vocabulary", "{captions}", "--clip", "embedded", "--annotations", "x", "--images", "y"],
+    "train": ["--data", "{folder}"],
+    "stream": ["--corpus", "{captions}"],
+    "sweep": ["--data", "{folder}", "--param", "tau=0.1,0.2", "--trials", "2"],
+    "evaluate": ["--results", "{captions}", "--references", "{captions}"],
+    "export": ["--data", "{folder}", "--to", "webdataset"],
+    "report": ["--data", "{folder}"],
+}
+
+
+@pytest.mark.parametrize("job", OUTS)
+def test_every_job_refuses_such_a_place_before_it_begins(job: str, tmp_path: Path, call_job) -> None:
+    captions = write_corpus(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    given = [text.format(captions=captions, folder=tmp_path) for text in OUTS[job]]
+    for out in (captions / "run", tmp_path / "link" / "run", "https://host/run", "memory://run", "s3://bucket/a::b"):
+        run = call_job(job, *given, "--out", out)
+        assert run.returncode == 2, run.stderr
+        assert str(out) in run.stderr and "Traceback" not in run.stderr and run.stderr.count("\n") == 1
