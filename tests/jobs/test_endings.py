@@ -112,6 +112,7 @@ def test_help_for_nobody_is_no_failure(command: str) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_generation_stopped_while_it_draws_keeps_its_shards_and_goes_on(number: int, tmp_path: Path, run_job) -> None:
     corpus = write_corpus(tmp_path, [f"caption number {index}" for index in range(400)])
