@@ -144,6 +144,8 @@ class EvaluateRequest(CaptionerOptions):
                 )
             if (self.images is None) == (self.features is None):
                 raise InputError("--images, --features: give one of the two, the pictures to caption")
+            if self.features is not None and self.references is None and self.split is not None:
+                raise InputError(f"--split {self.split}: needs --references; the captions of a dataset have no splits")
             if self.every_epoch and len(self.checkpoints) > 1:
                 raise InputError("--every-epoch: takes one run as --checkpoint")
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.dataset.layout import plan_part_key, read_table
+from cluster.dataset.layout import read_table
 from cluster.export.source import Source
 from cluster.sources.pictures import candidate_ids
 from pcm.generation.names import IMPORTED, PHOTOS
@@ -50,7 +50,9 @@ class PublishedIds:
         """Sample id -> image id."""
         names: dict[str, str] = {}
         for shard in range(self._source.plan.num_shards):
-            planned = read_table(self._source.store, plan_part_key(shard), ["sample_id", "corpus_id"]).to_pylist()
+            planned = read_table(
+                self._source.store, self._source.plan.part_key(shard), ["sample_id", "corpus_id"]
+            ).to_pylist()
             names |= {row["sample_id"]: row["corpus_id"].rpartition("#")[0] for row in planned}
         numbers = _numbers(list(dict.fromkeys(names.values())))
         self.file_names = {number: name for name, number in numbers.items()}

@@ -176,6 +176,7 @@ def test_every_epoch_that_the_run_kept_is_evaluated(world: Path, tmp_path: Path)
         ({}, "--images, --features: give one of the two"),
         ({"images": "a", "features": "b"}, "--images, --features: give one of the two"),
         ({"results": "r.json", "checkpoint": None, "features": "b"}, "--features b: without effect beside --results"),
+        ({"features": "b", "references": None, "split": "test"}, "--split test: needs --references"),
         ({"features": "b", "every_epoch": True, "checkpoint": ("a", "b")}, "takes one run"),
     ],
 )
