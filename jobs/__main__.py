@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import jobs
 from jobs.command_line import Job, end_with_error
+from jobs.endings import open_streams, print_text
 from pcm.errors import InputError, not_known
 
-_PARTS = ("__main__", "command_line")
+_PARTS = ("__main__", "command_line", "endings")
 
 
 def job_names() -> list[str]:
@@ -25,11 +26,13 @@ def load_job(name: str) -> Job:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """List the jobs, or run the one that is named."""
+    open_streams()
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: python -m jobs NAME [options], or python -m jobs.NAME [options]; each has --help\n")
-        for known in job_names():
-            print(f"  {known:18}{load_job(known).summary}")
+        print_text(
+            "usage: python -m jobs NAME [options], or python -m jobs.NAME [options]; each has --help\n\n"
+            + "\n".join(f"  {known:18}{load_job(known).summary}" for known in job_names())
+        )
         return
     try:
         job = load_job(name)

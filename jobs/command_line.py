@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from cluster.options import Option, Request, flag, options_of
+from jobs.endings import StopSignals, flush_streams, open_streams, print_summary, say
 from pcm.credentials import refuse_credentials
 from pcm.documents import read_document
 from pcm.errors import InputError, one_line
@@ -46,9 +47,27 @@ class Job:
     def main(self, argv: Sequence[str] | None = None) -> None:
         """Read the request, run, print the summary as one JSON line, exit.
 
-        0 = done; 2 = bad arguments or input, with one line on stderr; anything else raises, so Python prints the
-        traceback and exits with 1. A summary may carry `"ok": False` (a check that ran and failed): exit 1.
+        0 = done; 2 = bad arguments or input, with one line on stderr; 130 and 143 after SIGINT and SIGTERM
+        (jobs/endings.py); anything else raises, so Python prints the traceback and exits with 1. A summary may carry
+        `"ok": False` (a check that ran and failed): exit 1.
         """
+        open_streams()
+        stop = StopSignals()
+        try:
+            with stop.watched():
+                try:
+                    self._main(argv)
+                except SystemExit as end:
+                    if end.code not in (None, 0, 2):
+                        stop.end_if_received()
+                    raise
+                except BaseException:
+                    stop.end_if_received()
+                    raise
+        finally:
+            flush_streams()
+
+    def _main(self, argv: Sequence[str] | None) -> None:
         try:
             request = self.read(sys.argv[1:] if argv is None else argv)
         except InputError as error:
@@ -59,8 +78,8 @@ class Job:
             summary = self.run(request)
         except InputError as error:
             end_with_error(str(error))
-        sys.stderr.flush()
-        print(json.dumps(summary, allow_nan=False), flush=True)
+        flush_streams()
+        print_summary(json.dumps(summary, allow_nan=False))
         if summary.get("ok") is False:
             sys.exit(1)
 
@@ -130,7 +149,7 @@ class _Parser(argparse.ArgumentParser):
 
 def end_with_error(message: str) -> NoReturn:
     """One line on stderr, and exit status 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    say(f"error: {message}")
     sys.exit(2)
 
 

@@ -164,7 +164,13 @@ class Plan:
             segments = tuple(Segment(**_known(Segment, segment)) for segment in values["segments"])
             source = CorpusSource(**_known(CorpusSource, values["source"])) if values["source"] else None
             spec = DatasetSpec.from_dict(values["spec"])
-            return Plan(**{**_known(Plan, values), "spec": spec, "segments": segments, "source": source})
+            found = Plan(**{**_known(Plan, values), "spec": spec, "segments": segments, "source": source})
+            _check_numbers(found, "records", "expected", "usable", "shard_size")
+            for segment in segments:
+                _check_numbers(segment, "first_record", "records", "first_shard", "num_shards")
+            if not segments or found.shard_size < 1:
+                raise ValueError("nothing is planned")
+            return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,14 +201,22 @@ class Manifest:
     def from_json(data: bytes) -> "Manifest":
         values = _document(data, MANIFEST_KEY)
         with _intact(MANIFEST_KEY):
-            return Manifest(
+            features = FeatureShape(**_known(FeatureShape, values["features"]))
+            found = Manifest(
                 **{
                     **_known(Manifest, values),
                     "spec": DatasetSpec.from_dict(values["spec"]),
-                    "features": FeatureShape(**_known(FeatureShape, values["features"])),
+                    "features": features,
                     "shards": tuple(values["shards"]),
                 }
             )
+            _check_numbers(found, "expected", "stored", "quarantined", "shard_bytes")
+            _check_numbers(features, *asdict(features))
+            for shard in found.shards:
+                StoredShard.of(shard)
+                if type(shard["quarantined"]) is not int:
+                    raise TypeError(f"quarantined of {shard['key']} is {shard['quarantined']!r}")
+            return found
 
 
 def load_plan(store: Store) -> Plan | None:
@@ -280,10 +294,23 @@ def _document(data: bytes, key: str) -> dict:
     return values
 
 
+def _check_numbers(found: object, *names: str) -> None:
+    for name in names:
+        if type(value := getattr(found, name)) is not int or value < 0:
+            raise TypeError(f"{name} is {value!r}")
+
+
 def _known(kind: type, values: dict) -> dict:
     """The values without fields that later work has added to a document."""
     names = {field.name for field in fields(kind)}
     return {name: value for name, value in values.items() if name in names}
+
+
+#: What helps against a damaged document.
+_MENDED = {
+    PLAN_KEY: "restore it (without it jobs.verify cannot tell what is missing)",
+    MANIFEST_KEY: "run jobs.verify DATASET --repair, which writes it anew",
+}
 
 
 @contextlib.contextmanager
@@ -291,6 +318,6 @@ def _intact(key: str) -> Iterator[None]:
     """What goes wrong in reading a document is that it is damaged. Raises InputError."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        said = one_line(error)
-        raise InputError(f"{key}: damaged ({said}); restore it, or generate into another --out") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        said = one_line(error, longest=200)
+        raise InputError(f"{key}: damaged ({said}); {_MENDED[key]}, or generate into another --out") from None

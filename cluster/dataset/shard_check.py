@@ -45,7 +45,7 @@ PROBLEMS_SHOWN = 20
 FINISH_UPGRADE = "an upgrade was interrupted: run jobs.verify DATASET --upgrade"
 
 #: What reading a damaged Parquet object raises: gone, no Parquet, broken pages, text that is no UTF-8, another schema.
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException)
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, pa.ArrowException)
 
 
 @dataclass
@@ -102,7 +102,8 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
         report.problems.append(f"{key}: its sha256 is not the manifest's")
     try:
         table = pq.read_table(io.BytesIO(data))
-        version = _check_schema(table, plan, manifest)
+        version = check_schema(table.schema, plan, manifest)
+        table.validate(full=True)  # text is UTF-8, offsets lie within
         rows, finite_rows = _light_rows(table), _finite_rows(table)
     except UNREADABLE as error:
         report.corrupt = report.planned
@@ -234,22 +235,21 @@ def _check_stats(store: Store, report: ShardReport, num_bytes: int, *, outdated:
         )
 
 
-def _check_schema(table: pa.Table, plan: Plan, manifest: Manifest | None) -> int:
+def check_schema(schema: pa.Schema, plan: Plan, manifest: Manifest | None) -> int:
     """The version of the shard's schema: the plan's, or the one before where an upgrade is not done.
 
     Raises ValueError unless names and types are a shard's, with the manifest's features where there is one. Columns of
     later work are passed over.
     """
-    version = min(shard_version(table.schema), plan.schema_version)
-    features = feature_shape(table.schema) if version >= 3 else _features_of_lists(table.schema, manifest)
+    version = min(shard_version(schema), plan.schema_version)
+    features = feature_shape(schema) if version >= 3 else _features_of_lists(schema, manifest)
     if manifest is not None and features != manifest.features:
         raise ValueError(f"features {features}, must be {manifest.features} as in {MANIFEST_KEY}")
     wanted = shard_schema(features, version)
-    found = dict(zip(table.schema.names, table.schema.types, strict=True))
+    found = dict(zip(schema.names, schema.types, strict=True))
     for name, kind in zip(wanted.names, wanted.types, strict=True):
         if found.get(name) != kind:
             raise ValueError(f"column {name}: {found.get(name, 'missing')}, must be {kind}")
-    table.validate(full=True)  # text is UTF-8, offsets lie within
     return version
 
 
@@ -269,6 +269,17 @@ def _light_rows(table: pa.Table) -> list[tuple]:
     columns = {name: table[name] for name in names}
     columns["image"] = pa.chunked_array([chunk.field("bytes") for chunk in table["image"].chunks], pa.binary())
     return list(zip(*(column.to_pylist() for column in columns.values()), strict=True))
+
+
+def check_values(table: pa.Table) -> None:
+    """Raises ValueError where a value of these columns is null or not finite; others may be missing from the table."""
+    table.validate(full=True)
+    if missing := [name for name in table.column_names if name != "reason" and table[name].null_count]:
+        raise ValueError(f"{missing[0]}: a value is null")
+    for name in {"clip_score", "global_feature", "patch_features"} & set(table.column_names):
+        values = table[name].to_numpy() if name == "clip_score" else feature_matrix(table[name])
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name}: a value is not finite")
 
 
 def _finite_rows(table: pa.Table) -> np.ndarray:

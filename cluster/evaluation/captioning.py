@@ -4,6 +4,7 @@ Pictures are captioned in batches that depend on their number alone (the first 6
 so a caption does not depend on how many workers there are, nor on which of them captioned it.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -61,7 +62,8 @@ def caption(request: CaptionRequest) -> dict[str, Any]:
     """
     captioner = load_captioner(request.checkpoints, request)
     if request.features is None:
-        found = captioner.caption([_local(image) for image in request.images])
+        with contextlib.ExitStack() as copies:
+            found = captioner.caption([_local(image, copies) for image in request.images])
         results = dict(zip(request.images, found, strict=True))
     else:
         results = _described(captioner, all_features(request.features, limit=request.limit))
@@ -107,14 +109,24 @@ def load_captioner(
     checkpoints: Sequence[str], asked: CaptionerOptions, *, clip: ClipEncoder | None = None
 ) -> Captioner:
     """The captioner in one checkpoint, or an ensemble of several. `clip`: one that is loaded already."""
-    folders = [local_checkpoint(checkpoint) for checkpoint in checkpoints]
-    return Captioner.load(
-        folders,
-        clip=clip or asked.clip,
-        device=asked.device,
-        beam_size=asked.beam_size,
-        concepts=None if asked.concepts is None else read_concepts(asked.concepts),
+    concepts = None if asked.concepts is None else read_concepts(asked.concepts)
+    return _load(
+        checkpoints, clip=clip or asked.clip, device=asked.device, beam_size=asked.beam_size, concepts=concepts
     )
+
+
+def _load(
+    checkpoints: Sequence[str],
+    *,
+    clip: ClipEncoder | str | None,
+    device: str,
+    beam_size: int,
+    concepts: ConceptVocabulary | None,
+) -> Captioner:
+    """`Captioner.load` of paths or URIs. Raises InputError as it does."""
+    with contextlib.ExitStack() as copies:
+        folders = [copies.enter_context(local_checkpoint(checkpoint)) for checkpoint in checkpoints]
+        return Captioner.load(folders, clip=clip, device=device, beam_size=beam_size, concepts=concepts)
 
 
 def load_pictures(source: PictureSource, *, limit: int | None) -> PictureSet | FeatureSet:
@@ -138,27 +150,29 @@ def check_clip(captioner: Captioner, pictures: PictureSet | FeatureSet) -> None:
             )
 
 
-def _local(image: str) -> str:
+def _local(image: str, copies: contextlib.ExitStack) -> str:
     """A local path of a picture at a URI; a URI with nothing there stays, to be reported as the file it is not."""
     if "://" not in image:
         return image
     try:
-        return str(local_copy(image))
+        return str(copies.enter_context(local_copy(image)))
     except InputError:
         return image
 
 
-def local_checkpoint(uri: str) -> Path:
-    """A local folder with the captioner at `uri`: a checkpoint, or a run, whose best one it is.
+@contextlib.contextmanager
+def local_checkpoint(uri: str) -> Iterator[Path]:
+    """A local folder with the captioner at `uri`, for as long as it is read: a checkpoint, or a run, whose best one it
+    is.
 
     The record of a remote run comes with it (`Captioner.load` looks there which CLIP the run was given).
     """
     store = open_store(uri)
     in_run = not store.exists(MODEL_FILE) and store.exists(f"best/{MODEL_FILE}")
-    folder = local_copy(join(uri, "best") if in_run else uri)
-    if in_run and not store.is_local and store.exists(CONFIG_FILE):
-        (folder.parent / CONFIG_FILE).write_bytes(store.read_bytes(CONFIG_FILE))
-    return folder
+    with local_copy(join(uri, "best") if in_run else uri) as folder:
+        if in_run and not store.is_local and store.exists(CONFIG_FILE):
+            (folder.parent / CONFIG_FILE).write_bytes(store.read_bytes(CONFIG_FILE))
+        yield folder
 
 
 _EPOCH = re.compile(r"epoch-([0-9]{3,})")
@@ -261,8 +275,8 @@ class _CaptionWorker:
         if source.device == "cpu":
             torch.set_num_threads(threads)
         checkpoints = [source.checkpoint] if isinstance(source.checkpoint, str) else source.checkpoint
-        self.captioner = Captioner.load(
-            [local_checkpoint(checkpoint) for checkpoint in checkpoints],
+        self.captioner = _load(
+            checkpoints,
             clip=source.clip,
             device=source.device,
             beam_size=source.beam_size,

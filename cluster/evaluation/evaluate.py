@@ -9,7 +9,8 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from cluster.sources.pictures import (
     reference_names,
     source_anywhere,
 )
-from cluster.store.store import join, local_copy, open_store, read_uri
+from cluster.store.store import join, open_store, read_uri
 from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder
 from pcm.documents import document_bytes, read_document
@@ -62,12 +63,13 @@ def evaluate(request: EvaluateRequest) -> dict[str, Any]:
     if request.list_experiments:
         log.info("experiments of arXiv 2501.00437:\n%s", experiments_table())
         return {"experiments": {name: {"train": found.training, **found.paper} for name, found in EXPERIMENTS.items()}}
-    if request.results is not None:
-        return _evaluate_results(request, request.results)
-    if request.every_epoch:
-        return _evaluate_every_epoch(request)
     require_metrics()
-    return _evaluate(request, request.checkpoints, spice_folder=_spice_folder(request))[0]
+    with _spice_folder(request) as spice_folder:
+        if request.results is not None:
+            return _evaluate_results(request, request.results, spice_folder=spice_folder)
+        if request.every_epoch:
+            return _evaluate_every_epoch(request, spice_folder=spice_folder)
+        return _evaluate(request, request.checkpoints, spice_folder=spice_folder)[0]
 
 
 def _evaluate(
@@ -115,13 +117,11 @@ def _evaluate(
     return _finished(summary, reasons, request, captions=captions, known=known, unreadable=found.unreadable), captioner
 
 
-def _evaluate_every_epoch(request: EvaluateRequest) -> dict[str, Any]:
+def _evaluate_every_epoch(request: EvaluateRequest, *, spice_folder: Path | None) -> dict[str, Any]:
     """The metrics of each epoch's checkpoint that a run has, and which epoch is the best by CIDEr.
 
     Raises InputError where the run has none.
     """
-    require_metrics()
-    spice_folder = _spice_folder(request)
     started = time.monotonic()
     (run,) = request.checkpoints
     checkpoints, trained = epoch_checkpoints(run)
@@ -146,21 +146,23 @@ def _evaluate_every_epoch(request: EvaluateRequest) -> dict[str, Any]:
     return summary
 
 
-def _spice_folder(request: EvaluateRequest) -> Path | None:
+@contextmanager
+def _spice_folder(request: EvaluateRequest) -> Iterator[Path | None]:
     """A local folder with SPICE's models, None where there is none. Raises InputError for one that lacks them."""
     home = request.spice_home or os.environ.get(SPICE_HOME_VARIABLE)
     store = open_store(home) if home else None
     if store is None or store.is_local:
-        return require_spice(None if store is None else store.prefix)
+        yield require_spice(None if store is None else store.prefix)
+        return
     if missing := [name for name in SPICE_MODELS if not store.exists(name)]:
         raise InputError(f"--spice-home {home}: has no {' and no '.join(missing)}")
-    folder = Path(tempfile.mkdtemp(prefix="pcm-spice-"))
-    for name in SPICE_MODELS:
-        local_copy(join(store.address, name), folder=folder)
-    return folder
+    with tempfile.TemporaryDirectory(prefix="pcm-spice-") as folder:
+        for name in SPICE_MODELS:
+            Path(folder, name).write_bytes(store.read_bytes(name))
+        yield Path(folder)
 
 
-def _evaluate_results(request: EvaluateRequest, results: str) -> dict[str, Any]:
+def _evaluate_results(request: EvaluateRequest, results: str, *, spice_folder: Path | None) -> dict[str, Any]:
     """The metrics of a COCO results file, whoever made it.
 
     An image id is the number that the references' file gives the picture, or any name that a picture of it might have
@@ -168,8 +170,6 @@ def _evaluate_results(request: EvaluateRequest, results: str) -> dict[str, Any]:
     references without a caption (without_picture). Raises InputError when the file or the references cannot be used.
     """
     started = time.monotonic()
-    require_metrics()
-    spice_folder = _spice_folder(request)
     given = read_results(read_uri(results), source=results)
     read = picture_references(request.pictures)
     references, known = read.by_image, coco_pictures(request.pictures)

@@ -37,7 +37,8 @@ def export(request: ExportRequest) -> dict:
     if request.data is not None:
         return {**export_dataset(open_store(request.data), out, request), "out": request.out}
     assert request.checkpoint is not None
-    files = export_checkpoint(local_checkpoint(request.checkpoint))
+    with local_checkpoint(request.checkpoint) as folder:
+        files = export_checkpoint(folder)
     if foreign := sorted(set(out.list()) - set(files)):
         raise InputError(f"--out {request.out}: holds other things ({foreign[0]}); give an empty place")
     for name, data in files.items():

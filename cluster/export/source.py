@@ -9,10 +9,12 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.dataset.committed import load_stats
 from cluster.dataset.layout import MANIFEST_KEY, Manifest, Plan, load_manifest, load_plan, stats_key
 from cluster.dataset.plan import parse_sample_id
+from cluster.dataset.shard_check import UNREADABLE, check_schema, check_values
 from cluster.store.store import Store
-from pcm.errors import InputError
+from pcm.errors import InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,19 @@ class Source:
 
     def read(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         """A shard's rows. Raises InputError when it is not the manifest's."""
-        return pq.read_table(io.BytesIO(self.read_bytes(shard)), columns=columns)
+        data = self.read_bytes(shard)
+        try:
+            file = pq.ParquetFile(io.BytesIO(data))
+            check_schema(file.schema_arrow, self.plan, self.manifest)
+            table = file.read(columns=columns)
+            check_values(table)
+        except UNREADABLE as error:
+            place = f"{self.store.root}/{self.manifest.shards[shard]['key']}"
+            raise InputError(f"{place}: damaged ({first_line(error)}); run jobs.verify on the dataset") from None
+        return table
 
     def stats(self, shard: int) -> dict:
+        load_stats(self.store, shard)  # raises InputError where they are damaged
         return json.loads(self.store.read_bytes(stats_key(shard)))
 
     def position(self, sample_id: str) -> int:

@@ -110,13 +110,14 @@ def import_captioner(request: ImportRequest, checkpoint: str) -> dict[str, Any]:
     assert request.concepts is not None
     store = open_store(request.out)
     others = sorted(set(store.list()))
-    files = import_checkpoint(
-        local_copy(checkpoint),
-        vocabulary=read_vocabulary(request.vocabulary),
-        concepts=read_concepts(request.concepts),
-        clip=clip_of_given_features(request.clip).identity(),
-        settings=dict(request.settings),
-    )
+    with local_copy(checkpoint) as path:
+        files = import_checkpoint(
+            path,
+            vocabulary=read_vocabulary(request.vocabulary),
+            concepts=read_concepts(request.concepts),
+            clip=clip_of_given_features(request.clip).identity(),
+            settings=dict(request.settings),
+        )
     if foreign := sorted(set(others) - set(files)):
         raise InputError(f"--out {request.out}: holds other things ({foreign[0]}); give an empty place")
     for name, data in files.items():
@@ -251,7 +252,8 @@ def _store_clip_files(store: Store, plan: Plan, request: ImportRequest, found: F
 
 
 def _published_head(uri: str) -> dict[str, torch.Tensor]:
-    tensors = read_tensors(local_copy(uri))
+    with local_copy(uri) as path:
+        tensors = read_tensors(path)
     missing = [name for name in _HEAD if f"visual_embed.{name}" not in tensors]
     if missing:
         raise InputError(f"--clip-head {uri}: has no visual_embed.{missing[0]}; give a published PCM-Net checkpoint")

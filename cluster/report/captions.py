@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cluster.evaluation.captioning import local_checkpoint
+from cluster.evaluation.captioning import load_captioner
+from cluster.evaluation.request import CaptionerOptions
 from cluster.report.gallery import thumbnail
 from cluster.sources.pictures import PictureSet, PictureSource, load_picture_set
 from cluster.store.store import open_store
-from pcm.captioners.captioner import MODEL_FILE, Captioner
+from pcm.captioners.captioner import MODEL_FILE
 from pcm.captioners.pcmnet.patch_overlay import TextualPatch, textual_patches
 from pcm.errors import InputError
 
@@ -53,7 +54,7 @@ def caption_samples(
 ) -> CaptionSamples:
     """Caption SAMPLES pictures in this process. Raises InputError as jobs.evaluate does."""
     pictures = load_picture_set(source)
-    captioner = Captioner.load(local_checkpoint(checkpoint), clip=clip, device=device)
+    captioner = load_captioner((checkpoint,), CaptionerOptions(clip=clip, device=device))
     order = np.random.default_rng(seed).permutation(len(pictures)).tolist()
     opened, unreadable = _opened(pictures, sorted(order[:SAMPLES]))
     if not opened:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from cluster.dataset.committed import summary
 from cluster.dataset.layout import (
     PLAN_KEY,
     Manifest,
@@ -22,11 +23,14 @@ from cluster.dataset.layout import (
     shard_number,
     stats_key,
 )
-from cluster.dataset.rows import read_shard
+from cluster.dataset.rows import read_shard, scores_of
 from cluster.dataset.verify import verify
 from cluster.numbers import size
 from cluster.store.store import Store
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
+
+#: Of a shard's statistics, what the report computes with beside what the manifest needs.
+_TIMES = frozenset({"start_time", "end_time", "draw_seconds", "featurise_seconds", "encode_seconds"})
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -118,7 +122,12 @@ def in_parallel(work: Callable[[T], U], items: Sequence[T]) -> list[U]:
 
 
 def _rows(store: Store, manifest: Manifest, place: int) -> list[Row]:
-    table = read_shard(store, StoredShard.of(manifest.shards[place]), ["sample_id", "caption", "seed", "clip_score"])
+    shard = StoredShard.of(manifest.shards[place])
+    table = read_shard(store, shard, ["sample_id", "caption", "seed", "clip_score"])
+    if not np.isfinite(scores_of(store, shard, table)).all() or table["seed"].null_count:
+        raise InputError(
+            f"{store.root}/{shard.key}: a clip score or a seed is not a number; run jobs.verify on the dataset"
+        )
     return [Row(shard=place, row=number, **row) for number, row in enumerate(table.to_pylist())]
 
 
@@ -129,11 +138,17 @@ def _stats(store: Store, manifest: Manifest) -> tuple[dict[str, Any], ...]:
 
     def read(shard: int) -> dict[str, Any] | None:
         try:
-            return json.loads(store.read_bytes(stats_key(shard)))
+            found = json.loads(store.read_bytes(stats_key(shard)))
+            summary(found)
+            for name in _TIMES & found.keys():
+                if not isinstance(found[name], int | float):
+                    raise TypeError(f"{name} is {found[name]!r}")
+            return found
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise InputError(f"{store.root}/{stats_key(shard)}: damaged ({error}); run jobs.verify --repair") from None
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            said = one_line(error, longest=200)
+            raise InputError(f"{store.root}/{stats_key(shard)}: damaged ({said}); run jobs.verify --repair") from None
 
     found = in_parallel(read, shards[::step])
     return tuple(stats for stats in found if stats is not None)

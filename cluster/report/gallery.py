@@ -113,6 +113,11 @@ def _concept_names(store: Store) -> frozenset[str] | None:
         return frozenset(ConceptVocabulary.from_bytes(store.read_bytes(CONCEPTS_KEY)).names)
     except FileNotFoundError:
         return None
+    except InputError as error:
+        raise InputError(
+            f"{store.root}/{CONCEPTS_KEY}: {error}; delete it and rerun the same jobs.generate command, which builds "
+            "it again"
+        ) from None
 
 
 def _by_concept(rows: Sequence[Row], names: frozenset[str] | None) -> dict[str, list[Row]]:

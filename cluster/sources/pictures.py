@@ -4,6 +4,7 @@ import logging
 import re
 import unicodedata
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -102,12 +103,14 @@ def load_picture_set(source: PictureSource, *, limit: int | None = None) -> Pict
 
 def picture_references(source: PictureSource) -> References:
     """Reference captions by image id. Raises InputError as pcm.text.references.load_references does."""
-    return load_references(_reference_file(source), split=source.split)
+    with _reference_file(source) as path:
+        return load_references(path, split=source.split)
 
 
 def coco_pictures(source: PictureSource) -> dict[str, CocoPicture]:
     """Image id -> number and domain, where the references are a file of COCO's form, as NoCaps' is."""
-    return load_coco_pictures(_reference_file(source))
+    with _reference_file(source) as path:
+        return load_coco_pictures(path)
 
 
 def check_source(source: PictureSource) -> None:
@@ -184,7 +187,7 @@ def reference_names(image_ids: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _reference_file(source: PictureSource) -> Path:
+def _reference_file(source: PictureSource) -> AbstractContextManager[Path]:
     return local_copy(resolved(source.references or source.images))
 
 

@@ -12,6 +12,7 @@ under load; a GPU that draws 2 pictures a second commits a shard of 256 every tw
 second and 1,000 GPUs make 23.
 """
 
+import contextlib
 import io
 import os
 import shutil
@@ -27,6 +28,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.store.object_file import ObjectFile
+from cluster.store.paths import inside, outside
 from cluster.store.retries import with_retries
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, first_line
@@ -71,6 +73,9 @@ class Store:
         return self.prefix.rsplit("/", 1)[-1]
 
     def path(self, key: str) -> str:
+        """Raises InputError for a key that leads out of the store's folder: some come from files and listings."""
+        if ".." in key and ".." in key.split("/"):
+            raise outside(key, self.root)
         return f"{self.prefix}/{key}" if key else self.prefix
 
     def read_bytes(self, key: str) -> bytes:
@@ -353,26 +358,31 @@ def read_uri(uri: str | os.PathLike) -> bytes:
         raise InputError(f"{os.fspath(uri)}: no such file; give an existing path or URI") from None
 
 
-def local_copy(uri: str | os.PathLike, *, folder: Path | None = None) -> Path:
-    """A local path with the same content: the path itself when it is local, else a download.
+@contextlib.contextmanager
+def local_copy(uri: str | os.PathLike) -> Iterator[Path]:
+    """A local path with the same content: the path itself when it is local, else a download, removed afterwards.
 
-    A remote prefix is downloaded as a folder. Raises InputError when there is nothing at the URI.
+    A remote prefix is downloaded as a folder. Raises InputError when there is nothing at the URI, or a key there would
+    lead out of the folder.
     """
     store = open_store(uri)
     if store.is_local:
         path = Path(store.prefix)
         if not path.exists():
             raise InputError(f"{os.fspath(uri)}: no such file or folder; give an existing path or URI")
-        return path
-    target = Path(folder or tempfile.mkdtemp(prefix="pcm-")) / Path(store.prefix).name
-    if store.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(store.read_bytes(""))
-        return target
-    keys = store.list()
-    if not keys:
-        raise InputError(f"{os.fspath(uri)}: no such file or folder; give an existing path or URI")
-    for key in keys:
-        (target / key).parent.mkdir(parents=True, exist_ok=True)
-        (target / key).write_bytes(store.read_bytes(key))
-    return target
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="pcm-") as folder:
+        target = inside(Path(folder), store.name or "copy")
+        keys = [""] if store.is_file() else store.list()
+        if not keys:
+            raise InputError(f"{os.fspath(uri)}: no such file or folder; give an existing path or URI")
+        for key in keys:
+            file = inside(target, key) if key else target
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with store.open(key, buffered=False) as source, file.open("xb") as copy:
+                    shutil.copyfileobj(source, copy, REMOTE_BUFFER)
+            except (FileExistsError, NotADirectoryError, IsADirectoryError):
+                raise InputError(f"{store.root}: the key {key[:200]!r} is a file and a folder at once") from None
+        yield target

@@ -5,11 +5,12 @@ and its checkpoints to the trial's folder, from where an interrupted trial goes 
 worker that a TorchTrainer would start for every trial, and changes no number: the loop is the same code.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,12 +76,13 @@ def run_trial(parameters: dict[str, Any], *, sweep: SweepRun) -> None:
     config: TrainConfig = sweep.run.config.with_overrides(overrides)
     run = replace(sweep.run, out=out, config=config, document={**sweep.run.document, "train": config.to_dict()})
     preload({key: ray.get(table) for key, table in sweep.tables.items()})
-    train_in_this_process(_TrialReports(store))
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    try:
-        reason = train_loop({"run": run})
-    except InputError as error:
-        reason = str(error)
+    with _newest_checkpoint(store) as checkpoint:
+        train_in_this_process(_TrialReports(store, checkpoint))
+        try:
+            reason = train_loop({"run": run})
+        except InputError as error:
+            reason = str(error)
     if reason:
         _report({"epoch": config.epochs, "CIDEr": FAILED_CIDER, "reason": reason})
 
@@ -114,8 +116,8 @@ def shared_tables(store: Store, shards: Sequence[StoredShard]) -> dict[str, ray.
 class _TrialReports(LocalReports):
     """What ray.train.report and ray.train.get_checkpoint do in a trial."""
 
-    def __init__(self, store: Store) -> None:
-        super().__init__(name=store.prefix, checkpoint=_newest_checkpoint(store))
+    def __init__(self, store: Store, checkpoint: ray.train.Checkpoint | None) -> None:
+        super().__init__(name=store.prefix, checkpoint=checkpoint)
         self._store = store
 
     def report(  # type: ignore[override]
@@ -141,10 +143,13 @@ class _TrialReports(LocalReports):
                 self._store.delete(key)
 
 
-def _newest_checkpoint(store: Store) -> ray.train.Checkpoint | None:
-    """The last checkpoint of a trial that is whole, if there is one."""
+@contextlib.contextmanager
+def _newest_checkpoint(store: Store) -> Iterator[ray.train.Checkpoint | None]:
+    """The last checkpoint of a trial that is whole, if there is one, for as long as it is needed."""
     keys = store.list(CHECKPOINT)
     newest = max((key.split("/")[1] for key in keys if key.endswith(f"/{COMPLETE_FILE}")), default=None)
     if newest is None:
-        return None
-    return ray.train.Checkpoint.from_directory(local_copy(join(store.root, CHECKPOINT, newest)))
+        yield None
+        return
+    with local_copy(join(store.root, CHECKPOINT, newest)) as folder:
+        yield ray.train.Checkpoint.from_directory(folder)

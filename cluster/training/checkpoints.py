@@ -1,6 +1,7 @@
 """The checkpoints of a training run: what is in one, and where and when it is written."""
 
 import json
+import logging
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -12,11 +13,15 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from cluster.store.store import Store
+from cluster.store.store import Store, join, local_copy
 from cluster.training.ema import WeightAverage
+from cluster.training.ray_trainer import CHECKPOINTS
 from cluster.training.run_spec import RunSpec
 from pcm.captioners.captioner import MODEL_FILE, captioner_files
 from pcm.captioners.pcmnet.model import PCMNet
+from pcm.errors import InputError, one_line
+
+log = logging.getLogger(__name__)
 
 #: The folder of the run, beside Ray Train's own (ray_trainer.CHECKPOINTS), with the captioner of its best epoch.
 BEST = "best"
@@ -28,6 +33,8 @@ NO_SCORE = -1.0
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
+#: Behind the name of a checkpoint that was made once more, because the first one is damaged.
+AGAIN = "-again"
 
 
 @dataclass
@@ -64,6 +71,7 @@ class Checkpoints:
     ) -> None:
         self._run, self._out, self._is_first = run, out, is_first
         self._module, self._optimizer, self._average = module, optimizer, average
+        self._damaged: dict[str, str] = {}  # checkpoints that restore() passed over, and why
 
     def save(self, metrics: dict[str, Any], at: TrainingState, *, is_best: bool) -> None:
         """Write a checkpoint and report `metrics`, whose SCORE decides how long Ray Train keeps it.
@@ -94,18 +102,57 @@ class Checkpoints:
             ray.train.report(
                 metrics,
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=at.checkpoint_name,
+                checkpoint_dir_name=self._free_name(at.checkpoint_name),
             )
 
     def restore(self) -> TrainingState:
-        """Load the last checkpoint that this run reported; at step 0, and nothing loaded, where there is none."""
+        """Load the last checkpoint that this run reported, or, where that is damaged, the newest before it that is not;
+        at step 0, and nothing loaded, where none was reported. Every worker comes to the same one.
+
+        Raises InputError where all that are there are damaged.
+        """
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return TrainingState()
-        with checkpoint.as_directory() as folder:
-            return load_training_state(
-                Path(folder), module=self._module, optimizer=self._optimizer, average=self._average
-            )
+        name = Path(checkpoint.path).name
+        try:
+            with checkpoint.as_directory() as folder:
+                return self._load(Path(folder))
+        except Exception as error:  # what a cut file raises depends on where it is cut
+            self._damaged[name] = one_line(error, longest=120)
+        for earlier in self._earlier_than(name):
+            with tempfile.TemporaryDirectory(prefix="pcm-checkpoint-") as folder:
+                copy = local_copy(join(self._out.root, CHECKPOINTS, earlier), folder=Path(folder))
+                try:
+                    state = self._load(copy)
+                except Exception as error:
+                    self._damaged[earlier] = one_line(error, longest=120)
+                    continue
+            if self._is_first:
+                log.warning("damaged checkpoints are passed over (%s); %s is used", self._why_damaged(), earlier)
+            return state
+        raise InputError(
+            f"{self._out.root}/{CHECKPOINTS}: no checkpoint can be read ({self._why_damaged()}); restore one, or train "
+            "into another --out"
+        )
+
+    def _why_damaged(self) -> str:
+        return "; ".join(f"{name}: {why}" for name, why in self._damaged.items())[:500]
+
+    def _load(self, folder: Path) -> TrainingState:
+        return load_training_state(folder, module=self._module, optimizer=self._optimizer, average=self._average)
+
+    def _earlier_than(self, name: str) -> list[str]:
+        """The checkpoints on the store before this one, the newest first: their names are in the order of training."""
+        keys = self._out.list(f"{CHECKPOINTS}/")
+        names = {key.split("/")[1] for key in keys if key.endswith(f"/{STATE_FILE}") and key.count("/") == 2}
+        return sorted((found for found in names if found < name), reverse=True)
+
+    def _free_name(self, name: str) -> str:
+        """The name, or another where a damaged checkpoint has it: Ray Train, which knows of that, deletes by name."""
+        while name in self._damaged:
+            name += AGAIN
+        return name
 
 
 def save_training_state(

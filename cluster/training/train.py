@@ -37,7 +37,7 @@ from cluster.training.step import check_compile
 from pcm.captioners.interface import CLIP_OPTION
 from pcm.clip.names import refuse_place, resolve_clip_name
 from pcm.documents import document_bytes
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.metrics import require_metrics
 from pcm.text.vocabulary import Vocabulary
@@ -170,10 +170,15 @@ def _previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
     """config.json of the run in OUT, or None for an empty OUT."""
     try:
         previous = json.loads(out.read_bytes(CONFIG_KEY))
+        TrainConfig.from_dict(previous["train"])
+        previous["validation"], _rows(previous)
     except FileNotFoundError:
         if out.list():
             raise InputError(f"{out.root}: not empty and not a training run; give another --out") from None
         return None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        said = one_line(error, longest=200)
+        raise InputError(f"{out.root}/{CONFIG_KEY}: damaged ({said}); restore it, or give another --out") from None
     if not resume:
         done, wanted = len(_history(out)), previous["train"]["epochs"]
         state = "a finished run" if done >= wanted else f"a run with {done} of {wanted} epochs done"
@@ -328,9 +333,17 @@ def _check_place(config: TrainConfig, *, num_workers: int, cpus: int, gpus: int)
 
 def _history(out: Store) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in out.read_bytes(METRICS_KEY).splitlines()]
+        history = [json.loads(line) for line in out.read_bytes(METRICS_KEY).splitlines()]
+        for row in history:
+            row["CIDEr"], row["step"]
+        return history
     except FileNotFoundError:
         return []
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        said = one_line(error, longest=200)
+        raise InputError(
+            f"{out.root}/{METRICS_KEY}: damaged ({said}); delete it: --resume writes it again, from the last checkpoint"
+        ) from None
 
 
 def _summary(out: Store, started: float) -> dict[str, Any]:

@@ -155,10 +155,12 @@ class Captioner:
         if isinstance(clip, ClipEncoder):
             clip.check_recorded(**recorded)
 
+        named_by_run = _clip_of_run(folder)  # read now: the folder may be a copy that does not stay
+
         def load_clip() -> ClipEncoder:
             name, revision = (clip, None) if clip else (trained_on["model"], trained_on.get("revision"))
             assert isinstance(name, str)
-            if not clip and name != _clip_of_run(folder):
+            if not clip and name != named_by_run:
                 refuse_place(name, source=str(folder / CONFIG_FILE))
             # Nobody stores these features: one picture need not cost a batch of 32.
             found = ClipEncoder(

@@ -4,15 +4,13 @@ The formats are those of `pcm.text.formats`. A reference that cannot be used is 
 caption of a corpus is; the pictures and their other references stay.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple, cast
 
 from pcm.documents import read_document
 from pcm.errors import InputError, one_line
@@ -95,9 +93,9 @@ def load_coco_pictures(path: str | Path) -> dict[str, CocoPicture]:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[io.BufferedReader[Any]]:
+def _open(path: Path) -> Iterator[io.BufferedReader]:
     with path.open("rb", buffering=1 << 20) as raw:
-        yield open_gzip(raw, name=str(path)) if path.suffix == ".gz" else raw
+        yield open_gzip(raw, name=str(path)) if path.suffix == ".gz" else cast(io.BufferedReader, raw)
 
 
 def _rows(path: Path) -> Iterator[CaptionRow]:

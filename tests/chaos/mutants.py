@@ -272,6 +272,25 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "a damaged newest checkpoint is passed over",
+        "cluster/training/checkpoints.py", "for earlier in self._earlier_than(name):", "for earlier in ():",
+        (
+            "tests/cluster/training/test_train.py::"
+            "test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before",
+        ),
+    ),
+    Mutant(
+        "deep JSON in a dataset's documents is damage",
+        "cluster/dataset/layout.py", "LookupError, AttributeError, RecursionError) as error:",
+        "LookupError, AttributeError) as error:",
+        ("tests/cluster/dataset/test_damaged.py",),
+    ),
+    Mutant(
+        "a caption that is null is named",
+        "cluster/dataset/rows.py", "for name in _TEXTS & set(columns):", "for name in ():",
+        ("tests/cluster/dataset/test_rows.py::test_a_caption_that_is_missing_or_no_text_is_named",),
+    ),
+    Mutant(
         "shards of somebody else are not counted as ours",
         "cluster/dataset/plan.py", "        _refuse_foreign_objects(store)\n", "        pass\n",
         ("tests/cluster/store/test_outputs.py::test_objects_of_somebody_else_are_not_counted_as_ours",),

@@ -3,11 +3,12 @@
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 
@@ -26,7 +27,7 @@ from cluster.dataset.rows import read_shard
 from cluster.dataset.vocabularies import MIN_WORD_COUNT, SMALL_CORPUS
 from cluster.store.store import Store, open_store
 from cluster.training.request import DataSource
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
 from pcm.records import FeatureShape
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
@@ -81,11 +82,29 @@ def open_training_sets(sources: Sequence[DataSource]) -> tuple[TrainingSet, ...]
                     " (a dataset of the null generator has no features)" if manifest.spec.clip.model == "null" else ""
                 )
                 raise InputError(f"{store.root}: has no {key}; it cannot be trained on{null}")
+        _check_vocabularies(store)
         sets.append(TrainingSet(store, manifest, source.weight))
     if len({training_set.store.prefix for training_set in sets}) < len(sets):
         raise InputError(f"--data {' '.join(source.uri for source in sources)}: a dataset twice; give it a weight")
     _check_same_clip(sets)
     return tuple(sets)
+
+
+def _check_vocabularies(store: Store) -> None:
+    """Raises InputError where words, concepts or CLIP head cannot be read."""
+    readers: dict[str, Callable[[bytes], object]] = {
+        VOCABULARY_KEY: lambda data: Vocabulary.from_text(data.decode()),
+        CONCEPTS_KEY: ConceptVocabulary.from_bytes,
+        CLIP_HEAD_KEY: safetensors.torch.load,
+    }
+    for key, read in readers.items():
+        try:
+            read(store.read_bytes(key))
+        except (ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
+            raise InputError(
+                f"{store.root}/{key}: damaged ({one_line(error, longest=200)}); delete it and rerun the same "
+                "jobs.generate command, which builds it again"
+            ) from None
 
 
 def arriving_set(store: Store, plan: Plan, features: FeatureShape) -> TrainingSet:

@@ -18,6 +18,7 @@ import numpy as np
 
 from cluster.dataset.layout import StoredShard
 from cluster.dataset.rows import Rows, no_scale, read_rows
+from cluster.store.paths import inside
 from cluster.store.store import Store
 from pcm.records import FeatureShape
 
@@ -44,7 +45,7 @@ class ShardCache:
 
     def read_rows(self, store: Store, shard: StoredShard, rows: np.ndarray, features: FeatureShape) -> Rows:
         """cluster.dataset.rows.read_rows by way of the cache."""
-        place = self.folder / shard.key
+        place = inside(self.folder, shard.key)
         if not place.exists():
             decoded = read_rows(store, shard, None, features)
             if self.int8:

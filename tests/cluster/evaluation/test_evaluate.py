@@ -220,8 +220,10 @@ def test_a_run_uri_means_its_best_checkpoint(world: Path, tmp_path: Path) -> Non
     (tmp_path / "best").mkdir()
     for file in (world / "checkpoint").iterdir():
         (tmp_path / "best" / file.name).write_bytes(file.read_bytes())
-    assert local_checkpoint(f"file://{tmp_path}") == tmp_path / "best"
-    assert local_checkpoint(str(world / "checkpoint")) == world / "checkpoint"
+    with local_checkpoint(f"file://{tmp_path}") as folder:
+        assert folder == tmp_path / "best"
+    with local_checkpoint(str(world / "checkpoint")) as folder:
+        assert folder == world / "checkpoint"
 
 
 def test_job_evaluate_prints_its_summary(world: Path, call_job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.sources.corpus import read_corpus
 from cluster.sources.pictures import PictureSource, candidate_ids, find_pictures, load_picture_set
 from pcm.errors import InputError
 from tests.helpers.paths import DATA
@@ -83,6 +84,12 @@ def test_plain_binary_images_and_parts_of_different_id_types_are_read(tmp_path):
 def test_a_table_without_picture_bytes_or_ids_is_one_line(name):
     with pytest.raises(InputError, match=r"needs columns image_id and image .*of these it has"):
         find_pictures(str(TABLES / name))
+
+
+def test_captions_beside_pictures_in_lists_are_a_corpus():
+    records = list(read_corpus(str(TABLES / "hf_flickr30k.parquet")))
+    assert [record.image_id for record in records] == ["42.jpg", "42.jpg", "43.jpg", "43.jpg", "44.jpg", "44.jpg"]
+    assert records[1].caption == "House on a hill." and not any(record.reason for record in records)
 
 
 def test_a_picture_that_is_null_is_one_unreadable_picture():

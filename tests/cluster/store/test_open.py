@@ -173,7 +173,7 @@ def test_an_object_that_has_become_shorter_is_noticed_at_once() -> None:
 
 WAYS = {
     "store": open_store,
-    "copy": local_copy,
+    "copy": lambda uri: local_copy(uri).__enter__(),
     "file": read_uri,
     "corpus": lambda uri: list(read_corpus(uri)),
     "digest of a corpus": source_digest,

@@ -6,6 +6,7 @@ import logging
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from cluster.store.paths import inside
 from cluster.store.store import Store, join, local_copy, open_store, read_uri
 from pcm.errors import InputError
 
@@ -123,14 +125,47 @@ def test_one_file_is_read_by_its_uri(store: Store, place: str) -> None:
         read_uri(join(place, "none.txt"))
 
 
-def test_a_folder_or_file_of_the_store_has_a_local_copy(store: Store, place: str, tmp_path: Path) -> None:
+def test_a_folder_or_file_of_the_store_has_a_local_copy_for_a_while(
+    store: Store, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     store.write_bytes("model/config.json", b"{}")
     store.write_bytes("model/deep/weights", b"123")
-    folder = local_copy(join(place, "model"), folder=tmp_path / "copy")
-    assert (folder / "config.json").read_bytes() == b"{}" and (folder / "deep/weights").read_bytes() == b"123"
-    assert local_copy(join(place, "model/config.json"), folder=tmp_path / "copy").read_bytes() == b"{}"
-    with pytest.raises(InputError, match="no such file or folder"):
-        local_copy(join(place, "none"))
+    with local_copy(join(place, "model")) as folder:
+        assert (folder / "config.json").read_bytes() == b"{}" and (folder / "deep/weights").read_bytes() == b"123"
+    assert folder.exists() == store.is_local
+    with local_copy(join(place, "model/config.json")) as file:
+        assert file.read_bytes() == b"{}"
+    assert file.exists() == store.is_local
+    with pytest.raises(InputError, match="no such file or folder"), local_copy(join(place, "none")):
+        pass
+    assert not list(tmp_path.glob("pcm-*"))
+
+
+@pytest.mark.parametrize("key", ["../out.txt", "a/../../out.txt", "/etc/x", "a//b", "./a", "a\nb", "x" * 300, "a/."])
+def test_a_key_that_leads_out_of_a_folder_is_refused(key: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no path inside it"):
+        inside(tmp_path, key)
+
+
+def test_a_listing_with_keys_that_lead_elsewhere_writes_nothing_elsewhere(tmp_path: Path) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    fs.pipe_file("/bucket/model/good", b"1")
+    fs.store["/bucket/model/../../../escaped"] = fs.store["/bucket/model/good"]
+    with pytest.raises(InputError, match="is no path inside it"), local_copy("memory://bucket/model"):
+        pass
+    assert not list(tmp_path.parent.rglob("escaped"))
+    fs.store.clear()
+
+
+def test_no_operation_takes_a_key_that_leads_out_of_the_store(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"x")
+    store = open_store(tmp_path / "data")
+    for use in (store.read_bytes, store.open, store.size, store.delete, lambda key: store.write_bytes(key, b"y")):
+        with pytest.raises(InputError, match="is no path inside it"):
+            use("../secret")
+    assert (tmp_path / "secret").read_bytes() == b"x"
 
 
 def test_a_file_uri_is_a_local_path(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from ray.train import FailureConfig, WorkerGroupError
 
 from cluster.dataset.layout import load_manifest
-from cluster.evaluation.evaluate import local_checkpoint
+from cluster.evaluation.captioning import load_captioner
 from cluster.ray_internals import FailureDecision
 from cluster.store.store import open_store
 from cluster.training.config import TrainConfig, settable_fields
@@ -222,6 +222,53 @@ def test_a_run_whose_driver_and_worker_were_killed_inside_epochs_equals_an_undis
     assert (out / "best/model.safetensors").read_bytes() == (trained / "best/model.safetensors").read_bytes()
 
 
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
+    trained: Path, world: Path, ray_session: None, capfd: pytest.CaptureFixture
+) -> None:
+    """The epochs that it counted are trained again, and are the same; then the run goes on, and can be resumed."""
+    out = world / "damaged"
+    shutil.copytree(trained, out)
+    cut(out / f"checkpoints/epoch-{EPOCHS:03d}/optimizer.pt")
+    longer = {"overrides": {"epochs": EPOCHS + 1}, **real_pictures(world)}
+    summary = train(request(world, out, resume=True, **longer))
+    assert summary["epochs"] == EPOCHS + 1 and science(out)[:EPOCHS] == science(trained)
+    said = ""
+    while "epoch-002 is used" not in said:  # a worker's lines come by way of Ray
+        said += capfd.readouterr().err
+        time.sleep(0.1)
+    assert "damaged checkpoints are passed over (epoch-003: " in said
+    names = {path.name for path in (out / "checkpoints").iterdir() if path.is_dir()}
+    assert f"epoch-{EPOCHS:03d}-again" in names and f"epoch-{EPOCHS + 1:03d}" in names
+
+
+def test_a_run_of_which_all_checkpoints_are_damaged_is_one_line(trained: Path, world: Path, ray_session: None) -> None:
+    out = world / "all damaged"
+    shutil.copytree(trained, out)
+    for folder in (out / "checkpoints").glob("epoch-*"):
+        cut(folder / "model.safetensors")
+    with pytest.raises(
+        InputError, match=r"no checkpoint can be read \(epoch-003: .*train into another --out"
+    ) as caught:
+        train(request(world, out, resume=True, overrides={"epochs": EPOCHS + 1}, **real_pictures(world)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+@pytest.mark.parametrize("data", [b'{"train": ', b"[]\n", b"[" * 100_000, b"{}\n"])
+def test_a_damaged_document_of_a_resumed_run_is_one_line(name: str, data: bytes, trained: Path, world: Path) -> None:
+    out = world / "damaged documents"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(trained, out)
+    (out / name).write_bytes(data)
+    with pytest.raises(InputError, match=rf"{name}: damaged \(.*\); (restore it|delete it)") as caught:
+        train(request(world, out, resume=True, overrides={"epochs": EPOCHS + 1}, **real_pictures(world)))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.slow
 def test_a_run_resumes_on_an_object_store_from_several_datasets(
     world: Path, tiny_clip: Path, run_job, s3: S3Server
@@ -249,7 +296,7 @@ def test_a_run_resumes_on_an_object_store_from_several_datasets(
     assert {"config.json", "metrics.jsonl", "losses/epoch-002.jsonl", "checkpoints/epoch-002/optimizer.pt"} <= set(keys)
     document = json.loads(open_store(out).read_bytes("config.json"))
     assert [each["weight"] for each in document["datasets"]] == [1.0, 0.5] and document["train"]["fraction"] == 0.5
-    assert Captioner.load(local_checkpoint(out), device="cpu").caption([scene(0)[1]])[0].caption
+    assert load_captioner(str(out), clip=None, device="cpu").caption([scene(0)[1]])[0].caption
 
 
 @pytest.mark.slow

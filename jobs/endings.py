@@ -1,0 +1,169 @@
+"""How a job ends before its time, or with nobody to read what it prints.
+
+SIGINT and SIGTERM: one line, the process unwinds, and within GRACE_SECONDS it and all it started are gone, with 130 or
+143. Whatever is committed is whole (a shard is one put, and the manifest comes last), so nothing is waited for that
+takes longer. A second signal ends it at once. A closed or full stdout or stderr changes no exit status.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+#: For unwinding and for Ray to leave.
+GRACE_SECONDS = 6.0
+#: For the thread to notice the signal whose handler the main thread is leaving.
+_NOTICE_SECONDS = 0.2
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """Raised in the main thread by the first signal, for `finally` and `with` to tidy up."""
+
+
+class StopSignals:
+    """Watches for SIGINT and SIGTERM while a job runs; `end_if_received` gives the job their status.
+
+    A thread does it, to which Python hands each signal as it comes: Ray and Ray Train put handlers of their own in
+    place of ours, and the main thread may be deep in a computation.
+    """
+
+    def __init__(self) -> None:
+        self._first: int | None = None
+        self._said = threading.Event()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """In the main thread; in any other one nothing is watched, as Python allows it nowhere else."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would only save the state of Ray Tune
+        previous = {number: signal.signal(number, self._raise) for number in SIGNALS}
+        previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), name="stop signals", daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(previous_fd)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            os.close(writer)  # which ends the thread
+
+    def end_if_received(self) -> None:
+        """Of a job that an exception ends. Does not return when a signal has come: Ray is left, what was started is
+        ended, and so is this process.
+        """
+        if not self._said.wait(_NOTICE_SECONDS):
+            return
+        with contextlib.suppress(BaseException):
+            ray: Any = sys.modules.get("ray")
+            if ray is not None and ray.is_initialized():
+                ray.shutdown()
+        self._end()
+
+    def _raise(self, number: int, frame: object) -> None:
+        # At a second one the thread has ended the process by now.
+        raise Stopped
+
+    def _watch(self, reader: int) -> None:
+        try:
+            while data := os.read(reader, 64):
+                for number in data:
+                    if number in SIGNALS:
+                        self._received(number)
+        finally:
+            os.close(reader)
+
+    def _received(self, number: int) -> None:
+        if self._first is not None:
+            self._end()
+        self._first = number
+        name = signal.Signals(number).name
+        logging.disable()
+        say(f"stopped by {name}: what is written is whole; run the same command again to go on")
+        # Whatever still writes there has nothing to tell: Ray's processes, threads that are cut off.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        self._said.set()
+        deadline = threading.Timer(GRACE_SECONDS, self._end)
+        deadline.daemon = True
+        deadline.start()
+
+    def _end(self) -> NoReturn:
+        assert self._first is not None
+        for pid in descendants(os.getpid()):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        os._exit(128 + self._first)
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process that this one started, and those that they did, nearest first (of Linux: /proc)."""
+    children: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # "PID (NAME) STATE PARENT ...", where the name may hold anything.
+            parent = status.read_text(errors="replace").rpartition(")")[2].split()[1]
+            children.setdefault(int(parent), []).append(int(status.parent.name))
+    found = list(children.get(pid, []))
+    for each in found:
+        found.extend(children.get(each, []))
+    return found
+
+
+def say(message: str) -> None:
+    """One line on stderr, if it can be written to."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(" ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def print_summary(line: str) -> None:
+    """The last line of stdout. Where nobody can read it, stderr says so: what the job did is done."""
+    try:
+        print(line, flush=True)
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        discard(sys.stdout)
+        say(f"done, but stdout cannot be written ({said}): {line}")
+
+
+def print_text(text: str) -> None:
+    """Text on stdout, for as long as somebody reads it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text)
+    flush_streams()
+
+
+def open_streams() -> None:
+    """Give a job that was started without stdin, stdout or stderr /dev/null: else the first file that it opens would
+    take the number, and get what is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+
+
+def flush_streams() -> None:
+    """Before the interpreter does: it would make status 120 of a pipe that nobody reads."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            discard(stream)
+
+
+def discard(stream: TextIO) -> None:
+    """Let what is left in a stream's buffer, and all that comes, go to /dev/null."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
