@@ -109,7 +109,10 @@ class EvaluateRequest(CaptionerOptions):
     list_experiments: bool = option(False, help="show the paper's experiments and end")
     num_workers: int | None = option(None, help="caption on so many Ray actors", unset="in this process, without Ray")
     out: str | None = option(
-        None, metavar="P", writes="folder", help="folder for captions.json (COCO results format) and metrics.json"
+        None,
+        metavar="P",
+        writes="folder",
+        help="folder for captions.json (COCO results format) and metrics.json; with --every-epoch a folder an epoch",
     )
     limit: int | None = option(None, help="the first pictures by image id only", unset="all")
     spice_home: str | None = option(
