@@ -115,7 +115,7 @@ class GeneratorSpec:
 
         return dataclasses.replace(
             self,
-            model=named(self.model, self.revision),
+            model=str(named(self.model, self.revision)),
             vae=named(self.vae, self.vae_revision),
             config=named(self.config, self.config_revision),
             loras=tuple((str(named(name, digest)), digest, weight) for name, digest, weight in self.loras),

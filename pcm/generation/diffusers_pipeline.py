@@ -4,7 +4,7 @@ import inspect
 import logging
 import platform
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -155,7 +155,7 @@ class DiffusersTextToImage:
 
 def _dtypes(pipeline: Any) -> list[tuple[Any, torch.dtype]]:
     """The parts of a pipeline that have a dtype, and which."""
-    parts = pipeline.components.values()
+    parts: Iterable[Any] = pipeline.components.values()
     return [(part, part.dtype) for part in parts if isinstance(part, torch.nn.Module) and hasattr(part, "dtype")]
 
 
