@@ -47,15 +47,15 @@ def _row(folder: Path, signature: PipelineSignature) -> str:
     )
 
 
-def _spec(folder: Path, signature: PipelineSignature, **values: object) -> GeneratorSpec:
-    options = {"use_resolution_binning": False} if signature.takes("use_resolution_binning") else {}
-    # Those that count latents by a factor of their own draw the tiny decoder's size, whatever is asked for.
-    small = {name: 64 for name in ("width", "height") if signature.takes(name)}
+def _spec(folder: Path, signature: PipelineSignature) -> GeneratorSpec:
+    options: dict = {"use_resolution_binning": False} if signature.takes("use_resolution_binning") else {}
+    # Not as --width and --height, which are checked: a tiny decoder may enlarge less than its pipeline assumes.
+    options |= {name: 32 for name in ("width", "height") if signature.takes(name)}
     known: dict = {
         "model": str(folder), "revision": "", "num_inference_steps": 2, "batch_size": BATCH_SIZE,
         "guidance_scale": signature.defaults.get("guidance_scale"), "pipeline_options": options,
     }  # fmt: skip
-    return GeneratorSpec(**known | small | values)
+    return GeneratorSpec(**known)
 
 
 def _is_pure(generator: DiffusersTextToImage, size: int) -> bool:

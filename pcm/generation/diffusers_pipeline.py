@@ -4,7 +4,7 @@ import inspect
 import logging
 import platform
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -112,6 +112,11 @@ class DiffusersTextToImage:
                 )
         if found.independent:
             return size
+        if spec.compile != "none":
+            raise InputError(
+                f"--compile: a picture of {spec.model} depends on what is drawn beside it, so each is drawn alone, in its "
+                "own prompt's length; leave it out"
+            )
         alone = self._try_neighbours(1)
         log.warning(
             "%s: a picture depends on what is drawn beside it, so each is drawn alone: %.2g s a picture of %d steps "
@@ -155,8 +160,8 @@ class DiffusersTextToImage:
 
 def _dtypes(pipeline: Any) -> list[tuple[Any, torch.dtype]]:
     """The parts of a pipeline that have a dtype, and which."""
-    parts: Iterable[Any] = pipeline.components.values()
-    return [(part, part.dtype) for part in parts if isinstance(part, torch.nn.Module) and hasattr(part, "dtype")]
+    modules: list[Any] = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    return [(module, module.dtype) for module in modules if hasattr(module, "dtype")]
 
 
 def _device_name(device: str) -> str:

@@ -20,6 +20,7 @@ class PipelineIndex:
     revision: str | None
     class_name: str
     components: Mapping[str, tuple[str, str]]  # part -> (library, class), of the parts that are there
+    absent: tuple[str, ...]  # parts that it was saved without
 
     def config(self, part: str, file: str = "config.json") -> dict[str, Any]:
         """A part's configuration; empty where it has none."""
@@ -47,7 +48,8 @@ def read_index(model: str, revision: str | None) -> PipelineIndex:
         for part, value in values.items()
         if isinstance(value, list) and len(value) == 2 and all(isinstance(side, str) for side in value)
     }
-    return PipelineIndex(model, revision, name, parts)
+    absent = tuple(part for part, value in values.items() if value == [None, None])
+    return PipelineIndex(model, revision, name, parts, absent)
 
 
 def _file(model: str, revision: str | None, name: str) -> Path:

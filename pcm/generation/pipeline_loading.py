@@ -17,7 +17,7 @@ from pcm.generation.names import model_source, split_repo_file
 from pcm.generation.neighbour_test import LONG, SHORT
 from pcm.generation.own_code import refuse_own_code
 from pcm.generation.pipeline_call import call_pipeline
-from pcm.generation.pipeline_signature import check_scheduler_options, pipeline_class, scheduler_class
+from pcm.generation.pipeline_signature import absent_parts, check_scheduler_options, pipeline_class, scheduler_class
 from pcm.generation.prompt_cache import cache_prompts
 from pcm.spec import GeneratorSpec
 
@@ -58,6 +58,7 @@ def _load_parts(spec: GeneratorSpec) -> Any:
         kind = pipeline_class(spec.config, spec.config_revision)
         where = _where(spec.config, spec.config_revision)
         return kind.from_single_file(source, config=spec.config, torch_dtype=dtype, **where, **parts)
+    parts |= dict.fromkeys(absent_parts(spec.model, spec.revision))
     return diffusers.DiffusionPipeline.from_pretrained(
         source,
         dtype=dtype,

@@ -168,7 +168,16 @@ def pipeline_class(model: str, revision: str | None) -> Any:
     return _class_of(read_index(model, revision))
 
 
-def _class_of(index: PipelineIndex) -> type:
+def absent_parts(model: str, revision: str | None) -> tuple[str, ...]:
+    """Parts that a pipeline was saved without and that its class does not call optional: Stable Diffusion 3's T5.
+
+    Its loader wants to be told so. Raises InputError.
+    """
+    index = read_index(model, revision)
+    return tuple(part for part in index.absent if part not in _class_of(index)._optional_components)
+
+
+def _class_of(index: PipelineIndex) -> Any:
     kind = getattr(diffusers, index.class_name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise InputError(

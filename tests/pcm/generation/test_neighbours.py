@@ -3,11 +3,13 @@
 import logging
 from pathlib import Path
 
-import diffusers
 import numpy as np
-import peft
 import pytest
 import torch
+
+import pcm.torchvision_shim  # noqa: F401  isort: skip
+import diffusers
+import peft
 
 from pcm.errors import InputError
 from pcm.generation.batch_search import try_generator

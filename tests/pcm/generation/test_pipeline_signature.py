@@ -9,7 +9,7 @@ import pytest
 from pcm.errors import InputError
 from pcm.generation.few_step_models import few_steps
 from pcm.generation.pipeline_files import named_files, pipeline_revision
-from pcm.generation.pipeline_signature import PipelineSignature, read_signature
+from pcm.generation.pipeline_signature import PipelineSignature, absent_parts, read_signature
 
 
 def pipeline_of(folder: Path, name: object, *, scheduler: str = "DDIMScheduler", **configs: dict) -> Path:
@@ -139,6 +139,14 @@ def test_a_prompt_cache_that_could_remember_nothing_is_refused(signature_of, tmp
     (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder": ["transformers", "Gemma2Model"]}))
     with pytest.raises(InputError, match=r"--prompt-cache: without effect on Lumina2Pipeline \(Gemma2Model\)"):
         read_signature(str(folder), None).check_prompt_cache()
+
+
+def test_a_part_that_a_pipeline_was_saved_without_is_told_to_its_loader(tmp_path: Path) -> None:
+    folder = pipeline_of(tmp_path / "sd3", "StableDiffusion3Pipeline")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"text_encoder_3": [None, None], "image_encoder": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert absent_parts(str(folder), None) == ("text_encoder_3",), "an image encoder is optional by itself"
 
 
 def test_few_step_models_are_known_by_name() -> None:
