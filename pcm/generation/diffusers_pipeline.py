@@ -114,8 +114,8 @@ class DiffusersTextToImage:
             return size
         if spec.compile != "none":
             raise InputError(
-                f"--compile: a picture of {spec.model} depends on what is drawn beside it, so each is drawn alone, in its "
-                "own prompt's length; leave it out"
+                f"--compile: a picture of {spec.model} depends on what is drawn beside it, so each is drawn alone, in "
+                "its own prompt's length; leave it out"
             )
         alone = self._try_neighbours(1)
         log.warning(
