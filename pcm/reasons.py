@@ -123,7 +123,7 @@ _ROWS = (
 _MARKS = (
     Mark(
         PROMPT_TRUNCATED,
-        "stored: the prompt is longer than CLIP's context, and the picture was drawn from what fits into it",
+        "stored: the prompt is longer than the drawing model reads, and the picture was drawn from what fits into it",
     ),
 )
 

@@ -25,8 +25,17 @@ QUICK_GELU_SUFFIX = "-quickgelu"
 #: Begins the revision of an open_clip tag whose commit on the hub is not known.
 TAG_REVISION = "open_clip:"
 
-#: Bumped when the code starts to make other bytes from the same spec; part of the spec, so a resume is refused.
-GENERATOR_VERSION = 1
+#: Where a model lies while its GPU draws. model: each part of the pipeline comes from main memory when its turn comes;
+#: sequential: each layer does, which needs least memory and is far slower.
+OFFLOADS = ("none", "model", "sequential")
+
+#: Bumped when the code starts to make other bytes from the same spec; part of the spec. A dataset that was begun under
+#: an older version is finished under its rules.
+#: 1: a folder's path entered the seeds and every file in it its revision; 50 steps and guidance 7.5 whatever the model.
+#: 2: a folder is its revision, which covers what model_index.json names; steps and guidance are the pipeline's own.
+GENERATOR_VERSION = 2
+#: Begins the revision of what is no repo: a folder or a file is named by the digest of its bytes.
+DIGEST = "sha256:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +45,7 @@ class GeneratorSpec:
     model: str  # diffusers repo id, folder, "embedded" or "null"
     revision: str  # commit of the repo, or sha256 of the folder: never a moving name
     num_inference_steps: int = 50
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = 7.5  # None: the pipeline's own, or it has none
     width: int | None = None  # pixels
     height: int | None = None
     scheduler: str | None = None  # a diffusers scheduler class name
@@ -51,6 +60,15 @@ class GeneratorSpec:
     image_quality: int = 95
     # Changes to the scheduler's configuration, as (name, value) pairs sorted by name; a mapping is taken too.
     scheduler_options: tuple[tuple[str, str | int | float | bool], ...] = ()
+    # Keywords of the pipeline's call, likewise.
+    pipeline_options: tuple[tuple[str, str | int | float | bool], ...] = ()
+    loras: tuple[tuple[str, str, float], ...] = ()  # fused, in this order: (name, commit or sha256, weight)
+    vae: str | None = None  # another decoder: repo id or folder
+    vae_revision: str | None = None
+    variant: str | None = None  # of the files of weights: "fp16"
+    without: tuple[str, ...] = ()  # parts that are not loaded
+    config: str | None = None  # of a single file of weights: the repo or folder that says what is in it
+    config_revision: str | None = None
     # From here on speed alone is meant, but kernels round differently: recorded and compared, yet not in the
     # seeds (pcm.generation.seeds).
     attention: str = "default"
@@ -59,9 +77,14 @@ class GeneratorSpec:
     vae_slicing: bool = False  # decode a picture at a time: less memory
     vae_tiling: bool = False  # decode a large picture in overlapping tiles: less memory, other pixels near the seams
     prompt_cache: bool = False  # encode every distinct prompt alone, once: pays where captions repeat
+    offload: str = "none"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scheduler_options", _sorted_pairs(self.scheduler_options))
+        for name in ("scheduler_options", "pipeline_options"):
+            object.__setattr__(self, name, _sorted_pairs(getattr(self, name)))
+        object.__setattr__(self, "loras", tuple((name, digest, weight) for name, digest, weight in self.loras))
+        object.__setattr__(self, "without", tuple(sorted(self.without)))
+        _check_choice("offload", self.offload, OFFLOADS)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("attention", self.attention, ATTENTIONS)
         _check_choice("compile", self.compile, COMPILE_MODES)
@@ -77,6 +100,26 @@ class GeneratorSpec:
             value = getattr(self, name)
             if value is not None and (value <= 0 or value % 8):
                 raise InputError(f"{name} {value}: must be a positive multiple of 8 pixels")
+
+    def to_dict(self) -> dict:
+        """Without the younger fields at their default, so that the digest of an older spec stays."""
+        defaults = {entry.name: entry.default for entry in dataclasses.fields(self)}
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in LATER_FIELDS or value != defaults[name]}
+
+    def without_places(self) -> "GeneratorSpec":
+        """The same, every folder and file of the user's named by its digest alone, wherever it lies."""
+
+        def named(name: str | None, revision: str | None) -> str | None:
+            return revision if (revision or "").startswith(DIGEST) and name != "embedded" else name
+
+        return dataclasses.replace(
+            self,
+            model=str(named(self.model, self.revision)),
+            vae=named(self.vae, self.vae_revision),
+            config=named(self.config, self.config_revision),
+            loras=tuple((str(named(name, digest)), digest, weight) for name, digest, weight in self.loras),
+        )
 
     def prompt(self, caption: str) -> str:
         return self.prompt_template.replace("{caption}", caption)
@@ -147,7 +190,7 @@ class DatasetSpec:
         _check_positive(self, "images_per_caption")
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self) | {"clip": self.clip.to_dict()}
+        return dataclasses.asdict(self) | {"generator": self.generator.to_dict(), "clip": self.clip.to_dict()}
 
     @staticmethod
     def from_dict(values: dict) -> "DatasetSpec":
@@ -167,11 +210,22 @@ class DatasetSpec:
         CLIP of which only the tag was recorded.
         """
         mine, theirs = _flatten(self.to_dict()), _flatten(other.to_dict())
+        for name in LATER_FIELDS:  # left out means the default
+            mine[f"generator.{name}"] = getattr(self.generator, name)
+            theirs[f"generator.{name}"] = getattr(other.generator, name)
+        if self.generator_version > 1:
+            one, two = self.generator.without_places(), other.generator.without_places()
+            for name in ("model", "vae", "config", "loras"):  # where a folder lies does not matter
+                mine[f"generator.{name}"], theirs[f"generator.{name}"] = getattr(one, name), getattr(two, name)
         if self.clip.revision.startswith(TAG_REVISION) and self.clip.model == other.clip.model:
             del mine["clip.revision"]
         return [f"{key}: {mine.get(key)!r} -> {theirs.get(key)!r}" for key in mine if mine.get(key) != theirs.get(key)]
 
 
+#: Fields of a GeneratorSpec younger than the first datasets: at their default they enter neither digest nor seeds.
+LATER_FIELDS = (
+    "pipeline_options", "loras", "vae", "vae_revision", "variant", "without", "config", "config_revision", "offload",
+)  # fmt: skip
 #: Fields of a ClipSpec younger than the first datasets: at their default they are left out of the digest of the spec.
 _LATER_CLIP_FIELDS = ("activation", "weights")
 

@@ -25,9 +25,9 @@ from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.corpus import CorpusRecord, read_corpus, source_digest
 from cluster.store.store import Store, open_store
 from pcm import embedded
-from pcm.clip.truncation import truncation_check
 from pcm.errors import InputError
-from pcm.spec import DatasetSpec
+from pcm.generation.prompt_length import truncation_check
+from pcm.spec import GENERATOR_VERSION, DatasetSpec
 from pcm.text.formats import ReadOptions
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,9 @@ def prepare(store: Store, asked: GenerationOptions) -> Prepared:
     """Check the request, start Ray and write the plan. Raises InputError, before Ray is started where that can be."""
     if not asked.corpus:
         raise InputError("--corpus: missing; give a path or URI of captions, or 'embedded'")
-    spec = dataset_spec(asked, gpus=0)  # the device is known when Ray is
+    planned = load_plan(store)
+    version = planned.spec.generator_version if planned else GENERATOR_VERSION
+    spec = dataset_spec(asked, gpus=0, version=version)  # the device is known when Ray is
     if spec.clip.model == "null" and asked.stop_below_clip_score is not None:
         raise InputError("--stop-below-clip-score: --clip null gives no scores; name a CLIP")
     uri = embedded.caption_file(asked.corpus)
@@ -80,13 +82,12 @@ def prepare(store: Store, asked: GenerationOptions) -> Prepared:
     source = CorpusSource(
         source_digest(uri), asked.corpus_format, asked.split, asked.limit, asked.caption_column, asked.csv_quoting
     )
-    planned = load_plan(store)
     if planned is not None:
         refuse_other_spec(store, planned, _resumed(spec, planned, asked), asked.shard_size)
     records = read_corpus(uri, format=asked.corpus_format, split=asked.split, limit=asked.limit, options=options)
     if planned is None or planned.source != source:
         records = _begun(records)
-    is_truncated = truncation_check(spec.clip.model)
+    is_truncated = truncation_check(spec)
     concepts = None
     if asked.concepts is not None:
         concepts = fitting_concepts(asked.concepts, embed_dim=joint_dimensions(spec.clip.model))
@@ -94,6 +95,8 @@ def prepare(store: Store, asked: GenerationOptions) -> Prepared:
     start_ray()
     device = resolve_device(asked.device, cluster_gpus=cluster_gpus())
     spec = on_device(spec, device=device, dtype=resolve_dtype(asked.dtype, device=device))
+    if asked.offload != "none" and device != "cuda":
+        raise InputError(f"--offload {asked.offload}: is for GPUs, and this cluster has none now; give --device cuda")
     pools = Pools.of(asked, device=device, cpus=cluster_cpus(), gpus=cluster_gpus())
     if asked.batch_size == AUTO:
         spec = with_batch_size(store, spec, pools)

@@ -1,65 +1,35 @@
 """From the names a user gives to a spec that pins everything: revisions, device, dtype, defaults."""
 
 import logging
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.generation.request import AUTO, GenerationOptions
-from pcm import embedded
+from cluster.generation.hub import look_up
+from cluster.generation.picture_spec import generator_spec
+from cluster.generation.request import GenerationOptions
 from pcm.clip.names import HUB_PREFIX, activation_of, folder_revision, is_commit, resolve_clip_name
-from pcm.credentials import refuse_credentials
-from pcm.errors import InputError, first_line
-from pcm.generation.names import IMPORTED, model_source
-from pcm.spec import TAG_REVISION, ClipSpec, DatasetSpec, GeneratorSpec
+from pcm.errors import InputError
+from pcm.generation.names import IMPORTED
+from pcm.spec import GENERATOR_VERSION, TAG_REVISION, ClipSpec, DatasetSpec
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelInfo
-
     from pcm.clip.weights import TowerFacts
 
 log = logging.getLogger(__name__)
 
 
-def dataset_spec(asked: GenerationOptions, *, gpus: float) -> DatasetSpec:
+def dataset_spec(asked: GenerationOptions, *, gpus: float, version: int = GENERATOR_VERSION) -> DatasetSpec:
     """The spec that a request means, with every default resolved and every revision pinned; `gpus`: the cluster's.
 
-    With batch_size auto its batch size is a placeholder. Raises InputError.
+    With batch_size auto its batch size is a placeholder. `version`: by whose rules (`pcm.spec.GENERATOR_VERSION`).
+    Raises InputError.
     """
-    check_scheduler(asked.scheduler, asked.scheduler_options)
     device = resolve_device(asked.device, cluster_gpus=gpus)
     dtype = resolve_dtype(asked.dtype, device=device)
-    t2i = asked.t2i or "embedded"
-    steps, guidance_scale = GeneratorSpec.num_inference_steps, GeneratorSpec.guidance_scale
-    if t2i == "embedded":
-        steps, guidance_scale = embedded.STEPS, embedded.GUIDANCE_SCALE
-    clip = asked.clip or ("null" if t2i == "null" else "embedded")
+    clip = asked.clip or ("null" if asked.t2i == "null" else "embedded")
     return DatasetSpec(
-        generator=GeneratorSpec(
-            model=t2i,
-            revision=pin_t2i(t2i, asked.t2i_revision),
-            num_inference_steps=steps if asked.steps is None else asked.steps,
-            guidance_scale=guidance_scale if asked.guidance_scale is None else asked.guidance_scale,
-            width=asked.width,
-            height=asked.height,
-            scheduler=asked.scheduler,
-            negative_prompt=asked.negative_prompt,
-            prompt_template=asked.prompt_template,
-            dtype=dtype,
-            device=device,
-            batch_size=GeneratorSpec.batch_size if asked.batch_size == AUTO else int(asked.batch_size),
-            max_attempts=asked.max_attempts,
-            image_format=asked.image_format,
-            image_quality=asked.image_quality,
-            scheduler_options=tuple(asked.scheduler_options.items()),
-            attention=asked.attention,
-            channels_last=asked.channels_last,
-            compile=asked.compile,
-            vae_slicing=asked.vae_slicing,
-            vae_tiling=asked.vae_tiling,
-            prompt_cache=asked.prompt_cache,
-        ),
+        generator=generator_spec(asked, device=device, dtype=dtype, version=version),
         clip=clip_spec(
             clip,
             revision=asked.clip_revision,
@@ -69,6 +39,7 @@ def dataset_spec(asked: GenerationOptions, *, gpus: float) -> DatasetSpec:
         ),
         seed=asked.seed,
         images_per_caption=asked.images_per_caption,
+        generator_version=version,
     )
 
 
@@ -79,26 +50,6 @@ def on_device(spec: DatasetSpec, *, device: str, dtype: str) -> DatasetSpec:
         generator=replace(spec.generator, device=device, dtype=dtype),
         clip=replace(spec.clip, device=device, dtype=dtype),
     )
-
-
-def pin_t2i(model: str, revision: str | None) -> str:
-    """The revision of a text-to-image NAME: sha256 of a folder, commit of a repo, "" of the null generator.
-
-    Raises InputError when the repo cannot be reached to look a branch up; a full commit hash needs no look-up.
-    """
-    refuse_credentials(model)
-    if model == "null":
-        if revision is not None:
-            raise InputError(f"--t2i-revision {revision}: null draws nothing; leave it out")
-        return ""
-    source = model_source(model)
-    if Path(source).is_dir():
-        if revision is not None:
-            raise InputError(f"--t2i-revision {revision}: {model} is a folder, which has none; leave it out")
-        if not (Path(source) / "model_index.json").is_file():
-            raise InputError(f"text-to-image folder {model!r}: has no model_index.json; give a diffusers folder")
-        return folder_revision(Path(source))
-    return _pin_repo(model, revision)
 
 
 def pin_clip(model: str, revision: str | None) -> tuple[str, str | None]:
@@ -187,15 +138,6 @@ def clip_of_given_features(model: str) -> ClipSpec:
     return ClipSpec(model=model, revision=IMPORTED, activation=activation)
 
 
-def check_scheduler(name: str | None, options: Iterable[str] = ()) -> None:
-    """Raises InputError for a scheduler, or an option of it, that diffusers lacks, before anything is planned."""
-    if name is not None:
-        # seconds to import, so only where one is named
-        from pcm.generation.pipeline_loading import check_scheduler_options, scheduler_class
-
-        check_scheduler_options(scheduler_class(name), options)
-
-
 def _pin_weights(repo: str, filename: str | None, revision: str | None) -> tuple[str, str | None]:
     """The commit of a repo with open_clip weights, and the sha256 that the hub has of the file that is loaded.
 
@@ -207,7 +149,7 @@ def _pin_weights(repo: str, filename: str | None, revision: str | None) -> tuple
     if revision and is_commit(revision):
         return revision, _cached(repo, names, revision)[1]
     try:
-        found = _look_up(repo, revision)
+        found = look_up(repo, revision)
     except InputError:
         commit, digest = _cached(repo, names, revision or "main")
         if commit is None:
@@ -228,27 +170,6 @@ def _cached(repo: str, names: list[str], revision: str) -> tuple[str | None, str
             blob = Path(cached).resolve().name
             return Path(cached).parent.name, f"sha256:{blob}" if len(blob) == 64 else None
     return None, None
-
-
-def _pin_repo(repo: str, revision: str | None) -> str:
-    if revision and is_commit(revision):
-        return revision
-    return _look_up(repo, revision).sha or ""
-
-
-def _look_up(repo: str, revision: str | None) -> "ModelInfo":
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return HfApi().model_info(repo, revision=revision, files_metadata=True)
-    except HFValidationError:
-        raise InputError(f"model {repo!r}: neither a folder nor a repo id ORG/NAME; give one of the two") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise InputError(
-            f"model {repo!r}: its revision cannot be looked up ({first_line(error)}); "
-            "give a 40-digit commit with the revision argument, or a local folder"
-        ) from None
 
 
 def resolve_device(device: str, *, cluster_gpus: float) -> str:

@@ -26,6 +26,7 @@ that the same caption has there.
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from cluster.generation.drawing_fields import DRAWING_FIELDS
 from cluster.options import Request
 from pcm.errors import not_known
 
@@ -73,4 +74,6 @@ def with_preset(request: AnyRequest, name: str | None) -> AnyRequest:
     values = dict(GENERATION_PRESETS[name].arguments)
     if asked.t2i not in (None, values["t2i"]):
         del values["t2i_revision"]  # of another repository
+    if asked.t2i == "null":
+        values = {field: value for field, value in values.items() if field not in DRAWING_FIELDS}
     return replace(request, **{field: value for field, value in values.items() if getattr(request, field) is None})

@@ -25,8 +25,9 @@ from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.store.store import Store, open_store
 from pcm import embedded
-from pcm.clip.truncation import truncation_check
 from pcm.errors import InputError
+from pcm.generation.prompt_length import truncation_check
+from pcm.spec import DatasetSpec
 from pcm.text.formats import ReadOptions
 
 log = logging.getLogger(__name__)
@@ -37,13 +38,13 @@ def repair(
     *,
     draw: Callable[[Plan, list[int]], None],
     read_records: Callable[[Plan], Iterator[CorpusRecord]],
-    truncation_check: Callable[[str], Callable[[str], bool]],
+    truncation_check: Callable[[DatasetSpec], Callable[[str], bool]],
 ) -> dict:
     """Make again the shards of which anything is missing or not to be trusted, then the manifest, and verify once more.
 
     draw: makes these shards of the plan again, those that are missing, and the manifest.
     read_records: the corpus of the plan; asked for only when plan parts are damaged.
-    truncation_check: of a CLIP's name, as `pcm.clip.encoder.truncation_check`; likewise.
+    truncation_check: of a spec, as `pcm.generation.prompt_length.truncation_check`; likewise.
 
     Returns what `verify` does, and `repaired`, a number of shards. Objects that nobody planned are told of and stay.
     Raises InputError when there is no dataset, or when its plan is damaged and the corpus cannot rebuild it.
@@ -109,11 +110,11 @@ def _rebuild_plan_parts(
     store: Store,
     plan: Plan,
     read_records: Callable[[Plan], Iterator[CorpusRecord]],
-    truncation_check: Callable[[str], Callable[[str], bool]],
+    truncation_check: Callable[[DatasetSpec], Callable[[str], bool]],
 ) -> int:
     """Write the parts that differ from what the corpus says, once the whole corpus proved to be the planned one."""
     records = read_records(plan)
-    is_truncated = truncation_check(plan.spec.clip.model)
+    is_truncated = truncation_check(plan.spec)
     fingerprint = hashlib.sha256()
     differ = {}
     for segment in plan.segments:

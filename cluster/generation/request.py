@@ -12,7 +12,7 @@ from pcm import embedded
 from pcm.errors import InputError
 from pcm.images import IMAGE_FORMATS
 from pcm.name_value import read_value, split_name_value
-from pcm.spec import ATTENTIONS, COMPILE_MODES, DEVICES, DTYPES, ClipSpec, DatasetSpec, GeneratorSpec
+from pcm.spec import ATTENTIONS, COMPILE_MODES, DEVICES, DTYPES, OFFLOADS, ClipSpec, DatasetSpec, GeneratorSpec
 from pcm.text.csv_records import QUOTINGS
 from pcm.text.detect import FORMATS
 
@@ -35,6 +35,24 @@ def parse_scheduler_option(text: str) -> tuple[str, str | int | float | bool]:
     name, value = split_name_value(text, option="--scheduler-option", example="timestep_spacing=trailing")
     parsed = read_value(value)
     return name, parsed if isinstance(parsed, (int, float, bool)) else value
+
+
+def parse_pipeline_option(text: str) -> tuple[str, str | int | float | bool]:
+    """("clip_skip", 2) of "clip_skip=2". Raises InputError."""
+    name, value = split_name_value(text, option="--pipeline-option", example="true_cfg_scale=4")
+    parsed = read_value(value)
+    return name, parsed if isinstance(parsed, (int, float, bool)) else value
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """("org/repo", 0.8) of "org/repo=0.8", weight 1 of a name alone. Raises InputError."""
+    name, equals, written = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    weight = read_value(written)
+    if not name or isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise InputError("write REPO_OR_FILE, or REPO_OR_FILE=WEIGHT such as latent-consistency/lcm-lora-sdv1-5=1")
+    return name, float(weight)
 
 
 def parse_generators(text: str) -> int | tuple[int, int]:
@@ -90,20 +108,51 @@ class PictureOptions(Request):
     """Pictures (all recorded in the manifest)."""
 
     t2i: str | None = option(
-        None, metavar="NAME", help="diffusers repo id, folder, 'embedded' or 'null'", unset="embedded"
+        None,
+        metavar="NAME",
+        help="diffusers repo id, folder, single .safetensors file, 'embedded' or 'null'",
+        unset="embedded",
     )
     t2i_revision: str | None = option(
         None, metavar="COMMIT", help="of the repo; a branch is resolved to its commit", unset="the newest commit"
     )
+    t2i_variant: str | None = option(
+        None, metavar="NAME", help="of the files of weights: fp16 for *.fp16.safetensors", unset="the plain files"
+    )
+    t2i_without: tuple[str, ...] = option(
+        (), metavar="PART", help="a part not to load: text_encoder_3 is Stable Diffusion 3's T5"
+    )
+    t2i_config: str | None = option(
+        None,
+        metavar="NAME",
+        help="of a single file of weights: the repo or folder that says what is in it",
+        unset="told from its weights",
+    )
+    lora: tuple[tuple[str, float], ...] = option(
+        (),
+        metavar="REPO_OR_FILE[=WEIGHT]",
+        parse=parse_lora,
+        help="fused into the model, with weight 1 by default: a .safetensors file, ORG/REPO or ORG/REPO/FILE",
+    )
+    vae: str | None = option(None, metavar="NAME", help="another decoder: repo id or folder", unset="the model's own")
+    pipeline_options: Mapping[str, str | int | float | bool] = option(
+        {},
+        flag="pipeline-option",
+        metavar="NAME=VALUE",
+        parse=parse_pipeline_option,
+        help="of the pipeline's call: true_cfg_scale=4, max_sequence_length=256, clip_skip=1, ...",
+    )
     steps: int | None = option(
         None,
         help="denoising steps",
-        unset=f"{GeneratorSpec.num_inference_steps}, embedded {embedded.STEPS}",
+        unset=f"a few-step model's, else the pipeline's own: Stable Diffusion {GeneratorSpec.num_inference_steps}, "
+        f"embedded {embedded.STEPS}",
     )
     guidance_scale: float | None = option(
         None,
         help="classifier-free guidance",
-        unset=f"{GeneratorSpec.guidance_scale:g}, embedded {embedded.GUIDANCE_SCALE:g}",
+        unset=f"a few-step model's, else the pipeline's own: Stable Diffusion {GeneratorSpec.guidance_scale:g}, "
+        f"embedded {embedded.GUIDANCE_SCALE:g}",
     )
     width: int | None = option(None, help="pixels", unset="the model's own")
     height: int | None = option(None, help="pixels", unset="the model's own")
@@ -143,8 +192,8 @@ class ClipOptions(Request):
 @dataclass(frozen=True, kw_only=True)
 class SpeedOptions(Request):
     """Device and speed (recorded too: another batch shape or kernel rounds differently). Few-step models need their
-    scheduler, steps and guidance: LCM --scheduler LCMScheduler --steps 4 --guidance-scale 1; Turbo --steps 1 to 4
-    --guidance-scale 0; Lightning and Hyper-SD also --scheduler-option timestep_spacing=trailing."""
+    scheduler: LCM-LoRA --scheduler LCMScheduler; Lightning and Hyper-SD --scheduler-option
+    timestep_spacing=trailing. Their steps and guidance are known by their name."""
 
     device: str = option(AUTO, choices=DEVICES, help="auto is cuda where the cluster has a GPU")
     dtype: str = option(AUTO, choices=(AUTO, *DTYPES), help="auto is bfloat16 on GPUs, float32 on CPUs")
@@ -160,6 +209,11 @@ class SpeedOptions(Request):
     vae_slicing: bool = option(False, help="decode picture by picture: less memory")
     vae_tiling: bool = option(False, help="decode large pictures in tiles: less memory")
     prompt_cache: bool = option(False, help="encode each distinct prompt once, alone")
+    offload: str = option(
+        GeneratorSpec.offload,
+        choices=OFFLOADS,
+        help="keep the model in main memory and bring each part (sequential: each layer) to the GPU in turn",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +280,8 @@ class GenerationOptions(
             raise InputError(f"--image-quality {self.image_quality}: without effect on PNG; leave it out")
         if self.clip_revision is not None and not (self.clip or "").startswith("hf-hub:"):
             raise InputError(f"--clip-revision {self.clip_revision}: is for hf-hub: names; leave it out")
+        if self.offload != "none" and self.device == "cpu":
+            raise InputError(f"--offload {self.offload}: is for GPUs, and this draws on the CPU; leave it out")
         refuse_without(self, "price_per_hour", "spot")
         self.faults, self.limits  # noqa: B018  # check themselves
 

@@ -1,7 +1,7 @@
 """How many pictures to draw at once on a device: sizes are tried until memory ends or nothing is gained."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pcm.generation.drawing import Request
@@ -24,14 +24,14 @@ class Trial:
     images_per_second: float | None
 
 
-def try_sizes(draw: Callable[[int], object], *, repeats: int = 2) -> list[Trial]:
+def try_sizes(draw: Callable[[int], object], sizes: Sequence[int] = SIZES, *, repeats: int = 2) -> list[Trial]:
     """Draw a batch of each size once to warm up (and compile), then `repeats` times, the fastest of which counts.
 
     Ends with the first size that does not fit or does not gain LEAST_GAIN. Errors that do not speak of memory are
     raised.
     """
     trials: list[Trial] = []
-    for size in SIZES:
+    for size in sizes:
         best = best_rate(trials)
         try:
             rate = max(_rates(draw, size, repeats))
@@ -60,7 +60,10 @@ def best_size(trials: list[Trial]) -> int | None:
 
 
 def try_generator(spec: GeneratorSpec) -> list[Trial]:
-    """`try_sizes` of the spec's generator on this process's device; its own batch_size plays no part."""
+    """`try_sizes` of the spec's generator on this process's device; its own batch_size plays no part.
+
+    A generator whose pictures depend on their neighbours has one size.
+    """
     from pcm.generation.diffusers_pipeline import (
         DiffusersTextToImage,  # seconds to import, and the driver needs none of it
     )
@@ -71,7 +74,7 @@ def try_generator(spec: GeneratorSpec) -> list[Trial]:
         requests = {slot: Request(position=slot, caption=CAPTION, seed=slot) for slot in range(size)}
         generator.draw_batch(requests, size)
 
-    return try_sizes(draw)
+    return try_sizes(draw, SIZES[:1] if generator.one_at_a_time else SIZES)
 
 
 def table(trials: Iterable[Trial]) -> str:

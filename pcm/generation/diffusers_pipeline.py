@@ -1,21 +1,30 @@
 """Any diffusers text-to-image pipeline, run so that a picture does not depend on its neighbours."""
 
+import inspect
+import logging
 import platform
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import numpy as np
 import torch
 
+from pcm.errors import InputError, typed_first_line
 from pcm.generation.blank_pictures import why_blank
 from pcm.generation.drawing import UNGUARDED, Drawing, Guard, Request
 from pcm.generation.isolation import IsolatedDrawing
+from pcm.generation.model_faults import free_memory, is_out_of_memory, is_sticky
+from pcm.generation.neighbour_test import STEPS, Found, find_dependence
+from pcm.generation.pipeline_call import call_pipeline
 from pcm.generation.pipeline_loading import load_pipeline
 from pcm.generation.seeds import attempt_seed
 from pcm.images import encode_image, to_uint8
 from pcm.reasons import NSFW_FLAGGED
 from pcm.spec import GeneratorSpec
+
+log = logging.getLogger(__name__)
 
 #: Threads that check and encode pictures while the next batch is drawn, and how many batches may wait for them: a batch
 #: of eight 512x512 pictures is 25 MB.
@@ -28,7 +37,10 @@ class DiffusersTextToImage:
 
     Every picture has its own CPU torch.Generator and its own slot (position modulo batch_size) in a batch that is
     always full: absent neighbours are replaced by an empty prompt. So kernels see the same shapes and the picture the
-    same rows, and any sample can be drawn alone, byte for byte.
+    same rows, and any sample can be drawn alone, byte for byte. A pipeline whose pictures depend on their neighbours
+    even so draws one at a time: `one_at_a_time` says so, and so does every drawing's batch size.
+
+    Raises InputError for a pipeline that cannot draw a test picture, or not in the size that is asked for.
     """
 
     def __init__(self, spec: GeneratorSpec) -> None:
@@ -39,7 +51,10 @@ class DiffusersTextToImage:
         self.device_name = _device_name(spec.device)
         self._encoding = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="encode")
         self._encoded: deque[list[Future[Drawing]]] = deque()
-        self._isolated = IsolatedDrawing(self.draw_batch, batch_size=spec.batch_size, max_attempts=spec.max_attempts)
+        self._dtypes = _dtypes(self._pipeline)
+        self.one_at_a_time = False
+        batch_size = self._tested_batch_size()
+        self._isolated = IsolatedDrawing(self.draw_batch, batch_size=batch_size, max_attempts=spec.max_attempts)
 
     def draw(self, requests: Sequence[Request], guard: Guard = UNGUARDED) -> list[Drawing]:
         return self._isolated.draw(requests, guard)
@@ -50,24 +65,87 @@ class DiffusersTextToImage:
         They are being checked and encoded when this returns, so that the device need not wait.
         """
         spec = self._spec
-        prompts, generators = [], []
+        prompts, seeds = [], []
         for slot in range(batch_size):
             request = slots.get(slot)
             prompts.append(spec.prompt(request.caption) if request else "")
-            seed = attempt_seed(request.seed, request.attempts) if request else 0
-            generators.append(torch.Generator("cpu").manual_seed(seed))
-        output = self._pipeline(  # type: ignore[operator]  # every text-to-image pipeline is callable
-            **_call_arguments(spec, batch_size), prompt=prompts, generator=generators, output_type="np"
-        )
-        flagged = getattr(output, "nsfw_content_detected", None) or [False] * batch_size
+            seeds.append(attempt_seed(request.seed, request.attempts) if request else 0)
+        images, flagged = self._call(prompts, seeds)
         drawings = [
-            self._encoding.submit(self._drawing, output.images[slot], bool(flagged[slot]), request, batch_size)
+            self._encoding.submit(self._drawing, images[slot], bool(flagged[slot]), request, batch_size)
             for slot, request in slots.items()
         ]
         self._encoded.append(drawings)
         if len(self._encoded) > BATCHES_ENCODED_AT_ONCE:
             wait(self._encoded.popleft())
         return drawings
+
+    def _call(self, prompts: Sequence[str], seeds: Sequence[int], **changes: Any) -> tuple[np.ndarray, Sequence[bool]]:
+        try:
+            return call_pipeline(self._pipeline, self._spec, prompts, seeds, **changes)
+        except Exception:
+            # Stable Diffusion XL decodes float16 in float32, and an error on the way leaves its decoder so.
+            for part, dtype in self._dtypes:
+                if part.dtype != dtype:
+                    part.to(dtype=dtype)
+            raise
+
+    def _tested_batch_size(self) -> int:
+        """The spec's batch size, halved until a test batch fits into memory; 1 where neighbours would change a picture.
+
+        Raises InputError.
+        """
+        spec, size = self._spec, self._spec.batch_size
+        while (found := self._try_neighbours(size)) is None:
+            if size == 1:
+                raise InputError(
+                    f"text-to-image model {spec.model!r}: not one picture fits into the memory of {self.device_name}; "
+                    "give a smaller --width and --height, --dtype bfloat16, --vae-slicing or --offload model"
+                )
+            size //= 2
+            log.warning("out of memory in a test picture: drawing %d pictures at once from now on", size)
+        for name, asked, drawn in zip(("width", "height"), (spec.width, spec.height), found.size, strict=True):
+            if asked not in (None, drawn):
+                raise InputError(
+                    f"--{name} {asked}: {spec.model} draws pictures of {found.size[0]}x{found.size[1]} then; ask for a "
+                    "size that it has, or give --pipeline-option use_resolution_binning=false where it takes that"
+                )
+        if found.independent:
+            return size
+        if spec.compile != "none":
+            raise InputError(
+                f"--compile: a picture of {spec.model} depends on what is drawn beside it, so each is drawn alone, in "
+                "its own prompt's length; leave it out"
+            )
+        alone = self._try_neighbours(1)
+        log.warning(
+            "%s: a picture depends on what is drawn beside it, so each is drawn alone: %.2g s a picture of %d steps "
+            "(%.2g s in batches of %d)",
+            spec.model, alone.seconds if alone else float("nan"), STEPS, found.seconds, size,
+        )  # fmt: skip
+        self.one_at_a_time = True
+        return 1
+
+    def _try_neighbours(self, batch_size: int) -> Found | None:
+        """What the test found of a batch size; None: it does not fit into memory."""
+        takes = inspect.signature(type(self._pipeline).__call__).parameters
+        few = {name: STEPS for name in ("num_inference_steps", "prior_num_inference_steps") if name in takes}
+        if few["num_inference_steps"] > self._spec.num_inference_steps:
+            few["num_inference_steps"] = self._spec.num_inference_steps
+        try:
+            return find_dependence(lambda prompts, seeds: self._call(prompts, seeds, **few)[0], batch_size)
+        except InputError:
+            raise
+        except Exception as error:
+            if is_sticky(error):
+                raise
+            if not is_out_of_memory(error):
+                raise InputError(
+                    f"text-to-image model {self._spec.model!r}: cannot draw a test picture "
+                    f"({typed_first_line(error)}); check its scheduler, size and --pipeline-option"
+                ) from error
+        free_memory()
+        return None
 
     def _drawing(self, pixels: np.ndarray, flagged: bool, request: Request, batch_size: int) -> Drawing:
         spec = self._spec
@@ -80,15 +158,10 @@ class DiffusersTextToImage:
         return Drawing(encoded, width, height, seed, attempts, batch_size)
 
 
-def _call_arguments(spec: GeneratorSpec, batch_size: int) -> dict:
-    arguments: dict = {"num_inference_steps": spec.num_inference_steps, "guidance_scale": spec.guidance_scale}
-    if spec.width is not None:
-        arguments["width"] = spec.width
-    if spec.height is not None:
-        arguments["height"] = spec.height
-    if spec.negative_prompt is not None:
-        arguments["negative_prompt"] = [spec.negative_prompt] * batch_size
-    return arguments
+def _dtypes(pipeline: Any) -> list[tuple[Any, torch.dtype]]:
+    """The parts of a pipeline that have a dtype, and which."""
+    modules: list[Any] = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    return [(module, module.dtype) for module in modules if hasattr(module, "dtype")]
 
 
 def _device_name(device: str) -> str:

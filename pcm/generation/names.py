@@ -15,3 +15,9 @@ def model_source(model: str) -> str:
     if model == "embedded":
         return str(embedded.t2i_path())
     return model
+
+
+def split_repo_file(name: str) -> tuple[str, str | None]:
+    """("ORG/REPO", "folder/file.safetensors") of the two joined by a slash; None where no file is named."""
+    parts = name.split("/", 2)
+    return "/".join(parts[:2]), parts[2] if len(parts) == 3 else None

@@ -1,7 +1,6 @@
 """A diffusers pipeline from a spec: weights of a pinned revision, scheduler, dtype, device, and what makes it fast."""
 
-import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,12 @@ import transformers
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from pcm.errors import InputError, first_line
-from pcm.generation.names import model_source
+from pcm.generation.model_faults import is_out_of_memory
+from pcm.generation.names import model_source, split_repo_file
+from pcm.generation.neighbour_test import LONG, SHORT
 from pcm.generation.own_code import refuse_own_code
+from pcm.generation.pipeline_call import call_pipeline
+from pcm.generation.pipeline_signature import absent_parts, check_scheduler_options, pipeline_class, scheduler_class
 from pcm.generation.prompt_cache import cache_prompts
 from pcm.spec import GeneratorSpec
 
@@ -22,28 +25,80 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
-    source = model_source(spec.model)
-    is_folder = Path(source).is_dir()
-    if is_folder:
-        refuse_own_code(Path(source))
+    """The spec's pipeline with everything that is fused into it or put on it. Raises InputError."""
+    if Path(model_source(spec.model)).is_dir():
+        refuse_own_code(Path(model_source(spec.model)))
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            source,
-            revision=None if is_folder else spec.revision,
-            dtype=_DTYPES[spec.dtype],
-            use_safetensors=True,
-            local_files_only=is_folder,
-            trust_remote_code=False,
-        )
+        pipeline = _load_parts(spec)
+        _fuse_loras(pipeline, spec)
+    except InputError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"text-to-image model {spec.model!r} cannot be loaded: {first_line(error)}; "
-            "give a diffusers repo id, a folder saved by save_pretrained(), 'embedded' or 'null'"
-        ) from error
+        if is_out_of_memory(error):
+            raise _too_large(spec, error) from error
+        hint = "give a diffusers repo id, a folder saved by save_pretrained(), 'embedded' or 'null'"
+        if "variant" in str(error) or "no file named" in str(error):
+            hint = "where its files are named *.fp16.safetensors, give --t2i-variant fp16; pickles (.bin) are not read"
+        raise InputError(f"text-to-image model {spec.model!r} cannot be loaded: {first_line(error)}; {hint}") from error
     return prepare_pipeline(pipeline, spec)
+
+
+def _load_parts(spec: GeneratorSpec) -> Any:
+    source, dtype = model_source(spec.model), _DTYPES[spec.dtype]
+    parts: dict[str, Any] = dict.fromkeys(spec.without)
+    if spec.vae is not None:
+        parts["vae"] = diffusers.AutoModel.from_pretrained(
+            spec.vae, dtype=dtype, use_safetensors=True, trust_remote_code=False, **_where(spec.vae, spec.vae_revision)
+        )
+    if Path(source).is_file():
+        assert spec.config is not None  # the pinning asks for it
+        kind = pipeline_class(spec.config, spec.config_revision)
+        where = _where(spec.config, spec.config_revision)
+        return kind.from_single_file(source, config=spec.config, torch_dtype=dtype, **where, **parts)
+    parts |= dict.fromkeys(absent_parts(spec.model, spec.revision))
+    return diffusers.DiffusionPipeline.from_pretrained(
+        source,
+        dtype=dtype,
+        use_safetensors=True,
+        variant=spec.variant,
+        trust_remote_code=False,
+        **_where(source, spec.revision),
+        **parts,
+    )
+
+
+def _where(source: str, revision: str | None) -> dict[str, Any]:
+    """What a loader is told of a folder, or of a repo at a commit."""
+    return {"local_files_only": True} if Path(source).is_dir() else {"revision": revision}
+
+
+def _fuse_loras(pipeline: Any, spec: GeneratorSpec) -> None:
+    if not spec.loras:
+        return
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise InputError(f"--lora: a {type(pipeline).__name__} takes none; leave it out")
+    names = []
+    for number, (name, revision, _) in enumerate(spec.loras):
+        path, file = (name, None) if Path(name).is_file() else split_repo_file(name)
+        where = {} if Path(name).is_file() else {"weight_name": file, "revision": revision}
+        names.append(f"lora_{number}")
+        pipeline.load_lora_weights(path, adapter_name=names[-1], use_safetensors=True, **where)
+    if missing := set(names) - {name for found in pipeline.get_list_adapters().values() for name in found}:
+        wanted = ", ".join(spec.loras[int(name.rpartition("_")[2])][0] for name in sorted(missing))
+        raise InputError(f"--lora {wanted}: has no weights for a {type(pipeline).__name__}; give one made for it")
+    pipeline.set_adapters(names, [weight for *_, weight in spec.loras])
+    pipeline.fuse_lora(adapter_names=names)
+    pipeline.unload_lora_weights()
+
+
+def _too_large(spec: GeneratorSpec, error: BaseException) -> InputError:
+    return InputError(
+        f"text-to-image model {spec.model!r} does not fit into the memory of {spec.device} as {spec.dtype} "
+        f"({first_line(error)}); give --dtype bfloat16, --offload model, or a GPU with more memory"
+    )
 
 
 def prepare_pipeline(pipeline: Any, spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
@@ -53,13 +108,18 @@ def prepare_pipeline(pipeline: Any, spec: GeneratorSpec) -> diffusers.DiffusionP
         check_scheduler_options(kind, (name for name, _ in spec.scheduler_options))
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **dict(spec.scheduler_options))
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(spec.device)
+    _place(pipeline, spec)
     denoiser = _denoiser(pipeline, spec)
     _set_attention(denoiser, spec.attention)
     decoder: Any = getattr(pipeline, "vae", None)
     if spec.channels_last:
         for module in (denoiser, decoder):
             if module is not None:
+                if any(weight.dim() == 5 for weight in module.parameters()):
+                    raise InputError(
+                        f"--channels-last: the {type(module).__name__} of {spec.model} has weights of 5 dimensions, "
+                        "which have no such order; leave it out"
+                    )
                 module.to(memory_format=torch.channels_last)
     for name, wanted in (("slicing", spec.vae_slicing), ("tiling", spec.vae_tiling)):
         if wanted:
@@ -68,12 +128,58 @@ def prepare_pipeline(pipeline: Any, spec: GeneratorSpec) -> diffusers.DiffusionP
             getattr(decoder, f"enable_{name}")()
     cache_prompts(pipeline, each_alone=spec.prompt_cache)
     if spec.compile != "none":
+        refuse_varying_shapes(pipeline, spec)
         from torch._inductor import config as inductor  # seconds to import, and few need it
 
         # Inductor times some kernels to choose among them; which one wins must not depend on the worker.
         inductor.deterministic = True
         denoiser.compile(mode=spec.compile, dynamic=False)  # every batch has one shape, so it compiles once
     return pipeline
+
+
+def _place(pipeline: Any, spec: GeneratorSpec) -> None:
+    """Put it on the device, or where it is to wait for its turn. Raises InputError where it does not fit."""
+    try:
+        if spec.offload == "model":
+            pipeline.enable_model_cpu_offload()
+        elif spec.offload == "sequential":
+            pipeline.enable_sequential_cpu_offload()
+        else:
+            pipeline.to(spec.device)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise _too_large(spec, error) from error
+        raise
+
+
+def refuse_varying_shapes(pipeline: Any, spec: GeneratorSpec) -> None:
+    """Raises InputError where the denoiser's arguments change shape with the prompt's length.
+
+    Such a model would be compiled anew for every length, and after eight of them not at all.
+    """
+    seen: list[set] = []
+    watch = _denoiser(pipeline, spec).register_forward_pre_hook(
+        lambda _, args, kwargs: seen[-1].update(_shapes([*args, *kwargs.values()])), with_kwargs=True
+    )
+    try:
+        for prompt in (SHORT, LONG):
+            seen.append(set())
+            call_pipeline(pipeline, spec, [prompt], [0], num_inference_steps=min(2, spec.num_inference_steps))
+    finally:
+        watch.remove()
+    if seen[0] != seen[1]:
+        raise InputError(
+            f"--compile: the prompts of {spec.model} have no fixed length, so it would be compiled anew for each; "
+            "leave it out"
+        )
+
+
+def _shapes(values: Iterable[Any]) -> Iterator[tuple[int, ...]]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield tuple(value.shape)
+        elif isinstance(value, (list, tuple)):
+            yield from _shapes(value)
 
 
 def _denoiser(pipeline: Any, spec: GeneratorSpec) -> Any:
@@ -93,22 +199,3 @@ def _set_attention(denoiser: Any, attention: str) -> None:
         denoiser.set_attention_backend("native")
     else:
         raise InputError(f"attention {attention!r}: a {type(denoiser).__name__} has default and sdpa; choose one")
-
-
-def scheduler_class(name: str) -> type[diffusers.SchedulerMixin]:
-    """The diffusers scheduler of that class name. Raises InputError."""
-    scheduler = getattr(diffusers, name, None)
-    if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
-        raise InputError(
-            f"scheduler {name!r}: not a diffusers scheduler; allowed are class names such as "
-            "DPMSolverMultistepScheduler, EulerDiscreteScheduler, DDIMScheduler, LCMScheduler"
-        )
-    return scheduler
-
-
-def check_scheduler_options(scheduler: type[diffusers.SchedulerMixin], names: Iterable[str]) -> None:
-    """Raises InputError for a name that this scheduler does not know: diffusers itself would ignore it."""
-    allowed = [name for name in inspect.signature(scheduler.__init__).parameters if name != "self"]
-    for name in names:
-        if name not in allowed:
-            raise InputError(f"{scheduler.__name__} option {name!r}: allowed are {', '.join(allowed)}")

@@ -11,12 +11,12 @@ import json
 from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii as json_string
 
-from pcm.spec import DatasetSpec, GeneratorSpec
+from pcm.spec import LATER_FIELDS, DatasetSpec, GeneratorSpec
 
 #: Fields of GeneratorSpec that no seed depends on.
-SPEED_FIELDS = ("attention", "channels_last", "compile", "vae_slicing", "vae_tiling", "prompt_cache")
+SPEED_FIELDS = ("attention", "channels_last", "compile", "vae_slicing", "vae_tiling", "prompt_cache", "offload")
 #: Fields younger than the first datasets: at their default they are left out, so that those keep their seeds.
-_LATER_FIELDS = ("scheduler_options",)
+_LATER_FIELDS = ("scheduler_options", *LATER_FIELDS)
 
 
 def sample_seed(spec: DatasetSpec, corpus_id: str, image_index: int) -> int:
@@ -25,13 +25,13 @@ def sample_seed(spec: DatasetSpec, corpus_id: str, image_index: int) -> int:
     In [0, 2**53): exact as a JSON number and in an int64 column. Hashes the caption's corpus id, the picture's index,
     the picture-deciding part of the spec and the spec's own seed.
     """
-    key = json.dumps([_pictures_digest(spec.generator, spec.seed), corpus_id, image_index])
+    key = json.dumps([_pictures_digest(spec.generator, spec.seed, spec.generator_version), corpus_id, image_index])
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 11
 
 
 def sample_seeds(spec: DatasetSpec, corpus_ids: Sequence[str]) -> list[int]:
     """`sample_seed` of every picture of these captions, in order: the same numbers, faster."""
-    start = hashlib.sha256(f'["{_pictures_digest(spec.generator, spec.seed)}", '.encode())
+    start = hashlib.sha256(f'["{_pictures_digest(spec.generator, spec.seed, spec.generator_version)}", '.encode())
     endings = [f", {image_index}]".encode() for image_index in range(spec.images_per_caption)]
     seeds = []
     for corpus_id in corpus_ids:
@@ -50,7 +50,9 @@ def attempt_seed(seed: int, attempt: int) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def _pictures_digest(generator: GeneratorSpec, seed: int) -> str:
+def _pictures_digest(generator: GeneratorSpec, seed: int, version: int) -> str:
+    if version > 1:
+        generator = generator.without_places()
     defaults = {entry.name: entry.default for entry in dataclasses.fields(generator)}
     deciding = {
         name: value

@@ -414,9 +414,54 @@ MUTANTS = (
     ),
     Mutant(
         "a picture does not depend on its neighbours: its own random numbers",
-        "pcm/generation/diffusers_pipeline.py", "prompt=prompts, generator=generators,",
-        "prompt=prompts, generator=generators[0],",
+        "pcm/generation/pipeline_call.py", 'generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],',
+        'generator=torch.Generator("cpu").manual_seed(seeds[0]),',
         ("tests/pcm/generation/test_diffusers_pipeline.py::test_a_picture_does_not_depend_on_what_is_drawn_beside_it",),
+    ),
+    Mutant(
+        "a pipeline whose pictures depend on their neighbours draws one at a time",
+        "pcm/generation/diffusers_pipeline.py", "if found.independent:", "if True:",
+        (
+            "tests/pcm/generation/test_neighbours.py::"
+            "test_a_pipeline_that_pads_to_the_longest_prompt_draws_one_at_a_time_and_says_so",
+        ),
+    ),
+    Mutant(
+        "a size that a pipeline does not draw is refused",
+        "pcm/generation/diffusers_pipeline.py", "if asked not in (None, drawn):", "if False:",
+        (
+            "tests/pcm/generation/test_neighbours.py::"
+            "test_a_size_that_the_pipeline_does_not_draw_is_refused_with_the_one_it_does",
+        ),
+    ),
+    Mutant(
+        "an error on the way leaves no part in another precision",
+        "pcm/generation/diffusers_pipeline.py", "if part.dtype != dtype:", "if False:",
+        (
+            "tests/pcm/generation/test_neighbours.py::"
+            "test_a_part_that_an_error_left_in_another_precision_is_put_back",
+        ),
+    ),
+    Mutant(
+        "a negative prompt without effect is refused",
+        "pcm/generation/pipeline_signature.py", "elif guidance_scale is not None and guidance_scale <= least:",
+        "elif False:",
+        ("tests/pcm/generation/test_pipeline_signature.py::test_a_negative_prompt_without_effect_is_refused",),
+    ),
+    Mutant(
+        "drawing options are refused with the null generator",
+        "cluster/generation/picture_spec.py", "if name in DRAWING_FIELDS]:", "if False]:",
+        ("tests/cluster/generation/test_picture_spec.py::test_the_null_generator_refuses_what_only_a_model_listens_to",),
+    ),
+    Mutant(
+        "a folder's path enters no seed",
+        "pcm/generation/seeds.py", "if version > 1:", "if False:",
+        ("tests/pcm/generation/test_seeds.py::test_where_a_folder_lies_enters_no_seed_since_version_two",),
+    ),
+    Mutant(
+        "a folder's revision leaves out what a download left there",
+        "pcm/generation/pipeline_files.py", "return any(part.startswith", "return False and any(part.startswith",
+        ("tests/pcm/generation/test_pipeline_signature.py::test_a_folders_revision_is_of_what_its_index_names",),
     ),
     Mutant(
         "--retry-quarantined tries these samples and no others",

@@ -9,7 +9,8 @@ import pyarrow as pa
 from cluster.dataset.committed import committed
 from cluster.dataset.layout import CorpusSource, Manifest, Plan
 from cluster.dataset.plan import make_plan
-from cluster.generation.pinning import clip_spec, pin_t2i
+from cluster.generation.picture_spec import pin_t2i
+from cluster.generation.pinning import clip_spec
 from cluster.generation.pipeline import GenerationResult, run_pipeline, write_manifest
 from cluster.generation.pools import Pools
 from cluster.generation.stages.draw import DrawShard

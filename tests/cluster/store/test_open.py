@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.generation.pinning import pin_clip, pin_t2i
+from cluster.generation.picture_spec import pin_t2i
+from cluster.generation.pinning import pin_clip
 from cluster.ingest.photos import PhotoRequest
 from cluster.ingest.published import ImportRequest
 from cluster.sources.corpus import read_corpus, source_digest

@@ -8,24 +8,28 @@ import pytest
 from pcm.generation.seeds import SPEED_FIELDS, attempt_seed, sample_seed, sample_seeds
 from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
 
-GENERATOR = GeneratorSpec(model="folder", revision="sha256:0")
+GENERATOR = GeneratorSpec(model="org/repo", revision="0" * 40)
 CLIP = ClipSpec(model="ViT-L-14/openai", revision="open_clip:openai")
 SPEC = DatasetSpec(generator=GENERATOR, clip=CLIP)
 
 OTHER_GENERATORS = {
-    "model": "other", "revision": "sha256:1", "num_inference_steps": 49, "guidance_scale": 7.0, "width": 512,
+    "model": "other", "revision": "1" * 40, "num_inference_steps": 49, "guidance_scale": 7.0, "width": 512,
     "height": 512, "scheduler": "DDIMScheduler", "negative_prompt": "blurry", "prompt_template": "a photo of {caption}",
     "dtype": "float16", "device": "cuda", "batch_size": 4, "cpu_threads": 2, "max_attempts": 5, "image_format": "png",
     "image_quality": 90, "scheduler_options": (("timestep_spacing", "trailing"),),
+    "pipeline_options": (("clip_skip", 1),), "loras": (("org/lora", "2" * 40, 0.5),), "vae": "org/vae",
+    "vae_revision": "3" * 40, "variant": "fp16", "without": ("text_encoder_3",), "config": "org/config",
+    "config_revision": "4" * 40,
 }  # fmt: skip
 OTHER_SPEEDS = {
     "attention": "sdpa", "channels_last": True, "compile": "default", "vae_slicing": True, "vae_tiling": True,
-    "prompt_cache": True,
+    "prompt_cache": True, "offload": "model",
 }  # fmt: skip
 
 
 def test_seed_is_the_same_today_and_in_every_later_release() -> None:
-    assert sample_seed(SPEC, "123", 0) == 5971948036524844
+    folder = dataclasses.replace(SPEC, generator=GeneratorSpec(model="folder", revision="sha256:0"))
+    assert sample_seed(dataclasses.replace(folder, generator_version=1), "123", 0) == 5971948036524844
     real = GeneratorSpec(
         model="stable-diffusion-v1-5/stable-diffusion-v1-5", revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
         num_inference_steps=20, guidance_scale=2.0, width=512, height=512, scheduler="DPMSolverMultistepScheduler",
@@ -33,6 +37,33 @@ def test_seed_is_the_same_today_and_in_every_later_release() -> None:
     )  # fmt: skip
     spec = dataclasses.replace(SPEC, generator=real, seed=5, images_per_caption=2)
     assert [sample_seed(spec, "000000007", image) for image in (0, 1)] == [5990707286725671, 2931147543498867]
+
+
+def local(place: str, **generator: object) -> DatasetSpec:
+    """Everything that can be a folder or a file, at a place; its bytes stay the same."""
+    values: dict = {
+        "model": f"{place}/model", "revision": "sha256:0", "vae": f"{place}/vae", "vae_revision": "sha256:1",
+        "loras": ((f"{place}/lora.safetensors", "sha256:2", 1.0),), "config": f"{place}/config",
+        "config_revision": "sha256:3",
+    }  # fmt: skip
+    return dataclasses.replace(SPEC, generator=GeneratorSpec(**values | generator))
+
+
+def test_where_a_folder_lies_enters_no_seed_since_version_two() -> None:
+    assert sample_seed(local("/here"), "1", 0) == sample_seed(local("/there"), "1", 0)
+    assert local("/here").differences(local("/there")) == [], "the digests are compared"
+    for other in ({"revision": "sha256:9"}, {"vae_revision": "sha256:9"}, {"config_revision": "sha256:9"}):
+        assert sample_seed(local("/here", **other), "1", 0) != sample_seed(local("/here"), "1", 0)
+        assert local("/here").differences(local("/here", **other))
+    before = [dataclasses.replace(local(place), generator_version=1) for place in ("/here", "/there")]
+    assert sample_seed(before[0], "1", 0) != sample_seed(before[1], "1", 0)
+
+
+def test_an_unused_younger_field_leaves_the_digest_of_a_spec() -> None:
+    values = SPEC.to_dict()
+    assert "loras" not in values["generator"] and "offload" not in values["generator"]
+    for spec in (SPEC, local("/here")):
+        assert DatasetSpec.from_dict(json.loads(json.dumps(spec.to_dict()))).generator == spec.generator
 
 
 def test_seed_differs_by_caption_id_picture_and_base_seed() -> None:

@@ -1,0 +1,200 @@
+"""From what a user asks of the pictures to a GeneratorSpec: everything pinned, nothing without effect."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.generation.drawing_fields import DRAWING_FIELDS
+from cluster.generation.hub import pin_repo
+from cluster.generation.request import AUTO, GenerationOptions
+from cluster.options import flag, given
+from pcm import embedded
+from pcm.clip.names import folder_revision
+from pcm.credentials import refuse_credentials
+from pcm.errors import InputError, not_known
+from pcm.generation.few_step_models import few_steps
+from pcm.generation.names import model_source, split_repo_file
+from pcm.generation.pipeline_files import named_files, pipeline_revision
+from pcm.generation.pipeline_index import INDEX
+from pcm.spec import GENERATOR_VERSION, GeneratorSpec
+
+if TYPE_CHECKING:
+    from pcm.generation.pipeline_signature import PipelineSignature
+
+log = logging.getLogger(__name__)
+
+
+def generator_spec(
+    asked: GenerationOptions, *, device: str, dtype: str, version: int = GENERATOR_VERSION
+) -> GeneratorSpec:
+    """The spec of the pictures, by the rules of a generator version (`pcm.spec.GENERATOR_VERSION`).
+
+    Steps and guidance: what is asked for (a preset is in it already), then the embedded pack's own, the table of
+    few-step models, and what the pipeline's call does. Raises InputError for an option that this pipeline lacks or that
+    would have no effect, before anything is planned or started.
+    """
+    model = asked.t2i or "embedded"
+    if model == "null":
+        _refuse_for_null(asked)
+    revision = pin_t2i(model, asked.t2i_revision, version=version)
+    config, config_revision = _pinned_config(asked, model)
+    signature = _signature(asked, config or model, config_revision or revision)
+    steps, guidance_scale = _steps_and_guidance(asked, model, signature, version)
+    if signature is not None and version > 1:
+        _check(asked, signature, guidance_scale)
+    return GeneratorSpec(
+        model=model,
+        revision=revision,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        width=asked.width,
+        height=asked.height,
+        scheduler=asked.scheduler,
+        negative_prompt=asked.negative_prompt,
+        prompt_template=asked.prompt_template,
+        dtype=dtype,
+        device=device,
+        batch_size=GeneratorSpec.batch_size if asked.batch_size == AUTO else int(asked.batch_size),
+        max_attempts=asked.max_attempts,
+        image_format=asked.image_format,
+        image_quality=asked.image_quality,
+        scheduler_options=tuple(asked.scheduler_options.items()),
+        pipeline_options=tuple(asked.pipeline_options.items()),
+        loras=tuple((name, _lora_revision(name), weight) for name, weight in asked.lora),
+        vae=asked.vae,
+        vae_revision=None if asked.vae is None else _pin_vae(asked.vae),
+        variant=asked.t2i_variant,
+        without=asked.t2i_without,
+        config=config,
+        config_revision=config_revision,
+        attention=asked.attention,
+        channels_last=asked.channels_last,
+        compile=asked.compile,
+        vae_slicing=asked.vae_slicing,
+        vae_tiling=asked.vae_tiling,
+        prompt_cache=asked.prompt_cache,
+        offload=asked.offload,
+    )
+
+
+def pin_t2i(model: str, revision: str | None, *, version: int = GENERATOR_VERSION) -> str:
+    """The revision of a text-to-image NAME: sha256 of a folder or file, commit of a repo, "" of the null generator.
+
+    Raises InputError when the repo cannot be reached to look a branch up; a full commit hash needs no look-up.
+    """
+    refuse_credentials(model)
+    if model == "null":
+        if revision is not None:
+            raise InputError(f"--t2i-revision {revision}: null draws nothing; leave it out")
+        return ""
+    source = Path(model_source(model))
+    if source.exists() and revision is not None:
+        raise InputError(f"--t2i-revision {revision}: {model} is no repo, and has none; leave it out")
+    if source.is_file():
+        if source.suffix != ".safetensors":
+            raise InputError(f"text-to-image file {model!r}: give a .safetensors file; pickles are not read")
+        return folder_revision(source)
+    if source.is_dir():
+        if not (source / INDEX).is_file():
+            raise InputError(f"text-to-image folder {model!r}: has no {INDEX}; give a diffusers folder")
+        return folder_revision(source) if model == "embedded" or version == 1 else pipeline_revision(source)
+    return pin_repo(model, revision)
+
+
+def _refuse_for_null(asked: GenerationOptions) -> None:
+    if useless := [name for name in given(asked) if name in DRAWING_FIELDS]:
+        flags = ", ".join(flag(type(asked), name) for name in useless)
+        raise InputError(f"{flags}: without effect with --t2i null, which draws no prompts; leave it out")
+
+
+def _pinned_config(asked: GenerationOptions, model: str) -> tuple[str | None, str | None]:
+    """(where the configuration of a single file comes from, its revision); both None of anything but a file."""
+    if not Path(model).is_file():
+        if asked.t2i_config is not None:
+            raise InputError(f"--t2i-config {asked.t2i_config}: is for a single file of weights; leave it out")
+        return None, None
+    if asked.t2i_variant or asked.t2i_without:
+        raise InputError("--t2i-variant, --t2i-without: are for a folder or a repo, not for a file; leave it out")
+    config = asked.t2i_config
+    if config is None:
+        from pcm.generation.single_file import inferred_config  # torch and diffusers
+
+        config = inferred_config(Path(model))
+        log.info("%s: configured as %s (--t2i-config)", model, config)
+    if Path(config).is_dir():
+        return config, pipeline_revision(Path(config), weights=False)
+    return config, pin_repo(config, None)
+
+
+def _lora_revision(name: str) -> str:
+    path = Path(name)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise InputError(f"--lora {name}: give a .safetensors file; pickles are not read")
+        return folder_revision(path)
+    repo, _ = split_repo_file(name)
+    if path.is_absolute() or repo.count("/") != 1:
+        raise InputError(f"--lora {name}: no such file; give one, or a repo ORG/NAME or ORG/NAME/FILE.safetensors")
+    return pin_repo(repo, None)
+
+
+def _pin_vae(name: str) -> str:
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise InputError(f"--vae {name}: has no config.json; give the folder of a decoder, or a repo id")
+        return folder_revision(Path(name))
+    return pin_repo(name, None)
+
+
+def _signature(asked: GenerationOptions, model: str, revision: str) -> "PipelineSignature | None":
+    """The pipeline's; None of null, and of the embedded one where nothing asked for depends on it."""
+    plain = not (asked.pipeline_options or asked.scheduler or asked.scheduler_options or asked.negative_prompt)
+    if model == "null" or (model == "embedded" and plain):
+        return None
+    from pcm.generation.pipeline_signature import read_signature  # diffusers takes seconds to import
+
+    return read_signature(model, revision)
+
+
+def _steps_and_guidance(
+    asked: GenerationOptions, model: str, signature: "PipelineSignature | None", version: int
+) -> tuple[int, float | None]:
+    steps: int = GeneratorSpec.num_inference_steps
+    guidance_scale: float | None = GeneratorSpec.guidance_scale
+    if model == "embedded":
+        steps, guidance_scale = embedded.STEPS, embedded.GUIDANCE_SCALE
+    elif signature is not None and version > 1:
+        steps = signature.defaults.get("num_inference_steps") or steps
+        guidance_scale = signature.defaults.get("guidance_scale")
+        if found := few_steps(model, tuple(name for name, _ in asked.lora)):
+            steps = found.steps
+            guidance_scale = found.guidance_scale if signature.takes("guidance_scale") else None
+        scale = "its own" if guidance_scale is None else f"{guidance_scale:g}"
+        log.info("%s (%s): %d steps and guidance %s unless asked otherwise", model, signature.name, steps, scale)
+    return (
+        steps if asked.steps is None else asked.steps,
+        guidance_scale if asked.guidance_scale is None else asked.guidance_scale,
+    )
+
+
+def _check(asked: GenerationOptions, signature: "PipelineSignature", guidance_scale: float | None) -> None:
+    options: Mapping[str, Any] = asked.pipeline_options
+    signature.check_options(options)
+    signature.check_guidance(asked.guidance_scale)
+    signature.check_negative_prompt(asked.negative_prompt, guidance_scale, options)
+    signature.check_size(asked.width, asked.height)
+    if asked.scheduler or asked.scheduler_options:
+        signature.check_scheduler(asked.scheduler, asked.scheduler_options)
+    if asked.prompt_cache:
+        signature.check_prompt_cache()
+    if asked.lora:
+        signature.check_loras()
+    for part in asked.t2i_without:
+        if part not in signature.index.components:
+            raise not_known(f"--t2i-without of {signature.name}", part, signature.index.components)
+    if asked.vae is not None and "vae" not in signature.index.components:
+        raise InputError(f"--vae: {signature.name} has none to replace; leave it out")
+    source = Path(model_source(signature.index.model))
+    if source.is_dir():
+        named_files(source, variant=asked.t2i_variant)  # refuses a variant that is not there

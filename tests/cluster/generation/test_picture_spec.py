@@ -1,0 +1,123 @@
+"""What a request means for the pictures: options that would have no effect are refused before Ray is started."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from cluster.dataset.layout import load_manifest
+from cluster.dataset.plan import make_plan
+from cluster.generation.make import generate
+from cluster.generation.picture_spec import generator_spec
+from cluster.generation.pinning import dataset_spec
+from cluster.generation.request import GenerateRequest, parse_lora, parse_pipeline_option
+from cluster.sources.corpus import read_corpus
+from cluster.store.store import open_store
+from pcm.errors import InputError
+from pcm.generation.prompt_length import truncation_check
+from pcm.spec import GeneratorSpec
+from tests.helpers.tiny_generation import CAPTIONS, write_corpus
+
+
+def spec_for(**asked: object) -> GeneratorSpec:
+    return generator_spec(GenerateRequest(corpus="embedded", out="out", **asked), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"steps": 3, "batch_size": 2}, "--steps, --batch-size: without effect with --t2i null"),
+        ({"prompt_template": "a photo of {caption}"}, "--prompt-template: without effect with --t2i null"),
+        ({"lora": (("org/repo", 1.0),)}, "--lora: without effect with --t2i null"),
+        ({"pipeline_options": {"clip_skip": 1}}, "--pipeline-option: without effect with --t2i null"),
+    ],
+)
+def test_the_null_generator_refuses_what_only_a_model_listens_to(asked: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        spec_for(t2i="null", **asked)
+
+
+def test_a_preset_asks_the_null_generator_for_nothing() -> None:
+    from cluster.generation.presets import with_preset
+
+    asked = with_preset(GenerateRequest(out="out", preset="synthimgcap_coco", t2i="null"), "synthimgcap_coco")
+    assert generator_spec(asked, device="cpu", dtype="float32").model == "null"
+
+
+def test_steps_and_guidance_are_the_first_that_is_said(tiny_t2i: Path, tmp_path: Path) -> None:
+    embedded = spec_for()
+    assert (embedded.num_inference_steps, embedded.guidance_scale) == (8, 3.0)
+    own = spec_for(t2i=str(tiny_t2i))
+    assert (own.num_inference_steps, own.guidance_scale) == (50, 7.5), "Stable Diffusion's"
+    turbo = tmp_path / "sd-turbo"
+    shutil.copytree(tiny_t2i, turbo)
+    few = spec_for(t2i=str(turbo))
+    assert (few.num_inference_steps, few.guidance_scale, few.revision) == (1, 0.0, own.revision)
+    given = spec_for(t2i=str(turbo), steps=3)
+    assert (given.num_inference_steps, given.guidance_scale) == (3, 0.0)
+
+
+def test_what_the_pipeline_lacks_is_refused(tiny_t2i: Path, tmp_path: Path) -> None:
+    model = str(tiny_t2i)
+    for asked, said in (
+        ({"pipeline_options": {"clip_skipp": 1}}, "did you mean 'clip_skip'"),
+        ({"guidance_scale": 1.0, "negative_prompt": "x"}, "--negative-prompt: without effect at guidance 1"),
+        ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "no flow-matching model"),
+        ({"t2i_variant": "fp16"}, "has no file of it"),
+        ({"t2i_without": ("text_encoder_3",)}, "did you mean 'text_encoder'"),
+        ({"t2i_config": "org/repo"}, "is for a single file"),
+        ({"vae": str(tmp_path)}, "has no config.json"),
+        ({"lora": ((str(tmp_path / "none.bin"), 1.0),)}, "no such file"),
+    ):
+        with pytest.raises(InputError, match=said):
+            spec_for(t2i=model, **asked)
+    with pytest.raises(InputError, match="--offload model: is for GPUs"):
+        spec_for(t2i=model, offload="model", device="cpu")
+
+
+def test_a_lora_is_named_by_the_digest_of_its_bytes(tiny_t2i: Path, tmp_path: Path) -> None:
+    weights = load_file(tiny_t2i / "unet/diffusion_pytorch_model.safetensors")
+    save_file({"one": next(iter(weights.values()))}, tmp_path / "a.safetensors")
+    shutil.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    ((name, digest, weight),) = spec_for(t2i=str(tiny_t2i), lora=((str(tmp_path / "a.safetensors"), 0.5),)).loras
+    assert (name, weight) == (str(tmp_path / "a.safetensors"), 0.5) and digest.startswith("sha256:")
+
+
+def test_texts_of_options() -> None:
+    assert parse_lora("org/repo") == ("org/repo", 1.0)
+    assert parse_lora("/a/b.safetensors=0.8") == ("/a/b.safetensors", 0.8)
+    assert parse_pipeline_option("true_cfg_scale=4") == ("true_cfg_scale", 4)
+    assert parse_pipeline_option("use_resolution_binning=false") == ("use_resolution_binning", False)
+    for text in ("org/repo=", "=1", "org/repo=much"):
+        with pytest.raises(InputError, match="REPO_OR_FILE"):
+            parse_lora(text)
+
+
+def test_a_prompt_is_too_long_by_the_drawing_models_own_tokenizer(tiny_t2i: Path) -> None:
+    spec = dataset_spec(GenerateRequest(corpus="embedded", out="out", t2i=str(tiny_t2i), clip="null"), gpus=0)
+    is_truncated = truncation_check(spec)
+    assert not is_truncated("a" * 75) and is_truncated("a" * 76), "a letter is a token here, and start and end"
+    assert not truncation_check(dataset_spec(GenerateRequest(corpus="embedded", out="out", t2i="null"), gpus=0))(
+        "a" * 999
+    )
+
+
+def test_a_dataset_that_was_begun_under_the_first_rules_is_finished_under_them(
+    tiny_t2i: Path, tmp_path: Path, ray_session: None
+) -> None:
+    corpus = write_corpus(tmp_path, CAPTIONS[:3])
+    asked = GenerateRequest(corpus=str(corpus), out=str(tmp_path / "out"), t2i=str(tiny_t2i), clip="null", steps=2)
+    before, now = dataset_spec(asked, gpus=0, version=1), dataset_spec(asked, gpus=0)
+    assert before.generator.revision != now.generator.revision, "of every file, of what the index names"
+    make_plan(
+        open_store(asked.out),
+        read_corpus(str(corpus)),
+        before,
+        corpus=str(corpus),
+        shard_size=asked.shard_size,
+        is_truncated=lambda prompt: False,
+    )
+    assert generate(asked)["stored"] == 3
+    manifest = load_manifest(open_store(asked.out))
+    assert (manifest.spec.generator_version, manifest.spec.generator.revision) == (1, before.generator.revision)
