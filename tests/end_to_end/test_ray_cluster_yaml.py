@@ -178,3 +178,17 @@ def test_ray_job_keeps_gpus_off_the_head(ray_job: dict) -> None:
     for group in cluster["workerGroupSpecs"]:
         assert group["minReplicas"] == 0
         assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_the_lock_has_a_hash_of_every_package_in_the_version_of_the_constraints() -> None:
+    lines = (ROOT / "deploy/requirements-linux-x86_64.lock").read_text().splitlines()
+    entry = re.compile(r"([a-z0-9-]+)==(\S+) --hash=sha256:[0-9a-f]{64}(  # \(\*\))?")
+    found = [entry.fullmatch(line) for line in lines if not line.startswith("#")]
+    assert len(found) > 100 and all(found)
+    pinned = {name.lower().replace("_", "-").replace(".", "-"): version for name, version in pins().items()}
+    for match in found:
+        assert match is not None
+        name, version, marked = match.groups()
+        assert (pinned.get(name) is None) == bool(marked), name
+        assert marked or version == pinned[name], name
+    assert {"torch", "ray", "diffusers", "open-clip-torch"} <= {match[1] for match in found if match}
