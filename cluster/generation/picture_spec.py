@@ -16,7 +16,7 @@ from pcm.errors import InputError, not_known
 from pcm.generation.few_step_models import few_steps
 from pcm.generation.names import model_source, split_repo_file
 from pcm.generation.pipeline_files import named_files, pipeline_revision
-from pcm.generation.pipeline_index import INDEX
+from pcm.generation.pipeline_index import INDEX, UnreachableIndex
 from pcm.spec import GENERATOR_VERSION, GeneratorSpec
 
 if TYPE_CHECKING:
@@ -154,7 +154,11 @@ def _signature(asked: GenerationOptions, model: str, revision: str) -> "Pipeline
         return None
     from pcm.generation.pipeline_signature import read_signature  # diffusers takes seconds to import
 
-    return read_signature(model, revision)
+    try:
+        return read_signature(model, revision)
+    except UnreachableIndex as error:  # of a pinned commit, which the generators' nodes may have
+        log.warning("%s; options are not checked, and Stable Diffusion's steps and guidance hold unless given", error)
+        return None
 
 
 def _steps_and_guidance(

@@ -12,6 +12,10 @@ from pcm.generation.names import model_source
 INDEX = "model_index.json"
 
 
+class UnreachableIndex(InputError):
+    """The index of a repo that cannot be had here and now; another machine may have it."""
+
+
 @dataclass(frozen=True)
 class PipelineIndex:
     """model_index.json of a folder, or of a repo at a commit."""
@@ -35,7 +39,8 @@ def read_index(model: str, revision: str | None) -> PipelineIndex:
     try:
         values = json.loads(_file(model, revision, INDEX).read_text())
     except (OSError, ValueError) as error:
-        raise InputError(
+        kind = InputError if Path(model_source(model)).is_dir() else UnreachableIndex
+        raise kind(
             f"text-to-image model {model!r}: its {INDEX} cannot be read ({first_line(error)}); "
             "give a diffusers repo id, a folder saved by save_pretrained(), 'embedded' or 'null'"
         ) from None
