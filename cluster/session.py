@@ -1,10 +1,13 @@
 """Starting or joining Ray: the same call in a job, on a laptop and in a test."""
 
+import contextlib
 import logging
 import os
 import re
+import secrets
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import ray
 
@@ -13,6 +16,9 @@ from pcm.errors import InputError, first_line
 log = logging.getLogger(__name__)
 
 START_ATTEMPTS = 3
+_AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+#: Where Ray's own commands keep the token of a cluster that is joined.
+_TOKEN_FILE = Path("~/.ray/auth_token")
 
 
 def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | None = None) -> None:
@@ -29,6 +35,7 @@ def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | No
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     runtime_env = {"env_vars": dict(worker_env)} if worker_env else None
     if os.environ.get("RAY_ADDRESS"):
+        protect_token_file()
         ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env)
         log.info("joined the Ray cluster at RAY_ADDRESS: %s", _resources())
     else:
@@ -44,10 +51,21 @@ def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | No
 
 
 def _start_local(num_cpus: int | None, runtime_env: dict | None) -> None:
-    """Start a cluster on this machine. On a busy one its processes can miss Ray's fixed 30 seconds: tried again."""
+    """Start a cluster on this machine, which no other machine can reach (cluster/__init__.py) and no other user join.
+
+    On a busy machine its processes can miss Ray's fixed 30 seconds: tried again.
+    """
+    if not any(name in os.environ for name in _AUTHENTICATION):
+        # Of this run alone. Ray's own would lie in ~/.ray, readable by all; and there may be no home to write to.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING, runtime_env=runtime_env)
+            ray.init(
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                runtime_env=runtime_env,
+            )
             return
         except Exception as error:  # Ray raises a bare Exception for this
             ray.shutdown()
@@ -57,6 +75,15 @@ def _start_local(num_cpus: int | None, runtime_env: dict | None) -> None:
                     "work on it end, or look into /tmp/ray/session_latest/logs, and run the same command again"
                 ) from error
             log.warning("Ray did not start; trying again (%d of %d)", attempt + 1, START_ATTEMPTS)
+
+
+def protect_token_file() -> None:
+    """Take away what others may do with the token of a cluster: `ray get-auth-token` writes it readable by all."""
+    with contextlib.suppress(OSError, RuntimeError):  # no such file, not ours to change, no home
+        file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", _TOKEN_FILE)).expanduser()
+        if file.stat().st_mode & 0o077:
+            file.chmod(0o600)
+            log.warning("%s: could be read by others; its mode is 0600 now", file)
 
 
 def user_error(error: BaseException) -> InputError | None:

@@ -91,7 +91,9 @@ class StopSignals:
         say(f"stopped by {name}: what is written is whole; run the same command again to go on")
         # Whatever still writes there has nothing to tell: Ray's processes, threads that are cut off.
         with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in (1, 2):
+                os.dup2(nowhere, stream)
         self._said.set()
         deadline = threading.Timer(GRACE_SECONDS, self._end)
         deadline.daemon = True

@@ -1,6 +1,7 @@
 """Evaluation as the field does it: captions of real pictures by beam search, and every COCO metric of them.
 
-Under OUT: captions.json in COCO's results format, and metrics.json with the metrics and what they were computed on.
+Under OUT: captions.json in COCO's results format, and metrics.json with the metrics and what they were computed on. Of
+every epoch: a folder an epoch with these, and epochs.json.
 """
 
 import json
@@ -49,6 +50,7 @@ log = logging.getLogger(__name__)
 
 RESULTS_KEY = "captions.json"
 METRICS_KEY = "metrics.json"
+EPOCHS_KEY = "epochs.json"  # of --every-epoch, beside a folder an epoch
 
 
 def evaluate(request: EvaluateRequest) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def _evaluate_every_epoch(request: EvaluateRequest, *, spice_folder: Path | None
     summary = {"epochs": epochs, "best": best, "not_kept": gone, "seconds": round(time.monotonic() - started, 2)}
     if request.out is not None:
         document = {"metrics": summary, "request": asdict(request)}
-        open_store(request.out).write_bytes(METRICS_KEY, document_bytes(document))
+        open_store(request.out).write_bytes(EPOCHS_KEY, document_bytes(document))
     return summary
 
 

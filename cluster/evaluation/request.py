@@ -109,7 +109,10 @@ class EvaluateRequest(CaptionerOptions):
     list_experiments: bool = option(False, help="show the paper's experiments and end")
     num_workers: int | None = option(None, help="caption on so many Ray actors", unset="in this process, without Ray")
     out: str | None = option(
-        None, metavar="P", writes="folder", help="folder for captions.json (COCO results format) and metrics.json"
+        None,
+        metavar="P",
+        writes="folder",
+        help="folder for captions.json (COCO results format) and metrics.json; with --every-epoch a folder an epoch",
     )
     limit: int | None = option(None, help="the first pictures by image id only", unset="all")
     spice_home: str | None = option(
@@ -144,6 +147,8 @@ class EvaluateRequest(CaptionerOptions):
                 )
             if (self.images is None) == (self.features is None):
                 raise InputError("--images, --features: give one of the two, the pictures to caption")
+            if self.features is not None and self.references is None and self.split is not None:
+                raise InputError(f"--split {self.split}: needs --references; the captions of a dataset have no splits")
             if self.every_epoch and len(self.checkpoints) > 1:
                 raise InputError("--every-epoch: takes one run as --checkpoint")
 

@@ -1,6 +1,7 @@
 """The sections about a dataset: what it is, its pictures, scores, speed and cost, and what could not be made."""
 
 import json
+import shlex
 from collections.abc import Sequence
 
 from cluster.charts.markup import Html, Node, tag
@@ -52,7 +53,7 @@ def overview(data: DatasetFacts, speed: Throughput | None, *, hourly: float | No
 
 def gallery(data: DatasetFacts, found: Gallery) -> Html:
     drawn_here = data.manifest.spec.generator.model not in (IMPORTED, PHOTOS)
-    redraw = f"python -m jobs.generate --out {data.root} --only" if drawn_here else ""
+    redraw = f"python -m jobs.generate --out {shlex.quote(data.root)} --only" if drawn_here else ""
 
     def cards(pictures: Sequence[Picture]) -> Html:
         return tag(

@@ -1,5 +1,6 @@
 """Parts of the page that every section is made of."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 
 from cluster.charts.markup import Html, Node, tag
@@ -84,7 +85,7 @@ def picture_card(picture: Picture, *, scored: bool, redraw: str) -> Html:
             tag("small", f"seed {row.seed}"),
         ),
         class_="picture",
-        data_redraw=f"{redraw} {row.sample_id}" if redraw else None,
+        data_redraw=f"{redraw} {shlex.quote(row.sample_id)}" if redraw else None,
     )
 
 

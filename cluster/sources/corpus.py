@@ -7,17 +7,19 @@ where that rule is written). Nothing is dropped: every record comes out, with a 
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import gzip
 import hashlib
 import io
 import logging
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
-from cluster.store.store import open_store
+from cluster.store.store import join, open_store
 from pcm.errors import InputError, first_line
 from pcm.text import detect
 from pcm.text.formats import FORMATS, CaptionRow, ReadOptions, in_split, read_rows
@@ -29,6 +31,10 @@ __all__ = ["FORMATS", "CorpusRecord", "detect_format", "read_corpus", "source_di
 logger = logging.getLogger(__name__)
 
 _BUFFER = 1 << 20
+#: Characters that make a pattern of a name.
+_WILD = re.compile(r"[*?\[]")
+#: How the parts of a Hugging Face dataset begin: `validation-00000-of-00002.parquet`.
+_SPLIT_IN_NAME = re.compile(r"(train|validation|val|dev|test)[-_.]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,8 @@ def read_corpus(
 ) -> Iterator[CorpusRecord]:
     """Stream the records of a corpus, in file order. Memory stays flat, except that a JSON document is loaded whole.
 
-    uri: a path or URI, as `cluster.store.store` opens them; `.gz` is decompressed.
+    uri: a path or URI, as `cluster.store.store` opens them; `.gz` is decompressed. A folder of Parquet files, or a
+        pattern of them (`s3://b/p/train-*.parquet`), is one corpus: its parts in the order of their names.
     format: one of `FORMATS`, or "auto".
     split: None or "all" for every split. "train" takes Karpathy's "restval" too; a record naming no split is "train".
     limit: at most this many records, bad ones included.
@@ -74,22 +81,24 @@ def read_corpus(
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit} leaves no caption; it must be at least 1")
     uri = str(uri)
-    with _open(uri) as stream:
-        if format == "auto":
-            format = _detect(uri, stream)
-        reasons: Counter[str] = Counter()
-        splits: Counter[str] = Counter()
-        index = 0
-        for row in _rows(stream, format, uri, options):
-            splits[row.split] += 1
-            if split is not None and not in_split(row, split):
-                continue
-            caption, reason = _judge(row)
-            reasons[reason] += 1
-            yield CorpusRecord(index, row.row_id, caption, row.image_id, reason)
-            index += 1
-            if index == limit:
-                break
+    parts = corpus_parts(uri)
+    if parts and format not in ("auto", "parquet"):
+        raise InputError(f"{uri}: several files are read as one corpus only where they are Parquet, not {format}")
+    if format == "auto":
+        format = "parquet" if parts else detect_format(uri)
+    reasons: Counter[str] = Counter()
+    splits: Counter[str] = Counter()
+    index = 0
+    for row in _rows_of_parts(parts, options) if parts else _rows_of_file(uri, format, options):
+        splits[row.split] += 1
+        if split is not None and not in_split(row, split):
+            continue
+        caption, reason = _judge(row)
+        reasons[reason] += 1
+        yield CorpusRecord(index, row.row_id, caption, row.image_id, reason)
+        index += 1
+        if index == limit:
+            break
     if not index and splits:
         held = ", ".join(f"{name} ({count:,})" for name, count in splits.most_common(8))
         raise InputError(f"{uri}: no caption in split {split!r}; its splits are {held}")
@@ -106,6 +115,63 @@ def detect_format(uri: str) -> str:
     """The format of a corpus; "json" stands for Karpathy's or COCO's, told apart when it is read. Raises InputError."""
     with _open(str(uri)) as stream:
         return _detect(str(uri), stream)
+
+
+def corpus_parts(uri: str) -> list[str]:
+    """The Parquet files that a folder or a pattern stands for, sorted by name whatever the store's order is; [] for one
+    file. Raises InputError for a folder or pattern without any.
+    """
+    if "::" in uri or uri.startswith(("http://", "https://")):
+        return []  # one file: they cannot be listed
+    store = open_store(uri)
+    if store.is_file():
+        return []
+    if keys := store.list():
+        if parts := [key for key in keys if _is_part(key)]:
+            return [join(uri, key) for key in parts]
+        raise InputError(f"{uri}: a folder; name one caption file, or a folder or pattern of Parquet files")
+    folder, pattern = _split_pattern(uri)
+    if not pattern:
+        return []
+    keys = open_store(folder).list()
+    if parts := [key for key in keys if _is_part(key) and fnmatch.fnmatchcase(key, pattern)]:
+        return [join(folder, key) for key in parts]
+    raise InputError(
+        f"{uri}: no Parquet file is so named; name a caption file, or a folder or pattern of Parquet files"
+    )
+
+
+def _split_pattern(uri: str) -> tuple[str, str]:
+    """("s3://b/p", "train-*.parquet") of a pattern; (uri, "") where there is none."""
+    parts = uri.split("/")
+    first = next((number for number, part in enumerate(parts) if _WILD.search(part)), None)
+    if first is None:
+        return uri, ""
+    return "/".join(parts[:first]) or ("/" if first else "."), "/".join(parts[first:])
+
+
+def _is_part(key: str) -> bool:
+    """Whether a file is a part: not one that Spark, Hive or macOS keep beside them (`_metadata`, `._x`)."""
+    return key.endswith(".parquet") and not any(part.startswith(("_", ".")) for part in key.split("/"))
+
+
+def _rows_of_file(uri: str, format: str, options: ReadOptions | None) -> Iterator[CaptionRow]:
+    with _open(uri) as stream:
+        yield from _rows(stream, format, uri, options)
+
+
+def _rows_of_parts(parts: list[str], options: ReadOptions | None) -> Iterator[CaptionRow]:
+    """The rows of one table in parts, numbered through. A part without a column `split` has that of its name."""
+    before = 0
+    for uri in parts:
+        named = _SPLIT_IN_NAME.match(uri.rpartition("/")[2])
+        number = -1
+        for row in _rows_of_file(uri, "parquet", options):
+            position, hash_mark, k = row.row_id.partition("#")
+            number = int(position)
+            split = named[1] if named and row.split == "train" else row.split
+            yield row._replace(row_id=f"{before + number}{hash_mark}{k}", split=split)
+        before += number + 1
 
 
 def _judge(row: CaptionRow) -> tuple[str, str]:
@@ -129,8 +195,13 @@ def _rows(stream: io.BufferedReader, format: str, uri: str, options: ReadOptions
 
 def source_digest(uri: str) -> str:
     """sha256 of a corpus file as it lies there: a size or a date does not prove that it is unchanged, and reading bytes
-    costs little beside reading captions. Raises InputError when the file cannot be opened."""
+    costs little beside reading captions. Of parts: over their digests, in the order of their names. Raises InputError
+    when the file cannot be opened."""
     digest = hashlib.sha256()
+    if parts := corpus_parts(str(uri)):
+        for part in parts:
+            digest.update(source_digest(part).encode())
+        return digest.hexdigest()
     with _open_raw(str(uri)) as raw:
         while data := raw.read(8 * _BUFFER):
             digest.update(data)

@@ -121,8 +121,7 @@ class Checkpoints:
         except Exception as error:  # what a cut file raises depends on where it is cut
             self._damaged[name] = one_line(error, longest=120)
         for earlier in self._earlier_than(name):
-            with tempfile.TemporaryDirectory(prefix="pcm-checkpoint-") as folder:
-                copy = local_copy(join(self._out.root, CHECKPOINTS, earlier), folder=Path(folder))
+            with local_copy(join(self._out.root, CHECKPOINTS, earlier)) as copy:
                 try:
                     state = self._load(copy)
                 except Exception as error:

@@ -160,8 +160,8 @@ class DiffusersTextToImage:
 
 def _dtypes(pipeline: Any) -> list[tuple[Any, torch.dtype]]:
     """The parts of a pipeline that have a dtype, and which."""
-    parts: list[Any] = list(pipeline.components.values())
-    return [(part, part.dtype) for part in parts if isinstance(part, torch.nn.Module) and hasattr(part, "dtype")]
+    modules: list[Any] = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    return [(module, module.dtype) for module in modules if hasattr(module, "dtype")]
 
 
 def _device_name(device: str) -> str:

@@ -37,6 +37,68 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "a CLIP's configuration may say only what is on the list",
+        "pcm/clip/configuration.py", "if name not in allowed:", "if False:",
+        ("tests/pcm/clip/test_configuration.py::test_what_is_not_on_the_list_is_refused_by_name",),
+    ),
+    Mutant(
+        "a pipeline's own code is refused by name",
+        "pcm/generation/own_code.py", "if not known:", "if False:",
+        ("tests/pcm/generation/test_own_code.py",),
+    ),
+    Mutant(
+        "a checkpoint alone names no CLIP by folder",
+        "pcm/captioners/captioner.py", "if not clip and name != named_by_run:", "if False:",
+        ("tests/pcm/captioners/test_captioner.py::test_a_checkpoint_alone_cannot_have_a_folder_opened",),
+    ),
+    Mutant(
+        "a key stays in its folder",
+        "cluster/store/paths.py", 'part in ("", ".", "..")', 'part in ("",)',
+        ("tests/cluster/store/test_store.py::test_a_key_that_leads_out_of_a_folder_is_refused",),
+    ),
+    Mutant(
+        "a pickle that means many more values than it holds is refused",
+        "pcm/safe_pickle/values.py", "if meaning > self._limit:", "if False:",
+        ("tests/pcm/safe_pickle/test_safe_pickle.py::test_lists_that_double_are_refused",),
+    ),
+    Mutant(
+        "keys whose hashes can be chosen are refused",
+        "pcm/safe_pickle/values.py", "if sum(not isinstance(part, (str, bytes)) for part in parts) > 1:", "if False:",
+        ("tests/pcm/safe_pickle/test_safe_pickle.py::test_keys_whose_hashes_can_be_chosen_are_refused",),
+    ),
+    Mutant(
+        "a torch file that inflates is refused",
+        "pcm/safe_pickle/torch_files.py", "if held > size:", "if False:",
+        ("tests/pcm/safe_pickle/test_torch_files.py::test_a_file_that_inflates_is_refused_before_it_is_read",),
+    ),
+    Mutant(
+        "gzip that grows without end is refused",
+        "pcm/text/gzip_files.py", "if self._given > FREE_BYTES + LARGEST_RATIO * self._raw.tell():", "if False:",
+        ("tests/pcm/text/test_gzip_files.py::test_gzip_that_grows_without_end_is_refused",),
+    ),
+    Mutant(
+        "a job that does not unwind is ended",
+        "jobs/endings.py", "deadline.start()", "pass",
+        ("tests/jobs/test_endings.py::test_a_stopped_job_ends_with_its_status_one_line_and_no_orphan",),
+    ),
+    Mutant(
+        "a full stdout does not undo a finished job",
+        "jobs/endings.py", "        discard(sys.stdout)\n", "        raise\n",
+        ("tests/jobs/test_endings.py::test_streams_that_nobody_reads_change_no_status",),
+    ),
+    Mutant(
+        "a local Ray listens on the loopback alone",
+        "cluster/__init__.py", 'os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")', "pass",
+        ("tests/cluster/test_session.py::test_a_local_ray_listens_on_the_loopback_alone_and_writes_no_token",),
+    ),
+    Mutant(
+        "parts of a corpus are in the order of their names, whatever a listing's is",
+        "cluster/store/store.py",
+        "return sorted(self._with_retries(prefix, lambda: [key for key in self._find(prefix) if _is_object(key)]))",
+        "return self._with_retries(prefix, lambda: [key for key in self._find(prefix) if _is_object(key)])",
+        ("tests/cluster/sources/test_corpus_parts.py::test_the_order_of_a_listing_changes_neither_digest_nor_records",),
+    ),
+    Mutant(
         "a store that answers 503, hangs or cuts is tried again",
         "cluster/store/retries.py", 'if fault.kind != "transient":', "if True:",
         ("tests/cluster/store/test_retries.py::test_a_fault_that_passes_is_tried_again",),

@@ -1,14 +1,18 @@
-"""What a worker raises reaches the user as what it is."""
+"""What a worker raises reaches the user as what it is; and a Ray of this machine is of this machine alone."""
 
 import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from ray.exceptions import RayTaskError
 
-from cluster.session import is_no_user_error, user_error
+from cluster.session import is_no_user_error, protect_token_file, user_error
+from jobs.endings import descendants
 from pcm.errors import InputError
+from tests.helpers.paths import ROOT
 
 RECORD = logging.LogRecord("ray.data.exceptions", logging.ERROR, "", 0, "a long traceback", None, None)
 
@@ -41,3 +45,55 @@ def test_workers_start_with_the_environment_that_is_asked_for() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=180)
     assert done.stdout.splitlines()[-1:] == ["for"], done.stderr
+
+
+LISTEN = "0A"  # of /proc/net/tcp
+
+
+def listening(pids: set[int]) -> set[str]:
+    """The addresses, in hexadecimal, at which processes listen."""
+    sockets = set()
+    for pid in pids:
+        for file in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                sockets.add(os.readlink(file))
+            except OSError:
+                continue
+    lines = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {line[1].partition(":")[0] for line in lines if line[3] == LISTEN and f"socket:[{line[9]}]" in sockets}
+
+
+def test_a_local_ray_listens_on_the_loopback_alone_and_writes_no_token(tmp_path: Path) -> None:
+    program = (
+        "from cluster.session import start_ray; start_ray(num_cpus=1)\n"
+        "import ray; print(ray.get(ray.remote(lambda: 42).remote()), flush=True); input()"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT, env=environment | {"HOME": str(tmp_path)}, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None and process.stdout.readline() == "42\n"
+        addresses = listening({process.pid, *descendants(process.pid)})
+        process.communicate("\n")
+    assert addresses and addresses <= {"0100007F", f"{'0' * 16}FFFF00000100007F"}
+    assert not (tmp_path / ".ray/auth_token").exists()
+
+
+@pytest.mark.parametrize("variable", ["HOME", "RAY_AUTH_TOKEN_PATH"])
+def test_the_token_file_of_a_cluster_is_for_its_owner_alone(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    file = tmp_path / ".ray/auth_token"
+    file.parent.mkdir()
+    file.write_text("secret")
+    file.chmod(0o644)
+    monkeypatch.setenv(variable, str(tmp_path if variable == "HOME" else file))
+    protect_token_file()
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.unlink()
+    protect_token_file()

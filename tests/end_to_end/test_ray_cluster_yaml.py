@@ -63,7 +63,9 @@ def test_every_node_reaches_the_object_store_by_its_role(cluster: dict) -> None:
         assert spec["node_config"]["IamInstanceProfile"]["Name"], name
 
 
-@pytest.mark.parametrize("name", ["ray_cluster.yaml", "deploy/rayjob-generate.yaml", "deploy/Dockerfile"])
+@pytest.mark.parametrize(
+    "name", ["ray_cluster.yaml", "deploy/rayjob-generate.yaml", "deploy/networkpolicy.yaml", "deploy/Dockerfile"]
+)
 def test_no_credential_stands_in_a_cluster_file(name: str) -> None:
     text = (ROOT / name).read_text()
     assert not SECRET.search(text), SECRET.search(text)
@@ -96,7 +98,8 @@ def test_cluster_and_image_install_what_laptop_and_ci_install(cluster: dict) -> 
 
 
 def test_image_has_the_python_that_the_project_is_tested_with() -> None:
-    base = re.search(r"^FROM python:(\d+\.\d+)\.\d+-", (ROOT / "deploy/Dockerfile").read_text(), re.MULTILINE)
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    base = re.search(r"^ARG BASE_IMAGE=python:(\d+\.\d+)\.\d+-\S+\nFROM \$\{BASE_IMAGE\}$", dockerfile, re.MULTILINE)
     assert base and base[1] == "3.11"
 
 
@@ -107,6 +110,37 @@ def test_image_copies_everything_the_install_needs(cluster: dict) -> None:
         name for line in re.findall(r"^COPY --chown=ray (.+) \S+$", dockerfile, re.MULTILINE) for name in line.split()
     }
     assert mounted == copied
+
+
+def test_nodes_of_aws_are_closed(cluster: dict) -> None:
+    for name, spec in cluster["available_node_types"].items():
+        config = spec["node_config"]
+        assert config["MetadataOptions"] == {"HttpTokens": "required", "HttpPutResponseHopLimit": 1}, name
+        assert all(disk["Ebs"]["Encrypted"] is True for disk in config["BlockDeviceMappings"]), name
+        # In a group that Ray makes, everybody may try SSH.
+        assert len(config["SecurityGroupIds"]) == 1, name
+
+
+def test_pods_run_as_a_user_without_privileges(ray_job: dict) -> None:
+    cluster = ray_job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] == 1000
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for box in pod["containers"]:
+            assert box["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    workers = [group["template"]["spec"] for group in cluster["workerGroupSpecs"]]
+    assert all(pod["automountServiceAccountToken"] is False for pod in workers)
+
+
+def test_only_pods_of_the_namespace_and_the_operator_reach_the_cluster(ray_job: dict) -> None:
+    policy = yaml.safe_load((ROOT / "deploy/networkpolicy.yaml").read_text())
+    assert (policy["kind"], policy["spec"]["policyTypes"]) == ("NetworkPolicy", ["Ingress", "Egress"])
+    assert policy["spec"]["podSelector"]["matchLabels"] == {"ray.io/is-ray-node": "yes"}
+    sources = [source for rule in policy["spec"]["ingress"] for source in rule["from"]]
+    assert sources and all(source and "ipBlock" not in source for source in sources)
+    outside = [rule for rule in policy["spec"]["egress"] if any("ipBlock" in to for to in rule.get("to", []))]
+    assert [[port["port"] for port in rule["ports"]] for rule in outside] == [[443]]
 
 
 def test_ray_job_ends_with_its_cluster_gone(ray_job: dict) -> None:
@@ -144,3 +178,17 @@ def test_ray_job_keeps_gpus_off_the_head(ray_job: dict) -> None:
     for group in cluster["workerGroupSpecs"]:
         assert group["minReplicas"] == 0
         assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_the_lock_has_a_hash_of_every_package_in_the_version_of_the_constraints() -> None:
+    lines = (ROOT / "deploy/requirements-linux-x86_64.lock").read_text().splitlines()
+    entry = re.compile(r"([a-z0-9-]+)==(\S+) --hash=sha256:[0-9a-f]{64}(  # \(\*\))?")
+    found = [entry.fullmatch(line) for line in lines if not line.startswith("#")]
+    assert len(found) > 100 and all(found)
+    pinned = {name.lower().replace("_", "-").replace(".", "-"): version for name, version in pins().items()}
+    for match in found:
+        assert match is not None
+        name, version, marked = match.groups()
+        assert (pinned.get(name) is None) == bool(marked), name
+        assert marked or version == pinned[name], name
+    assert {"torch", "ray", "diffusers", "open-clip-torch"} <= {match[1] for match in found if match}

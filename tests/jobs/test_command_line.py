@@ -200,7 +200,7 @@ def test_what_is_required_is_asked_for_all_at_once(capsys: pytest.CaptureFixture
 
 def test_files_and_options_of_caption_come_in_any_order() -> None:
     asked = load_job("caption").read(["a.jpg", "--checkpoint", "run", "b.jpg", "--beam-size", "1", "c.jpg"])
-    assert (asked.images, asked.checkpoint, asked.beam_size) == (("a.jpg", "b.jpg", "c.jpg"), "run", 1)
+    assert (asked.images, asked.checkpoints, asked.beam_size) == (("a.jpg", "b.jpg", "c.jpg"), ("run",), 1)
 
 
 # --- --config ---

@@ -166,6 +166,8 @@ def test_every_epoch_that_the_run_kept_is_evaluated(world: Path, tmp_path: Path)
     assert summary["best"] == summary["epochs"][0] and summary["best"]["n"] == COUNT
     assert summary["best"]["CLIPScore"] is None and "name it with --clip" in summary["best"]["reasons"]["CLIPScore"]
     assert (tmp_path / "out" / "epoch-002" / "captions.json").is_file()
+    assert json.loads((tmp_path / "out" / "epochs.json").read_text())["metrics"]["not_kept"] == [1, 3]
+    assert not (tmp_path / "out" / "metrics.json").exists()  # which jobs.report would take for one evaluation
     with pytest.raises(InputError, match="has no checkpoints of epochs"):
         evaluate(asked(world, features=str(world / "img"), every_epoch=True))
 
@@ -176,6 +178,7 @@ def test_every_epoch_that_the_run_kept_is_evaluated(world: Path, tmp_path: Path)
         ({}, "--images, --features: give one of the two"),
         ({"images": "a", "features": "b"}, "--images, --features: give one of the two"),
         ({"results": "r.json", "checkpoint": None, "features": "b"}, "--features b: without effect beside --results"),
+        ({"features": "b", "references": None, "split": "test"}, "--split test: needs --references"),
         ({"features": "b", "every_epoch": True, "checkpoint": ("a", "b")}, "takes one run"),
     ],
 )

@@ -18,6 +18,7 @@ from cluster.store.store import Store, open_store
 from cluster.training.data.arriving import ArrivingShards, finished_manifest
 from cluster.training.data.batches import Batch, BatchShape
 from cluster.training.data.selection import RowFilter
+from pcm.errors import InputError
 from pcm.records import FeatureShape
 from pcm.text.vocabulary import Vocabulary
 from tests.helpers.job_runs import JobRun
@@ -103,6 +104,14 @@ def test_batches_do_not_depend_on_when_shards_arrive(made: tuple[Store, Plan], t
     found = list(arriving(growing, plan, sleep=arrive).batches())
     assert ids(found) == ids(list(arriving(*made).batches()))
     assert not coming
+
+
+def test_a_shard_that_is_not_the_one_of_its_statistics_is_named(made: tuple[Store, Plan], tmp_path: Path) -> None:
+    store, plan = made
+    shutil.copytree(store.prefix, tmp_path / "data")
+    shutil.copyfile(tmp_path / "data" / shard_key(0), tmp_path / "data" / shard_key(1))
+    with pytest.raises(InputError, match=r"part-000001.parquet: not the shard .*run jobs.verify"):
+        list(arriving(open_store(tmp_path / "data"), plan).batches())
 
 
 def test_the_manifest_is_waited_for_and_an_older_one_is_not_taken(made: tuple[Store, Plan], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.shrunk_clips import shrunk
 from pcm.captioners.captioner import Captioner, checkpoint_folder, decode_captions
 from pcm.captioners.interface import CONFIG_FILE
 from pcm.captioners.pcmnet.decoding import greedy_search
@@ -154,6 +155,29 @@ def changed_config(checkpoint: Path, folder: Path, change: Callable[[dict[str, A
     change(document)
     (folder / CONFIG_FILE).write_text(json.dumps(document))
     return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "recorded", "said"),
+    [
+        ("ViT-B-32/openai", None, True),
+        ("ViT-B-32/openai", "quick_gelu", False),
+        ("ViT-B-32-quickgelu/openai", None, False),  # it was quick_gelu before, too
+        ("ViT-B-32/laion2b_s34b_b79k", None, False),  # and this was gelu
+    ],
+)
+def test_a_checkpoint_that_does_not_say_its_activation_is_named_with_what_was_assumed(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, recorded: str | None, said: bool
+) -> None:
+    clip = {"model": name, "dtype": "float32"} | ({"activation": recorded} if recorded else {})
+    old = changed_config(checkpoint, tmp_path / "old", lambda document: document.update(clip=clip))
+    captioner = Captioner.load(old, device="cpu")
+    (tmp_path / "clip").mkdir()
+    with shrunk(name.partition("/")[0], tmp_path / "clip"), pytest.raises(InputError, match="its features"):
+        captioner.clip  # noqa: B018  (of other sizes than the tiny one's)
+    lines = [record.getMessage() for record in caplog.records if "does not say which activation" in record.getMessage()]
+    assert len(lines) == said
+    assert all("assumed is quick_gelu" in line and "To state it" in line and "\n" not in line for line in lines)
 
 
 def test_a_checkpoint_names_its_method_and_one_without_a_name_is_a_pcm_net(

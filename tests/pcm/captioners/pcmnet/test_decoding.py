@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from pcm.captioners.pcmnet import decoding
 from pcm.captioners.pcmnet.decoding import beam_search, greedy_search
+from pcm.captioners.pcmnet.model import PCMNet
 from pcm.errors import InputError
 from tests.helpers.paths import DATA
 from tests.pcm.captioners.pcmnet.test_model import golden_inputs, golden_model, tiny
@@ -192,3 +193,36 @@ def test_searches_that_do_not_fit_are_refused(settings: dict) -> None:
     model, global_feature, patch_features, _ = tiny()
     with pytest.raises(InputError):
         beam_search(model.eval(), global_feature, patch_features, **settings)
+
+
+def other_model() -> PCMNet:
+    """The golden network with every weight moved a little."""
+    model = golden_model().eval()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def mean_log_probs(
+    models: list[PCMNet], pictures: tuple[torch.Tensor, torch.Tensor], ids: torch.Tensor
+) -> torch.Tensor:
+    """log of the mean of the models' probabilities of the next word, (B, T, V), without any cache."""
+    inputs = torch.cat([torch.zeros(len(ids), 1, dtype=torch.long), ids[:, :-1]], dim=1)
+    return torch.stack([model(*pictures, inputs).softmax(-1) for model in models]).mean(0).log()
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_an_ensemble_takes_the_mean_of_the_probabilities(beam_size: int) -> None:
+    models, pictures = [golden_model().eval(), other_model()], many_pictures()
+    found = beam_search(models[0], *pictures, beam_size=beam_size, others=models[1:])
+    expected = mean_log_probs(models, pictures, found.token_ids)
+    words = ~after_end(found.token_ids)
+    chosen = expected.gather(2, found.token_ids.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(found.log_probs[words], chosen[words], atol=2e-5, rtol=0)
+    if beam_size == 1:
+        assert torch.equal(found.token_ids[words], expected.argmax(-1)[words])
+    alone = [beam_search(model, *pictures, beam_size=beam_size).token_ids for model in models]
+    assert not any(torch.equal(found.token_ids, ids) for ids in alone)
