@@ -127,7 +127,8 @@ def corpus_parts(uri: str) -> list[str]:
     if store.is_file():
         return []
     if keys := store.list():
-        if parts := [key for key in keys if _is_part(key)]:
+        # Hugging Face keeps the parts in data/. What lies deeper may be anything: a pattern says it.
+        if parts := [key for key in keys if _is_part(key) and "/" not in key.removeprefix("data/")]:
             return [join(uri, key) for key in parts]
         raise InputError(f"{uri}: a folder; name one caption file, or a folder or pattern of Parquet files")
     folder, pattern = _split_pattern(uri)
