@@ -73,9 +73,10 @@ def planned(variants: Iterable[Variant], out: Path, *, seeds: int, test: bool = 
 def _planned(variant: Variant, seed: int, out: Path, *, test: bool) -> Job:
     data = data_path(out, variant.domain, variant.data)
     validation = pictures(DOMAINS[variant.domain].validation)
+    manifest = load_manifest(open_store(data))
     clip_weight = NO_CXE
     if variant.clip_factor is not None:
-        mean = load_manifest(open_store(data)).clip_score_mean
+        mean = manifest.clip_score_mean
         if not mean:
             raise InputError(f"{data}: has no mean clip score; prepare it again")
         clip_weight = round(variant.clip_factor / mean, 4)
@@ -83,6 +84,7 @@ def _planned(variant: Variant, seed: int, out: Path, *, test: bool) -> Job:
         data=f"{data}={variant.passes}",
         out=str(out),
         preset=PRESET,
+        clip=manifest.spec.clip.model,
         overrides={**BASE, "clip_weight": clip_weight, **variant.overrides, "seed": seed},
         val_images=validation.images,
         val_references=validation.references,
