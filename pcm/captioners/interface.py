@@ -8,13 +8,14 @@ its own (pcm.kernels.row_randomness), whatever the module is made of.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
-from pcm.text.concepts import ConceptVocabulary
-from pcm.text.vocabulary import Vocabulary
+if TYPE_CHECKING:
+    from pcm.text.concepts import ConceptVocabulary
+    from pcm.text.vocabulary import Vocabulary
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -55,12 +56,16 @@ class CaptioningMethod(Protocol[Network]):
         clip_score, in the order of its arguments.
         """
 
-    def load(self, folder: Path, document: Mapping[str, Any], *, concepts: ConceptVocabulary | None = None) -> Network:
+    def load(
+        self, folder: Path, document: Mapping[str, Any], *, concepts: "ConceptVocabulary | None" = None
+    ) -> Network:
         """The network in a checkpoint folder whose config.json holds `document`, with these concepts in place of the
         folder's. Raises InputError.
         """
 
-    def encode(self, captions: Sequence[str], vocabulary: Vocabulary, *, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, captions: Sequence[str], vocabulary: "Vocabulary", *, length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Captions as token_ids and target_ids, both int64 (n, length); targets are padded with -1."""
 
     def words(self, network: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
