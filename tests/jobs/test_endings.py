@@ -83,10 +83,10 @@ def test_a_stopped_job_ends_with_its_status_one_line_and_no_orphan(how: str, sig
 def test_every_job_ends_so(name: str) -> None:
     """Whatever a job does, its process begins with Job.main: a signal is waited for in its place."""
     program = (
-        f"import sys, time, dataclasses; from jobs.{name} import JOB\n"
+        f"import sys, time, dataclasses; from jobs.{name} import JOB; from cluster.options import Request\n"
         "def wait(request):\n    print('ready', file=sys.stderr, flush=True); time.sleep(1000)\n"
         "job = dataclasses.replace(JOB, run=wait)\n"
-        "object.__setattr__(job, 'read', lambda argv: None)\n"
+        "object.__setattr__(job, 'read', lambda argv: Request())\n"
         "job.main([])"
     )
     process = start("-c", program, stderr=subprocess.PIPE)
