@@ -131,6 +131,7 @@ def test_a_driver_that_joins_by_its_address_trains_there(head: Head, tmp_path: P
     assert json.loads(done.stdout.splitlines()[-1])["epochs"] == 1 and (out / "best" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_bad_input_comes_back_as_a_failed_submission_with_its_line(head: Head, tmp_path: Path) -> None:
     done = submit(head, "python", "-m", "jobs.generate", "--corpus", tmp_path / "none.txt", "--out", tmp_path / "out")
     assert done.returncode != 0

@@ -70,6 +70,7 @@ def test_a_real_generator_is_tried(tiny_t2i: Path, monkeypatch: pytest.MonkeyPat
     assert best_size(trials) in SIZES[:2]
 
 
+@pytest.mark.slow
 def test_a_worker_searches_and_a_resume_takes_the_plans_number(
     tiny_t2i: Path, tmp_path: Path, ray_session: None, caplog: pytest.LogCaptureFixture
 ) -> None:

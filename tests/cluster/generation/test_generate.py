@@ -343,6 +343,7 @@ def test_a_dataset_on_s3_is_the_dataset_on_disk(s3_server, tmp_path: Path, run_j
     assert checked.summary["fingerprint"] == proven(tmp_path / "disk")
 
 
+@pytest.mark.slow
 def test_generation_is_one_call_from_python(call_job, ray_session: None, tmp_path: Path) -> None:
     corpus = str(write_corpus(tmp_path, CAPTIONS))
     made = generate(GenerateRequest(corpus=corpus, out=str(tmp_path / "python"), t2i="null", shard_size=8))

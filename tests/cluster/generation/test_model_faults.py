@@ -111,6 +111,7 @@ def test_captions_that_raise_crash_hang_or_break_are_quarantined_and_no_other(
     check(store, plan, {}, undisturbed(plan, tmp_path / "run", DrawPixels))
 
 
+@pytest.mark.slow
 def test_a_generator_whose_processes_tire_is_restarted_and_changes_nothing(
     tiny_t2i: Path, tmp_path: Path, ray_session: None
 ) -> None:
@@ -148,6 +149,7 @@ def test_a_generator_that_is_killed_at_any_time_changes_nothing(
     check(store, plan, {}, undisturbed(plan, tmp_path / "run", DrawShard))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draw", "said"),
     [
@@ -160,7 +162,6 @@ def test_a_generator_that_is_killed_at_any_time_changes_nothing(
             DrawUseless,
             "64 of 64 samples failed in the generator, more than the share of 0.5 allowed (last: RuntimeError",
             id="useless",
-            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -103,6 +103,7 @@ def test_a_prompt_is_too_long_by_the_drawing_models_own_tokenizer(tiny_t2i: Path
     )
 
 
+@pytest.mark.slow
 def test_a_dataset_that_was_begun_under_the_first_rules_is_finished_under_them(
     tiny_t2i: Path, tmp_path: Path, ray_session: None
 ) -> None:

@@ -169,6 +169,7 @@ def test_a_pilot_on_ray_is_the_beginning_of_the_full_run(tmp_path: Path, ray_ses
     assert verify(store)["ok"]
 
 
+@pytest.mark.slow
 def test_the_gate_stops_in_one_line_and_keeps_what_is_committed(
     tmp_path: Path, tiny_clip: Path, ray_session: None, call_job
 ) -> None:

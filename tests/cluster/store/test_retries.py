@@ -298,6 +298,7 @@ def test_a_dataset_resumes_grows_and_is_proven_alike_everywhere(
     assert proven(store) == proven(other) and load_manifest(store).stored == 70
 
 
+@pytest.mark.slow
 def test_a_run_through_a_failing_network_ends_as_if_nothing_had_been(
     s3_server: S3Server, proxy: FaultyProxy, tmp_path: Path, undisturbed: str, run_job
 ) -> None:

@@ -103,6 +103,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(data: Path, focal_mo
     assert losses(data, focal_mode=focal_mode, grad_accumulation=4) == pytest.approx(whole, rel=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_the_compiled_network_is_one_graph_and_trains_alike(data: Path) -> None:
     plain = losses(data, **NOTHING_RANDOM)
     assert losses(data, compile="default", **NOTHING_RANDOM) == pytest.approx(plain, rel=TOLERANCE)

@@ -178,6 +178,7 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(trained: Pa
         train(request(world, trained, resume=True))
 
 
+@pytest.mark.slow
 def test_a_run_whose_driver_and_worker_were_killed_inside_epochs_equals_an_undisturbed_one(
     trained: Path, world: Path, run_job, ray_session: None
 ) -> None:
@@ -245,6 +246,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
     assert f"epoch-{EPOCHS:03d}-again" in names and f"epoch-{EPOCHS + 1:03d}" in names
 
 
+@pytest.mark.slow
 def test_a_run_of_which_all_checkpoints_are_damaged_is_one_line(trained: Path, world: Path, ray_session: None) -> None:
     out = world / "all damaged"
     shutil.copytree(trained, out)
