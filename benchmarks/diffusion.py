@@ -65,12 +65,12 @@ def save_stable_diffusion(folder: Path, *, size: str) -> Path:
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         sample_size=64 if tiny else 512,
     )  # fmt: skip
-    tokenizer = _byte_tokenizer(folder / "bpe")
+    tokenizer = clip_tokenizer(folder / "bpe")
     text_encoder = transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
             vocab_size=49408, hidden_size=text_width, intermediate_size=4 * text_width, max_position_embeddings=77,
             num_hidden_layers=2 if tiny else 12, num_attention_heads=text_width // 16 if tiny else 12,
-            bos_token_id=512, eos_token_id=513, pad_token_id=513,
+            bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
         )
     )  # fmt: skip
     scheduler = diffusers.PNDMScheduler(
@@ -85,16 +85,17 @@ def save_stable_diffusion(folder: Path, *, size: str) -> Path:
     return folder
 
 
-def _byte_tokenizer(folder: Path) -> transformers.CLIPTokenizer:
-    """CLIP's byte alphabet without merges: a letter is a token, and every prompt is padded or cut to 77 anyway."""
-    from open_clip.tokenizer import bytes_to_unicode
+def clip_tokenizer(folder: Path) -> transformers.CLIPTokenizer:
+    """CLIP's own tokenizer, written to a folder from the vocabulary that open_clip brings."""
+    from open_clip.tokenizer import SimpleTokenizer
 
-    letters = list(bytes_to_unicode().values())
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    own = SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     folder.mkdir(parents=True)
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    merges.write_text("#version: 0.2\n")
+    vocabulary.write_text(json.dumps({names.get(word, word): number for word, number in own.encoder.items()}))
+    ranked = sorted(own.bpe_ranks, key=own.bpe_ranks.__getitem__)
+    merges.write_text("\n".join(("#version: 0.2", *(" ".join(pair) for pair in ranked), "")))
     return transformers.CLIPTokenizer(str(vocabulary), str(merges), model_max_length=77)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import ray
 
 from cluster.dataset.layout import load_plan
+from cluster.generation.gpu_share import keep_to_gpu_share
 from cluster.generation.pools import Pools
 from cluster.session import user_error
 from cluster.store.store import Store
@@ -35,7 +36,7 @@ def with_batch_size(store: Store, spec: DatasetSpec, pools: Pools) -> DatasetSpe
         options.pop("compute")
         task = ray.remote(_try_generator).options(**options, max_retries=3)
         try:
-            trials: list[Trial] = ray.get(task.remote(spec, pools.generator_gpus))
+            trials: list[Trial] = ray.get(task.remote(spec))
         except ray.exceptions.RayError as error:
             raise user_error(error) or error from None
         found = best_size(trials)
@@ -49,11 +50,8 @@ def with_batch_size(store: Store, spec: DatasetSpec, pools: Pools) -> DatasetSpe
     return replace(spec, generator=replace(spec.generator, batch_size=size))
 
 
-def _try_generator(spec: DatasetSpec, gpus: float) -> list[Trial]:
+def _try_generator(spec: DatasetSpec) -> list[Trial]:
+    keep_to_gpu_share(spec.generator.device)
     from pcm.generation.batch_search import try_generator  # torch and diffusers, only on the worker
 
-    if 0 < gpus < 1:
-        import torch
-
-        torch.cuda.set_per_process_memory_fraction(gpus)
     return try_generator(spec.generator)

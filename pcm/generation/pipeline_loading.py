@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from pcm.errors import InputError, first_line
 from pcm.generation.model_faults import is_out_of_memory
+from pcm.generation.model_memory import available_here, refuse_too_large
 from pcm.generation.names import model_source, split_repo_file
 from pcm.generation.neighbour_test import LONG, SHORT
 from pcm.generation.own_code import refuse_own_code
@@ -28,6 +29,7 @@ def load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
     """The spec's pipeline with everything that is fused into it or put on it. Raises InputError."""
     if Path(model_source(spec.model)).is_dir():
         refuse_own_code(Path(model_source(spec.model)))
+    refuse_too_large(spec, *available_here(spec.device))
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -42,6 +44,8 @@ def load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
         hint = "give a diffusers repo id, a folder saved by save_pretrained(), 'embedded' or 'null'"
         if "variant" in str(error) or "no file named" in str(error):
             hint = "where its files are named *.fp16.safetensors, give --t2i-variant fp16; pickles (.bin) are not read"
+        if Path(spec.model).is_file():
+            hint = f"its weights must be those of {spec.config}: give the --t2i-config that fits them"
         raise InputError(f"text-to-image model {spec.model!r} cannot be loaded: {first_line(error)}; {hint}") from error
     return prepare_pipeline(pipeline, spec)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import pyarrow as pa
 
+from cluster.generation.gpu_share import keep_to_gpu_share
 from cluster.generation.stages.shard_row import ERRORS_KEPT, ShardRow
 from cluster.store.retries import load_with_retries
 from pcm.errors import InputError, typed_first_line
@@ -32,6 +33,7 @@ class FeaturiseShard:
 
     def __init__(self, spec: ClipSpec, monitor: "ActorHandle | None" = None) -> None:
         self._monitor = monitor
+        keep_to_gpu_share(spec.device)
         self._encoder = None if spec.model == "null" else load_with_retries(lambda: self.load(spec), model=spec.model)
         self._shard = -1
         self._errors: list[dict] = []  # of the present shard, the first few
