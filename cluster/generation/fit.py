@@ -35,8 +35,8 @@ def check_memory(spec: GeneratorSpec, memory: ModelMemory) -> None:
     if largest is not None and needed > largest * 1e9:
         offload = {"none": "--offload model, or ", "model": "--offload sequential, or "}.get(spec.offload, "")
         raise InputError(
-            f"text-to-image model {spec.model!r}: takes about {gigabytes(needed)} as {spec.dtype} with one picture, and "
-            f"the largest GPU of the cluster has {largest} GB; give {offload}a GPU with more memory: one model over "
+            f"text-to-image model {spec.model!r}: takes about {gigabytes(needed)} as {spec.dtype} with one picture, "
+            f"and the largest GPU of the cluster has {largest} GB; give {offload}a GPU with more memory: one model over "
             "several GPUs is not supported"
         )
 

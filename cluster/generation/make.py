@@ -10,8 +10,8 @@ from cluster.dataset.layout import CorpusSource, Plan, load_plan
 from cluster.dataset.plan import make_plan, refuse_other_spec
 from cluster.dataset.vocabularies import store_given_concepts
 from cluster.generation.auto_batch_size import with_batch_size
-from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.fit import check_memory
+from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.pilot import Prediction, run_pilot
 from cluster.generation.pilot import summary as pilot_summary
 from cluster.generation.pinning import dataset_spec, joint_dimensions, on_device, resolve_device, resolve_dtype

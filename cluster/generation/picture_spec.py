@@ -126,8 +126,8 @@ def _pinned_config(asked: GenerationOptions, model: str) -> tuple[str | None, st
             return config, pin_repo(config, None)
         except InputError as error:
             raise InputError(
-                f"text-to-image file {model!r}: holds weights alone; its configuration is that of {config}, which cannot "
-                f"be had ({first_line(error)}); give --t2i-config FOLDER, a diffusers folder of the same kind of model"
+                f"text-to-image file {model!r}: holds weights alone; its configuration is that of {config}, which "
+                f"cannot be had ({first_line(error)}); give --t2i-config FOLDER, a diffusers folder of the same kind of model"
             ) from None
     if Path(config).is_dir():
         return config, pipeline_revision(Path(config), weights=False)

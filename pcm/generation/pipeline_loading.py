@@ -143,6 +143,8 @@ def prepare_pipeline(pipeline: Any, spec: GeneratorSpec) -> diffusers.DiffusionP
 
 def _place(pipeline: Any, spec: GeneratorSpec) -> None:
     """Put it on the device, or where it is to wait for its turn. Raises InputError where it does not fit."""
+    if spec.offload != "none" and spec.device == "cpu":
+        raise InputError(f"offload {spec.offload!r}: is for GPUs, and this draws on the CPU; leave it out")
     try:
         if spec.offload == "model":
             pipeline.enable_model_cpu_offload()
