@@ -17,6 +17,7 @@ import json
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -116,6 +117,22 @@ class Drawer:
         return self._batch_size / (time.perf_counter() - started)
 
 
+def host_waits(model: Path, *, batch_size: int, steps: int) -> int:
+    """How often the host waits for the GPU while a batch is drawn; needs one."""
+    spec = GeneratorSpec(
+        model=str(model), revision="main", num_inference_steps=steps, device="cuda", dtype="bfloat16",
+        batch_size=batch_size,
+    )  # fmt: skip
+    drawer = Drawer(spec)
+    drawer.images_per_second()
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        drawer.images_per_second()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
 def compare(spec: GeneratorSpec, names: list[str], repeats: int) -> dict[str, dict]:
     plain = Drawer(spec)
     plain.images_per_second()
@@ -162,9 +179,12 @@ def main() -> None:
             batch_size=args.batch_size,
         )  # fmt: skip
         report = compare(spec, args.options, args.repeats)
+        waits = None
+        if args.device == "cuda":
+            waits = host_waits(Path(model), batch_size=args.batch_size, steps=args.steps)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     settings = {"device": device, "dtype": args.dtype, "steps": args.steps, "batch_size": args.batch_size}
-    print(json.dumps({"pipeline": args.t2i or args.size, **settings, "options": report}))
+    print(json.dumps({"pipeline": args.t2i or args.size, **settings, "host_waits": waits, "options": report}))
 
 
 if __name__ == "__main__":

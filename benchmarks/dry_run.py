@@ -127,15 +127,17 @@ def dry_run(folder: Path, size: str) -> dict[str, Any]:
     written = round(time.perf_counter() - started, 1)
     corpus, data, run = folder / "captions.txt", folder / "dataset", folder / "run"
     corpus.write_text("".join(f"{caption}\n" for caption in CAPTIONS))
-    for place in (data, run):
-        if place.exists():
-            raise SystemExit(f"{place}: is there from a run before; remove it, or give another --folder")
+    if run.exists():
+        raise SystemExit(f"{run}: is there from a run before; remove it, or give another --folder")
     models = ("--t2i", str(t2i), "--clip", clip)
     one = ("--batch-size", "1", "--generators", "1", "--scorers", "1", "--steps", "1", "--dtype", "float32")
     side = ("--width", "512", "--height", "512") if size == "real" else ()
-    made = run_job("generate", "--corpus", str(corpus), "--out", str(data), "--device", "cpu", *models, *one, *side)
-    if made["summary"]["stored"] != len(CAPTIONS):
-        raise SystemExit(f"{made['summary']['stored']} of {len(CAPTIONS)} pictures were stored: {made['summary']}")
+    made: dict[str, Any] | str = "done by a run before"
+    if not (data / "dataset.json").is_file():
+        made = run_job("generate", "--corpus", str(corpus), "--out", str(data), "--device", "cpu", *models, *one, *side)
+        if made["summary"]["stored"] != len(CAPTIONS):
+            raise SystemExit(f"{made['summary']['stored']} of {len(CAPTIONS)} pictures were stored: {made['summary']}")
+        print(json.dumps(made), file=sys.stderr, flush=True)
     few = ("--preset", "coco_l14", "--epochs", str(STEPS), "--num-workers", "1")
     trained = run_job("train", "--data", str(data), "--out", str(run), *few)
     if trained["summary"]["steps"] != STEPS:
@@ -149,7 +151,7 @@ def dry_run(folder: Path, size: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="for models, dataset and run; not there, or models")
+    parser.add_argument("--folder", type=Path, required=True, help="models and a dataset that are there stay")
     parser.add_argument("--size", choices=("real", "tiny"), default="real")
     arguments = parser.parse_args()
     print(json.dumps(dry_run(arguments.folder, arguments.size)))

@@ -36,8 +36,8 @@ def check_memory(spec: GeneratorSpec, memory: ModelMemory) -> None:
         offload = {"none": "--offload model, or ", "model": "--offload sequential, or "}.get(spec.offload, "")
         raise InputError(
             f"text-to-image model {spec.model!r}: takes about {gigabytes(needed)} as {spec.dtype} with one picture, "
-            f"and the largest GPU of the cluster has {largest} GB; give {offload}a GPU with more memory: one model over "
-            "several GPUs is not supported"
+            f"and the largest GPU of the cluster has {largest} GB; give {offload}a GPU with more memory: one "
+            "model over several GPUs is not supported"
         )
 
 

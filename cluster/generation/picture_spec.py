@@ -127,7 +127,8 @@ def _pinned_config(asked: GenerationOptions, model: str) -> tuple[str | None, st
         except InputError as error:
             raise InputError(
                 f"text-to-image file {model!r}: holds weights alone; its configuration is that of {config}, which "
-                f"cannot be had ({first_line(error)}); give --t2i-config FOLDER, a diffusers folder of the same kind of model"
+                f"cannot be had ({first_line(error)}); give --t2i-config FOLDER, a diffusers folder of "
+                "the same kind of model"
             ) from None
     if Path(config).is_dir():
         return config, pipeline_revision(Path(config), weights=False)

@@ -113,7 +113,7 @@ class TrainStep:
         }
         with (
             self._randomness(step, place),
-            torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bfloat16),
+            torch.autocast(self._device.type, dtype=torch.bfloat16) if self._bfloat16 else nullcontext(),
         ):
             logits, _ = PCMNET.words(model, read)
         return logits
@@ -149,7 +149,9 @@ class TrainStep:
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
 
 
 def check_compile(config: TrainConfig, *, device_type: str) -> None:

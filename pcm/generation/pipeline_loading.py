@@ -10,6 +10,7 @@ import pcm.torchvision_shim  # noqa: F401  isort: skip
 import diffusers
 import transformers
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch.utils._pytree import tree_map_only
 
 from pcm.errors import InputError, first_line
 from pcm.generation.model_faults import is_out_of_memory
@@ -20,8 +21,11 @@ from pcm.generation.own_code import refuse_own_code
 from pcm.generation.pipeline_call import call_pipeline
 from pcm.generation.pipeline_signature import absent_parts, check_scheduler_options, pipeline_class, scheduler_class
 from pcm.generation.prompt_cache import cache_prompts
+from pcm.precision import whole_float32
 from pcm.spec import GeneratorSpec
 
+#: Decoders whose `decoder` is a plain function of the latents.
+PLAIN_DECODERS = (diffusers.AutoencoderKL, diffusers.AutoencoderTiny, diffusers.AutoencoderDC, diffusers.VQModel)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,6 +34,7 @@ def load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
     if Path(model_source(spec.model)).is_dir():
         refuse_own_code(Path(model_source(spec.model)))
     refuse_too_large(spec, *available_here(spec.device))
+    whole_float32()
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -137,8 +142,32 @@ def prepare_pipeline(pipeline: Any, spec: GeneratorSpec) -> diffusers.DiffusionP
 
         # Inductor times some kernels to choose among them; which one wins must not depend on the worker.
         inductor.deterministic = True
-        denoiser.compile(mode=spec.compile, dynamic=False)  # every batch has one shape, so it compiles once
+        # Every batch has one shape, so each compiles once. A decoder's tiles have several.
+        parts = [denoiser] if spec.vae_tiling else [denoiser, *decoding_part(decoder)]
+        for part in parts:
+            part.compile(mode=spec.compile, dynamic=False)
+            if spec.compile == "reduce-overhead":
+                keep_outputs(part)
     return pipeline
+
+
+def decoding_part(decoder: Any) -> list[torch.nn.Module]:
+    """What can be compiled of a decoder, whose own method is not its forward: nothing of one that keeps a state."""
+    part = getattr(decoder, "decoder", None)
+    return [part] if isinstance(decoder, PLAIN_DECODERS) and isinstance(part, torch.nn.Module) else []
+
+
+def keep_outputs(part: Any) -> None:
+    """Copy what a compiled module returns: a CUDA graph writes every output to one place, and some schedulers (PNDM,
+    DPM-Solver++) look at the outputs of earlier steps.
+    """
+    compiled = part._compiled_call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return tree_map_only(torch.Tensor, torch.clone, compiled(*args, **kwargs))
+
+    part._compiled_call_impl = call
 
 
 def _place(pipeline: Any, spec: GeneratorSpec) -> None:
