@@ -9,6 +9,7 @@ import torch
 import pcm.torchvision_shim  # noqa: F401  isort: skip
 import diffusers
 import transformers
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch.utils._pytree import tree_map_only
 
@@ -43,7 +44,7 @@ def load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
         _fuse_loras(pipeline, spec)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SingleFileComponentError) as error:
         if is_out_of_memory(error):
             raise _too_large(spec, error) from error
         hint = "give a diffusers repo id, a folder saved by save_pretrained(), 'embedded' or 'null'"
