@@ -113,7 +113,7 @@ class TrainStep:
         }
         with (
             self._randomness(step, place),
-            torch.autocast(self._device.type, dtype=torch.bfloat16) if self._bfloat16 else nullcontext(),
+            torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bfloat16),
         ):
             logits, _ = PCMNET.words(model, read)
         return logits

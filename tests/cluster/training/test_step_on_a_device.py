@@ -1,6 +1,8 @@
 """A training step stays on its device: nothing of the host takes part, and nothing is waited for."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,11 +22,23 @@ SIZES = PCMNetConfig(
 ROWS = 4
 
 
+@pytest.fixture(autouse=True)
+def no_autocast_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has none there; everything is computed in float32 here anyway."""
+    autocast = torch.autocast
+
+    def on_real_devices(device_type: str, **settings: Any) -> AbstractContextManager:
+        return nullcontext() if device_type == "meta" else autocast(device_type, **settings)
+
+    monkeypatch.setattr(torch, "autocast", on_real_devices)
+
+
 @pytest.mark.parametrize("settings", [{}, {"grad_accumulation": 2}, {"feature_dtype": "int8"}, {"clip_value": 0.0}])
 def test_a_step_neither_waits_nor_takes_tensors_of_the_host(settings: dict) -> None:
     config = replace(TrainConfig(model=SIZES, batch_size=ROWS), **settings)
-    with torch.device("meta"):
-        model = PCMNet(SIZES)
+    model = PCMNet(SIZES)
+    model.set_concepts(torch.randn(SIZES.num_concepts, SIZES.embed_dim))
+    model.to("meta")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     step = TrainStep(
         model, model, optimizer, config, rank=0, num_workers=1, device=torch.device("meta"), bfloat16=False
