@@ -15,12 +15,15 @@ from pcm.spec import DatasetSpec
 
 log = logging.getLogger(__name__)
 
+#: Of a GPU's memory, what a search leaves to CLIP where it shares the process: ViT-L/14 in bfloat16 needs 1 to 2 GB.
+MEMORY_OF_CLIP = 0.2
+
 
 def with_batch_size(store: Store, spec: DatasetSpec, pools: Pools) -> DatasetSpec:
     """The spec with the batch size that this dataset was begun with, or the best one measured on a generator's node.
 
     The measurement runs in one task that reserves what a generator reserves; on an autoscaling cluster it brings the
-    first node. Where a generator shares its GPU with CLIP, it may use no more memory than its share. All generators
+    first node. Where a generator scores too, a part of its GPU's memory is left to CLIP. All generators
     then draw in this size (a smaller GPU halves it for itself when its memory ends, and its rows say so).
 
     Raises InputError when not even one picture fits into the device's memory.
@@ -35,7 +38,7 @@ def with_batch_size(store: Store, spec: DatasetSpec, pools: Pools) -> DatasetSpe
         options.pop("compute")
         task = ray.remote(_try_generator).options(**options, max_retries=3)
         try:
-            trials: list[Trial] = ray.get(task.remote(spec, pools.generator_gpus))
+            trials: list[Trial] = ray.get(task.remote(spec, 1.0 if pools.scorers else 1 - MEMORY_OF_CLIP))
         except ray.exceptions.RayError as error:
             raise user_error(error) or error from None
         found = best_size(trials)
@@ -49,11 +52,11 @@ def with_batch_size(store: Store, spec: DatasetSpec, pools: Pools) -> DatasetSpe
     return replace(spec, generator=replace(spec.generator, batch_size=size))
 
 
-def _try_generator(spec: DatasetSpec, gpus: float) -> list[Trial]:
+def _try_generator(spec: DatasetSpec, memory: float) -> list[Trial]:
     from pcm.generation.batch_search import try_generator  # torch and diffusers, only on the worker
 
-    if 0 < gpus < 1:
+    if spec.generator.device == "cuda":
         import torch
 
-        torch.cuda.set_per_process_memory_fraction(gpus)
+        torch.cuda.set_per_process_memory_fraction(memory)
     return try_generator(spec.generator)
