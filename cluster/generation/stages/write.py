@@ -29,7 +29,7 @@ IMAGE_PATH = "image_path"
 
 
 class WriteShard:
-    """Writing task: quarantine part and stats first, the shard last - the shard's presence says that all three exist."""
+    """Storing task: quarantine part and stats first, the shard last: the shard's presence says that all three exist."""
 
     def __init__(self, store: Store, schema_version: int) -> None:
         """`schema_version`: the plan's; a dataset is finished in the version in which it was begun."""
