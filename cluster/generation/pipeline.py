@@ -51,6 +51,7 @@ class GenerationResult:
     """What a run did, and how it went."""
 
     manifest: Manifest | None  # None: only some shards were asked for
+    shard_size: int
     status: Status  # counts, rates and cost of this run
     startup_seconds: float | None  # until the first drawing; None: nothing was drawn
     stage_seconds: dict[str, float]
@@ -80,6 +81,7 @@ class GenerationResult:
         per_1000 = 1000 * status.cost / status.images if status.cost is not None and status.images else None
         return {
             **(whole or {}),
+            "shard_size": self.shard_size,
             "skipped": status.skipped,
             "generated": status.images,
             "retried": status.retried,
@@ -146,6 +148,7 @@ def run_pipeline(
                 check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
     status = progress.status()
     return GenerationResult(
+        shard_size=plan.shard_size,
         manifest=write_manifest(store, plan, stored_features(store, plan)) if shards is None else None,
         status=status,
         startup_seconds=progress.startup_seconds,

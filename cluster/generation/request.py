@@ -208,6 +208,17 @@ class SpeedOptions(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanOptions(Request):
+    """Shards."""
+
+    shard_size: int | None = option(
+        None,
+        help="samples a shard: the unit of work and of commit",
+        unset=f"{ShardOptions.shard_size}, or as many as are drawn in ten minutes, measured once, if these are fewer",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class MachineOptions(Request):
     """Machine."""
 
@@ -256,7 +267,14 @@ class FaultOptions(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(
-    FaultOptions, WatchOptions, MachineOptions, ShardOptions, SpeedOptions, ClipOptions, PictureOptions, CorpusOptions
+    FaultOptions,
+    WatchOptions,
+    MachineOptions,
+    PlanOptions,
+    SpeedOptions,
+    ClipOptions,
+    PictureOptions,
+    CorpusOptions,
 ):
     """What says how a whole dataset is made. Raises InputError for what cannot be."""
 
