@@ -149,7 +149,7 @@ def test_without_the_token_nothing_is_run(head: Head, tmp_path: Path) -> None:
 
 
 def test_what_is_uploaded_is_the_code_and_nothing_that_lies_beside_it(tmp_path: Path) -> None:
-    """Ray leaves out what .gitignore and .rayignore name; the embedded pack goes along, far below Ray's limit (512 MiB)."""
+    """What .gitignore and .rayignore name stays here; the embedded pack goes along, far below Ray's limit (512 MiB)."""
     from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, create_package
 
