@@ -55,12 +55,13 @@ def stream(request: StreamRequest) -> dict[str, Any]:
     require_metrics()
     require_joint_patches(asked.clip or "embedded")
     prepared = prepare(open_store(request.dataset), asked)
-    workers, cpus, gpus = _training_share(request, device=prepared.plan.spec.generator.device)
-    pools = _pools(request, device=prepared.plan.spec.generator.device, cpus=workers * cpus, gpus=workers * gpus)
+    device = prepared.plan.spec.generator.device
+    workers, cpus, gpus = _training_share(request, device=device)
+    pools = _pools(request, device=device, cpus=workers * cpus, gpus=workers * gpus)
     summary = _generate_and_train(
         prepared.store,
         prepared.plan,
-        replace(training, num_workers=workers, cpus_per_worker=cpus),
+        replace(training, device=device, num_workers=workers, cpus_per_worker=cpus),
         replace(prepared, pools=pools).generate,
         cpus=workers * cpus,
         gpus=workers * gpus,
