@@ -202,7 +202,7 @@ def _run_pools(
     concepts = None if vocabularies_stored(store, plan) else ConceptsOfShard(store, plan, shards[0])
     # Made in this process, a block a shard; from_arrow would start a task for each only to look at it.
     wanted = [{"shard": shard, "part": plan.part_key(shard)} for shard in shards]
-    pipeline = ray.data.from_items(wanted, override_num_blocks=len(shards))
+    pipeline: ray.data.Dataset = ray.data.from_items(wanted, override_num_blocks=len(shards))
     block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     if pools.scorers:
         drawing: Any = (store, plan.spec, watched_by, retry)
