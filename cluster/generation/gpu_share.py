@@ -6,8 +6,8 @@ import os
 ALLOCATOR = "expandable_segments:True"
 
 
-def keep_to_gpu_share(device: str) -> None:
-    """Take no more of this process's GPU than Ray reserved for it, as long as it runs; nothing on a CPU.
+def keep_to_gpu_share(device: str, *, part: float = 1.0) -> None:
+    """Take no more than `part` of what Ray reserved of its GPU for this process, as long as it runs; nothing on a CPU.
 
     To be called before the first tensor is on the GPU: then only is the allocator's setting read. What a user has set
     stays.
@@ -18,7 +18,7 @@ def keep_to_gpu_share(device: str) -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
     import torch  # reads the setting
 
-    if 0 < (share := gpu_share()) < 1:
+    if (share := part * min(1.0, gpu_share() or 1.0)) < 1:
         torch.cuda.set_per_process_memory_fraction(share)
 
 
