@@ -130,7 +130,20 @@ def dry_run(folder: Path, size: str) -> dict[str, Any]:
     if run.exists():
         raise SystemExit(f"{run}: is there from a run before; remove it, or give another --folder")
     models = ("--t2i", str(t2i), "--clip", clip)
-    one = ("--batch-size", "1", "--generators", "1", "--scorers", "1", "--steps", "1", "--dtype", "float32")
+    one = (
+        "--shard-size",
+        "2",
+        "--batch-size",
+        "1",
+        "--generators",
+        "1",
+        "--scorers",
+        "1",
+        "--steps",
+        "1",
+        "--dtype",
+        "float32",
+    )
     side = ("--width", "512", "--height", "512") if size == "real" else ()
     made: dict[str, Any] | str = "done by a run before"
     if not (data / "dataset.json").is_file():
