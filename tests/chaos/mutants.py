@@ -419,6 +419,11 @@ MUTANTS = (
         ("tests/pcm/generation/test_diffusers_pipeline.py::test_a_picture_does_not_depend_on_what_is_drawn_beside_it",),
     ),
     Mutant(
+        "a dataset of which nothing is held out is refused before it is trained on",
+        "cluster/training/feed.py", "if not sum(map(len, held_out)):", "if False:",
+        ("tests/cluster/training/test_feed.py",),
+    ),
+    Mutant(
         "a model that does not fit into memory is refused before it is read",
         "pcm/generation/model_memory.py", "    if needed <= available:", "    if True:",
         ("tests/pcm/generation/test_model_memory.py::"
