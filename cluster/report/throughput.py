@@ -67,7 +67,9 @@ def throughput(stats: Sequence[Mapping[str, Any]], *, stored: int) -> Throughput
         rate=np.gradient(so_far, seconds) if working.total else np.zeros(BINS + 1),
         generator_hours=_accumulated(seconds, begin, drawn, drawing * scale) / SECONDS_AN_HOUR,
         machine_hours=seconds / SECONDS_AN_HOUR,
-        stage_seconds={stage: scale * sum(shard.get(f"{stage}_seconds", 0.0) for shard in timed) for stage in STAGES},
+        stage_seconds={
+            stage: scale * sum(max(0.0, shard.get(f"{stage}_seconds", 0.0)) for shard in timed) for stage in STAGES
+        },
         devices=tuple(sorted({str(shard.get("device_name", "an unknown device")) for shard in timed})),
     )
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from cluster.store.retries import with_retries
 from cluster.store.store import Store, join, local_copy
+from cluster.store.temporary import named_temporary_folder
 from cluster.training.ema import WeightAverage
 from cluster.training.ray_trainer import CHECKPOINTS
 from cluster.training.run_spec import RunSpec
@@ -97,12 +98,15 @@ class Checkpoints:
         if is_best:
             for name, data in files.items():
                 self._out.write_bytes(f"{BEST}/{name}", data)
-        with tempfile.TemporaryDirectory(prefix="pcm-checkpoint-") as folder:
-            for name, data in files.items():
-                Path(folder, name).write_bytes(data)
-            save_training_state(
-                Path(folder), module=self._module, optimizer=self._optimizer, average=self._average, at=at
-            )
+        with named_temporary_folder():
+            temporary = tempfile.TemporaryDirectory(prefix="pcm-checkpoint-")
+        with temporary as folder:
+            with named_temporary_folder():
+                for name, data in files.items():
+                    Path(folder, name).write_bytes(data)
+                save_training_state(
+                    Path(folder), module=self._module, optimizer=self._optimizer, average=self._average, at=at
+                )
             ray.train.report(
                 metrics,
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
@@ -182,7 +186,8 @@ def save_training_state(
         safetensors.torch.save_file(
             {name: weight.detach().contiguous() for name, weight in module.named_parameters()}, folder / WEIGHTS_FILE
         )
-    torch.save(optimizer.state_dict(), folder / OPTIMIZER_FILE)
+    with (folder / OPTIMIZER_FILE).open("wb") as file:  # by name, torch would not say that the disk is full
+        torch.save(optimizer.state_dict(), file)
     (folder / STATE_FILE).write_text(json.dumps(vars(at)))
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 
 from cluster.store.store import open_store
+from cluster.store.temporary import named_temporary_folder
 from cluster.training import checkpoints
 from cluster.training.checkpoints import Checkpoints, TrainingState, load_training_state, save_training_state
 from cluster.training.ray_trainer import CHECKPOINTS
@@ -105,3 +107,21 @@ def test_a_store_that_stutters_is_tried_again(run: Checkpoints, monkeypatch: pyt
     read = failing(monkeypatch, OSError(errno.EIO, "Input/output error"), TimeoutError())
     assert run.restore() == TrainingState(epoch=2, step=20)
     assert read == [NAMES[1]] * 3
+
+
+@pytest.mark.parametrize("bytes_free", [0, 1000, 3000])
+def test_a_temporary_disk_that_is_full_is_named(bytes_free: int, tmp_path: Path) -> None:
+    module = torch.nn.Linear(20, 20)
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.zeros(1, 20)).sum().backward()
+    optimizer.step()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_free, limits[1]))
+    try:
+        with (
+            pytest.raises(InputError, match=r"disk for temporary files is full; .* with TMPDIR"),
+            named_temporary_folder(),
+        ):
+            save_training_state(tmp_path, module=module, optimizer=optimizer, average=None, at=TrainingState())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
