@@ -7,6 +7,7 @@ import re
 import resource
 import secrets
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from pcm.errors import InputError, first_line
 log = logging.getLogger(__name__)
 
 START_ATTEMPTS = 3
+#: For a node to say what it has.
+RESOURCES_SECONDS = 60.0
 #: Of `ulimit -n`, as Ray recommends; of `ulimit -u`, about the threads of Ray's processes on 64 CPUs.
 ENOUGH_FILES, ENOUGH_PROCESSES = 8192, 8192
 _AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -40,9 +43,11 @@ def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | No
     if os.environ.get("RAY_ADDRESS"):
         protect_token_file()
         ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env)
+        _wait_for_resources()
         log.info("joined the Ray cluster at RAY_ADDRESS: %s", _resources())
     else:
         _start_local(num_cpus, runtime_env)
+        _wait_for_resources()
         log.info("started Ray on this machine: %s", _resources())
     logging.getLogger("ray.data.exceptions").addFilter(is_no_user_error)
     context = ray.data.DataContext.get_current()
@@ -80,6 +85,13 @@ def _start_local(num_cpus: int | None, runtime_env: dict | None) -> None:
                     "work on it end, or look into /tmp/ray/session_latest/logs, and run the same command again"
                 ) from error
             log.warning("Ray did not start; trying again (%d of %d)", attempt + 1, START_ATTEMPTS)
+
+
+def _wait_for_resources() -> None:
+    """On a busy machine Ray has started before it knows what there is, and would be taken for one CPU."""
+    deadline = time.monotonic() + RESOURCES_SECONDS
+    while not ray.cluster_resources() and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def _raise_file_limit() -> None:

@@ -118,7 +118,8 @@ CASES = {
         lambda pid, out: opened(pid, "/pictures/"),
     ),
     "caption": Case(
-        "caption", ("--checkpoint={}/run/best", "{}/pictures", "--out=OUT.json", "--clip={}/clip"),
+        "caption", ("--checkpoint={}/run/best", *(f"{{}}/pictures/scene{n}.png" for n in range(1000, 1300)), "--out=OUT.json",
+                    "--clip={}/clip"),
         lambda pid, out: opened(pid, "/pictures/"),
     ),
     "featurise": Case(
