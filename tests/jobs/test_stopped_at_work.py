@@ -118,8 +118,9 @@ CASES = {
         lambda pid, out: opened(pid, "/pictures/"),
     ),
     "caption": Case(
-        "caption", ("--checkpoint={}/run/best", *(f"{{}}/pictures/scene{n}.png" for n in range(1000, 1300)), "--out=OUT.json",
-                    "--clip={}/clip"),
+        "caption",
+        ("--checkpoint={}/run/best", "--out=OUT.json", "--clip={}/clip",
+         *(f"{{}}/pictures/scene{number}.png" for number in range(1000, 1300))),
         lambda pid, out: opened(pid, "/pictures/"),
     ),
     "featurise": Case(
