@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -217,6 +218,21 @@ def test_errors_of_google_storage_are_told_apart_by_status() -> None:
         400: "other", 403: "refused", 404: "other", 408: "transient", 429: "transient", 500: "transient",
         503: "transient",
     }  # fmt: skip
+
+
+def test_errors_of_azure_are_told_apart_by_status_and_code() -> None:
+    class HttpResponseError(Exception):  # as azure.core has it
+        def __init__(self, status: int, error_code: str) -> None:
+            self.response, self.error_code = types.SimpleNamespace(status_code=status), error_code
+
+    cases = {
+        (404, "ContainerNotFound"): "no bucket",
+        (404, "BlobNotFound"): "other",
+        (403, "AuthenticationFailed"): "refused",
+        (503, "ServerBusy"): "transient",
+        (500, "InternalError"): "transient",
+    }
+    assert {case: classify(HttpResponseError(*case)).kind for case in cases} == cases
 
 
 @contextlib.contextmanager

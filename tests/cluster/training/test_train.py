@@ -176,6 +176,22 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(trained: Pa
         train(changed)
     with pytest.raises(InputError, match="validation: "):
         train(request(world, trained, resume=True))
+    wider = request(world, trained, resume=True, **real_pictures(world), overrides={"hidden_size": 64})
+    with pytest.raises(InputError, match=r"begun otherwise \(hidden_size: 32 -> 64\); resume with the same"):
+        train(wider)
+
+
+@pytest.mark.slow
+def test_a_run_of_one_worker_is_gone_on_with_by_two(trained: Path, world: Path, ray_session: None) -> None:
+    out, alone = world / "one then two", world / "one then one"
+    for each, workers in ((out, 2), (alone, 1)):
+        shutil.copytree(trained, each)
+        longer = request(
+            world, each, resume=True, num_workers=workers, **real_pictures(world), overrides={"epochs": EPOCHS + 1}
+        )
+        assert train(longer)["epochs"] == EPOCHS + 1
+    two, one = ([row["loss"] for row in losses(each)] for each in (out, alone))
+    assert len(two) == (EPOCHS + 1) * STEPS and two == pytest.approx(one, rel=TOLERANCE)
 
 
 @pytest.mark.slow
