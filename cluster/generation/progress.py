@@ -95,7 +95,7 @@ class RunProgress:
         self._total, self._skipped, self._actors, self._billing = total, skipped, actors, billing
         self._clock = clock or steady_clock()
         self._lock = threading.Lock()
-        self._started = self._observed = self._advanced = clock()
+        self._started = self._observed = self._advanced = self._clock()
         self._longest_gap = 0.0
         self._first_draw: float | None = None
         self._last_commit: float | None = None
