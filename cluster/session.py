@@ -7,8 +7,10 @@ import re
 import resource
 import secrets
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
@@ -22,6 +24,7 @@ START_ATTEMPTS = 3
 RESOURCES_SECONDS = 60.0
 #: Of `ulimit -n`, as Ray recommends; of `ulimit -u`, about the threads of Ray's processes on 64 CPUs.
 ENOUGH_FILES, ENOUGH_PROCESSES = 8192, 8192
+SECONDS_BETWEEN_WAITING_LINES = 30.0
 _AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 #: Where Ray's own commands keep the token of a cluster that is joined.
 _TOKEN_FILE = Path("~/.ray/auth_token")
@@ -145,12 +148,36 @@ def is_no_user_error(record: logging.LogRecord) -> bool:
     return error is None or user_error(error) is None
 
 
+@contextmanager
+def waiting_for(*, cpus: float, gpus: float) -> Iterator[None]:
+    """Says now and then what the cluster lacks, while it has less than so many CPUs and GPUs: Ray waits in silence."""
+    over = threading.Event()
+
+    def say() -> None:
+        started = time.monotonic()
+        while cpus > cluster_cpus() or gpus > cluster_gpus():
+            log.info(
+                "waiting for %g CPUs and %g GPUs; the cluster has %g and %g now (for %.0f s)",
+                cpus, gpus, cluster_cpus(), cluster_gpus(), time.monotonic() - started,
+            )  # fmt: skip
+            if over.wait(SECONDS_BETWEEN_WAITING_LINES):
+                return
+
+    speaker = threading.Thread(target=say, name="waiting", daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        over.set()
+        speaker.join()
+
+
 def cluster_gpus() -> float:
     return ray.cluster_resources().get("GPU", 0.0)
 
 
 def cluster_cpus() -> float:
-    return ray.cluster_resources().get("CPU", 1.0)
+    return ray.cluster_resources().get("CPU", 0.0)
 
 
 def cluster_machines() -> int:

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -66,6 +67,21 @@ def store_vocabularies(store: Store, plan: Plan, *, encoder: "ClipEncoder | None
         document = json.dumps({"corpus_fingerprint": plan.corpus_fingerprint, "min_count": min_count})
         store.write_bytes(VOCABULARIES_KEY, f"{document}\n".encode())
     return stored_features(store, plan)
+
+
+@dataclass(frozen=True)
+class ConceptsOfShard:
+    """`store_vocabularies` as work of whoever scores one shard, because CLIP is loaded there anyway.
+
+    The shard is one that the store lacks: a dataset whose shards are all there has its vocabularies.
+    """
+
+    dataset: Store
+    plan: Plan
+    shard: int
+
+    def store(self, encoder: "ClipEncoder") -> None:
+        store_vocabularies(self.dataset, self.plan, encoder=encoder)
 
 
 def store_given_concepts(store: Store, concepts: ConceptVocabulary) -> None:

@@ -7,6 +7,7 @@ so a caption does not depend on how many workers there are, nor on which of them
 import contextlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ import torch
 
 from cluster.dataset.given_features import FeatureSet, all_features, load_feature_set
 from cluster.evaluation.request import CaptionerOptions, CaptionRequest
-from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error
+from cluster.generation.pinning import resolve_device
+from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error, waiting_for
 from cluster.sources.concept_file import read_concepts
 from cluster.sources.picture_source import FeatureSource
 from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set
@@ -242,13 +244,18 @@ class CaptionerSource:
 def caption_on_cluster(source: CaptionerSource, *, pictures: int, num_workers: int) -> Captioned:
     """The same by `num_workers` Ray actors, one GPU each where the cluster has any. A lost one's batch is done again.
 
-    Raises InputError for more workers than the cluster has room for, or what a worker's captioner raises.
+    With a device that is named they are waited for on a cluster that is joined, because it may grow. Raises InputError
+    for more workers than the cluster has room for, or what a worker's captioner raises.
     """
     start_ray()
-    gpus = int(cluster_gpus()) if source.device != "cpu" else 0
-    room = gpus or int(cluster_cpus())
-    if not 1 <= num_workers <= room:
-        raise InputError(f"--num-workers {num_workers}: the cluster has {room} {'GPUs' if gpus else 'CPUs'}")
+    on_gpus = resolve_device(source.device, cluster_gpus=cluster_gpus()) == "cuda"
+    room = int(cluster_gpus() if on_gpus else cluster_cpus())
+    waits = source.device != "auto" and "RAY_ADDRESS" in os.environ
+    if num_workers > room and not waits:
+        raise InputError(
+            f"--num-workers {num_workers}: the cluster has {room} {'GPUs' if on_gpus else 'CPUs'}; on one that grows, "
+            "give --device"
+        )
     threads = max(1, int(cluster_cpus()) // num_workers)
     numbers = list(range(len(batches(pictures, source.batch_size))))
     dataset = ray.data.from_items([{"batch": number} for number in numbers], override_num_blocks=len(numbers))
@@ -257,11 +264,12 @@ def caption_on_cluster(source: CaptionerSource, *, pictures: int, num_workers: i
         fn_constructor_kwargs={"source": source, "threads": threads},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=num_workers),
-        num_cpus=0 if gpus else 1,
-        num_gpus=1 if gpus else 0,
+        num_cpus=0 if on_gpus else 1,
+        num_gpus=1 if on_gpus else 0,
     )
     try:
-        rows = list(_with_progress_lines(captioned.iter_rows(), pictures=pictures, batch_size=source.batch_size))
+        with waiting_for(cpus=0 if on_gpus else num_workers, gpus=num_workers if on_gpus else 0):
+            rows = list(_with_progress_lines(captioned.iter_rows(), pictures=pictures, batch_size=source.batch_size))
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
     parts = {row["batch"]: _unpacked(row) for row in rows}

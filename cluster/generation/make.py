@@ -9,8 +9,8 @@ from typing import Any
 from cluster.dataset.layout import CorpusSource, Plan, load_plan
 from cluster.dataset.plan import make_plan, refuse_other_spec
 from cluster.dataset.vocabularies import store_given_concepts
-from cluster.generation.auto_batch_size import with_batch_size
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
+from cluster.generation.measured import measured
 from cluster.generation.pilot import Prediction, run_pilot
 from cluster.generation.pilot import summary as pilot_summary
 from cluster.generation.pinning import dataset_spec, joint_dimensions, on_device, resolve_device, resolve_dtype
@@ -83,7 +83,8 @@ def prepare(store: Store, asked: GenerationOptions) -> Prepared:
         source_digest(uri), asked.corpus_format, asked.split, asked.limit, asked.caption_column, asked.csv_quoting
     )
     if planned is not None:
-        refuse_other_spec(store, planned, _resumed(spec, planned, asked), asked.shard_size)
+        shard_size = asked.shard_size or planned.shard_size
+        refuse_other_spec(store, planned, _resumed(spec, planned, asked), shard_size)
     records = read_corpus(uri, format=asked.corpus_format, split=asked.split, limit=asked.limit, options=options)
     if planned is None or planned.source != source:
         records = _begun(records)
@@ -98,14 +99,16 @@ def prepare(store: Store, asked: GenerationOptions) -> Prepared:
     if asked.offload != "none" and device != "cuda":
         raise InputError(f"--offload {asked.offload}: is for GPUs, and this cluster has none now; give --device cuda")
     pools = Pools.of(asked, device=device, cpus=cluster_cpus(), gpus=cluster_gpus())
-    if asked.batch_size == AUTO:
-        spec = with_batch_size(store, spec, pools)
+    if planned is None:
+        spec, shard_size = measured(spec, pools, batch_size=asked.batch_size == AUTO, shard_size=asked.shard_size)
+    elif asked.batch_size == AUTO:
+        spec = replace(spec, generator=replace(spec.generator, batch_size=planned.spec.generator.batch_size))
     plan = make_plan(
         store,
         records,
         spec,
         corpus=asked.corpus,
-        shard_size=asked.shard_size,
+        shard_size=shard_size,
         is_truncated=is_truncated,
         source=source,
     )

@@ -18,13 +18,19 @@ from cluster.dataset.layout import (
     load_plan,
     shard_key,
 )
-from cluster.dataset.vocabularies import store_vocabularies
+from cluster.dataset.vocabularies import (
+    ConceptsOfShard,
+    store_vocabularies,
+    stored_features,
+    vocabularies_stored,
+)
 from cluster.generation.cost import Billing
 from cluster.generation.display import Display
 from cluster.generation.limits import FaultPolicy, RunLimits
 from cluster.generation.pools import Pools
 from cluster.generation.progress import RunProgress, Status
 from cluster.generation.stages.draw import DrawShard
+from cluster.generation.stages.draw_and_score import DrawAndScore
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.monitor import start_monitor
 from cluster.generation.stages.write import WriteShard
@@ -45,6 +51,7 @@ class GenerationResult:
     """What a run did, and how it went."""
 
     manifest: Manifest | None  # None: only some shards were asked for
+    shard_size: int
     status: Status  # counts, rates and cost of this run
     startup_seconds: float | None  # until the first drawing; None: nothing was drawn
     stage_seconds: dict[str, float]
@@ -74,6 +81,7 @@ class GenerationResult:
         per_1000 = 1000 * status.cost / status.images if status.cost is not None and status.images else None
         return {
             **(whole or {}),
+            "shard_size": self.shard_size,
             "skipped": status.skipped,
             "generated": status.images,
             "retried": status.retried,
@@ -124,9 +132,10 @@ def run_pipeline(
     skipped = total - sum(plan.shard_rows(shard) for shard in missing)
     if skipped:
         log.info("%d of %d samples are on the store already", skipped, total)
-    features = store_vocabularies(store, plan)
     billing = Billing.of(pools, device=plan.spec.generator.device, price_per_hour=watch.price_per_hour)
     progress = RunProgress(total=total, skipped=skipped, actors=actors(pools, len(missing)), billing=billing)
+    if not missing or plan.spec.clip.model == "null":
+        store_vocabularies(store, plan)
     if missing:
         faults = faults or FaultPolicy()
         monitor = start_monitor(faults)
@@ -139,7 +148,8 @@ def run_pipeline(
                 check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
     status = progress.status()
     return GenerationResult(
-        manifest=write_manifest(store, plan, features) if shards is None else None,
+        shard_size=plan.shard_size,
+        manifest=write_manifest(store, plan, stored_features(store, plan)) if shards is None else None,
         status=status,
         startup_seconds=progress.startup_seconds,
         stage_seconds=progress.stage_seconds,
@@ -149,11 +159,11 @@ def run_pipeline(
 
 
 def actors(pools: Pools, shards: int) -> dict[str, int]:
-    """How many actors work at each stage of so many shards; encoding and storing are one pool's."""
+    """How many actors or tasks work at each stage of so many shards; encoding and storing are one task."""
     writers = min(pools.writers, shards)
     return {
         "draw": min(pools.generators, shards),
-        "featurise": min(pools.scorers, shards),
+        "featurise": min(pools.scorers or pools.generators, shards),
         "encode": writers,
         "store": writers,
     }
@@ -169,7 +179,7 @@ def shard_stream(
     retry: frozenset[str] = frozenset(),
     draw: type[DrawShard] = DrawShard,
 ) -> Iterable[dict]:
-    """Run shards through the three pools; yields each shard's stats once it is committed.
+    """Run shards through the pools; yields each shard's stats once it is committed.
 
     Raises InputError when a model a user named cannot be loaded by the workers, or when the monitor stops the run.
     """
@@ -189,35 +199,24 @@ def _run_pools(
     draw: type[DrawShard],
 ) -> Iterable[dict]:
     monitor, _ = watched_by
+    concepts = None if vocabularies_stored(store, plan) else ConceptsOfShard(store, plan, shards[0])
     # Made in this process, a block a shard; from_arrow would start a task for each only to look at it.
     wanted = [{"shard": shard, "part": plan.part_key(shard)} for shard in shards]
-    source = ray.data.from_items(wanted, override_num_blocks=len(shards))
-    pipeline = (
-        source.map_batches(
-            draw,
-            fn_constructor_args=(store, plan.spec, watched_by, retry),
-            **pools.draw_options(len(shards)),
-            batch_size=1,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
+    pipeline: ray.data.Dataset = ray.data.from_items(wanted, override_num_blocks=len(shards))
+    block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
+    if pools.scorers:
+        drawing: Any = (store, plan.spec, watched_by, retry)
+        scoring = (plan.spec.clip, watched_by, concepts)
+        pipeline = pipeline.map_batches(
+            draw, fn_constructor_args=drawing, **pools.draw_options(len(shards)), **block
+        ).map_batches(FeaturiseShard, fn_constructor_args=scoring, **pools.featurise_options(len(shards)), **block)
+    else:
+        both = (draw, store, plan.spec, watched_by, retry, concepts)
+        pipeline = pipeline.map_batches(
+            DrawAndScore, fn_constructor_args=both, **pools.draw_options(len(shards)), **block
         )
-        .map_batches(
-            FeaturiseShard,
-            fn_constructor_args=(plan.spec.clip, monitor),
-            **pools.featurise_options(len(shards)),
-            batch_size=1,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-        )
-        .map_batches(
-            WriteShard,
-            fn_constructor_args=(store, plan.schema_version),
-            **pools.write_options(len(shards)),
-            batch_size=1,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-        )
-    )
+    write = WriteShard(store, plan.schema_version)
+    pipeline = pipeline.map_batches(write.store_block, **pools.write_options(len(shards)), **block)
     try:
         for batch in pipeline.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
             stats = json.loads(batch["stats"][0].as_py())

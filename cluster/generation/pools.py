@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from cluster.generation.request import MachineOptions
+from pcm.errors import InputError
 
 #: Generators that one CLIP actor with a GPU of its own keeps up with: it reads 16 pictures while one is denoised.
 GENERATORS_PER_SCORER = 16
@@ -17,8 +18,8 @@ class Pools:
     """How many actors do what, and what each reserves. Changes speed, never a byte of the result."""
 
     generators: int  # at most
-    scorers: int
-    writers: int
+    scorers: int  # 0: every generator scores what it has drawn, in its own process and on its own GPU
+    writers: int  # storing tasks at once, at most
     generator_cpus: float
     generator_gpus: float
     scorer_cpus: float
@@ -35,35 +36,35 @@ class Pools:
         gpus: float,
         generators: int | tuple[int, int] | None = None,
         scorers: int | None = None,
-        clip_gpus: float = MachineOptions.clip_gpus,
+        clip_gpus: int = MachineOptions.clip_gpus,
         node_label: tuple[str, str] | None = None,
     ) -> "Pools":
-        """One generator a GPU, sharing it with a scorer; on a CPU, a generator a core with room for the other stages.
+        """One generator a GPU, which also scores; on a CPU, a generator a core with room for storing.
 
-        `generators` is a number or (least, most) of a pool that grows with its queue. On a GPU a scorer takes
-        `clip_gpus`: a fraction (default 0.2) is taken from the generator's GPU, so each generator has its scorer;
-        1 or more are GPUs of its own, and a scorer serves 16 generators. On CPUs the fractions leave every stage
-        schedulable on two cores, and the operating system shares the rest out. Raises InputError.
+        `generators` is a number or (least, most) of a pool that grows with its queue. With `scorers` or `clip_gpus`
+        CLIP works in actors of its own, on a GPU each with `clip_gpus` of them, which serves 16 generators. On CPUs
+        the fractions leave every stage schedulable on two cores, and the operating system shares the rest out.
+        Raises InputError.
         """
         least, most = generators if isinstance(generators, tuple) else (None, generators)
-        if device == "cuda" and clip_gpus >= 1:
-            scorers = scorers or max(1, math.ceil((most or gpus) / (GENERATORS_PER_SCORER + clip_gpus)))
-            count = most or max(1, int(gpus - scorers * clip_gpus))
-        elif device == "cuda":
-            count = most or max(1, int(gpus))
-            scorers = scorers or count
-        else:
+        if device != "cuda":
+            if clip_gpus:
+                raise InputError(f"--clip-gpus {clip_gpus}: is for GPUs, and this run draws on CPUs; leave it out")
             count = most or max(1, int(cpus))
             share = max(0.1, min(1.0, min(cpus * 0.75, cpus - 0.35) / count))  # 0.35: the other stages
             return Pools(
-                generators=count, min_generators=least, scorers=scorers or max(1, count // 8), writers=1,
+                generators=count, min_generators=least, scorers=scorers or 0, writers=1,
                 generator_cpus=share, generator_gpus=0, scorer_cpus=0.2, scorer_gpus=0, writer_cpus=0.1,
                 node_label=node_label,
             )  # fmt: skip
+        if scorers or clip_gpus:
+            clip_gpus = clip_gpus or 1
+            scorers = scorers or max(1, math.ceil((most or gpus) / (GENERATORS_PER_SCORER + clip_gpus)))
+        count = most or max(1, int(gpus - (scorers or 0) * clip_gpus))
         return Pools(
-            generators=count, min_generators=least, scorers=scorers, writers=math.ceil(count / 2),
-            generator_cpus=1, generator_gpus=1 if clip_gpus >= 1 else round(1 - clip_gpus, 4), scorer_cpus=1,
-            scorer_gpus=clip_gpus, writer_cpus=0.5, node_label=node_label,
+            generators=count, min_generators=least, scorers=scorers or 0, writers=math.ceil(count / 2),
+            generator_cpus=1, generator_gpus=1, scorer_cpus=1, scorer_gpus=clip_gpus, writer_cpus=0.5,
+            node_label=node_label,
         )  # fmt: skip
 
     @staticmethod
@@ -90,13 +91,13 @@ class Pools:
         return self._stage(pool, self.generator_cpus, self.generator_gpus)
 
     def featurise_options(self, shards: int) -> dict[str, Any]:
-        """The same of the CLIP pool."""
+        """The same of the pool of CLIP alone, where there is one."""
         return self._stage(ActorPoolStrategy(size=min(self.scorers, shards)), self.scorer_cpus, self.scorer_gpus)
 
     def write_options(self, shards: int) -> dict[str, Any]:
-        """The same of the writer pool."""
-        return self._stage(ActorPoolStrategy(size=min(self.writers, shards)), self.writer_cpus, 0)
+        """The same of the tasks that store: they need nothing loaded, so no actor waits for them."""
+        return self._stage(TaskPoolStrategy(size=min(self.writers, shards)), self.writer_cpus, 0)
 
-    def _stage(self, pool: ActorPoolStrategy, cpus: float, gpus: float) -> dict[str, Any]:
-        options: dict[str, Any] = {"compute": pool, "num_cpus": cpus, "num_gpus": gpus}
+    def _stage(self, compute: ActorPoolStrategy | TaskPoolStrategy, cpus: float, gpus: float) -> dict[str, Any]:
+        options: dict[str, Any] = {"compute": compute, "num_cpus": cpus, "num_gpus": gpus}
         return options | ({"label_selector": dict([self.node_label])} if self.node_label else {})

@@ -41,6 +41,7 @@ _STABLE_DIFFUSION = {
     "guidance_scale": 7.5,
     "scheduler": "DPMSolverMultistepScheduler",
     "clip": "ViT-L-14/openai",
+    "shard_size": 256,
 }
 
 

@@ -69,15 +69,6 @@ def parse_node_label(text: str) -> tuple[str, str]:
     return split_name_value(text, option="--node-label", form="KEY=VALUE", example="pcmnet.io/role=generation")
 
 
-def check_clip_gpus(value: float) -> float:
-    """Raises InputError for GPUs of an actor that Ray could not reserve."""
-    if not value > 0 or (value > 1 and value != int(value)) or 0.9 < value < 1:
-        raise InputError(
-            f"--clip-gpus {value:g}: a fraction up to 0.9 is shared with a generator; 1, 2, ... are its own"
-        )
-    return value
-
-
 @dataclass(frozen=True, kw_only=True)
 class CorpusOptions(Request):
     """Corpus."""
@@ -217,6 +208,17 @@ class SpeedOptions(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanOptions(Request):
+    """Shards."""
+
+    shard_size: int | None = option(
+        None,
+        help="samples a shard: the unit of work and of commit",
+        unset=f"{ShardOptions.shard_size}, or as many as are drawn in ten minutes, measured once, if these are fewer",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class MachineOptions(Request):
     """Machine."""
 
@@ -225,10 +227,10 @@ class MachineOptions(Request):
         help="generator actors, or the least and most of a pool that grows", unset="one a GPU, or one a core",
     )  # fmt: skip
     scorers: int | None = option(
-        None, help="CLIP actors", unset="as many as share or need a GPU, or one for 8 generators"
+        None, help="actors of CLIP alone", unset="none: a generator scores what it has drawn, on its own GPU"
     )
-    clip_gpus: float = option(
-        0.2, help="GPUs of a CLIP actor: a fraction is taken from a generator's GPU, 1 or more are its own"
+    clip_gpus: int = option(
+        0, help="GPUs of each actor of CLIP alone, one for 16 generators unless --scorers says how many"
     )
     node_label: tuple[str, str] | None = option(
         None, metavar="KEY=VALUE", parse=parse_node_label, help="run only on nodes with this Ray label", unset="any"
@@ -265,7 +267,14 @@ class FaultOptions(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(
-    FaultOptions, WatchOptions, MachineOptions, ShardOptions, SpeedOptions, ClipOptions, PictureOptions, CorpusOptions
+    FaultOptions,
+    WatchOptions,
+    MachineOptions,
+    PlanOptions,
+    SpeedOptions,
+    ClipOptions,
+    PictureOptions,
+    CorpusOptions,
 ):
     """What says how a whole dataset is made. Raises InputError for what cannot be."""
 
@@ -275,7 +284,7 @@ class GenerationOptions(
         check_at_least(self, 1, *counts.split())
         if isinstance(self.batch_size, int):
             check_at_least(self, 1, "batch_size")
-        check_clip_gpus(self.clip_gpus)
+        check_at_least(self, 0, "clip_gpus")
         if self.image_format == "png" and self.image_quality != GeneratorSpec.image_quality:
             raise InputError(f"--image-quality {self.image_quality}: without effect on PNG; leave it out")
         if self.clip_revision is not None and not (self.clip or "").startswith("hf-hub:"):

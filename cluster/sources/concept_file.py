@@ -4,7 +4,6 @@ import logging
 
 from cluster.store.store import read_uri
 from pcm.errors import InputError
-from pcm.official.files import concepts_from_pickle
 from pcm.text.concepts import ConceptVocabulary
 
 log = logging.getLogger(__name__)
@@ -12,6 +11,8 @@ log = logging.getLogger(__name__)
 
 def read_concepts(uri: str) -> ConceptVocabulary:
     """Published concepts, a pickle of (names, tensor), or ours in safetensors, at a path or URI. Raises InputError."""
+    from pcm.official.files import concepts_from_pickle  # brings torch, and most runs bring no concepts
+
     data = read_uri(uri)
     try:
         return ConceptVocabulary.from_bytes(data) if uri.endswith(".safetensors") else concepts_from_pickle(data)

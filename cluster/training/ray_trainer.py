@@ -42,13 +42,13 @@ def make_trainer(
     score: str,
     num_workers: int,
     cpus: int,
-    gpus: int,
+    on_gpus: bool,
     labels: Mapping[str, str],
     keep_checkpoints: int,
     max_failures: int,
     joined: bool,
 ) -> PolicyTrainer:
-    """A trainer of `num_workers` workers with `cpus` CPUs each and, where the cluster has some, one GPU.
+    """A trainer of `num_workers` workers with `cpus` CPUs each and, `on_gpus`, one GPU.
 
     `labels`: workers are placed on nodes that have these. Of the checkpoints those with the `keep_checkpoints` highest
     `score` are kept, and the newest. `joined`: the cluster is not this process's own.
@@ -59,8 +59,8 @@ def make_trainer(
         torch_config=_TorchConfig(),
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
             num_workers=num_workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": cpus, **({"GPU": 1} if gpus else {})},
+            use_gpu=on_gpus,
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if on_gpus else {})},
             label_selector=dict(labels) or None,
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]

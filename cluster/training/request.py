@@ -18,6 +18,7 @@ from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, not_known
 from pcm.name_value import split_name_value
+from pcm.spec import DEVICES
 
 _NETWORK = [name for name in settable_fields() if name in PCMNetConfig.__dataclass_fields__]
 OVERRIDES_HELP = (
@@ -145,8 +146,13 @@ class TrainingOptions(SettingsOptions):
     min_clip_score: float | None = option(
         None, help="train on pairs of at least this raw cosine", unset="the preset's, all"
     )
+    device: str = option(
+        "auto", choices=DEVICES, help="auto is cuda where the cluster has a GPU; one that is named is waited for"
+    )
     num_workers: int | None = option(None, help="DDP workers", unset="one a GPU, or one")
-    cpus_per_worker: int | None = option(None, help="CPUs a worker reserves and uses", unset="all, divided")
+    cpus_per_worker: int | None = option(
+        None, help="CPUs a worker reserves and uses", unset="all of the cluster, divided; one where it has none yet"
+    )
     worker_labels: Mapping[str, str] = option(
         {}, flag="worker-label", metavar="NAME=VALUE", parse=parse_worker_label,
         help="place workers on nodes with this label only, such as pcmnet.io/role=training",

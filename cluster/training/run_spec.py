@@ -21,6 +21,7 @@ class RunSpec:
     validation: PictureSource | None  # None: held-out synthetic pairs
     clip: str  # NAME of the CLIP for validation pictures
     cpu_threads: int
+    device: str  # "cpu", or what Ray gives the worker ("auto", "cuda")
     checks: str  # a folder below the temporary one, by which a node's workers share which checksums were compared
     checkpoint_every_steps: int | None = None  # beside the one at the end of an epoch
     cache_bytes: int = TrainRequest.cache_bytes

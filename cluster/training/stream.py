@@ -4,7 +4,7 @@ Generation persists a shard, then training reads it from the store: epoch 0 take
 they are committed (cluster.training.data.arriving), later epochs are shuffled over the finished dataset as always.
 The two sides meet nowhere but on the store, so each resumes by its own rules: a shard that is there is not drawn
 again, a step that a checkpoint has counted is not trained again. Everything training needs before the first picture -
-vocabulary, concepts, CLIP head - comes from the captions, and is there when the plan is.
+vocabulary, concepts, CLIP head - comes from the captions: the first generator stores it before it draws.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from ray.data import DataContext, ExecutionResources
 
 from cluster.dataset.layout import Plan
-from cluster.dataset.vocabularies import store_vocabularies
+from cluster.dataset.vocabularies import stored_features, vocabularies_stored
 from cluster.generation.make import prepare
 from cluster.generation.pinning import require_joint_patches
 from cluster.generation.pipeline import GenerationResult
@@ -35,6 +35,9 @@ from pcm.errors import InputError
 from pcm.text.metrics import require_metrics
 
 log = logging.getLogger(__name__)
+
+#: How often training looks whether the first generator has stored the vocabularies, which it does before it draws.
+VOCABULARY_POLL_SECONDS = 0.5
 
 _Result = TypeVar("_Result")
 
@@ -52,12 +55,13 @@ def stream(request: StreamRequest) -> dict[str, Any]:
     require_metrics()
     require_joint_patches(asked.clip or "embedded")
     prepared = prepare(open_store(request.dataset), asked)
-    workers, cpus, gpus = _training_share(request, device=prepared.plan.spec.generator.device)
-    pools = _pools(request, device=prepared.plan.spec.generator.device, cpus=workers * cpus, gpus=workers * gpus)
+    device = prepared.plan.spec.generator.device
+    workers, cpus, gpus = _training_share(request, device=device)
+    pools = _pools(request, device=device, cpus=workers * cpus, gpus=workers * gpus)
     summary = _generate_and_train(
         prepared.store,
         prepared.plan,
-        replace(training, num_workers=workers, cpus_per_worker=cpus),
+        replace(training, device=device, num_workers=workers, cpus_per_worker=cpus),
         replace(prepared, pools=pools).generate,
         cpus=workers * cpus,
         gpus=workers * gpus,
@@ -103,11 +107,15 @@ def _generate_and_train(
     ends both: what it raised is raised. Run it again to go on.
     """
     started, began = time.monotonic(), time.time()
-    arriving = arriving_set(store, plan, store_vocabularies(store, plan))
     request = replace(request, overrides={**request.overrides, "first_epoch": "plan"}, resume=_is_begun(request))
     context = DataContext.get_current()
     context.execution_options.exclude_resources = ExecutionResources(cpu=cpus, gpu=gpus)
     generated = _in_thread("generation", generating)
+    while not (generated.done() or vocabularies_stored(store, plan)):
+        time.sleep(VOCABULARY_POLL_SECONDS)
+    if generated.done():
+        generated.result()  # raises what ended it
+    arriving = arriving_set(store, plan, stored_features(store, plan))
     trained = _in_thread("training", lambda: train(request, arriving=(arriving,)))
     generation_seconds = None
     waiting: set[Future] = {generated, trained}

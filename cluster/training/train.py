@@ -12,7 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -21,7 +21,8 @@ import safetensors.torch
 
 import pcm
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, GIVEN_CONCEPTS_KEY
-from cluster.session import cluster_cpus, cluster_gpus, start_ray
+from cluster.generation.pinning import resolve_device
+from cluster.session import cluster_cpus, cluster_gpus, start_ray, waiting_for
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.pictures import check_source, source_anywhere
 from cluster.store.store import Store, join, open_store
@@ -86,26 +87,25 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes a node of this machine away
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # so soon is seen that training has ended
     start_ray()
-    gpus = int(cluster_gpus())
-    num_workers = request.num_workers or max(gpus, 1)
-    cpus = request.cpus_per_worker or max(1, int(cluster_cpus()) // num_workers)
-    _check_place(config, num_workers=num_workers, cpus=cpus, gpus=gpus)
+    place = _place(request, joined=joined)
+    _check_place(config, place)
     out.write_bytes(CONFIG_KEY, document_bytes(document))
     trainer = make_trainer(
         train_loop,
-        {"run": _run(request, sets, vocabularies, config, document, cpus=cpus)},
+        {"run": _run(request, sets, vocabularies, config, document, cpus=place.cpus, device=place.device)},
         out=out,
         score=SCORE,
-        num_workers=num_workers,
-        cpus=cpus,
-        gpus=gpus,
+        num_workers=place.num_workers,
+        cpus=place.cpus,
+        on_gpus=place.device == "cuda",
         labels=request.worker_labels,
         keep_checkpoints=request.keep_checkpoints,
         max_failures=request.max_failures,
         joined=joined,
     )
     try:
-        result = trainer.fit()
+        with waiting_for(cpus=place.num_workers * place.cpus, gpus=place.gpus):
+            result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise worker_input_error(error) or error from None
     if result.return_value:  # type: ignore[attr-defined]
@@ -122,7 +122,10 @@ def planned_run(request: TrainRequest, *, cpus: int) -> RunSpec:
     sets = open_training_sets(request.sources)
     vocabularies = _vocabularies(request, sets)
     config = _config_for(request, sets, vocabularies, None)
-    return _run(request, sets, vocabularies, config, _document(request, sets, config, vocabularies, None), cpus=cpus)
+    return _run(
+        request, sets, vocabularies, config, _document(request, sets, config, vocabularies, None), cpus=cpus,
+        device=request.device,
+    )  # fmt: skip
 
 
 def _vocabularies(request: TrainRequest, sets: Sequence[TrainingSet]) -> Vocabularies:
@@ -149,6 +152,7 @@ def _run(
     document: dict[str, Any],
     *,
     cpus: int,
+    device: str,
 ) -> RunSpec:
     return RunSpec(
         data=tuple(replace(source, uri=open_store(source.uri).address) for source in request.sources),
@@ -159,6 +163,7 @@ def _run(
         validation=source_anywhere(request.validation) if request.validation else None,
         clip=document["clip"]["model"],
         cpu_threads=cpus,
+        device=device,
         checks=f"pcm-checked-{uuid.uuid4().hex}",
         checkpoint_every_steps=request.checkpoint_every_steps,
         cache_bytes=request.cache_bytes,
@@ -318,17 +323,50 @@ def _check_batch(config: TrainConfig, *, num_workers: int) -> None:
         )
 
 
-def _check_place(config: TrainConfig, *, num_workers: int, cpus: int, gpus: int) -> None:
-    """Raises InputError for what the cluster cannot give, which Ray would wait for."""
-    if not gpus:
-        check_compile(config, device_type="cpu")
-    _check_batch(config, num_workers=num_workers)
-    if gpus and num_workers > gpus:
-        raise InputError(f"--num-workers {num_workers}: the cluster has {gpus} GPUs, and each worker takes one")
-    if num_workers * cpus > cluster_cpus():
+@dataclass(frozen=True)
+class _Place:
+    """Where a run is trained: so many workers with so many CPUs each, and a GPU where the device is cuda."""
+
+    device: str
+    num_workers: int
+    cpus: int
+
+    @property
+    def gpus(self) -> int:
+        return self.num_workers if self.device == "cuda" else 0
+
+
+def _place(request: TrainRequest, *, joined: bool) -> _Place:
+    """What is asked of the cluster: where the device is named, also what it has not yet, for a cluster may grow.
+
+    Raises InputError where nobody says what to wait for, and for what the cluster cannot give.
+    """
+    cpus, gpus = int(cluster_cpus()), int(cluster_gpus())
+    named = request.device != "auto" and joined
+    if not (cpus or named):
         raise InputError(
-            f"--num-workers {num_workers} with {cpus} CPUs each: the cluster has {cluster_cpus():g} CPUs; take fewer"
+            "--device auto: the cluster has no CPUs and GPUs for work now; give --device cuda or --device cpu, and "
+            "training waits for its workers"
         )
+    device = resolve_device(request.device, cluster_gpus=gpus)
+    workers = request.num_workers or max(gpus if device == "cuda" else 0, 1)
+    place = _Place(device, workers, request.cpus_per_worker or max(1, cpus // workers))
+    if named:
+        return place
+    if place.gpus > gpus:
+        raise InputError(f"--num-workers {workers}: the cluster has {gpus} GPUs, and each worker takes one")
+    if workers * place.cpus > cpus:
+        raise InputError(
+            f"--num-workers {workers} with {place.cpus} CPUs each: the cluster has {cpus} CPUs; take fewer"
+        )
+    return place
+
+
+def _check_place(config: TrainConfig, place: _Place) -> None:
+    """Raises InputError for a config that cannot be trained there."""
+    if place.device == "cpu":
+        check_compile(config, device_type="cpu")
+    _check_batch(config, num_workers=place.num_workers)
 
 
 def _history(out: Store) -> list[dict[str, Any]]:

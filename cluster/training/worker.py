@@ -67,7 +67,7 @@ def set_up_worker(run: RunSpec) -> TrainWorker:
     config = run.config
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    device = worker_device()
+    device = worker_device(run.device)
     if device.type == "cpu":
         torch.set_num_threads(run.cpu_threads)
     bfloat16 = resolved_precision(config.precision, device.type) == "bfloat16"
@@ -138,10 +138,12 @@ def build_optimizer(module: torch.nn.Module, config: TrainConfig) -> torch.optim
     )
 
 
-def worker_device() -> torch.device:
-    """What Ray gave this worker. A GPU that torch knows nothing of (Ray was told of one, or torch has no CUDA) is none:
-    said in a warning, for a CPU is slow.
+def worker_device(asked: str = "auto") -> torch.device:
+    """The CPU where that is asked for, else what Ray gave this worker. A GPU that torch knows nothing of (Ray was told
+    of one, or torch has no CUDA) is none: said in a warning, for a CPU is slow.
     """
+    if asked == "cpu":
+        return torch.device("cpu")
     if torch.cuda.is_available():
         return ray.train.torch.get_device()
     if ray.is_initialized() and ray.get_gpu_ids():  # asked outside a cluster, it would start one

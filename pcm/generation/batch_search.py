@@ -59,8 +59,13 @@ def best_size(trials: list[Trial]) -> int | None:
     return gained[-1].size if gained[-1].images_per_second is not None else None
 
 
-def try_generator(spec: GeneratorSpec) -> list[Trial]:
-    """`try_sizes` of the spec's generator on this process's device; its own batch_size plays no part.
+def rate_of(trials: Iterable[Trial], size: int) -> float:
+    """Pictures a second that a size drew. Raises StopIteration for a size that was not tried."""
+    return next(trial.images_per_second or 0.0 for trial in trials if trial.size == size)
+
+
+def try_generator(spec: GeneratorSpec, *, search: bool = True) -> list[Trial]:
+    """`try_sizes` of the spec's generator on this process's device; without `search`, of its own batch size alone.
 
     A generator whose pictures depend on their neighbours has one size.
     """
@@ -74,7 +79,9 @@ def try_generator(spec: GeneratorSpec) -> list[Trial]:
         requests = {slot: Request(position=slot, caption=CAPTION, seed=slot) for slot in range(size)}
         generator.draw_batch(requests, size)
 
-    return try_sizes(draw, SIZES[:1] if generator.one_at_a_time else SIZES)
+    if search:
+        return try_sizes(draw, SIZES[:1] if generator.one_at_a_time else SIZES)
+    return try_sizes(draw, (generator.batch_size,), repeats=1)
 
 
 def table(trials: Iterable[Trial]) -> str:

@@ -56,6 +56,11 @@ class DiffusersTextToImage:
         batch_size = self._tested_batch_size()
         self._isolated = IsolatedDrawing(self.draw_batch, batch_size=batch_size, max_attempts=spec.max_attempts)
 
+    @property
+    def batch_size(self) -> int:
+        """Pictures drawn at once now: less than the spec's after memory ran out."""
+        return self._isolated.batch_size
+
     def draw(self, requests: Sequence[Request], guard: Guard = UNGUARDED) -> list[Drawing]:
         return self._isolated.draw(requests, guard)
 

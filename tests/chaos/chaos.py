@@ -41,8 +41,9 @@ from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, wr
 
 log = logging.getLogger("chaos")
 
-_ACTORS = {"generator": "DrawShard", "scorer": "FeaturiseShard", "writer": "WriteShard", "monitor": "RunMonitor"}
-VICTIMS = ("driver", *_ACTORS, "raylet", "store")
+#: Parts of the titles that Ray gives to its workers' processes.
+_WORKERS = {"generator": "(Draw", "scorer": "(FeaturiseShard", "writer": "(store_block", "monitor": "RunMonitor"}
+VICTIMS = ("driver", *_WORKERS, "raylet", "store")
 GENERATORS = 4
 SHARD_SIZE = 2
 SECONDS_A_KILL = 8.0  # of work that the run is paced to hold for each
@@ -76,7 +77,7 @@ class Cluster:
 
     def kill_actor(self, stage: str, rng: random.Random) -> bool:
         """False when no actor of the stage is alive at the moment."""
-        pids = sorted(self._processes(_ACTORS[stage]))
+        pids = sorted(self._processes(_WORKERS[stage]))
         if pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rng.choice(pids), signal.SIGKILL)
@@ -220,6 +221,8 @@ def chaos(folder: Path, *, victims: list[str], seed: int, captions: int) -> dict
             sys.executable, "-m", "jobs.generate", "--corpus", str(corpus), "--out", out, "--t2i", "null",
             "--shard-size", str(SHARD_SIZE), "--generators", str(GENERATORS), "--device", "cpu",
         ]  # fmt: skip
+        if "scorer" in victims:  # else the generators score
+            command += ["--scorers", "1"]
         driver = Driver(command, folder / "driver.log", cluster.address)
         stack.callback(lambda: driver.kill())
         run = Run(server, proxy, cluster, driver, -(-captions // SHARD_SIZE), random.Random(seed))
@@ -240,7 +243,7 @@ def chaos(folder: Path, *, victims: list[str], seed: int, captions: int) -> dict
             deadline = time.monotonic() + 60
             while not run.kill(victim):
                 assert time.monotonic() < deadline, f"no {victim} to kill"
-                time.sleep(0.1)
+                time.sleep(0.02)  # a writer lives for the tenth of a second that it stores a shard
             killed[victim] += 1
             log.warning(
                 "%4.0f s: kill %d, %s, with %d shards in hand; %d of %d shards committed", time.monotonic() - started,
@@ -275,9 +278,10 @@ def chaos(folder: Path, *, victims: list[str], seed: int, captions: int) -> dict
 
 
 def random_victims(kills: int, seed: int) -> list[str]:
-    """Every kind as often as the others, or nearly, in random order."""
+    """Every kind that a run has by default as often as the others, or nearly, in random order."""
     rng = random.Random(f"victims-{seed}")
-    rounds = [rng.sample(VICTIMS, len(VICTIMS)) for _ in range(-(-kills // len(VICTIMS)))]
+    kinds = [victim for victim in VICTIMS if victim != "scorer"]
+    rounds = [rng.sample(kinds, len(kinds)) for _ in range(-(-kills // len(kinds)))]
     return [victim for one in rounds for victim in one][:kills]
 
 

@@ -148,15 +148,28 @@ def test_without_the_token_nothing_is_run(head: Head, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_what_is_uploaded_is_the_project_without_its_environment(tmp_path: Path) -> None:
-    """Ray leaves out what .gitignore names; the embedded pack goes along, far below Ray's limit (512 MiB)."""
+def test_what_is_uploaded_is_the_code_and_nothing_that_lies_beside_it(tmp_path: Path) -> None:
+    """What .gitignore and .rayignore name stays here; the embedded pack goes along, far below Ray's limit (512 MiB)."""
     from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, create_package
 
-    package = tmp_path / "package.zip"
-    create_package(str(ROOT), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
+    checkout, package = tmp_path / "checkout", tmp_path / "package.zip"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).symlink_to(ROOT / name)
+    # What a user's checkout has besides: a dataset made by the README's own command, and notes.
+    for name in ("sample/shards/part-000000.parquet", "runs/one/checkpoint/model.safetensors", "pcm/__pycache__/x.pyc"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_bytes(bytes(1000))
+    create_package(str(checkout), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
     assert package.stat().st_size < GCS_STORAGE_MAX_SIZE / 4
-    names = [f"/{name}" for name in zipfile.ZipFile(package).namelist()]
-    assert {"/jobs/generate.py", "/constraints.txt", "/pcm/spec.py"} <= set(names)
-    for kept_out in ("/.venv/", "/demo/", "/.git/", "/__pycache__/", ".egg-info/"):
-        assert not [name for name in names if kept_out in name], kept_out
+    names = {name for name in zipfile.ZipFile(package).namelist() if not name.endswith("/")}  # Ray sends empty folders
+    assert {
+        "jobs/generate.py",
+        "constraints.txt",
+        "pcm/spec.py",
+        "pcm/embedded/pack/clip/open_clip_config.json",
+    } <= names
+    assert {name.partition("/")[0] for name in names if "/" in name} == {"benchmarks", "cluster", "jobs", "pcm"}
+    assert not [name for name in names if "__pycache__" in name]

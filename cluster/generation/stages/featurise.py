@@ -1,10 +1,12 @@
 """Second stage: pictures to CLIP scores and features."""
 
 import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.generation.stages.shard_row import ERRORS_KEPT, ShardRow
+from cluster.generation.stages.watchdog import Watchdog
 from cluster.store.retries import load_with_retries
 from pcm.errors import InputError, typed_first_line
 from pcm.images import open_image
@@ -22,17 +25,30 @@ from pcm.spec import ClipSpec
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+    from cluster.dataset.vocabularies import ConceptsOfShard
+    from cluster.generation.limits import FaultPolicy
     from pcm.clip.encoder import ClipEncoder, ImageFeatures
 
 log = logging.getLogger(__name__)
 
 
 class FeaturiseShard:
-    """Scorer pool: adds clip_score, global_feature and patch_features, computed from the stored image bytes."""
+    """Adds clip_score, global_feature and patch_features, computed from the stored image bytes.
 
-    def __init__(self, spec: ClipSpec, monitor: "ActorHandle | None" = None) -> None:
-        self._monitor = monitor
+    With a monitor (and the run's policy) CLIP is watched. `concepts` are stored before the features of their shard.
+    """
+
+    def __init__(
+        self,
+        spec: ClipSpec,
+        watched_by: "tuple[ActorHandle, FaultPolicy] | None" = None,
+        concepts: "ConceptsOfShard | None" = None,
+    ) -> None:
+        self._monitor = watched_by[0] if watched_by else None
+        self._concepts = concepts
         self._encoder = None if spec.model == "null" else load_with_retries(lambda: self.load(spec), model=spec.model)
+        self._watchdog = _watchdog(*watched_by) if watched_by and self._encoder else None
+        self._batch_timeout = watched_by[1].batch_timeout if watched_by else math.inf
         self._shard = -1
         self._errors: list[dict] = []  # of the present shard, the first few
 
@@ -50,6 +66,7 @@ class FeaturiseShard:
         self._shard = row.shard
         if self._monitor is not None and self._encoder:
             _begin_scoring(self._monitor, row.shard)
+        self.store_concepts(row.shard)
         started = time.time()
         samples = self.featurise(row.samples)
         stats = row.stats | {"featurise_seconds": time.time() - started}
@@ -57,6 +74,12 @@ class FeaturiseShard:
         if self._encoder:
             stats["clip_batch_size"] = self._encoder.batch_size
         return ShardRow(row.shard, samples, stats).to_block()
+
+    def store_concepts(self, shard: int) -> None:
+        """Store what the dataset needs of CLIP besides, if it is for this shard's scorer to do and not done yet."""
+        if self._encoder and self._concepts and self._concepts.shard == shard:
+            self._concepts.store(self._encoder)
+            self._concepts = None
 
     def featurise(self, drawn: pa.Table) -> pa.Table:
         """The samples with their features; one on which CLIP raises loses its picture and gets a reason.
@@ -91,7 +114,8 @@ class FeaturiseShard:
         while waiting:
             batch = waiting.pop(0)
             try:
-                encoded = self.encode_rows(drawn, batch)
+                with self._time_limit(len(batch)):
+                    encoded = self.encode_rows(drawn, batch)
             except Exception as error:
                 said = typed_first_line(error)
                 if is_sticky(error):
@@ -116,6 +140,12 @@ class FeaturiseShard:
                 if self._monitor is not None:
                     self._monitor.failed.remote(1, said)
 
+    def _time_limit(self, pictures: int) -> AbstractContextManager[None]:
+        """What ends this process when CLIP takes too long over so many pictures."""
+        if self._watchdog is None or self._encoder is None:
+            return nullcontext()
+        return self._watchdog.limit(math.ceil(pictures / self._encoder.batch_size) * self._batch_timeout)
+
     def encode_rows(self, drawn: pa.Table, rows: list[int]) -> "tuple[ImageFeatures, np.ndarray]":
         """Features of these rows' pictures, and (B, D) of their captions."""
         assert self._encoder is not None
@@ -138,6 +168,18 @@ def _without_images(drawn: pa.Table, rows: list[int]) -> pa.Table:
         at = drawn.schema.get_field_index(name)
         drawn = drawn.set_column(at, drawn.schema.field(name), pa.array(values, drawn.schema.field(name).type))
     return drawn
+
+
+def _watchdog(monitor: "ActorHandle", policy: "FaultPolicy") -> Watchdog:
+    """Tells the monitor where the process before this one hung, if it did."""
+    import ray
+
+    watchdog = Watchdog(f"{ray.get_runtime_context().get_actor_id()}-clip", within="featurise.py")
+    if hung := watchdog.last_words():
+        said = f"CLIP took longer than {policy.batch_timeout:g} s a batch, at {hung}"
+        log.warning("the process before this one: %s", said)
+        monitor.scorer_broken.remote(said)
+    return watchdog
 
 
 def _begin_scoring(monitor: "ActorHandle", shard: int) -> None:

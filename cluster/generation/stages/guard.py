@@ -41,7 +41,7 @@ class RunGuard(Guard):
         self._shapes: set[int] = set()
         self.errors: list[tuple[int, str]] = []  # (position, error) of the present shard, the first few
         where = f"{os.uname().nodename} (node {context.get_node_id()[:8]})"
-        self._watchdog = Watchdog(self._generator)
+        self._watchdog = Watchdog(self._generator, within="isolation.py")
         hung = self._watchdog.last_words()
         if hung:
             log.warning("the process before this one took longer than %g s at %s", policy.batch_timeout, hung)

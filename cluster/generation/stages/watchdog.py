@@ -11,10 +11,12 @@ class Watchdog:
     """Ends the process from a thread that needs no interpreter lock, so a kernel that holds it cannot escape.
 
     Before that it writes every thread's stack to a file that bears the actor's id, which the process that Ray restarts
-    in its place finds on the same machine. Between batches there is no such file.
+    in its place finds on the same machine. Between batches there is no such file. `within`: a source file that is on
+    the stack of the thread that works.
     """
 
-    def __init__(self, actor_id: str) -> None:
+    def __init__(self, actor_id: str, *, within: str) -> None:
+        self._within = within
         self._path = Path(tempfile.gettempdir()) / f"pcm-watchdog-{actor_id}.txt"
 
     def last_words(self) -> str:
@@ -25,7 +27,7 @@ class Watchdog:
             return ""
         self._path.unlink()
         threads = [stack.splitlines() for stack in stacks.split("\n\n")]
-        drawing = [lines for lines in threads if any("isolation.py" in line for line in lines)]
+        drawing = [lines for lines in threads if any(self._within in line for line in lines)]
         frames = [line.strip() for lines in drawing for line in lines if line.strip().startswith("File")]
         return frames[0] if frames else "an unknown place" if stacks else ""
 

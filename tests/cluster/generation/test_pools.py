@@ -6,7 +6,7 @@ import ray
 from cluster.dataset.verify import verify
 from cluster.generation.pipeline import run_pipeline
 from cluster.generation.pools import Pools
-from cluster.generation.request import check_clip_gpus, parse_generators, parse_node_label
+from cluster.generation.request import parse_generators, parse_node_label
 from pcm.errors import InputError
 from tests.helpers.tiny_generation import null_spec, plan_dataset, write_corpus
 
@@ -17,10 +17,10 @@ def reserved(pools: Pools, kind: str) -> float:
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 8, 64])
-def test_a_gpu_is_shared_by_a_generator_and_its_clip(gpus: int) -> None:
+def test_a_generator_has_its_gpu_to_itself_and_scores_on_it(gpus: int) -> None:
     pools = Pools.for_cluster(device="cuda", cpus=4 * gpus, gpus=gpus)
-    assert (pools.generators, pools.scorers) == (gpus, gpus)
-    assert pools.generator_gpus + pools.scorer_gpus == 1
+    assert (pools.generators, pools.scorers) == (gpus, 0), "whatever GPU joins can draw, for nothing else takes it"
+    assert pools.generator_gpus == 1
     assert reserved(pools, "cpus") <= 4 * gpus
 
 
@@ -32,6 +32,13 @@ def test_clip_may_have_gpus_of_its_own(gpus: int) -> None:
     assert pools.generators <= 16 * pools.scorers
     named = Pools.for_cluster(device="cuda", cpus=64, gpus=0, generators=32, scorers=3, clip_gpus=1)
     assert (named.generators, named.scorers) == (32, 3), "a cluster whose GPUs have not come yet"
+    asked = Pools.for_cluster(device="cuda", cpus=64, gpus=8, scorers=2)
+    assert (asked.generators, asked.scorers, asked.scorer_gpus) == (6, 2, 1)
+
+
+def test_gpus_for_clip_are_refused_where_none_are_used() -> None:
+    with pytest.raises(InputError, match="--clip-gpus 1: is for GPUs"):
+        Pools.for_cluster(device="cpu", cpus=4, gpus=0, clip_gpus=1)
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 16])
@@ -53,7 +60,7 @@ def test_a_pool_with_a_least_and_a_most_grows() -> None:
 
 def test_a_node_label_holds_for_every_stage() -> None:
     label = parse_node_label("pcmnet.io/role=generation")
-    pools = Pools.for_cluster(device="cuda", cpus=4, gpus=1, node_label=label)
+    pools = Pools.for_cluster(device="cuda", cpus=8, gpus=2, scorers=1, node_label=label)
     for options in (pools.draw_options(9), pools.featurise_options(9), pools.write_options(9)):
         assert options["label_selector"] == {"pcmnet.io/role": "generation"}
     assert "label_selector" not in Pools.for_cluster(device="cuda", cpus=4, gpus=1).draw_options(9)
@@ -67,10 +74,6 @@ def test_arguments_are_read_or_refused_in_one_line() -> None:
             parse_generators(text)
     with pytest.raises(InputError, match="write KEY=VALUE"):
         parse_node_label("spot")
-    assert [check_clip_gpus(value) for value in (0.2, 1.0, 2.0)] == [0.2, 1.0, 2.0]
-    for value in (0.0, -1.0, 1.5, 0.95):
-        with pytest.raises(InputError, match="--clip-gpus"):
-            check_clip_gpus(value)
 
 
 def test_a_growing_pool_on_labelled_nodes_makes_the_whole_dataset(tmp_path, ray_session: None) -> None:  # type: ignore[no-untyped-def]

@@ -1,18 +1,22 @@
-"""The batch size is searched once, by drawing; a resume takes the number it finds in the plan."""
+"""Batch size and shard size are measured once, by drawing; a resume takes the numbers it finds in the plan."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from cluster.generation.auto_batch_size import with_batch_size
+import cluster.generation.measured
+from cluster.generation.make import prepare
+from cluster.generation.measured import measured, shard_size_at
 from cluster.generation.pools import Pools
+from cluster.generation.request import GenerateRequest
 from cluster.store.store import open_store
 from pcm.errors import InputError
 from pcm.generation import batch_search
-from pcm.generation.batch_search import SIZES, Trial, best_size, table, try_generator, try_sizes
-from tests.helpers.tiny_generation import null_spec, plan_dataset, tiny_spec, write_corpus
+from pcm.generation.batch_search import SIZES, Trial, best_size, rate_of, table, try_generator, try_sizes
+from tests.helpers.tiny_generation import null_spec, tiny_spec, write_corpus
 
 
 class Device:
@@ -70,26 +74,49 @@ def test_a_real_generator_is_tried(tiny_t2i: Path, monkeypatch: pytest.MonkeyPat
     assert best_size(trials) in SIZES[:2]
 
 
+def test_a_batch_size_that_is_given_is_measured_alone(tiny_t2i: Path) -> None:
+    trials = try_generator(tiny_spec(tiny_t2i, batch_size=3).generator, search=False)
+    assert [trial.size for trial in trials] == [3] and rate_of(trials, 3) > 0
+
+
+@pytest.mark.parametrize(
+    ("images_per_second", "batch_size", "size"),
+    [(20.0, 8, 256), (0.43, 8, 256), (0.42, 8, 248), (0.1, 16, 48), (0.02, 8, 8), (0.01, 8, 6), (0.0001, 1, 1)],
+)
+def test_a_shard_is_whole_batches_of_ten_minutes_at_most(images_per_second: float, batch_size: int, size: int) -> None:
+    assert shard_size_at(images_per_second, batch_size=batch_size) == size
+
+
 @pytest.mark.slow
-def test_a_worker_searches_and_a_resume_takes_the_plans_number(
-    tiny_t2i: Path, tmp_path: Path, ray_session: None, caplog: pytest.LogCaptureFixture
+def test_what_a_worker_measures_is_what_a_resume_takes(
+    tiny_t2i: Path, tmp_path: Path, ray_session: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    pools = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=1)
-    spec = tiny_spec(tiny_t2i, batch_size=3)
-    found = with_batch_size(open_store(str(tmp_path / "data")), spec, pools)
-    assert found.generator.batch_size in SIZES and "images/s by batch size: 1: " in caplog.text
-    store, plan = plan_dataset(tmp_path / "data", write_corpus(tmp_path), tiny_spec(tiny_t2i, batch_size=7))
-    assert with_batch_size(store, spec, pools) == plan.spec, "7 is no size that a search finds"
+    monkeypatch.setattr(cluster.generation.measured, "SHARD_SECONDS", 0.5)
+    request = GenerateRequest(
+        corpus=str(write_corpus(tmp_path)), out=str(tmp_path / "data"), t2i=str(tiny_t2i), clip="null", steps=2,
+        batch_size="auto", device="cpu",
+    )  # fmt: skip
+    store = open_store(request.out)
+    plan = prepare(store, request).plan
+    assert plan.spec.generator.batch_size in SIZES and "images/s by batch size: 1: " in caplog.text
+    assert f"(--shard-size {plan.shard_size})" in caplog.text and plan.shard_size < 256
+    caplog.clear()
+    assert prepare(store, request).plan == plan and "images/s" not in caplog.text, "not measured again"
+    assert prepare(store, replace(request, shard_size=plan.shard_size)).plan == plan
+    with pytest.raises(InputError, match=rf"shard_size: {plan.shard_size} -> 11"):
+        prepare(store, replace(request, shard_size=11))
 
 
-def test_a_model_that_cannot_be_loaded_is_one_line(tiny_t2i: Path, tmp_path: Path, ray_session: None) -> None:
+def test_a_model_that_cannot_be_loaded_is_one_line(tiny_t2i: Path, ray_session: None) -> None:
     pools = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=1)
     spec = tiny_spec(tiny_t2i, scheduler="NoScheduler")
     with pytest.raises(InputError, match="scheduler 'NoScheduler'"):
-        with_batch_size(open_store(str(tmp_path / "data")), spec, pools)
+        measured(spec, pools, batch_size=True, shard_size=8)
 
 
-def test_the_null_generator_needs_no_search(tmp_path: Path) -> None:
+def test_what_is_given_or_known_to_be_fast_is_not_measured(tiny_t2i: Path) -> None:
     pools = Pools.for_cluster(device="cpu", cpus=2, gpus=0)
-    assert with_batch_size(open_store(str(tmp_path / "data")), null_spec(), pools) == null_spec()
+    assert measured(null_spec(), pools, batch_size=True, shard_size=None) == (null_spec(), 256)
+    spec = tiny_spec(tiny_t2i)
+    assert measured(spec, pools, batch_size=False, shard_size=7) == (spec, 7)
