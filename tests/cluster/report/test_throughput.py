@@ -47,7 +47,7 @@ def test_no_times_no_throughput() -> None:
 def test_a_machine_whose_clock_is_a_day_off_makes_no_rate_negative(off: float) -> None:
     stats = [shard(number, number + 1, draw=1.0) for number in range(10)]
     others = [shard(number + off, number + 1 + off, draw=1.0) for number in range(10)]
-    set_back = shard(20, 20 + off, draw=off) | {"featurise_seconds": off}
+    set_back = shard(20, 21, draw=off) | {"featurise_seconds": off}
     found = throughput([*stats, *others, set_back], stored=16 * 21)
     assert found is not None
     for values in (
