@@ -116,4 +116,4 @@ class _SharedTime:
 def _accumulated(at: np.ndarray, begin: np.ndarray, end: np.ndarray, amounts: np.ndarray) -> np.ndarray:
     """What has come of the amounts at each moment, each of them coming evenly between its begin and its end."""
     shares = np.clip((at[:, None] - begin) / np.maximum(end - begin, 1e-9), 0.0, 1.0)  # (n, shards)
-    return shares @ amounts
+    return np.maximum.accumulate(shares @ amounts)  # sums that should stay equal may differ in their last digit
