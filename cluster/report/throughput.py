@@ -64,7 +64,7 @@ def throughput(stats: Sequence[Mapping[str, Any]], *, stored: int) -> Throughput
         runs=working.runs,
         seconds=seconds,
         stored=so_far,
-        rate=np.gradient(so_far, seconds) if working.total else np.zeros(BINS + 1),
+        rate=np.maximum(np.gradient(so_far, seconds), 0.0) if working.total else np.zeros(BINS + 1),
         generator_hours=_accumulated(seconds, begin, drawn, drawing * scale) / SECONDS_AN_HOUR,
         machine_hours=seconds / SECONDS_AN_HOUR,
         stage_seconds={
