@@ -73,7 +73,8 @@ def test_a_pilot_has_a_shard_for_each_generator_and_no_more_than_there_are(plan:
 def prediction_from(store: Store, plan: Plan, shards: Sequence[int], **changed: object) -> Prediction:
     stats = [json.loads(store.read_bytes(stats_key(shard))) for shard in shards]
     known = {
-        "expected": plan.expected, "usable": plan.usable, "pools": SOLO, "generators_score": True, "store_seconds": 0.001,
+        "expected": plan.expected, "usable": plan.usable, "pools": SOLO, "generators_score": True,
+        "store_seconds": 0.001,
         "startup_seconds": 30.0, "billing": TWO_MACHINES, "machines": 2,
     }  # fmt: skip
     return predict(stats, **(known | changed))
