@@ -49,6 +49,7 @@ def test_a_step_neither_waits_nor_takes_tensors_of_the_host(settings: dict) -> N
         step=0,
         last=False,
         sample_ids=("",) * ROWS,
+        shards=("",) * ROWS,
         global_feature=np.zeros((ROWS, SIZES.embed_dim), np.float16),
         patch_features=np.zeros((ROWS, SIZES.num_patches, SIZES.patch_dim), np.int8 if int8 else np.float16),
         patch_scale=np.ones((ROWS, SIZES.patch_dim if int8 else 0), np.float16),

@@ -377,7 +377,7 @@ def test_worker_labels_need_a_cluster_and_reach_ray() -> None:
     with pytest.raises(InputError, match=r"--worker-label pcmnet\.io/role=training: only on a cluster"):
         check_labels({"pcmnet.io/role": "training"}, joined=False)
     trainer = make_trainer(
-        lambda config: "", {}, out=open_store("/nowhere"), score="score", num_workers=2, cpus=1, gpus=0,
+        lambda config: "", {}, out=open_store("/nowhere"), score="score", num_workers=2, cpus=1, on_gpus=False,
         labels={"pcmnet.io/role": "training"}, keep_checkpoints=1, max_failures=0, joined=True,
     )  # fmt: skip
     assert trainer.scaling_config.label_selector == {"pcmnet.io/role": "training"}
