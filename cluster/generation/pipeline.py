@@ -215,8 +215,10 @@ def _run_pools(
         pipeline = pipeline.map_batches(
             DrawAndScore, fn_constructor_args=both, **pools.draw_options(len(shards)), **block
         )
-    write = WriteShard(store, plan.schema_version)
-    pipeline = pipeline.map_batches(write.store_block, **pools.write_options(len(shards)), **block)
+    writing = (store, plan.schema_version)
+    pipeline = pipeline.map_batches(
+        WriteShard, fn_constructor_args=writing, **pools.write_options(len(shards)), **block
+    )
     try:
         for batch in pipeline.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
             stats = json.loads(batch["stats"][0].as_py())

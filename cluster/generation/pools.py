@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ray.data import ActorPoolStrategy, TaskPoolStrategy
+from ray.data import ActorPoolStrategy
 
 from cluster.generation.request import MachineOptions
 from pcm.errors import InputError
@@ -19,7 +19,7 @@ class Pools:
 
     generators: int  # at most
     scorers: int  # 0: every generator scores what it has drawn, in its own process and on its own GPU
-    writers: int  # storing tasks at once, at most
+    writers: int
     generator_cpus: float
     generator_gpus: float
     scorer_cpus: float
@@ -95,9 +95,13 @@ class Pools:
         return self._stage(ActorPoolStrategy(size=min(self.scorers, shards)), self.scorer_cpus, self.scorer_gpus)
 
     def write_options(self, shards: int) -> dict[str, Any]:
-        """The same of the tasks that store: they need nothing loaded, so no actor waits for them."""
-        return self._stage(TaskPoolStrategy(size=min(self.writers, shards)), self.writer_cpus, 0)
+        """The same of the writer pool.
 
-    def _stage(self, compute: ActorPoolStrategy | TaskPoolStrategy, cpus: float, gpus: float) -> dict[str, Any]:
+        Not tasks: on a cluster on which a driver was killed, Ray Data gave the next driver's tasks no room beside its
+        generators, and the run stood still.
+        """
+        return self._stage(ActorPoolStrategy(size=min(self.writers, shards)), self.writer_cpus, 0)
+
+    def _stage(self, compute: ActorPoolStrategy, cpus: float, gpus: float) -> dict[str, Any]:
         options: dict[str, Any] = {"compute": compute, "num_cpus": cpus, "num_gpus": gpus}
         return options | ({"label_selector": dict([self.node_label])} if self.node_label else {})

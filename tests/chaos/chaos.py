@@ -42,7 +42,7 @@ from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, wr
 log = logging.getLogger("chaos")
 
 #: Parts of the titles that Ray gives to its workers' processes.
-_WORKERS = {"generator": "(Draw", "scorer": "(FeaturiseShard", "writer": "(store_block", "monitor": "RunMonitor"}
+_WORKERS = {"generator": "(Draw", "scorer": "(FeaturiseShard", "writer": "(WriteShard", "monitor": "RunMonitor"}
 VICTIMS = ("driver", *_WORKERS, "raylet", "store")
 GENERATORS = 4
 SHARD_SIZE = 2
@@ -243,7 +243,7 @@ def chaos(folder: Path, *, victims: list[str], seed: int, captions: int) -> dict
             deadline = time.monotonic() + 60
             while not run.kill(victim):
                 assert time.monotonic() < deadline, f"no {victim} to kill"
-                time.sleep(0.02)  # a writer lives for the tenth of a second that it stores a shard
+                time.sleep(0.1)
             killed[victim] += 1
             log.warning(
                 "%4.0f s: kill %d, %s, with %d shards in hand; %d of %d shards committed", time.monotonic() - started,

@@ -104,5 +104,5 @@ def draw_in_process(
     drawing, featurise = draw(store, plan.spec, None, retry), FeaturiseShard(plan.spec.clip)
     write = WriteShard(store, plan.schema_version)
     for shard in shards:
-        write.store_block(featurise(drawing(pa.table({"shard": [shard], "part": [plan.part_key(shard)]}))))
+        write(featurise(drawing(pa.table({"shard": [shard], "part": [plan.part_key(shard)]}))))
     return featurise.features

@@ -29,14 +29,14 @@ IMAGE_PATH = "image_path"
 
 
 class WriteShard:
-    """Storing task: quarantine part and stats first, the shard last: the shard's presence says that all three exist."""
+    """Writer pool: quarantine part and stats first, the shard last: the shard's presence says that all three exist."""
 
     def __init__(self, store: Store, schema_version: int) -> None:
         """`schema_version`: the plan's; a dataset is finished in the version in which it was begun."""
         self._store = store
         self._version = schema_version
 
-    def store_block(self, block: pa.Table) -> pa.Table:
+    def __call__(self, block: pa.Table) -> pa.Table:
         """One row, the stats of the shard that the block holds."""
         row = ShardRow.from_block(block)
         stats = self.write(row)
