@@ -159,7 +159,7 @@ def run_pipeline(
 
 
 def actors(pools: Pools, shards: int) -> dict[str, int]:
-    """How many actors or tasks work at each stage of so many shards; encoding and storing are one task."""
+    """How many actors work at each stage of so many shards; encoding and storing are one pool's."""
     writers = min(pools.writers, shards)
     return {
         "draw": min(pools.generators, shards),
