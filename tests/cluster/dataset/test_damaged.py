@@ -134,7 +134,10 @@ NOT_OF_SAMPLES = ("a vocabulary that is no text", "concepts cut short", "a CLIP 
 def train(folder: Path, _: Path) -> None:
     """What the driver and a worker of jobs.train do with a dataset."""
     run = planned_run(
-        TrainRequest(data=str(folder), out="unused", overrides=TINY | {"epochs": 1, "holdout_fraction": 0.5, "seed": 1}), cpus=1
+        TrainRequest(
+            data=str(folder), out="unused", overrides=TINY | {"epochs": 1, "holdout_fraction": 0.5, "seed": 1}
+        ),
+        cpus=1,
     )
     vocabulary = Vocabulary.from_text(run.vocabularies.words.decode())
     manifest = open_training_sets(run.data)[0].manifest
