@@ -57,9 +57,18 @@ def png(image: Image.Image) -> bytes:
 
 
 def write_dataset(
-    root: Path, clip: Path, *, rows: int = 96, shard_size: int = 20, nan_row: int | None = None, first: int = 0
+    root: Path,
+    clip: Path,
+    *,
+    rows: int = 96,
+    shard_size: int = 20,
+    nan_row: int | None = None,
+    zero_row: int | None = None,
+    first: int = 0,
 ) -> Path:
-    """A finished dataset of `rows` scenes from number `first` on; the features of row `nan_row` are NaN."""
+    """A finished dataset of `rows` scenes from number `first` on; the patch features of row `nan_row` are NaN, the
+    global feature of row `zero_row` is zero.
+    """
     encoder = ClipEncoder(str(clip))
     scenes = [scene(first + index) for index in range(rows)]
     captions = [caption for caption, _ in scenes]
@@ -70,6 +79,8 @@ def write_dataset(
     patch_features = encoded.patch_features.astype(np.float16)
     if nan_row is not None:
         patch_features[nan_row] = np.nan
+    if zero_row is not None:
+        global_feature[zero_row] = 0
     table = pa.table(
         {
             "sample_id": [f"{first + index:09d}-00" for index in range(rows)],

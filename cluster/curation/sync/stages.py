@@ -1,0 +1,206 @@
+"""SynC over a dataset, stage by stage, each in pieces whose results lie on the store.
+
+    vectors      pictures and captions of a group of shards              (vectors.py)
+    candidates   of a block of captions: the K nearest pictures          (nearest.py)
+    describers   of a block of pictures: the K_r nearest captions
+    choices      of a block of captions: its picture and score           (choice.py)
+
+An object's key holds what decides it: `work` is named after the data and the encoders, a block's folder after K and
+K_r, a block after its first and last row. So a run that was interrupted goes on where it was, with another block size
+too, and nothing is taken for what it is not. A stage waits for the one before.
+
+Memory of a task: its block's vectors, two pieces of the other side, and the product of the block and a tile
+(nearest.py), whatever the number of pairs; for choices also K_r numbers a pair. The driver: some 40 bytes a pair.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from cluster.curation.sync.choice import (
+    Choice,
+    SyncSettings,
+    captions_of_pictures,
+    choose,
+    kept_in_order,
+    sentence_scores,
+)
+from cluster.curation.sync.nearest import nearest
+from cluster.curation.sync.sentences import SentenceSpec
+from cluster.curation.sync.vectors import (
+    CAPTIONS,
+    PICTURES,
+    SENTENCES,
+    Captions,
+    Group,
+    StoredParts,
+    caption_digests,
+    groups_of,
+    piece_key,
+    rows_key,
+    store_captions,
+    store_pictures,
+)
+from cluster.curation.tasks import Tasks
+from cluster.dataset.layout import Manifest
+from cluster.store.store import Store
+from pcm.errors import InputError
+
+#: Folder of all that a run needs until it is done.
+WORK = "refining"
+#: Part of a key: changes when the code begins to make other numbers of the same data.
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What SynC made of N pairs, in the order of the dataset's rows.
+
+    picture: (N,) int64, the row whose picture the caption takes. score: (N,) int64, SynC's score in units of 1e-6.
+    cosine: (N,) float64, CLIP's of the caption and its picture. kept: int64, the rows that stay, best first.
+    """
+
+    picture: np.ndarray
+    score: np.ndarray
+    cosine: np.ndarray
+    kept: np.ndarray
+
+
+def work_folder(sha256: str, manifest: Manifest, sentences: SentenceSpec, device: str) -> str:
+    """Where the objects of a run lie; `sha256` names the dataset's state. A GPU encodes with other last bits."""
+    decides = [_VERSION, sha256, manifest.spec.clip.identity(), sentences.decides(), device]
+    return f"{WORK}/{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def refine_pairs(
+    data: Store,
+    manifest: Manifest,
+    out: Store,
+    work: str,
+    settings: SyncSettings,
+    sentences: SentenceSpec,
+    tasks: Tasks,
+    *,
+    block_size: int,
+    device: str,
+) -> Refined:
+    """SynC over every row of a dataset. The result depends on neither `block_size` nor `tasks`.
+
+    Raises InputError for rows whose features cannot be used, and for models that cannot be loaded.
+    """
+    done = set(out.list(f"{work}/"))
+    groups = groups_of(manifest)
+
+    def run(function: Callable[..., None], calls: dict[str, tuple], what: str) -> None:
+        """The calls whose object is not there yet."""
+        tasks.run(function, [call for key, call in calls.items() if key not in done], what=what)
+
+    embed_dim = manifest.features.embed_dim
+    calls: dict[str, tuple] = {rows_key(work, group.number): (data, out, work, group, embed_dim) for group in groups}
+    run(store_pictures, calls, "picture vectors")
+    captions = Captions.of(caption_digests(out, work, groups), most=settings.captions_per_picture)
+    first = [_within(captions.first_row, group) for group in groups]
+    calls = {
+        piece_key(work, CAPTIONS, group.number): (out, work, group, rows, manifest.spec.clip, sentences, device)
+        for group, rows in zip(groups, first, strict=True)
+    }
+    run(store_captions, calls, "caption vectors")
+    of_pictures = _parts(out, work, PICTURES, [group.rows for group in groups])
+    of_captions = _parts(out, work, CAPTIONS, [len(rows) for rows in first])
+    of_sentences = _parts(out, work, CAPTIONS if sentences.is_clip else SENTENCES, [len(rows) for rows in first])
+
+    candidates = _Blocks(f"{work}/candidates-{settings.candidates}", len(of_captions), block_size)
+    run(_nearest_block, candidates.calls(out, of_captions, of_pictures, settings.candidates, device), "candidates")
+    describers = _Blocks(f"{work}/describers-{settings.captions_per_picture}", len(of_pictures), block_size)
+    calls = describers.calls(out, of_pictures, of_captions, settings.captions_per_picture, device)
+    run(_nearest_block, calls, "captions of pictures")
+    described = np.concatenate(
+        [captions_of_pictures(block["indices"], block["cosines"], captions.members) for block in describers.read(out)]
+    )
+    folder = f"{work}/choices-{settings.candidates}-{settings.captions_per_picture}"
+    choices = _Blocks(folder, len(of_captions), block_size)
+    shared = tasks.share(described)
+    calls = {
+        key: (out, key, candidates.key(start, end), of_sentences, start, end, shared)
+        for key, start, end in choices.ranges()
+    }
+    run(_choose_block, calls, "choices")
+    found = list(choices.read(out))
+    choice = Choice(*(np.concatenate([block[name] for block in found]) for name in Choice.__dataclass_fields__))
+    score = choice.score[captions.of_row]
+    return Refined(
+        picture=choice.picture[captions.of_row],
+        score=score,
+        cosine=choice.cosine[captions.of_row],
+        kept=kept_in_order(score, settings.keep),
+    )
+
+
+def delete_work(out: Store) -> None:
+    """Delete what only an unfinished run needs."""
+    for key in out.list(f"{WORK}/"):
+        out.delete(key)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Rows in blocks, and the objects of their results."""
+
+    folder: str
+    rows: int
+    size: int
+
+    def key(self, start: int, end: int) -> str:
+        return f"{self.folder}/{start:09d}-{end:09d}.safetensors"
+
+    def ranges(self) -> list[tuple[str, int, int]]:
+        found = [(start, min(start + self.size, self.rows)) for start in range(0, self.rows, self.size)]
+        return [(self.key(start, end), start, end) for start, end in found]
+
+    def calls(self, out: Store, queries: StoredParts, vectors: StoredParts, k: int, device: str) -> dict[str, tuple]:
+        return {key: (out, key, queries, vectors, start, end, k, device) for key, start, end in self.ranges()}
+
+    def read(self, out: Store) -> list[dict[str, np.ndarray]]:
+        return [_read(out, key) for key, _, _ in self.ranges()]
+
+
+def _nearest_block(
+    out: Store, key: str, queries: StoredParts, vectors: StoredParts, start: int, end: int, k: int, device: str
+) -> None:
+    found = nearest(queries.rows(start, end), vectors, k, device=device)
+    _write(out, key, indices=found.indices, cosines=found.cosines)
+
+
+def _choose_block(
+    out: Store, key: str, candidates: str, sentences: StoredParts, start: int, end: int, described: np.ndarray
+) -> None:
+    found = _read(out, candidates)
+    scores = sentence_scores(sentences.rows(start, end), sentences, found["indices"], described)
+    choice = choose(found["indices"], found["cosines"], scores)
+    _write(out, key, picture=choice.picture, score=choice.score, cosine=choice.cosine)
+
+
+def _write(out: Store, key: str, **arrays: np.ndarray) -> None:
+    out.write_bytes(key, safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+
+
+def _read(out: Store, key: str) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load(out.read_bytes(key))
+    except (safetensors.SafetensorError, ValueError):
+        raise InputError(f"{out.root}/{key}: damaged; delete it and run the same command again") from None
+
+
+def _parts(out: Store, work: str, kind: str, sizes: Sequence[int]) -> StoredParts:
+    return StoredParts(out, [piece_key(work, kind, number) for number in range(len(sizes))], sizes)
+
+
+def _within(rows: np.ndarray, group: Group) -> np.ndarray:
+    """Those of ascending rows that lie in a group, as places in it."""
+    start, end = np.searchsorted(rows, [group.first_row, group.first_row + group.rows])
+    return rows[start:end] - group.first_row
