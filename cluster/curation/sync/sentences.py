@@ -112,7 +112,9 @@ def load_sentences(spec: SentenceSpec, device: str) -> SentenceEncoder:
 
 class _SentenceTransformer:
     def __init__(self, spec: SentenceSpec, device: str) -> None:
-        from sentence_transformers import SentenceTransformer  # seconds to import, and of an extra
+        # Seconds to import, and of an extra.
+        import pcm.torchvision_shim  # noqa: F401  isort: skip
+        from sentence_transformers import SentenceTransformer
 
         folder = Path(spec.model)
         if is_commit(spec.revision):

@@ -49,13 +49,13 @@ class Group:
     shards: tuple[StoredShard, ...]
 
 
-def groups_of(manifest: Manifest, *, most: int = GROUP_ROWS) -> list[Group]:
-    """The groups of a dataset: whole shards, up to `most` rows, or one larger shard."""
+def groups_of(manifest: Manifest) -> list[Group]:
+    """The groups of a dataset: whole shards, up to GROUP_ROWS rows, or one larger shard."""
     groups: list[Group] = []
     held: list[StoredShard] = []
     first = rows = 0
     for shard in manifest.stored_shards:
-        if held and rows + shard.rows > most:
+        if held and rows + shard.rows > GROUP_ROWS:
             groups.append(Group(len(groups), first, rows, tuple(held)))
             first, held, rows = first + rows, [], 0
         held.append(shard)

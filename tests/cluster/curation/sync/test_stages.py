@@ -1,4 +1,4 @@
-"""SynC over a dataset on a store: equal to SynC in memory, whatever the blocks, and resumed without doing work twice."""
+"""SynC over a dataset on a store: equal to SynC in memory, whatever the blocks; resumed, nothing is done twice."""
 
 import hashlib
 import logging
@@ -63,7 +63,6 @@ def test_blocks_and_groups_change_nothing(
 ) -> None:
     whole = refined(dataset, tmp_path / "whole")
     monkeypatch.setattr(vectors, "GROUP_ROWS", 25)
-    monkeypatch.setattr(groups_of, "__kwdefaults__", {"most": 25})
     assert len(groups_of(load_manifest(open_store(dataset)))) == 5
     assert_same(refined(dataset, tmp_path / "blocks", block_size=block_size), whole)
 
