@@ -4,6 +4,9 @@ What lies on the store must be what was stored: its size and its rows are compar
 sha256 once a process - once a node where the processes of a run share what they found (`share_checks`) - and again
 when the object changes. That reads the shard whole, its pictures too: a local file goes from the disk to the cache of
 the system, where its columns are read then, and of a remote object the columns are taken from these bytes.
+
+A shard of a view (cluster.dataset.view) is read like any other: its captions and scores are its own, all else comes
+from the shards that hold its pictures, which are compared in the same way.
 """
 
 import contextlib
@@ -24,12 +27,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.dataset.layout import UPGRADED_FROM, StoredShard, shard_number, stats_key
+from cluster.dataset.view_part import OWN_COLUMNS, ViewPart
 from cluster.store.object_file import ObjectFile
-from cluster.store.store import Store
+from cluster.store.store import Store, open_store
 from pcm.errors import InputError, first_line
-from pcm.records import FeatureShape, feature_matrix
+from pcm.records import VIEW_SCHEMA, FeatureShape, feature_column, feature_matrix
 
 COLUMNS = ("sample_id", "caption", "clip_score", "global_feature", "patch_features")
+_FEATURES = ("global_feature", "patch_features")
 
 #: Of the columns those of text, which every row has.
 _TEXTS = frozenset({"sample_id", "caption"})
@@ -146,6 +151,8 @@ def read_shard(store: Store, shard: StoredShard, columns: Sequence[str], *, chec
     """
     if (preloaded := _PRELOADED.get(store.path(shard.key))) is not None:
         return preloaded.select(list(columns))
+    if shard.pictures:
+        return _read_view(store, shard, columns, checksum=checksum)
     with _readable(store, shard):
         try:
             table = _read(store, shard, columns, checksum=checksum)
@@ -181,6 +188,8 @@ def scores_of(store: Store, shard: StoredShard, table: pa.Table) -> np.ndarray:
 
 def read_rows(store: Store, shard: StoredShard, rows: np.ndarray | None, features: FeatureShape) -> Rows:
     """The given rows (ascending row numbers; None = all) of one shard, decoded. Raises as read_shard does."""
+    if shard.pictures and store.path(shard.key) not in _PRELOADED:
+        return _read_view_rows(store, shard, rows, features)
     table = read_shard(store, shard, COLUMNS)
     decoded = Rows(
         sample_ids=np.array(table["sample_id"].to_pylist(), dtype=object),
@@ -191,6 +200,90 @@ def read_rows(store: Store, shard: StoredShard, rows: np.ndarray | None, feature
         patch_scale=no_scale(len(table)),
     )
     return decoded if rows is None else decoded.select(rows)
+
+
+def read_view_part(store: Store, shard: StoredShard) -> ViewPart:
+    """The rows of a view's shard as they lie there. Raises InputError as read_shard does."""
+    with _readable(store, shard):
+        table = _read(store, shard, VIEW_SCHEMA.names, checksum=True)
+        for name in _TEXTS:
+            table[name].validate(full=True)
+        return ViewPart.of(table, datasets=len(shard.pictures))
+
+
+def read_weights(store: Store, shard: StoredShard) -> np.ndarray:
+    """(rows,) how often each row of a shard comes in an epoch. Raises InputError as read_shard does."""
+    if shard.weighted_rows is None:
+        return np.ones(shard.rows, np.int64)
+    return read_shard(store, shard, ["weight"])["weight"].to_numpy().astype(np.int64)
+
+
+def _read_view(store: Store, shard: StoredShard, columns: Sequence[str], *, checksum: bool) -> pa.Table:
+    return part_columns(store, read_view_part(store, shard), shard.pictures, columns, checksum=checksum)
+
+
+def part_columns(
+    view: Store, part: ViewPart, pictures: Sequence[str], columns: Sequence[str], *, checksum: bool = True
+) -> pa.Table:
+    """Columns of a view's rows, from the rows themselves and from the shards of `pictures`, the datasets that hold the
+    pictures; features as version 3 has them. Raises InputError as read_shard does."""
+    found: dict[str, pa.ChunkedArray] = {name: part.rows[name] for name in columns if name in OWN_COLUMNS}
+    others = [name for name in columns if name not in found]
+    if others:
+        parts, places = [], []
+        for each, numbers, among in part.groups():
+            with _pictures_of(view):
+                source = open_store(pictures[each.pictures])
+                table = read_shard(source, each.stored, others, checksum=checksum)
+                parts.append(table.combine_chunks().take(numbers))
+            places.append(among)
+        back = np.argsort(np.concatenate(places)) if places else np.zeros(0, np.int64)
+        for name in others:
+            chunks = [table[name] for table in parts]
+            if name in _FEATURES:  # of any version, all of the newest now
+                found[name] = pa.chunked_array(
+                    [feature_column(name, np.concatenate([feature_matrix(chunk) for chunk in chunks])[back])]
+                )
+            else:
+                found[name] = pa.chunked_array([each for chunk in chunks for each in chunk.chunks]).take(back)
+    return pa.table({name: found[name] for name in columns})
+
+
+def _read_view_rows(store: Store, shard: StoredShard, rows: np.ndarray | None, features: FeatureShape) -> Rows:
+    """Features are copied once, from the source's column to their place."""
+    part = read_view_part(store, shard)
+    numbers = np.arange(len(part)) if rows is None else rows
+    image = np.empty((len(numbers), features.embed_dim), np.float16)
+    patches = np.empty((len(numbers), features.num_patches, features.patch_dim), np.float16)
+    sizes = {"global_feature": image.shape[1:], "patch_features": patches.shape[1:]}
+    for each, in_source, places in part.groups(numbers):
+        with _pictures_of(store):
+            source = open_store(shard.pictures[each.pictures])
+            table = read_shard(source, each.stored, _FEATURES)
+            for name, array in (("global_feature", image), ("patch_features", patches)):
+                found = features_of(source, each.stored, table, name, *sizes[name])
+                if len(places) == len(numbers):  # then they are all, in order
+                    np.take(found, in_source, axis=0, out=array, mode="clip")
+                else:
+                    array[places] = found[in_source]
+    own = part.rows if rows is None else part.rows.take(rows)
+    return Rows(
+        sample_ids=np.array(own["sample_id"].to_pylist(), dtype=object),
+        captions=np.array(own["caption"].to_pylist(), dtype=object),
+        clip_score=scores_of(store, shard, own),
+        global_feature=image,
+        patch_features=patches,
+        patch_scale=no_scale(len(numbers)),
+    )
+
+
+@contextmanager
+def _pictures_of(view: Store) -> Iterator[None]:
+    """An error about a shard that a view points at says that a view does."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{view.root}: a view, whose pictures are there: {error}") from error
 
 
 class _InPieces(io.FileIO):

@@ -26,6 +26,7 @@ from cluster.dataset.layout import (
     shard_key,
 )
 from cluster.dataset.shard_check import FINISH_UPGRADE, PROBLEMS_SHOWN, ShardReport, check_shard
+from cluster.dataset.verify_derived import verify_derived
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.line_timer import LineTimer
@@ -82,8 +83,12 @@ def verify(store: Store, *, workers: int | None = None) -> dict:
     Returns expected, stored, quarantined, missing (planned, nowhere), duplicated (more than once), corrupt (there, but
     not to be trusted: unreadable, another checksum, caption, seed or size, undecodable image, non-finite features),
     complete (the manifest is there, and of all planned captions), fingerprint, problems (the first of them) and ok.
+    A derived dataset has no plan: it is proved by its own manifest (cluster.dataset.verify_derived).
     Raises InputError when there is no dataset.
     """
+    manifest = find_manifest(store)
+    if manifest is not None and manifest.lineage is not None:
+        return verify_derived(store, manifest)
     return inspect(store, workers=workers).to_dict()
 
 
