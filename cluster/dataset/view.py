@@ -118,7 +118,7 @@ def write_view(
     from cluster.dataset.together import check_same_clip  # brings torch and Ray, which take seconds
 
     _check(rows, sources)
-    document = {**lineage.decides(), "materialise": materialise, "shard_rows": shard_rows}
+    document = _document(lineage, materialise=materialise, shard_rows=shard_rows)
     if (found := begun(out, document)) is not None:
         return found
     check_same_clip(sources)
@@ -140,6 +140,22 @@ def write_view(
         manifest = replace(manifest, kind=DATASET, pictures=(), schema_version=SCHEMA_VERSION)
     out.write_bytes(MANIFEST_KEY, manifest.to_json())
     return manifest
+
+
+def claim(out: Store, lineage: Lineage, *, materialise: bool = False, shard_rows: int = SHARD_ROWS) -> Manifest | None:
+    """Begin a view whose rows have still to be found: what `write_view` says first, for a method that puts work of its
+    own below `out` meanwhile. The manifest where the view is there already.
+
+    Raises InputError where `out` holds anything else.
+    """
+    document = _document(lineage, materialise=materialise, shard_rows=shard_rows)
+    if (found := begun(out, document)) is None:
+        out.write_bytes(LINEAGE_KEY, document_bytes(document))
+    return found
+
+
+def _document(lineage: Lineage, *, materialise: bool, shard_rows: int) -> dict:
+    return {**lineage.decides(), "materialise": materialise, "shard_rows": shard_rows}
 
 
 def with_pictures(view: Store, part: ViewPart, pictures: Sequence[str], features: FeatureShape) -> pa.Table:

@@ -26,9 +26,9 @@ from cluster.dataset.rows import read_shard
 from cluster.ingest.shards import undrawn
 from cluster.store.store import Store
 from pcm.clip.encoder import ClipEncoder
+from pcm.generation.names import TEXT_ONLY
 from pcm.records import SCHEMA_VERSION, STORED, FeatureShape, feature_columns, shard_schema
 
-TEXT_ONLY = "text-only"
 #: Settings of a captioner that sees the global feature only, and weighs every caption alike.
 TEXT_ONLY_SETTINGS = {"use_patches": False, "top_patches": 0, "clip_weight": 1.0}
 

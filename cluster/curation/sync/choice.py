@@ -5,8 +5,8 @@ captions nearest to picture j. Caption i and picture j of T_i score
 
     s(i, j) = max over c in R_j of cos(c, i), by a sentence encoder,
 
-the caption takes the first of its best pictures along T_i, and the best share of captions stays. The defaults are the
-published ones.
+the caption takes the first of its best pictures along T_i, and the best share of captions stays. settings.py has K, K_r
+and the share.
 
 Scores saturate: where the caption itself is in R_j, s is 1. So ties decide, and the published code, which adds in
 float16, lets rounding decide them. Here scores are rounded to 1e-6; of equal scores the nearer picture is taken, and
@@ -18,16 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.curation.sync.nearest import UNITS, nearest, pair_cosines, rounded
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyncSettings:
-    """What decides SynC's result beside the vectors."""
-
-    candidates: int = 15  # K: pictures that are considered for a caption
-    captions_per_picture: int = 2  # K_r: captions that stand for a picture
-    keep: float = 0.9  # tau: the share of captions that stays
+from cluster.curation.sync.nearest import nearest, pair_cosines, rounded
+from cluster.curation.sync.settings import SyncSettings
 
 
 @dataclass(frozen=True)
@@ -97,7 +89,7 @@ def refine_in_memory(
     caption_vectors: np.ndarray,
     picture_vectors: np.ndarray,
     sentence_vectors: np.ndarray,
-    settings: SyncSettings = SyncSettings(),
+    settings: SyncSettings,
     *,
     block_size: int = 4096,
 ) -> tuple[Choice, np.ndarray]:
@@ -119,8 +111,3 @@ def refine_in_memory(
         chosen.append(choose(found.indices, found.cosines, scores))
     choice = Choice(*(np.concatenate([getattr(part, name) for part in chosen]) for name in Choice.__dataclass_fields__))
     return choice, kept_in_order(choice.score, settings.keep)
-
-
-def score_of(units: int) -> float:
-    """A score of units of 1e-6."""
-    return int(units) / UNITS

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-#: Scores are compared in units of 1e-6.
-UNITS = 1_000_000
+from cluster.curation.sync.settings import UNIT
 
 #: Columns of a float32 product at once: with 4,096 queries, 64 MiB.
 TILE = 4096
@@ -31,7 +30,7 @@ class Nearest:
 
 def rounded(scores: np.ndarray) -> np.ndarray:
     """Scores in whole units of 1e-6, int64: what is compared wherever scores are."""
-    return np.rint(scores * UNITS).astype(np.int64)
+    return np.rint(scores / UNIT).astype(np.int64)
 
 
 def nearest(queries: np.ndarray, parts: Iterable[np.ndarray], k: int, *, device: str = "cpu") -> Nearest:
@@ -109,10 +108,10 @@ def _product_error(one: torch.Tensor, other: torch.Tensor) -> float:
 def _floor(products: torch.Tensor, best: _Best, k: int, error: float) -> torch.Tensor:
     """(B, 1): a product below it is certainly not among the k best. One unit beside, for the rounding."""
     if best.indices.shape[1] == k:
-        return best.cosines[:, -1:].float() - (error + 2 / UNITS)
+        return best.cosines[:, -1:].float() - (error + 2 * UNIT)
     if products.shape[1] < k:
         return torch.full_like(products[:, :1], -torch.inf)
-    return products.topk(k, dim=1).values[:, -1:] - (2 * error + 2 / UNITS)
+    return products.topk(k, dim=1).values[:, -1:] - (2 * error + 2 * UNIT)
 
 
 def _merged(
@@ -143,7 +142,7 @@ def _sorted(best: _Best, rows: torch.Tensor, indices: torch.Tensor, cosines: tor
     indices = torch.cat([best.indices.reshape(-1), indices])
     cosines = torch.cat([best.cosines.reshape(-1), cosines])
     # Both sorts are stable, so of equal cosines the smaller index stays in front.
-    order = (cosines * UNITS).round().neg().sort(stable=True).indices
+    order = (cosines / UNIT).round().neg().sort(stable=True).indices
     order = order[rows[order].sort(stable=True).indices]
     of_each = torch.bincount(rows, minlength=count)
     starts = of_each.cumsum(0) - of_each

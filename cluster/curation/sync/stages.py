@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import safetensors
 import safetensors.numpy
 
 from cluster.curation.sync.choice import (
     Choice,
-    SyncSettings,
     captions_of_pictures,
     choose,
     kept_in_order,
@@ -32,6 +32,7 @@ from cluster.curation.sync.choice import (
 )
 from cluster.curation.sync.nearest import nearest
 from cluster.curation.sync.sentences import SentenceSpec
+from cluster.curation.sync.settings import WORK, SyncSettings
 from cluster.curation.sync.vectors import (
     CAPTIONS,
     PICTURES,
@@ -47,12 +48,10 @@ from cluster.curation.sync.vectors import (
     store_pictures,
 )
 from cluster.curation.tasks import Tasks
-from cluster.dataset.layout import Manifest
+from cluster.dataset.layout import Manifest, read_table
 from cluster.store.store import Store
 from pcm.errors import InputError
 
-#: Folder of all that a run needs until it is done.
-WORK = "refining"
 #: Part of a key: changes when the code begins to make other numbers of the same data.
 _VERSION = 1
 
@@ -141,10 +140,9 @@ def refine_pairs(
     )
 
 
-def delete_work(out: Store) -> None:
-    """Delete what only an unfinished run needs."""
-    for key in out.list(f"{WORK}/"):
-        out.delete(key)
+def stored_rows(manifest: Manifest, out: Store, work: str) -> pa.Table:
+    """sample_id, caption and clip_score of every row, once `refine_pairs` has been there."""
+    return pa.concat_tables([read_table(out, rows_key(work, group.number)) for group in groups_of(manifest)])
 
 
 @dataclass(frozen=True)

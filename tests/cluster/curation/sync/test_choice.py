@@ -5,13 +5,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from cluster.curation.sync.choice import (
-    SyncSettings,
     captions_of_pictures,
     choose,
     kept_in_order,
     refine_in_memory,
 )
-from cluster.curation.sync.nearest import UNITS, nearest
+from cluster.curation.sync.nearest import nearest
+from cluster.curation.sync.settings import UNIT, SyncSettings
 from tests.helpers.paths import ROOT
 
 #: What the published code made of 200 random captions and pictures; see tests/data/README.md.
@@ -25,11 +25,11 @@ PUBLISHED, SMALL = SyncSettings(), SyncSettings(candidates=5, captions_per_pictu
 def test_choices_and_scores_are_the_published_ones(name: str, settings: SyncSettings, block_size: int) -> None:
     choice, _ = refine_in_memory(*VECTORS, settings, block_size=block_size)
     np.testing.assert_array_equal(choice.picture, GOLDEN[f"{name}.chosen_image"])
-    np.testing.assert_allclose(choice.score / UNITS, GOLDEN[f"{name}.score"], rtol=0, atol=5e-4)
+    np.testing.assert_allclose(choice.score * UNIT, GOLDEN[f"{name}.score"], rtol=0, atol=5e-4)
 
 
 def test_the_kept_rows_are_the_exact_ones_in_order() -> None:
-    choice, kept = refine_in_memory(*VECTORS)
+    choice, kept = refine_in_memory(*VECTORS, PUBLISHED)
     np.testing.assert_array_equal(kept, GOLDEN["exact_kept_in_order"])
     published = GOLDEN["published.stored_clipscore"][np.argsort(GOLDEN["published.kept_captions_in_order"])]
     np.testing.assert_allclose(5 * choice.cosine[np.sort(kept)], published, rtol=0, atol=5e-4)

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.curation.sync import stages, vectors
-from cluster.curation.sync.choice import SyncSettings, refine_in_memory
+from cluster.curation.sync import vectors
+from cluster.curation.sync.choice import refine_in_memory
 from cluster.curation.sync.sentences import SentenceSpec
+from cluster.curation.sync.settings import WORK, SyncSettings
 from cluster.curation.sync.stages import Refined, refine_pairs, work_folder
 from cluster.curation.sync.vectors import Captions, groups_of, unit
 from cluster.curation.tasks import InThisProcess
@@ -138,4 +139,4 @@ def test_the_work_of_other_data_or_encoders_lies_elsewhere(dataset: Path) -> Non
         work_folder("1" * 64, manifest, OF_CLIP, "cuda"),
         work_folder("1" * 64, manifest, SentenceSpec(model="x", revision="a" * 40), "cpu"),
     }
-    assert len(folders) == 4 and all(folder.startswith(f"{stages.WORK}/") for folder in folders)
+    assert len(folders) == 4 and all(folder.startswith(f"{WORK}/") for folder in folders)

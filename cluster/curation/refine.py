@@ -1,0 +1,156 @@
+"""jobs.refine: a dataset's captions and pictures matched anew, as a view.
+
+A method finds rows and hands them to cluster.dataset.view; `--method` names it. Another method is a function beside
+`_sync`, and a name in `METHODS`.
+"""
+
+import dataclasses
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.curation.refine_request import RefineRequest
+from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
+from cluster.curation.sync.settings import UNIT, WORK
+from cluster.dataset.layout import Manifest
+from cluster.dataset.lineage import Lineage, RuleCount
+from cluster.dataset.opened import OpenDataset, open_dataset
+from cluster.dataset.view import ViewRows, claim, lineage_source, write_view
+from cluster.store.store import Store, open_store
+from pcm.errors import InputError
+from pcm.generation.names import TEXT_ONLY
+
+if TYPE_CHECKING:
+    from cluster.curation.sync.stages import Refined
+
+log = logging.getLogger(__name__)
+
+#: What the summary says of the rows. moved: kept captions whose picture was another's. pictures: how many they show.
+#: mean_score_before, mean_score_after: clip_score of all pairs as they were, and of the kept ones. mean_sync_score: of
+#: the kept ones.
+FACTS = ("moved", "pictures", "mean_score_before", "mean_score_after", "mean_sync_score")
+
+
+@dataclass(frozen=True)
+class RefinedRows:
+    """Rows that a method made of a dataset's, and what it has to say of them.
+
+    caption_row, picture_row: (n,) int64, which of the dataset's rows the caption and the picture are of. clip_score:
+    (n,) float32, the raw cosine of the two. facts: counts and means for the summary and the lineage.
+    """
+
+    caption_row: np.ndarray
+    picture_row: np.ndarray
+    clip_score: np.ndarray
+    facts: dict[str, Any]
+
+
+def refine(request: RefineRequest) -> dict[str, Any]:
+    """Write the view of the refined rows: pairs, kept, moved, mean_score_before, mean_score_after, fingerprint.
+
+    Rerun the same command to go on after an interruption. Raises InputError, before Ray starts, for data that cannot
+    be refined, an encoder that is not there, and an `out` that holds anything else.
+    """
+    started = time.monotonic()
+    source = open_dataset(open_store(request.data), unfinished=request.unfinished)
+    _check(source, request)
+    sentences = resolve_sentences(request.sentences)
+    out = open_store(request.out)
+    lineage = Lineage(
+        method=request.method,
+        settings={**dataclasses.asdict(request.settings), "sentences": sentences.decides()},
+        sources=(lineage_source(source),),
+        rows_in=source.manifest.stored,
+    )
+    manifest = claim(out, lineage, materialise=request.materialise)
+    if manifest is not None:
+        log.info("%s: is complete", out.root)
+    else:
+        manifest = _sync(source, out, lineage, sentences, request)
+    for key in out.list(f"{WORK}/"):
+        out.delete(key)
+    assert manifest.lineage is not None
+    facts = manifest.lineage.facts
+    return {
+        "pairs": manifest.lineage.rows_in,
+        "kept": manifest.stored,
+        **{name: facts[name] for name in FACTS},
+        "sentences": facts["sentences"]["model"],
+        "fingerprint": manifest.fingerprint,
+        "dataset": request.out,
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def _check(source: OpenDataset, request: RefineRequest) -> None:
+    manifest, place = source.manifest, f"--data {request.data}"
+    if manifest.spec.clip.model == "null":
+        raise InputError(f"{place}: has no CLIP features (--clip null); give a dataset with features")
+    if manifest.spec.generator.model == TEXT_ONLY:
+        raise InputError(f"{place}: has no pictures, only texts; give a dataset of pictures")
+    if int(request.keep * manifest.stored) < 1:
+        raise InputError(
+            f"--keep {request.keep:g}: keeps none of {manifest.stored} pairs; give more data or a larger share"
+        )
+
+
+def _sync(
+    source: OpenDataset, out: Store, lineage: Lineage, sentences: SentenceSpec, request: RefineRequest
+) -> Manifest:
+    # Torch and Ray take seconds, and a user's mistake is told before them.
+    from cluster.curation.sync.stages import refine_pairs, stored_rows, work_folder
+    from cluster.curation.tasks import OnRay
+    from cluster.generation.pinning import resolve_device
+    from cluster.session import cluster_gpus, start_ray, waiting_for
+
+    start_ray()
+    device = resolve_device(request.device, cluster_gpus=cluster_gpus())
+    work = work_folder(source.sha256, source.manifest, sentences, device)
+    gpus = device == "cuda"
+    with waiting_for(cpus=1, gpus=1 if gpus else 0):
+        found = refine_pairs(
+            source.store, source.manifest, out, work, request.settings, sentences, OnRay(gpus=gpus),
+            block_size=request.block_size, device=device,
+        )  # fmt: skip
+    table = stored_rows(source.manifest, out, work)
+    rows = refined_rows(found, table["clip_score"].to_numpy())
+    rule = RuleCount(rule="keep", setting=request.keep, dropped=len(table) - len(rows.caption_row))
+    facts = {**rows.facts, "sentences": dataclasses.asdict(sentences), "device": device}
+    lineage = dataclasses.replace(lineage, rules=(rule,), facts=facts)
+    return write_view(out, [source], view_rows(rows, table, source), lineage, materialise=request.materialise)
+
+
+def refined_rows(found: "Refined", scores: np.ndarray) -> RefinedRows:
+    """The rows that stay, in the order of their captions. `scores`: (N,) clip_score of the pairs as they were."""
+    kept = np.sort(found.kept)
+    picture, cosine = found.picture[kept], found.cosine[kept].astype(np.float32)
+    return RefinedRows(
+        caption_row=kept,
+        picture_row=picture,
+        clip_score=cosine,
+        facts={
+            "moved": int((picture != kept).sum()),
+            "pictures": len(np.unique(picture)),
+            "mean_score_before": float(scores.astype(np.float64).mean()),
+            "mean_score_after": float(found.cosine[kept].mean()),
+            "mean_sync_score": float(found.score[kept].mean() * UNIT),
+        },
+    )
+
+
+def view_rows(rows: RefinedRows, table: pa.Table, source: OpenDataset) -> ViewRows:
+    """Rows as a view takes them. `table`: sample_id and caption of all the dataset's rows."""
+    starts = np.cumsum([0, *(shard.rows for shard in source.shards)])
+    shard = np.searchsorted(starts, rows.picture_row, side="right") - 1
+    return ViewRows(
+        sample_id=table["sample_id"].take(rows.caption_row).to_pylist(),
+        caption=table["caption"].take(rows.caption_row).to_pylist(),
+        clip_score=rows.clip_score,
+        source=np.zeros(len(shard), np.int64),
+        shard=shard,
+        row=rows.picture_row - starts[shard],
+    )
