@@ -58,6 +58,7 @@ ORDER = {
         "dataset",
         "generation",
         "ingest",
+        "curation",
         "training",
         "sweep",
         "evaluation",
