@@ -1,7 +1,7 @@
 """jobs.refine: a dataset's captions and pictures matched anew, as a view.
 
 A method finds rows and hands them to cluster.dataset.view; `--method` names it. Another method is a function beside
-`_sync`, and a name in `METHODS`.
+`sync_view`, and a name in `METHODS`.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from pcm.generation.names import TEXT_ONLY
 
 if TYPE_CHECKING:
     from cluster.curation.sync.stages import Refined
+    from cluster.curation.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -60,17 +61,12 @@ def refine(request: RefineRequest) -> dict[str, Any]:
     _check(source, request)
     sentences = resolve_sentences(request.sentences)
     out = open_store(request.out)
-    lineage = Lineage(
-        method=request.method,
-        settings={**dataclasses.asdict(request.settings), "sentences": sentences.decides()},
-        sources=(lineage_source(source),),
-        rows_in=source.manifest.stored,
-    )
+    lineage = lineage_of(source, sentences, request)
     manifest = claim(out, lineage, materialise=request.materialise)
     if manifest is not None:
         log.info("%s: is complete", out.root)
     else:
-        manifest = _sync(source, out, lineage, sentences, request)
+        manifest = _on_ray(source, out, lineage, sentences, request)
     for key in out.list(f"{WORK}/"):
         out.delete(key)
     assert manifest.lineage is not None
@@ -86,6 +82,16 @@ def refine(request: RefineRequest) -> dict[str, Any]:
     }
 
 
+def lineage_of(source: OpenDataset, sentences: SentenceSpec, request: RefineRequest) -> Lineage:
+    """What decides the view, before anything of it is known."""
+    return Lineage(
+        method=request.method,
+        settings={**dataclasses.asdict(request.settings), "sentences": sentences.decides()},
+        sources=(lineage_source(source),),
+        rows_in=source.manifest.stored,
+    )
+
+
 def _check(source: OpenDataset, request: RefineRequest) -> None:
     manifest, place = source.manifest, f"--data {request.data}"
     if manifest.spec.clip.model == "null":
@@ -98,24 +104,39 @@ def _check(source: OpenDataset, request: RefineRequest) -> None:
         )
 
 
-def _sync(
+def _on_ray(
     source: OpenDataset, out: Store, lineage: Lineage, sentences: SentenceSpec, request: RefineRequest
 ) -> Manifest:
     # Torch and Ray take seconds, and a user's mistake is told before them.
-    from cluster.curation.sync.stages import refine_pairs, stored_rows, work_folder
     from cluster.curation.tasks import OnRay
     from cluster.generation.pinning import resolve_device
     from cluster.session import cluster_gpus, start_ray, waiting_for
 
     start_ray()
     device = resolve_device(request.device, cluster_gpus=cluster_gpus())
-    work = work_folder(source.sha256, source.manifest, sentences, device)
     gpus = device == "cuda"
     with waiting_for(cpus=1, gpus=1 if gpus else 0):
-        found = refine_pairs(
-            source.store, source.manifest, out, work, request.settings, sentences, OnRay(gpus=gpus),
-            block_size=request.block_size, device=device,
-        )  # fmt: skip
+        return sync_view(source, out, lineage, sentences, request, OnRay(gpus=gpus), device=device)
+
+
+def sync_view(
+    source: OpenDataset,
+    out: Store,
+    lineage: Lineage,
+    sentences: SentenceSpec,
+    request: RefineRequest,
+    tasks: "Tasks",
+    *,
+    device: str,
+) -> Manifest:
+    """SynC's rows of a dataset as a view at `out`, which `claim` has begun; `tasks` do the work."""
+    from cluster.curation.sync.stages import refine_pairs, stored_rows, work_folder
+
+    work = work_folder(source.sha256, source.manifest, sentences, device)
+    found = refine_pairs(
+        source.store, source.manifest, out, work, request.settings, sentences, tasks,
+        block_size=request.block_size, device=device,
+    )  # fmt: skip
     table = stored_rows(source.manifest, out, work)
     rows = refined_rows(found, table["clip_score"].to_numpy())
     rule = RuleCount(rule="keep", setting=request.keep, dropped=len(table) - len(rows.caption_row))
