@@ -2,7 +2,7 @@
 
     vectors      pictures and captions of a group of shards              (vectors.py)
     candidates   of a block of captions: the K nearest pictures          (nearest.py)
-    describers   of a block of pictures: the K_r nearest captions
+    describers   of a block of pictures: the K_r nearest captions        (nearest.py)
     choices      of a block of captions: its picture and score           (choice.py)
 
 An object's key holds what decides it: `work` is named after the data and the encoders, a block's folder after K and
@@ -15,7 +15,7 @@ Memory of a task: its block's vectors, two pieces of the other side, and the pro
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +76,19 @@ def work_folder(sha256: str, manifest: Manifest, sentences: SentenceSpec, device
     return f"{WORK}/{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
+@dataclass(frozen=True)
+class Vectors:
+    """The vectors of a dataset's pictures and of its U different captions, on the store; which rows have which caption.
+
+    sentences: those by which captions are compared with each other.
+    """
+
+    pictures: StoredParts
+    captions: StoredParts
+    sentences: StoredParts
+    numbers: Captions
+
+
 def refine_pairs(
     data: Store,
     manifest: Manifest,
@@ -92,52 +105,67 @@ def refine_pairs(
 
     Raises InputError for rows whose features cannot be used, and for models that cannot be loaded.
     """
-    done = set(out.list(f"{work}/"))
-    groups = groups_of(manifest)
+    most = settings.captions_per_picture
+    vectors = store_vectors(data, manifest, out, work, sentences, tasks, most=most, device=device)
+    choice = match(out, work, vectors, settings, tasks, block_size=block_size, device=device)
+    of_row = vectors.numbers.of_row
+    score = choice.score[of_row]
+    return Refined(choice.picture[of_row], score, choice.cosine[of_row], kept_in_order(score, settings.keep))
 
-    def run(function: Callable[..., None], calls: dict[str, tuple], what: str) -> None:
-        """The calls whose object is not there yet."""
-        tasks.run(function, [call for key, call in calls.items() if key not in done], what=what)
 
-    embed_dim = manifest.features.embed_dim
+def store_vectors(
+    data: Store,
+    manifest: Manifest,
+    out: Store,
+    work: str,
+    sentences: SentenceSpec,
+    tasks: Tasks,
+    *,
+    most: int,
+    device: str,
+) -> Vectors:
+    """The first stage. `most`: how many rows of each caption are known by number. Raises as `refine_pairs` does."""
+    groups, embed_dim = groups_of(manifest), manifest.features.embed_dim
     calls: dict[str, tuple] = {rows_key(work, group.number): (data, out, work, group, embed_dim) for group in groups}
-    run(store_pictures, calls, "picture vectors")
-    captions = Captions.of(caption_digests(out, work, groups), most=settings.captions_per_picture)
-    first = [_within(captions.first_row, group) for group in groups]
+    _run(tasks, out, work, store_pictures, calls, what="picture vectors")
+    numbers = Captions.of(caption_digests(out, work, groups), most=most)
+    first = [_within(numbers.first_row, group) for group in groups]
     calls = {
         piece_key(work, CAPTIONS, group.number): (out, work, group, rows, manifest.spec.clip, sentences, device)
         for group, rows in zip(groups, first, strict=True)
     }
-    run(store_captions, calls, "caption vectors")
-    of_pictures = _parts(out, work, PICTURES, [group.rows for group in groups])
-    of_captions = _parts(out, work, CAPTIONS, [len(rows) for rows in first])
-    of_sentences = _parts(out, work, CAPTIONS if sentences.is_clip else SENTENCES, [len(rows) for rows in first])
-
-    candidates = _Blocks(f"{work}/candidates-{settings.candidates}", len(of_captions), block_size)
-    run(_nearest_block, candidates.calls(out, of_captions, of_pictures, settings.candidates, device), "candidates")
-    describers = _Blocks(f"{work}/describers-{settings.captions_per_picture}", len(of_pictures), block_size)
-    calls = describers.calls(out, of_pictures, of_captions, settings.captions_per_picture, device)
-    run(_nearest_block, calls, "captions of pictures")
-    described = np.concatenate(
-        [captions_of_pictures(block["indices"], block["cosines"], captions.members) for block in describers.read(out)]
+    _run(tasks, out, work, store_captions, calls, what="caption vectors")
+    sizes = [len(rows) for rows in first]
+    return Vectors(
+        pictures=_parts(out, work, PICTURES, [group.rows for group in groups]),
+        captions=_parts(out, work, CAPTIONS, sizes),
+        sentences=_parts(out, work, CAPTIONS if sentences.is_clip else SENTENCES, sizes),
+        numbers=numbers,
     )
-    folder = f"{work}/choices-{settings.candidates}-{settings.captions_per_picture}"
-    choices = _Blocks(folder, len(of_captions), block_size)
-    shared = tasks.share(described)
+
+
+def match(
+    out: Store, work: str, vectors: Vectors, settings: SyncSettings, tasks: Tasks, *, block_size: int, device: str
+) -> Choice:
+    """The other stages: what each of the U different captions gets."""
+    captions, pictures, per_picture = vectors.captions, vectors.pictures, settings.captions_per_picture
+    candidates = _Blocks(f"{work}/candidates-{settings.candidates}", len(captions), block_size)
+    calls = candidates.calls(out, captions, pictures, settings.candidates, device)
+    _run(tasks, out, work, _nearest_block, calls, what="candidates")
+    describers = _Blocks(f"{work}/describers-{per_picture}", len(pictures), block_size)
+    calls = describers.calls(out, pictures, captions, per_picture, device)
+    _run(tasks, out, work, _nearest_block, calls, what="describers")
+    members = vectors.numbers.members
+    described = [captions_of_pictures(block["indices"], block["cosines"], members) for block in describers.read(out)]
+    shared = tasks.share(np.concatenate(described))
+    choices = _Blocks(f"{work}/choices-{settings.candidates}-{per_picture}", len(captions), block_size)
     calls = {
-        key: (out, key, candidates.key(start, end), of_sentences, start, end, shared)
+        key: (out, key, candidates.key(start, end), vectors.sentences, start, end, shared)
         for key, start, end in choices.ranges()
     }
-    run(_choose_block, calls, "choices")
+    _run(tasks, out, work, _choose_block, calls, what="choices")
     found = list(choices.read(out))
-    choice = Choice(*(np.concatenate([block[name] for block in found]) for name in Choice.__dataclass_fields__))
-    score = choice.score[captions.of_row]
-    return Refined(
-        picture=choice.picture[captions.of_row],
-        score=score,
-        cosine=choice.cosine[captions.of_row],
-        kept=kept_in_order(score, settings.keep),
-    )
+    return Choice(*(np.concatenate([block[name] for block in found]) for name in Choice.__dataclass_fields__))
 
 
 def stored_rows(manifest: Manifest, out: Store, work: str) -> pa.Table:
@@ -163,8 +191,16 @@ class _Blocks:
     def calls(self, out: Store, queries: StoredParts, vectors: StoredParts, k: int, device: str) -> dict[str, tuple]:
         return {key: (out, key, queries, vectors, start, end, k, device) for key, start, end in self.ranges()}
 
-    def read(self, out: Store) -> list[dict[str, np.ndarray]]:
-        return [_read(out, key) for key, _, _ in self.ranges()]
+    def read(self, out: Store) -> Iterator[dict[str, np.ndarray]]:
+        return (_read(out, key) for key, _, _ in self.ranges())
+
+
+def _run(
+    tasks: Tasks, out: Store, work: str, function: Callable[..., None], calls: dict[str, tuple], *, what: str
+) -> None:
+    """The calls whose object is not there yet."""
+    done = set(out.list(f"{work}/"))
+    tasks.run(function, [call for key, call in calls.items() if key not in done], what=what)
 
 
 def _nearest_block(
