@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.view import ViewRows, claim, lineage_source, write_view
 from cluster.store.store import Store, open_store
+from pcm.clip.names import folder_revision, refuse_place, resolve_clip_name
 from pcm.errors import InputError
 from pcm.generation.names import TEXT_ONLY
+from pcm.spec import DIGEST
 
 if TYPE_CHECKING:
     from cluster.curation.sync.stages import Refined
@@ -59,6 +62,7 @@ def refine(request: RefineRequest) -> dict[str, Any]:
     started = time.monotonic()
     source = open_dataset(open_store(request.data), unfinished=request.unfinished)
     _check(source, request)
+    clip = _clip(source, request)
     sentences = resolve_sentences(request.sentences)
     out = open_store(request.out)
     lineage = lineage_of(source, sentences, request)
@@ -66,7 +70,7 @@ def refine(request: RefineRequest) -> dict[str, Any]:
     if manifest is not None:
         log.info("%s: is complete", out.root)
     else:
-        manifest = _on_ray(source, out, lineage, sentences, request)
+        manifest = _on_ray(source, out, lineage, sentences, request, clip)
     for key in out.list(f"{WORK}/"):
         out.delete(key)
     assert manifest.lineage is not None
@@ -80,6 +84,22 @@ def refine(request: RefineRequest) -> dict[str, Any]:
         "dataset": request.out,
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _clip(source: OpenDataset, request: RefineRequest) -> str:
+    """Where the dataset's CLIP is. Raises InputError where the dataset alone names a place, and for another CLIP."""
+    spec = source.manifest.spec.clip
+    if request.clip is None:
+        refuse_place(spec.model, source=source.store.root)
+        return spec.model
+    architecture, pretrained = resolve_clip_name(request.clip)
+    place = Path(pretrained or architecture.removeprefix("local-dir:"))
+    if spec.revision.startswith(DIGEST) and place.exists() and (now := folder_revision(place)) != spec.revision:
+        raise InputError(
+            f"--clip {request.clip}: its files are {now}, but {request.data} was made with {spec.revision}; give the "
+            "CLIP that made its features"
+        )
+    return request.clip
 
 
 def lineage_of(source: OpenDataset, sentences: SentenceSpec, request: RefineRequest) -> Lineage:
@@ -105,7 +125,7 @@ def _check(source: OpenDataset, request: RefineRequest) -> None:
 
 
 def _on_ray(
-    source: OpenDataset, out: Store, lineage: Lineage, sentences: SentenceSpec, request: RefineRequest
+    source: OpenDataset, out: Store, lineage: Lineage, sentences: SentenceSpec, request: RefineRequest, clip: str
 ) -> Manifest:
     # Torch and Ray take seconds, and a user's mistake is told before them.
     from cluster.curation.tasks import OnRay
@@ -116,7 +136,7 @@ def _on_ray(
     device = resolve_device(request.device, cluster_gpus=cluster_gpus())
     gpus = device == "cuda"
     with waiting_for(cpus=1, gpus=1 if gpus else 0):
-        return sync_view(source, out, lineage, sentences, request, OnRay(gpus=gpus), device=device)
+        return sync_view(source, out, lineage, sentences, request, OnRay(gpus=gpus), clip=clip, device=device)
 
 
 def sync_view(
@@ -127,15 +147,17 @@ def sync_view(
     request: RefineRequest,
     tasks: "Tasks",
     *,
+    clip: str,
     device: str,
 ) -> Manifest:
-    """SynC's rows of a dataset as a view at `out`, which `claim` has begun; `tasks` do the work."""
+    """SynC's rows of a dataset as a view at `out`, which `claim` has begun; `tasks` do the work. `clip`: where the
+    dataset's CLIP is."""
     from cluster.curation.sync.stages import refine_pairs, stored_rows, work_folder
 
     work = work_folder(source.sha256, source.manifest, sentences, device)
     found = refine_pairs(
         source.store, source.manifest, out, work, request.settings, sentences, tasks,
-        block_size=request.block_size, device=device,
+        clip=clip, block_size=request.block_size, device=device,
     )  # fmt: skip
     table = stored_rows(source.manifest, out, work)
     rows = refined_rows(found, table["clip_score"].to_numpy())

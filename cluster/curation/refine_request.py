@@ -41,6 +41,11 @@ class RefineRequest(SyncOptions):
     method: str = option(
         choices=METHODS, help="sync: each caption gets the picture that fits it best, and the best stay"
     )
+    clip: str | None = option(
+        None, metavar="NAME",
+        help="the dataset's own CLIP, to encode captions: needed where it is a folder, file or hub repo",
+        unset="as the dataset names it",
+    )  # fmt: skip
     block_size: int = option(4096, metavar="N", help="captions or pictures of a task; does not change the result")
     device: str = option(
         "auto", choices=DEVICES, help="where vectors are made and compared; auto: cuda if there is one"

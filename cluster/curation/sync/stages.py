@@ -98,15 +98,17 @@ def refine_pairs(
     sentences: SentenceSpec,
     tasks: Tasks,
     *,
+    clip: str,
     block_size: int,
     device: str,
 ) -> Refined:
-    """SynC over every row of a dataset. The result depends on neither `block_size` nor `tasks`.
+    """SynC over every row of a dataset. The result depends on neither `block_size` nor `tasks`. `clip`: where the
+    dataset's CLIP is.
 
     Raises InputError for rows whose features cannot be used, and for models that cannot be loaded.
     """
     most = settings.captions_per_picture
-    vectors = store_vectors(data, manifest, out, work, sentences, tasks, most=most, device=device)
+    vectors = store_vectors(data, manifest, out, work, sentences, tasks, clip=clip, most=most, device=device)
     choice = match(out, work, vectors, settings, tasks, block_size=block_size, device=device)
     of_row = vectors.numbers.of_row
     score = choice.score[of_row]
@@ -121,6 +123,7 @@ def store_vectors(
     sentences: SentenceSpec,
     tasks: Tasks,
     *,
+    clip: str,
     most: int,
     device: str,
 ) -> Vectors:
@@ -131,7 +134,7 @@ def store_vectors(
     numbers = Captions.of(caption_digests(out, work, groups), most=most)
     first = [_within(numbers.first_row, group) for group in groups]
     calls = {
-        piece_key(work, CAPTIONS, group.number): (out, work, group, rows, manifest.spec.clip, sentences, device)
+        piece_key(work, CAPTIONS, group.number): (out, work, group, rows, manifest.spec.clip, clip, sentences, device)
         for group, rows in zip(groups, first, strict=True)
     }
     _run(tasks, out, work, store_captions, calls, what="caption vectors")

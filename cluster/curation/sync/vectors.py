@@ -144,7 +144,14 @@ def caption_digests(out: Store, work: str, groups: Sequence[Group]) -> np.ndarra
 
 
 def store_captions(
-    out: Store, work: str, group: Group, rows: np.ndarray, clip: ClipSpec, sentences: SentenceSpec, device: str
+    out: Store,
+    work: str,
+    group: Group,
+    rows: np.ndarray,
+    spec: ClipSpec,
+    clip: str,
+    sentences: SentenceSpec,
+    device: str,
 ) -> None:
     """Encode the captions that occur in a group first, in the order of its `rows` (their places in the group).
 
@@ -154,7 +161,7 @@ def store_captions(
     if not sentences.is_clip:
         encoder = load_sentences(sentences, device)
         out.write_bytes(piece_key(work, SENTENCES, group.number), array_bytes(unit(encoder.encode(captions))))
-    vectors = _text_tower(clip, device).encode_texts(captions)
+    vectors = _text_tower(spec, clip, device).encode_texts(captions)
     out.write_bytes(piece_key(work, CAPTIONS, group.number), array_bytes(unit(vectors)))
 
 
@@ -212,7 +219,7 @@ def read_array(store: Store, key: str) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=1)
-def _text_tower(clip: ClipSpec, device: str) -> "ClipEncoder":
+def _text_tower(spec: ClipSpec, clip: str, device: str) -> "ClipEncoder":
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
-    return load_with_retries(lambda: ClipEncoder.from_spec(clip, device=device), model=clip.model)
+    return load_with_retries(lambda: ClipEncoder.from_spec(spec, model=clip, device=device), model=clip)

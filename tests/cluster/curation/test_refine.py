@@ -31,7 +31,6 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import write_dataset
 
 CALL = Callable[..., JobRun]
-OF_CLIP = ("--method", "sync", "--sentences", "clip")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,8 @@ def in_this_process(data: Path, out: Path, sentences: SentenceSpec, **options: o
     source, store = open_dataset(open_store(data)), open_store(out)
     lineage = lineage_of(source, sentences, request)
     assert claim(store, lineage) is None
-    return sync_view(source, store, lineage, sentences, request, InThisProcess(), device="cpu")
+    clip = source.manifest.spec.clip.model
+    return sync_view(source, store, lineage, sentences, request, InThisProcess(), clip=clip, device="cpu")
 
 
 def test_a_view_has_each_kept_caption_with_the_picture_it_chose(dataset: Path, tiny_clip: Path, tmp_path: Path) -> None:
@@ -81,6 +81,11 @@ def test_a_view_is_refined_like_any_dataset(dataset: Path, tmp_path: Path) -> No
 
 
 @pytest.fixture
+def of_clip(tiny_clip: Path) -> tuple[object, ...]:
+    return ("--method", "sync", "--sentences", "clip", "--clip", tiny_clip)
+
+
+@pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**_: object) -> None:
         raise AssertionError("Ray was started")
@@ -101,15 +106,15 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line_before_ray_starts(
-    dataset: Path, tmp_path: Path, call_job: CALL, no_ray: None, arguments: tuple[str, ...], said: str
+    dataset: Path, tmp_path: Path, call_job: CALL, no_ray: None, of_clip: tuple, arguments: tuple[str, ...], said: str
 ) -> None:
-    ended = call_job("refine", "--data", dataset, "--out", tmp_path / "out", *OF_CLIP, *arguments)
+    ended = call_job("refine", "--data", dataset, "--out", tmp_path / "out", *of_clip, *arguments)
     assert ended.returncode == 2 and ended.stderr.splitlines()[-1].startswith(f"error: {said}")
     assert not (tmp_path / "out").exists()
 
 
 def test_data_without_features_or_pictures_is_refused(
-    dataset: Path, tmp_path: Path, call_job: CALL, no_ray: None
+    dataset: Path, tmp_path: Path, call_job: CALL, no_ray: None, of_clip: tuple
 ) -> None:
     manifest = json.loads((dataset / MANIFEST_KEY).read_bytes())
     for part, model, said in (("clip", "null", "has no CLIP features"), ("generator", "text-only", "has no pictures")):
@@ -117,27 +122,43 @@ def test_data_without_features_or_pictures_is_refused(
         changed["spec"][part]["model"] = model
         (tmp_path / model).mkdir()
         (tmp_path / model / MANIFEST_KEY).write_text(json.dumps(changed))
-        ended = call_job("refine", "--data", tmp_path / model, "--out", tmp_path / "out", *OF_CLIP)
+        ended = call_job("refine", "--data", tmp_path / model, "--out", tmp_path / "out", *of_clip)
         assert ended.returncode == 2 and said in ended.stderr
-    ended = call_job("refine", "--data", tmp_path / "no", "--out", tmp_path / "out", *OF_CLIP)
+    ended = call_job("refine", "--data", tmp_path / "no", "--out", tmp_path / "out", *of_clip)
     assert ended.returncode == 2 and "not a dataset" in ended.stderr
 
 
-def test_a_place_with_something_else_is_refused(dataset: Path, tmp_path: Path, call_job: CALL, no_ray: None) -> None:
+def test_a_clip_that_the_dataset_alone_names_is_not_opened(
+    dataset: Path, tmp_path: Path, tiny_clip: Path, call_job: CALL, no_ray: None
+) -> None:
+    arguments = ("--out", tmp_path / "out", "--method", "sync", "--sentences", "clip")
+    ended = call_job("refine", "--data", dataset, *arguments)
+    assert ended.returncode == 2 and f"give --clip {tiny_clip}" in ended.stderr
+    manifest = json.loads((dataset / MANIFEST_KEY).read_bytes())
+    manifest["spec"]["clip"]["revision"] = "sha256:other"
+    (tmp_path / "pinned").mkdir()
+    (tmp_path / "pinned" / MANIFEST_KEY).write_text(json.dumps(manifest))
+    ended = call_job("refine", "--data", tmp_path / "pinned", *arguments, "--clip", tiny_clip)
+    assert ended.returncode == 2 and "was made with sha256:other; give the CLIP that made its features" in ended.stderr
+
+
+def test_a_place_with_something_else_is_refused(
+    dataset: Path, tmp_path: Path, call_job: CALL, no_ray: None, of_clip: tuple
+) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    ended = call_job("refine", "--data", dataset, "--out", tmp_path, *OF_CLIP)
+    ended = call_job("refine", "--data", dataset, "--out", tmp_path, *of_clip)
     assert ended.returncode == 2 and "not empty and no derived dataset" in ended.stderr
     in_this_process(dataset, tmp_path / "view", SentenceSpec(model="clip"))
-    ended = call_job("refine", "--data", dataset, "--out", tmp_path / "view", *OF_CLIP, "--keep", "0.8")
+    ended = call_job("refine", "--data", dataset, "--out", tmp_path / "view", *of_clip, "--keep", "0.8")
     assert ended.returncode == 2 and "was begun with another settings" in ended.stderr
 
 
 def test_on_ray_the_view_is_the_same_and_a_rerun_finds_it(
-    dataset: Path, tmp_path: Path, call_job: CALL, ray_session: None, caplog: pytest.LogCaptureFixture
+    dataset: Path, tmp_path: Path, call_job: CALL, ray_session: None, of_clip: tuple, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     alone = in_this_process(dataset, tmp_path / "alone", SentenceSpec(model="clip"))
-    arguments = ("--data", dataset, "--out", tmp_path / "view", *OF_CLIP, "--block-size", 11)
+    arguments = ("--data", dataset, "--out", tmp_path / "view", *of_clip, "--block-size", 11)
     ended = call_job("refine", *arguments)
     assert ended.returncode == 0, ended.stderr
     assert ended.summary is not None
@@ -151,12 +172,12 @@ def test_on_ray_the_view_is_the_same_and_a_rerun_finds_it(
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_to_the_same_view(dataset: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_goes_on_to_the_same_view(dataset: Path, tmp_path: Path, of_clip: tuple) -> None:
     """kill -9 after a third and after two thirds of the objects; what lay there is not made again."""
     whole = in_this_process(dataset, tmp_path / "whole", SentenceSpec(model="clip"), block_size=2)
     total = len(open_store(tmp_path / "whole").list(f"{WORK}/"))
-    command = [sys.executable, "-m", "jobs.refine", "--data", str(dataset), "--out", str(tmp_path / "view"), *OF_CLIP]
-    command += ["--block-size", "2"]
+    command = [sys.executable, "-m", "jobs.refine", "--data", str(dataset), "--out", str(tmp_path / "view")]
+    command += [*map(str, of_clip), "--block-size", "2"]
     view = open_store(tmp_path / "view")
     for share in (1 / 3, 2 / 3):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -37,7 +37,7 @@ def refined(dataset: Path, out: Path, *, block_size: int = 4096, settings: SyncS
     digest = hashlib.sha256(store.read_bytes(MANIFEST_KEY)).hexdigest()
     return refine_pairs(
         store, manifest, open_store(out), work_folder(digest, manifest, OF_CLIP, "cpu"), settings, OF_CLIP,
-        InThisProcess(), block_size=block_size, device="cpu",
+        InThisProcess(), clip=manifest.spec.clip.model, block_size=block_size, device="cpu",
     )  # fmt: skip
 
 
