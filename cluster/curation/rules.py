@@ -47,7 +47,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Rule:
-    """apply(rows, context): which go. needs: columns of the index. by_score, by_concept: what the datasets must have."""
+    """apply(rows, context): which go. needs: columns of the index. by_score, by_concept: what datasets must have."""
 
     apply: Callable[[IndexRows, Context], Verdict]
     needs: frozenset[str] = frozenset()

@@ -168,7 +168,8 @@ def read_shard(store: Store, shard: StoredShard, columns: Sequence[str], *, chec
     Without `checksum`, for a reader of a few small columns of every shard, only its size and its rows are compared.
     Raises InputError naming the shard when it cannot be read or is not the one that the dataset speaks of.
     """
-    if (preloaded := _PRELOADED.get(store.path(shard.key))) is not None:
+    preloaded = _PRELOADED.get(store.path(shard.key))
+    if preloaded is not None and set(columns) <= set(preloaded.column_names):
         return preloaded.select(list(columns))
     if shard.pictures:
         return _read_view(store, shard, columns, checksum=checksum)

@@ -102,7 +102,7 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
         report.problems.append(f"{key}: its sha256 is not the manifest's")
     try:
         table = pq.read_table(io.BytesIO(data))
-        version = check_schema(table.schema, plan, manifest)
+        version = check_schema(table.schema, plan.schema_version, manifest)
         table.validate(full=True)  # text is UTF-8, offsets lie within
         rows, finite_rows = _light_rows(table), finite_rows_of(table)
     except UNREADABLE as error:
@@ -243,13 +243,13 @@ def _check_stats(store: Store, report: ShardReport, num_bytes: int, *, outdated:
         )
 
 
-def check_schema(schema: pa.Schema, plan: Plan, manifest: Manifest | None) -> int:
-    """The version of the shard's schema: the plan's, or the one before where an upgrade is not done.
+def check_schema(schema: pa.Schema, planned: int, manifest: Manifest | None) -> int:
+    """The version of the shard's schema: the planned one, or the one before where an upgrade is not done.
 
     Raises ValueError unless names and types are a shard's, with the manifest's features where there is one. Columns of
     later work are passed over.
     """
-    version = min(shard_version(schema), plan.schema_version)
+    version = min(shard_version(schema), planned)
     features = feature_shape(schema) if version >= 3 else _features_of_lists(schema, manifest)
     if manifest is not None and features != manifest.features:
         raise ValueError(f"features {features}, must be {manifest.features} as in {MANIFEST_KEY}")

@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 #: First object of a derived dataset: what decides its rows, so that a run that was interrupted is finished by the same
 #: command and by no other.
 LINEAGE_KEY = "lineage.json"
+VOCABULARIES = (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY)
 #: Rows of a view's shard: about as many.
 SHARD_ROWS = 256
 
@@ -115,13 +116,14 @@ def write_view(
     features are of different CLIPs (cluster.dataset.together.check_same_clip). Raises ValueError for rows that cannot
     be: a sample id twice, a place that is not there, a weight below 1.
     """
-    from cluster.dataset.together import check_same_clip  # brings torch and Ray, which take seconds
-
     _check(rows, sources)
     document = _document(lineage, materialise=materialise, shard_rows=shard_rows)
     if (found := begun(out, document)) is not None:
         return found
-    check_same_clip(sources)
+    if len(sources) > 1:
+        from cluster.dataset.together import check_same_clip  # brings torch and Ray, which take seconds
+
+        check_same_clip(sources)
     out.write_bytes(LINEAGE_KEY, document_bytes(document))
     placed = _Placed.of(sources, rows)
     view = ViewParts(placed.table, placed.shards, shard_rows)
@@ -396,12 +398,15 @@ def _write_parts(
 
 def _write_vocabularies(out: Store, sources: Sequence[OpenDataset], rows: ViewRows) -> None:
     """Those of one source as they are, so that a view is trained with the same words; of several by their rule."""
-    from cluster.dataset.together import vocabularies_of
+    keys = [key for key in VOCABULARIES if all(source.store.exists(key) for source in sources)]
+    if len(sources) == 1:
+        for key in keys:
+            out.write_bytes(key, sources[0].store.read_bytes(key))
+    elif len(keys) == len(VOCABULARIES):
+        from cluster.dataset.together import vocabularies_of
 
-    keys = (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY)
-    if all(source.store.exists(key) for source in sources for key in keys):
         found = vocabularies_of(sources, rows.caption, rows=len(rows))
-        for key, data in zip(keys, (found.words, found.concepts, found.clip_head), strict=True):
+        for key, data in zip(VOCABULARIES, (found.words, found.concepts, found.clip_head), strict=True):
             out.write_bytes(key, data)
 
 

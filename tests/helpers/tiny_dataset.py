@@ -65,9 +65,12 @@ def write_dataset(
     nan_row: int | None = None,
     zero_row: int | None = None,
     first: int = 0,
+    scores: np.ndarray | None = None,
 ) -> Path:
     """A finished dataset of `rows` scenes from number `first` on; the patch features of row `nan_row` are NaN, the
     global feature of row `zero_row` is zero.
+
+    scores: (rows,) in place of those of the CLIP, which are nearly all alike.
     """
     encoder = ClipEncoder(str(clip))
     scenes = [scene(first + index) for index in range(rows)]
@@ -91,7 +94,9 @@ def write_dataset(
             "seed": list(range(rows)),
             "attempts": [1] * rows,
             "batch_size": [4] * rows,
-            "clip_score": (encoded.global_feature * texts).sum(axis=1).clip(0.3, 1.0).astype(np.float32),
+            "clip_score": (encoded.global_feature * texts).sum(axis=1).clip(0.3, 1.0).astype(np.float32)
+            if scores is None
+            else scores.astype(np.float32),
             **feature_columns(global_feature, patch_features),
             "status": [STORED] * rows,
             "reason": [""] * rows,

@@ -244,6 +244,6 @@ def test_rows_that_cannot_be_are_refused(tmp_path: Path, source: Path) -> None:
     sources = opened(source)
     rows = rows_of(sources, [(0, 1), (0, 2)])
     for wrong in ({"sample_id": ["a", "a"]}, {"weight": np.array([0, 1])}, {"row": np.array([99, 0])}):
-        with pytest.raises(ValueError, match="occurs twice|below 1|beyond its shard"):
+        with pytest.raises(ValueError, match=r"occurs twice|below 1|beyond its shard"):
             write_view(open_store(tmp_path), sources, ViewRows(**(vars(rows) | wrong)), lineage(sources))
     assert not list(tmp_path.iterdir())
