@@ -13,7 +13,7 @@ float16, lets rounding decide them. Here scores are rounded to 1e-6; of equal sc
 the caption that comes first stays.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +64,9 @@ def captions_of_pictures(indices: np.ndarray, cosines: np.ndarray, members: np.n
     return np.take_along_axis(distinct, order, axis=1)
 
 
-def sentence_scores(sentences: np.ndarray, parts: "Parts", candidates: np.ndarray, captions: np.ndarray) -> np.ndarray:
+def sentence_scores(
+    sentences: np.ndarray, parts: Iterable[np.ndarray], candidates: np.ndarray, captions: np.ndarray
+) -> np.ndarray:
     """s(i, j), (B, K) float64, of B captions and their candidates.
 
     `sentences` (B, E): their vectors; `parts`: those of all distinct captions; `candidates` (B, K): T_i; `captions`

@@ -191,7 +191,7 @@ class StoredParts:
         starts = self._ends - np.diff(self._ends, prepend=0)
         wanted = np.flatnonzero((self._ends > start) & (starts < end))
         found = []
-        for number in wanted:
+        for number in wanted.tolist():
             piece = read_array(self._store, self._keys[number])
             found.append(piece[max(start - starts[number], 0) : end - starts[number]])
         return np.concatenate(found)
