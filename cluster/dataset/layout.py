@@ -23,6 +23,9 @@ VOCABULARY_KEY = "vocabulary.txt"
 CONCEPTS_KEY = "concepts.safetensors"
 CLIP_HEAD_KEY = "clip_head.safetensors"
 VOCABULARIES_KEY = "vocabularies.json"  # of which captions the three are
+#: First object of a derived dataset: what decides its rows, so that a run that was interrupted is finished by the same
+#: command and by no other.
+LINEAGE_KEY = "lineage.json"
 GIVEN_CONCEPTS_KEY = "concepts.json"  # where the concepts are a user's: which
 
 #: What dataset.json says of itself: rows with their pictures, or rows that point at pictures of other datasets.
@@ -280,11 +283,20 @@ def load_manifest(store: Store) -> Manifest:
     """The manifest of a finished dataset. Raises InputError when there is none."""
     if (manifest := find_manifest(store)) is not None:
         return manifest
+    refuse_interrupted(store)
     unfinished = store.exists(PLAN_KEY)
     raise InputError(
         f"{store.root}: {'an unfinished dataset' if unfinished else 'not a dataset'} (no {MANIFEST_KEY}); "
         f"{'rerun the same jobs.generate command to finish it' if unfinished else 'make one with jobs.generate'}"
     )
+
+
+def refuse_interrupted(store: Store) -> None:
+    """Raises InputError where a derived dataset was begun and not finished."""
+    if store.exists(LINEAGE_KEY) and not store.exists(MANIFEST_KEY):
+        raise InputError(
+            f"{store.root}: a derived dataset that was interrupted (no {MANIFEST_KEY}); rerun the command that made it"
+        )
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

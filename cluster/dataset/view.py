@@ -25,6 +25,7 @@ from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     DATASET,
+    LINEAGE_KEY,
     MANIFEST_KEY,
     VIEW,
     VIEW_VERSION,
@@ -51,12 +52,7 @@ from pcm.spec import GeneratorSpec
 
 log = logging.getLogger(__name__)
 
-#: First object of a derived dataset: what decides its rows, so that a run that was interrupted is finished by the same
-#: command and by no other.
-LINEAGE_KEY = "lineage.json"
 VOCABULARIES = (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY)
-#: Rows of a view's shard: about as many.
-SHARD_ROWS = 256
 
 _THREADS = 8
 
@@ -103,7 +99,7 @@ def write_view(
     lineage: Lineage,
     *,
     materialise: bool = False,
-    shard_rows: int = SHARD_ROWS,
+    shard_rows: int | None = None,
 ) -> Manifest:
     """Write rows that point at the pictures of `sources` as a view; with `materialise` with their pictures, as a
     dataset that needs no other. Run it again with the same rows to finish what was interrupted.
@@ -337,20 +333,24 @@ def read_corpus_ids(source: OpenDataset, shard: int) -> list[str]:
 
 
 class ViewParts:
-    """Rows cut into a view's shards: whole shards of pictures, up to `shard_rows` rows or as many as the largest of
-    them has. Where more rows than that show pictures of one shard, they are cut, for a part is held in memory."""
+    """Rows cut into a view's shards: whole shards of pictures, up to `shard_rows` rows (None: as many as the largest of
+    them has, so that reading one takes as much memory). Only where half as many again show pictures of one shard, its
+    rows are cut, evenly."""
 
-    def __init__(self, table: pa.Table, shards: Sequence[PictureShard], shard_rows: int) -> None:
+    def __init__(self, table: pa.Table, shards: Sequence[PictureShard], shard_rows: int | None) -> None:
+        if shard_rows is None:
+            shard_rows = max((shard.stored.rows for shard in shards), default=1)
         self._table, self._shards = table, shards
         where = table["shard"].to_numpy()
         ends = [*np.flatnonzero(np.diff(where)) + 1, len(where)] if len(where) else []
         self._cuts: list[int] = [0]
-        for start, end in itertools.pairwise([0, *ends]):
+        for start, end in itertools.pairwise([0, *map(int, ends)]):
             limit = max(shard_rows, shards[where[start]].stored.rows)
             if start > self._cuts[-1] and end - self._cuts[-1] > limit:
                 self._cuts.append(start)
-            while end - self._cuts[-1] > limit:
-                self._cuts.append(self._cuts[-1] + limit)
+            if end - start > 1.5 * limit:
+                pieces = -(-(end - start) // limit)
+                self._cuts += [start + (end - start) * piece // pieces for piece in range(1, pieces)]
         if len(where):
             self._cuts.append(len(where))
 

@@ -28,7 +28,7 @@ class ExportRequest(Request):
     out: str = option(metavar="P", writes="folder", help="an empty place: path or URI")
     to: str = option(
         choices=(*FORMATS, DATASET),
-        help="a captioner: official only; dataset: a view, or what is there, with its pictures",
+        help="a captioner: official only; dataset: a view, or what is there, with pictures",
     )
     unfinished: bool = option(False, help="export the shards that are there of a dataset that is not finished")
     name: str = option("synth", help="official: folders are NAME_sp0, NAME_sp1, ... and NAME, of real photos")

@@ -229,6 +229,21 @@ MUTANTS = (
         ("tests/cluster/dataset/test_verify.py::test_a_manifest_of_other_shards_is_found",),
     ),
     Mutant(
+        "a picture of a view that is gone is counted",
+        "cluster/dataset/verify_derived.py", "                report.missing += len(places)\n", "",
+        ("tests/cluster/dataset/test_view.py::test_verify_names_a_source_that_has_changed_or_is_gone",),
+    ),
+    Mutant(
+        "a view that was interrupted is finished by the command that began it, and by no other",
+        "cluster/dataset/view.py", "    if found != document:\n", "    if False:\n",
+        ("tests/cluster/dataset/test_view.py::test_what_was_interrupted_is_finished_by_the_same_rows_alone",),
+    ),
+    Mutant(
+        "all workers train on the shards of an unfinished dataset that the driver found",
+        "cluster/training/data/mixture.py", "    if source.manifest is not None:\n", "    if False:\n",
+        ("tests/cluster/dataset/test_view.py::test_the_shards_of_an_unfinished_dataset_are_pinned_for_all_workers",),
+    ),
+    Mutant(
         "out of memory: the batch halves",
         "pcm/generation/isolation.py", "elif is_out_of_memory(outcome):", "elif False:",
         ("tests/pcm/generation/test_isolation.py::test_too_little_memory_halves_the_batch_for_good_and_the_rows_say_so",),

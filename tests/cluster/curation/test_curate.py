@@ -1,6 +1,9 @@
 """jobs.curate: what each rule drops, beside plain references, and the view that is left."""
 
 import json
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,8 +17,10 @@ from cluster.dataset import DatasetRow, read_dataset
 from cluster.dataset.layout import load_manifest
 from cluster.dataset.verify import verify
 from cluster.store.store import open_store
+from jobs.curate import JOB
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary, lexicon_nouns
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import write_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, plan_dataset, write_corpus
 
@@ -297,3 +302,40 @@ def test_a_view_is_curated_and_written_out(tmp_path: Path, data: Path) -> None:
     assert again["fingerprint"] == view["fingerprint"], "done already"
     with pytest.raises(InputError, match="was begun with another settings"):
         run(tmp_path / "a", tmp_path / "b", subset=Subset(count=16))
+
+
+KILLED_AT = """
+import os, signal, sys
+from cluster.store.store import Store
+from jobs.curate import JOB
+
+limit, write, done = int(sys.argv[1]), Store.write_bytes, []
+
+def dying(self, key, data):
+    done.append(key)
+    if len(done) == limit:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, key, data)
+
+Store.write_bytes = dying
+JOB.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("materialise", [False, True])
+def test_kill_9_at_any_object_leaves_nothing_that_the_same_command_does_not_finish(
+    tmp_path: Path, data: Path, materialise: bool
+) -> None:
+    rules = ["--data", str(data), "--drop-lowest", "0.3", *(["--materialise"] if materialise else [])]
+    undisturbed = curate(JOB.read([*rules, "--out", str(tmp_path / "whole")]))
+    place = tmp_path / "out"
+    for limit in (2, 3, 5):  # lineage.json is there; a part is; all but dataset.json
+        command = [sys.executable, "-c", KILLED_AT, str(limit), *rules, "--out", str(place)]
+        killed = subprocess.run(command, capture_output=True, cwd=ROOT, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+        assert not (place / "dataset.json").exists() and (place / "lineage.json").exists()
+        with pytest.raises(InputError, match="a derived dataset that was interrupted"):
+            verify(open_store(place))
+    assert curate(JOB.read([*rules, "--out", str(place)]))["fingerprint"] == undisturbed["fingerprint"]
+    assert verify(open_store(place))["ok"]
+    assert not list(place.rglob("*.tmp"))

@@ -10,12 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.dataset import read_dataset
-from cluster.dataset.layout import MANIFEST_KEY, Manifest, load_manifest, rows_key, shard_key
+from cluster.dataset.given_features import find_features
+from cluster.dataset.layout import LINEAGE_KEY, MANIFEST_KEY, Manifest, load_manifest, rows_key, shard_key
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.rows import read_rows, read_shard
-from cluster.dataset.verify import verify
-from cluster.dataset.view import LINEAGE_KEY, ViewRows, lineage_source, write_view
+from cluster.dataset.upgrade import upgrade
+from cluster.dataset.verify import inspect, verify
+from cluster.dataset.view import ViewRows, lineage_source, write_view
 from cluster.store.store import open_store
 from cluster.training.data.batches import BatchShape
 from cluster.training.data.mixture import open_training_sets
@@ -24,6 +26,7 @@ from cluster.training.data.shuffled import Part, ShardLoader
 from cluster.training.request import DataSource
 from pcm.errors import InputError
 from pcm.text.vocabulary import Vocabulary
+from tests.helpers.published import make_complete_dataset
 from tests.helpers.tiny_dataset import write_dataset
 
 ROWS, SHARD = 40, 12
@@ -247,3 +250,38 @@ def test_rows_that_cannot_be_are_refused(tmp_path: Path, source: Path) -> None:
         with pytest.raises(ValueError, match=r"occurs twice|below 1|beyond its shard"):
             write_view(open_store(tmp_path), sources, ViewRows(**(vars(rows) | wrong)), lineage(sources))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("materialise", [False, True])
+def test_given_features_are_a_views(tmp_path: Path, source: Path, materialise: bool) -> None:
+    make_view(tmp_path / "view", [source], SHUFFLED, materialise=materialise)
+    given = find_features(str(tmp_path / "view"))
+    whole = everything(tmp_path / "view")
+    assert set(given.names) == set(whole)
+    for name, found in zip(given.names, given.read(range(len(given.names))), strict=True):
+        assert np.array_equal(found[1], whole[name][4])  # type: ignore[index]
+
+
+def test_a_view_can_be_neither_repaired_nor_upgraded(tmp_path: Path, source: Path) -> None:
+    make_view(tmp_path / "view", [source], SHUFFLED)
+    for act, what in ((inspect, "repaired"), (upgrade, "upgraded")):
+        with pytest.raises(InputError, match=f"a derived dataset cannot be {what}"):
+            act(open_store(tmp_path / "view"))
+
+
+def test_the_shards_of_an_unfinished_dataset_are_pinned_for_all_workers(
+    tmp_path: Path, tiny_clip: Path, tiny_t2i: Path
+) -> None:
+    store, *_ = make_complete_dataset(tmp_path / "data", t2i=tiny_t2i, clip=tiny_clip)
+    late = store.read_bytes(shard_key(1))
+    for key in (MANIFEST_KEY, shard_key(1)):
+        store.delete(key)
+    with pytest.raises(InputError, match="or add --unfinished to use the shards that are there"):
+        open_training_sets([DataSource(store.root)])
+    (found,) = open_training_sets([DataSource(store.root)], unfinished=True)
+    assert found.description()["unfinished_shards"] == len(found.shards) == 2
+    store.write_bytes(shard_key(1), late)
+    (worker,) = open_training_sets([DataSource(store.root, manifest=found.pinned)])
+    assert worker.manifest == found.manifest and worker.description() == found.description()
+    (now,) = open_training_sets([DataSource(store.root)], unfinished=True)
+    assert now.description()["sha256"] != found.description()["sha256"] and len(now.shards) == 3
