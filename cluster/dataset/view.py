@@ -140,7 +140,7 @@ def write_view(
     return manifest
 
 
-def claim(out: Store, lineage: Lineage, *, materialise: bool = False, shard_rows: int = SHARD_ROWS) -> Manifest | None:
+def claim(out: Store, lineage: Lineage, *, materialise: bool = False, shard_rows: int | None = None) -> Manifest | None:
     """Begin a view whose rows have still to be found: what `write_view` says first, for a method that puts work of its
     own below `out` meanwhile. The manifest where the view is there already.
 
@@ -152,7 +152,7 @@ def claim(out: Store, lineage: Lineage, *, materialise: bool = False, shard_rows
     return found
 
 
-def _document(lineage: Lineage, *, materialise: bool, shard_rows: int) -> dict:
+def _document(lineage: Lineage, *, materialise: bool, shard_rows: int | None) -> dict:
     return {**lineage.decides(), "materialise": materialise, "shard_rows": shard_rows}
 
 
