@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import resource
 import secrets
 import sys
 import threading
@@ -19,6 +20,10 @@ from pcm.errors import InputError, first_line
 log = logging.getLogger(__name__)
 
 START_ATTEMPTS = 3
+#: For a node to say what it has.
+RESOURCES_SECONDS = 60.0
+#: Of `ulimit -n`, as Ray recommends; of `ulimit -u`, about the threads of Ray's processes on 64 CPUs.
+ENOUGH_FILES, ENOUGH_PROCESSES = 8192, 8192
 SECONDS_BETWEEN_WAITING_LINES = 30.0
 _AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 #: Where Ray's own commands keep the token of a cluster that is joined.
@@ -41,9 +46,11 @@ def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | No
     if os.environ.get("RAY_ADDRESS"):
         protect_token_file()
         ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env)
+        _wait_for_resources()
         log.info("joined the Ray cluster at RAY_ADDRESS: %s", _resources())
     else:
         _start_local(num_cpus, runtime_env)
+        _wait_for_resources()
         log.info("started Ray on this machine: %s", _resources())
     logging.getLogger("ray.data.exceptions").addFilter(is_no_user_error)
     context = ray.data.DataContext.get_current()
@@ -62,6 +69,7 @@ def _start_local(num_cpus: int | None, runtime_env: dict | None) -> None:
     if not any(name in os.environ for name in _AUTHENTICATION):
         # Of this run alone. Ray's own would lie in ~/.ray, readable by all; and there may be no home to write to.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    _raise_file_limit()
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             ray.init(
@@ -75,10 +83,40 @@ def _start_local(num_cpus: int | None, runtime_env: dict | None) -> None:
             ray.shutdown()
             if attempt == START_ATTEMPTS:
                 raise InputError(
-                    f"Ray did not start on this machine, {START_ATTEMPTS} times tried ({first_line(error)}); let other "
+                    f"Ray did not start on this machine, {START_ATTEMPTS} times tried ({first_line(error)}"
+                    f"{_low_limits()}); let other "
                     "work on it end, or look into /tmp/ray/session_latest/logs, and run the same command again"
                 ) from error
             log.warning("Ray did not start; trying again (%d of %d)", attempt + 1, START_ATTEMPTS)
+
+
+def _wait_for_resources() -> None:
+    """On a busy machine Ray has started before it knows what there is, and would be taken for one CPU."""
+    deadline = time.monotonic() + RESOURCES_SECONDS
+    while not ray.cluster_resources() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _raise_file_limit() -> None:
+    """Allow this process, and what it starts, as many open files as Ray recommends, where that may be had."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(ENOUGH_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _low_limits() -> str:
+    """Of this process's limits those that Ray may have run into, for the end of a sentence; "" where there are none."""
+    limits = (
+        ("open files", "-n", resource.RLIMIT_NOFILE, ENOUGH_FILES),
+        ("processes and threads", "-u", resource.RLIMIT_NPROC, ENOUGH_PROCESSES),
+    )
+    said = ""
+    for what, option, number, enough in limits:
+        soft, _ = resource.getrlimit(number)
+        if soft != resource.RLIM_INFINITY and soft < enough:
+            said += f"; ulimit {option} allows {soft} {what}: allow {enough}"
+    return said
 
 
 def protect_token_file() -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from cluster.options import Option, Request, flag, options_of
-from jobs.endings import StopSignals, flush_streams, open_streams, print_summary, say
+from jobs.endings import StopSignals, flush_streams, open_streams, print_summary, say, use_utf8
 from pcm.credentials import refuse_credentials
 from pcm.documents import read_document
 from pcm.errors import InputError, one_line
@@ -51,6 +51,7 @@ class Job:
         (jobs/endings.py); anything else raises, so Python prints the traceback and exits with 1. A summary may carry
         `"ok": False` (a check that ran and failed): exit 1.
         """
+        use_utf8()
         open_streams()
         stop = StopSignals()
         try:

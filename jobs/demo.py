@@ -15,6 +15,7 @@ from cluster.options import Request, check_at_least, given, option
 from cluster.report.request import ReportRequest
 from cluster.training.request import TrainRequest
 from jobs.command_line import Job
+from jobs.endings import print_text
 from pcm import embedded
 from pcm.errors import InputError
 
@@ -96,7 +97,7 @@ def run(request: DemoRequest) -> dict[str, Any]:
     captions_sheet(Path(results)).save(captions)
     page = str(out / "report.html")
     stage("report", make_report, ReportRequest(data=dataset, run=captioner, evaluation=results, out=page, **test))
-    print(table(generated, trained, metrics, stages), flush=True)
+    print_text(table(generated, trained, metrics, stages))
     log.info("pictures: %s; captions of held-out real pictures: %s; all of it, in a browser: %s", sheet, captions, page)
     return {
         "CIDEr": metrics["CIDEr"],
@@ -142,7 +143,10 @@ def captions_sheet(results: Path) -> "Image.Image":
     from pcm.contact_sheet import Cell, contact_sheet
     from pcm.images import open_image
 
-    made = {entry["image_id"]: entry["caption"] for entry in json.loads((results / "captions.json").read_text())}
+    made = {
+        entry["image_id"]: entry["caption"]
+        for entry in json.loads((results / "captions.json").read_text(encoding="utf-8"))
+    }
     photos = read_table(open_store(embedded.test_set_path("test")), "").to_pylist()
     return contact_sheet(
         [

@@ -6,6 +6,7 @@ takes longer. A second signal ends it at once. A closed or full stdout or stderr
 """
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -154,6 +155,17 @@ def open_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as of stderr: what it has no letter for is no failure
+
+
+def use_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode where its locale names files otherwise: captions and names of
+    pictures are UTF-8, whatever the locale. What this process starts inherits it.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def flush_streams() -> None:

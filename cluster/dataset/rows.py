@@ -108,6 +108,25 @@ class Rows:
         )
 
 
+def not_finite(
+    global_feature: np.ndarray, patch_features: np.ndarray, patch_scale: np.ndarray, clip_score: np.ndarray
+) -> np.ndarray:
+    """(n,) of bool: which rows have a NaN or an infinity in their features or score. Arrays as in `Rows`."""
+    finite = np.isfinite(clip_score)
+    for values in (global_feature, patch_features, patch_scale):
+        finite &= np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    return ~finite
+
+
+def not_finite_error(damaged: Sequence[tuple[str, str]]) -> InputError:
+    """For rows with values that are not finite. `damaged`: (shard, sample id) of each, at least one."""
+    (shard, sample_id), *others = damaged
+    more = f", and {len(others)} rows more" if others else ""
+    return InputError(
+        f"{shard}: the features or the score of sample {sample_id} are not finite{more}; run jobs.verify on the dataset"
+    )
+
+
 def no_scale(rows: int) -> np.ndarray:
     """The patch_scale of features that have none."""
     return np.zeros((rows, 0), np.float16)

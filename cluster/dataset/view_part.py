@@ -24,7 +24,7 @@ class PictureShard:
 
 @dataclass(frozen=True)
 class ViewPart:
-    """rows: of VIEW_SCHEMA, or some of its columns, shard and row among them. shards: those that its shard column numbers."""
+    """rows: of VIEW_SCHEMA, or some of its columns, shard and row among them. shards: those that the rows number."""
 
     rows: pa.Table
     shards: tuple[PictureShard, ...]

@@ -33,7 +33,6 @@ from pcm.official.files import (
     checkpoint_to_pth,
     concepts_to_pickle,
     features_to_npz,
-    stack_sentences,
 )
 from pcm.records import feature_matrix
 from pcm.text.concepts import ConceptVocabulary
@@ -129,7 +128,7 @@ class Official:
                 npz = features_to_npz(patches[number], images[number])
                 self._out.write_bytes(f"features/{folder}/{found.image_id}.npz", npz)
                 written.add(found)
-            words = stack_sentences(self._vocabulary, [row["caption"]], self._max_length)
+            words = self._vocabulary.encode_all([row["caption"]], self._max_length)
             rows.append((Annotation(found.image_id, found.split_id, *words, (row["clip_score"],)), row["caption"]))
         return rows
 

@@ -75,6 +75,7 @@ def run_pilot(
         expected=plan.expected,
         usable=plan.usable,
         pools=actors(pools, plan.num_shards),
+        generators_score=not pools.scorers,
         store_seconds=result.stage_seconds["store"] / made if made else 0.0,
         startup_seconds=result.startup_seconds or 0.0,
         billing=Billing.of(pools, device=plan.spec.generator.device, price_per_hour=watch.price_per_hour),
@@ -91,6 +92,7 @@ def predict(
     expected: int,
     usable: int,
     pools: Mapping[str, int],
+    generators_score: bool,
     store_seconds: float,
     startup_seconds: float,
     billing: Billing,
@@ -99,7 +101,8 @@ def predict(
     """From the stats of some shards to the whole plan of `expected` samples, `usable` of which can be drawn.
 
     `pools`: actors by stage. Each stage's seconds a drawn sample, over its actors, is the time the stage needs; the
-    slowest sets the pace, because the stages overlap. `store_seconds` a sample come from the driver: a shard's own
+    slowest sets the pace, because the stages overlap, but for drawing and scoring by turns in one process
+    (`generators_score`). `store_seconds` a sample come from the driver: a shard's own
     stats are written before it is. Raises InputError when no sample was drawn.
     """
     samples = sum(part["count"] for part in stats)
@@ -111,6 +114,8 @@ def predict(
     scores = sum((ClipScores.of_shard(dict(part)) for part in stats), ClipScores())
     seconds = {stage: sum(part[f"{stage}_seconds"] for part in stats) / drawn for stage in ("draw", "featurise")}
     seconds["write"] = sum(part["encode_seconds"] for part in stats) / drawn + store_seconds
+    if generators_score:
+        seconds["draw"] += seconds.pop("featurise")
     workers = {"draw": pools["draw"], "featurise": pools["featurise"], "write": pools["store"]}
     pace = {stage: seconds[stage] / workers[stage] for stage in seconds}  # seconds a sample
     bottleneck = max(pace, key=lambda stage: pace[stage])

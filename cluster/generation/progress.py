@@ -69,6 +69,12 @@ class Status:
         return max(0, self.total - self.skipped - self.samples - self.drawn)
 
 
+def steady_clock() -> Callable[[], float]:
+    """Seconds since 1970, counted on from now: that the machine's clock is set meanwhile does not change a rate."""
+    offset = time.time() - time.monotonic()
+    return lambda: offset + time.monotonic()
+
+
 class RunProgress:
     """Adds up shard stats as they are committed, and what the monitor sees meanwhile. Safe to use from two threads.
 
@@ -83,11 +89,13 @@ class RunProgress:
         skipped: int,
         actors: Mapping[str, int],
         billing: Billing,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
-        self._total, self._skipped, self._actors, self._billing, self._clock = total, skipped, actors, billing, clock
+        """`clock`: seconds since 1970 that never go back (steady_clock)."""
+        self._total, self._skipped, self._actors, self._billing = total, skipped, actors, billing
+        self._clock = clock or steady_clock()
         self._lock = threading.Lock()
-        self._started = self._observed = self._advanced = clock()
+        self._started = self._observed = self._advanced = self._clock()
         self._longest_gap = 0.0
         self._first_draw: float | None = None
         self._last_commit: float | None = None
@@ -113,7 +121,7 @@ class RunProgress:
             for reason, count in stats["quarantined_by_reason"].items():
                 self._reasons[reason] = self._reasons.get(reason, 0) + count
             for stage in STAGES:
-                self._stage_seconds[stage] += stats[f"{stage}_seconds"]
+                self._stage_seconds[stage] += max(0.0, stats[f"{stage}_seconds"])  # a clock may have been set back
             # Workers' clocks may differ from this one: a shard was not drawn before the run, nor after its commit.
             began = min(max(stats["start_time"], self._started), now)
             self._first_draw = began if self._first_draw is None else min(self._first_draw, began)

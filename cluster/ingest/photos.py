@@ -239,9 +239,9 @@ class PhotoShards:
 
     def __call__(self, shard: int) -> dict:
         """The stats of the shard, once it is committed. Raises InputError when its photos are too many bytes."""
-        started = time.time()
+        started, began = time.monotonic(), time.time()
         samples = self._samples(shard, read_table(self._store, self._plan.part_key(shard)).to_pylist())
-        block = ShardRow(shard, samples, {"start_time": started, "draw_seconds": time.time() - started}).to_block()
+        block = ShardRow(shard, samples, {"start_time": began, "draw_seconds": time.monotonic() - started}).to_block()
         del samples
         with self._model:
             block = self._featuriser(block)

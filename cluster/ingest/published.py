@@ -282,7 +282,7 @@ class ShardImporter:
 
     def __call__(self, shard: int) -> dict:
         """The stats of the shard, once it is committed."""
-        started = time.time()
+        started, began = time.monotonic(), time.time()
         rows = read_table(self._store, self._plan.part_key(shard)).to_pylist()
         patches = np.zeros((len(rows), self._features.num_patches, self._features.patch_dim), np.float16)
         images = np.zeros((len(rows), self._features.embed_dim), np.float16)
@@ -293,7 +293,7 @@ class ShardImporter:
         ]
         paths = pa.array([row.pop(IMAGE_PATH) for row in read], pa.string())
         samples = pa.Table.from_pylist(read, schema=DRAWN_SCHEMA)
-        read_at = time.time()
+        read_at = time.monotonic()
         if self._featuriser is not None:
             with self._model:
                 samples = self._featuriser.featurise(samples)
@@ -303,7 +303,8 @@ class ShardImporter:
         else:
             samples = with_features(samples, images, patches)
         samples = samples.append_column("clip_score", pa.array(scores)).append_column(IMAGE_PATH, paths)
-        times = {"start_time": started, "draw_seconds": read_at - started, "featurise_seconds": time.time() - read_at}
+        featurised = time.monotonic() - read_at
+        times = {"start_time": began, "draw_seconds": read_at - started, "featurise_seconds": featurised}
         return self._writer.write(ShardRow(shard, samples, times))
 
     def _row(self, row: dict, *, patches: np.ndarray, image: np.ndarray, score: np.float32) -> dict:

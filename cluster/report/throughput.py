@@ -64,10 +64,12 @@ def throughput(stats: Sequence[Mapping[str, Any]], *, stored: int) -> Throughput
         runs=working.runs,
         seconds=seconds,
         stored=so_far,
-        rate=np.gradient(so_far, seconds) if working.total else np.zeros(BINS + 1),
+        rate=np.maximum(np.gradient(so_far, seconds), 0.0) if working.total else np.zeros(BINS + 1),
         generator_hours=_accumulated(seconds, begin, drawn, drawing * scale) / SECONDS_AN_HOUR,
         machine_hours=seconds / SECONDS_AN_HOUR,
-        stage_seconds={stage: scale * sum(shard.get(f"{stage}_seconds", 0.0) for shard in timed) for stage in STAGES},
+        stage_seconds={
+            stage: scale * sum(max(0.0, shard.get(f"{stage}_seconds", 0.0)) for shard in timed) for stage in STAGES
+        },
         devices=tuple(sorted({str(shard.get("device_name", "an unknown device")) for shard in timed})),
     )
 
@@ -114,4 +116,4 @@ class _SharedTime:
 def _accumulated(at: np.ndarray, begin: np.ndarray, end: np.ndarray, amounts: np.ndarray) -> np.ndarray:
     """What has come of the amounts at each moment, each of them coming evenly between its begin and its end."""
     shares = np.clip((at[:, None] - begin) / np.maximum(end - begin, 1e-9), 0.0, 1.0)  # (n, shards)
-    return shares @ amounts
+    return np.maximum.accumulate(shares @ amounts)  # sums that should stay equal may differ in their last digit

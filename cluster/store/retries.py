@@ -66,6 +66,7 @@ _TRANSIENT_ERRNO = frozenset(
 )  # fmt: skip
 _FULL_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _REFUSED_ERRNO = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_REFUSED_BY_SYSTEM = frozenset(errno.errorcode[number] for number in _REFUSED_ERRNO)
 
 
 @dataclass(frozen=True)
@@ -160,11 +161,24 @@ class _Patience:
         self._pause = min(self._pause * 2, LONGEST_PAUSE)
 
 
+def no_bucket(place: str) -> InputError:
+    return InputError(
+        f"{place}: no such bucket; create it, or correct the URI, the endpoint (of S3 AWS_ENDPOINT_URL) or the region"
+    )
+
+
 def _advice(fault: Fault, place: str) -> str:
     if fault.kind == "full":
         return f"disk full at {place} ({fault.what}): free space and rerun the same command; nothing is half-written"
     if fault.kind == "no bucket":
-        return f"{place}: no such bucket; create it, or correct the URI, AWS_ENDPOINT_URL or the region"
+        return str(no_bucket(place))
+    if fault.what in _REFUSED_BY_SYSTEM:
+        return (
+            f"{place}: access refused ({fault.what}); check its owner and permissions, and that its disk is not "
+            "mounted read-only"
+        )
+    if fault.what.startswith("RequestTimeTooSkewed"):
+        return f"{place}: the store says that this machine's clock is wrong ({fault.what}); set it, and run again"
     return (
         f"{place}: access refused ({fault.what}); check the credentials in the environment, the profile or the role, "
         "and its rights to list, get and put"
@@ -186,8 +200,9 @@ def _classify_link(error: BaseException) -> Fault:
     if name == "OfflineModeIsEnabled":  # of a hub; a ConnectionError that no patience helps
         return Fault("other", name)
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(status, int):  # a hub's, by httpx or requests
-        return Fault(_kind_of_answer("", status), f"HTTP {status}")
+    if isinstance(status, int):  # a hub's, by httpx or requests; Azure's
+        code = str(getattr(error, "error_code", None) or "")  # azure.core's, of a store
+        return Fault(_kind_of_answer(code, status), f"HTTP {status}")
     if "ClientResponseError" in names or "HttpError" in names:  # aiohttp; gcsfs
         answered = getattr(error, "status", None) or getattr(error, "code", None) or 0
         return Fault(_kind_of_answer("", int(answered)), f"HTTP {answered}")
@@ -211,7 +226,7 @@ def _classify_link(error: BaseException) -> Fault:
 def _kind_of_answer(code: str, status: int) -> Kind:
     if code in _FULL_CODES or status == 507:
         return "full"
-    if code == "NoSuchBucket":
+    if code in ("NoSuchBucket", "ContainerNotFound"):
         return "no bucket"
     if code in _TRANSIENT_CODES or status in (408, 429) or (status >= 500 and status != 501):
         return "transient"

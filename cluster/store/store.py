@@ -29,7 +29,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cluster.store.object_file import ObjectFile
 from cluster.store.paths import inside, outside
-from cluster.store.retries import with_retries
+from cluster.store.retries import no_bucket, with_retries
+from cluster.store.temporary import named_temporary_folder
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, first_line
 
@@ -107,7 +108,10 @@ class Store:
         if self.is_local:
             self._with_retries(key, lambda: _write_file(self.path(key), data))
             return
-        self._with_retries(key, lambda: self._put(self.path(key), data))
+        try:
+            self._with_retries(key, lambda: self._put(self.path(key), data))
+        except FileNotFoundError:  # gcsfs; a put needs nothing but the bucket
+            raise no_bucket(f"{self.root}/{key}") from None
 
     def exists(self, key: str) -> bool:
         try:
@@ -161,9 +165,10 @@ class Store:
     def _copied(self, key: str) -> BinaryIO:
         if self._single.info(self.path(key))["type"] == "directory":
             raise IsADirectoryError(self.path(key))
-        copy = tempfile.TemporaryFile()  # noqa: SIM115  # the caller's to close
+        with named_temporary_folder():
+            copy = tempfile.TemporaryFile()  # noqa: SIM115  # the caller's to close
         try:
-            with self._single.open(self.path(key), "rb") as file:
+            with self._single.open(self.path(key), "rb") as file, named_temporary_folder():
                 shutil.copyfileobj(file, copy, REMOTE_BUFFER)
         except BaseException:
             copy.close()
@@ -372,7 +377,9 @@ def local_copy(uri: str | os.PathLike) -> Iterator[Path]:
             raise InputError(f"{os.fspath(uri)}: no such file or folder; give an existing path or URI")
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="pcm-") as folder:
+    with named_temporary_folder():
+        temporary = tempfile.TemporaryDirectory(prefix="pcm-")
+    with temporary as folder:
         target = inside(Path(folder), store.name or "copy")
         keys = [""] if store.is_file() else store.list()
         if not keys:
@@ -381,7 +388,7 @@ def local_copy(uri: str | os.PathLike) -> Iterator[Path]:
             file = inside(target, key) if key else target
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                with store.open(key, buffered=False) as source, file.open("xb") as copy:
+                with store.open(key, buffered=False) as source, named_temporary_folder(), file.open("xb") as copy:
                     shutil.copyfileobj(source, copy, REMOTE_BUFFER)
             except (FileExistsError, NotADirectoryError, IsADirectoryError):
                 raise InputError(f"{store.root}: the key {key[:200]!r} is a file and a folder at once") from None

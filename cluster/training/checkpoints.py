@@ -3,8 +3,10 @@
 import json
 import logging
 import tempfile
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from cluster.store.retries import with_retries
 from cluster.store.store import Store, join, local_copy
+from cluster.store.temporary import named_temporary_folder
 from cluster.training.ema import WeightAverage
 from cluster.training.ray_trainer import CHECKPOINTS
 from cluster.training.run_spec import RunSpec
 from pcm.captioners.captioner import MODEL_FILE, captioner_files
 from pcm.captioners.pcmnet.model import PCMNet
 from pcm.errors import InputError, one_line
+from pcm.generation.model_faults import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -93,12 +98,15 @@ class Checkpoints:
         if is_best:
             for name, data in files.items():
                 self._out.write_bytes(f"{BEST}/{name}", data)
-        with tempfile.TemporaryDirectory(prefix="pcm-checkpoint-") as folder:
-            for name, data in files.items():
-                Path(folder, name).write_bytes(data)
-            save_training_state(
-                Path(folder), module=self._module, optimizer=self._optimizer, average=self._average, at=at
-            )
+        with named_temporary_folder():
+            temporary = tempfile.TemporaryDirectory(prefix="pcm-checkpoint-")
+        with temporary as folder:
+            with named_temporary_folder():
+                for name, data in files.items():
+                    Path(folder, name).write_bytes(data)
+                save_training_state(
+                    Path(folder), module=self._module, optimizer=self._optimizer, average=self._average, at=at
+                )
             ray.train.report(
                 metrics,
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
@@ -109,27 +117,20 @@ class Checkpoints:
         """Load the last checkpoint that this run reported, or, where that is damaged, the newest before it that is not;
         at step 0, and nothing loaded, where none was reported. Every worker comes to the same one.
 
-        Raises InputError where all that are there are damaged.
+        Raises InputError where all that are there are damaged, and for a store that does not give one.
         """
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return TrainingState()
         name = Path(checkpoint.path).name
-        try:
-            with checkpoint.as_directory() as folder:
-                return self._load(Path(folder))
-        except Exception as error:  # what a cut file raises depends on where it is cut
-            self._damaged[name] = one_line(error, longest=120)
-        for earlier in self._earlier_than(name):
-            with local_copy(join(self._out.root, CHECKPOINTS, earlier)) as copy:
-                try:
-                    state = self._load(copy)
-                except Exception as error:
-                    self._damaged[earlier] = one_line(error, longest=120)
-                    continue
-            if self._is_first:
-                log.warning("damaged checkpoints are passed over (%s); %s is used", self._why_damaged(), earlier)
+        if (state := self._loaded(name, checkpoint.as_directory)) is not None:
             return state
+        for earlier in self._earlier_than(name):
+            copy = partial(local_copy, join(self._out.root, CHECKPOINTS, earlier))
+            if (state := self._loaded(earlier, copy)) is not None:
+                if self._is_first:
+                    log.warning("damaged checkpoints are passed over (%s); %s is used", self._why_damaged(), earlier)
+                return state
         raise InputError(
             f"{self._out.root}/{CHECKPOINTS}: no checkpoint can be read ({self._why_damaged()}); restore one, or train "
             "into another --out"
@@ -137,6 +138,24 @@ class Checkpoints:
 
     def _why_damaged(self) -> str:
         return "; ".join(f"{name}: {why}" for name, why in self._damaged.items())[:500]
+
+    def _loaded(self, name: str, copy: Callable[[], AbstractContextManager[str | Path]]) -> TrainingState | None:
+        """What a checkpoint says, in whose local `copy` its files are; None, and noted, where it is damaged.
+
+        No memory, or a store that refuses or does not answer, is no damage: that is raised.
+        """
+        place = join(self._out.root, CHECKPOINTS, name)
+        with ExitStack() as stack:
+            try:
+                folder = Path(with_retries(lambda: stack.enter_context(copy()), place=place))
+                return with_retries(lambda: self._load(folder), place=place)
+            except InputError:
+                raise
+            except Exception as error:  # what a cut file raises depends on where it is cut
+                if is_out_of_memory(error):
+                    raise
+                self._damaged[name] = one_line(error, longest=120)
+        return None
 
     def _load(self, folder: Path) -> TrainingState:
         return load_training_state(folder, module=self._module, optimizer=self._optimizer, average=self._average)
@@ -167,7 +186,8 @@ def save_training_state(
         safetensors.torch.save_file(
             {name: weight.detach().contiguous() for name, weight in module.named_parameters()}, folder / WEIGHTS_FILE
         )
-    torch.save(optimizer.state_dict(), folder / OPTIMIZER_FILE)
+    with (folder / OPTIMIZER_FILE).open("wb") as file:  # by name, torch would not say that the disk is full
+        torch.save(optimizer.state_dict(), file)
     (folder / STATE_FILE).write_text(json.dumps(vars(at)))
 
 

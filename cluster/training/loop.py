@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from cluster.dataset.rows import share_checks
+from cluster.dataset.rows import not_finite_error, share_checks
 from cluster.training.checkpoints import NO_SCORE, SCORE
 from cluster.training.data.batches import Batch
 from cluster.training.reporting import LossLog
@@ -146,11 +146,17 @@ def _check(worker: TrainWorker, steps: list[tuple[Batch, torch.Tensor, float]], 
 
 
 def _stop(worker: TrainWorker, batch: Batch, loss: float) -> None:
-    shares = [batch.sample_ids] * worker.num_workers
+    """Raises InputError where rows of the global batch are damaged, else NonFiniteLoss; on every worker alike.
+
+    Looked for only now: a look at every batch would cost a part of each step.
+    """
+    shares = [(batch.sample_ids, batch.damaged())] * worker.num_workers
     if worker.num_workers > 1:
-        torch.distributed.all_gather_object(shares, batch.sample_ids)
-    sample_ids = [sample_id for share in shares for sample_id in share if sample_id]
+        torch.distributed.all_gather_object(shares, (batch.sample_ids, batch.damaged()))
+    if damaged := [place for _, share in shares for place in share]:
+        raise not_finite_error(damaged)
+    sample_ids = [sample_id for share, _ in shares for sample_id in share if sample_id]
     raise NonFiniteLoss(
         f"loss is {loss} in epoch {batch.epoch + 1}, step {batch.step + 1}, at the batch of samples "
-        f"{', '.join(sample_ids)}; look at their features and clip scores, or lower lr_factor"
+        f"{', '.join(sample_ids)}, whose features are finite; lower lr_factor"
     )

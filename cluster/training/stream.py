@@ -106,7 +106,7 @@ def _generate_and_train(
     `generating` makes the dataset; `cpus` and `gpus` are the workers' and left alone by it. Whichever side fails first
     ends both: what it raised is raised. Run it again to go on.
     """
-    started = time.time()
+    started, began = time.monotonic(), time.time()
     request = replace(request, overrides={**request.overrides, "first_epoch": "plan"}, resume=_is_begun(request))
     context = DataContext.get_current()
     context.execution_options.exclude_resources = ExecutionResources(cpu=cpus, gpu=gpus)
@@ -124,15 +124,15 @@ def _generate_and_train(
         for side in done:
             side.result()  # raises what ended it; the threads and their actors end with this process
         if generated in done:
-            generation_seconds = time.time() - started
+            generation_seconds = time.monotonic() - started
             log.info("all pictures are there after %.0f s; training goes on", generation_seconds)
     assert generation_seconds is not None
     return {
         **generated.result().summary(),
         **trained.result(),
         "generation_seconds": round(generation_seconds, 2),
-        "first_step_seconds": _first_step_seconds(open_store(request.out), started),
-        "seconds": round(time.time() - started, 2),
+        "first_step_seconds": _first_step_seconds(open_store(request.out), began),
+        "seconds": round(time.monotonic() - started, 2),
     }
 
 

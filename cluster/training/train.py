@@ -51,8 +51,8 @@ log = logging.getLogger(__name__)
 CONFIG_KEY = "config.json"
 
 
-class TrainingFailed(Exception):
-    """Training stopped for a reason that starting again would meet again; one line."""
+class TrainingFailed(InputError):
+    """Training stopped for a reason that starting again would meet again."""
 
 
 def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch.distributed
 
-from cluster.dataset.rows import Rows, read_rows
+from cluster.dataset.rows import Rows, not_finite, not_finite_error, read_rows
 from cluster.sources.pictures import PictureSource, encode_pictures, load_picture_set
 from cluster.store.store import Store
 from cluster.training.data.selection import Selection
@@ -30,13 +30,20 @@ class ValidationShare:
 def held_out_share(
     held_out: Sequence[tuple[Store, Selection]], features: FeatureShape, *, rank: int, num_workers: int
 ) -> ValidationShare:
-    """Held-out pairs of some datasets; the one reference is the pair's own caption. Ids begin with the set's number."""
+    """Held-out pairs of some datasets; the one reference is the pair's own caption. Ids begin with the set's number.
+
+    Raises InputError for features that are not finite: their captions would be scored as if the model had failed.
+    """
     parts, image_ids = [Rows.empty(features)], []
     for place, (store, selection) in enumerate(held_out):
         share = selection.part(rank, num_workers)
         for shard, numbers in zip(share.shards, share.rows, strict=True):
             if len(numbers):
-                parts.append(read_rows(store, shard, numbers, features))
+                rows = read_rows(store, shard, numbers, features)
+                bad = not_finite(rows.global_feature, rows.patch_features, rows.patch_scale, rows.clip_score)
+                if bad.any():
+                    raise not_finite_error([(f"{store.root}/{shard.key}", each) for each in rows.sample_ids[bad]])
+                parts.append(rows)
                 image_ids += [f"{place}/{sample_id}" for sample_id in parts[-1].sample_ids]
     rows = Rows.concatenate(parts)
     references = {image_id: [caption] for image_id, caption in zip(image_ids, rows.captions, strict=True)}

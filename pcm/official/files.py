@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,9 +274,3 @@ def checkpoint_to_pth(state: dict[str, Tensor]) -> bytes:
     buffer = io.BytesIO()
     torch.save({"model": {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}}, buffer)
     return buffer.getvalue()
-
-
-def stack_sentences(vocabulary: Vocabulary, captions: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(token_ids, target_ids), both (n, max_length) int64, of captions."""
-    encoded = [vocabulary.encode(caption, max_length) for caption in captions]
-    return np.stack([ids for ids, _ in encoded]), np.stack([targets for _, targets in encoded])

@@ -105,19 +105,26 @@ class Vocabulary:
         return next((self.ids[spelling] for spelling in _UNKNOWN_SPELLINGS if spelling in self.ids), None)
 
     def encode(self, caption: str, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """A caption as (token_ids, target_ids), both int64 (max_length,).
+        """A caption as (token_ids, target_ids), both int64 (max_length,); see `encode_all`."""
+        token_ids, target_ids = self.encode_all([caption], max_length)
+        return token_ids[0], target_ids[0]
+
+    def encode_all(self, captions: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Captions as (token_ids, target_ids), both int64 (n, max_length).
 
         Inputs start with id 0 and are padded with 0; targets are the next words, end with id 0 and are padded with -1.
         At most `max_length - 1` words are kept, so the end is always among the targets.
         """
-        ids = (self.ids.get(word, self.unknown_id) for word in tokenise(caption))
-        words = [word_id for word_id in ids if word_id is not None][: max_length - 1]
-        token_ids = np.full(max_length, SPECIAL_ID, dtype=np.int64)
-        target_ids = np.full(max_length, IGNORED_TARGET, dtype=np.int64)
-        token_ids[1 : len(words) + 1] = words
-        target_ids[: len(words)] = words
-        target_ids[len(words)] = SPECIAL_ID
-        return token_ids, target_ids
+        id_of, unknown = self.ids.get, self.unknown_id
+        token_ids, target_ids = [], []
+        for caption in captions:
+            found = (id_of(word, unknown) for word in tokenise(caption))
+            words = [word_id for word_id in found if word_id is not None][: max_length - 1]
+            padding = max_length - 1 - len(words)
+            token_ids.append([SPECIAL_ID, *words, *[SPECIAL_ID] * padding])
+            target_ids.append([*words, SPECIAL_ID, *[IGNORED_TARGET] * padding])
+        shape = (len(token_ids), max_length)
+        return np.array(token_ids, np.int64).reshape(shape), np.array(target_ids, np.int64).reshape(shape)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Ids as text up to the first 0, which is rendered "." as the published code does; ids beyond it are dropped.

@@ -87,6 +87,44 @@ MUTANTS = (
         ("tests/jobs/test_endings.py::test_streams_that_nobody_reads_change_no_status",),
     ),
     Mutant(
+        "names and captions are UTF-8 whatever the locale",
+        "jobs/command_line.py", "        use_utf8()\n", "",
+        ("tests/jobs/test_endings.py::test_names_and_captions_are_utf_8_whatever_the_locale",),
+    ),
+    Mutant(
+        "as many open files as Ray recommends are allowed",
+        "cluster/session.py", "        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))", "        pass",
+        (
+            "tests/cluster/test_session.py::"
+            "test_as_many_open_files_as_ray_recommends_are_allowed_and_a_low_limit_is_named",
+        ),
+    ),
+    Mutant(
+        "a full disk for temporary files is named",
+        "cluster/store/temporary.py", "if not _is_full(error):", "if True:",
+        ("tests/cluster/training/test_checkpoints.py::test_a_temporary_disk_that_is_full_is_named",),
+    ),
+    Mutant(
+        "a clock that is set changes no rate",
+        "cluster/generation/progress.py", "return lambda: offset + time.monotonic()",
+        "return lambda: time.time()",
+        ("tests/cluster/generation/test_progress.py::test_a_clock_that_is_set_during_a_run_changes_no_rate",),
+    ),
+    Mutant(
+        "times that a clock took which was set back count for nothing",
+        "cluster/report/throughput.py", "max(0.0, shard.get(f\"{stage}_seconds\", 0.0))",
+        "shard.get(f\"{stage}_seconds\", 0.0)",
+        ("tests/cluster/report/test_throughput.py::test_a_machine_whose_clock_is_a_day_off_makes_no_rate_negative",),
+    ),
+    Mutant(
+        "a disk that is mounted read-only is one line",
+        "cluster/store/retries.py", "frozenset({errno.EACCES, errno.EPERM, errno.EROFS})", "frozenset({errno.EACCES})",
+        (
+            "tests/cluster/store/test_retries.py::"
+            "test_a_disk_that_is_full_or_read_only_at_the_manifest_costs_no_shard",
+        ),
+    ),
+    Mutant(
         "a local Ray listens on the loopback alone",
         "cluster/__init__.py", 'os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")', "pass",
         ("tests/cluster/test_session.py::test_a_local_ray_listens_on_the_loopback_alone_and_writes_no_token",),
@@ -302,6 +340,24 @@ MUTANTS = (
         ("tests/cluster/sources/test_files_as_people_have_them.py::test_an_endless_line_is_cut_and_the_next_record_is_read",),
     ),
     Mutant(
+        "ids that pandas made floats are whole numbers",
+        "pcm/text/caption_rows.py", 'whole = text.removesuffix(".0")', "whole = text",
+        (
+            "tests/cluster/sources/test_files_as_people_have_them.py::"
+            "test_ids_that_pandas_made_floats_are_whole_numbers",
+        ),
+    ),
+    Mutant(
+        "what macOS keeps beside pictures is no picture",
+        "cluster/sources/pictures.py", 'return path.name.startswith("._") or "__MACOSX" in path.parts', "return False",
+        ("tests/cluster/sources/test_pictures.py::test_what_macos_keeps_beside_pictures_is_left_out_and_said",),
+    ),
+    Mutant(
+        "a container that is not there on Azure is named",
+        "cluster/store/retries.py", 'if code in ("NoSuchBucket", "ContainerNotFound"):', 'if code == "NoSuchBucket":',
+        ("tests/cluster/store/test_retries.py::test_errors_of_azure_are_told_apart_by_status_and_code",),
+    ),
+    Mutant(
         "a picture is turned upright",
         "pcm/images.py", "ImageOps.exif_transpose(image)", "image",
         ("tests/pcm/test_images.py::test_a_picture_is_turned_upright_as_its_camera_says",),
@@ -354,6 +410,33 @@ MUTANTS = (
         (
             "tests/cluster/training/test_train.py::"
             "test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before",
+        ),
+    ),
+    Mutant(
+        "too little memory is no damaged checkpoint",
+        "cluster/training/checkpoints.py", "if is_out_of_memory(error):", "if False:",
+        ("tests/cluster/training/test_checkpoints.py::test_too_little_memory_is_no_damage",),
+    ),
+    Mutant(
+        "a store that stutters is no damaged checkpoint",
+        "cluster/training/checkpoints.py", "return with_retries(lambda: self._load(folder), place=place)",
+        "return self._load(folder)",
+        ("tests/cluster/training/test_checkpoints.py::test_a_store_that_stutters_is_tried_again",),
+    ),
+    Mutant(
+        "rows that are no numbers are named with their shard",
+        "cluster/dataset/rows.py", "    return ~finite\n", "    return finite & False\n",
+        (
+            "tests/cluster/training/data/test_shuffled.py::"
+            "test_rows_that_are_no_numbers_are_found_in_their_batch_with_their_shard",
+        ),
+    ),
+    Mutant(
+        "held-out rows that are no numbers are not captioned",
+        "cluster/training/validation.py", "if bad.any():", "if False:",
+        (
+            "tests/cluster/training/data/test_shuffled.py::"
+            "test_held_out_rows_that_are_no_numbers_are_named_before_they_are_captioned",
         ),
     ),
     Mutant(

@@ -47,6 +47,17 @@ def test_workers_start_with_the_environment_that_is_asked_for() -> None:
     assert done.stdout.splitlines()[-1:] == ["for"], done.stderr
 
 
+@pytest.mark.parametrize(("hard", "soft"), [(4096, 4096), (64, 64), (20_000, 8192)])
+def test_as_many_open_files_as_ray_recommends_are_allowed_and_a_low_limit_is_named(hard: int, soft: int) -> None:
+    code = (
+        f"import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (60, {hard}))\n"
+        "from cluster import session; session._raise_file_limit()\n"
+        "print(r.getrlimit(r.RLIMIT_NOFILE)[0], 'ulimit -n' in session._low_limits())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == [str(soft), str(soft < 8192)], done.stderr
+
+
 LISTEN = "0A"  # of /proc/net/tcp
 
 

@@ -106,6 +106,24 @@ def test_streams_that_nobody_reads_change_no_status(stream: str, tmp_path: Path)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "locale",
+    [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "latin-1"}],
+)
+def test_names_and_captions_are_utf_8_whatever_the_locale(locale: dict[str, str], tmp_path: Path) -> None:
+    read = "return {'файл': open(request.how).read(), 'name': request.how, 'argument': sys.argv[-1]}"
+    program = JOB.replace('if request.how == "done":', "if True:").replace('return {"done": 1}', read)
+    (tmp_path / "job.py").write_text(program, encoding="utf-8")
+    file = tmp_path / "данные.txt"
+    file.write_text("ein weißer Hund, 白い犬", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "job.py", "--how", file],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **locale}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"файл": "ein weißer Hund, 白い犬", "name": str(file), "argument": str(file)}
+
+
 @pytest.mark.parametrize("command", ["-m jobs", "-m jobs.verify --help"])
 def test_help_for_nobody_is_no_failure(command: str) -> None:
     done = subprocess.run(["bash", "-c", f"{sys.executable} {command} > /dev/full"], cwd=ROOT, capture_output=True)

@@ -32,7 +32,6 @@ from pcm.official.files import (
     features_to_npz,
     read_annotation,
     sentence_of,
-    stack_sentences,
 )
 from pcm.text.vocabulary import Vocabulary
 from tests.helpers.paths import DATA, ROOT
@@ -339,11 +338,11 @@ def test_what_cannot_be_imported_is_one_clear_line_and_nothing_is_executed(publi
 
 def test_unknown_words_come_back_as_unknown_words():
     published = Vocabulary(("a", "dog", "<unk>", "unk"))
-    token_ids, target_ids = stack_sentences(published, ["a zebra dog"], 6)
+    token_ids, target_ids = published.encode_all(["a zebra dog"], 6)
     sentence = sentence_of(token_ids[0], target_ids[0], published)
     np.testing.assert_array_equal(published.encode(sentence, 6)[0], token_ids[0])
     assert sentence == "a unkunk dog"
-    full = stack_sentences(published, ["a a a a dog"], 6)
+    full = published.encode_all(["a a a a dog"], 6)
     assert sentence_of(full[0][0], full[1][0], published) == "a a a a dog"
     endless = np.array([0, 1, 1, 2]), np.array([1, 1, 2, 2])  # cut by the published code, without an end
     assert sentence_of(*endless, published) == "a a dog dog"

@@ -91,7 +91,7 @@ class ArrivingShards:
             skip = max(0, skip - len(numbers))
             if len(order):
                 rows = read_rows(self._store, stored, numbers, self._shape.features)
-                yield Decoded.of(rows, self._vocabulary, self._shape), order
+                yield Decoded.of(f"{self._store.root}/{stored.key}", rows, self._vocabulary, self._shape), order
 
     def _wait(self, shard: int) -> None:
         _until(lambda: self._store.exists(shard_key(shard)), what=f"shard {shard}", sleep=self._sleep)

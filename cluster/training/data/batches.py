@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from cluster.dataset.rows import Rows
+from cluster.dataset.rows import Rows, not_finite
 from pcm.captioners.pcmnet.method import PCMNET
 from pcm.errors import InputError
 from pcm.records import FeatureShape
@@ -28,6 +28,7 @@ class Batch:
     step: int  # within the epoch, from 0
     last: bool  # of the epoch
     sample_ids: tuple[str, ...]
+    shards: tuple[str, ...]  # that each row is of: path or URI
     global_feature: np.ndarray  # (b, D) float16
     patch_features: np.ndarray  # (b, N, D_v) float16 or int8
     patch_scale: np.ndarray  # (b, D_v) float16 beside int8, else (b, 0)
@@ -35,19 +36,25 @@ class Batch:
     token_ids: np.ndarray  # (b, T) int64, T = max_length
     target_ids: np.ndarray  # (b, T) int64, padded with -1
 
+    def damaged(self) -> list[tuple[str, str]]:
+        """(shard, sample id) of the rows that have a NaN or an infinity in their features or score."""
+        bad = not_finite(self.global_feature, self.patch_features, self.patch_scale, self.clip_score)
+        return [(self.shards[row], self.sample_ids[row]) for row in np.flatnonzero(bad)]
+
 
 @dataclass(frozen=True)
 class Decoded:
     """Rows of one shard with their token ids."""
 
+    shard: str  # path or URI
     rows: Rows
     token_ids: np.ndarray  # (n, T)
     target_ids: np.ndarray  # (n, T)
 
     @staticmethod
-    def of(rows: Rows, vocabulary: Vocabulary, shape: "BatchShape") -> "Decoded":
+    def of(shard: str, rows: Rows, vocabulary: Vocabulary, shape: "BatchShape") -> "Decoded":
         token_ids, target_ids = PCMNET.encode(rows.captions.tolist(), vocabulary, length=shape.max_length)
-        return Decoded(rows.in_8_bits() if shape.int8 else rows, token_ids, target_ids)
+        return Decoded(shard, rows.in_8_bits() if shape.int8 else rows, token_ids, target_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +97,7 @@ class OpenBatch:
     def __init__(self, shape: BatchShape) -> None:
         self._slice = shape.slice
         rows, features = len(self._slice), shape.features
-        self._sample_ids = [""] * rows
+        self._sample_ids, self._shards = [""] * rows, [""] * rows
         self._arrays: dict[str, np.ndarray] = {
             "global_feature": np.zeros((rows, features.embed_dim), np.float16),
             # Megabytes that nearly always are filled: `close` clears what is not.
@@ -112,6 +119,7 @@ class OpenBatch:
             return
         place = slice(start + first, start + first + len(mine))
         self._sample_ids[place] = decoded.rows.sample_ids[mine]
+        self._shards[place] = [decoded.shard] * len(mine)
         lines = decoded.rows.feature_lines(mine)
         for name in ("global_feature", "patch_features", "patch_scale"):
             np.take(getattr(decoded.rows, name), lines, axis=0, out=self._arrays[name][place], mode="clip")
@@ -122,7 +130,7 @@ class OpenBatch:
     def close(self, *, epoch: int, step: int, last: bool) -> Batch:
         missing = [row for row, sample_id in enumerate(self._sample_ids) if not sample_id]
         self._arrays["patch_features"][missing] = 0
-        return Batch(epoch, step, last, tuple(self._sample_ids), **self._arrays)
+        return Batch(epoch, step, last, tuple(self._sample_ids), tuple(self._shards), **self._arrays)
 
 
 _END = object()

@@ -166,8 +166,11 @@ class ShardLoader:
         place = (piece.part, piece.shard)
         if self._cache is not None and place in self._cache:
             return self._cache[place]
-        rows = self._parts[piece.part].read_shard(piece.shard, self._shape.features)
-        decoded = Decoded.of(rows, self._vocabulary, self._shape)
+        part = self._parts[piece.part]
+        rows = part.read_shard(piece.shard, self._shape.features)
+        decoded = Decoded.of(
+            f"{part.store.root}/{part.selection.shards[piece.shard].key}", rows, self._vocabulary, self._shape
+        )
         if self._cache is not None:
             self._cache[place] = decoded
         return decoded

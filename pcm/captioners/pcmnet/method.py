@@ -41,8 +41,7 @@ class PCMNetMethod:
         return model
 
     def encode(self, captions: Sequence[str], vocabulary: Vocabulary, *, length: int) -> tuple[np.ndarray, np.ndarray]:
-        token_ids, target_ids = zip(*(vocabulary.encode(caption, length) for caption in captions), strict=True)
-        return np.stack(token_ids), np.stack(target_ids)
+        return vocabulary.encode_all(captions, length)
 
     def words(self, network: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return network(*(rows[name] for name in self.inputs)), rows["target_ids"]

@@ -73,7 +73,8 @@ def test_a_pilot_has_a_shard_for_each_generator_and_no_more_than_there_are(plan:
 def prediction_from(store: Store, plan: Plan, shards: Sequence[int], **changed: object) -> Prediction:
     stats = [json.loads(store.read_bytes(stats_key(shard))) for shard in shards]
     known = {
-        "expected": plan.expected, "usable": plan.usable, "pools": SOLO, "store_seconds": 0.001,
+        "expected": plan.expected, "usable": plan.usable, "pools": SOLO, "generators_score": True,
+        "store_seconds": 0.001,
         "startup_seconds": 30.0, "billing": TWO_MACHINES, "machines": 2,
     }  # fmt: skip
     return predict(stats, **(known | changed))
@@ -114,7 +115,8 @@ def shard(**changed: object) -> dict:
 def predict_from(stats: list[dict], **changed: object) -> Prediction:
     known = {
         "expected": 100_000, "usable": 100_000, "pools": {"draw": 4, "featurise": 1, "encode": 1, "store": 1},
-        "store_seconds": 0.01, "startup_seconds": 60.0, "billing": TWO_MACHINES, "machines": 2,
+        "generators_score": False, "store_seconds": 0.01, "startup_seconds": 60.0, "billing": TWO_MACHINES,
+        "machines": 2,
     }  # fmt: skip
     return predict(stats, **(known | changed))
 
@@ -129,6 +131,12 @@ def test_the_slowest_pool_sets_the_pace() -> None:
     assert predict_from([shard()], store_seconds=0.3).bottleneck == "write"
     slow_clip = predict_from([shard(featurise_seconds=20.0)])
     assert (slow_clip.bottleneck, slow_clip.predicted_seconds) == ("featurise", pytest.approx(60 + 100_000 * 0.2))
+
+
+def test_a_generator_that_scores_needs_the_time_of_both() -> None:
+    pools = {"draw": 4, "featurise": 4, "encode": 1, "store": 1}
+    both = predict_from([shard(featurise_seconds=20.0)], generators_score=True, pools=pools)
+    assert (both.bottleneck, both.predicted_seconds) == ("draw", pytest.approx(60 + 100_000 * (0.5 + 0.2) / 4))
 
 
 def test_gpu_hours_count_the_gpus_that_are_reserved() -> None:

@@ -6,6 +6,7 @@ import os
 import pty
 import termios
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -378,3 +379,29 @@ def test_the_gate_closes_only_beyond_doubt_and_shows_an_example(tmp_path) -> Non
 def test_a_watch_that_makes_no_sense_is_refused(watch: dict[str, float]) -> None:
     with pytest.raises(InputError):
         RunLimits(**watch)
+
+
+@pytest.mark.parametrize("by", [-86400.0, 86400.0])
+def test_a_clock_that_is_set_during_a_run_changes_no_rate(by: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = time.time()
+    run = RunProgress(
+        total=10, skipped=0, actors=dict.fromkeys(("draw", "featurise", "encode", "store"), 1), billing=FREE
+    )
+    monkeypatch.setattr(time, "time", lambda: before + by)
+    assert 0 <= run.status().seconds < 3600
+
+
+@pytest.mark.parametrize("ahead", [-86400.0, 86400.0])
+def test_workers_whose_clocks_are_a_day_off_change_no_sign(ahead: float) -> None:
+    """Nor do times that a clock took which was set back meanwhile."""
+    clock = Clock()
+    run = a_run(clock, total=512)
+    for _ in range(2):
+        clock.now += 60
+        stats = shard_stats(clock)
+        run.add(stats | {"start_time": stats["start_time"] + ahead, "featurise_seconds": -ahead, "draw_seconds": -1.0})
+    status = run.status()
+    assert status.images_per_second is None or 0 < status.images_per_second < 512
+    assert status.eta_seconds == 0 and not status.stalled and status.seconds == 120
+    assert all(0 <= share <= 1 for share in status.utilisation.values())
+    assert "-" not in log_line(status, None).replace("- ", "")

@@ -41,3 +41,22 @@ def test_a_pause_between_two_runs_does_not_count() -> None:
 
 def test_no_times_no_throughput() -> None:
     assert throughput([{"start_time": 0, "end_time": 0, "successes": 3}], stored=3) is None
+
+
+@pytest.mark.parametrize("off", [-86400.0, 86400.0])
+def test_a_machine_whose_clock_is_a_day_off_makes_no_rate_negative(off: float) -> None:
+    stats = [shard(number, number + 1, draw=1.0) for number in range(10)]
+    others = [shard(number + off, number + 1 + off, draw=1.0) for number in range(10)]
+    set_back = shard(20, 21, draw=off) | {"featurise_seconds": off}
+    found = throughput([*stats, *others, set_back], stored=16 * 21)
+    assert found is not None
+    for values in (
+        found.rate,
+        found.generator_hours,
+        found.machine_hours,
+        np.diff(found.stored),
+        np.diff(found.seconds),
+    ):
+        assert np.isfinite(values).all() and (values >= 0).all()
+    assert all(seconds >= 0 for seconds in found.stage_seconds.values())
+    assert found.stored[-1] == pytest.approx(16 * 21)

@@ -7,18 +7,21 @@ import os
 import resource
 import subprocess
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import s3fs
 
-from cluster.dataset.layout import load_manifest, shard_key
+from cluster.dataset.layout import MANIFEST_KEY, load_manifest, shard_key
 from cluster.dataset.verify import verify
+from cluster.generation.pipeline import write_manifest
 from cluster.store.retries import classify, with_retries
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from pcm.line_timer import LineTimer
+from pcm.records import NULL_FEATURES
 from tests.helpers.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.helpers.seaweedfs import S3Server
 from tests.helpers.tiny_generation import CAPTIONS, make_dataset, make_dataset_in_process, null_spec, write_corpus
@@ -217,6 +220,21 @@ def test_errors_of_google_storage_are_told_apart_by_status() -> None:
     }  # fmt: skip
 
 
+def test_errors_of_azure_are_told_apart_by_status_and_code() -> None:
+    class HttpResponseError(Exception):  # as azure.core has it
+        def __init__(self, status: int, error_code: str) -> None:
+            self.response, self.error_code = types.SimpleNamespace(status_code=status), error_code
+
+    cases = {
+        (404, "ContainerNotFound"): "no bucket",
+        (404, "BlobNotFound"): "other",
+        (403, "AuthenticationFailed"): "refused",
+        (503, "ServerBusy"): "transient",
+        (500, "InternalError"): "transient",
+    }
+    assert {case: classify(HttpResponseError(*case)).kind for case in cases} == cases
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Callable[[], None]]:
     """A disk of 2 MB at `folder`, full but for 64 KB; yields what frees it. Without root: a limit on file sizes."""
@@ -248,6 +266,39 @@ def test_a_full_disk_is_one_line_and_nothing_is_half_written(tmp_path: Path) -> 
         free()
         store.write_bytes("large", bytes(1 << 20))
         assert store.size("large") == 1 << 20
+
+
+def test_a_disk_that_is_full_or_read_only_at_the_manifest_costs_no_shard(tmp_path: Path) -> None:
+    """The last object of a run: what was drawn stays, and the same command puts the manifest beside it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("may not mount a disk")
+    try:
+        corpus = write_corpus(tmp_path)
+        store, plan, _ = make_dataset_in_process(disk / "data", corpus, null_spec(), finish=False)
+        shards = {key: store.read_bytes(key) for key in store.list("shards")}
+
+        def refused(message: str) -> None:
+            with pytest.raises(InputError, match=message) as caught:
+                write_manifest(store, plan, NULL_FEATURES)
+            assert "\n" not in str(caught.value)
+            assert not store.exists(MANIFEST_KEY) and not list(disk.rglob("*.tmp"))
+
+        with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(4096))
+        refused(r"disk full at .*/disk/data/.* \(ENOSPC\): free space and rerun the same command")
+        (disk / "ballast").unlink()
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        refused(r"/disk/data/.*: access refused \(EROFS\); check its owner .* not mounted read-only")
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+
+        make_dataset_in_process(disk / "data", corpus, null_spec())
+        assert {key: store.read_bytes(key) for key in store.list("shards")} == shards
+        proven(store)
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def proven(store: Store) -> str:

@@ -177,6 +177,22 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(trained: Pa
         train(changed)
     with pytest.raises(InputError, match="validation: "):
         train(request(world, trained, resume=True))
+    wider = request(world, trained, resume=True, **real_pictures(world), overrides={"hidden_size": 64})
+    with pytest.raises(InputError, match=r"begun otherwise \(hidden_size: 32 -> 64\); resume with the same"):
+        train(wider)
+
+
+@pytest.mark.slow
+def test_a_run_of_one_worker_is_gone_on_with_by_two(trained: Path, world: Path, ray_session: None) -> None:
+    out, alone = world / "one then two", world / "one then one"
+    for each, workers in ((out, 2), (alone, 1)):
+        shutil.copytree(trained, each)
+        longer = request(
+            world, each, resume=True, num_workers=workers, **real_pictures(world), overrides={"epochs": EPOCHS + 1}
+        )
+        assert train(longer)["epochs"] == EPOCHS + 1
+    two, one = ([row["loss"] for row in losses(each)] for each in (out, alone))
+    assert len(two) == (EPOCHS + 1) * STEPS and two == pytest.approx(one, rel=TOLERANCE)
 
 
 @pytest.mark.slow
@@ -312,7 +328,7 @@ def test_two_workers_learn_what_one_learns(trained: Path, world: Path, ray_sessi
 
 
 @pytest.mark.parametrize("feature_dtype", [pytest.param("float16", marks=pytest.mark.slow), "int8"])
-def test_a_loss_that_is_no_number_stops_the_run(
+def test_features_that_are_no_numbers_stop_the_run_with_their_shard(
     world: Path, ray_session: None, tiny_clip: Path, tmp_path: Path, feature_dtype: str
 ) -> None:
     store = open_store(world / "data")
@@ -329,11 +345,26 @@ def test_a_loss_that_is_no_number_stops_the_run(
         cpus_per_worker=1,
         cache_dir=str(tmp_path / "cache"),
     )
-    with pytest.raises(TrainingFailed, match=rf"loss is nan in epoch 1, step \d+, .*{bad:09d}-00"):
+    with pytest.raises(InputError) as caught:
         train(broken)
+    assert str(caught.value) == (
+        f"{tmp_path}/nan/shards/part-000000.parquet: the features or the score of sample {bad:09d}-00 are not finite; "
+        "run jobs.verify on the dataset"
+    )
     assert not (tmp_path / "run/best").exists()
     trained_on = {str(np.load(file, mmap_mode="r").dtype) for file in tmp_path.glob("cache/*/*/*/patch_features.npy")}
     assert trained_on == {feature_dtype}
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_stops_the_run(world: Path, ray_session: None, tmp_path: Path) -> None:
+    request = TrainRequest(
+        data=str(world / "data"), out=str(tmp_path / "run"), overrides=TINY | {"lr_factor": 1e30}, cpus_per_worker=1
+    )
+    with pytest.raises(
+        TrainingFailed, match=r"loss is \w+ in epoch 1, step \d+, .*-00, whose features are finite; lower"
+    ):
+        train(request)
 
 
 def test_an_error_of_the_users_is_not_tried_again() -> None:

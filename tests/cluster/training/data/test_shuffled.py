@@ -15,6 +15,7 @@ from cluster.training.data.batches import BatchShape
 from cluster.training.data.selection import RowFilter, Selection, all_rows, holdout_share, select_rows
 from cluster.training.data.shard_cache import ShardCache
 from cluster.training.data.shuffled import Part, ShardLoader
+from cluster.training.validation import held_out_share
 from pcm.errors import InputError
 from pcm.text.vocabulary import Vocabulary
 from tests.helpers.shards import described
@@ -296,3 +297,19 @@ def test_leaving_an_epoch_early_ends_its_thread(dataset: Path) -> None:
             return
         time.sleep(0.1)
     pytest.fail("the loader's thread is still running")
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_rows_that_are_no_numbers_are_found_in_their_batch_with_their_shard(
+    int8: bool, tmp_path: Path, tiny_clip: Path
+) -> None:
+    data = write_dataset(tmp_path / "data", tiny_clip, rows=ROWS, shard_size=10, nan_row=25)
+    found = [place for batch in make_loader(data, int8=int8).epoch(0) for place in batch.damaged()]
+    assert found == [(f"{data}/shards/part-000002.parquet", "000000025-00")]
+
+
+def test_held_out_rows_that_are_no_numbers_are_named_before_they_are_captioned(tmp_path: Path, tiny_clip: Path) -> None:
+    data = write_dataset(tmp_path / "data", tiny_clip, rows=ROWS, shard_size=10, nan_row=25)
+    held_out = [(open_store(data), everything(data))]
+    with pytest.raises(InputError, match=r"part-000002.parquet: .* of sample 000000025-00 .*; run jobs.verify"):
+        held_out_share(held_out, load_manifest(open_store(data)).features, rank=0, num_workers=1)

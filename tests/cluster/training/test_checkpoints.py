@@ -1,0 +1,127 @@
+"""Going on from a checkpoint: what is damage, and what is the store's or the memory's."""
+
+import errno
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.train
+import safetensors.torch
+import torch
+
+from cluster.store.store import open_store
+from cluster.store.temporary import named_temporary_folder
+from cluster.training import checkpoints
+from cluster.training.checkpoints import Checkpoints, TrainingState, load_training_state, save_training_state
+from cluster.training.ray_trainer import CHECKPOINTS
+from pcm.captioners.captioner import MODEL_FILE
+from pcm.errors import InputError
+
+NAMES = ("epoch-001", "epoch-002")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
+    """A run of two checkpoints, of which the second is the one to go on from; its network is one layer."""
+    module = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(module.parameters())
+    for epoch, name in enumerate(NAMES, 1):
+        folder = tmp_path / CHECKPOINTS / name
+        folder.mkdir(parents=True)
+        torch.nn.init.constant_(module.weight, epoch)
+        safetensors.torch.save_file(module.state_dict(), folder / MODEL_FILE)
+        save_training_state(
+            folder, module=module, optimizer=optimizer, average=None, at=TrainingState(epoch=epoch, step=10 * epoch)
+        )
+    newest = ray.train.Checkpoint.from_directory(tmp_path / CHECKPOINTS / NAMES[-1])
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: newest)
+    monkeypatch.setenv("PCM_STORE_RETRY_SECONDS", "20")
+    run: Any = None
+    return Checkpoints(
+        run, open_store(tmp_path), module=module, optimizer=optimizer, average=None, is_first=True  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, *errors: BaseException) -> list[str]:
+    """Let the first reads of a checkpoint fail with these errors; which checkpoints were read."""
+    waiting, read = list(errors), []
+
+    def load(folder: Path, **parts: Any) -> TrainingState:
+        read.append(folder.name)
+        if waiting:
+            raise waiting.pop(0)
+        return load_training_state(folder, **parts)
+
+    monkeypatch.setattr(checkpoints, "load_training_state", load)
+    return read
+
+
+def test_the_newest_checkpoint_is_gone_on_from(run: Checkpoints) -> None:
+    assert run.restore() == TrainingState(epoch=2, step=20)
+    assert run._module.weight[0, 0] == 2
+
+
+@pytest.mark.parametrize("name", [MODEL_FILE, "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "gone"])
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    damage: str, name: str, run: Checkpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / CHECKPOINTS / NAMES[1] / name
+    data = file.read_bytes()
+    file.write_bytes({"cut": data[: len(data) // 2], "other": json.dumps([1]).encode()}.get(damage, b""))
+    if damage == "gone":
+        file.unlink()
+    assert run.restore() == TrainingState(epoch=1, step=10)
+    assert run._module.weight[0, 0] == 1
+    assert "damaged checkpoints are passed over (epoch-002: " in caplog.text and "epoch-001 is used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_is_no_damage(error: Exception, run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = failing(monkeypatch, error)
+    with pytest.raises(type(error)) as caught:
+        run.restore()
+    assert caught.value is error and read == [NAMES[1]]
+
+
+def test_a_store_that_refuses_is_named_and_no_older_checkpoint_is_taken(
+    run: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = failing(monkeypatch, PermissionError(errno.EACCES, "Permission denied"))
+    with pytest.raises(InputError, match=r"checkpoints/epoch-002: access refused \(EACCES\)"):
+        run.restore()
+    assert read == [NAMES[1]]
+
+
+def test_a_store_that_stutters_is_tried_again(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = failing(monkeypatch, OSError(errno.EIO, "Input/output error"), TimeoutError())
+    assert run.restore() == TrainingState(epoch=2, step=20)
+    assert read == [NAMES[1]] * 3
+
+
+@pytest.mark.parametrize("bytes_free", [0, 1000, 3000])
+def test_a_temporary_disk_that_is_full_is_named(bytes_free: int, tmp_path: Path) -> None:
+    module = torch.nn.Linear(20, 20)
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.zeros(1, 20)).sum().backward()
+    optimizer.step()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_free, limits[1]))
+    try:
+        with (
+            pytest.raises(InputError, match=r"disk for temporary files is full; .* with TMPDIR"),
+            named_temporary_folder(),
+        ):
+            save_training_state(tmp_path, module=module, optimizer=optimizer, average=None, at=TrainingState())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
