@@ -65,13 +65,17 @@ def measure(folder: Path, *, rows: int, shard_rows: int, rounds: int) -> dict:
     for loader in loaders.values():
         read_shards(loader, 0)
     rates: dict[str, list[float]] = {name: [] for name in loaders}
+    work: dict[str, list[float]] = {name: [] for name in loaders}
     for epoch in range(rounds):
         for name in loaders if epoch % 2 else reversed(loaders):
             drop_from_cache(folder)
+            before = time.process_time()
             rates[name].append(read_shards(loaders[name], epoch))
+            work[name].append(1e6 * (time.process_time() - before) / rows)
     quotients = [view / source for view, source in zip(rates["view"], rates["source"], strict=True)]
     return {
         "samples_per_second": {name: round(statistics.median(values), 1) for name, values in rates.items()},
+        "cpu_microseconds_per_sample": {name: round(statistics.median(values)) for name, values in work.items()},
         "view_over_source": round(statistics.median(quotients), 3),
         "spread": [round(min(quotients), 3), round(max(quotients), 3)],
         "write_seconds": round(written, 2),

@@ -34,6 +34,7 @@ class OpenDataset:
     manifest: Manifest
     plan: Plan | None
     sha256: str
+    is_unfinished: bool = False
 
     @property
     def shards(self) -> tuple[StoredShard, ...]:
@@ -42,10 +43,6 @@ class OpenDataset:
     @property
     def planned_shards(self) -> int:
         return self.plan.num_shards if self.plan is not None else len(self.manifest.shards)
-
-    @property
-    def is_unfinished(self) -> bool:
-        return len(self.manifest.shards) < self.planned_shards
 
     @property
     def extent(self) -> str:
@@ -86,7 +83,6 @@ def _what_is_there(store: Store, plan: Plan) -> OpenDataset:
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         manifest = manifest_of(plan, stored_features(store, plan), pool.map(lambda n: load_stats(store, n), numbers))
     digest = hashlib.sha256(manifest.to_json()).hexdigest()
-    found = OpenDataset(store, manifest, plan, digest)
-    if found.is_unfinished:
-        log.info("%s: unfinished, %s are used", store.root, found.extent)
+    found = OpenDataset(store, manifest, plan, digest, is_unfinished=True)
+    log.info("%s: unfinished, %s are used", store.root, found.extent)
     return found

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.dataset.layout import UPGRADED_FROM, StoredShard, shard_number, stats_key
-from cluster.dataset.view_part import OWN_COLUMNS, ViewPart
+from cluster.dataset.view_part import OWN_COLUMNS, PictureShard, ViewPart
 from cluster.store.object_file import ObjectFile
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError, first_line
@@ -43,9 +43,17 @@ _TEXTS = frozenset({"sample_id", "caption"})
 _PIECE_BYTES = 128 << 10
 
 
+_OF_ROW = ("sample_ids", "captions", "clip_score")
+_OF_PICTURE = ("global_feature", "patch_features", "patch_scale")
+
+
 @dataclass(frozen=True)
 class Rows:
-    """Decoded rows of a dataset. Features stay float16 until they are on the training device."""
+    """Decoded rows of a dataset. Features stay float16 until they are on the training device.
+
+    The three arrays of features have a line for each row, but where feature_rows says otherwise: read_rows does so only
+    for `in_place`.
+    """
 
     sample_ids: np.ndarray  # (n,) of str
     captions: np.ndarray  # (n,) of str
@@ -53,12 +61,19 @@ class Rows:
     global_feature: np.ndarray  # (n, D) float16
     patch_features: np.ndarray  # (n, N, D_v) float16, or int8: see pcm.kernels.quantised
     patch_scale: np.ndarray  # (n, D_v) float16 beside int8, (n, 0) beside float16
+    feature_rows: np.ndarray | None = None  # (n,) the line that a row's features are in; None: its own
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
     def take(self, indices: np.ndarray) -> "Rows":
-        return Rows(*(getattr(self, name)[indices] for name in self.__dataclass_fields__))
+        lines = self.feature_lines(indices)
+        own = {name: getattr(self, name)[indices] for name in _OF_ROW}
+        return Rows(**own, **{name: getattr(self, name)[lines] for name in _OF_PICTURE})
+
+    def feature_lines(self, indices: np.ndarray) -> np.ndarray:
+        """Where the features of these rows are in their arrays."""
+        return indices if self.feature_rows is None else self.feature_rows[indices]
 
     def select(self, numbers: np.ndarray) -> "Rows":
         """The rows of ascending numbers; nothing is copied where these are all."""
@@ -79,7 +94,7 @@ class Rows:
     def concatenate(parts: Sequence["Rows"]) -> "Rows":
         if len(parts) == 1:
             return parts[0]
-        return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in Rows.__dataclass_fields__))
+        return Rows(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in _OF_ROW + _OF_PICTURE})
 
     @staticmethod
     def empty(features: FeatureShape) -> "Rows":
@@ -206,10 +221,16 @@ def scores_of(store: Store, shard: StoredShard, table: pa.Table) -> np.ndarray:
         return table["clip_score"].to_numpy()
 
 
-def read_rows(store: Store, shard: StoredShard, rows: np.ndarray | None, features: FeatureShape) -> Rows:
-    """The given rows (ascending row numbers; None = all) of one shard, decoded. Raises as read_shard does."""
+def read_rows(
+    store: Store, shard: StoredShard, rows: np.ndarray | None, features: FeatureShape, *, in_place: bool = False
+) -> Rows:
+    """The given rows (ascending row numbers; None = all) of one shard, decoded. Raises as read_shard does.
+
+    With `in_place` the features of a view's rows may stay where their shard was read to, told by Rows.feature_rows: a
+    reader that copies them to a batch saves a copy.
+    """
     if shard.pictures and store.path(shard.key) not in _PRELOADED:
-        return _read_view_rows(store, shard, rows, features)
+        return _read_view_rows(store, shard, rows, features, in_place=in_place)
     table = read_shard(store, shard, COLUMNS)
     decoded = Rows(
         sample_ids=np.array(table["sample_id"].to_pylist(), dtype=object),
@@ -222,13 +243,22 @@ def read_rows(store: Store, shard: StoredShard, rows: np.ndarray | None, feature
     return decoded if rows is None else decoded.select(rows)
 
 
-def read_view_part(store: Store, shard: StoredShard) -> ViewPart:
+def read_view_part(store: Store, shard: StoredShard, columns: Sequence[str] = VIEW_SCHEMA.names) -> ViewPart:
     """The rows of a view's shard as they lie there. Raises InputError as read_shard does."""
     with _readable(store, shard):
-        table = _read(store, shard, VIEW_SCHEMA.names, checksum=True)
-        for name in _TEXTS:
+        data = store.read_bytes(shard.key)  # small, so at once
+        if len(data) != shard.bytes:
+            raise _OtherShard(f"it has {len(data)} bytes instead of {shard.bytes}")
+        if (found := hashlib.sha256(data).hexdigest()) != shard.sha256:
+            raise _OtherShard(f"its sha256 is {found[:16]}... instead of {shard.sha256[:16]}...")
+        table = _columns(pq.ParquetFile(pa.BufferReader(data)), shard, columns, use_threads=False)
+        for name in _TEXTS & set(columns):
             table[name].validate(full=True)
         return ViewPart.of(table, datasets=len(shard.pictures))
+
+
+#: Of a view's own columns, what decoding rows takes.
+_TRAINED = ("sample_id", "caption", "clip_score", "shard", "row")
 
 
 def read_weights(store: Store, shard: StoredShard) -> np.ndarray:
@@ -269,32 +299,51 @@ def part_columns(
     return pa.table({name: found[name] for name in columns})
 
 
-def _read_view_rows(store: Store, shard: StoredShard, rows: np.ndarray | None, features: FeatureShape) -> Rows:
-    """Features are copied once, from the source's column to their place."""
-    part = read_view_part(store, shard)
+def _read_view_rows(
+    store: Store, shard: StoredShard, rows: np.ndarray | None, features: FeatureShape, *, in_place: bool
+) -> Rows:
+    """Features are copied at most once, from the source's column to their place."""
+    part = read_view_part(store, shard, _TRAINED)
     numbers = np.arange(len(part)) if rows is None else rows
+    own = part.rows if len(numbers) == len(part) else part.rows.take(numbers)
+    told: dict[str, np.ndarray] = {
+        "sample_ids": np.array(own["sample_id"].to_pylist(), dtype=object),
+        "captions": np.array(own["caption"].to_pylist(), dtype=object),
+        "clip_score": scores_of(store, shard, own),
+    }
+    groups = list(part.groups(numbers))
+    if in_place and len(groups) == 1 and _KEPT_SHARE * groups[0][0].stored.rows <= len(numbers):
+        image, patches = _features(store, shard, groups[0][0], features)
+        return Rows(**told, global_feature=image, patch_features=patches, patch_scale=no_scale(len(image)),
+                    feature_rows=groups[0][1])  # fmt: skip
     image = np.empty((len(numbers), features.embed_dim), np.float16)
     patches = np.empty((len(numbers), features.num_patches, features.patch_dim), np.float16)
-    sizes = {"global_feature": image.shape[1:], "patch_features": patches.shape[1:]}
-    for each, in_source, places in part.groups(numbers):
-        with _pictures_of(store):
-            source = open_store(shard.pictures[each.pictures])
-            table = read_shard(source, each.stored, _FEATURES)
-            for name, array in (("global_feature", image), ("patch_features", patches)):
-                found = features_of(source, each.stored, table, name, *sizes[name])
-                if len(places) == len(numbers):  # then they are all, in order
-                    np.take(found, in_source, axis=0, out=array, mode="clip")
-                else:
-                    array[places] = found[in_source]
-    own = part.rows if rows is None else part.rows.take(rows)
-    return Rows(
-        sample_ids=np.array(own["sample_id"].to_pylist(), dtype=object),
-        captions=np.array(own["caption"].to_pylist(), dtype=object),
-        clip_score=scores_of(store, shard, own),
-        global_feature=image,
-        patch_features=patches,
-        patch_scale=no_scale(len(numbers)),
-    )
+    for pictures, in_source, places in groups:
+        for found, array in zip(_features(store, shard, pictures, features), (image, patches), strict=True):
+            if len(groups) == 1:  # then they are all, in order
+                np.take(found, in_source, axis=0, out=array, mode="clip")
+            else:
+                array[places] = found[in_source]
+    return Rows(**told, global_feature=image, patch_features=patches, patch_scale=no_scale(len(numbers)))
+
+
+#: A view's rows may keep the features of a whole shard in memory where they use so much of it.
+_KEPT_SHARE = 0.5
+
+
+def _features(
+    view: Store, shard: StoredShard, pictures: PictureShard, features: FeatureShape
+) -> tuple[np.ndarray, np.ndarray]:
+    """(m, D) and (m, N, D_v) of a whole shard that holds pictures of a view's shard."""
+    with _pictures_of(view):
+        source = open_store(shard.pictures[pictures.pictures])
+        table = read_shard(source, pictures.stored, _FEATURES)
+        sizes = (features.embed_dim,), (features.num_patches, features.patch_dim)
+        image, patches = (
+            features_of(source, pictures.stored, table, name, *size)
+            for name, size in zip(_FEATURES, sizes, strict=True)
+        )
+    return image, patches
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class PictureShard:
 
 @dataclass(frozen=True)
 class ViewPart:
-    """rows: of VIEW_SCHEMA. shards: those that `rows["shard"]` numbers."""
+    """rows: of VIEW_SCHEMA, or some of its columns, shard and row among them. shards: those that the rows number."""
 
     rows: pa.Table
     shards: tuple[PictureShard, ...]
@@ -47,7 +47,7 @@ class ViewPart:
         """Of a table as it lies there; `datasets`: how many the manifest names. Raises ArrowInvalid where rows or the
         list of shards are no view's."""
         try:
-            if table.schema.remove_metadata() != VIEW_SCHEMA:
+            if any(table.schema.field(name) != VIEW_SCHEMA.field(name) for name in table.column_names):
                 raise ValueError("other columns than a view's rows have")
             listed = json.loads(table.schema.metadata[VIEW_SHARDS_KEY])
             shards = tuple(PictureShard(entry["pictures"], StoredShard.of(entry)) for entry in listed)
@@ -61,7 +61,7 @@ class ViewPart:
                 raise ValueError("a row points beyond the end of its shard")
             if not all(type(shard.pictures) is int and 0 <= shard.pictures < datasets for shard in shards):
                 raise ValueError("a shard is of no dataset that the manifest names")
-            if len(table) and (table["weight"].to_numpy() < 1).any():
+            if "weight" in table.column_names and (table["weight"].to_numpy() < 1).any():
                 raise ValueError("a weight below 1")
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise pa.ArrowInvalid(f"not the rows of a view: {error}") from None

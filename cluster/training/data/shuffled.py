@@ -55,7 +55,9 @@ class Part:
     def read_shard(self, shard: int, features: FeatureShape) -> Rows:
         """The selected rows of one shard."""
         stored, numbers = self.selection.shards[shard], self.selection.rows[shard]
-        return (self.cache.read_rows if self.cache else read_rows)(self.store, stored, numbers, features)
+        if self.cache is not None:
+            return self.cache.read_rows(self.store, stored, numbers, features)
+        return read_rows(self.store, stored, numbers, features, in_place=True)
 
     def places(self, shard: int) -> np.ndarray:
         """Positions among the selected rows of one shard, each as often as its own weight says."""

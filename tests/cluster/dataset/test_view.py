@@ -114,6 +114,8 @@ def test_rows_for_training_are_those_of_the_columns(tmp_path: Path, source: Path
             assert rows.sample_ids.tolist() == table["sample_id"].take(kept).to_pylist()
             whole = read_rows(store, shard, None, manifest.features)
             assert np.array_equal(rows.patch_features, whole.patch_features[kept])
+            in_place = read_rows(store, shard, numbers, manifest.features, in_place=True)
+            assert np.array_equal(in_place.take(np.arange(len(kept))).patch_features, whole.patch_features[kept])
             assert np.array_equal(rows.global_feature, whole.global_feature[kept])
 
 
@@ -230,7 +232,7 @@ def test_training_takes_a_row_as_often_as_its_weight_says(tmp_path: Path, source
     weight = np.array([1 + number % 3 for number in range(len(SHUFFLED))])
     make_view(tmp_path / "view", [source], SHUFFLED, weight=weight)
     (found,) = open_training_sets([DataSource(str(tmp_path / "view"))])
-    selection = weighted(found.store, all_rows(found.manifest))
+    selection, whole = weighted(found.store, all_rows(found.manifest)), everything(tmp_path / "view")
     shape = BatchShape(features=found.manifest.features, batch_size=4, max_length=8)
     vocabulary = Vocabulary.from_text((tmp_path / "view" / "vocabulary.txt").read_text())
     for dataset_weight in (1.0, 2.0):
@@ -241,6 +243,11 @@ def test_training_takes_a_row_as_often_as_its_weight_says(tmp_path: Path, source
             assert {sample: seen.count(sample) for sample in seen} == {
                 f"{number:09d}-00": int(each) for number, each in enumerate(weight)
             }
+            for batch in loader.epoch(0):
+                for place, sample in enumerate(batch.sample_ids):
+                    if sample:
+                        assert np.array_equal(batch.patch_features[place], whole[sample][4])
+                        assert batch.clip_score[place] == whole[sample][2]
 
 
 def test_rows_that_cannot_be_are_refused(tmp_path: Path, source: Path) -> None:
@@ -274,8 +281,8 @@ def test_the_shards_of_an_unfinished_dataset_are_pinned_for_all_workers(
 ) -> None:
     store, *_ = make_complete_dataset(tmp_path / "data", t2i=tiny_t2i, clip=tiny_clip)
     late = store.read_bytes(shard_key(1))
-    for key in (MANIFEST_KEY, shard_key(1)):
-        store.delete(key)
+    store.delete(MANIFEST_KEY)
+    store.delete(shard_key(1))
     with pytest.raises(InputError, match="or add --unfinished to use the shards that are there"):
         open_training_sets([DataSource(store.root)])
     (found,) = open_training_sets([DataSource(store.root)], unfinished=True)
