@@ -105,8 +105,8 @@ def _clip(source: OpenDataset, request: RefineRequest) -> str:
 def lineage_of(source: OpenDataset, sentences: SentenceSpec, request: RefineRequest) -> Lineage:
     """What decides the view, before anything of it is known."""
     return Lineage(
-        method=request.method,
-        settings={**dataclasses.asdict(request.settings), "sentences": sentences.decides()},
+        method="refine",
+        settings={"method": request.method, **dataclasses.asdict(request.settings), "sentences": sentences.decides()},
         sources=(lineage_source(source),),
         rows_in=source.manifest.stored,
     )

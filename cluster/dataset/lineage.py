@@ -41,7 +41,7 @@ class RuleCount:
 
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
-    """method: such as "curate" or "sync". settings: all that decides the rows besides the sources. facts: what the
+    """method: the job, such as "curate" or "refine". settings: all that decides the rows besides the sources. facts: what the
     method counted besides, in JSON."""
 
     method: str
