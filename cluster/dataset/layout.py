@@ -370,8 +370,9 @@ def _known(kind: type, values: dict) -> dict:
 #: What helps against a damaged document.
 _MENDED = {
     PLAN_KEY: "restore it (without it jobs.verify cannot tell what is missing)",
-    MANIFEST_KEY: "run jobs.verify DATASET --repair, which writes it anew (of a derived dataset: rerun the command that "
-    "made it)",
+    MANIFEST_KEY: (
+        "run jobs.verify DATASET --repair, which writes it anew (of a derived dataset: rerun the command that made it)"
+    ),
 }
 
 
