@@ -17,6 +17,7 @@ import json
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -65,12 +66,12 @@ def save_stable_diffusion(folder: Path, *, size: str) -> Path:
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         sample_size=64 if tiny else 512,
     )  # fmt: skip
-    tokenizer = _byte_tokenizer(folder / "bpe")
+    tokenizer = clip_tokenizer(folder / "bpe")
     text_encoder = transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
             vocab_size=49408, hidden_size=text_width, intermediate_size=4 * text_width, max_position_embeddings=77,
             num_hidden_layers=2 if tiny else 12, num_attention_heads=text_width // 16 if tiny else 12,
-            bos_token_id=512, eos_token_id=513, pad_token_id=513,
+            bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
         )
     )  # fmt: skip
     scheduler = diffusers.PNDMScheduler(
@@ -85,16 +86,17 @@ def save_stable_diffusion(folder: Path, *, size: str) -> Path:
     return folder
 
 
-def _byte_tokenizer(folder: Path) -> transformers.CLIPTokenizer:
-    """CLIP's byte alphabet without merges: a letter is a token, and every prompt is padded or cut to 77 anyway."""
-    from open_clip.tokenizer import bytes_to_unicode
+def clip_tokenizer(folder: Path) -> transformers.CLIPTokenizer:
+    """CLIP's own tokenizer, written to a folder from the vocabulary that open_clip brings."""
+    from open_clip.tokenizer import SimpleTokenizer
 
-    letters = list(bytes_to_unicode().values())
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    own = SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     folder.mkdir(parents=True)
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    merges.write_text("#version: 0.2\n")
+    vocabulary.write_text(json.dumps({names.get(word, word): number for word, number in own.encoder.items()}))
+    ranked = sorted(own.bpe_ranks, key=own.bpe_ranks.__getitem__)
+    merges.write_text("\n".join(("#version: 0.2", *(" ".join(pair) for pair in ranked), "")))
     return transformers.CLIPTokenizer(str(vocabulary), str(merges), model_max_length=77)
 
 
@@ -113,6 +115,22 @@ class Drawer:
         started = time.perf_counter()
         self._generator.draw_batch(requests, self._batch_size)
         return self._batch_size / (time.perf_counter() - started)
+
+
+def host_waits(model: Path, *, batch_size: int, steps: int) -> int:
+    """How often the host waits for the GPU while a batch is drawn; needs one."""
+    spec = GeneratorSpec(
+        model=str(model), revision="main", num_inference_steps=steps, device="cuda", dtype="bfloat16",
+        batch_size=batch_size,
+    )  # fmt: skip
+    drawer = Drawer(spec)
+    drawer.images_per_second()
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        drawer.images_per_second()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def compare(spec: GeneratorSpec, names: list[str], repeats: int) -> dict[str, dict]:
@@ -161,9 +179,12 @@ def main() -> None:
             batch_size=args.batch_size,
         )  # fmt: skip
         report = compare(spec, args.options, args.repeats)
+        waits = None
+        if args.device == "cuda":
+            waits = host_waits(Path(model), batch_size=args.batch_size, steps=args.steps)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     settings = {"device": device, "dtype": args.dtype, "steps": args.steps, "batch_size": args.batch_size}
-    print(json.dumps({"pipeline": args.t2i or args.size, **settings, "options": report}))
+    print(json.dumps({"pipeline": args.t2i or args.size, **settings, "host_waits": waits, "options": report}))
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     if args.t2i is not None:
         with tempfile.TemporaryDirectory() as folder:
-            _write_picture_rows(args.page, [*args.t2i, *_tests_own(Path(folder))])
+            _write_picture_rows(args.page, [*_tests_own(Path(folder)), *args.t2i])
     if args.clip is None:
         return
     wanted = args.clip or open_clip.list_models()

@@ -1,6 +1,5 @@
 """Rows of the models page for text to image: what the tiny pipeline of each family does here."""
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +7,10 @@ import numpy as np
 
 from pcm.errors import InputError
 from pcm.generation.diffusers_pipeline import DiffusersTextToImage
+from pcm.generation.few_step_models import few_steps
 from pcm.generation.pipeline_loading import refuse_varying_shapes
 from pcm.generation.pipeline_signature import PipelineSignature, read_signature
+from pcm.generation.pixels import as_floats
 from pcm.spec import GeneratorSpec
 
 HEADER = (
@@ -23,7 +24,6 @@ BATCH_SIZE = 4
 
 def picture_rows(folders: list[Path]) -> Iterator[tuple[str, str]]:
     """(name, line of the table) of each pipeline folder. A pipeline that is refused has the reason in its line."""
-    logging.disable(logging.WARNING)
     for folder in folders:
         try:
             signature = read_signature(str(folder), None)
@@ -37,7 +37,9 @@ def _row(folder: Path, signature: PipelineSignature) -> str:
     spec = _spec(folder, signature)
     generator = DiffusersTextToImage(spec)
     size = 1 if generator.one_at_a_time else BATCH_SIZE
-    defaults = signature.defaults
+    defaults = dict(signature.defaults)
+    if found := few_steps(str(folder)):
+        defaults |= {"num_inference_steps": found.steps, "guidance_scale": found.guidance_scale}
     guidance = defaults.get("guidance_scale")
     scale = "-" if guidance is None else f"{guidance:g}"
     return (
@@ -61,11 +63,11 @@ def _spec(folder: Path, signature: PipelineSignature) -> GeneratorSpec:
 def _is_pure(generator: DiffusersTextToImage, size: int) -> bool:
     """Whether each picture is the same float for float alone, beside the others and drawn again."""
     seeds = range(size)
-    together = [generator._call(PROMPTS[:size], seeds)[0] for _ in range(2)]
+    together = [as_floats(generator._call(PROMPTS[:size], seeds)[0]) for _ in range(2)]
     same = np.array_equal(*together)
     for slot in range(size):
         prompts = [PROMPTS[slot] if each == slot else "" for each in range(size)]
-        same = same and np.array_equal(generator._call(prompts, seeds)[0][slot], together[0][slot])
+        same = same and np.array_equal(as_floats(generator._call(prompts, seeds)[0])[slot], together[0][slot])
     return bool(same)
 
 

@@ -139,11 +139,14 @@ class ClipSpec:
     #: it (a folder, a hub repo), or where it was not known.
     activation: str | None = None
     weights: str | None = None  # "sha256:..." of the file of weights, where it is known before the model is loaded
+    compile: str | None = None  # torch.compile of the image tower: a mode of COMPILE_MODES; None: not compiled
 
     def __post_init__(self) -> None:
         _check_choice("CLIP dtype", self.dtype, DTYPES)
         if self.activation is not None:
             _check_choice("CLIP activation", self.activation, ACTIVATIONS)
+        if self.compile is not None:
+            _check_choice("compile", self.compile, COMPILE_MODES)
         _check_positive(self, "batch_size", "cpu_threads")
 
     def to_dict(self) -> dict:
@@ -165,14 +168,14 @@ class ClipSpec:
 
     def identity(self) -> dict:
         """For a checkpoint's config.json: what is needed to load the same CLIP again and to see that it is the same."""
-        names = ("model", "revision", "dtype", *_LATER_CLIP_FIELDS)
+        names = ("model", "revision", "dtype", *_OF_WEIGHTS)
         return {name: value for name, value in self.to_dict().items() if name in names}
 
     def conflicts(self, other: "ClipSpec") -> list[str]:
         """What proves that `other` makes other features, as "activation: gelu -> quick_gelu". A name proves nothing:
         a model may move. What one of the two did not record is not compared.
         """
-        pairs = {name: (getattr(self, name), getattr(other, name)) for name in _LATER_CLIP_FIELDS}
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in _OF_WEIGHTS}
         return [f"{name}: {one} -> {two}" for name, (one, two) in pairs.items() if one and two and one != two]
 
 
@@ -227,7 +230,9 @@ LATER_FIELDS = (
     "pipeline_options", "loras", "vae", "vae_revision", "variant", "without", "config", "config_revision", "offload",
 )  # fmt: skip
 #: Fields of a ClipSpec younger than the first datasets: at their default they are left out of the digest of the spec.
-_LATER_CLIP_FIELDS = ("activation", "weights")
+_LATER_CLIP_FIELDS = ("activation", "weights", "compile")
+#: Of these, what says which CLIP it is.
+_OF_WEIGHTS = ("activation", "weights")
 
 
 def _sorted_pairs(options: object) -> tuple[tuple[str, str | int | float | bool], ...]:

@@ -16,7 +16,7 @@ from cluster.dataset.layout import CONCEPTS_KEY
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.rows import read_view_part
-from cluster.dataset.view import lineage_source, write_view
+from cluster.dataset.view import ViewRows, lineage_source, write_view
 from cluster.store.store import open_store, read_uri
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
@@ -120,14 +120,14 @@ def _examples(rows: IndexRows, verdict: Verdict, sources: list[OpenDataset]) -> 
     narrow = goes[np.lexsort((goes, np.asarray(verdict.margin, np.float64)[goes]))][:EXAMPLES]
     found = []
     for row in narrow.tolist():
-        example = {**_shown(rows, row, sources), "why": verdict.why(row)}
+        example = {**shown(rows, row, sources), "why": verdict.why(row)}
         if verdict.beside is not None:
-            example["beside"] = _shown(rows, int(verdict.beside[row]), sources)
+            example["beside"] = shown(rows, int(verdict.beside[row]), sources)
         found.append(example)
     return tuple(found)
 
 
-def _shown(rows: IndexRows, row: int, sources: list[OpenDataset]) -> dict[str, Any]:
+def shown(rows: IndexRows | ViewRows, row: int, sources: list[OpenDataset]) -> dict[str, Any]:
     """A row, and where its picture is: as of a view among the sources, in the dataset that holds it."""
     source = sources[int(rows.source[row])]
     stored, path, place = source.shards[int(rows.shard[row])], source.store.address, int(rows.row[row])

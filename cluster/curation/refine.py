@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from cluster.curation.curate import EXAMPLES, shown
 from cluster.curation.refine_request import RefineRequest
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import UNIT, WORK
@@ -79,7 +80,7 @@ def refine(request: RefineRequest) -> dict[str, Any]:
         "pairs": manifest.lineage.rows_in,
         "kept": manifest.stored,
         **{name: facts[name] for name in FACTS},
-        "sentences": facts["sentences"]["model"],
+        "sentences": facts["sentences"],
         "fingerprint": manifest.fingerprint,
         "dataset": request.out,
         "seconds": round(time.monotonic() - started, 2),
@@ -161,8 +162,13 @@ def sync_view(
     )  # fmt: skip
     table = stored_rows(source.manifest, out, work)
     rows = refined_rows(found, table["clip_score"].to_numpy())
-    rule = RuleCount(rule="keep", setting=request.keep, dropped=len(table) - len(rows.caption_row))
-    facts = {**rows.facts, "sentences": dataclasses.asdict(sentences), "device": device}
+    rule = RuleCount(
+        rule="keep",
+        setting=request.keep,
+        dropped=len(table) - len(rows.caption_row),
+        examples=_examples(found, table, source),
+    )
+    facts = {**rows.facts, "sentences": sentences.model, "device": device}
     lineage = dataclasses.replace(lineage, rules=(rule,), facts=facts)
     return write_view(out, [source], view_rows(rows, table, source), lineage, materialise=request.materialise)
 
@@ -182,6 +188,22 @@ def refined_rows(found: "Refined", scores: np.ndarray) -> RefinedRows:
             "mean_score_after": float(found.cosine[kept].mean()),
             "mean_sync_score": float(found.score[kept].mean() * UNIT),
         },
+    )
+
+
+def _examples(found: "Refined", table: pa.Table, source: OpenDataset) -> tuple[dict[str, Any], ...]:
+    """The best of the captions that go, with the pictures that they chose."""
+    goes = np.setdiff1d(np.arange(len(table)), found.kept)
+    best = goes[np.argsort(-found.score[goes], kind="stable")][:EXAMPLES]
+    rows = RefinedRows(best, found.picture[best], found.cosine[best].astype(np.float32), {})
+    view = view_rows(rows, table, source)
+    last = float(found.score[found.kept[-1]] * UNIT)
+    return tuple(
+        {
+            **shown(view, place, [source]),
+            "why": f"SynC score {float(found.score[row] * UNIT):.3f}; all that stay have {last:.3f} or more",
+        }
+        for place, row in enumerate(best)
     )
 
 

@@ -230,7 +230,7 @@ class Manifest:
     def to_json(self) -> bytes:
         values = {**asdict(self), "spec": self.spec.to_dict(), "features": asdict(self.features)}
         if self.lineage is None:
-            for name in ("kind", "pictures", "fingerprint", "lineage"):
+            for name in _OF_DERIVED:
                 del values[name]
         return document_bytes(values)
 
@@ -239,6 +239,8 @@ class Manifest:
         values = _document(data, MANIFEST_KEY)
         with _intact(MANIFEST_KEY):
             features = FeatureShape(**_known(FeatureShape, values["features"]))
+            if "kind" not in values:  # no derived dataset: what else later work may mean by these names is passed over
+                values = {name: value for name, value in values.items() if name not in _OF_DERIVED}
             found = Manifest(
                 **{
                     **_known(Manifest, values),
@@ -262,6 +264,10 @@ class Manifest:
                 if type(shard["quarantined"]) is not int:
                     raise TypeError(f"quarantined of {shard['key']} is {shard['quarantined']!r}")
             return found
+
+
+#: Fields of dataset.json that only derived datasets have, all four of them.
+_OF_DERIVED = ("kind", "pictures", "fingerprint", "lineage")
 
 
 def load_plan(store: Store) -> Plan | None:
@@ -339,7 +345,8 @@ def _document(data: bytes, key: str) -> dict:
         version = values["schema_version"]
         if type(version) is not int:
             raise ValueError(f"schema_version is {version!r}")
-    if version not in READABLE_VERSIONS and (key, version) != (MANIFEST_KEY, VIEW_VERSION):
+    is_view = (key, version, values.get("kind")) == (MANIFEST_KEY, VIEW_VERSION, VIEW)
+    if version not in READABLE_VERSIONS and not is_view:
         readable = " and ".join(map(str, READABLE_VERSIONS))
         raise OtherSchema(
             f"{key}: dataset schema version {version}, but this package reads versions {readable}; "
@@ -363,7 +370,9 @@ def _known(kind: type, values: dict) -> dict:
 #: What helps against a damaged document.
 _MENDED = {
     PLAN_KEY: "restore it (without it jobs.verify cannot tell what is missing)",
-    MANIFEST_KEY: "run jobs.verify DATASET --repair, which writes it anew",
+    MANIFEST_KEY: (
+        "run jobs.verify DATASET --repair, which writes it anew (of a derived dataset: rerun the command that made it)"
+    ),
 }
 
 

@@ -41,8 +41,8 @@ class RuleCount:
 
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
-    """method: the job, such as "curate" or "refine". settings: all that decides the rows besides the sources. facts: what the
-    method counted besides, in JSON."""
+    """method: the job, such as "curate" or "refine". settings: all that decides the rows besides the sources. facts:
+    what it counted besides, in JSON."""
 
     method: str
     settings: dict[str, Any]

@@ -189,7 +189,11 @@ def begun(out: Store, document: dict) -> Manifest | None:
         raise InputError(
             f"--out {out.root}: was begun {what}; use the same arguments and data to finish it, or another --out"
         )
-    return find_manifest(out)
+    try:
+        return find_manifest(out)
+    except InputError as error:
+        log.warning("%s; it is written again", error)
+        return None
 
 
 def _check(rows: ViewRows, sources: Sequence[OpenDataset]) -> None:

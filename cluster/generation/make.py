@@ -9,6 +9,7 @@ from typing import Any
 from cluster.dataset.layout import CorpusSource, Plan, load_plan
 from cluster.dataset.plan import make_plan, refuse_other_spec
 from cluster.dataset.vocabularies import store_given_concepts
+from cluster.generation.fit import check_memory
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.measured import measured
 from cluster.generation.pilot import Prediction, run_pilot
@@ -26,6 +27,7 @@ from cluster.sources.corpus import CorpusRecord, read_corpus, source_digest
 from cluster.store.store import Store, open_store
 from pcm import embedded
 from pcm.errors import InputError
+from pcm.generation.model_memory import model_memory
 from pcm.generation.prompt_length import truncation_check
 from pcm.spec import GENERATOR_VERSION, DatasetSpec
 from pcm.text.formats import ReadOptions
@@ -88,6 +90,7 @@ def prepare(store: Store, asked: GenerationOptions) -> Prepared:
     records = read_corpus(uri, format=asked.corpus_format, split=asked.split, limit=asked.limit, options=options)
     if planned is None or planned.source != source:
         records = _begun(records)
+    memory = None if spec.generator.model == "null" else model_memory(spec.generator)
     is_truncated = truncation_check(spec)
     concepts = None
     if asked.concepts is not None:
@@ -98,6 +101,8 @@ def prepare(store: Store, asked: GenerationOptions) -> Prepared:
     spec = on_device(spec, device=device, dtype=resolve_dtype(asked.dtype, device=device))
     if asked.offload != "none" and device != "cuda":
         raise InputError(f"--offload {asked.offload}: is for GPUs, and this cluster has none now; give --device cuda")
+    if memory is not None:
+        check_memory(spec.generator, memory)
     pools = Pools.of(asked, device=device, cpus=cluster_cpus(), gpus=cluster_gpus())
     if planned is None:
         spec, shard_size = measured(spec, pools, batch_size=asked.batch_size == AUTO, shard_size=asked.shard_size)

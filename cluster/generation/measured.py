@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from cluster.dataset.request import ShardOptions
+from cluster.generation.gpu_share import keep_to_gpu_share
 from cluster.generation.pools import Pools
 from cluster.session import user_error
 from pcm.errors import InputError
@@ -76,10 +77,7 @@ def _on_a_generators_node(function: Callable, pools: Pools, *arguments: Any, **n
 
 
 def _try_generator(spec: DatasetSpec, memory: float, *, search: bool) -> list[Trial]:
+    keep_to_gpu_share(spec.generator.device, part=memory)
     from pcm.generation.batch_search import try_generator  # torch and diffusers, only on the worker
 
-    if spec.generator.device == "cuda":
-        import torch
-
-        torch.cuda.set_per_process_memory_fraction(memory)
     return try_generator(spec.generator, search=search)

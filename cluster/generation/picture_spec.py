@@ -12,7 +12,7 @@ from cluster.options import flag, given
 from pcm import embedded
 from pcm.clip.names import folder_revision
 from pcm.credentials import refuse_credentials
-from pcm.errors import InputError, not_known
+from pcm.errors import InputError, first_line, not_known
 from pcm.generation.few_step_models import few_steps
 from pcm.generation.names import model_source, split_repo_file
 from pcm.generation.pipeline_files import named_files, pipeline_revision
@@ -122,6 +122,14 @@ def _pinned_config(asked: GenerationOptions, model: str) -> tuple[str | None, st
 
         config = inferred_config(Path(model))
         log.info("%s: configured as %s (--t2i-config)", model, config)
+        try:
+            return config, pin_repo(config, None)
+        except InputError as error:
+            raise InputError(
+                f"text-to-image file {model!r}: holds weights alone; its configuration is that of {config}, which "
+                f"cannot be had ({first_line(error)}); give --t2i-config FOLDER, a diffusers folder of "
+                "the same kind of model"
+            ) from None
     if Path(config).is_dir():
         return config, pipeline_revision(Path(config), weights=False)
     return config, pin_repo(config, None)

@@ -36,6 +36,7 @@ def dataset_spec(asked: GenerationOptions, *, gpus: float, version: int = GENERA
             dtype=dtype,
             device=device,
             batch_size=asked.clip_batch_size,
+            compile=None if asked.compile == "none" or clip == "null" else asked.compile,
         ),
         seed=asked.seed,
         images_per_caption=asked.images_per_caption,
@@ -88,7 +89,9 @@ def pin_clip(model: str, revision: str | None) -> tuple[str, str | None]:
     return f"{TAG_REVISION}{pretrained}", None
 
 
-def clip_spec(model: str, *, device: str, dtype: str, revision: str | None = None, **sizes: int) -> ClipSpec:
+def clip_spec(
+    model: str, *, device: str, dtype: str, revision: str | None = None, compile: str | None = None, **sizes: int
+) -> ClipSpec:
     """The spec of a CLIP NAME with everything about its weights pinned; `sizes`: batch_size, cpu_threads.
 
     Says what it gives and how large a row is. Raises InputError when there is no such model, or its revision cannot be
@@ -99,7 +102,14 @@ def clip_spec(model: str, *, device: str, dtype: str, revision: str | None = Non
     if model not in ("null", "embedded"):
         log.info("CLIP %s: %s", model, describe_tower(model))
     return ClipSpec(
-        model=model, revision=pinned, device=device, dtype=dtype, activation=activation, weights=weights, **sizes
+        model=model,
+        revision=pinned,
+        device=device,
+        dtype=dtype,
+        activation=activation,
+        weights=weights,
+        compile=compile,
+        **sizes,
     )
 
 

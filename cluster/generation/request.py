@@ -111,7 +111,7 @@ class PictureOptions(Request):
         None, metavar="NAME", help="of the files of weights: fp16 for *.fp16.safetensors", unset="the plain files"
     )
     t2i_without: tuple[str, ...] = option(
-        (), metavar="PART", help="a part not to load: text_encoder_3 is Stable Diffusion 3's T5"
+        (), metavar="PART", help="a part not to load: text_encoder_3 is Stable Diffusion 3's T5; safety_checker"
     )
     t2i_config: str | None = option(
         None,
@@ -187,7 +187,9 @@ class SpeedOptions(Request):
     timestep_spacing=trailing. Their steps and guidance are known by their name."""
 
     device: str = option(AUTO, choices=DEVICES, help="auto is cuda where the cluster has a GPU")
-    dtype: str = option(AUTO, choices=(AUTO, *DTYPES), help="auto is bfloat16 on GPUs, float32 on CPUs")
+    dtype: str = option(
+        AUTO, choices=(AUTO, *DTYPES), help="auto is bfloat16 on GPUs, float32 on CPUs; float32 is never TensorFloat32"
+    )
     batch_size: int | str = option(
         GeneratorSpec.batch_size, metavar="N|auto", parse=parse_batch_size,
         help="pictures drawn at once; auto measures first",
@@ -195,7 +197,7 @@ class SpeedOptions(Request):
     attention: str = option(GeneratorSpec.attention, choices=ATTENTIONS, help="default is torch's fused one")
     channels_last: bool = option(False, help="convolutions in NHWC")
     compile: str = option(
-        GeneratorSpec.compile, choices=COMPILE_MODES, bare="default", help="torch.compile of the denoiser"
+        GeneratorSpec.compile, choices=COMPILE_MODES, bare="default", help="torch.compile of denoiser, decoder and CLIP"
     )
     vae_slicing: bool = option(False, help="decode picture by picture: less memory")
     vae_tiling: bool = option(False, help="decode large pictures in tiles: less memory")

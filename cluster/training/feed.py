@@ -16,6 +16,7 @@ from cluster.training.data.shuffled import Part, ShardLoader
 from cluster.training.run_spec import RunSpec
 from cluster.training.validation import ValidationShare, held_out_share, picture_share
 from pcm.clip.encoder import ClipEncoder
+from pcm.errors import InputError
 from pcm.text.vocabulary import Vocabulary
 
 
@@ -48,6 +49,12 @@ class TrainingData:
             chosen = [select_rows(each.store, each.shards, row_filter) for each in sets]
             training, held_out = [rows for rows, _ in chosen], [rows for _, rows in chosen]
         if run.validation is None:
+            if not sum(map(len, held_out)):
+                raise InputError(
+                    f"validation: of {stored} pairs, holdout_fraction={run.config.holdout_fraction:g} leaves none to "
+                    "choose the best epoch on; give --val-images, or --set holdout_fraction=0.5, more pairs or another "
+                    "--seed"
+                )
             pairs = [(each.store, rows) for each, rows in zip(sets, held_out, strict=True)]
             self._validation = held_out_share(pairs, manifest.features, **place)
             source = f"{sum(map(len, held_out))} held-out synthetic pairs"

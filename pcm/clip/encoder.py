@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pcm.clip.names import folder_revision, resolve_clip_name
 from pcm.clip.truncation import count_tokens
 from pcm.errors import InputError, first_line
 from pcm.images import to_uint8
+from pcm.precision import whole_float32
 from pcm.records import FeatureShape
 from pcm.spec import ClipSpec
 
@@ -52,7 +53,7 @@ class ClipEncoder:
     one of SMALL_BATCHES that gives the same bytes, so that features do not depend on how many neighbours there were;
     `exact=False`, for features that nobody stores, takes small shapes where the last bits differ, too. `revision` is
     the commit of a hub repo, also of a tag's. `activation` and `weights` (a sha256) are what the features at hand were
-    recorded with, where it is known.
+    recorded with, where it is known. `compile`: a mode of torch.compile for the image tower.
 
     Raises InputError when the model cannot be found or is another than recorded.
     """
@@ -68,13 +69,16 @@ class ClipEncoder:
         activation: str | None = None,
         weights: str | None = None,
         exact: bool = True,
+        compile: str | None = None,
     ) -> None:
         # Three seconds to import, and whoever only names this class needs neither.
         import pcm.torchvision_shim  # noqa: F401  isort: skip
         import open_clip
 
-        from pcm.clip.towers import feature_shape, token_grid
+        from pcm.clip.towers import feature_shape, image_features, token_grid
         from pcm.clip.weights import clip_files
+
+        whole_float32()
 
         self.name = name
         self.device = torch.device(device)
@@ -105,6 +109,13 @@ class ClipEncoder:
         self.resolution: int = min(open_clip.transform.to_2tuple(self._visual.image_size))
         self.context_length: int = self._tokenizer.context_length
         self._grid = token_grid(self._visual)
+        self._tower: Callable = partial(image_features, self._visual, self._grid)
+        self._compiled = compile not in (None, "none")
+        if self._compiled:
+            from torch._inductor import config as inductor  # seconds to import, and few need it
+
+            inductor.deterministic = True
+            self._tower = torch.compile(self._tower, mode=compile, dynamic=False)
         self.features: FeatureShape = feature_shape(self.embed_dim, self._grid)
         self.patch_dim, self.num_patches = self.features.patch_dim, self.features.num_patches
         #: Patches that a row of the picture has, of the N that are row-major.
@@ -133,6 +144,7 @@ class ClipEncoder:
             revision=pinned,
             activation=spec.activation,
             weights=spec.weights,
+            compile=spec.compile,
         )
 
     def check_recorded(self, *, activation: str | None = None, weights: str | None = None) -> None:
@@ -155,12 +167,10 @@ class ClipEncoder:
 
         The next batch is opened and preprocessed in threads while the model works on this one.
         """
-        from pcm.clip.towers import image_features
-
         global_features, patch_features = [], []
         for pixel_values in self._preprocessed(images):  # (B, 3, H, W)
-            given = self._padded(pixel_values).to(self.device, self._dtype)
-            features, tokens = image_features(self._visual, self._grid, given)
+            given = self._on_device(self._padded(pixel_values)).to(self._dtype)
+            features, tokens = self._tower(given)
             count = len(pixel_values)
             global_features.append(
                 torch.nn.functional.normalize(features.float(), dim=-1)[:count].cpu().numpy()
@@ -201,7 +211,7 @@ class ClipEncoder:
         rows = []
         for start in range(0, len(texts), self.batch_size):
             batch = texts[start : start + self.batch_size]
-            token_ids = self._padded(self._tokenizer(batch)).to(self.device)  # (B, context)
+            token_ids = self._on_device(self._padded(self._tokenizer(batch)))  # (B, context)
             features = torch.nn.functional.normalize(self._model.encode_text(token_ids).float(), dim=-1)
             rows.append(features[: len(batch)].cpu().numpy())
         return np.concatenate(rows) if rows else np.zeros((0, self.embed_dim), np.float32)
@@ -232,11 +242,18 @@ class ClipEncoder:
         bias = getattr(self._model, "logit_bias", None)
         return found if bias is None else found | {"logit_bias": bias.float().item()}
 
+    def _on_device(self, batch: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()
+        return batch.to(self.device, non_blocking=True)
+
     def _padded(self, batch: torch.Tensor) -> torch.Tensor:
         size = next((size for size in self._small_batches() if size >= len(batch)), self.batch_size)
         missing = size - len(batch)
         return torch.cat([batch, batch[-1:].expand(missing, *batch.shape[1:])]) if missing else batch
 
     def _small_batches(self) -> list[int]:
+        if self._compiled:
+            return []  # one shape is compiled
         one_thread = self.device.type == "cpu" and self._dtype == torch.float32 and torch.get_num_threads() == 1
         return [size for size in SMALL_BATCHES if size < self.batch_size] if one_thread or not self._exact else []

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from pcm.errors import InputError
 from pcm.spec import GeneratorSpec
@@ -12,8 +12,9 @@ from pcm.spec import GeneratorSpec
 
 def call_pipeline(
     pipeline: Any, spec: GeneratorSpec, prompts: Sequence[str], seeds: Sequence[int], **changes: Any
-) -> tuple[np.ndarray, Sequence[bool]]:
-    """(pictures, flagged by the safety checker): (B, H, W, 3) float32 in [0, 1], each from a CPU generator of its own.
+) -> tuple[Tensor, Sequence[bool]]:
+    """(pictures, flagged by the safety checker): (B, 3, H, W) in [0, 1] on the device that drew them, each from a CPU
+    generator of its own.
 
     `changes` of the call's keywords. Raises InputError for a pipeline that returns no pictures.
     """
@@ -21,10 +22,10 @@ def call_pipeline(
         **_arguments(spec, len(prompts)) | changes,
         prompt=list(prompts),
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        output_type="np",
+        output_type="pt",
     )
     images = getattr(output, "images", None)
-    if images is None or np.shape(images[0])[2:] != (3,):
+    if not isinstance(images, Tensor) or images.shape[1:2] != (3,):
         raise InputError(
             f"text-to-image model {spec.model!r}: {type(pipeline).__name__} returns no pictures of three colours; "
             "give a text-to-image pipeline"

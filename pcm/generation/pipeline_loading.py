@@ -9,18 +9,24 @@ import torch
 import pcm.torchvision_shim  # noqa: F401  isort: skip
 import diffusers
 import transformers
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch.utils._pytree import tree_map_only
 
 from pcm.errors import InputError, first_line
 from pcm.generation.model_faults import is_out_of_memory
+from pcm.generation.model_memory import available_here, refuse_too_large
 from pcm.generation.names import model_source, split_repo_file
 from pcm.generation.neighbour_test import LONG, SHORT
 from pcm.generation.own_code import refuse_own_code
 from pcm.generation.pipeline_call import call_pipeline
 from pcm.generation.pipeline_signature import absent_parts, check_scheduler_options, pipeline_class, scheduler_class
 from pcm.generation.prompt_cache import cache_prompts
+from pcm.precision import whole_float32
 from pcm.spec import GeneratorSpec
 
+#: Decoders whose `decoder` is a plain function of the latents.
+PLAIN_DECODERS = (diffusers.AutoencoderKL, diffusers.AutoencoderTiny, diffusers.AutoencoderDC, diffusers.VQModel)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,6 +34,8 @@ def load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
     """The spec's pipeline with everything that is fused into it or put on it. Raises InputError."""
     if Path(model_source(spec.model)).is_dir():
         refuse_own_code(Path(model_source(spec.model)))
+    refuse_too_large(spec, *available_here(spec.device))
+    whole_float32()
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -36,12 +44,14 @@ def load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
         _fuse_loras(pipeline, spec)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SingleFileComponentError) as error:
         if is_out_of_memory(error):
             raise _too_large(spec, error) from error
         hint = "give a diffusers repo id, a folder saved by save_pretrained(), 'embedded' or 'null'"
         if "variant" in str(error) or "no file named" in str(error):
             hint = "where its files are named *.fp16.safetensors, give --t2i-variant fp16; pickles (.bin) are not read"
+        if Path(spec.model).is_file():
+            hint = f"its weights must be those of {spec.config}: give the --t2i-config that fits them"
         raise InputError(f"text-to-image model {spec.model!r} cannot be loaded: {first_line(error)}; {hint}") from error
     return prepare_pipeline(pipeline, spec)
 
@@ -133,12 +143,38 @@ def prepare_pipeline(pipeline: Any, spec: GeneratorSpec) -> diffusers.DiffusionP
 
         # Inductor times some kernels to choose among them; which one wins must not depend on the worker.
         inductor.deterministic = True
-        denoiser.compile(mode=spec.compile, dynamic=False)  # every batch has one shape, so it compiles once
+        # Every batch has one shape, so each compiles once. A decoder's tiles have several.
+        parts = [denoiser] if spec.vae_tiling else [denoiser, *decoding_part(decoder)]
+        for part in parts:
+            part.compile(mode=spec.compile, dynamic=False)
+            if spec.compile == "reduce-overhead":
+                keep_outputs(part)
     return pipeline
+
+
+def decoding_part(decoder: Any) -> list[torch.nn.Module]:
+    """What can be compiled of a decoder, whose own method is not its forward: nothing of one that keeps a state."""
+    part = getattr(decoder, "decoder", None)
+    return [part] if isinstance(decoder, PLAIN_DECODERS) and isinstance(part, torch.nn.Module) else []
+
+
+def keep_outputs(part: Any) -> None:
+    """Copy what a compiled module returns: a CUDA graph writes every output to one place, and some schedulers (PNDM,
+    DPM-Solver++) look at the outputs of earlier steps.
+    """
+    compiled = part._compiled_call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return tree_map_only(torch.Tensor, torch.clone, compiled(*args, **kwargs))
+
+    part._compiled_call_impl = call
 
 
 def _place(pipeline: Any, spec: GeneratorSpec) -> None:
     """Put it on the device, or where it is to wait for its turn. Raises InputError where it does not fit."""
+    if spec.offload != "none" and spec.device == "cpu":
+        raise InputError(f"offload {spec.offload!r}: is for GPUs, and this draws on the CPU; leave it out")
     try:
         if spec.offload == "model":
             pipeline.enable_model_cpu_offload()

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.paths import ROOT
 
@@ -33,3 +35,23 @@ def test_it_measures_all_its_parts_and_leaves_out_by_name_what_is_over_its_budge
     assert whole["same_numbers"]["captions_equal"] == 1.0
     nothing = run(-1)
     assert set(nothing["left_out"]) == {"matmul_gflops", *parts}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_host_waits_for_the_gpu_only_where_a_beam_search_looks_whether_it_has_ended() -> None:
+    from benchmarks.gpu import TINY, Report
+
+    waits = Report(device="cuda", config=TINY, batches=(4, 8), budget=600).host_waits()
+    assert waits["training_step"] == 0
+    assert 0 < waits["beam_search"] <= TINY.max_length + 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_drawing_waits_for_the_gpu_as_often_for_eight_pictures_as_for_one(tmp_path: Path) -> None:
+    """Once for a batch's pixels and once for their statistics; the rest is the scheduler's, a few a step."""
+    from benchmarks.diffusion import host_waits, save_stable_diffusion
+
+    folder = save_stable_diffusion(tmp_path / "t2i", size="tiny")
+    few, many, longer = (host_waits(folder, batch_size=size, steps=steps) for size, steps in ((1, 4), (8, 4), (1, 8)))
+    assert few == many
+    assert longer - few <= 3 * 4

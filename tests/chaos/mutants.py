@@ -532,6 +532,31 @@ MUTANTS = (
         ("tests/pcm/generation/test_diffusers_pipeline.py::test_a_picture_does_not_depend_on_what_is_drawn_beside_it",),
     ),
     Mutant(
+        "a dataset of which nothing is held out is refused before it is trained on",
+        "cluster/training/feed.py", "if not sum(map(len, held_out)):", "if False:",
+        ("tests/cluster/training/test_feed.py",),
+    ),
+    Mutant(
+        "a model that does not fit into memory is refused before it is read",
+        "pcm/generation/model_memory.py", "    if needed <= available:", "    if True:",
+        ("tests/pcm/generation/test_model_memory.py::"
+         "test_a_model_that_is_larger_than_the_machine_is_refused_before_it_is_read",),
+    ),
+    Mutant(
+        "a model too large for every GPU of the cluster is refused before a process starts",
+        "cluster/generation/fit.py", "needed > largest * 1e9", "False",
+        ("tests/pcm/generation/test_model_memory.py::"
+         "test_a_cluster_whose_gpus_are_too_small_is_refused_before_a_process_starts",),
+    ),
+    Mutant(
+        "a scheduler that looks back keeps the outputs of CUDA graphs",
+        "pcm/generation/pipeline_loading.py",
+        "return tree_map_only(torch.Tensor, torch.clone, compiled(*args, **kwargs))",
+        "return compiled(*args, **kwargs)",
+        ("tests/pcm/generation/test_pipeline_loading.py::"
+         "test_a_scheduler_that_looks_back_sees_earlier_outputs_though_all_are_written_to_one_place",),
+    ),
+    Mutant(
         "a pipeline whose pictures depend on their neighbours draws one at a time",
         "pcm/generation/diffusers_pipeline.py", "if found.independent:", "if True:",
         (

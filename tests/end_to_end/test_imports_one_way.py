@@ -32,6 +32,7 @@ ORDER = {
         "line_timer",
         "name_value",
         "torchvision_shim",
+        "precision",
         "images",
         "records",
         "spec",

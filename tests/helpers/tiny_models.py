@@ -9,8 +9,9 @@ import pcm.torchvision_shim  # noqa: F401  isort: skip
 import diffusers
 import open_clip
 import transformers
-from open_clip.tokenizer import bytes_to_unicode
 from safetensors.torch import save_file
+
+from tests.helpers.tiny_parts import clip_letters
 
 
 def save_tiny_clip(folder: Path, *, seed: int = 0, width: int = 64) -> Path:
@@ -31,7 +32,7 @@ def save_tiny_clip(folder: Path, *, seed: int = 0, width: int = 64) -> Path:
 def save_tiny_t2i(folder: Path, *, seed: int = 0) -> Path:
     """A randomly initialised Stable Diffusion folder: 32 px pictures from 16x16 latents, byte-level prompts."""
     torch.manual_seed(seed)
-    tokenizer = _byte_tokenizer(folder / "bpe")
+    tokenizer = clip_letters()
     text_encoder = transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
@@ -54,17 +55,6 @@ def save_tiny_t2i(folder: Path, *, seed: int = 0) -> Path:
     )  # fmt: skip
     pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
-
-
-def _byte_tokenizer(folder: Path) -> transformers.CLIPTokenizer:
-    """CLIP's tokenizer with the byte alphabet alone (512 entries, two specials): no merge, so a letter is a token."""
-    alphabet = list(bytes_to_unicode().values())
-    words = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    merges.write_text("#version: 0.2\n")
-    return transformers.CLIPTokenizer(str(vocabulary), str(merges), model_max_length=77)
 
 
 def save_resnet_clip(folder: Path) -> Path:

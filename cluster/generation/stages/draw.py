@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from cluster.dataset.layout import read_table
 from cluster.dataset.plan import sample_id
+from cluster.generation.gpu_share import keep_to_gpu_share
 from cluster.generation.stages.merge import to_retry
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.store.retries import load_with_retries
@@ -44,6 +45,7 @@ class DrawShard:
         self._spec = spec
         self._retry = retry
         self._monitor = watched_by[0] if watched_by else None
+        keep_to_gpu_share(spec.generator.device)
         # Before the model is loaded, because a process may die of that too.
         self._guard = _run_guard(*watched_by, spec.generator) if watched_by and spec.generator.model != "null" else None
         self._generator = load_with_retries(lambda: self.load(spec.generator), model=spec.generator.model)

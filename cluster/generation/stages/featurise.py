@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import pyarrow as pa
 
+from cluster.generation.gpu_share import keep_to_gpu_share
 from cluster.generation.stages.shard_row import ERRORS_KEPT, ShardRow
 from cluster.generation.stages.watchdog import Watchdog
 from cluster.store.retries import load_with_retries
@@ -46,6 +47,7 @@ class FeaturiseShard:
     ) -> None:
         self._monitor = watched_by[0] if watched_by else None
         self._concepts = concepts
+        keep_to_gpu_share(spec.device)
         self._encoder = None if spec.model == "null" else load_with_retries(lambda: self.load(spec), model=spec.model)
         self._watchdog = _watchdog(*watched_by) if watched_by and self._encoder else None
         self._batch_timeout = watched_by[1].batch_timeout if watched_by else math.inf

@@ -69,7 +69,14 @@ def test_a_view_has_each_kept_caption_with_the_picture_it_chose(dataset: Path, t
     assert facts["pictures"] == len({row.image_bytes for row in rows})
     assert facts["mean_score_after"] == pytest.approx(np.mean([row.clip_score for row in rows]))
     assert facts["mean_score_before"] == pytest.approx(np.mean([row.clip_score for row in whole.values()]))
-    assert facts["sentences"]["model"] == str(minilm_folder()) and facts["sentences"]["revision"].startswith("sha256:")
+    lineage = load_manifest(open_store(tmp_path / "view")).lineage
+    assert lineage is not None and (lineage.method, lineage.settings["method"]) == ("refine", "sync")
+    assert facts["sentences"] == str(minilm_folder())
+    assert lineage.settings["sentences"]["revision"] == resolve_sentences(str(minilm_folder())).revision
+    (rule,) = lineage.rules
+    assert (rule.rule, rule.setting, rule.dropped, len(rule.examples)) == ("keep", 0.75, 15, 6)
+    gone = whole.keys() - {row.sample_id for row in rows}
+    assert {example["sample_id"] for example in rule.examples} <= gone
     assert verify(open_store(tmp_path / "view"))["complete"]
 
 

@@ -211,8 +211,13 @@ def test_a_release_without_views_refuses_one_by_its_version(tmp_path: Path, sour
     document = json.loads((tmp_path / "view" / MANIFEST_KEY).read_bytes())
     assert document["schema_version"] == 4 and document["kind"] == "view"
     (tmp_path / "view" / MANIFEST_KEY).write_text(json.dumps(document | {"kind": "dataset"}))
-    with pytest.raises(InputError, match=r"dataset\.json: damaged"):
+    with pytest.raises(InputError, match="dataset schema version 4, but this package reads versions 2 and 3"):
         load_manifest(open_store(tmp_path / "view"))
+    (tmp_path / "view" / MANIFEST_KEY).write_text(json.dumps(document | {"schema_version": 3}))
+    with pytest.raises(InputError, match=r"dataset\.json: damaged .* rerun the command that made it"):
+        load_manifest(open_store(tmp_path / "view"))
+    make_view(tmp_path / "view", [source], SHUFFLED)
+    assert verify(open_store(tmp_path / "view"))["ok"]
 
 
 def test_what_was_interrupted_is_finished_by_the_same_rows_alone(tmp_path: Path, source: Path) -> None:

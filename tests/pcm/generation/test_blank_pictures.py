@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from pcm.generation.blank_pictures import why_blank
 
@@ -20,4 +21,6 @@ from pcm.generation.blank_pictures import why_blank
     ],
 )
 def test_what_shows_nothing_has_its_reason(pixels: np.ndarray, reason: str) -> None:
-    assert why_blank(pixels.astype(np.float32)) == reason
+    images = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)  # (3, H, W)
+    shown = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    assert why_blank(torch.stack([shown, images])) == ["", reason]

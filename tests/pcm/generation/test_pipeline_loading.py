@@ -10,11 +10,12 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from pcm.errors import InputError
 from pcm.generation.diffusers_pipeline import DiffusersTextToImage
-from pcm.generation.pipeline_loading import load_pipeline
+from pcm.generation.pipeline_call import call_pipeline
+from pcm.generation.pipeline_loading import keep_outputs, load_pipeline
 from pcm.generation.seeds import SPEED_FIELDS
 from pcm.images import open_image
 from pcm.spec import GeneratorSpec
-from tests.pcm.generation.test_diffusers_pipeline import REQUESTS, spec_of
+from tests.pcm.generation.test_diffusers_pipeline import REQUESTS, save_with_safety_checker, spec_of
 
 #: Every option that a CPU can run, with the few-step schedulers that draw noise at every step.
 OPTIONS = {
@@ -98,9 +99,57 @@ def test_a_scheduler_option_that_does_not_exist_is_refused(tiny_t2i: Path) -> No
         loaded(tiny_t2i, scheduler="LCMScheduler", scheduler_options={"karras": True})
 
 
-def test_only_the_denoiser_is_compiled_and_its_shape_is_fixed(tiny_t2i: Path) -> None:
+def test_denoiser_and_decoder_are_compiled_and_a_tiled_decoder_is_not(tiny_t2i: Path) -> None:
     pipeline = loaded(tiny_t2i, compile="default")
     assert pipeline.unet._compiled_call_impl is not None
+    assert pipeline.vae.decoder._compiled_call_impl is not None
+    assert loaded(tiny_t2i, compile="default", vae_tiling=True).vae.decoder._compiled_call_impl is None
     assert torch._inductor.config.deterministic
     spec: GeneratorSpec = dataclasses.replace(spec_of(tiny_t2i), compile="none")
     assert load_pipeline(spec).unet._compiled_call_impl is None
+
+
+def test_a_scheduler_that_looks_back_sees_earlier_outputs_though_all_are_written_to_one_place(tiny_t2i: Path) -> None:
+    """A CUDA graph returns the same memory at every call; here a compiled module that does so stands for one."""
+    # Without guidance: with it, the pipeline hands the scheduler a sum of its own.
+    spec = spec_of(tiny_t2i, scheduler="PNDMScheduler", num_inference_steps=6, guidance_scale=1.0)
+    plain = load_pipeline(spec)
+    expected, _ = call_pipeline(plain, spec, ["a cat"], [1])
+    drawn = {}
+    for kept in (False, True):
+        pipeline = load_pipeline(spec)
+        unet = pipeline.unet
+        place: list[torch.Tensor] = []
+
+        def as_a_graph(*args: object, unet=unet, place=place, **kwargs: object) -> tuple[torch.Tensor]:
+            (output,) = unet._call_impl(*args, **kwargs)
+            if not place:
+                place.append(torch.empty_like(output))
+            return (place[0].copy_(output),)
+
+        unet._compiled_call_impl = as_a_graph
+        if kept:
+            keep_outputs(unet)
+        drawn[kept], _ = call_pipeline(pipeline, spec, ["a cat"], [1])
+    assert torch.equal(drawn[True], expected)
+    assert not torch.equal(drawn[False], expected), "or this test would show nothing"
+
+
+def test_float32_is_whole(tiny_t2i: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    loaded(tiny_t2i)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_offload_is_refused_on_a_cpu(tiny_t2i: Path) -> None:
+    with pytest.raises(InputError, match="offload 'model': is for GPUs"):
+        loaded(tiny_t2i, offload="model")
+
+
+def test_the_safety_checker_can_be_left_out(tiny_t2i: Path, tmp_path: Path) -> None:
+    checked = save_with_safety_checker(tiny_t2i, tmp_path / "t2i", threshold=-2.0)
+    assert loaded(checked).safety_checker is not None
+    without = spec_of(checked, without=("safety_checker",))
+    assert load_pipeline(without).safety_checker is None
+    assert without.to_dict()["without"] == ("safety_checker",)
+    assert not any(drawing.reason for drawing in DiffusersTextToImage(without).draw(REQUESTS[:2]))

@@ -1,0 +1,53 @@
+"""Whether a model fits into a GPU of the cluster, as far as that can be told before a process is started on one."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ray
+
+from pcm.errors import InputError
+from pcm.generation.model_memory import ModelMemory, gigabytes
+from pcm.spec import GeneratorSpec
+
+log = logging.getLogger(__name__)
+
+#: GB of the GPUs that Ray knows by name; of those with two sizes the larger. Of another one, the generator's process
+#: asks the GPU itself before it loads anything.
+GPU_GIGABYTES = {
+    "K80": 12, "P4": 8, "P100": 16, "V100": 32, "T4": 16, "A10G": 24, "A10": 24, "L4": 24, "L40": 48, "L40S": 48,
+    "RTX-A6000": 48, "A100": 80, "A100-40G": 40, "A100-80G": 80, "H100": 94, "H200": 141, "H20": 96, "GH200": 144,
+    "B200": 192, "B300": 288,
+}  # fmt: skip
+_TYPE = "accelerator_type:"
+
+
+def check_memory(spec: GeneratorSpec, memory: ModelMemory) -> None:
+    """Say what the model takes. Raises InputError where every GPU of the cluster is known, and too small."""
+    log.info(
+        "%s: %s, on %s", spec.model,
+        memory.describe(spec.dtype, pictures=spec.batch_size, offload=spec.offload), spec.device,
+    )  # fmt: skip
+    if spec.device != "cuda":
+        return
+    largest = largest_gpu(ray.nodes())
+    needed = memory.bytes(spec.dtype, offload=spec.offload)
+    if largest is not None and needed > largest * 1e9:
+        offload = {"none": "--offload model, or ", "model": "--offload sequential, or "}.get(spec.offload, "")
+        raise InputError(
+            f"text-to-image model {spec.model!r}: takes about {gigabytes(needed)} as {spec.dtype} with one picture, "
+            f"and the largest GPU of the cluster has {largest} GB; give {offload}a GPU with more memory: one "
+            "model over several GPUs is not supported"
+        )
+
+
+def largest_gpu(nodes: Iterable[Mapping[str, Any]]) -> int | None:
+    """GB of the largest GPU of these Ray nodes; None where they have none, or one that is not known by name."""
+    found = []
+    for node in nodes:
+        if node["Alive"] and node["Resources"].get("GPU"):
+            kinds = [name.removeprefix(_TYPE) for name in node["Resources"] if name.startswith(_TYPE)]
+            if not kinds or kinds[0] not in GPU_GIGABYTES:
+                return None
+            found.append(GPU_GIGABYTES[kinds[0]])
+    return max(found, default=None)

@@ -1,0 +1,31 @@
+"""A process that uses a GPU keeps to the share of it that it reserved."""
+
+import os
+
+#: Memory grows in segments that can be extended, so that two sizes of batch do not leave holes between them.
+ALLOCATOR = "expandable_segments:True"
+
+
+def keep_to_gpu_share(device: str, *, part: float = 1.0) -> None:
+    """Take no more than `part` of what Ray reserved of its GPU for this process, as long as it runs; nothing on a CPU.
+
+    To be called before the first tensor is on the GPU: then only is the allocator's setting read. What a user has set
+    stays.
+    """
+    if device != "cuda":
+        return
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
+    import torch  # reads the setting
+
+    if (share := part * min(1.0, gpu_share() or 1.0)) < 1:
+        torch.cuda.set_per_process_memory_fraction(share)
+
+
+def gpu_share() -> float:
+    """GPUs that Ray reserved for this task or actor; 0 outside of one."""
+    import ray  # the stages are usable without it
+
+    if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+        return 0.0
+    return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0))

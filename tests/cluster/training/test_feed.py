@@ -1,0 +1,46 @@
+"""What a worker is told of its rows before the first step."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.training.config import TRAINING_PRESETS
+from cluster.training.data.batches import BatchShape
+from cluster.training.feed import TrainingData
+from cluster.training.request import DataSource
+from cluster.training.run_spec import RunSpec
+from pcm.errors import InputError
+from pcm.records import FeatureShape
+from pcm.text.vocabulary import Vocabulary
+from tests.helpers.tiny_dataset import write_dataset
+
+
+def data_of(place: Path, **settings: Any) -> TrainingData:
+    config = dataclasses.replace(TRAINING_PRESETS["embedded"], batch_size=2, window_shards=1, **settings)
+    nothing: dict[str, Any] = {"vocabularies": None, "document": {}, "validation": None, "checks": "checks"}
+    run = RunSpec(
+        data=(DataSource(str(place)),),
+        out="out",
+        config=config,
+        clip="embedded",
+        cpu_threads=1,
+        device="cpu",
+        **nothing,
+    )
+    shape = BatchShape(features=FeatureShape(embed_dim=32, num_patches=16, patch_dim=64), batch_size=2, max_length=10)
+    vocabulary = Vocabulary.from_text((place / "vocabulary.txt").read_text())
+    return TrainingData(run, shape, vocabulary, device=torch.device("cpu"))
+
+
+def test_a_dataset_so_small_that_nothing_is_held_out_is_refused_before_the_first_step(
+    tmp_path: Path, tiny_clip: Path
+) -> None:
+    place = tmp_path / "data"
+    write_dataset(place, tiny_clip, rows=4)
+    with pytest.raises(InputError, match=r"of 4 pairs, holdout_fraction=0\.001 leaves none") as caught:
+        data_of(place, holdout_fraction=0.001, seed=3).open()
+    assert "--val-images" in str(caught.value) and "\n" not in str(caught.value)
+    assert "held-out synthetic pairs" in data_of(place, holdout_fraction=0.5, seed=3).open()
