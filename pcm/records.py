@@ -57,6 +57,25 @@ QUARANTINE_SCHEMA = pa.schema(
 )
 
 
+#: A row of a view: what it says itself, and where its picture is. The schema's metadata lists the shards that hold the
+#: pictures (VIEW_SHARDS_KEY): {"pictures": place in the manifest's list, "key", "rows", "bytes", "sha256"}.
+VIEW_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("caption", pa.string()),
+        ("clip_score", pa.float32()),
+        ("weight", pa.int32()),  # how often training takes it in an epoch
+        ("seed", pa.int64()),  # of the picture
+        ("corpus_id", pa.string()),  # of the picture's caption in its corpus
+        ("image_sha256", pa.binary()),  # 32 bytes; empty where there is no picture
+        ("shard", pa.int32()),  # place in the list of shards
+        ("row", pa.int32()),  # in that shard
+        ("picture_id", pa.string()),  # the sample id that the picture has there
+    ]
+)
+VIEW_SHARDS_KEY = b"shards"
+
+
 @dataclass(frozen=True)
 class FeatureShape:
     """Sizes of the frozen CLIP features: embed_dim D, patch_dim D_v, num_patches N."""
@@ -115,6 +134,11 @@ def feature_columns(global_feature: np.ndarray, patch_features: np.ndarray) -> d
     rows, num_patches, patch_dim = patch_features.shape
     patches = patch_features.reshape(rows, num_patches * patch_dim)
     return {"global_feature": _as_lists(global_feature), "patch_features": _as_bytes(patches)}
+
+
+def feature_column(name: str, matrix: np.ndarray) -> pa.Array:
+    """One of the two columns of features from its (n, length) float16."""
+    return _as_lists(matrix) if name == "global_feature" else _as_bytes(matrix)
 
 
 def with_features(samples: pa.Table, global_feature: np.ndarray, patch_features: np.ndarray) -> pa.Table:

@@ -17,9 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from cluster.dataset.layout import Plan, StoredShard, group_key, shard_key, stats_key
+from cluster.dataset.layout import Manifest, Plan, StoredShard, group_key, shard_key, stats_key
 from cluster.store.store import Store
 from pcm.errors import InputError
+from pcm.records import FeatureShape
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,42 @@ def summaries(store: Store, plan: Plan) -> Iterator[dict]:
         loaded = pool.map(lambda group: load_group(store, plan, group), range(num_groups(plan)))
         for group, found in enumerate(loaded):
             yield from found or _store_group(store, plan, group, {}, pool)
+
+
+def manifest_of(plan: Plan, features: FeatureShape, made: Iterable[dict]) -> Manifest:
+    """The manifest of the shards whose summaries these are: of a finished dataset all, in order."""
+    shards = []
+    reasons: dict[str, int] = {}
+    expected, score_sum = 0, 0.0
+    for part in made:
+        for reason, count in part["quarantined_by_reason"].items():
+            reasons[reason] = reasons.get(reason, 0) + count
+        score_sum += part["clip_score_sum"]
+        expected += part["successes"] + part["failed_to_generate"]
+        shards.append(
+            {
+                "key": shard_key(part["shard"]),
+                "rows": part["successes"],
+                "quarantined": part["failed_to_generate"],
+                "sha256": part["sha256"],
+                "bytes": part["bytes"],
+            }
+        )
+    stored = sum(shard["rows"] for shard in shards)
+    return Manifest(
+        spec=plan.spec,
+        corpus=plan.corpus,
+        corpus_fingerprint=plan.corpus_fingerprint,
+        features=features,
+        expected=expected,
+        stored=stored,
+        quarantined=sum(reasons.values()),
+        quarantined_by_reason=dict(sorted(reasons.items())),
+        clip_score_mean=score_sum / stored if stored else None,
+        shard_bytes=sum(shard["bytes"] for shard in shards),
+        shards=tuple(shards),
+        schema_version=plan.schema_version,
+    )
 
 
 def num_groups(plan: Plan) -> int:

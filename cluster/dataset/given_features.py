@@ -11,8 +11,10 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from cluster.dataset.layout import MANIFEST_KEY, load_manifest, load_plan, read_table
+from cluster.dataset.layout import MANIFEST_KEY
+from cluster.dataset.opened import open_dataset
 from cluster.dataset.rows import read_rows, read_shard
+from cluster.dataset.view import read_corpus_ids
 from cluster.sources.picture_source import FeatureSource
 from cluster.sources.pictures import EncodedPictures, candidate_ids, picture_references, reference_names
 from cluster.store.store import Store, open_store
@@ -176,18 +178,17 @@ def find_features(uri: str) -> GivenFeatures:
 
 def _of_dataset(store: Store) -> GivenFeatures:
     """The first row of each picture. Photos and imported pictures have their image ids, drawn ones their sample ids."""
-    manifest = load_manifest(store)
-    plan = load_plan(store) if manifest.spec.generator.model in UNDRAWN else None
+    source = open_dataset(store, offer=False)
+    manifest, undrawn = source.manifest, source.manifest.spec.generator.model in UNDRAWN
     places: list[tuple[int, int]] = []
     captions: dict[str, list[str]] = {}
     shards = manifest.stored_shards
     for shard, stored in enumerate(shards):
         table = read_shard(store, stored, ["sample_id", "caption"], checksum=False)  # when its features are read
         image_ids = table["sample_id"].to_pylist()
-        if plan is not None:
-            planned = read_table(store, plan.part_key(shard), ["sample_id", "corpus_id"]).to_pylist()
-            named = {row["sample_id"]: row["corpus_id"].rpartition("#")[0] for row in planned}
-            image_ids = [named[sample_id] for sample_id in image_ids]
+        if undrawn and (source.plan is not None or manifest.lineage is not None):
+            named = [corpus_id.rpartition("#")[0] for corpus_id in read_corpus_ids(source, shard)]
+            image_ids = [name or sample_id for name, sample_id in zip(named, image_ids, strict=True)]
         for row, (image_id, caption) in enumerate(zip(image_ids, table["caption"].to_pylist(), strict=True)):
             if image_id not in captions:
                 places.append((shard, row))

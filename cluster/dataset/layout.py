@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.dataset.lineage import Lineage, PictureStore
 from cluster.store.store import Store
 from pcm.documents import document_bytes
 from pcm.errors import InputError, one_line
@@ -22,7 +23,15 @@ VOCABULARY_KEY = "vocabulary.txt"
 CONCEPTS_KEY = "concepts.safetensors"
 CLIP_HEAD_KEY = "clip_head.safetensors"
 VOCABULARIES_KEY = "vocabularies.json"  # of which captions the three are
+#: First object of a derived dataset: what decides its rows, so that a run that was interrupted is finished by the same
+#: command and by no other.
+LINEAGE_KEY = "lineage.json"
 GIVEN_CONCEPTS_KEY = "concepts.json"  # where the concepts are a user's: which
+
+#: What dataset.json says of itself: rows with their pictures, or rows that point at pictures of other datasets.
+DATASET, VIEW = "dataset", "view"
+#: The schema version in dataset.json of a view, whose rows are of version 3: releases that know no views refuse it.
+VIEW_VERSION = 4
 
 #: In the stats of a shard that cluster.dataset.upgrade rewrote: the sha256 of the shard before.
 UPGRADED_FROM = "upgraded_from"
@@ -35,6 +44,11 @@ def plan_part_key(folder: str, shard: int) -> str:
 
 def shard_key(shard: int) -> str:
     return f"shards/part-{shard:06d}.parquet"
+
+
+def rows_key(shard: int) -> str:
+    """Of a view's shard: rows without pictures."""
+    return f"rows/part-{shard:06d}.parquet"
 
 
 def quarantine_key(shard: int) -> str:
@@ -61,21 +75,31 @@ def group_key(group: int) -> str:
 
 @dataclass(frozen=True)
 class StoredShard:
-    """A shard as the manifest, or its stats, describe it: readers compare what they find with that."""
+    """A shard as the manifest, or its stats, describe it: readers compare what they find with that.
+
+    pictures: of a view's shard, where the datasets are that hold its pictures.
+    """
 
     key: str
     rows: int
     bytes: int
     sha256: str
+    pictures: tuple[str, ...] = ()
+    #: Rows of an epoch, where a row may come several times; None: each comes once.
+    weighted_rows: int | None = None
 
     @staticmethod
     def of(entry: dict) -> "StoredShard":
-        """Of an entry of Manifest.shards. Raises KeyError or TypeError when it is not one."""
-        found = StoredShard(**{name: entry[name] for name in StoredShard.__dataclass_fields__})
-        for name, kind in (("key", str), ("rows", int), ("bytes", int), ("sha256", str)):
-            if type(getattr(found, name)) is not kind:
+        """Of an entry of Manifest.shards of a dataset that holds its pictures. Raises KeyError or TypeError when it is
+        not one."""
+        kinds: dict[str, type] = {"key": str, "rows": int, "bytes": int, "sha256": str}
+        for name, kind in kinds.items():
+            if type(entry[name]) is not kind:
                 raise TypeError(f"a shard's {name} is {entry[name]!r}")
-        return found
+        weighted = entry.get("weighted_rows")
+        if weighted is not None and type(weighted) is not int:
+            raise TypeError(f"a shard's weighted_rows is {weighted!r}")
+        return StoredShard(**{name: entry[name] for name in kinds}, weighted_rows=weighted)
 
 
 @dataclass(frozen=True)
@@ -189,27 +213,50 @@ class Manifest:
     shard_bytes: int  # of all shards
     shards: tuple[dict, ...]  # {"key", "rows", "quarantined", "sha256", "bytes"} in shard order
     schema_version: int = SCHEMA_VERSION
+    kind: str = DATASET
+    pictures: tuple[PictureStore, ...] = ()  # of a view: where its pictures are
+    fingerprint: str | None = None  # of a derived dataset, which has no plan to be proved by
+    lineage: Lineage | None = None  # of a derived dataset
+
+    @property
+    def is_view(self) -> bool:
+        return self.kind == VIEW
 
     @property
     def stored_shards(self) -> tuple[StoredShard, ...]:
-        return tuple(map(StoredShard.of, self.shards))
+        places = tuple(store.path for store in self.pictures)
+        return tuple(replace(StoredShard.of(shard), pictures=places) for shard in self.shards)
 
     def to_json(self) -> bytes:
-        return document_bytes({**asdict(self), "spec": self.spec.to_dict(), "features": asdict(self.features)})
+        values = {**asdict(self), "spec": self.spec.to_dict(), "features": asdict(self.features)}
+        if self.lineage is None:
+            for name in _OF_DERIVED:
+                del values[name]
+        return document_bytes(values)
 
     @staticmethod
     def from_json(data: bytes) -> "Manifest":
         values = _document(data, MANIFEST_KEY)
         with _intact(MANIFEST_KEY):
             features = FeatureShape(**_known(FeatureShape, values["features"]))
+            if "kind" not in values:  # no derived dataset: what else later work may mean by these names is passed over
+                values = {name: value for name, value in values.items() if name not in _OF_DERIVED}
             found = Manifest(
                 **{
                     **_known(Manifest, values),
                     "spec": DatasetSpec.from_dict(values["spec"]),
                     "features": features,
                     "shards": tuple(values["shards"]),
+                    "pictures": tuple(
+                        PictureStore(**_known(PictureStore, each)) for each in values.get("pictures", ())
+                    ),
+                    "lineage": Lineage.from_dict(values["lineage"]) if values.get("lineage") else None,
                 }
             )
+            if found.kind not in (DATASET, VIEW) or found.is_view != (found.schema_version == VIEW_VERSION):
+                raise ValueError(f"kind is {found.kind!r} in schema version {found.schema_version}")
+            if found.is_view and not (found.pictures and found.lineage and found.fingerprint):
+                raise ValueError("a view without the datasets of its pictures, its lineage or its fingerprint")
             _check_numbers(found, "expected", "stored", "quarantined", "shard_bytes")
             _check_numbers(features, *asdict(features))
             for shard in found.shards:
@@ -217,6 +264,10 @@ class Manifest:
                 if type(shard["quarantined"]) is not int:
                     raise TypeError(f"quarantined of {shard['key']} is {shard['quarantined']!r}")
             return found
+
+
+#: Fields of dataset.json that only derived datasets have, all four of them.
+_OF_DERIVED = ("kind", "pictures", "fingerprint", "lineage")
 
 
 def load_plan(store: Store) -> Plan | None:
@@ -238,11 +289,20 @@ def load_manifest(store: Store) -> Manifest:
     """The manifest of a finished dataset. Raises InputError when there is none."""
     if (manifest := find_manifest(store)) is not None:
         return manifest
+    refuse_interrupted(store)
     unfinished = store.exists(PLAN_KEY)
     raise InputError(
         f"{store.root}: {'an unfinished dataset' if unfinished else 'not a dataset'} (no {MANIFEST_KEY}); "
         f"{'rerun the same jobs.generate command to finish it' if unfinished else 'make one with jobs.generate'}"
     )
+
+
+def refuse_interrupted(store: Store) -> None:
+    """Raises InputError where a derived dataset was begun and not finished."""
+    if store.exists(LINEAGE_KEY) and not store.exists(MANIFEST_KEY):
+        raise InputError(
+            f"{store.root}: a derived dataset that was interrupted (no {MANIFEST_KEY}); rerun the command that made it"
+        )
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -285,7 +345,8 @@ def _document(data: bytes, key: str) -> dict:
         version = values["schema_version"]
         if type(version) is not int:
             raise ValueError(f"schema_version is {version!r}")
-    if version not in READABLE_VERSIONS:
+    is_view = (key, version, values.get("kind")) == (MANIFEST_KEY, VIEW_VERSION, VIEW)
+    if version not in READABLE_VERSIONS and not is_view:
         readable = " and ".join(map(str, READABLE_VERSIONS))
         raise OtherSchema(
             f"{key}: dataset schema version {version}, but this package reads versions {readable}; "
@@ -309,7 +370,9 @@ def _known(kind: type, values: dict) -> dict:
 #: What helps against a damaged document.
 _MENDED = {
     PLAN_KEY: "restore it (without it jobs.verify cannot tell what is missing)",
-    MANIFEST_KEY: "run jobs.verify DATASET --repair, which writes it anew",
+    MANIFEST_KEY: (
+        "run jobs.verify DATASET --repair, which writes it anew (of a derived dataset: rerun the command that made it)"
+    ),
 }
 
 

@@ -4,6 +4,9 @@ What lies on the store must be what was stored: its size and its rows are compar
 sha256 once a process - once a node where the processes of a run share what they found (`share_checks`) - and again
 when the object changes. That reads the shard whole, its pictures too: a local file goes from the disk to the cache of
 the system, where its columns are read then, and of a remote object the columns are taken from these bytes.
+
+A shard of a view (cluster.dataset.view) is read like any other: its captions and scores are its own, all else comes
+from the shards that hold its pictures, which are compared in the same way.
 """
 
 import contextlib
@@ -24,12 +27,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.dataset.layout import UPGRADED_FROM, StoredShard, shard_number, stats_key
+from cluster.dataset.view_part import OWN_COLUMNS, PictureShard, ViewPart
 from cluster.store.object_file import ObjectFile
-from cluster.store.store import Store
+from cluster.store.store import Store, open_store
 from pcm.errors import InputError, first_line
-from pcm.records import FeatureShape, feature_matrix
+from pcm.records import VIEW_SCHEMA, FeatureShape, feature_column, feature_matrix
 
 COLUMNS = ("sample_id", "caption", "clip_score", "global_feature", "patch_features")
+_FEATURES = ("global_feature", "patch_features")
 
 #: Of the columns those of text, which every row has.
 _TEXTS = frozenset({"sample_id", "caption"})
@@ -38,9 +43,17 @@ _TEXTS = frozenset({"sample_id", "caption"})
 _PIECE_BYTES = 128 << 10
 
 
+_OF_ROW = ("sample_ids", "captions", "clip_score")
+_OF_PICTURE = ("global_feature", "patch_features", "patch_scale")
+
+
 @dataclass(frozen=True)
 class Rows:
-    """Decoded rows of a dataset. Features stay float16 until they are on the training device."""
+    """Decoded rows of a dataset. Features stay float16 until they are on the training device.
+
+    The three arrays of features have a line for each row, but where feature_rows says otherwise: read_rows does so only
+    for `in_place`.
+    """
 
     sample_ids: np.ndarray  # (n,) of str
     captions: np.ndarray  # (n,) of str
@@ -48,12 +61,19 @@ class Rows:
     global_feature: np.ndarray  # (n, D) float16
     patch_features: np.ndarray  # (n, N, D_v) float16, or int8: see pcm.kernels.quantised
     patch_scale: np.ndarray  # (n, D_v) float16 beside int8, (n, 0) beside float16
+    feature_rows: np.ndarray | None = None  # (n,) the line that a row's features are in; None: its own
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
     def take(self, indices: np.ndarray) -> "Rows":
-        return Rows(*(getattr(self, name)[indices] for name in self.__dataclass_fields__))
+        lines = self.feature_lines(indices)
+        own = {name: getattr(self, name)[indices] for name in _OF_ROW}
+        return Rows(**own, **{name: getattr(self, name)[lines] for name in _OF_PICTURE})
+
+    def feature_lines(self, indices: np.ndarray) -> np.ndarray:
+        """Where the features of these rows are in their arrays."""
+        return indices if self.feature_rows is None else self.feature_rows[indices]
 
     def select(self, numbers: np.ndarray) -> "Rows":
         """The rows of ascending numbers; nothing is copied where these are all."""
@@ -74,7 +94,7 @@ class Rows:
     def concatenate(parts: Sequence["Rows"]) -> "Rows":
         if len(parts) == 1:
             return parts[0]
-        return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in Rows.__dataclass_fields__))
+        return Rows(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in _OF_ROW + _OF_PICTURE})
 
     @staticmethod
     def empty(features: FeatureShape) -> "Rows":
@@ -163,8 +183,11 @@ def read_shard(store: Store, shard: StoredShard, columns: Sequence[str], *, chec
     Without `checksum`, for a reader of a few small columns of every shard, only its size and its rows are compared.
     Raises InputError naming the shard when it cannot be read or is not the one that the dataset speaks of.
     """
-    if (preloaded := _PRELOADED.get(store.path(shard.key))) is not None:
+    preloaded = _PRELOADED.get(store.path(shard.key))
+    if preloaded is not None and set(columns) <= set(preloaded.column_names):
         return preloaded.select(list(columns))
+    if shard.pictures:
+        return _read_view(store, shard, columns, checksum=checksum)
     with _readable(store, shard):
         try:
             table = _read(store, shard, columns, checksum=checksum)
@@ -198,8 +221,16 @@ def scores_of(store: Store, shard: StoredShard, table: pa.Table) -> np.ndarray:
         return table["clip_score"].to_numpy()
 
 
-def read_rows(store: Store, shard: StoredShard, rows: np.ndarray | None, features: FeatureShape) -> Rows:
-    """The given rows (ascending row numbers; None = all) of one shard, decoded. Raises as read_shard does."""
+def read_rows(
+    store: Store, shard: StoredShard, rows: np.ndarray | None, features: FeatureShape, *, in_place: bool = False
+) -> Rows:
+    """The given rows (ascending row numbers; None = all) of one shard, decoded. Raises as read_shard does.
+
+    With `in_place` the features of a view's rows may stay where their shard was read to, told by Rows.feature_rows: a
+    reader that copies them to a batch saves a copy.
+    """
+    if shard.pictures and store.path(shard.key) not in _PRELOADED:
+        return _read_view_rows(store, shard, rows, features, in_place=in_place)
     table = read_shard(store, shard, COLUMNS)
     decoded = Rows(
         sample_ids=np.array(table["sample_id"].to_pylist(), dtype=object),
@@ -210,6 +241,118 @@ def read_rows(store: Store, shard: StoredShard, rows: np.ndarray | None, feature
         patch_scale=no_scale(len(table)),
     )
     return decoded if rows is None else decoded.select(rows)
+
+
+def read_view_part(store: Store, shard: StoredShard, columns: Sequence[str] = VIEW_SCHEMA.names) -> ViewPart:
+    """The rows of a view's shard as they lie there. Raises InputError as read_shard does."""
+    with _readable(store, shard):
+        data = store.read_bytes(shard.key)  # small, so at once
+        if len(data) != shard.bytes:
+            raise _OtherShard(f"it has {len(data)} bytes instead of {shard.bytes}")
+        if (found := hashlib.sha256(data).hexdigest()) != shard.sha256:
+            raise _OtherShard(f"its sha256 is {found[:16]}... instead of {shard.sha256[:16]}...")
+        table = _columns(pq.ParquetFile(pa.BufferReader(data)), shard, columns, use_threads=False)
+        for name in _TEXTS & set(columns):
+            table[name].validate(full=True)
+        return ViewPart.of(table, datasets=len(shard.pictures))
+
+
+#: Of a view's own columns, what decoding rows takes.
+_TRAINED = ("sample_id", "caption", "clip_score", "shard", "row")
+
+
+def read_weights(store: Store, shard: StoredShard) -> np.ndarray:
+    """(rows,) how often each row of a shard comes in an epoch. Raises InputError as read_shard does."""
+    if shard.weighted_rows is None:
+        return np.ones(shard.rows, np.int64)
+    return read_shard(store, shard, ["weight"])["weight"].to_numpy().astype(np.int64)
+
+
+def _read_view(store: Store, shard: StoredShard, columns: Sequence[str], *, checksum: bool) -> pa.Table:
+    return part_columns(store, read_view_part(store, shard), shard.pictures, columns, checksum=checksum)
+
+
+def part_columns(
+    view: Store, part: ViewPart, pictures: Sequence[str], columns: Sequence[str], *, checksum: bool = True
+) -> pa.Table:
+    """Columns of a view's rows, from the rows themselves and from the shards of `pictures`, the datasets that hold the
+    pictures; features as version 3 has them. Raises InputError as read_shard does."""
+    found: dict[str, pa.ChunkedArray] = {name: part.rows[name] for name in columns if name in OWN_COLUMNS}
+    others = [name for name in columns if name not in found]
+    if others:
+        parts, places = [], []
+        for each, numbers, among in part.groups():
+            with _pictures_of(view):
+                source = open_store(pictures[each.pictures])
+                table = read_shard(source, each.stored, others, checksum=checksum)
+                parts.append(table.combine_chunks().take(numbers))
+            places.append(among)
+        back = np.argsort(np.concatenate(places)) if places else np.zeros(0, np.int64)
+        for name in others:
+            chunks = [table[name] for table in parts]
+            if name in _FEATURES:  # of any version, all of the newest now
+                found[name] = pa.chunked_array(
+                    [feature_column(name, np.concatenate([feature_matrix(chunk) for chunk in chunks])[back])]
+                )
+            else:
+                found[name] = pa.chunked_array([each for chunk in chunks for each in chunk.chunks]).take(back)
+    return pa.table({name: found[name] for name in columns})
+
+
+def _read_view_rows(
+    store: Store, shard: StoredShard, rows: np.ndarray | None, features: FeatureShape, *, in_place: bool
+) -> Rows:
+    """Features are copied at most once, from the source's column to their place."""
+    part = read_view_part(store, shard, _TRAINED)
+    numbers = np.arange(len(part)) if rows is None else rows
+    own = part.rows if len(numbers) == len(part) else part.rows.take(numbers)
+    told: dict[str, np.ndarray] = {
+        "sample_ids": np.array(own["sample_id"].to_pylist(), dtype=object),
+        "captions": np.array(own["caption"].to_pylist(), dtype=object),
+        "clip_score": scores_of(store, shard, own),
+    }
+    groups = list(part.groups(numbers))
+    if in_place and len(groups) == 1 and _KEPT_SHARE * groups[0][0].stored.rows <= len(numbers):
+        image, patches = _features(store, shard, groups[0][0], features)
+        return Rows(**told, global_feature=image, patch_features=patches, patch_scale=no_scale(len(image)),
+                    feature_rows=groups[0][1])  # fmt: skip
+    image = np.empty((len(numbers), features.embed_dim), np.float16)
+    patches = np.empty((len(numbers), features.num_patches, features.patch_dim), np.float16)
+    for pictures, in_source, places in groups:
+        for found, array in zip(_features(store, shard, pictures, features), (image, patches), strict=True):
+            if len(groups) == 1:  # then they are all, in order
+                np.take(found, in_source, axis=0, out=array, mode="clip")
+            else:
+                array[places] = found[in_source]
+    return Rows(**told, global_feature=image, patch_features=patches, patch_scale=no_scale(len(numbers)))
+
+
+#: A view's rows may keep the features of a whole shard in memory where they use so much of it.
+_KEPT_SHARE = 0.5
+
+
+def _features(
+    view: Store, shard: StoredShard, pictures: PictureShard, features: FeatureShape
+) -> tuple[np.ndarray, np.ndarray]:
+    """(m, D) and (m, N, D_v) of a whole shard that holds pictures of a view's shard."""
+    with _pictures_of(view):
+        source = open_store(shard.pictures[pictures.pictures])
+        table = read_shard(source, pictures.stored, _FEATURES)
+        sizes = (features.embed_dim,), (features.num_patches, features.patch_dim)
+        image, patches = (
+            features_of(source, pictures.stored, table, name, *size)
+            for name, size in zip(_FEATURES, sizes, strict=True)
+        )
+    return image, patches
+
+
+@contextmanager
+def _pictures_of(view: Store) -> Iterator[None]:
+    """An error about a shard that a view points at says that a view does."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{view.root}: a view, whose pictures are there: {error}") from error
 
 
 class _InPieces(io.FileIO):

@@ -102,9 +102,9 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
         report.problems.append(f"{key}: its sha256 is not the manifest's")
     try:
         table = pq.read_table(io.BytesIO(data))
-        version = check_schema(table.schema, plan, manifest)
+        version = check_schema(table.schema, plan.schema_version, manifest)
         table.validate(full=True)  # text is UTF-8, offsets lie within
-        rows, finite_rows = _light_rows(table), _finite_rows(table)
+        rows, finite_rows = _light_rows(table), finite_rows_of(table)
     except UNREADABLE as error:
         report.corrupt = report.planned
         report.damage(f"{key}: unreadable ({first_line(error)})")
@@ -118,14 +118,14 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
     for row, finite in zip(rows, finite_rows.tolist(), strict=True):
         sample, caption, image, _, _, seed, _, status = row
         _count(report, seen, sample, _stored_problem(row, planned.get(sample), finite), key)
-        entries.append(fingerprint_entry(sample, caption, seed, status, image or b""))
+        entries.append(fingerprint_entry(sample, caption, seed, status, picture_sha256(image)))
     report.stored = len(rows)
     for refused in _quarantine_rows(store, shard, report):
         sample = refused["sample_id"]
         _count(report, seen, sample, _quarantine_problem(refused, planned.get(sample)), quarantine_key(shard))
         report.quarantined += 1
         report.reasons[refused["reason"]] = report.reasons.get(refused["reason"], 0) + 1
-        entries.append(fingerprint_entry(sample, refused["caption"], refused["seed"], refused["status"], b""))
+        entries.append(fingerprint_entry(sample, refused["caption"], refused["seed"], refused["status"], ""))
     report.missing = sum(sample not in seen for sample in planned)
     if report.missing:
         report.damage(f"{key}: {report.missing} planned samples neither stored nor quarantined")
@@ -134,10 +134,13 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
     return report
 
 
-def fingerprint_entry(sample_id: str, caption: str, seed: int, status: str, image: bytes) -> str:
+def fingerprint_entry(sample_id: str, caption: str, seed: int, status: str, image_sha256: str) -> str:
     """One line of the fingerprint: sample_id, caption, seed, status, sha256 of the stored image bytes or ""."""
-    digest = hashlib.sha256(image).hexdigest() if image else ""
-    return f'[{json_string(sample_id)}, {json_string(caption)}, {seed}, {json_string(status)}, "{digest}"]\n'
+    return f'[{json_string(sample_id)}, {json_string(caption)}, {seed}, {json_string(status)}, "{image_sha256}"]\n'
+
+
+def picture_sha256(image: bytes | None) -> str:
+    return hashlib.sha256(image).hexdigest() if image else ""
 
 
 def _check_plan_part(part: pa.Table, plan: Plan, shard: int) -> None:
@@ -191,6 +194,11 @@ def _stored_problem(row: tuple, planned: tuple[str, int] | None, finite: bool) -
         return "another seed than planned"
     if not finite:
         return "features or score not finite"
+    return picture_problem(encoded, width, height)
+
+
+def picture_problem(encoded: bytes | None, width: int, height: int) -> str:
+    """Why a stored picture is not to be trusted, or ""."""
     try:
         image = open_image(encoded or b"")
     except InputError as error:
@@ -235,13 +243,13 @@ def _check_stats(store: Store, report: ShardReport, num_bytes: int, *, outdated:
         )
 
 
-def check_schema(schema: pa.Schema, plan: Plan, manifest: Manifest | None) -> int:
-    """The version of the shard's schema: the plan's, or the one before where an upgrade is not done.
+def check_schema(schema: pa.Schema, planned: int, manifest: Manifest | None) -> int:
+    """The version of the shard's schema: the planned one, or the one before where an upgrade is not done.
 
     Raises ValueError unless names and types are a shard's, with the manifest's features where there is one. Columns of
     later work are passed over.
     """
-    version = min(shard_version(schema), plan.schema_version)
+    version = min(shard_version(schema), planned)
     features = feature_shape(schema) if version >= 3 else _features_of_lists(schema, manifest)
     if manifest is not None and features != manifest.features:
         raise ValueError(f"features {features}, must be {manifest.features} as in {MANIFEST_KEY}")
@@ -282,7 +290,8 @@ def check_values(table: pa.Table) -> None:
             raise ValueError(f"{name}: a value is not finite")
 
 
-def _finite_rows(table: pa.Table) -> np.ndarray:
+def finite_rows_of(table: pa.Table) -> np.ndarray:
+    """(n,) bool: whether score and features of each row are finite."""
     finite = np.isfinite(table["clip_score"].to_numpy())
     for name in ("global_feature", "patch_features"):
         finite &= np.isfinite(feature_matrix(table[name])).all(axis=1)

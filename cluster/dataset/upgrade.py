@@ -35,6 +35,7 @@ from cluster.dataset.layout import (
     stats_key,
 )
 from cluster.dataset.shard_check import UNREADABLE
+from cluster.dataset.verify import refuse_derived
 from cluster.store.store import Store
 from pcm.documents import document_bytes
 from pcm.errors import InputError
@@ -53,6 +54,7 @@ def upgrade(store: Store) -> dict:
     """
     plan = load_plan(store)
     if plan is None:
+        refuse_derived(store, "upgraded")
         raise InputError(f"{store.root}: not a dataset (no {PLAN_KEY}); give the --out of a jobs.generate run")
     if plan.schema_version < SCHEMA_VERSION:
         plan = replace(plan, schema_version=SCHEMA_VERSION)

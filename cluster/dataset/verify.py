@@ -23,9 +23,11 @@ from cluster.dataset.layout import (
     group_key,
     load_plan,
     quarantine_key,
+    refuse_interrupted,
     shard_key,
 )
 from cluster.dataset.shard_check import FINISH_UPGRADE, PROBLEMS_SHOWN, ShardReport, check_shard
+from cluster.dataset.verify_derived import verify_derived
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.line_timer import LineTimer
@@ -82,8 +84,12 @@ def verify(store: Store, *, workers: int | None = None) -> dict:
     Returns expected, stored, quarantined, missing (planned, nowhere), duplicated (more than once), corrupt (there, but
     not to be trusted: unreadable, another checksum, caption, seed or size, undecodable image, non-finite features),
     complete (the manifest is there, and of all planned captions), fingerprint, problems (the first of them) and ok.
+    A derived dataset has no plan: it is proved by its own manifest (cluster.dataset.verify_derived).
     Raises InputError when there is no dataset.
     """
+    manifest = find_manifest(store)
+    if manifest is not None and manifest.lineage is not None:
+        return verify_derived(store, manifest)
     return inspect(store, workers=workers).to_dict()
 
 
@@ -91,6 +97,7 @@ def inspect(store: Store, *, workers: int | None = None) -> Inspection:
     """`verify`, with the places of what was found. `workers`: shards read at once, by default four a core, up to 32."""
     plan = load_plan(store)
     if plan is None:
+        refuse_derived(store, "repaired")
         raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
     result = Inspection(plan, find_manifest(store))
     fingerprint, corpus = hashlib.sha256(), hashlib.sha256()
@@ -121,6 +128,17 @@ def inspect(store: Store, *, workers: int | None = None) -> Inspection:
     for problem in result.problems:
         log.warning("%s", problem)
     return result
+
+
+def refuse_derived(store: Store, what: str) -> None:
+    """Raises InputError where a derived dataset lies: it has no plan by which it could be made whole."""
+    refuse_interrupted(store)
+    manifest = find_manifest(store)
+    if manifest is not None and manifest.lineage is not None:
+        raise InputError(
+            f"{store.root}: a derived dataset cannot be {what}; do that with its sources, then make it again with "
+            f"jobs.{manifest.lineage.method} into another --out"
+        )
 
 
 def _reports(store: Store, plan: Plan, manifest: Manifest | None, workers: int) -> Iterator[ShardReport]:

@@ -9,11 +9,13 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from cluster.evaluation.captioning import local_checkpoint
+from cluster.export.as_dataset import export_as_dataset
 from cluster.export.huggingface import HuggingFace
 from cluster.export.published import Official
-from cluster.export.request import ExportRequest
+from cluster.export.request import DATASET, ExportRequest
 from cluster.export.source import Format, Source
 from cluster.export.webdataset import WebDataset
 from cluster.store.store import Store, open_store
@@ -35,7 +37,10 @@ def export(request: ExportRequest) -> dict:
     """
     out = open_store(request.out)
     if request.data is not None:
-        return {**export_dataset(open_store(request.data), out, request), "out": request.out}
+        store = open_store(request.data)
+        if request.to == DATASET:
+            return {**export_as_dataset(store, out, unfinished=request.unfinished), "out": request.out}
+        return {**export_dataset(store, out, request), "out": request.out}
     assert request.checkpoint is not None
     with local_checkpoint(request.checkpoint) as folder:
         files = export_checkpoint(folder)
@@ -47,12 +52,12 @@ def export(request: ExportRequest) -> dict:
 
 
 def export_dataset(data: Store, out: Store, asked: ExportRequest) -> dict:
-    """Export a finished dataset, or go on exporting it; the counts. Memory: `workers` shards.
+    """Export a dataset, or go on exporting it; the counts. Memory: `workers` shards.
 
     Raises InputError for a dataset that is unfinished or that the format cannot hold, and where
     `out` holds anything but this very export.
     """
-    source = Source.open(data)
+    source = Source.open(data, unfinished=asked.unfinished)
     photos = {stage: _photos(uri, f"--{stage}") for stage in ("val", "test") if (uri := getattr(asked, stage))}
     makers: dict[str, Callable[[], Format]] = {
         "official": lambda: Official(
@@ -67,12 +72,14 @@ def export_dataset(data: Store, out: Store, asked: ExportRequest) -> dict:
         settings = {"name": asked.name, "max_length": asked.max_length, "corpus": asked.corpus}
         settings |= {f"{stage}_sha256": other.sha256 for stage, other in photos.items()}
     document = {"to": asked.to, "dataset_sha256": source.sha256, "complete": False, **settings}
-    shards = list(range(source.plan.num_shards))
-    counts = {
+    shards = list(range(source.num_shards))
+    counts: dict[str, Any] = {
         "exported": source.manifest.stored,
         "quarantined": source.manifest.quarantined,
         "expected": source.manifest.expected,
     }
+    if source.opened.is_unfinished:
+        counts["unfinished"] = source.opened.extent
     if _begun(out, document):
         log.info("%s: is complete", out.root)
         return counts | {"shards": len(shards), "skipped_shards": len(shards), "seconds": 0.0}

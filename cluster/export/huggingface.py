@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import replace
 
-from cluster.dataset.layout import MANIFEST_KEY, Manifest, parquet_bytes
+from cluster.dataset.layout import DATASET, MANIFEST_KEY, Manifest, parquet_bytes
 from cluster.export.source import Source
 from cluster.store.store import Store
 from pcm.reasons import PROMPT_TRUNCATED
@@ -33,7 +33,7 @@ class HuggingFace:
         pass
 
     def marker(self, shard: int) -> str:
-        return f"data/train-{shard:05d}-of-{self._source.plan.num_shards:05d}.parquet"
+        return f"data/train-{shard:05d}-of-{self._source.num_shards:05d}.parquet"
 
     def write(self, shard: int) -> None:
         table = in_version(self._source.read(shard), self._source.manifest.features, _SCHEMA_VERSION)
@@ -62,6 +62,8 @@ class HuggingFace:
             shards=tuple(files),
             shard_bytes=sum(entry["bytes"] for entry in files),
             schema_version=_SCHEMA_VERSION,
+            kind=DATASET,
+            pictures=(),
         )
 
 
@@ -70,7 +72,6 @@ def card(source: Source) -> str:
     manifest, spec = source.manifest, source.manifest.spec
     size = next((name for name, limit in _SIZES if manifest.stored < limit), "1M<n<10M")
     features = manifest.features
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(manifest.quarantined_by_reason.items()))
     score = "not scored" if manifest.clip_score_mean is None else f"{manifest.clip_score_mean:.4f} on average"
     rows = [
         ("sample_id", "place in the plan: nine digits of caption, two of picture"),
@@ -106,8 +107,7 @@ def card(source: Source) -> str:
     lines = [
         "# Synthetic image-caption pairs",
         "",
-        f"{manifest.stored:,} pictures of {source.plan.records:,} captions; "
-        f"{manifest.quarantined:,} samples could not be made ({reasons or 'none'}).",
+        _made_of(source),
         "",
         "| column | what |",
         "|---|---|",
@@ -120,3 +120,20 @@ def card(source: Source) -> str:
         "```",
     ]
     return "\n".join((*yaml, *lines)) + "\n"
+
+
+def _made_of(source: Source) -> str:
+    manifest = source.manifest
+    if manifest.lineage is not None:
+        rules = ", ".join(f"{count:,} by {rule}" for rule, count in manifest.lineage.dropped.items())
+        return (
+            f"{manifest.stored:,} of {manifest.lineage.rows_in:,} pairs, by jobs.{manifest.lineage.method}; "
+            f"left out: {rules or 'none'}."
+        )
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(manifest.quarantined_by_reason.items()))
+    extent = f" So far: {source.opened.extent}." if source.opened.is_unfinished else ""
+    assert source.plan is not None, "a dataset that is not derived has one"
+    return (
+        f"{manifest.stored:,} pictures of {source.plan.records:,} captions; "
+        f"{manifest.quarantined:,} samples could not be made ({reasons or 'none'}).{extent}"
+    )

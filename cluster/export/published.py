@@ -118,9 +118,10 @@ class Official:
         rows: list[tuple[Annotation, str]] = []
         written = set()
         light = table.select(["sample_id", "caption", "image", "clip_score"]).to_pylist()
+        positions = source.positions(shard, [row["sample_id"] for row in light])
         for number, row in enumerate(light):
             picture = row["image"]["bytes"]
-            found = ids.of(row["sample_id"], row["image"]["path"])
+            found = ids.of(row["sample_id"], row["image"]["path"], positions[number])
             folder = self._name if found.split_id is None else f"{self._name}_sp{found.split_id}"
             if found not in written:
                 self._out.write_bytes(f"images/{folder}/{found.image_id}.{image_ending(picture)}", picture)
@@ -133,7 +134,7 @@ class Official:
 
     def finish(self) -> None:
         """Join the parts. Holds the annotations in memory, as everything does that reads them."""
-        shards = range(self._source.plan.num_shards)
+        shards = range(self._source.num_shards)
         captions = [f"{_PARTS}/{shard:06d}.captions" for shard in shards]
         pieces = [self.marker(shard) for shard in shards]
         with ThreadPoolExecutor(16) as pool:
@@ -147,7 +148,7 @@ class Official:
         """Annotations, features and COCO's captions of real photos: a dict a photo with all its sentences."""
         ids = PublishedIds(source)
         by_photo: dict[str, list[tuple[Annotation, str]]] = {}
-        for shard in range(source.plan.num_shards):
+        for shard in range(source.num_shards):
             for annotation, caption in self._rows(source, shard, ids):
                 by_photo.setdefault(annotation.image_id, []).append((annotation, caption))
         annotations = [

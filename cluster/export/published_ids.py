@@ -36,24 +36,26 @@ class PublishedIds:
         if self.are_photos:
             self._photo_of = self._photos()
 
-    def of(self, sample_id: str, path: str | None) -> PublishedId:
-        """Of a row; `path`: that of its picture."""
+    def of(self, sample_id: str, path: str | None, position: int) -> PublishedId:
+        """Of a row; `path`: that of its picture; `position`: as cluster.export.source.Source.positions."""
         if self.are_photos:
             return PublishedId(self._photo_of[sample_id], None)
         if self._imported and (match := _IMPORTED_PATH.fullmatch(path or "")):
             split = match["split"]
             return PublishedId(match["image_id"], None if split is None else int(split))
-        position = self._source.position(sample_id)
         return PublishedId(str(FIRST_IMAGE_ID + position), split_of(position))
 
     def _photos(self) -> dict[str, str]:
         """Sample id -> image id."""
         names: dict[str, str] = {}
-        for shard in range(self._source.plan.num_shards):
-            planned = read_table(
-                self._source.store, self._source.plan.part_key(shard), ["sample_id", "corpus_id"]
-            ).to_pylist()
-            names |= {row["sample_id"]: row["corpus_id"].rpartition("#")[0] for row in planned}
+        plan = self._source.plan
+        for shard in range(self._source.num_shards if plan is None else plan.num_shards):
+            if plan is None:
+                corpus_ids = self._source.corpus_ids(shard)
+            else:
+                planned = read_table(self._source.store, plan.part_key(shard), ["sample_id", "corpus_id"]).to_pylist()
+                corpus_ids = {row["sample_id"]: row["corpus_id"] for row in planned}
+            names |= {sample_id: corpus_id.rpartition("#")[0] for sample_id, corpus_id in corpus_ids.items()}
         numbers = _numbers(list(dict.fromkeys(names.values())))
         self.file_names = {number: name for name, number in numbers.items()}
         return {sample_id: numbers[name] for sample_id, name in names.items()}

@@ -7,6 +7,8 @@ from cluster.options import Request, check_at_least, flag, given, option
 from pcm.errors import InputError
 
 FORMATS = ("official", "webdataset", "huggingface")
+#: A dataset of ours, for a view or what is there of an unfinished one.
+DATASET = "dataset"
 #: What the published code knows by name.
 CORPORA = ("mscoco", "flickr30k")
 _OF_OFFICIAL = ("name", "corpus", "val", "test", "max_length")
@@ -19,12 +21,16 @@ class ExportRequest(Request):
     name: of the published folders `NAME_sp0`, ... max_length: tokens of a sentence with its end (both: official).
     """
 
-    data: str | None = option(None, metavar="P", help="finished dataset: path or URI", unset="none; or --checkpoint")
+    data: str | None = option(None, metavar="P", help="dataset or view: path or URI", unset="none; or --checkpoint")
     checkpoint: str | None = option(
         None, metavar="P", help="captioner or training run: path or URI", unset="none; or --data"
     )
     out: str = option(metavar="P", writes="folder", help="an empty place: path or URI")
-    to: str = option(choices=FORMATS, help="a captioner: official only")
+    to: str = option(
+        choices=(*FORMATS, DATASET),
+        help="a captioner: official only; dataset: a view, or what is there, with pictures",
+    )
+    unfinished: bool = option(False, help="export the shards that are there of a dataset that is not finished")
     name: str = option("synth", help="official: folders are NAME_sp0, NAME_sp1, ... and NAME, of real photos")
     corpus: str = option("mscoco", choices=CORPORA, help="official: CORPUS_caption_anno_train.pkl, as published")
     val: str | None = option(None, metavar="P", help="official: dataset of real photos, by jobs.featurise")
@@ -41,6 +47,8 @@ class ExportRequest(Request):
         for name in given(self):
             if name in _OF_OFFICIAL and (self.checkpoint or self.to != "official"):
                 raise InputError(f"{flag(ExportRequest, name)}: is for a dataset --to official; leave it out")
-            if name == "workers" and self.checkpoint:
-                raise InputError("--workers: is for a dataset; leave it out")
+            if name in ("workers", "unfinished") and self.checkpoint:
+                raise InputError(f"--{name}: is for a dataset; leave it out")
+            if name == "workers" and self.to == DATASET:
+                raise InputError("--workers: has no effect --to dataset; leave it out")
         check_at_least(self, 1, "workers")

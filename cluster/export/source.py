@@ -1,38 +1,71 @@
-"""A finished dataset as exports read it: shard by shard, checked against the manifest."""
+"""A dataset as exports read it: shard by shard, checked against the manifest."""
 
 import hashlib
 import io
+import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.dataset.committed import load_stats
-from cluster.dataset.layout import MANIFEST_KEY, Manifest, Plan, load_manifest, load_plan, stats_key
+from cluster.dataset.layout import Manifest, Plan, shard_number, stats_key
+from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.plan import parse_sample_id
+from cluster.dataset.rows import read_shard
 from cluster.dataset.shard_check import UNREADABLE, check_schema, check_values
+from cluster.dataset.view import read_corpus_ids
 from cluster.store.store import Store
 from pcm.errors import InputError, first_line
+from pcm.records import shard_schema
 
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset: where it is, what was planned, what it holds, and its manifest's sha256, which names it."""
+    """A dataset that an export reads. Its shards are numbered from 0, as its manifest lists them."""
 
-    store: Store
-    plan: Plan
-    manifest: Manifest
-    sha256: str
+    opened: OpenDataset
 
     @staticmethod
-    def open(store: Store) -> "Source":
-        """Raises InputError when there is no finished dataset."""
-        manifest, plan = load_manifest(store), load_plan(store)
-        if plan is None:
+    def open(store: Store, *, unfinished: bool = False) -> "Source":
+        """Raises InputError when there is no finished dataset and, with `unfinished`, none that has a shard."""
+        found = open_dataset(store, unfinished=unfinished)
+        if found.plan is None and found.manifest.lineage is None:
             raise InputError(f"{store.root}: has no plan.json; run jobs.verify on the dataset")
-        return Source(store, plan, manifest, hashlib.sha256(store.read_bytes(MANIFEST_KEY)).hexdigest())
+        return Source(found)
+
+    @property
+    def store(self) -> Store:
+        return self.opened.store
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.opened.manifest
+
+    @property
+    def plan(self) -> Plan | None:
+        """None for a derived dataset."""
+        return self.opened.plan
+
+    @property
+    def sha256(self) -> str:
+        """Names the dataset in its present state."""
+        return self.opened.sha256
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.manifest.shards)
+
+    @property
+    def largest_shard(self) -> int:
+        """Places in it, those of quarantined samples among them."""
+        if self.plan is not None:
+            return self.plan.shard_size
+        return max((shard["rows"] for shard in self.manifest.shards), default=0)
 
     def read_bytes(self, shard: int) -> bytes:
         """A shard's object. Raises InputError when it is not the manifest's."""
@@ -47,11 +80,19 @@ class Source:
 
     def read(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         """A shard's rows. Raises InputError when it is not the manifest's."""
-        data = self.read_bytes(shard)
         try:
-            file = pq.ParquetFile(io.BytesIO(data))
-            check_schema(file.schema_arrow, self.plan, self.manifest)
-            table = file.read(columns=columns)
+            if self.manifest.is_view:
+                schema = shard_schema(self.manifest.features)
+                table = read_shard(self.store, self.opened.shards[shard], columns or schema.names)
+                if columns is None:
+                    parts = {name: table[name].cast(schema.field(name).type) for name in schema.names}
+                    table = pa.table(parts, schema=schema)
+            else:
+                file = pq.ParquetFile(io.BytesIO(self.read_bytes(shard)))
+                check_schema(file.schema_arrow, self.manifest.schema_version, self.manifest)
+                if columns is None and self.plan is None:  # without the columns that only derived datasets have
+                    columns = shard_schema(self.manifest.features).names
+                table = file.read(columns=columns)
             check_values(table)
         except UNREADABLE as error:
             place = f"{self.store.root}/{self.manifest.shards[shard]['key']}"
@@ -59,13 +100,41 @@ class Source:
         return table
 
     def stats(self, shard: int) -> dict:
-        load_stats(self.store, shard)  # raises InputError where they are damaged
-        return json.loads(self.store.read_bytes(stats_key(shard)))
+        """What a shard's writer said of it; of a derived dataset, which was not drawn, the counts alone."""
+        entry = self.manifest.shards[shard]
+        if self.plan is None:
+            rows = entry["rows"]
+            return {
+                "count": rows, "successes": rows, "failed_to_generate": 0, "start_time": 0.0, "end_time": 0.0,
+                "status_dict": {"success": rows},
+            }  # fmt: skip
+        number = shard_number(entry["key"])
+        load_stats(self.store, number)  # raises InputError where they are damaged
+        return json.loads(self.store.read_bytes(stats_key(number)))
 
-    def position(self, sample_id: str) -> int:
-        """A sample's place among all that were planned."""
-        record_index, image_index = parse_sample_id(sample_id)
-        return record_index * self.plan.spec.images_per_caption + image_index
+    def positions(self, shard: int, sample_ids: Sequence[str]) -> list[int]:
+        """The places of a shard's rows among all that were planned; of a derived dataset, among all its rows."""
+        if self.plan is None:
+            return list(range(self._starts[shard], self._starts[shard] + len(sample_ids)))
+        per_caption = self.plan.spec.images_per_caption
+        parsed = [parse_sample_id(sample_id) for sample_id in sample_ids]
+        return [record_index * per_caption + image_index for record_index, image_index in parsed]
+
+    def places(self, shard: int, sample_ids: Sequence[str]) -> list[int]:
+        """The places of a shard's rows in its plan part; of a derived dataset, in the shard."""
+        positions = self.positions(shard, sample_ids)
+        if self.plan is None:
+            return [position - self._starts[shard] for position in positions]
+        return [self.plan.shard_of(position)[1] for position in positions]
+
+    def corpus_ids(self, shard: int) -> dict[str, str]:
+        """Sample id -> the caption's own id in its corpus, of a shard's rows."""
+        sample_ids = self.read(shard, ["sample_id"])["sample_id"].to_pylist()
+        return dict(zip(sample_ids, read_corpus_ids(self.opened, shard), strict=True))
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *itertools.accumulate(shard["rows"] for shard in self.manifest.shards)]
 
 
 class Format(Protocol):

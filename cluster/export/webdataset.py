@@ -30,10 +30,10 @@ class WebDataset:
         self._out = out
 
     def prepare(self) -> None:
-        plan = self._source.plan
-        if plan.num_shards > MAX_SHARDS or plan.shard_size > MAX_ROWS:
+        shards, size = self._source.num_shards, self._source.largest_shard
+        if shards > MAX_SHARDS or size > MAX_ROWS:
             raise InputError(
-                f"{self._source.store.root}: {plan.num_shards} shards of {plan.shard_size}; "
+                f"{self._source.store.root}: {shards} shards of {size}; "
                 f"WebDataset keys have room for {MAX_SHARDS:,} of {MAX_ROWS:,}; export --to huggingface"
             )
 
@@ -43,9 +43,10 @@ class WebDataset:
     def write(self, shard: int) -> None:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for row in self._source.read(shard, _COLUMNS).to_pylist():
-                row_of_shard = self._source.plan.shard_of(self._source.position(row["sample_id"]))[1]
-                key = f"{shard:05d}{row_of_shard:04d}"
+            rows = self._source.read(shard, _COLUMNS).to_pylist()
+            places = self._source.places(shard, [row["sample_id"] for row in rows])
+            for place, row in zip(places, rows, strict=True):
+                key = f"{shard:05d}{place:04d}"
                 picture = row["image"]["bytes"]
                 _add(tar, f"{key}.{image_ending(picture)}", picture)
                 _add(tar, f"{key}.txt", row["caption"].encode())
@@ -60,7 +61,7 @@ class WebDataset:
         pass
 
     def _document(self, key: str, row: dict, picture: bytes) -> dict:
-        spec = self._source.plan.spec
+        spec = self._source.manifest.spec
         return {
             "key": key,
             "caption": row["caption"],

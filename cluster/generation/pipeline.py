@@ -10,13 +10,12 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.dataset.clip_scores import check_gate
-from cluster.dataset.committed import committed, summaries
+from cluster.dataset.committed import committed, manifest_of, summaries
 from cluster.dataset.layout import (
     MANIFEST_KEY,
     Manifest,
     Plan,
     load_plan,
-    shard_key,
 )
 from cluster.dataset.vocabularies import (
     ConceptsOfShard,
@@ -234,37 +233,7 @@ def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest
     It is not written where the plan has grown meanwhile: that is left to the run that grew it. Raises InputError when
     the stats of a shard are damaged or missing.
     """
-    shards = []
-    reasons: dict[str, int] = {}
-    score_sum = 0.0
-    for part in summaries(store, plan):
-        for reason, count in part["quarantined_by_reason"].items():
-            reasons[reason] = reasons.get(reason, 0) + count
-        score_sum += part["clip_score_sum"]
-        shards.append(
-            {
-                "key": shard_key(part["shard"]),
-                "rows": part["successes"],
-                "quarantined": part["failed_to_generate"],
-                "sha256": part["sha256"],
-                "bytes": part["bytes"],
-            }
-        )
-    stored = sum(shard["rows"] for shard in shards)
-    manifest = Manifest(
-        spec=plan.spec,
-        corpus=plan.corpus,
-        corpus_fingerprint=plan.corpus_fingerprint,
-        features=features,
-        expected=plan.expected,
-        stored=stored,
-        quarantined=sum(reasons.values()),
-        quarantined_by_reason=dict(sorted(reasons.items())),
-        clip_score_mean=score_sum / stored if stored else None,
-        shard_bytes=sum(shard["bytes"] for shard in shards),
-        shards=tuple(shards),
-        schema_version=plan.schema_version,
-    )
+    manifest = manifest_of(plan, features, summaries(store, plan))
     if (found := load_plan(store)) is not None and found.asked() == plan.asked():
         store.write_bytes(MANIFEST_KEY, manifest.to_json())
     else:

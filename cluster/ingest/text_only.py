@@ -14,21 +14,22 @@ import pyarrow as pa
 from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
+    DATASET,
     MANIFEST_KEY,
     VOCABULARIES_KEY,
     VOCABULARY_KEY,
     Manifest,
-    StoredShard,
     load_manifest,
     parquet_bytes,
+    shard_key,
 )
 from cluster.dataset.rows import read_shard
 from cluster.ingest.shards import undrawn
 from cluster.store.store import Store
 from pcm.clip.encoder import ClipEncoder
+from pcm.generation.names import TEXT_ONLY
 from pcm.records import SCHEMA_VERSION, STORED, FeatureShape, feature_columns, shard_schema
 
-TEXT_ONLY = "text-only"
 #: Settings of a captioner that sees the global feature only, and weighs every caption alike.
 TEXT_ONLY_SETTINGS = {"use_patches": False, "top_patches": 0, "clip_weight": 1.0}
 
@@ -45,12 +46,13 @@ def text_only_dataset(source: Store, out: Store, encoder: ClipEncoder) -> Manife
     if out.exists(MANIFEST_KEY) and (found := load_manifest(out)).spec == spec:
         return found
     shards = []
-    for shard in manifest.shards:
-        table = read_shard(source, StoredShard.of(shard), ["sample_id", "caption", "seed"])
+    for number, stored in enumerate(manifest.stored_shards):
+        table = read_shard(source, stored, ["sample_id", "caption", "seed"])
         texts = encoder.encode_texts(table["caption"].to_pylist())
         data = parquet_bytes(_rows(table, texts, manifest.features))
-        out.write_bytes(shard["key"], data)
-        shards.append({**shard, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)})
+        out.write_bytes(shard_key(number), data)
+        entry = {"key": shard_key(number), "rows": stored.rows, "quarantined": manifest.shards[number]["quarantined"]}
+        shards.append({**entry, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)})
     for key in (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY, VOCABULARIES_KEY):
         if source.exists(key):
             out.write_bytes(key, source.read_bytes(key))
@@ -61,6 +63,10 @@ def text_only_dataset(source: Store, out: Store, encoder: ClipEncoder) -> Manife
         shard_bytes=sum(shard["bytes"] for shard in shards),
         shards=tuple(shards),
         schema_version=SCHEMA_VERSION,
+        kind=DATASET,
+        pictures=(),
+        fingerprint=None,
+        lineage=None,
     )
     out.write_bytes(MANIFEST_KEY, made.to_json())
     return made

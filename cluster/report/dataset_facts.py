@@ -16,13 +16,12 @@ from cluster.dataset.committed import summary
 from cluster.dataset.layout import (
     PLAN_KEY,
     Manifest,
-    StoredShard,
-    load_manifest,
     quarantine_key,
     read_table,
     shard_number,
     stats_key,
 )
+from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.rows import read_shard, scores_of
 from cluster.dataset.verify import verify
 from cluster.numbers import size
@@ -74,6 +73,7 @@ class DatasetFacts:
     sampled_shards: int
     stats: tuple[dict[str, Any], ...]  # as the shards' writers made them; empty where the dataset has none
     refused: dict[str, list[Refused]]  # reason -> examples
+    extent: str = ""  # of an unfinished dataset: "31 of 2,215 shards"
     verified: dict[str, Any] | None  # what jobs.verify finds; None where it was not asked
     unverified: str  # why not
 
@@ -87,12 +87,14 @@ class DatasetFacts:
         return len(self.rows) == self.manifest.stored
 
 
-def gather_dataset(store: Store, *, seed: int) -> DatasetFacts:
-    """Raises InputError where there is no finished dataset, or a shard of it cannot be read."""
-    manifest = load_manifest(store)
+def gather_dataset(store: Store, *, seed: int, unfinished: bool = False) -> DatasetFacts:
+    """Raises InputError where there is no finished dataset and, with `unfinished`, none that has a shard, or a shard
+    cannot be read."""
+    found = open_dataset(store, unfinished=unfinished)
+    manifest = found.manifest
     chosen = sample_shards([shard["rows"] for shard in manifest.shards], seed=seed)
     read = in_parallel(lambda place: _rows(store, manifest, place), chosen)
-    verified, unverified = _verified(store, manifest)
+    verified, unverified = _verified(found)
     return DatasetFacts(
         root=store.root,
         manifest=manifest,
@@ -100,6 +102,7 @@ def gather_dataset(store: Store, *, seed: int) -> DatasetFacts:
         sampled_shards=len(chosen),
         stats=_stats(store, manifest),
         refused=_refused(store, manifest),
+        extent=found.extent,
         verified=verified,
         unverified=unverified,
     )
@@ -122,7 +125,7 @@ def in_parallel(work: Callable[[T], U], items: Sequence[T]) -> list[U]:
 
 
 def _rows(store: Store, manifest: Manifest, place: int) -> list[Row]:
-    shard = StoredShard.of(manifest.shards[place])
+    shard = manifest.stored_shards[place]
     table = read_shard(store, shard, ["sample_id", "caption", "seed", "clip_score"])
     if not np.isfinite(scores_of(store, shard, table)).all() or table["seed"].null_count:
         raise InputError(
@@ -132,7 +135,9 @@ def _rows(store: Store, manifest: Manifest, place: int) -> list[Row]:
 
 
 def _stats(store: Store, manifest: Manifest) -> tuple[dict[str, Any], ...]:
-    """Of all shards, or of MAX_STATS evenly spaced ones."""
+    """Of all shards, or of MAX_STATS evenly spaced ones; none of a derived dataset, which was not drawn."""
+    if manifest.lineage is not None:
+        return ()
     shards = [shard_number(shard["key"]) for shard in manifest.shards]
     step = max(1, -(-len(shards) // MAX_STATS))
 
@@ -169,10 +174,13 @@ def _refused(store: Store, manifest: Manifest) -> dict[str, list[Refused]]:
     return found
 
 
-def _verified(store: Store, manifest: Manifest) -> tuple[dict[str, Any] | None, str]:
+def _verified(found: OpenDataset) -> tuple[dict[str, Any] | None, str]:
     """What jobs.verify finds, and "", or None and the reason."""
+    store, manifest = found.store, found.manifest
+    if found.is_unfinished:
+        return None, f"no: it is unfinished, {found.extent}"
     if sum(shard["bytes"] for shard in manifest.shards) > VERIFIED_BYTES:
         return None, f"not here, being larger than {size(VERIFIED_BYTES)}: run python -m jobs.verify {store.root}"
-    if not store.exists(PLAN_KEY):
+    if found.plan is None and manifest.lineage is None:
         return None, f"no: it has no {PLAN_KEY}, so nothing says what ought to be there"
     return verify(store), ""

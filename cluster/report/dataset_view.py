@@ -11,7 +11,7 @@ from cluster.report.gallery import Concept, Gallery, Picture
 from cluster.report.measures_view import cost_text, sampled_from
 from cluster.report.parts import absent, caption_text, code, details, facts, picture_card, section
 from cluster.report.throughput import Throughput
-from pcm.generation.names import IMPORTED, PHOTOS
+from pcm.generation.names import UNDRAWN
 from pcm.reasons import text_of
 from pcm.spec import DatasetSpec
 
@@ -33,6 +33,8 @@ def overview(data: DatasetFacts, speed: Throughput | None, *, hourly: float | No
     if speed is not None:
         pairs.insert(2, ("Made", f"{moment(speed.began)} to {moment(speed.ended)}"))
         pairs.append(("Cost", cost_text(speed, data, hourly)))
+    if data.extent:
+        pairs.insert(1, ("Unfinished", f"{data.extent} are there, and counted here"))
     pairs += [
         ("Corpus fingerprint", code(manifest.corpus_fingerprint or "none")),
         ("Spec digest", code(spec.digest())),
@@ -52,7 +54,7 @@ def overview(data: DatasetFacts, speed: Throughput | None, *, hourly: float | No
 
 
 def gallery(data: DatasetFacts, found: Gallery) -> Html:
-    drawn_here = data.manifest.spec.generator.model not in (IMPORTED, PHOTOS)
+    drawn_here = data.manifest.spec.generator.model not in UNDRAWN and data.manifest.lineage is None
     redraw = f"python -m jobs.generate --out {shlex.quote(data.root)} --only" if drawn_here else ""
 
     def cards(pictures: Sequence[Picture]) -> Html:

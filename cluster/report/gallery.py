@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from cluster.charts.markup import data_uri
-from cluster.dataset.layout import CONCEPTS_KEY, StoredShard
+from cluster.dataset.layout import CONCEPTS_KEY
 from cluster.dataset.rows import read_shard
 from cluster.report.dataset_facts import DatasetFacts, Row, in_parallel
 from cluster.store.store import Store
@@ -148,8 +148,10 @@ def _pictures(
     for row in rows:
         wanted[row.shard].add(row)
 
+    shards = facts.manifest.stored_shards
+
     def read(shard: int) -> list[tuple[Row, Picture]]:
-        column = read_shard(store, StoredShard.of(facts.manifest.shards[shard]), ["image"])["image"]
+        column = read_shard(store, shards[shard], ["image"])["image"]
         cells = {row: column[row.row].as_py() or {} for row in wanted[shard]}
         return [(row, _picture(row, cell.get("bytes") or b"", side)) for row, cell in cells.items()]
 

@@ -7,6 +7,7 @@ from cluster.numbers import count, percent, score, short, times_100
 from cluster.report.captions import CaptionSamples
 from cluster.report.dataset_facts import DatasetFacts
 from cluster.report.gallery import Gallery
+from cluster.report.left_out import LeftOut
 from cluster.report.measures_view import cost
 from cluster.report.page import Headline
 from cluster.report.run_facts import RunFacts
@@ -22,6 +23,7 @@ class Facts:
 
     data: DatasetFacts | None
     gallery: Gallery | None
+    left_out: dict[str, list[LeftOut]]  # by rule, of a derived dataset
     speed: Throughput | None
     run: RunFacts | None
     evaluation: dict[str, Any] | None
@@ -59,11 +61,18 @@ def _dataset(facts: Facts, hourly: float | None) -> tuple[str, list[Number]]:
         if spent is not None:
             thousand = short(1000 * spent / max(1, manifest.stored))
             numbers.append((short(spent), "cost", f"{thousand} a thousand pictures"))
+    if manifest.lineage is not None:
+        said = (
+            f"{count(manifest.stored)} of {count(manifest.lineage.rows_in)} pairs stayed, by {manifest.lineage.method}."
+        )
+        return said, numbers
     sentence = (
         f"{count(manifest.expected)} captions became {count(manifest.stored)} pictures, drawn by "
         f"{'the embedded model' if generator.model == 'embedded' else generator.model} in "
         f"{generator.num_inference_steps} steps."
     )
+    if facts.data.extent:
+        sentence += f" The dataset is unfinished: {facts.data.extent}."
     return sentence, numbers
 
 

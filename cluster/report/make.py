@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from cluster.report import dataset_view, measures_view, run_view, sweep_view
+from cluster.report import dataset_view, lineage_view, measures_view, run_view, sweep_view
 from cluster.report.captions import caption_samples, has_checkpoint
 from cluster.report.dataset_facts import gather_dataset
 from cluster.report.gallery import make_gallery
 from cluster.report.headline import Facts, headline
+from cluster.report.left_out import LeftOut, left_out_pictures
 from cluster.report.page import Entry, page
 from cluster.report.request import ReportRequest
 from cluster.report.run_facts import gather_evaluation, gather_run
@@ -40,10 +41,12 @@ def make_report(request: ReportRequest) -> dict[str, Any]:
 def gather(request: ReportRequest) -> Facts:
     """Read what the request names. Raises InputError for what is not what it should be."""
     data = gallery = None
+    left_out: dict[str, list[LeftOut]] = {}
     if request.data is not None:
         store = open_store(request.data)
-        data = gather_dataset(store, seed=request.seed)
+        data = gather_dataset(store, seed=request.seed, unfinished=request.unfinished)
         gallery = make_gallery(store, data, seed=request.seed)
+        left_out = left_out_pictures(data.manifest.lineage) if data.manifest.lineage is not None else {}
     run = gather_run(open_store(request.run)) if request.run is not None else None
     evaluation = gather_evaluation(open_store(request.evaluation)) if request.evaluation is not None else None
     sweep = gather_sweep(open_store(request.sweep)) if request.sweep is not None else None
@@ -54,7 +57,14 @@ def gather(request: ReportRequest) -> Facts:
         )
     speed = throughput(data.stats, stored=data.manifest.stored) if data is not None else None
     return Facts(
-        data=data, gallery=gallery, speed=speed, run=run, evaluation=evaluation, captions=captions, sweep=sweep
+        data=data,
+        gallery=gallery,
+        left_out=left_out,
+        speed=speed,
+        run=run,
+        evaluation=evaluation,
+        captions=captions,
+        sweep=sweep,
     )
 
 
@@ -77,6 +87,9 @@ def _entries(facts: Facts, request: ReportRequest) -> list[Entry]:
             Entry(anchor="quarantine", name="Quarantine", section=dataset_view.quarantine(data)),
             Entry(anchor="dataset", name="Dataset", section=dataset_view.overview(data, facts.speed, hourly=price)),
         ]
+        if data.manifest.lineage is not None:
+            made = lineage_view.lineage(data.manifest.lineage, data, facts.left_out)
+            found.insert(0, Entry(anchor="lineage", name="What was left out", section=made))
     if facts.run is not None:
         found.append(Entry(anchor="training", name="Training", section=run_view.training(facts.run)))
     if facts.evaluation is not None:
@@ -115,6 +128,7 @@ def _command(request: ReportRequest) -> str:
         "--seed": request.seed or None,
         "--out": request.out,
     }
+    flags = ["--unfinished"] if request.unfinished else []
     return " ".join(
-        ["python -m jobs.report", *(f"{name} {value}" for name, value in given.items() if value is not None)]
+        ["python -m jobs.report", *(f"{name} {value}" for name, value in given.items() if value is not None), *flags]
     )

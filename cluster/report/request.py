@@ -15,7 +15,8 @@ class ReportRequest(Request):
     Raises InputError for values that cannot be, and for a request of nothing.
     """
 
-    data: str | None = option(None, metavar="P", help="dataset of jobs.generate")
+    data: str | None = option(None, metavar="P", help="dataset or view")
+    unfinished: bool = option(False, help="report on the shards that are there of a dataset that is not finished")
     run: str | None = option(None, metavar="P", help="run of jobs.train")
     evaluation: str | None = option(None, metavar="P", help="folder that jobs.evaluate wrote (its --out)")
     sweep: str | None = option(None, metavar="P", help="sweep of jobs.sweep")
@@ -41,7 +42,7 @@ class ReportRequest(Request):
         refuse_without(self, "images", "references", "split", "clip", "device")
         if self.images is not None and self.run is None:
             raise InputError(f"--images {self.images}: needs --run, whose captioner describes the pictures")
-        refuse_without(self, "data", "price_per_hour")
+        refuse_without(self, "data", "price_per_hour", "unfinished")
         if self.data is None and self.images is None and self.seed != ReportRequest.seed:
             raise InputError(f"--seed {self.seed}: needs --data or --images, of which it draws; leave it out")
         check_at_least(self, 0, "price_per_hour")

@@ -10,7 +10,7 @@ from cluster.store.store import open_store
 from cluster.training.data.arriving import ArrivingShards, finished_manifest
 from cluster.training.data.batches import Batch, BatchShape
 from cluster.training.data.mixture import TrainingSet, open_training_sets
-from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
+from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows, weighted
 from cluster.training.data.shard_cache import ShardCache
 from cluster.training.data.shuffled import Part, ShardLoader
 from cluster.training.run_spec import RunSpec
@@ -64,7 +64,7 @@ class TrainingData:
             source = run.validation.images
         self._loader = ShardLoader(
             [
-                Part(each.store, rows, each.weight, self._shard_cache(each))
+                Part(each.store, weighted(each.store, rows), each.weight, self._shard_cache(each))
                 for each, rows in zip(sets, training, strict=True)
             ],
             self._shape,

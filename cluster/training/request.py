@@ -41,6 +41,8 @@ class DataSource:
 
     uri: str
     weight: float = 1.0
+    #: Of an unfinished dataset, for workers: the manifest of the shards that the driver found.
+    manifest: bytes | None = None
 
     @staticmethod
     def parse(text: str) -> "DataSource":
@@ -197,6 +199,9 @@ class TrainRequest(TrainingOptions):
     seed: int | None = option(None, help="of weights, hold-out, order, dropout", unset="the preset's")
     concepts: str | None = option(None, metavar="P", help=CONCEPTS_HELP, unset="the dataset's own")
     resume: bool = option(False, help="continue the run in --out exactly where it stopped")
+    unfinished: bool = option(
+        False, help="train on the shards that are there of a dataset that is being made or was piloted"
+    )
     clip: str | None = option(None, metavar="NAME", help="CLIP for --val-images", unset="the dataset's")
 
     def __post_init__(self) -> None:

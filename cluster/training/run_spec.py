@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.dataset.together import Vocabularies
 from cluster.sources.picture_source import PictureSource
 from cluster.training.config import TrainConfig
-from cluster.training.data.mixture import Vocabularies
 from cluster.training.request import DataSource, TrainRequest
 
 

@@ -21,6 +21,7 @@ import safetensors.torch
 
 import pcm
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, GIVEN_CONCEPTS_KEY
+from cluster.dataset.together import Vocabularies, common_vocabularies
 from cluster.generation.pinning import resolve_device
 from cluster.session import cluster_cpus, cluster_gpus, start_ray, waiting_for
 from cluster.sources.concept_file import fitting_concepts
@@ -28,7 +29,7 @@ from cluster.sources.pictures import check_source, source_anywhere
 from cluster.store.store import Store, join, open_store
 from cluster.training.checkpoints import BEST, SCORE
 from cluster.training.config import TrainConfig, default_preset, preset
-from cluster.training.data.mixture import TrainingSet, Vocabularies, common_vocabularies, open_training_sets
+from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.loop import train_loop
 from cluster.training.ray_trainer import check_labels, make_trainer, ray_storage, worker_input_error
 from cluster.training.reporting import METRICS_KEY
@@ -63,7 +64,8 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
     """
     started = time.monotonic()
     require_metrics()
-    sets, out = arriving or open_training_sets(request.sources), open_store(request.out)
+    sets = arriving or open_training_sets(request.sources, unfinished=request.unfinished)
+    out = open_store(request.out)
     previous = _previous_run(out, resume=request.resume)
     vocabularies = _vocabularies(request, sets)
     config = _config_for(request, sets, vocabularies, previous)
@@ -72,6 +74,9 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
             f"first_epoch plan: takes one dataset without a weight, not {' '.join(each.store.root for each in sets)} "
             f"({', '.join(f'{each.weight:g}' for each in sets)}); use first_epoch shuffled"
         )
+    if config.first_epoch == "plan" and (sets[0].manifest.lineage is not None or sets[0].pinned is not None):
+        what = "derived" if sets[0].manifest.lineage is not None else "unfinished"
+        raise InputError(f"first_epoch plan: takes no {what} dataset ({sets[0].store.root}); use first_epoch shuffled")
     _check_request(request, config)
     document = _document(request, sets, config, vocabularies, previous)
     if previous is not None:
@@ -155,7 +160,10 @@ def _run(
     device: str,
 ) -> RunSpec:
     return RunSpec(
-        data=tuple(replace(source, uri=open_store(source.uri).address) for source in request.sources),
+        data=tuple(
+            replace(source, uri=each.store.address, manifest=each.pinned)
+            for source, each in zip(request.sources, sets, strict=True)
+        ),
         out=open_store(request.out).address,
         vocabularies=vocabularies,
         config=config,
@@ -272,6 +280,8 @@ def _refuse_other_run(out: Store, previous: dict[str, Any], document: dict[str, 
         differences.pop("epochs", None)
     if _rows(previous) != _rows(document):
         differences["data"] = f"{_named(previous)} -> {_named(document)} (by weight and manifest)"
+        if any("unfinished_shards" in dataset for dataset in previous.get("datasets", [])):
+            differences["data"] += ", for shards were added; jobs.curate --unfinished makes a view that stays"
     concepts = [each.get("concepts", {}).get("sha256", "the dataset's own") for each in (previous, document)]
     if concepts[0] != concepts[1]:
         differences["concepts"] = f"{concepts[0][:17]} -> {concepts[1][:17]}"

@@ -6,8 +6,12 @@ from pcm import embedded
 IMPORTED = "imported"
 #: Names the generator of a dataset of real photos.
 PHOTOS = "photos"
+#: Names the generator of a dataset merged from datasets of several generators.
+SEVERAL = "several"
+#: Names the generator of a dataset without pictures: its features are of its captions (cluster.ingest.text_only).
+TEXT_ONLY = "text-only"
 #: Generators that draw nothing, and the jobs that make their datasets.
-UNDRAWN = {IMPORTED: "jobs.import_official", PHOTOS: "jobs.featurise"}
+UNDRAWN = {IMPORTED: "jobs.import_official", PHOTOS: "jobs.featurise", SEVERAL: "jobs.curate"}
 
 
 def model_source(model: str) -> str:

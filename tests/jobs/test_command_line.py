@@ -115,7 +115,7 @@ print(sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "ray",
 
 def test_the_jobs_of_the_contract_are_there() -> None:
     contract = {"generate", "verify", "featurise", "train", "stream", "sweep", "evaluate", "caption", "export"}
-    assert contract | {"import_official", "report", "demo"} <= set(JOBS)
+    assert contract | {"import_official", "refine", "report", "demo"} <= set(JOBS)
 
 
 def test_the_jobs_are_listed_with_a_line_each(capsys: pytest.CaptureFixture) -> None:

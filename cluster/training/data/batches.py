@@ -120,8 +120,10 @@ class OpenBatch:
         place = slice(start + first, start + first + len(mine))
         self._sample_ids[place] = decoded.rows.sample_ids[mine]
         self._shards[place] = [decoded.shard] * len(mine)
-        for name in ("global_feature", "patch_features", "patch_scale", "clip_score"):
-            np.take(getattr(decoded.rows, name), mine, axis=0, out=self._arrays[name][place], mode="clip")
+        lines = decoded.rows.feature_lines(mine)
+        for name in ("global_feature", "patch_features", "patch_scale"):
+            np.take(getattr(decoded.rows, name), lines, axis=0, out=self._arrays[name][place], mode="clip")
+        np.take(decoded.rows.clip_score, mine, out=self._arrays["clip_score"][place], mode="clip")
         self._arrays["token_ids"][place] = decoded.token_ids[mine]
         self._arrays["target_ids"][place] = decoded.target_ids[mine]
 

@@ -1,16 +1,11 @@
-"""Several datasets as one training set: what --data says, that they fit together, their common words and concepts."""
+"""Several datasets as one training set: what --data says, and that each can be trained on."""
 
 import hashlib
-import itertools
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import safetensors
 import safetensors.torch
-import torch
 
 from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
@@ -21,10 +16,9 @@ from cluster.dataset.layout import (
     Manifest,
     Plan,
     StoredShard,
-    load_manifest,
 )
-from cluster.dataset.rows import read_shard
-from cluster.dataset.vocabularies import MIN_WORD_COUNT, SMALL_CORPUS
+from cluster.dataset.opened import open_dataset
+from cluster.dataset.together import check_same_clip
 from cluster.store.store import Store, open_store
 from cluster.training.request import DataSource
 from pcm.errors import InputError, one_line
@@ -32,20 +26,18 @@ from pcm.records import FeatureShape
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
 
-log = logging.getLogger(__name__)
-
-_READ_THREADS = 8
-
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """A finished dataset and its weight."""
+    """A dataset and its weight."""
 
     store: Store
     manifest: Manifest
     weight: float
     #: The document whose digest says which rows these are.
     defined_by: str = MANIFEST_KEY
+    #: Of an unfinished dataset: the manifest of the shards that were there, for all workers the same.
+    pinned: bytes | None = None
 
     @property
     def shards(self) -> tuple[StoredShard, ...]:
@@ -53,27 +45,23 @@ class TrainingSet:
 
     def description(self) -> dict:
         """For config.json: what decides the rows."""
-        digest = hashlib.sha256(self.store.read_bytes(self.defined_by)).hexdigest()
-        return {"path": self.store.root, "sha256": digest, "weight": self.weight}
+        document = self.pinned or self.store.read_bytes(self.defined_by)
+        found = {"path": self.store.root, "sha256": hashlib.sha256(document).hexdigest(), "weight": self.weight}
+        return found if self.pinned is None else {**found, "unfinished_shards": len(self.manifest.shards)}
 
 
-@dataclass(frozen=True)
-class Vocabularies:
-    """What training needs besides the rows, as the files of a dataset."""
+def open_training_sets(sources: Sequence[DataSource], *, unfinished: bool = False) -> tuple[TrainingSet, ...]:
+    """The datasets of --data; with `unfinished` whatever shards are there now of those that are being made.
 
-    words: bytes  # vocabulary.txt
-    concepts: bytes  # concepts.safetensors
-    clip_head: bytes  # clip_head.safetensors
-
-
-def open_training_sets(sources: Sequence[DataSource]) -> tuple[TrainingSet, ...]:
-    """The datasets of --data. Raises InputError unless each is finished, not empty and of the first one's features."""
+    Raises InputError unless each is finished, not empty and of the first one's features.
+    """
     if not sources:
         raise InputError("--data: give at least one dataset")
     sets = []
     for source in sources:
         store = open_store(source.uri)
-        manifest = load_manifest(store)
+        found = _opened(store, source, unfinished=unfinished)
+        manifest = found.manifest
         if not manifest.stored:
             raise InputError(f"{store.root}: holds no stored pair; generate a dataset with some first")
         for key in (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY):
@@ -83,11 +71,19 @@ def open_training_sets(sources: Sequence[DataSource]) -> tuple[TrainingSet, ...]
                 )
                 raise InputError(f"{store.root}: has no {key}; it cannot be trained on{null}")
         _check_vocabularies(store)
-        sets.append(TrainingSet(store, manifest, source.weight))
+        sets.append(found)
     if len({training_set.store.prefix for training_set in sets}) < len(sets):
         raise InputError(f"--data {' '.join(source.uri for source in sources)}: a dataset twice; give it a weight")
-    _check_same_clip(sets)
+    check_same_clip(sets)
     return tuple(sets)
+
+
+def _opened(store: Store, source: DataSource, *, unfinished: bool) -> TrainingSet:
+    if source.manifest is not None:
+        return TrainingSet(store, Manifest.from_json(source.manifest), source.weight, pinned=source.manifest)
+    found = open_dataset(store, unfinished=unfinished)
+    pinned = found.manifest.to_json() if found.is_unfinished else None
+    return TrainingSet(store, found.manifest, source.weight, pinned=pinned)
 
 
 def _check_vocabularies(store: Store) -> None:
@@ -124,76 +120,3 @@ def arriving_set(store: Store, plan: Plan, features: FeatureShape) -> TrainingSe
         schema_version=plan.schema_version,
     )
     return TrainingSet(store, manifest, 1.0, defined_by=PLAN_KEY)
-
-
-def _check_same_clip(sets: Sequence[TrainingSet]) -> None:
-    """Features may only be mixed when the same CLIP made them: its visual head tells CLIPs apart, names do not."""
-    first, *others = sets
-    head = safetensors.torch.load(first.store.read_bytes(CLIP_HEAD_KEY)) if others else {}
-    for other in others:
-        features = first.manifest.features, other.manifest.features
-        if features[0] != features[1]:
-            raise InputError(
-                f"{other.store.root}: features {_sizes(features[1])}, but those of {first.store.root} are "
-                f"{_sizes(features[0])}; featurise both with one CLIP"
-            )
-        if conflicts := first.manifest.spec.clip.conflicts(other.manifest.spec.clip):
-            raise InputError(
-                f"{other.store.root}: features of another CLIP than {first.store.root} ({'; '.join(conflicts)}); "
-                "featurise both with one CLIP"
-            )
-        other_head = safetensors.torch.load(other.store.read_bytes(CLIP_HEAD_KEY))
-        if not all(torch.equal(head[name], other_head[name]) for name in head):
-            raise InputError(
-                f"{other.store.root}: features of another CLIP ({other.manifest.spec.clip.model}) than "
-                f"{first.store.root} ({first.manifest.spec.clip.model}); featurise both with one CLIP"
-            )
-
-
-def _sizes(features: FeatureShape) -> str:
-    return f"{features.num_patches} x {features.patch_dim} and {features.embed_dim}"
-
-
-def common_vocabularies(sets: Sequence[TrainingSet]) -> Vocabularies:
-    """Of one dataset its own. Of several: words counted over the captions of all their rows, by the rule by which a
-    dataset counts its own; concepts of all, the most frequent of each in turn, as many as the largest dataset has.
-
-    Weights do not count: they say how often a row comes, not how often a word is used.
-    """
-    first = sets[0].store
-    head = first.read_bytes(CLIP_HEAD_KEY)
-    concepts = [ConceptVocabulary.from_bytes(each.store.read_bytes(CONCEPTS_KEY)) for each in sets]
-    if len(sets) == 1:
-        return Vocabularies(first.read_bytes(VOCABULARY_KEY), first.read_bytes(CONCEPTS_KEY), head)
-    rows = sum(each.manifest.stored for each in sets)
-    vocabulary = Vocabulary.build(_captions(sets), min_count=MIN_WORD_COUNT if rows >= SMALL_CORPUS else 1)
-    merged = merged_concepts(concepts)
-    log.info("%d datasets: %d words, %d concepts in common", len(sets), len(vocabulary), len(merged))
-    return Vocabularies(vocabulary.to_text().encode(), merged.to_bytes(), head)
-
-
-def merged_concepts(vocabularies: Sequence[ConceptVocabulary]) -> ConceptVocabulary:
-    """The first of each, the second of each and so on, every noun once, as many as the largest has."""
-    size = max(map(len, vocabularies))
-    found: dict[str, np.ndarray] = {}
-    for rank in itertools.zip_longest(
-        *(zip(vocabulary.names, vocabulary.embeddings, strict=True) for vocabulary in vocabularies)
-    ):
-        for name, embedding in filter(None, rank):
-            found.setdefault(name, embedding)
-    names = tuple(found)[:size]
-    source = " + ".join(dict.fromkeys(vocabulary.source for vocabulary in vocabularies))
-    return ConceptVocabulary(names, np.stack([found[name] for name in names]), source)
-
-
-def _captions(sets: Sequence[TrainingSet]) -> Iterator[str]:
-    places = [(each.store, shard) for each in sets for shard in each.shards]
-
-    def read(place: tuple[Store, StoredShard]) -> list[str]:
-        return read_shard(*place, ["caption"], checksum=False)["caption"].to_pylist()
-
-    window = 8 * _READ_THREADS
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        for start in range(0, len(places), window):
-            for captions in pool.map(read, places[start : start + window]):
-                yield from captions

@@ -7,12 +7,12 @@ those of 0.1, and every fraction and threshold is validated on the same held-out
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cluster.dataset.layout import Manifest, StoredShard
-from cluster.dataset.rows import read_shard, scores_of
+from cluster.dataset.rows import read_shard, read_weights, scores_of
 from cluster.store.store import Store
 
 _INDEX_THREADS = 8
@@ -20,10 +20,14 @@ _INDEX_THREADS = 8
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows of which shards are read: `rows[i]` are the ascending row numbers used of `shards[i]`."""
+    """Which rows of which shards are read: `rows[i]` are the ascending row numbers used of `shards[i]`.
+
+    weights: how often each of these rows comes in an epoch; None: once.
+    """
 
     shards: tuple[StoredShard, ...]
     rows: tuple[np.ndarray, ...]
+    weights: tuple[np.ndarray, ...] | None = None
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self.rows)
@@ -70,6 +74,16 @@ def all_rows(manifest: Manifest) -> Selection:
     """Every row of a dataset."""
     shards = manifest.stored_shards
     return Selection(shards, tuple(np.arange(shard.rows) for shard in shards))
+
+
+def weighted(store: Store, selection: Selection) -> Selection:
+    """With the weights that a view's rows have. Raises InputError as cluster.dataset.rows.read_shard does."""
+    if all(shard.weighted_rows is None for shard in selection.shards):
+        return selection
+    with ThreadPoolExecutor(_INDEX_THREADS) as pool:
+        weights = pool.map(lambda shard: read_weights(store, shard), selection.shards)
+        found = tuple(each[rows] for each, rows in zip(weights, selection.rows, strict=True))
+    return replace(selection, weights=found)
 
 
 def holdout_share(*, fraction: float, limit: int, rows: int) -> float:

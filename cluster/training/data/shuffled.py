@@ -42,8 +42,9 @@ _READ_THREADS = 4
 class Part:
     """Rows of one dataset and how often they come: `weight` times an epoch.
 
-    With a fraction f in the weight, round(f * rows) rows come once more, in each epoch the next ones of a fixed random
-    round trip through the rows: over the epochs every row gets its turn equally often.
+    A view's rows may have weights of their own: they multiply. With a fraction f in the weight, round(f * rows)
+    rows come once more, in each epoch the next ones of a fixed random round trip through the rows: over the epochs
+    every row gets its turn equally often.
     """
 
     store: Store
@@ -54,12 +55,24 @@ class Part:
     def read_shard(self, shard: int, features: FeatureShape) -> Rows:
         """The selected rows of one shard."""
         stored, numbers = self.selection.shards[shard], self.selection.rows[shard]
-        return (self.cache.read_rows if self.cache else read_rows)(self.store, stored, numbers, features)
+        if self.cache is not None:
+            return self.cache.read_rows(self.store, stored, numbers, features)
+        return read_rows(self.store, stored, numbers, features, in_place=True)
+
+    def places(self, shard: int) -> np.ndarray:
+        """Positions among the selected rows of one shard, each as often as its own weight says."""
+        places = np.arange(len(self.selection.rows[shard]))
+        return places if self.selection.weights is None else np.repeat(places, self.selection.weights[shard])
+
+    @property
+    def rows(self) -> int:
+        """Selected rows, each counted as often as its own weight says."""
+        weights = self.selection.weights
+        return len(self.selection) if weights is None else int(sum(each.sum() for each in weights))
 
     @property
     def rows_per_epoch(self) -> int:
-        rows = len(self.selection)
-        return int(self.weight) * rows + round(self.weight % 1 * rows)
+        return int(self.weight) * self.rows + round(self.weight % 1 * self.rows)
 
 
 @dataclass(frozen=True)
@@ -130,9 +143,10 @@ class ShardLoader:
         """All rows of an epoch: every shard's rows together, shards and rows permuted."""
         pieces = []
         for number, part in enumerate(self._parts):
-            sizes = [len(rows) for rows in part.selection.rows]
+            places = [part.places(shard) for shard in range(len(part.selection.rows))]
+            sizes = [len(each) for each in places]
             for _ in range(int(part.weight)):
-                pieces += [_Piece(number, shard, np.arange(size)) for shard, size in enumerate(sizes) if size]
+                pieces += [_Piece(number, shard, each) for shard, each in enumerate(places) if len(each)]
             extra = part.rows_per_epoch - int(part.weight) * sum(sizes)
             if extra:
                 round_trip = np.random.default_rng([self._seed, number]).permutation(sum(sizes))
@@ -140,7 +154,7 @@ class ShardLoader:
                 starts = np.cumsum([0, *sizes])
                 bounds = np.searchsorted(turn, starts)
                 pieces += [
-                    _Piece(number, shard, turn[first:last] - starts[shard])
+                    _Piece(number, shard, places[shard][turn[first:last] - starts[shard]])
                     for shard, (first, last) in enumerate(itertools.pairwise(bounds))
                     if last > first
                 ]

@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,12 @@ import torch
 import yaml
 from PIL import Image
 
+from cluster.curation.curate import curate
+from cluster.curation.request import CurateRequest, Subset
 from cluster.dataset import read_dataset
 from cluster.dataset.layout import CONCEPTS_KEY, Manifest, Plan, load_manifest, shard_key
-from cluster.export.export import export_dataset
+from cluster.dataset.verify import verify
+from cluster.export.export import export, export_dataset
 from cluster.export.published_ids import _numbers
 from cluster.export.request import FORMATS, ExportRequest
 from cluster.ingest.photos import featurise_photos
@@ -277,3 +281,51 @@ def test_several_pictures_of_a_caption_have_ids_of_their_own(tmp_path, tiny_t2i,
     annotations = pickle.loads((tmp_path / "out" / "mscoco_caption_anno_train.pkl").read_bytes())
     assert [int(item["image_id"]) - 6_000_000 for item in annotations] == [0, 1, 2, 3, *range(6, 16)]
     np.testing.assert_array_equal(annotations[0]["tokens_ids"], annotations[1]["tokens_ids"])
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_view_is_exported_like_the_dataset_that_it_points_at(tmp_path: Path, dataset, to: str) -> None:
+    store, _, manifest = dataset
+    curate(CurateRequest(data=(store.root,), out=str(tmp_path / "view"), subset=Subset(count=7)))
+    view = open_store(str(tmp_path / "view"))
+    counts = export_dataset(view, open_store(str(tmp_path / "out")), asked(to))
+    assert (counts["exported"], counts["expected"]) == (7, 7)
+    rows = {row.sample_id: row for row in read_dataset(view.root)}
+    names = {path.name for path in (tmp_path / "out").rglob("*")}
+    if to == "official":
+        annotations = pickle.loads((tmp_path / "out" / "mscoco_caption_anno_train.pkl").read_bytes())
+        assert [each["image_id"] for each in annotations] == [str(6000000 + number) for number in range(7)]
+    elif to == "webdataset":
+        with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
+            texts = [json.load(tar.extractfile(name)) for name in tar.getnames() if name.endswith(".json")]  # type: ignore[arg-type]
+        assert {text["sample_id"]: text["caption"] for text in texts} == {
+            name: row.caption for name, row in rows.items()
+        }
+    else:
+        table = pq.read_table(tmp_path / "out" / next(f"data/{name}" for name in names if name.startswith("train-")))
+        assert table["sample_id"].to_pylist() == list(rows) and "corpus_id" not in table.column_names
+        assert f"7 of {manifest.stored} pairs" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_pictures_of_a_view_are_written_out_as_a_dataset(tmp_path: Path, dataset) -> None:
+    store, *_ = dataset
+    found = curate(CurateRequest(data=(store.root,), out=str(tmp_path / "view"), subset=Subset(count=7)))
+    request = ExportRequest(data=str(tmp_path / "view"), out=str(tmp_path / "out"), to="dataset")
+    counts = export(request)
+    assert (counts["exported"], counts["fingerprint"]) == (7, found["fingerprint"])
+    assert verify(open_store(tmp_path / "out"))["ok"]
+    assert export(request)["fingerprint"] == found["fingerprint"], "done already"
+    with pytest.raises(InputError, match="holds its pictures already"):
+        export(ExportRequest(data=store.root, out=str(tmp_path / "other"), to="dataset"))
+
+
+def test_what_is_there_of_an_unfinished_dataset_is_exported_when_told_so(tmp_path: Path) -> None:
+    make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path), null_spec(), shard_size=5, finish=False)
+    (tmp_path / "data" / "shards" / "part-000001.parquet").unlink()
+    for to in ("webdataset", "dataset"):
+        request = ExportRequest(data=str(tmp_path / "data"), out=str(tmp_path / to), to=to)
+        with pytest.raises(InputError, match="add --unfinished"):
+            export(request)
+        counts = export(replace(request, unfinished=True))
+        assert (counts["exported"], counts["unfinished"]) == (19, "4 of 5 shards")
+    assert verify(open_store(tmp_path / "dataset"))["ok"]

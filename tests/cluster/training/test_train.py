@@ -20,11 +20,12 @@ import torch
 from ray.train import FailureConfig, WorkerGroupError
 
 from cluster.dataset.layout import load_manifest
+from cluster.dataset.together import common_vocabularies, merged_concepts
 from cluster.evaluation.captioning import load_captioner
 from cluster.ray_internals import FailureDecision
 from cluster.store.store import open_store
 from cluster.training.config import TrainConfig, settable_fields
-from cluster.training.data.mixture import DataSource, common_vocabularies, merged_concepts, open_training_sets
+from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
 from cluster.training.ray_trainer import _FailurePolicy, check_labels, make_trainer
 from cluster.training.request import TrainRequest

@@ -68,9 +68,9 @@ def test_a_shard_is_read_by_one_worker_or_where_a_cut_goes_through_by_two(
     reads: list[StoredShard] = []
     read_rows = cluster.training.data.shuffled.read_rows
 
-    def counted(store, shard, rows, features):
+    def counted(store, shard, rows, features, **options):
         reads.append(shard)
-        return read_rows(store, shard, rows, features)
+        return read_rows(store, shard, rows, features, **options)
 
     monkeypatch.setattr(cluster.training.data.shuffled, "read_rows", counted)
     for rank in range(4):

@@ -1,0 +1,164 @@
+"""The nearest vectors by cosine, exactly, in little memory: candidates in float32, their order in float64.
+
+One rule orders everything: cosines rounded to 1e-6, the larger first; of equals, the vector that comes first. So the
+result depends neither on how the vectors are cut into pieces, nor on the processor or GPU that multiplied them.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cluster.curation.sync.settings import UNIT
+
+#: Columns of a float32 product at once: with 4,096 queries, 64 MiB.
+TILE = 4096
+#: Pairs whose cosine is computed in float64 at once: few, so that they fit a processor's cache, which halves the time.
+PAIRS_AT_ONCE = 1 << 12
+#: Candidates of one tile that are looked at together. More are there only where very many cosines are equal.
+CANDIDATES_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """For each of B queries its k nearest vectors, best first; k is less where there are fewer vectors."""
+
+    indices: np.ndarray  # (B, k) int64
+    cosines: np.ndarray  # (B, k) float64
+
+
+def rounded(scores: np.ndarray) -> np.ndarray:
+    """Scores in whole units of 1e-6, int64: what is compared wherever scores are."""
+    return np.rint(scores / UNIT).astype(np.int64)
+
+
+def nearest(queries: np.ndarray, parts: Iterable[np.ndarray], k: int, *, device: str = "cpu") -> Nearest:
+    """The k nearest of all vectors to each query.
+
+    `queries` (B, D) and every part (n, D): float32, L2-normalised and finite. Parts are read once, in order, and one
+    is held at a time. Memory beside it: B x TILE float32 for the product, and B x k results.
+
+    A float32 product of D numbers is off by at most D * 2**-24 (times the vectors' lengths): what lies within that of
+    the k-th best is a candidate, so none is missed. Candidates are few; float64 decides among them.
+    """
+    given = torch.from_numpy(np.ascontiguousarray(queries, np.float32)).to(device)  # (B, D)
+    best = _Best.empty(len(given), device)
+    seen = 0
+    for part in parts:
+        vectors = torch.from_numpy(np.ascontiguousarray(part, np.float32)).to(device)  # (n, D)
+        error = _product_error(given, vectors)
+        for start in range(0, len(vectors), TILE):
+            tile = vectors[start : start + TILE]
+            products = given @ tile.T  # (B, T)
+            floor = _floor(products, best, k, error)
+            best = _merged(best, given, tile, products, floor, first=seen + start, k=k)
+        seen += len(vectors)
+    return Nearest(best.indices.cpu().numpy(), best.cosines.cpu().numpy())
+
+
+def pair_cosines(queries: np.ndarray, parts: Iterable[np.ndarray], wanted: np.ndarray) -> np.ndarray:
+    """(B, M) float64: the cosine of query b and vector wanted[b, m]; minus infinity where wanted is -1.
+
+    `queries` (B, D) and every part (n, D) float32, L2-normalised; `wanted` (B, M) int64 numbers of vectors. Parts are
+    read once, in order. Raises IndexError for a number beyond the last vector.
+    """
+    cosines = np.full(wanted.size, -np.inf)
+    order = np.argsort(wanted, axis=None, kind="stable")
+    numbers = wanted.reshape(-1)[order]
+    given = torch.from_numpy(np.ascontiguousarray(queries, np.float32))
+    seen, done = 0, int(np.searchsorted(numbers, 0))
+    for part in parts:
+        end = int(np.searchsorted(numbers, seen + len(part)))
+        places = order[done:end]
+        columns = torch.from_numpy(numbers[done:end] - seen)
+        rows = torch.from_numpy(places // wanted.shape[1])
+        vectors = torch.from_numpy(np.ascontiguousarray(part, np.float32))
+        cosines[places] = _cosines(given, vectors, rows, columns).numpy()
+        seen, done = seen + len(part), end
+    if done < len(numbers):
+        raise IndexError(f"vector {numbers[-1]}: there are {seen}")
+    return cosines.reshape(wanted.shape)
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The best so far of every query, as many of each, in order."""
+
+    indices: torch.Tensor  # (B, m) int64
+    cosines: torch.Tensor  # (B, m) float64
+
+    @staticmethod
+    def empty(rows: int, device: str) -> "_Best":
+        return _Best(
+            torch.zeros((rows, 0), dtype=torch.int64, device=device),
+            torch.zeros((rows, 0), dtype=torch.float64, device=device),
+        )
+
+
+def _product_error(one: torch.Tensor, other: torch.Tensor) -> float:
+    """How far a float32 product can be from the exact one: D u |x| |y| / (1 - D u), u = 2**-24 (Higham, 2002, 3.5)."""
+    if not len(one) or not len(other):
+        return 0.0
+    unit = one.shape[1] * 2.0**-24
+    longest = one.double().norm(dim=1).max() * other.double().norm(dim=1).max()
+    return float(unit / (1 - unit) * longest)
+
+
+def _floor(products: torch.Tensor, best: _Best, k: int, error: float) -> torch.Tensor:
+    """(B, 1): a product below it is certainly not among the k best. One unit beside, for the rounding."""
+    if best.indices.shape[1] == k:
+        return best.cosines[:, -1:].float() - (error + 2 * UNIT)
+    if products.shape[1] < k:
+        return torch.full_like(products[:, :1], -torch.inf)
+    return products.topk(k, dim=1).values[:, -1:] - (2 * error + 2 * UNIT)
+
+
+def _merged(
+    best: _Best,
+    queries: torch.Tensor,
+    tile: torch.Tensor,
+    products: torch.Tensor,
+    floor: torch.Tensor,
+    *,
+    first: int,
+    k: int,
+) -> _Best:
+    """The best so far with those of one tile, whose first vector has the number `first`."""
+    chosen = products >= floor
+    columns = max(1, int(CANDIDATES_AT_ONCE * products.shape[1] // max(int(chosen.sum()), 1)))
+    for start in range(0, products.shape[1], columns):
+        rows, places = chosen[:, start : start + columns].nonzero(as_tuple=True)
+        cosines = _cosines(queries, tile, rows, places + start)
+        best = _sorted(best, rows, places + (start + first), cosines, k)
+    return best
+
+
+def _sorted(best: _Best, rows: torch.Tensor, indices: torch.Tensor, cosines: torch.Tensor, k: int) -> _Best:
+    """The k best of those so far and of others, whose indices are larger and ascend in each row."""
+    count, held = best.indices.shape
+    of_row = torch.arange(count, device=rows.device).repeat_interleave(held)
+    rows = torch.cat([of_row, rows])
+    indices = torch.cat([best.indices.reshape(-1), indices])
+    cosines = torch.cat([best.cosines.reshape(-1), cosines])
+    # Both sorts are stable, so of equal cosines the smaller index stays in front.
+    order = (cosines / UNIT).round().neg().sort(stable=True).indices
+    order = order[rows[order].sort(stable=True).indices]
+    of_each = torch.bincount(rows, minlength=count)
+    starts = of_each.cumsum(0) - of_each
+    rank = torch.arange(len(rows), device=rows.device) - starts[rows[order]]
+    kept = order[rank < k]
+    shape = (count, len(kept) // max(count, 1))
+    return _Best(indices[kept].reshape(shape), cosines[kept].reshape(shape))
+
+
+def _cosines(one: torch.Tensor, other: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """(P,) float64: the products of row rows[p] of one and row columns[p] of the other."""
+    found = torch.empty(len(rows), dtype=torch.float64, device=one.device)
+    for piece in _pieces(len(rows)):
+        found[piece] = one[rows[piece]].double().mul_(other[columns[piece]]).sum(dim=1)  # in float64, as its left side
+    return found
+
+
+def _pieces(count: int) -> Iterator[slice]:
+    return (slice(start, start + PAIRS_AT_ONCE) for start in range(0, count, PAIRS_AT_ONCE))

@@ -1,0 +1,78 @@
+"""Work in pieces, each of which puts its result on the store: in this process, or as tasks on Ray."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import ray
+
+from cluster.session import user_error
+from pcm.line_timer import LineTimer
+
+log = logging.getLogger(__name__)
+
+#: Tasks that Ray knows of at once: more than run, and no more than it holds easily.
+_SUBMITTED = 1000
+
+
+class Tasks(Protocol):
+    """Who does the work."""
+
+    def share(self, value: Any) -> Any:
+        """A large argument of many calls, to be given in its place."""
+
+    def run(self, function: Callable[..., None], calls: Sequence[tuple], *, what: str) -> None:
+        """Call a function of a module with each of these arguments, in any order. Raises what a call raises first."""
+
+
+class InThisProcess:
+    """One call after the other."""
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def run(self, function: Callable[..., None], calls: Sequence[tuple], *, what: str) -> None:
+        progress = _Progress(what, len(calls))
+        for call in calls:
+            function(*call)
+            progress.done()
+
+
+class OnRay:
+    """Tasks on Ray, which runs as many at once as it has room for and repeats those whose machine is lost."""
+
+    def __init__(self, *, gpus: bool) -> None:
+        self._options: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_retries": 3}
+
+    def share(self, value: Any) -> Any:
+        return ray.put(value)
+
+    def run(self, function: Callable[..., None], calls: Sequence[tuple], *, what: str) -> None:
+        task: Any = ray.remote(function).options(**self._options)
+        progress = _Progress(what, len(calls))
+        waiting = iter(calls)
+        running: list[Any] = [task.remote(*call) for call, _ in zip(waiting, range(_SUBMITTED), strict=False)]
+        try:
+            while running:
+                finished, running = ray.wait(running, num_returns=1)
+                ray.get(finished)
+                progress.done()
+                running += [task.remote(*call) for call, _ in zip(waiting, range(1), strict=False)]
+        except ray.exceptions.RayError as error:
+            for reference in running:
+                ray.cancel(reference, force=True)
+            raise user_error(error) or error from None
+
+
+class _Progress:
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._made = what, total, 0
+        self._timer = LineTimer()
+        if total:
+            log.info("%s: %d pieces", what, total)
+
+    def done(self) -> None:
+        self._made += 1
+        if self._timer.due():
+            left = (self._total - self._made) * self._timer.elapsed / self._made
+            log.info("%s: %d of %d pieces, %.0f s left", self._what, self._made, self._total, left)

@@ -1,0 +1,93 @@
+"""What a derived dataset was made of, and by which rules: part of its dataset.json."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureStore:
+    """A dataset that holds pictures of a view."""
+
+    path: str  # absolute path or URI
+    sha256: str  # of its dataset.json when the view was made; of an unfinished one: of what that said of its shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineageSource:
+    """A dataset that rows were taken from, as it was then. `lineage`: of one that was derived itself."""
+
+    path: str
+    sha256: str  # as PictureStore
+    rows: int
+    shards: int
+    planned_shards: int
+    generator: str
+    lineage: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleCount:
+    """A rule, and how many rows went by it. Rules come one after the other: a row goes by the first that it breaks.
+
+    examples: some of these rows: sample_id, caption, clip_score, why, and picture (path, key, rows, bytes, sha256, row:
+    the shard that holds it).
+    """
+
+    rule: str
+    setting: Any
+    dropped: int
+    examples: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """method: the job, such as "curate" or "refine". settings: all that decides the rows besides the sources. facts:
+    what it counted besides, in JSON."""
+
+    method: str
+    settings: dict[str, Any]
+    sources: tuple[LineageSource, ...]
+    rows_in: int
+    rules: tuple[RuleCount, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        return {rule.rule: rule.dropped for rule in self.rules}
+
+    def decides(self) -> dict[str, Any]:
+        """What the rows are a function of, without counts: equal for the same command on the same data."""
+        sources = [source.sha256 for source in self.sources]
+        return {"method": self.method, "settings": self.settings, "sources": sources}
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def without_examples(self) -> dict[str, Any]:
+        document = self.to_dict()
+        for rule in document["rules"]:
+            rule["examples"] = ()
+        return document
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "Lineage":
+        """Raises TypeError or LookupError for what is no lineage."""
+        found = Lineage(
+            method=str(values["method"]),
+            settings=dict(values["settings"]),
+            sources=tuple(LineageSource(**_known(LineageSource, source)) for source in values["sources"]),
+            rows_in=values["rows_in"],
+            rules=tuple(
+                RuleCount(**{**_known(RuleCount, rule), "examples": tuple(rule.get("examples", ()))})
+                for rule in values["rules"]
+            ),
+            facts=dict(values.get("facts", {})),
+        )
+        for number in (found.rows_in, *(rule.dropped for rule in found.rules)):
+            if type(number) is not int:
+                raise TypeError(f"a count is {number!r}")
+        return found
+
+
+def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in kind.__dataclass_fields__}  # type: ignore[attr-defined]

@@ -1,0 +1,88 @@
+"""A dataset as a job takes it: finished, derived, or what is there of one that is still being made."""
+
+import hashlib
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cluster.dataset.committed import committed, load_stats, manifest_of
+from cluster.dataset.layout import (
+    MANIFEST_KEY,
+    Manifest,
+    Plan,
+    StoredShard,
+    find_manifest,
+    load_manifest,
+    load_plan,
+)
+from cluster.store.store import Store
+from pcm.errors import InputError
+
+log = logging.getLogger(__name__)
+
+_REQUESTS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class OpenDataset:
+    """manifest: what the dataset holds; of an unfinished one, what it would say of the shards that are there.
+
+    plan: None for a derived dataset. sha256: names this state, the digest of dataset.json.
+    """
+
+    store: Store
+    manifest: Manifest
+    plan: Plan | None
+    sha256: str
+    is_unfinished: bool = False
+
+    @property
+    def shards(self) -> tuple[StoredShard, ...]:
+        return self.manifest.stored_shards
+
+    @property
+    def planned_shards(self) -> int:
+        return self.plan.num_shards if self.plan is not None else len(self.manifest.shards)
+
+    @property
+    def extent(self) -> str:
+        """Of an unfinished dataset "31 of 2,215 shards", else ""."""
+        return f"{len(self.manifest.shards):,} of {self.planned_shards:,} shards" if self.is_unfinished else ""
+
+
+def open_dataset(store: Store, *, unfinished: bool = False, offer: bool = True) -> OpenDataset:
+    """The dataset at a place; with `unfinished` whatever shards are there, if it is being made or was piloted.
+
+    Raises InputError where there is no dataset, and without `unfinished` for one that is not finished: the line names
+    the option --unfinished, unless `offer` is False, for a job that has none.
+    """
+    plan = load_plan(store)
+    if unfinished and plan is not None:
+        manifest = find_manifest(store)
+        if manifest is None or manifest.corpus_fingerprint != plan.corpus_fingerprint:
+            return _what_is_there(store, plan)
+    elif offer and not store.exists(MANIFEST_KEY) and plan is not None:
+        raise InputError(
+            f"{store.root}: an unfinished dataset (no {MANIFEST_KEY}); rerun the same jobs.generate command to finish "
+            "it, or add --unfinished to use the shards that are there"
+        )
+    manifest = load_manifest(store)
+    digest = hashlib.sha256(store.read_bytes(MANIFEST_KEY)).hexdigest()
+    return OpenDataset(store, manifest, None if manifest.lineage is not None else plan, digest)
+
+
+def _what_is_there(store: Store, plan: Plan) -> OpenDataset:
+    from cluster.dataset.vocabularies import stored_features  # imports Ray, which takes seconds
+
+    made = committed(store, plan)
+    numbers = [shard for shard in range(plan.num_shards) if shard in made]
+    if not numbers:
+        raise InputError(
+            f"{store.root}: none of its {plan.num_shards:,} planned shards is there yet; run jobs.generate first"
+        )
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        manifest = manifest_of(plan, stored_features(store, plan), pool.map(lambda n: load_stats(store, n), numbers))
+    digest = hashlib.sha256(manifest.to_json()).hexdigest()
+    found = OpenDataset(store, manifest, plan, digest, is_unfinished=True)
+    log.info("%s: unfinished, %s are used", store.root, found.extent)
+    return found

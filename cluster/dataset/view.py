@@ -1,0 +1,459 @@
+"""Derived datasets: views, whose rows point at pictures stored elsewhere, and views written out with their pictures.
+
+A view is a folder with dataset.json (kind "view"), the words, concepts and CLIP head of its rows, and small Parquet
+parts `rows/part-000000.parquet` (pcm.records.VIEW_SCHEMA). Every reader takes it like any dataset: cluster.dataset.rows
+brings caption and score from the part, pictures and features from the shards that hold them. A view of a view points at
+the pictures themselves.
+
+Rows come in the order of the shards that hold their pictures, and a view's shard ends where one of these ends, so that
+reading a view reads each of them once. What decides a view is written first (lineage.json), dataset.json last.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.dataset.layout import (
+    CLIP_HEAD_KEY,
+    CONCEPTS_KEY,
+    DATASET,
+    LINEAGE_KEY,
+    MANIFEST_KEY,
+    VIEW,
+    VIEW_VERSION,
+    VOCABULARY_KEY,
+    Manifest,
+    find_manifest,
+    parquet_bytes,
+    read_table,
+    rows_key,
+    shard_key,
+)
+from cluster.dataset.lineage import Lineage, LineageSource, PictureStore
+from cluster.dataset.opened import OpenDataset
+from cluster.dataset.rows import part_columns, read_shard, read_view_part
+from cluster.dataset.shard_check import fingerprint_entry
+from cluster.dataset.view_part import PictureShard, ViewPart, part_table
+from cluster.store.store import Store
+from pcm.documents import document_bytes
+from pcm.errors import InputError
+from pcm.generation.names import SEVERAL
+from pcm.line_timer import LineTimer
+from pcm.records import SCHEMA_VERSION, STORED, VIEW_SCHEMA, FeatureShape, shard_schema
+from pcm.spec import GeneratorSpec
+
+log = logging.getLogger(__name__)
+
+VOCABULARIES = (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY)
+
+_THREADS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewRows:
+    """The rows of a view to be, n of them in any order: what each says, and which picture it shows.
+
+    sample_id: n different ones, in the form 000000123-00. source, shard, row: (n,) whole numbers: the picture's dataset
+    among the sources, its shard among that dataset's, its row there. clip_score: (n,) float32, raw cosine of this
+    caption and that picture. weight: (n,) whole numbers from 1: how often training takes the row in an epoch.
+    """
+
+    sample_id: Sequence[str]
+    caption: Sequence[str]
+    clip_score: np.ndarray
+    source: np.ndarray
+    shard: np.ndarray
+    row: np.ndarray
+    weight: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.sample_id)
+
+
+def lineage_source(found: OpenDataset) -> LineageSource:
+    """How a lineage names a dataset that rows were taken from."""
+    manifest = found.manifest
+    return LineageSource(
+        path=found.store.address,
+        sha256=found.sha256,
+        rows=manifest.stored,
+        shards=len(manifest.shards),
+        planned_shards=found.planned_shards,
+        generator=manifest.spec.generator.model,
+        lineage=manifest.lineage.without_examples() if manifest.lineage else None,
+    )
+
+
+def write_view(
+    out: Store,
+    sources: Sequence[OpenDataset],
+    rows: ViewRows,
+    lineage: Lineage,
+    *,
+    materialise: bool = False,
+    shard_rows: int | None = None,
+) -> Manifest:
+    """Write rows that point at the pictures of `sources` as a view; with `materialise` with their pictures, as a
+    dataset that needs no other. Run it again with the same rows to finish what was interrupted.
+
+    The fingerprint is that of any dataset: sha256 over the sorted (sample_id, caption, seed of the picture, status,
+    sha256 of the picture's bytes); shards do not matter to it. Every picture is read once, to name its bytes; of views
+    among the sources none. Memory: the rows without features, some 300 bytes each.
+
+    Raises InputError where `out` holds anything else, where a picture's shard cannot be read, and where the sources'
+    features are of different CLIPs (cluster.dataset.together.check_same_clip). Raises ValueError for rows that cannot
+    be: a sample id twice, a place that is not there, a weight below 1.
+    """
+    _check(rows, sources)
+    document = _document(lineage, materialise=materialise, shard_rows=shard_rows)
+    if (found := begun(out, document)) is not None:
+        return found
+    if len(sources) > 1:
+        from cluster.dataset.together import check_same_clip  # brings torch and Ray, which take seconds
+
+        check_same_clip(sources)
+    out.write_bytes(LINEAGE_KEY, document_bytes(document))
+    placed = _Placed.of(sources, rows)
+    view = ViewParts(placed.table, placed.shards, shard_rows)
+    pictures = [store.path for store in placed.stores]
+    features = sources[0].manifest.features
+
+    def data_of(part: ViewPart) -> bytes:
+        if not materialise:
+            return parquet_bytes(part.rows)
+        return parquet_bytes(with_pictures(out, part, pictures, features))
+
+    shards = _write_parts(out, view, data_of, shard_key if materialise else rows_key)
+    _write_vocabularies(out, sources, rows)
+    manifest = _manifest(sources, placed, shards, lineage)
+    if materialise:
+        manifest = replace(manifest, kind=DATASET, pictures=(), schema_version=SCHEMA_VERSION)
+    out.write_bytes(MANIFEST_KEY, manifest.to_json())
+    return manifest
+
+
+def claim(out: Store, lineage: Lineage, *, materialise: bool = False, shard_rows: int | None = None) -> Manifest | None:
+    """Begin a view whose rows have still to be found: what `write_view` says first, for a method that puts work of its
+    own below `out` meanwhile. The manifest where the view is there already.
+
+    Raises InputError where `out` holds anything else.
+    """
+    document = _document(lineage, materialise=materialise, shard_rows=shard_rows)
+    if (found := begun(out, document)) is None:
+        out.write_bytes(LINEAGE_KEY, document_bytes(document))
+    return found
+
+
+def _document(lineage: Lineage, *, materialise: bool, shard_rows: int | None) -> dict:
+    return {**lineage.decides(), "materialise": materialise, "shard_rows": shard_rows}
+
+
+def with_pictures(view: Store, part: ViewPart, pictures: Sequence[str], features: FeatureShape) -> pa.Table:
+    """A view's shard as one that holds its pictures: of the newest version, with the columns corpus_id and, where a row
+    comes more than once, weight. Raises InputError as read_shard does."""
+    schema = shard_schema(features)
+    found = part_columns(view, part, pictures, schema.names)
+    table = pa.table({name: found[name].cast(schema.field(name).type) for name in schema.names}, schema=schema)
+    table = table.append_column("corpus_id", part.rows["corpus_id"])
+    if (part.rows["weight"].to_numpy() != 1).any():
+        table = table.append_column("weight", part.rows["weight"])
+    return table
+
+
+def begun(out: Store, document: dict) -> Manifest | None:
+    """The manifest where this very thing is done already. Raises InputError where OUT holds anything else."""
+    try:
+        found = json.loads(out.read_bytes(LINEAGE_KEY))
+    except FileNotFoundError:
+        if there := out.list():
+            raise InputError(
+                f"--out {out.root}: not empty and no derived dataset (it holds {there[0]}); give an empty place"
+            ) from None
+        return None
+    except ValueError:
+        raise InputError(f"--out {out.root}: {LINEAGE_KEY} is damaged; give another --out") from None
+    document = json.loads(document_bytes(document))
+    if found != document:
+        named = next(
+            (name for name in document if not isinstance(found, dict) or found.get(name) != document[name]), ""
+        )
+        what = {"sources": "of other data, or of the data in another state"}.get(named, f"with another {named}")
+        raise InputError(
+            f"--out {out.root}: was begun {what}; use the same arguments and data to finish it, or another --out"
+        )
+    try:
+        return find_manifest(out)
+    except InputError as error:
+        log.warning("%s; it is written again", error)
+        return None
+
+
+def _check(rows: ViewRows, sources: Sequence[OpenDataset]) -> None:
+    if len(set(rows.sample_id)) < len(rows):
+        raise ValueError("a sample id occurs twice")
+    sizes = [np.array([shard["rows"] for shard in source.manifest.shards]) for source in sources]
+    for number, size in enumerate(sizes):
+        mine = rows.source == number
+        shards, places = rows.shard[mine], rows.row[mine]
+        if len(shards) and not ((shards >= 0) & (shards < len(size))).all():
+            raise ValueError(f"a shard beyond those of {sources[number].store.root}")
+        if len(shards) and not ((places >= 0) & (places < size[shards])).all():
+            raise ValueError(f"a row beyond its shard of {sources[number].store.root}")
+    if len(rows) and not ((rows.source >= 0) & (rows.source < len(sources))).all():
+        raise ValueError("a source that is not given")
+    if rows.weight is not None and (rows.weight < 1).any():
+        raise ValueError("a weight below 1")
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """table: rows of VIEW_SCHEMA, their `shard` a number of `shards`, in the order of shard, row and sample id."""
+
+    table: pa.Table
+    shards: tuple[PictureShard, ...]
+    stores: tuple[PictureStore, ...]
+
+    @staticmethod
+    def of(sources: Sequence[OpenDataset], rows: ViewRows) -> "_Placed":
+        stores = tuple(
+            dict.fromkeys(
+                store
+                for each in sources
+                for store in (each.manifest.pictures or (PictureStore(path=each.store.address, sha256=each.sha256),))
+            )
+        )
+        order = np.lexsort((rows.row, rows.shard, rows.source))
+        cuts = np.flatnonzero(np.diff(rows.source[order]) | np.diff(rows.shard[order])) + 1
+        groups = [group for group in np.split(order, cuts) if len(group)]
+        timer = LineTimer()
+
+        def resolved(group: np.ndarray) -> "_Resolved":
+            source = sources[int(rows.source[group[0]])]
+            return _resolve(source, int(rows.shard[group[0]]), rows.row[group], stores)
+
+        shards: dict[PictureShard, int] = {}
+        found: list[_Resolved] = []
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for done, each in enumerate(pool.map(resolved, groups), start=1):
+                for shard in each.shards:
+                    shards.setdefault(shard, len(shards))
+                found.append(each)
+                if timer.due():
+                    log.info("%d of %d shards looked at", done, len(groups))
+        ordered = sorted(shards, key=lambda shard: (shard.pictures, shard.stored.key, shard.stored.sha256))
+        number = {shard: place for place, shard in enumerate(ordered)}
+        chosen = np.concatenate([*groups, np.zeros(0, np.int64)]).astype(np.int64)
+        weight = np.ones(len(rows), np.int32) if rows.weight is None else rows.weight.astype(np.int32)
+        columns = {
+            "sample_id": pa.array(rows.sample_id, pa.string()).take(chosen),
+            "caption": pa.array(rows.caption, pa.string()).take(chosen),
+            "clip_score": pa.array(np.asarray(rows.clip_score, np.float32)[chosen]),
+            "weight": pa.array(weight[chosen]),
+            "shard": pa.array([number[shard] for each in found for shard in each.of_row], pa.int32()),
+            "row": pa.array([row for each in found for row in each.rows], pa.int32()),
+        }
+        for name in ("seed", "corpus_id", "image_sha256", "picture_id"):
+            values = [value for each in found for value in each.columns[name]]
+            columns[name] = pa.array(values, VIEW_SCHEMA.field(name).type)
+        table = pa.table({name: columns[name] for name in VIEW_SCHEMA.names}, schema=VIEW_SCHEMA)
+        table = table.sort_by([("shard", "ascending"), ("row", "ascending"), ("sample_id", "ascending")])
+        return _Placed(table.combine_chunks(), tuple(ordered), stores)
+
+
+@dataclass(frozen=True)
+class _Resolved:
+    """Where the pictures of some rows of one shard of a source are, and what is known of them."""
+
+    of_row: list[PictureShard]
+    rows: list[int]
+    columns: dict[str, list]
+
+    @property
+    def shards(self) -> list[PictureShard]:
+        return list(dict.fromkeys(self.of_row))
+
+
+def _resolve(source: OpenDataset, shard: int, numbers: np.ndarray, stores: Sequence[PictureStore]) -> _Resolved:
+    stored = source.shards[shard]
+    if source.manifest.is_view:
+        part = read_view_part(source.store, stored)
+        place = {number: stores.index(store) for number, store in enumerate(source.manifest.pictures)}
+        moved = [replace(each, pictures=place[each.pictures]) for each in part.shards]
+        rows = part.rows.take(numbers)
+        names = ("seed", "corpus_id", "image_sha256", "picture_id")
+        return _Resolved(
+            [moved[number] for number in rows["shard"].to_pylist()],
+            rows["row"].to_pylist(),
+            {name: rows[name].to_pylist() for name in names},
+        )
+    mine = PictureShard(
+        stores.index(PictureStore(path=source.store.address, sha256=source.sha256)),
+        replace(stored, weighted_rows=None),
+    )
+    table = read_shard(source.store, stored, ["sample_id", "seed", "image"]).combine_chunks()
+    wanted = sorted(set(numbers.tolist()))
+    pictures = table["image"].combine_chunks().field("bytes").take(wanted).to_pylist()
+    digests = {
+        row: hashlib.sha256(picture).digest() if picture else b"" for row, picture in zip(wanted, pictures, strict=True)
+    }
+    corpus_ids = read_corpus_ids(source, shard)
+    light = table.select(["sample_id", "seed"]).take(numbers)
+    return _Resolved(
+        [mine] * len(numbers),
+        numbers.tolist(),
+        {
+            "seed": light["seed"].to_pylist(),
+            "corpus_id": [corpus_ids[row] for row in numbers.tolist()],
+            "image_sha256": [digests[row] for row in numbers.tolist()],
+            "picture_id": light["sample_id"].to_pylist(),
+        },
+    )
+
+
+def read_corpus_ids(source: OpenDataset, shard: int) -> list[str]:
+    """What the corpus calls the captions of a shard's rows; their sample ids where nothing tells.
+
+    Raises InputError as read_shard does.
+    """
+    stored = source.shards[shard]
+    if source.manifest.is_view:
+        return read_view_part(source.store, stored).rows["corpus_id"].to_pylist()
+    if source.plan is None:
+        name = "corpus_id" if source.manifest.lineage is not None else "sample_id"
+        return read_shard(source.store, stored, [name], checksum=False)[name].to_pylist()
+    sample_ids = read_shard(source.store, stored, ["sample_id"], checksum=False)["sample_id"].to_pylist()
+    part = source.plan.part_key(int(stored.key.rpartition("-")[2].partition(".")[0]))
+    planned = read_table(source.store, part, ["sample_id", "corpus_id"]).to_pylist()
+    named = {row["sample_id"]: row["corpus_id"] for row in planned}
+    return [named.get(sample_id, sample_id) for sample_id in sample_ids]
+
+
+class ViewParts:
+    """Rows cut into a view's shards: whole shards of pictures, up to `shard_rows` rows (None: as many as the largest of
+    them has, so that reading one takes as much memory). Only where half as many again show pictures of one shard, its
+    rows are cut, evenly."""
+
+    def __init__(self, table: pa.Table, shards: Sequence[PictureShard], shard_rows: int | None) -> None:
+        if shard_rows is None:
+            shard_rows = max((shard.stored.rows for shard in shards), default=1)
+        self._table, self._shards = table, shards
+        where = table["shard"].to_numpy()
+        ends = [*np.flatnonzero(np.diff(where)) + 1, len(where)] if len(where) else []
+        self._cuts: list[int] = [0]
+        for start, end in itertools.pairwise([0, *map(int, ends)]):
+            limit = max(shard_rows, shards[where[start]].stored.rows)
+            if start > self._cuts[-1] and end - self._cuts[-1] > limit:
+                self._cuts.append(start)
+            if end - start > 1.5 * limit:
+                pieces = -(-(end - start) // limit)
+                self._cuts += [start + (end - start) * piece // pieces for piece in range(1, pieces)]
+        if len(where):
+            self._cuts.append(len(where))
+
+    def __len__(self) -> int:
+        return len(self._cuts) - 1
+
+    def part(self, number: int) -> ViewPart:
+        start, end = self._cuts[number], self._cuts[number + 1]
+        rows = self._table.slice(start, end - start)
+        used, numbers = np.unique(rows["shard"].to_numpy(), return_inverse=True)
+        shards = tuple(self._shards[place] for place in used)
+        columns = {name: rows[name] for name in rows.column_names} | {"shard": pa.array(numbers, pa.int32())}
+        return ViewPart(part_table(columns, shards), shards)
+
+
+def _write_parts(
+    out: Store, view: ViewParts, data_of: Callable[[ViewPart], bytes], key: Callable[[int], str]
+) -> tuple[dict, ...]:
+    """Entries of Manifest.shards; parts that are there already are not written again."""
+    present = set(out.list(key(0).partition("/")[0] + "/"))
+    timer = LineTimer()
+
+    def write(number: int) -> dict:
+        part = view.part(number)
+        if key(number) in present:
+            data = out.read_bytes(key(number))
+        else:
+            data = data_of(part)
+            out.write_bytes(key(number), data)
+        entry = {"key": key(number), "rows": len(part), "quarantined": 0}
+        weight = int(part.rows["weight"].to_numpy().sum())
+        if weight != len(part):
+            entry["weighted_rows"] = weight
+        return {**entry, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+    entries = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(view), 4 * _THREADS):  # a window, so that a failure ends the run soon
+            for entry in pool.map(write, range(start, min(start + 4 * _THREADS, len(view)))):
+                entries.append(entry)
+                if timer.due():
+                    log.info("%d of %d shards written", len(entries), len(view))
+    return tuple(entries)
+
+
+def _write_vocabularies(out: Store, sources: Sequence[OpenDataset], rows: ViewRows) -> None:
+    """Those of one source as they are, so that a view is trained with the same words; of several by their rule."""
+    keys = [key for key in VOCABULARIES if all(source.store.exists(key) for source in sources)]
+    if len(sources) == 1:
+        for key in keys:
+            out.write_bytes(key, sources[0].store.read_bytes(key))
+    elif len(keys) == len(VOCABULARIES):
+        from cluster.dataset.together import vocabularies_of
+
+        found = vocabularies_of(sources, rows.caption, rows=len(rows))
+        for key, data in zip(VOCABULARIES, (found.words, found.concepts, found.clip_head), strict=True):
+            out.write_bytes(key, data)
+
+
+def _manifest(sources: Sequence[OpenDataset], placed: _Placed, shards: tuple[dict, ...], lineage: Lineage) -> Manifest:
+    first = sources[0].manifest
+    spec = first.spec
+    if any(source.manifest.spec.generator != spec.generator for source in sources):
+        several = GeneratorSpec(
+            model=SEVERAL, revision="", num_inference_steps=1, guidance_scale=0.0, batch_size=1, max_attempts=1
+        )
+        spec = replace(spec, generator=several)
+    corpora = list(dict.fromkeys(source.manifest.corpus for source in sources))
+    stored = len(placed.table)
+    score_sum = math.fsum(placed.table["clip_score"].to_pylist())  # exact, so that the order of rows does not matter
+    return Manifest(
+        spec=spec,
+        corpus=" + ".join(corpora),
+        corpus_fingerprint=first.corpus_fingerprint if len(sources) == 1 else "",
+        features=first.features,
+        expected=stored,
+        stored=stored,
+        quarantined=0,
+        quarantined_by_reason={},
+        clip_score_mean=score_sum / stored if stored else None,
+        shard_bytes=sum(shard["bytes"] for shard in shards),
+        shards=shards,
+        schema_version=VIEW_VERSION,
+        kind=VIEW,
+        pictures=placed.stores,
+        fingerprint=view_fingerprint(placed.table),
+        lineage=lineage,
+    )
+
+
+def view_fingerprint(table: pa.Table) -> str:
+    """Of rows of VIEW_SCHEMA in any order: the dataset's rule, as all of them are stored."""
+    digest = hashlib.sha256()
+    for line in sorted(_entries(table)):
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def _entries(table: pa.Table) -> Iterator[str]:
+    names = ("sample_id", "caption", "seed", "image_sha256")
+    for sample, caption, seed, image in zip(*(table[name].to_pylist() for name in names), strict=True):
+        yield fingerprint_entry(sample, caption, seed, STORED, image.hex())

@@ -1,0 +1,105 @@
+"""Pictures of rows that the rules of a derived dataset left out, as its lineage names them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.dataset.layout import MANIFEST_KEY, StoredShard
+from cluster.dataset.lineage import Lineage
+from cluster.dataset.rows import read_shard
+from cluster.report.dataset_facts import Row, in_parallel
+from cluster.report.gallery import Picture, thumbnail
+from cluster.store.store import open_store
+from pcm.errors import InputError, one_line
+from pcm.images import open_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A row that went, why, and of a duplicate the row that stays in its place."""
+
+    picture: Picture
+    why: str
+    beside: Picture | None
+
+
+def left_out_pictures(lineage: Lineage) -> dict[str, list[LeftOut]]:
+    """By rule. A picture that is no longer there is said on its card, for the dataset stands without it.
+
+    Raises InputError where the lineage's examples are damaged.
+    """
+    try:
+        return _by_rule(lineage)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{MANIFEST_KEY}: its lineage is damaged ({one_line(error)}); make the dataset again"
+        ) from None
+
+
+def _by_rule(lineage: Lineage) -> dict[str, list[LeftOut]]:
+    rows: dict[tuple, None] = {}
+    for rule in lineage.rules:
+        for example in rule.examples:
+            for shown in filter(None, (example, example.get("beside"))):
+                rows[_place(shown)] = None
+    by_shard: dict[tuple, list[int]] = {}
+    for *shard, row in rows:
+        by_shard.setdefault(tuple(shard), []).append(row)
+    found = dict(
+        pair for pairs in in_parallel(lambda item: list(_read(*item)), list(by_shard.items())) for pair in pairs
+    )
+
+    def picture(shown: dict[str, Any]) -> Picture:
+        row = Row(
+            shard=0, row=int(shown["picture"]["row"]), sample_id=str(shown["sample_id"]), caption=str(shown["caption"]),
+            seed=found[_place(shown)][1], clip_score=float(shown["clip_score"]),
+        )  # fmt: skip
+        return _picture(row, found[_place(shown)][0])
+
+    return {
+        rule.rule: [
+            LeftOut(
+                picture=picture(example),
+                why=str(example["why"]),
+                beside=picture(example["beside"]) if example.get("beside") else None,
+            )
+            for example in rule.examples
+        ]
+        for rule in lineage.rules
+    }
+
+
+def _place(shown: dict[str, Any]) -> tuple:
+    """(dataset, key, rows, bytes, sha256, row)."""
+    shard = shown["picture"]["shard"]
+    return (
+        shown["picture"]["path"],
+        shard["key"],
+        shard["rows"],
+        shard["bytes"],
+        shard["sha256"],
+        shown["picture"]["row"],
+    )
+
+
+def _read(shard: tuple, rows: Iterable[int]) -> Iterable[tuple[tuple, tuple[bytes | str, int]]]:
+    """(place, (picture, or why there is none, seed)) of some rows of a shard."""
+    path, key, count, size, sha256 = shard
+    try:
+        table = read_shard(open_store(path), StoredShard(key, count, size, sha256), ["image", "seed"])
+    except InputError as error:
+        yield from (((*shard, row), (str(error), 0)) for row in rows)
+        return
+    for row in rows:
+        cell = table["image"][row].as_py() or {}
+        yield (*shard, row), (cell.get("bytes") or b"", table["seed"][row].as_py())
+
+
+def _picture(row: Row, data: bytes | str) -> Picture:
+    try:
+        if isinstance(data, str):
+            return Picture(row=row, error=data)
+        image = open_image(data, name=row.sample_id)
+    except InputError as error:
+        return Picture(row=row, error=str(error))
+    return Picture(row=row, uri=thumbnail(image), width=image.width, height=image.height)

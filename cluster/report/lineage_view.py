@@ -1,0 +1,61 @@
+"""The section about how a derived dataset was made: its sources, each rule's count, and rows that went."""
+
+import json
+from typing import Any
+
+from cluster.charts.markup import Html, Node, tag
+from cluster.dataset.lineage import Lineage
+from cluster.numbers import count, percent
+from cluster.report.dataset_facts import DatasetFacts
+from cluster.report.left_out import LeftOut
+from cluster.report.parts import absent, code, facts, picture_card, section, table
+
+
+def lineage(found: Lineage, data: DatasetFacts, left_out: dict[str, list[LeftOut]]) -> Html:
+    kind = "points at pictures that stay where they are" if data.manifest.is_view else "holds its own pictures"
+    sources = [
+        [code(each.path), each.generator, count(each.rows), _shards(each.shards, each.planned_shards)]
+        for each in found.sources
+    ]
+    rules: list[Node] = [_rule(rule.rule, rule.setting, rule.dropped, found, data, left_out) for rule in found.rules]
+    return section(
+        "lineage",
+        "Dataset",
+        "What stayed, and what was left out",
+        f"{count(data.manifest.stored)} of {count(found.rows_in)} pairs stayed. The dataset {kind}. Rules were applied "
+        "in this order; a pair counts where it went first. Shown are those that went most narrowly.",
+        facts([("Made by", code(f"jobs.{found.method}")), ("Fingerprint", code(data.manifest.fingerprint or "")),
+               *((name.replace("_", " "), str(value)) for name, value in sorted(found.facts.items()))]),
+        table(["source", "drawn by", "pairs", "shards"], sources, label="Sources", numbers=range(2, 4)),
+        rules or absent("No rule left anything out."),
+    )  # fmt: skip
+
+
+def _shards(there: int, planned: int) -> str:
+    return count(there) if there == planned else f"{count(there)} of {count(planned)}"
+
+
+def _rule(
+    name: str, setting: Any, dropped: int, found: Lineage, data: DatasetFacts, left_out: dict[str, list[LeftOut]]
+) -> Html:
+    cards: list[Node] = []
+    for each in left_out.get(name, []):
+        cards.append(_card(each.picture, each.why, scored=data.scored))
+        if each.beside is not None:
+            cards.append(_card(each.beside, "stays", scored=data.scored))
+    share = f", {percent(dropped / found.rows_in)} of all" if found.rows_in else ""
+    asked = json.dumps(setting, ensure_ascii=False)
+    return tag(
+        "div",
+        tag(
+            "h3",
+            code(name),
+            tag("small", f" {asked}: {count(dropped)} left out{share}"),
+        ),
+        cards and tag("div", cards, class_="gallery"),
+        data_rule=name,
+    )
+
+
+def _card(picture: Any, said: str, *, scored: bool) -> Html:
+    return tag("div", picture_card(picture, scored=scored, redraw=""), tag("p", said, class_="note"))

@@ -1,0 +1,85 @@
+"""The nearest vectors are the exact ones, however the vectors are cut and however many are equal."""
+
+import numpy as np
+import pytest
+
+from cluster.curation.sync import nearest as module
+from cluster.curation.sync.nearest import nearest, pair_cosines, rounded
+
+
+def unit(matrix: np.ndarray) -> np.ndarray:
+    return (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float32)
+
+
+def brute_force(queries: np.ndarray, vectors: np.ndarray, k: int) -> np.ndarray:
+    """All cosines in float64, sorted by the rule: rounded to 1e-6, then the first."""
+    cosines = queries.astype(np.float64) @ vectors.astype(np.float64).T
+    return np.argsort(-rounded(cosines), axis=1, kind="stable")[:, :k]
+
+
+def in_parts(matrix: np.ndarray, *sizes: int) -> list[np.ndarray]:
+    return np.split(matrix, np.cumsum(sizes))
+
+
+@pytest.fixture
+def vectors() -> np.ndarray:
+    """400 vectors; among them one eight times, and groups that differ by less than float32 can tell in a product."""
+    rng = np.random.default_rng(0)
+    matrix = unit(rng.standard_normal((400, 32)))
+    matrix[[5, 60, 61, 130, 131, 300, 301, 399]] = matrix[5]
+    for group in range(40):
+        base = matrix[200 + group].astype(np.float64)
+        matrix[240 + group] = unit(base[None] + 3e-8 * rng.standard_normal(32))[0]
+    return matrix
+
+
+@pytest.mark.parametrize("tile", [1, 16, 4096])
+@pytest.mark.parametrize("sizes", [(), (1, 0, 199), (150, 150)])
+def test_the_nearest_are_those_of_brute_force(
+    vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch, tile: int, sizes: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(module, "TILE", tile)
+    queries = np.concatenate([vectors[::9], unit(np.random.default_rng(1).standard_normal((20, 32)))])
+    found = nearest(queries, in_parts(vectors, *sizes), 9)
+    np.testing.assert_array_equal(found.indices, brute_force(queries, vectors, 9))
+    exact = queries.astype(np.float64) @ vectors.astype(np.float64).T
+    np.testing.assert_allclose(found.cosines, np.take_along_axis(exact, found.indices, axis=1), rtol=0, atol=1e-15)
+
+
+def test_what_float32_confuses_float64_tells_apart() -> None:
+    """Cosines one unit of 1e-6 apart, in 4,096 dimensions, where float32 is off by more than that in one sum."""
+    rng = np.random.default_rng(2)
+    query = unit(rng.standard_normal((1, 4096)))
+    others = unit(rng.standard_normal((500, 4096)))
+    towards = 0.5 + 1e-6 * np.arange(500)[:, None]
+    vectors = others - (others @ query.T) * query
+    vectors = unit(towards * query + np.sqrt(1 - towards**2) * unit(vectors))
+    found = nearest(query, in_parts(vectors, 123, 200), 20)
+    np.testing.assert_array_equal(found.indices, brute_force(query, vectors, 20))
+
+
+def test_equal_vectors_in_any_number_need_no_more_memory(vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CANDIDATES_AT_ONCE", 64)
+    same = np.repeat(vectors[:1], 500, axis=0)
+    looked_at = []
+    sort = module._sorted
+    monkeypatch.setattr(module, "_sorted", lambda *given: looked_at.append(len(given[1])) or sort(*given))
+    found = nearest(vectors[:8], [same], 5)
+    np.testing.assert_array_equal(found.indices, np.tile(np.arange(5), (8, 1)))
+    assert max(looked_at) <= 64
+
+
+def test_fewer_vectors_than_asked_for_are_all_there(vectors: np.ndarray) -> None:
+    assert nearest(vectors[:3], [vectors[:2], vectors[2:4]], 9).indices.shape == (3, 4)
+    assert nearest(vectors[:0], [vectors], 9).indices.shape == (0, 0)
+
+
+@pytest.mark.parametrize("sizes", [(), (1, 0, 199), (150, 150)])
+def test_cosines_of_pairs_are_found_wherever_the_vector_lies(vectors: np.ndarray, sizes: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(4)
+    wanted = rng.integers(-1, 400, (30, 7))
+    exact = np.take_along_axis(vectors[:30].astype(np.float64) @ vectors.astype(np.float64).T, wanted, axis=1)
+    found = pair_cosines(vectors[:30], in_parts(vectors, *sizes), wanted)
+    np.testing.assert_allclose(found, np.where(wanted < 0, -np.inf, exact), rtol=0, atol=1e-15)
+    with pytest.raises(IndexError, match="vector 400"):
+        pair_cosines(vectors[:1], [vectors], np.array([[400]]))

@@ -1,0 +1,142 @@
+"""SynC over a dataset on a store: equal to SynC in memory, whatever the blocks; resumed, nothing is done twice."""
+
+import hashlib
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.curation.sync import vectors
+from cluster.curation.sync.choice import refine_in_memory
+from cluster.curation.sync.sentences import SentenceSpec
+from cluster.curation.sync.settings import WORK, SyncSettings
+from cluster.curation.sync.stages import Refined, refine_pairs, work_folder
+from cluster.curation.sync.vectors import Captions, groups_of, unit
+from cluster.curation.tasks import InThisProcess
+from cluster.dataset.layout import MANIFEST_KEY, load_manifest
+from cluster.dataset.read import read_dataset
+from cluster.store.store import Store, open_store
+from pcm.clip.encoder import ClipEncoder
+from pcm.errors import InputError
+from tests.helpers.tiny_dataset import write_dataset
+
+SETTINGS = SyncSettings(candidates=7, captions_per_picture=3, keep=0.8)
+OF_CLIP = SentenceSpec(model="clip")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
+    """90 pairs in 9 shards; of 60 possible captions some occur often."""
+    return write_dataset(tmp_path_factory.mktemp("data") / "drawn", tiny_clip, rows=90, shard_size=10)
+
+
+def refined(dataset: Path, out: Path, *, block_size: int = 4096, settings: SyncSettings = SETTINGS) -> Refined:
+    store = open_store(dataset)
+    manifest = load_manifest(store)
+    digest = hashlib.sha256(store.read_bytes(MANIFEST_KEY)).hexdigest()
+    return refine_pairs(
+        store, manifest, open_store(out), work_folder(digest, manifest, OF_CLIP, "cpu"), settings, OF_CLIP,
+        InThisProcess(), clip=manifest.spec.clip.model, block_size=block_size, device="cpu",
+    )  # fmt: skip
+
+
+def assert_same(one: Refined, other: Refined) -> None:
+    for name in Refined.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+
+
+def test_a_dataset_is_refined_as_in_memory(dataset: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    rows = list(read_dataset(dataset, columns=("caption", "global_feature")))
+    captions = unit(ClipEncoder(str(tiny_clip)).encode_texts([row.caption for row in rows]))
+    assert len({row.caption for row in rows}) < len(rows), "captions must repeat here"
+    choice, kept = refine_in_memory(captions, unit(np.stack([row.global_feature for row in rows])), captions, SETTINGS)
+    found = refined(dataset, tmp_path)
+    np.testing.assert_array_equal(found.picture, choice.picture)
+    np.testing.assert_array_equal(found.score, choice.score)
+    np.testing.assert_array_equal(found.kept, kept)
+    np.testing.assert_allclose(found.cosine, choice.cosine, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_size", [1, 13])
+def test_blocks_and_groups_change_nothing(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_size: int
+) -> None:
+    whole = refined(dataset, tmp_path / "whole")
+    monkeypatch.setattr(vectors, "GROUP_ROWS", 25)
+    assert len(groups_of(load_manifest(open_store(dataset)))) == 5
+    assert_same(refined(dataset, tmp_path / "blocks", block_size=block_size), whole)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many objects were written, the rest is done, and nothing of it twice."""
+    whole = refined(dataset, tmp_path / "whole", block_size=30)
+    total = len(open_store(tmp_path / "whole").list())
+    write = Store.write_bytes
+    for stop in range(0, total, 3):
+        out = tmp_path / f"stopped-{stop}"
+        written: list[str] = []
+
+        def put(store: Store, key: str, data: bytes, *, stop: int = stop, written: list[str] = written) -> None:
+            if len(written) == stop:
+                raise KeyboardInterrupt
+            write(store, key, data)
+            written.append(key)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Store, "write_bytes", put)
+            with pytest.raises(KeyboardInterrupt):
+                refined(dataset, out, block_size=30)
+            first = written[:]
+            patched.setattr(Store, "write_bytes", lambda *given, w=written: (write(*given), w.append(given[1])))
+            assert_same(refined(dataset, out, block_size=30), whole)
+        twice = set(first) & set(written[len(first) :])
+        assert all("/pictures/" in key or "/sentences/" in key for key in twice), "half a group is made again"
+        assert sorted(set(written)) == open_store(out).list()
+
+
+def test_other_settings_use_the_same_vectors_and_no_other_block(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refined(dataset, tmp_path)
+    caplog.set_level(logging.INFO)
+    other = SyncSettings(candidates=3, captions_per_picture=3)
+    assert_same(refined(dataset, tmp_path, settings=other), refined(dataset, tmp_path / "anew", settings=other))
+    said = [record.getMessage() for record in caplog.records if record.name == "cluster.curation.tasks"]
+    assert said[:2] == ["candidates: 1 pieces", "choices: 1 pieces"]
+
+
+def test_features_that_are_no_direction_are_refused_by_name(dataset: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    found = open_store(write_dataset(tmp_path / "zero", tiny_clip, rows=4, zero_row=2))
+    with pytest.raises(InputError, match=r"part-000000.parquet: the features of 000000002-00 are zero or not finite"):
+        refined(Path(found.prefix), tmp_path / "out")
+
+
+def test_a_damaged_object_is_named(dataset: Path, tmp_path: Path) -> None:
+    refined(dataset, tmp_path)
+    store = open_store(tmp_path)
+    block = next(key for key in store.list() if "/choices-" in key)
+    store.write_bytes(block, store.read_bytes(block)[:-9])
+    with pytest.raises(InputError, match=f"{block}: damaged; delete it"):
+        refined(dataset, tmp_path)
+
+
+def test_captions_are_numbered_as_they_come() -> None:
+    digests = np.array([b"c", b"a", b"c", b"b", b"a", b"c"], "V1")
+    captions = Captions.of(digests, most=2)
+    assert captions.of_row.tolist() == [0, 1, 0, 2, 1, 0]
+    assert captions.first_row.tolist() == [0, 1, 3]
+    assert captions.members.tolist() == [[0, 2], [1, 4], [3, -1]]
+
+
+def test_the_work_of_other_data_or_encoders_lies_elsewhere(dataset: Path) -> None:
+    manifest = load_manifest(open_store(dataset))
+    folders = {
+        work_folder("1" * 64, manifest, OF_CLIP, "cpu"),
+        work_folder("2" * 64, manifest, OF_CLIP, "cpu"),
+        work_folder("1" * 64, manifest, OF_CLIP, "cuda"),
+        work_folder("1" * 64, manifest, SentenceSpec(model="x", revision="a" * 40), "cpu"),
+    }
+    assert len(folders) == 4 and all(folder.startswith(f"{WORK}/") for folder in folders)

@@ -1,0 +1,342 @@
+"""jobs.curate: what each rule drops, beside plain references, and the view that is left."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.curation.curate import curate
+from cluster.curation.duplicates import near_captions, near_vectors
+from cluster.curation.request import CurateRequest, Subset
+from cluster.dataset import DatasetRow, read_dataset
+from cluster.dataset.layout import load_manifest
+from cluster.dataset.verify import verify
+from cluster.store.store import open_store
+from jobs.curate import JOB
+from pcm.errors import InputError
+from pcm.text.concepts import ConceptVocabulary, lexicon_nouns
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_dataset import write_dataset
+from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, plan_dataset, write_corpus
+
+ROWS = 60
+#: Some of them equal.
+SCORES = np.random.default_rng(5).integers(10, 45, ROWS) / 100
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("curate") / "data", tiny_clip, rows=ROWS, shard_size=17, scores=SCORES)
+
+
+@pytest.fixture(scope="module")
+def rows(data: Path) -> list[DatasetRow]:
+    return list(read_dataset(data))
+
+
+def kept(place: Path) -> set[str]:
+    return {row.sample_id for row in read_dataset(place, columns=("sample_id",))}  # type: ignore[misc]
+
+
+def run(data: Path, out: Path, **rules: object) -> dict:
+    return curate(CurateRequest(data=(str(data),), out=str(out), **rules))  # type: ignore[arg-type]
+
+
+def best_first(rows: list[DatasetRow]) -> list[DatasetRow]:
+    return sorted(rows, key=lambda row: (-row.clip_score, row.sample_id))  # type: ignore[operator]
+
+
+def test_rows_below_the_score_go(tmp_path: Path, data: Path, rows: list[DatasetRow]) -> None:
+    least = float(np.median([row.clip_score for row in rows]))
+    found = run(data, tmp_path / "out", min_clip_score=least)
+    wanted = {row.sample_id for row in rows if row.clip_score >= np.float32(least)}  # type: ignore[operator]
+    assert kept(tmp_path / "out") == wanted and 0 < len(wanted) < ROWS
+    assert found["dropped"] == {"min_clip_score": ROWS - len(wanted)}
+    assert (found["rows_in"], found["rows_out"]) == (ROWS, len(wanted))
+    assert found["fingerprint"] == verify(open_store(tmp_path / "out"))["fingerprint"]
+
+
+def test_the_lowest_share_goes(tmp_path: Path, data: Path, rows: list[DatasetRow]) -> None:
+    run(data, tmp_path / "out", drop_lowest=0.25)
+    ranked = sorted(rows, key=lambda row: (row.clip_score, row.sample_id))
+    assert kept(tmp_path / "out") == {row.sample_id for row in ranked[ROWS // 4 :]}
+
+
+def nouns_of(row: DatasetRow, data: Path) -> set[str]:
+    names = ConceptVocabulary.load(data / "concepts.safetensors").names
+    return {noun for noun in lexicon_nouns([row.caption]) if noun in names}  # type: ignore[list-item]
+
+
+def test_the_lowest_of_each_of_its_concepts_go(tmp_path: Path, data: Path, rows: list[DatasetRow]) -> None:
+    run(data, tmp_path / "out", drop_lowest_per_concept=0.4)
+    low: dict[str, set[str]] = {}
+    for name in {noun for row in rows for noun in nouns_of(row, data)}:
+        having = sorted(
+            (row for row in rows if name in nouns_of(row, data)), key=lambda row: (row.clip_score, row.sample_id)
+        )
+        low[name] = {row.sample_id for row in having[: int(0.4 * len(having))]}  # type: ignore[misc]
+    wanted = {row.sample_id for row in rows if not all(row.sample_id in low[name] for name in nouns_of(row, data))}
+    assert kept(tmp_path / "out") == wanted and len(wanted) < ROWS
+
+
+def test_a_quota_keeps_the_best_of_each_concept(tmp_path: Path, data: Path, rows: list[DatasetRow]) -> None:
+    run(data, tmp_path / "out", max_per_concept=9)
+    counted: Counter[str] = Counter()
+    wanted = set()
+    for row in best_first(rows):
+        nouns = nouns_of(row, data)
+        if all(counted[name] < 9 for name in nouns):
+            counted.update(nouns)
+            wanted.add(row.sample_id)
+    assert kept(tmp_path / "out") == wanted and max(counted.values()) == 9
+
+
+def test_a_row_stays_where_clip_finds_the_concepts_of_its_caption(
+    tmp_path: Path, data: Path, rows: list[DatasetRow]
+) -> None:
+    concepts = ConceptVocabulary.load(data / "concepts.safetensors")
+
+    def covered(row: DatasetRow, share: float) -> bool:
+        cosines = concepts.embeddings.astype(float) @ row.global_feature.astype(float)  # type: ignore[union-attr]
+        top = {concepts.names[place] for place in np.argsort(-cosines)[:3]}
+        nouns = nouns_of(row, data)
+        return len(nouns & top) >= share * len(nouns)
+
+    for share in (1.0, 0.5):
+        run(data, tmp_path / f"{share}", covered_by=3, min_coverage=share)
+        wanted = {row.sample_id for row in rows if covered(row, share)}
+        assert kept(tmp_path / f"{share}") == wanted and len(wanted) < ROWS
+
+
+def greedy(rows: list[DatasetRow], alike: object) -> set[str]:
+    """Every row, best first, that is not like one that stays."""
+    stays: list[DatasetRow] = []
+    for row in best_first(rows):
+        if not any(alike(row, other) for other in stays):  # type: ignore[operator]
+            stays.append(row)
+    return {row.sample_id for row in stays}  # type: ignore[misc]
+
+
+def test_of_captions_of_the_same_words_the_best_scored_stays(
+    tmp_path: Path, data: Path, rows: list[DatasetRow]
+) -> None:
+    def words(row: DatasetRow) -> set[str]:
+        return set(row.caption.lower().replace(".", "").split())  # type: ignore[union-attr]
+
+    def jaccard(one: DatasetRow, two: DatasetRow) -> float:
+        return len(words(one) & words(two)) / len(words(one) | words(two))
+
+    for threshold in (1.0, 0.7, 0.5):
+        run(data, tmp_path / f"{threshold}", duplicate_captions=threshold)
+        wanted = greedy(rows, lambda one, two, least=threshold: jaccard(one, two) >= least)
+        assert kept(tmp_path / f"{threshold}") == wanted and len(wanted) < ROWS
+
+
+def test_of_pictures_that_are_near_the_best_scored_stays(tmp_path: Path, data: Path, rows: list[DatasetRow]) -> None:
+    def cosine(one: DatasetRow, two: DatasetRow) -> float:
+        a, b = one.global_feature.astype(float), two.global_feature.astype(float)  # type: ignore[union-attr]
+        return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+    every = sorted(cosine(one, two) for place, one in enumerate(rows) for two in rows[:place])
+    threshold = round(every[int(0.97 * len(every))], 3)
+    found = run(data, tmp_path / "out", duplicate_pictures=threshold)
+    wanted = greedy(rows, lambda one, two: round(cosine(one, two), 6) >= threshold)
+    assert kept(tmp_path / "out") == wanted and len(wanted) < ROWS
+    examples = load_manifest(open_store(tmp_path / "out")).lineage.rules[0].examples  # type: ignore[union-attr]
+    assert len(examples) == min(6, found["dropped"]["duplicate_pictures"])
+    assert all(each["beside"]["sample_id"] in wanted for each in examples), "shown beside what stays"
+
+
+def test_near_vectors_are_the_same_for_any_block() -> None:
+    random = np.random.default_rng(0)
+    centres = random.normal(size=(40, 16))
+    vectors = (centres[random.integers(40, size=500)] + 0.25 * random.normal(size=(500, 16))).astype(np.float16)
+    first, *others = [near_vectors(vectors, 0.93, block=block) for block in (7, 64, 1000)]
+    assert 20 < (first[0] == -1).sum() < 400
+    for other in others:
+        assert np.array_equal(first[0], other[0]) and np.array_equal(first[1], other[1])
+
+
+def test_near_captions_are_those_of_all_pairs() -> None:
+    random = np.random.default_rng(1)
+    words = [f"word{number}" for number in range(30)]
+    captions = [" ".join(random.choice(words, random.integers(1, 9))) for _ in range(400)]
+    sets = [set(caption.split()) for caption in captions]
+    for threshold in (0.34, 0.5, 0.75, 1.0):
+        partner, similarity = near_captions(captions, threshold)
+        stays: list[int] = []
+        for row, own in enumerate(sets):
+            index = [round(len(own & sets[other]) / len(own | sets[other]), 6) for other in stays]
+            near = [place for place, each in enumerate(index) if each >= round(threshold, 6)]
+            assert partner[row] == (stays[near[0]] if near else -1)
+            if near:
+                assert similarity[row] == index[near[0]]
+            else:
+                stays.append(row)
+
+
+def test_captions_go_by_length_and_words(tmp_path: Path, data: Path, rows: list[DatasetRow]) -> None:
+    found = run(data, tmp_path / "out", min_words=7, drop_word=("red",), keep_word=("Circle", "bar"))
+    assert found["dropped"]["min_words"] == 0, "all have seven"
+    wanted = {
+        row.sample_id for row in rows
+        if "red" not in row.caption.split() and {"circle", "bar"} & set(row.caption.split())  # type: ignore[union-attr]
+    }  # fmt: skip
+    assert kept(tmp_path / "out") == wanted and wanted
+    with pytest.raises(InputError, match=r"no row of 60 is left \(max_words 60\)"):
+        run(data, tmp_path / "none", max_words=6)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_list_of_marks_keeps_and_drops(tmp_path: Path, data: Path, rows: list[DatasetRow]) -> None:
+    ids = [row.sample_id for row in rows]
+    lines = [
+        {"sample_id": ids[0], "mark": "keep", "tags": ["good"]},
+        {"sample_id": ids[1], "mark": "drop"},
+        {"sample_id": ids[2]},
+        {"sample_id": "999999999-00"},
+    ]
+    marks = tmp_path / "marks.jsonl"
+    marks.write_text("\n".join([*map(json.dumps, lines), "no json", "[1]"]))
+    found = run(data, tmp_path / "keep", keep_list=str(marks))
+    assert kept(tmp_path / "keep") == {ids[0], ids[2]}
+    assert (found["keep_list_unknown"], found["keep_list_unreadable"]) == (1, 2)
+    run(data, tmp_path / "drop", drop_list=str(marks))
+    assert kept(tmp_path / "drop") == set(ids) - {ids[1], ids[2]}
+    run(data, tmp_path / "tagged", keep_list=str(marks), tag=("good", "fine"))
+    assert kept(tmp_path / "tagged") == {ids[0]}
+    marks.write_text("nothing\n")
+    with pytest.raises(InputError, match="none of its 1 lines is a mark"):
+        run(data, tmp_path / "bad", keep_list=str(marks))
+
+
+def test_a_smaller_subset_is_contained_in_a_larger_one(tmp_path: Path, data: Path) -> None:
+    found = {}
+    for text in ("10", "20", "0.5", "0.8"):
+        run(data, tmp_path / text, subset=Subset.parse(text))
+        found[text] = kept(tmp_path / text)
+    assert (len(found["10"]), len(found["20"])) == (10, 20)
+    assert found["10"] < found["20"] and found["0.5"] < found["0.8"]
+    run(data, tmp_path / "seed", subset=Subset(count=10), seed=1)
+    assert kept(tmp_path / "seed") != found["10"]
+
+
+RULES = {
+    "min_clip_score": 0.15, "covered_by": 6, "duplicate_captions": 1.0, "duplicate_pictures": 0.999,
+    "drop_lowest": 0.1, "drop_lowest_per_concept": 0.2, "max_per_concept": 12, "subset": Subset(share=0.8),
+}  # fmt: skip
+
+
+def test_the_fingerprint_does_not_depend_on_shards(tmp_path: Path, data: Path, tiny_clip: Path) -> None:
+    other = write_dataset(tmp_path / "other", tiny_clip, rows=ROWS, shard_size=7, scores=SCORES)
+    first, second = run(data, tmp_path / "a", **RULES), run(other, tmp_path / "b", **RULES)
+    assert first["fingerprint"] == second["fingerprint"] and first["dropped"] == second["dropped"]
+    assert 0 < first["rows_out"] < ROWS
+
+
+def test_datasets_are_merged_with_sample_ids_of_their_own(tmp_path: Path, data: Path, tiny_clip: Path) -> None:
+    other = write_dataset(tmp_path / "other", tiny_clip, rows=10, shard_size=4)
+    request = CurateRequest(data=(str(data), str(other)), out=str(tmp_path / "out"))
+    found = curate(request)
+    assert (found["rows_in"], found["rows_out"]) == (70, 70)
+    assert kept(tmp_path / "out") == {f"{number:09d}-00" for number in range(70)}
+    assert verify(open_store(tmp_path / "out"))["ok"]
+    captions = {row.sample_id: row.caption for row in read_dataset(tmp_path / "out")}
+    assert captions["000000060-00"] == captions["000000000-00"], "the other one's first caption"
+    marks = tmp_path / "marks.jsonl"
+    marks.write_text('{"sample_id": "000000003-00"}\n')
+    with pytest.raises(InputError, match="are in more than one --data"):
+        curate(CurateRequest(data=(str(data), str(other)), out=str(tmp_path / "two"), drop_list=str(marks)))
+
+
+def test_datasets_of_different_clips_are_not_merged(tmp_path: Path, data: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    make_dataset_in_process(tmp_path / "null", corpus, null_spec())
+    with pytest.raises(InputError, match="featurise both with one CLIP"):
+        curate(CurateRequest(data=(str(data), str(tmp_path / "null")), out=str(tmp_path / "out")))
+    with pytest.raises(InputError, match=r"--min-clip-score: .* was made with --clip null"):
+        run(tmp_path / "null", tmp_path / "out", min_clip_score=0.1)
+    with pytest.raises(InputError, match="a dataset twice"):
+        curate(CurateRequest(data=(str(data), str(data)), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_would_go_and_writes_nothing(
+    tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    found = curate(CurateRequest(data=(str(data),), dry_run=True, duplicate_captions=1.0, drop_lowest=0.1))
+    assert found["fingerprint"] is None and found["rows_out"] < ROWS
+    assert run(data, tmp_path / "out", duplicate_captions=1.0, drop_lowest=0.1)["dropped"] == found["dropped"]
+    said = [record.getMessage() for record in caplog.records]
+    assert f"duplicate_captions 1.0: {found['dropped']['duplicate_captions']} of {ROWS} rows would go" in said
+    assert sum("words 1.0000 with" in line for line in said) == 6
+
+
+def test_the_committed_shards_of_an_unfinished_dataset_are_curated_when_told_so(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    make_dataset_in_process(tmp_path / "data", corpus, null_spec(), shard_size=5, finish=False)
+    (tmp_path / "data" / "shards" / "part-000002.parquet").unlink()
+    with pytest.raises(InputError, match=r"an unfinished dataset .* or add --unfinished"):
+        run(tmp_path / "data", tmp_path / "out")
+    found = run(tmp_path / "data", tmp_path / "out", unfinished=True)
+    assert found["unfinished"] == {str(tmp_path / "data"): "4 of 5 shards"}
+    assert found["rows_out"] == 19 and verify(open_store(tmp_path / "out"))["ok"]
+    plan_dataset(tmp_path / "planned", corpus, null_spec())
+    with pytest.raises(InputError, match="none of its 5 planned shards is there yet"):
+        run(tmp_path / "planned", tmp_path / "other", unfinished=True)
+
+
+def test_a_view_is_curated_and_written_out(tmp_path: Path, data: Path) -> None:
+    run(data, tmp_path / "a", drop_lowest=0.3)
+    view = run(tmp_path / "a", tmp_path / "b", subset=Subset(count=15))
+    written = run(tmp_path / "a", tmp_path / "c", subset=Subset(count=15), materialise=True)
+    assert view["fingerprint"] == written["fingerprint"] and kept(tmp_path / "b") == kept(tmp_path / "c")
+    assert load_manifest(open_store(tmp_path / "b")).pictures[0].path == str(data)
+    again = run(tmp_path / "a", tmp_path / "b", subset=Subset(count=15))
+    assert again["fingerprint"] == view["fingerprint"], "done already"
+    with pytest.raises(InputError, match="was begun with another settings"):
+        run(tmp_path / "a", tmp_path / "b", subset=Subset(count=16))
+
+
+KILLED_AT = """
+import os, signal, sys
+from cluster.store.store import Store
+from jobs.curate import JOB
+
+limit, write, done = int(sys.argv[1]), Store.write_bytes, []
+
+def dying(self, key, data):
+    done.append(key)
+    if len(done) == limit:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, key, data)
+
+Store.write_bytes = dying
+JOB.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("materialise", [False, True])
+def test_kill_9_at_any_object_leaves_nothing_that_the_same_command_does_not_finish(
+    tmp_path: Path, data: Path, materialise: bool
+) -> None:
+    rules = ["--data", str(data), "--drop-lowest", "0.3", *(["--materialise"] if materialise else [])]
+    undisturbed = curate(JOB.read([*rules, "--out", str(tmp_path / "whole")]))
+    place = tmp_path / "out"
+    for limit in (2, 3, 5):  # lineage.json is there; a part is; all but dataset.json
+        command = [sys.executable, "-c", KILLED_AT, str(limit), *rules, "--out", str(place)]
+        killed = subprocess.run(command, capture_output=True, cwd=ROOT, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+        assert not (place / "dataset.json").exists() and (place / "lineage.json").exists()
+        with pytest.raises(InputError, match="a derived dataset that was interrupted"):
+            verify(open_store(place))
+    assert curate(JOB.read([*rules, "--out", str(place)]))["fingerprint"] == undisturbed["fingerprint"]
+    assert verify(open_store(place))["ok"]
+    whole, there = open_store(tmp_path / "whole"), open_store(place)
+    assert {key: there.read_bytes(key) for key in there.list()} == {key: whole.read_bytes(key) for key in whole.list()}

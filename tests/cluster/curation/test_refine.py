@@ -1,0 +1,211 @@
+"""jobs.refine: the view of what SynC chose, what is refused before the work, and going on after an interruption."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.curation.refine import FACTS, lineage_of, sync_view
+from cluster.curation.refine_request import RefineRequest
+from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
+from cluster.curation.sync.settings import WORK
+from cluster.curation.tasks import InThisProcess
+from cluster.dataset import read_dataset
+from cluster.dataset.layout import MANIFEST_KEY, Manifest, load_manifest
+from cluster.dataset.opened import open_dataset
+from cluster.dataset.verify import verify
+from cluster.dataset.view import claim
+from cluster.store.store import open_store
+from pcm.clip.encoder import ClipEncoder
+from tests.helpers.job_runs import JobRun
+from tests.helpers.models_from_pip import minilm_folder
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_dataset import write_dataset
+
+CALL = Callable[..., JobRun]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "drawn", tiny_clip, rows=60, shard_size=7)
+
+
+def in_this_process(data: Path, out: Path, sentences: SentenceSpec, **options: object) -> Manifest:
+    """As the job does it, without Ray."""
+    request = RefineRequest(data=str(data), out=str(out), method="sync", **options)  # type: ignore[arg-type]
+    source, store = open_dataset(open_store(data)), open_store(out)
+    lineage = lineage_of(source, sentences, request)
+    assert claim(store, lineage) is None
+    clip = source.manifest.spec.clip.model
+    return sync_view(source, store, lineage, sentences, request, InThisProcess(), clip=clip, device="cpu")
+
+
+def test_a_view_has_each_kept_caption_with_the_picture_it_chose(dataset: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    made = in_this_process(dataset, tmp_path / "view", resolve_sentences(str(minilm_folder())), keep=0.75)
+    assert made.stored == 45 and made.is_view
+    whole = {row.sample_id: row for row in read_dataset(dataset)}
+    pictures = {row.image_bytes: row for row in whole.values()}
+    rows = list(read_dataset(tmp_path / "view"))
+    texts = ClipEncoder(str(tiny_clip)).encode_texts([str(row.caption) for row in rows])
+    moved = 0
+    for row, text in zip(rows, texts, strict=True):
+        assert row.caption == whole[row.sample_id].caption
+        shown = pictures[row.image_bytes]
+        np.testing.assert_array_equal(row.global_feature, shown.global_feature)
+        np.testing.assert_array_equal(row.patch_features, shown.patch_features)
+        cosine = float(text @ shown.global_feature.astype(np.float32))  # type: ignore[union-attr]
+        assert row.clip_score == pytest.approx(cosine, abs=1e-3), "the score is of the new pair"
+        moved += row.image_bytes != whole[row.sample_id].image_bytes
+    facts = load_manifest(open_store(tmp_path / "view")).lineage.facts  # type: ignore[union-attr]
+    assert facts["moved"] == moved > 0
+    assert facts["pictures"] == len({row.image_bytes for row in rows})
+    assert facts["mean_score_after"] == pytest.approx(np.mean([row.clip_score for row in rows]))
+    assert facts["mean_score_before"] == pytest.approx(np.mean([row.clip_score for row in whole.values()]))
+    lineage = load_manifest(open_store(tmp_path / "view")).lineage
+    assert lineage is not None and (lineage.method, lineage.settings["method"]) == ("refine", "sync")
+    assert facts["sentences"] == str(minilm_folder())
+    assert lineage.settings["sentences"]["revision"] == resolve_sentences(str(minilm_folder())).revision
+    (rule,) = lineage.rules
+    assert (rule.rule, rule.setting, rule.dropped, len(rule.examples)) == ("keep", 0.75, 15, 6)
+    gone = whole.keys() - {row.sample_id for row in rows}
+    assert {example["sample_id"] for example in rule.examples} <= gone
+    assert verify(open_store(tmp_path / "view"))["complete"]
+
+
+def test_a_view_is_refined_like_any_dataset(dataset: Path, tmp_path: Path) -> None:
+    in_this_process(dataset, tmp_path / "once", SentenceSpec(model="clip"))
+    twice = in_this_process(tmp_path / "once", tmp_path / "twice", SentenceSpec(model="clip"))
+    assert [store.path for store in twice.pictures] == [str(dataset)], "a view of a view points at the pictures"
+    assert twice.stored == int(0.9 * 54) and verify(open_store(tmp_path / "twice"))["complete"]
+
+
+@pytest.fixture
+def of_clip(tiny_clip: Path) -> tuple[object, ...]:
+    return ("--method", "sync", "--sentences", "clip", "--clip", tiny_clip)
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("cluster.session.start_ray", fail)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--keep", "0"), "--keep 0: must be above 0 and at most 1"),
+        (("--keep", "1.5"), "--keep 1.5: must be above 0 and at most 1"),
+        (("--candidates", "0"), "--candidates 0: must be at least 1"),
+        (("--captions-per-picture", "0"), "--captions-per-picture 0: must be at least 1"),
+        (("--keep", "0.01"), "--keep 0.01: keeps none of 60 pairs"),
+        (("--method", "best"), "--method 'best': not known"),
+        (("--sentences", "/no/such/folder"), "--sentences /no/such/folder: no such folder"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line_before_ray_starts(
+    dataset: Path, tmp_path: Path, call_job: CALL, no_ray: None, of_clip: tuple, arguments: tuple[str, ...], said: str
+) -> None:
+    ended = call_job("refine", "--data", dataset, "--out", tmp_path / "out", *of_clip, *arguments)
+    assert ended.returncode == 2 and ended.stderr.splitlines()[-1].startswith(f"error: {said}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_without_features_or_pictures_is_refused(
+    dataset: Path, tmp_path: Path, call_job: CALL, no_ray: None, of_clip: tuple
+) -> None:
+    manifest = json.loads((dataset / MANIFEST_KEY).read_bytes())
+    for part, model, said in (("clip", "null", "has no CLIP features"), ("generator", "text-only", "has no pictures")):
+        changed = json.loads(json.dumps(manifest))
+        changed["spec"][part]["model"] = model
+        (tmp_path / model).mkdir()
+        (tmp_path / model / MANIFEST_KEY).write_text(json.dumps(changed))
+        ended = call_job("refine", "--data", tmp_path / model, "--out", tmp_path / "out", *of_clip)
+        assert ended.returncode == 2 and said in ended.stderr
+    ended = call_job("refine", "--data", tmp_path / "no", "--out", tmp_path / "out", *of_clip)
+    assert ended.returncode == 2 and "not a dataset" in ended.stderr
+
+
+def test_a_clip_that_the_dataset_alone_names_is_not_opened(
+    dataset: Path, tmp_path: Path, tiny_clip: Path, call_job: CALL, no_ray: None
+) -> None:
+    arguments = ("--out", tmp_path / "out", "--method", "sync", "--sentences", "clip")
+    ended = call_job("refine", "--data", dataset, *arguments)
+    assert ended.returncode == 2 and f"give --clip {tiny_clip}" in ended.stderr
+    manifest = json.loads((dataset / MANIFEST_KEY).read_bytes())
+    manifest["spec"]["clip"]["revision"] = "sha256:other"
+    (tmp_path / "pinned").mkdir()
+    (tmp_path / "pinned" / MANIFEST_KEY).write_text(json.dumps(manifest))
+    ended = call_job("refine", "--data", tmp_path / "pinned", *arguments, "--clip", tiny_clip)
+    assert ended.returncode == 2 and "was made with sha256:other; give the CLIP that made its features" in ended.stderr
+
+
+def test_a_place_with_something_else_is_refused(
+    dataset: Path, tmp_path: Path, call_job: CALL, no_ray: None, of_clip: tuple
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    ended = call_job("refine", "--data", dataset, "--out", tmp_path, *of_clip)
+    assert ended.returncode == 2 and "not empty and no derived dataset" in ended.stderr
+    in_this_process(dataset, tmp_path / "view", SentenceSpec(model="clip"))
+    ended = call_job("refine", "--data", dataset, "--out", tmp_path / "view", *of_clip, "--keep", "0.8")
+    assert ended.returncode == 2 and "was begun with another settings" in ended.stderr
+
+
+def test_on_ray_the_view_is_the_same_and_a_rerun_finds_it(
+    dataset: Path, tmp_path: Path, call_job: CALL, ray_session: None, of_clip: tuple, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    alone = in_this_process(dataset, tmp_path / "alone", SentenceSpec(model="clip"))
+    arguments = ("--data", dataset, "--out", tmp_path / "view", *of_clip, "--block-size", 11)
+    ended = call_job("refine", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.summary is not None
+    assert ended.summary["fingerprint"] == alone.fingerprint and ended.summary["sentences"] == "clip"
+    assert (ended.summary["pairs"], ended.summary["kept"]) == (60, 54)
+    assert not open_store(tmp_path / "view").list(f"{WORK}/"), "nothing is left of the work"
+    again = call_job("refine", *arguments)
+    assert again.summary is not None and "view: is complete" in caplog.text
+    for name in ("pairs", "kept", "fingerprint", *FACTS):
+        assert again.summary[name] == ended.summary[name]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_to_the_same_view(dataset: Path, tmp_path: Path, of_clip: tuple) -> None:
+    """kill -9 after a third and after two thirds of the objects; what lay there is not made again."""
+    whole = in_this_process(dataset, tmp_path / "whole", SentenceSpec(model="clip"), block_size=2)
+    total = len(open_store(tmp_path / "whole").list(f"{WORK}/"))
+    command = [sys.executable, "-m", "jobs.refine", "--data", str(dataset), "--out", str(tmp_path / "view")]
+    command += [*map(str, of_clip), "--block-size", "2"]
+    view = open_store(tmp_path / "view")
+    for share in (1 / 3, 2 / 3):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 240
+        while len(view.list(f"{WORK}/")) < share * total:
+            assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not view.exists(MANIFEST_KEY)
+    lay_there = {key: os.stat(view.path(key)).st_mtime_ns for key in view.list(f"{WORK}/")}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    changed = set()
+    while process.poll() is None:
+        for key, made in lay_there.items():
+            try:
+                if os.stat(view.path(key)).st_mtime_ns != made:
+                    changed.add(key)
+            except FileNotFoundError:  # the work is done
+                pass
+        time.sleep(0.05)
+    assert process.returncode == 0 and not changed
+    assert process.stdout is not None
+    assert json.loads(process.stdout.read().splitlines()[-1])["fingerprint"] == whole.fingerprint
