@@ -462,7 +462,7 @@ MUTANTS = (
     ),
     Mutant(
         "a caption that is null is named",
-        "cluster/dataset/rows.py", "for name in _TEXTS & set(columns):", "for name in ():",
+        "cluster/dataset/rows.py", "for name in _TEXTS & set(columns):\n            if (kind", "for name in ():\n            if (kind",
         ("tests/cluster/dataset/test_rows.py::test_a_caption_that_is_missing_or_no_text_is_named",),
     ),
     Mutant(

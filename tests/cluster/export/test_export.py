@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -296,13 +297,17 @@ def test_a_view_is_exported_like_the_dataset_that_it_points_at(tmp_path: Path, d
         annotations = pickle.loads((tmp_path / "out" / "mscoco_caption_anno_train.pkl").read_bytes())
         assert [each["image_id"] for each in annotations] == [str(6000000 + number) for number in range(7)]
     elif to == "webdataset":
-        with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
-            texts = [json.load(tar.extractfile(name)) for name in tar.getnames() if name.endswith(".json")]  # type: ignore[arg-type]
+        texts = []
+        for file in sorted((tmp_path / "out").glob("*.tar")):
+            with tarfile.open(file) as tar:
+                found = [tar.extractfile(name) for name in tar.getnames() if name.endswith(".json")]
+                texts += [json.load(each) for each in found]  # type: ignore[arg-type]
         assert {text["sample_id"]: text["caption"] for text in texts} == {
             name: row.caption for name, row in rows.items()
         }
     else:
-        table = pq.read_table(tmp_path / "out" / next(f"data/{name}" for name in names if name.startswith("train-")))
+        files = sorted(name for name in names if name.startswith("train-"))
+        table = pa.concat_tables([pq.read_table(tmp_path / "out" / "data" / name) for name in files])
         assert table["sample_id"].to_pylist() == list(rows) and "corpus_id" not in table.column_names
         assert f"7 of {manifest.stored} pairs" in (tmp_path / "out" / "README.md").read_text()
 
