@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from cluster.dataset.layout import (
     MANIFEST_KEY,
+    PLAN_KEY,
     Manifest,
     OtherSchema,
     Plan,
@@ -101,9 +102,13 @@ def _drop_damaged_manifest(store: Store) -> None:
     except OtherSchema:  # it says much, to another release
         raise
     except InputError as error:
-        if load_plan(store) is not None:
-            log.warning("%s", error)
-            store.delete(MANIFEST_KEY)
+        if load_plan(store) is None:  # nothing says what should be there
+            raise InputError(
+                f"{store.root}: not a dataset that can be repaired ({MANIFEST_KEY} is damaged, and there is no "
+                f"{PLAN_KEY}); rerun the command that made it, into another --out"
+            ) from None
+        log.warning("%s", error)
+        store.delete(MANIFEST_KEY)
 
 
 def _rebuild_plan_parts(

@@ -197,7 +197,7 @@ def test_a_dataset_that_grew_is_repaired_in_its_own_shards(data: Path, tmp_path:
 def test_without_a_plan_there_is_nothing_to_repair(data: Path) -> None:
     (data / PLAN_KEY).unlink()
     (data / MANIFEST_KEY).write_bytes(b"{")
-    with pytest.raises(InputError, match="not a dataset"):
+    with pytest.raises(InputError, match=r"can be repaired \(dataset\.json is damaged, and there is no plan\.json\)"):
         repaired(data)
     assert (data / MANIFEST_KEY).exists()
 

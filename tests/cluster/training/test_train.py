@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from ray.train import FailureConfig, WorkerGroupError
 
-from cluster.dataset.layout import load_manifest
+from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, Plan, Segment, load_manifest
 from cluster.dataset.together import common_vocabularies, merged_concepts
 from cluster.evaluation.captioning import load_captioner
 from cluster.ray_internals import FailureDecision
@@ -433,8 +433,21 @@ def copied(world: Path, tmp_path: Path) -> Path:
 
 
 def test_an_unfinished_dataset_is_refused(copied: Path) -> None:
-    (copied / "data/dataset.json").unlink()
-    (copied / "data/plan.json").write_text("{}")
+    store = open_store(copied / "data")
+    manifest = load_manifest(store)
+    rows = manifest.shards[0]["rows"]
+    plan = Plan(
+        spec=manifest.spec,
+        corpus=manifest.corpus,
+        corpus_fingerprint=manifest.corpus_fingerprint,
+        records=manifest.expected,
+        expected=manifest.expected,
+        usable=manifest.expected,
+        shard_size=rows,
+        segments=(Segment(0, manifest.expected, 0, len(manifest.shards), manifest.corpus_fingerprint),),
+    )
+    store.write_bytes(PLAN_KEY, plan.to_json())
+    store.delete(MANIFEST_KEY)
     with pytest.raises(InputError, match=r"an unfinished dataset \(no dataset\.json\)"):
         train(request(copied, copied / "out"))
 
