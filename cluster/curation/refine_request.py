@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cluster.curation.sync.settings import SyncSettings
-from cluster.options import Request, check_at_least, option
+from cluster.options import Request, check_at_least, option, refuse_without
 from pcm.errors import InputError
 from pcm.spec import DEVICES
 
@@ -46,6 +46,15 @@ class RefineRequest(SyncOptions):
         help="the dataset's own CLIP, to encode captions: needed where it is a folder, file or hub repo",
         unset="as the dataset names it",
     )  # fmt: skip
+    retrieval: str | None = option(
+        None, metavar="P",
+        help="the same dataset with another CLIP's features (jobs.featurise --data), which finds the pictures; scores "
+        "stay those of the dataset's own CLIP", unset="the dataset's own features",
+    )  # fmt: skip
+    retrieval_clip: str | None = option(
+        None, metavar="NAME",
+        help="the CLIP of --retrieval: needed where it is a folder, file or hub repo", unset="as --retrieval names it",
+    )  # fmt: skip
     block_size: int = option(4096, metavar="N", help="captions or pictures of a task; does not change the result")
     device: str = option(
         "auto", choices=DEVICES, help="where vectors are made and compared; auto: cuda if there is one"
@@ -60,3 +69,4 @@ class RefineRequest(SyncOptions):
         check_at_least(self, 1, "candidates", "captions_per_picture", "block_size")
         if not 0 < self.keep <= 1:
             raise InputError(f"--keep {self.keep:g}: must be above 0 and at most 1")
+        refuse_without(self, "retrieval", "retrieval_clip")

@@ -61,7 +61,9 @@ def store_vocabularies(store: Store, plan: Plan, *, encoder: "ClipEncoder | None
             _store_clip_files(store, plan, min_count, encoder)
         elif plan.spec.clip.model != "null":
             try:
-                ray.get(_load_and_store_clip_files.options(**_resources(plan.spec.clip)).remote(store, plan, min_count))
+                ray.get(
+                    _load_and_store_clip_files.options(**clip_resources(plan.spec.clip)).remote(store, plan, min_count)
+                )
             except ray.exceptions.RayError as error:
                 raise user_error(error) or error from None
         document = json.dumps({"corpus_fingerprint": plan.corpus_fingerprint, "min_count": min_count})
@@ -109,8 +111,11 @@ def store_given_concepts(store: Store, concepts: ConceptVocabulary) -> None:
 
 def stored_features(store: Store, plan: Plan) -> FeatureShape:
     """The shape of the features of a dataset whose CLIP files are on the store. Raises FileNotFoundError."""
-    if plan.spec.clip.model == "null":
-        return NULL_FEATURES
+    return NULL_FEATURES if plan.spec.clip.model == "null" else features_of_head(store)
+
+
+def features_of_head(store: Store) -> FeatureShape:
+    """The shape of the features that the CLIP of clip_head.safetensors makes. Raises FileNotFoundError."""
     metadata = safetensors_metadata(store.read_bytes(CLIP_HEAD_KEY))
     return FeatureShape(**json.loads(metadata[_FEATURES_FIELD]))
 
@@ -157,8 +162,6 @@ def _load_and_store_clip_files(store: Store, plan: Plan, min_count: int) -> None
 
 
 def _store_clip_files(store: Store, plan: Plan, min_count: int, encoder: "ClipEncoder") -> None:
-    import safetensors.torch
-
     if not store.exists(GIVEN_CONCEPTS_KEY):
         concepts = ConceptVocabulary.build(
             # A corpus of few nouns can be generated all the same; training says so when it needs more of them.
@@ -169,11 +172,18 @@ def _store_clip_files(store: Store, plan: Plan, min_count: int, encoder: "ClipEn
             min_count=min_count,
         )
         store.write_bytes(CONCEPTS_KEY, concepts.to_bytes())
-    shape = encoder.features
+    store.write_bytes(CLIP_HEAD_KEY, clip_head_bytes(encoder, plan.spec.clip.model))
+
+
+def clip_head_bytes(encoder: "ClipEncoder", model: str) -> bytes:
+    """clip_head.safetensors of a CLIP; `model`: its NAME. Its metadata tells the shape of the features."""
+    import safetensors.torch
+
     logits = {name: repr(value) for name, value in encoder.logits.items()}
-    metadata = {_FEATURES_FIELD: json.dumps(vars(shape)), "clip": plan.spec.clip.model, **logits}
-    store.write_bytes(CLIP_HEAD_KEY, safetensors.torch.save(encoder.head(), metadata))
+    metadata = {_FEATURES_FIELD: json.dumps(vars(encoder.features)), "clip": model, **logits}
+    return safetensors.torch.save(encoder.head(), metadata)
 
 
-def _resources(spec: ClipSpec) -> dict:
+def clip_resources(spec: ClipSpec) -> dict:
+    """What Ray is asked for by a task that loads CLIP."""
     return {"num_cpus": 1, "num_gpus": 1 if spec.device == "cuda" else 0}
