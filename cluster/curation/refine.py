@@ -1,7 +1,7 @@
 """jobs.refine: a dataset's captions and pictures matched anew, as a view.
 
-A method finds rows and hands them to cluster.dataset.view; `--method` names it. Another method is a function beside
-`sync_view`, and a name in `METHODS`.
+A method finds rows and hands them to cluster.dataset.view; `--method` names it: `sync_view` here, best-of-n and redraw
+in cluster.curation.redraw_view. Another method is a function like these, and a name in `METHODS`.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.curation.curate import EXAMPLES, shown
-from cluster.curation.refine_request import RefineRequest
+from cluster.curation.refine_request import SYNC, RefineRequest
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import UNIT, WORK
-from cluster.dataset.layout import Manifest
+from cluster.dataset.layout import Manifest, Plan
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.view import ViewRows, claim, lineage_source, write_view
 from cluster.store.store import Store, open_store
-from pcm.clip.names import folder_revision, refuse_place, resolve_clip_name
+from pcm.clip.names import folder_revision, is_commit, refuse_place, resolve_clip_name
 from pcm.errors import InputError
-from pcm.generation.names import TEXT_ONLY
-from pcm.spec import DIGEST
+from pcm.generation.names import TEXT_ONLY, UNDRAWN
+from pcm.spec import DIGEST, DatasetSpec, GeneratorSpec
 
 if TYPE_CHECKING:
     from cluster.curation.sync.stages import Refined
@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 #: mean_score_before, mean_score_after: clip_score of all pairs as they were, and of the kept ones. mean_sync_score: of
 #: the kept ones.
 FACTS = ("moved", "pictures", "mean_score_before", "mean_score_after", "mean_sync_score")
+#: The same of best-of-n and redraw. moved: rows that show a new picture. drawn, failed: new pictures, and those that
+#: could not be made. curve: the mean score after each round.
+REDRAW_FACTS = ("moved", "drawn", "failed", "mean_score_before", "mean_score_after", "expected_mean_score", "curve")
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,16 @@ def refine(request: RefineRequest) -> dict[str, Any]:
     """Write the view of the refined rows: pairs, kept, moved, mean_score_before, mean_score_after, fingerprint.
 
     Rerun the same command to go on after an interruption. Raises InputError, before Ray starts, for data that cannot
-    be refined, an encoder that is not there, and an `out` that holds anything else.
+    be refined, a model that is not there, and an `out` that holds anything else.
     """
     started = time.monotonic()
     source = open_dataset(open_store(request.data), unfinished=request.unfinished)
     _check(source, request)
+    made = _by_sync(source, request) if request.method == SYNC else _by_redraws(source, request)
+    return {**made, "dataset": request.out, "seconds": round(time.monotonic() - started, 2)}
+
+
+def _by_sync(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
     clip = _clip(source, request.clip, request.data, "clip")
     retrieval = _retrieval(source, request)
     sentences = resolve_sentences(request.sentences)
@@ -83,9 +91,81 @@ def refine(request: RefineRequest) -> dict[str, Any]:
         **{name: facts[name] for name in FACTS},
         "sentences": facts["sentences"],
         "fingerprint": manifest.fingerprint,
-        "dataset": request.out,
-        "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _by_redraws(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
+    from cluster.curation.redraw_view import check_attempts, keep_plan, redraw_lineage
+
+    spec = source.manifest.spec
+    clip = dataclasses.replace(spec.clip, model=_clip(source, request.clip, request.data, "clip"))
+    generator = _generator(source, request)
+    check_attempts(generator, data=request.data)
+    spec = dataclasses.replace(spec, generator=generator, clip=clip)
+    out = open_store(request.out)
+    planned = keep_plan(source, out, request, source.manifest.stored)
+    lineage = redraw_lineage(source, request)
+    manifest = claim(out, lineage, materialise=request.materialise)
+    if manifest is not None:
+        log.info("%s: is complete", out.root)
+    else:
+        manifest = _redraws_on_ray(source, out, lineage, request, spec, planned)
+    assert manifest.lineage is not None
+    return {
+        "pairs": manifest.lineage.rows_in,
+        "kept": manifest.stored,
+        **{name: manifest.lineage.facts[name] for name in REDRAW_FACTS},
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def _generator(source: OpenDataset, request: RefineRequest) -> GeneratorSpec:
+    """The dataset's own, where it is now. Raises InputError where nothing can draw more, or another one is given."""
+    from cluster.generation.picture_spec import pin_t2i  # brings Ray, which takes seconds
+
+    spec = source.manifest.spec.generator
+    if spec.model in (*UNDRAWN, TEXT_ONLY):
+        raise InputError(
+            f"--data {request.data}: its pictures were not drawn by one generator here ({spec.model}), so none can be "
+            "drawn again"
+        )
+    if request.t2i is None:
+        if spec.model not in ("embedded", "null"):
+            raise InputError(
+                f"{source.store.root}: names the generator {spec.model!r}, a folder, file or hub repo, which is opened "
+                f"only where you name it too; if you trust it, give --t2i {spec.model} (t2i= in Python)"
+            )
+        return spec
+    pinned = spec.revision if is_commit(spec.revision) and not Path(request.t2i).exists() else None
+    version = source.manifest.spec.generator_version
+    if (now := pin_t2i(request.t2i, pinned, version=version)) != spec.revision:
+        raise InputError(
+            f"--t2i {request.t2i}: is {now}, but {request.data} was drawn by {spec.model} at {spec.revision}; give "
+            "that one"
+        )
+    return dataclasses.replace(spec, model=request.t2i)
+
+
+def _redraws_on_ray(
+    source: OpenDataset,
+    out: Store,
+    lineage: Lineage,
+    request: RefineRequest,
+    spec: DatasetSpec,
+    planned: dict[str, Any],
+) -> Manifest:
+    from cluster.curation.redraw_view import redraw_view
+    from cluster.generation.pipeline import run_pipeline
+    from cluster.generation.pools import Pools
+    from cluster.session import cluster_cpus, cluster_gpus, start_ray
+
+    start_ray()
+    pools = Pools.for_cluster(device=spec.generator.device, cpus=cluster_cpus(), gpus=cluster_gpus())
+
+    def draw(store: Store, plan: Plan) -> None:
+        run_pipeline(store, plan, pools)
+
+    return redraw_view(source, out, lineage, request, spec, planned, draw)
 
 
 @dataclass(frozen=True)
@@ -148,7 +228,7 @@ def _check(source: OpenDataset, request: RefineRequest) -> None:
         raise InputError(f"{place}: has no CLIP features (--clip null); give a dataset with features")
     if manifest.spec.generator.model == TEXT_ONLY:
         raise InputError(f"{place}: has no pictures, only texts; give a dataset of pictures")
-    if int(request.keep * manifest.stored) < 1:
+    if request.method == SYNC and int(request.keep * manifest.stored) < 1:
         raise InputError(
             f"--keep {request.keep:g}: keeps none of {manifest.stored} pairs; give more data or a larger share"
         )

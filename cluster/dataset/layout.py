@@ -140,6 +140,8 @@ class Plan:
     segments: tuple[Segment, ...]  # in order of records and of shards, without gaps
     source: CorpusSource | None = None
     schema_version: int = SCHEMA_VERSION
+    #: Its samples are redraws of another dataset's: corpus id and caption give the seed (pcm.generation.seeds).
+    redraws: bool = False
 
     @property
     def num_shards(self) -> int:
@@ -179,7 +181,10 @@ class Plan:
         return next(segment for segment in reversed(self.segments) if getattr(segment, first) <= value)
 
     def to_json(self) -> bytes:
-        return document_bytes({**asdict(self), "spec": self.spec.to_dict()})
+        values = {**asdict(self), "spec": self.spec.to_dict()}
+        if not self.redraws:
+            del values["redraws"]
+        return document_bytes(values)
 
     @staticmethod
     def from_json(data: bytes) -> "Plan":

@@ -10,6 +10,9 @@ from cluster.report.dataset_facts import DatasetFacts
 from cluster.report.left_out import AGREEMENT, LeftOut
 from cluster.report.parts import absent, code, facts, picture_card, section, table
 
+#: The fact of a lineage that says what each round of redraws gained (cluster.curation.redraw_view).
+CURVE = "curve"
+
 
 def lineage(found: Lineage, data: DatasetFacts, left_out: dict[str, list[LeftOut]]) -> Html:
     kind = "points at pictures that stay where they are" if data.manifest.is_view else "holds its own pictures"
@@ -26,10 +29,36 @@ def lineage(found: Lineage, data: DatasetFacts, left_out: dict[str, list[LeftOut
         "in this order; a pair counts where it went first. Shown are those that went most narrowly.",
         facts([("Made by", code(f"jobs.{found.method}")), ("Fingerprint", code(data.manifest.fingerprint or "")),
                *((name.replace("_", " "), str(value)) for name, value in sorted(found.facts.items())
-                 if name != AGREEMENT)]),
+                 if name not in (AGREEMENT, CURVE))]),
         table(["source", "drawn by", "pairs", "shards"], sources, label="Sources", numbers=range(2, 4)),
         rules or absent("No rule left anything out."),
+        _curve(found.facts.get(CURVE)),
         _agreement(found.facts.get(AGREEMENT), data, left_out),
+    )  # fmt: skip
+
+
+def _curve(points: list[dict[str, Any]] | None) -> Node:
+    """What each round of redraws gained, beside what was expected of it."""
+    if not points:
+        return None
+    before = [None, *(point["mean_score"] for point in points)]
+    rows = [
+        [
+            count(point["drawn"]),
+            f"{point['mean_score']:.4f}",
+            "" if last is None else f"{point['mean_score'] - last:+.4f}",
+            "" if point["expected_gain"] is None else f"{point['expected_gain']:+.4f}",
+            count(point["failed"]),
+        ]
+        for point, last in zip(points, before, strict=False)
+    ]
+    return tag(
+        "div",
+        tag("h3", "What drawing again gained"),
+        table(
+            ["pictures drawn", "mean CLIP score", "gained", "expected", "not made"], rows, label="Rounds",
+            numbers=range(5),
+        ),
     )  # fmt: skip
 
 
