@@ -16,6 +16,7 @@ from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     GIVEN_CONCEPTS_KEY,
+    NOUNS_KEY,
     VOCABULARIES_KEY,
     VOCABULARY_KEY,
     Plan,
@@ -29,7 +30,7 @@ from pcm.errors import InputError
 from pcm.reasons import USABLE
 from pcm.records import NULL_FEATURES, FeatureShape
 from pcm.spec import ClipSpec
-from pcm.text.concepts import ConceptVocabulary
+from pcm.text.concepts import LEXICON_NOUNS, ConceptVocabulary, noun_finder
 from pcm.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -109,6 +110,32 @@ def store_given_concepts(store: Store, concepts: ConceptVocabulary) -> None:
     store.write_bytes(GIVEN_CONCEPTS_KEY, document)
 
 
+def store_noun_finder(store: Store, nouns: str) -> None:
+    """Say what finds the nouns of the concepts that `store_vocabularies` builds: "lexicon" or a spaCy model.
+
+    Raises InputError where the model is not installed, or the dataset was begun with another finder.
+    """
+    noun_finder(nouns)
+    begun = stored_nouns(store)
+    if begun is None and not store.exists(VOCABULARIES_KEY):
+        if nouns != LEXICON_NOUNS:
+            store.write_bytes(NOUNS_KEY, document_bytes({"nouns": nouns}))
+    elif (begun or LEXICON_NOUNS) != nouns:
+        raise InputError(
+            f"{store.root}: was begun with --nouns {begun or LEXICON_NOUNS}; give the same, or another --out"
+        )
+
+
+def stored_nouns(store: Store) -> str | None:
+    """The spaCy model that finds a dataset's nouns; None: the lexicon. Raises InputError for a damaged object."""
+    try:
+        return str(json.loads(store.read_bytes(NOUNS_KEY))["nouns"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, LookupError):
+        raise InputError(f"{store.root}/{NOUNS_KEY}: damaged; delete it and run the same command again") from None
+
+
 def stored_features(store: Store, plan: Plan) -> FeatureShape:
     """The shape of the features of a dataset whose CLIP files are on the store. Raises FileNotFoundError."""
     return NULL_FEATURES if plan.spec.clip.model == "null" else features_of_head(store)
@@ -170,6 +197,7 @@ def _store_clip_files(store: Store, plan: Plan, min_count: int, encoder: "ClipEn
             size=CONCEPTS,
             at_least=0,
             min_count=min_count,
+            nouns=stored_nouns(store) or LEXICON_NOUNS,
         )
         store.write_bytes(CONCEPTS_KEY, concepts.to_bytes())
     store.write_bytes(CLIP_HEAD_KEY, clip_head_bytes(encoder, plan.spec.clip.model))

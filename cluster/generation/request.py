@@ -178,6 +178,9 @@ class ClipOptions(Request):
         help="concepts of captioners: a published pickle or concepts.safetensors; the published runs, Flickr30k's too, "
         "read one of 446 COCO nouns", unset="the captions' own 400 most frequent nouns",
     )  # fmt: skip
+    nouns: str = option(
+        "lexicon", metavar="NAME", help="what finds the captions' nouns: lexicon, or an installed spaCy model by name"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +297,8 @@ class GenerationOptions(
         if self.offload != "none" and self.device == "cpu":
             raise InputError(f"--offload {self.offload}: is for GPUs, and this draws on the CPU; leave it out")
         refuse_without(self, "price_per_hour", "spot")
+        if self.concepts is not None and self.nouns != "lexicon":
+            raise InputError(f"--nouns {self.nouns}: without effect beside --concepts, which are given; leave it out")
         self.faults, self.limits  # noqa: B018  # check themselves
 
     @property
@@ -325,6 +330,12 @@ class GenerateRequest(GenerationOptions):
         metavar="NAME",
         help=f"{', '.join(GENERATION_PRESETS)}: its values for what is not given (cluster/generation/presets.py)",
     )
+    spec: str | None = option(
+        None,
+        metavar="DATASET.JSON",
+        help="take every setting of pictures, CLIP, device and speed from another dataset's dataset.json; what is "
+        "given beside it wins",
+    )
     only: str | None = option(None, metavar="SAMPLE_ID", help="regenerate one sample of --out alone and compare")
     image_out: str | None = option(None, metavar="FILE", help="with --only: write the regenerated picture here")
     pilot: str | None = option(
@@ -351,5 +362,7 @@ class GenerateRequest(GenerationOptions):
             refuse_others(self, "retry_quarantined", _OF_RETRY, why="which takes the rest from the dataset")
         elif self.corpus is None and self.preset is None:
             raise InputError("--corpus: missing; give a path or URI of captions, or 'embedded'")
+        if self.spec is not None and self.preset is not None:
+            raise InputError("--spec, --preset: give one of the two")
         if self.pilot is not None:
             PilotSize.parse(self.pilot)
