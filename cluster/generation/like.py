@@ -105,6 +105,6 @@ def check_alike(found: DatasetSpec, wanted: DatasetSpec, own: set[str], *, uri: 
             off.append(line)
     if off:
         raise InputError(
-            f"--spec {uri}: cannot be taken as it is ({'; '.join(off)}); put the same models there, or give the option for "
-            "what is to differ"
+            f"--spec {uri}: cannot be taken as it is ({'; '.join(off)}); put the same models there, or give the option "
+            "for what is to differ"
         )

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -16,7 +17,8 @@ from cluster.curation.redraw_view import ATTEMPTS_KEY, PLAN_KEY, check_attempts,
 from cluster.curation.refine_request import RefineRequest
 from cluster.dataset import read_dataset
 from cluster.dataset.committed import committed
-from cluster.dataset.layout import MANIFEST_KEY, Manifest, Plan, load_manifest
+from cluster.dataset.layout import MANIFEST_KEY, Manifest, Plan, load_manifest, parquet_bytes
+from cluster.dataset.layout import PLAN_KEY as PLAN
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.verify import verify
 from cluster.dataset.view import claim
@@ -197,6 +199,29 @@ def test_what_a_budget_buys_is_found_once(dataset: Path, tmp_path: Path, monkeyp
         in_this_process(dataset, tmp_path / "out", rounds_until_killed=1, **options)
     made = in_this_process(dataset, tmp_path / "out", **options)
     assert made.lineage is not None and made.lineage.facts["drawn"] == 10
+
+
+def test_a_round_that_was_changed_from_outside_is_named(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        in_this_process(dataset, tmp_path / "out", rounds_until_killed=1, **REDRAW)
+    plan = tmp_path / "out" / "redraws" / "round-000" / PLAN
+    document = json.loads(plan.read_bytes())
+    document["corpus_fingerprint"] = document["segments"][0]["corpus_fingerprint"] = "another"
+    plan.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="round-000: holds a round of other redraws"):
+        in_this_process(dataset, tmp_path / "out", **REDRAW)
+
+
+def test_verify_finds_another_seed_in_a_rounds_plan(dataset: Path, tmp_path: Path) -> None:
+    in_this_process(dataset, tmp_path / "out", **REDRAW)
+    folder = tmp_path / "out" / "redraws" / "round-000"
+    part = next((folder / "plan").glob("*.parquet"))
+    table = pq.read_table(part)
+    seeds = pa.array([seed + 1 for seed in table["seed"].to_pylist()], pa.int64())
+    at = table.schema.get_field_index("seed")
+    part.write_bytes(parquet_bytes(table.set_column(at, table.schema.field("seed"), seeds)))
+    proof = verify(open_store(folder))
+    assert not proof["ok"] and "other seeds than its redraws have" in " ".join(proof["problems"])
 
 
 class FailsOn(TextToImage):

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,13 +19,14 @@ from cluster.curation.curate import curate
 from cluster.curation.request import CurateRequest
 from cluster.dataset import read_dataset
 from cluster.dataset.layout import MANIFEST_KEY, load_manifest, shard_key
+from cluster.dataset.opened import open_dataset
 from cluster.dataset.verify import verify
 from cluster.generation.pinning import clip_spec
 from cluster.generation.stages.featurise import FeaturiseShard
-from cluster.ingest.another_clip import WORK, keep_spec
+from cluster.ingest.another_clip import WORK, ReadPictures, WriteFeaturised, keep_spec
 from cluster.report.make import make_report
 from cluster.report.request import ReportRequest
-from cluster.store.store import open_store
+from cluster.store.store import Store, open_store
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from pcm.images import open_image
@@ -147,6 +149,35 @@ def test_what_is_there_is_not_made_again_and_the_result_is_the_same(
         one, other = ((tmp_path / name / shard_key(number)).read_bytes() for name in ("whole", "parts"))
         assert one == other
     assert resumed.fingerprint == whole.fingerprint
+
+
+class Killed(Exception):
+    """Stands for kill -9."""
+
+
+class DiesAtTheSecondWrite:
+    """The store of a process that dies between the two objects of its first shard."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._written = store, 0
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        self._written += 1
+        if self._written == 2:
+            raise Killed
+        self._store.write_bytes(key, data)
+
+
+def test_a_kill_between_facts_and_shard_is_made_good(dataset: Path, other_clip: Path, tmp_path: Path) -> None:
+    whole = featurise_in_process(dataset, tmp_path / "whole", other_clip)
+    featurise_in_process(dataset, tmp_path / "out", other_clip, shards=1)
+    source, spec = open_dataset(open_store(dataset)), clip_spec(str(other_clip), device="cpu", dtype="float32")
+    dying: Any = DiesAtTheSecondWrite(open_store(tmp_path / "out"))
+    block = FeaturiseShard(spec)(ReadPictures(source)(pa.table({"shard": [1]})))
+    with pytest.raises(Killed):
+        WriteFeaturised(dying)(block)
+    resumed = featurise_in_process(dataset, tmp_path / "out", other_clip)
+    assert whole is not None and resumed is not None and resumed.fingerprint == whole.fingerprint
 
 
 def test_a_shard_without_its_facts_is_named(dataset: Path, other_clip: Path, tmp_path: Path) -> None:
