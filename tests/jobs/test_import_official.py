@@ -19,6 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cluster.dataset.layout import CLIP_HEAD_KEY, VOCABULARY_KEY, Manifest, Plan, load_manifest, shard_key
+from cluster.dataset.opened import open_dataset
+from cluster.dataset.together import check_same_clip
 from cluster.dataset.verify import verify
 from cluster.export.export import export_dataset
 from cluster.export.request import ExportRequest
@@ -241,6 +243,23 @@ def test_features_are_computed_where_none_are_given(dataset, exported, tmp_path,
         np.testing.assert_allclose(new["global_feature"], old["global_feature"], atol=1e-3)
         assert new["clip_score"] == old["clip_score"]  # the annotation's, though the caption is spelled otherwise
     assert verify(open_store(tmp_path / "out"))["ok"]
+
+
+def test_imported_features_are_mixed_with_those_of_the_same_clip_alone(dataset, exported, tmp_path, tiny_clip, call_job):
+    imported, other = tmp_path / "imported", tmp_path / "other"
+    assert call_job("import_official", *arguments(exported, imported, tiny_clip)).returncode == 0
+    another_clip = save_tiny_clip(tmp_path / "another", seed=1)
+    computed = {"features": None, "clip_head": None, "concepts": None, "clip_score_scale": None}
+    assert call_job("import_official", *arguments(exported, other, another_clip, **computed)).returncode == 0
+    check_same_clip([open_dataset(dataset[0]), open_dataset(open_store(imported))])  # one CLIP made the features of both
+
+    # The features say nothing of their CLIP, and the name is the user's: the published head tells.
+    for pair in ((imported, other), (other, imported)):
+        mixed = [part for place in pair for part in ("--data", place)]
+        refused = call_job("train", *mixed, "--out", tmp_path / "run")
+        assert refused.returncode == 2
+        assert f"{pair[1]}: features of another CLIP" in refused.stderr and len(refused.stderr.splitlines()) == 1
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_killed_import_goes_on_where_it_stopped(exported, tmp_path, tiny_clip, call_job):
