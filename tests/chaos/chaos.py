@@ -195,7 +195,7 @@ def _number(path: str) -> str:
 
 
 def _parts(answers: list[tuple[str, str, int]], method: str, folder: str) -> list[str]:
-    """Paths of a folder's parts in the requests that succeeded, in order. Plan parts lie in a folder of their own below."""
+    """Paths of a folder's parts in the requests that succeeded, in order. Plan parts lie in a folder below."""
     done = [path for had, path, status in answers if had == method and status == 200]
     return [path for path in done if re.search(rf"/{folder}/(?:[^/]+/)?part-\d+\.parquet$", path)]
 
