@@ -78,7 +78,7 @@ def own_generators() -> list[int]:
 
     def is_generator(process: psutil.Process) -> bool:
         try:
-            return "(DrawAndScore)" in " ".join(process.cmdline())
+            return "(Generator)" in " ".join(process.cmdline())
         except psutil.Error:
             return False
 
