@@ -155,7 +155,7 @@ def test_a_generator_that_is_killed_at_any_time_changes_nothing(
     [
         pytest.param(
             DrawBroken,
-            "its process ended 4 times in a row without a picture (RuntimeError: CUDA error: device-side",
+            "4 starts of a generator in a row without a picture (RuntimeError: CUDA error: device-side",
             id="broken",
         ),
         pytest.param(
