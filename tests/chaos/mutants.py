@@ -742,7 +742,7 @@ MUTANTS = (
     Mutant(
         "features of another CLIP are not mixed, whatever name is given to it",
         "cluster/dataset/together.py", "if not all(torch.equal(head[name], other_head[name]) for name in head):", "if False:",
-        ("tests/jobs/test_import_official.py::test_imported_features_are_mixed_with_those_of_one_clip_alone",),
+        ("tests/jobs/test_import_official.py::test_imported_features_are_mixed_with_those_of_the_same_clip_alone",),
     ),
     Mutant(
         "an ensemble is of one vocabulary",
