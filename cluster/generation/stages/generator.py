@@ -3,6 +3,7 @@
 import logging
 import random
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -55,7 +56,7 @@ class Generator:
     ) -> None:
         import ray  # the stages are usable without it
 
-        self._drawing = draw, store, plan.spec, watched_by, retry
+        self._make_draw = partial(draw, store, plan.spec, watched_by, retry)
         self._plan = plan
         self._scoring = (plan.spec.clip, watched_by, concepts) if scores else None
         self._monitor = watched_by[0]
@@ -96,8 +97,7 @@ class Generator:
         if self._loaded or self._left_out:
             return
         try:
-            draw, *drawing = self._drawing
-            self._draw = self._draw or draw(*drawing)
+            self._draw = self._draw or self._make_draw()
             if self._scoring:
                 self._score = FeaturiseShard(*self._scoring)
             self._loaded = True
