@@ -250,7 +250,9 @@ def _run_pools(
             if stats["shard"] in left:
                 left.remove(stats["shard"])
                 yield stats
-            if not left:  # turns that are left have nothing to draw
+            # Turns that are left have nothing to draw, and end. A generator that draws what is stored now, or loads, is
+            # not waited for.
+            if not left and ray.get(monitor.busy.remote()):
                 break
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 #: lost with its node, and is waited for, may be queued behind this turn.
 LONGEST_WAIT = 60.0
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.02, 5.0  # seconds between two questions to the monitor
+FIRST_PAUSE, LONGEST_PAUSE = 0.02, 2.0  # seconds between two questions to the monitor
 FIRST_LOAD_PAUSE, LONGEST_LOAD_PAUSE = 1.0, 60.0  # seconds before a model is loaded again, with jitter
 
 

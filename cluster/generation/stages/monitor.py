@@ -121,6 +121,8 @@ class RunMonitor:
         self._waiting: dict[int, None] = {}  # shards that nobody has begun, in order
         self._claims: dict[int, _Claim] = {}  # by shard, the last one of each that is not stored
         self._turns: dict[int, int] = {}  # the shard of each turn that had one
+        self._loading: set[str] = set()  # generators
+        self._drawing: dict[str, int] = {}  # the turn of each generator that draws in one
         self._writing: dict[int, tuple[int, float]] = {}  # by shard: the turn that is being stored, since when
         self._took: deque[float] = deque(maxlen=SHARDS_TIMED)  # seconds from a shard's beginning to the store
         self._suspects: dict[int, dict[int, _Suspect]] = {}  # by shard, position
@@ -148,6 +150,8 @@ class RunMonitor:
         Returns why not to: the run stops, or this generator is left out; or "".
         """
         self._last_start = self._clock()
+        self._loading.add(generator)
+        self._drawing.pop(generator, None)
         known = self._generators.get(generator)
         if known is None:
             self._generators[generator] = _Generator(where)
@@ -170,6 +174,7 @@ class RunMonitor:
         """A generator could not load its models. Not to be tried `again`: it is left out at once, for this reason."""
         known = self._known(generator)
         self._last_error = error
+        self._loading.discard(generator)
         known.not_loaded = True
         if again:
             self._count_fruitless(known, error)
@@ -188,6 +193,8 @@ class RunMonitor:
             return Turn(stop=self._stop)
         if not loaded:
             return Turn(wait=bool(self._waiting or self._claims))
+        self._loading.discard(generator)
+        self._drawing.pop(generator, None)
         shard = self._turns.get(number)
         if shard in self._claims and self._claims[shard].turn == number:  # Ray Data gives this turn again
             self._moved(self._claims[shard], shard, generator)
@@ -201,10 +208,16 @@ class RunMonitor:
         self._waiting.pop(shard, None)
         self._turns[number] = shard
         self._claims[shard] = _Claim(generator, number, self._clock())
+        self._drawing[generator] = number
         return Turn(shard)
+
+    def busy(self) -> int:
+        """Generators that load a model or draw: after the last shard, for nothing."""
+        return len(self._loading) + len(self._drawing)
 
     def may_store(self, shard: int, turn: int) -> bool:
         """Whether a shard that was drawn in this turn is stored, or another drawer's is: the first one to ask wins."""
+        self._drawing = {generator: number for generator, number in self._drawing.items() if number != turn}
         if shard in self._committed:
             return False
         winner, since = self._writing.get(shard, (turn, 0.0))

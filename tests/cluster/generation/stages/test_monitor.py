@@ -274,3 +274,19 @@ def test_of_two_that_drew_a_shard_the_first_to_ask_is_stored() -> None:
     assert monitor.may_store(0, 0), "the first one has had its time"
     monitor.committed(0)
     assert not monitor.may_store(0, -1) and not monitor.may_store(0, 0)
+
+
+def test_at_the_end_only_those_that_load_or_draw_for_nothing_are_busy() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(2), 3)
+    for name in "ghi":
+        monitor.start(name, "a node")
+    assert monitor.busy() == 3
+    assert (monitor.turn("g", 0), monitor.turn("h", 1)) == (Turn(0), Turn(1))
+    monitor.start("h", "a node")
+    assert monitor.turn("g", 0) == Turn(0) and monitor.turn("i", -1) == Turn(1), "h loads its model again"
+    for shard, turn in ((0, 0), (1, -1)):
+        assert monitor.may_store(shard, turn)
+        monitor.committed(shard)
+    assert monitor.busy() == 1, "h, whose shard another one drew"
+    assert monitor.turn("h", 1) == Turn() and monitor.busy() == 0
