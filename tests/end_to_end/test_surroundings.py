@@ -71,7 +71,7 @@ def test_a_dataset_is_made_and_trained_on(name: str) -> None:
         assert made.returncode == 0, made.stderr[-3000:]
         trained = run(
             folder, surroundings, "jobs.train", "--data", f"{folder}/data", "--out", f"{folder}/run",
-            "--set", "epochs=1", "--set", "batch_size=2", "--holdout", "0.25",
+            "--epochs", "1", "--set", "batch_size=2", "--set", "holdout_fraction=0.25",
         )  # fmt: skip
         assert trained.returncode == 0, trained.stderr[-3000:]
         assert (folder / "run/best").is_dir()
