@@ -44,7 +44,7 @@ MAX_SHARD_STARTS = 12
 MAX_IN_HAND = 2
 
 #: A shard is late when it takes so many times as long as the others did, from the beginning to the store.
-LATE_FACTOR = 2.0
+LATE_FACTOR = 1.5
 #: So many of the last shards tell how long one takes, and not before so many of them are known.
 SHARDS_TIMED, MIN_SHARDS_TIMED = 200, 3
 
