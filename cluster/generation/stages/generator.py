@@ -1,6 +1,7 @@
 """First and second stage as an actor: it owns a GPU, takes turns, draws a shard in each, and scores it by CLIP."""
 
 import logging
+import os
 import random
 import time
 from functools import partial
@@ -8,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from cluster.dataset.layout import Plan
+from cluster.dataset.layout import PLAN_KEY, Plan
+from cluster.generation.reach import not_reached
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.monitor import Turn
@@ -57,6 +59,7 @@ class Generator:
         import ray  # the stages are usable without it
 
         self._make_draw = partial(draw, store, plan.spec, watched_by, retry)
+        self._store = store
         self._plan = plan
         self._scoring = (plan.spec.clip, watched_by, concepts) if scores else None
         self._monitor = watched_by[0]
@@ -97,6 +100,8 @@ class Generator:
         if self._loaded or self._left_out:
             return
         try:
+            if self._store.is_local and not self._store.exists(PLAN_KEY):
+                raise InputError(not_reached(self._store, os.uname().nodename))
             self._draw = self._draw or self._make_draw()
             if self._scoring:
                 self._score = FeaturiseShard(*self._scoring)
