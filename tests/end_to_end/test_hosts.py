@@ -122,8 +122,8 @@ def test_training_over_two_hosts_loses_one_and_goes_on(hosts: Hosts, tmp_path: P
 
     def train(out: str, workers: str) -> subprocess.Popen:
         return hosts.job(
-            "jobs.train", "--data", str(data), "--out", f"{tmp_path}/{out}", "--device", "cpu", "--cpus-per-worker", "1",
-            "--num-workers", workers, "--epochs", "12", *settings,
+            "jobs.train", "--data", str(data), "--out", f"{tmp_path}/{out}", "--device", "cpu",
+            "--cpus-per-worker", "1", "--num-workers", workers, "--epochs", "12", *settings,
         )  # fmt: skip
 
     one.join(cpus=1)

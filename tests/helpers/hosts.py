@@ -76,14 +76,10 @@ class Host:
     def _boot(self) -> None:
         own = "mount -t tmpfs none /tmp/ray && mount -t tmpfs -o size=400m none /dev/shm && exec sleep infinity"
         Path("/tmp/ray").mkdir(exist_ok=True)
-        self.first = subprocess.Popen(
-            ["ip", "netns", "exec", self.name, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-            + ["sh", "-c", own]
-        )
+        namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        self.first = subprocess.Popen(["ip", "netns", "exec", self.name, *namespaces, "sh", "-c", own])
         process = psutil.Process(self.first.pid)
-        wait_until(
-            lambda: [each.name() for each in process.children()] == ["sleep"], seconds=30, said="no first process"
-        )
+        wait_until(lambda: [each.name() for each in process.children()] == ["sleep"], seconds=30, said="no host")
 
     def lose(self) -> None:
         """kill -9 of all that runs here."""
