@@ -63,7 +63,8 @@ class Generator:
         self._plan = plan
         self._scoring = (plan.spec.clip, watched_by, concepts) if scores else None
         self._monitor = watched_by[0]
-        self._name = ray.get_runtime_context().get_actor_id()
+        context = ray.get_runtime_context()
+        self._name, self._node = context.get_actor_id(), context.get_node_id()
         self._draw: DrawShard | None = None
         self._score: FeaturiseShard | None = None
         self._loaded = False
@@ -87,7 +88,8 @@ class Generator:
         pause, deadline = FIRST_PAUSE, time.monotonic() + LONGEST_WAIT
         while True:
             self._load()
-            turn: Turn = self._ask("turn", self._name, number, loaded=self._loaded, anyway=time.monotonic() >= deadline)
+            anyway = time.monotonic() >= deadline
+            turn: Turn = self._ask("turn", self._name, number, node=self._node, loaded=self._loaded, anyway=anyway)
             if turn.stop:
                 raise InputError(turn.stop)
             if not turn.wait:

@@ -122,6 +122,7 @@ class RunMonitor:
         self._claims: dict[int, _Claim] = {}  # by shard, the last one of each that is not stored
         self._turns: dict[int, int] = {}  # the shard of each turn that had one
         self._loading: set[str] = set()  # generators
+        self._nodes: dict[str, str] = {}  # of generators: the id of the node of each, as it said last
         self._drawing: dict[str, int] = {}  # the turn of each generator that draws in one
         self._writing: dict[int, tuple[int, float]] = {}  # by shard: the turn that is being stored, since when
         self._took: deque[float] = deque(maxlen=SHARDS_TIMED)  # seconds from a shard's beginning to the store
@@ -165,9 +166,7 @@ class RunMonitor:
         if not known.not_loaded:  # that was counted when it was said
             self._count_fruitless(known, said or hung or "killed or crashed")
         known.where, known.drawn_since_start, known.broken, known.not_loaded = where, 0, "", False
-        for shard, claim in self._claims.items():
-            if claim.generator == generator and not claim.is_drawn:
-                self._claims[shard] = replace(claim, since=-math.inf)  # others need not wait until it has loaded
+        self._give_up_claims({generator})  # others need not wait until it has loaded
         return self._stop or known.left_out
 
     def not_loaded(self, generator: str, error: str, *, again: bool) -> None:
@@ -181,12 +180,13 @@ class RunMonitor:
         else:
             known.left_out = known.left_out or error
 
-    def turn(self, generator: str, number: int, *, loaded: bool = True, anyway: bool = False) -> Turn:
+    def turn(self, generator: str, number: int, *, node: str = "", loaded: bool = True, anyway: bool = False) -> Turn:
         """What a generator does in a turn. A shard's own turn has the shard's number; those at the end are negative.
 
         With too much in hand that is not on the store yet it waits, unless it is to go on `anyway`. One that could not
         be `loaded` gets no shard: its turns are over when nothing is left to draw.
         """
+        self._nodes[generator] = node
         if not loaded and not self._stop:
             self._judge_generators()
         if self._stop:
@@ -214,6 +214,10 @@ class RunMonitor:
     def busy(self) -> int:
         """Generators that load a model or draw: after the last shard, for nothing."""
         return len(self._loading) + len(self._drawing)
+
+    def nodes(self, alive: Sequence[str]) -> None:
+        """The ids of the cluster's nodes: what generators on others were drawing may be given out again."""
+        self._give_up_claims({name for name, node in self._nodes.items() if node and node not in alive})
 
     def may_store(self, shard: int, turn: int) -> bool:
         """Whether a shard that was drawn in this turn is stored, or another drawer's is: the first one to ask wins."""
@@ -245,6 +249,11 @@ class RunMonitor:
             return None
         shard = min(self._claims, key=lambda shard: self._claims[shard].since)
         return shard if self._clock() - self._claims[shard].since >= self._late_after() else None
+
+    def _give_up_claims(self, generators: set[str]) -> None:
+        for shard, claim in self._claims.items():
+            if claim.generator in generators and not claim.is_drawn:
+                self._claims[shard] = replace(claim, since=-math.inf)
 
     def _late_after(self) -> float:
         """Seconds from a shard's beginning after which it is late."""

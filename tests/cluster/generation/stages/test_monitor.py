@@ -252,6 +252,16 @@ def test_a_late_shard_is_given_out_again_and_one_of_a_dead_process_at_once() -> 
     assert monitor.turn("i", -2) == Turn(4), "the process that drew it has died: nobody waits for its model to load"
 
 
+def test_what_was_drawn_on_a_node_that_is_lost_is_given_out_again_at_once() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(2), 2)
+    assert (monitor.turn("g", 0, node="one"), monitor.turn("h", 1, node="two")) == (Turn(0), Turn(1))
+    monitor.nodes(["one", "two"])
+    assert monitor.turn("h", -1, node="two") == Turn(wait=True)
+    monitor.nodes(["two"])
+    assert monitor.turn("h", -1, node="two") == Turn(0)
+
+
 def test_a_shard_that_is_drawn_is_not_given_out_again_because_its_process_died() -> None:
     monitor = RunMonitor(FaultPolicy())
     monitor.begin_pass(range(2), 2)
