@@ -25,6 +25,8 @@ RESOURCES_SECONDS = 60.0
 #: Of `ulimit -n`, as Ray recommends; of `ulimit -u`, about the threads of Ray's processes on 64 CPUs.
 ENOUGH_FILES, ENOUGH_PROCESSES = 8192, 8192
 SECONDS_BETWEEN_WAITING_LINES = 30.0
+#: Actors of one pool that may die as they start, in a row.
+MAX_FAILED_ACTORS = 3
 _AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 #: Where Ray's own commands keep the token of a cluster that is joined.
 _TOKEN_FILE = Path("~/.ray/auth_token")
@@ -59,6 +61,8 @@ def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | No
     # Ray Data ends an execution in which no block moves for 30 minutes. A slow model, a queue for GPUs or a lack of
     # spot machines takes longer; what hangs is for the watchdog of the generators to say.
     context.execution_no_progress_timeout_s = -1
+    # Nor does it end one because an actor dies as it starts, on a bad machine, say: it starts another.
+    context.max_consecutive_actor_init_deaths = MAX_FAILED_ACTORS
 
 
 def _start_local(num_cpus: int | None, runtime_env: dict | None) -> None:
@@ -180,8 +184,9 @@ def cluster_cpus() -> float:
     return ray.cluster_resources().get("CPU", 0.0)
 
 
-def cluster_machines() -> int:
-    return sum(1 for node in ray.nodes() if node["Alive"])
+def cluster_nodes() -> list[str]:
+    """The ids of the nodes that are alive."""
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
 
 
 def _resources() -> str:

@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from cluster.generation.progress import STAGES, MonitorSnapshot, RunProgress, Status
 from cluster.generation.telemetry import Telemetry
 from cluster.numbers import duration, size
-from cluster.session import cluster_gpus, cluster_machines
+from cluster.session import cluster_gpus, cluster_nodes
 
 log = logging.getLogger(__name__)
 
@@ -46,16 +46,23 @@ class ClusterState:
 
 def ask_cluster(monitor: ActorHandle | None, *, gpus_per_generator: float) -> ClusterState:
     """Ask Ray and the run's monitor. Takes up to ANSWER_SECONDS; raises whatever Ray raises when it is in trouble."""
-    machines, gpus = cluster_machines(), cluster_gpus()
+    nodes, gpus = cluster_nodes(), cluster_gpus()
+    machines = len(nodes)
     if monitor is None:
         return ClusterState(machines=machines, gpus=gpus)
+    monitor.nodes.remote(nodes)
     try:
         said: Any = ray.get(monitor.snapshot.remote(), timeout=ANSWER_SECONDS)
     except ray.exceptions.RayError:
         return ClusterState(machines=machines, gpus=gpus)
     # The monitor remembers every generator, those on lost nodes too; there are no more than there are GPUs for.
     room = int(gpus / gpus_per_generator + 1e-6) if gpus_per_generator else said["generators"]
-    live = MonitorSnapshot(drawn=said["drawn"], in_flight=said["in_flight"], generators=min(said["generators"], room))
+    live = MonitorSnapshot(
+        drawn=said["drawn"],
+        in_flight=said["in_flight"],
+        generators=min(said["generators"], room),
+        left_out=tuple(said["left_out"]),
+    )
     return ClusterState(live=live, machines=machines, gpus=gpus)
 
 
@@ -73,6 +80,7 @@ class Display:
     ) -> None:
         self._progress, self._telemetry, self._monitor = progress, telemetry, monitor
         self._gpus_per_generator = gpus_per_generator
+        self._left_out: set[str] = set()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._tick_until_closed, name="progress", daemon=True)
         stream = stream or sys.stderr
@@ -105,6 +113,10 @@ class Display:
                 log.debug("the cluster does not answer: %s", error)
                 news = ClusterState()
             self._progress.observe(news.live, machines=news.machines)
+            for said in news.live.left_out if news.live else ():
+                if said not in self._left_out:
+                    log.warning("a generator draws no more, others draw its share: %s", said)
+                    self._left_out.add(said)
             status = self._progress.status()
             self._telemetry.update(status)
             self._view.show(status, trouble(status, gpus=news.gpus, gpus_per_generator=self._gpus_per_generator))

@@ -19,6 +19,7 @@ from cluster.generation.pinning import dataset_spec, joint_dimensions, on_device
 from cluster.generation.pipeline import GenerationResult, run_pipeline
 from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
+from cluster.generation.reach import check_reach
 from cluster.generation.regenerate import regenerate
 from cluster.generation.request import AUTO, GenerateRequest, GenerationOptions
 from cluster.generation.retry_quarantined import parse_reason, require_finished, retry_quarantined
@@ -124,6 +125,7 @@ def prepare(
         concepts = fitting_concepts(asked.concepts, embed_dim=joint_dimensions(spec.clip.model))
 
     start_ray()
+    check_reach(store)
     device = resolve_device(asked.device, cluster_gpus=cluster_gpus())
     spec = on_device(spec, device=device, dtype=resolve_dtype(asked.dtype, device=device))
     if asked.offload != "none" and device != "cuda":

@@ -10,7 +10,7 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.dataset.clip_scores import check_gate
-from cluster.dataset.committed import committed, manifest_of, summaries
+from cluster.dataset.committed import CommittedShards, committed, manifest_of, summaries
 from cluster.dataset.layout import (
     MANIFEST_KEY,
     Manifest,
@@ -30,13 +30,14 @@ from cluster.generation.limits import FaultPolicy, RunLimits
 from cluster.generation.pools import Pools
 from cluster.generation.progress import RunProgress, Status
 from cluster.generation.stages.draw import DrawShard
-from cluster.generation.stages.draw_and_score import DrawAndScore
 from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.generation.stages.generator import Generator
 from cluster.generation.stages.monitor import start_monitor
 from cluster.generation.stages.write import WriteShard
 from cluster.generation.telemetry import Telemetry
 from cluster.session import user_error
 from cluster.store.store import Store
+from pcm.errors import InputError
 from pcm.records import FeatureShape
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ log = logging.getLogger(__name__)
 #: Ray Data keeps something in the driver for every shard it is told of. After so many the pools start afresh: at 256
 #: pictures a shard that is every 2.5 million pictures, beside which loading a model again is nothing.
 SHARDS_PER_PIPELINE = 10_000
+
+#: Turns at the end of a run for each generator, in which it may draw a shard that another one has not ended.
+TURNS_MORE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +145,13 @@ def run_pipeline(
         monitor = start_monitor(faults)
         telemetry = Telemetry(store.root, has_clip_scores=plan.spec.clip.model != "null")
         with Display(progress, telemetry, monitor, gpus_per_generator=billing.units_per_generator) as display:
-            made = shard_stream(store, plan, missing, pools, watched_by=(monitor, faults), retry=retry, draw=draw)
-            for stats in made:
-                on_store.add(stats)
-                display.add(stats)
-                check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
+            while missing:
+                made = shard_stream(store, plan, missing, pools, watched_by=(monitor, faults), retry=retry, draw=draw)
+                for stats in made:
+                    on_store.add(stats)
+                    display.add(stats)
+                    check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
+                missing = _still_missing(missing, on_store)
     status = progress.status()
     return GenerationResult(
         shard_size=plan.shard_size,
@@ -156,6 +162,18 @@ def run_pipeline(
         billing=billing,
         watch=watch,
     )
+
+
+def _still_missing(given_out: list[int], made: CommittedShards) -> list[int]:
+    """What a pass over these shards has left. Raises InputError when it has made none of them."""
+    left = [shard for shard in given_out if shard not in made]
+    if len(left) == len(given_out):
+        raise InputError(
+            f"shard {left[0]} and {len(left) - 1} more were given out and none came back; run the same command again"
+        )
+    if left:
+        log.warning("%d shards were given out and did not come back; they are given out once more", len(left))
+    return left
 
 
 def actors(pools: Pools, shards: int) -> dict[str, int]:
@@ -179,7 +197,7 @@ def shard_stream(
     retry: frozenset[str] = frozenset(),
     draw: type[DrawShard] = DrawShard,
 ) -> Iterable[dict]:
-    """Run shards through the pools; yields each shard's stats once it is committed.
+    """Run shards through the pools; yields each shard's stats once it is committed. A few may not come back.
 
     Raises InputError when a model a user named cannot be loaded by the workers, or when the monitor stops the run.
     """
@@ -200,30 +218,43 @@ def _run_pools(
 ) -> Iterable[dict]:
     monitor, _ = watched_by
     concepts = None if vocabularies_stored(store, plan) else ConceptsOfShard(store, plan, shards[0])
-    # Made in this process, a block a shard; from_arrow would start a task for each only to look at it.
-    wanted = [{"shard": shard, "part": plan.part_key(shard)} for shard in shards]
-    pipeline: ray.data.Dataset = ray.data.from_items(wanted, override_num_blocks=len(shards))
+    generators = min(pools.generators, len(shards))
+    ray.get(monitor.begin_pass.remote(shards, generators))
+    # A turn for each shard, and some more, in which idle generators take over what others have not begun or not ended.
+    # Made in this process, a block a turn; from_arrow would start a task for each only to look at it.
+    turns = [*shards, *(-1 - turn for turn in range(TURNS_MORE * generators))]
+    pipeline: ray.data.Dataset = ray.data.from_items([{"turn": turn} for turn in turns], override_num_blocks=len(turns))
     block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
+    drawing = {"scores": not pools.scorers, "concepts": None if pools.scorers else concepts}
+    pipeline = pipeline.map_batches(
+        Generator,
+        fn_constructor_args=(draw, store, plan, watched_by, retry),
+        fn_constructor_kwargs=drawing,
+        **pools.draw_options(len(shards)),
+        **block,
+    )
     if pools.scorers:
-        drawing: Any = (store, plan.spec, watched_by, retry)
         scoring = (plan.spec.clip, watched_by, concepts)
         pipeline = pipeline.map_batches(
-            draw, fn_constructor_args=drawing, **pools.draw_options(len(shards)), **block
-        ).map_batches(FeaturiseShard, fn_constructor_args=scoring, **pools.featurise_options(len(shards)), **block)
-    else:
-        both = (draw, store, plan.spec, watched_by, retry, concepts)
-        pipeline = pipeline.map_batches(
-            DrawAndScore, fn_constructor_args=both, **pools.draw_options(len(shards)), **block
+            FeaturiseShard, fn_constructor_args=scoring, **pools.featurise_options(len(shards)), **block
         )
-    writing = (store, plan.schema_version)
+    writing = (store, plan.schema_version, monitor)
     pipeline = pipeline.map_batches(
         WriteShard, fn_constructor_args=writing, **pools.write_options(len(shards)), **block
     )
+    left = set(shards)
+    batches: Any = iter(pipeline.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0))
     try:
-        for batch in pipeline.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+        for batch in batches:
             stats = json.loads(batch["stats"][0].as_py())
             monitor.committed.remote(stats["shard"])
-            yield stats
+            if stats["shard"] in left:
+                left.remove(stats["shard"])
+                yield stats
+            # Turns that are left have nothing to draw, and end. A generator that draws what is stored now, or loads, is
+            # not waited for.
+            if not left and ray.get(monitor.busy.remote()):
+                break
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
 

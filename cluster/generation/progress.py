@@ -34,6 +34,7 @@ class MonitorSnapshot:
     drawn: int  # pictures in shards that are not committed yet
     in_flight: int  # batches being drawn
     generators: int  # that have started; on GPUs no more than there are GPUs for
+    left_out: tuple[str, ...] = ()  # why which of them draw no more
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cluster.dataset.request import ShardOptions
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.presets import GENERATION_PRESETS
-from cluster.options import Request, check_at_least, option, refuse_others, refuse_without
+from cluster.options import Request, check_at_least, option, parse_count, refuse_others, refuse_without
 from pcm import embedded
 from pcm.errors import InputError
 from pcm.images import IMAGE_FORMATS
@@ -53,15 +53,6 @@ def parse_lora(text: str) -> tuple[str, float]:
     if not name or isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise InputError("write REPO_OR_FILE, or REPO_OR_FILE=WEIGHT such as latent-consistency/lcm-lora-sdv1-5=1")
     return name, float(weight)
-
-
-def parse_generators(text: str) -> int | tuple[int, int]:
-    """8 of "8", (2, 8) of "2:8". Raises InputError."""
-    least, colon, most = text.partition(":")
-    counts = [int(part) for part in ((least, most) if colon else (least,)) if part.isdecimal()]
-    if len(counts) != (2 if colon else 1) or counts != sorted(counts) or counts[0] < 1:
-        raise InputError("write a number such as 8, or MIN:MAX such as 2:8")
-    return (counts[0], counts[1]) if colon else counts[0]
 
 
 def parse_node_label(text: str) -> tuple[str, str]:
@@ -228,7 +219,7 @@ class MachineOptions(Request):
     """Machine."""
 
     generators: int | tuple[int, int] | None = option(
-        None, metavar="N|MIN:MAX", parse=parse_generators,
+        None, metavar="N|MIN:MAX", parse=parse_count,
         help="generator actors, or the least and most of a pool that grows", unset="one a GPU, or one a core",
     )  # fmt: skip
     scorers: int | None = option(

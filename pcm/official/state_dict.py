@@ -17,7 +17,8 @@ from pcm.safe_pickle.torch_files import load_torch
 
 #: Rows of the word-position table that published checkpoints hold; ours is computed.
 OFFICIAL_POSITIONS = 5000
-_POSITION_KEY = "token_embed.embeddings_pos.pe"
+#: Its name there.
+POSITION_KEY = "token_embed.embeddings_pos.pe"
 
 # Our name -> published name. A trailing dot stands for ".weight" and ".bias".
 _NAMES = {
@@ -93,8 +94,23 @@ def to_official(state: dict[str, Tensor], *, positions: bool = True) -> dict[str
         result.update(zip(names, tensor.chunk(len(names), dim=0), strict=True))
     if positions:
         hidden_size = state["word_embedding.embedding.weight"].shape[1]
-        result[_POSITION_KEY] = sinusoid(OFFICIAL_POSITIONS, hidden_size).unsqueeze(0)  # (1, 5000, H)
+        result[POSITION_KEY] = sinusoid(OFFICIAL_POSITIONS, hidden_size).unsqueeze(0)  # (1, 5000, H)
     return result
+
+
+def _is_sinusoid(table: Tensor) -> bool:
+    """Whether a published table (1, length, H) is the network's own, computed on any machine."""
+    _, length, hidden_size = table.shape
+    return bool(((table[0] - sinusoid(length, hidden_size)).abs() <= position_rounding(length)).all())
+
+
+def position_rounding(length: int) -> Tensor:
+    """By how much two tables of word positions may differ, by position: (length, 1).
+
+    A position times a frequency is rounded, and processors differ in the last bits of a frequency: the angle is off by
+    up to 2^-22 of itself in each table, so positions far behind differ by more. The network reads the first few dozen.
+    """
+    return 1e-6 + torch.arange(length, dtype=torch.float32).unsqueeze(1) * 2.0**-21
 
 
 def from_official(official: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,9 +119,9 @@ def from_official(official: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises InputError, naming them, for missing or unknown tensors.
     """
     remaining = dict(official)
-    table = remaining.pop(_POSITION_KEY, None)
-    if table is not None and not torch.allclose(table[0], sinusoid(*table.shape[1:]), atol=1e-4):
-        raise InputError(f"{_POSITION_KEY}: not the sinusoid table with base {SINUSOID_BASE:g} that PCM-Net uses")
+    table = remaining.pop(POSITION_KEY, None)
+    if table is not None and not _is_sinusoid(table):
+        raise InputError(f"{POSITION_KEY}: not the sinusoid table with base {SINUSOID_BASE:g} that PCM-Net uses")
     config = config_from_state(official)
     with torch.device("meta"):
         own_names = PCMNet(config).state_dict().keys()

@@ -366,10 +366,40 @@ MUTANTS = (
         ("tests/pcm/generation/test_isolation.py::test_a_process_that_can_draw_nothing_any_more_refuses_no_caption",),
     ),
     Mutant(
-        "generators good for nothing stop the run",
-        "cluster/generation/stages/monitor.py", "if known.fruitless_starts >= max(MAX_FRUITLESS_STARTS, self._policy.max_deaths + 1):",
+        "a generator that never draws is left out",
+        "cluster/generation/stages/monitor.py", "if generator.fruitless_starts >= max(MAX_FRUITLESS_STARTS, self._policy.max_deaths + 1):",
         "if False:",
-        ("tests/cluster/generation/stages/test_monitor.py::test_a_generator_without_a_picture_in_all_its_processes_stops_the_run",),
+        ("tests/cluster/generation/stages/test_monitor.py::test_a_generator_that_never_draws_is_left_out_and_the_last_one_of_them_stops_the_run",),
+    ),
+    Mutant(
+        "the run waits for generators that have not started yet",
+        "cluster/generation/stages/monitor.py", "if others > 0 and self._clock()",
+        "if False and self._clock()",
+        ("tests/cluster/generation/stages/test_monitor.py::test_the_run_waits_for_generators_that_have_not_started_before_it_says_that_none_can_draw",),
+    ),
+    Mutant(
+        "an idle generator draws what another has not begun",
+        "cluster/generation/stages/monitor.py", "        if self._waiting:\n            return next(iter(self._waiting))\n",
+        "",
+        ("tests/cluster/generation/stages/test_monitor.py::test_a_turn_more_is_for_a_shard_that_nobody_has_begun",),
+    ),
+    Mutant(
+        "a late shard is given out again",
+        "cluster/generation/stages/monitor.py", "self._claims[shard].since >= self._late_after()",
+        "self._claims[shard].since > math.inf",
+        ("tests/cluster/generation/stages/test_monitor.py::test_a_late_shard_is_given_out_again_and_one_of_a_dead_process_at_once",),
+    ),
+    Mutant(
+        "of two drawers of a shard one is stored",
+        "cluster/generation/stages/monitor.py", "if winner != turn and self._clock()",
+        "if False and self._clock()",
+        ("tests/cluster/generation/stages/test_generator.py::test_of_two_that_drew_a_shard_one_is_stored_whole",),
+    ),
+    Mutant(
+        "a model that is not loaded ends nothing",
+        "cluster/generation/stages/generator.py", "        except Exception as error:\n",
+        "        except ZeroDivisionError as error:\n",
+        ("tests/cluster/generation/stages/test_generator.py::test_one_generator_that_cannot_load_its_model_ends_nothing",),
     ),
     Mutant(
         "too large a share of failures stops the run",
@@ -778,6 +808,11 @@ MUTANTS = (
         "cluster/evaluation/captioning.py", "if wanted and given and wanted != given:", "if False:",
         ("tests/cluster/evaluation/test_from_features.py::"
          "test_features_of_another_clip_than_the_captioners_are_refused",),
+    ),
+    Mutant(
+        "features of another CLIP are not mixed, whatever name is given to it",
+        "cluster/dataset/together.py", "if not all(torch.equal(head[name], other_head[name]) for name in head):", "if False:",
+        ("tests/jobs/test_import_official.py::test_imported_features_are_mixed_with_those_of_the_same_clip_alone",),
     ),
     Mutant(
         "an ensemble is of one vocabulary",

@@ -7,12 +7,15 @@ tests in which processes die again and again and would spend their time on impor
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from pathlib import Path
 
 import torch
 
 from cluster.generation.stages.draw import DrawShard
+from pcm.errors import InputError
 from pcm.generation.drawing import UNGUARDED, Drawing, Guard, Request, TextToImage
 from pcm.generation.isolation import IsolatedDrawing
 from pcm.generation.null_generator import NullTextToImage
@@ -120,3 +123,49 @@ class DrawBroken(DrawShard):
     def load(spec: GeneratorSpec) -> TextToImage:
         FaultyPixels._broken = True
         return FaultyPixels(spec)
+
+
+class DrawNotLoaded(DrawShard):
+    @staticmethod
+    def load(spec: GeneratorSpec) -> TextToImage:
+        raise InputError("mend the model")
+
+
+def not_loaded_by_the_first(claim: Path) -> type[DrawShard]:
+    """The first process that loads the model cannot. `claim`: a file that is not there yet."""
+
+    class DrawUnlessFirst(DrawShard):
+        @staticmethod
+        def load(spec: GeneratorSpec) -> TextToImage:
+            if _is_first(claim):
+                raise OSError("a disk of this machine is bad")
+            return Pixels(spec)
+
+    return DrawUnlessFirst
+
+
+def slow_at_first(claim: Path) -> type[DrawShard]:
+    """The first process that draws anything takes for ever over its first batch."""
+
+    class PixelsSlowAtFirst(Pixels):
+        def draw_batch(self, slots: dict[int, Request], batch_size: int) -> Sequence[Drawing | Future[Drawing]]:
+            if slots and _is_first(claim):
+                time.sleep(100_000)
+            return super().draw_batch(slots, batch_size)
+
+    class DrawSlowAtFirst(DrawShard):
+        @staticmethod
+        def load(spec: GeneratorSpec) -> TextToImage:
+            return PixelsSlowAtFirst(spec)
+
+    return DrawSlowAtFirst
+
+
+def _is_first(claim: Path) -> bool:
+    """Whether this process was the first one to ask."""
+    try:
+        with claim.open("x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        return claim.read_text() == str(os.getpid())
+    return True

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from cluster.generation.limits import FaultPolicy
     from cluster.generation.stages.guard import RunGuard
 
-LONGEST_WAIT = 60.0  # seconds that a generator waits for its shards to be stored before it draws the next all the same
-
 
 class DrawShard:
     """Generator pool: plan part in, drawings (or the reasons why there are none) out.
@@ -45,7 +43,6 @@ class DrawShard:
         self._store = store
         self._spec = spec
         self._retry = retry
-        self._monitor = watched_by[0] if watched_by else None
         keep_to_gpu_share(spec.generator.device)
         # Before the model is loaded, because a process may die of that too.
         self._guard = _run_guard(*watched_by, spec.generator) if watched_by and spec.generator.model != "null" else None
@@ -59,8 +56,6 @@ class DrawShard:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         shard = block["shard"][0].as_py()
-        if self._monitor is not None:
-            _wait_for_room(self._monitor, shard)
         started = time.time()
         if self._guard:
             self._guard.begin_shard(shard)
@@ -75,7 +70,8 @@ class DrawShard:
         stats: dict = {"start_time": started, "draw_seconds": time.time() - started}
         if self._retry:
             stats["retry"] = sorted(self._retry)
-        return ShardRow(shard, drawn, stats | self._faults_seen()).to_block()
+        turn = block["turn"][0].as_py() if "turn" in block.column_names else None
+        return ShardRow(shard, drawn, stats | self._faults_seen(), turn).to_block()
 
     def _faults_seen(self) -> dict:
         per_caption = self._spec.images_per_caption
@@ -110,20 +106,6 @@ class DrawShard:
         attempts = plan["attempts"].to_pylist() if "attempts" in plan.column_names else [0] * len(plan)
         for record, image, caption, seed, tried in zip(*columns, attempts, strict=True):
             yield Request(record * self._spec.images_per_caption + image, caption, seed, attempts=tried)
-
-
-def _wait_for_room(monitor: "ActorHandle", shard: int) -> None:
-    """Until this generator's shards are on the store but for a few, so that a death costs no more than those.
-
-    Not for ever: a shard that was lost with its node, and is waited for, may be queued behind this one.
-    """
-    import ray  # the stages are usable without it
-
-    generator = ray.get_runtime_context().get_actor_id()
-    pause, deadline = 0.02, time.monotonic() + LONGEST_WAIT
-    while not ray.get(monitor.admit.remote(generator, shard, anyway=time.monotonic() >= deadline)):
-        time.sleep(pause)
-        pause = min(2 * pause, 1.0)
 
 
 def _run_guard(monitor: "ActorHandle", policy: "FaultPolicy", spec: GeneratorSpec) -> "RunGuard":

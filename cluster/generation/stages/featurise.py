@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -75,7 +76,7 @@ class FeaturiseShard:
         stats["errors"] = (row.stats.get("errors", []) + self._errors)[:ERRORS_KEPT]
         if self._encoder:
             stats["clip_batch_size"] = self._encoder.batch_size
-        return ShardRow(row.shard, samples, stats).to_block()
+        return replace(row, samples=samples, stats=stats).to_block()
 
     def store_concepts(self, shard: int) -> None:
         """Store what the dataset needs of CLIP besides, if it is for this shard's scorer to do and not done yet."""

@@ -1,13 +1,22 @@
-"""What a generation run knows about its generators while they work: batches in flight, deaths, failures.
+"""What a generation run knows about its generators while they work: who draws which shard, deaths, failures.
 
 A generator's process may vanish at any moment - a crash inside a kernel, the watchdog, a spot node taken away - and Ray
 restarts it and gives it the same shard again. Somebody must remember which samples it was drawing, or a caption that
-kills its process would do so for ever: that is the monitor, a tiny actor beside the driver.
+kills its process would do so for ever. And while it restarts, or where it is slow, others may be idle: somebody must
+give its shards to them. That is the monitor, a tiny actor beside the driver.
+
+Ray Data gives generators turns, one for each shard, and some more at the end (`cluster.generation.pipeline`). In a
+shard's own turn that shard is drawn, unless another generator has it. In a turn more, a shard that nobody has begun, or
+one that is late. A turn that Ray Data gives again, because its process died or its result was lost with a node, is for
+the same shard again.
 """
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -20,9 +29,12 @@ from pcm.reasons import GENERATOR_CRASHED, GENERATOR_HUNG
 #: No verdict on the share of failures before so many samples.
 MIN_SAMPLES_FOR_SHARE = 64
 
-#: A generator whose process ends so often in a row without a picture will not draw the next one either. More often
-#: than `max_deaths`: a run that begins with a caption that kills gives that caption up first.
+#: A generator that starts so often in a row without a picture is left out. More often than `max_deaths`: a run that
+#: begins with a caption that kills gives that caption up first.
 MAX_FRUITLESS_STARTS = 4
+
+#: Generators that have started and are all left out stop the run when no other has started for so many seconds.
+OTHERS_MAY_START_SECONDS = 60.0
 
 #: Starts of one shard that are not explained by samples given up in it, and after which it is not tried again.
 MAX_SHARD_STARTS = 12
@@ -30,6 +42,34 @@ MAX_SHARD_STARTS = 12
 #: Shards that a generator has begun or drawn and that are not on the store yet: while one is stored, the next is drawn.
 #: So the death of a driver or a node costs a finished shard a generator, and the one it was drawing.
 MAX_IN_HAND = 2
+
+#: A shard is late when it takes so many times as long as the others did, from the beginning to the store.
+LATE_FACTOR = 1.5
+#: So many of the last shards tell how long one takes, and not before so many of them are known.
+SHARDS_TIMED, MIN_SHARDS_TIMED = 200, 3
+
+#: A writer has so many seconds for its shard before that of another drawer may be stored in its place: longer than a
+#: store is waited for.
+COMMIT_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a generator does with a turn: draw a shard, ask again later, or nothing (both None and False)."""
+
+    shard: int | None = None
+    wait: bool = False
+    stop: str = ""  # why the run is not worth going on with
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """Who draws a shard, or has drawn it, in which turn, since when (monotonic seconds)."""
+
+    generator: str
+    turn: int
+    since: float
+    is_drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +87,8 @@ class _Generator:
     drawn_since_start: int = 0
     fruitless_starts: int = 0  # in a row
     broken: str = ""  # what the present process said when it gave itself up
+    not_loaded: bool = False  # the last start ended so
+    left_out: str = ""  # why it draws no more where it is
 
 
 @dataclass
@@ -65,60 +107,176 @@ class ShardFaults:
 
 
 class RunMonitor:
-    """Knows each generator's batch in flight and counts deaths per sample.
+    """Knows who draws what, each generator's batch in flight, and counts deaths per sample.
 
     Every answer to a generator may be "stop": one line that says why the run is not worth going on with.
     """
 
-    def __init__(self, policy: FaultPolicy) -> None:
+    def __init__(self, policy: FaultPolicy, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._policy = policy
+        self._clock = clock
         self._generators: dict[str, _Generator] = {}
+        self._wanted_generators = 1
+        self._last_start = clock()
+        self._waiting: dict[int, None] = {}  # shards that nobody has begun, in order
+        self._claims: dict[int, _Claim] = {}  # by shard, the last one of each that is not stored
+        self._turns: dict[int, int] = {}  # the shard of each turn that had one
+        self._loading: set[str] = set()  # generators
+        self._nodes: dict[str, str] = {}  # of generators: the id of the node of each, as it said last
+        self._drawing: dict[str, int] = {}  # the turn of each generator that draws in one
+        self._writing: dict[int, tuple[int, float]] = {}  # by shard: the turn that is being stored, since when
+        self._took: deque[float] = deque(maxlen=SHARDS_TIMED)  # seconds from a shard's beginning to the store
         self._suspects: dict[int, dict[int, _Suspect]] = {}  # by shard, position
         self._starts: Counter[int] = Counter()  # by shard
         self._scored: Counter[int] = Counter()  # starts, by shard
         self._drawn: Counter[int] = Counter()  # pictures of shards not yet committed
-        self._in_hand: dict[int, str] = {}  # shards drawn or begun, by whom
         self._committed: set[int] = set()
         self._good = 0
         self._failed = 0
         self._last_error = ""
         self._stop = ""
 
-    def start(self, generator: str, where: str, hung: str = "") -> str:
-        """A generator's process begins, perhaps after another of it has died, or hung at some place.
+    def begin_pass(self, shards: Sequence[int], generators: int) -> None:
+        """These shards are given out now, to at most so many generators."""
+        self._waiting = dict.fromkeys(shards)
+        self._wanted_generators = generators
+        self._committed.difference_update(shards)
+        self._claims.clear()
+        self._turns.clear()
+        self._writing.clear()
 
-        Returns why to stop, or "".
+    def start(self, generator: str, where: str, hung: str = "") -> str:
+        """A generator starts to load its model, perhaps after its process has died, or hung at some place, or failed.
+
+        Returns why not to: the run stops, or this generator is left out; or "".
         """
+        self._last_start = self._clock()
+        self._loading.add(generator)
+        self._drawing.pop(generator, None)
         known = self._generators.get(generator)
         if known is None:
             self._generators[generator] = _Generator(where)
             return self._stop
         said = known.broken
         self._bury(known, said, hung)
-        known.fruitless_starts = 0 if known.drawn_since_start else known.fruitless_starts + 1
-        if known.fruitless_starts >= max(MAX_FRUITLESS_STARTS, self._policy.max_deaths + 1):
-            self._stop = self._stop or (
-                f"generator on {known.where}: its process ended {known.fruitless_starts} times in a row without a "
-                f"picture ({said or hung or 'killed or crashed'}); check that machine and the model, then run the same "
-                "command again"
-            )
-        known.where, known.drawn_since_start, known.broken = where, 0, ""
-        return self._stop
+        if where != known.where:  # Ray restarted it on another node, which has done nothing wrong
+            known.fruitless_starts, known.left_out = 0, ""
+        if known.drawn_since_start:
+            known.fruitless_starts = 0
+        if not known.not_loaded:  # that was counted when it was said
+            self._count_fruitless(known, said or hung or "killed or crashed")
+        known.where, known.drawn_since_start, known.broken, known.not_loaded = where, 0, "", False
+        self._give_up_claims({generator})  # others need not wait until it has loaded
+        return self._stop or known.left_out
 
-    def admit(self, generator: str, shard: int, *, anyway: bool = False) -> bool:
-        """Whether a generator may draw a shard now, or has too much in hand that is not on the store yet."""
-        in_hand = sum(1 for owner in self._in_hand.values() if owner == generator)
-        if in_hand >= MAX_IN_HAND and shard not in self._in_hand and not anyway:
+    def not_loaded(self, generator: str, error: str, *, again: bool) -> None:
+        """A generator could not load its models. Not to be tried `again`: it is left out at once, for this reason."""
+        known = self._known(generator)
+        self._last_error = error
+        self._loading.discard(generator)
+        known.not_loaded = True
+        if again:
+            self._count_fruitless(known, error)
+        else:
+            known.left_out = known.left_out or error
+
+    def turn(self, generator: str, number: int, *, node: str = "", loaded: bool = True, anyway: bool = False) -> Turn:
+        """What a generator does in a turn. A shard's own turn has the shard's number; those at the end are negative.
+
+        With too much in hand that is not on the store yet it waits, unless it is to go on `anyway`. One that could not
+        be `loaded` gets no shard: its turns are over when nothing is left to draw.
+        """
+        self._nodes[generator] = node
+        if not loaded and not self._stop:
+            self._judge_generators()
+        if self._stop:
+            return Turn(stop=self._stop)
+        if not loaded:
+            return Turn(wait=bool(self._waiting or self._claims))
+        self._loading.discard(generator)
+        self._drawing.pop(generator, None)
+        shard = self._turns.get(number)
+        if shard in self._claims and self._claims[shard].turn == number:  # Ray Data gives this turn again
+            self._moved(self._claims[shard], shard, generator)
+        else:
+            in_hand = sum(1 for claim in self._claims.values() if claim.generator == generator)
+            if in_hand >= MAX_IN_HAND and not anyway:
+                return Turn(wait=True)
+            shard = self._shard_for(number)
+            if shard is None:  # of shards that are drawn, one may prove to be late
+                return Turn(wait=number < 0 and bool(self._claims))
+        self._waiting.pop(shard, None)
+        self._turns[number] = shard
+        self._claims[shard] = _Claim(generator, number, self._clock())
+        self._drawing[generator] = number
+        return Turn(shard)
+
+    def busy(self) -> int:
+        """Generators that load a model or draw: after the last shard, for nothing."""
+        return len(self._loading) + len(self._drawing)
+
+    def nodes(self, alive: Sequence[str]) -> None:
+        """The ids of the cluster's nodes: what generators on others were drawing may be given out again."""
+        self._give_up_claims({name for name, node in self._nodes.items() if node and node not in alive})
+
+    def may_store(self, shard: int, turn: int) -> bool:
+        """Whether a shard that was drawn in this turn is stored, or another drawer's is: the first one to ask wins."""
+        self._drawing = {generator: number for generator, number in self._drawing.items() if number != turn}
+        if shard in self._committed:
             return False
-        if shard not in self._committed:  # it may be drawn again because a node took its objects away
-            self._in_hand[shard] = generator
+        winner, since = self._writing.get(shard, (turn, 0.0))
+        if winner != turn and self._clock() - since < COMMIT_SECONDS:
+            return False
+        self._writing[shard] = (turn, self._clock())
         return True
+
+    def _count_fruitless(self, generator: _Generator, said: str) -> None:
+        generator.fruitless_starts += 0 if generator.drawn_since_start else 1
+        if generator.fruitless_starts >= max(MAX_FRUITLESS_STARTS, self._policy.max_deaths + 1):
+            generator.left_out = (
+                f"{generator.fruitless_starts} starts of a generator in a row without a picture ({said}); check that "
+                "machine and the model, then run the same command again"
+            )
+
+    def _shard_for(self, number: int) -> int | None:
+        """The shard of a turn that had none yet, if there is one."""
+        if number >= 0:
+            begun = number in self._claims or number in self._committed
+            return None if begun else number
+        if self._waiting:
+            return next(iter(self._waiting))
+        if not self._claims:
+            return None
+        shard = min(self._claims, key=lambda shard: self._claims[shard].since)
+        return shard if self._clock() - self._claims[shard].since >= self._late_after() else None
+
+    def _give_up_claims(self, generators: set[str]) -> None:
+        for shard, claim in self._claims.items():
+            if claim.generator in generators and not claim.is_drawn:
+                self._claims[shard] = replace(claim, since=-math.inf)
+
+    def _late_after(self) -> float:
+        """Seconds from a shard's beginning after which it is late."""
+        return LATE_FACTOR * statistics.median(self._took) if len(self._took) >= MIN_SHARDS_TIMED else math.inf
+
+    def _moved(self, claim: _Claim, shard: int, generator: str) -> None:
+        """A turn is given again. If to another generator, then the process of the first one died."""
+        other = self._generators.get(claim.generator)
+        if claim.generator != generator and other and other.batch and other.batch.shard == shard:
+            self._bury(other, other.broken, "")
+
+    def _judge_generators(self) -> None:
+        started = self._generators.values()
+        if not started or not all(state.left_out for state in started):
+            return
+        others = self._wanted_generators - len(started)
+        if others > 0 and self._clock() - self._last_start < OTHERS_MAY_START_SECONDS:
+            return
+        first, *more = started
+        self._stop = f"{first.left_out} (on {first.where}{f', and {len(more)} more' if more else ''})"
 
     def begin_shard(self, generator: str, shard: int) -> tuple[str, ShardFaults]:
         """(why to stop or "", what is known about the shard's samples)."""
-        for other in self._generators.values():
-            if other.batch is not None and other.batch.shard == shard:
-                self._bury(other, other.broken, "")  # its process died, and Ray gave the shard to this one
         self._drawn[shard] = 0
         self._starts[shard] += 1
         suspects = self._suspects.get(shard, {})
@@ -140,7 +298,7 @@ class RunMonitor:
     def end(self, generator: str, drawn: int) -> None:
         """The batch in flight is over; `drawn` of its samples were, the others raised and are tried in another way."""
         state = self._known(generator)
-        if state.batch is not None:
+        if state.batch is not None and state.batch.shard not in self._committed:
             self._drawn[state.batch.shard] += drawn
         state.batch = None
         state.drawn_since_start += drawn
@@ -174,24 +332,31 @@ class RunMonitor:
         """A scorer's process ends itself, because its device fails every call."""
         self._last_error = error
 
-    def end_shard(self) -> str:
+    def end_shard(self, shard: int) -> str:
         """Why to stop, or "": asked once a shard is drawn, so that one with too many failures is not stored."""
+        if shard in self._claims:
+            self._claims[shard] = replace(self._claims[shard], is_drawn=True)
         return self._stop
 
     def committed(self, shard: int) -> None:
         self._committed.add(shard)
-        self._in_hand.pop(shard, None)
+        if (claim := self._claims.pop(shard, None)) is not None:
+            self._took.append(self._clock() - claim.since)
+        self._waiting.pop(shard, None)
+        self._writing.pop(shard, None)
         self._drawn.pop(shard, None)
         self._starts.pop(shard, None)
         self._scored.pop(shard, None)
         self._suspects.pop(shard, None)
 
     def snapshot(self) -> dict:
-        """{"drawn": pictures in shards not yet committed, "in_flight": batches, "generators": those ever started}."""
+        """{"drawn": pictures in shards not yet committed, "in_flight": batches, "generators": those ever started,
+        "left_out": why some of them draw no more}."""
         return {
             "drawn": self._drawn.total(),
             "in_flight": sum(1 for state in self._generators.values() if state.batch is not None),
             "generators": len(self._generators),
+            "left_out": [f"{state.where}: {state.left_out}" for state in self._generators.values() if state.left_out],
         }
 
     def _known(self, generator: str) -> _Generator:

@@ -14,16 +14,21 @@ import pyarrow as pa
 ERRORS_KEPT = 3
 
 #: What travels between stages. large_binary: a shard of pictures and features may exceed 2 GB.
-SHARD_ROW_SCHEMA = pa.schema([("shard", pa.int64()), ("payload", pa.large_binary()), ("stats", pa.string())])
+SHARD_ROW_SCHEMA = pa.schema(
+    [("shard", pa.int64()), ("payload", pa.large_binary()), ("stats", pa.string()), ("turn", pa.int64())]
+)
+#: In place of a shard, where a generator had none to draw.
+NO_SHARD = SHARD_ROW_SCHEMA.empty_table()
 
 
 @dataclass(frozen=True)
 class ShardRow:
-    """One shard on its way: number, samples, and what the stages measured."""
+    """One shard on its way: number, samples, what the stages measured, and the turn in which it was drawn, if any."""
 
     shard: int
     samples: pa.Table
     stats: dict
+    turn: int | None = None
 
     def to_block(self) -> pa.Table:
         sink = pa.BufferOutputStream()
@@ -35,6 +40,7 @@ class ShardRow:
             pa.array([self.shard], pa.int64()),
             pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, payload]),  # no copy
             pa.array([json.dumps(self.stats)]),
+            pa.array([self.turn], pa.int64()),
         ]
         return pa.Table.from_arrays(columns, schema=SHARD_ROW_SCHEMA)
 
@@ -43,4 +49,5 @@ class ShardRow:
         payload = block["payload"].combine_chunks()[0].as_buffer()
         with pa.ipc.open_stream(payload) as reader:
             samples = reader.read_all()
-        return ShardRow(block["shard"][0].as_py(), samples, json.loads(block["stats"][0].as_py()))
+        shard, stats, turn = (block[name][0].as_py() for name in ("shard", "stats", "turn"))
+        return ShardRow(shard, samples, json.loads(stats), turn)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,12 @@ from pcm.records import (
     shard_schema,
 )
 
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+#: What the writers give.
+STORED_SCHEMA = pa.schema([("stats", pa.string())])
+
 #: A column of samples whose pictures were drawn elsewhere: where each lay there. It becomes the picture's path.
 IMAGE_PATH = "image_path"
 
@@ -31,16 +38,21 @@ IMAGE_PATH = "image_path"
 class WriteShard:
     """Writer pool: quarantine part and stats first, the shard last: the shard's presence says that all three exist."""
 
-    def __init__(self, store: Store, schema_version: int) -> None:
-        """`schema_version`: the plan's; a dataset is finished in the version in which it was begun."""
+    def __init__(self, store: Store, schema_version: int, monitor: "ActorHandle | None" = None) -> None:
+        """`schema_version`: the plan's; a dataset is finished in the version in which it was begun.
+
+        With a monitor, of a shard that two generators drew one is stored, with the quarantine and the stats of its own.
+        """
         self._store = store
         self._version = schema_version
+        self._monitor = monitor
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """One row, the stats of the shard that the block holds."""
+        """One row, the stats of the shard that the block holds; none where another drawer's is stored."""
         row = ShardRow.from_block(block)
-        stats = self.write(row)
-        return pa.table({"stats": [json.dumps(stats)]})
+        if self._monitor is not None and not _may_store(self._monitor, row):
+            return STORED_SCHEMA.empty_table()
+        return pa.table({"stats": [json.dumps(self.write(row))]}, schema=STORED_SCHEMA)
 
     def write(self, row: ShardRow) -> dict:
         started = time.time()
@@ -62,6 +74,13 @@ class WriteShard:
             self._store.write_bytes(shard_key(row.shard), shard_data)
         # Known only after the shard is in place, so not in its stats object: the driver adds these up for its report.
         return stats | {"store_seconds": time.time() - encoded_at}
+
+
+def _may_store(monitor: "ActorHandle", row: ShardRow) -> bool:
+    import ray  # the stages are usable without it
+
+    answer: Any = monitor.may_store.remote(row.shard, row.turn)
+    return ray.get(answer)
 
 
 def split_samples(samples: pa.Table) -> tuple[pa.Table, pa.Table]:

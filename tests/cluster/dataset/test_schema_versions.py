@@ -195,6 +195,7 @@ def test_a_resume_finishes_a_dataset_in_its_own_version(old: Store) -> None:
     made = committed(old, resumed)
     missing = [shard for shard in range(resumed.num_shards) if shard not in made]
     assert missing == [1]
+    made.forget(missing)  # its features may differ in their last bits: another processor made the ones that were there
     write_manifest(old, resumed, draw_in_process(old, resumed, missing))
     assert patch_types(old) == {"lists"} and load_manifest(old).schema_version == 2
     assert proven(old)["fingerprint"] == FINGERPRINT

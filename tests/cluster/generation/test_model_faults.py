@@ -78,7 +78,7 @@ def own_generators() -> list[int]:
 
     def is_generator(process: psutil.Process) -> bool:
         try:
-            return "(DrawAndScore)" in " ".join(process.cmdline())
+            return "(Generator)" in " ".join(process.cmdline())
         except psutil.Error:
             return False
 
@@ -155,7 +155,7 @@ def test_a_generator_that_is_killed_at_any_time_changes_nothing(
     [
         pytest.param(
             DrawBroken,
-            "its process ended 4 times in a row without a picture (RuntimeError: CUDA error: device-side",
+            "4 starts of a generator in a row without a picture (RuntimeError: CUDA error: device-side",
             id="broken",
         ),
         pytest.param(

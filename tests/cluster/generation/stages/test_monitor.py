@@ -3,8 +3,25 @@
 import pytest
 
 from cluster.generation.limits import FaultPolicy
-from cluster.generation.stages.monitor import MAX_FRUITLESS_STARTS, MAX_SHARD_STARTS, RunMonitor
+from cluster.generation.stages.monitor import (
+    COMMIT_SECONDS,
+    LATE_FACTOR,
+    MAX_FRUITLESS_STARTS,
+    MAX_SHARD_STARTS,
+    OTHERS_MAY_START_SECONDS,
+    RunMonitor,
+    Turn,
+)
 from pcm.errors import InputError
+
+
+class Clock:
+    """Seconds, as a test says."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def begin_shard(monitor: RunMonitor, generator: str = "g", shard: int = 0) -> tuple[dict[int, int], dict[int, str]]:
@@ -58,9 +75,12 @@ def test_what_a_broken_process_says_is_kept() -> None:
 
 def test_a_shard_that_moves_to_another_generator_is_a_death_too() -> None:
     monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(4), 2)
     monitor.start("g", "a node")
+    assert monitor.turn("g", 0) == Turn(0)
     monitor.begin("g", 0, [4])
     monitor.start("h", "another node")
+    assert monitor.turn("h", 0) == Turn(0), "Ray Data gives the turn again"
     assert begin_shard(monitor, "h") == ({4: 1}, {})
     assert begin_shard(monitor, "g", 1) == ({}, {}), "and counted once"
 
@@ -73,14 +93,50 @@ def test_a_committed_shard_is_forgotten() -> None:
     assert begin_shard(monitor) == ({}, {})
 
 
-def test_a_generator_without_a_picture_in_all_its_processes_stops_the_run() -> None:
+def test_a_generator_that_never_draws_is_left_out_and_the_last_one_of_them_stops_the_run() -> None:
     monitor = RunMonitor(FaultPolicy())
-    monitor.start("g", "gpu-7")
+    monitor.begin_pass(range(8), 2)
+    assert (monitor.start("g", "gpu-7"), monitor.start("h", "gpu-8")) == ("", "")
     for _ in range(MAX_FRUITLESS_STARTS - 1):
         assert monitor.start("g", "gpu-7") == ""
     said = monitor.start("g", "gpu-7")
-    assert "gpu-7" in said and f"{MAX_FRUITLESS_STARTS} times in a row" in said and "\n" not in said
-    assert monitor.begin("h", 0, [1]) == said, "the other generators stop too"
+    assert f"{MAX_FRUITLESS_STARTS} starts of a generator in a row without a picture" in said and "\n" not in said
+    assert monitor.turn("g", 0, loaded=False) == Turn(wait=True), "its turn goes on, but it draws nothing"
+    assert monitor.turn("h", 1) == Turn(1) and monitor.begin("h", 1, [8]) == "", "the other one draws"
+    assert monitor.snapshot()["left_out"] == [f"gpu-7: {said}"]
+    monitor.not_loaded("h", "--t2i x: no such folder", again=False)
+    stop = monitor.turn("h", 2, loaded=False).stop
+    assert stop == f"{said} (on gpu-7, and 1 more)" and monitor.turn("g", 0, loaded=False).stop == stop
+
+
+def test_a_generator_that_moves_to_another_node_is_no_longer_left_out() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(8), 1)
+    monitor.start("g", "gpu-7")
+    monitor.not_loaded("g", "OSError: the disk is full", again=False)
+    assert "disk is full" in monitor.start("g", "gpu-7")
+    assert monitor.start("g", "gpu-8") == "" and monitor.snapshot()["left_out"] == []
+
+
+def test_a_model_that_is_not_loaded_is_tried_again_as_often_as_a_process_that_dies() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(8), 1)
+    for number in range(MAX_FRUITLESS_STARTS):
+        assert monitor.start("g", "gpu-7") == ""
+        assert monitor.turn("g", 0, loaded=False) == Turn(wait=True)
+        monitor.not_loaded("g", f"OSError: {number}", again=True)
+    assert "OSError: 3" in monitor.turn("g", 0, loaded=False).stop
+
+
+def test_the_run_waits_for_generators_that_have_not_started_before_it_says_that_none_can_draw() -> None:
+    time = Clock()
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    monitor.begin_pass(range(8), 64)
+    monitor.start("g", "gpu-7")
+    monitor.not_loaded("g", "--t2i x: no such folder", again=False)
+    assert monitor.turn("g", 0, loaded=False) == Turn(wait=True)
+    time.now += OTHERS_MAY_START_SECONDS
+    assert monitor.turn("g", 0, loaded=False).stop == "--t2i x: no such folder (on gpu-7)"
 
 
 def test_a_picture_in_between_makes_them_start_to_count_again() -> None:
@@ -120,9 +176,9 @@ def test_too_large_a_share_of_failures_stops_the_run(good: int, failed: int, sto
     monitor.end("g", good)
     for _ in range(failed):
         monitor.failed(1, "RuntimeError: useless")
-    assert bool(monitor.end_shard()) is stops
+    assert bool(monitor.end_shard(0)) is stops
     if stops:
-        assert monitor.end_shard().startswith("33 of 65 samples failed in the generator")
+        assert monitor.end_shard(0).startswith("33 of 65 samples failed in the generator")
 
 
 def test_a_snapshot_counts_what_is_not_yet_stored() -> None:
@@ -132,12 +188,12 @@ def test_a_snapshot_counts_what_is_not_yet_stored() -> None:
         monitor.begin_shard(generator, shard)
         monitor.begin(generator, shard, range(4))
     monitor.end("g", 4)
-    assert monitor.snapshot() == {"drawn": 4, "in_flight": 1, "generators": 2}
+    assert monitor.snapshot() == {"drawn": 4, "in_flight": 1, "generators": 2, "left_out": []}
     monitor.begin_shard("g", 0)
     assert monitor.snapshot()["drawn"] == 0, "a shard begun again is drawn again"
     monitor.end("h", 4)
     monitor.committed(1)
-    assert monitor.snapshot() == {"drawn": 0, "in_flight": 0, "generators": 2}
+    assert monitor.snapshot() == {"drawn": 0, "in_flight": 0, "generators": 2, "left_out": []}
 
 
 @pytest.mark.parametrize(
@@ -150,12 +206,97 @@ def test_a_policy_that_makes_no_sense_is_refused(values: dict) -> None:
 
 def test_a_generator_does_not_run_ahead_of_the_store() -> None:
     monitor = RunMonitor(FaultPolicy())
-    assert monitor.admit("g", 0) and monitor.admit("g", 1) and monitor.admit("h", 2)
-    assert not monitor.admit("g", 3), "two of its shards are not stored"
-    assert monitor.admit("g", 1) and monitor.admit("h", 3), "its own again; another generator has room"
+    monitor.begin_pass(range(10), 2)
+    assert (monitor.turn("g", 0), monitor.turn("g", 1), monitor.turn("h", 2)) == (Turn(0), Turn(1), Turn(2))
+    assert monitor.turn("g", 3) == Turn(wait=True), "two of its shards are not stored"
+    assert (monitor.turn("g", 1), monitor.turn("h", 3)) == (Turn(1), Turn(3)), "its own again; another has room"
     monitor.committed(0)
-    assert monitor.admit("g", 4) and not monitor.admit("g", 5) and monitor.admit("g", 5, anyway=True)
-    assert monitor.admit("h", 1), "a shard may go to another generator, and leaves the first one room"
+    assert monitor.turn("g", 4) == Turn(4) and monitor.turn("g", 5) == Turn(wait=True)
+    assert monitor.turn("g", 5, anyway=True) == Turn(5)
     for shard in range(6):
         monitor.committed(shard)
-    assert monitor.admit("g", 0) and monitor.admit("g", 6) and monitor.admit("g", 7), "a stored shard counts no more"
+    assert (monitor.turn("g", 6), monitor.turn("g", 7)) == (Turn(6), Turn(7)), "a stored shard counts no more"
+
+
+def test_a_turn_more_is_for_a_shard_that_nobody_has_begun() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass([3, 5, 7], 3)
+    assert (monitor.turn("g", 3), monitor.turn("h", -1), monitor.turn("i", -2)) == (Turn(3), Turn(5), Turn(7))
+    assert monitor.turn("i", -3) == Turn(wait=True), "one of them may prove to be late"
+    assert monitor.turn("g", 5) == Turn(), "its own turn comes too late"
+    assert monitor.turn("h", -1) == Turn(5), "Ray Data gives the turn again: the same shard"
+    for shard in (3, 5, 7):
+        monitor.committed(shard)
+    assert monitor.turn("i", -3) == Turn() and monitor.turn("h", -1) == Turn(), "nothing is left"
+
+
+def test_a_late_shard_is_given_out_again_and_one_of_a_dead_process_at_once() -> None:
+    time = Clock()
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    monitor.begin_pass(range(6), 2)
+    for shard in range(4):
+        monitor.turn("g", shard)
+        time.now += 10
+        monitor.committed(shard)
+    monitor.start("g", "gpu-7")
+    monitor.start("h", "gpu-8")
+    assert (monitor.turn("g", 4), monitor.turn("h", 5)) == (Turn(4), Turn(5))
+    monitor.committed(5)
+    time.now += LATE_FACTOR * 10 - 1
+    assert monitor.turn("h", -1) == Turn(wait=True)
+    time.now += 1
+    assert monitor.turn("h", -1) == Turn(4)
+    assert monitor.turn("i", -2) == Turn(wait=True), "two draw it; only if both are late a third one does"
+    assert monitor.turn("g", 4) == Turn(), "the first one died; its shard is in other hands"
+    monitor.start("h", "gpu-8")
+    assert monitor.turn("i", -2) == Turn(4), "the process that drew it has died: nobody waits for its model to load"
+
+
+def test_what_was_drawn_on_a_node_that_is_lost_is_given_out_again_at_once() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(2), 2)
+    assert (monitor.turn("g", 0, node="one"), monitor.turn("h", 1, node="two")) == (Turn(0), Turn(1))
+    monitor.nodes(["one", "two"])
+    assert monitor.turn("h", -1, node="two") == Turn(wait=True)
+    monitor.nodes(["two"])
+    assert monitor.turn("h", -1, node="two") == Turn(0)
+
+
+def test_a_shard_that_is_drawn_is_not_given_out_again_because_its_process_died() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(2), 2)
+    monitor.start("g", "gpu-7")
+    monitor.turn("g", 0)
+    monitor.turn("g", 1)
+    monitor.end_shard(0)
+    monitor.start("g", "gpu-7")
+    assert (monitor.turn("h", -1), monitor.turn("h", -2)) == (Turn(1), Turn(wait=True))
+
+
+def test_of_two_that_drew_a_shard_the_first_to_ask_is_stored() -> None:
+    time = Clock()
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    monitor.begin_pass(range(2), 2)
+    assert monitor.may_store(0, -1) and not monitor.may_store(0, 0)
+    assert monitor.may_store(0, -1), "its writer died, and Ray runs it again"
+    assert monitor.may_store(1, 1)
+    time.now += COMMIT_SECONDS
+    assert monitor.may_store(0, 0), "the first one has had its time"
+    monitor.committed(0)
+    assert not monitor.may_store(0, -1) and not monitor.may_store(0, 0)
+
+
+def test_at_the_end_only_those_that_load_or_draw_for_nothing_are_busy() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(2), 3)
+    for name in "ghi":
+        monitor.start(name, "a node")
+    assert monitor.busy() == 3
+    assert (monitor.turn("g", 0), monitor.turn("h", 1)) == (Turn(0), Turn(1))
+    monitor.start("h", "a node")
+    assert monitor.turn("g", 0) == Turn(0) and monitor.turn("i", -1) == Turn(1), "h loads its model again"
+    for shard, turn in ((0, 0), (1, -1)):
+        assert monitor.may_store(shard, turn)
+        monitor.committed(shard)
+    assert monitor.busy() == 1, "h, whose shard another one drew"
+    assert monitor.turn("h", 1) == Turn() and monitor.busy() == 0

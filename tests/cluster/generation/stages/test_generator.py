@@ -1,0 +1,115 @@
+"""Generators that fail, are slow, or draw one shard twice: the run goes on, and each shard is one generator's whole."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import ray
+from ray.cloudpickle import register_pickle_by_value
+
+from cluster.dataset.layout import quarantine_key, shard_key, stats_key
+from cluster.dataset.verify import verify
+from cluster.generation.limits import FaultPolicy
+from cluster.generation.pipeline import run_pipeline, write_manifest
+from cluster.generation.pools import Pools
+from cluster.generation.stages.draw import DrawShard
+from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.generation.stages.monitor import start_monitor
+from cluster.generation.stages.shard_row import ShardRow
+from cluster.generation.stages.write import WriteShard
+from cluster.store.store import Store
+from pcm.errors import InputError
+from tests.helpers import faulty_generators
+from tests.helpers.faulty_generators import (
+    DrawNotLoaded,
+    DrawPixels,
+    not_loaded_by_the_first,
+    slow_at_first,
+)
+from tests.helpers.tiny_generation import plan_dataset, tiny_spec, write_corpus
+
+#: Ray's workers do not have the tests on their path.
+register_pickle_by_value(faulty_generators)
+
+CAPTIONS = [f"caption number {number}" for number in range(12)]
+TWO = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=2)
+
+
+def fingerprint(store: Store) -> str:
+    report = verify(store)
+    assert report["ok"], report
+    return report["fingerprint"]
+
+
+def made_with(draw: type[DrawShard], out: Path, t2i: Path) -> str:
+    """The fingerprint of a dataset that two generators made on Ray."""
+    spec = tiny_spec(t2i, num_inference_steps=1)
+    store, plan = plan_dataset(out, write_corpus(out.parent, CAPTIONS), spec, shard_size=1)
+    run_pipeline(store, plan, TWO, draw=draw)
+    return fingerprint(store)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_t2i: Path, _ray_at_end: None) -> str:
+    from cluster.session import start_ray
+
+    start_ray(num_cpus=2)
+    return made_with(DrawPixels, tmp_path_factory.mktemp("undisturbed") / "data", tiny_t2i)
+
+
+def test_one_generator_that_cannot_load_its_model_ends_nothing(
+    undisturbed: str, tmp_path: Path, tiny_t2i: Path, ray_session: None
+) -> None:
+    draw = not_loaded_by_the_first(tmp_path / "claim")
+    assert made_with(draw, tmp_path / "data", tiny_t2i) == undisturbed
+    assert (tmp_path / "claim").exists(), "none failed, so this says nothing"
+
+
+def test_a_shard_that_one_generator_does_not_end_is_drawn_by_another(
+    undisturbed: str, tmp_path: Path, tiny_t2i: Path, ray_session: None
+) -> None:
+    draw = slow_at_first(tmp_path / "claim")
+    assert made_with(draw, tmp_path / "data", tiny_t2i) == undisturbed
+    assert (tmp_path / "claim").exists(), "none was slow, so this says nothing"
+
+
+def test_a_model_that_no_generator_can_load_is_one_line(tmp_path: Path, tiny_t2i: Path, ray_session: None) -> None:
+    with pytest.raises(InputError, match="mend the model"):
+        made_with(DrawNotLoaded, tmp_path / "data", tiny_t2i)
+    assert not (tmp_path / "data/dataset.json").exists()
+
+
+def test_of_two_that_drew_a_shard_one_is_stored_whole(tmp_path: Path, tiny_t2i: Path, ray_session: None) -> None:
+    """Drawn in batches of four by one and, after an out-of-memory, of two by the other: no part of both is stored."""
+    captions = [*CAPTIONS[:2], faulty_generators.NEEDS_MEMORY, *CAPTIONS[2:5], faulty_generators.RAISES]
+    spec = tiny_spec(tiny_t2i, num_inference_steps=1)
+    store, plan = plan_dataset(tmp_path / "data", write_corpus(tmp_path, captions), spec, shard_size=8)
+    score, monitor = FeaturiseShard(spec.clip), start_monitor(FaultPolicy())
+    ray.get(monitor.begin_pass.remote([0], 2))
+    write = WriteShard(store, plan.schema_version, monitor)
+
+    def drawn_by(draw: type[DrawShard], turn: int) -> pa.Table:
+        wanted = pa.table({"shard": [0], "part": [plan.part_key(0)], "turn": [turn]})
+        return score(draw(store, plan.spec)(wanted))
+
+    from tests.helpers.faulty_pipeline import DrawFaultyPipeline
+
+    first, second = drawn_by(DrawFaultyPipeline, -1), drawn_by(DrawShard, 0)
+    assert batch_sizes(first) != batch_sizes(second)
+    said = write(first)
+    stats = json.loads(said["stats"][0].as_py())
+    objects = [store.read_bytes(key) for key in (shard_key(0), quarantine_key(0), stats_key(0))]
+    assert len(write(second)) == 0, "another drawer's is stored"
+    assert [store.read_bytes(key) for key in (shard_key(0), quarantine_key(0), stats_key(0))] == objects
+    assert len(write(first)) == 1, "its writer may have died before it said so, and is run again"
+    ray.get(monitor.committed.remote(0))
+    assert len(write(second)) == 0
+    write_manifest(store, plan, score.features)
+    assert fingerprint(store)
+    assert stats["batch_sizes"] == {"2": 6}
+    assert stats["quarantined_by_reason"] == {"generator_error": 1}, "of the one that is stored; the other drew all"
+
+
+def batch_sizes(block: pa.Table) -> list[int]:
+    return ShardRow.from_block(block).samples["batch_size"].to_pylist()
