@@ -3,7 +3,7 @@
     python -m benchmarks.cost_guide --images 542401 --seconds-an-image 1.06 --gpus 64 --price-per-hour 1.80
 
 The seconds are your pilot's (`jobs.generate --pilot 1%` prints them, and its own forecast), or published ones: Stable
-Diffusion 1.5 at 512x512 and 50 steps takes 1.06 s on an A100 compiled, 1.60 s not; SDXL-Turbo 0.207 s in one step there.
+Diffusion 1.5 at 512x512 and 50 steps takes 1.06 s on an A100 compiled, 1.60 s not; SDXL-Turbo 0.207 s in one step.
 The price is yours to look up. Idle time, loading and restarts are a share of the GPU hours (`benchmarks.schedule`).
 """
 
