@@ -65,8 +65,8 @@ def test_a_dataset_is_made_and_trained_on(name: str) -> None:
     try:
         os.chown(folder, surroundings.user, -1)
         made = run(
-            folder, surroundings, "jobs.generate", "--corpus", "embedded", "--limit", "8", "--t2i", "embedded",
-            "--clip", "embedded", "--shard-size", "4", "--out", f"{folder}/data",
+            folder, surroundings, "jobs.generate", "--corpus", "embedded", "--limit", "24", "--t2i", "embedded",
+            "--clip", "embedded", "--shard-size", "12", "--out", f"{folder}/data",
         )  # fmt: skip
         assert made.returncode == 0, made.stderr[-3000:]
         trained = run(
