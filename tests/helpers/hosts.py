@@ -61,7 +61,9 @@ class Host:
         options = [f"--{name}={value}" for name, value in settings.items()]
         nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         memory = "--object-store-memory=100000000"
-        self.start(str(_RAY), "start", *place, *options, memory, "--disable-usage-stats", "--block", **nowhere)
+        ray = [str(_RAY), "start", *place, *options, memory, "--disable-usage-stats", "--block"]
+        # As a service manager does: on a busy machine a start may miss its time.
+        self.start("sh", "-c", 'until "$@"; do sleep 1; done', "sh", *ray, **nowhere)
 
     def start(self, *command: str, **streams: Any) -> subprocess.Popen:
         """A process of this host."""
