@@ -33,6 +33,7 @@ from cluster.dataset.request import ShardOptions
 from cluster.dataset.rows import read_shard
 from cluster.dataset.view import ViewRows, lineage_source, write_view
 from cluster.store.store import Store
+from cluster.weights.node_copy import local_spec
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.generation.prompt_length import truncation_check
@@ -124,7 +125,7 @@ def redraw_view(
     _say_prediction(planned, scores)
     rounds: list[Drawn] = []
     curve = [_point(scores, 0, 0, None)]
-    is_truncated = truncation_check(spec)
+    is_truncated = truncation_check(local_spec(spec))
     left = asked.pictures
     while left:
         redraws, expected = _next_round(scores, asked, left)

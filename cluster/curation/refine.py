@@ -23,6 +23,7 @@ from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.view import ViewRows, claim, lineage_source, write_view
 from cluster.store.store import Store, open_store
+from cluster.weights.node_copy import local_name
 from pcm.clip.names import folder_revision, is_commit, refuse_place, resolve_clip_name
 from pcm.errors import InputError
 from pcm.generation.names import TEXT_ONLY, UNDRAWN
@@ -200,7 +201,7 @@ def _clip(source: OpenDataset, given: str | None, data: str, option: str) -> str
     if given is None:
         refuse_place(spec.model, source=source.store.root, option=option)
         return spec.model
-    architecture, pretrained = resolve_clip_name(given)
+    architecture, pretrained = resolve_clip_name(local_name(given))
     place = Path(pretrained or architecture.removeprefix("local-dir:"))
     if spec.revision.startswith(DIGEST) and place.exists() and (now := folder_revision(place)) != spec.revision:
         raise InputError(

@@ -25,6 +25,7 @@ from cluster.dataset.layout import (
 from cluster.session import user_error
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
+from cluster.weights.node_copy import local_clip
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.reasons import USABLE
@@ -184,7 +185,7 @@ def _load_and_store_clip_files(store: Store, plan: Plan, min_count: int) -> None
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
     clip = plan.spec.clip
-    encoder = load_with_retries(lambda: ClipEncoder.from_spec(clip), model=clip.model)
+    encoder = load_with_retries(lambda: ClipEncoder.from_spec(local_clip(clip)), model=clip.model)
     _store_clip_files(store, plan, min_count, encoder)
 
 

@@ -28,6 +28,7 @@ from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.corpus import CorpusRecord, read_corpus, source_digest
 from cluster.store.store import Store, open_store
+from cluster.weights.node_copy import local_generator, local_spec
 from pcm import embedded
 from pcm.errors import InputError
 from pcm.generation.model_memory import model_memory
@@ -117,8 +118,8 @@ def prepare(
     records = read_corpus(uri, format=asked.corpus_format, split=asked.split, limit=asked.limit, options=options)
     if planned is None or planned.source != source:
         records = _begun(records)
-    memory = None if spec.generator.model == "null" else model_memory(spec.generator)
-    is_truncated = truncation_check(spec)
+    memory = None if spec.generator.model == "null" else model_memory(local_generator(spec.generator))
+    is_truncated = truncation_check(local_spec(spec))
     noun_finder(asked.nouns)  # a model that is not installed is told now
     concepts = None
     if asked.concepts is not None:

@@ -92,7 +92,7 @@ class PictureOptions(Request):
     t2i: str | None = option(
         None,
         metavar="NAME",
-        help="diffusers repo id, folder, single .safetensors file, 'embedded' or 'null'",
+        help="diffusers repo id, folder, URI of staged weights, single .safetensors file, 'embedded' or 'null'",
         unset="embedded",
     )
     t2i_revision: str | None = option(
@@ -160,7 +160,10 @@ class ClipOptions(Request):
     """Scores and features."""
 
     clip: str | None = option(
-        None, metavar="NAME", help="open_clip NAME, 'embedded' or 'null'", unset="embedded, or null with --t2i null"
+        None,
+        metavar="NAME",
+        help="open_clip NAME, URI of staged weights, 'embedded' or 'null'",
+        unset="embedded, or null with --t2i null",
     )
     clip_revision: str | None = option(None, metavar="COMMIT", help="for hf-hub: names", unset="the newest commit")
     clip_batch_size: int = option(ClipSpec.batch_size, help="pictures that CLIP encodes at once")

@@ -58,6 +58,7 @@ from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error
 from cluster.sources.concept_file import fitting_concepts
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store, open_store
+from cluster.weights.node_copy import local_clip
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.generation.names import TEXT_ONLY
@@ -369,7 +370,7 @@ def store_vocabularies_of(source: Store, out: Store, spec: ClipSpec, concepts: C
     source has none of them (its CLIP was null), both are of the captions. Runs where CLIP may be loaded."""
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
-    encoder = load_with_retries(lambda: ClipEncoder.from_spec(spec), model=spec.model)
+    encoder = load_with_retries(lambda: ClipEncoder.from_spec(local_clip(spec)), model=spec.model)
     if source.exists(VOCABULARY_KEY):
         words = source.read_bytes(VOCABULARY_KEY)
     else:

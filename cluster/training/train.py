@@ -36,6 +36,7 @@ from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import check_compile
+from cluster.weights.node_copy import local_name
 from pcm.captioners.interface import CLIP_OPTION
 from pcm.clip.names import refuse_place, resolve_clip_name
 from pcm.documents import document_bytes
@@ -313,7 +314,7 @@ def _check_request(request: TrainRequest, config: TrainConfig | None) -> None:
     if config is not None and request.num_workers is not None:
         group_sizes(config, request.num_workers)
     if request.clip is not None:
-        resolve_clip_name(request.clip)
+        resolve_clip_name(local_name(request.clip))
     if request.validation is None:
         log.info("no --val-images: the best epoch is chosen on a held-out part of the synthetic pairs")
     else:

@@ -122,6 +122,21 @@ MUTANTS = (
         ("tests/cluster/curation/sync/test_sentences.py::test_python_of_a_models_own_is_refused_by_name",),
     ),
     Mutant(
+        "an object of other bytes is no part of a copy of weights",
+        "cluster/weights/node_copy.py", "    if found != file.sha256:", "    if False:",
+        ("tests/cluster/weights/test_node_copy.py::test_a_harmed_object_is_refused_and_mended_by_staging_again",),
+    ),
+    Mutant(
+        "other weights than were pinned are not fetched",
+        "cluster/weights/node_copy.py", "    if manifest.revision != revision:", "    if False:",
+        ("tests/cluster/weights/test_node_copy.py::test_other_weights_than_pinned_are_refused",),
+    ),
+    Mutant(
+        "one process of a machine fetches weights at a time",
+        "cluster/weights/node_copy.py", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+        ("tests/cluster/weights/test_node_copy.py::test_two_processes_make_one_copy",),
+    ),
+    Mutant(
         "a CLIP's configuration may say only what is on the list",
         "pcm/clip/configuration.py", "if name not in allowed:", "if False:",
         ("tests/pcm/clip/test_configuration.py::test_what_is_not_on_the_list_is_refused_by_name",),

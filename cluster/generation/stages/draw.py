@@ -14,6 +14,7 @@ from cluster.generation.stages.merge import to_retry
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
+from cluster.weights.node_copy import local_generator
 from pcm.generation.drawing import UNGUARDED, Drawing, Request, TextToImage
 from pcm.generation.loading import load_generator
 from pcm.reasons import USABLE
@@ -52,7 +53,7 @@ class DrawShard:
     @staticmethod
     def load(spec: GeneratorSpec) -> TextToImage:
         """The model; a subclass may bring its own."""
-        return load_generator(spec)
+        return load_generator(local_generator(spec))
 
     def __call__(self, block: pa.Table) -> pa.Table:
         shard = block["shard"][0].as_py()
