@@ -292,7 +292,7 @@ def test_a_name_that_generation_and_training_share_is_generations_in_a_stream(tm
         ("train --data A --out B --set tau=x", "must be of type float"),
         ("train --data A=0 --out B", "a weight above 0"),
         ("train --data A --out B --val-references x", "--val-references x: needs --val-images"),
-        ("train --data A --out B --num-workers 0", "--num-workers 0: must be at least 1"),
+        ("train --data A --out B --num-workers 0", "--num-workers 0: write a number such as 8, or MIN:MAX such as 2:8"),
         ("train --data A --out B --worker-label spot", "write NAME=VALUE"),
         ("train --data /no/such/dataset --out B", "/no/such/dataset"),
         ("generate --out B", "--corpus: missing"),
