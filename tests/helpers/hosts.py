@@ -73,6 +73,7 @@ class Host:
         (inside,) = psutil.Process(self.first.pid).children()
         enter = ["nsenter", f"--target={inside.pid}", "--mount", "--pid", "--net"]
         environment = os.environ | self.hosts.environment
+        environment.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)  # the tests' own Ray is of one machine
         return subprocess.Popen([*enter, *command], cwd=ROOT, env=environment, text=True, **streams)
 
     def _boot(self) -> None:
