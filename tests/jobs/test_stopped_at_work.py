@@ -102,7 +102,7 @@ CASES = {
     "stream": Case(
         "stream",
         ("--corpus={}/captions.txt", "--out=OUT", "--t2i={}/t2i", "--clip={}/clip", "--steps=2", "--shard-size=5",
-         "--epochs=3", *SETTINGS),
+         "--epochs=3", *SETTINGS, "--set=top_concepts=2"),  # few nouns
         lambda pid, out: len(list((out / "dataset/shards").glob("*.parquet"))) > 2,
     ),
     "sweep": Case(
@@ -142,8 +142,8 @@ CASES = {
     ),
     "import_official": Case(
         "import_official",
-        ("--annotations={}/official/mscoco_caption_anno_train.pkl", "--images={}/official/images/sd_sp{split_id}",
-         "--features={}/official/features/sd_sp{split_id}", "--vocabulary={}/official/vocabulary.txt",
+        ("--annotations={}/official/mscoco_caption_anno_train.pkl", "--images={}/official/images/sd",
+         "--features={}/official/features/sd", "--vocabulary={}/official/vocabulary.txt",
          "--concepts={}/official/concepts.pickle", "--clip-head={}/official/clip_head.pth", "--clip={}/clip",
          "--out=OUT", "--shard-size=5"),
         lambda pid, out: any((out / "shards").glob("*.parquet")),
