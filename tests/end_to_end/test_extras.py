@@ -50,6 +50,7 @@ def test_the_packages_are_not_there(bare: dict[str, str]) -> None:
     assert done.stdout == "No module named 'pycocoevalcap'\n"
 
 
+@pytest.mark.slow
 def test_a_node_without_extras_generates_and_exports(tmp_path: Path, bare: dict[str, str]) -> None:
     corpus = tmp_path / "captions.txt"
     corpus.write_text("A dog runs.\nA cat sleeps.\n")

@@ -55,6 +55,7 @@ def test_slurm_without_a_command_says_what_to_give(tmp_path: Path) -> None:
     assert "jobs.generate" in line
 
 
+@pytest.mark.slow
 def test_the_job_runs_on_a_head_and_a_worker_with_a_token_that_is_on_no_command_line(tmp_path: Path) -> None:
     done = run_slurm(
         tmp_path, "jobs.generate", "--corpus", "embedded", "--limit", 8, "--shard-size", 4, "--t2i", "null", "--device",
@@ -72,6 +73,7 @@ def test_the_job_runs_on_a_head_and_a_worker_with_a_token_that_is_on_no_command_
     assert not left, "Ray outlives the job"
 
 
+@pytest.mark.slow
 def test_the_status_of_the_command_is_the_jobs(tmp_path: Path) -> None:
     done = run_slurm(tmp_path, "jobs.generate", "--corpus", "embedded", nodes=1)  # no --out
     assert done.returncode == 2 and "--out: missing" in done.stderr

@@ -310,6 +310,7 @@ def test_more_attempts_than_lie_between_two_redraws_are_refused() -> None:
         check_attempts(GeneratorSpec(model="null", revision="", max_attempts=4099), data="data")
 
 
+@pytest.mark.slow
 def test_on_ray_the_view_is_the_same_and_a_rerun_finds_it(
     dataset: Path, tmp_path: Path, call_job: CALL, ray_session: None, models: tuple
 ) -> None:
