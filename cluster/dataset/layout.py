@@ -73,6 +73,10 @@ def group_key(group: int) -> str:
     return f"progress/group-{group:06d}.json"
 
 
+def row_index_key(group: int) -> str:
+    return f"progress/rows-{group:06d}.parquet"
+
+
 @dataclass(frozen=True)
 class StoredShard:
     """A shard as the manifest, or its stats, describe it: readers compare what they find with that.

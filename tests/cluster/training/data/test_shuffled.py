@@ -1,8 +1,9 @@
 """The order and completeness of training batches."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def make_loader(dataset: Path, *parts: Part, **settings) -> ShardLoader:
         parts or [Part(store, everything(dataset))],
         BatchShape(features=load_manifest(store).features, **sizes),
         Vocabulary.load(dataset / VOCABULARY_KEY),
-        **{"lanes": 2, "seed": 7, **settings},
+        **{"seed": 7, **settings},
     )
 
 
@@ -55,16 +56,18 @@ def global_batches(dataset: Path, num_workers: int, epoch: int = 0, **settings) 
     return [[sample_id for part in parts for sample_id in part.sample_ids] for parts in zip(*ranks, strict=True)]
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 4, 8, 5])  # 5 does not divide the batch: 4 are taken
+@pytest.mark.parametrize("batch_size", [8, 24, 64])  # of 64, every worker has lanes without a row
 @pytest.mark.parametrize("num_workers", [2, 4, 8])
-def test_global_batches_do_not_depend_on_the_number_of_workers(dataset: Path, num_workers: int, lanes: int) -> None:
-    assert global_batches(dataset, num_workers, lanes=lanes) == global_batches(dataset, 1, lanes=lanes)
-
-
-def test_a_shard_is_read_by_one_worker_or_where_a_cut_goes_through_by_two(
-    tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+def test_global_batches_do_not_depend_on_the_number_of_workers(
+    dataset: Path, num_workers: int, batch_size: int
 ) -> None:
-    data = write_dataset(tmp_path / "data", tiny_clip, rows=96, shard_size=8)
+    alone = global_batches(dataset, 1, batch_size=batch_size)
+    assert global_batches(dataset, num_workers, batch_size=batch_size) == alone
+    few = global_batches(dataset, num_workers, batch_size=batch_size, cache_bytes=0, window_bytes=30_000)
+    assert few == alone, "the memory for shards is no part of the order"
+
+
+def reads_of(work: Callable[[], object]) -> list[StoredShard]:
     reads: list[StoredShard] = []
     read_rows = cluster.training.data.shuffled.read_rows
 
@@ -72,11 +75,43 @@ def test_a_shard_is_read_by_one_worker_or_where_a_cut_goes_through_by_two(
         reads.append(shard)
         return read_rows(store, shard, rows, features, **options)
 
-    monkeypatch.setattr(cluster.training.data.shuffled, "read_rows", counted)
-    for rank in range(4):
-        list(make_loader(data, rank=rank, num_workers=4, lanes=4, cache_bytes=0).epoch(1))
-    assert set(reads) == set(everything(data).shards)
-    assert max(Counter(reads).values()) <= 2 and len(reads) <= 12 + 3
+    with patch.object(cluster.training.data.shuffled, "read_rows", counted):
+        work()
+    return reads
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 4, 6, 12])
+def test_a_shard_is_read_once_or_where_a_cut_between_two_workers_goes_through_by_both(
+    tmp_path: Path, tiny_clip: Path, num_workers: int
+) -> None:
+    data = write_dataset(tmp_path / "data", tiny_clip, rows=96, shard_size=7)
+    everywhere: list[StoredShard] = []
+    for rank in range(num_workers):
+        loader = make_loader(data, rank=rank, num_workers=num_workers, batch_size=12, cache_bytes=0)
+        reads = reads_of(lambda loader=loader: list(loader.epoch(1)))
+        assert max(Counter(reads).values()) == 1, "lanes of one worker share what they read"
+        everywhere += reads
+    assert set(everywhere) == set(everything(data).shards)
+    assert len(everywhere) <= len(everything(data).shards) + num_workers - 1
+
+
+def test_an_epoch_that_is_entered_late_reads_only_what_is_left(tmp_path: Path, tiny_clip: Path) -> None:
+    data = write_dataset(tmp_path / "data", tiny_clip, rows=96, shard_size=4)
+    loader = make_loader(data, batch_size=4, cache_bytes=0)
+    reads = reads_of(lambda: list(loader.epoch(1, start_step=loader.steps_per_epoch - 2)))
+    assert len(reads) <= 8 < len(everything(data).shards)
+
+
+def test_with_little_memory_a_shard_is_read_in_parts_and_that_is_said(
+    dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING")
+    loader = make_loader(dataset, cache_bytes=0, window_bytes=60_000)
+    reads = reads_of(lambda: list(loader.epoch(1)))
+    assert max(Counter(reads).values()) > 1 and "--window-bytes: each shard is read" in caplog.text
+    caplog.clear()
+    make_loader(dataset, cache_bytes=0)
+    assert not caplog.text
 
 
 def test_every_row_comes_exactly_once_an_epoch(dataset: Path) -> None:
@@ -93,8 +128,8 @@ def test_order_differs_by_epoch_and_by_seed_and_repeats(dataset: Path) -> None:
     assert first != global_batches(dataset, 1, epoch=0, seed=8)
 
 
-def test_a_batch_mixes_rows_of_as_many_shards_as_it_has_lanes(dataset: Path) -> None:
-    batches = global_batches(dataset, 1, lanes=4)
+def test_a_batch_mixes_rows_of_many_shards(dataset: Path) -> None:
+    batches = global_batches(dataset, 1)
     assert all(len({int(sample_id[:9]) // 10 for sample_id in batch if sample_id}) >= 3 for batch in batches[:4])
 
 
@@ -165,11 +200,12 @@ def test_batches_hold_the_stored_values(dataset: Path) -> None:
 
 def test_padding_rows_of_the_last_batch_have_no_targets(dataset: Path) -> None:
     *_, last = make_loader(dataset, batch_size=16, rank=1, num_workers=2).epoch(0)
-    # 53 rows in batches of 16: the last one holds 5, of which the second lane, rank 1, has 3.
-    assert [bool(sample_id) for sample_id in last.sample_ids] == [True] * 3 + [False] * 5
-    assert (last.target_ids[3:] == -1).all() and (last.clip_score[3:] == 0).all()
-    assert (last.target_ids[:3] >= 0).any(axis=1).all()
-    assert last.patch_features.shape == (8, 16, 64) and (last.patch_features[3:] == 0).all()
+    # 53 rows in batches of 16: the last one holds 5, of which the second half of the lanes, rank 1, has 3.
+    rows = np.array([bool(sample_id) for sample_id in last.sample_ids])
+    assert rows.tolist() == [False, True, False, False, True, False, False, True]
+    assert (last.target_ids[~rows] == -1).all() and (last.clip_score[~rows] == 0).all()
+    assert (last.target_ids[rows] >= 0).any(axis=1).all()
+    assert last.patch_features.shape == (8, 16, 64) and (last.patch_features[~rows] == 0).all()
 
 
 def test_a_dataset_smaller_than_a_batch_gives_one_batch(dataset: Path) -> None:
@@ -201,7 +237,7 @@ def test_a_mixture_is_the_same_for_any_number_of_workers(dataset: Path, tmp_path
 
     def batches(num_workers: int) -> list[list[str]]:
         ranks = [
-            list(make_loader(dataset, *parts, rank=rank, num_workers=num_workers, lanes=4).epoch(2))
+            list(make_loader(dataset, *parts, rank=rank, num_workers=num_workers).epoch(2))
             for rank in range(num_workers)
         ]
         return [[name for part in step for name in part.sample_ids] for step in zip(*ranks, strict=True)]
