@@ -37,6 +37,16 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "an index of other shards is not believed",
+        "cluster/dataset/row_index.py", "if metadata.get(_SHARDS, b\"\").decode() != _binding(shards):", "if False:",
+        ("tests/cluster/dataset/test_row_index.py::test_an_index_of_other_shards_is_not_believed",),
+    ),
+    Mutant(
+        "a run is gone on with in the order in which it began",
+        "cluster/training/train.py", "if order != ROW_ORDER:", "if False:",
+        ("tests/cluster/training/test_train.py::test_a_run_of_another_row_order_is_refused",),
+    ),
+    Mutant(
         "what float32 cannot tell apart is a candidate",
         "cluster/curation/sync/nearest.py", "    return float(unit / (1 - unit) * longest)", "    return -2 * UNIT",
         ("tests/cluster/curation/sync/test_nearest.py::test_the_nearest_are_those_of_brute_force",),

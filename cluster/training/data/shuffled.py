@@ -186,6 +186,7 @@ class ShardLoader:
         self._prefetch = prefetch
         fits = sum(len(part.selection) for part in parts) * shape.bytes_per_row <= cache_bytes
         self._cache: dict[tuple[int, int], Decoded] | None = {} if fits else None
+        self._largest = max(int(np.diff(starts).max(initial=0)) for starts in self._starts)  # rows of a shard
         self._held_rows = self._rows_held_of_a_shard(window_bytes)
         self.rows_per_epoch = rows
         self.steps_per_epoch = -(-rows // shape.batch_size)
@@ -194,19 +195,29 @@ class ShardLoader:
         """This rank's batches of one epoch, from `start_step` on, made by a background thread."""
         return in_background(lambda: self._batches(epoch, start_step), depth=self._prefetch)
 
-    def pieces(self, epoch: int, lane: int, *, start_step: int = 0) -> Iterator[_Piece]:
-        """What a lane takes, from `start_step` on, in order."""
-        return self._pieces(self._order(epoch), epoch, lane, start_step)
+    def lanes(self, epoch: int, *, start_step: int = 0) -> list[Iterator[_Piece]]:
+        """What each of this rank's lanes takes of an epoch, from `start_step` on, in order. Nothing is read for it."""
+        order = self._order(epoch)
+        return [self._pieces(order, epoch, lane, start_step) for lane in self._shape.slice]
+
+    def shards(self, epoch: int) -> set[tuple[int, int]]:
+        """(part, shard) of all that this rank reads in an epoch."""
+        order, mine = self._order(epoch), self._shape.slice
+        pieces = list(order.between(self._cut(mine.start), self._cut(mine.stop)))
+        return set(zip(order.part[pieces].tolist(), order.shard[pieces].tolist(), strict=True))
+
+    def _cut(self, lane: int) -> int:
+        """The first of the epoch's rows that a lane has."""
+        return self.rows_per_epoch * lane // self._shape.batch_size
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
-        order, lanes = self._order(epoch), self._shape.slice
         with ThreadPoolExecutor(_READ_THREADS, "shard-reader") as readers:
             read = _Reads(lambda piece: readers.submit(self._decoded, piece))
-            ahead = max(1, int(_AHEAD * self.rows_per_epoch / len(order.part)))
-            streams = [_Lane(self._pieces(order, epoch, lane, start_step), read, ahead=ahead) for lane in lanes]
+            ahead = int(_AHEAD * self._largest)
+            streams = [_Lane(pieces, read, ahead=ahead) for pieces in self.lanes(epoch, start_step=start_step)]
             for step in range(start_step, self.steps_per_epoch):
                 batch = OpenBatch(self._shape)
-                for position, stream in zip(lanes, streams, strict=True):
+                for position, stream in zip(self._shape.slice, streams, strict=True):
                     if (row := stream.next()) is not None:
                         batch.put(position, *row)
                 yield batch.close(epoch=epoch, step=step, last=step + 1 == self.steps_per_epoch)
@@ -224,7 +235,7 @@ class ShardLoader:
         return _Order(part_of[turn], shard_of[turn], copy_of[turn], np.concatenate([[0], np.cumsum(rows[turn])]))
 
     def _pieces(self, order: _Order, epoch: int, lane: int, start_step: int) -> Iterator[_Piece]:
-        first, last = (self.rows_per_epoch * cut // self._shape.batch_size for cut in (lane, lane + 1))
+        first, last = self._cut(lane), self._cut(lane + 1)
         is_backwards = lane % 2 == 1
         first, last = (first, last - start_step) if is_backwards else (first + start_step, last)
         pieces = order.between(first, last)
@@ -255,16 +266,15 @@ class ShardLoader:
 
     def _rows_held_of_a_shard(self, window_bytes: int) -> int | None:
         """How many rows of a shard a lane keeps; None: all."""
-        largest = max(int(np.diff(starts).max(initial=0)) for starts in self._starts)
         held = len(self._shape.slice) * (1 + _AHEAD) * self._shape.bytes_per_row
-        if self._cache is not None or largest * held <= window_bytes:
+        if self._cache is not None or self._largest * held <= window_bytes:
             return None
         rows = max(1, int(window_bytes / held))
         if self._shape.rank == 0:
             log.warning(
                 "a worker mixes %d shards, %.1f GB, more than --window-bytes: each shard is read %d times; give more "
                 "workers or more --window-bytes",
-                len(self._shape.slice), largest * held / 1e9, -(-largest // rows),
+                len(self._shape.slice), self._largest * held / 1e9, -(-self._largest // rows),
             )  # fmt: skip
         return rows
 

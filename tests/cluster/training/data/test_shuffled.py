@@ -1,21 +1,25 @@
 """The order and completeness of training batches."""
 
+import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 
+import cluster.training.data.selection
 import cluster.training.data.shuffled
 from cluster.dataset.layout import VOCABULARY_KEY, StoredShard, load_manifest
 from cluster.dataset.rows import read_shard
 from cluster.store.store import open_store
 from cluster.training.data.batches import BatchShape
-from cluster.training.data.selection import RowFilter, Selection, all_rows, holdout_share, select_rows
+from cluster.training.data.selection import Ranks, RowFilter, Selection, all_rows, holdout_share, select_rows
 from cluster.training.data.shard_cache import ShardCache
-from cluster.training.data.shuffled import Part, ShardLoader
+from cluster.training.data.shuffled import Part, ShardLoader, _RoundTrip
 from cluster.training.validation import held_out_share
 from pcm.errors import InputError
 from pcm.text.vocabulary import Vocabulary
@@ -90,6 +94,7 @@ def test_a_shard_is_read_once_or_where_a_cut_between_two_workers_goes_through_by
         loader = make_loader(data, rank=rank, num_workers=num_workers, batch_size=12, cache_bytes=0)
         reads = reads_of(lambda loader=loader: list(loader.epoch(1)))
         assert max(Counter(reads).values()) == 1, "lanes of one worker share what they read"
+        assert set(reads) == {everything(data).shards[shard] for _, shard in loader.shards(1)}
         everywhere += reads
     assert set(everywhere) == set(everything(data).shards)
     assert len(everywhere) <= len(everything(data).shards) + num_workers - 1
@@ -298,6 +303,67 @@ def test_pairs_below_the_clip_score_are_not_trained_on() -> None:
     assert RowFilter(seed=1, min_clip_score=float(scores[7])).masks(captions, scores)[0][7]
 
 
+def selected_by(dataset: Path, num_workers: int, rule: RowFilter) -> list[tuple[Selection, Selection]]:
+    """What every one of some workers selects, who tell each other what they find as torch.distributed lets them."""
+    store, told = open_store(dataset), [None] * num_workers
+    everybody = threading.Barrier(num_workers)
+
+    def work(rank: int) -> tuple[Selection, Selection]:
+        def gather(value):
+            told[rank] = value
+            everybody.wait(60)
+            return told
+
+        return select_rows(store, everything(dataset).shards, rule, ranks=Ranks(rank, num_workers, gather))
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        return list(pool.map(work, range(num_workers)))
+
+
+@pytest.mark.parametrize("num_workers", [2, 4, 8])
+def test_workers_share_the_index_and_select_the_same_rows(
+    dataset: Path, tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(shutil.copytree(dataset, tmp_path / "data"))
+    monkeypatch.setattr(cluster.training.data.selection, "GROUP", 2)
+    rule = RowFilter(seed=1, held_out=0.3, fraction=0.7)
+    asked: list[int] = []
+    index = cluster.training.data.selection.row_index
+
+    def counted(store, group, *others, **options):
+        asked.append(group)
+        return index(store, group, *others, **options)
+
+    monkeypatch.setattr(cluster.training.data.selection, "row_index", counted)
+    found = selected_by(data, num_workers, rule)
+    assert sorted(asked) == [0, 1, 2], "each thousand shards are asked for by one worker"
+    monkeypatch.undo()
+    alone = select(dataset, held_out=0.3, fraction=0.7)
+    for pair in found:
+        assert [rows_of(each) for each in pair] == [rows_of(each) for each in alone]
+
+
+def test_what_one_worker_cannot_read_ends_all(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Path(shutil.copytree(dataset, tmp_path / "data"))
+    monkeypatch.setattr(cluster.training.data.selection, "GROUP", 2)
+    (data / "shards/part-000003.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"part-000003\.parquet: not the shard"):
+        selected_by(data, 2, RowFilter(seed=1, held_out=0.3))
+
+
+@pytest.mark.parametrize(("weight", "rows"), [(0.5, 37), (0.3, 1), (1.75, 4), (2.01, 500)])
+def test_rows_that_come_once_more_have_their_turns_equally_often(weight: float, rows: int) -> None:
+    trip = _RoundTrip(rows, round(weight % 1 * rows))
+    starts = np.array([0, rows // 3, rows // 3, rows])
+    seen = np.zeros(rows, int)
+    for epoch in range(40):
+        turns = trip.has_turn(np.arange(rows), epoch)
+        seen += turns
+        assert turns.sum() == trip.extra == trip.sizes(starts, epoch).sum()
+        assert trip.sizes(starts, epoch).tolist() == [turns[: rows // 3].sum(), 0, turns[rows // 3 :].sum()]
+    assert seen.max() - seen.min() <= 1
+
+
 def test_nothing_left_to_train_on_is_an_error(dataset: Path) -> None:
     training, _ = select(dataset, min_clip_score=1.0)
     with pytest.raises(InputError, match="no rows to train on; loosen the filters"):
@@ -322,7 +388,6 @@ def test_a_broken_shard_is_named(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_leaving_an_epoch_early_ends_its_thread(dataset: Path) -> None:
-    import threading
     import time
 
     batches = make_loader(dataset, prefetch=1).epoch(0)
