@@ -77,7 +77,7 @@ def row_index_key(group: int) -> str:
     return f"progress/rows-{group:06d}.parquet"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be hundreds of thousands
 class StoredShard:
     """A shard as the manifest, or its stats, describe it: readers compare what they find with that.
 

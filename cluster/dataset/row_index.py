@@ -57,7 +57,8 @@ def index_of_texts(texts: Iterable[str]) -> pa.Table:
 def row_index(
     store: Store, group: int, shards: Sequence[StoredShard], pool: ThreadPoolExecutor, *, keep: bool = True
 ) -> pa.Table:
-    """Columns caption (uint64, of `caption_digests`), clip_score and weight of all rows of some shards of one group.
+    """Columns caption (uint64, of `caption_digests`), clip_score and weight of all rows of a group's shards: a thousand
+    that follow each other, cluster.dataset.committed.GROUP, or what there are.
 
     With `keep`, an index that had to be made is stored, for others and for later. Raises InputError as read_shard does.
     """
@@ -89,7 +90,7 @@ def store_row_index(store: Store, group: int, shards: Sequence[StoredShard], ind
 def _stored_index(store: Store, group: int, shards: Sequence[StoredShard]) -> pa.Table | None:
     try:
         data = store.read_bytes(row_index_key(group))
-        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True, use_threads=False)
+        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
         metadata = table.schema.metadata or {}
         if metadata.get(_SHARDS, b"").decode() != _binding(shards):
             return None

@@ -5,17 +5,17 @@ those of 0.1, and every fraction and threshold is validated on the same held-out
 """
 
 import hashlib
-import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from cluster.dataset.committed import GROUP
-from cluster.dataset.layout import Manifest, StoredShard, shard_number
+from cluster.dataset.layout import Manifest, StoredShard
 from cluster.dataset.row_index import caption_digests, row_index
 from cluster.store.store import Store
 from pcm.errors import InputError
@@ -34,8 +34,13 @@ class Selection:
     rows: Sequence[np.ndarray]
     weights: Sequence[np.ndarray] | None = None
 
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """(shards,) rows that are used of each, once each."""
+        return np.array([len(rows) for rows in self.rows], np.int64)
+
     def __len__(self) -> int:
-        return sum(len(rows) for rows in self.rows)
+        return int(self.sizes.sum())
 
 
 class Ragged(Sequence[np.ndarray]):
@@ -142,11 +147,8 @@ def select_rows(
     is_weighted = any(shard.weighted_rows is not None for shard in shards)
     if row_filter.keeps_everything and not is_weighted:
         return Selection(shards, _every_row(shards)), Selection((), ())
-    groups = {
-        number: list(group)
-        for number, group in itertools.groupby(shards, key=lambda shard: shard_number(shard.key) // GROUP)
-    }
-    mine = list(groups)[ranks.rank :: ranks.num_workers]
+    groups = [shards[start : start + GROUP] for start in range(0, len(shards), GROUP)]
+    mine = range(ranks.rank, len(groups), ranks.num_workers)
     said: list[_Chosen] | InputError
     try:
         with ThreadPoolExecutor(_GROUPS_AT_ONCE) as pool, ThreadPoolExecutor(_SHARDS_AT_ONCE) as shard_pool:

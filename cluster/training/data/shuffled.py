@@ -87,7 +87,7 @@ class Part:
         """(shards,) selected rows of each, each counted as often as its own weight says."""
         weights = self.selection.weights
         if weights is None:
-            return np.array([len(rows) for rows in self.selection.rows], np.int64)
+            return self.selection.sizes
         return np.array([each.sum() for each in weights], np.int64)
 
 
