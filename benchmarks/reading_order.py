@@ -4,8 +4,8 @@ python -m benchmarks.reading_order [--rows 100000000] [--shard-rows 256] [--batc
 
 A synthetic dataset: dataset.json and the index of its rows, no shards and no pictures. One rank of `--ranks` opens it
 in a process of its own, holds pairs out as a run does, and finds what each of its lanes reads first. It reads the index
-of all rows; in a run the ranks share that. Seconds and peak memory are over those of the imports, apart for
-dataset.json and for the rest. Then, for 1, 2, 6, 16 and 64 ranks, the shard reads of a whole epoch over the number of
+of all rows; in a run the ranks share that. Seconds are of each of both parts, dataset.json and the rest; peak memory is
+over that of the imports. Then, for 1, 2, 6, 16 and 64 ranks, the shard reads of a whole epoch over the number of
 shards; that the loader asks for those shards, once each, is tested. The index takes 12 bytes a row on the disk while
 this runs.
 """
