@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # The demo and the tests use embedded models only; nothing asks a hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow chaos mutants install lint constraints clean
+.PHONY: demo test test-slow cluster-test chaos mutants install lint constraints clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m jobs.demo --out demo
@@ -23,6 +23,11 @@ test-slow: $(STAMP)
 # 20 seeded kills -9 of drivers, actors, raylets and the store; another round: make chaos CHAOS='--kills 50 --seed 7'
 chaos: $(STAMP)
 	$(VENV)/bin/python -m tests.chaos.chaos $(CHAOS)
+
+# Clusters of several hosts on this machine, in network, process and mount namespaces; needs root.
+cluster-test: $(STAMP)
+	$(VENV)/bin/python -m pytest -m slow tests/end_to_end/test_hosts.py tests/end_to_end/test_growing_cluster.py \
+		tests/end_to_end/test_reach.py
 
 # Takes the handling of each fault away in a copy of the tree, and sees its test fail.
 mutants: $(STAMP)

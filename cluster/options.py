@@ -115,8 +115,18 @@ def check_at_least(request: Request, least: int, *names: str) -> None:
     """Raises InputError for a number that is too small; None is none."""
     for name in names:
         value = getattr(request, name)
-        if value is not None and value < least:
-            raise InputError(f"{flag(type(request), name)} {value}: must be at least {least}")
+        lowest = value[0] if isinstance(value, tuple) else value
+        if lowest is not None and lowest < least:
+            raise InputError(f"{flag(type(request), name)} {lowest}: must be at least {least}")
+
+
+def parse_count(text: str) -> int | tuple[int, int]:
+    """8 of "8", (2, 8) of "2:8". Raises InputError."""
+    least, colon, most = text.partition(":")
+    counts = [int(part) for part in ((least, most) if colon else (least,)) if part.isdecimal()]
+    if len(counts) != (2 if colon else 1) or counts != sorted(counts) or counts[0] < 1:
+        raise InputError("write a number such as 8, or MIN:MAX such as 2:8")
+    return (counts[0], counts[1]) if colon else counts[0]
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

@@ -4,6 +4,7 @@
 it as we do. The public counterpart of none of them can do what is said beside it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import ray.train
@@ -12,6 +13,8 @@ from ray.train.torch import TorchTrainer
 from ray.train.torch.config import _TorchBackend as TorchBackend  # starts the workers' process group
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
 from ray.train.v2.api.exceptions import (
     TrainingFailedError,  # ray.train's at run time, which a type checker does not know
@@ -19,8 +22,10 @@ from ray.train.v2.api.exceptions import (
 
 __all__ = [
     "DefaultFailurePolicy",
+    "ElasticScalingPolicy",
     "FailureDecision",
     "LocalReports",
+    "NoopDecision",
     "PolicyTrainer",
     "TorchBackend",
     "TrainingFailedError",
@@ -29,15 +34,20 @@ __all__ = [
 
 
 class PolicyTrainer(TorchTrainer):
-    """A TorchTrainer with a failure policy of our own: Ray's retries every error, those of the input too."""
+    """A TorchTrainer with policies of our own: Ray's retries every error, those of the input too, and its elastic group
+    takes sizes that cannot share a batch, in the middle of an epoch.
+    """
 
     failure_policy: type[DefaultFailurePolicy] = DefaultFailurePolicy
+    scaling_policy: Callable[[ray.train.ScalingConfig], ElasticScalingPolicy] | None = None
     #: False leaves out Ray's clean-up after a lost controller, which asks the dashboard and, where none was started,
     #: prints a traceback.
     cleans_up = True
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         settings["failure_policy"] = self.failure_policy(self.run_config.failure_config)  # type: ignore[arg-type]
+        if self.scaling_policy is not None:
+            settings["scaling_policy"] = self.scaling_policy(self.scaling_config)
         return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:

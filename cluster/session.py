@@ -184,8 +184,9 @@ def cluster_cpus() -> float:
     return ray.cluster_resources().get("CPU", 0.0)
 
 
-def cluster_machines() -> int:
-    return sum(1 for node in ray.nodes() if node["Alive"])
+def cluster_nodes() -> list[str]:
+    """The ids of the nodes that are alive."""
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
 
 
 def _resources() -> str:

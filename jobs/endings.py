@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 #: For unwinding and for Ray to leave.
 GRACE_SECONDS = 6.0
@@ -59,16 +59,14 @@ class StopSignals:
             os.close(writer)  # which ends the thread
 
     def end_if_received(self) -> None:
-        """Of a job that an exception ends. Does not return when a signal has come: Ray is left, what was started is
-        ended, and so is this process.
+        """Of a job that an exception ends. Does not return when a signal has come: what was started is ended, and so is
+        this process.
+
+        Ray is not asked to leave: where another thread is in a call of it, that ends the process by a signal of its
+        own. A cluster that was joined sees that this process is gone, and takes its actors away.
         """
-        if not self._said.wait(_NOTICE_SECONDS):
-            return
-        with contextlib.suppress(BaseException):
-            ray: Any = sys.modules.get("ray")
-            if ray is not None and ray.is_initialized():
-                ray.shutdown()
-        self._end()
+        if self._said.wait(_NOTICE_SECONDS):
+            self._end()
 
     def _raise(self, number: int, frame: object) -> None:
         # At a second one the thread has ended the process by now.

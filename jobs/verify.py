@@ -15,11 +15,21 @@ def run(request: VerifyRequest) -> dict[str, Any]:
     from cluster.store.store import open_store
 
     store = open_store(request.dataset)
+    if request.redraw is not None:
+        from cluster.generation.redraw_check import planned
+
+        planned(store)  # what cannot be drawn again is told before all is read
     if request.upgrade:
         from cluster.dataset.upgrade import upgrade
 
         return {**upgrade(store), **verify(store)}
-    return verify(store)
+    found = verify(store)
+    if request.redraw is None:
+        return found
+    from cluster.generation.redraw_check import redraw_check
+
+    again = redraw_check(request.dataset, count=request.redraw, seed=request.seed)
+    return {**found, "redraw": again, "ok": found["ok"] and again["ok"]}
 
 
 JOB = Job("verify", __doc__, VerifyRequest, run)

@@ -10,7 +10,7 @@ from benchmarks.experiments.settings import DOMAINS, MAIN, SHARD_SIZE, Domain
 from cluster.dataset.layout import load_manifest
 from cluster.generation import GenerateRequest, generate
 from cluster.ingest.photos import featurise_photos
-from cluster.ingest.request import PhotoRequest
+from cluster.ingest.request import FeaturiseRequest
 from cluster.ingest.text_only import text_only_dataset
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
@@ -52,5 +52,5 @@ def _render(domain: Domain, out: Path, captions: int, art: Path | None) -> Path:
     path = data_path(out, domain.name, "rendered")
     pairs = scenes_of(domain, captions)
     pictures, table = render(pairs, out / "rendered" / domain.name, fetch_art(art or DEFAULT_ART_FOLDER))
-    featurise_photos(PhotoRequest(images=str(pictures), captions=str(table), out=str(path), shard_size=SHARD_SIZE))
+    featurise_photos(FeaturiseRequest(images=str(pictures), captions=str(table), out=str(path), shard_size=SHARD_SIZE))
     return path

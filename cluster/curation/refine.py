@@ -1,7 +1,7 @@
 """jobs.refine: a dataset's captions and pictures matched anew, as a view.
 
-A method finds rows and hands them to cluster.dataset.view; `--method` names it. Another method is a function beside
-`sync_view`, and a name in `METHODS`.
+A method finds rows and hands them to cluster.dataset.view; `--method` names it: `sync_view` here, best-of-n and redraw
+in cluster.curation.redraw_view. Another method is a function like these, and a name in `METHODS`.
 """
 
 import dataclasses
@@ -15,18 +15,19 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.curation.curate import EXAMPLES, shown
-from cluster.curation.refine_request import RefineRequest
+from cluster.curation.refine_request import SYNC, RefineRequest
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import UNIT, WORK
-from cluster.dataset.layout import Manifest
+from cluster.dataset.layout import Manifest, Plan
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.view import ViewRows, claim, lineage_source, write_view
 from cluster.store.store import Store, open_store
-from pcm.clip.names import folder_revision, refuse_place, resolve_clip_name
+from cluster.weights.node_copy import local_name
+from pcm.clip.names import folder_revision, is_commit, refuse_place, resolve_clip_name
 from pcm.errors import InputError
-from pcm.generation.names import TEXT_ONLY
-from pcm.spec import DIGEST
+from pcm.generation.names import TEXT_ONLY, UNDRAWN
+from pcm.spec import DIGEST, DatasetSpec, GeneratorSpec
 
 if TYPE_CHECKING:
     from cluster.curation.sync.stages import Refined
@@ -38,6 +39,9 @@ log = logging.getLogger(__name__)
 #: mean_score_before, mean_score_after: clip_score of all pairs as they were, and of the kept ones. mean_sync_score: of
 #: the kept ones.
 FACTS = ("moved", "pictures", "mean_score_before", "mean_score_after", "mean_sync_score")
+#: The same of best-of-n and redraw. moved: rows that show a new picture. drawn, failed: new pictures, and those that
+#: could not be made. curve: the mean score after each round.
+REDRAW_FACTS = ("moved", "drawn", "failed", "mean_score_before", "mean_score_after", "expected_mean_score", "curve")
 
 
 @dataclass(frozen=True)
@@ -58,20 +62,26 @@ def refine(request: RefineRequest) -> dict[str, Any]:
     """Write the view of the refined rows: pairs, kept, moved, mean_score_before, mean_score_after, fingerprint.
 
     Rerun the same command to go on after an interruption. Raises InputError, before Ray starts, for data that cannot
-    be refined, an encoder that is not there, and an `out` that holds anything else.
+    be refined, a model that is not there, and an `out` that holds anything else.
     """
     started = time.monotonic()
     source = open_dataset(open_store(request.data), unfinished=request.unfinished)
     _check(source, request)
-    clip = _clip(source, request)
+    made = _by_sync(source, request) if request.method == SYNC else _by_redraws(source, request)
+    return {**made, "dataset": request.out, "seconds": round(time.monotonic() - started, 2)}
+
+
+def _by_sync(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
+    clip = _clip(source, request.clip, request.data, "clip")
+    retrieval = _retrieval(source, request)
     sentences = resolve_sentences(request.sentences)
     out = open_store(request.out)
-    lineage = lineage_of(source, sentences, request)
+    lineage = lineage_of(source, sentences, request, retrieval)
     manifest = claim(out, lineage, materialise=request.materialise)
     if manifest is not None:
         log.info("%s: is complete", out.root)
     else:
-        manifest = _on_ray(source, out, lineage, sentences, request, clip)
+        manifest = _on_ray(source, out, lineage, sentences, request, clip, retrieval)
     for key in out.list(f"{WORK}/"):
         out.delete(key)
     assert manifest.lineage is not None
@@ -82,35 +92,135 @@ def refine(request: RefineRequest) -> dict[str, Any]:
         **{name: facts[name] for name in FACTS},
         "sentences": facts["sentences"],
         "fingerprint": manifest.fingerprint,
-        "dataset": request.out,
-        "seconds": round(time.monotonic() - started, 2),
     }
 
 
-def _clip(source: OpenDataset, request: RefineRequest) -> str:
-    """Where the dataset's CLIP is. Raises InputError where the dataset alone names a place, and for another CLIP."""
+def _by_redraws(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
+    from cluster.curation.redraw_view import check_attempts, keep_plan, redraw_lineage
+
+    spec = source.manifest.spec
+    clip = dataclasses.replace(spec.clip, model=_clip(source, request.clip, request.data, "clip"))
+    generator = _generator(source, request)
+    check_attempts(generator, data=request.data)
+    spec = dataclasses.replace(spec, generator=generator, clip=clip)
+    out = open_store(request.out)
+    planned = keep_plan(source, out, request, source.manifest.stored)
+    lineage = redraw_lineage(source, request)
+    manifest = claim(out, lineage, materialise=request.materialise)
+    if manifest is not None:
+        log.info("%s: is complete", out.root)
+    else:
+        manifest = _redraws_on_ray(source, out, lineage, request, spec, planned)
+    assert manifest.lineage is not None
+    return {
+        "pairs": manifest.lineage.rows_in,
+        "kept": manifest.stored,
+        **{name: manifest.lineage.facts[name] for name in REDRAW_FACTS},
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def _generator(source: OpenDataset, request: RefineRequest) -> GeneratorSpec:
+    """The dataset's own, where it is now. Raises InputError where nothing can draw more, or another one is given."""
+    from cluster.generation.picture_spec import pin_t2i  # brings Ray, which takes seconds
+
+    spec = source.manifest.spec.generator
+    if spec.model in (*UNDRAWN, TEXT_ONLY):
+        raise InputError(
+            f"--data {request.data}: its pictures were not drawn by one generator here ({spec.model}), so none can be "
+            "drawn again"
+        )
+    if request.t2i is None:
+        if spec.model not in ("embedded", "null"):
+            raise InputError(
+                f"{source.store.root}: names the generator {spec.model!r}, a folder, file or hub repo, which is opened "
+                f"only where you name it too; if you trust it, give --t2i {spec.model} (t2i= in Python)"
+            )
+        return spec
+    pinned = spec.revision if is_commit(spec.revision) and not Path(request.t2i).exists() else None
+    version = source.manifest.spec.generator_version
+    if (now := pin_t2i(request.t2i, pinned, version=version)) != spec.revision:
+        raise InputError(
+            f"--t2i {request.t2i}: is {now}, but {request.data} was drawn by {spec.model} at {spec.revision}; give "
+            "that one"
+        )
+    return dataclasses.replace(spec, model=request.t2i)
+
+
+def _redraws_on_ray(
+    source: OpenDataset,
+    out: Store,
+    lineage: Lineage,
+    request: RefineRequest,
+    spec: DatasetSpec,
+    planned: dict[str, Any],
+) -> Manifest:
+    from cluster.curation.redraw_view import redraw_view
+    from cluster.generation.pipeline import run_pipeline
+    from cluster.generation.pools import Pools
+    from cluster.session import cluster_cpus, cluster_gpus, start_ray
+
+    start_ray()
+    pools = Pools.for_cluster(device=spec.generator.device, cpus=cluster_cpus(), gpus=cluster_gpus())
+
+    def draw(store: Store, plan: Plan) -> None:
+        run_pipeline(store, plan, pools)
+
+    return redraw_view(source, out, lineage, request, spec, planned, draw)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """The dataset whose features find the pictures, and where its CLIP is."""
+
+    data: OpenDataset
+    clip: str
+
+
+def _retrieval(source: OpenDataset, request: RefineRequest) -> Retrieval | None:
+    """None: the dataset's own. Raises InputError for anything but the dataset itself by another CLIP."""
+    if request.retrieval is None:
+        return None
+    found = open_dataset(open_store(request.retrieval))
+    lineage = found.manifest.lineage
+    if lineage is None or lineage.method != "featurise":
+        raise InputError(
+            f"--retrieval {request.retrieval}: not made by jobs.featurise --data; run it on {request.data} first"
+        )
+    if lineage.sources[0].sha256 != source.sha256:
+        raise InputError(
+            f"--retrieval {request.retrieval}: made of {lineage.sources[0].path} or of another state of it, not of "
+            f"{request.data} as it is; featurise that"
+        )
+    return Retrieval(found, _clip(found, request.retrieval_clip, request.retrieval, "retrieval-clip"))
+
+
+def _clip(source: OpenDataset, given: str | None, data: str, option: str) -> str:
+    """Where a dataset's CLIP is. Raises InputError where the dataset alone names a place, and for another CLIP."""
     spec = source.manifest.spec.clip
-    if request.clip is None:
-        refuse_place(spec.model, source=source.store.root)
+    if given is None:
+        refuse_place(spec.model, source=source.store.root, option=option)
         return spec.model
-    architecture, pretrained = resolve_clip_name(request.clip)
+    architecture, pretrained = resolve_clip_name(local_name(given))
     place = Path(pretrained or architecture.removeprefix("local-dir:"))
     if spec.revision.startswith(DIGEST) and place.exists() and (now := folder_revision(place)) != spec.revision:
         raise InputError(
-            f"--clip {request.clip}: its files are {now}, but {request.data} was made with {spec.revision}; give the "
-            "CLIP that made its features"
+            f"--{option} {given}: its files are {now}, but {data} was made with {spec.revision}; give the CLIP that "
+            "made its features"
         )
-    return request.clip
+    return given
 
 
-def lineage_of(source: OpenDataset, sentences: SentenceSpec, request: RefineRequest) -> Lineage:
+def lineage_of(
+    source: OpenDataset, sentences: SentenceSpec, request: RefineRequest, retrieval: Retrieval | None = None
+) -> Lineage:
     """What decides the view, before anything of it is known."""
-    return Lineage(
-        method="refine",
-        settings={"method": request.method, **dataclasses.asdict(request.settings), "sentences": sentences.decides()},
-        sources=(lineage_source(source),),
-        rows_in=source.manifest.stored,
-    )
+    settings = {"method": request.method, **dataclasses.asdict(request.settings), "sentences": sentences.decides()}
+    sources = [lineage_source(source)]
+    if retrieval is not None:
+        settings["retrieval"] = retrieval.data.manifest.spec.clip.model
+        sources.append(lineage_source(retrieval.data))
+    return Lineage(method="refine", settings=settings, sources=tuple(sources), rows_in=source.manifest.stored)
 
 
 def _check(source: OpenDataset, request: RefineRequest) -> None:
@@ -119,14 +229,20 @@ def _check(source: OpenDataset, request: RefineRequest) -> None:
         raise InputError(f"{place}: has no CLIP features (--clip null); give a dataset with features")
     if manifest.spec.generator.model == TEXT_ONLY:
         raise InputError(f"{place}: has no pictures, only texts; give a dataset of pictures")
-    if int(request.keep * manifest.stored) < 1:
+    if request.method == SYNC and int(request.keep * manifest.stored) < 1:
         raise InputError(
             f"--keep {request.keep:g}: keeps none of {manifest.stored} pairs; give more data or a larger share"
         )
 
 
 def _on_ray(
-    source: OpenDataset, out: Store, lineage: Lineage, sentences: SentenceSpec, request: RefineRequest, clip: str
+    source: OpenDataset,
+    out: Store,
+    lineage: Lineage,
+    sentences: SentenceSpec,
+    request: RefineRequest,
+    clip: str,
+    retrieval: Retrieval | None,
 ) -> Manifest:
     # Torch and Ray take seconds, and a user's mistake is told before them.
     from cluster.curation.tasks import OnRay
@@ -135,9 +251,9 @@ def _on_ray(
 
     start_ray()
     device = resolve_device(request.device, cluster_gpus=cluster_gpus())
-    gpus = device == "cuda"
-    with waiting_for(cpus=1, gpus=1 if gpus else 0):
-        return sync_view(source, out, lineage, sentences, request, OnRay(gpus=gpus), clip=clip, device=device)
+    tasks = OnRay(gpus=device == "cuda")
+    with waiting_for(cpus=1, gpus=1 if device == "cuda" else 0):
+        return sync_view(source, out, lineage, sentences, request, tasks, clip=clip, device=device, retrieval=retrieval)
 
 
 def sync_view(
@@ -150,17 +266,23 @@ def sync_view(
     *,
     clip: str,
     device: str,
+    retrieval: Retrieval | None = None,
 ) -> Manifest:
     """SynC's rows of a dataset as a view at `out`, which `claim` has begun; `tasks` do the work. `clip`: where the
-    dataset's CLIP is."""
+    dataset's CLIP is. Raises InputError where `retrieval` holds other rows."""
     from cluster.curation.sync.stages import refine_pairs, stored_rows, work_folder
 
-    work = work_folder(source.sha256, source.manifest, sentences, device)
+    by = retrieval or Retrieval(source, clip)
+    work = work_folder(by.data.sha256, by.data.manifest, sentences, device)
     found = refine_pairs(
-        source.store, source.manifest, out, work, request.settings, sentences, tasks,
-        clip=clip, block_size=request.block_size, device=device,
+        by.data.store, by.data.manifest, out, work, request.settings, sentences, tasks,
+        clip=by.clip, block_size=request.block_size, device=device,
     )  # fmt: skip
-    table = stored_rows(source.manifest, out, work)
+    table = stored_rows(by.data.manifest, out, work)
+    facts = {"sentences": sentences.model, "device": device}
+    if retrieval is not None:
+        found, table = _scored_by_the_datasets_clip(found, table, source, out, request, tasks, clip=clip, device=device)
+        facts["retrieval"] = retrieval.data.manifest.spec.clip.model
     rows = refined_rows(found, table["clip_score"].to_numpy())
     rule = RuleCount(
         rule="keep",
@@ -168,9 +290,45 @@ def sync_view(
         dropped=len(table) - len(rows.caption_row),
         examples=_examples(found, table, source),
     )
-    facts = {**rows.facts, "sentences": sentences.model, "device": device}
-    lineage = dataclasses.replace(lineage, rules=(rule,), facts=facts)
+    lineage = dataclasses.replace(lineage, rules=(rule,), facts={**rows.facts, **facts})
     return write_view(out, [source], view_rows(rows, table, source), lineage, materialise=request.materialise)
+
+
+def _scored_by_the_datasets_clip(
+    found: "Refined",
+    table: pa.Table,
+    source: OpenDataset,
+    out: Store,
+    request: RefineRequest,
+    tasks: "Tasks",
+    *,
+    clip: str,
+    device: str,
+) -> tuple["Refined", pa.Table]:
+    """(what was found, the dataset's rows), by the numbers of the dataset's own rows, with cosines of its own CLIP.
+
+    `found` and `table` number the rows that another CLIP saw. A row that it did not see keeps its own picture and goes.
+    """
+    from cluster.curation.sync.stages import Refined, cosines_of, store_vectors, stored_rows, work_folder
+
+    of_clip = SentenceSpec(model="clip")
+    work = work_folder(source.sha256, source.manifest, of_clip, device)
+    own = store_vectors(source.store, source.manifest, out, work, of_clip, tasks, clip=clip, most=1, device=device)
+    rows = stored_rows(source.manifest, out, work)
+    place = {sample_id: row for row, sample_id in enumerate(rows["sample_id"].to_pylist())}
+    row_of = np.array([place.get(sample_id, -1) for sample_id in table["sample_id"].to_pylist()], np.int64)
+    if (row_of < 0).any() or len(set(row_of.tolist())) < len(row_of):
+        raise InputError(
+            f"--retrieval {request.retrieval}: has other sample ids than {request.data}; featurise it again"
+        )
+    picture = np.arange(len(rows))
+    picture[row_of] = row_of[found.picture]
+    of_caption = picture[own.numbers.first_row]  # (U,) rows of one caption have one picture, where they were seen
+    of_caption[own.numbers.of_row[row_of]] = picture[row_of]
+    cosine = cosines_of(out, work, own, of_caption, tasks, block_size=request.block_size)[own.numbers.of_row]
+    score = np.full(len(rows), np.iinfo(np.int64).min)
+    score[row_of] = found.score
+    return Refined(picture, score, cosine, row_of[found.kept]), rows
 
 
 def refined_rows(found: "Refined", scores: np.ndarray) -> RefinedRows:

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+from cluster.curation.redraw.settings import CHOICES, LOWEST, MONEY, PICTURES, UNITS, Policy
 from cluster.curation.sync.settings import SyncSettings
-from cluster.options import Request, check_at_least, option
+from cluster.options import Request, check_at_least, flag, given, option, refuse_without
 from pcm.errors import InputError
 from pcm.spec import DEVICES
 
-METHODS = ("sync",)
+SYNC, BEST_OF_N, REDRAW = "sync", "best-of-n", "redraw"
+METHODS = (SYNC, BEST_OF_N, REDRAW)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +35,58 @@ class SyncOptions(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefineRequest(SyncOptions):
+class RedrawOptions(Request):
+    """Best-of-n and redraw. What a picture took is told by the source's statistics, once, before the first is drawn."""
+
+    best_of: int = option(4, metavar="N", help="best-of-n: pictures of each caption, the stored one among them")
+    budget: float | None = option(
+        None, metavar="X", help="redraw: what may be spent, in --budget-in", unset="required with --method redraw"
+    )
+    budget_in: str = option(
+        PICTURES, choices=UNITS,
+        help="of --budget: pictures; seconds of a GPU (of a generator, where the dataset was drawn on CPUs); money, by "
+        "--price-per-hour",
+    )  # fmt: skip
+    price_per_hour: float | None = option(None, help="with --budget-in money: of a GPU, or a generator on CPUs")
+    choose: str = option(
+        Policy.choose, choices=CHOICES,
+        help="redraw: gain, where a picture is expected to gain most; lowest, the lowest scores",
+    )  # fmt: skip
+    lowest: float = option(
+        Policy.lowest, metavar="SHARE", help="with --choose lowest: only among this share of the rows"
+    )
+    rounds: int = option(4, metavar="N", help="redraw: after how many parts of the budget it is chosen anew")
+    t2i: str | None = option(
+        None, metavar="NAME",
+        help="the dataset's own generator: needed where it is a folder, file or hub repo",
+        unset="as the dataset names it",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineRequest(RedrawOptions, SyncOptions):
     """A dataset to refine. Raises InputError for values that cannot be."""
 
     data: str = option(metavar="P", help="dataset or view: path or URI")
     out: str = option(metavar="P", writes="folder", help="the view of the refined rows: path or URI")
     method: str = option(
-        choices=METHODS, help="sync: each caption gets the picture that fits it best, and the best stay"
+        choices=METHODS,
+        help="sync: each caption gets the picture that fits it best, and the best stay; best-of-n: n pictures of each "
+        "caption, the best by score kept; redraw: a new picture where it pays, the better of the two kept",
     )
     clip: str | None = option(
         None, metavar="NAME",
         help="the dataset's own CLIP, to encode captions: needed where it is a folder, file or hub repo",
         unset="as the dataset names it",
+    )  # fmt: skip
+    retrieval: str | None = option(
+        None, metavar="P",
+        help="the same dataset with another CLIP's features (jobs.featurise --data), which finds the pictures; scores "
+        "stay those of the dataset's own CLIP", unset="the dataset's own features",
+    )  # fmt: skip
+    retrieval_clip: str | None = option(
+        None, metavar="NAME",
+        help="the CLIP of --retrieval: needed where it is a folder, file or hub repo", unset="as --retrieval names it",
     )  # fmt: skip
     block_size: int = option(4096, metavar="N", help="captions or pictures of a task; does not change the result")
     device: str = option(
@@ -57,6 +99,39 @@ class RefineRequest(SyncOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, 1, "candidates", "captions_per_picture", "block_size")
+        listened = _OF_ALL + _OF_METHOD[self.method]
+        if useless := [name for name in given(self) if name not in listened]:
+            flags = ", ".join(flag(type(self), name) for name in useless)
+            raise InputError(f"{flags}: without effect with --method {self.method}; leave it out")
+        check_at_least(self, 1, "candidates", "captions_per_picture", "block_size", "rounds")
+        check_at_least(self, 2, "best_of")
+        if self.method == REDRAW:
+            self._check_budget()
         if not 0 < self.keep <= 1:
             raise InputError(f"--keep {self.keep:g}: must be above 0 and at most 1")
+        refuse_without(self, "retrieval", "retrieval_clip")
+
+    def _check_budget(self) -> None:
+        if self.budget is None:
+            raise InputError("--budget: missing; say what may be spent, in --budget-in")
+        if not 0 < self.budget < float("inf"):
+            raise InputError(f"--budget {self.budget:g}: must be above 0")
+        if self.budget_in == PICTURES and self.budget != int(self.budget):
+            raise InputError(f"--budget {self.budget:g}: must be a whole number of pictures")
+        if (self.budget_in == MONEY) != (self.price_per_hour is not None):
+            raise InputError("--price-per-hour: give it with --budget-in money, and only then")
+        if self.price_per_hour is not None and not 0 < self.price_per_hour < float("inf"):
+            raise InputError(f"--price-per-hour {self.price_per_hour:g}: must be above 0")
+        if not 0 < self.lowest <= 1:
+            raise InputError(f"--lowest {self.lowest:g}: must be above 0 and at most 1")
+        if self.choose != LOWEST and self.lowest != Policy.lowest:
+            raise InputError(f"--lowest {self.lowest:g}: needs --choose lowest")
+
+
+#: Which options a method listens to.
+_OF_ALL = ("data", "out", "method", "clip", "materialise", "unfinished")
+_OF_METHOD = {
+    SYNC: (*SyncOptions.__annotations__, "retrieval", "retrieval_clip", "block_size", "device"),
+    BEST_OF_N: ("best_of", "t2i"),
+    REDRAW: ("budget", "budget_in", "price_per_hour", "choose", "lowest", "rounds", "t2i"),
+}

@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +27,7 @@ VOCABULARIES_KEY = "vocabularies.json"  # of which captions the three are
 #: command and by no other.
 LINEAGE_KEY = "lineage.json"
 GIVEN_CONCEPTS_KEY = "concepts.json"  # where the concepts are a user's: which
+NOUNS_KEY = "nouns.json"  # where a spaCy model finds the nouns: which
 
 #: What dataset.json says of itself: rows with their pictures, or rows that point at pictures of other datasets.
 DATASET, VIEW = "dataset", "view"
@@ -144,6 +145,8 @@ class Plan:
     segments: tuple[Segment, ...]  # in order of records and of shards, without gaps
     source: CorpusSource | None = None
     schema_version: int = SCHEMA_VERSION
+    #: Its samples are redraws of another dataset's: corpus id and caption give the seed (pcm.generation.seeds).
+    redraws: bool = False
 
     @property
     def num_shards(self) -> int:
@@ -183,7 +186,10 @@ class Plan:
         return next(segment for segment in reversed(self.segments) if getattr(segment, first) <= value)
 
     def to_json(self) -> bytes:
-        return document_bytes({**asdict(self), "spec": self.spec.to_dict()})
+        values = {**asdict(self), "spec": self.spec.to_dict()}
+        if not self.redraws:
+            del values["redraws"]
+        return document_bytes(values)
 
     @staticmethod
     def from_json(data: bytes) -> "Plan":
@@ -221,6 +227,9 @@ class Manifest:
     pictures: tuple[PictureStore, ...] = ()  # of a view: where its pictures are
     fingerprint: str | None = None  # of a derived dataset, which has no plan to be proved by
     lineage: Lineage | None = None  # of a derived dataset
+    versions: dict[str, str] = field(default_factory=dict)  # of the packages that made it
+    #: Where it was drawn: each kind of machine once (cluster.generation.environment); none where nobody here drew it.
+    environments: tuple[dict, ...] = ()
 
     @property
     def is_view(self) -> bool:
@@ -235,6 +244,9 @@ class Manifest:
         values = {**asdict(self), "spec": self.spec.to_dict(), "features": asdict(self.features)}
         if self.lineage is None:
             for name in _OF_DERIVED:
+                del values[name]
+        for name in _OF_ENVIRONMENT:
+            if not values[name]:
                 del values[name]
         return document_bytes(values)
 
@@ -251,6 +263,8 @@ class Manifest:
                     "spec": DatasetSpec.from_dict(values["spec"]),
                     "features": features,
                     "shards": tuple(values["shards"]),
+                    "versions": dict(values.get("versions", {})),
+                    "environments": tuple(map(dict, values.get("environments", ()))),
                     "pictures": tuple(
                         PictureStore(**_known(PictureStore, each)) for each in values.get("pictures", ())
                     ),
@@ -270,6 +284,8 @@ class Manifest:
             return found
 
 
+#: Fields of dataset.json that datasets of earlier releases lack.
+_OF_ENVIRONMENT = ("versions", "environments")
 #: Fields of dataset.json that only derived datasets have, all four of them.
 _OF_DERIVED = ("kind", "pictures", "fingerprint", "lineage")
 

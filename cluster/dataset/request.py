@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cluster.options import Request, option, refuse_without
+from cluster.options import Request, check_at_least, option, refuse_without
 from pcm.errors import InputError
 
 
@@ -26,9 +26,18 @@ class VerifyRequest(Request):
     )
 
     upgrade: bool = option(False, help="rewrite a dataset of an older schema version in place")
+    redraw: int | None = option(
+        None, metavar="N",
+        help="draw N stored pictures again, chosen at random by --seed, and say how many are identical", unset="none",
+    )  # fmt: skip
+    seed: int = option(0, help="of --redraw")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_without(self, "repair", "corpus")
+        refuse_without(self, "redraw", "seed")
+        check_at_least(self, 1, "redraw")
+        if self.redraw is not None and (self.repair or self.upgrade):
+            raise InputError("--redraw: give it without --repair and --upgrade; do that first")
         if self.upgrade and self.repair:
             raise InputError("--upgrade, --repair: give one of the two; repair first what is damaged")

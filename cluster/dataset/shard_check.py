@@ -24,7 +24,7 @@ from cluster.dataset.layout import (
 from cluster.dataset.plan import corpus_lines, sample_id
 from cluster.store.store import Store
 from pcm.errors import InputError, first_line
-from pcm.generation.seeds import attempt_seed, sample_seeds
+from pcm.generation.seeds import attempt_seed, redraw_seed, sample_seeds
 from pcm.images import open_image
 from pcm.reasons import USABLE
 from pcm.records import (
@@ -153,6 +153,11 @@ def _check_plan_part(part: pa.Table, plan: Plan, shard: int) -> None:
         raise ValueError("other samples than planned for this shard")
     if list(zip(part["record_index"].to_pylist(), part["image_index"].to_pylist(), strict=True)) != places:
         raise ValueError("other places than its sample ids")
+    if plan.redraws:
+        named = zip(part["corpus_id"].to_pylist(), part["caption"].to_pylist(), strict=True)
+        if part["seed"].to_pylist() != [redraw_seed(corpus_id, caption) for corpus_id, caption in named]:
+            raise ValueError("other seeds than its redraws have")
+        return
     corpus_ids = dict(zip(part["record_index"].to_pylist(), part["corpus_id"].to_pylist(), strict=True))
     seeds = sample_seeds(plan.spec, list(corpus_ids.values()))
     first = places[0][0]

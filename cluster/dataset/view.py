@@ -100,9 +100,11 @@ def write_view(
     *,
     materialise: bool = False,
     shard_rows: int | None = None,
+    same_words: bool = False,
 ) -> Manifest:
     """Write rows that point at the pictures of `sources` as a view; with `materialise` with their pictures, as a
-    dataset that needs no other. Run it again with the same rows to finish what was interrupted.
+    dataset that needs no other. Run it again with the same rows to finish what was interrupted. `same_words`: the
+    captions are all the first source's, whose words and concepts stay.
 
     The fingerprint is that of any dataset: sha256 over the sorted (sample_id, caption, seed of the picture, status,
     sha256 of the picture's bytes); shards do not matter to it. Every picture is read once, to name its bytes; of views
@@ -132,7 +134,7 @@ def write_view(
         return parquet_bytes(with_pictures(out, part, pictures, features))
 
     shards = _write_parts(out, view, data_of, shard_key if materialise else rows_key)
-    _write_vocabularies(out, sources, rows)
+    _write_vocabularies(out, sources[:1] if same_words else sources, rows)
     manifest = _manifest(sources, placed, shards, lineage)
     if materialise:
         manifest = replace(manifest, kind=DATASET, pictures=(), schema_version=SCHEMA_VERSION)
@@ -417,7 +419,8 @@ def _write_vocabularies(out: Store, sources: Sequence[OpenDataset], rows: ViewRo
 def _manifest(sources: Sequence[OpenDataset], placed: _Placed, shards: tuple[dict, ...], lineage: Lineage) -> Manifest:
     first = sources[0].manifest
     spec = first.spec
-    if any(source.manifest.spec.generator != spec.generator for source in sources):
+    named = spec.generator.without_places()
+    if any(source.manifest.spec.generator.without_places() != named for source in sources):
         several = GeneratorSpec(
             model=SEVERAL, revision="", num_inference_steps=1, guidance_scale=0.0, batch_size=1, max_attempts=1
         )

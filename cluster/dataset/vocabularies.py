@@ -16,6 +16,7 @@ from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     GIVEN_CONCEPTS_KEY,
+    NOUNS_KEY,
     VOCABULARIES_KEY,
     VOCABULARY_KEY,
     Plan,
@@ -24,12 +25,13 @@ from cluster.dataset.layout import (
 from cluster.session import user_error
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
+from cluster.weights.node_copy import local_clip
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.reasons import USABLE
 from pcm.records import NULL_FEATURES, FeatureShape
 from pcm.spec import ClipSpec
-from pcm.text.concepts import ConceptVocabulary
+from pcm.text.concepts import LEXICON_NOUNS, ConceptVocabulary, noun_finder
 from pcm.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -61,7 +63,9 @@ def store_vocabularies(store: Store, plan: Plan, *, encoder: "ClipEncoder | None
             _store_clip_files(store, plan, min_count, encoder)
         elif plan.spec.clip.model != "null":
             try:
-                ray.get(_load_and_store_clip_files.options(**_resources(plan.spec.clip)).remote(store, plan, min_count))
+                ray.get(
+                    _load_and_store_clip_files.options(**clip_resources(plan.spec.clip)).remote(store, plan, min_count)
+                )
             except ray.exceptions.RayError as error:
                 raise user_error(error) or error from None
         document = json.dumps({"corpus_fingerprint": plan.corpus_fingerprint, "min_count": min_count})
@@ -107,10 +111,39 @@ def store_given_concepts(store: Store, concepts: ConceptVocabulary) -> None:
     store.write_bytes(GIVEN_CONCEPTS_KEY, document)
 
 
+def store_noun_finder(store: Store, nouns: str) -> None:
+    """Say what finds the nouns of the concepts that `store_vocabularies` builds: "lexicon" or a spaCy model.
+
+    Raises InputError where the model is not installed, or the dataset was begun with another finder.
+    """
+    noun_finder(nouns)
+    begun = stored_nouns(store)
+    if begun is None and not store.exists(VOCABULARIES_KEY):
+        if nouns != LEXICON_NOUNS:
+            store.write_bytes(NOUNS_KEY, document_bytes({"nouns": nouns}))
+    elif (begun or LEXICON_NOUNS) != nouns:
+        raise InputError(
+            f"{store.root}: was begun with --nouns {begun or LEXICON_NOUNS}; give the same, or another --out"
+        )
+
+
+def stored_nouns(store: Store) -> str | None:
+    """The spaCy model that finds a dataset's nouns; None: the lexicon. Raises InputError for a damaged object."""
+    try:
+        return str(json.loads(store.read_bytes(NOUNS_KEY))["nouns"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, LookupError):
+        raise InputError(f"{store.root}/{NOUNS_KEY}: damaged; delete it and run the same command again") from None
+
+
 def stored_features(store: Store, plan: Plan) -> FeatureShape:
     """The shape of the features of a dataset whose CLIP files are on the store. Raises FileNotFoundError."""
-    if plan.spec.clip.model == "null":
-        return NULL_FEATURES
+    return NULL_FEATURES if plan.spec.clip.model == "null" else features_of_head(store)
+
+
+def features_of_head(store: Store) -> FeatureShape:
+    """The shape of the features that the CLIP of clip_head.safetensors makes. Raises FileNotFoundError."""
     metadata = safetensors_metadata(store.read_bytes(CLIP_HEAD_KEY))
     return FeatureShape(**json.loads(metadata[_FEATURES_FIELD]))
 
@@ -152,13 +185,11 @@ def _load_and_store_clip_files(store: Store, plan: Plan, min_count: int) -> None
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
     clip = plan.spec.clip
-    encoder = load_with_retries(lambda: ClipEncoder.from_spec(clip), model=clip.model)
+    encoder = load_with_retries(lambda: ClipEncoder.from_spec(local_clip(clip)), model=clip.model)
     _store_clip_files(store, plan, min_count, encoder)
 
 
 def _store_clip_files(store: Store, plan: Plan, min_count: int, encoder: "ClipEncoder") -> None:
-    import safetensors.torch
-
     if not store.exists(GIVEN_CONCEPTS_KEY):
         concepts = ConceptVocabulary.build(
             # A corpus of few nouns can be generated all the same; training says so when it needs more of them.
@@ -167,13 +198,21 @@ def _store_clip_files(store: Store, plan: Plan, min_count: int, encoder: "ClipEn
             size=CONCEPTS,
             at_least=0,
             min_count=min_count,
+            nouns=stored_nouns(store) or LEXICON_NOUNS,
         )
         store.write_bytes(CONCEPTS_KEY, concepts.to_bytes())
-    shape = encoder.features
+    store.write_bytes(CLIP_HEAD_KEY, clip_head_bytes(encoder, plan.spec.clip.model))
+
+
+def clip_head_bytes(encoder: "ClipEncoder", model: str) -> bytes:
+    """clip_head.safetensors of a CLIP; `model`: its NAME. Its metadata tells the shape of the features."""
+    import safetensors.torch
+
     logits = {name: repr(value) for name, value in encoder.logits.items()}
-    metadata = {_FEATURES_FIELD: json.dumps(vars(shape)), "clip": plan.spec.clip.model, **logits}
-    store.write_bytes(CLIP_HEAD_KEY, safetensors.torch.save(encoder.head(), metadata))
+    metadata = {_FEATURES_FIELD: json.dumps(vars(encoder.features)), "clip": model, **logits}
+    return safetensors.torch.save(encoder.head(), metadata)
 
 
-def _resources(spec: ClipSpec) -> dict:
+def clip_resources(spec: ClipSpec) -> dict:
+    """What Ray is asked for by a task that loads CLIP."""
     return {"num_cpus": 1, "num_gpus": 1 if spec.device == "cuda" else 0}

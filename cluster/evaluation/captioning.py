@@ -29,6 +29,7 @@ from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures,
 from cluster.store.store import join, local_copy, open_store
 from cluster.training.ray_trainer import CHECKPOINTS
 from cluster.training.reporting import METRICS_KEY
+from cluster.weights.node_copy import local_name
 from pcm.captioners.captioner import BATCH_SIZE, MODEL_FILE, Captioner, CaptionResult
 from pcm.captioners.interface import CONFIG_FILE
 from pcm.clip.encoder import ClipEncoder
@@ -113,7 +114,11 @@ def load_captioner(
     """The captioner in one checkpoint, or an ensemble of several. `clip`: one that is loaded already."""
     concepts = None if asked.concepts is None else read_concepts(asked.concepts)
     return _load(
-        checkpoints, clip=clip or asked.clip, device=asked.device, beam_size=asked.beam_size, concepts=concepts
+        checkpoints,
+        clip=clip or (asked.clip and local_name(asked.clip)),
+        device=asked.device,
+        beam_size=asked.beam_size,
+        concepts=concepts,
     )
 
 
@@ -128,7 +133,9 @@ def _load(
     """`Captioner.load` of paths or URIs. Raises InputError as it does."""
     with contextlib.ExitStack() as copies:
         folders = [copies.enter_context(local_checkpoint(checkpoint)) for checkpoint in checkpoints]
-        return Captioner.load(folders, clip=clip, device=device, beam_size=beam_size, concepts=concepts)
+        return Captioner.load(
+            folders, clip=clip, device=device, beam_size=beam_size, concepts=concepts, find_clip=local_name
+        )
 
 
 def load_pictures(source: PictureSource, *, limit: int | None) -> PictureSet | FeatureSet:

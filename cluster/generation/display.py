@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from cluster.generation.progress import STAGES, MonitorSnapshot, RunProgress, Status
 from cluster.generation.telemetry import Telemetry
 from cluster.numbers import duration, size
-from cluster.session import cluster_gpus, cluster_machines
+from cluster.session import cluster_gpus, cluster_nodes
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,11 @@ class ClusterState:
 
 def ask_cluster(monitor: ActorHandle | None, *, gpus_per_generator: float) -> ClusterState:
     """Ask Ray and the run's monitor. Takes up to ANSWER_SECONDS; raises whatever Ray raises when it is in trouble."""
-    machines, gpus = cluster_machines(), cluster_gpus()
+    nodes, gpus = cluster_nodes(), cluster_gpus()
+    machines = len(nodes)
     if monitor is None:
         return ClusterState(machines=machines, gpus=gpus)
+    monitor.nodes.remote(nodes)
     try:
         said: Any = ray.get(monitor.snapshot.remote(), timeout=ANSWER_SECONDS)
     except ray.exceptions.RayError:

@@ -2,14 +2,15 @@
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.dataset.layout import CorpusSource, Plan, load_plan
 from cluster.dataset.plan import make_plan, refuse_other_spec
-from cluster.dataset.vocabularies import store_given_concepts
+from cluster.dataset.vocabularies import store_given_concepts, store_noun_finder
 from cluster.generation.fit import check_memory
+from cluster.generation.like import check_alike, read_spec, with_spec
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.measured import measured
 from cluster.generation.pilot import Prediction, run_pilot
@@ -18,18 +19,22 @@ from cluster.generation.pinning import dataset_spec, joint_dimensions, on_device
 from cluster.generation.pipeline import GenerationResult, run_pipeline
 from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
+from cluster.generation.reach import check_reach
 from cluster.generation.regenerate import regenerate
 from cluster.generation.request import AUTO, GenerateRequest, GenerationOptions
 from cluster.generation.retry_quarantined import parse_reason, require_finished, retry_quarantined
+from cluster.options import given
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.corpus import CorpusRecord, read_corpus, source_digest
 from cluster.store.store import Store, open_store
+from cluster.weights.node_copy import local_generator, local_spec
 from pcm import embedded
 from pcm.errors import InputError
 from pcm.generation.model_memory import model_memory
 from pcm.generation.prompt_length import truncation_check
 from pcm.spec import GENERATOR_VERSION, DatasetSpec
+from pcm.text.concepts import noun_finder
 from pcm.text.formats import ReadOptions
 
 log = logging.getLogger(__name__)
@@ -47,10 +52,23 @@ def generate(request: GenerateRequest) -> dict[str, Any]:
         return regenerate(store, request.only, image_out=request.image_out)
     if request.retry_quarantined is not None:
         return {**_retry(store, request, request.retry_quarantined), "dataset": request.out}
-    prepared = prepare(store, with_preset(request, request.preset))
+    if request.spec is not None:
+        prepared = _prepare_like(store, request, request.spec)
+    else:
+        prepared = prepare(store, with_preset(request, request.preset))
     if request.pilot is not None:
         return {**pilot_summary(*prepared.pilot(PilotSize.parse(request.pilot))), "dataset": request.out}
     return {**prepared.generate().summary(), "dataset": request.out}
+
+
+def _prepare_like(store: Store, request: GenerateRequest, uri: str) -> "Prepared":
+    wanted, own = read_spec(uri), set(given(request))
+    asked = with_spec(request, wanted)
+
+    def check(spec: DatasetSpec) -> None:
+        check_alike(spec, wanted, own, uri=uri)
+
+    return prepare(store, asked, version=wanted.generator_version, check=check)
 
 
 @dataclass(frozen=True)
@@ -70,13 +88,23 @@ class Prepared:
         return run_pilot(self.store, self.plan, self.pools, size, faults=self.faults, watch=self.watch)
 
 
-def prepare(store: Store, asked: GenerationOptions) -> Prepared:
-    """Check the request, start Ray and write the plan. Raises InputError, before Ray is started where that can be."""
+def prepare(
+    store: Store,
+    asked: GenerationOptions,
+    *,
+    version: int = GENERATOR_VERSION,
+    check: Callable[[DatasetSpec], None] = lambda spec: None,
+) -> Prepared:
+    """Check the request, start Ray and write the plan. Raises InputError, before Ray is started where that can be.
+
+    `version`: by whose rules a new dataset is drawn. `check` sees the spec before anything is started.
+    """
     if not asked.corpus:
         raise InputError("--corpus: missing; give a path or URI of captions, or 'embedded'")
     planned = load_plan(store)
-    version = planned.spec.generator_version if planned else GENERATOR_VERSION
+    version = planned.spec.generator_version if planned else version
     spec = dataset_spec(asked, gpus=0, version=version)  # the device is known when Ray is
+    check(spec)
     if spec.clip.model == "null" and asked.stop_below_clip_score is not None:
         raise InputError("--stop-below-clip-score: --clip null gives no scores; name a CLIP")
     uri = embedded.caption_file(asked.corpus)
@@ -90,13 +118,15 @@ def prepare(store: Store, asked: GenerationOptions) -> Prepared:
     records = read_corpus(uri, format=asked.corpus_format, split=asked.split, limit=asked.limit, options=options)
     if planned is None or planned.source != source:
         records = _begun(records)
-    memory = None if spec.generator.model == "null" else model_memory(spec.generator)
-    is_truncated = truncation_check(spec)
+    memory = None if spec.generator.model == "null" else model_memory(local_generator(spec.generator))
+    is_truncated = truncation_check(local_spec(spec))
+    noun_finder(asked.nouns)  # a model that is not installed is told now
     concepts = None
     if asked.concepts is not None:
         concepts = fitting_concepts(asked.concepts, embed_dim=joint_dimensions(spec.clip.model))
 
     start_ray()
+    check_reach(store)
     device = resolve_device(asked.device, cluster_gpus=cluster_gpus())
     spec = on_device(spec, device=device, dtype=resolve_dtype(asked.dtype, device=device))
     if asked.offload != "none" and device != "cuda":
@@ -119,6 +149,8 @@ def prepare(store: Store, asked: GenerationOptions) -> Prepared:
     )
     if concepts is not None:
         store_given_concepts(store, concepts)
+    else:
+        store_noun_finder(store, asked.nouns)
     return Prepared(store, plan, pools, asked.faults, asked.limits)
 
 

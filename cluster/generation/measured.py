@@ -11,6 +11,7 @@ from cluster.dataset.request import ShardOptions
 from cluster.generation.gpu_share import keep_to_gpu_share
 from cluster.generation.pools import Pools
 from cluster.session import user_error
+from cluster.weights.node_copy import local_generator
 from pcm.errors import InputError
 from pcm.generation.batch_search import Trial, best_size, rate_of, table
 from pcm.spec import DatasetSpec
@@ -80,4 +81,4 @@ def _try_generator(spec: DatasetSpec, memory: float, *, search: bool) -> list[Tr
     keep_to_gpu_share(spec.generator.device, part=memory)
     from pcm.generation.batch_search import try_generator  # torch and diffusers, only on the worker
 
-    return try_generator(spec.generator, search=search)
+    return try_generator(local_generator(spec.generator), search=search)

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.generation.drawing_fields import DRAWING_FIELDS
-from cluster.generation.hub import pin_repo
 from cluster.generation.request import AUTO, GenerationOptions
 from cluster.options import flag, given
+from cluster.weights.hub import pin_repo
+from cluster.weights.node_copy import local_name
 from pcm import embedded
 from pcm.clip.names import folder_revision
 from pcm.credentials import refuse_credentials
@@ -39,7 +40,7 @@ def generator_spec(
         _refuse_for_null(asked)
     revision = pin_t2i(model, asked.t2i_revision, version=version)
     config, config_revision = _pinned_config(asked, model)
-    signature = _signature(asked, config or model, config_revision or revision)
+    signature = _signature(asked, config or local_name(model, revision), config_revision or revision)
     steps, guidance_scale = _steps_and_guidance(asked, model, signature, version)
     if signature is not None and version > 1:
         _check(asked, signature, guidance_scale)
@@ -79,7 +80,7 @@ def generator_spec(
 
 
 def pin_t2i(model: str, revision: str | None, *, version: int = GENERATOR_VERSION) -> str:
-    """The revision of a text-to-image NAME: sha256 of a folder or file, commit of a repo, "" of the null generator.
+    """The revision of a text-to-image NAME: sha256 of a folder, staged folder or file, commit of a repo, "" of null.
 
     Raises InputError when the repo cannot be reached to look a branch up; a full commit hash needs no look-up.
     """
@@ -88,7 +89,7 @@ def pin_t2i(model: str, revision: str | None, *, version: int = GENERATOR_VERSIO
         if revision is not None:
             raise InputError(f"--t2i-revision {revision}: null draws nothing; leave it out")
         return ""
-    source = Path(model_source(model))
+    source = Path(local_name(model_source(model)))
     if source.exists() and revision is not None:
         raise InputError(f"--t2i-revision {revision}: {model} is no repo, and has none; leave it out")
     if source.is_file():

@@ -18,7 +18,7 @@ from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.pipeline import GenerationResult, actors, run_pipeline
 from cluster.generation.pools import Pools
 from cluster.numbers import duration, size
-from cluster.session import cluster_machines
+from cluster.session import cluster_nodes
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.reasons import of_stage
@@ -79,7 +79,7 @@ def run_pilot(
         store_seconds=result.stage_seconds["store"] / made if made else 0.0,
         startup_seconds=result.startup_seconds or 0.0,
         billing=Billing.of(pools, device=plan.spec.generator.device, price_per_hour=watch.price_per_hour),
-        machines=cluster_machines(),
+        machines=len(cluster_nodes()),
     )
     for line in describe(prediction, generators=pools.generators):
         log.info("%s", line)

@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.generation.hub import look_up
 from cluster.generation.picture_spec import generator_spec
 from cluster.generation.request import GenerationOptions
+from cluster.weights.hub import look_up
+from cluster.weights.node_copy import local_name
 from pcm.clip.names import HUB_PREFIX, activation_of, folder_revision, is_commit, resolve_clip_name
 from pcm.errors import InputError
 from pcm.generation.names import IMPORTED
@@ -56,13 +57,13 @@ def on_device(spec: DatasetSpec, *, device: str, dtype: str) -> DatasetSpec:
 def pin_clip(model: str, revision: str | None) -> tuple[str, str | None]:
     """(revision, sha256 of the weights or None) of a CLIP NAME.
 
-    A folder or checkpoint file: sha256 of what is there. A hub repo, also a tag's: the commit, and the digest that the
-    hub has of the weights. A tag whose repo can neither be reached nor is in the local cache: "open_clip:TAG", which
-    is said, because it pins nothing.
+    A folder, checkpoint file or staged folder: sha256 of what is there. A hub repo, also a tag's: the commit, and the
+    digest that the hub has of the weights. A tag whose repo can neither be reached nor is in the local cache:
+    "open_clip:TAG", which is said, because it pins nothing.
     """
     if model == "null":
         return "", None
-    architecture, pretrained = resolve_clip_name(model)
+    architecture, pretrained = resolve_clip_name(local_name(model))
     folder = architecture.removeprefix("local-dir:") if architecture.startswith("local-dir:") else None
     file = pretrained if pretrained and Path(pretrained).is_file() else None
     if local := folder or file:
@@ -98,7 +99,7 @@ def clip_spec(
     looked up.
     """
     pinned, weights = pin_clip(model, revision)
-    activation = None if model == "null" else activation_of(*resolve_clip_name(model))
+    activation = None if model == "null" else activation_of(*resolve_clip_name(local_name(model)))
     if model not in ("null", "embedded"):
         log.info("CLIP %s: %s", model, describe_tower(model))
     return ClipSpec(
@@ -134,7 +135,7 @@ def joint_dimensions(model: str) -> int:
 def describe_tower(model: str) -> "TowerFacts":
     from pcm.clip.weights import tower_facts  # seconds to import
 
-    return tower_facts(model)
+    return tower_facts(local_name(model))
 
 
 def clip_of_given_features(model: str) -> ClipSpec:

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -25,6 +25,7 @@ from cluster.dataset.vocabularies import (
 )
 from cluster.generation.cost import Billing
 from cluster.generation.display import Display
+from cluster.generation.environment import joined_versions, stored_environments, versions
 from cluster.generation.limits import FaultPolicy, RunLimits
 from cluster.generation.pools import Pools
 from cluster.generation.progress import RunProgress, Status
@@ -250,7 +251,9 @@ def _run_pools(
             if stats["shard"] in left:
                 left.remove(stats["shard"])
                 yield stats
-            if not left:  # turns that are left have nothing to draw
+            # Turns that are left have nothing to draw, and end. A generator that draws what is stored now, or loads, is
+            # not waited for.
+            if not left and ray.get(monitor.busy.remote()):
                 break
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
@@ -262,7 +265,12 @@ def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest
     It is not written where the plan has grown meanwhile: that is left to the run that grew it. Raises InputError when
     the stats of a shard are damaged or missing.
     """
-    manifest = manifest_of(plan, features, summaries(store, plan))
+    environments = stored_environments(store)
+    manifest = replace(
+        manifest_of(plan, features, summaries(store, plan)),
+        versions=joined_versions(environments) or versions(),
+        environments=environments,
+    )
     if (found := load_plan(store)) is not None and found.asked() == plan.asked():
         store.write_bytes(MANIFEST_KEY, manifest.to_json())
     else:

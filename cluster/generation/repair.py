@@ -25,6 +25,7 @@ from cluster.generation.pools import Pools
 from cluster.session import cluster_cpus, cluster_gpus, start_ray
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.store.store import Store, open_store
+from cluster.weights.node_copy import local_spec
 from pcm import embedded
 from pcm.errors import InputError
 from pcm.generation.prompt_length import truncation_check
@@ -119,7 +120,7 @@ def _rebuild_plan_parts(
 ) -> int:
     """Write the parts that differ from what the corpus says, once the whole corpus proved to be the planned one."""
     records = read_records(plan)
-    is_truncated = truncation_check(plan.spec)
+    is_truncated = truncation_check(local_spec(plan.spec))
     fingerprint = hashlib.sha256()
     differ = {}
     for segment in plan.segments:

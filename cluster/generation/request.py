@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cluster.dataset.request import ShardOptions
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.presets import GENERATION_PRESETS
-from cluster.options import Request, check_at_least, option, refuse_others, refuse_without
+from cluster.options import Request, check_at_least, option, parse_count, refuse_others, refuse_without
 from pcm import embedded
 from pcm.errors import InputError
 from pcm.images import IMAGE_FORMATS
@@ -55,15 +55,6 @@ def parse_lora(text: str) -> tuple[str, float]:
     return name, float(weight)
 
 
-def parse_generators(text: str) -> int | tuple[int, int]:
-    """8 of "8", (2, 8) of "2:8". Raises InputError."""
-    least, colon, most = text.partition(":")
-    counts = [int(part) for part in ((least, most) if colon else (least,)) if part.isdecimal()]
-    if len(counts) != (2 if colon else 1) or counts != sorted(counts) or counts[0] < 1:
-        raise InputError("write a number such as 8, or MIN:MAX such as 2:8")
-    return (counts[0], counts[1]) if colon else counts[0]
-
-
 def parse_node_label(text: str) -> tuple[str, str]:
     """("pcmnet.io/role", "generation") of "pcmnet.io/role=generation". Raises InputError."""
     return split_name_value(text, option="--node-label", form="KEY=VALUE", example="pcmnet.io/role=generation")
@@ -101,7 +92,7 @@ class PictureOptions(Request):
     t2i: str | None = option(
         None,
         metavar="NAME",
-        help="diffusers repo id, folder, single .safetensors file, 'embedded' or 'null'",
+        help="diffusers repo id, folder, URI of staged weights, single .safetensors file, 'embedded' or 'null'",
         unset="embedded",
     )
     t2i_revision: str | None = option(
@@ -169,7 +160,10 @@ class ClipOptions(Request):
     """Scores and features."""
 
     clip: str | None = option(
-        None, metavar="NAME", help="open_clip NAME, 'embedded' or 'null'", unset="embedded, or null with --t2i null"
+        None,
+        metavar="NAME",
+        help="open_clip NAME, URI of staged weights, 'embedded' or 'null'",
+        unset="embedded, or null with --t2i null",
     )
     clip_revision: str | None = option(None, metavar="COMMIT", help="for hf-hub: names", unset="the newest commit")
     clip_batch_size: int = option(ClipSpec.batch_size, help="pictures that CLIP encodes at once")
@@ -178,6 +172,9 @@ class ClipOptions(Request):
         help="concepts of captioners: a published pickle or concepts.safetensors; the published runs, Flickr30k's too, "
         "read one of 446 COCO nouns", unset="the captions' own 400 most frequent nouns",
     )  # fmt: skip
+    nouns: str = option(
+        "lexicon", metavar="NAME", help="what finds the captions' nouns: lexicon, or an installed spaCy model by name"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +222,7 @@ class MachineOptions(Request):
     """Machine."""
 
     generators: int | tuple[int, int] | None = option(
-        None, metavar="N|MIN:MAX", parse=parse_generators,
+        None, metavar="N|MIN:MAX", parse=parse_count,
         help="generator actors, or the least and most of a pool that grows", unset="one a GPU, or one a core",
     )  # fmt: skip
     scorers: int | None = option(
@@ -294,6 +291,8 @@ class GenerationOptions(
         if self.offload != "none" and self.device == "cpu":
             raise InputError(f"--offload {self.offload}: is for GPUs, and this draws on the CPU; leave it out")
         refuse_without(self, "price_per_hour", "spot")
+        if self.concepts is not None and self.nouns != "lexicon":
+            raise InputError(f"--nouns {self.nouns}: without effect beside --concepts, which are given; leave it out")
         self.faults, self.limits  # noqa: B018  # check themselves
 
     @property
@@ -325,6 +324,12 @@ class GenerateRequest(GenerationOptions):
         metavar="NAME",
         help=f"{', '.join(GENERATION_PRESETS)}: its values for what is not given (cluster/generation/presets.py)",
     )
+    spec: str | None = option(
+        None,
+        metavar="DATASET.JSON",
+        help="take every setting of pictures, CLIP, device and speed from another dataset's dataset.json; what is "
+        "given beside it wins",
+    )
     only: str | None = option(None, metavar="SAMPLE_ID", help="regenerate one sample of --out alone and compare")
     image_out: str | None = option(None, metavar="FILE", help="with --only: write the regenerated picture here")
     pilot: str | None = option(
@@ -351,5 +356,7 @@ class GenerateRequest(GenerationOptions):
             refuse_others(self, "retry_quarantined", _OF_RETRY, why="which takes the rest from the dataset")
         elif self.corpus is None and self.preset is None:
             raise InputError("--corpus: missing; give a path or URI of captions, or 'embedded'")
+        if self.spec is not None and self.preset is not None:
+            raise InputError("--spec, --preset: give one of the two")
         if self.pilot is not None:
             PilotSize.parse(self.pilot)

@@ -9,7 +9,7 @@ features. What is missing or damaged is quarantined with its reason, as everywhe
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from cluster.generation.stages.draw import DRAWN_SCHEMA
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard
-from cluster.ingest.request import PhotoRequest
+from cluster.ingest.request import FeaturiseRequest
 from cluster.ingest.shards import counts, import_shards, picture_size, sample_row, undrawn
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.corpus import CorpusRecord, read_corpus
@@ -71,19 +71,21 @@ class PhotoResult:
         }
 
 
-def featurise_photos(request: PhotoRequest) -> PhotoResult:
+def featurise_photos(request: FeaturiseRequest) -> PhotoResult:
     """Make the dataset, or go on making it. Memory: the captions, then `workers` shards; a Parquet of photos whole.
 
     Raises InputError when captions or photos cannot be read, none of the photos is captioned, or the place holds
     another dataset.
     """
+    assert request.images is not None and request.captions is not None
     started = time.monotonic()
     store = open_store(request.out)
     spec = _spec(request)
     concepts = None
     if request.concepts is not None:
         concepts = fitting_concepts(request.concepts, embed_dim=joint_dimensions(request.clip))
-    corpus = PhotoCorpus(_captions(request), limit=request.limit)
+    captions = read_corpus(resolved(request.captions), split=request.split)
+    corpus = PhotoCorpus(captions, limit=request.limit)
     files = find_pictures(request.images)
     photos = files.match(corpus.numbers)
     if not photos:
@@ -119,16 +121,12 @@ def featurise_photos(request: PhotoRequest) -> PhotoResult:
     )
 
 
-def _spec(request: PhotoRequest) -> DatasetSpec:
+def _spec(request: FeaturiseRequest) -> DatasetSpec:
     device = resolve_device(request.device, cluster_gpus=torch.cuda.device_count())
     return DatasetSpec(
         generator=undrawn(PHOTOS, revision=""),
         clip=clip_spec(request.clip, dtype=resolve_dtype(request.dtype, device=device), device=device),
     )
-
-
-def _captions(request: PhotoRequest) -> Iterator[CorpusRecord]:
-    return read_corpus(resolved(request.captions), split=request.split)
 
 
 class PhotoCorpus:

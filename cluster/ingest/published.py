@@ -42,6 +42,7 @@ from cluster.sources.concept_file import read_concepts
 from cluster.sources.published_annotations import AnnotationCorpus, CaptionFile
 from cluster.sources.published_folders import PublishedFolders
 from cluster.store.store import Store, join, local_copy, open_store, read_uri
+from cluster.weights.node_copy import local_clip
 from pcm.captioners.captioner import MODEL_FILE
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
@@ -224,7 +225,7 @@ def _store_clip_files(store: Store, plan: Plan, request: ImportRequest, found: F
     spec = plan.spec.clip
     encoder = None
     if found is None or request.concepts is None or request.clip_head is None:
-        encoder = ClipEncoder.from_spec(spec)
+        encoder = ClipEncoder.from_spec(local_clip(spec))
     shape = found or (encoder.features if encoder else None)
     assert shape is not None
     head = _published_head(request.clip_head) if request.clip_head else encoder.head() if encoder else {}

@@ -1,4 +1,4 @@
-"""What a user asks of ingest: `PhotoRequest` and `ImportRequest`, and the options that both have."""
+"""What a user asks of ingest: `FeaturiseRequest` and `ImportRequest`, and the options that both have."""
 
 import os
 from collections.abc import Mapping
@@ -27,20 +27,33 @@ class ReadingOptions(ShardOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhotoRequest(ReadingOptions):
-    """Real photos to make a dataset of; paths or URIs.
+class FeaturiseRequest(ReadingOptions):
+    """Real photos to make a dataset of, or a dataset to featurise by another CLIP; paths or URIs.
 
     `images` as in `cluster.sources.pictures.PictureSource`, `captions` any file that `cluster.sources.corpus` reads,
-    with the photo of each caption.
+    with the photo of each caption. Raises InputError for options that do not go together.
     """
 
-    images: str = option(
+    images: str | None = option(
+        None,
         metavar="P",
         help="folder of JPEG, PNG or WebP files, Parquet with image_id and image, embedded:val, embedded:test",
+        unset="required without --data",
     )
-    captions: str = option(
+    captions: str | None = option(
+        None,
         metavar="P",
         help="Karpathy or COCO JSON, Flickr token, CSV, JSONL or Parquet that names the photo of each caption",
+        unset="required without --data",
+    )
+    data: str | None = option(
+        None,
+        metavar="P",
+        help="a dataset or view, whose pictures get the features and scores of --clip",
+        unset="none; --images and --captions instead",
+    )
+    unfinished: bool = option(
+        False, help="with --data: use the shards that are there of a dataset that is being made or was piloted"
     )
     out: str = option(metavar="P", writes="folder", help="dataset: path or URI")
     clip: str = option("embedded", metavar="NAME", help="open_clip NAME, such as ViT-L-14/openai; that of the mix")
@@ -48,7 +61,7 @@ class PhotoRequest(ReadingOptions):
     limit: int | None = option(None, help="the captions of the first N photos of the file only", unset="all")
     concepts: str | None = option(
         None, metavar="P", help="concepts of captioners: a published pickle or concepts.safetensors",
-        unset="the captions' own 400 most frequent nouns",
+        unset="the captions' own 400 most frequent nouns; with --data those of the dataset",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -56,6 +69,14 @@ class PhotoRequest(ReadingOptions):
         check_at_least(self, 1, "limit")
         if self.clip == "null":
             raise InputError("--clip null: has no features; give an open_clip model or 'embedded'")
+        if self.data is not None:
+            of_both = ("out", "clip", "concepts", "device", "dtype", "unfinished")
+            refuse_others(self, "data", of_both, why="which has captions, pictures and shards")
+            return
+        refuse_without(self, "data", "unfinished")
+        for name in ("images", "captions"):
+            if getattr(self, name) is None:
+                raise InputError(f"--{name}: missing; give --images and --captions, or --data with a dataset")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Pictures of rows that the rules of a derived dataset left out, as its lineage names them."""
+"""Pictures of rows that the lineage of a derived dataset names: those that its rules left out, and others."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +13,9 @@ from cluster.store.store import open_store
 from pcm.errors import InputError, one_line
 from pcm.images import open_image
 
+#: The fact of a lineage that says how far two CLIPs' scores agree (cluster.ingest.another_clip).
+AGREEMENT = "agreement"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
@@ -24,8 +27,9 @@ class LeftOut:
 
 
 def left_out_pictures(lineage: Lineage) -> dict[str, list[LeftOut]]:
-    """By rule. A picture that is no longer there is said on its card, for the dataset stands without it.
+    """By rule; under AGREEMENT the pairs of which two CLIPs think most differently, which stay.
 
+    A picture that is no longer there is said on its card, for the dataset stands without it.
     Raises InputError where the lineage's examples are damaged.
     """
     try:
@@ -37,9 +41,12 @@ def left_out_pictures(lineage: Lineage) -> dict[str, list[LeftOut]]:
 
 
 def _by_rule(lineage: Lineage) -> dict[str, list[LeftOut]]:
+    groups = {rule.rule: rule.examples for rule in lineage.rules}
+    if told := lineage.facts.get(AGREEMENT):
+        groups[AGREEMENT] = tuple(told["examples"])
     rows: dict[tuple, None] = {}
-    for rule in lineage.rules:
-        for example in rule.examples:
+    for examples in groups.values():
+        for example in examples:
             for shown in filter(None, (example, example.get("beside"))):
                 rows[_place(shown)] = None
     by_shard: dict[tuple, list[int]] = {}
@@ -57,15 +64,15 @@ def _by_rule(lineage: Lineage) -> dict[str, list[LeftOut]]:
         return _picture(row, found[_place(shown)][0])
 
     return {
-        rule.rule: [
+        name: [
             LeftOut(
                 picture=picture(example),
                 why=str(example["why"]),
                 beside=picture(example["beside"]) if example.get("beside") else None,
             )
-            for example in rule.examples
+            for example in examples
         ]
-        for rule in lineage.rules
+        for name, examples in groups.items()
     }
 
 

@@ -7,8 +7,11 @@ from cluster.charts.markup import Html, Node, tag
 from cluster.dataset.lineage import Lineage
 from cluster.numbers import count, percent
 from cluster.report.dataset_facts import DatasetFacts
-from cluster.report.left_out import LeftOut
+from cluster.report.left_out import AGREEMENT, LeftOut
 from cluster.report.parts import absent, code, facts, picture_card, section, table
+
+#: The fact of a lineage that says what each round of redraws gained (cluster.curation.redraw_view).
+CURVE = "curve"
 
 
 def lineage(found: Lineage, data: DatasetFacts, left_out: dict[str, list[LeftOut]]) -> Html:
@@ -25,10 +28,56 @@ def lineage(found: Lineage, data: DatasetFacts, left_out: dict[str, list[LeftOut
         f"{count(data.manifest.stored)} of {count(found.rows_in)} pairs stayed. The dataset {kind}. Rules were applied "
         "in this order; a pair counts where it went first. Shown are those that went most narrowly.",
         facts([("Made by", code(f"jobs.{found.method}")), ("Fingerprint", code(data.manifest.fingerprint or "")),
-               *((name.replace("_", " "), str(value)) for name, value in sorted(found.facts.items()))]),
+               *((name.replace("_", " "), str(value)) for name, value in sorted(found.facts.items())
+                 if name not in (AGREEMENT, CURVE))]),
         table(["source", "drawn by", "pairs", "shards"], sources, label="Sources", numbers=range(2, 4)),
         rules or absent("No rule left anything out."),
+        _curve(found.facts.get(CURVE)),
+        _agreement(found.facts.get(AGREEMENT), data, left_out),
     )  # fmt: skip
+
+
+def _curve(points: list[dict[str, Any]] | None) -> Node:
+    """What each round of redraws gained, beside what was expected of it."""
+    if not points:
+        return None
+    before = [None, *(point["mean_score"] for point in points)]
+    rows = [
+        [
+            count(point["drawn"]),
+            f"{point['mean_score']:.4f}",
+            "" if last is None else f"{point['mean_score'] - last:+.4f}",
+            "" if point["expected_gain"] is None else f"{point['expected_gain']:+.4f}",
+            count(point["failed"]),
+        ]
+        for point, last in zip(points, before, strict=False)
+    ]
+    return tag(
+        "div",
+        tag("h3", "What drawing again gained"),
+        table(
+            ["pictures drawn", "mean CLIP score", "gained", "expected", "not made"], rows, label="Rounds",
+            numbers=range(5),
+        ),
+    )  # fmt: skip
+
+
+def _agreement(told: dict[str, Any] | None, data: DatasetFacts, left_out: dict[str, list[LeftOut]]) -> Node:
+    """How far the scores of two CLIPs agree, and the pairs that they rank most differently."""
+    if not told:
+        return None
+    numbers = ", ".join(
+        f"{name} {'not defined' if told[key] is None else format(told[key], '.3f')}"
+        for name, key in (("Pearson", "pearson"), ("Spearman", "spearman"))
+    )
+    cards: list[Node] = [_card(each.picture, each.why, scored=data.scored) for each in left_out.get(AGREEMENT, [])]
+    return tag(
+        "div",
+        tag("h3", "Agreement with the scores before", tag("small", f" {numbers}, of {count(told['rows'])} pairs")),
+        tag("p", "Shown are the pairs that the two CLIPs rank most differently.", class_="note"),
+        tag("div", cards, class_="gallery"),
+        data_agreement="",
+    )
 
 
 def _shards(there: int, planned: int) -> str:

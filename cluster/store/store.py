@@ -64,6 +64,11 @@ class Store:
         return isinstance(self.fs, LocalFileSystem)
 
     @property
+    def gives_ranges(self) -> bool:
+        """Whether a part of an object can be had without the rest."""
+        return self.is_local or bool(_RANGES & set(_protocols(self.fs)))
+
+    @property
     def address(self) -> str:
         """The path or URI that means the same in a process whose working folder is another."""
         return self.prefix if self.is_local else self.root
@@ -93,7 +98,7 @@ class Store:
         """
         if self.is_local:
             return self._with_retries(key, lambda: open(self.path(key), "rb", LOCAL_BUFFER if buffered else 0))
-        if not _RANGES & set(_protocols(self.fs)):
+        if not self.gives_ranges:
             return self._with_retries(key, lambda: self._copied(key))
         raw = self._open_remote(key)
         return cast(BinaryIO, io.BufferedReader(raw, REMOTE_BUFFER) if buffered else raw)
@@ -112,6 +117,13 @@ class Store:
             self._with_retries(key, lambda: self._put(self.path(key), data))
         except FileNotFoundError:  # gcsfs; a put needs nothing but the bucket
             raise no_bucket(f"{self.root}/{key}") from None
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Put a file of any size as one object, without having it in memory: whole or not there."""
+        if self.is_local:
+            self._with_retries(key, lambda: _copy_file(path, self.path(key)))
+        else:
+            self._with_retries(key, lambda: self._single.put_file(str(path), self.path(key)))
 
     def exists(self, key: str) -> bool:
         try:
@@ -296,11 +308,20 @@ def _is_object(key: str) -> bool:
 
 
 def _write_file(path: str, data: bytes) -> None:
+    _put_in_place(path, lambda file: file.write(data))
+
+
+def _copy_file(source: Path, path: str) -> None:
+    with source.open("rb") as opened:
+        _put_in_place(path, lambda file: shutil.copyfileobj(opened, file, REMOTE_BUFFER))
+
+
+def _put_in_place(path: str, write: Callable[[BinaryIO], object]) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -17,6 +17,7 @@ from cluster.training.data.shard_cache import ShardCache
 from cluster.training.data.shuffled import Part, ShardLoader
 from cluster.training.run_spec import RunSpec
 from cluster.training.validation import ValidationShare, held_out_share, picture_share
+from cluster.weights.node_copy import local_name
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from pcm.text.vocabulary import Vocabulary
@@ -64,7 +65,9 @@ class TrainingData:
             self._validation = held_out_share(pairs, manifest.features, **place)
             source = f"{sum(map(len, held_out))} held-out synthetic pairs"
         else:
-            encoder = ClipEncoder.from_spec(manifest.spec.clip, model=run.clip, device=str(self._device))
+            clip = manifest.spec.clip
+            clip_place = local_name(run.clip, clip.revision)
+            encoder = ClipEncoder.from_spec(clip, model=clip_place, device=str(self._device))
             self._validation = picture_share(run.validation, encoder, **place)
             source = run.validation.images
         self._loader = ShardLoader(

@@ -1,5 +1,6 @@
 """Ray's TorchTrainer as training uses it: where workers are placed, where checkpoints go, what is tried again."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,9 @@ from ray.train.torch import TorchConfig
 
 from cluster.ray_internals import (
     DefaultFailurePolicy,
+    ElasticScalingPolicy,
     FailureDecision,
+    NoopDecision,
     PolicyTrainer,
     TorchBackend,
     TrainingFailedError,
@@ -40,7 +43,7 @@ def make_trainer(
     *,
     out: Store,
     score: str,
-    num_workers: int,
+    sizes: tuple[int, ...],
     cpus: int,
     on_gpus: bool,
     labels: Mapping[str, str],
@@ -48,17 +51,21 @@ def make_trainer(
     max_failures: int,
     joined: bool,
 ) -> PolicyTrainer:
-    """A trainer of `num_workers` workers with `cpus` CPUs each and, `on_gpus`, one GPU.
+    """A trainer of a group of workers with `cpus` CPUs each and, `on_gpus`, one GPU.
 
+    `sizes`: how many workers the group may have, ascending. With several it takes as many as there is room for, goes on
+    with fewer from its last checkpoint when a node is lost, and with more after a checkpoint when there is room.
     `labels`: workers are placed on nodes that have these. Of the checkpoints those with the `keep_checkpoints` highest
     `score` are kept, and the newest. `joined`: the cluster is not this process's own.
     """
-    return (_Trainer if joined else _LocalTrainer)(
+    elastic: dict[str, Any] = {"elastic_resize_monitor_interval_s": 0.0} if len(sizes) > 1 else {}
+    trainer = (_Trainer if joined else _LocalTrainer)(
         train_loop,  # type: ignore[arg-type]  # V2 takes a return value; Ray's annotations here are still V1's
         train_loop_config=loop_config,
         torch_config=_TorchConfig(),
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
-            num_workers=num_workers,
+            num_workers=(sizes[0], sizes[-1]) if len(sizes) > 1 else sizes[0],  # type: ignore[arg-type]
+            **elastic,
             use_gpu=on_gpus,
             resources_per_worker={"CPU": cpus, **({"GPU": 1} if on_gpus else {})},
             label_selector=dict(labels) or None,
@@ -74,6 +81,9 @@ def make_trainer(
             ),
         ),
     )
+    if len(sizes) > 1:
+        trainer.scaling_policy = lambda scaling_config: _GroupSizes(scaling_config, sizes)
+    return trainer
 
 
 class _Backend(TorchBackend):
@@ -106,6 +116,35 @@ class _FailurePolicy(DefaultFailurePolicy):
         if worker_input_error(training_failed_error) is not None:
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
+
+
+class _GroupSizes(ElasticScalingPolicy):
+    """Ray's elastic group, in sizes that can share a batch. It grows right after a checkpoint: no step is lost."""
+
+    def __init__(self, scaling_config: Any, sizes: tuple[int, ...]) -> None:
+        super().__init__(scaling_config)
+        self._sizes = sizes
+        self._reports: Counter[int] = Counter()  # checkpoints, by rank
+        self._complete = 0
+        self._group_started: float | None = None
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        room = super()._count_possible_workers(reserved_resources)
+        return max((size for size in self._sizes if size <= room), default=0)
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        statuses = worker_group_status.worker_statuses
+        if worker_group_state.start_time != self._group_started:
+            self._group_started = worker_group_state.start_time
+            self._reports.clear()
+            self._complete = 0
+        for rank, status in statuses.items():
+            self._reports[rank] += bool(status.training_report and status.training_report.checkpoint)
+        complete = min(self._reports[rank] for rank in statuses)
+        if complete == self._complete:
+            return NoopDecision()
+        self._complete = complete
+        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
 
 
 class _Trainer(PolicyTrainer):

@@ -6,7 +6,16 @@ from typing import Any, ClassVar
 
 from cluster.generation.presets import GENERATION_PRESETS
 from cluster.generation.request import GenerationOptions
-from cluster.options import Request, check_at_least, option, options_of, parse_setting, refuse_without, shared
+from cluster.options import (
+    Request,
+    check_at_least,
+    option,
+    options_of,
+    parse_count,
+    parse_setting,
+    refuse_without,
+    shared,
+)
 from cluster.sources.picture_source import PictureSource
 from cluster.training.config import (
     TRAINING_PRESETS,
@@ -151,7 +160,11 @@ class TrainingOptions(SettingsOptions):
     device: str = option(
         "auto", choices=DEVICES, help="auto is cuda where the cluster has a GPU; one that is named is waited for"
     )
-    num_workers: int | None = option(None, help="DDP workers", unset="one a GPU, or one")
+    num_workers: int | tuple[int, int] | None = option(
+        None, metavar="N|MIN:MAX", parse=parse_count,
+        help="DDP workers, or the least and most of a group that goes on as nodes come and go",
+        unset="one a GPU, or one",
+    )  # fmt: skip
     cpus_per_worker: int | None = option(
         None, help="CPUs a worker reserves and uses", unset="all of the cluster, divided; one where it has none yet"
     )

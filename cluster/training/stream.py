@@ -51,6 +51,11 @@ def stream(request: StreamRequest) -> dict[str, Any]:
     if (asked.clip or asked.t2i) == "null":
         raise InputError("--clip null: gives no features to train on; name an open_clip model")
     training = request.training
+    if isinstance(request.num_workers, tuple):
+        raise InputError(
+            "--num-workers MIN:MAX: a stream's workers are as many from its beginning to its end, for generation takes "
+            "what they leave; give one number"
+        )
     check_settings(training)
     require_metrics()
     require_joint_patches(asked.clip or "embedded")
@@ -71,6 +76,7 @@ def stream(request: StreamRequest) -> dict[str, Any]:
 
 def _training_share(request: StreamRequest, *, device: str) -> tuple[int, int, int]:
     """(workers, CPUs of each, GPUs of each): on GPUs one worker with one of them, on CPUs half of them."""
+    assert not isinstance(request.num_workers, tuple)
     workers = request.num_workers or 1
     if device == "cuda":
         return workers, request.cpus_per_worker or 1, 1

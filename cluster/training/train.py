@@ -37,6 +37,7 @@ from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import check_compile
+from cluster.weights.node_copy import local_name
 from pcm.captioners.interface import CLIP_OPTION
 from pcm.clip.names import refuse_place, resolve_clip_name
 from pcm.documents import document_bytes
@@ -93,15 +94,16 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes a node of this machine away
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # so soon is seen that training has ended
     start_ray()
-    place = _place(request, joined=joined)
-    _check_place(config, place)
+    place = _place(request, config, joined=joined)
+    if place.device == "cpu":
+        check_compile(config, device_type="cpu")
     out.write_bytes(CONFIG_KEY, document_bytes(document))
     trainer = make_trainer(
         train_loop,
         {"run": _run(request, sets, vocabularies, config, document, cpus=place.cpus, device=place.device)},
         out=out,
         score=SCORE,
-        num_workers=place.num_workers,
+        sizes=place.sizes,
         cpus=place.cpus,
         on_gpus=place.device == "cuda",
         labels=request.worker_labels,
@@ -319,27 +321,34 @@ def check_settings(request: TrainRequest) -> None:
 def _check_request(request: TrainRequest, config: TrainConfig | None) -> None:
     """Raises InputError for what cannot be, whatever the cluster is."""
     if config is not None and request.num_workers is not None:
-        _check_batch(config, num_workers=request.num_workers)
+        group_sizes(config, request.num_workers)
     if request.clip is not None:
-        resolve_clip_name(request.clip)
+        resolve_clip_name(local_name(request.clip))
     if request.validation is None:
         log.info("no --val-images: the best epoch is chosen on a held-out part of the synthetic pairs")
     else:
         check_source(request.validation)
 
 
-def _check_batch(config: TrainConfig, *, num_workers: int) -> None:
-    """Raises InputError for a batch that so many workers cannot share."""
-    if config.batch_size % num_workers:
+def group_sizes(config: TrainConfig, asked: int | tuple[int, int]) -> tuple[int, ...]:
+    """How many workers a group may have, ascending: of a number itself, of (least, most) those that can share a batch.
+
+    Raises InputError where none can.
+    """
+    least, most = asked if isinstance(asked, tuple) else (asked, asked)
+    found = [size for size in range(least, most + 1) if _shares_batch(config, size)]
+    if not found:
+        named = f"{least}:{most}" if isinstance(asked, tuple) else f"{asked}"
+        possible = [str(size) for size in range(1, config.batch_size + 1) if _shares_batch(config, size)]
         raise InputError(
-            f"batch size {config.batch_size}: cannot be divided evenly among {num_workers} workers; "
-            "change batch_size or --num-workers"
+            f"--num-workers {named}: batch size {config.batch_size} with grad_accumulation {config.grad_accumulation} "
+            f"cannot be divided evenly among so many; possible are {', '.join(possible)}, or change batch_size"
         )
-    if config.batch_size // num_workers % config.grad_accumulation:
-        raise InputError(
-            f"grad_accumulation {config.grad_accumulation}: does not divide the {config.batch_size // num_workers} "
-            "rows that a worker has of a batch; change it, batch_size or --num-workers"
-        )
+    return tuple(found)
+
+
+def _shares_batch(config: TrainConfig, workers: int) -> bool:
+    return config.batch_size % workers == 0 and config.batch_size // workers % config.grad_accumulation == 0
 
 
 @dataclass(frozen=True)
@@ -347,15 +356,20 @@ class _Place:
     """Where a run is trained: so many workers with so many CPUs each, and a GPU where the device is cuda."""
 
     device: str
-    num_workers: int
+    sizes: tuple[int, ...]  # that the group of workers may have, ascending
     cpus: int
+
+    @property
+    def num_workers(self) -> int:
+        """The least that training begins with."""
+        return self.sizes[0]
 
     @property
     def gpus(self) -> int:
         return self.num_workers if self.device == "cuda" else 0
 
 
-def _place(request: TrainRequest, *, joined: bool) -> _Place:
+def _place(request: TrainRequest, config: TrainConfig, *, joined: bool) -> _Place:
     """What is asked of the cluster: where the device is named, also what it has not yet, for a cluster may grow.
 
     Raises InputError where nobody says what to wait for, and for what the cluster cannot give.
@@ -368,9 +382,15 @@ def _place(request: TrainRequest, *, joined: bool) -> _Place:
             "training waits for its workers"
         )
     device = resolve_device(request.device, cluster_gpus=gpus)
-    workers = request.num_workers or max(gpus if device == "cuda" else 0, 1)
-    place = _Place(device, workers, request.cpus_per_worker or max(1, cpus // workers))
-    if named:
+    sizes = group_sizes(config, request.num_workers or max(gpus if device == "cuda" else 0, 1))
+    workers = sizes[-1]
+    place = _Place(device, sizes, request.cpus_per_worker or max(1, cpus // workers))
+    if len(sizes) > 1 and not joined:
+        raise InputError(
+            f"--num-workers {sizes[0]}:{workers}: no nodes come to this machine; give a number, or join a cluster "
+            "(RAY_ADDRESS)"
+        )
+    if named or len(sizes) > 1:
         return place
     if place.gpus > gpus:
         raise InputError(f"--num-workers {workers}: the cluster has {gpus} GPUs, and each worker takes one")
@@ -379,13 +399,6 @@ def _place(request: TrainRequest, *, joined: bool) -> _Place:
             f"--num-workers {workers} with {place.cpus} CPUs each: the cluster has {cpus} CPUs; take fewer"
         )
     return place
-
-
-def _check_place(config: TrainConfig, place: _Place) -> None:
-    """Raises InputError for a config that cannot be trained there."""
-    if place.device == "cpu":
-        check_compile(config, device_type="cpu")
-    _check_batch(config, num_workers=place.num_workers)
 
 
 def _history(out: Store) -> list[dict[str, Any]]:

@@ -131,12 +131,15 @@ class Captioner:
         device: str = "auto",
         beam_size: int = BEAM_SIZE,
         concepts: ConceptVocabulary | None = None,
+        find_clip: Callable[[str, str | None], str] | None = None,
     ) -> Self:
         """The captioner in a checkpoint folder (a run's own folder means its `best`), or an ensemble of several.
 
         `clip` replaces the encoder that the checkpoint names, such as a folder that has moved, `concepts` those beside
-        it. The CLIP is loaded when the first picture comes. A checkpoint alone may name only a CLIP that is known here;
-        a folder, file or hub repo must be named by `clip` or by the record of the run that the checkpoint lies in.
+        it. `find_clip` says where the CLIP that the checkpoint names (its name, its revision) is on this machine, where
+        that is elsewhere. The CLIP is loaded when the first picture comes. A checkpoint alone may name only a CLIP that
+        is known here; a folder, file or hub repo must be named by `clip` or by the record of the run that the
+        checkpoint lies in.
         Raises InputError when files are missing or do not belong together.
         """
         folders = [checkpoint_folder(Path(each)) for each in ([path] if isinstance(path, (str, Path)) else path)]
@@ -162,6 +165,8 @@ class Captioner:
             assert isinstance(name, str)
             if not clip and name != named_by_run:
                 refuse_place(name, source=str(folder / CONFIG_FILE))
+            if not clip and find_clip:
+                name = find_clip(name, revision)
             # Nobody stores these features: one picture need not cost a batch of 32.
             found = ClipEncoder(
                 name, device=device, dtype=trained_on["dtype"], revision=revision, exact=False, **recorded

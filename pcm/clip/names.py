@@ -37,10 +37,11 @@ def resolve_clip_name(name: str) -> tuple[str, str | None]:
     return architecture, pretrained
 
 
-def refuse_place(name: str, *, source: str) -> None:
+def refuse_place(name: str, *, source: str, option: str = "clip") -> None:
     """Raises InputError for a NAME that only a file says, `source`, where it stands for a folder, file or hub repo.
 
-    Whoever made the file could name any. "embedded", "null" and open_clip's own tags are allowed: they are known here.
+    `option` is the one by which it is named. Whoever made the file could name any. "embedded", "null" and
+    open_clip's own tags are allowed: they are known here.
     """
     if name in ("embedded", "null"):
         return
@@ -48,7 +49,7 @@ def refuse_place(name: str, *, source: str) -> None:
     if pretrained not in _open_clip().list_pretrained_tags_by_model(architecture):
         raise InputError(
             f"{source}: names the CLIP {name!r}, a folder, file or hub repo, which is opened only where you name it "
-            f"too; if you trust it, give --clip {name} (clip= in Python)"
+            f"too; if you trust it, give --{option} {name} ({option.replace('-', '_')}= in Python)"
         )
 
 

@@ -66,7 +66,7 @@ def model_memory(spec: GeneratorSpec) -> ModelMemory | None:
     wanted = [part for part in index.components if part not in spec.without]
     try:
         names, count = _files_of(index)
-        weights = {part: sum(map(count, _chosen(part, names, spec.variant))) for part in wanted}
+        weights = {part: sum(map(count, loaded_files(part, names, spec.variant))) for part in wanted}
     except (OSError, ValueError) as error:
         log.warning("%s: how much memory it takes is not known (%s)", spec.model, first_line(error))
         return None
@@ -142,7 +142,7 @@ def _files_of(index: PipelineIndex) -> tuple[list[str], Callable[[str], int]]:
         raise OSError(first_line(error)) from None
 
 
-def _chosen(part: str, names: Iterable[str], variant: str | None) -> list[str]:
+def loaded_files(part: str, names: Iterable[str], variant: str | None) -> list[str]:
     """The part's files that are loaded: the variant's where it has some, else those without one."""
     inside = [name for name in names if name.startswith(f"{part}/") and name.endswith(".safetensors")]
     plain = [name for name in inside if _PLAIN.fullmatch(name.partition("/")[2])]

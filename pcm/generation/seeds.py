@@ -49,6 +49,31 @@ def attempt_seed(seed: int, attempt: int) -> int:
     return seed + attempt
 
 
+#: Seeds of redraws begin here; those of a dataset's own samples lie below 2**53, their further attempts a few above.
+_REDRAWS = 2**54
+#: Between the seeds of two redraws of a sample: more than --max-attempts may be, and odd.
+REDRAW_STEP = 4099
+
+
+def redraw_id(sample_id: str, seed: int, attempt: int) -> str:
+    """What redraw 1, 2, ... of a sample is called whose stored picture has `seed`: "000000123-00/81985529216+1"."""
+    return f"{sample_id}/{seed}+{attempt}"
+
+
+def redraw_seed(redraw_id: str, caption: str) -> int:
+    """Seed of a redraw: 2**54 + 53 bits of the sha256 of ["redraw", SAMPLE_ID/SEED, caption] + 4099 * (attempt - 1).
+
+    So it never meets the seed of a dataset's own sample or of its further attempts (`sample_seed`, `attempt_seed`), of
+    this or another picture of the caption: they are smaller. And a defective redraw, which is tried again with the next
+    seeds, never meets another redraw of its sample: it has fewer than REDRAW_STEP attempts. Raises ValueError for
+    another id than `redraw_id` gives.
+    """
+    redrawn, _, attempt = redraw_id.rpartition("+")
+    key = json.dumps(["redraw", redrawn, caption])
+    digest = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 11
+    return _REDRAWS + digest + REDRAW_STEP * (int(attempt) - 1)
+
+
 @functools.lru_cache(maxsize=8)
 def _pictures_digest(generator: GeneratorSpec, seed: int, version: int) -> str:
     if version > 1:

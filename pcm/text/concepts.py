@@ -1,13 +1,12 @@
 """The concepts a picture may hold: the most frequent nouns of a corpus, each with its CLIP text embedding.
 
-Equation 1 of arXiv 2501.00437 retrieves concepts from this vocabulary. Nouns are found by spaCy where one of its
-English models is installed, else with the noun lexicon in `pcm/text/nouns` (made from WordNet); nothing is ever
-downloaded.
+Equation 1 of arXiv 2501.00437 retrieves concepts from this vocabulary. Nouns are found with the noun lexicon in
+`pcm/text/nouns` (made from WordNet), or by an installed spaCy model that is asked for by name. Nothing is downloaded,
+and the vocabulary does not depend on what else is installed.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections import Counter
@@ -34,7 +33,8 @@ TEMPLATES = (
     "a picture of a {}.",
     "there is a {} in the scene.",
 )
-SPACY_MODELS = ("en_core_web_sm", "en_core_web_md", "en_core_web_lg", "en_core_web_trf")
+#: The `nouns` that need nothing installed.
+LEXICON_NOUNS = "lexicon"
 LEXICON = Path(__file__).parent / "nouns" / "nouns.txt"
 
 _WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
@@ -80,7 +80,7 @@ class ConceptVocabulary:
         at_least: int = 5,
         min_count: int = 1,
         templates: Sequence[str] = TEMPLATES,
-        nouns: str = "auto",
+        nouns: str = LEXICON_NOUNS,
     ) -> ConceptVocabulary:
         """The `size` most frequent nouns of the captions, or as many as there are; never padded.
 
@@ -167,17 +167,13 @@ def most_frequent(counts: Counter[str], size: int) -> list[str]:
     return sorted(counts, key=lambda name: (-counts[name], name))[:size]
 
 
-def noun_finder(nouns: str = "auto") -> tuple[str, Callable[[Iterable[str]], Iterable[str]]]:
+def noun_finder(nouns: str = LEXICON_NOUNS) -> tuple[str, Callable[[Iterable[str]], Iterable[str]]]:
     """How nouns are found: (what to record as the source, a function from captions to every noun in them).
 
-    nouns: "lexicon", the name of an installed spaCy model, or "auto" (the first of `SPACY_MODELS` that is
-    installed, else the lexicon). Raises InputError.
+    nouns: "lexicon", or the name of an installed spaCy model. Raises InputError.
     """
-    if nouns == "auto":
-        installed = importlib.util.find_spec("spacy") is not None
-        nouns = next((m for m in SPACY_MODELS if installed and importlib.util.find_spec(m) is not None), "lexicon")
-    if nouns == "lexicon":
-        return "lexicon", lexicon_nouns
+    if nouns == LEXICON_NOUNS:
+        return LEXICON_NOUNS, lexicon_nouns
     return f"spacy:{nouns}", _spacy_nouns(nouns)
 
 

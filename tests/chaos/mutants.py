@@ -47,6 +47,76 @@ MUTANTS = (
         ("tests/cluster/training/test_train.py::test_a_run_of_another_row_order_is_refused",),
     ),
     Mutant(
+        "featurise --data: a shard that is there is not made again",
+        "cluster/ingest/another_clip.py", "if shard_key(number) not in there]", "]",
+        ("tests/cluster/ingest/test_another_clip.py::"
+         "test_what_is_there_is_not_made_again_and_the_result_is_the_same",),
+    ),
+    Mutant(
+        "featurise --data: a shard comes after its facts, so that a kill between the two leaves none without",
+        "cluster/ingest/another_clip.py",
+        "        self._out.write_bytes(facts_key(row.shard), parquet_bytes(facts.replace_schema_metadata({_SHARD: told})))\n"
+        "        self._out.write_bytes(shard_key(row.shard), data)\n",
+        "        self._out.write_bytes(shard_key(row.shard), data)\n"
+        "        self._out.write_bytes(facts_key(row.shard), parquet_bytes(facts.replace_schema_metadata({_SHARD: told})))\n",
+        ("tests/cluster/ingest/test_another_clip.py::test_a_kill_between_facts_and_shard_is_made_good",),
+    ),
+    Mutant(
+        "featurise --data: another device or precision is not mixed with what was begun",
+        "cluster/ingest/another_clip.py",
+        "if (begun.device, begun.dtype, begun.batch_size, begun.cpu_threads) != mine:", "if False:",
+        ("tests/cluster/ingest/test_another_clip.py::test_another_clip_or_source_is_not_mixed_with_what_was_begun",),
+    ),
+    Mutant(
+        "refine: features of another dataset do not find the pictures",
+        "cluster/curation/refine.py", "if lineage.sources[0].sha256 != source.sha256:", "if False:",
+        ("tests/cluster/curation/test_refine.py::test_only_the_same_dataset_by_another_clip_may_find_the_pictures",),
+    ),
+    Mutant(
+        "redraw: what a budget buys is found once",
+        "cluster/curation/redraw_view.py", "found = json.loads(out.read_bytes(PLAN_KEY))", "raise FileNotFoundError",
+        ("tests/cluster/curation/test_redraw.py::test_what_a_budget_buys_is_found_once",),
+    ),
+    Mutant(
+        "redraw: further attempts at one redraw meet no other redraw",
+        "pcm/generation/seeds.py", "REDRAW_STEP * (int(attempt) - 1)", "(int(attempt) - 1)",
+        ("tests/pcm/generation/test_redraw_seeds.py::"
+         "test_redraws_of_a_sample_and_their_further_attempts_never_meet",),
+    ),
+    Mutant(
+        "redraw: a picture that could not be made is not kept",
+        "cluster/curation/redraw_view.py", "for redraw in np.flatnonzero(np.isfinite(drawn.score)).tolist():\n"
+        "                row = int(drawn.redraws.row[redraw])\n"
+        "                if drawn.score[redraw] > score[row]:",
+        "for redraw in range(len(drawn.score)):\n"
+        "                row = int(drawn.redraws.row[redraw])\n"
+        "                if not drawn.score[redraw] <= score[row]:",
+        ("tests/cluster/curation/test_redraw.py::"
+         "test_a_redraw_that_cannot_be_made_is_counted_and_the_old_picture_stays",),
+    ),
+    Mutant(
+        "redraw: a round of other redraws is not taken for this one",
+        "cluster/curation/redraw/rounds.py", "if found.asked() != plan.asked():", "if False:",
+        ("tests/cluster/curation/test_redraw.py::test_a_round_that_was_changed_from_outside_is_named",),
+    ),
+    Mutant(
+        "verify: the seeds of redraws follow from their ids and captions",
+        "cluster/dataset/shard_check.py",
+        "if part[\"seed\"].to_pylist() != [redraw_seed(corpus_id, caption) for corpus_id, caption in named]:", "if False:",
+        ("tests/cluster/curation/test_redraw.py::test_verify_finds_another_seed_in_a_rounds_plan",),
+    ),
+    Mutant(
+        "generate --spec: a model that is another now is refused",
+        "cluster/generation/like.py", "    if off:", "    if False:",
+        ("tests/cluster/generation/test_like.py::test_a_model_that_is_another_now_is_refused",),
+    ),
+    Mutant(
+        "verify --redraw: pictures that differ in the same environment are no success",
+        "cluster/generation/redraw_check.py", '"ok": not different or bool(elsewhere),', '"ok": True,',
+        ("tests/cluster/generation/test_redraw_check.py::"
+         "test_a_picture_that_differs_is_measured_and_is_no_success",),
+    ),
+    Mutant(
         "what float32 cannot tell apart is a candidate",
         "cluster/curation/sync/nearest.py", "    return float(unit / (1 - unit) * longest)", "    return -2 * UNIT",
         ("tests/cluster/curation/sync/test_nearest.py::test_the_nearest_are_those_of_brute_force",),
@@ -60,6 +130,21 @@ MUTANTS = (
         "a sentence encoder's own code is refused by name",
         "cluster/curation/sync/sentences.py", "if package.partition(\".\")[0] != _PACKAGE or part not in _PARTS:", "if False:",
         ("tests/cluster/curation/sync/test_sentences.py::test_python_of_a_models_own_is_refused_by_name",),
+    ),
+    Mutant(
+        "an object of other bytes is no part of a copy of weights",
+        "cluster/weights/node_copy.py", "    if found != file.sha256:", "    if False:",
+        ("tests/cluster/weights/test_node_copy.py::test_a_harmed_object_is_refused_and_mended_by_staging_again",),
+    ),
+    Mutant(
+        "other weights than were pinned are not fetched",
+        "cluster/weights/node_copy.py", "    if manifest.revision != revision:", "    if False:",
+        ("tests/cluster/weights/test_node_copy.py::test_other_weights_than_pinned_are_refused",),
+    ),
+    Mutant(
+        "one process of a machine fetches weights at a time",
+        "cluster/weights/node_copy.py", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+        ("tests/cluster/weights/test_node_copy.py::test_two_processes_make_one_copy",),
     ),
     Mutant(
         "a CLIP's configuration may say only what is on the list",
@@ -752,7 +837,7 @@ MUTANTS = (
     Mutant(
         "features of another CLIP are not mixed, whatever name is given to it",
         "cluster/dataset/together.py", "if not all(torch.equal(head[name], other_head[name]) for name in head):", "if False:",
-        ("tests/jobs/test_import_official.py::test_imported_features_are_mixed_with_those_of_one_clip_alone",),
+        ("tests/jobs/test_import_official.py::test_imported_features_are_mixed_with_those_of_the_same_clip_alone",),
     ),
     Mutant(
         "an ensemble is of one vocabulary",

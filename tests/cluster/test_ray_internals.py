@@ -11,6 +11,7 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution import train_fn_utils
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
 from cluster import ray_internals
 from cluster.ray_internals import LocalReports, PolicyTrainer, train_in_this_process
@@ -28,6 +29,12 @@ def parameters(function: object) -> list[str]:
         (DefaultFailurePolicy.__init__, ["self", "failure_config"]),
         (DefaultFailurePolicy.make_decision, ["self", "training_failed_error"]),
         (PlacementGroupCleanerCallback.__init__, ["self"]),
+        (ElasticScalingPolicy.__init__, ["self", "scaling_config"]),
+        (ElasticScalingPolicy._count_possible_workers, ["self", "reserved_resources"]),
+        (
+            ElasticScalingPolicy.make_decision_for_running_worker_group,
+            ["self", "worker_group_state", "worker_group_status"],
+        ),
         (TorchTrainer._initialize_and_run_controller, ["self", "controller_init_kwargs"]),
         (TorchTrainer._create_default_callbacks, ["self"]),
         (train_fn_utils.set_train_fn_utils, ["train_fn_utils"]),
@@ -76,7 +83,11 @@ def test_a_trainer_gives_its_controller_our_policy(monkeypatch: pytest.MonkeyPat
     trainer = Trainer(lambda: None, scaling_config=ray.train.ScalingConfig(num_workers=1), run_config=run_config)
     trainer._initialize_and_run_controller(failure_policy=None, callbacks=[])
     assert isinstance(given["failure_policy"], Policy) and given["callbacks"] == []
-    assert "failure_policy=" in inspect.getsource(TorchTrainer.fit), "fit() passes the policy by this name"
+    for name in ("failure_policy=", "scaling_policy="):
+        assert name in inspect.getsource(TorchTrainer.fit), "fit() passes the policy by this name"
+    trainer.scaling_policy = lambda scaling_config: scaling_config
+    trainer._initialize_and_run_controller(failure_policy=None, scaling_policy=None, callbacks=[])
+    assert given["scaling_policy"] is trainer.scaling_config
 
 
 def test_the_clean_up_after_a_lost_controller_can_be_left_out() -> None:

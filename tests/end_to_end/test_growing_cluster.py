@@ -52,3 +52,40 @@ def test_training_waits_for_its_worker_and_says_so(head: Cluster, tmp_path: Path
     printed, said = job.communicate(timeout=300)
     assert job.returncode == 0, said
     assert json.loads(printed.splitlines()[-1])["epochs"] == 1 and (out / "best" / "model.safetensors").exists()
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of a run, in order."""
+    rows = [json.loads(line) for file in sorted(run.glob("losses/*.jsonl")) for line in file.read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def read_until(job: subprocess.Popen, said: str) -> None:
+    assert job.stderr is not None
+    lines = []
+    while not lines or said not in lines[-1]:
+        lines.append(job.stderr.readline())
+        assert lines[-1], "".join(lines)
+
+
+def test_a_group_of_workers_grows_and_shrinks_with_the_cluster(head: Cluster, tmp_path: Path, tiny_clip: Path) -> None:
+    """With a node that comes and one that is lost the losses are those of an undisturbed run on one worker."""
+    data, out = write_dataset(tmp_path / "data", tiny_clip, rows=96), tmp_path / "run"
+    epochs = ["--epochs", "16"]
+    first = head.add_node(num_cpus=1, object_store_memory=100_000_000)
+    job = start(head, data, out, "--device", "cpu", "--num-workers", "1:2", "--cpus-per-worker", "1", *epochs)
+    read_until(job, "1 worker(s) on cpu")
+    head.add_node(num_cpus=1, object_store_memory=100_000_000)
+    read_until(job, "2 worker(s) on cpu")
+    head.remove_node(first, allow_graceful=False)
+    read_until(job, "1 worker(s) on cpu")
+    _, said = job.communicate(timeout=600)
+    assert job.returncode == 0, said[-3000:]
+
+    alone = start(head, data, tmp_path / "alone", "--device", "cpu", "--cpus-per-worker", "1", *epochs)
+    _, said = alone.communicate(timeout=600)
+    assert alone.returncode == 0, said[-3000:]
+    steps, values = zip(*losses(out), strict=True)
+    undisturbed_steps, undisturbed = zip(*losses(tmp_path / "alone"), strict=True)
+    assert steps == undisturbed_steps
+    assert values == pytest.approx(undisturbed, rel=1e-4)

@@ -55,6 +55,7 @@ ORDER = {
         "numbers",
         "charts",
         "store",
+        "weights",
         "sources",
         "dataset",
         "generation",

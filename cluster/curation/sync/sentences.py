@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cluster.generation.hub import pin_repo
 from cluster.store.retries import load_with_retries
+from cluster.weights.hub import pin_repo
 from pcm.clip.names import folder_revision, is_commit
 from pcm.documents import read_document
 from pcm.errors import InputError, first_line

@@ -4,6 +4,7 @@
     candidates   of a block of captions: the K nearest pictures          (nearest.py)
     describers   of a block of pictures: the K_r nearest captions        (nearest.py)
     choices      of a block of captions: its picture and score           (choice.py)
+    scores       of a block of captions and their pictures, by another CLIP than the one that found these
 
 An object's key holds what decides it: `work` is named after the data and the encoders, a block's folder after K and
 K_r, a block after its first and last row. So a run that was interrupted goes on where it was, with another block size
@@ -30,7 +31,7 @@ from cluster.curation.sync.choice import (
     kept_in_order,
     sentence_scores,
 )
-from cluster.curation.sync.nearest import nearest
+from cluster.curation.sync.nearest import nearest, pair_cosines
 from cluster.curation.sync.sentences import SentenceSpec
 from cluster.curation.sync.settings import WORK, SyncSettings
 from cluster.curation.sync.vectors import (
@@ -171,6 +172,21 @@ def match(
     return Choice(*(np.concatenate([block[name] for block in found]) for name in Choice.__dataclass_fields__))
 
 
+def cosines_of(
+    out: Store, work: str, vectors: Vectors, picture: np.ndarray, tasks: Tasks, *, block_size: int
+) -> np.ndarray:
+    """(U,) float64: the cosine of each of the U different captions and the picture of row `picture` (U,) int64; minus
+    infinity where that is -1."""
+    decides = hashlib.sha256(np.ascontiguousarray(picture, np.int64).tobytes()).hexdigest()[:16]
+    blocks = _Blocks(f"{work}/cosines-{decides}", len(vectors.captions), block_size)
+    shared = tasks.share(picture)
+    calls = {
+        key: (out, key, vectors.captions, vectors.pictures, start, end, shared) for key, start, end in blocks.ranges()
+    }
+    _run(tasks, out, work, _pair_block, calls, what="scores")
+    return np.concatenate([block["cosine"] for block in blocks.read(out)])
+
+
 def stored_rows(manifest: Manifest, out: Store, work: str) -> pa.Table:
     """sample_id, caption and clip_score of every row, once `refine_pairs` has been there."""
     return pa.concat_tables([read_table(out, rows_key(work, group.number)) for group in groups_of(manifest)])
@@ -220,6 +236,13 @@ def _choose_block(
     scores = sentence_scores(sentences.rows(start, end), sentences, found["indices"], described)
     choice = choose(found["indices"], found["cosines"], scores)
     _write(out, key, picture=choice.picture, score=choice.score, cosine=choice.cosine)
+
+
+def _pair_block(
+    out: Store, key: str, captions: StoredParts, pictures: StoredParts, start: int, end: int, picture: np.ndarray
+) -> None:
+    wanted = picture[start:end, np.newaxis]  # (B, 1)
+    _write(out, key, cosine=pair_cosines(captions.rows(start, end), pictures, wanted)[:, 0])
 
 
 def _write(out: Store, key: str, **arrays: np.ndarray) -> None:

@@ -25,6 +25,7 @@ from cluster.dataset.layout import Manifest, StoredShard, parquet_bytes, read_ta
 from cluster.dataset.rows import features_of, read_shard, scores_of
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
+from cluster.weights.node_copy import local_name
 from pcm.errors import InputError
 from pcm.spec import ClipSpec
 
@@ -222,4 +223,5 @@ def read_array(store: Store, key: str) -> np.ndarray:
 def _text_tower(spec: ClipSpec, clip: str, device: str) -> "ClipEncoder":
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
-    return load_with_retries(lambda: ClipEncoder.from_spec(spec, model=clip, device=device), model=clip)
+    place = local_name(clip, spec.revision)
+    return load_with_retries(lambda: ClipEncoder.from_spec(spec, model=place, device=device), model=clip)

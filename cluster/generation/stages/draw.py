@@ -8,11 +8,13 @@ import pyarrow as pa
 
 from cluster.dataset.layout import read_table
 from cluster.dataset.plan import sample_id
+from cluster.generation.environment import environment, store_environment
 from cluster.generation.gpu_share import keep_to_gpu_share
 from cluster.generation.stages.merge import to_retry
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
+from cluster.weights.node_copy import local_generator
 from pcm.generation.drawing import UNGUARDED, Drawing, Request, TextToImage
 from pcm.generation.loading import load_generator
 from pcm.reasons import USABLE
@@ -46,17 +48,22 @@ class DrawShard:
         # Before the model is loaded, because a process may die of that too.
         self._guard = _run_guard(*watched_by, spec.generator) if watched_by and spec.generator.model != "null" else None
         self._generator = load_with_retries(lambda: self.load(spec.generator), model=spec.generator.model)
+        self._environment = ""  # its digest, once this process has said where it draws
 
     @staticmethod
     def load(spec: GeneratorSpec) -> TextToImage:
         """The model; a subclass may bring its own."""
-        return load_generator(spec)
+        return load_generator(local_generator(spec))
 
     def __call__(self, block: pa.Table) -> pa.Table:
         shard = block["shard"][0].as_py()
         started = time.time()
         if self._guard:
             self._guard.begin_shard(shard)
+        if not self._environment:
+            generator = self._spec.generator
+            found = environment(device=generator.device, loads_models=generator.model != "null")
+            self._environment = store_environment(self._store, found)
         planned = read_table(self._store, block["part"][0].as_py())
         drawn = self.draw(to_retry(self._store, shard, planned, self._retry) if self._retry else planned)
         if self._guard:
@@ -73,7 +80,7 @@ class DrawShard:
             {"sample_id": sample_id(*divmod(position, per_caption)), "error": error}
             for position, error in (self._guard.errors if self._guard else [])
         ]
-        return {"errors": errors, "device_name": self._generator.device_name}
+        return {"errors": errors, "device_name": self._generator.device_name, "environment": self._environment}
 
     def draw(self, plan: pa.Table) -> pa.Table:
         """The plan's rows with columns image (bytes), width, height, attempts, and their final seed and reason.

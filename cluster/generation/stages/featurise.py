@@ -18,6 +18,7 @@ from cluster.generation.gpu_share import keep_to_gpu_share
 from cluster.generation.stages.shard_row import ERRORS_KEPT, ShardRow
 from cluster.generation.stages.watchdog import Watchdog
 from cluster.store.retries import load_with_retries
+from cluster.weights.node_copy import local_clip
 from pcm.errors import InputError, typed_first_line
 from pcm.images import open_image
 from pcm.reasons import CLIP_ERROR
@@ -213,4 +214,4 @@ def _load_encoder(spec: ClipSpec) -> "ClipEncoder":
 
     if spec.device == "cpu":
         torch.set_num_threads(spec.cpu_threads)
-    return ClipEncoder.from_spec(spec)
+    return ClipEncoder.from_spec(local_clip(spec))

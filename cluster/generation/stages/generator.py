@@ -1,13 +1,16 @@
 """First and second stage as an actor: it owns a GPU, takes turns, draws a shard in each, and scores it by CLIP."""
 
 import logging
+import os
 import random
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from cluster.dataset.layout import Plan
+from cluster.dataset.layout import PLAN_KEY, Plan
+from cluster.generation.reach import not_reached
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.monitor import Turn
@@ -27,7 +30,7 @@ log = logging.getLogger(__name__)
 #: lost with its node, and is waited for, may be queued behind this turn.
 LONGEST_WAIT = 60.0
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.02, 5.0  # seconds between two questions to the monitor
+FIRST_PAUSE, LONGEST_PAUSE = 0.02, 2.0  # seconds between two questions to the monitor
 FIRST_LOAD_PAUSE, LONGEST_LOAD_PAUSE = 1.0, 60.0  # seconds before a model is loaded again, with jitter
 
 
@@ -55,11 +58,13 @@ class Generator:
     ) -> None:
         import ray  # the stages are usable without it
 
-        self._drawing = draw, store, plan.spec, watched_by, retry
+        self._make_draw = partial(draw, store, plan.spec, watched_by, retry)
+        self._store = store
         self._plan = plan
         self._scoring = (plan.spec.clip, watched_by, concepts) if scores else None
         self._monitor = watched_by[0]
-        self._name = ray.get_runtime_context().get_actor_id()
+        context = ray.get_runtime_context()
+        self._name, self._node = context.get_actor_id(), context.get_node_id()
         self._draw: DrawShard | None = None
         self._score: FeaturiseShard | None = None
         self._loaded = False
@@ -83,7 +88,8 @@ class Generator:
         pause, deadline = FIRST_PAUSE, time.monotonic() + LONGEST_WAIT
         while True:
             self._load()
-            turn: Turn = self._ask("turn", self._name, number, loaded=self._loaded, anyway=time.monotonic() >= deadline)
+            anyway = time.monotonic() >= deadline
+            turn: Turn = self._ask("turn", self._name, number, node=self._node, loaded=self._loaded, anyway=anyway)
             if turn.stop:
                 raise InputError(turn.stop)
             if not turn.wait:
@@ -96,8 +102,9 @@ class Generator:
         if self._loaded or self._left_out:
             return
         try:
-            draw, *drawing = self._drawing
-            self._draw = self._draw or draw(*drawing)
+            if self._store.is_local and not self._store.exists(PLAN_KEY):
+                raise InputError(not_reached(self._store, os.uname().nodename))
+            self._draw = self._draw or self._make_draw()
             if self._scoring:
                 self._score = FeaturiseShard(*self._scoring)
             self._loaded = True

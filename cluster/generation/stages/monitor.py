@@ -44,7 +44,7 @@ MAX_SHARD_STARTS = 12
 MAX_IN_HAND = 2
 
 #: A shard is late when it takes so many times as long as the others did, from the beginning to the store.
-LATE_FACTOR = 2.0
+LATE_FACTOR = 1.5
 #: So many of the last shards tell how long one takes, and not before so many of them are known.
 SHARDS_TIMED, MIN_SHARDS_TIMED = 200, 3
 
@@ -121,6 +121,9 @@ class RunMonitor:
         self._waiting: dict[int, None] = {}  # shards that nobody has begun, in order
         self._claims: dict[int, _Claim] = {}  # by shard, the last one of each that is not stored
         self._turns: dict[int, int] = {}  # the shard of each turn that had one
+        self._loading: set[str] = set()  # generators
+        self._nodes: dict[str, str] = {}  # of generators: the id of the node of each, as it said last
+        self._drawing: dict[str, int] = {}  # the turn of each generator that draws in one
         self._writing: dict[int, tuple[int, float]] = {}  # by shard: the turn that is being stored, since when
         self._took: deque[float] = deque(maxlen=SHARDS_TIMED)  # seconds from a shard's beginning to the store
         self._suspects: dict[int, dict[int, _Suspect]] = {}  # by shard, position
@@ -148,6 +151,8 @@ class RunMonitor:
         Returns why not to: the run stops, or this generator is left out; or "".
         """
         self._last_start = self._clock()
+        self._loading.add(generator)
+        self._drawing.pop(generator, None)
         known = self._generators.get(generator)
         if known is None:
             self._generators[generator] = _Generator(where)
@@ -161,33 +166,35 @@ class RunMonitor:
         if not known.not_loaded:  # that was counted when it was said
             self._count_fruitless(known, said or hung or "killed or crashed")
         known.where, known.drawn_since_start, known.broken, known.not_loaded = where, 0, "", False
-        for shard, claim in self._claims.items():
-            if claim.generator == generator and not claim.is_drawn:
-                self._claims[shard] = replace(claim, since=-math.inf)  # others need not wait until it has loaded
+        self._give_up_claims({generator})  # others need not wait until it has loaded
         return self._stop or known.left_out
 
     def not_loaded(self, generator: str, error: str, *, again: bool) -> None:
         """A generator could not load its models. Not to be tried `again`: it is left out at once, for this reason."""
         known = self._known(generator)
         self._last_error = error
+        self._loading.discard(generator)
         known.not_loaded = True
         if again:
             self._count_fruitless(known, error)
         else:
             known.left_out = known.left_out or error
 
-    def turn(self, generator: str, number: int, *, loaded: bool = True, anyway: bool = False) -> Turn:
+    def turn(self, generator: str, number: int, *, node: str = "", loaded: bool = True, anyway: bool = False) -> Turn:
         """What a generator does in a turn. A shard's own turn has the shard's number; those at the end are negative.
 
         With too much in hand that is not on the store yet it waits, unless it is to go on `anyway`. One that could not
         be `loaded` gets no shard: its turns are over when nothing is left to draw.
         """
+        self._nodes[generator] = node
         if not loaded and not self._stop:
             self._judge_generators()
         if self._stop:
             return Turn(stop=self._stop)
         if not loaded:
             return Turn(wait=bool(self._waiting or self._claims))
+        self._loading.discard(generator)
+        self._drawing.pop(generator, None)
         shard = self._turns.get(number)
         if shard in self._claims and self._claims[shard].turn == number:  # Ray Data gives this turn again
             self._moved(self._claims[shard], shard, generator)
@@ -201,10 +208,20 @@ class RunMonitor:
         self._waiting.pop(shard, None)
         self._turns[number] = shard
         self._claims[shard] = _Claim(generator, number, self._clock())
+        self._drawing[generator] = number
         return Turn(shard)
+
+    def busy(self) -> int:
+        """Generators that load a model or draw: after the last shard, for nothing."""
+        return len(self._loading) + len(self._drawing)
+
+    def nodes(self, alive: Sequence[str]) -> None:
+        """The ids of the cluster's nodes: what generators on others were drawing may be given out again."""
+        self._give_up_claims({name for name, node in self._nodes.items() if node and node not in alive})
 
     def may_store(self, shard: int, turn: int) -> bool:
         """Whether a shard that was drawn in this turn is stored, or another drawer's is: the first one to ask wins."""
+        self._drawing = {generator: number for generator, number in self._drawing.items() if number != turn}
         if shard in self._committed:
             return False
         winner, since = self._writing.get(shard, (turn, 0.0))
@@ -232,6 +249,11 @@ class RunMonitor:
             return None
         shard = min(self._claims, key=lambda shard: self._claims[shard].since)
         return shard if self._clock() - self._claims[shard].since >= self._late_after() else None
+
+    def _give_up_claims(self, generators: set[str]) -> None:
+        for shard, claim in self._claims.items():
+            if claim.generator in generators and not claim.is_drawn:
+                self._claims[shard] = replace(claim, since=-math.inf)
 
     def _late_after(self) -> float:
         """Seconds from a shard's beginning after which it is late."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.curation.refine import FACTS, lineage_of, sync_view
+from cluster.curation.refine import FACTS, Retrieval, lineage_of, sync_view
 from cluster.curation.refine_request import RefineRequest
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import WORK
@@ -25,10 +25,12 @@ from cluster.dataset.verify import verify
 from cluster.dataset.view import claim
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
+from tests.helpers.featurised import featurise_in_process
 from tests.helpers.job_runs import JobRun
 from tests.helpers.models_from_pip import minilm_folder
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import write_dataset
+from tests.helpers.tiny_models import save_tiny_clip
 
 CALL = Callable[..., JobRun]
 
@@ -42,10 +44,15 @@ def in_this_process(data: Path, out: Path, sentences: SentenceSpec, **options: o
     """As the job does it, without Ray."""
     request = RefineRequest(data=str(data), out=str(out), method="sync", **options)  # type: ignore[arg-type]
     source, store = open_dataset(open_store(data)), open_store(out)
-    lineage = lineage_of(source, sentences, request)
+    retrieval = None
+    if request.retrieval is not None:
+        by = open_dataset(open_store(request.retrieval))
+        retrieval = Retrieval(by, by.manifest.spec.clip.model)
+    lineage = lineage_of(source, sentences, request, retrieval)
     assert claim(store, lineage) is None
     clip = source.manifest.spec.clip.model
-    return sync_view(source, store, lineage, sentences, request, InThisProcess(), clip=clip, device="cpu")
+    tasks = InThisProcess()
+    return sync_view(source, store, lineage, sentences, request, tasks, clip=clip, device="cpu", retrieval=retrieval)
 
 
 def test_a_view_has_each_kept_caption_with_the_picture_it_chose(dataset: Path, tiny_clip: Path, tmp_path: Path) -> None:
@@ -209,3 +216,54 @@ def test_a_run_that_was_killed_goes_on_to_the_same_view(dataset: Path, tmp_path:
     assert process.returncode == 0 and not changed
     assert process.stdout is not None
     assert json.loads(process.stdout.read().splitlines()[-1])["fingerprint"] == whole.fingerprint
+
+
+@pytest.fixture(scope="module")
+def by_another_clip(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset featurised by a CLIP of other weights and another width; the CLIP lies beside it."""
+    folder = tmp_path_factory.mktemp("another")
+    clip = save_tiny_clip(folder / "clip", seed=5, width=96)
+    featurise_in_process(dataset, folder / "data", clip)
+    return folder / "data"
+
+
+def test_another_clips_features_find_the_pictures_and_the_datasets_own_clip_scores_them(
+    dataset: Path, by_another_clip: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    """The choice is that of the other dataset refined alone, shown by the pictures of this one."""
+    alone = in_this_process(by_another_clip, tmp_path / "alone", SentenceSpec(model="clip"))
+    found = in_this_process(
+        dataset, tmp_path / "view", SentenceSpec(model="clip"), retrieval=str(by_another_clip), block_size=7
+    )
+    assert [store.path for store in found.pictures] == [str(dataset)]
+    assert found.fingerprint == alone.fingerprint, "the same captions with the same pictures"
+    rows = list(read_dataset(tmp_path / "view"))
+    texts = ClipEncoder(str(tiny_clip)).encode_texts([str(row.caption) for row in rows])
+    for row, text in zip(rows, texts, strict=True):
+        assert row.clip_score == pytest.approx(float(text @ row.global_feature.astype(np.float32)), abs=1e-3)  # type: ignore[union-attr]
+    plain = in_this_process(dataset, tmp_path / "plain", SentenceSpec(model="clip"))
+    assert plain.fingerprint != found.fingerprint, "the two CLIPs find other pictures"
+    assert found.lineage is not None
+    assert [source.path for source in found.lineage.sources] == [str(dataset), str(by_another_clip)]
+    assert verify(open_store(tmp_path / "view"))["ok"]
+
+
+def test_only_the_same_dataset_by_another_clip_may_find_the_pictures(
+    dataset: Path, by_another_clip: Path, tiny_clip: Path, tmp_path: Path, call_job: CALL, no_ray: None, of_clip: tuple
+) -> None:
+    other = write_dataset(tmp_path / "other", tiny_clip, rows=60, shard_size=7, first=2)
+    clip = by_another_clip.parent / "clip"
+    for data, extra, said in (
+        (dataset, ("--retrieval", other), f"--retrieval {other}: not made by jobs.featurise --data"),
+        (other, ("--retrieval", by_another_clip), f"--retrieval {by_another_clip}: made of {dataset}"),
+        (dataset, ("--retrieval", by_another_clip), f"give --retrieval-clip {clip}"),
+        (
+            dataset,
+            ("--retrieval", by_another_clip, "--retrieval-clip", tiny_clip),
+            f"--retrieval-clip {tiny_clip}: its",
+        ),
+        (dataset, ("--retrieval-clip", tiny_clip), "--retrieval-clip"),
+    ):
+        ended = call_job("refine", "--data", data, "--out", tmp_path / "out", *of_clip, *extra)
+        assert ended.returncode == 2 and said in ended.stderr
+        assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import pytest
 from cluster.generation.make import generate
 from cluster.generation.request import GenerateRequest
 from cluster.ingest.photos import featurise_photos
-from cluster.ingest.request import PhotoRequest
+from cluster.ingest.request import FeaturiseRequest
 from cluster.store.store import open_store
 from cluster.training.request import TrainRequest
 from cluster.training.train import _refuse_other_run, planned_run
@@ -36,10 +36,10 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
     return folder
 
 
-def asked(world: Path, clip: Path, out: Path, concepts: str | None) -> PhotoRequest:
+def asked(world: Path, clip: Path, out: Path, concepts: str | None) -> FeaturiseRequest:
     given = None if concepts is None else str(world / concepts)
     captions = str(world / "references.csv")
-    return PhotoRequest(
+    return FeaturiseRequest(
         images=str(world / "pictures"), captions=captions, clip=str(clip), out=str(out), concepts=given, device="cpu"
     )
 

@@ -25,7 +25,7 @@ from cluster.export.export import export, export_dataset
 from cluster.export.published_ids import _numbers
 from cluster.export.request import FORMATS, ExportRequest
 from cluster.ingest.photos import featurise_photos
-from cluster.ingest.request import PhotoRequest
+from cluster.ingest.request import FeaturiseRequest
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from pcm.official.files import SPLIT_SIZE, split_of
@@ -108,7 +108,7 @@ def test_photos_go_beside_as_val_and_test_with_their_ids_and_cocos_captions(data
         scene(number)[1].save(tmp_path / "photos" / name, "JPEG")
         lines += [f"{name},A dog near the beach.", f"{name},There is a cat."]
     (tmp_path / "captions.csv").write_text("\n".join(lines) + "\n")
-    request = PhotoRequest(
+    request = FeaturiseRequest(
         images=str(tmp_path / "photos"), captions=str(tmp_path / "captions.csv"), clip=str(tiny_clip),
         out=str(tmp_path / "test"), device="cpu", shard_size=2,
     )  # fmt: skip

@@ -6,7 +6,8 @@ import ray
 from cluster.dataset.verify import verify
 from cluster.generation.pipeline import run_pipeline
 from cluster.generation.pools import Pools
-from cluster.generation.request import parse_generators, parse_node_label
+from cluster.generation.request import parse_node_label
+from cluster.options import parse_count
 from pcm.errors import InputError
 from tests.helpers.tiny_generation import null_spec, plan_dataset, write_corpus
 
@@ -67,11 +68,11 @@ def test_a_node_label_holds_for_every_stage() -> None:
 
 
 def test_arguments_are_read_or_refused_in_one_line() -> None:
-    assert parse_generators("8") == 8
-    assert parse_generators("2:8") == (2, 8)
+    assert parse_count("8") == 8
+    assert parse_count("2:8") == (2, 8)
     for text in ("", "0", "8:2", "0:4", "a", "1:", ":3", "1:2:3", "-1"):
         with pytest.raises(InputError, match="MIN:MAX"):
-            parse_generators(text)
+            parse_count(text)
     with pytest.raises(InputError, match="write KEY=VALUE"):
         parse_node_label("spot")
 

@@ -14,8 +14,8 @@ import pytest
 
 from cluster.generation.picture_spec import pin_t2i
 from cluster.generation.pinning import pin_clip
-from cluster.ingest.photos import PhotoRequest
 from cluster.ingest.published import ImportRequest
+from cluster.ingest.request import FeaturiseRequest
 from cluster.sources.corpus import read_corpus, source_digest
 from cluster.sources.pictures import PictureSource
 from cluster.store.object_file import ObjectFile
@@ -187,7 +187,7 @@ WAYS = {
     "CLIP's name": resolve_clip_name,
     "training": lambda uri: TrainRequest(data="data", out="run", clip=uri),
     "cache": lambda uri: TrainRequest(data="data", out="run", cache_dir=uri),
-    "photos": lambda uri: PhotoRequest(images="photos", captions=uri, out="data", clip="embedded"),
+    "photos": lambda uri: FeaturiseRequest(images="photos", captions=uri, out="data", clip="embedded"),
     "import": lambda uri: ImportRequest(annotations="a", images="b", vocabulary="c", out="d", clip="e", clip_head=uri),
 }
 

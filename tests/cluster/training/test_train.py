@@ -17,7 +17,9 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
-from ray.train import FailureConfig, WorkerGroupError
+from ray.train import FailureConfig, ScalingConfig, WorkerGroupError
+from ray.train.v2._internal.execution.training_report import _TrainingReport
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 
 from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, Plan, Segment, load_manifest
 from cluster.dataset.together import common_vocabularies, merged_concepts
@@ -27,9 +29,9 @@ from cluster.store.store import open_store
 from cluster.training.config import TrainConfig, settable_fields
 from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
-from cluster.training.ray_trainer import _FailurePolicy, check_labels, make_trainer
+from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer
 from cluster.training.request import TrainRequest
-from cluster.training.train import TrainingFailed, planned_run, train
+from cluster.training.train import TrainingFailed, group_sizes, planned_run, train
 from pcm.captioners.captioner import Captioner
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
@@ -389,10 +391,47 @@ def test_worker_labels_need_a_cluster_and_reach_ray() -> None:
     with pytest.raises(InputError, match=r"--worker-label pcmnet\.io/role=training: only on a cluster"):
         check_labels({"pcmnet.io/role": "training"}, joined=False)
     trainer = make_trainer(
-        lambda config: "", {}, out=open_store("/nowhere"), score="score", num_workers=2, cpus=1, on_gpus=False,
+        lambda config: "", {}, out=open_store("/nowhere"), score="score", sizes=(2,), cpus=1, on_gpus=False,
         labels={"pcmnet.io/role": "training"}, keep_checkpoints=1, max_failures=0, joined=True,
     )  # fmt: skip
     assert trainer.scaling_config.label_selector == {"pcmnet.io/role": "training"}
+
+
+def test_a_group_that_follows_the_cluster_has_sizes_that_can_share_a_batch() -> None:
+    config = TrainConfig(batch_size=32, grad_accumulation=2)
+    assert group_sizes(config, (2, 10)) == (2, 4, 8)
+    assert group_sizes(config, 16) == (16,)
+    with pytest.raises(InputError, match="possible are 1, 2, 4, 8, 16, or change batch_size"):
+        group_sizes(config, (9, 15))
+
+
+def test_a_group_grows_right_after_a_checkpoint_to_the_largest_size_there_is_room_for(monkeypatch) -> None:
+    room = {"node": {"CPU": 7.0}}
+    monkeypatch.setattr(_GroupSizes, "_get_reserved_resources", lambda self: room)
+    monkeypatch.setattr(_GroupSizes, "_maybe_send_resource_request", lambda self: None)
+    scaling = ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=0.0)
+    policy = _GroupSizes(scaling, (1, 2, 4, 8))
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 4
+
+    class Group:
+        num_workers, start_time = 2, 0.0
+
+    def decide(*checkpoints: bool) -> int | None:
+        """What is decided where these ranks have just reported a checkpoint: a new size, or None."""
+        reports = [_TrainingReport("it" if each else None, metrics={}, validation=False) for each in checkpoints]
+        statuses = {rank: WorkerStatus(running=True, training_report=report) for rank, report in enumerate(reports)}
+        decision = policy.make_decision_for_running_worker_group(Group, WorkerGroupPollStatus(statuses))
+        return getattr(decision, "num_workers", None)
+
+    assert decide(False, False) is None
+    assert decide(True, False) is None, "the checkpoint is not whole yet"
+    assert decide(False, True) == 4
+    assert decide(False, False) is None
+    room["node"]["CPU"] = 2.0
+    assert decide(True, True) is None, "as many as there are"
+    Group.start_time, Group.num_workers = 1.0, 1
+    assert decide(False) is None, "another group, which has no checkpoint of its own yet"
+    assert decide(True) == 2
 
 
 def test_datasets_are_named_with_weights() -> None:
@@ -507,8 +546,14 @@ def test_a_first_epoch_in_the_order_of_a_plan_is_of_one_whole_dataset(world: Pat
 def test_workers_that_the_cluster_cannot_place_are_refused(world: Path, ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--num-workers 8 with 1 CPUs each: the cluster has 2 CPUs"):
         train(request(world, tmp_path / "out", num_workers=8, overrides={"grad_accumulation": 1}))
-    with pytest.raises(InputError, match="batch size 8: cannot be divided evenly among 3 workers"):
+    with pytest.raises(
+        InputError, match=r"--num-workers 3: batch size 8 .* possible are 1, 2, 4, or change batch_size"
+    ):
         train(request(world, tmp_path / "other", num_workers=3))
+    with pytest.raises(InputError, match=r"--num-workers 5:7: batch size 8 .* cannot be divided evenly"):
+        train(request(world, tmp_path / "other", num_workers=(5, 7)))
+    with pytest.raises(InputError, match="--num-workers 1:4: no nodes come to this machine"):
+        train(request(world, tmp_path / "other", num_workers=(1, 4)))
     with pytest.raises(InputError, match=r"compile = 'default': for GPUs; .* set compile=none"):
         train(request(world, tmp_path / "compiled", overrides={"compile": "default", "grad_accumulation": 1}))
     assert not any(tmp_path.iterdir()), "a refused run left something behind"

@@ -138,6 +138,15 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path, data):
         ConceptVocabulary.load(tmp_path / "concepts.safetensors")
 
 
+def test_spacy_is_not_used_because_it_is_installed(tmp_path, monkeypatch):
+    for package in ("spacy", "en_core_web_sm"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise AssertionError('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    source, find = noun_finder()
+    assert source == "lexicon" and list(find(["Two dogs run."])) == ["dog"]
+
+
 def test_a_spacy_model_that_is_not_installed_is_named():
     with pytest.raises(InputError, match="'xx_no_such_model' is not installed"):
         noun_finder("xx_no_such_model")

@@ -252,6 +252,16 @@ def test_a_late_shard_is_given_out_again_and_one_of_a_dead_process_at_once() -> 
     assert monitor.turn("i", -2) == Turn(4), "the process that drew it has died: nobody waits for its model to load"
 
 
+def test_what_was_drawn_on_a_node_that_is_lost_is_given_out_again_at_once() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(2), 2)
+    assert (monitor.turn("g", 0, node="one"), monitor.turn("h", 1, node="two")) == (Turn(0), Turn(1))
+    monitor.nodes(["one", "two"])
+    assert monitor.turn("h", -1, node="two") == Turn(wait=True)
+    monitor.nodes(["two"])
+    assert monitor.turn("h", -1, node="two") == Turn(0)
+
+
 def test_a_shard_that_is_drawn_is_not_given_out_again_because_its_process_died() -> None:
     monitor = RunMonitor(FaultPolicy())
     monitor.begin_pass(range(2), 2)
@@ -274,3 +284,19 @@ def test_of_two_that_drew_a_shard_the_first_to_ask_is_stored() -> None:
     assert monitor.may_store(0, 0), "the first one has had its time"
     monitor.committed(0)
     assert not monitor.may_store(0, -1) and not monitor.may_store(0, 0)
+
+
+def test_at_the_end_only_those_that_load_or_draw_for_nothing_are_busy() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(2), 3)
+    for name in "ghi":
+        monitor.start(name, "a node")
+    assert monitor.busy() == 3
+    assert (monitor.turn("g", 0), monitor.turn("h", 1)) == (Turn(0), Turn(1))
+    monitor.start("h", "a node")
+    assert monitor.turn("g", 0) == Turn(0) and monitor.turn("i", -1) == Turn(1), "h loads its model again"
+    for shard, turn in ((0, 0), (1, -1)):
+        assert monitor.may_store(shard, turn)
+        monitor.committed(shard)
+    assert monitor.busy() == 1, "h, whose shard another one drew"
+    assert monitor.turn("h", 1) == Turn() and monitor.busy() == 0

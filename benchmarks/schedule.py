@@ -1,0 +1,217 @@
+"""The schedule of a run with many generators, simulated: idle time, work done twice, how a run ends.
+
+    python -m benchmarks.schedule --generators 64 --shards-each 20
+    python -m benchmarks.schedule --generators 1000 --shards-each 20 --hours-between-deaths 8
+
+The monitor is the one of a real run (cluster.generation.stages.monitor), on a clock of its own; simulated are Ray Data,
+which gives each generator two turns at once that stay bound to it, and the generators. Times are of shards of about ten
+minutes; `--no-turns` gives every shard to the generator to which Ray Data gave it, and to no other: the rule before.
+
+A death takes the process and what it was drawing. It starts again after `--restart-minutes` (on a new spot node, or on
+the same one), and loads its model again. Rates differ from generator to generator and from shard to shard.
+"""
+
+import argparse
+import heapq
+import json
+import math
+import random
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+
+from cluster.generation.limits import FaultPolicy
+from cluster.generation.pipeline import TURNS_MORE
+from cluster.generation.stages.generator import LONGEST_PAUSE
+from cluster.generation.stages.monitor import RunMonitor, Turn
+
+#: Turns that Ray Data gives to an actor at once.
+TURNS_AT_ONCE = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is simulated; times in seconds."""
+
+    generators: int
+    shards: int
+    shard_seconds: float = 600.0
+    spread_of_generators: float = 0.05  # standard deviation of their rates, as a share
+    spread_of_shards: float = 0.1  # of shards on one generator
+    load_seconds: float = 90.0
+    store_seconds: float = 5.0
+    seconds_between_deaths: float = math.inf  # of one generator, on average
+    restart_seconds: float = 300.0
+    joins_within_seconds: float = 600.0  # the first generator comes at once, the last one so much later
+    turns: bool = True  # False: every shard in its own turn alone
+    seed: int = 0
+
+
+@dataclass
+class _Generator:
+    name: str
+    pace: float
+    bound: deque[int] = field(default_factory=deque)  # turns, the first one is being worked on
+    life: int = 0  # counts processes
+    drawing_since: float | None = None
+    shard: int | None = None
+
+
+class Simulation:
+    """One run, from the first generator to the last shard on the store."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.now = 0.0
+        self._random = random.Random(settings.seed)
+        self._monitor = RunMonitor(FaultPolicy(), clock=lambda: self.now)
+        self._monitor.begin_pass(range(settings.shards), settings.generators)
+        more = TURNS_MORE * settings.generators if settings.turns else 0
+        self._queue = deque([*range(settings.shards), *(-1 - turn for turn in range(more))])
+        self._events: list[tuple[float, int, str, int, int, int]] = []  # time, order, kind, generator, life, shard
+        self._order = 0
+        normal = self._random.normalvariate
+        self._generators = [
+            _Generator(f"generator {number}", max(0.2, normal(1, settings.spread_of_generators)))
+            for number in range(settings.generators)
+        ]
+        self._stored: set[int] = set()
+        self.drawn = 0.0  # shards, parts of those that were lost or dropped included
+        self.busy_seconds = 0.0
+        self.joined: list[float] = []
+        self._empty_at = 0.0
+
+    def run(self) -> dict[str, float]:
+        """idle_share: of the generators' time, from when each came to the last shard, what was not drawing (loading and
+        restarting too); drawn_twice: work lost or dropped, as a share; and how long the run went on after the last
+        shard had been given to a generator."""
+        settings = self.settings
+        for number in range(settings.generators):
+            joins = settings.joins_within_seconds * number / max(1, settings.generators - 1)
+            self._at(joins, "start", number)
+        while len(self._stored) < settings.shards:
+            self.now, _, kind, number, life, shard = heapq.heappop(self._events)
+            generator = self._generators[number]
+            if kind == "start":
+                self._start(number)
+            elif kind == "stored":
+                self._store(shard, turn=life)
+            elif life == generator.life:
+                getattr(self, f"_{kind}")(number)
+        for generator in self._generators:
+            self._pause(generator)
+        there = sum(max(0.0, self.now - since) for since in self.joined)
+        ideal = settings.shards * settings.shard_seconds / sum(1 / each.pace for each in self._generators)
+        return {
+            "generators": settings.generators,
+            "shards": settings.shards,
+            "hours": round(self.now / 3600, 3),
+            "hours_without_idle_time": round(ideal / 3600, 3),
+            "idle_share": round(1 - self.busy_seconds / there, 4),
+            "drawn_twice": round(self.drawn / settings.shards - 1, 4),
+            "seconds_after_the_last_was_given": round(self.now - self._empty_at, 1),
+        }
+
+    def _at(self, after: float, kind: str, number: int, shard: int = -1, turn: int | None = None) -> None:
+        self._order += 1
+        life = self._generators[number].life if turn is None else turn
+        heapq.heappush(self._events, (self.now + after, self._order, kind, number, life, shard))
+
+    def _start(self, number: int) -> None:
+        """A process begins to load; its first one joins the run."""
+        generator = self._generators[number]
+        if not generator.life:
+            self.joined.append(self.now)
+        generator.life += 1
+        self._monitor.start(generator.name, f"node {number}")
+        self._at(self.settings.load_seconds, "work", number)
+        if self.settings.seconds_between_deaths < math.inf:
+            self._at(self._random.expovariate(1 / self.settings.seconds_between_deaths), "die", number)
+
+    def _work(self, number: int) -> None:
+        """The next turn of a generator that is loaded."""
+        generator = self._generators[number]
+        while self._queue and len(generator.bound) < TURNS_AT_ONCE:
+            generator.bound.append(self._queue.popleft())
+            if not any(turn >= 0 for turn in self._queue):
+                self._empty_at = self._empty_at or self.now
+        while generator.bound:
+            turn = self._turn(generator, generator.bound[0])
+            if turn.wait:
+                self._at(LONGEST_PAUSE, "work", number)
+                return
+            if turn.shard is not None:
+                generator.shard, generator.drawing_since = turn.shard, self.now
+                self._monitor.begin_shard(generator.name, turn.shard)
+                takes = self.settings.shard_seconds * generator.pace
+                takes *= max(0.2, self._random.normalvariate(1, self.settings.spread_of_shards))
+                self._at(takes, "drawn", number)
+                return
+            generator.bound.popleft()
+            if self._queue:
+                generator.bound.append(self._queue.popleft())
+
+    def _turn(self, generator: _Generator, number: int) -> Turn:
+        if self.settings.turns:
+            return self._monitor.turn(generator.name, number, anyway=True)
+        return Turn(None if number in self._stored else number)
+
+    def _drawn(self, number: int) -> None:
+        generator = self._generators[number]
+        assert generator.shard is not None
+        turn = generator.bound.popleft()
+        self._monitor.end_shard(generator.shard)
+        self._at(self.settings.store_seconds, "stored", number, generator.shard, turn)
+        self._pause(generator)
+        self.drawn += 1
+        self._work(number)
+
+    def _die(self, number: int) -> None:
+        generator = self._generators[number]
+        if generator.drawing_since is not None:
+            part = (self.now - generator.drawing_since) / (self.settings.shard_seconds * generator.pace)
+            self.drawn += min(1.0, part)
+        self._pause(generator)
+        generator.life += 1  # what was to come of this process does not come
+        self._at(self.settings.restart_seconds, "start", number)
+
+    def _store(self, shard: int, *, turn: int) -> None:
+        if not self.settings.turns or self._monitor.may_store(shard, turn):
+            self._monitor.committed(shard)
+            self._stored.add(shard)
+
+    def _pause(self, generator: _Generator) -> None:
+        if generator.drawing_since is not None:
+            self.busy_seconds += self.now - generator.drawing_since
+        generator.drawing_since = generator.shard = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generators", type=int, default=64)
+    parser.add_argument("--shards-each", type=float, default=20.0, help="shards a generator, on average")
+    parser.add_argument("--hours-between-deaths", type=float, default=math.inf, help="of one generator")
+    parser.add_argument("--restart-minutes", type=float, default=5.0)
+    parser.add_argument("--no-turns", action="store_true", help="the rule before: every shard in its own turn alone")
+    parser.add_argument("--minutes-a-shard", type=float, default=10.0)
+    parser.add_argument("--seeds", type=int, default=5, help="runs; the medians are printed")
+    args = parser.parse_args()
+    runs = [
+        Simulation(
+            Settings(
+                generators=args.generators,
+                shards=round(args.generators * args.shards_each),
+                shard_seconds=args.minutes_a_shard * 60,
+                seconds_between_deaths=args.hours_between_deaths * 3600,
+                restart_seconds=args.restart_minutes * 60,
+                turns=not args.no_turns,
+                seed=seed,
+            )
+        ).run()
+        for seed in range(args.seeds)
+    ]
+    print(json.dumps({name: statistics.median(run[name] for run in runs) for name in runs[0]}))
+
+
+if __name__ == "__main__":
+    main()

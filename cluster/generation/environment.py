@@ -1,0 +1,107 @@
+"""What computes: the packages and the processor or GPU of a process that draws, as dataset.json says it.
+
+Each kind of machine that draws puts one small object beside the shards, environments/DIGEST.json; the manifest gathers
+them. So a dataset of two kinds of machine says both.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import pcm
+from cluster.store.store import Store
+from pcm.documents import document_bytes
+from pcm.errors import InputError
+
+FOLDER = "environments/"
+
+#: Names of packages whose release decides bytes, as they are installed.
+PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "pillow")
+
+
+def environment(*, device: str, loads_models: bool) -> dict[str, Any]:
+    """Of this process. `loads_models`: not for the null generator, which needs no torch."""
+    found: dict[str, Any] = {"versions": versions(), "processor": processor(), "instructions": None, "gpu": None}
+    if loads_models:
+        import torch
+
+        found["instructions"] = torch.backends.cpu.get_cpu_capability()
+        if device == "cuda":
+            found["gpu"] = torch.cuda.get_device_name()
+            found["versions"]["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """This package's version, and that of each of PACKAGES that is installed."""
+    found = {"pcmnet-ray": pcm.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def processor() -> str:
+    """Such as "x86_64, Intel(R) Xeon(R) Platinum 8488C"."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:  # not on Linux
+        named = platform.processor()
+    return ", ".join(filter(None, (platform.machine(), named)))
+
+
+def store_environment(store: Store, found: dict[str, Any]) -> str:
+    """Put it beside the shards, where it is not there yet; its digest."""
+    data = document_bytes(found)
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    key = f"{FOLDER}{digest}.json"
+    if not store.exists(key):
+        store.write_bytes(key, data)
+    return digest
+
+
+def stored_environments(store: Store) -> tuple[dict[str, Any], ...]:
+    """All kinds of machine that drew a dataset, sorted; none of one that an earlier release drew.
+
+    Raises InputError for a damaged object.
+    """
+    found = []
+    for key in sorted(store.list(FOLDER)):
+        try:
+            document = json.loads(store.read_bytes(key))
+            dict(document["versions"])
+        except (ValueError, TypeError, LookupError):
+            raise InputError(f"{store.root}/{key}: damaged; delete it and run the same command again") from None
+        found.append(document)
+    return tuple(found)
+
+
+def joined_versions(environments: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Package -> its version, or the versions of several environments: "2.9.1 and 2.10.0"."""
+    names = dict.fromkeys(name for each in environments for name in each["versions"])
+    return {
+        name: " and ".join(dict.fromkeys(each["versions"][name] for each in environments if name in each["versions"]))
+        for name in names
+    }
+
+
+def differences(before: Sequence[dict[str, Any]], now: dict[str, Any]) -> list[str]:
+    """In what `now` differs from the nearest of the environments before, as "torch: 2.9.1 -> 2.10.0"; none where it is
+    one of them."""
+    found = [_differences(each, now) for each in before]
+    return min(found, key=len) if found else []
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    one, other = ({**each["versions"], **{k: v for k, v in each.items() if k != "versions"}} for each in (before, now))
+    return [
+        f"{name}: {one.get(name)} -> {other.get(name)}"
+        for name in dict.fromkeys([*one, *other])
+        if one.get(name) != other.get(name)
+    ]

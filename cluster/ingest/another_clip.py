@@ -1,0 +1,401 @@
+"""A dataset's pictures with the scores and features of another CLIP: a derived dataset. Rerun to resume.
+
+Sample ids, captions, seeds and picture bytes stay, so the fingerprint is that of the rows that it was made of. The
+pictures are copied: features cannot be read without the shard that holds them, and they are the larger part of it (a
+picture of 512 pixels has some 60 kB, its ViT-L/14 features 0.5 MB). Nothing is drawn.
+
+On the store, in this order: lineage.json, which says what is made; featurising/spec.json, the CLIP as it runs; for each
+shard of the source first featurising/part-000000.parquet, what the manifest needs of its rows, then the shard;
+vocabulary, concepts and CLIP head; dataset.json. Then featurising/ is deleted.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+
+from cluster.dataset.layout import (
+    CLIP_HEAD_KEY,
+    CONCEPTS_KEY,
+    DATASET,
+    MANIFEST_KEY,
+    VOCABULARY_KEY,
+    Manifest,
+    StoredShard,
+    parquet_bytes,
+    shard_key,
+)
+from cluster.dataset.lineage import Lineage, RuleCount
+from cluster.dataset.opened import OpenDataset, open_dataset
+from cluster.dataset.rows import read_shard, read_weights
+from cluster.dataset.view import claim, lineage_source, read_corpus_ids, view_fingerprint
+from cluster.dataset.vocabularies import (
+    CONCEPTS,
+    MIN_WORD_COUNT,
+    SMALL_CORPUS,
+    clip_head_bytes,
+    clip_resources,
+    features_of_head,
+)
+from cluster.generation.pinning import clip_spec, joint_dimensions, resolve_device, resolve_dtype
+from cluster.generation.pools import Pools
+from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.generation.stages.shard_row import ShardRow
+from cluster.ingest.agreement import agreement, most_different
+from cluster.ingest.request import FeaturiseRequest
+from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error
+from cluster.sources.concept_file import fitting_concepts
+from cluster.store.retries import load_with_retries
+from cluster.store.store import Store, open_store
+from cluster.weights.node_copy import local_clip
+from pcm.documents import document_bytes
+from pcm.errors import InputError
+from pcm.generation.names import TEXT_ONLY
+from pcm.line_timer import LineTimer
+from pcm.reasons import CLIP_ERROR
+from pcm.records import SCHEMA_VERSION, STORED, feature_shape, shard_schema
+from pcm.spec import ClipSpec
+from pcm.text.concepts import ConceptVocabulary, embed
+from pcm.text.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from pcm.clip.encoder import ClipEncoder
+
+log = logging.getLogger(__name__)
+
+#: Folder of what a run needs until it is done.
+WORK = "featurising"
+_SPEC_KEY = f"{WORK}/spec.json"
+#: In the metadata of a shard's facts: the shard as the manifest names it.
+_SHARD = b"shard"
+#: Of the source's rows all that stays; score and features are new.
+_KEPT = ("sample_id", "caption", "image", "width", "height", "seed", "attempts", "batch_size", "reason")
+
+
+def featurise_dataset(request: FeaturiseRequest) -> dict[str, Any]:
+    """Make the dataset, or go on making it: rows, quarantined (rows on which CLIP raised, which are left out),
+    agreement of the scores, fingerprint.
+
+    Raises InputError for data without pictures, a CLIP that is not there, another CLIP, device or source than those
+    with which `out` was begun, and a source that cannot be read.
+    """
+    assert request.data is not None
+    started = time.monotonic()
+    source = open_dataset(open_store(request.data), unfinished=request.unfinished)
+    if source.manifest.spec.generator.model == TEXT_ONLY:
+        raise InputError(f"--data {request.data}: has no pictures, only texts; give a dataset of pictures")
+    concepts = None
+    if request.concepts is not None:
+        concepts = fitting_concepts(request.concepts, embed_dim=joint_dimensions(request.clip))
+    out = open_store(request.out)
+    lineage = lineage_of(source, request, concepts)
+    manifest = claim(out, lineage)
+    skipped = 0
+    if manifest is not None:
+        log.info("%s: is complete", out.root)
+        skipped = manifest.stored
+    else:
+        manifest, skipped = _make(source, out, lineage, request, concepts)
+    for key in out.list(f"{WORK}/"):
+        out.delete(key)
+    assert manifest.lineage is not None
+    facts = manifest.lineage.facts
+    seconds = time.monotonic() - started
+    return {
+        "rows": manifest.stored,
+        "quarantined": manifest.lineage.dropped[CLIP_ERROR],
+        "skipped": skipped,
+        "clip_score_mean": manifest.clip_score_mean,
+        "agreement": facts["agreement"] and {key: facts["agreement"][key] for key in ("rows", "pearson", "spearman")},
+        "fingerprint": manifest.fingerprint,
+        "rows_per_second": round((manifest.stored - skipped) / seconds, 1),
+        "seconds": round(seconds, 2),
+        "dataset": request.out,
+    }
+
+
+def lineage_of(source: OpenDataset, request: FeaturiseRequest, concepts: ConceptVocabulary | None) -> Lineage:
+    """What decides the dataset, before any of it is made. Device and precision as they were asked for: what they are on
+    this cluster stands in featurising/spec.json, and in the manifest's spec."""
+    clip = clip_spec(request.clip, device="cpu", dtype="float32")
+    named = {name: value for name, value in clip.identity().items() if name != "dtype"}
+    if str(clip.revision).startswith("sha256:") and request.clip != "embedded":
+        del named["model"]  # where a folder lies does not matter
+    given = hashlib.sha256(concepts.to_bytes()).hexdigest() if concepts else None
+    return Lineage(
+        method="featurise",
+        settings={"clip": named, "device": request.device, "dtype": request.dtype, "concepts": given},
+        sources=(lineage_source(source),),
+        rows_in=source.manifest.stored,
+    )
+
+
+def _make(
+    source: OpenDataset, out: Store, lineage: Lineage, request: FeaturiseRequest, concepts: ConceptVocabulary | None
+) -> tuple[Manifest, int]:
+    """The manifest, and how many rows were there already."""
+    start_ray()
+    device = resolve_device(request.device, cluster_gpus=cluster_gpus())
+    spec = clip_spec(request.clip, device=device, dtype=resolve_dtype(request.dtype, device=device))
+    keep_spec(out, spec)
+    missing = missing_shards(source, out)
+    skipped = source.manifest.stored - sum(source.shards[number].rows for number in missing)
+    if missing:
+        pools = Pools.for_cluster(device=device, cpus=cluster_cpus(), gpus=cluster_gpus())
+        _featurise_on_ray(source, out, spec, missing, pools)
+    task: Any = ray.remote(store_vocabularies_of).options(**clip_resources(spec))
+    try:
+        ray.get(task.remote(source.store, out, spec, concepts))
+    except ray.exceptions.RayError as error:
+        raise user_error(error) or error from None
+    return finish(source, out, spec, lineage), skipped
+
+
+def keep_spec(out: Store, spec: ClipSpec) -> None:
+    """Say how CLIP runs, the first time. Raises InputError where the dataset was begun with another device or
+    precision, whose last bits would be others."""
+    try:
+        begun = ClipSpec.from_dict(json.loads(out.read_bytes(_SPEC_KEY)))
+    except FileNotFoundError:
+        out.write_bytes(_SPEC_KEY, document_bytes(spec.to_dict()))
+        return
+    mine = (spec.device, spec.dtype, spec.batch_size, spec.cpu_threads)
+    if (begun.device, begun.dtype, begun.batch_size, begun.cpu_threads) != mine:
+        raise InputError(
+            f"--out {out.root}: was begun on {begun.device} in {begun.dtype}, and this is {spec.device} in "
+            f"{spec.dtype}; run it where it was begun, or give another --out"
+        )
+
+
+def missing_shards(source: OpenDataset, out: Store) -> list[int]:
+    """Shards that are not there yet. The facts of one come first, so a shard that is there has them."""
+    there = set(out.list("shards/"))
+    return [number for number in range(len(source.shards)) if shard_key(number) not in there]
+
+
+def _featurise_on_ray(source: OpenDataset, out: Store, spec: ClipSpec, missing: list[int], pools: Pools) -> None:
+    block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
+    wanted = [{"shard": shard} for shard in missing]
+    source = replace(source, manifest=replace(source.manifest, lineage=None))  # examples, which no worker needs
+    pipeline: ray.data.Dataset = ray.data.from_items(wanted, override_num_blocks=len(missing))
+    pipeline = (
+        pipeline.map_batches(ReadPictures, fn_constructor_args=(source,), **pools.write_options(len(missing)), **block)
+        .map_batches(FeaturiseShard, fn_constructor_args=(spec,), **pools.draw_options(len(missing)), **block)
+        .map_batches(WriteFeaturised, fn_constructor_args=(out,), **pools.write_options(len(missing)), **block)
+    )
+    done, rows, total, timer = 0, 0, sum(source.shards[number].rows for number in missing), LineTimer()
+    try:
+        for batch in pipeline.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+            done, rows = done + 1, rows + batch["rows"][0].as_py()
+            if timer.due():
+                left = (total - rows) * timer.elapsed / max(rows, 1)
+                log.info(
+                    "%d of %d shards, %.0f pictures/s, %.0f s left", done, len(missing), rows / timer.elapsed, left
+                )
+    except ray.exceptions.RayError as error:
+        raise user_error(error) or error from None
+
+
+class ReadPictures:
+    """A shard's number in, its rows as the source has them out. Raises InputError as read_shard does."""
+
+    def __init__(self, source: OpenDataset) -> None:
+        self._source = source
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        shard = block["shard"][0].as_py()
+        stored = self._source.shards[shard]
+        names = [*_KEPT, *(["clip_score"] if _is_scored(self._source) else [])]
+        table = read_shard(self._source.store, stored, names)
+        images = table["image"].combine_chunks()
+        columns: dict[str, Any] = {name: table[name] for name in _KEPT if name != "image"}
+        columns["image"] = images.field("bytes")
+        columns["image_path"] = images.field("path")
+        columns["corpus_id"] = pa.array(read_corpus_ids(self._source, shard), pa.string())
+        columns["weight"] = pa.array(read_weights(self._source.store, stored).astype(np.int32))
+        before = table["clip_score"] if _is_scored(self._source) else pa.nulls(stored.rows, pa.float32())
+        columns["score_before"] = before
+        if images.field("bytes").null_count:
+            raise InputError(
+                f"{self._source.store.root}/{stored.key}: a row has no picture; give a dataset of pictures"
+            )
+        return ShardRow(shard, pa.table(columns), {}).to_block()
+
+
+def _is_scored(source: OpenDataset) -> bool:
+    return source.manifest.spec.clip.model != "null"
+
+
+class WriteFeaturised:
+    """A featurised shard in; its facts and then the shard onto the store; one row out: shard and rows."""
+
+    def __init__(self, out: Store) -> None:
+        self._out = out
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        row = ShardRow.from_block(block)
+        drawn = row.samples
+        there = pc.greater(pc.binary_length(drawn["image"]), 0)
+        stored = drawn.filter(there).combine_chunks()
+        schema = shard_schema(feature_shape(drawn.schema))
+        images = pa.StructArray.from_arrays(
+            [stored["image"].combine_chunks(), stored["image_path"].combine_chunks()], names=["bytes", "path"]
+        )
+        columns = {name: stored[name] for name in schema.names if name not in ("image", "status")}
+        columns |= {"image": images, "status": pa.array([STORED] * len(stored), pa.string())}
+        table = pa.table([columns[name] for name in schema.names], schema=schema)
+        table = table.append_column("corpus_id", stored["corpus_id"])
+        weights = stored["weight"].to_numpy()
+        if (weights != 1).any():
+            table = table.append_column("weight", stored["weight"])
+        data = parquet_bytes(table)
+        pictures = images.field("bytes").to_pylist()
+        facts = pa.table(
+            {
+                **{name: stored[name] for name in ("sample_id", "caption", "seed", "clip_score", "score_before")},
+                "image_sha256": pa.array([hashlib.sha256(picture).digest() for picture in pictures], pa.binary()),
+            }
+        )
+        entry: dict[str, Any] = {"key": shard_key(row.shard), "rows": len(table), "quarantined": 0}
+        if int(weights.sum()) != len(table):
+            entry["weighted_rows"] = int(weights.sum())
+        entry |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        refused = drawn.filter(pc.invert(there))["sample_id"].to_pylist()
+        told = json.dumps({"entry": entry, "refused": refused}).encode()
+        self._out.write_bytes(facts_key(row.shard), parquet_bytes(facts.replace_schema_metadata({_SHARD: told})))
+        self._out.write_bytes(shard_key(row.shard), data)
+        return pa.table({"shard": [row.shard], "rows": [len(drawn)]})
+
+
+def facts_key(shard: int) -> str:
+    return f"{WORK}/part-{shard:06d}.parquet"
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """rows: sample_id, caption, seed, image_sha256, clip_score, score_before. entry: of Manifest.shards."""
+
+    rows: pa.Table
+    entry: dict[str, Any]
+    refused: list[str]
+
+
+def _read_facts(out: Store, shard: int) -> _Facts:
+    try:
+        table = pq.read_table(io.BytesIO(out.read_bytes(facts_key(shard))))
+        told = json.loads(table.schema.metadata[_SHARD])
+        StoredShard.of(told["entry"])
+        return _Facts(table.replace_schema_metadata(None), told["entry"], told["refused"])
+    except (FileNotFoundError, pa.ArrowException, ValueError, TypeError, LookupError):
+        raise InputError(
+            f"{out.root}/{facts_key(shard)}: missing or damaged; delete {shard_key(shard)} beside it and run the same "
+            "command again"
+        ) from None
+
+
+def finish(source: OpenDataset, out: Store, spec: ClipSpec, lineage: Lineage) -> Manifest:
+    """Write dataset.json of the shards, all of which are there. Memory: the rows without pictures, 300 bytes each."""
+    parts = [_read_facts(out, shard) for shard in range(len(source.shards))]
+    rows = pa.concat_tables([part.rows for part in parts]).combine_chunks()
+    if not len(rows):
+        raise InputError(f"{out.root}: CLIP failed on every picture; see the log, and give another --clip")
+    refused = [sample for part in parts for sample in part.refused]
+    entries = tuple(part.entry for part in parts)
+    scores = rows["clip_score"].to_pylist()
+    manifest = Manifest(
+        spec=replace(source.manifest.spec, clip=spec),
+        corpus=source.manifest.corpus,
+        corpus_fingerprint=source.manifest.corpus_fingerprint,
+        features=features_of_head(out),
+        expected=len(rows),
+        stored=len(rows),
+        quarantined=0,
+        quarantined_by_reason={},
+        clip_score_mean=math.fsum(scores) / len(rows),  # exact, so that the order of rows does not matter
+        shard_bytes=sum(entry["bytes"] for entry in entries),
+        shards=entries,
+        schema_version=SCHEMA_VERSION,
+        kind=DATASET,
+        fingerprint=view_fingerprint(rows),
+        lineage=replace(
+            lineage,
+            rules=(RuleCount(rule=CLIP_ERROR, setting=spec.model, dropped=len(refused)),),
+            facts={
+                "clip": spec.model,
+                "clip_before": source.manifest.spec.clip.model,
+                "agreement": _agreement(out, rows, entries) if _is_scored(source) else None,
+            },
+        ),
+    )
+    out.write_bytes(MANIFEST_KEY, manifest.to_json())
+    return manifest
+
+
+def _agreement(out: Store, rows: pa.Table, entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Of the two CLIPs' scores, and the pairs of which they think most differently, with where their pictures are."""
+    shards = [StoredShard.of(entry) for entry in entries]
+    starts = np.cumsum([0, *(shard.rows for shard in shards)])
+    before, after = rows["score_before"].to_numpy(), rows["clip_score"].to_numpy()
+    sample_ids = np.array(rows["sample_id"].to_pylist())
+    examples = []
+    for row in most_different(before, after, sample_ids).tolist():
+        shard = int(np.searchsorted(starts, row, side="right")) - 1
+        stored = {name: getattr(shards[shard], name) for name in ("key", "rows", "bytes", "sha256")}
+        examples.append(
+            {
+                "sample_id": str(sample_ids[row]),
+                "caption": rows["caption"][row].as_py(),
+                "score_before": float(before[row]),
+                "clip_score": float(after[row]),
+                "why": f"scored {before[row]:.3f} before, {after[row]:.3f} by this CLIP",
+                "picture": {"path": out.address, "shard": stored, "row": row - int(starts[shard])},
+            }
+        )
+    return {**agreement(before, after), "examples": examples}
+
+
+def store_vocabularies_of(source: Store, out: Store, spec: ClipSpec, concepts: ConceptVocabulary | None) -> None:
+    """The source's words and the names of its concepts, these embedded by the new CLIP, and that CLIP's head. Where the
+    source has none of them (its CLIP was null), both are of the captions. Runs where CLIP may be loaded."""
+    from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
+
+    encoder = load_with_retries(lambda: ClipEncoder.from_spec(local_clip(spec)), model=spec.model)
+    if source.exists(VOCABULARY_KEY):
+        words = source.read_bytes(VOCABULARY_KEY)
+    else:
+        captions = _captions(out)
+        least = MIN_WORD_COUNT if len(captions) >= SMALL_CORPUS else 1
+        words = Vocabulary.build(captions, min_count=least).to_text().encode()
+    out.write_bytes(VOCABULARY_KEY, words)
+    out.write_bytes(CONCEPTS_KEY, (concepts or _concepts(source, out, encoder)).to_bytes())
+    out.write_bytes(CLIP_HEAD_KEY, clip_head_bytes(encoder, spec.model))
+
+
+def _concepts(source: Store, out: Store, encoder: "ClipEncoder") -> ConceptVocabulary:
+    if source.exists(CONCEPTS_KEY):
+        found = ConceptVocabulary.from_bytes(source.read_bytes(CONCEPTS_KEY))
+        return ConceptVocabulary(found.names, embed(found.names, encoder.encode_texts), found.source)
+    captions = _captions(out)
+    least = MIN_WORD_COUNT if len(captions) >= SMALL_CORPUS else 1
+    return ConceptVocabulary.build(captions, encoder, size=CONCEPTS, at_least=0, min_count=least)
+
+
+def _captions(out: Store) -> list[str]:
+    """Of all shards that are there: of a whole run all."""
+    shards = sorted(key for key in out.list(f"{WORK}/") if key.endswith(".parquet"))
+    return [
+        caption
+        for key in shards
+        for caption in pq.read_table(io.BytesIO(out.read_bytes(key)), columns=["caption"])["caption"].to_pylist()
+    ]

@@ -1,0 +1,210 @@
+"""Weights put beside the data: a repo at a commit, or a folder, each file with its digest, the manifest last."""
+
+import hashlib
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cluster.store.paths import inside
+from cluster.store.retries import load_with_retries
+from cluster.store.store import Store, open_store
+from cluster.weights.hub import pin_repo
+from cluster.weights.manifest import MANIFEST, StagedFile, WeightsManifest, digits, revision_of
+from cluster.weights.request import StageModelsRequest
+from pcm.clip.names import HUB_PREFIX, resolve_clip_name
+from pcm.credentials import refuse_credentials
+from pcm.errors import InputError, first_line
+from pcm.generation.model_memory import loaded_files
+from pcm.generation.pipeline_files import WEIGHTS, named_files
+from pcm.generation.pipeline_index import INDEX, read_index
+from pcm.spec import DIGEST
+
+log = logging.getLogger(__name__)
+
+#: Files that are read or put at once.
+WORKERS = 8
+#: Of a pipeline's part in a repo, what its library reads; pickles are not read.
+_PART_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
+#: Of a repo with a CLIP, what open_clip and its tokenizer read.
+_CLIP_FILES = ("*.json", "*.txt", "*.model", "open_clip_*.safetensors")
+
+
+def stage(request: StageModelsRequest) -> dict[str, Any]:
+    """Put a model's folder at --out, and return the job's summary. Run again, it puts what is not there yet.
+
+    Raises InputError for a model that cannot be had, or that names Python of its own.
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="pcm-") as scratch:
+        folder = Path(scratch)
+        if request.t2i is not None:
+            source = _link_pipeline(request.t2i, request.revision, request.t2i_variant, folder)
+        else:
+            assert request.clip is not None
+            source = _link_clip(request.clip, request.revision, folder)
+        manifest = _manifest(folder, source)
+        store = open_store(request.out)
+        missing = _missing(store, manifest)
+        log.info("%s: putting %d of %d files at %s", source, len(missing), len(manifest.files), request.out)
+        with ThreadPoolExecutor(WORKERS, thread_name_prefix="stage") as pool:
+            list(pool.map(lambda file: store.put_file(manifest.key(file), folder / file.name), missing))
+        store.write_bytes(MANIFEST, manifest.to_bytes())
+    return {
+        "weights": request.out,
+        "source": source,
+        "revision": manifest.revision,
+        "files": len(manifest.files),
+        "bytes": manifest.size,
+        "put": len(missing),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def _manifest(folder: Path, source: str) -> WeightsManifest:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    for file in files:
+        inside(folder, file.relative_to(folder).as_posix())  # no name that a machine would refuse
+    with ThreadPoolExecutor(WORKERS) as pool:
+        digests = list(pool.map(_sha256, files))
+    staged = tuple(
+        StagedFile(file.relative_to(folder).as_posix(), file.stat().st_size, digest)
+        for file, digest in zip(files, digests, strict=True)
+    )
+    return WeightsManifest(source, revision_of(folder), staged)
+
+
+def _missing(store: Store, manifest: WeightsManifest) -> list[StagedFile]:
+    """Files that are not on the store yet: an object is put whole, below the digest of all, so its size is enough."""
+    there = set(store.list(f"{digits(manifest.revision)}/"))
+    return [
+        file
+        for file in manifest.files
+        if manifest.key(file) not in there or store.size(manifest.key(file)) != file.size
+    ]
+
+
+def _link_pipeline(name: str, revision: str | None, variant: str | None, folder: Path) -> str:
+    """Make the folder of a pipeline's files; what they are, for people."""
+    from pcm.generation.own_code import refuse_own_code  # diffusers takes seconds to import
+
+    refuse_credentials(name)
+    if Path(name).is_dir():
+        _refuse_revision(name, revision)
+        if not (Path(name) / INDEX).is_file():
+            raise InputError(f"--t2i {name}: has no {INDEX}; give a diffusers folder or a repo id")
+        found, source, of_hub = Path(name), Path(name).absolute().name, False
+    else:
+        commit = pin_repo(name, revision)
+        found, source, of_hub = _download(name, commit, _pipeline_patterns(name, commit)), f"{name}@{commit}", True
+    refuse_own_code(found)
+    files = named_files(found, variant=variant)
+    if of_hub or variant is not None:
+        files = _chosen(found, files, variant)
+    _link(found, files, folder)
+    return source
+
+
+def _pipeline_patterns(repo: str, commit: str) -> list[str]:
+    """What is downloaded of a repo: the parts that its index names; of their weights those of safetensors."""
+    parts = read_index(repo, commit).components
+    return [INDEX, *(f"{part}/{pattern}" for part in parts for pattern in _PART_FILES)]
+
+
+def _chosen(folder: Path, files: Iterable[Path], variant: str | None) -> list[Path]:
+    """Of the files of weights those alone that are loaded."""
+    names = {file.relative_to(folder).as_posix(): file for file in files}
+    parts = {name.partition("/")[0] for name in names}
+    loaded = {name for part in parts for name in loaded_files(part, names, variant)}
+    return [file for name, file in names.items() if name in loaded or file.suffix not in WEIGHTS]
+
+
+def _link_clip(name: str, revision: str | None, folder: Path) -> str:
+    """Make the folder of a CLIP's files; what they are, for people."""
+    import pcm.torchvision_shim  # noqa: F401  isort: skip
+    from pcm.clip.configuration import CONFIG_FILE, read_config  # seconds to import
+
+    architecture, pretrained = resolve_clip_name(name)
+    if pretrained is not None:
+        source = _link_named_clip(name, architecture, pretrained, revision, folder)
+    elif architecture.startswith(HUB_PREFIX):
+        repo = architecture.removeprefix(HUB_PREFIX)
+        commit = pin_repo(repo, revision)
+        found, source = _download(repo, commit, list(_CLIP_FILES)), f"{repo}@{commit}"
+        _link(found, (file for pattern in _CLIP_FILES for file in found.glob(pattern)), folder)
+    else:
+        _refuse_revision(name, revision)
+        found = Path(architecture.removeprefix("local-dir:"))
+        source = found.absolute().name
+        _link(found, (file for file in found.rglob("*") if file.is_file()), folder)
+    text = read_config(folder / CONFIG_FILE).get("text_cfg") or {}
+    if text.get("hf_tokenizer_name") and not any(folder.glob("*token*")) and not any(folder.glob("*.model")):
+        raise InputError(f"--clip {name}: asks for a tokenizer that is not with it; give a model with its own")
+    if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
+        raise InputError(f"--clip {name}: has no weights that are read; give a model with open_clip_model.safetensors")
+    return source
+
+
+def _link_named_clip(name: str, architecture: str, pretrained: str, revision: str | None, folder: Path) -> str:
+    """Of ARCHITECTURE/PRETRAINED: its weights, and a configuration that says the same as the two names."""
+    from pcm.clip.configuration import CONFIG_FILE
+    from pcm.clip.weights import clip_files, hub_place
+
+    source, commit = name, None
+    if Path(pretrained).is_file():
+        _refuse_revision(name, revision)
+        source = f"{architecture}/{Path(pretrained).name}"
+    else:
+        repo, _ = hub_place(architecture, pretrained)
+        if not repo:
+            raise InputError(f"--clip {name}: its weights are in no repo, and cannot be pinned; give a checkpoint file")
+        commit = pin_repo(repo, revision)
+        source = f"{name} of {repo}@{commit}"
+    files = load_with_retries(lambda: clip_files(name, commit), model=name)
+    config = files.config
+    if (config.get("text_cfg") or {}).get("hf_tokenizer_name"):
+        raise InputError(
+            f"--clip {name}: its tokenizer lies in a repo of its own; stage a repo that has both, as hf-hub:ORG/REPO"
+        )
+    config = {**config, "quick_gelu": files.activation == "quick_gelu"}
+    (folder / CONFIG_FILE).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": files.preprocess}, indent=1))
+    weights = files.weights
+    kind = "open_clip_model.safetensors" if weights.suffix == ".safetensors" else "open_clip_pytorch_model.bin"
+    (folder / kind).symlink_to(weights.resolve())
+    return source
+
+
+def _download(repo: str, commit: str, patterns: list[str]) -> Path:
+    from httpx2 import HTTPError  # of the hub's client: no connection
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            load_with_retries(
+                lambda: snapshot_download(repo, revision=commit, allow_patterns=patterns), model=f"{repo}@{commit}"
+            )
+        )
+    except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise InputError(f"model {repo!r} at {commit}: cannot be downloaded ({first_line(error)})") from None
+
+
+def _link(source: Path, files: Iterable[Path], folder: Path) -> None:
+    for file in files:
+        link = folder / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file.resolve())
+
+
+def _refuse_revision(name: str, revision: str | None) -> None:
+    if revision is not None:
+        raise InputError(f"--revision {revision}: {name} is no repo, and has none; leave it out")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return f"{DIGEST}{hashlib.file_digest(stream, 'sha256').hexdigest()}"

@@ -1,0 +1,290 @@
+"""jobs.featurise --data: the pictures, ids, captions and seeds of a dataset, another CLIP's scores and features."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.curation.curate import curate
+from cluster.curation.request import CurateRequest
+from cluster.dataset import read_dataset
+from cluster.dataset.layout import MANIFEST_KEY, load_manifest, shard_key
+from cluster.dataset.opened import open_dataset
+from cluster.dataset.verify import verify
+from cluster.generation.pinning import clip_spec
+from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.ingest.another_clip import WORK, ReadPictures, WriteFeaturised, keep_spec
+from cluster.report.make import make_report
+from cluster.report.request import ReportRequest
+from cluster.store.store import Store, open_store
+from pcm.clip.encoder import ClipEncoder
+from pcm.errors import InputError
+from pcm.images import open_image
+from pcm.spec import ClipSpec
+from pcm.text.concepts import ConceptVocabulary, embed
+from tests.helpers.featurised import featurise_in_process
+from tests.helpers.job_runs import JobRun
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_dataset import write_dataset
+from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
+from tests.helpers.tiny_models import save_tiny_clip
+
+CALL = Callable[..., JobRun]
+
+
+@pytest.fixture(scope="module")
+def other_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of other weights and another width than tiny_clip."""
+    return save_tiny_clip(tmp_path_factory.mktemp("models") / "other", seed=5, width=96)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
+    scores = np.random.default_rng(2).integers(10, 45, 40) / 100
+    return write_dataset(tmp_path_factory.mktemp("data") / "drawn", tiny_clip, rows=40, shard_size=7, scores=scores)
+
+
+def test_pictures_ids_captions_and_seeds_stay_and_scores_and_features_are_the_other_clips(
+    dataset: Path, other_clip: Path, tmp_path: Path
+) -> None:
+    made = featurise_in_process(dataset, tmp_path / "out", other_clip)
+    assert made is not None and made.stored == 40 and not made.is_view
+    before, after = list(read_dataset(dataset)), list(read_dataset(tmp_path / "out"))
+    encoder = ClipEncoder(str(other_clip))
+    images = encoder.encode_images([open_image(row.image_bytes, name=row.sample_id) for row in after])
+    texts = encoder.encode_texts([str(row.caption) for row in after])
+    for number, (old, new) in enumerate(zip(before, after, strict=True)):
+        for name in ("sample_id", "caption", "image_bytes"):  # the seed is in the fingerprint
+            assert getattr(new, name) == getattr(old, name)
+        np.testing.assert_allclose(new.global_feature, images.global_feature[number], atol=2e-3)
+        np.testing.assert_allclose(new.patch_features, images.patch_features[number], atol=2e-2, rtol=1e-2)
+        assert new.clip_score == pytest.approx(float(images.global_feature[number] @ texts[number]), abs=1e-5)
+    assert (made.features.patch_dim, made.features.num_patches) == (96, 16)
+    lineage = load_manifest(open_store(tmp_path / "out")).lineage
+    assert lineage is not None and (lineage.method, lineage.rows_in) == ("featurise", 40)
+    assert lineage.sources[0].path == str(dataset)
+    proof = verify(open_store(tmp_path / "out"))
+    assert proof["ok"] and proof["stored"] == 40
+
+
+def test_the_fingerprint_is_that_of_the_rows_whatever_the_clip(dataset: Path, other_clip: Path, tmp_path: Path) -> None:
+    all_rows = curate(CurateRequest(data=(str(dataset),), out=str(tmp_path / "all")))
+    made = featurise_in_process(dataset, tmp_path / "out", other_clip)
+    assert made is not None and made.fingerprint == all_rows["fingerprint"]
+
+
+def test_concepts_keep_their_names_and_words_stay(dataset: Path, other_clip: Path, tmp_path: Path) -> None:
+    featurise_in_process(dataset, tmp_path / "out", other_clip)
+    old, new = (ConceptVocabulary.load(place / "concepts.safetensors") for place in (dataset, tmp_path / "out"))
+    assert new.names == old.names and new.source == old.source
+    np.testing.assert_allclose(new.embeddings, embed(old.names, ClipEncoder(str(other_clip)).encode_texts), atol=1e-5)
+    assert (tmp_path / "out" / "vocabulary.txt").read_bytes() == (dataset / "vocabulary.txt").read_bytes()
+
+
+def test_a_view_is_featurised_with_its_own_captions_and_weights(
+    dataset: Path, other_clip: Path, tmp_path: Path
+) -> None:
+    curate(CurateRequest(data=(str(dataset),), out=str(tmp_path / "view"), drop_lowest=0.3))
+    made = featurise_in_process(tmp_path / "view", tmp_path / "out", other_clip)
+    assert made is not None and made.stored == 28
+    assert [row.sample_id for row in read_dataset(tmp_path / "out")] == [
+        row.sample_id for row in read_dataset(tmp_path / "view")
+    ]
+    assert made.fingerprint == load_manifest(open_store(tmp_path / "view")).fingerprint
+    assert verify(open_store(tmp_path / "out"))["ok"]
+
+
+def test_a_dataset_that_was_drawn_without_a_clip_gets_scores_words_and_concepts(
+    other_clip: Path, tmp_path: Path
+) -> None:
+    make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path), null_spec(), shard_size=5)
+    made = featurise_in_process(tmp_path / "data", tmp_path / "out", other_clip)
+    assert made is not None and made.lineage is not None
+    assert made.lineage.facts["agreement"] is None, "there was no score before"
+    assert "cat" in ConceptVocabulary.load(tmp_path / "out" / "concepts.safetensors").names
+    assert all(row.clip_score for row in read_dataset(tmp_path / "out"))
+
+
+class FailsOnOne(FeaturiseShard):
+    """A CLIP that raises on every batch with the picture of one sample in it."""
+
+    def encode_rows(self, drawn: pa.Table, rows: list[int]):  # type: ignore[no-untyped-def]
+        if any(drawn["sample_id"][row].as_py() == "000000009-00" for row in rows):
+            raise ValueError("this picture")
+        return super().encode_rows(drawn, rows)
+
+
+def test_a_picture_on_which_the_clip_raises_is_left_out_and_counted(
+    dataset: Path, other_clip: Path, tmp_path: Path
+) -> None:
+    made = featurise_in_process(dataset, tmp_path / "out", other_clip, featurise=FailsOnOne)
+    assert made is not None and made.lineage is not None
+    assert made.stored == 39 and made.lineage.dropped == {"clip_error": 1}
+    assert "000000009-00" not in {row.sample_id for row in read_dataset(tmp_path / "out")}
+    assert verify(open_store(tmp_path / "out"))["ok"]
+
+
+def test_what_is_there_is_not_made_again_and_the_result_is_the_same(
+    dataset: Path, other_clip: Path, tmp_path: Path
+) -> None:
+    whole = featurise_in_process(dataset, tmp_path / "whole", other_clip)
+    featurise_in_process(dataset, tmp_path / "parts", other_clip, shards=3)
+    store = open_store(tmp_path / "parts")
+    lay_there = {key: os.stat(store.path(key)).st_mtime_ns for key in store.list("shards/")}
+    assert len(lay_there) == 3
+    resumed = featurise_in_process(dataset, tmp_path / "parts", other_clip)
+    assert whole is not None and resumed is not None
+    assert {key: os.stat(store.path(key)).st_mtime_ns for key in lay_there} == lay_there
+    for number in range(len(whole.shards)):
+        one, other = ((tmp_path / name / shard_key(number)).read_bytes() for name in ("whole", "parts"))
+        assert one == other
+    assert resumed.fingerprint == whole.fingerprint
+
+
+class Killed(Exception):
+    """Stands for kill -9."""
+
+
+class DiesAtTheSecondWrite:
+    """The store of a process that dies between the two objects of its first shard."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._written = store, 0
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        self._written += 1
+        if self._written == 2:
+            raise Killed
+        self._store.write_bytes(key, data)
+
+
+def test_a_kill_between_facts_and_shard_is_made_good(dataset: Path, other_clip: Path, tmp_path: Path) -> None:
+    whole = featurise_in_process(dataset, tmp_path / "whole", other_clip)
+    featurise_in_process(dataset, tmp_path / "out", other_clip, shards=1)
+    source, spec = open_dataset(open_store(dataset)), clip_spec(str(other_clip), device="cpu", dtype="float32")
+    dying: Any = DiesAtTheSecondWrite(open_store(tmp_path / "out"))
+    block = FeaturiseShard(spec)(ReadPictures(source)(pa.table({"shard": [1]})))
+    with pytest.raises(Killed):
+        WriteFeaturised(dying)(block)
+    resumed = featurise_in_process(dataset, tmp_path / "out", other_clip)
+    assert whole is not None and resumed is not None and resumed.fingerprint == whole.fingerprint
+
+
+def test_a_shard_without_its_facts_is_named(dataset: Path, other_clip: Path, tmp_path: Path) -> None:
+    featurise_in_process(dataset, tmp_path / "out", other_clip, shards=3)
+    (tmp_path / "out" / WORK / "part-000001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"part-000001.parquet: missing or damaged; delete shards/part-000001.parquet"):
+        featurise_in_process(dataset, tmp_path / "out", other_clip)
+
+
+def test_another_clip_or_source_is_not_mixed_with_what_was_begun(
+    dataset: Path, other_clip: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    featurise_in_process(dataset, tmp_path / "out", other_clip, shards=2)
+    with pytest.raises(InputError, match="was begun with another settings"):
+        featurise_in_process(dataset, tmp_path / "out", tiny_clip)
+    write_dataset(tmp_path / "else", tiny_clip, rows=40, shard_size=7, first=3)
+    with pytest.raises(InputError, match="was begun of other data"):
+        featurise_in_process(tmp_path / "else", tmp_path / "out", other_clip)
+    on_gpu = ClipSpec(**{**clip_spec(str(other_clip), device="cpu", dtype="float32").to_dict(), "dtype": "bfloat16"})
+    with pytest.raises(InputError, match="was begun on cpu in float32, and this is cpu in bfloat16"):
+        keep_spec(open_store(tmp_path / "out"), on_gpu)
+
+
+def test_a_damaged_source_is_named(tiny_clip: Path, other_clip: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", tiny_clip, rows=14, shard_size=7)
+    broken = tmp_path / "data" / shard_key(1)
+    broken.write_bytes(broken.read_bytes()[:-7] + b"another")
+    with pytest.raises(InputError, match=r"part-000001.parquet: .*run jobs.verify"):
+        featurise_in_process(tmp_path / "data", tmp_path / "out", other_clip)
+
+
+def test_the_report_shows_how_far_the_two_clips_agree(dataset: Path, other_clip: Path, tmp_path: Path) -> None:
+    made = featurise_in_process(dataset, tmp_path / "out", other_clip)
+    assert made is not None and made.lineage is not None
+    told = made.lineage.facts["agreement"]
+    before, after = (
+        np.array([row.clip_score for row in read_dataset(place)], np.float64) for place in (dataset, tmp_path / "out")
+    )
+    assert told["pearson"] == pytest.approx(np.corrcoef(before, after)[0, 1], abs=1e-6)
+    make_report(ReportRequest(data=str(tmp_path / "out"), out=str(tmp_path / "report.html")))
+    text = (tmp_path / "report.html").read_text()
+    assert f"Pearson {told['pearson']:.3f}, Spearman {told['spearman']:.3f}, of 40 pairs" in text
+    for example in told["examples"]:
+        assert example["why"] in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--shard-size", "3"), "--shard-size: without effect beside --data"),
+        (("--captions", "c.txt"), "--captions: without effect beside --data"),
+        (("--clip", "null"), "--clip null: has no features"),
+        (("--clip", "/no/such/clip"), "CLIP model '/no/such/clip'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    dataset: Path, tmp_path: Path, call_job: CALL, monkeypatch: pytest.MonkeyPatch, arguments: tuple, said: str
+) -> None:
+    monkeypatch.setattr("cluster.ingest.another_clip.start_ray", lambda: pytest.fail("Ray was started"))
+    ended = call_job("featurise", "--data", dataset, "--out", tmp_path / "out", *arguments)
+    assert ended.returncode == 2 and ended.stderr.splitlines()[-1].startswith(f"error: {said}")
+    assert not (tmp_path / "out").exists()
+    ended = call_job("featurise", "--out", tmp_path / "out")
+    assert ended.returncode == 2 and "--images: missing" in ended.stderr
+
+
+def test_on_ray_the_dataset_is_the_same_and_a_rerun_finds_it(
+    dataset: Path, other_clip: Path, tmp_path: Path, call_job: CALL, ray_session: None
+) -> None:
+    alone = featurise_in_process(dataset, tmp_path / "alone", other_clip)
+    arguments = ("--data", dataset, "--clip", other_clip, "--out", tmp_path / "out")
+    ended = call_job("featurise", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.summary is not None and alone is not None
+    assert ended.summary["fingerprint"] == alone.fingerprint
+    assert (ended.summary["rows"], ended.summary["quarantined"], ended.summary["skipped"]) == (40, 0, 0)
+    for number in range(len(alone.shards)):
+        assert (tmp_path / "out" / shard_key(number)).read_bytes() == (
+            tmp_path / "alone" / shard_key(number)
+        ).read_bytes()
+    assert not open_store(tmp_path / "out").list(f"{WORK}/"), "nothing is left of the work"
+    again = call_job("featurise", *arguments)
+    assert again.summary is not None and again.summary["skipped"] == 40
+    assert again.summary["fingerprint"] == ended.summary["fingerprint"]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_to_the_same_dataset(dataset: Path, other_clip: Path, tmp_path: Path) -> None:
+    """kill -9 once the first shard, and once the fourth, is there; what lay there is not made again."""
+    whole = featurise_in_process(dataset, tmp_path / "whole", other_clip)
+    assert whole is not None
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "jobs.featurise", "--data", str(dataset), "--clip", str(other_clip)]
+    command += ["--out", str(out)]
+    store = open_store(out)
+    for shards in (1, 4):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 240
+        while len(store.list("shards/")) < shards:
+            assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    if store.exists(MANIFEST_KEY):
+        pytest.fail("the run was done before it could be killed")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["fingerprint"] == whole.fingerprint
+    for number in range(len(whole.shards)):
+        assert pq.read_table(out / shard_key(number)).equals(pq.read_table(tmp_path / "whole" / shard_key(number)))

@@ -1,0 +1,117 @@
+"""What is staged is what its name stands for, once, and without what nobody loads."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluster.store.store import open_store
+from cluster.weights.manifest import read_manifest
+from cluster.weights.node_copy import CACHE_VARIABLE, local_name
+from cluster.weights.request import StageModelsRequest
+from cluster.weights.stage import stage
+from pcm.clip.encoder import ClipEncoder
+from pcm.errors import InputError
+from tests.helpers.seaweedfs import S3Server
+
+COMMIT = "a" * 40
+
+
+def hub_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repo: str, folder: Path) -> None:
+    """The hub's local cache with one commit of a repo; the hub itself cannot be reached."""
+    place = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text(COMMIT)
+    (place / "snapshots").mkdir()
+    (place / "snapshots" / COMMIT).symlink_to(folder)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def names(uri: str) -> set[str]:
+    return {file.name for file in read_manifest(open_store(uri)).files}
+
+
+def test_a_repo_is_staged_at_its_commit_without_what_is_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_t2i: Path
+) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(tiny_t2i, tmp_path / "repo"))
+    (folder / "unet/diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"a variant")
+    (folder / "README.md").write_text("of the repo")
+    hub_with(monkeypatch, tmp_path, "somebody/tiny", folder)
+    out = str(tmp_path / "out")
+    summary = stage(StageModelsRequest(t2i="somebody/tiny", revision=COMMIT, out=out))
+    assert summary["source"] == f"somebody/tiny@{COMMIT}"
+    assert names(out) == {file.relative_to(tiny_t2i).as_posix() for file in tiny_t2i.rglob("*") if file.is_file()}
+
+    stage(StageModelsRequest(t2i="somebody/tiny", revision=COMMIT, t2i_variant="fp16", out=out))
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in names(out)
+    assert "unet/diffusion_pytorch_model.safetensors" not in names(out)
+    assert "vae/diffusion_pytorch_model.safetensors" in names(out)  # has no such variant
+
+
+def test_staging_again_puts_nothing(tmp_path: Path, tiny_t2i: Path) -> None:
+    request = StageModelsRequest(t2i=str(tiny_t2i), out=str(tmp_path / "out"))
+    first = stage(request)
+    assert first["put"] == first["files"] > 0
+    assert stage(request)["put"] == 0
+
+
+def test_a_clip_of_two_names_becomes_a_folder_that_gives_the_same(
+    tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pcm.torchvision_shim  # noqa: F401  isort: skip
+    import open_clip
+
+    config = json.loads((tiny_clip / "open_clip_config.json").read_text())["model_cfg"]
+    (tmp_path / "tiny-quickgelu.json").write_text(json.dumps(config | {"quick_gelu": True}))
+    open_clip.add_model_config(tmp_path / "tiny-quickgelu.json")
+    name = f"tiny-quickgelu/{tiny_clip / 'open_clip_model.safetensors'}"
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    out = f"file://{tmp_path}/out"
+    stage(StageModelsRequest(clip=name, out=out))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 32, 3), dtype=np.uint8))
+    named, staged, plain = (
+        encoder.encode_images([image]).global_feature
+        for encoder in (ClipEncoder(name), ClipEncoder(local_name(out)), ClipEncoder(str(tiny_clip)))
+    )
+    np.testing.assert_array_equal(named, staged)
+    assert np.abs(staged - plain).max() > 1e-4  # the activation is not lost
+
+
+def test_the_token_of_a_hub_is_in_no_output(
+    s3: S3Server, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch, call_job, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_A_SECRET_OF_SOMEBODY")
+    out = f"{s3.uri}/token"
+    run = call_job("stage_models", "--clip", tiny_clip, "--out", out)
+    assert run.returncode == 0 and run.summary["revision"].startswith("sha256:")
+    store = open_store(out)
+    stored = b"".join(store.read_bytes(key) for key in store.list() if key.endswith(".json"))
+    assert "hf_A_SECRET" not in run.stderr + json.dumps(run.summary) + stored.decode()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "give one of the two"),
+        ({"t2i": "a/b", "clip": "c"}, "give one of the two"),
+        ({"t2i": "embedded"}, "needs no staging"),
+        ({"clip": "c", "t2i_variant": "fp16"}, "needs --t2i"),
+        ({"t2i": "https://user:secret@host/x"}, "carries a credential"),
+    ],
+)
+def test_what_cannot_be_is_refused(given: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        StageModelsRequest(**given, out="s3://b/x")
+
+
+def test_a_folder_has_no_revision(tmp_path: Path, tiny_t2i: Path, tiny_clip: Path) -> None:
+    for given in ({"t2i": str(tiny_t2i)}, {"clip": str(tiny_clip)}):
+        with pytest.raises(InputError, match="is no repo"):
+            stage(StageModelsRequest(**given, revision=COMMIT, out=str(tmp_path / "out")))

@@ -1,0 +1,143 @@
+"""A cluster of several hosts: they come one by one, are lost, are cut off and come back, and the head is killed."""
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.dataset.verify import verify
+from cluster.store.store import open_store
+from tests.helpers.hosts import Hosts, can_make_hosts, several_hosts, wait_until
+from tests.helpers.tiny_dataset import TINY, write_dataset
+from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not can_make_hosts(), reason="needs root, iproute2 and the right to make namespaces"),
+]
+
+CAPTIONS = [f"caption number {number}" for number in range(240)]
+SHARD_SIZE = 2
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    with several_hosts(4) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The fingerprint of the same dataset, made in one process."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    store, *_ = make_dataset_in_process(folder / "data", write_corpus(folder, CAPTIONS), null_spec(), shard_size=64)
+    return verify(store)["fingerprint"]
+
+
+def generate(hosts: Hosts, folder: Path) -> subprocess.Popen:
+    corpus = write_corpus(folder, CAPTIONS)
+    return hosts.job(
+        "jobs.generate", "--corpus", str(corpus), "--out", f"{folder}/data", "--t2i", "null", "--shard-size",
+        str(SHARD_SIZE), "--generators", "3", "--device", "cpu",
+    )  # fmt: skip
+
+
+def stored(folder: Path) -> int:
+    return len(list((folder / "data/shards").glob("*.parquet")))
+
+
+def more_shards(job: subprocess.Popen, folder: Path, count: int = 5) -> None:
+    """Wait until so many more shards are stored, or all."""
+    goal = min(stored(folder) + count, len(CAPTIONS) // SHARD_SIZE)
+    wait_until(lambda: stored(folder) >= goal or job.poll() is not None, seconds=300, said=f"{stored(folder)} shards")
+
+
+def proven(folder: Path, wanted: str) -> dict:
+    report = verify(open_store(folder / "data"))
+    assert report["ok"] and report["fingerprint"] == wanted, report
+    return report
+
+
+def end(job: subprocess.Popen, seconds: float = 400) -> dict:
+    printed, said = job.communicate(timeout=seconds)
+    assert job.returncode == 0, said[-3000:]
+    return json.loads(printed.splitlines()[-1])
+
+
+def test_hosts_come_one_by_one_and_one_is_lost(hosts: Hosts, tmp_path: Path, wanted: str) -> None:
+    head, one, two, three = hosts.hosts
+    head.join(cpus=0, head=True)
+    job = generate(hosts, tmp_path)
+    time.sleep(5)  # it asks for generators that nobody can give yet
+    one.join(cpus=2)
+    more_shards(job, tmp_path)
+    two.join(cpus=2)
+    three.join(cpus=2)
+    more_shards(job, tmp_path)
+    one.lose()
+    assert end(job)["stored"] == len(CAPTIONS)
+    proven(tmp_path, wanted)
+
+
+def test_a_link_that_is_cut_for_a_while_and_heals(hosts: Hosts, tmp_path: Path, wanted: str) -> None:
+    head, one, two, _ = hosts.hosts
+    head.join(cpus=0, head=True)
+    one.join(cpus=2)
+    two.join(cpus=2)
+    job = generate(hosts, tmp_path)
+    more_shards(job, tmp_path)
+    one.cut()
+    time.sleep(20)
+    one.heal()
+    assert end(job)["stored"] == len(CAPTIONS)
+    proven(tmp_path, wanted)
+
+
+def test_the_head_is_killed_and_the_same_command_goes_on(hosts: Hosts, tmp_path: Path, wanted: str) -> None:
+    head, one, *_ = hosts.hosts
+    head.join(cpus=0, head=True)
+    one.join(cpus=2)
+    job = generate(hosts, tmp_path)
+    more_shards(job, tmp_path)
+    head.lose()  # the driver is on it
+    job.wait(timeout=60)
+    before = stored(tmp_path)
+    one.lose()
+    head.join(cpus=0, head=True)
+    one.join(cpus=2)
+    again = end(generate(hosts, tmp_path))
+    assert again["skipped"] >= before * SHARD_SIZE > 0
+    proven(tmp_path, wanted)
+
+
+def test_training_over_two_hosts_loses_one_and_goes_on(hosts: Hosts, tmp_path: Path, tiny_clip: Path) -> None:
+    """The losses are those of one worker on one host."""
+    head, one, two, _ = hosts.hosts
+    data = write_dataset(tmp_path / "data", tiny_clip, rows=96)
+    head.join(cpus=0, head=True)
+    settings = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
+
+    def train(out: str, workers: str) -> subprocess.Popen:
+        return hosts.job(
+            "jobs.train", "--data", str(data), "--out", f"{tmp_path}/{out}", "--device", "cpu",
+            "--cpus-per-worker", "1", "--num-workers", workers, "--epochs", "12", *settings,
+        )  # fmt: skip
+
+    one.join(cpus=1)
+    two.join(cpus=1)
+    job = train("run", "1:2")
+    wait_until(
+        lambda: (tmp_path / "run/metrics.jsonl").exists() or job.poll() is not None, seconds=300, said="no epoch ended"
+    )
+    one.lose()
+    end(job)
+    end(train("alone", "1"))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+
+
+def losses(run: Path) -> dict[int, float]:
+    rows = [json.loads(line) for file in sorted(run.glob("losses/*.jsonl")) for line in file.read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows}

@@ -1,0 +1,70 @@
+"""A local --out on a cluster whose nodes do not share it: refused before anything is planned or drawn."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_generation import write_corpus
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.geteuid() != 0 or subprocess.run(["unshare", "--mount", "true"], check=False).returncode != 0,
+        reason="needs the right to mount",
+    ),
+]
+
+
+@pytest.fixture
+def head() -> Iterator[Cluster]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000})
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def other_machine(head: Cluster, tmp_path: Path) -> Iterator[None]:
+    """A node in whose place `tmp_path` is another, empty folder."""
+    join = (
+        f"mount -t tmpfs none {tmp_path} && exec {Path(sys.executable).parent}/ray start --address={head.address} "
+        "--num-cpus=1 --object-store-memory=100000000 --disable-usage-stats --block"
+    )
+    node = subprocess.Popen(["unshare", "--mount", "sh", "-c", join], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(head_nodes(head)) < 2:
+        assert time.monotonic() < deadline and node.poll() is None
+        time.sleep(0.5)
+    yield
+    for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+        process.send_signal(signal.SIGKILL)
+    node.wait()
+
+
+def head_nodes(head: Cluster) -> list[str]:
+    code = "import ray; ray.init(logging_level=40); print(*(n['NodeID'] for n in ray.nodes() if n['Alive']))"
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"RAY_ADDRESS": head.address}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return said.stdout.splitlines()[-1].split()
+
+
+def test_a_folder_that_a_node_does_not_see_is_refused(head: Cluster, other_machine: None, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    command = [sys.executable, "-m", "jobs.generate", "--corpus", str(corpus), "--t2i", "null", "--shard-size", "4"]
+    job = subprocess.run(
+        [*command, "--out", str(tmp_path / "data")], cwd=ROOT, env=os.environ | {"RAY_ADDRESS": head.address},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert job.returncode == 2, job.stderr
+    assert "a folder of one machine, which node" in job.stderr.splitlines()[-1]
+    assert not list((tmp_path / "data").rglob("*.*")), "something was planned"

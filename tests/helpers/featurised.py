@@ -1,0 +1,42 @@
+"""jobs.featurise --data in this process, without Ray."""
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from cluster.dataset.layout import Manifest
+from cluster.dataset.opened import open_dataset
+from cluster.dataset.view import claim
+from cluster.generation.pinning import clip_spec
+from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.ingest.another_clip import (
+    ReadPictures,
+    WriteFeaturised,
+    finish,
+    keep_spec,
+    lineage_of,
+    missing_shards,
+    store_vocabularies_of,
+)
+from cluster.ingest.request import FeaturiseRequest
+from cluster.store.store import open_store
+
+
+def featurise_in_process(
+    data: Path, out: Path, clip: Path, *, shards: int | None = None, featurise: type[FeaturiseShard] = FeaturiseShard
+) -> Manifest | None:
+    """The job's stages one after the other; with `shards` only so many of those that are missing, and no manifest."""
+    request = FeaturiseRequest(data=str(data), out=str(out), clip=str(clip))
+    source, store = open_dataset(open_store(data)), open_store(out)
+    lineage = lineage_of(source, request, None)
+    if (found := claim(store, lineage)) is not None:
+        return found
+    spec = clip_spec(str(clip), device="cpu", dtype="float32")
+    keep_spec(store, spec)
+    read, score, write = ReadPictures(source), featurise(spec), WriteFeaturised(store)
+    for number in missing_shards(source, store)[:shards]:
+        write(score(read(pa.table({"shard": [number]}))))
+    if shards is not None:
+        return None
+    store_vocabularies_of(source.store, store, spec, None)
+    return finish(source, store, spec, lineage)
