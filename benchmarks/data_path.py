@@ -128,7 +128,6 @@ def _loader(folder: Path, selection: Selection, cache: ShardCache | None) -> Sha
         [Part(open_store(folder), selection, cache=cache)],
         BatchShape(features=FEATURES, batch_size=BATCH, max_length=20, int8=cache is not None and cache.int8),
         Vocabulary.build(WORDS, min_count=1),
-        lanes=8,
         seed=0,
         cache_bytes=0,
     )

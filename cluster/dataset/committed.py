@@ -2,7 +2,8 @@
 
 Shards come in groups of a thousand. Once a group is whole, the driver writes what the manifest needs of its shards into
 one object, `progress/group-000123.json`. It repeats what the stats objects say and is bound to the plan, so it may be
-lost, damaged or of another plan: then it is not believed, and made again.
+lost, damaged or of another plan: then it is not believed, and made again. Beside it the driver writes the index of the
+group's rows (cluster.dataset.row_index), where it has committed all of the group itself.
 
 What finding out costs, for S shards: one GET a group, S / 1,000; one LIST request for each group that is not whole; and
 for the manifest one GET for each shard whose group has no object yet, at most the shards that were made since the
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from cluster.dataset.layout import Manifest, Plan, StoredShard, group_key, shard_key, stats_key
+from cluster.dataset.row_index import index_of_texts, store_row_index
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.records import FeatureShape
@@ -28,6 +30,9 @@ log = logging.getLogger(__name__)
 GROUP = 1000
 #: Up to so many groups all are listed, whole or not: that is one round of requests, and finds a shard that was lost.
 LISTED_GROUPS = 16
+
+#: In what a writer tells the driver, beside what is in the stats object: the index of the shard's rows.
+ROW_INDEX = "row_index"
 
 _REQUESTS_AT_ONCE = 16
 _SUMMARY = {
@@ -49,6 +54,7 @@ class CommittedShards:
         self._plan = plan
         self._done = done  # (num_shards,) bool
         self._summaries: dict[int, dict] = {}  # of this run's shards whose group is not whole yet
+        self._row_indexes: dict[int, str] = {}  # of the same
 
     def __contains__(self, shard: int) -> bool:
         return bool(self._done[shard])
@@ -65,16 +71,23 @@ class CommittedShards:
         self._done[list(shards)] = False
 
     def add(self, stats: dict) -> None:
-        """A shard was committed with these stats. Writes the object of its group if that is whole now."""
+        """A shard was committed with these stats. Writes the objects of its group if that is whole now."""
         shard = stats["shard"]
         self._done[shard] = True
         self._summaries[shard] = summary(stats)
+        if ROW_INDEX in stats:
+            self._row_indexes[shard] = stats[ROW_INDEX]
         shards = group_shards(self._plan, shard // GROUP)
         if self._done[shards.start : shards.stop].all():
             made = {number: self._summaries.pop(number) for number in shards if number in self._summaries}
+            texts = [self._row_indexes.pop(number) for number in shards if number in self._row_indexes]
             try:
                 with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-                    _store_group(self._store, self._plan, shard // GROUP, made, pool)
+                    group = _store_group(self._store, self._plan, shard // GROUP, made, pool)
+                if len(texts) == len(shards):
+                    store_row_index(
+                        self._store, shard // GROUP, [_stored(each) for each in group], index_of_texts(texts)
+                    )
             except InputError as error:  # the manifest will ask for the same stats: time enough to fail then
                 log.warning("%s", error)
 
@@ -193,8 +206,12 @@ def load_stats(store: Store, shard: int) -> dict:
 
 def stored_shard(store: Store, shard: int) -> StoredShard:
     """A committed shard as its stats describe it. Raises InputError as load_stats does."""
-    stats = load_stats(store, shard)
-    return StoredShard(shard_key(shard), rows=stats["successes"], bytes=stats["bytes"], sha256=stats["sha256"])
+    return _stored(load_stats(store, shard))
+
+
+def _stored(stats: dict) -> StoredShard:
+    key = shard_key(stats["shard"])
+    return StoredShard(key, rows=stats["successes"], bytes=stats["bytes"], sha256=stats["sha256"])
 
 
 def _store_group(store: Store, plan: Plan, group: int, known: dict[int, dict], pool: ThreadPoolExecutor) -> list[dict]:

@@ -74,7 +74,11 @@ def group_key(group: int) -> str:
     return f"progress/group-{group:06d}.json"
 
 
-@dataclass(frozen=True)
+def row_index_key(group: int) -> str:
+    return f"progress/rows-{group:06d}.parquet"
+
+
+@dataclass(frozen=True, slots=True)  # there may be hundreds of thousands
 class StoredShard:
     """A shard as the manifest, or its stats, describe it: readers compare what they find with that.
 

@@ -23,6 +23,9 @@ FIRST_EPOCHS = ("shuffled", "plan")
 #: Fields of the network that are read off the dataset and cannot be chosen.
 DATASET_SIZES = ("vocab_size", "patch_dim", "embed_dim", "num_patches", "num_concepts")
 
+#: Fields that earlier releases recorded, passed over in reading a run of theirs.
+RETIRED = ("window_shards",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -69,8 +72,6 @@ class TrainConfig:
     focal_gamma: float = LossSettings.focal_gamma
     focal_mode: str = LossSettings.focal_mode
 
-    #: A batch mixes rows of so many randomly drawn shards (of the next divisor of batch_size).
-    window_shards: int = 8
     #: shuffled: over all shards, as every later epoch; plan: shard by shard in the order in which they are made, so
     #: that training can start before there is a second one (what jobs.stream does).
     first_epoch: str = "shuffled"
@@ -87,7 +88,7 @@ class TrainConfig:
     validation_beam_size: int = BEAM_SIZE
 
     def __post_init__(self) -> None:
-        counts = "epochs batch_size grad_accumulation warmup_steps window_shards holdout_limit validation_beam_size"
+        counts = "epochs batch_size grad_accumulation warmup_steps holdout_limit validation_beam_size"
         for name in counts.split():
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("seed", "clip_value"):
@@ -148,13 +149,13 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Strict: an unknown field or a value of another type raises InputError naming it."""
+        """Strict: an unknown field or one of another type raises InputError naming it; RETIRED ones are passed over."""
         if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
             raise InputError(
                 f"training config {values!r}: must be a JSON object of field: value, 'model' an object too"
             )
         model = PCMNetConfig(**_typed_fields(PCMNetConfig, values.get("model", {}), "model."))
-        rest = {name: value for name, value in values.items() if name != "model"}
+        rest = {name: value for name, value in values.items() if name not in ("model", *RETIRED)}
         return cls(model=model, **_typed_fields(cls, rest, ""))
 
     @classmethod

@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed
 
 from cluster.dataset.layout import Plan, load_plan
 from cluster.store.store import open_store
 from cluster.training.data.arriving import ArrivingShards, finished_manifest
 from cluster.training.data.batches import Batch, BatchShape
 from cluster.training.data.mixture import TrainingSet, open_training_sets
-from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows, weighted
+from cluster.training.data.selection import Ranks, RowFilter, holdout_share, select_rows
 from cluster.training.data.shard_cache import ShardCache
 from cluster.training.data.shuffled import Part, ShardLoader
 from cluster.training.run_spec import RunSpec
@@ -44,11 +46,14 @@ class TrainingData:
         manifest = sets[0].manifest
         stored = sum(each.manifest.stored for each in sets)
         row_filter = self._row_filter(self.plan.usable if self.plan else stored)
-        if row_filter.keeps_everything:
-            training, held_out = [all_rows(each.manifest) for each in sets], []
-        else:
-            chosen = [select_rows(each.store, each.shards, row_filter) for each in sets]
-            training, held_out = [rows for rows, _ in chosen], [rows for _, rows in chosen]
+        ranks = Ranks(**place, gather=self._gather)
+        training, held_out = zip(
+            *(
+                select_rows(each.store, each.shards, row_filter, ranks=ranks, keep_index=each.pinned is None)
+                for each in sets
+            ),
+            strict=True,
+        )
         if run.validation is None:
             if not sum(map(len, held_out)):
                 raise InputError(
@@ -67,14 +72,14 @@ class TrainingData:
             source = run.validation.images
         self._loader = ShardLoader(
             [
-                Part(each.store, weighted(each.store, rows), each.weight, self._shard_cache(each))
+                Part(each.store, rows, each.weight, self._shard_cache(each))
                 for each, rows in zip(sets, training, strict=True)
             ],
             self._shape,
             self._vocabulary,
-            lanes=run.config.window_shards,
             seed=run.config.seed,
             cache_bytes=run.cache_bytes,
+            window_bytes=run.window_bytes,
         )
         return (
             f"training on {sum(map(len, training))} of {stored} pairs, {self._loader.rows_per_epoch} rows and "
@@ -113,6 +118,13 @@ class TrainingData:
             seed=self._run.config.seed,
         )
         return arriving.batches(start_step=start_step)
+
+    def _gather(self, value: Any) -> list[Any]:
+        """What every worker says, in the order of their ranks."""
+        said = [value] * self._shape.num_workers
+        if self._shape.num_workers > 1:
+            torch.distributed.all_gather_object(said, value)
+        return said
 
     def _load_plan(self) -> Plan:
         plan = load_plan(open_store(self._run.data[0].uri))

@@ -182,12 +182,18 @@ class TrainingOptions(SettingsOptions):
         "feature_dtype=int8): decoded once a machine; yours to delete",
     )  # fmt: skip
     max_failures: int = option(3, help="lost workers before the run is given up")
+    window_bytes: int = option(
+        8 << 30, help="memory of a worker for the shards that its batches are mixed of, one for each row of its share; "
+        "with less, a shard is read in parts, more than once",
+    )  # fmt: skip
     #: Selections whose features take at most so many bytes in memory are decoded once.
     cache_bytes: int = 2 << 30
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, 1, "num_workers", "cpus_per_worker", "keep_checkpoints", "checkpoint_every_steps")
+        check_at_least(
+            self, 1, "num_workers", "cpus_per_worker", "keep_checkpoints", "checkpoint_every_steps", "window_bytes"
+        )
         check_at_least(self, -1, "max_failures")
         if "://" in (self.cache_dir or ""):
             raise InputError(f"--cache-dir {self.cache_dir}: must be a local folder, such as /dev/shm/pcm")

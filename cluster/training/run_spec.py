@@ -25,4 +25,5 @@ class RunSpec:
     checks: str  # a folder below the temporary one, by which a node's workers share which checksums were compared
     checkpoint_every_steps: int | None = None  # beside the one at the end of an epoch
     cache_bytes: int = TrainRequest.cache_bytes
+    window_bytes: int = TrainRequest.window_bytes
     cache_dir: str | None = None  # local folder of a ShardCache

@@ -30,6 +30,7 @@ from cluster.store.store import Store, join, open_store
 from cluster.training.checkpoints import BEST, SCORE
 from cluster.training.config import TrainConfig, default_preset, preset
 from cluster.training.data.mixture import TrainingSet, open_training_sets
+from cluster.training.data.shuffled import ROW_ORDER
 from cluster.training.loop import train_loop
 from cluster.training.ray_trainer import check_labels, make_trainer, ray_storage, worker_input_error
 from cluster.training.reporting import METRICS_KEY
@@ -177,6 +178,7 @@ def _run(
         checks=f"pcm-checked-{uuid.uuid4().hex}",
         checkpoint_every_steps=request.checkpoint_every_steps,
         cache_bytes=request.cache_bytes,
+        window_bytes=request.window_bytes,
         cache_dir=os.path.abspath(request.cache_dir) if request.cache_dir else None,
     )
 
@@ -185,6 +187,7 @@ def _previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
     """config.json of the run in OUT, or None for an empty OUT."""
     try:
         previous = json.loads(out.read_bytes(CONFIG_KEY))
+        order = previous.get("row_order", 1)  # of releases that recorded none
         TrainConfig.from_dict(previous["train"])
         previous["validation"], _rows(previous)
     except FileNotFoundError:
@@ -198,6 +201,11 @@ def _previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
         done, wanted = len(_history(out)), previous["train"]["epochs"]
         state = "a finished run" if done >= wanted else f"a run with {done} of {wanted} epochs done"
         raise InputError(f"{out.root}: holds {state}; add --resume to continue it, or give another --out")
+    if order != ROW_ORDER:
+        raise InputError(
+            f"{out.root}: takes its rows in order {order}, this release in order {ROW_ORDER}; finish it with the "
+            "release that began it, or give another --out"
+        )
     return previous
 
 
@@ -265,6 +273,7 @@ def _document(
     return {
         **({} if request.concepts is None else {"concepts": concepts}),
         "train": config.to_dict(),
+        "row_order": ROW_ORDER,
         "clip": clip.identity() | {"model": given or clip.model},
         CLIP_OPTION: given,
         "datasets": [each.description() for each in sets],

@@ -36,8 +36,8 @@ def held_out_share(
     """
     parts, image_ids = [Rows.empty(features)], []
     for place, (store, selection) in enumerate(held_out):
-        share = selection.part(rank, num_workers)
-        for shard, numbers in zip(share.shards, share.rows, strict=True):
+        for number in range(rank, len(selection.shards), num_workers):
+            shard, numbers = selection.shards[number], selection.rows[number]
             if len(numbers):
                 rows = read_rows(store, shard, numbers, features)
                 bad = not_finite(rows.global_feature, rows.patch_features, rows.patch_scale, rows.clip_score)

@@ -37,6 +37,16 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "an index of other shards is not believed",
+        "cluster/dataset/row_index.py", "if metadata.get(_SHARDS, b\"\").decode() != _binding(shards):", "if False:",
+        ("tests/cluster/dataset/test_row_index.py::test_an_index_of_other_shards_is_not_believed",),
+    ),
+    Mutant(
+        "a run is gone on with in the order in which it began",
+        "cluster/training/train.py", "if order != ROW_ORDER:", "if False:",
+        ("tests/cluster/training/test_train.py::test_a_run_of_another_row_order_is_refused",),
+    ),
+    Mutant(
         "featurise --data: a shard that is there is not made again",
         "cluster/ingest/another_clip.py", "if shard_key(number) not in there]", "]",
         ("tests/cluster/ingest/test_another_clip.py::"

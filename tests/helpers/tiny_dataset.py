@@ -186,7 +186,6 @@ TINY = {
     "max_length": 12,
     "validation_beam_size": 1,
     "holdout_fraction": 0.15,
-    "window_shards": 2,
 }
 NO_NOISE = {
     **{name: 0.0 for name in ("hidden_dropout", "attention_dropout", "visual_dropout", "word_dropout")},

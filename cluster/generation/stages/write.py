@@ -10,13 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cluster.dataset.committed import ROW_INDEX
 from cluster.dataset.layout import parquet_bytes, quarantine_key, shard_key, stats_key
+from cluster.dataset.row_index import index_text
 from cluster.generation.stages.merge import merge_retried, replace_shard
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.store.store import Store
 from pcm.documents import document_bytes
 from pcm.images import FORMAT_BYTES, image_ending
 from pcm.records import (
+    NULL_FEATURES,
     QUARANTINE_SCHEMA,
     QUARANTINED,
     STORED,
@@ -72,8 +75,12 @@ class WriteShard:
                 self._store.write_bytes(quarantine_key(row.shard), parquet_bytes(quarantined))
             self._store.write_bytes(stats_key(row.shard), stats_data)
             self._store.write_bytes(shard_key(row.shard), shard_data)
-        # Known only after the shard is in place, so not in its stats object: the driver adds these up for its report.
-        return stats | {"store_seconds": time.time() - encoded_at}
+        # Not in the stats object: seconds that are known only after the shard is in place, for the driver's report, and
+        # what the driver writes once for the whole group.
+        told: dict[str, object] = {"store_seconds": time.time() - encoded_at}
+        if feature_shape(stored.schema) != NULL_FEATURES:  # rows without features are never trained on
+            told[ROW_INDEX] = index_text(stored["caption"].to_pylist(), stored["clip_score"].to_numpy())
+        return stats | told
 
 
 def _may_store(monitor: "ActorHandle", row: ShardRow) -> bool:

@@ -5,17 +5,22 @@ those of 0.1, and every fraction and threshold is validated on the same held-out
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from cluster.dataset.committed import GROUP
 from cluster.dataset.layout import Manifest, StoredShard
-from cluster.dataset.rows import read_shard, read_weights, scores_of
+from cluster.dataset.row_index import caption_digests, row_index
 from cluster.store.store import Store
+from pcm.errors import InputError
 
-_INDEX_THREADS = 8
+_GROUPS_AT_ONCE, _SHARDS_AT_ONCE = 4, 16
 
 
 @dataclass(frozen=True)
@@ -25,16 +30,44 @@ class Selection:
     weights: how often each of these rows comes in an epoch; None: once.
     """
 
-    shards: tuple[StoredShard, ...]
-    rows: tuple[np.ndarray, ...]
-    weights: tuple[np.ndarray, ...] | None = None
+    shards: Sequence[StoredShard]
+    rows: Sequence[np.ndarray]
+    weights: Sequence[np.ndarray] | None = None
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """(shards,) rows that are used of each, once each."""
+        return np.array([len(rows) for rows in self.rows], np.int64)
 
     def __len__(self) -> int:
-        return sum(len(rows) for rows in self.rows)
+        return int(self.sizes.sum())
 
-    def part(self, rank: int, num_workers: int) -> "Selection":
-        """One worker's share of the shards."""
-        return Selection(self.shards[rank::num_workers], self.rows[rank::num_workers])
+
+class Ragged(Sequence[np.ndarray]):
+    """Arrays of different lengths, one after another in one: a small array costs a hundred bytes more than it holds."""
+
+    def __init__(self, values: np.ndarray, sizes: np.ndarray) -> None:
+        self._values, self._ends, self._sizes = values, np.cumsum(sizes), sizes
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]  # no slices: nobody takes any
+        return self._values[self._ends[index] - self._sizes[index] : self._ends[index]]
+
+
+class PackedRows(Sequence[np.ndarray]):
+    """Ascending row numbers of many shards, kept as a bit a row: 12.5 MB of 100 million rows."""
+
+    def __init__(self, bits: np.ndarray, sizes: np.ndarray) -> None:
+        """`sizes`: (shards,) rows of each; `bits`: their masks as numpy.packbits gives them, one after another."""
+        self._bits, self._sizes = Ragged(bits, -(-sizes // 8)), sizes
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]  # no slices: nobody takes any
+        return np.flatnonzero(np.unpackbits(self._bits[index], count=self._sizes[index]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,33 +90,30 @@ class RowFilter:
 
     def masks(self, captions: Sequence[str], clip_score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(trained on, held out): two boolean masks of the rows."""
-        held_out = self._below(self.held_out, "", captions)
+        return self.masks_of(caption_digests(captions), clip_score)
+
+    def masks_of(self, digests: np.ndarray, clip_score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`masks` of the rows whose captions have these cluster.dataset.row_index.caption_digests."""
+        held_out = self._below(self.held_out, "", digests)
         training = ~held_out & ~(clip_score < np.float32(self.min_clip_score))  # NaN stays: training names such rows
         if self.fraction < 1:
-            training &= self._below(self.fraction, "fraction", captions)
+            training &= self._below(self.fraction, "fraction", digests)
         return training, held_out
 
-    def _below(self, share: float, purpose: str, captions: Sequence[str]) -> np.ndarray:
-        if share == 0:
-            return np.zeros(len(captions), bool)
-        hashes = (_unit_hash(f"{self.seed}{purpose}", caption) for caption in captions)
-        return np.fromiter((value < share for value in hashes), dtype=bool, count=len(captions))
+    def _below(self, share: float, purpose: str, digests: np.ndarray) -> np.ndarray:
+        salt = hashlib.sha256(f"{self.seed}{purpose}".encode()).digest()[:8]
+        return _unit_hash(digests ^ np.frombuffer(salt, "<u8")) < share
 
 
 def all_rows(manifest: Manifest) -> Selection:
-    """Every row of a dataset."""
+    """Every row of a dataset, whatever its weight."""
     shards = manifest.stored_shards
-    return Selection(shards, tuple(np.arange(shard.rows) for shard in shards))
+    return Selection(shards, _every_row(shards))
 
 
-def weighted(store: Store, selection: Selection) -> Selection:
-    """With the weights that a view's rows have. Raises InputError as cluster.dataset.rows.read_shard does."""
-    if all(shard.weighted_rows is None for shard in selection.shards):
-        return selection
-    with ThreadPoolExecutor(_INDEX_THREADS) as pool:
-        weights = pool.map(lambda shard: read_weights(store, shard), selection.shards)
-        found = tuple(each[rows] for each, rows in zip(weights, selection.rows, strict=True))
-    return replace(selection, weights=found)
+def _every_row(shards: Sequence[StoredShard]) -> PackedRows:
+    sizes = np.array([shard.rows for shard in shards], np.int64)
+    return PackedRows(np.full((-(-sizes // 8)).sum(), 0xFF, np.uint8), sizes)
 
 
 def holdout_share(*, fraction: float, limit: int, rows: int) -> float:
@@ -91,23 +121,86 @@ def holdout_share(*, fraction: float, limit: int, rows: int) -> float:
     return min(fraction, limit / max(rows, 1))
 
 
-def select_rows(store: Store, shards: Sequence[StoredShard], row_filter: RowFilter) -> tuple[Selection, Selection]:
-    """(training, held-out) rows of some shards; reads two small columns of each."""
+@dataclass(frozen=True)
+class Ranks:
+    """The workers that open a dataset together. `gather`: what every one says, in their order; all must call it."""
 
-    def masks(shard: StoredShard) -> tuple[np.ndarray, np.ndarray]:
-        table = read_shard(store, shard, ["caption", "clip_score"], checksum=False)  # when its features are read
-        return row_filter.masks(table["caption"].to_pylist(), scores_of(store, shard, table))
+    rank: int = 0
+    num_workers: int = 1
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
-    with ThreadPoolExecutor(_INDEX_THREADS) as pool:
-        chosen = list(pool.map(masks, shards))
-    chosen_from = tuple(shards)
+
+def select_rows(
+    store: Store,
+    shards: Sequence[StoredShard],
+    row_filter: RowFilter,
+    *,
+    ranks: Ranks = Ranks(),
+    keep_index: bool = True,
+) -> tuple[Selection, Selection]:
+    """(training, held-out) rows of some shards, the first with the weights that a view's rows have.
+
+    The index of every thousand shards is read, and where there is none made, by one of the workers, who tells the
+    others; `keep_index` as in cluster.dataset.row_index. Where all rows are taken once, nothing is read. Raises
+    InputError as row_index does, on every worker alike.
+    """
+    is_weighted = any(shard.weighted_rows is not None for shard in shards)
+    if row_filter.keeps_everything and not is_weighted:
+        return Selection(shards, _every_row(shards)), Selection((), ())
+    groups = [shards[start : start + GROUP] for start in range(0, len(shards), GROUP)]
+    mine = range(ranks.rank, len(groups), ranks.num_workers)
+    said: list[_Chosen] | InputError
+    try:
+        with ThreadPoolExecutor(_GROUPS_AT_ONCE) as pool, ThreadPoolExecutor(_SHARDS_AT_ONCE) as shard_pool:
+
+            def chosen(number: int) -> _Chosen:
+                index = row_index(store, number, groups[number], shard_pool, keep=keep_index)
+                return _Chosen.of(index, groups[number], row_filter, is_weighted=is_weighted)
+
+            said = list(pool.map(chosen, mine))
+    except InputError as error:
+        said = error
+    all_said = ranks.gather(said)
+    for each in all_said:
+        if isinstance(each, InputError):
+            raise each
+    found = [all_said[place % ranks.num_workers][place // ranks.num_workers] for place in range(len(groups))]
+    sizes = np.array([shard.rows for shard in shards], np.int64)
+    training, held_out, weights, counts = (
+        np.concatenate([getattr(each, name) for each in found])
+        for name in ("training", "held_out", "weights", "counts")
+    )
     return (
-        Selection(chosen_from, tuple(np.flatnonzero(training) for training, _ in chosen)),
-        Selection(chosen_from, tuple(np.flatnonzero(held_out) for _, held_out in chosen)),
+        Selection(shards, PackedRows(training, sizes), Ragged(weights, counts) if is_weighted else None),
+        Selection(shards, PackedRows(held_out, sizes)),
     )
 
 
-def _unit_hash(salt: str, caption: str) -> float:
-    """A number in [0, 1) that depends on the salt and the words."""
-    text = f"{salt}\0{' '.join(caption.lower().split())}"
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
+@dataclass(frozen=True)
+class _Chosen:
+    """What is chosen of a group's shards."""
+
+    training: np.ndarray  # uint8, see PackedRows
+    held_out: np.ndarray  # the same
+    weights: np.ndarray  # of the training rows; empty where no row has one
+    counts: np.ndarray  # (shards,) training rows of each
+
+    @staticmethod
+    def of(index: pa.Table, shards: Sequence[StoredShard], row_filter: RowFilter, *, is_weighted: bool) -> "_Chosen":
+        training, held_out = row_filter.masks_of(index["caption"].to_numpy(), index["clip_score"].to_numpy())
+        cuts = np.cumsum([shard.rows for shard in shards])[:-1]
+        weights = index["weight"].to_numpy()[training] if is_weighted else np.zeros(0, np.int32)
+        by_shard = np.split(training, cuts)
+        return _Chosen(
+            np.concatenate([np.packbits(mask) for mask in by_shard]),
+            np.concatenate([np.packbits(mask) for mask in np.split(held_out, cuts)]),
+            weights.astype(np.min_scalar_type(weights.max(initial=0))),
+            np.array([np.count_nonzero(mask) for mask in by_shard], np.int64),
+        )
+
+
+def _unit_hash(values: np.ndarray) -> np.ndarray:
+    """(n,) numbers in [0, 1) of (n,) uint64: the finaliser of SplitMix64."""
+    mixed = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53

@@ -259,7 +259,6 @@ def batches(store: Store, epochs: int = 2, **settings: object) -> list[Batch]:
         [Part(store, all_rows(manifest), cache=settings.get("cache"))],  # type: ignore[arg-type]
         BatchShape(features=manifest.features, batch_size=4, max_length=8, int8=bool(settings.get("int8"))),
         Vocabulary.from_text(store.read_bytes(VOCABULARY_KEY).decode()),
-        lanes=2,
         seed=3,
         cache_bytes=0,
     )

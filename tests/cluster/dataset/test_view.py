@@ -21,7 +21,7 @@ from cluster.dataset.view import ViewRows, lineage_source, write_view
 from cluster.store.store import open_store
 from cluster.training.data.batches import BatchShape
 from cluster.training.data.mixture import open_training_sets
-from cluster.training.data.selection import all_rows, weighted
+from cluster.training.data.selection import RowFilter, select_rows
 from cluster.training.data.shuffled import Part, ShardLoader
 from cluster.training.request import DataSource
 from pcm.errors import InputError
@@ -237,11 +237,12 @@ def test_training_takes_a_row_as_often_as_its_weight_says(tmp_path: Path, source
     weight = np.array([1 + number % 3 for number in range(len(SHUFFLED))])
     make_view(tmp_path / "view", [source], SHUFFLED, weight=weight)
     (found,) = open_training_sets([DataSource(str(tmp_path / "view"))])
-    selection, whole = weighted(found.store, all_rows(found.manifest)), everything(tmp_path / "view")
+    selection, _ = select_rows(found.store, found.shards, RowFilter(seed=1))
+    whole = everything(tmp_path / "view")
     shape = BatchShape(features=found.manifest.features, batch_size=4, max_length=8)
     vocabulary = Vocabulary.from_text((tmp_path / "view" / "vocabulary.txt").read_text())
     for dataset_weight in (1.0, 2.0):
-        loader = ShardLoader([Part(found.store, selection, dataset_weight)], shape, vocabulary, lanes=2, seed=1)
+        loader = ShardLoader([Part(found.store, selection, dataset_weight)], shape, vocabulary, seed=1)
         seen = [sample for batch in loader.epoch(0) for sample in batch.sample_ids if sample]
         assert len(seen) == loader.rows_per_epoch == round(weight.sum() * dataset_weight)
         if dataset_weight == 1:

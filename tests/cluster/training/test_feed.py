@@ -19,7 +19,7 @@ from tests.helpers.tiny_dataset import write_dataset
 
 
 def data_of(place: Path, **settings: Any) -> TrainingData:
-    config = dataclasses.replace(TRAINING_PRESETS["embedded"], batch_size=2, window_shards=1, **settings)
+    config = dataclasses.replace(TRAINING_PRESETS["embedded"], batch_size=2, **settings)
     nothing: dict[str, Any] = {"vocabularies": None, "document": {}, "validation": None, "checks": "checks"}
     run = RunSpec(
         data=(DataSource(str(place)),),

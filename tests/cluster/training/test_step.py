@@ -24,7 +24,7 @@ WORKERS = 4  # two are trained with in test_train
 #: A network of seconds; tiny_dataset's, which the spawned workers need not import.
 SMALL = {
     "batch_size": 8, "warmup_steps": 400, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64,
-    "num_encoder_layers": 1, "num_decoder_layers": 1, "max_length": 12, "window_shards": 4,
+    "num_encoder_layers": 1, "num_decoder_layers": 1, "max_length": 12,
 }  # fmt: skip
 NOTHING_RANDOM = {
     "hidden_dropout": 0.0, "attention_dropout": 0.0, "visual_dropout": 0.0, "word_dropout": 0.0, "output_dropout": 0.0,
@@ -67,7 +67,6 @@ def losses(data: Path, *, rank: int = 0, num_workers: int = 1, **overrides) -> l
             **place,
         ),
         vocabulary,
-        lanes=config.window_shards,
         seed=config.seed,
     )
     batches = [batch for epoch in range(2) for batch in loader.epoch(epoch)]

@@ -31,7 +31,7 @@ from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
 from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer
 from cluster.training.request import TrainRequest
-from cluster.training.train import TrainingFailed, group_sizes, train
+from cluster.training.train import TrainingFailed, group_sizes, planned_run, train
 from pcm.captioners.captioner import Captioner
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
@@ -182,6 +182,17 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(trained: Pa
     wider = request(world, trained, resume=True, **real_pictures(world), overrides={"hidden_size": 64})
     with pytest.raises(InputError, match=r"begun otherwise \(hidden_size: 32 -> 64\); resume with the same"):
         train(wider)
+
+
+@pytest.mark.parametrize("order", [None, 1, 3])  # none is recorded by releases before the second
+def test_a_run_of_another_row_order_is_refused(world: Path, tmp_path: Path, order: int | None) -> None:
+    document = planned_run(request(world, tmp_path / "run"), cpus=1).document
+    assert document.pop("row_order") == 2
+    document["train"]["window_shards"] = 8  # which the first order had
+    document |= {} if order is None else {"row_order": order}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match=f"takes its rows in order {order or 1}, this release in order 2; finish it"):
+        train(request(world, tmp_path, resume=True))
 
 
 @pytest.mark.slow

@@ -1,20 +1,25 @@
 """The order and completeness of training batches."""
 
+import shutil
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
+import cluster.training.data.selection
 import cluster.training.data.shuffled
 from cluster.dataset.layout import VOCABULARY_KEY, StoredShard, load_manifest
 from cluster.dataset.rows import read_shard
 from cluster.store.store import open_store
 from cluster.training.data.batches import BatchShape
-from cluster.training.data.selection import RowFilter, Selection, all_rows, holdout_share, select_rows
+from cluster.training.data.selection import Ranks, RowFilter, Selection, all_rows, holdout_share, select_rows
 from cluster.training.data.shard_cache import ShardCache
-from cluster.training.data.shuffled import Part, ShardLoader
+from cluster.training.data.shuffled import Part, ShardLoader, _RoundTrip
 from cluster.training.validation import held_out_share
 from pcm.errors import InputError
 from pcm.text.vocabulary import Vocabulary
@@ -41,7 +46,7 @@ def make_loader(dataset: Path, *parts: Part, **settings) -> ShardLoader:
         parts or [Part(store, everything(dataset))],
         BatchShape(features=load_manifest(store).features, **sizes),
         Vocabulary.load(dataset / VOCABULARY_KEY),
-        **{"lanes": 2, "seed": 7, **settings},
+        **{"seed": 7, **settings},
     )
 
 
@@ -55,16 +60,18 @@ def global_batches(dataset: Path, num_workers: int, epoch: int = 0, **settings) 
     return [[sample_id for part in parts for sample_id in part.sample_ids] for parts in zip(*ranks, strict=True)]
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 4, 8, 5])  # 5 does not divide the batch: 4 are taken
+@pytest.mark.parametrize("batch_size", [8, 24, 64])  # of 64, every worker has lanes without a row
 @pytest.mark.parametrize("num_workers", [2, 4, 8])
-def test_global_batches_do_not_depend_on_the_number_of_workers(dataset: Path, num_workers: int, lanes: int) -> None:
-    assert global_batches(dataset, num_workers, lanes=lanes) == global_batches(dataset, 1, lanes=lanes)
-
-
-def test_a_shard_is_read_by_one_worker_or_where_a_cut_goes_through_by_two(
-    tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+def test_global_batches_do_not_depend_on_the_number_of_workers(
+    dataset: Path, num_workers: int, batch_size: int
 ) -> None:
-    data = write_dataset(tmp_path / "data", tiny_clip, rows=96, shard_size=8)
+    alone = global_batches(dataset, 1, batch_size=batch_size)
+    assert global_batches(dataset, num_workers, batch_size=batch_size) == alone
+    few = global_batches(dataset, num_workers, batch_size=batch_size, cache_bytes=0, window_bytes=30_000)
+    assert few == alone, "the memory for shards is no part of the order"
+
+
+def reads_of(work: Callable[[], object]) -> list[StoredShard]:
     reads: list[StoredShard] = []
     read_rows = cluster.training.data.shuffled.read_rows
 
@@ -72,11 +79,44 @@ def test_a_shard_is_read_by_one_worker_or_where_a_cut_goes_through_by_two(
         reads.append(shard)
         return read_rows(store, shard, rows, features, **options)
 
-    monkeypatch.setattr(cluster.training.data.shuffled, "read_rows", counted)
-    for rank in range(4):
-        list(make_loader(data, rank=rank, num_workers=4, lanes=4, cache_bytes=0).epoch(1))
-    assert set(reads) == set(everything(data).shards)
-    assert max(Counter(reads).values()) <= 2 and len(reads) <= 12 + 3
+    with patch.object(cluster.training.data.shuffled, "read_rows", counted):
+        work()
+    return reads
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 4, 6, 12])
+def test_a_shard_is_read_once_or_where_a_cut_between_two_workers_goes_through_by_both(
+    tmp_path: Path, tiny_clip: Path, num_workers: int
+) -> None:
+    data = write_dataset(tmp_path / "data", tiny_clip, rows=96, shard_size=7)
+    everywhere: list[StoredShard] = []
+    for rank in range(num_workers):
+        loader = make_loader(data, rank=rank, num_workers=num_workers, batch_size=12, cache_bytes=0)
+        reads = reads_of(lambda loader=loader: list(loader.epoch(1)))
+        assert max(Counter(reads).values()) == 1, "lanes of one worker share what they read"
+        assert set(reads) == {everything(data).shards[shard] for _, shard in loader.shards(1)}
+        everywhere += reads
+    assert set(everywhere) == set(everything(data).shards)
+    assert len(everywhere) <= len(everything(data).shards) + num_workers - 1
+
+
+def test_an_epoch_that_is_entered_late_reads_only_what_is_left(tmp_path: Path, tiny_clip: Path) -> None:
+    data = write_dataset(tmp_path / "data", tiny_clip, rows=96, shard_size=4)
+    loader = make_loader(data, batch_size=4, cache_bytes=0)
+    reads = reads_of(lambda: list(loader.epoch(1, start_step=loader.steps_per_epoch - 2)))
+    assert len(reads) <= 8 < len(everything(data).shards)
+
+
+def test_with_little_memory_a_shard_is_read_in_parts_and_that_is_said(
+    dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING")
+    loader = make_loader(dataset, cache_bytes=0, window_bytes=60_000)
+    reads = reads_of(lambda: list(loader.epoch(1)))
+    assert max(Counter(reads).values()) > 1 and "--window-bytes: each shard is read" in caplog.text
+    caplog.clear()
+    make_loader(dataset, cache_bytes=0)
+    assert not caplog.text
 
 
 def test_every_row_comes_exactly_once_an_epoch(dataset: Path) -> None:
@@ -93,8 +133,8 @@ def test_order_differs_by_epoch_and_by_seed_and_repeats(dataset: Path) -> None:
     assert first != global_batches(dataset, 1, epoch=0, seed=8)
 
 
-def test_a_batch_mixes_rows_of_as_many_shards_as_it_has_lanes(dataset: Path) -> None:
-    batches = global_batches(dataset, 1, lanes=4)
+def test_a_batch_mixes_rows_of_many_shards(dataset: Path) -> None:
+    batches = global_batches(dataset, 1)
     assert all(len({int(sample_id[:9]) // 10 for sample_id in batch if sample_id}) >= 3 for batch in batches[:4])
 
 
@@ -165,11 +205,12 @@ def test_batches_hold_the_stored_values(dataset: Path) -> None:
 
 def test_padding_rows_of_the_last_batch_have_no_targets(dataset: Path) -> None:
     *_, last = make_loader(dataset, batch_size=16, rank=1, num_workers=2).epoch(0)
-    # 53 rows in batches of 16: the last one holds 5, of which the second lane, rank 1, has 3.
-    assert [bool(sample_id) for sample_id in last.sample_ids] == [True] * 3 + [False] * 5
-    assert (last.target_ids[3:] == -1).all() and (last.clip_score[3:] == 0).all()
-    assert (last.target_ids[:3] >= 0).any(axis=1).all()
-    assert last.patch_features.shape == (8, 16, 64) and (last.patch_features[3:] == 0).all()
+    # 53 rows in batches of 16: the last one holds 5, of which the second half of the lanes, rank 1, has 3.
+    rows = np.array([bool(sample_id) for sample_id in last.sample_ids])
+    assert rows.tolist() == [False, True, False, False, True, False, False, True]
+    assert (last.target_ids[~rows] == -1).all() and (last.clip_score[~rows] == 0).all()
+    assert (last.target_ids[rows] >= 0).any(axis=1).all()
+    assert last.patch_features.shape == (8, 16, 64) and (last.patch_features[~rows] == 0).all()
 
 
 def test_a_dataset_smaller_than_a_batch_gives_one_batch(dataset: Path) -> None:
@@ -201,7 +242,7 @@ def test_a_mixture_is_the_same_for_any_number_of_workers(dataset: Path, tmp_path
 
     def batches(num_workers: int) -> list[list[str]]:
         ranks = [
-            list(make_loader(dataset, *parts, rank=rank, num_workers=num_workers, lanes=4).epoch(2))
+            list(make_loader(dataset, *parts, rank=rank, num_workers=num_workers).epoch(2))
             for rank in range(num_workers)
         ]
         return [[name for part in step for name in part.sample_ids] for step in zip(*ranks, strict=True)]
@@ -262,6 +303,67 @@ def test_pairs_below_the_clip_score_are_not_trained_on() -> None:
     assert RowFilter(seed=1, min_clip_score=float(scores[7])).masks(captions, scores)[0][7]
 
 
+def selected_by(dataset: Path, num_workers: int, rule: RowFilter) -> list[tuple[Selection, Selection]]:
+    """What every one of some workers selects, who tell each other what they find as torch.distributed lets them."""
+    store, told = open_store(dataset), [None] * num_workers
+    everybody = threading.Barrier(num_workers)
+
+    def work(rank: int) -> tuple[Selection, Selection]:
+        def gather(value):
+            told[rank] = value
+            everybody.wait(60)
+            return told
+
+        return select_rows(store, everything(dataset).shards, rule, ranks=Ranks(rank, num_workers, gather))
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        return list(pool.map(work, range(num_workers)))
+
+
+@pytest.mark.parametrize("num_workers", [2, 4, 8])
+def test_workers_share_the_index_and_select_the_same_rows(
+    dataset: Path, tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(shutil.copytree(dataset, tmp_path / "data"))
+    monkeypatch.setattr(cluster.training.data.selection, "GROUP", 2)
+    rule = RowFilter(seed=1, held_out=0.3, fraction=0.7)
+    asked: list[int] = []
+    index = cluster.training.data.selection.row_index
+
+    def counted(store, group, *others, **options):
+        asked.append(group)
+        return index(store, group, *others, **options)
+
+    monkeypatch.setattr(cluster.training.data.selection, "row_index", counted)
+    found = selected_by(data, num_workers, rule)
+    assert sorted(asked) == [0, 1, 2], "each thousand shards are asked for by one worker"
+    monkeypatch.undo()
+    alone = select(dataset, held_out=0.3, fraction=0.7)
+    for pair in found:
+        assert [rows_of(each) for each in pair] == [rows_of(each) for each in alone]
+
+
+def test_what_one_worker_cannot_read_ends_all(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Path(shutil.copytree(dataset, tmp_path / "data"))
+    monkeypatch.setattr(cluster.training.data.selection, "GROUP", 2)
+    (data / "shards/part-000003.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"part-000003\.parquet: not the shard"):
+        selected_by(data, 2, RowFilter(seed=1, held_out=0.3))
+
+
+@pytest.mark.parametrize(("weight", "rows"), [(0.5, 37), (0.3, 1), (1.75, 4), (2.01, 500)])
+def test_rows_that_come_once_more_have_their_turns_equally_often(weight: float, rows: int) -> None:
+    trip = _RoundTrip(rows, round(weight % 1 * rows))
+    starts = np.array([0, rows // 3, rows // 3, rows])
+    seen = np.zeros(rows, int)
+    for epoch in range(40):
+        turns = trip.has_turn(np.arange(rows), epoch)
+        seen += turns
+        assert turns.sum() == trip.extra == trip.sizes(starts, epoch).sum()
+        assert trip.sizes(starts, epoch).tolist() == [turns[: rows // 3].sum(), 0, turns[rows // 3 :].sum()]
+    assert seen.max() - seen.min() <= 1
+
+
 def test_nothing_left_to_train_on_is_an_error(dataset: Path) -> None:
     training, _ = select(dataset, min_clip_score=1.0)
     with pytest.raises(InputError, match="no rows to train on; loosen the filters"):
@@ -286,7 +388,6 @@ def test_a_broken_shard_is_named(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_leaving_an_epoch_early_ends_its_thread(dataset: Path) -> None:
-    import threading
     import time
 
     batches = make_loader(dataset, prefetch=1).epoch(0)
