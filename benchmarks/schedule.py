@@ -142,7 +142,7 @@ class Simulation:
                 return
             if turn.shard is not None:
                 generator.shard, generator.drawing_since = turn.shard, self.now
-                self._monitor.begin_shard(generator.name, turn.shard)
+                self._monitor.begin_shard(turn.shard)
                 takes = self.settings.shard_seconds * generator.pace
                 takes *= max(0.2, self._random.normalvariate(1, self.settings.spread_of_shards))
                 self._at(takes, "drawn", number)

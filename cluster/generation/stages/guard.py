@@ -48,7 +48,7 @@ class RunGuard(Guard):
         _stop_if(self._ask("start", self._generator, where, hung))
 
     def begin_shard(self, shard: int) -> None:
-        stop, self._faults = self._ask("begin_shard", self._generator, shard)
+        stop, self._faults = self._ask("begin_shard", shard)
         _stop_if(stop)
         self._shard = shard
         refused = self._faults.refused.items()

@@ -137,13 +137,14 @@ class RunMonitor:
         self._stop = ""
 
     def begin_pass(self, shards: Sequence[int], generators: int) -> None:
-        """These shards are given out now, to at most so many generators."""
+        """These shards are given out now, to at most so many generators; those of the pass before are gone."""
         self._waiting = dict.fromkeys(shards)
         self._wanted_generators = generators
+        self._last_start = self._clock()
         self._committed.difference_update(shards)
-        self._claims.clear()
-        self._turns.clear()
-        self._writing.clear()
+        for known in (self._generators, self._nodes, self._drawing, self._claims, self._turns, self._writing):
+            known.clear()
+        self._loading.clear()
 
     def start(self, generator: str, where: str, hung: str = "") -> str:
         """A generator starts to load its model, perhaps after its process has died, or hung at some place, or failed.
@@ -217,7 +218,8 @@ class RunMonitor:
 
     def nodes(self, alive: Sequence[str]) -> None:
         """The ids of the cluster's nodes: what generators on others were drawing may be given out again."""
-        self._give_up_claims({name for name, node in self._nodes.items() if node and node not in alive})
+        there = set(alive)
+        self._give_up_claims({name for name, node in self._nodes.items() if node and node not in there})
 
     def may_store(self, shard: int, turn: int) -> bool:
         """Whether a shard that was drawn in this turn is stored, or another drawer's is: the first one to ask wins."""
@@ -275,7 +277,7 @@ class RunMonitor:
         first, *more = started
         self._stop = f"{first.left_out} (on {first.where}{f', and {len(more)} more' if more else ''})"
 
-    def begin_shard(self, generator: str, shard: int) -> tuple[str, ShardFaults]:
+    def begin_shard(self, shard: int) -> tuple[str, ShardFaults]:
         """(why to stop or "", what is known about the shard's samples)."""
         self._drawn[shard] = 0
         self._starts[shard] += 1
@@ -340,7 +342,8 @@ class RunMonitor:
 
     def committed(self, shard: int) -> None:
         self._committed.add(shard)
-        if (claim := self._claims.pop(shard, None)) is not None:
+        claim = self._claims.pop(shard, None)
+        if claim is not None and math.isfinite(claim.since):  # of one that was given up nobody knows how long it took
             self._took.append(self._clock() - claim.since)
         self._waiting.pop(shard, None)
         self._writing.pop(shard, None)

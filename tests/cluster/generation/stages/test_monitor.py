@@ -24,9 +24,9 @@ class Clock:
         return self.now
 
 
-def begin_shard(monitor: RunMonitor, generator: str = "g", shard: int = 0) -> tuple[dict[int, int], dict[int, str]]:
+def begin_shard(monitor: RunMonitor, shard: int = 0) -> tuple[dict[int, int], dict[int, str]]:
     """(deaths, reasons) that a generator is told as it begins a shard."""
-    stop, faults = monitor.begin_shard(generator, shard)
+    stop, faults = monitor.begin_shard(shard)
     assert stop == ""
     return faults.deaths, {position: reason for position, (reason, _) in faults.refused.items()}
 
@@ -57,7 +57,7 @@ def test_a_batch_over_its_time_hung() -> None:
     monitor.start("g", "a node")
     die(monitor, [5])
     die(monitor, [5], hung="unet.py, line 7")
-    _, faults = monitor.begin_shard("g", 0)
+    _, faults = monitor.begin_shard(0)
     assert faults.refused == {5: ("generator_hung", "took longer than 60 s, at unet.py, line 7, 2 times")}
 
 
@@ -69,7 +69,7 @@ def test_what_a_broken_process_says_is_kept() -> None:
         monitor.end("g", 1)
         monitor.broken("g", 0, [5], "CUDA error: device-side assert triggered")
         monitor.start("g", "a node")
-    _, faults = monitor.begin_shard("g", 0)
+    _, faults = monitor.begin_shard(0)
     assert faults.refused == {5: ("generator_crashed", "CUDA error: device-side assert triggered")}
 
 
@@ -81,8 +81,8 @@ def test_a_shard_that_moves_to_another_generator_is_a_death_too() -> None:
     monitor.begin("g", 0, [4])
     monitor.start("h", "another node")
     assert monitor.turn("h", 0) == Turn(0), "Ray Data gives the turn again"
-    assert begin_shard(monitor, "h") == ({4: 1}, {})
-    assert begin_shard(monitor, "g", 1) == ({}, {}), "and counted once"
+    assert begin_shard(monitor) == ({4: 1}, {})
+    assert begin_shard(monitor, 1) == ({}, {}), "and counted once"
 
 
 def test_a_committed_shard_is_forgotten() -> None:
@@ -155,7 +155,7 @@ def test_a_shard_that_no_process_finishes_stops_the_run() -> None:
     for number in range(MAX_SHARD_STARTS):
         begin_shard(monitor)
         die(monitor, [number])
-    assert f"shard 0 was begun {MAX_SHARD_STARTS + 1} times" in monitor.begin_shard("g", 0)[0]
+    assert f"shard 0 was begun {MAX_SHARD_STARTS + 1} times" in monitor.begin_shard(0)[0]
 
 
 def test_a_shard_over_which_clip_dies_again_and_again_stops_the_run() -> None:
@@ -185,11 +185,11 @@ def test_a_snapshot_counts_what_is_not_yet_stored() -> None:
     monitor = RunMonitor(FaultPolicy())
     for generator, shard in (("g", 0), ("h", 1)):
         monitor.start(generator, "a node")
-        monitor.begin_shard(generator, shard)
+        monitor.begin_shard(shard)
         monitor.begin(generator, shard, range(4))
     monitor.end("g", 4)
     assert monitor.snapshot() == {"drawn": 4, "in_flight": 1, "generators": 2, "left_out": []}
-    monitor.begin_shard("g", 0)
+    monitor.begin_shard(0)
     assert monitor.snapshot()["drawn"] == 0, "a shard begun again is drawn again"
     monitor.end("h", 4)
     monitor.committed(1)
@@ -300,3 +300,34 @@ def test_at_the_end_only_those_that_load_or_draw_for_nothing_are_busy() -> None:
         monitor.committed(shard)
     assert monitor.busy() == 1, "h, whose shard another one drew"
     assert monitor.turn("h", 1) == Turn() and monitor.busy() == 0
+
+
+def test_a_pass_knows_nothing_of_the_generators_of_the_pass_before() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(2), 1)
+    monitor.start("g", "gpu-7")
+    assert monitor.turn("g", 0) == Turn(0)
+    monitor.begin_pass(range(2), 1)
+    monitor.start("h", "gpu-8")
+    monitor.not_loaded("h", "--t2i x: no such folder", again=False)
+    assert monitor.turn("h", 0, loaded=False).stop == "--t2i x: no such folder (on gpu-8)", (
+        "g is gone, and draws nothing"
+    )
+
+
+def test_a_shard_that_was_given_up_and_comes_all_the_same_says_nothing_of_how_long_one_takes() -> None:
+    time = Clock()
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    monitor.begin_pass(range(9), 2)
+    for shard in range(4):
+        monitor.turn("g", shard, node="one")
+        monitor.nodes([])
+        monitor.committed(shard)
+    for shard in range(4, 7):
+        monitor.turn("g", shard, node="one")
+        time.now += 10
+        monitor.committed(shard)
+    assert (monitor.turn("g", 7), monitor.turn("h", 8)) == (Turn(7), Turn(8))
+    monitor.committed(8)
+    time.now += LATE_FACTOR * 10
+    assert monitor.turn("h", -1) == Turn(7)
