@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-#: For unwinding and for Ray to leave.
+#: For unwinding.
 GRACE_SECONDS = 6.0
 #: For the thread to notice the signal whose handler the main thread is leaving.
 _NOTICE_SECONDS = 0.2
