@@ -12,6 +12,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
+from tests.helpers.hosts import OF_ONE_MACHINE
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_generation import write_corpus
 
@@ -38,7 +39,8 @@ def other_machine(head: Cluster, tmp_path: Path) -> Iterator[None]:
         f"mount -t tmpfs none {tmp_path} && exec {Path(sys.executable).parent}/ray start --address={head.address} "
         "--num-cpus=1 --object-store-memory=100000000 --disable-usage-stats --block"
     )
-    node = subprocess.Popen(["unshare", "--mount", "sh", "-c", join], stdout=subprocess.DEVNULL)
+    environment = {name: value for name, value in os.environ.items() if name != OF_ONE_MACHINE}
+    node = subprocess.Popen(["unshare", "--mount", "sh", "-c", join], stdout=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 120
     while len(head_nodes(head)) < 2:
         assert time.monotonic() < deadline and node.poll() is None

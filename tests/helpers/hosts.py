@@ -21,6 +21,8 @@ import psutil
 from tests.helpers.paths import ROOT
 
 PORT = 6379
+#: The tests' own Ray is of one machine, and says so to every process that they start.
+OF_ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _RAY = Path(sys.executable).parent / "ray"
 _NETWORK = "10.77.0"
 
@@ -73,7 +75,7 @@ class Host:
         (inside,) = psutil.Process(self.first.pid).children()
         enter = ["nsenter", f"--target={inside.pid}", "--mount", "--pid", "--net"]
         environment = os.environ | self.hosts.environment
-        environment.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)  # the tests' own Ray is of one machine
+        environment.pop(OF_ONE_MACHINE, None)
         return subprocess.Popen([*enter, *command], cwd=ROOT, env=environment, text=True, **streams)
 
     def _boot(self) -> None:
