@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         job = load_job(name)
     except InputError as error:
         end_with_error(f"{error} (see `python -m jobs`)")
-    job.main(rest)
+    if argv is None:
+        sys.argv[1:] = rest
+    job.main(None if argv is None else rest)
 
 
 if __name__ == "__main__":

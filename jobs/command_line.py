@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from cluster.options import Option, Request, flag, options_of
-from jobs.endings import StopSignals, flush_streams, open_streams, print_summary, say, use_utf8
+from jobs.endings import STDOUT, StopSignals, flush_streams, open_streams, print_summary, say, use_utf8
 from pcm.credentials import refuse_credentials
 from pcm.documents import read_document
 from pcm.errors import InputError, one_line
@@ -74,13 +74,14 @@ class Job:
         except InputError as error:
             end_with_error(f"{error} (see `{self.command} --help`)")
         set_up_logging()
-        try:
-            _check_outputs(request)
-            summary = self.run(request)
-        except InputError as error:
-            end_with_error(str(error))
-        flush_streams()
-        print_summary(json.dumps(summary, allow_nan=False))
+        with STDOUT.kept(to_the_end=argv is None):
+            try:
+                _check_outputs(request)
+                summary = self.run(request)
+            except InputError as error:
+                end_with_error(str(error))
+            flush_streams()
+            print_summary(json.dumps(summary, allow_nan=False))
         if summary.get("ok") is False:
             sys.exit(1)
 

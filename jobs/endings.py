@@ -126,20 +126,50 @@ def say(message: str) -> None:
         print(" ".join(message.split()), file=sys.stderr, flush=True)
 
 
+class Stdout:
+    """The stream of this process that `print_summary` and `print_text` write to: sys.stdout, also while it is kept."""
+
+    def __init__(self) -> None:
+        self._kept: TextIO | None = None
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stdout if self._kept is None else self._kept
+
+    @contextlib.contextmanager
+    def kept(self, to_the_end: bool) -> Iterator[None]:
+        """Let sys.stdout be stderr for all others: Ray prints there what its other processes log, also after the
+        summary and while the interpreter exits. `to_the_end`: of the process.
+        """
+        if self._kept is not None:  # a job that runs in another one
+            yield
+            return
+        self._kept = sys.stdout
+        sys.stdout = sys.stderr
+        try:
+            yield
+        finally:
+            if not to_the_end:
+                sys.stdout, self._kept = self._kept, None
+
+
+STDOUT = Stdout()
+
+
 def print_summary(line: str) -> None:
     """The last line of stdout. Where nobody can read it, stderr says so: what the job did is done."""
     try:
-        print(line, flush=True)
+        print(line, file=STDOUT.stream, flush=True)
     except (OSError, ValueError) as error:
         said = error.strerror if isinstance(error, OSError) else str(error)
-        discard(sys.stdout)
+        discard(STDOUT.stream)
         say(f"done, but stdout cannot be written ({said}): {line}")
 
 
 def print_text(text: str) -> None:
     """Text on stdout, for as long as somebody reads it."""
     with contextlib.suppress(OSError, ValueError):
-        print(text)
+        print(text, file=STDOUT.stream)
     flush_streams()
 
 
@@ -168,7 +198,7 @@ def use_utf8() -> None:
 
 def flush_streams() -> None:
     """Before the interpreter does: it would make status 120 of a pipe that nobody reads."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (STDOUT.stream, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):

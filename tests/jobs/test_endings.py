@@ -106,6 +106,27 @@ def test_streams_that_nobody_reads_change_no_status(stream: str, tmp_path: Path)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
+def test_what_ray_prints_is_not_on_stdout(tmp_path: Path) -> None:
+    """Not while the job works, and not when the interpreter exits: Ray keeps repeated lines until then."""
+    work = """if request.how == "done":
+        import ray
+        from cluster.session import start_ray
+        start_ray(num_cpus=2)
+        @ray.remote(num_cpus=0)
+        def chat(number):
+            print("a worker says so")
+        ray.get([chat.remote(number) for number in range(4)])
+        time.sleep(2)  # until the driver has read it"""
+    (tmp_path / "job.py").write_text(JOB.replace('if request.how == "done":', work))
+    done = subprocess.run(
+        [sys.executable, tmp_path / "job.py", "--how", "done"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"done": 1}
+    assert "a worker says so" in done.stderr and "repeated" in done.stderr
+
+
 @pytest.mark.parametrize(
     "locale",
     [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "latin-1"}],
