@@ -27,6 +27,10 @@ HANGS = "A caption that hangs."
 BREAKS = "A caption that breaks the device."
 NEEDS_MEMORY = "A caption that needs memory."  # too much for more than two pictures at once
 NEEDS_TOO_MUCH = "A caption that needs too much memory."
+FILLS_MEMORY = "A caption that fills the machine's memory."
+
+
+_MEBIBYTE = 1 << 20
 
 
 class Pixels:
@@ -159,6 +163,26 @@ def slow_at_first(claim: Path) -> type[DrawShard]:
             return PixelsSlowAtFirst(spec)
 
     return DrawSlowAtFirst
+
+
+def hungry(claim: Path | None) -> type[DrawShard]:
+    """FILLS_MEMORY takes ever more memory: always, or in the first process that draws it (`claim`: no file yet)."""
+
+    class HungryPixels(Pixels):
+        def draw_batch(self, slots: dict[int, Request], batch_size: int) -> Sequence[Drawing | Future[Drawing]]:
+            captions = {request.caption for request in slots.values()}
+            held = []
+            while FILLS_MEMORY in captions and (claim is None or _is_first(claim)):
+                held.append(bytearray(os.urandom(_MEBIBYTE)) * 64)
+                time.sleep(0.05)  # Ray's memory monitor looks four times a second
+            return super().draw_batch(slots, batch_size)
+
+    class DrawHungry(DrawShard):
+        @staticmethod
+        def load(spec: GeneratorSpec) -> TextToImage:
+            return HungryPixels(spec)
+
+    return DrawHungry
 
 
 def _is_first(claim: Path) -> bool:
