@@ -42,7 +42,7 @@ def located(view: Store, pictures: PictureStore, *, documents: tuple[str, str]) 
     moved = replace(pictures, path=place)
     if _digest(place, documents[0]) == pictures.sha256:
         return moved
-    return moved if _is_there(place, documents) and not _is_there(pictures.path, documents) else pictures
+    return moved if is_there(place, documents) and not is_there(pictures.path, documents) else pictures
 
 
 def _parent(address: str) -> str:
@@ -58,7 +58,8 @@ def _digest(place: str, key: str) -> str:
         return ""
 
 
-def _is_there(place: str, documents: tuple[str, str]) -> bool:
+def is_there(place: str, documents: tuple[str, str]) -> bool:
+    """Whether there is a dataset, finished or not."""
     try:
         store = open_store(place)
         return any(store.exists(key) for key in documents)

@@ -117,6 +117,7 @@ def write_view(
     """
     _check(rows, sources)
     document = _document(lineage, materialise=materialise, shard_rows=shard_rows)
+    _refuse_inside(out, lineage)
     if (found := begun(out, document)) is not None:
         return found
     if len(sources) > 1:
@@ -150,6 +151,7 @@ def claim(out: Store, lineage: Lineage, *, materialise: bool = False, shard_rows
     Raises InputError where `out` holds anything else.
     """
     document = _document(lineage, materialise=materialise, shard_rows=shard_rows)
+    _refuse_inside(out, lineage)
     if (found := begun(out, document)) is None:
         out.write_bytes(LINEAGE_KEY, document_bytes(document))
     return found
@@ -171,6 +173,13 @@ def with_pictures(view: Store, part: ViewPart, pictures: Sequence[str], features
     return table
 
 
+def _refuse_inside(out: Store, lineage: Lineage) -> None:
+    """Raises InputError for a place in a dataset that rows are taken from, which would be deleted and moved with it."""
+    for source in lineage.sources:
+        if out.address.startswith(f"{source.path}/"):
+            raise InputError(f"--out {out.root}: lies in the dataset {source.path}; give a place beside it")
+
+
 def begun(out: Store, document: dict) -> Manifest | None:
     """The manifest where this very thing is done already. Raises InputError where OUT holds anything else."""
     try:
@@ -188,7 +197,8 @@ def begun(out: Store, document: dict) -> Manifest | None:
         named = next(
             (name for name in document if not isinstance(found, dict) or found.get(name) != document[name]), ""
         )
-        what = {"sources": "of other data, or of the data in another state"}.get(named, f"with another {named}")
+        said = {"sources": "of other data, or of the data in another state", "settings": "with other settings"}
+        what = said.get(named, f"with another {named}".replace("another settings", "other settings"))
         raise InputError(
             f"--out {out.root}: was begun {what}; use the same arguments and data to finish it, or another --out"
         )
