@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 DECIMALS = 6
 #: Of a product in float32: what differs from the threshold by less is computed again in float64.
 _MARGIN = 1e-4
-_BLOCK, _COLUMNS = 1024, 16_384
+_BLOCK, _COLUMNS = 1024, 4096
 #: A bound is a product of so much shorter vectors, but not of fewer directions than these; found on some of the rows.
 _SHORTER, _LEAST_DIRECTIONS, _SAMPLE = 8, 16, 10_000
 #: From one pair in so many on, whole products are computed before pairs are looked at in float64.
@@ -42,7 +42,7 @@ def near_vectors(vectors: np.ndarray, threshold: float, *, block: int = _BLOCK) 
 
     All pairs are compared, block by block, on a GPU where there is one, else by all threads of torch. Of nearly all
     pairs an eighth of the numbers proves that they are not near (`_bounding`): some n^2 D / 8 operations. Memory:
-    n D * 4.5 bytes, and 80 MiB of a block's products.
+    n D * 4.5 bytes, and of a block's products 32 MiB.
     """
     import torch  # seconds to import
 
@@ -101,11 +101,13 @@ def _candidates(
     stays: "torch.Tensor",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pairs (row, column), in this order, that may be near: row among `rows`, column from left to right that stays."""
-    near = short[rows] @ short[left:right].T >= threshold - _MARGIN  # (b, columns)
-    near &= stays
-    if int(near.sum()) * _SPARSE > near.numel():  # so many that their whole products are cheaper than a look at each
-        near &= unit[rows] @ unit[left:right].T >= threshold - _MARGIN
-    places, columns = near.nonzero(as_tuple=True)
+    least = threshold - _MARGIN
+    bound = short[rows] @ short[left:right].T  # (b, columns)
+    hit = (bound.amax(dim=1) >= least).nonzero().flatten()  # mostly few, and one pass tells
+    places, columns = (bound[hit] >= least).nonzero(as_tuple=True)
+    if len(places) * _SPARSE > bound.numel():  # so many that their whole products are cheaper than a look at each
+        places, columns = (unit[rows[hit]] @ unit[left:right].T >= least).nonzero(as_tuple=True)
+    places, columns = hit[places][stays[columns]], columns[stays[columns]]
     return rows[places].cpu().numpy(), columns.cpu().numpy() + left
 
 

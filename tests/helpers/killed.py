@@ -13,8 +13,14 @@ from pathlib import Path
 
 from cluster.store.store import Store
 
-#: Imported once, before processes are forked.
-_MODULES = ["torch", "cluster.curation.refine", "tests.helpers.refined", "tests.helpers.featurised"]
+#: Imported once, before processes are forked: some of them take many seconds.
+_MODULES = [
+    "tests.helpers.refined",
+    "tests.helpers.featurised",
+    "tests.helpers.tiny_models",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "transformers.models.clip.modeling_clip",
+]
 
 
 def kills_until_done(folder: Path, work: Callable[..., object], *args: object, every: int) -> int:
