@@ -12,7 +12,8 @@ import numpy as np
 from cluster.curation.request import CurateRequest
 from cluster.curation.rows import IndexRows, read_index
 from cluster.curation.rules import RULES, Context, Verdict, check_can_judge
-from cluster.dataset.layout import CONCEPTS_KEY
+from cluster.dataset.beside import is_there
+from cluster.dataset.layout import CONCEPTS_KEY, MANIFEST_KEY, PLAN_KEY
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.rows import read_view_part
@@ -46,6 +47,8 @@ def curate(request: CurateRequest) -> dict[str, Any]:
     sources = [open_dataset(open_store(uri), unfinished=request.unfinished) for uri in request.data]
     if len({source.store.prefix for source in sources}) < len(sources):
         raise InputError(f"--data {' '.join(request.data)}: a dataset twice; give each once")
+    for source in sources:
+        _check_pictures(source)
     if len(sources) > 1:
         from cluster.dataset.together import check_same_clip  # brings torch and Ray, which take seconds
 
@@ -89,6 +92,15 @@ def curate(request: CurateRequest) -> dict[str, Any]:
         "dataset": request.out,
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _check_pictures(source: OpenDataset) -> None:
+    """Raises InputError for a view whose pictures are gone: rules that look at captions and scores would not tell."""
+    for each in source.manifest.pictures:
+        if not is_there(each.path, (MANIFEST_KEY, PLAN_KEY)):
+            raise InputError(
+                f"{source.store.root}: a view, whose pictures are gone: no dataset at {each.path}; put it back there"
+            )
 
 
 def _judge(rows: IndexRows, names: list[str], context: Context, sources: list[OpenDataset]) -> _Judged:

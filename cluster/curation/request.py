@@ -1,10 +1,15 @@
 """What a user asks of curation: datasets, rules, and where the rows that stay go."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.options import Request, check_at_least, flag, given, option, refuse_without
 from pcm.errors import InputError
+from pcm.reasons import MARKS
+
+#: A word of a caption, as the rules count words.
+ONE_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,15 @@ class RuleOptions(Request):
         for name in ("duplicate_captions", "duplicate_pictures"):
             if getattr(self, name) == 0:
                 raise InputError(f"{flag(type(self), name)} 0: every two rows are alike; give a number above 0")
+        if self.min_coverage == 0:
+            raise InputError("--min-coverage 0: no row would go; give a share above 0")
+        for name in ("keep_word", "drop_word"):
+            if bad := [word for word in getattr(self, name) if not ONE_WORD.fullmatch(word)]:
+                raise InputError(f"{flag(type(self), name)} {bad[0]!r}: must be one word; give the option once a word")
+        if unknown := [reason for reason in self.drop_reason if reason not in MARKS]:
+            raise InputError(
+                f"--drop-reason {unknown[0]}: a stored row has no such remark; allowed: {', '.join(MARKS)}"
+            )
         refuse_without(self, "covered_by", "min_coverage")
         refuse_without(self, "subset", "seed")
         if self.tag and not (self.keep_list or self.drop_list):

@@ -5,7 +5,6 @@ that those before it left.
 """
 
 import hashlib
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,13 +14,12 @@ import numpy as np
 
 from cluster.curation.duplicates import DECIMALS, near_captions, near_vectors
 from cluster.curation.marks import DROP, KEEP, check_one_dataset, read_marks
-from cluster.curation.request import RuleOptions
+from cluster.curation.request import ONE_WORD, RuleOptions
 from cluster.curation.rows import ATTEMPTS, FEATURES, REASON, IndexRows
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
 
 _BLOCK = 1024
-_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def _drop_reason(rows: IndexRows, context: Context) -> Verdict:
 
 
 def _word_counts(rows: IndexRows) -> np.ndarray:
-    return np.array([len(_WORD.findall(caption)) for caption in rows.caption], np.int64)
+    return np.array([len(ONE_WORD.findall(caption)) for caption in rows.caption], np.int64)
 
 
 def _min_words(rows: IndexRows, context: Context) -> Verdict:
@@ -107,13 +105,13 @@ def _max_words(rows: IndexRows, context: Context) -> Verdict:
 
 def _keep_word(rows: IndexRows, context: Context) -> Verdict:
     wanted = {word.lower() for word in context.asked.keep_word}
-    drop = np.array([not wanted & set(_WORD.findall(caption.lower())) for caption in rows.caption], bool)
+    drop = np.array([not wanted & set(ONE_WORD.findall(caption.lower())) for caption in rows.caption], bool)
     return Verdict(drop, lambda row: "none of the words", _by_hash(rows))
 
 
 def _drop_word(rows: IndexRows, context: Context) -> Verdict:
     unwanted = {word.lower() for word in context.asked.drop_word}
-    found = [sorted(unwanted & set(_WORD.findall(caption.lower()))) for caption in rows.caption]
+    found = [sorted(unwanted & set(ONE_WORD.findall(caption.lower()))) for caption in rows.caption]
     return Verdict(np.array(list(map(bool, found)), bool), lambda row: ", ".join(found[row]), _by_hash(rows))
 
 

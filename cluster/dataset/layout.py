@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.dataset.beside import check_way, located
 from cluster.dataset.lineage import Lineage, PictureStore
 from cluster.store.store import Store
 from pcm.documents import document_bytes
@@ -275,6 +276,8 @@ class Manifest:
                 raise ValueError(f"kind is {found.kind!r} in schema version {found.schema_version}")
             if found.is_view and not (found.pictures and found.lineage and found.fingerprint):
                 raise ValueError("a view without the datasets of its pictures, its lineage or its fingerprint")
+            for each in found.pictures:
+                check_way(each.beside)
             _check_numbers(found, "expected", "stored", "quarantined", "shard_bytes")
             _check_numbers(features, *asdict(features))
             for shard in found.shards:
@@ -298,11 +301,20 @@ def load_plan(store: Store) -> Plan | None:
 
 
 def find_manifest(store: Store) -> Manifest | None:
-    """The manifest of a finished dataset, or None where there is none (yet)."""
+    """The manifest of a finished dataset, or None where there is none (yet).
+
+    A view's names the datasets of its pictures where they are now (cluster.dataset.beside).
+    """
     try:
-        return Manifest.from_json(store.read_bytes(MANIFEST_KEY))
+        found = Manifest.from_json(store.read_bytes(MANIFEST_KEY))
     except FileNotFoundError:
         return None
+    pictures = tuple(located(store, each, documents=(MANIFEST_KEY, PLAN_KEY)) for each in found.pictures)
+    if pictures == found.pictures:
+        return found
+    with _intact(MANIFEST_KEY):
+        places = {old.path: new.path for old, new in zip(found.pictures, pictures, strict=True)}
+        return replace(found, pictures=pictures, lineage=found.lineage.moved(places) if found.lineage else None)
 
 
 def load_manifest(store: Store) -> Manifest:

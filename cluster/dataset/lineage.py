@@ -1,6 +1,6 @@
 """What a derived dataset was made of, and by which rules: part of its dataset.json."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -10,6 +10,7 @@ class PictureStore:
 
     path: str  # absolute path or URI
     sha256: str  # of its dataset.json when the view was made; of an unfinished one: of what that said of its shards
+    beside: str | None = None  # the way from the view to it (cluster.dataset.beside)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,19 @@ class Lineage:
         """What the rows are a function of, without counts: equal for the same command on the same data."""
         sources = [source.sha256 for source in self.sources]
         return {"method": self.method, "settings": self.settings, "sources": sources}
+
+    def moved(self, places: dict[str, str]) -> "Lineage":
+        """With examples whose pictures are looked for where a dataset is now. `places`: old path to new."""
+
+        def shown(example: Any) -> Any:
+            if not isinstance(example, dict) or not isinstance(picture := example.get("picture"), dict):
+                return example  # damaged: whoever shows it says so
+            path = str(picture.get("path"))
+            found = {**example, "picture": {**picture, "path": places.get(path, path)}}
+            return found | ({"beside": shown(example["beside"])} if example.get("beside") else {})
+
+        rules = (replace(rule, examples=tuple(map(shown, rule.examples))) for rule in self.rules)
+        return replace(self, rules=tuple(rules))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
+from cluster.dataset.beside import way_to
 from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
@@ -116,6 +117,7 @@ def write_view(
     """
     _check(rows, sources)
     document = _document(lineage, materialise=materialise, shard_rows=shard_rows)
+    _refuse_inside(out, lineage)
     if (found := begun(out, document)) is not None:
         return found
     if len(sources) > 1:
@@ -135,7 +137,7 @@ def write_view(
 
     shards = _write_parts(out, view, data_of, shard_key if materialise else rows_key)
     _write_vocabularies(out, sources[:1] if same_words else sources, rows)
-    manifest = _manifest(sources, placed, shards, lineage)
+    manifest = _manifest(out, sources, placed, shards, lineage)
     if materialise:
         manifest = replace(manifest, kind=DATASET, pictures=(), schema_version=SCHEMA_VERSION)
     out.write_bytes(MANIFEST_KEY, manifest.to_json())
@@ -149,6 +151,7 @@ def claim(out: Store, lineage: Lineage, *, materialise: bool = False, shard_rows
     Raises InputError where `out` holds anything else.
     """
     document = _document(lineage, materialise=materialise, shard_rows=shard_rows)
+    _refuse_inside(out, lineage)
     if (found := begun(out, document)) is None:
         out.write_bytes(LINEAGE_KEY, document_bytes(document))
     return found
@@ -170,6 +173,13 @@ def with_pictures(view: Store, part: ViewPart, pictures: Sequence[str], features
     return table
 
 
+def _refuse_inside(out: Store, lineage: Lineage) -> None:
+    """Raises InputError for a place in a dataset that rows are taken from, which would be deleted and moved with it."""
+    for source in lineage.sources:
+        if out.address.startswith(f"{source.path}/"):
+            raise InputError(f"--out {out.root}: lies in the dataset {source.path}; give a place beside it")
+
+
 def begun(out: Store, document: dict) -> Manifest | None:
     """The manifest where this very thing is done already. Raises InputError where OUT holds anything else."""
     try:
@@ -187,7 +197,8 @@ def begun(out: Store, document: dict) -> Manifest | None:
         named = next(
             (name for name in document if not isinstance(found, dict) or found.get(name) != document[name]), ""
         )
-        what = {"sources": "of other data, or of the data in another state"}.get(named, f"with another {named}")
+        said = {"sources": "of other data, or of the data in another state", "settings": "with other settings"}
+        what = said.get(named, f"with another {named}".replace("another settings", "other settings"))
         raise InputError(
             f"--out {out.root}: was begun {what}; use the same arguments and data to finish it, or another --out"
         )
@@ -225,13 +236,7 @@ class _Placed:
 
     @staticmethod
     def of(sources: Sequence[OpenDataset], rows: ViewRows) -> "_Placed":
-        stores = tuple(
-            dict.fromkeys(
-                store
-                for each in sources
-                for store in (each.manifest.pictures or (PictureStore(path=each.store.address, sha256=each.sha256),))
-            )
-        )
+        stores = tuple(dict.fromkeys(store for each in sources for store in _picture_stores(each)))
         order = np.lexsort((rows.row, rows.shard, rows.source))
         cuts = np.flatnonzero(np.diff(rows.source[order]) | np.diff(rows.shard[order])) + 1
         groups = [group for group in np.split(order, cuts) if len(group)]
@@ -270,6 +275,13 @@ class _Placed:
         return _Placed(table.combine_chunks(), tuple(ordered), stores)
 
 
+def _picture_stores(source: OpenDataset) -> tuple[PictureStore, ...]:
+    """The datasets that hold a source's pictures, where they are now."""
+    if source.manifest.is_view:
+        return tuple(replace(store, beside=None) for store in source.manifest.pictures)
+    return (PictureStore(path=source.store.address, sha256=source.sha256),)
+
+
 @dataclass(frozen=True)
 class _Resolved:
     """Where the pictures of some rows of one shard of a source are, and what is known of them."""
@@ -287,7 +299,7 @@ def _resolve(source: OpenDataset, shard: int, numbers: np.ndarray, stores: Seque
     stored = source.shards[shard]
     if source.manifest.is_view:
         part = read_view_part(source.store, stored)
-        place = {number: stores.index(store) for number, store in enumerate(source.manifest.pictures)}
+        place = {number: stores.index(store) for number, store in enumerate(_picture_stores(source))}
         moved = [replace(each, pictures=place[each.pictures]) for each in part.shards]
         rows = part.rows.take(numbers)
         names = ("seed", "corpus_id", "image_sha256", "picture_id")
@@ -297,7 +309,7 @@ def _resolve(source: OpenDataset, shard: int, numbers: np.ndarray, stores: Seque
             {name: rows[name].to_pylist() for name in names},
         )
     mine = PictureShard(
-        stores.index(PictureStore(path=source.store.address, sha256=source.sha256)),
+        stores.index(_picture_stores(source)[0]),
         replace(stored, weighted_rows=None),
     )
     table = read_shard(source.store, stored, ["sample_id", "seed", "image"]).combine_chunks()
@@ -416,7 +428,9 @@ def _write_vocabularies(out: Store, sources: Sequence[OpenDataset], rows: ViewRo
             out.write_bytes(key, data)
 
 
-def _manifest(sources: Sequence[OpenDataset], placed: _Placed, shards: tuple[dict, ...], lineage: Lineage) -> Manifest:
+def _manifest(
+    out: Store, sources: Sequence[OpenDataset], placed: _Placed, shards: tuple[dict, ...], lineage: Lineage
+) -> Manifest:
     first = sources[0].manifest
     spec = first.spec
     named = spec.generator.without_places()
@@ -442,7 +456,7 @@ def _manifest(sources: Sequence[OpenDataset], placed: _Placed, shards: tuple[dic
         shards=shards,
         schema_version=VIEW_VERSION,
         kind=VIEW,
-        pictures=placed.stores,
+        pictures=tuple(replace(store, beside=way_to(out.address, store.path)) for store in placed.stores),
         fingerprint=view_fingerprint(placed.table),
         lineage=lineage,
     )

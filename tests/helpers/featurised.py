@@ -10,6 +10,7 @@ from cluster.dataset.view import claim
 from cluster.generation.pinning import clip_spec
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.ingest.another_clip import (
+    WORK,
     ReadPictures,
     WriteFeaturised,
     finish,
@@ -19,18 +20,25 @@ from cluster.ingest.another_clip import (
     store_vocabularies_of,
 )
 from cluster.ingest.request import FeaturiseRequest
-from cluster.store.store import open_store
+from cluster.store.store import Store, open_store
 
 
 def featurise_in_process(
-    data: Path, out: Path, clip: Path, *, shards: int | None = None, featurise: type[FeaturiseShard] = FeaturiseShard
+    data: Path,
+    out: Path,
+    clip: Path,
+    *,
+    shards: int | None = None,
+    featurise: type[FeaturiseShard] = FeaturiseShard,
+    clean: bool = False,
 ) -> Manifest | None:
-    """The job's stages one after the other; with `shards` only so many of those that are missing, and no manifest."""
+    """The job's stages one after the other; with `shards` only so many of those that are missing, and no manifest. With
+    `clean` the work is deleted in the end, as the job does."""
     request = FeaturiseRequest(data=str(data), out=str(out), clip=str(clip))
     source, store = open_dataset(open_store(data)), open_store(out)
     lineage = lineage_of(source, request, None)
     if (found := claim(store, lineage)) is not None:
-        return found
+        return _cleaned(store, found) if clean else found
     spec = clip_spec(str(clip), device="cpu", dtype="float32")
     keep_spec(store, spec)
     read, score, write = ReadPictures(source), featurise(spec), WriteFeaturised(store)
@@ -39,4 +47,11 @@ def featurise_in_process(
     if shards is not None:
         return None
     store_vocabularies_of(source.store, store, spec, None)
-    return finish(source, store, spec, lineage)
+    made = finish(source, store, spec, lineage)
+    return _cleaned(store, made) if clean else made
+
+
+def _cleaned(store: Store, made: Manifest) -> Manifest:
+    for key in store.list(f"{WORK}/"):
+        store.delete(key)
+    return made

@@ -1,6 +1,8 @@
 """jobs.curate: what each rule drops, beside plain references, and the view that is left."""
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +164,31 @@ def test_near_vectors_are_the_same_for_any_block() -> None:
         assert np.array_equal(first[0], other[0]) and np.array_equal(first[1], other[1])
 
 
+@pytest.mark.parametrize("threshold", [0.2, 0.9, 0.97, 1.0])
+def test_near_vectors_are_those_of_all_pairs(threshold: float) -> None:
+    """Vectors in a narrow cone whose directions differ in weight, as CLIP's; some are near, and some the same."""
+    random = np.random.default_rng(2)
+    weights = 1 / np.sqrt(np.arange(1, 129))
+    wide = 0.15 + weights * random.normal(size=(600, 128))
+    wide[300:450] = wide[random.integers(300, size=150)] + 0.02 * random.normal(size=(150, 128))
+    vectors = wide.astype(np.float16)
+    vectors[450:470] = vectors[random.integers(300, size=20)]
+    vectors[599] = 0
+    partner, similarity = near_vectors(vectors, threshold, block=128)
+    exact = vectors.astype(np.float64)
+    unit = exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-30)
+    cosine = np.round(unit @ unit.T, 6)
+    stays: list[int] = []
+    for row in range(len(vectors)):
+        near = [other for other in stays if cosine[row, other] >= threshold]
+        assert partner[row] == (near[0] if near else -1)
+        if near:
+            assert similarity[row] == pytest.approx(cosine[row, near[0]], abs=2e-6)
+        else:
+            stays.append(row)
+    assert len(stays) > 1 and (partner >= 0).sum() >= 20
+
+
 def test_near_captions_are_those_of_all_pairs() -> None:
     random = np.random.default_rng(1)
     words = [f"word{number}" for number in range(30)]
@@ -210,9 +237,42 @@ def test_a_list_of_marks_keeps_and_drops(tmp_path: Path, data: Path, rows: list[
     assert kept(tmp_path / "drop") == set(ids) - {ids[1], ids[2]}
     run(data, tmp_path / "tagged", keep_list=str(marks), tag=("good", "fine"))
     assert kept(tmp_path / "tagged") == {ids[0]}
-    marks.write_text("nothing\n")
-    with pytest.raises(InputError, match="none of its 1 lines is a mark"):
-        run(data, tmp_path / "bad", keep_list=str(marks))
+    for text in ("nothing\n", '{"sample_id": "000000001-00", "mark": "remove"}\n'):
+        marks.write_text(text)
+        with pytest.raises(InputError, match="none of its 1 lines is a mark"):
+            run(data, tmp_path / "bad", keep_list=str(marks))
+    marks.write_text('{"sample_id": "999999999-00"}\n')
+    for option in ("keep_list", "drop_list"):
+        with pytest.raises(InputError, match=r"none of the 1 rows that it names \(such as 999999999-00\)"):
+            run(data, tmp_path / "bad", **{option: str(marks)})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--keep-word", ""), "--keep-word '': must be one word"),
+        (("--drop-word", "red circle"), "--drop-word 'red circle': must be one word"),
+        (("--drop-reason", "nonsense"), "--drop-reason nonsense: a stored row has no such remark; allowed: "),
+        (("--covered-by", "3", "--min-coverage", "0"), "--min-coverage 0: no row would go"),
+    ],
+)
+def test_a_rule_without_effect_is_refused(data: Path, options: tuple[str, ...], said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        JOB.read(["--data", str(data), "--dry-run", *options])
+
+
+def test_a_place_in_the_dataset_itself_is_refused(data: Path) -> None:
+    with pytest.raises(InputError, match=r"lies in the dataset .*; give a place beside it"):
+        run(data, data / "view", drop_lowest=0.1)
+    assert not (data / "view").exists()
+
+
+def test_a_view_whose_pictures_are_gone_is_refused_by_rules_that_look_at_none(tmp_path: Path, data: Path) -> None:
+    shutil.copytree(data, tmp_path / "mine")
+    run(tmp_path / "mine", tmp_path / "view", drop_lowest=0.1)
+    shutil.rmtree(tmp_path / "mine")
+    with pytest.raises(InputError, match=r"view: a view, whose pictures are gone: no dataset at .*mine"):
+        run(tmp_path / "view", tmp_path / "another", drop_lowest=0.1)
 
 
 def test_a_smaller_subset_is_contained_in_a_larger_one(tmp_path: Path, data: Path) -> None:
@@ -300,7 +360,7 @@ def test_a_view_is_curated_and_written_out(tmp_path: Path, data: Path) -> None:
     assert load_manifest(open_store(tmp_path / "b")).pictures[0].path == str(data)
     again = run(tmp_path / "a", tmp_path / "b", subset=Subset(count=15))
     assert again["fingerprint"] == view["fingerprint"], "done already"
-    with pytest.raises(InputError, match="was begun with another settings"):
+    with pytest.raises(InputError, match="was begun with other settings"):
         run(tmp_path / "a", tmp_path / "b", subset=Subset(count=16))
 
 

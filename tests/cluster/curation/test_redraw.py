@@ -13,21 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.curation.redraw_view import ATTEMPTS_KEY, PLAN_KEY, check_attempts, keep_plan, redraw_lineage, redraw_view
-from cluster.curation.refine_request import RefineRequest
+from cluster.curation.redraw_view import ATTEMPTS_KEY, PLAN_KEY, check_attempts
 from cluster.dataset import read_dataset
-from cluster.dataset.committed import committed
-from cluster.dataset.layout import MANIFEST_KEY, Manifest, Plan, load_manifest, parquet_bytes
+from cluster.dataset.layout import MANIFEST_KEY, load_manifest, parquet_bytes
 from cluster.dataset.layout import PLAN_KEY as PLAN
-from cluster.dataset.opened import open_dataset
 from cluster.dataset.verify import verify
-from cluster.dataset.view import claim
 from cluster.dataset.vocabularies import store_vocabularies
-from cluster.generation.pipeline import write_manifest
 from cluster.generation.stages.draw import DrawShard
 from cluster.report.make import make_report
 from cluster.report.request import ReportRequest
-from cluster.store.store import Store, open_store
+from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from pcm.generation.drawing import UNGUARDED, Drawing, Guard, Request, TextToImage
@@ -36,7 +31,8 @@ from pcm.generation.seeds import redraw_id, redraw_seed
 from pcm.spec import GeneratorSpec
 from tests.helpers.job_runs import JobRun
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_generation import draw_in_process, make_dataset_in_process, tiny_spec, write_corpus
+from tests.helpers.refined import Killed, redraw_in_process
+from tests.helpers.tiny_generation import make_dataset_in_process, tiny_spec, write_corpus
 
 CALL = Callable[..., JobRun]
 
@@ -56,41 +52,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_t2i: Path, tiny_clip:
     return folder / "drawn"
 
 
-class Killed(Exception):
-    """Stands for kill -9: nothing below catches it."""
-
-
-def in_this_process(
-    data: Path,
-    out: Path,
-    *,
-    draw: type[DrawShard] = DrawShard,
-    rounds_until_killed: int | None = None,
-    **options: object,
-) -> Manifest:
-    """As the job does it, without Ray. Killed in the middle of the round of that number: one shard of it is there."""
-    request = RefineRequest(data=str(data), out=str(out), **options)  # type: ignore[arg-type]
-    source, store = open_dataset(open_store(data)), open_store(out)
-    planned = keep_plan(source, store, request, source.manifest.stored)
-    lineage = redraw_lineage(source, request)
-    if (found := claim(store, lineage)) is not None:
-        return found
-    done: list[Store] = []
-
-    def draw_all(at: Store, plan: Plan) -> None:
-        made = committed(at, plan)
-        missing = [shard for shard in range(plan.num_shards) if shard not in made]
-        if rounds_until_killed == len(done):
-            draw_in_process(at, plan, missing[:1], draw=draw)
-            raise Killed
-        draw_in_process(at, plan, missing, draw=draw)
-        done.append(at)
-        encoder = ClipEncoder.from_spec(plan.spec.clip)
-        write_manifest(at, plan, store_vocabularies(at, plan, encoder=encoder))
-
-    return redraw_view(source, store, lineage, request, source.manifest.spec, planned, draw_all)
-
-
 REDRAW = {"method": "redraw", "budget": 14.0, "rounds": 2}
 
 
@@ -104,7 +65,7 @@ def objects(folder: Path) -> dict[str, bytes]:
 
 def test_best_of_n_keeps_the_best_and_says_what_the_others_scored(dataset: Path, tmp_path: Path) -> None:
     before = objects(dataset)
-    made = in_this_process(dataset, tmp_path / "out", method="best-of-n", best_of=3)
+    made = redraw_in_process(dataset, tmp_path / "out", method="best-of-n", best_of=3)
     assert objects(dataset) == before, "the old ones stay"
     table = attempts(tmp_path / "out")
     assert len(table) == 24 * 3
@@ -129,7 +90,7 @@ def test_best_of_n_keeps_the_best_and_says_what_the_others_scored(dataset: Path,
 
 def test_a_redraws_picture_is_that_of_its_seed(dataset: Path, tmp_path: Path) -> None:
     """Drawn alone by the generator itself, from the stated seed."""
-    in_this_process(dataset, tmp_path / "out", **REDRAW)
+    redraw_in_process(dataset, tmp_path / "out", **REDRAW)
     spec = load_manifest(open_store(dataset)).spec
     seeds = {each["sample_id"]: each["seed"] for each in attempts(tmp_path / "out") if each["attempt"] == 0}
     new = [each for each in attempts(tmp_path / "out") if each["attempt"] == 1 and each["kept"]]
@@ -144,7 +105,7 @@ def test_a_redraws_picture_is_that_of_its_seed(dataset: Path, tmp_path: Path) ->
 
 
 def test_a_redraw_spends_its_budget_in_rounds_and_says_what_they_gained(dataset: Path, tmp_path: Path) -> None:
-    made = in_this_process(dataset, tmp_path / "out", **REDRAW)
+    made = redraw_in_process(dataset, tmp_path / "out", **REDRAW)
     assert made.lineage is not None
     facts = made.lineage.facts
     assert [point["drawn"] for point in facts["curve"]] == [0, 7, 14]
@@ -166,7 +127,7 @@ def test_a_redraw_spends_its_budget_in_rounds_and_says_what_they_gained(dataset:
 def test_the_lowest_are_drawn_again_and_again_until_the_budget_is_spent(dataset: Path, tmp_path: Path) -> None:
     """Two rows are the lowest tenth; a round of each, as often as it takes."""
     lowest = sorted(read_dataset(dataset), key=lambda row: row.clip_score)[:2]
-    made = in_this_process(
+    made = redraw_in_process(
         dataset, tmp_path / "out", method="redraw", budget=5.0, rounds=2, choose="lowest", lowest=0.1
     )
     assert made.lineage is not None
@@ -177,15 +138,15 @@ def test_the_lowest_are_drawn_again_and_again_until_the_budget_is_spent(dataset:
 
 @pytest.mark.parametrize("killed_in", [0, 1])
 def test_a_run_that_was_killed_goes_on_to_the_same_view(dataset: Path, tmp_path: Path, killed_in: int) -> None:
-    whole = in_this_process(dataset, tmp_path / "whole", **REDRAW)
+    whole = redraw_in_process(dataset, tmp_path / "whole", **REDRAW)
     with pytest.raises(Killed):
-        in_this_process(dataset, tmp_path / "out", rounds_until_killed=killed_in, **REDRAW)
+        redraw_in_process(dataset, tmp_path / "out", rounds_until_killed=killed_in, **REDRAW)
     assert not (tmp_path / "out" / MANIFEST_KEY).exists()
     lay_there = {
         key: os.stat(tmp_path / "out" / key).st_mtime_ns for key in objects(tmp_path / "out") if "/shards/" in key
     }
     assert lay_there
-    resumed = in_this_process(dataset, tmp_path / "out", **REDRAW)
+    resumed = redraw_in_process(dataset, tmp_path / "out", **REDRAW)
     assert resumed.fingerprint == whole.fingerprint
     assert {key: os.stat(tmp_path / "out" / key).st_mtime_ns for key in lay_there} == lay_there
     assert (tmp_path / "out" / ATTEMPTS_KEY).read_bytes() == (tmp_path / "whole" / ATTEMPTS_KEY).read_bytes()
@@ -196,24 +157,24 @@ def test_what_a_budget_buys_is_found_once(dataset: Path, tmp_path: Path, monkeyp
     seconds = iter([1e3, 2e3])
     monkeypatch.setattr("cluster.curation.redraw_view.seconds_per_picture", lambda source: next(seconds))
     with pytest.raises(Killed):
-        in_this_process(dataset, tmp_path / "out", rounds_until_killed=1, **options)
-    made = in_this_process(dataset, tmp_path / "out", **options)
+        redraw_in_process(dataset, tmp_path / "out", rounds_until_killed=1, **options)
+    made = redraw_in_process(dataset, tmp_path / "out", **options)
     assert made.lineage is not None and made.lineage.facts["drawn"] == 10
 
 
 def test_a_round_that_was_changed_from_outside_is_named(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        in_this_process(dataset, tmp_path / "out", rounds_until_killed=1, **REDRAW)
+        redraw_in_process(dataset, tmp_path / "out", rounds_until_killed=1, **REDRAW)
     plan = tmp_path / "out" / "redraws" / "round-000" / PLAN
     document = json.loads(plan.read_bytes())
     document["corpus_fingerprint"] = document["segments"][0]["corpus_fingerprint"] = "another"
     plan.write_text(json.dumps(document))
     with pytest.raises(InputError, match="round-000: holds a round of other redraws"):
-        in_this_process(dataset, tmp_path / "out", **REDRAW)
+        redraw_in_process(dataset, tmp_path / "out", **REDRAW)
 
 
 def test_verify_finds_another_seed_in_a_rounds_plan(dataset: Path, tmp_path: Path) -> None:
-    in_this_process(dataset, tmp_path / "out", **REDRAW)
+    redraw_in_process(dataset, tmp_path / "out", **REDRAW)
     folder = tmp_path / "out" / "redraws" / "round-000"
     part = next((folder / "plan").glob("*.parquet"))
     table = pq.read_table(part)
@@ -245,7 +206,7 @@ class DrawsNoCow(DrawShard):
 
 
 def test_a_redraw_that_cannot_be_made_is_counted_and_the_old_picture_stays(dataset: Path, tmp_path: Path) -> None:
-    made = in_this_process(dataset, tmp_path / "out", draw=DrawsNoCow, method="best-of-n", best_of=2)
+    made = redraw_in_process(dataset, tmp_path / "out", draw=DrawsNoCow, method="best-of-n", best_of=2)
     assert made.lineage is not None and made.lineage.facts["failed"] == 4
     old = {row.sample_id: row.image_bytes for row in read_dataset(dataset)}
     cows = [row for row in read_dataset(tmp_path / "out") if "cow" in str(row.caption)]
@@ -256,8 +217,8 @@ def test_a_redraw_that_cannot_be_made_is_counted_and_the_old_picture_stays(datas
 
 
 def test_a_redraw_of_a_redraw_draws_other_pictures(dataset: Path, tmp_path: Path) -> None:
-    in_this_process(dataset, tmp_path / "once", method="best-of-n", best_of=2)
-    in_this_process(tmp_path / "once", tmp_path / "twice", method="best-of-n", best_of=2)
+    redraw_in_process(dataset, tmp_path / "once", method="best-of-n", best_of=2)
+    redraw_in_process(tmp_path / "once", tmp_path / "twice", method="best-of-n", best_of=2)
     first, second = (
         {each["seed"] for each in attempts(tmp_path / name) if each["attempt"]} for name in ("once", "twice")
     )
@@ -314,7 +275,7 @@ def test_more_attempts_than_lie_between_two_redraws_are_refused() -> None:
 def test_on_ray_the_view_is_the_same_and_a_rerun_finds_it(
     dataset: Path, tmp_path: Path, call_job: CALL, ray_session: None, models: tuple
 ) -> None:
-    alone = in_this_process(dataset, tmp_path / "alone", **REDRAW)
+    alone = redraw_in_process(dataset, tmp_path / "alone", **REDRAW)
     arguments = (
         "--data",
         dataset,
@@ -339,7 +300,7 @@ def test_on_ray_the_view_is_the_same_and_a_rerun_finds_it(
 @pytest.mark.slow
 def test_a_job_that_was_killed_goes_on_to_the_same_view(dataset: Path, tmp_path: Path, models: tuple) -> None:
     """kill -9 in the middle of the first and of the second round."""
-    whole = in_this_process(dataset, tmp_path / "whole", **REDRAW)
+    whole = redraw_in_process(dataset, tmp_path / "whole", **REDRAW)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "jobs.refine", "--data", str(dataset), "--out", str(out), *models]
     command += ["--method", "redraw", "--budget", "14", "--rounds", "2"]

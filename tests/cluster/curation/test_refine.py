@@ -13,22 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.curation.refine import FACTS, Retrieval, lineage_of, sync_view
-from cluster.curation.refine_request import RefineRequest
+from cluster.curation.refine import FACTS
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import WORK
-from cluster.curation.tasks import InThisProcess
 from cluster.dataset import read_dataset
-from cluster.dataset.layout import MANIFEST_KEY, Manifest, load_manifest
-from cluster.dataset.opened import open_dataset
+from cluster.dataset.layout import MANIFEST_KEY, load_manifest
 from cluster.dataset.verify import verify
-from cluster.dataset.view import claim
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
 from tests.helpers.featurised import featurise_in_process
 from tests.helpers.job_runs import JobRun
 from tests.helpers.models_from_pip import minilm_folder
 from tests.helpers.paths import ROOT
+from tests.helpers.refined import sync_in_process
 from tests.helpers.tiny_dataset import write_dataset
 from tests.helpers.tiny_models import save_tiny_clip
 
@@ -40,23 +37,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "drawn", tiny_clip, rows=60, shard_size=7)
 
 
-def in_this_process(data: Path, out: Path, sentences: SentenceSpec, **options: object) -> Manifest:
-    """As the job does it, without Ray."""
-    request = RefineRequest(data=str(data), out=str(out), method="sync", **options)  # type: ignore[arg-type]
-    source, store = open_dataset(open_store(data)), open_store(out)
-    retrieval = None
-    if request.retrieval is not None:
-        by = open_dataset(open_store(request.retrieval))
-        retrieval = Retrieval(by, by.manifest.spec.clip.model)
-    lineage = lineage_of(source, sentences, request, retrieval)
-    assert claim(store, lineage) is None
-    clip = source.manifest.spec.clip.model
-    tasks = InThisProcess()
-    return sync_view(source, store, lineage, sentences, request, tasks, clip=clip, device="cpu", retrieval=retrieval)
-
-
 def test_a_view_has_each_kept_caption_with_the_picture_it_chose(dataset: Path, tiny_clip: Path, tmp_path: Path) -> None:
-    made = in_this_process(dataset, tmp_path / "view", resolve_sentences(str(minilm_folder())), keep=0.75)
+    made = sync_in_process(dataset, tmp_path / "view", resolve_sentences(str(minilm_folder())), keep=0.75)
     assert made.stored == 45 and made.is_view
     whole = {row.sample_id: row for row in read_dataset(dataset)}
     pictures = {row.image_bytes: row for row in whole.values()}
@@ -88,8 +70,8 @@ def test_a_view_has_each_kept_caption_with_the_picture_it_chose(dataset: Path, t
 
 
 def test_a_view_is_refined_like_any_dataset(dataset: Path, tmp_path: Path) -> None:
-    in_this_process(dataset, tmp_path / "once", SentenceSpec(model="clip"))
-    twice = in_this_process(tmp_path / "once", tmp_path / "twice", SentenceSpec(model="clip"))
+    sync_in_process(dataset, tmp_path / "once", SentenceSpec(model="clip"))
+    twice = sync_in_process(tmp_path / "once", tmp_path / "twice", SentenceSpec(model="clip"))
     assert [store.path for store in twice.pictures] == [str(dataset)], "a view of a view points at the pictures"
     assert twice.stored == int(0.9 * 54) and verify(open_store(tmp_path / "twice"))["complete"]
 
@@ -162,16 +144,16 @@ def test_a_place_with_something_else_is_refused(
     (tmp_path / "mine.txt").write_text("mine")
     ended = call_job("refine", "--data", dataset, "--out", tmp_path, *of_clip)
     assert ended.returncode == 2 and "not empty and no derived dataset" in ended.stderr
-    in_this_process(dataset, tmp_path / "view", SentenceSpec(model="clip"))
+    sync_in_process(dataset, tmp_path / "view", SentenceSpec(model="clip"))
     ended = call_job("refine", "--data", dataset, "--out", tmp_path / "view", *of_clip, "--keep", "0.8")
-    assert ended.returncode == 2 and "was begun with another settings" in ended.stderr
+    assert ended.returncode == 2 and "was begun with other settings" in ended.stderr
 
 
 def test_on_ray_the_view_is_the_same_and_a_rerun_finds_it(
     dataset: Path, tmp_path: Path, call_job: CALL, ray_session: None, of_clip: tuple, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    alone = in_this_process(dataset, tmp_path / "alone", SentenceSpec(model="clip"))
+    alone = sync_in_process(dataset, tmp_path / "alone", SentenceSpec(model="clip"))
     arguments = ("--data", dataset, "--out", tmp_path / "view", *of_clip, "--block-size", 11)
     ended = call_job("refine", *arguments)
     assert ended.returncode == 0, ended.stderr
@@ -188,7 +170,7 @@ def test_on_ray_the_view_is_the_same_and_a_rerun_finds_it(
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_view(dataset: Path, tmp_path: Path, of_clip: tuple) -> None:
     """kill -9 after a third and after two thirds of the objects; what lay there is not made again."""
-    whole = in_this_process(dataset, tmp_path / "whole", SentenceSpec(model="clip"), block_size=2)
+    whole = sync_in_process(dataset, tmp_path / "whole", SentenceSpec(model="clip"), block_size=2)
     total = len(open_store(tmp_path / "whole").list(f"{WORK}/"))
     command = [sys.executable, "-m", "jobs.refine", "--data", str(dataset), "--out", str(tmp_path / "view")]
     command += [*map(str, of_clip), "--block-size", "2"]
@@ -231,8 +213,8 @@ def test_another_clips_features_find_the_pictures_and_the_datasets_own_clip_scor
     dataset: Path, by_another_clip: Path, tiny_clip: Path, tmp_path: Path
 ) -> None:
     """The choice is that of the other dataset refined alone, shown by the pictures of this one."""
-    alone = in_this_process(by_another_clip, tmp_path / "alone", SentenceSpec(model="clip"))
-    found = in_this_process(
+    alone = sync_in_process(by_another_clip, tmp_path / "alone", SentenceSpec(model="clip"))
+    found = sync_in_process(
         dataset, tmp_path / "view", SentenceSpec(model="clip"), retrieval=str(by_another_clip), block_size=7
     )
     assert [store.path for store in found.pictures] == [str(dataset)]
@@ -241,7 +223,7 @@ def test_another_clips_features_find_the_pictures_and_the_datasets_own_clip_scor
     texts = ClipEncoder(str(tiny_clip)).encode_texts([str(row.caption) for row in rows])
     for row, text in zip(rows, texts, strict=True):
         assert row.clip_score == pytest.approx(float(text @ row.global_feature.astype(np.float32)), abs=1e-3)  # type: ignore[union-attr]
-    plain = in_this_process(dataset, tmp_path / "plain", SentenceSpec(model="clip"))
+    plain = sync_in_process(dataset, tmp_path / "plain", SentenceSpec(model="clip"))
     assert plain.fingerprint != found.fingerprint, "the two CLIPs find other pictures"
     assert found.lineage is not None
     assert [source.path for source in found.lineage.sources] == [str(dataset), str(by_another_clip)]

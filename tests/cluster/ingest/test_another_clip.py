@@ -191,7 +191,7 @@ def test_another_clip_or_source_is_not_mixed_with_what_was_begun(
     dataset: Path, other_clip: Path, tiny_clip: Path, tmp_path: Path
 ) -> None:
     featurise_in_process(dataset, tmp_path / "out", other_clip, shards=2)
-    with pytest.raises(InputError, match="was begun with another settings"):
+    with pytest.raises(InputError, match="was begun with other settings"):
         featurise_in_process(dataset, tmp_path / "out", tiny_clip)
     write_dataset(tmp_path / "else", tiny_clip, rows=40, shard_size=7, first=3)
     with pytest.raises(InputError, match="was begun of other data"):
