@@ -32,7 +32,7 @@ from cluster.generation.progress import RunProgress, Status
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.generator import Generator
-from cluster.generation.stages.monitor import start_monitor
+from cluster.generation.stages.monitor import shards_begun_again, start_monitor
 from cluster.generation.stages.write import WriteShard
 from cluster.generation.telemetry import Telemetry
 from cluster.session import user_error
@@ -59,6 +59,8 @@ class GenerationResult:
     status: Status  # counts, rates and cost of this run
     startup_seconds: float | None  # until the first drawing; None: nothing was drawn
     stage_seconds: dict[str, float]
+    longest_pause_seconds: float  # in which nothing was drawn or stored, after the first picture
+    begun_again: int | None  # shards that were drawn a second time; None: the monitor did not say
     billing: Billing
     watch: RunLimits
 
@@ -93,6 +95,8 @@ class GenerationResult:
             "seconds": round(status.seconds, 2),
             "startup_seconds": None if self.startup_seconds is None else round(self.startup_seconds, 2),
             "stage_seconds": {stage: round(spent, 3) for stage, spent in self.stage_seconds.items()},
+            "longest_pause_seconds": round(self.longest_pause_seconds, 2),
+            "shards_begun_again": self.begun_again,
             "utilisation": {stage: round(share, 4) for stage, share in status.utilisation.items()},
             "bytes": status.bytes,
             "clip_score_histogram": list(scores.histogram),
@@ -139,12 +143,19 @@ def run_pipeline(
     billing = Billing.of(pools, device=plan.spec.generator.device, price_per_hour=watch.price_per_hour)
     progress = RunProgress(total=total, skipped=skipped, actors=actors(pools, len(missing)), billing=billing)
     if not missing or plan.spec.clip.model == "null":
-        store_vocabularies(store, plan)
+        store_vocabularies(store, plan, node_label=pools.node_label)
+    begun_again: int | None = 0
     if missing:
         faults = faults or FaultPolicy()
         monitor = start_monitor(faults)
         telemetry = Telemetry(store.root, has_clip_scores=plan.spec.clip.model != "null")
-        with Display(progress, telemetry, monitor, gpus_per_generator=billing.units_per_generator) as display:
+        with Display(
+            progress,
+            telemetry,
+            monitor,
+            gpus_per_generator=billing.units_per_generator,
+            generator_takes=pools.generator_takes(),
+        ) as display:
             while missing:
                 made = shard_stream(store, plan, missing, pools, watched_by=(monitor, faults), retry=retry, draw=draw)
                 for stats in made:
@@ -152,6 +163,7 @@ def run_pipeline(
                     display.add(stats)
                     check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
                 missing = _still_missing(missing, on_store)
+            begun_again = shards_begun_again(monitor)
     status = progress.status()
     return GenerationResult(
         shard_size=plan.shard_size,
@@ -159,6 +171,8 @@ def run_pipeline(
         status=status,
         startup_seconds=progress.startup_seconds,
         stage_seconds=progress.stage_seconds,
+        longest_pause_seconds=progress.longest_pause_seconds,
+        begun_again=begun_again,
         billing=billing,
         watch=watch,
     )
