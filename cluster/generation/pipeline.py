@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
@@ -35,16 +36,13 @@ from cluster.generation.stages.generator import Generator
 from cluster.generation.stages.monitor import shards_begun_again, start_monitor
 from cluster.generation.stages.write import WriteShard
 from cluster.generation.telemetry import Telemetry
+from cluster.ray_data_internals import row_by_row
 from cluster.session import user_error
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 
 log = logging.getLogger(__name__)
-
-#: Ray Data keeps something in the driver for every shard it is told of. After so many the pools start afresh: at 256
-#: pictures a shard that is every 2.5 million pictures, beside which loading a model again is nothing.
-SHARDS_PER_PIPELINE = 10_000
 
 #: Turns at the end of a run for each generator, in which it may draw a shard that another one has not ended.
 TURNS_MORE = 2
@@ -215,29 +213,14 @@ def shard_stream(
 
     Raises InputError when a model a user named cannot be loaded by the workers, or when the monitor stops the run.
     """
-    for start in range(0, len(shards), SHARDS_PER_PIPELINE):
-        some = shards[start : start + SHARDS_PER_PIPELINE]
-        yield from _run_pools(store, plan, some, pools, watched_by=watched_by, retry=retry, draw=draw)
-
-
-def _run_pools(
-    store: Store,
-    plan: Plan,
-    shards: list[int],
-    pools: Pools,
-    *,
-    watched_by: tuple[ActorHandle, FaultPolicy],
-    retry: frozenset[str],
-    draw: type[DrawShard],
-) -> Iterable[dict]:
     monitor, _ = watched_by
     concepts = None if vocabularies_stored(store, plan) else ConceptsOfShard(store, plan, shards[0])
     generators = min(pools.generators, len(shards))
     ray.get(monitor.begin_pass.remote(shards, generators))
     # A turn for each shard, and some more, in which idle generators take over what others have not begun or not ended.
-    # Made in this process, a block a turn; from_arrow would start a task for each only to look at it.
+    # One pipeline for the whole run, however many shards: to start another is to load every model again.
     turns = [*shards, *(-1 - turn for turn in range(TURNS_MORE * generators))]
-    pipeline: ray.data.Dataset = ray.data.from_items([{"turn": turn} for turn in turns], override_num_blocks=len(turns))
+    pipeline = row_by_row(pa.table({"turn": pa.array(turns, pa.int64())}))
     block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     drawing = {"scores": not pools.scorers, "concepts": None if pools.scorers else concepts}
     pipeline = pipeline.map_batches(
