@@ -2,10 +2,11 @@
 
     python -m benchmarks.null_scale                       # 10,000, 100,000 and 1,000,000 captions
     python -m benchmarks.null_scale --rows 10000 --shard-size 1000
+    python -m benchmarks.null_scale --rows 2000 12000 --shard-size 1     # what a shard leaves in the driver's memory
 
 A JSON line for each size: rows a second (of the whole job after Ray's start, planning and vocabulary included, and of
-the drawing alone), the driver's peak memory (sampled by another process), and the store's operations in this very run,
-counted by the objects it leaves and measured in full on one shard through the stages.
+the drawing alone), the peak memory of driver and raylet (sampled by another process), and the store's operations in
+this very run, counted by the objects it leaves and measured in full on one shard through the stages.
 """
 
 import argparse
@@ -42,16 +43,31 @@ def write_captions(path: Path, count: int) -> None:
             file.write(f"A {one} {draw.choice(PLACES)} while a {two} stands nearby.\n")
 
 
-def peak_memory(process: subprocess.Popen) -> int:
-    """Largest resident memory of a process until it ends, bytes; sampled ten times a second."""
-    page, peak = os.sysconf("SC_PAGE_SIZE"), 0
+def resident(pid: int | str) -> int:
+    """Resident memory of a process, bytes; 0 once it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (FileNotFoundError, ProcessLookupError, IndexError):
+        return 0
+
+
+def raylets(pid: int) -> list[str]:
+    """The raylet that a driver has started, as a list."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [child for child in children if Path(f"/proc/{child}/comm").read_text().strip() == "raylet"]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def peak_memory(process: subprocess.Popen) -> tuple[int, int]:
+    """Largest resident memory of a driver and its raylet until the driver ends, bytes; sampled ten times a second."""
+    driver = raylet = 0
     while process.poll() is None:
-        try:
-            peak = max(peak, int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * page)
-        except (FileNotFoundError, ProcessLookupError, IndexError):
-            break
+        driver = max(driver, resident(process.pid))
+        raylet = max([raylet, *map(resident, raylets(process.pid))])
         time.sleep(0.1)
-    return peak
+    return driver, raylet
 
 
 def shard_operations(folder: Path, spec: DatasetSpec) -> dict[str, int]:
@@ -89,7 +105,7 @@ def measure(rows: int, shard_size: int, generators: int) -> dict:
         ]  # fmt: skip
         load, started = os.getloadavg()[0], time.time()
         driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=sys.stderr, text=True)
-        peak = peak_memory(driver)
+        driver_peak, raylet_peak = peak_memory(driver)
         printed = driver.communicate()[0].splitlines()
         seconds = time.time() - started
         if driver.returncode:
@@ -106,7 +122,8 @@ def measure(rows: int, shard_size: int, generators: int) -> dict:
             "plan_to_last_shard_seconds": round(stored - planned, 1),
             "rows_per_second": round(rows / (stored - planned)),
             "rows_per_second_drawing": round((rows - shard_size) / max(stored - first, 1e-3)),
-            "driver_peak_mb": round(peak / 2**20),
+            "driver_peak_mb": round(driver_peak / 2**20),
+            "raylet_peak_mb": round(raylet_peak / 2**20),
             "operations_a_shard": shard_operations(out, spec),
             "stored": summary["stored"],
             "load_before": round(load, 1),

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -47,12 +47,19 @@ CONCEPTS = 400  # the corpus's most frequent nouns; the published runs all read 
 _FEATURES_FIELD = "features"
 
 
-def store_vocabularies(store: Store, plan: Plan, *, encoder: "ClipEncoder | None" = None) -> FeatureShape:
+def store_vocabularies(
+    store: Store,
+    plan: Plan,
+    *,
+    encoder: "ClipEncoder | None" = None,
+    node_label: tuple[str, str] | None = None,
+) -> FeatureShape:
     """Make sure that vocabulary, concepts and CLIP head are on the store; the shape of the dataset's features.
 
     Done before generation, so that training can start while pictures are still being made. When the corpus has grown
     they are built again; `vocabularies.json`, written last, says of which captions they are. With `encoder`, the
-    plan's CLIP, everything is done in this process; else a Ray task loads it.
+    plan's CLIP, everything is done in this process; else a Ray task loads it, on a node with `node_label`. A run that
+    draws has no such task: its first generator does this on the device that it has.
     """
     min_count = MIN_WORD_COUNT if plan.records >= SMALL_CORPUS else 1
     if not vocabularies_stored(store, plan):
@@ -63,9 +70,8 @@ def store_vocabularies(store: Store, plan: Plan, *, encoder: "ClipEncoder | None
             _store_clip_files(store, plan, min_count, encoder)
         elif plan.spec.clip.model != "null":
             try:
-                ray.get(
-                    _load_and_store_clip_files.options(**clip_resources(plan.spec.clip)).remote(store, plan, min_count)
-                )
+                task: Any = _load_and_store_clip_files.options(**clip_resources(plan.spec.clip, node_label))
+                ray.get(task.remote(store, plan, min_count))
             except ray.exceptions.RayError as error:
                 raise user_error(error) or error from None
         document = json.dumps({"corpus_fingerprint": plan.corpus_fingerprint, "min_count": min_count})
@@ -213,6 +219,7 @@ def clip_head_bytes(encoder: "ClipEncoder", model: str) -> bytes:
     return safetensors.torch.save(encoder.head(), metadata)
 
 
-def clip_resources(spec: ClipSpec) -> dict:
+def clip_resources(spec: ClipSpec, node_label: tuple[str, str] | None = None) -> dict:
     """What Ray is asked for by a task that loads CLIP."""
-    return {"num_cpus": 1, "num_gpus": 1 if spec.device == "cuda" else 0}
+    asked = {"num_cpus": 1, "num_gpus": 1 if spec.device == "cuda" else 0}
+    return asked | ({"label_selector": dict([node_label])} if node_label else {})

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TextIO
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cluster.generation.progress import STAGES, MonitorSnapshot, RunProgress, Status
+from cluster.generation.stages.monitor import ANSWER_SECONDS
 from cluster.generation.telemetry import Telemetry
 from cluster.numbers import duration, size
 from cluster.session import cluster_gpus, cluster_nodes
@@ -24,8 +26,6 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
 #: Columns of a terminal that does not say how many it has.
 UNKNOWN_WIDTH = 120
-#: How long the monitor may take to answer.
-ANSWER_SECONDS = 5.0
 #: How often a silent monitor is asked again: each question costs its timeout.
 SILENT_TICK_SECONDS = 10.0
 
@@ -42,19 +42,25 @@ class ClusterState:
     live: MonitorSnapshot | None = None  # None: the monitor does not answer
     machines: int = 1
     gpus: float = 0.0
+    no_room: str = ""  # why no further generator can start
 
 
-def ask_cluster(monitor: ActorHandle | None, *, gpus_per_generator: float) -> ClusterState:
-    """Ask Ray and the run's monitor. Takes up to ANSWER_SECONDS; raises whatever Ray raises when it is in trouble."""
-    nodes, gpus = cluster_nodes(), cluster_gpus()
+def ask_cluster(
+    monitor: ActorHandle | None, *, gpus_per_generator: float, generator_takes: Mapping[str, float]
+) -> ClusterState:
+    """Ask Ray and the run's monitor. Takes up to ANSWER_SECONDS; raises whatever Ray raises when it is in trouble.
+
+    `generator_takes`: how much of which of Ray's resources one generator reserves.
+    """
+    nodes, gpus, no_room = cluster_nodes(), cluster_gpus(), lacking(generator_takes)
     machines = len(nodes)
     if monitor is None:
-        return ClusterState(machines=machines, gpus=gpus)
+        return ClusterState(machines=machines, gpus=gpus, no_room=no_room)
     monitor.nodes.remote(nodes)
     try:
         said: Any = ray.get(monitor.snapshot.remote(), timeout=ANSWER_SECONDS)
     except ray.exceptions.RayError:
-        return ClusterState(machines=machines, gpus=gpus)
+        return ClusterState(machines=machines, gpus=gpus, no_room=no_room)
     # The monitor remembers every generator, those on lost nodes too; there are no more than there are GPUs for.
     room = int(gpus / gpus_per_generator + 1e-6) if gpus_per_generator else said["generators"]
     live = MonitorSnapshot(
@@ -63,7 +69,17 @@ def ask_cluster(monitor: ActorHandle | None, *, gpus_per_generator: float) -> Cl
         generators=min(said["generators"], room),
         left_out=tuple(said["left_out"]),
     )
-    return ClusterState(live=live, machines=machines, gpus=gpus)
+    return ClusterState(live=live, machines=machines, gpus=gpus, no_room=no_room)
+
+
+def lacking(takes: Mapping[str, float]) -> str:
+    """Which of Ray's resources the cluster has not enough of left for an actor that takes so much; "": it has."""
+    has, free = ray.cluster_resources(), ray.available_resources()
+    for name, wanted in takes.items():
+        left = free.get(name, 0.0)
+        if left + 1e-6 < wanted:
+            return f"{left:g} of the cluster's {has.get(name, 0.0):g} {name}s are free, and one takes {wanted:g}"
+    return ""
 
 
 class Display:
@@ -76,10 +92,11 @@ class Display:
         monitor: ActorHandle | None,
         *,
         gpus_per_generator: float,
+        generator_takes: Mapping[str, float],
         stream: TextIO | None = None,
     ) -> None:
         self._progress, self._telemetry, self._monitor = progress, telemetry, monitor
-        self._gpus_per_generator = gpus_per_generator
+        self._gpus_per_generator, self._generator_takes = gpus_per_generator, generator_takes
         self._left_out: set[str] = set()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._tick_until_closed, name="progress", daemon=True)
@@ -108,7 +125,11 @@ class Display:
         pause = 0.0
         while not self._closing.wait(pause):
             try:
-                news = ask_cluster(self._monitor, gpus_per_generator=self._gpus_per_generator)
+                news = ask_cluster(
+                    self._monitor,
+                    gpus_per_generator=self._gpus_per_generator,
+                    generator_takes=self._generator_takes,
+                )
             except Exception as error:  # a run does not stop for its display
                 log.debug("the cluster does not answer: %s", error)
                 news = ClusterState()
@@ -119,7 +140,8 @@ class Display:
                     self._left_out.add(said)
             status = self._progress.status()
             self._telemetry.update(status)
-            self._view.show(status, trouble(status, gpus=news.gpus, gpus_per_generator=self._gpus_per_generator))
+            wrong = trouble(status, gpus=news.gpus, gpus_per_generator=self._gpus_per_generator, no_room=news.no_room)
+            self._view.show(status, wrong)
             pause = TICK_SECONDS if news.live else SILENT_TICK_SECONDS
 
 
@@ -209,14 +231,19 @@ def details(status: Status) -> str:
     return ", ".join(parts)
 
 
-def trouble(status: Status, *, gpus: float, gpus_per_generator: float) -> str:
-    """Why nothing moves, if nothing does; "" when all is well."""
+def trouble(status: Status, *, gpus: float, gpus_per_generator: float, no_room: str) -> str:
+    """Why nothing moves, if nothing does; "" when all is well.
+
+    `no_room`: why no further generator can start, as `lacking` says: another job may have what this one waits for.
+    """
     wanted = status.wanted_generators
     here = f"; the cluster has {gpus:g} GPUs now" if gpus < wanted * gpus_per_generator else ""
     if not status.samples and not status.drawn and not status.in_flight:
         waiting = wanted if status.generators is None else wanted - status.generators
         if waiting > 0 and here:
             return f"waiting for {waiting} generators{here}"
+        if waiting > 0 and no_room:
+            return f"waiting for {waiting} generators to start, for {duration(status.seconds)}; {no_room}"
         return f"generators are starting and loading their models, for {duration(status.seconds)}"
     if status.stalled:
         drawing = "" if status.generators is None else f"; {status.in_flight} of {wanted} generators are drawing"

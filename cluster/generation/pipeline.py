@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
@@ -32,19 +33,16 @@ from cluster.generation.progress import RunProgress, Status
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.generator import Generator
-from cluster.generation.stages.monitor import start_monitor
+from cluster.generation.stages.monitor import shards_begun_again, start_monitor
 from cluster.generation.stages.write import WriteShard
 from cluster.generation.telemetry import Telemetry
+from cluster.ray_data_internals import row_by_row
 from cluster.session import user_error
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 
 log = logging.getLogger(__name__)
-
-#: Ray Data keeps something in the driver for every shard it is told of. After so many the pools start afresh: at 256
-#: pictures a shard that is every 2.5 million pictures, beside which loading a model again is nothing.
-SHARDS_PER_PIPELINE = 10_000
 
 #: Turns at the end of a run for each generator, in which it may draw a shard that another one has not ended.
 TURNS_MORE = 2
@@ -59,6 +57,8 @@ class GenerationResult:
     status: Status  # counts, rates and cost of this run
     startup_seconds: float | None  # until the first drawing; None: nothing was drawn
     stage_seconds: dict[str, float]
+    longest_pause_seconds: float  # in which nothing was drawn or stored, after the first picture
+    begun_again: int | None  # shards that were drawn a second time; None: the monitor did not say
     billing: Billing
     watch: RunLimits
 
@@ -93,6 +93,8 @@ class GenerationResult:
             "seconds": round(status.seconds, 2),
             "startup_seconds": None if self.startup_seconds is None else round(self.startup_seconds, 2),
             "stage_seconds": {stage: round(spent, 3) for stage, spent in self.stage_seconds.items()},
+            "longest_pause_seconds": round(self.longest_pause_seconds, 2),
+            "shards_begun_again": self.begun_again,
             "utilisation": {stage: round(share, 4) for stage, share in status.utilisation.items()},
             "bytes": status.bytes,
             "clip_score_histogram": list(scores.histogram),
@@ -139,12 +141,19 @@ def run_pipeline(
     billing = Billing.of(pools, device=plan.spec.generator.device, price_per_hour=watch.price_per_hour)
     progress = RunProgress(total=total, skipped=skipped, actors=actors(pools, len(missing)), billing=billing)
     if not missing or plan.spec.clip.model == "null":
-        store_vocabularies(store, plan)
+        store_vocabularies(store, plan, node_label=pools.node_label)
+    begun_again: int | None = 0
     if missing:
         faults = faults or FaultPolicy()
         monitor = start_monitor(faults)
         telemetry = Telemetry(store.root, has_clip_scores=plan.spec.clip.model != "null")
-        with Display(progress, telemetry, monitor, gpus_per_generator=billing.units_per_generator) as display:
+        with Display(
+            progress,
+            telemetry,
+            monitor,
+            gpus_per_generator=billing.units_per_generator,
+            generator_takes=pools.generator_takes(),
+        ) as display:
             while missing:
                 made = shard_stream(store, plan, missing, pools, watched_by=(monitor, faults), retry=retry, draw=draw)
                 for stats in made:
@@ -152,6 +161,7 @@ def run_pipeline(
                     display.add(stats)
                     check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
                 missing = _still_missing(missing, on_store)
+            begun_again = shards_begun_again(monitor)
     status = progress.status()
     return GenerationResult(
         shard_size=plan.shard_size,
@@ -159,6 +169,8 @@ def run_pipeline(
         status=status,
         startup_seconds=progress.startup_seconds,
         stage_seconds=progress.stage_seconds,
+        longest_pause_seconds=progress.longest_pause_seconds,
+        begun_again=begun_again,
         billing=billing,
         watch=watch,
     )
@@ -201,29 +213,14 @@ def shard_stream(
 
     Raises InputError when a model a user named cannot be loaded by the workers, or when the monitor stops the run.
     """
-    for start in range(0, len(shards), SHARDS_PER_PIPELINE):
-        some = shards[start : start + SHARDS_PER_PIPELINE]
-        yield from _run_pools(store, plan, some, pools, watched_by=watched_by, retry=retry, draw=draw)
-
-
-def _run_pools(
-    store: Store,
-    plan: Plan,
-    shards: list[int],
-    pools: Pools,
-    *,
-    watched_by: tuple[ActorHandle, FaultPolicy],
-    retry: frozenset[str],
-    draw: type[DrawShard],
-) -> Iterable[dict]:
     monitor, _ = watched_by
     concepts = None if vocabularies_stored(store, plan) else ConceptsOfShard(store, plan, shards[0])
     generators = min(pools.generators, len(shards))
     ray.get(monitor.begin_pass.remote(shards, generators))
     # A turn for each shard, and some more, in which idle generators take over what others have not begun or not ended.
-    # Made in this process, a block a turn; from_arrow would start a task for each only to look at it.
+    # One pipeline for the whole run, however many shards: to start another is to load every model again.
     turns = [*shards, *(-1 - turn for turn in range(TURNS_MORE * generators))]
-    pipeline: ray.data.Dataset = ray.data.from_items([{"turn": turn} for turn in turns], override_num_blocks=len(turns))
+    pipeline = row_by_row(pa.table({"turn": pa.array(turns, pa.int64())}))
     block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     drawing = {"scores": not pools.scorers, "concepts": None if pools.scorers else concepts}
     pipeline = pipeline.map_batches(

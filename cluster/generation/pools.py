@@ -80,6 +80,10 @@ class Pools:
             node_label=asked.node_label,
         )
 
+    def generator_takes(self) -> dict[str, float]:
+        """How much of which of Ray's resources one generator reserves."""
+        return {"GPU": self.generator_gpus, "CPU": self.generator_cpus}
+
     def draw_options(self, shards: int) -> dict[str, Any]:
         """What `map_batches` is told about the generator pool of a run over so many shards.
 

@@ -195,6 +195,12 @@ class RunProgress:
             return dict(self._stage_seconds)
 
     @property
+    def longest_pause_seconds(self) -> float:
+        """The longest time in which nothing was drawn or stored, after the first picture."""
+        with self._lock:
+            return self._longest_gap
+
+    @property
     def startup_seconds(self) -> float | None:
         """From the start to the first drawing: actors start and load their models. None: nothing was drawn."""
         with self._lock:

@@ -193,7 +193,7 @@ MUTANTS = (
     ),
     Mutant(
         "a full stdout does not undo a finished job",
-        "jobs/endings.py", "        discard(sys.stdout)\n", "        raise\n",
+        "jobs/endings.py", "        discard(STDOUT.stream)\n", "        raise\n",
         ("tests/jobs/test_endings.py::test_streams_that_nobody_reads_change_no_status",),
     ),
     Mutant(

@@ -2,8 +2,10 @@
 
 import inspect
 
+import pyarrow as pa
 import pytest
 import ray.train
+from ray.data import ActorPoolStrategy
 from ray.train import FailureConfig, WorkerGroupError
 from ray.train._internal.session import get_session
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -14,6 +16,7 @@ from ray.train.v2._internal.execution.failure_handling import DefaultFailurePoli
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
 from cluster import ray_internals
+from cluster.ray_data_internals import row_by_row
 from cluster.ray_internals import LocalReports, PolicyTrainer, train_in_this_process
 
 
@@ -117,3 +120,21 @@ def test_a_loop_runs_as_a_plain_function_from_the_checkpoint_it_is_given(tmp_pat
     assert (ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()) == (0, 1)
     ray.train.report({"loss": 1.0}, checkpoint_dir_name="epoch-001")
     assert reported == [({"loss": 1.0}, "epoch-001")]
+
+
+class RowsAtOnce:
+    """How many rows an actor is handed at once, and which."""
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return pa.table({"number": block["number"], "rows": [block.num_rows] * block.num_rows})
+
+
+def test_every_row_is_handed_to_an_actor_alone_and_once(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.ray_data_internals.ROWS_AN_OBJECT", 20)
+    numbers = list(range(43))
+    rows = row_by_row(pa.table({"number": numbers}))
+    given = rows.map_batches(
+        RowsAtOnce, compute=ActorPoolStrategy(size=2), num_cpus=0.5, batch_size=None, batch_format="pyarrow"
+    ).take_all()
+    assert sorted(row["number"] for row in given) == numbers
+    assert {row["rows"] for row in given} == {1}

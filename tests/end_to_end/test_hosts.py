@@ -1,6 +1,7 @@
 """A cluster of several hosts: they come one by one, are lost, are cut off and come back, and the head is killed."""
 
 import json
+import random
 import subprocess
 import time
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from cluster.dataset.verify import verify
+from cluster.generation.pipeline import TURNS_MORE
+from cluster.generation.stages.monitor import MAX_IN_HAND
 from cluster.store.store import open_store
 from tests.helpers.hosts import Hosts, can_make_hosts, several_hosts, wait_until
 from tests.helpers.tiny_dataset import TINY, write_dataset
@@ -94,6 +97,39 @@ def test_a_link_that_is_cut_for_a_while_and_heals(hosts: Hosts, tmp_path: Path, 
     one.heal()
     assert end(job)["stored"] == len(CAPTIONS)
     proven(tmp_path, wanted)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_spot_notices_at_random_moments_hand_the_shards_back(
+    hosts: Hosts, tmp_path: Path, wanted: str, seed: int
+) -> None:
+    """Three machines, of which one after another is given notice and taken away; another comes in its place."""
+    chance = random.Random(seed)
+    head, *workers = hosts.hosts
+    head.join(cpus=0, head=True)
+    for worker in workers:
+        worker.join(cpus=1)
+    hosts.wait_for_cpus(len(workers))  # a generator on each
+    job = generate(hosts, tmp_path)
+    notices = 4
+    for _ in range(notices):
+        more_shards(job, tmp_path, chance.randrange(3, 12))
+        leaving = chance.choice(workers)
+        leaving.notice()
+        time.sleep(chance.uniform(0, 3))  # what was begun on it meanwhile is lost too
+        leaving.lose()
+        more_shards(job, tmp_path, chance.randrange(1, 6))
+        leaving.join(cpus=1)
+    summary = end(job)
+    assert summary["stored"] == summary["generated"] == len(CAPTIONS), "none lost, none drawn into the dataset twice"
+    proven(tmp_path, wanted)
+    # A machine takes along what its generator has in hand, at the notice and, as Ray starts there again, when it goes.
+    again, shards = summary["shards_begun_again"], len(CAPTIONS) // SHARD_SIZE
+    assert again <= 2 * notices * MAX_IN_HAND + TURNS_MORE * len(workers)
+    print(
+        f"seed {seed}: {notices} notices, {again} of {shards} shards drawn again ({100 * again / shards:.1f} %), "
+        f"longest pause {summary['longest_pause_seconds']:.1f} s"
+    )
 
 
 def test_the_head_is_killed_and_the_same_command_goes_on(hosts: Hosts, tmp_path: Path, wanted: str) -> None:

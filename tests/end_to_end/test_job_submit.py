@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,10 @@ import pytest
 
 from cluster.dataset.verify import verify
 from cluster.store.store import open_store
+from tests.helpers.hosts import wait_until
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import TINY, write_dataset
-from tests.helpers.tiny_generation import CAPTIONS, write_corpus
+from tests.helpers.tiny_generation import CAPTIONS, make_dataset_in_process, null_spec, write_corpus
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -99,21 +100,144 @@ def answers(address: str) -> bool:
 
 
 def submit(head: Head, *entrypoint: object, **environment: str | None) -> subprocess.CompletedProcess:
+    return ray_job(head, "submit", "--working-dir", ".", "--", *entrypoint, **environment)
+
+
+def ray_job(head: Head, what: str, *arguments: object, **environment: str | None) -> subprocess.CompletedProcess:
     env = {name: value for name, value in (head.environment | environment).items() if value is not None}
     return subprocess.run(
-        [RAY, "job", "submit", "--address", head.address, "--working-dir", ".", "--", *map(str, entrypoint)],
+        [RAY, "job", what, "--address", head.address, *map(str, arguments)],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
+
+
+def begin(head: Head, name: str, *entrypoint: object) -> None:
+    """Submit a job of this name, and do not wait for it."""
+    begun = ray_job(head, "submit", "--no-wait", "--submission-id", name, "--working-dir", ".", "--", *entrypoint)
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+
+
+def logs(head: Head, name: str) -> str:
+    return ray_job(head, "logs", name).stdout
+
+
+def ended(head: Head, name: str) -> bool:
+    said = ray_job(head, "status", name).stdout
+    return any(f"Job '{name}' {how}" in said for how in ("succeeded", "failed", "was stopped"))
+
+
+def summaries(printed: str) -> list[dict]:
+    return [json.loads(line) for line in printed.splitlines() if line.startswith('{"')]
+
+
+def stored(dataset: Path) -> int:
+    return len(list((dataset / "shards").glob("*.parquet")))
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of a run, in order."""
+    rows = [json.loads(line) for file in sorted(run.glob("losses/*.jsonl")) for line in file.read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def stop_at_work(head: Head, name: str, at_work: Callable[[], bool], *entrypoint: object) -> None:
+    """Submit a job, and stop it in the middle of its work."""
+    begin(head, name, *entrypoint)
+    wait_until(at_work, seconds=400, said=f"{name} did not come to its work")
+    stopped = ray_job(head, "stop", name)
+    assert stopped.returncode == 0 and f"Job '{name}' was stopped" in stopped.stdout, stopped.stdout + stopped.stderr
 
 
 def test_a_submitted_job_makes_a_dataset(head: Head, tmp_path: Path) -> None:
     corpus, out = write_corpus(tmp_path), tmp_path / "out"
     done = submit(head, "python", "-m", "jobs.generate", "--corpus", corpus, "--out", out, "--t2i", "null")
     assert done.returncode == 0, done.stdout + done.stderr
-    summaries = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
-    assert [summary["stored"] for summary in summaries] == [len(CAPTIONS)]
+    assert [summary["stored"] for summary in summaries(done.stdout)] == [len(CAPTIONS)]
     report = verify(open_store(out))
     assert report["ok"] and report["stored"] == len(CAPTIONS)
+
+
+@pytest.mark.slow
+def test_generation_that_was_stopped_goes_on_when_it_is_submitted_again(head: Head, tmp_path: Path) -> None:
+    count = 600
+    corpus, out = write_corpus(tmp_path, [f"caption number {number}" for number in range(count)]), tmp_path / "out"
+    command = ("python", "-m", "jobs.generate", "--corpus", corpus, "--out", out, "--t2i", "null", "--shard-size", 1)
+    stop_at_work(head, "generation", lambda: stored(out) >= 5, *command)
+    before = stored(out)
+    assert 5 <= before < count
+    done = submit(head, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (summary,) = summaries(done.stdout)
+    assert summary["skipped"] >= before and summary["skipped"] + summary["generated"] == count
+    undisturbed, *_ = make_dataset_in_process(tmp_path / "undisturbed", corpus, null_spec(), shard_size=64)
+    report = verify(open_store(out))
+    assert report["ok"] and report["fingerprint"] == verify(undisturbed)["fingerprint"]
+
+
+@pytest.mark.slow
+def test_two_jobs_share_a_cluster_and_the_second_says_what_it_waits_for(head: Head, tmp_path: Path) -> None:
+    """The first one's generators hold the CPUs, and draw long enough to be at it when the second asks."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    model = ("--corpus", "embedded", "--limit", 64, "--steps", 60, "--shard-size", 2)
+    begin(head, "one", "python", "-m", "jobs.generate", *model, "--out", first)
+    wait_until(lambda: stored(first) >= 1 or ended(head, "one"), seconds=400, said="nothing drawn")
+    corpus = write_corpus(tmp_path)
+    begin(head, "two", "python", "-m", "jobs.generate", "--corpus", corpus, "--out", second, "--t2i", "null")
+    for name in ("one", "two"):
+        wait_until(lambda name=name: ended(head, name), seconds=800, said=f"{name}: {logs(head, name)[-3000:]}")
+    assert [summary["stored"] for summary in summaries(logs(head, "one"))] == [64]
+    said = logs(head, "two")
+    assert [summary["stored"] for summary in summaries(said)] == [len(CAPTIONS)]
+    assert "waiting for 2 generators to start" in said and "of the cluster's 2 CPUs are free" in said
+    assert verify(open_store(first))["ok"] and verify(open_store(second))["ok"]
+
+
+@pytest.mark.slow
+def test_training_that_was_stopped_goes_on_when_it_is_submitted_again(
+    head: Head, tmp_path: Path, tiny_clip: Path
+) -> None:
+    data, out = write_dataset(tmp_path / "data", tiny_clip, rows=96), tmp_path / "run"
+    settings = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
+
+    def train(at: Path) -> list:
+        options = ["--data", data, "--out", at, "--epochs", 12, "--cpus-per-worker", 1]
+        return ["python", "-m", "jobs.train", *options, *settings]
+
+    stop_at_work(head, "training", lambda: (out / "metrics.jsonl").exists(), *train(out))
+    for command in ([*train(out), "--resume"], train(tmp_path / "alone")):
+        done = submit(head, *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [summary["epochs"] for summary in summaries(done.stdout)] == [12]
+    assert losses(out) == losses(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_stopped_goes_on_when_it_is_submitted_again(
+    head: Head, tmp_path: Path, tiny_clip: Path
+) -> None:
+    data, out = write_dataset(tmp_path / "data", tiny_clip, rows=96), tmp_path / "sweep"
+    settings = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
+    grid = ("--param=lr_factor=0.1,0.2,0.4", "--search=grid", "--epochs=4")
+    command = ("python", "-m", "jobs.sweep", "--data", data, "--out", out, *grid, *settings)
+    stop_at_work(head, "sweep", lambda: any(out.glob("trials/*/best/*")), *command)
+    done = submit(head, *command, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [summary["trials"] for summary in summaries(done.stdout)] == [3]
+
+
+@pytest.mark.slow
+def test_streaming_that_was_stopped_goes_on_when_it_is_submitted_again(
+    head: Head, tmp_path: Path, tiny_clip: Path, tiny_t2i: Path
+) -> None:
+    corpus = write_corpus(tmp_path, [f"A red circle on a green ground, number {number}." for number in range(60)])
+    out, settings = tmp_path / "out", [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
+    models = ("--t2i", tiny_t2i, "--clip", tiny_clip, "--steps=2", "--shard-size=5", "--set=top_concepts=2")
+    command = ("python", "-m", "jobs.stream", "--corpus", corpus, "--out", out, "--epochs=3", *models, *settings)
+    stop_at_work(head, "stream", lambda: stored(out / "dataset") > 2, *command)
+    done = submit(head, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = verify(open_store(out / "dataset"))
+    assert report["ok"] and report["stored"] == 60
 
 
 @pytest.mark.slow

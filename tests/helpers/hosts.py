@@ -4,6 +4,7 @@ Each host has its own address on a bridge, its own /tmp/ray and /dev/shm, and se
 that share a file system. Needs root and iproute2.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -86,6 +87,19 @@ class Host:
         process = psutil.Process(self.first.pid)
         wait_until(lambda: [each.name() for each in process.children()] == ["sleep"], seconds=30, said="no host")
 
+    def notice(self) -> None:
+        """SIGTERM to its raylet, which is all that Ray hears of a spot machine's notice. Waits for the raylet's end.
+
+        Ray is started here again at once, as by a service manager.
+        """
+        assert self.first is not None
+        (inside,) = psutil.Process(self.first.pid).children()
+        here = os.stat(f"/proc/{inside.pid}/ns/pid")
+        mine = psutil.Process().children(recursive=True)
+        (raylet,) = [each for each in mine if _is_raylet(each) and os.stat(f"/proc/{each.pid}/ns/pid") == here]
+        raylet.terminate()
+        raylet.wait(timeout=60)
+
     def lose(self) -> None:
         """kill -9 of all that runs here."""
         if self.first is not None:
@@ -117,6 +131,14 @@ class Hosts:
     def environment(self) -> dict[str, str]:
         """Of every process: one token, and gloo on the hosts' network, because namespaces share this machine's name."""
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.mark * 4, "GLOO_SOCKET_IFNAME": "eth0"}
+
+    def wait_for_cpus(self, count: int) -> None:
+        """Until the cluster has so many."""
+        waits = f"import ray, time\nray.init()\nwhile ray.cluster_resources().get('CPU', 0) < {count}: time.sleep(0.5)"
+        waiting = self.hosts[0].start(
+            "env", f"RAY_ADDRESS={self.ray_address}", sys.executable, "-c", waits, stderr=subprocess.DEVNULL
+        )
+        assert waiting.wait(timeout=400) == 0
 
     def job(self, *arguments: str) -> subprocess.Popen:
         """`python -m jobs...` on the head."""
@@ -152,6 +174,12 @@ def several_hosts(count: int) -> Iterator[Hosts]:
             host.lose()
             subprocess.run(["ip", "netns", "del", host.name], capture_output=True, check=False)
         _run("ip", "link", "del", bridge)
+
+
+def _is_raylet(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name() == "raylet"
+    return False
 
 
 def wait_until(condition, *, seconds: float, said: str) -> None:  # type: ignore[no-untyped-def]

@@ -48,6 +48,9 @@ LATE_FACTOR = 1.5
 #: So many of the last shards tell how long one takes, and not before so many of them are known.
 SHARDS_TIMED, MIN_SHARDS_TIMED = 200, 3
 
+#: How long the driver waits for what is only told.
+ANSWER_SECONDS = 5.0
+
 #: A writer has so many seconds for its shard before that of another drawer may be stored in its place: longer than a
 #: store is waited for.
 COMMIT_SECONDS = 600.0
@@ -128,6 +131,7 @@ class RunMonitor:
         self._took: deque[float] = deque(maxlen=SHARDS_TIMED)  # seconds from a shard's beginning to the store
         self._suspects: dict[int, dict[int, _Suspect]] = {}  # by shard, position
         self._starts: Counter[int] = Counter()  # by shard
+        self._begun_again = 0  # shards, over the whole run
         self._scored: Counter[int] = Counter()  # starts, by shard
         self._drawn: Counter[int] = Counter()  # pictures of shards not yet committed
         self._committed: set[int] = set()
@@ -280,6 +284,7 @@ class RunMonitor:
     def begin_shard(self, shard: int) -> tuple[str, ShardFaults]:
         """(why to stop or "", what is known about the shard's samples)."""
         self._drawn[shard] = 0
+        self._begun_again += self._starts[shard] > 0 or shard in self._committed
         self._starts[shard] += 1
         suspects = self._suspects.get(shard, {})
         deaths = {position: suspect.deaths for position, suspect in suspects.items()}
@@ -352,6 +357,10 @@ class RunMonitor:
         self._scored.pop(shard, None)
         self._suspects.pop(shard, None)
 
+    def begun_again(self) -> int:
+        """How often a shard was drawn that had been begun before: its drawer had died, or was late."""
+        return self._begun_again
+
     def snapshot(self) -> dict:
         """{"drawn": pictures in shards not yet committed, "in_flight": batches, "generators": those ever started,
         "left_out": why some of them draw no more}."""
@@ -395,3 +404,12 @@ def start_monitor(policy: FaultPolicy) -> ActorHandle:
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
     actor: Any = ray.remote(**options)(RunMonitor)  # Ray's overloads know no options given as a dict
     return actor.remote(policy)
+
+
+def shards_begun_again(monitor: ActorHandle) -> int | None:
+    """What a run's monitor says of it; None where it does not answer."""
+    try:
+        count: Any = ray.get(monitor.begun_again.remote(), timeout=ANSWER_SECONDS)
+        return count
+    except ray.exceptions.RayError:
+        return None

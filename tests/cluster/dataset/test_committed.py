@@ -204,10 +204,10 @@ def test_a_manifest_is_left_to_the_run_that_planned_more(dataset: tuple[Store, P
 
 
 @pytest.mark.slow
-def test_more_shards_than_one_run_of_the_pools_takes_are_made_all_the_same(
+def test_more_shards_than_an_object_holds_turns_are_made_all_the_same(
     finished: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.generation.pipeline.SHARDS_PER_PIPELINE", 4)  # three runs for nine shards
+    monkeypatch.setattr("cluster.ray_data_internals.ROWS_AN_OBJECT", 4)
     made = make_dataset(tmp_path / "data", finished / "captions.txt", null_spec(), shard_size=2)
     assert made.result.generated == len(CAPTIONS)
     assert verify(made.store)["fingerprint"] == verify(open_store(finished / "data"))["fingerprint"]

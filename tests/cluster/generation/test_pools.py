@@ -4,11 +4,13 @@ import pytest
 import ray
 
 from cluster.dataset.verify import verify
+from cluster.dataset.vocabularies import clip_resources
 from cluster.generation.pipeline import run_pipeline
 from cluster.generation.pools import Pools
 from cluster.generation.request import parse_node_label
 from cluster.options import parse_count
 from pcm.errors import InputError
+from pcm.spec import ClipSpec
 from tests.helpers.tiny_generation import null_spec, plan_dataset, write_corpus
 
 
@@ -65,6 +67,9 @@ def test_a_node_label_holds_for_every_stage() -> None:
     for options in (pools.draw_options(9), pools.featurise_options(9), pools.write_options(9)):
         assert options["label_selector"] == {"pcmnet.io/role": "generation"}
     assert "label_selector" not in Pools.for_cluster(device="cuda", cpus=4, gpus=1).draw_options(9)
+    clip = ClipSpec(model="null", revision="")
+    assert clip_resources(clip, label)["label_selector"] == {"pcmnet.io/role": "generation"}
+    assert "label_selector" not in clip_resources(clip)
 
 
 def test_arguments_are_read_or_refused_in_one_line() -> None:

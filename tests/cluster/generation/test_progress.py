@@ -231,10 +231,11 @@ def test_a_stall_is_said_once_it_is_longer_than_what_is_usual() -> None:
         run.observe(MonitorSnapshot(drawn=32 * second, in_flight=4, generators=4))
     clock.now += 100
     run.observe(MonitorSnapshot(drawn=32 * 19, in_flight=4, generators=4))
-    assert trouble(run.status(), gpus=0, gpus_per_generator=0) == ""
+    assert trouble(run.status(), gpus=0, gpus_per_generator=0, no_room="") == ""
     clock.now += 112
     run.observe(MonitorSnapshot(drawn=32 * 19, in_flight=3, generators=4))
-    said = trouble(run.status(), gpus=0, gpus_per_generator=0)
+    said = trouble(run.status(), gpus=0, gpus_per_generator=0, no_room="")
+    assert run.longest_pause_seconds == 40, "of what is over; the present one is in the line"
     assert said == "nothing finished for 3 min 32 s; 3 of 4 generators are drawing"
 
 
@@ -243,11 +244,23 @@ def test_waiting_for_an_autoscaling_cluster_is_said() -> None:
     run = a_run(clock, generators=16)
     run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=0))
     clock.now += 100
-    assert trouble(run.status(), gpus=0, gpus_per_generator=1.0) == (
+    assert trouble(run.status(), gpus=0, gpus_per_generator=1.0, no_room="") == (
         "waiting for 16 generators; the cluster has 0 GPUs now"
     )
     run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=16))
-    assert "loading their models, for 1 min 40 s" in trouble(run.status(), gpus=16, gpus_per_generator=1.0)
+    said = trouble(run.status(), gpus=16, gpus_per_generator=1.0, no_room="0 of the cluster's 16 GPUs are free")
+    assert "loading their models, for 1 min 40 s" in said, "all have started, so nothing is waited for"
+
+
+def test_waiting_for_what_another_job_uses_is_said() -> None:
+    clock = Clock()
+    run = a_run(clock, generators=2)
+    run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=0))
+    clock.now += 100
+    no_room = "0.4 of the cluster's 2 CPUs are free, and one takes 0.75"
+    said = trouble(run.status(), gpus=0, gpus_per_generator=0, no_room=no_room)
+    assert said == f"waiting for 2 generators to start, for 1 min 40 s; {no_room}"
+    assert "are starting" in trouble(run.status(), gpus=0, gpus_per_generator=0, no_room="")
 
 
 def test_a_run_of_three_days_leaves_a_log_that_can_be_read() -> None:
@@ -307,7 +320,12 @@ def test_a_terminal_gets_a_bar_that_ends_full(columns: int) -> None:
     with (
         os.fdopen(theirs, "w") as terminal,
         Display(
-            run, Telemetry("test", has_clip_scores=False), None, gpus_per_generator=0.0, stream=terminal
+            run,
+            Telemetry("test", has_clip_scores=False),
+            None,
+            gpus_per_generator=0.0,
+            generator_takes={},
+            stream=terminal,
         ) as display,
     ):
         clock.now += 100
@@ -325,7 +343,12 @@ def test_a_log_gets_lines_without_control_characters(caplog: pytest.LogCaptureFi
     with (
         caplog.at_level("INFO", logger="cluster.generation.display"),
         Display(
-            run, Telemetry("test", has_clip_scores=False), None, gpus_per_generator=0.0, stream=no_terminal
+            run,
+            Telemetry("test", has_clip_scores=False),
+            None,
+            gpus_per_generator=0.0,
+            generator_takes={},
+            stream=no_terminal,
         ) as display,
     ):
         clock.now += 100

@@ -61,6 +61,17 @@ def test_a_batch_over_its_time_hung() -> None:
     assert faults.refused == {5: ("generator_hung", "took longer than 60 s, at unet.py, line 7, 2 times")}
 
 
+def test_what_was_drawn_a_second_time_is_counted() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(3), 2)
+    for shard in (0, 1, 0, 2):  # the drawer of shard 0 died
+        monitor.begin_shard(shard)
+    assert monitor.begun_again() == 1
+    monitor.committed(1)
+    monitor.begin_shard(1)  # another one had begun it, because its drawer was late
+    assert monitor.begun_again() == 2
+
+
 def test_what_a_broken_process_says_is_kept() -> None:
     monitor = RunMonitor(FaultPolicy(max_deaths=2))
     monitor.start("g", "a node")

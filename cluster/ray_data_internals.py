@@ -1,0 +1,34 @@
+"""What is used of Ray Data outside its public interface: apart from cluster/ray_internals.py, which imports torch."""
+
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from ray.data._internal.execution.interfaces import RefBundle
+from ray.data._internal.execution.interfaces.ref_bundle import BlockEntry, BlockSlice
+from ray.data._internal.logical.interfaces import LogicalPlan
+from ray.data._internal.logical.operators import InputData
+from ray.data._internal.stats import DatasetStats
+from ray.data.block import BlockAccessor
+
+#: Rows of one object of the object store.
+ROWS_AN_OBJECT = 1000
+
+
+def row_by_row(table: pa.Table) -> ray.data.Dataset:
+    """A dataset that hands its first operator one row at a time, many of them from one object of the object store.
+
+    `ray.data.from_items` with a block a row would put an object for each row, before the first one is handed out, and
+    keep it to the end.
+    """
+    bundles = []
+    for start in range(0, table.num_rows, ROWS_AN_OBJECT):
+        part = table.slice(start, ROWS_AN_OBJECT).combine_chunks()
+        put: Any = ray.put(part)
+        whole = (BlockEntry(put, BlockAccessor.for_block(part).get_metadata()),)
+        for row in range(part.num_rows):
+            one = (BlockSlice(row, row + 1),)
+            bundles.append(RefBundle(whole, schema=part.schema, owns_blocks=False, slices=one))
+    context = ray.data.DataContext.get_current().copy()
+    plan = LogicalPlan(InputData(input_data=bundles), context)
+    return ray.data.Dataset(plan, context, DatasetStats(metadata={}, parent=None))
