@@ -54,8 +54,10 @@ def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | No
         _start_local(num_cpus, runtime_env)
         _wait_for_resources()
         log.info("started Ray on this machine: %s", _resources())
+    from ray.data import DataContext  # seconds to import: only now, while Ray's first workers start
+
     logging.getLogger("ray.data.exceptions").addFilter(is_no_user_error)
-    context = ray.data.DataContext.get_current()
+    context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     # Ray Data ends an execution in which no block moves for 30 minutes. A slow model, a queue for GPUs or a lack of

@@ -216,7 +216,7 @@ def shard_stream(
     monitor, _ = watched_by
     concepts = None if vocabularies_stored(store, plan) else ConceptsOfShard(store, plan, shards[0])
     generators = min(pools.generators, len(shards))
-    ray.get(monitor.begin_pass.remote(shards, generators))
+    begun: Any = monitor.begin_pass.remote(shards, generators)
     # A turn for each shard, and some more, in which idle generators take over what others have not begun or not ended.
     # One pipeline for the whole run, however many shards: to start another is to load every model again.
     turns = [*shards, *(-1 - turn for turn in range(TURNS_MORE * generators))]
@@ -239,6 +239,7 @@ def shard_stream(
     pipeline = pipeline.map_batches(
         WriteShard, fn_constructor_args=writing, **pools.write_options(len(shards)), **block
     )
+    ray.get(begun)  # asked for above: its process starts beside those that Ray Data starts
     left = set(shards)
     batches: Any = iter(pipeline.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0))
     try:

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
-
-from ray.data import ActorPoolStrategy
+from typing import TYPE_CHECKING, Any
 
 from cluster.generation.request import MachineOptions
 from pcm.errors import InputError
+
+if TYPE_CHECKING:
+    from ray.data import ActorPoolStrategy
 
 #: Generators that one CLIP actor with a GPU of its own keeps up with: it reads 16 pictures while one is denoised.
 GENERATORS_PER_SCORER = 16
@@ -91,12 +92,12 @@ class Pools:
         """
         most = min(self.generators, shards)
         least = most if self.min_generators is None else min(self.min_generators, most)
-        pool = ActorPoolStrategy(size=most) if least == most else ActorPoolStrategy(min_size=least, max_size=most)
-        return self._stage(pool, self.generator_cpus, self.generator_gpus)
+        return self._stage(_pool(least, most), self.generator_cpus, self.generator_gpus)
 
     def featurise_options(self, shards: int) -> dict[str, Any]:
         """The same of the pool of CLIP alone, where there is one."""
-        return self._stage(ActorPoolStrategy(size=min(self.scorers, shards)), self.scorer_cpus, self.scorer_gpus)
+        count = min(self.scorers, shards)
+        return self._stage(_pool(count, count), self.scorer_cpus, self.scorer_gpus)
 
     def write_options(self, shards: int) -> dict[str, Any]:
         """The same of the writer pool.
@@ -104,8 +105,15 @@ class Pools:
         Not tasks: on a cluster on which a driver was killed, Ray Data gave the next driver's tasks no room beside its
         generators, and the run stood still.
         """
-        return self._stage(ActorPoolStrategy(size=min(self.writers, shards)), self.writer_cpus, 0)
+        count = min(self.writers, shards)
+        return self._stage(_pool(count, count), self.writer_cpus, 0)
 
-    def _stage(self, compute: ActorPoolStrategy, cpus: float, gpus: float) -> dict[str, Any]:
+    def _stage(self, compute: "ActorPoolStrategy", cpus: float, gpus: float) -> dict[str, Any]:
         options: dict[str, Any] = {"compute": compute, "num_cpus": cpus, "num_gpus": gpus}
         return options | ({"label_selector": dict([self.node_label])} if self.node_label else {})
+
+
+def _pool(least: int, most: int) -> "ActorPoolStrategy":
+    from ray.data import ActorPoolStrategy  # seconds to import: not before Ray's start, which does it
+
+    return ActorPoolStrategy(size=most) if least == most else ActorPoolStrategy(min_size=least, max_size=most)

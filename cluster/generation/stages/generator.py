@@ -14,7 +14,7 @@ from cluster.generation.reach import not_reached
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.monitor import Turn
-from cluster.generation.stages.shard_row import NO_SHARD
+from cluster.generation.stages.shard_row import SHARD_ROW_SCHEMA
 from cluster.store.store import Store
 from pcm.errors import InputError, typed_first_line
 
@@ -75,7 +75,7 @@ class Generator:
         number = block["turn"][0].as_py()
         shard = self._shard_for(number)
         if shard is None:
-            return NO_SHARD
+            return SHARD_ROW_SCHEMA.empty_table()
         wanted = pa.table({"shard": [shard], "part": [self._plan.part_key(shard)], "turn": [number]})
         assert self._draw is not None
         if self._score is None:

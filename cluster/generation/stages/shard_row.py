@@ -17,8 +17,6 @@ ERRORS_KEPT = 3
 SHARD_ROW_SCHEMA = pa.schema(
     [("shard", pa.int64()), ("payload", pa.large_binary()), ("stats", pa.string()), ("turn", pa.int64())]
 )
-#: In place of a shard, where a generator had none to draw.
-NO_SHARD = SHARD_ROW_SCHEMA.empty_table()
 
 
 @dataclass(frozen=True)
