@@ -89,7 +89,7 @@ class Source:
                     table = pa.table(parts, schema=schema)
             else:
                 file = pq.ParquetFile(io.BytesIO(self.read_bytes(shard)))
-                check_schema(file.schema_arrow, self.manifest.schema_version, self.manifest)
+                check_schema(file.schema_arrow, self.manifest.schema_version, self.manifest.features)
                 if columns is None and self.plan is None:  # without the columns that only derived datasets have
                     columns = shard_schema(self.manifest.features).names
                 table = file.read(columns=columns)

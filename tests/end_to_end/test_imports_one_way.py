@@ -55,6 +55,7 @@ ORDER = {
         "numbers",
         "charts",
         "store",
+        "shard_work",
         "weights",
         "sources",
         "dataset",
