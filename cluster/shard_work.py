@@ -88,10 +88,10 @@ class OnRay:
                 ray.cancel(reference, force=True)
 
 
-def shard_work(run_on: str, *, samples: int, stores: Sequence["Store"], seen: str, threads: int) -> ShardWork:
+def shard_work(run_on: str, *, samples: int, places: Sequence[tuple["Store", str]], threads: int) -> ShardWork:
     """Who works on a dataset of so many samples; `run_on`: one of RUN_ON. Ray is joined or started if it is to work.
 
-    `seen`: an object of each of the `stores`, by which to find whether all nodes of the cluster see a local folder.
+    places: stores with an object of each, by which to find whether all nodes of the cluster see a local folder.
     With "auto" a folder that they do not see is worked on in this process. Raises InputError for it with "ray".
     """
     if run_on == PROCESS or (run_on == AUTO and samples < MANY_SAMPLES):
@@ -100,12 +100,12 @@ def shard_work(run_on: str, *, samples: int, stores: Sequence["Store"], seen: st
     from cluster.store.reach import blind_nodes
 
     start_ray()
-    for store in stores:
-        if blind := blind_nodes(store, seen):
+    for store, key in places:
+        if blind := blind_nodes(store, key):
             said = f"{store.root}: a folder of one machine, which node {blind[0]} does not see"
             if run_on == RAY:
                 raise InputError(f"{said}; give a URI such as s3://BUCKET/NAME, or --run-on {PROCESS}")
-            log.info("%s: read in this process", said)
+            log.info("%s: the work is done in this process", said)
             return InThisProcess(threads)
     return OnRay()
 

@@ -91,8 +91,8 @@ def verify(store: Store, *, run_on: str = VerifyRequest.run_on) -> dict:
     """
     manifest = find_manifest(store)
     if manifest is not None and manifest.lineage is not None:
-        stores = [store, *(open_store(each.path) for each in manifest.pictures)]
-        return verify_derived(store, manifest, _workers(stores, MANIFEST_KEY, manifest.stored, run_on))
+        places = [(store, MANIFEST_KEY), *((open_store(each.path), MANIFEST_KEY) for each in manifest.pictures)]
+        return verify_derived(store, manifest, _workers(places, manifest.stored, run_on))
     return inspect(store, run_on=run_on).to_dict()
 
 
@@ -106,7 +106,7 @@ def inspect(store: Store, *, run_on: str = VerifyRequest.run_on) -> Inspection:
     fingerprint, corpus = hashlib.sha256(), hashlib.sha256()
     group: list[ShardReport] = []
     progress = _ProgressLines(plan)
-    for report in _reports(store, plan, result.manifest, _workers([store], PLAN_KEY, plan.expected, run_on)):
+    for report in _reports(store, plan, result.manifest, _workers([(store, PLAN_KEY)], plan.expected, run_on)):
         for counter in _COUNTERS:
             setattr(result, counter, getattr(result, counter) + getattr(report, counter))
         fingerprint.update(report.entries)  # plan order is sample_id order, so the lines come sorted over all shards
@@ -144,8 +144,8 @@ def refuse_derived(store: Store, what: str) -> None:
         )
 
 
-def _workers(stores: list[Store], seen: str, samples: int, run_on: str) -> ShardWork:
-    return shard_work(run_on, samples=samples, stores=stores, seen=seen, threads=min(32, 4 * (os.cpu_count() or 1)))
+def _workers(places: list[tuple[Store, str]], samples: int, run_on: str) -> ShardWork:
+    return shard_work(run_on, samples=samples, places=places, threads=min(32, 4 * (os.cpu_count() or 1)))
 
 
 def _reports(store: Store, plan: Plan, manifest: Manifest | None, workers: ShardWork) -> Iterator[ShardReport]:

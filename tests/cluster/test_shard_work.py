@@ -46,7 +46,7 @@ class Refuses:
 def worker(run_on: str, folder: Path) -> ShardWork:
     store = open_store(folder)
     store.write_bytes("seen", b"")
-    return shard_work(run_on, samples=1, stores=[store], seen="seen", threads=4)
+    return shard_work(run_on, samples=1, places=[(store, "seen")], threads=4)
 
 
 @pytest.mark.parametrize("run_on", [PROCESS, RAY])
@@ -73,6 +73,6 @@ def test_auto_takes_ray_where_samples_are_many(ray_session: None, tmp_path: Path
     store = open_store(tmp_path)
 
     def chosen(samples: int) -> type:
-        return type(shard_work(AUTO, samples=samples, stores=[store], seen="seen", threads=4))
+        return type(shard_work(AUTO, samples=samples, places=[(store, "seen")], threads=4))
 
     assert (chosen(MANY_SAMPLES - 1), chosen(MANY_SAMPLES)) == (InThisProcess, OnRay)
