@@ -10,7 +10,7 @@ def run(request: VerifyRequest) -> dict[str, Any]:
     if request.repair:
         from cluster.generation.repair import repair_dataset
 
-        return repair_dataset(request.dataset, corpus=request.corpus)
+        return repair_dataset(request.dataset, corpus=request.corpus, run_on=request.run_on)
     from cluster.dataset.verify import verify
     from cluster.store.store import open_store
 
@@ -22,8 +22,8 @@ def run(request: VerifyRequest) -> dict[str, Any]:
     if request.upgrade:
         from cluster.dataset.upgrade import upgrade
 
-        return {**upgrade(store), **verify(store)}
-    found = verify(store)
+        return {**upgrade(store), **verify(store, run_on=request.run_on)}
+    found = verify(store, run_on=request.run_on)
     if request.redraw is None:
         return found
     from cluster.generation.redraw_check import redraw_check

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cluster.dataset.committed import committed, load_stats, manifest_of
 from cluster.dataset.layout import (
     MANIFEST_KEY,
+    PLAN_KEY,
     Manifest,
     Plan,
     StoredShard,
@@ -15,7 +16,7 @@ from cluster.dataset.layout import (
     load_manifest,
     load_plan,
 )
-from cluster.store.store import Store
+from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,12 @@ class OpenDataset:
     @property
     def shards(self) -> tuple[StoredShard, ...]:
         return self.manifest.stored_shards
+
+    @property
+    def places(self) -> list[tuple[Store, str]]:
+        """The stores from which its rows are read, with an object of each."""
+        own = (self.store, PLAN_KEY if self.is_unfinished else MANIFEST_KEY)
+        return [own, *((open_store(each.path), MANIFEST_KEY) for each in self.manifest.pictures)]
 
     @property
     def planned_shards(self) -> int:

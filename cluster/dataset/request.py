@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cluster.options import Request, check_at_least, option, refuse_without
+from cluster.shard_work import AUTO, MANY_SAMPLES, RUN_ON
 from pcm.errors import InputError
 
 
@@ -14,7 +15,18 @@ class ShardOptions(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyRequest(Request):
+class RunOnOption(Request):
+    """Where."""
+
+    run_on: str = option(
+        AUTO,
+        choices=RUN_ON,
+        help=f"who reads the shards: this process or tasks on Ray; auto: Ray from {MANY_SAMPLES:,} samples on",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyRequest(RunOnOption):
     """A dataset to prove, or with `repair` to make whole; paths or URIs."""
 
     dataset: str = option(positional=True, help="path or URI")

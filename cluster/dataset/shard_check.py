@@ -14,7 +14,6 @@ from cluster.dataset.committed import load_stats
 from cluster.dataset.layout import (
     MANIFEST_KEY,
     UPGRADED_FROM,
-    Manifest,
     Plan,
     quarantine_key,
     read_table,
@@ -76,8 +75,23 @@ class ShardReport:
             self.problems.append(problem)
 
 
-def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int) -> ShardReport:
-    """Check plan part, shard, quarantine part and stats of one shard."""
+@dataclass(frozen=True)
+class ShardChecks:
+    """Checks shards of a plan: call it with (shard, its sha256 by the manifest, None where that lists no such shard).
+
+    features: by the manifest, None where there is none.
+    """
+
+    store: Store
+    plan: Plan
+    features: FeatureShape | None
+
+    def __call__(self, call: tuple[int, str | None]) -> ShardReport:
+        return check_shard(self.store, self.plan, self.features, *call)
+
+
+def check_shard(store: Store, plan: Plan, features: FeatureShape | None, shard: int, said: str | None) -> ShardReport:
+    """Check plan part, shard, quarantine part and stats of one shard, as ShardChecks says."""
     report = ShardReport(shard, planned=plan.shard_rows(shard))
     try:
         part = read_table(store, plan.part_key(shard))
@@ -98,11 +112,11 @@ def check_shard(store: Store, plan: Plan, manifest: Manifest | None, shard: int)
         report.damage(f"{key}: missing ({report.planned} samples)")
         return report
     report.sha256 = hashlib.sha256(data).hexdigest()
-    if manifest and shard < len(manifest.shards) and report.sha256 != manifest.shards[shard]["sha256"]:
+    if said is not None and report.sha256 != said:
         report.problems.append(f"{key}: its sha256 is not the manifest's")
     try:
         table = pq.read_table(io.BytesIO(data))
-        version = check_schema(table.schema, plan.schema_version, manifest)
+        version = check_schema(table.schema, plan.schema_version, features)
         table.validate(full=True)  # text is UTF-8, offsets lie within
         rows, finite_rows = _light_rows(table), finite_rows_of(table)
     except UNREADABLE as error:
@@ -248,16 +262,16 @@ def _check_stats(store: Store, report: ShardReport, num_bytes: int, *, outdated:
         )
 
 
-def check_schema(schema: pa.Schema, planned: int, manifest: Manifest | None) -> int:
+def check_schema(schema: pa.Schema, planned: int, said: FeatureShape | None) -> int:
     """The version of the shard's schema: the planned one, or the one before where an upgrade is not done.
 
-    Raises ValueError unless names and types are a shard's, with the manifest's features where there is one. Columns of
-    later work are passed over.
+    Raises ValueError unless names and types are a shard's, with the manifest's features where these are `said`.
+    Columns of later work are passed over.
     """
     version = min(shard_version(schema), planned)
-    features = feature_shape(schema) if version >= 3 else _features_of_lists(schema, manifest)
-    if manifest is not None and features != manifest.features:
-        raise ValueError(f"features {features}, must be {manifest.features} as in {MANIFEST_KEY}")
+    features = feature_shape(schema) if version >= 3 else _features_of_lists(schema, said)
+    if said is not None and features != said:
+        raise ValueError(f"features {features}, must be {said} as in {MANIFEST_KEY}")
     wanted = shard_schema(features, version)
     found = dict(zip(schema.names, schema.types, strict=True))
     for name, kind in zip(wanted.names, wanted.types, strict=True):
@@ -266,10 +280,10 @@ def check_schema(schema: pa.Schema, planned: int, manifest: Manifest | None) -> 
     return version
 
 
-def _features_of_lists(schema: pa.Schema, manifest: Manifest | None) -> FeatureShape:
+def _features_of_lists(schema: pa.Schema, said: FeatureShape | None) -> FeatureShape:
     """Of a shard of version 2, which tells no more than the number of values."""
-    if manifest is not None:
-        return manifest.features
+    if said is not None:
+        return said
     sizes = [schema.field(name).type.list_size for name in ("global_feature", "patch_features")]
     return FeatureShape(embed_dim=sizes[0], patch_dim=sizes[1], num_patches=1)
 

@@ -1,16 +1,15 @@
 """Proof of a dataset from the store alone: every planned sample stored or quarantined, once, and intact.
 
-Shards are read once, a few at a time, so memory does not grow with their number. What is checked of each:
-`cluster.dataset.shard_check`. Beyond that: the plan parts are the captions that plan.json speaks of, the manifest is
-the sum of the shards, no group object says what is not so, and no shard is there that nobody planned.
+Shards are read once, a few at a time, so memory does not grow with their number; where they are many, by tasks on Ray,
+which send back what the fingerprint is made of. What is checked of each: `cluster.dataset.shard_check`. Beyond that:
+the plan parts are the captions that plan.json speaks of, the manifest is the sum of the shards, no group object says
+what is not so, and no shard is there that nobody planned.
 """
 
 import hashlib
 import logging
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from cluster.dataset.committed import GROUP, load_group
@@ -26,9 +25,11 @@ from cluster.dataset.layout import (
     refuse_interrupted,
     shard_key,
 )
-from cluster.dataset.shard_check import FINISH_UPGRADE, PROBLEMS_SHOWN, ShardReport, check_shard
+from cluster.dataset.request import VerifyRequest
+from cluster.dataset.shard_check import FINISH_UPGRADE, PROBLEMS_SHOWN, ShardChecks, ShardReport
 from cluster.dataset.verify_derived import verify_derived
-from cluster.store.store import Store
+from cluster.shard_work import ShardWork, shard_work
+from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from pcm.line_timer import LineTimer
 
@@ -78,23 +79,25 @@ class Inspection:
         }
 
 
-def verify(store: Store, *, workers: int | None = None) -> dict:
+def verify(store: Store, *, run_on: str = VerifyRequest.run_on) -> dict:
     """Check every object against the plan and the manifest.
 
     Returns expected, stored, quarantined, missing (planned, nowhere), duplicated (more than once), corrupt (there, but
     not to be trusted: unreadable, another checksum, caption, seed or size, undecodable image, non-finite features),
     complete (the manifest is there, and of all planned captions), fingerprint, problems (the first of them) and ok.
     A derived dataset has no plan: it is proved by its own manifest (cluster.dataset.verify_derived).
+    run_on: one of cluster.shard_work.RUN_ON; the report is the same.
     Raises InputError when there is no dataset.
     """
     manifest = find_manifest(store)
     if manifest is not None and manifest.lineage is not None:
-        return verify_derived(store, manifest)
-    return inspect(store, workers=workers).to_dict()
+        places = [(store, MANIFEST_KEY), *((open_store(each.path), MANIFEST_KEY) for each in manifest.pictures)]
+        return verify_derived(store, manifest, _workers(places, manifest.stored, run_on))
+    return inspect(store, run_on=run_on).to_dict()
 
 
-def inspect(store: Store, *, workers: int | None = None) -> Inspection:
-    """`verify`, with the places of what was found. `workers`: shards read at once, by default four a core, up to 32."""
+def inspect(store: Store, *, run_on: str = VerifyRequest.run_on) -> Inspection:
+    """`verify`, with the places of what was found."""
     plan = load_plan(store)
     if plan is None:
         refuse_derived(store, "repaired")
@@ -103,7 +106,7 @@ def inspect(store: Store, *, workers: int | None = None) -> Inspection:
     fingerprint, corpus = hashlib.sha256(), hashlib.sha256()
     group: list[ShardReport] = []
     progress = _ProgressLines(plan)
-    for report in _reports(store, plan, result.manifest, workers or min(32, 4 * (os.cpu_count() or 1))):
+    for report in _reports(store, plan, result.manifest, _workers([(store, PLAN_KEY)], plan.expected, run_on)):
         for counter in _COUNTERS:
             setattr(result, counter, getattr(result, counter) + getattr(report, counter))
         fingerprint.update(report.entries)  # plan order is sample_id order, so the lines come sorted over all shards
@@ -141,16 +144,16 @@ def refuse_derived(store: Store, what: str) -> None:
         )
 
 
-def _reports(store: Store, plan: Plan, manifest: Manifest | None, workers: int) -> Iterator[ShardReport]:
-    """Reports in shard order; no more than twice `workers` of them wait."""
-    waiting: deque[Future[ShardReport]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for shard in range(plan.num_shards):
-            if len(waiting) == 2 * workers:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(check_shard, store, plan, manifest, shard))
-        while waiting:
-            yield waiting.popleft().result()
+def _workers(places: list[tuple[Store, str]], samples: int, run_on: str) -> ShardWork:
+    return shard_work(run_on, samples=samples, places=places, threads=min(32, 4 * (os.cpu_count() or 1)))
+
+
+def _reports(store: Store, plan: Plan, manifest: Manifest | None, workers: ShardWork) -> Iterator[ShardReport]:
+    """In shard order."""
+    said = manifest.shards if manifest is not None else ()
+    features = manifest.features if manifest is not None else None
+    calls = ((shard, said[shard]["sha256"] if shard < len(said) else None) for shard in range(plan.num_shards))
+    return workers.in_order(ShardChecks(store, plan, features), calls)
 
 
 def _check_group(store: Store, reports: list[ShardReport], result: Inspection) -> None:

@@ -8,7 +8,6 @@ import hashlib
 import io
 import logging
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +25,7 @@ from cluster.dataset.shard_check import (
     picture_sha256,
 )
 from cluster.dataset.view_part import PictureShard
+from cluster.shard_work import ShardWork
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError, first_line
 from pcm.line_timer import LineTimer
@@ -33,7 +33,6 @@ from pcm.records import STORED
 
 log = logging.getLogger(__name__)
 
-_THREADS = 8
 _COLUMNS = ["sample_id", "image", "width", "height", "clip_score", "global_feature", "patch_features"]
 
 
@@ -53,29 +52,38 @@ class _Report:
             self.problems.append(problem)
 
 
-def verify_derived(store: Store, manifest: Manifest) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _ShardChecks:
+    store: Store
+    is_view: bool
+
+    def __call__(self, shard: StoredShard) -> _Report:
+        return (_check_view_shard if self.is_view else _check_shard)(self.store, shard)
+
+
+def verify_derived(store: Store, manifest: Manifest, workers: ShardWork) -> dict[str, Any]:
     """As cluster.dataset.verify.verify. missing: rows that are not there, or whose picture is not; a line of `problems`
     names the dataset that has changed or is gone. Memory: the fingerprint's lines, some 250 bytes a row."""
     shards = manifest.stored_shards
-    check = _check_view_shard if manifest.is_view else _check_shard
+    check = _ShardChecks(store, is_view=manifest.is_view)
     seen: set[str] = set()
     entries: list[str] = []
     counts = {"stored": 0, "missing": 0, "duplicated": 0, "corrupt": 0}
     problems = _foreign_objects(store, manifest)
     timer = LineTimer()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for done, report in enumerate(_in_order(pool, lambda shard: check(store, shard), shards), start=1):
-            for name in ("stored", "missing", "corrupt"):
-                counts[name] += getattr(report, name)
-            for sample in report.sample_ids:
-                if sample in seen:
-                    counts["duplicated"] += 1
-                    report.tell(f"{shards[done - 1].key}: {sample}: stored more than once")
-                seen.add(sample)
-            entries += report.entries
-            problems += report.problems
-            if timer.due():
-                log.info("%d of %d shards checked", done, len(shards))
+    for done, report in enumerate(workers.in_order(check, shards), start=1):
+        for name in ("stored", "missing", "corrupt"):
+            counts[name] += getattr(report, name)
+        for sample in report.sample_ids:
+            if sample in seen:
+                counts["duplicated"] += 1
+                report.tell(f"{shards[done - 1].key}: {sample}: stored more than once")
+            seen.add(sample)
+        entries += report.entries
+        problems += report.problems
+        if timer.due():
+            left = (len(shards) - done) * timer.elapsed / done
+            log.info("%d of %d shards checked, ETA %.0f s", done, len(shards), left)
     fingerprint = hashlib.sha256("".join(sorted(entries)).encode()).hexdigest()
     faulty = counts["missing"] + counts["duplicated"] + counts["corrupt"]
     if fingerprint != manifest.fingerprint and not faulty:
@@ -94,11 +102,6 @@ def verify_derived(store: Store, manifest: Manifest) -> dict[str, Any]:
         "problems": problems[:PROBLEMS_SHOWN],
         "ok": not (faulty or problems),
     }
-
-
-def _in_order(pool: ThreadPoolExecutor, check: Any, shards: tuple[StoredShard, ...]) -> Iterator[_Report]:
-    for start in range(0, len(shards), 2 * _THREADS):  # a window, so that no more reports wait
-        yield from pool.map(check, shards[start : start + 2 * _THREADS])
 
 
 def _check_view_shard(store: Store, shard: StoredShard) -> _Report:

@@ -14,8 +14,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,6 +42,7 @@ from cluster.dataset.opened import OpenDataset
 from cluster.dataset.rows import part_columns, read_shard, read_view_part
 from cluster.dataset.shard_check import fingerprint_entry
 from cluster.dataset.view_part import PictureShard, ViewPart, part_table
+from cluster.shard_work import PROCESS, ShardWork, shard_work
 from cluster.store.store import Store
 from pcm.documents import document_bytes
 from pcm.errors import InputError
@@ -102,10 +102,12 @@ def write_view(
     materialise: bool = False,
     shard_rows: int | None = None,
     same_words: bool = False,
+    run_on: str = PROCESS,
 ) -> Manifest:
     """Write rows that point at the pictures of `sources` as a view; with `materialise` with their pictures, as a
     dataset that needs no other. Run it again with the same rows to finish what was interrupted. `same_words`: the
-    captions are all the first source's, whose words and concepts stay.
+    captions are all the first source's, whose words and concepts stay. run_on: one of cluster.shard_work.RUN_ON; the
+    bytes are the same.
 
     The fingerprint is that of any dataset: sha256 over the sorted (sample_id, caption, seed of the picture, status,
     sha256 of the picture's bytes); shards do not matter to it. Every picture is read once, to name its bytes; of views
@@ -125,17 +127,13 @@ def write_view(
 
         check_same_clip(sources)
     out.write_bytes(LINEAGE_KEY, document_bytes(document))
-    placed = _Placed.of(sources, rows)
+    places = [(out, LINEAGE_KEY), *(place for each in sources for place in each.places)]
+    work = shard_work(run_on, samples=len(rows), places=places, threads=_THREADS)
+    placed = _Placed.of(sources, rows, work)
     view = ViewParts(placed.table, placed.shards, shard_rows)
     pictures = [store.path for store in placed.stores]
-    features = sources[0].manifest.features
-
-    def data_of(part: ViewPart) -> bytes:
-        if not materialise:
-            return parquet_bytes(part.rows)
-        return parquet_bytes(with_pictures(out, part, pictures, features))
-
-    shards = _write_parts(out, view, data_of, shard_key if materialise else rows_key)
+    features = sources[0].manifest.features if materialise else None
+    shards = _write_parts(view, _PartWriter(out, tuple(pictures), features), work)
     _write_vocabularies(out, sources[:1] if same_words else sources, rows)
     manifest = _manifest(out, sources, placed, shards, lineage)
     if materialise:
@@ -235,26 +233,22 @@ class _Placed:
     stores: tuple[PictureStore, ...]
 
     @staticmethod
-    def of(sources: Sequence[OpenDataset], rows: ViewRows) -> "_Placed":
+    def of(sources: Sequence[OpenDataset], rows: ViewRows, work: ShardWork) -> "_Placed":
         stores = tuple(dict.fromkeys(store for each in sources for store in _picture_stores(each)))
         order = np.lexsort((rows.row, rows.shard, rows.source))
         cuts = np.flatnonzero(np.diff(rows.source[order]) | np.diff(rows.shard[order])) + 1
         groups = [group for group in np.split(order, cuts) if len(group)]
         timer = LineTimer()
 
-        def resolved(group: np.ndarray) -> "_Resolved":
-            source = sources[int(rows.source[group[0]])]
-            return _resolve(source, int(rows.shard[group[0]]), rows.row[group], stores)
-
+        calls = ((int(rows.source[group[0]]), int(rows.shard[group[0]]), rows.row[group]) for group in groups)
         shards: dict[PictureShard, int] = {}
         found: list[_Resolved] = []
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for done, each in enumerate(pool.map(resolved, groups), start=1):
-                for shard in each.shards:
-                    shards.setdefault(shard, len(shards))
-                found.append(each)
-                if timer.due():
-                    log.info("%d of %d shards looked at", done, len(groups))
+        for done, each in enumerate(work.in_order(_Resolver(tuple(sources), stores), calls), start=1):
+            for shard in each.shards:
+                shards.setdefault(shard, len(shards))
+            found.append(each)
+            if timer.due():
+                log.info("%d of %d shards looked at", done, len(groups))
         ordered = sorted(shards, key=lambda shard: (shard.pictures, shard.stored.key, shard.stored.sha256))
         number = {shard: place for place, shard in enumerate(ordered)}
         chosen = np.concatenate([*groups, np.zeros(0, np.int64)]).astype(np.int64)
@@ -293,6 +287,18 @@ class _Resolved:
     @property
     def shards(self) -> list[PictureShard]:
         return list(dict.fromkeys(self.of_row))
+
+
+@dataclass(frozen=True)
+class _Resolver:
+    """Called with (source, shard, rows of it)."""
+
+    sources: tuple[OpenDataset, ...]
+    stores: tuple[PictureStore, ...]
+
+    def __call__(self, call: tuple[int, int, np.ndarray]) -> _Resolved:
+        source, shard, numbers = call
+        return _resolve(self.sources[source], shard, numbers, self.stores)
 
 
 def _resolve(source: OpenDataset, shard: int, numbers: np.ndarray, stores: Sequence[PictureStore]) -> _Resolved:
@@ -384,33 +390,46 @@ class ViewParts:
         return ViewPart(part_table(columns, shards), shards)
 
 
-def _write_parts(
-    out: Store, view: ViewParts, data_of: Callable[[ViewPart], bytes], key: Callable[[int], str]
-) -> tuple[dict, ...]:
-    """Entries of Manifest.shards; parts that are there already are not written again."""
-    present = set(out.list(key(0).partition("/")[0] + "/"))
-    timer = LineTimer()
+@dataclass(frozen=True)
+class _PartWriter:
+    """Called with (number, part, whether an earlier run wrote it): an entry of Manifest.shards.
 
-    def write(number: int) -> dict:
-        part = view.part(number)
-        if key(number) in present:
-            data = out.read_bytes(key(number))
+    pictures: the places of the datasets that hold the pictures. features: of a view that gets its pictures.
+    """
+
+    out: Store
+    pictures: tuple[str, ...]
+    features: FeatureShape | None
+
+    def key(self, number: int) -> str:
+        return rows_key(number) if self.features is None else shard_key(number)
+
+    def __call__(self, call: tuple[int, ViewPart, bool]) -> dict:
+        number, part, there = call
+        if there:
+            data = self.out.read_bytes(self.key(number))
         else:
-            data = data_of(part)
-            out.write_bytes(key(number), data)
-        entry = {"key": key(number), "rows": len(part), "quarantined": 0}
+            data = parquet_bytes(
+                part.rows if self.features is None else with_pictures(self.out, part, self.pictures, self.features)
+            )
+            self.out.write_bytes(self.key(number), data)
+        entry = {"key": self.key(number), "rows": len(part), "quarantined": 0}
         weight = int(part.rows["weight"].to_numpy().sum())
         if weight != len(part):
             entry["weighted_rows"] = weight
         return {**entry, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
 
+
+def _write_parts(view: ViewParts, writer: _PartWriter, work: ShardWork) -> tuple[dict, ...]:
+    """Entries of Manifest.shards; parts that are there already are not written again."""
+    present = set(writer.out.list(writer.key(0).partition("/")[0] + "/"))
+    timer = LineTimer()
     entries = []
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, len(view), 4 * _THREADS):  # a window, so that a failure ends the run soon
-            for entry in pool.map(write, range(start, min(start + 4 * _THREADS, len(view)))):
-                entries.append(entry)
-                if timer.due():
-                    log.info("%d of %d shards written", len(entries), len(view))
+    calls = ((number, view.part(number), writer.key(number) in present) for number in range(len(view)))
+    for entry in work.in_order(writer, calls):
+        entries.append(entry)
+        if timer.due():
+            log.info("%d of %d shards written", len(entries), len(view))
     return tuple(entries)
 
 

@@ -1,14 +1,15 @@
 """A dataset in other people's formats: published PCM-Net files, WebDataset, Hugging Face.
 
-Every object is put at once, a shard's last one says that the shard is done, and `export.json` says whose export it is
-from the beginning and that it is complete in the end. Rerun the same command to resume.
+Shards are written independently, by threads of this process or by tasks on Ray; the bytes are the same. Every object is
+put at once, a shard's last one says that the shard is done, and `export.json` says whose export it is from the
+beginning and that it is complete in the end. Rerun the same command to resume.
 """
 
 import json
 import logging
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.evaluation.captioning import local_checkpoint
@@ -18,6 +19,7 @@ from cluster.export.published import Official
 from cluster.export.request import DATASET, ExportRequest
 from cluster.export.source import Format, Source
 from cluster.export.webdataset import WebDataset
+from cluster.shard_work import ShardWork, shard_work
 from cluster.store.store import Store, open_store
 from pcm.documents import document_bytes
 from pcm.errors import InputError
@@ -39,7 +41,7 @@ def export(request: ExportRequest) -> dict:
     if request.data is not None:
         store = open_store(request.data)
         if request.to == DATASET:
-            return {**export_as_dataset(store, out, unfinished=request.unfinished), "out": request.out}
+            return {**export_as_dataset(store, out, request), "out": request.out}
         return {**export_dataset(store, out, request), "out": request.out}
     assert request.checkpoint is not None
     with local_checkpoint(request.checkpoint) as folder:
@@ -87,13 +89,15 @@ def export_dataset(data: Store, out: Store, asked: ExportRequest) -> dict:
     exporter.prepare()
     out.write_bytes(EXPORT_KEY, document_bytes(document))
     present = set(out.list())
-    missing = [shard for shard in shards if exporter.marker(shard) not in present]
-    _write(exporter, missing, workers=asked.workers)
-    exporter.finish()
+    calls = [(shard, exporter.marker(shard) in present) for shard in shards]
+    skipped = sum(there for _, there in calls)
+    places = [*source.opened.places, (out, EXPORT_KEY)]
+    work = shard_work(asked.run_on, samples=source.manifest.stored, places=places, threads=asked.workers)
+    exporter.finish(_said_of_each(work, exporter, calls))
     out.write_bytes(EXPORT_KEY, document_bytes({**document, "complete": True, **counts}))
     exporter.tidy()
     seconds = round(time.monotonic() - started, 2)
-    return counts | {"shards": len(shards), "skipped_shards": len(shards) - len(missing), "seconds": seconds}
+    return counts | {"shards": len(shards), "skipped_shards": skipped, "seconds": seconds}
 
 
 def _photos(uri: str, option: str) -> Source:
@@ -120,12 +124,23 @@ def _begun(out: Store, document: dict) -> bool:
     return bool(found.get("complete"))
 
 
-def _write(exporter: Format, shards: list[int], *, workers: int) -> None:
+@dataclass(frozen=True)
+class _Writer:
+    """Called with (shard, whether an earlier run wrote it)."""
+
+    exporter: Format
+
+    def __call__(self, call: tuple[int, bool]) -> Any:
+        shard, there = call
+        return self.exporter.written(shard) if there else self.exporter.write(shard)
+
+
+def _said_of_each(work: ShardWork, exporter: Format, calls: Sequence[tuple[int, bool]]) -> list[Any]:
     timer = LineTimer()
-    with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(shards), 4 * workers):  # a window, so that a failure ends the run soon
-            window = shards[start : start + 4 * workers]
-            for done, _ in enumerate(pool.map(exporter.write, window), start=start + 1):
-                if timer.due():
-                    left = (len(shards) - done) * timer.elapsed / done
-                    log.info("%d of %d shards exported, %.0f s left", done, len(shards), left)
+    said = []
+    for each in work.in_order(_Writer(exporter), calls):
+        said.append(each)
+        if timer.due():
+            left = (len(calls) - len(said)) * timer.elapsed / len(said)
+            log.info("%d of %d shards exported, %.0f s left", len(said), len(calls), left)
+    return said

@@ -8,6 +8,7 @@ pictures are shown among it.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 from cluster.dataset.layout import DATASET, MANIFEST_KEY, Manifest, parquet_bytes
@@ -27,7 +28,6 @@ class HuggingFace:
     def __init__(self, source: Source, out: Store) -> None:
         self._source = source
         self._out = out
-        self._written: dict[int, tuple[str, int]] = {}  # sha256 and bytes of the files of this run
 
     def prepare(self) -> None:
         pass
@@ -35,28 +35,30 @@ class HuggingFace:
     def marker(self, shard: int) -> str:
         return f"data/train-{shard:05d}-of-{self._source.num_shards:05d}.parquet"
 
-    def write(self, shard: int) -> None:
+    def write(self, shard: int) -> tuple[str, int]:
+        """sha256 and bytes of its file."""
         table = in_version(self._source.read(shard), self._source.manifest.features, _SCHEMA_VERSION)
         data = parquet_bytes(table)
         self._out.write_bytes(self.marker(shard), data)
-        self._written[shard] = hashlib.sha256(data).hexdigest(), len(data)
+        return hashlib.sha256(data).hexdigest(), len(data)
 
-    def finish(self) -> None:
-        self._out.write_bytes(MANIFEST_KEY, self._manifest().to_json())
+    def written(self, shard: int) -> tuple[str, int]:
+        data = self._out.read_bytes(self.marker(shard))
+        return hashlib.sha256(data).hexdigest(), len(data)
+
+    def finish(self, shards: Sequence[tuple[str, int]]) -> None:
+        self._out.write_bytes(MANIFEST_KEY, self._manifest(shards).to_json())
         self._out.write_bytes("README.md", card(self._source).encode())
 
     def tidy(self) -> None:
         pass
 
-    def _manifest(self) -> Manifest:
-        """The dataset's, of the files that the export has; those of an earlier run are read for it."""
-        files = []
-        for shard, entry in enumerate(self._source.manifest.shards):
-            if shard not in self._written:
-                data = self._out.read_bytes(self.marker(shard))
-                self._written[shard] = hashlib.sha256(data).hexdigest(), len(data)
-            sha256, size = self._written[shard]
-            files.append({**entry, "key": self.marker(shard), "sha256": sha256, "bytes": size})
+    def _manifest(self, shards: Sequence[tuple[str, int]]) -> Manifest:
+        """The dataset's, of the files that the export has."""
+        files = [
+            {**entry, "key": self.marker(shard), "sha256": sha256, "bytes": size}
+            for shard, (entry, (sha256, size)) in enumerate(zip(self._source.manifest.shards, shards, strict=True))
+        ]
         return replace(
             self._source.manifest,
             shards=tuple(files),

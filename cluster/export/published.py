@@ -13,6 +13,7 @@ Ids: see cluster.export.published_ids. Quarantined pictures leave a gap. Folders
 """
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -132,11 +133,14 @@ class Official:
             rows.append((Annotation(found.image_id, found.split_id, *words, (row["clip_score"],)), row["caption"]))
         return rows
 
-    def finish(self) -> None:
+    def written(self, shard: int) -> None:
+        pass
+
+    def finish(self, shards: Sequence[None]) -> None:
         """Join the parts. Holds the annotations in memory, as everything does that reads them."""
-        shards = range(self._source.num_shards)
-        captions = [f"{_PARTS}/{shard:06d}.captions" for shard in shards]
-        pieces = [self.marker(shard) for shard in shards]
+        numbers = range(self._source.num_shards)
+        captions = [f"{_PARTS}/{shard:06d}.captions" for shard in numbers]
+        pieces = [self.marker(shard) for shard in numbers]
         with ThreadPoolExecutor(16) as pool:
             self._out.write_bytes(CAPTIONS_KEY, b"".join(pool.map(self._out.read_bytes, captions)))
             joined = b"".join((ANNOTATIONS_START, *pool.map(self._out.read_bytes, pieces), ANNOTATIONS_END))

@@ -3,7 +3,9 @@
 import os
 from dataclasses import dataclass
 
-from cluster.options import Request, check_at_least, flag, given, option
+from cluster.dataset.request import RunOnOption
+from cluster.options import check_at_least, flag, given, option
+from cluster.shard_work import RAY
 from pcm.errors import InputError
 
 FORMATS = ("official", "webdataset", "huggingface")
@@ -15,7 +17,7 @@ _OF_OFFICIAL = ("name", "corpus", "val", "test", "max_length")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportRequest(Request):
+class ExportRequest(RunOnOption):
     """A dataset or a captioner to write in another format; paths or URIs. Raises InputError for values that cannot be.
 
     name: of the published folders `NAME_sp0`, ... max_length: tokens of a sentence with its end (both: official).
@@ -36,7 +38,7 @@ class ExportRequest(Request):
     val: str | None = option(None, metavar="P", help="official: dataset of real photos, by jobs.featurise")
     test: str | None = option(None, metavar="P", help="official: the same for the test split")
     max_length: int = option(20, help="official: tokens of a sentence with its end")
-    workers: int = option(min(16, 2 * (os.cpu_count() or 4)), help="threads")
+    workers: int = option(min(16, 2 * (os.cpu_count() or 4)), help="threads of one process")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,8 +49,10 @@ class ExportRequest(Request):
         for name in given(self):
             if name in _OF_OFFICIAL and (self.checkpoint or self.to != "official"):
                 raise InputError(f"{flag(ExportRequest, name)}: is for a dataset --to official; leave it out")
-            if name in ("workers", "unfinished") and self.checkpoint:
-                raise InputError(f"--{name}: is for a dataset; leave it out")
+            if name in ("workers", "unfinished", "run_on") and self.checkpoint:
+                raise InputError(f"{flag(ExportRequest, name)}: is for a dataset; leave it out")
             if name == "workers" and self.to == DATASET:
                 raise InputError("--workers: has no effect --to dataset; leave it out")
+            if name == "workers" and self.run_on == RAY:
+                raise InputError("--workers: threads of one process; leave it out with --run-on ray")
         check_at_least(self, 1, "workers")

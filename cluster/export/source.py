@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -89,7 +89,7 @@ class Source:
                     table = pa.table(parts, schema=schema)
             else:
                 file = pq.ParquetFile(io.BytesIO(self.read_bytes(shard)))
-                check_schema(file.schema_arrow, self.manifest.schema_version, self.manifest)
+                check_schema(file.schema_arrow, self.manifest.schema_version, self.manifest.features)
                 if columns is None and self.plan is None:  # without the columns that only derived datasets have
                     columns = shard_schema(self.manifest.features).names
                 table = file.read(columns=columns)
@@ -138,7 +138,10 @@ class Source:
 
 
 class Format(Protocol):
-    """What an export writes for each shard, and when all are written. The same dataset gives the same bytes."""
+    """What an export writes for each shard, and when all are written. The same dataset gives the same bytes.
+
+    Once it is prepared it may travel to other processes, which write the shards.
+    """
 
     def prepare(self) -> None:
         """Write what does not depend on the shards. Raises InputError for a dataset that the format cannot hold."""
@@ -146,11 +149,14 @@ class Format(Protocol):
     def marker(self, shard: int) -> str:
         """The object of a shard that is written last: its presence says that the others are there."""
 
-    def write(self, shard: int) -> None:
-        """Write one shard's objects; called from several threads."""
+    def write(self, shard: int) -> Any:
+        """Write one shard's objects; called from several threads. What `finish` needs to know of them."""
 
-    def finish(self) -> None:
-        """Write what needs every shard."""
+    def written(self, shard: int) -> Any:
+        """What `write` said of a shard that an earlier run wrote."""
+
+    def finish(self, shards: Sequence[Any]) -> None:
+        """Write what needs every shard; `shards`: what was said of each, in order."""
 
     def tidy(self) -> None:
         """Delete what only an unfinished export needs."""

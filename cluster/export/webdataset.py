@@ -9,6 +9,7 @@ A key is five digits of shard and four of row; quarantined samples leave a gap.
 import hashlib
 import io
 import tarfile
+from collections.abc import Sequence
 
 from cluster.export.source import Source
 from cluster.store.store import Store
@@ -54,7 +55,10 @@ class WebDataset:
         self._out.write_bytes(f"{shard:05d}.tar", buffer.getvalue())
         self._out.write_bytes(self.marker(shard), document_bytes(self._stats(shard)))
 
-    def finish(self) -> None:
+    def written(self, shard: int) -> None:
+        pass
+
+    def finish(self, shards: Sequence[None]) -> None:
         pass
 
     def tidy(self) -> None:

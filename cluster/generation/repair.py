@@ -17,6 +17,7 @@ from cluster.dataset.layout import (
     read_table,
 )
 from cluster.dataset.plan import plan_parts, write_plan_part
+from cluster.dataset.request import VerifyRequest
 from cluster.dataset.shard_check import UNREADABLE
 from cluster.dataset.verify import inspect
 from cluster.dataset.vocabularies import vocabularies_stored
@@ -41,22 +42,24 @@ def repair(
     draw: Callable[[Plan, list[int]], None],
     read_records: Callable[[Plan], Iterator[CorpusRecord]],
     truncation_check: Callable[[DatasetSpec], Callable[[str], bool]],
+    run_on: str = VerifyRequest.run_on,
 ) -> dict:
     """Make again the shards of which anything is missing or not to be trusted, then the manifest, and verify once more.
 
     draw: makes these shards of the plan again, those that are missing, and the manifest.
     read_records: the corpus of the plan; asked for only when plan parts are damaged.
     truncation_check: of a spec, as `pcm.generation.prompt_length.truncation_check`; likewise.
+    run_on: who reads the shards (cluster.shard_work.RUN_ON).
 
     Returns what `verify` does, and `repaired`, a number of shards. Objects that nobody planned are told of and stay.
     Raises InputError when there is no dataset, or when its plan is damaged and the corpus cannot rebuild it.
     """
     _drop_damaged_manifest(store)
-    found = inspect(store)
+    found = inspect(store, run_on=run_on)
     if found.damaged_plan_parts or found.captions_differ:
         rebuilt = _rebuild_plan_parts(store, found.plan, read_records, truncation_check)
         log.info("rebuilt %d plan parts from the corpus", rebuilt)
-        found = inspect(store)
+        found = inspect(store, run_on=run_on)
     if found.ok:
         return found.to_dict() | {"repaired": 0}
     for group in found.wrong_groups:
@@ -66,13 +69,13 @@ def repair(
             store.delete(quarantine_key(shard))
     log.info("shards to be made again: %d of %d", len(found.damaged_shards), found.plan.num_shards)
     draw(found.plan, found.damaged_shards)
-    return inspect(store).to_dict() | {"repaired": len(found.damaged_shards)}
+    return inspect(store, run_on=run_on).to_dict() | {"repaired": len(found.damaged_shards)}
 
 
-def repair_dataset(dataset: str, *, corpus: str | None = None) -> dict:
+def repair_dataset(dataset: str, *, corpus: str | None = None, run_on: str = VerifyRequest.run_on) -> dict:
     """`repair` of the dataset at a path or URI; `corpus`: where its captions are now, where they were by default.
 
-    Ray is started only where there is something to draw.
+    Ray is started only where there is something to draw, or where the shards are many.
     """
     store = open_store(dataset)
 
@@ -91,7 +94,7 @@ def repair_dataset(dataset: str, *, corpus: str | None = None) -> dict:
         pools = Pools.for_cluster(device=plan.spec.generator.device, cpus=cpus, gpus=gpus)
         run_pipeline(store, plan, pools, redo=shards)
 
-    return repair(store, draw=draw, read_records=read_records, truncation_check=truncation_check)
+    return repair(store, draw=draw, read_records=read_records, truncation_check=truncation_check, run_on=run_on)
 
 
 def _drop_damaged_manifest(store: Store) -> None:

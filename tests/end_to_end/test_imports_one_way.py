@@ -56,6 +56,7 @@ ORDER = {
         "numbers",
         "charts",
         "store",
+        "shard_work",
         "weights",
         "sources",
         "dataset",

@@ -1,4 +1,4 @@
-"""A local --out on a cluster whose nodes do not share it: refused before anything is planned or drawn."""
+"""A local folder on a cluster whose nodes do not share it: nothing is planned or drawn there, or read on Ray."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 
 from tests.helpers.hosts import OF_ONE_MACHINE
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_generation import write_corpus
+from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,3 +70,22 @@ def test_a_folder_that_a_node_does_not_see_is_refused(head: Cluster, other_machi
     assert job.returncode == 2, job.stderr
     assert "a folder of one machine, which node" in job.stderr.splitlines()[-1]
     assert not list((tmp_path / "data").rglob("*.*")), "something was planned"
+
+
+@pytest.mark.parametrize("run_on", ["ray", "auto"])
+def test_a_folder_that_a_node_does_not_see_is_verified_in_one_process_or_refused(
+    head: Cluster, other_machine: None, tmp_path: Path, run_on: str
+) -> None:
+    make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path), null_spec())
+    # As for a dataset that is large: the job itself takes one process for a small one.
+    verify = (
+        "import sys, cluster.shard_work; cluster.shard_work.MANY_SAMPLES = 1; "
+        "from jobs.verify import JOB; JOB.main(sys.argv[1:])"
+    )
+    job = subprocess.run(
+        [sys.executable, "-c", verify, str(tmp_path / "data"), "--run-on", run_on], cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": head.address}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (job.returncode == 0) is (run_on == "auto"), job.stderr
+    assert "a folder of one machine, which node" in job.stderr
+    assert ("--run-on process" in job.stderr) is (run_on == "ray")

@@ -333,6 +333,8 @@ def test_a_name_that_generation_and_training_share_is_generations_in_a_stream(tm
         ("evaluate --list-experiments --out B", "--out: without effect beside --list-experiments"),
         ("caption --checkpoint A", "IMAGE: missing"),
         ("caption --checkpoint /no/such/run a.jpg", "/no/such/run"),
+        ("export --data A --out B --to webdataset --run-on ray --workers 2", "--workers: threads of one process"),
+        ("export --checkpoint A --out B --to official --run-on ray", "--run-on: is for a dataset"),
         ("verify A --corpus x", "--corpus x: needs --repair"),
         ("export --data A --out B --to webdatset", "did you mean 'webdataset'?"),
         ("export --data A --out B --to webdataset --name x", "--name: is for a dataset --to official"),

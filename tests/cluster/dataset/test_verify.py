@@ -14,6 +14,7 @@ import pytest
 
 from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, parquet_bytes, quarantine_key, shard_key
 from cluster.dataset.verify import verify
+from cluster.shard_work import PROCESS, RAY
 from cluster.store.store import open_store
 from pcm.errors import InputError
 from tests.helpers.shards import part_key
@@ -281,3 +282,17 @@ def test_shards_are_plain_parquet(healthy: Path) -> None:
     assert table.schema.field("image").type == pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     assert table.schema.field("global_feature").type == pa.list_(pa.float16(), 1)
     assert set(table["status"].to_pylist()) == {"stored"}
+
+
+def test_ray_gives_the_report_of_one_process(ray_session: None, healthy: Path, tmp_path: Path) -> None:
+    """Of a healthy dataset, and of one with a damaged, a missing, a doubled and an exchanged shard."""
+    folder = tmp_path / "damaged"
+    make_dataset_in_process(folder, write_corpus(tmp_path, [*CAPTIONS, *CORPUS]), null_spec(), shard_size=2)
+    (folder / shard_key(1)).write_bytes((folder / shard_key(1)).read_bytes()[:400])
+    (folder / shard_key(2)).unlink()
+    rewrite(folder, shard_key(3), lambda table: pa.concat_tables([table, table.slice(0, 1)]))
+    shutil.copy(folder / shard_key(5), folder / shard_key(11))
+    for dataset in (healthy, folder):
+        one, many = (verify(open_store(dataset), run_on=run_on) for run_on in (PROCESS, RAY))
+        assert one == many and one["ok"] is (dataset == healthy)
+    assert one["missing"] and one["duplicated"] and one["corrupt"] and len(one["problems"]) > 4

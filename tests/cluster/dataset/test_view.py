@@ -18,6 +18,7 @@ from cluster.dataset.rows import read_rows, read_shard
 from cluster.dataset.upgrade import upgrade
 from cluster.dataset.verify import inspect, verify
 from cluster.dataset.view import ViewRows, lineage_source, write_view
+from cluster.shard_work import PROCESS, RAY
 from cluster.store.store import open_store
 from cluster.training.data.batches import BatchShape
 from cluster.training.data.mixture import open_training_sets
@@ -163,6 +164,20 @@ def test_verify_proves_a_derived_dataset(tmp_path: Path, source: Path, other: Pa
     found = verify(open_store(tmp_path / "view"))
     assert found["ok"] and found["complete"], found
     assert (found["expected"], found["stored"], found["fingerprint"]) == (26, 26, manifest.fingerprint)
+
+
+@pytest.mark.parametrize("materialise", [False, True])
+def test_ray_gives_the_report_of_one_process(
+    ray_session: None, tmp_path: Path, source: Path, other: Path, materialise: bool
+) -> None:
+    source = Path(shutil.copytree(source, tmp_path / "source"))  # to damage
+    manifest = make_view(tmp_path / "view", [source, other], [*SHUFFLED, (1, 3)], materialise=materialise)
+    store = open_store(tmp_path / "view")
+    assert verify(store, run_on=RAY) == verify(store, run_on=PROCESS)
+    shard = (tmp_path / "view" if materialise else source) / shard_key(0)
+    shard.write_bytes(shard.read_bytes()[:-9])
+    found = verify(store, run_on=RAY)
+    assert found == verify(store, run_on=PROCESS) and not found["ok"] and found["fingerprint"] != manifest.fingerprint
     assert manifest.schema_version == (3 if materialise else 4)
 
 

@@ -26,6 +26,7 @@ from cluster.export.published_ids import _numbers
 from cluster.export.request import FORMATS, ExportRequest
 from cluster.ingest.photos import featurise_photos
 from cluster.ingest.request import FeaturiseRequest
+from cluster.shard_work import PROCESS, RAY
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from pcm.official.files import SPLIT_SIZE, split_of
@@ -334,3 +335,34 @@ def test_what_is_there_of_an_unfinished_dataset_is_exported_when_told_so(tmp_pat
         counts = export(replace(request, unfinished=True))
         assert (counts["exported"], counts["unfinished"]) == (19, "4 of 5 shards")
     assert verify(open_store(tmp_path / "dataset"))["ok"]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_ray_writes_the_export_of_one_process(ray_session: None, dataset, tmp_path: Path, to: str) -> None:
+    """Whole, and when it goes on with what an earlier run left."""
+    store, _, _ = dataset
+    one, many = (export_dataset(store, open_store(tmp_path / run), on(run, to)) for run in (PROCESS, RAY))
+    assert one | {"seconds": 0} == many | {"seconds": 0}
+    wanted = files(tmp_path / PROCESS)
+    assert files(tmp_path / RAY) == wanted
+    markers = {"webdataset": "00001_stats.json", "huggingface": f"data/train-00001-of-{one['shards']:05d}.parquet"}
+    if to in markers:  # the official export deletes its markers in the end
+        (tmp_path / RAY / markers[to]).unlink()
+        document = json.loads((tmp_path / RAY / "export.json").read_text())
+        (tmp_path / RAY / "export.json").write_text(json.dumps({**document, "complete": False}))
+        again = export_dataset(store, open_store(tmp_path / RAY), on(RAY, to))
+        assert again["skipped_shards"] == again["shards"] - 1 and files(tmp_path / RAY) == wanted
+
+
+def on(run_on: str, to: str) -> ExportRequest:
+    own = {"name": "sd", "max_length": 12} if to == "official" else {}
+    return ExportRequest(data="the store", out="the place", to=to, run_on=run_on, **own)
+
+
+def test_ray_writes_a_view_out_as_one_process_does(ray_session: None, dataset, tmp_path: Path) -> None:
+    store, _, _ = dataset
+    curate(CurateRequest(data=(store.root,), out=str(tmp_path / "view"), subset=Subset(count=5)))
+    for run in (PROCESS, RAY):
+        export(ExportRequest(data=str(tmp_path / "view"), out=str(tmp_path / run), to="dataset", run_on=run))
+    assert files(tmp_path / PROCESS) == files(tmp_path / RAY)
+    assert verify(open_store(tmp_path / RAY))["ok"]
