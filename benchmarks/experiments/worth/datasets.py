@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 from PIL import Image
 
 from benchmarks.experiments.dissect import auc
@@ -29,12 +30,12 @@ from cluster.curation.curate import curate
 from cluster.curation.refine import refine
 from cluster.curation.refine_request import RefineRequest
 from cluster.curation.request import CurateRequest
-from cluster.dataset.layout import load_manifest
+from cluster.dataset.layout import Manifest, load_manifest
 from cluster.dataset.rows import read_shard
 from cluster.generation import GenerateRequest, generate
 from cluster.ingest.photos import featurise_photos
 from cluster.ingest.request import FeaturiseRequest
-from cluster.store.store import open_store
+from cluster.store.store import Store, open_store
 from pcm.embedded.making.world import SIZE
 from pcm.images import open_image
 
@@ -49,6 +50,7 @@ def make_data(settings: Iterable[Setting], out: Path, art: Path) -> None:
     """What these settings are trained on, each after what it is made of."""
     for painter, data in dict.fromkeys((setting.painter, setting.data) for setting in settings):
         _make(painter, data, out, art)
+    ray.shutdown()  # trainings run in this process, and Ray's would take a part of the machine
 
 
 def is_made(out: Path, painter: str, data: str) -> bool:
@@ -95,13 +97,12 @@ def data_figures(out: Path, painter: str, data: str) -> dict[str, Any]:
     store = open_store(data_folder(out, painter, data))
     manifest = load_manifest(store)
     pairs = scenes_of(DOMAINS[MAIN], CAPTIONS)
-    images, nouns, scores = [], [], []
+    nouns, scores = [], []
     for shard in manifest.stored_shards:
-        table = read_shard(store, shard, ["sample_id", "image", "clip_score"])
-        images += [_pixels(row["bytes"]) for row in table["image"].to_pylist()]
+        table = read_shard(store, shard, ["sample_id", "clip_score"])
         nouns += [sorted(pairs[record_of(name)][0].nouns) for name in table["sample_id"].to_pylist()]
         scores += table["clip_score"].to_pylist()
-    seen = recognised(out, np.stack(images), nouns)
+    seen = recognised(out, dataset_pictures(store, manifest), nouns)
     right = np.array([len(found) == len(names) for found, names in zip(seen, nouns, strict=True)])
     score = np.array(scores)
     figures = {
@@ -115,11 +116,16 @@ def data_figures(out: Path, painter: str, data: str) -> dict[str, Any]:
     return figures
 
 
+def dataset_pictures(store: Store, manifest: Manifest) -> np.ndarray:
+    """(n, SIZE, SIZE, 3) uint8, as the classifier takes them, in the order of the rows."""
+    tables = [read_shard(store, shard, ["image"]) for shard in manifest.stored_shards]
+    return np.stack([_pixels(row["bytes"]) for table in tables for row in table["image"].to_pylist()])
+
+
 def record_of(sample_id: str) -> int:
     """The number of the caption in its corpus."""
     return int(sample_id.partition("-")[0])
 
 
 def _pixels(data: bytes) -> np.ndarray:
-    """(SIZE, SIZE, 3) uint8, as the classifier takes pictures."""
     return np.asarray(open_image(data).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))

@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.experiments.worth.command import by_seed
 from benchmarks.experiments.worth.datasets import data_figures, is_made
+from benchmarks.experiments.worth.dissection import by_kinds, training_figures
 from benchmarks.experiments.worth.pictures import Pictures, judge_folder, load_pictures, worth_folder
 from benchmarks.experiments.worth.runs import planned, read_result
 from benchmarks.experiments.worth.settings import (
@@ -147,6 +148,8 @@ def _section(out: Path, scores: Scores) -> list[str]:
         lines += _networks(scores, painter)
     for painter in ("coarse", "fine"):
         lines += _refined(scores, painter)
+    for painter in PAINTERS:
+        lines += _dissection(out, scores, painter)
     return lines
 
 
@@ -363,3 +366,40 @@ def _per_picture(scores: Scores, setting: Setting, base: Setting) -> str:
     if matrix is None:
         return ""
     return "none drawn" if not drawn else interval(estimate(matrix * 1000 / drawn))
+
+
+def _dissection(out: Path, scores: Scores, painter: str) -> list[str]:
+    if not is_made(out, painter, DRAWN):
+        return []
+    found = training_figures(out, painter)
+    things = found["patches"]["things"]
+    lines = [
+        f"### Dissection: {painter} painter",
+        "",
+        f"The weight of eq. 11 is {found['weight_right']:.3f} on average for right pairs and "
+        f"{found['weight_wrong']:.3f} for wrong ones (standard deviation of all "
+        f"{found['weight_std']:.3f}). Of the things that the independent classifier recognises, "
+        f"{_percent(things, 'recognised', 'a_patch_says_its_name')} get a mixed-up patch with "
+        f"their own name and {_percent(things, 'recognised', 'a_patch_says_another_things_name')} one with another's; "
+        f"of those that it does not, {_percent(things, 'not recognised', 'a_patch_says_its_name')} and "
+        f"{_percent(things, 'not recognised', 'a_patch_says_another_things_name')}.",
+        "",
+        "CIDEr gained by the number of kinds of things in the test picture:",
+        "",
+        "| against the base | seeds | one | two | three |",
+        "|---" * 5 + "|",
+    ]
+    for network in list(NETWORKS)[1:]:
+        difference = scores.difference(Setting(painter, network=network), Setting(painter), "CIDEr")
+        if difference is None:
+            lines.append(f"| {network} | 0 | not run | | |")
+            continue
+        parts = by_kinds(difference, scores.test.nouns)
+        cells = [interval(estimate(parts[count])) for count in sorted(parts)]
+        lines.append(f"| {network} | {len(difference)} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _percent(things: Mapping[str, Any], fate: str, what: str) -> str:
+    share = things[fate][what]
+    return "-" if share is None else f"{100 * share:.0f} %"
