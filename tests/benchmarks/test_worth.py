@@ -1,45 +1,54 @@
 """benchmarks.experiments.worth: the statistics hold what they promise, runs resume, and figures are what they say."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import pcm.torchvision_shim  # noqa: F401  - before diffusers
 from benchmarks.experiments.worth import command, datasets, pictures, report, runs
+from benchmarks.experiments.worth.dissection import by_kinds
 from benchmarks.experiments.worth.pictures import Pictures, said
-from benchmarks.experiments.worth.settings import DRAWN, PARTS, STEPS_OF_DATA, Part, Setting
+from benchmarks.experiments.worth.settings import DRAWN, PAINTERS, PARTS, STEPS_OF_DATA, Part, Setting
 from benchmarks.experiments.worth.statistics import estimate, seeds_needed, standard_error, t_quantile
+from pcm import embedded
+from pcm.clip.encoder import ClipEncoder
+from pcm.embedded.making.captions import corpus_scenes
+from pcm.embedded.making.classifier import Classifier, judge
+from pcm.embedded.making.world import FIRST, NOUNS
 from pcm.text.metrics import cider_each, cider_only
 from tests.helpers.tiny_dataset import TINY, scene, write_dataset
 
 
-def scores(random: np.random.Generator, *, mean: float, seeds: int = 8, of_seed: float = 2.0) -> np.ndarray:
+def scores(rng: np.random.Generator, *, mean: float, seeds: int = 8, of_seed: float = 2.0) -> np.ndarray:
     """(seeds, 300) with the noise of seeds, of pictures, and of the two together."""
     pictures = 300
     return (
         mean
-        + of_seed * random.standard_normal((seeds, 1))
-        + 10 * random.standard_normal((1, pictures))
-        + 10 * random.standard_normal((seeds, pictures))
+        + of_seed * rng.standard_normal((seeds, 1))
+        + 10 * rng.standard_normal((1, pictures))
+        + 10 * rng.standard_normal((seeds, pictures))
     )
 
 
 def test_95_percent_intervals_hold_the_truth_about_so_often() -> None:
-    random = np.random.default_rng(1)
-    held = [abs(found.mean - 3.0) <= found.half for found in (estimate(scores(random, mean=3.0)) for _ in range(60))]
+    rng = np.random.default_rng(1)
+    held = [abs(found.mean - 3.0) <= found.half for found in (estimate(scores(rng, mean=3.0)) for _ in range(60))]
     assert 0.88 <= np.mean(held) <= 1.0
-    some = [estimate(scores(random, mean=0.0)).half for _ in range(20)]
+    some = [estimate(scores(rng, mean=0.0)).half for _ in range(20)]
     truth = 2.365 * np.sqrt(2.0**2 / 8 + 10**2 / 300 + 10**2 / (8 * 300))
     assert truth * 0.85 < np.mean(some) < truth * 1.25  # neither too narrow nor useless
 
 
 def test_the_standard_error_counts_seeds_and_pictures_both() -> None:
-    random = np.random.default_rng(2)
-    of_seeds = np.repeat(random.standard_normal((8, 1)), 400, axis=1)
+    rng = np.random.default_rng(2)
+    of_seeds = np.repeat(rng.standard_normal((8, 1)), 400, axis=1)
     assert standard_error(of_seeds) == pytest.approx(of_seeds[:, 0].std(ddof=1) / np.sqrt(8), rel=0.05)
-    of_pictures = np.repeat(random.standard_normal((1, 400)), 8, axis=0)
+    of_pictures = np.repeat(rng.standard_normal((1, 400)), 8, axis=0)
     assert standard_error(of_pictures) == pytest.approx(of_pictures[0].std(ddof=1) / np.sqrt(400), rel=0.05)
 
 
@@ -239,3 +248,40 @@ def test_parts_that_are_not_made_are_said(out: Path, monkeypatch: pytest.MonkeyP
     text = results.read_text()
     assert text.count("not run") > 10 and "| fine | drawn | not made |" in text
     assert json.loads(kept.read_text()) == []
+
+
+def test_a_noun_is_recognised_if_it_is_among_as_many_surest_as_the_picture_has(tmp_path: Path) -> None:
+    folder = pictures.judge_folder(tmp_path)
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save({"model": Classifier().state_dict()}, folder / "judge.pt")
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    order = np.argsort(-judge(folder, images).nouns, axis=1)
+    names = [[NOUNS[index].name for index in row] for row in order]
+    asked = [[names[0][0], names[0][1]], [names[1][0], names[1][30]]]
+    assert pictures.recognised(tmp_path, images, asked) == [asked[0], [names[1][0]]]
+    assert pictures.recognised(tmp_path, images, [[names[0][1]], [names[1][1]]]) == [[], []]
+
+
+def test_the_coarse_painter_draws_what_fits_its_captions_worse() -> None:
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(embedded.t2i_path())
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [caption for _, caption in corpus_scenes(random.Random(3), 16, FIRST)]
+    encoder = ClipEncoder("embedded", device="cpu", batch_size=16)
+    texts = encoder.encode_texts(prompts)
+    score = {}
+    for name, how in PAINTERS.items():
+        drawn = pipeline(
+            prompts, num_inference_steps=how.steps, guidance_scale=how.guidance_scale, height=how.side, width=how.side,
+            generator=[torch.Generator().manual_seed(number) for number in range(len(prompts))],
+        ).images  # fmt: skip
+        assert {picture.size for picture in drawn} == {(how.side, how.side)}
+        score[name] = float((encoder.encode_images(drawn).global_feature * texts).sum(axis=1).mean())
+    assert score["coarse"] < score["fine"] - 0.01
+
+
+def test_pictures_are_grouped_by_their_kinds_of_things() -> None:
+    found = by_kinds(np.array([[1.0, 2.0, 3.0]]), [["dog"], ["cat", "car"], ["bus"]])
+    assert {kinds: each.tolist() for kinds, each in found.items()} == {1: [[1.0, 3.0]], 2: [[2.0]]}
