@@ -100,8 +100,8 @@ def calibrate(out: Path, *, art: Path | None) -> dict[str, Any]:
     validation = load_pictures(out, "validation")
     path = worth_folder(out) / "calibration.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for factor in LR_FACTORS:
-        for seed in range(FIRST_SEED, FIRST_SEED + CALIBRATION_SEEDS):
+    for seed in range(FIRST_SEED, FIRST_SEED + CALIBRATION_SEEDS):
+        for factor in LR_FACTORS:
             for setting in CALIBRATED:
                 run = planned(setting, seed, out, steps=LOOKS[-1], overrides={"lr_factor": factor})
                 if run.key in found:
