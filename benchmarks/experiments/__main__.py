@@ -5,7 +5,9 @@ python -m benchmarks.experiments ablation --out DIR           # or data, K, M, w
 python -m benchmarks.experiments all --out DIR                # all of them
 python -m benchmarks.experiments try --set epochs=8 --out DIR # one variant on the validation pictures alone
 python -m benchmarks.experiments dissect --out DIR            # what the mix-up and the scores do
-python -m benchmarks.experiments report --out DIR             # benchmarks/RESULTS.md
+python -m benchmarks.experiments worth --out DIR              # what each step is worth; --minutes 60 ends in time
+python -m benchmarks.experiments worth-calibrate --out DIR    # its learning rate and steps, on validation pictures
+python -m benchmarks.experiments report --out DIR             # benchmarks/RESULTS.md, of what lies in DIR
 """
 
 import os
@@ -17,10 +19,19 @@ from typing import Any
 from benchmarks.experiments.dissect import dissect
 from benchmarks.experiments.prepare import prepare
 from benchmarks.experiments.report import write_report
-from benchmarks.experiments.runs import planned, read_result, run_all
+from benchmarks.experiments.runs import data_path, planned, read_result, run_all
 from benchmarks.experiments.settings import CAPTIONS, CLIP_FACTOR, DOMAINS, EXPERIMENTS, MAIN, SEEDS, Variant
-from cluster.options import Request, check_at_least, option, parse_setting
+from benchmarks.experiments.worth.command import calibrate, worth
+from benchmarks.experiments.worth.pictures import worth_folder
+from benchmarks.experiments.worth.report import write_worth
+from benchmarks.experiments.worth.settings import PARTS
+from benchmarks.experiments.worth.settings import SEEDS as WORTH_SEEDS
+from cluster.options import Request, check_at_least, flag, given, option, parse_setting
 from jobs.command_line import Job
+from pcm.errors import InputError, not_known
+
+WORTH, CALIBRATE = "worth", "worth-calibrate"
+STEPS = ("prepare", *EXPERIMENTS, "all", "try", "dissect", WORTH, CALIBRATE, "report")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +39,14 @@ class ExperimentsRequest(Request):
     """What is to be prepared, run, tried or reported."""
 
     what: str = option(
-        positional=True, choices=("prepare", *EXPERIMENTS, "all", "try", "dissect", "report"),
-        help="an experiment, all of them, or a step before or after: "
-        + ", ".join(("prepare", *EXPERIMENTS, "all", "try", "dissect", "report")),
+        positional=True, choices=STEPS,
+        help="an experiment, all of them, or a step before or after: " + ", ".join(STEPS),
     )  # fmt: skip
     out: Path = option(parse=Path, metavar="DIR", help="local folder of datasets and results")
-    seeds: int = option(SEEDS, help="runs of every variant")
+    seeds: int | None = option(None, help="runs of every variant", unset=f"{SEEDS}; worth {WORTH_SEEDS}")
     processes: int = option(os.cpu_count() or 1, help="runs at a time, one core each")
     art: Path | None = option(
-        None, parse=Path, metavar="DIR", help="prepare: folder of the icon packages", unset="in ~/.cache"
+        None, parse=Path, metavar="DIR", help="prepare, worth: folder of the icon packages", unset="in ~/.cache"
     )
     captions: int = option(CAPTIONS, help="prepare: of each domain")
     settings: Mapping[str, Any] = option(
@@ -49,9 +59,22 @@ class ExperimentsRequest(Request):
     domain: str = option(MAIN, choices=tuple(DOMAINS), help="try")
     data: str = option("drawn", choices=("drawn", "rendered", "text"), help="try")
 
+    parts: tuple[str, ...] = option((), metavar="PART", help="worth: " + ", ".join(PARTS), unset="all, in this order")
+    minutes: float | None = option(
+        None, help="worth: begin no run and no dataset later than this; what is under way is finished", unset="no end"
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "seeds", "processes", "captions")
+        for name in self.parts:
+            if name not in PARTS:
+                raise not_known("--parts", name, PARTS)
+        for name in ("parts", "minutes"):
+            if name in given(self) and self.what != WORTH:
+                raise InputError(f"{flag(type(self), name)}: without effect with {self.what}; leave it out")
+        if self.minutes is not None and self.minutes <= 0:
+            raise InputError(f"--minutes {self.minutes:g}: must be above 0")
 
 
 def run(request: ExperimentsRequest) -> dict[str, Any]:
@@ -61,13 +84,29 @@ def run(request: ExperimentsRequest) -> dict[str, Any]:
         return _try(request)
     if request.what == "dissect":
         return dissect(request.out, judge=request.judge)
+    if request.what == CALIBRATE:
+        return calibrate(request.out, art=request.art)
+    if request.what == WORTH:
+        seeds = request.seeds or WORTH_SEEDS
+        return worth(request.out, art=request.art, parts=request.parts, seeds=seeds, minutes=request.minutes)
     if request.what == "report":
-        return write_report(request.out, seeds=request.seeds)
+        return _report(request)
+    seeds = request.seeds or SEEDS
     names = list(EXPERIMENTS) if request.what == "all" else [request.what]
-    jobs = planned(
-        (variant for name in names for variant in EXPERIMENTS[name].variants), request.out, seeds=request.seeds
-    )
+    jobs = planned((variant for name in names for variant in EXPERIMENTS[name].variants), request.out, seeds=seeds)
     return {"runs": len(jobs), "done_now": run_all(jobs, request.out, processes=request.processes)}
+
+
+def _report(request: ExperimentsRequest) -> dict[str, Any]:
+    """The tables of what lies in OUT; those of the other experiments stay as they are."""
+    made: dict[str, Any] = {}
+    if data_path(request.out, MAIN, "drawn").exists():
+        made = write_report(request.out, seeds=request.seeds or SEEDS)
+    if worth_folder(request.out).exists():
+        made |= write_worth(request.out, seeds=request.seeds or WORTH_SEEDS)
+    if not made:
+        raise InputError(f"--out {request.out}: nothing to report; run an experiment, or worth, first")
+    return made
 
 
 def _try(request: ExperimentsRequest) -> dict[str, Any]:
@@ -76,7 +115,7 @@ def _try(request: ExperimentsRequest) -> dict[str, Any]:
         name="try", domain=request.domain, data=request.data, clip_factor=request.clip_factor or None,
         overrides=dict(request.settings),
     )  # fmt: skip
-    jobs = planned([variant], request.out, seeds=request.seeds, test=False)
+    jobs = planned([variant], request.out, seeds=request.seeds or SEEDS, test=False)
     run_all(jobs, request.out, processes=request.processes)
     found = [read_result(request.out, job.key) for job in jobs]
     return {

@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.experiments.runs import data_path, planned, read_result
 from benchmarks.experiments.settings import BASE, DOMAINS, EXPERIMENTS, PASSES, SEEDS, Experiment, Variant
+from benchmarks.experiments.worth.report import BEGIN, END, section_of, with_section
 from cluster.dataset.layout import load_manifest
 from cluster.store.store import open_store
 from pcm.errors import InputError
@@ -53,8 +54,10 @@ def write_report(out: Path, *, seeds: int = SEEDS, results: Path = RESULTS, runs
     dissection = out / "dissect.json"
     if dissection.exists():
         sections.append(_dissection(json.loads(dissection.read_text())))
-    text = "\n".join([_head(out, rows, missing=len(wanted) - len(rows)), *sections])
-    results.write_text(text.rstrip() + "\n")
+    text = "\n".join([_head(out, rows, missing=len(wanted) - len(rows)), *sections]).rstrip() + "\n"
+    if results.exists() and (section := section_of(results.read_text())):
+        text = with_section(text, section.removeprefix(BEGIN).removesuffix(END))
+    results.write_text(text)
     runs.write_text("[\n" + ",\n".join(json.dumps(row, sort_keys=True) for row in rows) + "\n]\n")
     return {"runs": len(rows), "missing": len(wanted) - len(rows), "results": str(results)}
 

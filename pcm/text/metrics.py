@@ -111,6 +111,16 @@ def cider_only(candidates: Mapping[str, str], references: Mapping[str, Sequence[
     return float(Cider().compute_score(truth, found)[0])
 
 
+def cider_each(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """CIDEr of every image, whose mean is `cider_only`: for the spread over images."""
+    require_metrics()
+    from pycocoevalcap.cider.cider import Cider
+
+    truth, found = _tokenised(candidates, references)
+    _, each = Cider().compute_score(truth, found)
+    return dict(zip(truth, map(float, each), strict=True))
+
+
 def clip_scores(
     image_features: np.ndarray,
     candidate_text_features: np.ndarray,

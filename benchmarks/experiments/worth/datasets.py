@@ -1,0 +1,131 @@
+"""The training data of every setting, made by the product's own jobs under OUT/worth/data: drawn, curated, refined.
+
+Everything here is resumable as these jobs are; what is complete is not touched again.
+"""
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from PIL import Image
+
+from benchmarks.experiments.dissect import auc
+from benchmarks.experiments.scenes import render, scenes_of
+from benchmarks.experiments.settings import DOMAINS, MAIN
+from benchmarks.experiments.worth.pictures import recognised, worth_folder, write_whole
+from benchmarks.experiments.worth.settings import (
+    CAPTIONS,
+    DRAWN,
+    PAINTERS,
+    RENDERED,
+    SHARD_SIZE,
+    STEPS_OF_DATA,
+    Setting,
+)
+from cluster.curation.curate import curate
+from cluster.curation.refine import refine
+from cluster.curation.refine_request import RefineRequest
+from cluster.curation.request import CurateRequest
+from cluster.dataset.layout import Manifest, load_manifest
+from cluster.dataset.rows import read_shard
+from cluster.generation import GenerateRequest, generate
+from cluster.ingest.photos import featurise_photos
+from cluster.ingest.request import FeaturiseRequest
+from cluster.store.store import Store, open_store
+from pcm.embedded.making.world import SIZE
+from pcm.images import open_image
+
+log = logging.getLogger(__name__)
+
+
+def data_folder(out: Path, painter: str, data: str = DRAWN) -> Path:
+    return worth_folder(out) / "data" / painter / data.replace(", ", "-then-").replace(" ", "-")
+
+
+def make_data(settings: Iterable[Setting], out: Path, art: Path) -> None:
+    """What these settings are trained on, each after what it is made of."""
+    for painter, data in dict.fromkeys((setting.painter, setting.data) for setting in settings):
+        _make(painter, data, out, art)
+    ray.shutdown()  # trainings run in this process, and Ray's would take a part of the machine
+
+
+def is_made(out: Path, painter: str, data: str) -> bool:
+    return open_store(data_folder(out, painter, data)).exists("dataset.json")
+
+
+def _make(painter: str, data: str, out: Path, art: Path) -> None:
+    folder = data_folder(out, painter, data)
+    if is_made(out, painter, data):
+        return
+    log.info("making %s / %s", painter, data)
+    if painter == RENDERED:
+        pictures, table = render(scenes_of(DOMAINS[MAIN], CAPTIONS), worth_folder(out) / "rendered_pictures", art)
+        request = FeaturiseRequest(
+            images=str(pictures), captions=str(table), out=str(folder), shard_size=SHARD_SIZE, device="cpu"
+        )
+        featurise_photos(request)
+    elif data == DRAWN:
+        how = PAINTERS[painter]
+        generate(
+            GenerateRequest(
+                corpus=DOMAINS[MAIN].corpus, out=str(folder), limit=CAPTIONS, shard_size=SHARD_SIZE, steps=how.steps,
+                guidance_scale=how.guidance_scale, width=how.side, height=how.side, generators=1, device="cpu",
+            )
+        )  # fmt: skip
+    else:
+        step = STEPS_OF_DATA[data]
+        _make(painter, step.of, out, art)
+        source = str(data_folder(out, painter, step.of))
+        if step.job == "curate":
+            curate(CurateRequest(data=(source,), out=str(folder), **step.options))
+        else:
+            refine(RefineRequest(data=source, out=str(folder), **step.options))
+
+
+def data_figures(out: Path, painter: str, data: str) -> dict[str, Any]:
+    """rows, mean_clip_score, and by the independent classifier: wrong_pictures, the share of pairs whose picture does
+    not show all things of its caption; missing_things, the share of things that are not shown; and how well the score
+    tells right pairs from wrong ones (score_auc). Computed once, kept beside the data.
+    """
+    kept = worth_folder(out) / "figures" / painter / f"{data_folder(out, painter, data).name}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    store = open_store(data_folder(out, painter, data))
+    manifest = load_manifest(store)
+    pairs = scenes_of(DOMAINS[MAIN], CAPTIONS)
+    nouns, scores = [], []
+    for shard in manifest.stored_shards:
+        table = read_shard(store, shard, ["sample_id", "clip_score"])
+        nouns += [sorted(pairs[record_of(name)][0].nouns) for name in table["sample_id"].to_pylist()]
+        scores += table["clip_score"].to_pylist()
+    seen = recognised(out, dataset_pictures(store, manifest), nouns)
+    right = np.array([len(found) == len(names) for found, names in zip(seen, nouns, strict=True)])
+    score = np.array(scores)
+    figures = {
+        "rows": len(nouns),
+        "mean_clip_score": round(float(score.mean()), 4),
+        "wrong_pictures": round(float(1 - right.mean()), 4),
+        "missing_things": round(1 - sum(map(len, seen)) / sum(map(len, nouns)), 4),
+        "score_auc": auc(score[right], score[~right]),
+    }
+    write_whole(kept, json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def dataset_pictures(store: Store, manifest: Manifest) -> np.ndarray:
+    """(n, SIZE, SIZE, 3) uint8, as the classifier takes them, in the order of the rows."""
+    tables = [read_shard(store, shard, ["image"]) for shard in manifest.stored_shards]
+    return np.stack([_pixels(row["bytes"]) for table in tables for row in table["image"].to_pylist()])
+
+
+def record_of(sample_id: str) -> int:
+    """The number of the caption in its corpus."""
+    return int(sample_id.partition("-")[0])
+
+
+def _pixels(data: bytes) -> np.ndarray:
+    return np.asarray(open_image(data).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))

@@ -1,0 +1,287 @@
+"""benchmarks.experiments.worth: the statistics hold what they promise, runs resume, and figures are what they say."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pcm.torchvision_shim  # noqa: F401  - before diffusers
+from benchmarks.experiments.worth import command, datasets, pictures, report, runs
+from benchmarks.experiments.worth.dissection import by_kinds
+from benchmarks.experiments.worth.pictures import Pictures, said
+from benchmarks.experiments.worth.settings import DRAWN, PAINTERS, PARTS, STEPS_OF_DATA, Part, Setting
+from benchmarks.experiments.worth.statistics import estimate, seeds_needed, standard_error, t_quantile
+from pcm import embedded
+from pcm.clip.encoder import ClipEncoder
+from pcm.embedded.making.captions import corpus_scenes
+from pcm.embedded.making.classifier import Classifier, judge
+from pcm.embedded.making.world import FIRST, NOUNS
+from pcm.text.metrics import cider_each, cider_only
+from tests.helpers.tiny_dataset import TINY, scene, write_dataset
+
+
+def scores(rng: np.random.Generator, *, mean: float, seeds: int = 8, of_seed: float = 2.0) -> np.ndarray:
+    """(seeds, 300) with the noise of seeds, of pictures, and of the two together."""
+    pictures = 300
+    return (
+        mean
+        + of_seed * rng.standard_normal((seeds, 1))
+        + 10 * rng.standard_normal((1, pictures))
+        + 10 * rng.standard_normal((seeds, pictures))
+    )
+
+
+def test_95_percent_intervals_hold_the_truth_about_so_often() -> None:
+    rng = np.random.default_rng(1)
+    held = [abs(found.mean - 3.0) <= found.half for found in (estimate(scores(rng, mean=3.0)) for _ in range(60))]
+    assert 0.88 <= np.mean(held) <= 1.0
+    some = [estimate(scores(rng, mean=0.0)).half for _ in range(20)]
+    truth = 2.365 * np.sqrt(2.0**2 / 8 + 10**2 / 300 + 10**2 / (8 * 300))
+    assert truth * 0.85 < np.mean(some) < truth * 1.25  # neither too narrow nor useless
+
+
+def test_the_standard_error_counts_seeds_and_pictures_both() -> None:
+    rng = np.random.default_rng(2)
+    of_seeds = np.repeat(rng.standard_normal((8, 1)), 400, axis=1)
+    assert standard_error(of_seeds) == pytest.approx(of_seeds[:, 0].std(ddof=1) / np.sqrt(8), rel=0.05)
+    of_pictures = np.repeat(rng.standard_normal((1, 400)), 8, axis=0)
+    assert standard_error(of_pictures) == pytest.approx(of_pictures[0].std(ddof=1) / np.sqrt(400), rel=0.05)
+
+
+def test_one_seed_alone_tells_no_interval() -> None:
+    found = estimate(np.ones((1, 50)))
+    assert found.half == np.inf and not found.is_clear
+    assert report.interval(found) == "+1.0 (one seed)"
+
+
+def test_a_clear_difference_is_bold() -> None:
+    assert report.interval(replace(estimate(np.ones((2, 50))), half=0.5)) == "**+1.0 ± 0.5**"
+    assert report.interval(replace(estimate(np.ones((2, 50))), half=1.5)) == "+1.0 ± 1.5"
+
+
+def test_seeds_needed_are_the_fewest_that_tell() -> None:
+    seeds = seeds_needed(3.0, difference=2.0)
+    assert t_quantile(seeds - 1) * 3.0 / np.sqrt(seeds) <= 2.0 < t_quantile(seeds - 2) * 3.0 / np.sqrt(seeds - 1)
+    assert t_quantile(15) > t_quantile(16) > 1.96
+
+
+def a_result(cider: list[float], said: list[int]) -> dict:
+    return {"cider": cider, "said": said, "seen_said": said}
+
+
+TEST = Pictures(np.zeros((2, 1)), np.zeros((2, 1, 1)), [["a"], ["b"]], [["dog", "cat"], ["car"]], [["dog"], []])
+
+
+def some_scores(results: dict[Setting, dict[int, dict]]) -> report.Scores:
+    found = object.__new__(report.Scores)
+    found.test, found.results, found.wanted = TEST, results, dict.fromkeys(results, 3)
+    return found
+
+
+def test_differences_are_of_the_same_seeds_and_pictures() -> None:
+    base, other = Setting("coarse"), Setting("coarse", network="base + CXE")
+    found = some_scores(
+        {
+            base: {1: a_result([1.0, 2.0], [1, 1]), 2: a_result([0.0, 0.0], [0, 0])},
+            other: {2: a_result([0.5, 0.25], [2, 1]), 3: a_result([9.0, 9.0], [0, 0])},
+        }
+    )
+    assert found.difference(other, base, "CIDEr").tolist() == [[50.0, 25.0]]
+    assert found.difference(other, base, "noun recall").tolist() == [[100.0, 100.0]]
+    assert found.difference(other, base, "of recognised nouns").shape == (1, 1)  # nothing is recognised in the second
+    assert found.difference(other, Setting("fine"), "CIDEr") is None
+
+
+def test_the_same_setting_again_is_paired_by_place() -> None:
+    base, again = Setting("coarse"), Setting("coarse", again=True)
+    found = some_scores({base: {2: a_result([1.0, 1.0], [0, 0])}, again: {102: a_result([2.0, 3.0], [0, 0])}})
+    assert found.difference(again, base, "CIDEr").tolist() == [[100.0, 200.0]]
+
+
+def test_gain_is_given_for_each_thousand_pictures_drawn_for_it() -> None:
+    base = Setting("coarse")
+    best = Setting("coarse", "best of 4")
+    drawn = report.CAPTIONS * STEPS_OF_DATA["best of 4"].drawn
+    gain = {seed: a_result([drawn / 1000, drawn / 1000], [0, 0]) for seed in (1, 2)}
+    zero = {seed: a_result([0.0, 0.0], [0, 0]) for seed in (1, 2)}
+    found = some_scores({base: zero, best: gain})
+    assert report._per_picture(found, best, base) == "**+100.0 ± 0.0**"
+    free = Setting("coarse", "SynC")
+    assert report._per_picture(some_scores({base: zero, free: gain}), free, base) == "none drawn"
+
+
+def test_captions_name_nouns_as_one_or_several() -> None:
+    assert said("two dogs and a car on the grass", ["car", "dog", "sheep"]) == 2
+    assert said("a pair of scissors", ["scissors"]) == 1
+    assert said("a carrot", ["car"]) == 0
+
+
+def test_all_settings_have_their_first_seed_before_any_has_its_second() -> None:
+    found = list(command.by_seed([Setting("coarse"), Setting("coarse", again=True)], 2))
+    assert [seed for _, seed in found] == [1, 101, 2, 102]
+
+
+def test_every_row_of_data_names_what_it_is_made_of() -> None:
+    assert all(step.of == DRAWN or step.of in STEPS_OF_DATA for step in STEPS_OF_DATA.values())
+    folders = {datasets.data_folder(Path("/x"), "coarse", data) for data in (DRAWN, *STEPS_OF_DATA)}
+    assert len(folders) == 1 + len(STEPS_OF_DATA)
+
+
+def test_cider_of_each_picture_has_cider_as_its_mean() -> None:
+    captions = {"1": "a red dog on the grass", "2": "a blue car", "3": "two cats"}
+    references = {"1": ["a red dog"], "2": ["a green car on the street"], "3": ["two cats in a room"]}
+    each = cider_each(captions, references)
+    assert list(each) == ["1", "2", "3"]
+    assert np.mean(list(each.values())) == pytest.approx(cider_only(captions, references))
+
+
+def test_the_section_is_put_first_and_replaced_in_place() -> None:
+    text = "# Title\n\nWords.\n\n## Old\n\nTable\n"
+    once = report.with_section(text, "## New\n\nA")
+    assert once.index("## New") < once.index("## Old")
+    twice = report.with_section(once, "## New\n\nB")
+    assert "B" in twice and "\nA" not in twice and twice.count(report.BEGIN) == 1
+    assert twice.replace(report.section_of(twice), "").split() == text.split()
+
+
+@pytest.fixture
+def out(tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny dataset in the place of the coarse painter's, and its pictures as test pictures."""
+    write_dataset(datasets.data_folder(tmp_path, "coarse"), tiny_clip, rows=40)
+    monkeypatch.setattr(runs, "BASE", {**TINY, "ema_decay": 0.9})
+    monkeypatch.setattr(runs, "clip_weight", lambda out, setting, *, weighted: 1.0 if weighted else 1e6)
+    monkeypatch.setattr(command, "prepare_worth", lambda out, *, art: Path())
+    monkeypatch.setattr(command, "data_figures", lambda out, painter, data: {})
+    part = Part("A part", (Setting("coarse"), Setting("coarse", network="base + mix-up")))
+    monkeypatch.setattr(command, "PARTS", {"part": part})
+    folder = pictures.worth_folder(tmp_path) / "pictures"
+    folder.mkdir(parents=True)
+    rows = _rows_of(tmp_path)
+    known = {
+        "references": [[scene(2000 + n)[0].lower()] for n in range(6)],
+        "nouns": [["dog"]] * 6,
+        "recognised": [[]] * 6,
+    }
+    np.savez(
+        folder / "test.npz", global_feature=rows.global_feature[:6], patch_features=rows.patch_features[:6],
+        known=np.array(json.dumps(known)),
+    )  # fmt: skip
+    return tmp_path
+
+
+def _rows_of(out: Path):
+    from cluster.dataset.layout import load_manifest
+    from cluster.dataset.rows import Rows, read_rows
+    from cluster.store.store import open_store
+
+    store = open_store(datasets.data_folder(out, "coarse"))
+    manifest = load_manifest(store)
+    return Rows.concatenate([read_rows(store, shard, None, manifest.features) for shard in manifest.stored_shards])
+
+
+def numbers(result: dict) -> dict:
+    return {name: value for name, value in result.items() if name != "cpu_seconds"}
+
+
+def test_a_run_is_done_once_and_comes_out_alike(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "STEPS", 3)
+    monkeypatch.setattr(runs.planned, "__kwdefaults__", {"steps": 3, "overrides": {}})
+    first = runs.planned(Setting("coarse"), 1, out)
+    assert {first.key} & {
+        runs.planned(Setting("coarse"), 2, out).key,
+        runs.planned(Setting("coarse"), 1, out, steps=4).key,
+        runs.planned(Setting("coarse", network="base + mix-up"), 1, out).key,
+    } == set()
+    made = runs.do_run(first, out, pictures.load_pictures(out, "test"))
+    assert len(made["cider"]) == len(made["captions"]) == 6 and made["loss"]
+    kept = runs.read_result(out, first.key)
+    again = runs.do_run(first, out, pictures.load_pictures(out, "test"))
+    assert numbers(again) == numbers(json.loads(json.dumps(made))) == numbers(kept)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_in_the_middle_the_same_command_goes_on(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs.planned, "__kwdefaults__", {"steps": 3, "overrides": {}})
+    real, begun = runs.Training.to_step, []
+
+    def to_step(self: runs.Training, steps: int) -> None:
+        begun.append(steps)
+        real(self, 2)
+        if len(begun) == 2:
+            raise Killed
+        real(self, steps)
+
+    monkeypatch.setattr(runs.Training, "to_step", to_step)
+    with pytest.raises(Killed):
+        command.worth(out, art=None, seeds=2)
+    assert command.progress(out, 2) == {"part": "1 of 4"}
+    assert command.worth(out, art=None, seeds=2) == {"done_now": 3, "part": "4 of 4"}
+    assert len(begun) == 5  # the first was not done again
+    assert command.worth(out, art=None, seeds=2)["done_now"] == 0
+    assert not list((pictures.worth_folder(out) / "results").glob("*.part"))
+
+
+def test_after_its_minutes_nothing_more_is_begun(out: Path) -> None:
+    assert command.worth(out, art=None, seeds=1, minutes=1e-9)["done_now"] == 0
+
+
+def test_parts_that_are_not_made_are_said(out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    judge = pictures.judge_folder(out)
+    judge.mkdir()
+    (judge / "figures.json").write_text(json.dumps({"single": 0.9, "both": 0.8, "three": 0.7}))
+    monkeypatch.setattr(
+        report,
+        "data_figures",
+        lambda *_: dict.fromkeys(("rows", "mean_clip_score", "wrong_pictures", "missing_things", "score_auc"), 0.5),
+    )
+    results, kept = tmp_path / "RESULTS.md", tmp_path / "worth.json"
+    made = report.write_worth(out, seeds=1, results=results, runs=kept)
+    wanted = {(setting, seed) for part in PARTS.values() for setting in part.settings for seed in setting.seeds(1)}
+    assert made == {"worth_runs": 0, "worth_missing": len(wanted)}
+    text = results.read_text()
+    assert text.count("not run") > 10 and "| fine | drawn | not made |" in text
+    assert json.loads(kept.read_text()) == []
+
+
+def test_a_noun_is_recognised_if_it_is_among_as_many_surest_as_the_picture_has(tmp_path: Path) -> None:
+    folder = pictures.judge_folder(tmp_path)
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save({"model": Classifier().state_dict()}, folder / "judge.pt")
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    order = np.argsort(-judge(folder, images).nouns, axis=1)
+    names = [[NOUNS[index].name for index in row] for row in order]
+    asked = [[names[0][0], names[0][1]], [names[1][0], names[1][30]]]
+    assert pictures.recognised(tmp_path, images, asked) == [asked[0], [names[1][0]]]
+    assert pictures.recognised(tmp_path, images, [[names[0][1]], [names[1][1]]]) == [[], []]
+
+
+def test_the_coarse_painter_draws_what_fits_its_captions_worse() -> None:
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(embedded.t2i_path())
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [caption for _, caption in corpus_scenes(random.Random(3), 16, FIRST)]
+    encoder = ClipEncoder("embedded", device="cpu", batch_size=16)
+    texts = encoder.encode_texts(prompts)
+    score = {}
+    for name, how in PAINTERS.items():
+        drawn = pipeline(
+            prompts, num_inference_steps=how.steps, guidance_scale=how.guidance_scale, height=how.side, width=how.side,
+            generator=[torch.Generator().manual_seed(number) for number in range(len(prompts))],
+        ).images  # fmt: skip
+        assert {picture.size for picture in drawn} == {(how.side, how.side)}
+        score[name] = float((encoder.encode_images(drawn).global_feature * texts).sum(axis=1).mean())
+    assert score["coarse"] < score["fine"] - 0.01
+
+
+def test_pictures_are_grouped_by_their_kinds_of_things() -> None:
+    found = by_kinds(np.array([[1.0, 2.0, 3.0]]), [["dog"], ["cat", "car"], ["bus"]])
+    assert {kinds: each.tolist() for kinds, each in found.items()} == {1: [[1.0, 3.0]], 2: [[2.0]]}
