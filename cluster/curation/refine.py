@@ -24,7 +24,7 @@ from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.view import ViewRows, claim, lineage_source, write_view
 from cluster.store.store import Store, open_store
 from cluster.weights.node_copy import local_name
-from pcm.clip.names import folder_revision, is_commit, refuse_place, resolve_clip_name
+from pcm.clip.names import folder_revision, is_commit, is_known, refuse_place, resolve_clip_name
 from pcm.errors import InputError
 from pcm.generation.names import TEXT_ONLY, UNDRAWN
 from pcm.spec import DIGEST, DatasetSpec, GeneratorSpec
@@ -141,8 +141,8 @@ def _generator(source: OpenDataset, request: RefineRequest) -> GeneratorSpec:
     version = source.manifest.spec.generator_version
     if (now := pin_t2i(request.t2i, pinned, version=version)) != spec.revision:
         raise InputError(
-            f"--t2i {request.t2i}: is {now}, but {request.data} was drawn by {spec.model} at {spec.revision}; give "
-            "that one"
+            f"--t2i {request.t2i}: is {now or 'no model'}, but {request.data} was drawn by {spec.model} at "
+            f"{spec.revision}; give that one"
         )
     return dataclasses.replace(spec, model=request.t2i)
 
@@ -201,6 +201,9 @@ def _clip(source: OpenDataset, given: str | None, data: str, option: str) -> str
     if given is None:
         refuse_place(spec.model, source=source.store.root, option=option)
         return spec.model
+    own, asked = (name.replace("-quickgelu/", "/") for name in (spec.model, given))  # the same weights
+    if own != asked and is_known(spec.model) and is_known(given):
+        raise InputError(f"--{option} {given}: {data} was made with {spec.model}; give that, or leave the option out")
     architecture, pretrained = resolve_clip_name(local_name(given))
     place = Path(pretrained or architecture.removeprefix("local-dir:"))
     if spec.revision.startswith(DIGEST) and place.exists() and (now := folder_revision(place)) != spec.revision:

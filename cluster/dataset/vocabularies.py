@@ -216,7 +216,17 @@ def clip_head_bytes(encoder: "ClipEncoder", model: str) -> bytes:
 
     logits = {name: repr(value) for name, value in encoder.logits.items()}
     metadata = {_FEATURES_FIELD: json.dumps(vars(encoder.features)), "clip": model, **logits}
-    return safetensors.torch.save(encoder.head(), metadata)
+    return _metadata_in_order(safetensors.torch.save(encoder.head(), metadata))
+
+
+def _metadata_in_order(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library writes them in another order in each process."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def clip_resources(spec: ClipSpec, node_label: tuple[str, str] | None = None) -> dict:

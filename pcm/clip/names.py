@@ -43,14 +43,17 @@ def refuse_place(name: str, *, source: str, option: str = "clip") -> None:
     `option` is the one by which it is named. Whoever made the file could name any. "embedded", "null" and
     open_clip's own tags are allowed: they are known here.
     """
-    if name in ("embedded", "null"):
-        return
-    architecture, _, pretrained = name.partition("/")
-    if pretrained not in _open_clip().list_pretrained_tags_by_model(architecture):
+    if not is_known(name):
         raise InputError(
             f"{source}: names the CLIP {name!r}, a folder, file or hub repo, which is opened only where you name it "
             f"too; if you trust it, give --{option} {name} ({option.replace('-', '_')}= in Python)"
         )
+
+
+def is_known(name: str) -> bool:
+    """Whether a NAME stands for the same weights everywhere: not for a folder, a file or a hub repo."""
+    architecture, _, pretrained = name.partition("/")
+    return name in ("embedded", "null") or pretrained in _open_clip().list_pretrained_tags_by_model(architecture)
 
 
 def activation_of(architecture: str, pretrained: str | None) -> str | None:

@@ -124,6 +124,18 @@ def test_data_without_features_or_pictures_is_refused(
     assert ended.returncode == 2 and "not a dataset" in ended.stderr
 
 
+def test_another_clip_than_the_datasets_is_refused(dataset: Path, tmp_path: Path, call_job: CALL, no_ray: None) -> None:
+    """Of names that stand for the same weights everywhere."""
+    values = json.loads((dataset / MANIFEST_KEY).read_bytes())
+    values["spec"]["clip"]["model"] = "ViT-B-32/openai"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / MANIFEST_KEY).write_text(json.dumps(values))
+    arguments = ("--data", tmp_path / "data", "--out", tmp_path / "out", "--method", "sync", "--sentences", "clip")
+    ended = call_job("refine", *arguments, "--clip", "ViT-L-14/openai")
+    assert ended.returncode == 2 and "was made with ViT-B-32/openai; give that, or leave the option out" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_clip_that_the_dataset_alone_names_is_not_opened(
     dataset: Path, tmp_path: Path, tiny_clip: Path, call_job: CALL, no_ray: None
 ) -> None:
