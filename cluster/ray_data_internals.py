@@ -26,9 +26,10 @@ def row_by_row(table: pa.Table) -> ray.data.Dataset:
         part = table.slice(start, ROWS_AN_OBJECT).combine_chunks()
         put: Any = ray.put(part)
         whole = (BlockEntry(put, BlockAccessor.for_block(part).get_metadata()),)
+        schema = part.schema  # Ray compares bundles by this very object
         for row in range(part.num_rows):
             one = (BlockSlice(row, row + 1),)
-            bundles.append(RefBundle(whole, schema=part.schema, owns_blocks=False, slices=one))
+            bundles.append(RefBundle(whole, schema=schema, owns_blocks=False, slices=one))
     context = ray.data.DataContext.get_current().copy()
     plan = LogicalPlan(InputData(input_data=bundles), context)
     return ray.data.Dataset(plan, context, DatasetStats(metadata={}, parent=None))

@@ -92,13 +92,21 @@ class Host:
 
         Ray is started here again at once, as by a service manager.
         """
+        wait_until(lambda: self._raylets(), seconds=300, said=f"no raylet on {self.name}")
+        (raylet,) = self._raylets()
+        raylet.terminate()
+        raylet.wait(timeout=120)
+
+    def _raylets(self) -> list[psutil.Process]:
         assert self.first is not None
         (inside,) = psutil.Process(self.first.pid).children()
-        here = os.stat(f"/proc/{inside.pid}/ns/pid")
-        mine = psutil.Process().children(recursive=True)
-        (raylet,) = [each for each in mine if _is_raylet(each) and os.stat(f"/proc/{each.pid}/ns/pid") == here]
-        raylet.terminate()
-        raylet.wait(timeout=60)
+        here = os.readlink(f"/proc/{inside.pid}/ns/pid")
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, OSError):
+                if process.name() == "raylet" and os.readlink(f"/proc/{process.pid}/ns/pid") == here:
+                    found.append(process)
+        return found
 
     def lose(self) -> None:
         """kill -9 of all that runs here."""
@@ -174,12 +182,6 @@ def several_hosts(count: int) -> Iterator[Hosts]:
             host.lose()
             subprocess.run(["ip", "netns", "del", host.name], capture_output=True, check=False)
         _run("ip", "link", "del", bridge)
-
-
-def _is_raylet(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.name() == "raylet"
-    return False
 
 
 def wait_until(condition, *, seconds: float, said: str) -> None:  # type: ignore[no-untyped-def]
