@@ -25,7 +25,6 @@ from cluster.dataset.layout import (
     CONCEPTS_KEY,
     DATASET,
     LINEAGE_KEY,
-    MANIFEST_KEY,
     VIEW,
     VIEW_VERSION,
     VOCABULARY_KEY,
@@ -35,6 +34,7 @@ from cluster.dataset.layout import (
     read_table,
     rows_key,
     shard_key,
+    store_manifest,
 )
 from cluster.dataset.lineage import Lineage, LineageSource, PictureStore
 from cluster.dataset.opened import OpenDataset
@@ -136,7 +136,7 @@ def write_view(
     manifest = _manifest(sources, placed, shards, lineage)
     if materialise:
         manifest = replace(manifest, kind=DATASET, pictures=(), schema_version=SCHEMA_VERSION)
-    out.write_bytes(MANIFEST_KEY, manifest.to_json())
+    store_manifest(out, manifest)
     return manifest
 
 
