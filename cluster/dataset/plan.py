@@ -58,7 +58,7 @@ MAX_RECORDS = 10**9
 
 _RECORDS_AT_ONCE = 4096
 #: Samples that are planned in one go (whole shards, so they may be more), such goes at once, and writers of each.
-_SAMPLES_A_CHUNK, _CHUNKS_AT_ONCE, _WRITERS = 2048, 2, 8
+_SAMPLES_A_CHUNK, _CHUNKS_AT_ONCE, _WRITERS = 8192, 2, 8
 
 
 def sample_id(record_index: int, image_index: int) -> str:
