@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.dataset.committed import GROUP
-from cluster.dataset.layout import MANIFEST_KEY, Manifest, load_manifest, shard_key
+from cluster.dataset.layout import Manifest, load_manifest, shard_key, store_manifest
 from cluster.dataset.row_index import store_row_index
 from cluster.store.store import open_store
 from cluster.training.data.batches import BatchShape
@@ -53,7 +53,7 @@ def write_synthetic(folder: Path, *, rows: int, shard_rows: int) -> None:
         quarantined_by_reason={}, clip_score_mean=0.25, shard_bytes=0, shards=entries,
     )  # fmt: skip
     store = open_store(folder)
-    store.write_bytes(MANIFEST_KEY, manifest.to_json())
+    store_manifest(store, manifest)
     shards, random = manifest.stored_shards, np.random.default_rng(0)
     for group, start in enumerate(range(0, len(shards), GROUP)):
         each = shards[start : start + GROUP]

@@ -1,16 +1,24 @@
-"""Where a dataset's objects lie on the store, and its two documents: plan.json (first) and dataset.json (last)."""
+"""Where a dataset's objects lie on the store, and its two documents: plan.json (first) and dataset.json (last).
+
+Of more than MOST_LISTED shards dataset.json does not hold the list: it names parts of it, `manifest/DIGEST.parquet`, by
+their content. They are written before it, and are never changed.
+"""
 
 import contextlib
+import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from typing import overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.dataset.beside import check_way, located
 from cluster.dataset.lineage import Lineage, PictureStore
+from cluster.dataset.shard_entries import ShardEntries
 from cluster.store.store import Store
 from pcm.documents import document_bytes
 from pcm.errors import InputError, one_line
@@ -34,6 +42,12 @@ NOUNS_KEY = "nouns.json"  # where a spaCy model finds the nouns: which
 DATASET, VIEW = "dataset", "view"
 #: The schema version in dataset.json of a view, whose rows are of version 3: releases that know no views refuse it.
 VIEW_VERSION = 4
+
+#: The schema version in a dataset.json that names parts: releases that know none refuse it. The dataset's own version
+#: stands beside the parts.
+PARTS_VERSION = 5
+#: Shards that dataset.json lists itself: 5 MB, a tenth of a second to read. Of more it names parts, of so many each.
+MOST_LISTED, SHARDS_A_PART = 20_000, 10_000
 
 #: In the stats of a shard that cluster.dataset.upgrade rewrote: the sha256 of the shard before.
 UPGRADED_FROM = "upgraded_from"
@@ -75,6 +89,11 @@ def group_key(group: int) -> str:
     return f"progress/group-{group:06d}.json"
 
 
+def manifest_part_key(digest: str) -> str:
+    """Of a part of the list of shards; `digest`: the sha256 of its bytes."""
+    return f"manifest/{digest}.parquet"
+
+
 def row_index_key(group: int) -> str:
     return f"progress/rows-{group:06d}.parquet"
 
@@ -106,6 +125,38 @@ class StoredShard:
         if weighted is not None and type(weighted) is not int:
             raise TypeError(f"a shard's weighted_rows is {weighted!r}")
         return StoredShard(**{name: entry[name] for name in kinds}, weighted_rows=weighted)
+
+
+class StoredShards(Sequence[StoredShard]):
+    """The shards of a list that is large, each made as it is asked for."""
+
+    def __init__(self, entries: ShardEntries, pictures: tuple[str, ...]) -> None:
+        self._entries, self._pictures = entries, pictures
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> StoredShard: ...
+    @overload
+    def __getitem__(self, index: slice) -> "StoredShards": ...
+    def __getitem__(self, index: int | slice) -> "StoredShard | StoredShards":
+        if isinstance(index, slice):
+            return StoredShards(self._entries[index], self._pictures)
+        return _with_pictures(self._entries[index], self._pictures)
+
+    def __iter__(self) -> Iterator[StoredShard]:
+        values = self._entries.values("key", "rows", "bytes", "sha256", "weighted_rows")
+        return (
+            StoredShard(
+                key, rows=rows, bytes=size, sha256=sha256.hex(), pictures=self._pictures, weighted_rows=weighted
+            )
+            for key, rows, size, sha256, weighted in values
+        )
+
+
+def _with_pictures(entry: dict, pictures: tuple[str, ...]) -> StoredShard:
+    return replace(StoredShard.of(entry), pictures=pictures)
 
 
 @dataclass(frozen=True)
@@ -222,7 +273,7 @@ class Manifest:
     quarantined_by_reason: dict[str, int]
     clip_score_mean: float | None
     shard_bytes: int  # of all shards
-    shards: tuple[dict, ...]  # {"key", "rows", "quarantined", "sha256", "bytes"} in shard order
+    shards: Sequence[dict]  # {"key", "rows", "quarantined", "sha256", "bytes"} in shard order
     schema_version: int = SCHEMA_VERSION
     kind: str = DATASET
     pictures: tuple[PictureStore, ...] = ()  # of a view: where its pictures are
@@ -237,24 +288,43 @@ class Manifest:
         return self.kind == VIEW
 
     @property
-    def stored_shards(self) -> tuple[StoredShard, ...]:
+    def stored_shards(self) -> Sequence[StoredShard]:
         places = tuple(store.path for store in self.pictures)
-        return tuple(replace(StoredShard.of(shard), pictures=places) for shard in self.shards)
+        if isinstance(self.shards, ShardEntries):
+            return StoredShards(self.shards, places)
+        return tuple(_with_pictures(shard, places) for shard in self.shards)
 
     def to_json(self) -> bytes:
-        values = {**asdict(self), "spec": self.spec.to_dict(), "features": asdict(self.features)}
+        """With the whole list of shards."""
+        return document_bytes({**self._without_shards(), "shards": list(self.shards)})
+
+    def to_json_with_parts(self, parts: Sequence[dict]) -> bytes:
+        """The document that names parts of the list: {"key", "sha256", "shards"} of each, in order."""
+        shards = {"schema_version": self.schema_version, "parts": list(parts)}
+        return document_bytes({**self._without_shards(), "schema_version": PARTS_VERSION, "shards": shards})
+
+    def _without_shards(self) -> dict:
+        spec, features = self.spec.to_dict(), asdict(self.features)
+        values = {**asdict(replace(self, shards=())), "spec": spec, "features": features}
         if self.lineage is None:
             for name in _OF_DERIVED:
                 del values[name]
         for name in _OF_ENVIRONMENT:
             if not values[name]:
                 del values[name]
-        return document_bytes(values)
+        return values
 
     @staticmethod
-    def from_json(data: bytes) -> "Manifest":
+    def from_json(data: bytes, read: Callable[[str], bytes] | None = None) -> "Manifest":
+        """`read`: the object at a key, for a document that names parts. Raises InputError for one that is damaged, or
+        whose parts are damaged or missing."""
         values = _document(data, MANIFEST_KEY)
+        if values["schema_version"] == PARTS_VERSION:
+            assert read is not None, "a document that is kept without a store names no parts"
+            values = _with_parts(values, read)
         with _intact(MANIFEST_KEY):
+            if not isinstance(values["shards"], ShardEntries):
+                values["shards"] = tuple(values["shards"])
             features = FeatureShape(**_known(FeatureShape, values["features"]))
             if "kind" not in values:  # no derived dataset: what else later work may mean by these names is passed over
                 values = {name: value for name, value in values.items() if name not in _OF_DERIVED}
@@ -263,7 +333,6 @@ class Manifest:
                     **_known(Manifest, values),
                     "spec": DatasetSpec.from_dict(values["spec"]),
                     "features": features,
-                    "shards": tuple(values["shards"]),
                     "versions": dict(values.get("versions", {})),
                     "environments": tuple(map(dict, values.get("environments", ()))),
                     "pictures": tuple(
@@ -280,12 +349,47 @@ class Manifest:
                 check_way(each.beside)
             _check_numbers(found, "expected", "stored", "quarantined", "shard_bytes")
             _check_numbers(features, *asdict(features))
-            for shard in found.shards:
+            for shard in found.shards if isinstance(found.shards, tuple) else ():
                 StoredShard.of(shard)
                 if type(shard["quarantined"]) is not int:
                     raise TypeError(f"quarantined of {shard['key']} is {shard['quarantined']!r}")
             return found
 
+
+def _with_parts(values: dict, read: Callable[[str], bytes]) -> dict:
+    """The document with the list of shards in place of the parts that it names, and with the dataset's own version.
+
+    Raises InputError, which names a part that is missing or damaged.
+    """
+
+    def found(part: dict) -> bytes | None:
+        try:
+            return read(part["key"])
+        except FileNotFoundError:
+            return None
+
+    with _intact(MANIFEST_KEY):
+        parts, version = list(values["shards"]["parts"]), values["shards"]["schema_version"]
+        if version not in (*READABLE_VERSIONS, VIEW_VERSION):
+            raise ValueError(f"schema_version of its shards is {version!r}")
+        for part in parts:
+            if part["key"] != manifest_part_key(part["sha256"]):
+                raise ValueError(f"{part['key']!r} is no part")
+    with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
+        objects = list(pool.map(found, parts))
+    with _intact(MANIFEST_KEY):
+        for part, data in zip(parts, objects, strict=True):
+            if data is None:
+                raise ValueError(f"{part['key']}: missing")
+            if hashlib.sha256(data).hexdigest() != part["sha256"]:
+                raise ValueError(f"{part['key']}: damaged: its sha256 is another")
+        entries = ShardEntries.of_parts(data for data in objects if data is not None)
+        if len(entries) != sum(part["shards"] for part in parts):
+            raise ValueError(f"its parts list {len(entries)} shards")
+    return {**values, "schema_version": version, "shards": entries}
+
+
+_PARTS_AT_ONCE = 8
 
 #: Fields of dataset.json that datasets of earlier releases lack.
 _OF_ENVIRONMENT = ("versions", "environments")
@@ -306,7 +410,7 @@ def find_manifest(store: Store) -> Manifest | None:
     A view's names the datasets of its pictures where they are now (cluster.dataset.beside).
     """
     try:
-        found = Manifest.from_json(store.read_bytes(MANIFEST_KEY))
+        found = Manifest.from_json(store.read_bytes(MANIFEST_KEY), store.read_bytes)
     except FileNotFoundError:
         return None
     pictures = tuple(located(store, each, documents=(MANIFEST_KEY, PLAN_KEY)) for each in found.pictures)
@@ -315,6 +419,25 @@ def find_manifest(store: Store) -> Manifest | None:
     with _intact(MANIFEST_KEY):
         places = {old.path: new.path for old, new in zip(found.pictures, pictures, strict=True)}
         return replace(found, pictures=pictures, lineage=found.lineage.moved(places) if found.lineage else None)
+
+
+def store_manifest(store: Store, manifest: Manifest) -> None:
+    """Put dataset.json there, which makes the dataset complete; first the parts of its list where that is long.
+
+    Parts that an older dataset.json of this place named stay: a reader may be at work with it.
+    """
+    if len(manifest.shards) <= MOST_LISTED:
+        store.write_bytes(MANIFEST_KEY, manifest.to_json())
+        return
+    entries = ShardEntries.of(manifest.shards)
+    parts = []
+    for start in range(0, len(entries), SHARDS_A_PART):
+        data = entries.part(start, SHARDS_A_PART)
+        digest = hashlib.sha256(data).hexdigest()
+        key = manifest_part_key(digest)
+        store.write_bytes(key, data)
+        parts.append({"key": key, "sha256": digest, "shards": len(entries[start : start + SHARDS_A_PART])})
+    store.write_bytes(MANIFEST_KEY, manifest.to_json_with_parts(parts))
 
 
 def load_manifest(store: Store) -> Manifest:
@@ -378,7 +501,8 @@ def _document(data: bytes, key: str) -> dict:
         if type(version) is not int:
             raise ValueError(f"schema_version is {version!r}")
     is_view = (key, version, values.get("kind")) == (MANIFEST_KEY, VIEW_VERSION, VIEW)
-    if version not in READABLE_VERSIONS and not is_view:
+    has_parts = (key, version) == (MANIFEST_KEY, PARTS_VERSION)
+    if version not in READABLE_VERSIONS and not is_view and not has_parts:
         readable = " and ".join(map(str, READABLE_VERSIONS))
         raise OtherSchema(
             f"{key}: dataset schema version {version}, but this package reads versions {readable}; "
@@ -413,6 +537,6 @@ def _intact(key: str) -> Iterator[None]:
     """What goes wrong in reading a document is that it is damaged. Raises InputError."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, pa.ArrowException) as error:
         said = one_line(error, longest=200)
         raise InputError(f"{key}: damaged ({said}); {_MENDED[key]}, or generate into another --out") from None

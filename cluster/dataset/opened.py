@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class OpenDataset:
     is_unfinished: bool = False
 
     @property
-    def shards(self) -> tuple[StoredShard, ...]:
+    def shards(self) -> Sequence[StoredShard]:
         return self.manifest.stored_shards
 
     @property

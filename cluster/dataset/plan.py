@@ -17,11 +17,11 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from json.encoder import encode_basestring_ascii as json_string
 
 import pyarrow as pa
@@ -39,11 +39,13 @@ from cluster.dataset.layout import (
     parquet_bytes,
     plan_part_key,
 )
+from cluster.shard_work import AUTO, MANY_SAMPLES, PROCESS, shard_work
 from cluster.sources.corpus import CorpusRecord
 from cluster.store.store import Store
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError
 from pcm.generation.seeds import sample_seeds
+from pcm.line_timer import LineTimer
 from pcm.reasons import PROMPT_TRUNCATED, USABLE
 from pcm.records import PLAN_SCHEMA, SCHEMA_VERSION
 from pcm.spec import DatasetSpec
@@ -55,7 +57,8 @@ MAX_SHARDS = 10**6
 MAX_RECORDS = 10**9
 
 _RECORDS_AT_ONCE = 4096
-_WRITERS = 8
+#: Samples that are planned in one go (whole shards, so they may be more), such goes at once, and writers of each.
+_SAMPLES_A_CHUNK, _CHUNKS_AT_ONCE, _WRITERS = 8192, 2, 8
 
 
 def sample_id(record_index: int, image_index: int) -> str:
@@ -80,11 +83,14 @@ def make_plan(
     shard_size: int,
     is_truncated: Callable[[str], bool],
     source: CorpusSource | None = None,
+    run_on: str = PROCESS,
 ) -> Plan:
     """Write the plan of a dataset; where there is one, check that it is the same, or append what the corpus grew by.
 
     `is_truncated(prompt)` says whether the model will cut the prompt. With the `source` that the stored plan was made
-    from, `records` are not read at all: the same bytes read in the same way are the same captions.
+    from, `records` are not read at all: the same bytes read in the same way are the same captions. `run_on`: one of
+    cluster.shard_work.RUN_ON; on Ray the captions are read here, and the parts made and written by tasks, to which
+    `is_truncated` travels. The plan is the same.
 
     Raises InputError when the corpus has no usable caption, or when another spec, corpus or shard size was begun at
     this place.
@@ -106,19 +112,28 @@ def make_plan(
         _refuse_other_corpus(store, planned, records, corpus, fingerprint)
     first_record, first_shard = (planned.records, planned.num_shards) if planned else (0, 0)
     parts = _parts_folder(spec, shard_size, planned, source)
-    written = _PartWriter(store, parts, first_shard, held_back=planned is None)
-    with written:
-        for table in plan_parts(records, spec, shard_size, is_truncated, first_record, fingerprint):
-            written.add(table)
-    if planned is not None and not written.samples:
+    head = list(itertools.islice(records, MANY_SAMPLES // spec.images_per_caption + 1 if run_on == AUTO else 0))
+    work = shard_work(run_on, samples=len(head) * spec.images_per_caption, places=[], threads=_CHUNKS_AT_ONCE)
+    chunks = _Chunks(itertools.chain(head, records), spec, shard_size, first_record, first_shard)
+    writer = _PartWriter(store, parts, spec, shard_size, is_truncated)
+    num_parts = new_samples = new_usable = 0
+    timer = LineTimer()
+    for written in work.in_order(writer, chunks.after_usable() if planned is None else chunks):
+        fingerprint.update(written.lines)
+        num_parts += written.parts
+        new_samples += written.samples
+        new_usable += written.usable
+        if timer.due():
+            log.info("%d samples planned, %.0f samples/s", new_samples, new_samples / timer.elapsed)
+    if planned is not None and not num_parts:
         return planned
-    usable = written.usable + (planned.usable if planned else 0)
-    counted = first_record + written.samples // spec.images_per_caption
+    usable = new_usable + (planned.usable if planned else 0)
+    counted = chunks.next_record
     if not usable:
         raise InputError(
             f"corpus {corpus}: no usable caption among {counted} records; check the file, --corpus-format and --split"
         )
-    segment = Segment(first_record, counted - first_record, first_shard, written.parts, fingerprint.hexdigest(), parts)
+    segment = Segment(first_record, counted - first_record, first_shard, num_parts, fingerprint.hexdigest(), parts)
     plan = Plan(
         spec=spec,
         corpus=corpus,
@@ -145,6 +160,66 @@ def corpus_lines(corpus_ids: Iterable[str], captions: Iterable[str], reasons: It
     ).encode()
 
 
+@dataclass(frozen=True)
+class _Captions:
+    """Captions that follow one another, the first of them number `first_record`, in columns: light to send."""
+
+    first_record: int
+    first_shard: int
+    corpus_ids: list[str]
+    captions: list[str]
+    reasons: list[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def lines(self) -> bytes:
+        return corpus_lines(self.corpus_ids, self.captions, self.reasons)
+
+
+class _Chunks:
+    """Records in chunks of whole shards, but for the last. `next_record`: after those that were read."""
+
+    def __init__(
+        self, records: Iterator[CorpusRecord], spec: DatasetSpec, shard_size: int, first_record: int, first_shard: int
+    ) -> None:
+        self._records = records
+        samples = math.lcm(shard_size, spec.images_per_caption)
+        samples *= max(1, _SAMPLES_A_CHUNK // samples)
+        self._captions, self._shards = samples // spec.images_per_caption, samples // shard_size
+        self.next_record, self._next_shard = first_record, first_shard
+
+    def __iter__(self) -> Iterator[_Captions]:
+        while chunk := list(itertools.islice(self._records, self._captions)):
+            if self.next_record + len(chunk) > MAX_RECORDS:
+                raise InputError(
+                    f"corpus: more than {MAX_RECORDS} records; sample ids have nine digits, so split the corpus"
+                )
+            shards = -(-len(chunk) * self._shards // self._captions)
+            if self._next_shard + shards > MAX_SHARDS:
+                raise InputError(f"more than {MAX_SHARDS} shards: give a larger --shard-size, so that there are fewer")
+            made = _Captions(
+                self.next_record,
+                self._next_shard,
+                [record.corpus_id for record in chunk],
+                [record.caption for record in chunk],
+                [record.reason for record in chunk],
+            )
+            self.next_record += len(chunk)
+            self._next_shard += shards
+            yield made
+
+    def after_usable(self) -> Iterator[_Captions]:
+        """The same, held back until one has a usable caption: a corpus without any leaves nothing behind."""
+        held: list[_Captions] = []
+        chunks = iter(self)
+        for chunk in chunks:
+            held.append(chunk)
+            if any(reason in USABLE for reason in chunk.reasons):
+                yield from held
+                yield from chunks
+
+
 def plan_parts(
     records: Iterator[CorpusRecord],
     spec: DatasetSpec,
@@ -154,89 +229,65 @@ def plan_parts(
     fingerprint: "hashlib._Hash",
 ) -> Iterator[pa.Table]:
     """The plan parts of a segment, in order, of `shard_size` samples but for the last. `fingerprint` is updated."""
-    pending: list[pa.Table] = []
-    rows = 0
-    while chunk := list(itertools.islice(records, _RECORDS_AT_ONCE)):
-        fingerprint.update(_lines(chunk))
-        pending.append(_samples(chunk, first_record, spec, is_truncated))
-        rows += len(pending[-1])
-        first_record += len(chunk)
-        if rows >= shard_size:
-            table = pa.concat_tables(pending)
-            whole = rows - rows % shard_size
-            for start in range(0, whole, shard_size):
-                yield table.slice(start, shard_size).combine_chunks()
-            pending, rows = [table.slice(whole)], rows - whole
-    if rows:
-        yield pa.concat_tables(pending).combine_chunks()
+    for captions in _Chunks(records, spec, shard_size, first_record, 0):
+        fingerprint.update(captions.lines())
+        yield from _parts(captions, spec, shard_size, is_truncated)
 
 
-def _samples(
-    records: list[CorpusRecord], first_record: int, spec: DatasetSpec, is_truncated: Callable[[str], bool]
-) -> pa.Table:
-    if first_record + len(records) > MAX_RECORDS:
-        raise InputError(f"corpus: more than {MAX_RECORDS} records; sample ids have nine digits, so split the corpus")
+def _parts(
+    captions: _Captions, spec: DatasetSpec, shard_size: int, is_truncated: Callable[[str], bool]
+) -> Iterator[pa.Table]:
+    table = _samples(captions, spec, is_truncated)
+    for start in range(0, len(table), shard_size):
+        yield table.slice(start, shard_size).combine_chunks()
+
+
+def _samples(captions: _Captions, spec: DatasetSpec, is_truncated: Callable[[str], bool]) -> pa.Table:
     images = range(spec.images_per_caption)
-    repeated = [record for record in records for _ in images]
-    indices = range(first_record, first_record + len(records))
+    indices = range(captions.first_record, captions.first_record + len(captions))
     reasons = [
-        PROMPT_TRUNCATED if not record.reason and is_truncated(spec.generator.prompt(record.caption)) else record.reason
-        for record in records
+        PROMPT_TRUNCATED if not reason and is_truncated(spec.generator.prompt(caption)) else reason
+        for caption, reason in zip(captions.captions, captions.reasons, strict=True)
     ]
     columns = {
         "sample_id": [sample_id(index, image) for index in indices for image in images],
         "record_index": [index for index in indices for _ in images],
-        "image_index": [*images] * len(records),
-        "corpus_id": [record.corpus_id for record in repeated],
-        "caption": [record.caption for record in repeated],
-        "seed": sample_seeds(spec, [record.corpus_id for record in records]),
+        "image_index": [*images] * len(captions),
+        "corpus_id": [corpus_id for corpus_id in captions.corpus_ids for _ in images],
+        "caption": [caption for caption in captions.captions for _ in images],
+        "seed": sample_seeds(spec, captions.corpus_ids),
         "reason": [reason for reason in reasons for _ in images],
     }
     return pa.table(columns, schema=PLAN_SCHEMA)
 
 
+@dataclass(frozen=True)
+class _Written:
+    """lines: of the corpus fingerprint. usable: of the samples."""
+
+    lines: bytes
+    parts: int
+    samples: int
+    usable: int
+
+
+@dataclass(frozen=True)
 class _PartWriter:
-    """Writes plan parts, several at a time; `held_back`: nothing before the first usable sample, for a corpus without
-    one leaves nothing behind."""
+    """Writes the plan parts of some captions, several at a time."""
 
-    def __init__(self, store: Store, folder: str, first_shard: int, *, held_back: bool) -> None:
-        self._store = store
-        self._folder = folder
-        self._first_shard = first_shard
-        self._held: list[tuple[int, pa.Table]] | None = [] if held_back else None
-        self._pool = ThreadPoolExecutor(_WRITERS)
-        self._writing: deque[Future] = deque()
-        self.parts = self.samples = self.usable = 0
+    store: Store
+    folder: str
+    spec: DatasetSpec
+    shard_size: int
+    is_truncated: Callable[[str], bool]
 
-    def add(self, table: pa.Table) -> None:
-        shard = self._first_shard + self.parts
-        if shard >= MAX_SHARDS:
-            raise InputError(f"more than {MAX_SHARDS} shards: give a larger --shard-size, so that there are fewer")
-        self.parts += 1
-        self.samples += len(table)
-        self.usable += sum(reason in USABLE for reason in table["reason"].to_pylist())
-        if self._held is None:
-            self._write(shard, table)
-            return
-        self._held.append((shard, table))
-        if self.usable:
-            held, self._held = self._held, None
-            for number, part in held:
-                self._write(number, part)
-
-    def _write(self, shard: int, table: pa.Table) -> None:
-        if len(self._writing) >= 2 * _WRITERS:
-            self._writing.popleft().result()
-        key = plan_part_key(self._folder, shard)
-        self._writing.append(self._pool.submit(write_plan_part, self._store, key, table))
-
-    def __enter__(self) -> "_PartWriter":
-        return self
-
-    def __exit__(self, *failed: object) -> None:
-        with self._pool:
-            while self._writing:
-                self._writing.popleft().result()
+    def __call__(self, captions: _Captions) -> _Written:
+        tables = list(_parts(captions, self.spec, self.shard_size, self.is_truncated))
+        keys = [plan_part_key(self.folder, captions.first_shard + number) for number in range(len(tables))]
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            list(pool.map(lambda key, table: write_plan_part(self.store, key, table), keys, tables))
+        usable = sum(reason in USABLE for table in tables for reason in table["reason"].to_pylist())
+        return _Written(captions.lines(), len(tables), sum(map(len, tables)), usable)
 
 
 def write_plan_part(store: Store, key: str, table: pa.Table) -> None:

@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 
 from cluster.dataset.committed import committed, load_stats
 from cluster.dataset.layout import (
-    MANIFEST_KEY,
     PLAN_KEY,
     UPGRADED_FROM,
     Manifest,
@@ -33,6 +32,7 @@ from cluster.dataset.layout import (
     parquet_bytes,
     shard_key,
     stats_key,
+    store_manifest,
 )
 from cluster.dataset.shard_check import UNREADABLE
 from cluster.dataset.verify import refuse_derived
@@ -72,7 +72,7 @@ def upgrade(store: Store) -> dict:
             "run jobs.verify DATASET --repair, then --upgrade again"
         )
     if manifest and manifest.schema_version < SCHEMA_VERSION:
-        store.write_bytes(MANIFEST_KEY, _upgraded(store, manifest).to_json())
+        store_manifest(store, _upgraded(store, manifest))
     return {"schema_version": SCHEMA_VERSION, "upgraded": outcomes.count(True)}
 
 

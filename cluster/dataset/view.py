@@ -26,7 +26,6 @@ from cluster.dataset.layout import (
     CONCEPTS_KEY,
     DATASET,
     LINEAGE_KEY,
-    MANIFEST_KEY,
     VIEW,
     VIEW_VERSION,
     VOCABULARY_KEY,
@@ -36,6 +35,7 @@ from cluster.dataset.layout import (
     read_table,
     rows_key,
     shard_key,
+    store_manifest,
 )
 from cluster.dataset.lineage import Lineage, LineageSource, PictureStore
 from cluster.dataset.opened import OpenDataset
@@ -138,7 +138,7 @@ def write_view(
     manifest = _manifest(out, sources, placed, shards, lineage)
     if materialise:
         manifest = replace(manifest, kind=DATASET, pictures=(), schema_version=SCHEMA_VERSION)
-    out.write_bytes(MANIFEST_KEY, manifest.to_json())
+    store_manifest(out, manifest)
     return manifest
 
 

@@ -1,9 +1,11 @@
 """The words and concepts of a dataset, built from its planned captions and stored beside its shards."""
 
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,22 +19,25 @@ from cluster.dataset.layout import (
     CONCEPTS_KEY,
     GIVEN_CONCEPTS_KEY,
     NOUNS_KEY,
+    PLAN_KEY,
     VOCABULARIES_KEY,
     VOCABULARY_KEY,
     Plan,
     read_table,
 )
 from cluster.session import user_error
+from cluster.shard_work import AUTO, MANY_SAMPLES, PROCESS, shard_work
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
 from cluster.weights.node_copy import local_clip
 from pcm.documents import document_bytes
 from pcm.errors import InputError
+from pcm.line_timer import LineTimer
 from pcm.reasons import USABLE
 from pcm.records import NULL_FEATURES, FeatureShape
 from pcm.spec import ClipSpec
-from pcm.text.concepts import LEXICON_NOUNS, ConceptVocabulary, noun_finder
-from pcm.text.vocabulary import Vocabulary
+from pcm.text.concepts import LEXICON_NOUNS, ConceptVocabulary, count_nouns, embed, frequent_nouns, noun_finder
+from pcm.text.vocabulary import Vocabulary, count_words
 
 if TYPE_CHECKING:
     from pcm.clip.encoder import ClipEncoder
@@ -46,12 +51,16 @@ SMALL_CORPUS = 10_000  # captions; below it every word counts
 CONCEPTS = 400  # the corpus's most frequent nouns; the published runs all read one file of 446, see --concepts
 _FEATURES_FIELD = "features"
 
+#: Plan parts that are counted in one go, and read at once.
+_PARTS_AT_ONCE, _READERS = 32, 8
+
 
 def store_vocabularies(
     store: Store,
     plan: Plan,
     *,
     encoder: "ClipEncoder | None" = None,
+    words: "CorpusWords | None" = None,
     node_label: tuple[str, str] | None = None,
 ) -> FeatureShape:
     """Make sure that vocabulary, concepts and CLIP head are on the store; the shape of the dataset's features.
@@ -59,19 +68,20 @@ def store_vocabularies(
     Done before generation, so that training can start while pictures are still being made. When the corpus has grown
     they are built again; `vocabularies.json`, written last, says of which captions they are. With `encoder`, the
     plan's CLIP, everything is done in this process; else a Ray task loads it, on a node with `node_label`. A run that
-    draws has no such task: its first generator does this on the device that it has.
+    draws has no such task: its first generator does this on the device that it has. `words`: those that were counted
+    before.
     """
-    min_count = MIN_WORD_COUNT if plan.records >= SMALL_CORPUS else 1
+    min_count = _min_count(plan)
     if not vocabularies_stored(store, plan):
-        vocabulary = Vocabulary.build(planned_captions(store, plan), min_count=min_count)
-        store.write_bytes(VOCABULARY_KEY, vocabulary.to_text().encode())
-        log.info("vocabulary: %d words with at least %d occurrences", len(vocabulary), min_count)
+        words = words or count_corpus_words(store, plan, run_on=AUTO if encoder is None else PROCESS)
+        store.write_bytes(VOCABULARY_KEY, words.vocabulary.to_text().encode())
+        log.info("vocabulary: %d words with at least %d occurrences", len(words.vocabulary), min_count)
         if encoder is not None:
-            _store_clip_files(store, plan, min_count, encoder)
+            _store_clip_files(store, plan, words, encoder)
         elif plan.spec.clip.model != "null":
             try:
                 task: Any = _load_and_store_clip_files.options(**clip_resources(plan.spec.clip, node_label))
-                ray.get(task.remote(store, plan, min_count))
+                ray.get(task.remote(store, plan, words))
             except ray.exceptions.RayError as error:
                 raise user_error(error) or error from None
         document = json.dumps({"corpus_fingerprint": plan.corpus_fingerprint, "min_count": min_count})
@@ -83,15 +93,88 @@ def store_vocabularies(
 class ConceptsOfShard:
     """`store_vocabularies` as work of whoever scores one shard, because CLIP is loaded there anyway.
 
-    The shard is one that the store lacks: a dataset whose shards are all there has its vocabularies.
+    The shard is one that the store lacks: a dataset whose shards are all there has its vocabularies. words: of a large
+    corpus, where many have counted them before.
     """
 
     dataset: Store
     plan: Plan
     shard: int
+    words: "CorpusWords | None" = None
+
+    @staticmethod
+    def of(dataset: Store, plan: Plan, shard: int) -> "ConceptsOfShard | None":
+        """None where the vocabularies are there. Counts the words on Ray if they are many, before pools take its CPUs.
+        Raises InputError as `count_corpus_words` does."""
+        if vocabularies_stored(dataset, plan):
+            return None
+        words = count_corpus_words(dataset, plan, run_on=AUTO) if plan.expected >= MANY_SAMPLES else None
+        return ConceptsOfShard(dataset, plan, shard, words)
 
     def store(self, encoder: "ClipEncoder") -> None:
-        store_vocabularies(self.dataset, self.plan, encoder=encoder)
+        store_vocabularies(self.dataset, self.plan, encoder=encoder, words=self.words)
+
+
+@dataclass(frozen=True)
+class CorpusWords:
+    """What the captions of a plan say.
+
+    nouns: of the concepts, most frequent first, and what found them; none where the dataset needs none.
+    """
+
+    vocabulary: Vocabulary
+    nouns: tuple[str, ...]
+    noun_source: str
+
+
+def count_corpus_words(store: Store, plan: Plan, *, run_on: str) -> CorpusWords:
+    """Count words and nouns of the planned captions; `run_on`: one of cluster.shard_work.RUN_ON, to the same result.
+
+    Raises InputError where no word is frequent enough.
+    """
+    needs_nouns = plan.spec.clip.model != "null" and not store.exists(GIVEN_CONCEPTS_KEY)
+    finder = (stored_nouns(store) or LEXICON_NOUNS) if needs_nouns else None
+    work = shard_work(run_on, samples=plan.expected, places=[(store, PLAN_KEY)], threads=_READERS)
+    timer = LineTimer()
+    words: Counter[str] = Counter()
+    nouns: Counter[str] = Counter()
+    every = range(plan.num_shards)
+    parts = [every[start : start + _PARTS_AT_ONCE] for start in every[::_PARTS_AT_ONCE]]
+    for done, (some_words, some_nouns) in enumerate(work.in_order(_WordCounter(store, plan, finder), parts), start=1):
+        words.update(some_words)
+        nouns.update(some_nouns)
+        if timer.due():
+            left = (len(parts) - done) * timer.elapsed / done
+            log.info("words of %d of %d plan parts counted, %.0f s left", parts[done - 1].stop, plan.num_shards, left)
+    return CorpusWords(
+        Vocabulary.of_counts(words, min_count=_min_count(plan)),
+        # A corpus of few nouns can be generated all the same; training says so when it needs more of them.
+        frequent_nouns(nouns, CONCEPTS, min_count=_min_count(plan)),
+        noun_finder(finder)[0] if finder else "",
+    )
+
+
+@dataclass(frozen=True)
+class _WordCounter:
+    """Called with shards: how often each word, and each noun, occurs in their captions."""
+
+    dataset: Store
+    plan: Plan
+    finder: str | None
+
+    def __call__(self, shards: Sequence[int]) -> tuple[Counter[str], Counter[str]]:
+        captions = [caption for shard in shards for caption in part_captions(self.dataset, self.plan, shard)]
+        nouns = count_nouns(captions, _finder(self.finder)) if self.finder else Counter()
+        return count_words(captions), nouns
+
+
+@functools.cache
+def _finder(nouns: str) -> Callable[[Iterable[str]], Iterable[str]]:
+    return noun_finder(nouns)[1]
+
+
+def _min_count(plan: Plan) -> int:
+    return MIN_WORD_COUNT if plan.records >= SMALL_CORPUS else 1
 
 
 def store_given_concepts(store: Store, concepts: ConceptVocabulary) -> None:
@@ -166,18 +249,20 @@ def vocabularies_stored(store: Store, plan: Plan) -> bool:
 
 def planned_captions(store: Store, plan: Plan) -> Iterator[str]:
     """Every usable caption once, in corpus order, with a few plan parts in memory at a time."""
-
-    def part(shard: int) -> list[str]:
-        table = read_table(store, plan.part_key(shard), ["caption", "reason", "image_index"])
-        first = pc.equal(table["image_index"], 0)
-        usable = pc.is_in(table["reason"], pa.array(USABLE))
-        return table["caption"].filter(pc.and_(first, usable)).to_pylist()
-
     window = 64
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(_READERS) as pool:
         for start in range(0, plan.num_shards, window):
-            for captions in pool.map(part, range(start, min(start + window, plan.num_shards))):
+            shards = range(start, min(start + window, plan.num_shards))
+            for captions in pool.map(lambda shard: part_captions(store, plan, shard), shards):
                 yield from captions
+
+
+def part_captions(store: Store, plan: Plan, shard: int) -> list[str]:
+    """The usable captions whose first picture is of this shard."""
+    table = read_table(store, plan.part_key(shard), ["caption", "reason", "image_index"])
+    first = pc.equal(table["image_index"], 0)
+    usable = pc.is_in(table["reason"], pa.array(USABLE))
+    return table["caption"].filter(pc.and_(first, usable)).to_pylist()
 
 
 def safetensors_metadata(data: bytes) -> dict[str, str]:
@@ -187,25 +272,18 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
 
 
 @ray.remote
-def _load_and_store_clip_files(store: Store, plan: Plan, min_count: int) -> None:
+def _load_and_store_clip_files(store: Store, plan: Plan, words: CorpusWords) -> None:
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
     clip = plan.spec.clip
     encoder = load_with_retries(lambda: ClipEncoder.from_spec(local_clip(clip)), model=clip.model)
-    _store_clip_files(store, plan, min_count, encoder)
+    _store_clip_files(store, plan, words, encoder)
 
 
-def _store_clip_files(store: Store, plan: Plan, min_count: int, encoder: "ClipEncoder") -> None:
+def _store_clip_files(store: Store, plan: Plan, words: CorpusWords, encoder: "ClipEncoder") -> None:
     if not store.exists(GIVEN_CONCEPTS_KEY):
-        concepts = ConceptVocabulary.build(
-            # A corpus of few nouns can be generated all the same; training says so when it needs more of them.
-            planned_captions(store, plan),
-            encoder,
-            size=CONCEPTS,
-            at_least=0,
-            min_count=min_count,
-            nouns=stored_nouns(store) or LEXICON_NOUNS,
-        )
+        embeddings = embed(words.nouns, encoder.encode_texts)
+        concepts = ConceptVocabulary(words.nouns, embeddings, words.noun_source)
         store.write_bytes(CONCEPTS_KEY, concepts.to_bytes())
     store.write_bytes(CLIP_HEAD_KEY, clip_head_bytes(encoder, plan.spec.clip.model))
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cluster.dataset.layout import DATASET, MANIFEST_KEY, Manifest, parquet_bytes
+from cluster.dataset.layout import DATASET, Manifest, parquet_bytes, store_manifest
 from cluster.export.source import Source
 from cluster.store.store import Store
 from pcm.reasons import PROMPT_TRUNCATED
@@ -47,7 +47,7 @@ class HuggingFace:
         return hashlib.sha256(data).hexdigest(), len(data)
 
     def finish(self, shards: Sequence[tuple[str, int]]) -> None:
-        self._out.write_bytes(MANIFEST_KEY, self._manifest(shards).to_json())
+        store_manifest(self._out, self._manifest(shards))
         self._out.write_bytes("README.md", card(self._source).encode())
 
     def tidy(self) -> None:

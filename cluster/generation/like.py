@@ -43,7 +43,7 @@ _DECIDED_BY = {
 def read_spec(uri: str) -> DatasetSpec:
     """Of a dataset.json. Raises InputError for anything else, and for a dataset that no one generator drew here."""
     try:
-        spec = Manifest.from_json(read_uri(uri)).spec
+        spec = Manifest.from_json(read_uri(uri), lambda key: read_uri(f"{uri.rpartition('/')[0] or '.'}/{key}")).spec
     except InputError as error:
         raise InputError(f"--spec {uri}: {error}") from None
     if spec.generator.model in (*UNDRAWN, TEXT_ONLY):

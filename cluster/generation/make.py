@@ -1,11 +1,14 @@
 """jobs.generate's work: from a request to a dataset, to a pilot of one, or to samples of one drawn again."""
 
+import functools
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cluster import shard_work
 from cluster.dataset.layout import CorpusSource, Plan, load_plan
 from cluster.dataset.plan import make_plan, refuse_other_spec
 from cluster.dataset.vocabularies import store_given_concepts, store_noun_finder
@@ -119,7 +122,8 @@ def prepare(
     if planned is None or planned.source != source:
         records = _begun(records)
     memory = None if spec.generator.model == "null" else model_memory(local_generator(spec.generator))
-    is_truncated = truncation_check(local_spec(spec))
+    is_truncated = _TruncationCheck(spec)
+    _check_here(spec)  # a model that is not there is told now
     noun_finder(asked.nouns)  # a model that is not installed is told now
     concepts = None
     if asked.concepts is not None:
@@ -146,6 +150,7 @@ def prepare(
         shard_size=shard_size,
         is_truncated=is_truncated,
         source=source,
+        run_on=shard_work.AUTO,
     )
     if concepts is not None:
         store_given_concepts(store, concepts)
@@ -163,6 +168,26 @@ def _resumed(spec: DatasetSpec, planned: Plan, asked: GenerationOptions) -> Data
     if asked.batch_size == AUTO:
         spec = replace(spec, generator=replace(spec.generator, batch_size=before.batch_size))
     return spec
+
+
+@dataclass(frozen=True)
+class _TruncationCheck:
+    """Whether the spec's model cuts a prompt: by the tokenizers on the machine at work, one prompt at a time."""
+
+    spec: DatasetSpec
+
+    def __call__(self, prompt: str) -> bool:
+        with _TOKENIZING:
+            return _check_here(self.spec)(prompt)
+
+
+#: A tokenizer must not be used by two threads at once.
+_TOKENIZING = threading.Lock()
+
+
+@functools.lru_cache(maxsize=1)
+def _check_here(spec: DatasetSpec) -> Callable[[str], bool]:
+    return truncation_check(local_spec(spec))
 
 
 def _begun(records: Iterator[CorpusRecord]) -> Iterator[CorpusRecord]:

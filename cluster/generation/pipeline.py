@@ -17,12 +17,12 @@ from cluster.dataset.layout import (
     Manifest,
     Plan,
     load_plan,
+    store_manifest,
 )
 from cluster.dataset.vocabularies import (
     ConceptsOfShard,
     store_vocabularies,
     stored_features,
-    vocabularies_stored,
 )
 from cluster.generation.cost import Billing
 from cluster.generation.display import Display
@@ -214,7 +214,7 @@ def shard_stream(
     Raises InputError when a model a user named cannot be loaded by the workers, or when the monitor stops the run.
     """
     monitor, _ = watched_by
-    concepts = None if vocabularies_stored(store, plan) else ConceptsOfShard(store, plan, shards[0])
+    concepts = ConceptsOfShard.of(store, plan, shards[0])
     generators = min(pools.generators, len(shards))
     begun: Any = monitor.begin_pass.remote(shards, generators)
     # A turn for each shard, and some more, in which idle generators take over what others have not begun or not ended.
@@ -270,7 +270,7 @@ def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest
         environments=environments,
     )
     if (found := load_plan(store)) is not None and found.asked() == plan.asked():
-        store.write_bytes(MANIFEST_KEY, manifest.to_json())
+        store_manifest(store, manifest)
     else:
         log.warning("the corpus has grown meanwhile; %s is left to the run that planned it", MANIFEST_KEY)
     return manifest

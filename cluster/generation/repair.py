@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from cluster.dataset.layout import (
     MANIFEST_KEY,
     PLAN_KEY,
-    Manifest,
     OtherSchema,
     Plan,
+    find_manifest,
     group_key,
     load_plan,
     quarantine_key,
@@ -100,9 +100,7 @@ def repair_dataset(dataset: str, *, corpus: str | None = None, run_on: str = Ver
 def _drop_damaged_manifest(store: Store) -> None:
     """A manifest that cannot be read says nothing that the shards do not say."""
     try:
-        Manifest.from_json(store.read_bytes(MANIFEST_KEY))
-    except FileNotFoundError:
-        return
+        find_manifest(store)
     except OtherSchema:  # it says much, to another release
         raise
     except InputError as error:

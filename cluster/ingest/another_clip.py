@@ -29,12 +29,12 @@ from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     DATASET,
-    MANIFEST_KEY,
     VOCABULARY_KEY,
     Manifest,
     StoredShard,
     parquet_bytes,
     shard_key,
+    store_manifest,
 )
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset, open_dataset
@@ -338,7 +338,7 @@ def finish(source: OpenDataset, out: Store, spec: ClipSpec, lineage: Lineage) ->
             },
         ),
     )
-    out.write_bytes(MANIFEST_KEY, manifest.to_json())
+    store_manifest(out, manifest)
     return manifest
 
 

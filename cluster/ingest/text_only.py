@@ -22,6 +22,7 @@ from cluster.dataset.layout import (
     load_manifest,
     parquet_bytes,
     shard_key,
+    store_manifest,
 )
 from cluster.dataset.rows import read_shard
 from cluster.ingest.shards import undrawn
@@ -68,7 +69,7 @@ def text_only_dataset(source: Store, out: Store, encoder: ClipEncoder) -> Manife
         fingerprint=None,
         lineage=None,
     )
-    out.write_bytes(MANIFEST_KEY, made.to_json())
+    store_manifest(out, made)
     return made
 
 

@@ -7,6 +7,7 @@ and the vocabulary does not depend on what else is installed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -22,6 +23,7 @@ import safetensors.numpy
 
 from pcm.documents import read_document
 from pcm.errors import InputError
+from pcm.text.vocabulary import CAPTIONS_AT_ONCE
 
 # The paper's template and some in the manner of CLIP's own; a concept is the mean of them all.
 TEMPLATES = (
@@ -89,7 +91,7 @@ class ConceptVocabulary:
         """
         source, find = noun_finder(nouns)
         counts = count_nouns(captions, find)
-        names = tuple(name for name in most_frequent(counts, size) if counts[name] >= min_count)
+        names = frequent_nouns(counts, size, min_count=min_count)
         if len(names) < at_least:
             raise InputError(
                 f"only {len(names)} different nouns occur {min_count} times or more in the captions ({source}), "
@@ -158,8 +160,23 @@ def embed(
 
 
 def count_nouns(captions: Iterable[str], find: Callable[[Iterable[str]], Iterable[str]]) -> Counter[str]:
-    """How often each noun, in the singular, occurs."""
-    return Counter(find(captions))
+    """How often each noun, in the singular, occurs. With `lexicon_nouns` each word is looked up once."""
+    if find is not lexicon_nouns:
+        return Counter(find(captions))
+    words: Counter[str] = Counter()
+    remaining = iter(captions)
+    while some := list(itertools.islice(remaining, CAPTIONS_AT_ONCE)):
+        words.update(_WORD.findall("\n".join(some).lower()))  # a line end is in no word
+    nouns: Counter[str] = Counter()
+    for word, count in words.items():
+        if noun := _singular_noun(word):
+            nouns[noun] += count
+    return nouns
+
+
+def frequent_nouns(counts: Counter[str], size: int, *, min_count: int) -> tuple[str, ...]:
+    """The names of a concept vocabulary: `most_frequent`, of those that occur often enough."""
+    return tuple(name for name in most_frequent(counts, size) if counts[name] >= min_count)
 
 
 def most_frequent(counts: Counter[str], size: int) -> list[str]:

@@ -8,6 +8,7 @@ imported one has it only if its file does, and otherwise rare words are left out
 
 from __future__ import annotations
 
+import itertools
 import string
 import unicodedata
 from collections import Counter
@@ -26,6 +27,7 @@ UNKNOWN = "UNK"
 # What published vocabularies call their unknown word. A real word is always lowercase and has no angle brackets.
 _UNKNOWN_SPELLINGS = (UNKNOWN, "<unk>", "<UNK>", "[UNK]")
 IGNORED_TARGET = -1
+CAPTIONS_AT_ONCE = 1024
 
 _DELETED = dict.fromkeys(
     (
@@ -47,6 +49,18 @@ def tokenise(caption: str) -> list[str]:
     return caption.lower().translate(_DELETED).split()
 
 
+def count_words(captions: Iterable[str]) -> Counter[str]:
+    """How often each word occurs: as `tokenise` of one caption after the other finds them, but many captions at once.
+
+    They are joined by line ends, which belong to no word and which no rule of lowercase or NFC reaches across.
+    """
+    counts: Counter[str] = Counter()
+    remaining = iter(captions)
+    while some := list(itertools.islice(remaining, CAPTIONS_AT_ONCE)):
+        counts.update(tokenise("\n".join(some)))
+    return counts
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """words: every word in id order from id 1. `len()` counts id 0 too: it is the model's `vocab_size`."""
@@ -59,7 +73,11 @@ class Vocabulary:
 
         Raises InputError where no word is frequent enough.
         """
-        counts = Counter(word for caption in captions for word in tokenise(caption))
+        return cls.of_counts(count_words(captions), min_count=min_count)
+
+    @classmethod
+    def of_counts(cls, counts: Counter[str], *, min_count: int) -> Vocabulary:
+        """`build` where the words are counted."""
         words = sorted((word for word, n in counts.items() if n >= min_count), key=lambda word: (-counts[word], word))
         if not words:
             raise InputError(

@@ -324,6 +324,22 @@ MUTANTS = (
         ("tests/cluster/dataset/test_verify.py::test_a_manifest_of_other_shards_is_found",),
     ),
     Mutant(
+        "a damaged part of the list of shards is not believed",
+        "cluster/dataset/layout.py", 'if hashlib.sha256(data).hexdigest() != part["sha256"]:', "if False:",
+        (
+            "tests/cluster/dataset/test_manifest_parts.py"
+            "::test_a_part_that_is_damaged_or_missing_is_named_in_one_line_and_repaired",
+        ),
+    ),
+    Mutant(
+        "the parts of a manifest are there before it",
+        "cluster/dataset/layout.py", "    parts = []\n    for start", "    store.write_bytes(MANIFEST_KEY, manifest.to_json())\n    parts = []\n    for start",
+        (
+            "tests/cluster/dataset/test_manifest_parts.py"
+            "::test_a_driver_killed_while_it_writes_the_manifest_leaves_an_unfinished_dataset_that_is_finished",
+        ),
+    ),
+    Mutant(
         "a picture of a view that is gone is counted",
         "cluster/dataset/verify_derived.py", "                report.missing += len(places)\n", "",
         ("tests/cluster/dataset/test_view.py::test_verify_names_a_source_that_has_changed_or_is_gone",),

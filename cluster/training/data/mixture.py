@@ -40,7 +40,7 @@ class TrainingSet:
     pinned: bytes | None = None
 
     @property
-    def shards(self) -> tuple[StoredShard, ...]:
+    def shards(self) -> Sequence[StoredShard]:
         return self.manifest.stored_shards
 
     def description(self) -> dict:

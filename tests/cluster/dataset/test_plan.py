@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,11 +13,19 @@ import pytest
 from cluster.dataset.layout import CorpusSource, Plan, claim_key, load_manifest, load_plan, read_table
 from cluster.dataset.plan import make_plan, parse_sample_id, sample_id
 from cluster.dataset.verify import verify
-from cluster.dataset.vocabularies import store_vocabularies, vocabularies_stored
+from cluster.dataset.vocabularies import (
+    count_corpus_words,
+    planned_captions,
+    store_vocabularies,
+    vocabularies_stored,
+)
+from cluster.shard_work import PROCESS, RAY
 from cluster.sources.corpus import CorpusRecord, read_corpus, source_digest
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
-from pcm.spec import DatasetSpec
+from pcm.spec import ClipSpec, DatasetSpec
+from pcm.text.concepts import lexicon_nouns, most_frequent
+from pcm.text.vocabulary import Vocabulary, tokenise
 from tests.helpers.tiny_generation import CAPTIONS, make_dataset_in_process, null_spec, plan_dataset, write_corpus
 
 SPEC = null_spec()
@@ -492,3 +501,54 @@ def test_words_follow_a_corpus_that_grows(tmp_path: Path) -> None:
     assert (tmp_path / "out/vocabulary.txt").stat().st_mtime_ns == stamp
     store.delete("vocabulary.txt")
     assert not vocabularies_stored(store, plan)
+
+
+#: More than a task takes, with captions of every kind among them.
+MANY = [f"{caption} {number}" if number % 7 else caption for number, caption in enumerate(600 * (*CAPTIONS, *MIXED))]
+
+
+@pytest.mark.parametrize(("images_per_caption", "shard_size"), [(1, 256), (3, 100)])
+def test_ray_plans_what_one_process_plans(
+    ray_session: None, tmp_path: Path, images_per_caption: int, shard_size: int
+) -> None:
+    """Byte for byte, a new plan and what it grows by."""
+    spec = dataclasses.replace(SPEC, images_per_caption=images_per_caption)
+    corpus = corpus_of(tmp_path, MANY)
+    for run_on in (PROCESS, RAY):
+        for limit in (len(MANY) // 3, None):
+            make_plan(
+                open_store(tmp_path / run_on), read_corpus(str(corpus), limit=limit), spec, corpus="captions",
+                shard_size=shard_size, is_truncated=lambda prompt: len(prompt) > 500, run_on=run_on,
+                source=CorpusSource("digest", "auto", None, limit),
+            )  # fmt: skip
+    assert contents(tmp_path / PROCESS) == contents(tmp_path / RAY)
+    rows = planned(open_store(tmp_path / RAY))
+    assert len(rows) == images_per_caption * len(MANY) and {row["reason"] for row in rows} > {"", "empty"}
+
+
+def test_a_task_that_cannot_write_ends_planning_with_its_line(ray_session: None, tmp_path: Path) -> None:
+    """And leaves no plan."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/plan").write_text("a file where parts are to go")
+    store = open_store(tmp_path / "out")
+    with pytest.raises((InputError, OSError), match="plan"):
+        make_plan(
+            store, read_corpus(str(corpus_of(tmp_path, MANY))), SPEC, corpus="captions", shard_size=256,
+            is_truncated=lambda prompt: False, run_on=RAY,
+        )  # fmt: skip
+    assert load_plan(store) is None
+
+
+def test_ray_counts_the_words_that_one_process_counts(ray_session: None, tmp_path: Path) -> None:
+    """As of the captions one after the other."""
+    store, plan = plan_dataset(tmp_path / "out", corpus_of(tmp_path, MANY), SPEC, shard_size=100)
+    plan = dataclasses.replace(
+        plan, spec=dataclasses.replace(SPEC, clip=ClipSpec(model="ViT-B-32/openai", revision=""))
+    )
+    one, many = (count_corpus_words(store, plan, run_on=run_on) for run_on in (PROCESS, RAY))
+    assert one == many
+    captions = list(planned_captions(store, plan))
+    counts = Counter(word for caption in captions for word in tokenise(caption))
+    assert one.vocabulary == Vocabulary.of_counts(counts, min_count=5)
+    nouns = Counter(noun for caption in captions for noun in lexicon_nouns([caption]))
+    assert one.nouns == tuple(most_frequent(nouns, 400)) and len(one.nouns) > 5

@@ -1,10 +1,13 @@
 """The word vocabulary: published id order, one end token, targets shifted by one."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from pcm.errors import InputError
-from pcm.text.vocabulary import UNKNOWN, Vocabulary, tokenise
+from pcm.text.concepts import count_nouns, lexicon_nouns
+from pcm.text.vocabulary import UNKNOWN, Vocabulary, count_words, tokenise
 
 CAPTIONS = ["A dog runs.", "a dog sleeps", "The dog, a brown dog!", "a cat"]
 
@@ -94,3 +97,14 @@ def test_files_that_are_no_vocabulary_are_refused(tmp_path, content, message):
         Vocabulary.load(tmp_path / "vocabulary.txt")
     with pytest.raises(InputError, match="not a vocabulary"):
         Vocabulary.load(tmp_path / "absent.txt")
+
+
+def test_words_of_many_captions_are_those_of_each() -> None:
+    captions = [
+        "A man's T-shirt.", "", "ΟΔΟΣ", "ΟΔΟΣ.", "Σ", "Σ\u0301", "\u0301 begins with an accent", "cafe\u0301", "café",
+        "ends with a hyphen-", "-begins with one", "\u200d joiner", "İstanbul", "DŽ", "日本語 の 猫", "two\nlines",
+    ]  # fmt: skip
+    captions = 200 * captions
+    assert count_words(captions) == Counter(word for caption in captions for word in tokenise(caption))
+    one_by_one = Counter(noun for caption in captions for noun in lexicon_nouns([caption]))
+    assert count_nouns(captions, lexicon_nouns) == one_by_one and one_by_one["man"] == 200
