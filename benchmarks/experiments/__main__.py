@@ -33,6 +33,11 @@ WORTH = "worth"
 STEPS = ("prepare", *EXPERIMENTS, "all", "try", "dissect", WORTH, "report")
 
 
+#: Options that only worth listens to, and others that it listens to as well.
+_OF_WORTH = ("parts", "minutes")
+_OF_WORTH_TOO = ("what", "out", "art", "seeds")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExperimentsRequest(Request):
     """What is to be prepared, run, tried or reported."""
@@ -69,8 +74,8 @@ class ExperimentsRequest(Request):
         for name in self.parts:
             if name not in PARTS:
                 raise not_known("--parts", name, PARTS)
-        for name in ("parts", "minutes"):
-            if name in given(self) and self.what != WORTH:
+        for name in given(self):
+            if (name in _OF_WORTH) if self.what != WORTH else (name not in (*_OF_WORTH, *_OF_WORTH_TOO)):
                 raise InputError(f"{flag(type(self), name)}: without effect with {self.what}; leave it out")
         if self.minutes is not None and self.minutes <= 0:
             raise InputError(f"--minutes {self.minutes:g}: must be above 0")

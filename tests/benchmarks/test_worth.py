@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import pcm.torchvision_shim  # noqa: F401  - before diffusers
+from benchmarks.experiments.__main__ import ExperimentsRequest, run
 from benchmarks.experiments.worth import calibration, command, datasets, pictures, report, runs
 from benchmarks.experiments.worth.dissection import by_kinds
 from benchmarks.experiments.worth.pictures import Pictures, said
@@ -21,6 +22,7 @@ from pcm.clip.encoder import ClipEncoder
 from pcm.embedded.making.captions import corpus_scenes
 from pcm.embedded.making.classifier import Classifier, judge
 from pcm.embedded.making.world import FIRST, NOUNS
+from pcm.errors import InputError
 from pcm.text.metrics import cider_each, cider_only
 from tests.helpers.tiny_dataset import TINY, scene, write_dataset
 
@@ -290,3 +292,22 @@ def test_the_coarse_painter_draws_what_fits_its_captions_worse() -> None:
 def test_pictures_are_grouped_by_their_kinds_of_things() -> None:
     found = by_kinds(np.array([[1.0, 2.0, 3.0]]), [["dog"], ["cat", "car"], ["bus"]])
     assert {kinds: each.tolist() for kinds, each in found.items()} == {1: [[1.0, 3.0]], 2: [[2.0]]}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"what": "worth", "parts": ("coarse", "sepia")}, "sepia"),
+        ({"what": "worth", "minutes": 0.0}, "--minutes"),
+        ({"what": "worth", "captions": 5}, "--captions"),
+        ({"what": "all", "minutes": 5.0}, "--minutes"),
+    ],
+)
+def test_what_has_no_effect_is_refused(options: dict, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        ExperimentsRequest(out=Path("/x"), **options)
+
+
+def test_there_is_nothing_to_report_of_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing to report"):
+        run(ExperimentsRequest(what="report", out=tmp_path))
