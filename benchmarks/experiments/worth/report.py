@@ -161,12 +161,13 @@ def _method(out: Path, scores: Scores) -> list[str]:
     settings = ", ".join(f"{name} {value}" for name, value in BASE.items())
     runs = [result for found in scores.results.values() for result in found.values()]
     seconds = np.median([sum(run["cpu_seconds"].values()) for run in runs]) if runs else math.nan
-    steps = scores.how["steps"] if scores.how else "(not yet chosen)"
+    steps = f"{scores.how['steps']} steps" if scores.how else "a number of steps that is not yet chosen"
+    took = f"; {seconds:.0f} CPU seconds (median)" if runs else ""
     recognised = sum(map(len, scores.test.recognised)) / sum(map(len, scores.test.nouns))
     return [
-        f"**How it is measured.** {len(runs)} of {sum(scores.wanted.values())} runs are done. Each: {steps} steps on "
+        f"**How it is measured.** {len(runs)} of {sum(scores.wanted.values())} runs are done. Each: {steps} on "
         f"{CAPTIONS} captions of the first domain, then beam search 3 on {TEST_PICTURES} rendered pictures in a style "
-        f"that no model was trained on; {seconds:.0f} CPU seconds (median). The preset `embedded` with {settings}; the "
+        f"that no model was trained on{took}. The preset `embedded` with {settings}; the "
         f"weights at the end, averaged, no epoch picked. w is {CLIP_FACTOR:g} / (mean cosine of what the painter "
         f"drew). Learning rate and steps were chosen on {VALIDATION_PICTURES} validation pictures of other scenes. "
         "CIDEr is times 100. Noun recall: which share of the kinds of things in the scene the caption names; the "
@@ -327,8 +328,11 @@ def _seeds(scores: Scores, setting: Setting, base: Setting) -> str:
 
 def _networks(scores: Scores, painter: str) -> list[str]:
     base = Setting(painter)
+    title = f"### Base, mix-up, CXE and both: {painter} painter"
+    if not any(scores.results.get(Setting(painter, network=network)) for network in NETWORKS):
+        return [title, "", "Not run.", ""]
     lines = [
-        f"### Base, mix-up, CXE and both: {painter} painter",
+        title,
         "",
         "| network | seeds | CIDEr | CIDEr over the base | noun recall over the base | of recognised nouns | paper |",
         "|---" * 7 + "|",
@@ -346,8 +350,11 @@ def _networks(scores: Scores, painter: str) -> list[str]:
 
 
 def _refined(scores: Scores, painter: str) -> list[str]:
+    title = f"### Better data: {painter} painter"
+    if not any(setting.painter == painter and setting.data != DRAWN for setting in scores.results):
+        return [title, "", f"Not run: {', '.join(STEPS_OF_DATA)}.", ""]
     lines = [
-        f"### Better data: {painter} painter",
+        title,
         "",
         "Over the same network on the pictures as drawn. Per 1,000: CIDEr gained for each 1,000 pictures that are "
         "drawn for it beyond the first of each caption. The paper's figures are those of SynC, COCO, ViT-B/32.",
