@@ -105,7 +105,7 @@ class Step:
 
 STEPS_OF_DATA: Mapping[str, Step] = MappingProxyType(
     {
-        "score filter": Step(DRAWN, "curate", {"drop_lowest": 1 - KEEP}),
+        "score filter": Step(DRAWN, "curate", {"drop_lowest": round(1 - KEEP, 6)}),
         "SynC": Step(DRAWN, "refine", {"method": "sync", "keep": KEEP, "sentences": "clip"}),
         "best of 4": Step(DRAWN, "refine", {"method": "best-of-n", "best_of": BEST_OF}, drawn=BEST_OF - 1),
         "redraw": Step(
