@@ -6,7 +6,6 @@ python -m benchmarks.experiments all --out DIR                # all of them
 python -m benchmarks.experiments try --set epochs=8 --out DIR # one variant on the validation pictures alone
 python -m benchmarks.experiments dissect --out DIR            # what the mix-up and the scores do
 python -m benchmarks.experiments worth --out DIR              # what each step is worth; --minutes 60 ends in time
-python -m benchmarks.experiments worth-calibrate --out DIR    # its learning rate and steps, on validation pictures
 python -m benchmarks.experiments report --out DIR             # benchmarks/RESULTS.md, of what lies in DIR
 """
 
@@ -21,7 +20,7 @@ from benchmarks.experiments.prepare import prepare
 from benchmarks.experiments.report import write_report
 from benchmarks.experiments.runs import data_path, planned, read_result, run_all
 from benchmarks.experiments.settings import CAPTIONS, CLIP_FACTOR, DOMAINS, EXPERIMENTS, MAIN, SEEDS, Variant
-from benchmarks.experiments.worth.command import calibrate, worth
+from benchmarks.experiments.worth.command import worth
 from benchmarks.experiments.worth.pictures import worth_folder
 from benchmarks.experiments.worth.report import write_worth
 from benchmarks.experiments.worth.settings import PARTS
@@ -30,8 +29,13 @@ from cluster.options import Request, check_at_least, flag, given, option, parse_
 from jobs.command_line import Job
 from pcm.errors import InputError, not_known
 
-WORTH, CALIBRATE = "worth", "worth-calibrate"
-STEPS = ("prepare", *EXPERIMENTS, "all", "try", "dissect", WORTH, CALIBRATE, "report")
+WORTH = "worth"
+STEPS = ("prepare", *EXPERIMENTS, "all", "try", "dissect", WORTH, "report")
+
+
+#: Options that only worth listens to, and others that it listens to as well.
+_OF_WORTH = ("parts", "minutes")
+_OF_WORTH_TOO = ("what", "out", "art", "seeds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +74,8 @@ class ExperimentsRequest(Request):
         for name in self.parts:
             if name not in PARTS:
                 raise not_known("--parts", name, PARTS)
-        for name in ("parts", "minutes"):
-            if name in given(self) and self.what != WORTH:
+        for name in given(self):
+            if (name in _OF_WORTH) if self.what != WORTH else (name not in (*_OF_WORTH, *_OF_WORTH_TOO)):
                 raise InputError(f"{flag(type(self), name)}: without effect with {self.what}; leave it out")
         if self.minutes is not None and self.minutes <= 0:
             raise InputError(f"--minutes {self.minutes:g}: must be above 0")
@@ -84,8 +88,6 @@ def run(request: ExperimentsRequest) -> dict[str, Any]:
         return _try(request)
     if request.what == "dissect":
         return dissect(request.out, judge=request.judge)
-    if request.what == CALIBRATE:
-        return calibrate(request.out, art=request.art)
     if request.what == WORTH:
         seeds = request.seeds or WORTH_SEEDS
         return worth(request.out, art=request.art, parts=request.parts, seeds=seeds, minutes=request.minutes)

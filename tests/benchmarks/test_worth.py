@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 import pcm.torchvision_shim  # noqa: F401  - before diffusers
-from benchmarks.experiments.worth import command, datasets, pictures, report, runs
+from benchmarks.experiments.__main__ import ExperimentsRequest, run
+from benchmarks.experiments.worth import calibration, command, datasets, pictures, report, runs
 from benchmarks.experiments.worth.dissection import by_kinds
 from benchmarks.experiments.worth.pictures import Pictures, said
 from benchmarks.experiments.worth.settings import DRAWN, PAINTERS, PARTS, STEPS_OF_DATA, Part, Setting
@@ -20,6 +22,7 @@ from pcm.clip.encoder import ClipEncoder
 from pcm.embedded.making.captions import corpus_scenes
 from pcm.embedded.making.classifier import Classifier, judge
 from pcm.embedded.making.world import FIRST, NOUNS
+from pcm.errors import InputError
 from pcm.text.metrics import cider_each, cider_only
 from tests.helpers.tiny_dataset import TINY, scene, write_dataset
 
@@ -37,9 +40,9 @@ def scores(rng: np.random.Generator, *, mean: float, seeds: int = 8, of_seed: fl
 
 def test_95_percent_intervals_hold_the_truth_about_so_often() -> None:
     rng = np.random.default_rng(1)
-    held = [abs(found.mean - 3.0) <= found.half for found in (estimate(scores(rng, mean=3.0)) for _ in range(60))]
+    held = [abs(found.mean - 3.0) <= found.half for found in (estimate(scores(rng, mean=3.0)) for _ in range(40))]
     assert 0.88 <= np.mean(held) <= 1.0
-    some = [estimate(scores(rng, mean=0.0)).half for _ in range(20)]
+    some = [estimate(scores(rng, mean=0.0)).half for _ in range(10)]
     truth = 2.365 * np.sqrt(2.0**2 / 8 + 10**2 / 300 + 10**2 / (8 * 300))
     assert truth * 0.85 < np.mean(some) < truth * 1.25  # neither too narrow nor useless
 
@@ -166,10 +169,11 @@ def out(tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         "nouns": [["dog"]] * 6,
         "recognised": [[]] * 6,
     }
-    np.savez(
-        folder / "test.npz", global_feature=rows.global_feature[:6], patch_features=rows.patch_features[:6],
-        known=np.array(json.dumps(known)),
-    )  # fmt: skip
+    for name in ("test", "validation"):
+        features = {"global_feature": rows.global_feature[:6], "patch_features": rows.patch_features[:6]}
+        np.savez(folder / f"{name}.npz", **features, known=np.array(json.dumps(known)))
+    monkeypatch.setattr(calibration, "LOOKS", (2, 3))
+    monkeypatch.setattr(calibration, "SEEDS", range(1, 2))
     return tmp_path
 
 
@@ -187,14 +191,13 @@ def numbers(result: dict) -> dict:
     return {name: value for name, value in result.items() if name != "cpu_seconds"}
 
 
-def test_a_run_is_done_once_and_comes_out_alike(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "STEPS", 3)
-    monkeypatch.setattr(runs.planned, "__kwdefaults__", {"steps": 3, "overrides": {}})
-    first = runs.planned(Setting("coarse"), 1, out)
+def test_a_run_comes_out_alike_and_is_known_by_what_decides_it(out: Path) -> None:
+    how = {"steps": 3, "lr_factor": 0.5}
+    first = runs.planned(Setting("coarse"), 1, out, **how)
     assert {first.key} & {
-        runs.planned(Setting("coarse"), 2, out).key,
-        runs.planned(Setting("coarse"), 1, out, steps=4).key,
-        runs.planned(Setting("coarse", network="base + mix-up"), 1, out).key,
+        runs.planned(Setting("coarse"), 2, out, **how).key,
+        runs.planned(Setting("coarse"), 1, out, steps=4, lr_factor=0.5).key,
+        runs.planned(Setting("coarse", network="base + mix-up"), 1, out, **how).key,
     } == set()
     made = runs.do_run(first, out, pictures.load_pictures(out, "test"))
     assert len(made["cider"]) == len(made["captions"]) == 6 and made["loss"]
@@ -208,7 +211,8 @@ class Killed(BaseException):
 
 
 def test_killed_in_the_middle_the_same_command_goes_on(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.planned, "__kwdefaults__", {"steps": 3, "overrides": {}})
+    assert command.worth(out, art=None, seeds=2, minutes=1e-9) == {"done_now": 0, "calibrated": False}
+    assert calibration.calibrate(out, pictures.load_pictures(out, "validation"))
     real, begun = runs.Training.to_step, []
 
     def to_step(self: runs.Training, steps: int) -> None:
@@ -228,19 +232,22 @@ def test_killed_in_the_middle_the_same_command_goes_on(out: Path, monkeypatch: p
     assert not list((pictures.worth_folder(out) / "results").glob("*.part"))
 
 
-def test_after_its_minutes_nothing_more_is_begun(out: Path) -> None:
-    assert command.worth(out, art=None, seeds=1, minutes=1e-9)["done_now"] == 0
+def curve(factor: float, *cider: float) -> dict:
+    return {"lr_factor": factor, "cider": dict(zip(map(str, calibration.LOOKS), cider, strict=True))}
 
 
-def test_parts_that_are_not_made_are_said(out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    judge = pictures.judge_folder(out)
-    judge.mkdir()
-    (judge / "figures.json").write_text(json.dumps({"single": 0.9, "both": 0.8, "three": 0.7}))
-    monkeypatch.setattr(
-        report,
-        "data_figures",
-        lambda *_: dict.fromkeys(("rows", "mean_clip_score", "wrong_pictures", "missing_things", "score_auc"), 0.5),
-    )
+def test_the_calibration_takes_the_best_rate_and_the_fewest_steps_near_its_best() -> None:
+    slow = [curve(0.4, 50.0, 70.0, 80.0, 90.0), curve(0.4, 54.0, 74.0, 84.0, 94.0)]
+    fast = [curve(0.8, 80.0, 91.0, 93.5, 93.0), curve(0.8, 80.0, 92.0, 94.5, 94.0)]
+    assert calibration.choice([*slow, *fast]) == calibration.Chosen(0.8, 1200)  # 91.5 at 800 is more than 2 below 94
+    assert calibration.choice([*slow, *(curve(0.8, 9.0, 9.0, 9.0, 9.0) for _ in fast)]).lr_factor == 0.4
+
+
+def test_parts_that_are_not_made_are_said(out: Path, tmp_path: Path) -> None:
+    shutil.rmtree(datasets.data_folder(out, "coarse"))
+    folder = pictures.judge_folder(out)
+    folder.mkdir()
+    (folder / "figures.json").write_text(json.dumps({"single": 0.9, "both": 0.8, "three": 0.7}))
     results, kept = tmp_path / "RESULTS.md", tmp_path / "worth.json"
     made = report.write_worth(out, seeds=1, results=results, runs=kept)
     wanted = {(setting, seed) for part in PARTS.values() for setting in part.settings for seed in setting.seeds(1)}
@@ -285,3 +292,22 @@ def test_the_coarse_painter_draws_what_fits_its_captions_worse() -> None:
 def test_pictures_are_grouped_by_their_kinds_of_things() -> None:
     found = by_kinds(np.array([[1.0, 2.0, 3.0]]), [["dog"], ["cat", "car"], ["bus"]])
     assert {kinds: each.tolist() for kinds, each in found.items()} == {1: [[1.0, 3.0]], 2: [[2.0]]}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"what": "worth", "parts": ("coarse", "sepia")}, "sepia"),
+        ({"what": "worth", "minutes": 0.0}, "--minutes"),
+        ({"what": "worth", "captions": 5}, "--captions"),
+        ({"what": "all", "minutes": 5.0}, "--minutes"),
+    ],
+)
+def test_what_has_no_effect_is_refused(options: dict, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        ExperimentsRequest(out=Path("/x"), **options)
+
+
+def test_there_is_nothing_to_report_of_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing to report"):
+        run(ExperimentsRequest(what="report", out=tmp_path))

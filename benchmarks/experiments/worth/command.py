@@ -1,34 +1,27 @@
 """The order of work: pictures, then part by part the data and the runs, seed by seed; whatever is there is kept."""
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.experiments.worth.calibration import SETTING, calibrate, chosen
 from benchmarks.experiments.worth.datasets import data_figures, is_made, make_data
 from benchmarks.experiments.worth.pictures import (
     load_pictures,
     make_judge,
     make_pictures,
     one_thread,
-    worth_folder,
-    write_whole,
 )
-from benchmarks.experiments.worth.runs import Training, do_run, planned, read_result
-from benchmarks.experiments.worth.settings import BASE, FIRST_SEED, PARTS, SEEDS, Setting
+from benchmarks.experiments.worth.runs import do_run, planned, read_result
+from benchmarks.experiments.worth.settings import PARTS, SEEDS, Setting
 from pcm.embedded.making.art import DEFAULT_ART_FOLDER, fetch_art
 
 log = logging.getLogger(__name__)
-
-#: Calibration: the settings and seeds whose validation CIDEr is followed, what is tried, and where it is looked at.
-CALIBRATED = (Setting("coarse"),)
-CALIBRATION_SEEDS = 3
-LR_FACTORS = (0.2, 0.4)
-LOOKS = (200, 400, 600, 800)
 
 
 def prepare_worth(out: Path, *, art: Path | None) -> Path:
@@ -43,20 +36,28 @@ def prepare_worth(out: Path, *, art: Path | None) -> Path:
 def worth(
     out: Path, *, art: Path | None, parts: Sequence[str] = (), seeds: int = SEEDS, minutes: float | None = None
 ) -> dict[str, Any]:
-    """Do what is missing of the parts, in their order. After so many `minutes` nothing more is begun: a run or a
-    dataset that is under way is finished. Killed at any moment, the same command goes on.
+    """Do what is missing: the calibration, then the parts in their order. After so many `minutes` nothing more is
+    begun: a run or a dataset that is under way is finished. Killed at any moment, the same command goes on.
     """
     started = time.monotonic()
+
+    def may_begin() -> bool:
+        return minutes is None or time.monotonic() - started < 60 * minutes
+
     folder = prepare_worth(out, art=art)
+    make_data([SETTING], out, folder)
+    if not calibrate(out, load_pictures(out, "validation"), may_begin=may_begin):
+        return {"done_now": 0, "calibrated": False}
+    how = asdict(chosen(out))
     test = load_pictures(out, "test")
     done = 0
     for name in parts or PARTS:
         settings = PARTS[name].settings
         for setting, seed in by_seed(settings, seeds):
-            if minutes is not None and time.monotonic() - started > 60 * minutes:
+            if not may_begin():
                 return {"done_now": done, **progress(out, seeds)}
             make_data([setting], out, folder)
-            run = planned(setting, seed, out)
+            run = planned(setting, seed, out, **how)
             if read_result(out, run.key) is not None:
                 continue
             result = do_run(run, out, test)
@@ -80,40 +81,12 @@ def by_seed(settings: Sequence[Setting], seeds: int) -> Iterator[tuple[Setting, 
 def progress(out: Path, seeds: int) -> dict[str, Any]:
     """Runs of each part: done and wanted."""
     found: dict[str, Any] = {}
+    how = asdict(chosen(out))
     for name, part in PARTS.items():
         done = sum(
             is_made(out, setting.painter, setting.data)
-            and read_result(out, planned(setting, seed, out).key) is not None
+            and read_result(out, planned(setting, seed, out, **how).key) is not None
             for setting, seed in by_seed(part.settings, seeds)
         )
         found[name] = f"{done} of {len(part.settings) * seeds}"
     return found
-
-
-def calibrate(out: Path, *, art: Path | None) -> dict[str, Any]:
-    """Validation CIDEr by steps, for learning rates and seeds; what settings.py's numbers were chosen by.
-
-    Written after every training, so that a rerun goes on.
-    """
-    folder = prepare_worth(out, art=art)
-    make_data(CALIBRATED, out, folder)
-    validation = load_pictures(out, "validation")
-    path = worth_folder(out) / "calibration.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for seed in range(FIRST_SEED, FIRST_SEED + CALIBRATION_SEEDS):
-        for factor in LR_FACTORS:
-            for setting in CALIBRATED:
-                run = planned(setting, seed, out, steps=LOOKS[-1], overrides={"lr_factor": factor})
-                if run.key in found:
-                    continue
-                training, curve = Training(run), {}
-                for steps in LOOKS:
-                    training.to_step(steps)
-                    curve[steps] = round(100 * float(np.mean(training.tested_on(validation)["cider"])), 2)
-                found[run.key] = {
-                    "network": setting.network, "lr_factor": factor, "seed": seed, "cider": curve,
-                    "loss": training.losses(),
-                }  # fmt: skip
-                log.info("%s, lr_factor %g, seed %d: %s", setting.network, factor, seed, curve)
-                write_whole(path, json.dumps(found) + "\n")
-    return {"chosen": {"lr_factor": BASE["lr_factor"]}, "runs": list(found.values())}

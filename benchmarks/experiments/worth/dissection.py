@@ -34,7 +34,7 @@ def training_figures(out: Path, painter: str) -> dict[str, Any]:
     kept = worth_folder(out) / "figures" / painter / "dissection.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    run = planned(Setting(painter, DRAWN, PCM_NET), FIRST_SEED, out).spec
+    run = planned(Setting(painter, DRAWN, PCM_NET), FIRST_SEED, out, steps=1, lr_factor=1.0).spec
     store = open_store(data_folder(out, painter))
     manifest = load_manifest(store)
     rows = Rows.concatenate([read_rows(store, shard, None, manifest.features) for shard in manifest.stored_shards])

@@ -7,11 +7,14 @@ people read off it is written by hand in READING.md beside this file and taken i
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.experiments.worth import calibration
+from benchmarks.experiments.worth.calibration import LOOKS, LR_FACTORS, NEAR, chosen, curves, is_calibrated
 from benchmarks.experiments.worth.command import by_seed
 from benchmarks.experiments.worth.datasets import data_figures, is_made
 from benchmarks.experiments.worth.dissection import by_kinds, training_figures
@@ -28,7 +31,6 @@ from benchmarks.experiments.worth.settings import (
     PCM_NET,
     RENDERED,
     SEEDS,
-    STEPS,
     STEPS_OF_DATA,
     TEST_PICTURES,
     VALIDATION_PICTURES,
@@ -59,6 +61,7 @@ class Scores:
 
     def __init__(self, out: Path, seeds: int) -> None:
         self.test = load_pictures(out, "test")
+        self.how = asdict(chosen(out)) if is_calibrated(out) else None  # without it there is no run yet
         self.results: dict[Setting, dict[int, dict[str, Any]]] = {}
         self.wanted: dict[Setting, int] = {}
         for part in PARTS.values():
@@ -66,7 +69,7 @@ class Scores:
                 self.wanted[setting] = seeds
                 if not is_made(out, setting.painter, setting.data):
                     continue
-                if (result := read_result(out, planned(setting, seed, out).key)) is not None:
+                if self.how and (result := read_result(out, planned(setting, seed, out, **self.how).key)):
                     self.results.setdefault(setting, {})[seed] = result
 
     def count(self, setting: Setting) -> str:
@@ -158,11 +161,13 @@ def _method(out: Path, scores: Scores) -> list[str]:
     settings = ", ".join(f"{name} {value}" for name, value in BASE.items())
     runs = [result for found in scores.results.values() for result in found.values()]
     seconds = np.median([sum(run["cpu_seconds"].values()) for run in runs]) if runs else math.nan
+    steps = f"{scores.how['steps']} steps" if scores.how else "a number of steps that is not yet chosen"
+    took = f"; {seconds:.0f} CPU seconds (median)" if runs else ""
     recognised = sum(map(len, scores.test.recognised)) / sum(map(len, scores.test.nouns))
     return [
-        f"**How it is measured.** {len(runs)} of {sum(scores.wanted.values())} runs are done. Each: {STEPS} steps on "
+        f"**How it is measured.** {len(runs)} of {sum(scores.wanted.values())} runs are done. Each: {steps} on "
         f"{CAPTIONS} captions of the first domain, then beam search 3 on {TEST_PICTURES} rendered pictures in a style "
-        f"that no model was trained on; {seconds:.0f} CPU seconds (median). The preset `embedded` with {settings}; the "
+        f"that no model was trained on{took}. The preset `embedded` with {settings}; the "
         f"weights at the end, averaged, no epoch picked. w is {CLIP_FACTOR:g} / (mean cosine of what the painter "
         f"drew). Learning rate and steps were chosen on {VALIDATION_PICTURES} validation pictures of other scenes. "
         "CIDEr is times 100. Noun recall: which share of the kinds of things in the scene the caption names; the "
@@ -219,26 +224,30 @@ def _drawn(data: str) -> float:
 
 
 def _calibration(out: Path) -> list[str]:
-    path = worth_folder(out) / "calibration.json"
-    lines = ["### Settings fixed on validation pictures", "", "`python -m benchmarks.experiments worth-calibrate`", ""]
-    if not path.exists():
-        return [*lines, "Not run.", ""]
-    found = list(json.loads(path.read_text()).values())
-    looks = list(found[0]["cider"])
-    lines += [
-        "Validation CIDEr, coarse painter: mean and standard deviation over seeds.",
+    found = list(curves(out).values())
+    wanted = len(calibration.SEEDS) * len(LR_FACTORS)
+    lines = [
+        "### Learning rate and steps, fixed on validation pictures",
         "",
-        "| network | lr_factor | seeds | " + " | ".join(f"{steps} steps" for steps in looks) + " |",
-        "|---" * (3 + len(looks)) + "|",
+        f"{len(found)} of {wanted} trainings are done. CIDEr of the base network, coarse painter, by steps: mean and "
+        f"standard deviation over seeds. Rule: the learning rate with the highest mean at {LOOKS[-1]} steps, then the "
+        f"fewest steps within {NEAR:g} of its highest mean. Chosen: {_chosen(out)}.",
+        "",
+        "| lr_factor | seeds | " + " | ".join(f"{steps} steps" for steps in LOOKS) + " |",
+        "|---" * (2 + len(LOOKS)) + "|",
     ]
-    for network in NETWORKS:
-        for factor in sorted({each["lr_factor"] for each in found}):
-            curves = [e["cider"] for e in found if (e["network"], e["lr_factor"]) == (network, factor)]
-            if not curves:
-                continue
-            cells = [_mean_std([curve[steps] for curve in curves]) for steps in looks]
-            lines.append(f"| {network} | {factor:g} | {len(curves)} | " + " | ".join(cells) + " |")
+    for factor in LR_FACTORS:
+        ciders = [each["cider"] for each in found if each["lr_factor"] == factor]
+        cells = [_mean_std([cider[str(steps)] for cider in ciders]) if ciders else "not run" for steps in LOOKS]
+        lines.append(f"| {factor:g} | {len(ciders)} | " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _chosen(out: Path) -> str:
+    if not is_calibrated(out):
+        return "not yet"
+    how = chosen(out)
+    return f"lr_factor {how.lr_factor:g}, {how.steps} steps"
 
 
 def _mean_std(values: Sequence[float]) -> str:
@@ -319,8 +328,11 @@ def _seeds(scores: Scores, setting: Setting, base: Setting) -> str:
 
 def _networks(scores: Scores, painter: str) -> list[str]:
     base = Setting(painter)
+    title = f"### Base, mix-up, CXE and both: {painter} painter"
+    if not any(scores.results.get(Setting(painter, network=network)) for network in NETWORKS):
+        return [title, "", "Not run.", ""]
     lines = [
-        f"### Base, mix-up, CXE and both: {painter} painter",
+        title,
         "",
         "| network | seeds | CIDEr | CIDEr over the base | noun recall over the base | of recognised nouns | paper |",
         "|---" * 7 + "|",
@@ -338,8 +350,11 @@ def _networks(scores: Scores, painter: str) -> list[str]:
 
 
 def _refined(scores: Scores, painter: str) -> list[str]:
+    title = f"### Better data: {painter} painter"
+    if not any(setting.painter == painter and setting.data != DRAWN for setting in scores.results):
+        return [title, "", f"Not run: {', '.join(STEPS_OF_DATA)}.", ""]
     lines = [
-        f"### Better data: {painter} painter",
+        title,
         "",
         "Over the same network on the pictures as drawn. Per 1,000: CIDEr gained for each 1,000 pictures that are "
         "drawn for it beyond the first of each caption. The paper's figures are those of SynC, COCO, ViT-B/32.",

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from benchmarks.experiments.settings import PRESET
 from benchmarks.experiments.worth.datasets import data_folder
 from benchmarks.experiments.worth.pictures import Pictures, load_pictures, said, worth_folder, write_whole
-from benchmarks.experiments.worth.settings import BASE, CLIP_FACTOR, DRAWN, NETWORKS, NO_CXE, STEPS, Setting
+from benchmarks.experiments.worth.settings import BASE, CLIP_FACTOR, DRAWN, NETWORKS, NO_CXE, Setting
 from cluster.dataset.layout import load_manifest
 from cluster.store.store import open_store
 from cluster.sweep.sweep import without_paths
@@ -59,15 +59,20 @@ class Run:
     spec: RunSpec
 
 
-def planned(setting: Setting, seed: int, out: Path, *, steps: int = STEPS, overrides: Mapping[str, Any] = {}) -> Run:
+def planned(setting: Setting, seed: int, out: Path, *, steps: int, lr_factor: float) -> Run:
     """The run; raises InputError where its data is not made."""
     fields, weighted = NETWORKS[setting.network]
     request = TrainRequest(
         data=str(data_folder(out, setting.painter, setting.data)),
         out=str(worth_folder(out)),
         preset=PRESET,
-        overrides={**BASE, "clip_weight": clip_weight(out, setting, weighted=weighted), **fields, **overrides}
-        | {"seed": seed},
+        overrides={
+            **BASE,
+            "clip_weight": clip_weight(out, setting, weighted=weighted),
+            **fields,
+            "lr_factor": lr_factor,
+            "seed": seed,
+        },
         device="cpu",
     )
     spec = planned_run(request, cpus=1)
