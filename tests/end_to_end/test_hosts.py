@@ -111,9 +111,12 @@ def test_spot_notices_at_random_moments_hand_the_shards_back(
         worker.join(cpus=1)
     hosts.wait_for_cpus(len(workers))  # a generator on each
     job = generate(hosts, tmp_path)
-    notices = 4
-    for _ in range(notices):
+    notices = 0
+    while notices < 4:
         more_shards(job, tmp_path, chance.randrange(3, 12))
+        if job.poll() is not None:
+            break
+        notices += 1
         leaving = chance.choice(workers)
         leaving.notice()
         time.sleep(chance.uniform(0, 3))  # what was begun on it meanwhile is lost too
@@ -121,6 +124,7 @@ def test_spot_notices_at_random_moments_hand_the_shards_back(
         more_shards(job, tmp_path, chance.randrange(1, 6))
         leaving.join(cpus=1)
     summary = end(job)
+    assert notices, "at least one while it was at work"
     assert summary["stored"] == summary["generated"] == len(CAPTIONS), "none lost, none drawn into the dataset twice"
     proven(tmp_path, wanted)
     # A machine takes along what its generator has in hand, at the notice and, as Ray starts there again, when it goes.
