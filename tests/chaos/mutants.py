@@ -597,8 +597,8 @@ MUTANTS = (
     ),
     Mutant(
         "deep JSON in a dataset's documents is damage",
-        "cluster/dataset/layout.py", "LookupError, AttributeError, RecursionError) as error:",
-        "LookupError, AttributeError) as error:",
+        "cluster/dataset/layout.py", "LookupError, AttributeError, RecursionError, pa.ArrowException) as error:",
+        "LookupError, AttributeError, pa.ArrowException) as error:",
         ("tests/cluster/dataset/test_damaged.py",),
     ),
     Mutant(
