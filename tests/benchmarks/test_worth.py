@@ -232,15 +232,26 @@ def test_killed_in_the_middle_the_same_command_goes_on(out: Path, monkeypatch: p
     assert not list((pictures.worth_folder(out) / "results").glob("*.part"))
 
 
+def test_one_seed_of_a_learning_rate_is_no_calibration(out: Path) -> None:
+    path = pictures.worth_folder(out) / "calibration.json"
+    rates = (*calibration.LR_FACTORS, 0.1, 0.2)
+    path.write_text(json.dumps({str(rate): {**curve(rate, 1.0, 2.0), "seed": 1} for rate in rates[1:]}))
+    assert not calibration.is_calibrated(out)
+    with pytest.raises(InputError, match="calibration is not done"):
+        calibration.chosen(out)
+    path.write_text(json.dumps({str(rate): {**curve(rate, 1.0, 2.0), "seed": 1} for rate in rates}))
+    assert calibration.is_calibrated(out)
+
+
 def curve(factor: float, *cider: float) -> dict:
     return {"lr_factor": factor, "cider": dict(zip(map(str, calibration.LOOKS), cider, strict=True))}
 
 
 def test_the_calibration_takes_the_best_rate_and_the_fewest_steps_near_its_best() -> None:
-    slow = [curve(0.4, 50.0, 70.0, 80.0, 90.0), curve(0.4, 54.0, 74.0, 84.0, 94.0)]
-    fast = [curve(0.8, 80.0, 91.0, 93.5, 93.0), curve(0.8, 80.0, 92.0, 94.5, 94.0)]
-    assert calibration.choice([*slow, *fast]) == calibration.Chosen(0.8, 1200)  # 91.5 at 800 is more than 2 below 94
-    assert calibration.choice([*slow, *(curve(0.8, 9.0, 9.0, 9.0, 9.0) for _ in fast)]).lr_factor == 0.4
+    slow = [curve(0.8, 50.0, 70.0, 80.0, 90.0), curve(0.8, 54.0, 74.0, 84.0, 94.0)]
+    fast = [curve(1.6, 80.0, 91.0, 93.5, 93.0), curve(1.6, 80.0, 92.0, 94.5, 94.0)]
+    assert calibration.choice([*slow, *fast]) == calibration.Chosen(1.6, 1200)  # 91.5 at 800 is more than 2 below 94
+    assert calibration.choice([*slow, *(curve(1.6, 9.0, 9.0, 9.0, 9.0) for _ in fast)]).lr_factor == 0.8
 
 
 def test_parts_that_are_not_made_are_said(out: Path, tmp_path: Path) -> None:

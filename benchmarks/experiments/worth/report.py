@@ -226,17 +226,18 @@ def _drawn(data: str) -> float:
 def _calibration(out: Path) -> list[str]:
     found = list(curves(out).values())
     wanted = len(calibration.SEEDS) * len(LR_FACTORS)
+    done = sum(each["lr_factor"] in LR_FACTORS for each in found)
     lines = [
         "### Learning rate and steps, fixed on validation pictures",
         "",
-        f"{len(found)} of {wanted} trainings are done. CIDEr of the base network, coarse painter, by steps: mean and "
+        f"{done} of {wanted} trainings are done. CIDEr of the base network, coarse painter, by steps: mean and "
         f"standard deviation over seeds. Rule: the learning rate with the highest mean at {LOOKS[-1]} steps, then the "
         f"fewest steps within {NEAR:g} of its highest mean. Chosen: {_chosen(out)}.",
         "",
         "| lr_factor | seeds | " + " | ".join(f"{steps} steps" for steps in LOOKS) + " |",
         "|---" * (2 + len(LOOKS)) + "|",
     ]
-    for factor in LR_FACTORS:
+    for factor in sorted({each["lr_factor"] for each in found} | set(LR_FACTORS)):
         ciders = [each["cider"] for each in found if each["lr_factor"] == factor]
         cells = [_mean_std([cider[str(steps)] for cider in ciders]) if ciders else "not run" for steps in LOOKS]
         lines.append(f"| {factor:g} | {len(ciders)} | " + " | ".join(cells) + " |")
