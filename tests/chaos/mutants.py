@@ -197,6 +197,16 @@ MUTANTS = (
         ("tests/jobs/test_endings.py::test_streams_that_nobody_reads_change_no_status",),
     ),
     Mutant(
+        "what Ray prints is not on stdout",
+        "jobs/endings.py", "        sys.stdout = sys.stderr\n", "",
+        ("tests/jobs/test_endings.py::test_what_ray_prints_is_not_on_stdout",),
+    ),
+    Mutant(
+        "a view that moved with its source finds it",
+        "cluster/dataset/layout.py", "located(store, each, documents=(MANIFEST_KEY, PLAN_KEY)) for each", "each for each",
+        ("tests/cluster/dataset/test_beside.py",),
+    ),
+    Mutant(
         "names and captions are UTF-8 whatever the locale",
         "jobs/command_line.py", "        use_utf8()\n", "",
         ("tests/jobs/test_endings.py::test_names_and_captions_are_utf_8_whatever_the_locale",),
