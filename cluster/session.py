@@ -79,6 +79,7 @@ def _start_local(num_cpus: int | None, runtime_env: dict | None) -> None:
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             ray.init(
+                "local",  # without it Ray joins a cluster that somebody started on this machine, and says nothing
                 num_cpus=num_cpus,
                 include_dashboard=False,
                 logging_level=logging.WARNING,

@@ -1,9 +1,12 @@
 """What a worker raises reaches the user as what it is; and a Ray of this machine is of this machine alone."""
 
+import contextlib
 import logging
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from ray.exceptions import RayTaskError
 from cluster.session import is_no_user_error, protect_token_file, user_error
 from jobs.endings import descendants
 from pcm.errors import InputError
+from tests.helpers.hosts import wait_until
 from tests.helpers.paths import ROOT
 
 RECORD = logging.LogRecord("ray.data.exceptions", logging.ERROR, "", 0, "a long traceback", None, None)
@@ -45,6 +49,27 @@ def test_workers_start_with_the_environment_that_is_asked_for() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=180)
     assert done.stdout.splitlines()[-1:] == ["for"], done.stderr
+
+
+def test_a_cluster_that_somebody_started_here_is_not_joined_unasked() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
+    code = (
+        "import ray; from cluster.session import start_ray; start_ray(num_cpus=1);print(ray.cluster_resources()['CPU'])"
+    )
+    with tempfile.TemporaryDirectory(prefix="pcm-") as folder:  # Ray's sockets need short paths
+        environment["RAY_TMPDIR"] = folder
+        ray = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=7"]
+        ray += ["--port=0", "--include-dashboard=false", "--disable-usage-stats"]
+        other = subprocess.Popen(ray, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            wait_until((Path(folder) / "ray/ray_current_cluster").exists, seconds=120, said="no cluster")
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        finally:
+            for pid in [*descendants(other.pid), other.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            other.wait()
+    assert done.stdout.splitlines()[-1:] == ["1.0"], done.stderr
 
 
 @pytest.mark.parametrize(("hard", "soft"), [(4096, 4096), (64, 64), (20_000, 8192)])
