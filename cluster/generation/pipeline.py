@@ -36,7 +36,6 @@ from cluster.generation.stages.generator import Generator
 from cluster.generation.stages.monitor import shards_begun_again, start_monitor
 from cluster.generation.stages.write import WriteShard
 from cluster.generation.telemetry import Telemetry
-from cluster.ray_data_internals import row_by_row
 from cluster.session import user_error
 from cluster.store.store import Store
 from pcm.errors import InputError
@@ -213,6 +212,8 @@ def shard_stream(
 
     Raises InputError when a model a user named cannot be loaded by the workers, or when the monitor stops the run.
     """
+    from cluster.ray_data_internals import row_by_row  # Ray Data is loaded after the start of Ray
+
     monitor, _ = watched_by
     concepts = ConceptsOfShard.of(store, plan, shards[0])
     generators = min(pools.generators, len(shards))
