@@ -240,10 +240,11 @@ def trouble(status: Status, *, gpus: float, gpus_per_generator: float, no_room: 
     here = f"; the cluster has {gpus:g} GPUs now" if gpus < wanted * gpus_per_generator else ""
     if not status.samples and not status.drawn and not status.in_flight:
         waiting = wanted if status.generators is None else wanted - status.generators
+        them = f"{waiting} generator{'' if waiting == 1 else 's'}"
         if waiting > 0 and here:
-            return f"waiting for {waiting} generators{here}"
+            return f"waiting for {them}{here}"
         if waiting > 0 and no_room:
-            return f"waiting for {waiting} generators to start, for {duration(status.seconds)}; {no_room}"
+            return f"waiting for {them} to start, for {duration(status.seconds)}; {no_room}"
         return f"generators are starting and loading their models, for {duration(status.seconds)}"
     if status.stalled:
         drawing = "" if status.generators is None else f"; {status.in_flight} of {wanted} generators are drawing"

@@ -178,17 +178,17 @@ def test_generation_that_was_stopped_goes_on_when_it_is_submitted_again(head: He
 def test_two_jobs_share_a_cluster_and_the_second_says_what_it_waits_for(head: Head, tmp_path: Path) -> None:
     """The first one's generators hold the CPUs, and draw long enough to be at it when the second asks."""
     first, second = tmp_path / "first", tmp_path / "second"
-    model = ("--corpus", "embedded", "--limit", 64, "--steps", 60, "--shard-size", 2)
+    model = ("--corpus", "embedded", "--limit", 32, "--steps", 60, "--shard-size", 2)
     begin(head, "one", "python", "-m", "jobs.generate", *model, "--out", first)
     wait_until(lambda: stored(first) >= 1 or ended(head, "one"), seconds=400, said="nothing drawn")
     corpus = write_corpus(tmp_path)
     begin(head, "two", "python", "-m", "jobs.generate", "--corpus", corpus, "--out", second, "--t2i", "null")
     for name in ("one", "two"):
         wait_until(lambda name=name: ended(head, name), seconds=800, said=f"{name}: {logs(head, name)[-3000:]}")
-    assert [summary["stored"] for summary in summaries(logs(head, "one"))] == [64]
+    assert [summary["stored"] for summary in summaries(logs(head, "one"))] == [32]
     said = logs(head, "two")
     assert [summary["stored"] for summary in summaries(said)] == [len(CAPTIONS)]
-    assert "waiting for 2 generators to start" in said and "of the cluster's 2 CPUs are free" in said
+    assert "waiting for 1 generator to start" in said and "of the cluster's 2 CPUs are free" in said
     assert verify(open_store(first))["ok"] and verify(open_store(second))["ok"]
 
 
