@@ -25,6 +25,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import TINY, write_dataset
 from tests.helpers.tiny_generation import CAPTIONS, make_dataset_in_process, null_spec, write_corpus
 
+TINY_SETTINGS = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -197,11 +198,10 @@ def test_training_that_was_stopped_goes_on_when_it_is_submitted_again(
     head: Head, tmp_path: Path, tiny_clip: Path
 ) -> None:
     data, out = write_dataset(tmp_path / "data", tiny_clip, rows=96), tmp_path / "run"
-    settings = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
 
     def train(at: Path) -> list:
         options = ["--data", data, "--out", at, "--epochs", 12, "--cpus-per-worker", 1]
-        return ["python", "-m", "jobs.train", *options, *settings]
+        return ["python", "-m", "jobs.train", *options, *TINY_SETTINGS]
 
     stop_at_work(head, "training", lambda: (out / "metrics.jsonl").exists(), *train(out))
     for command in ([*train(out), "--resume"], train(tmp_path / "alone")):
@@ -216,9 +216,8 @@ def test_a_sweep_that_was_stopped_goes_on_when_it_is_submitted_again(
     head: Head, tmp_path: Path, tiny_clip: Path
 ) -> None:
     data, out = write_dataset(tmp_path / "data", tiny_clip, rows=96), tmp_path / "sweep"
-    settings = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
     grid = ("--param=lr_factor=0.1,0.2,0.4", "--search=grid", "--epochs=4")
-    command = ("python", "-m", "jobs.sweep", "--data", data, "--out", out, *grid, *settings)
+    command = ("python", "-m", "jobs.sweep", "--data", data, "--out", out, *grid, *TINY_SETTINGS)
     stop_at_work(head, "sweep", lambda: any(out.glob("trials/*/best/*")), *command)
     done = submit(head, *command, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -230,9 +229,9 @@ def test_streaming_that_was_stopped_goes_on_when_it_is_submitted_again(
     head: Head, tmp_path: Path, tiny_clip: Path, tiny_t2i: Path
 ) -> None:
     corpus = write_corpus(tmp_path, [f"A red circle on a green ground, number {number}." for number in range(60)])
-    out, settings = tmp_path / "out", [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
+    out = tmp_path / "out"
     models = ("--t2i", tiny_t2i, "--clip", tiny_clip, "--steps=2", "--shard-size=5", "--set=top_concepts=2")
-    command = ("python", "-m", "jobs.stream", "--corpus", corpus, "--out", out, "--epochs=3", *models, *settings)
+    command = ("python", "-m", "jobs.stream", "--corpus", corpus, "--out", out, "--epochs=3", *models, *TINY_SETTINGS)
     stop_at_work(head, "stream", lambda: stored(out / "dataset") > 2, *command)
     done = submit(head, *command)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -243,8 +242,7 @@ def test_streaming_that_was_stopped_goes_on_when_it_is_submitted_again(
 @pytest.mark.slow
 def test_a_driver_that_joins_by_its_address_trains_there(head: Head, tmp_path: Path, tiny_clip: Path) -> None:
     data, out = write_dataset(tmp_path / "data", tiny_clip, rows=24), tmp_path / "run"
-    settings = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
-    arguments = [*("--data", data, "--out", out, "--epochs", 1, "--cpus-per-worker", 1), *settings]
+    arguments = [*("--data", data, "--out", out, "--epochs", 1, "--cpus-per-worker", 1), *TINY_SETTINGS]
 
     done = subprocess.run(
         [sys.executable, "-m", "jobs.train", *map(str, arguments)],
