@@ -5,6 +5,8 @@ STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 # The demo and the tests use embedded models only; nothing asks a hub.
 export HF_HUB_OFFLINE := 1
+# Empty is unset: each of a job's processes would compile the project's modules for itself.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-slow cluster-test chaos mutants install lint constraints clean
 
@@ -38,13 +40,15 @@ lint: $(STAMP)
 
 install: $(STAMP)
 
-# torch first: what else needs torch then finds it, and takes no other build. --no-compile: of the modules installed,
-# most are never imported; Python compiles the others when they are.
+# torch first: what else needs torch then finds it, and takes no other build. The modules are compiled after that, on all
+# cores: pip uses one, and where PYTHONDONTWRITEBYTECODE is set every process would compile what it imports again.
+# Packages carry some modules for a newer Python, which do not compile: no error.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt torch
 	$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev,evaluation]'
+	$(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	touch $(STAMP)
 
 # Of every extra, those that `make install` leaves out too.
