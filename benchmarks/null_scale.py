@@ -111,7 +111,7 @@ def measure(rows: int, shard_size: int, generators: int) -> dict:
         if driver.returncode:
             raise SystemExit(driver.returncode)
         summary = json.loads(printed[-1])
-        planned = (out / "plan" / "part-000000.parquet").stat().st_mtime
+        planned = (out / "plan.json").stat().st_mtime
         stored = max(path.stat().st_mtime for path in (out / "shards").iterdir())
         first = min(path.stat().st_mtime for path in (out / "shards").iterdir())
         spec = DatasetSpec(generator=GeneratorSpec(model="null", revision=""), clip=ClipSpec(model="null", revision=""))
