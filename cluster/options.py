@@ -111,6 +111,15 @@ def refuse_without(request: Request, needed: str, *names: str) -> None:
                 raise InputError(f"{flag(kind, name)} {_shown(getattr(request, name))}needs {flag(kind, needed)}")
 
 
+def check_gpu_share(request: Request, name: str) -> None:
+    """Raises InputError for a GPU share that is none, or one that the device `cpu` leaves without effect."""
+    share, shown = getattr(request, name), flag(type(request), name)
+    if not 0 < share <= 1:
+        raise InputError(f"{shown} {share:g}: must be more than 0 and at most 1")
+    if name in given(request) and getattr(request, "device", None) == "cpu":
+        raise InputError(f"{shown} {share:g}: without effect with --device cpu; leave it out")
+
+
 def check_at_least(request: Request, least: int, *names: str) -> None:
     """Raises InputError for a number that is too small; None is none."""
     for name in names:

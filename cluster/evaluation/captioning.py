@@ -22,6 +22,7 @@ import torch
 from cluster.dataset.given_features import FeatureSet, all_features, load_feature_set
 from cluster.evaluation.request import CaptionerOptions, CaptionRequest
 from cluster.generation.pinning import resolve_device
+from cluster.gpu_share import gpu_share, keep_to_gpu_share
 from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error, waiting_for
 from cluster.sources.concept_file import read_concepts
 from cluster.sources.picture_source import FeatureSource
@@ -248,21 +249,26 @@ class CaptionerSource:
     batch_size: int = BATCH_SIZE
 
 
-def caption_on_cluster(source: CaptionerSource, *, pictures: int, num_workers: int) -> Captioned:
-    """The same by `num_workers` Ray actors, one GPU each where the cluster has any. A lost one's batch is done again.
+def caption_on_cluster(
+    source: CaptionerSource, *, pictures: int, num_workers: int, gpus_per_worker: float = 1
+) -> Captioned:
+    """The same by `num_workers` Ray actors, each with so much GPU where the cluster has any. A lost one's batch is done
+    again.
 
     With a device that is named they are waited for on a cluster that is joined, because it may grow. Raises InputError
     for more workers than the cluster has room for, or what a worker's captioner raises.
     """
     start_ray()
     on_gpus = resolve_device(source.device, cluster_gpus=cluster_gpus()) == "cuda"
-    room = int(cluster_gpus() if on_gpus else cluster_cpus())
+    if not on_gpus and gpus_per_worker < 1:
+        raise InputError(
+            f"--gpus-per-worker {gpus_per_worker:g}: the cluster has no GPU; leave it out, or give --device"
+        )
+    room = int(cluster_gpus() / gpus_per_worker if on_gpus else cluster_cpus())
     waits = source.device != "auto" and "RAY_ADDRESS" in os.environ
     if num_workers > room and not waits:
-        raise InputError(
-            f"--num-workers {num_workers}: the cluster has {room} {'GPUs' if on_gpus else 'CPUs'}; on one that grows, "
-            "give --device"
-        )
+        has = f"{cluster_gpus():g} GPUs" if on_gpus else f"{room} CPUs"
+        raise InputError(f"--num-workers {num_workers}: the cluster has {has}; on one that grows, give --device")
     threads = max(1, int(cluster_cpus()) // num_workers)
     numbers = list(range(len(batches(pictures, source.batch_size))))
     dataset = ray.data.from_items([{"batch": number} for number in numbers], override_num_blocks=len(numbers))
@@ -272,10 +278,10 @@ def caption_on_cluster(source: CaptionerSource, *, pictures: int, num_workers: i
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         num_cpus=0 if on_gpus else 1,
-        num_gpus=1 if on_gpus else 0,
+        num_gpus=gpus_per_worker if on_gpus else 0,
     )
     try:
-        with waiting_for(cpus=0 if on_gpus else num_workers, gpus=num_workers if on_gpus else 0):
+        with waiting_for(cpus=0 if on_gpus else num_workers, gpus=num_workers * gpus_per_worker if on_gpus else 0):
             rows = list(_with_progress_lines(captioned.iter_rows(), pictures=pictures, batch_size=source.batch_size))
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
@@ -289,6 +295,8 @@ class _CaptionWorker:
     def __init__(self, *, source: CaptionerSource, threads: int) -> None:
         if source.device == "cpu":
             torch.set_num_threads(threads)
+        if 0 < gpu_share() < 1:
+            keep_to_gpu_share("cuda" if torch.cuda.is_available() else "cpu")
         checkpoints = [source.checkpoint] if isinstance(source.checkpoint, str) else source.checkpoint
         self.captioner = _load(
             checkpoints,

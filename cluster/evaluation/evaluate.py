@@ -87,7 +87,9 @@ def _evaluate(
         found = caption_pictures(captioner, pictures)
     else:
         source = _source(request, checkpoints)
-        found = caption_on_cluster(source, pictures=len(pictures), num_workers=request.num_workers)
+        found = caption_on_cluster(
+            source, pictures=len(pictures), num_workers=request.num_workers, gpus_per_worker=request.gpus_per_worker
+        )
     captions = found.captions
     if not captions:
         first = next(iter(found.unreadable.values()), "")

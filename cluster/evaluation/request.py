@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cluster.evaluation.experiments import EXPERIMENTS, SPLIT, experiment
-from cluster.options import Request, check_at_least, flag, option, refuse_others, refuse_without
+from cluster.options import Request, check_at_least, check_gpu_share, flag, option, refuse_others, refuse_without
 from cluster.sources.picture_source import FeatureSource, PictureSource
 from pcm.captioners.pcmnet.config import BEAM_SIZE
 from pcm.errors import InputError
@@ -108,6 +108,9 @@ class EvaluateRequest(CaptionerOptions):
     )  # fmt: skip
     list_experiments: bool = option(False, help="show the paper's experiments and end")
     num_workers: int | None = option(None, help="caption on so many Ray actors", unset="in this process, without Ray")
+    gpus_per_worker: float = option(
+        1.0, metavar="SHARE", help="GPU an actor of --num-workers takes; with 0.5 two share one"
+    )
     out: str | None = option(
         None,
         metavar="P",
@@ -126,6 +129,8 @@ class EvaluateRequest(CaptionerOptions):
         super().__post_init__()
         check_at_least(self, 1, "num_workers", "limit")
         refuse_without(self, "shuffled_baseline", "seed")
+        refuse_without(self, "num_workers", "gpus_per_worker")
+        check_gpu_share(self, "gpus_per_worker")
         if self.list_experiments:
             refuse_others(self, "list_experiments", (), why="which evaluates nothing")
             return

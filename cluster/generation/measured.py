@@ -8,8 +8,8 @@ from typing import Any
 import ray
 
 from cluster.dataset.request import ShardOptions
-from cluster.generation.gpu_share import keep_to_gpu_share
 from cluster.generation.pools import Pools
+from cluster.gpu_share import keep_to_gpu_share
 from cluster.session import user_error
 from cluster.weights.node_copy import local_generator
 from pcm.errors import InputError

@@ -45,13 +45,13 @@ def make_trainer(
     score: str,
     sizes: tuple[int, ...],
     cpus: int,
-    on_gpus: bool,
+    gpus: float,
     labels: Mapping[str, str],
     keep_checkpoints: int,
     max_failures: int,
     joined: bool,
 ) -> PolicyTrainer:
-    """A trainer of a group of workers with `cpus` CPUs each and, `on_gpus`, one GPU.
+    """A trainer of a group of workers with `cpus` CPUs and `gpus` GPUs each: one, a share of one, or none.
 
     `sizes`: how many workers the group may have, ascending. With several it takes as many as there is room for, goes on
     with fewer from its last checkpoint when a node is lost, and with more after a checkpoint when there is room.
@@ -66,8 +66,8 @@ def make_trainer(
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
             num_workers=(sizes[0], sizes[-1]) if len(sizes) > 1 else sizes[0],  # type: ignore[arg-type]
             **elastic,
-            use_gpu=on_gpus,
-            resources_per_worker={"CPU": cpus, **({"GPU": 1} if on_gpus else {})},
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
             label_selector=dict(labels) or None,
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]

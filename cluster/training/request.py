@@ -9,6 +9,7 @@ from cluster.generation.request import GenerationOptions
 from cluster.options import (
     Request,
     check_at_least,
+    check_gpu_share,
     option,
     options_of,
     parse_count,
@@ -168,6 +169,10 @@ class TrainingOptions(SettingsOptions):
     cpus_per_worker: int | None = option(
         None, help="CPUs a worker reserves and uses", unset="all of the cluster, divided; one where it has none yet"
     )
+    gpus_per_worker: float = option(
+        1.0, metavar="SHARE", help="GPU a worker takes; a share, such as 0.5, lets several runs use one GPU and is for "
+        "--num-workers 1",
+    )  # fmt: skip
     worker_labels: Mapping[str, str] = option(
         {}, flag="worker-label", metavar="NAME=VALUE", parse=parse_worker_label,
         help="place workers on nodes with this label only, such as pcmnet.io/role=training",
@@ -195,6 +200,12 @@ class TrainingOptions(SettingsOptions):
             self, 1, "num_workers", "cpus_per_worker", "keep_checkpoints", "checkpoint_every_steps", "window_bytes"
         )
         check_at_least(self, -1, "max_failures")
+        check_gpu_share(self, "gpus_per_worker")
+        if self.gpus_per_worker < 1 and self.num_workers != 1:
+            raise InputError(
+                f"--gpus-per-worker {self.gpus_per_worker:g}: a share is for one worker, because workers exchange "
+                "gradients from a GPU each; add --num-workers 1"
+            )
         if "://" in (self.cache_dir or ""):
             raise InputError(f"--cache-dir {self.cache_dir}: must be a local folder, such as /dev/shm/pcm")
 

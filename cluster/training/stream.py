@@ -74,12 +74,12 @@ def stream(request: StreamRequest) -> dict[str, Any]:
     return {**summary, "dataset": request.dataset}
 
 
-def _training_share(request: StreamRequest, *, device: str) -> tuple[int, int, int]:
+def _training_share(request: StreamRequest, *, device: str) -> tuple[int, int, float]:
     """(workers, CPUs of each, GPUs of each): on GPUs one worker with one of them, on CPUs half of them."""
     assert not isinstance(request.num_workers, tuple)
     workers = request.num_workers or 1
     if device == "cuda":
-        return workers, request.cpus_per_worker or 1, 1
+        return workers, request.cpus_per_worker or 1, request.gpus_per_worker
     return workers, request.cpus_per_worker or max(1, int(cluster_cpus()) // 2 // workers), 0
 
 

@@ -105,7 +105,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
         score=SCORE,
         sizes=place.sizes,
         cpus=place.cpus,
-        on_gpus=place.device == "cuda",
+        gpus=place.gpus_per_worker,
         labels=request.worker_labels,
         keep_checkpoints=request.keep_checkpoints,
         max_failures=request.max_failures,
@@ -353,11 +353,12 @@ def _shares_batch(config: TrainConfig, workers: int) -> bool:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a run is trained: so many workers with so many CPUs each, and a GPU where the device is cuda."""
+    """Where a run is trained: so many workers with so many CPUs each, and where the device is cuda with so much GPU."""
 
     device: str
     sizes: tuple[int, ...]  # that the group of workers may have, ascending
     cpus: int
+    gpus_per_worker: float  # 0 on CPUs
 
     @property
     def num_workers(self) -> int:
@@ -365,8 +366,8 @@ class _Place:
         return self.sizes[0]
 
     @property
-    def gpus(self) -> int:
-        return self.num_workers if self.device == "cuda" else 0
+    def gpus(self) -> float:
+        return self.num_workers * self.gpus_per_worker
 
 
 def _place(request: TrainRequest, config: TrainConfig, *, joined: bool) -> _Place:
@@ -384,7 +385,13 @@ def _place(request: TrainRequest, config: TrainConfig, *, joined: bool) -> _Plac
     device = resolve_device(request.device, cluster_gpus=gpus)
     sizes = group_sizes(config, request.num_workers or max(gpus if device == "cuda" else 0, 1))
     workers = sizes[-1]
-    place = _Place(device, sizes, request.cpus_per_worker or max(1, cpus // workers))
+    if device == "cpu" and request.gpus_per_worker < 1:
+        raise InputError(
+            f"--gpus-per-worker {request.gpus_per_worker:g}: the cluster has no GPU; leave it out, or give --device "
+            "cuda on a cluster that grows"
+        )
+    share = request.gpus_per_worker if device == "cuda" else 0
+    place = _Place(device, sizes, request.cpus_per_worker or max(1, cpus // workers), share)
     if len(sizes) > 1 and not joined:
         raise InputError(
             f"--num-workers {sizes[0]}:{workers}: no nodes come to this machine; give a number, or join a cluster "

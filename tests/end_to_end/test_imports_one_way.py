@@ -55,6 +55,7 @@ ORDER = {
         "options",
         "numbers",
         "charts",
+        "gpu_share",
         "store",
         "shard_work",
         "weights",

@@ -9,9 +9,9 @@ import pyarrow as pa
 from cluster.dataset.layout import read_table
 from cluster.dataset.plan import sample_id
 from cluster.generation.environment import environment, store_environment
-from cluster.generation.gpu_share import keep_to_gpu_share
 from cluster.generation.stages.merge import to_retry
 from cluster.generation.stages.shard_row import ShardRow
+from cluster.gpu_share import keep_to_gpu_share
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
 from cluster.weights.node_copy import local_generator

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import pyarrow as pa
 
-from cluster.generation.gpu_share import keep_to_gpu_share
 from cluster.generation.stages.shard_row import ERRORS_KEPT, ShardRow
 from cluster.generation.stages.watchdog import Watchdog
+from cluster.gpu_share import keep_to_gpu_share
 from cluster.store.retries import load_with_retries
 from cluster.weights.node_copy import local_clip
 from pcm.errors import InputError, typed_first_line

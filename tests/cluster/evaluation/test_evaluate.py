@@ -115,6 +115,20 @@ def test_more_workers_than_the_cluster_has_are_refused(world: Path, ray_session:
         evaluate(request)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gpus_per_worker": 0.5}, r"--gpus-per-worker 0\.5: needs --num-workers"),
+        ({"gpus_per_worker": 2.0, "num_workers": 1}, "--gpus-per-worker 2: must be more than 0 and at most 1"),
+        ({"gpus_per_worker": 0.5, "num_workers": 1, "device": "cpu"}, "without effect with --device cpu"),
+        ({"gpus_per_worker": 0.5, "num_workers": 1}, r"--gpus-per-worker 0\.5: the cluster has no GPU"),
+    ],
+)
+def test_a_gpu_share_that_cannot_be_is_refused(world: Path, ray_session: None, settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate(EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), **settings))
+
+
 def test_batches_depend_on_the_number_of_pictures_alone() -> None:
     assert [(batch.start, batch.stop) for batch in batches(140, 64)] == [(0, 64), (64, 128), (128, 140)]
     assert batches(0, 64) == []

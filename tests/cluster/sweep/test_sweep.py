@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def ray_with_a_gpu() -> Iterator[None]:
 def test_what_torch_takes_for_no_gpu_is_shared_by_trials_and_trained_on_as_a_cpu(
     data: Path, ray_with_a_gpu: None
 ) -> None:
-    """Two trials at a time with half of it each; then jobs.train with all of it."""
+    """Two trials at a time with half of it each; then jobs.train with all of it, and with the half that is left."""
     together = request(
         data, out=str(data.parent / "shared"), params={"lr_factor": "0.4,0.5"}, epochs=1, seeds=1, gpus_per_trial=0.5,
         concurrent=2,
@@ -157,7 +158,30 @@ def test_what_torch_takes_for_no_gpu_is_shared_by_trials_and_trained_on_as_a_cpu
     assert sweep(together)["by_status"] == {"finished": 2}
     with pytest.raises(InputError, match=r"--gpus-per-trial 1\.5: the cluster has 1; take fewer"):
         sweep(replace(together, resume=True, gpus_per_trial=1.5))
-    assert train(replace(together.train, out=str(data.parent / "alone"), cpus_per_worker=1))["epochs"] == 1
+    alone = replace(together.train, out=str(data.parent / "alone"), cpus_per_worker=1)
+    assert train(alone)["epochs"] == 1
+    with half_a_gpu_taken():
+        shared = replace(alone, out=str(data.parent / "half"), num_workers=1, gpus_per_worker=0.5)
+        assert train(shared)["epochs"] == 1
+    assert losses(data.parent / "half") == losses(data.parent / "alone")
+
+
+@contextmanager
+def half_a_gpu_taken() -> Iterator[None]:
+    @ray.remote(num_gpus=0.5, num_cpus=0)
+    class Holder:
+        def holds(self) -> list:
+            return ray.get_gpu_ids()
+
+    holder = Holder.remote()
+    assert ray.get(holder.holds.remote()) == [0]
+    yield
+    ray.kill(holder)
+
+
+def losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for file in sorted(run.glob("losses/*.jsonl")) for line in file.read_text().splitlines()]
+    return [row["loss"] for row in rows]
 
 
 @pytest.mark.slow

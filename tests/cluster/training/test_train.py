@@ -391,7 +391,7 @@ def test_worker_labels_need_a_cluster_and_reach_ray() -> None:
     with pytest.raises(InputError, match=r"--worker-label pcmnet\.io/role=training: only on a cluster"):
         check_labels({"pcmnet.io/role": "training"}, joined=False)
     trainer = make_trainer(
-        lambda config: "", {}, out=open_store("/nowhere"), score="score", sizes=(2,), cpus=1, on_gpus=False,
+        lambda config: "", {}, out=open_store("/nowhere"), score="score", sizes=(2,), cpus=1, gpus=0,
         labels={"pcmnet.io/role": "training"}, keep_checkpoints=1, max_failures=0, joined=True,
     )  # fmt: skip
     assert trainer.scaling_config.label_selector == {"pcmnet.io/role": "training"}
@@ -541,6 +541,26 @@ def test_a_first_epoch_in_the_order_of_a_plan_is_of_one_whole_dataset(world: Pat
     with pytest.raises(InputError, match="first_epoch plan: takes one dataset without a weight"):
         train(weighted)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gpus_per_worker": 0.0}, "--gpus-per-worker 0: must be more than 0 and at most 1"),
+        ({"gpus_per_worker": 1.5}, r"--gpus-per-worker 1\.5: must be more than 0 and at most 1"),
+        ({"gpus_per_worker": 0.5}, r"--gpus-per-worker 0\.5: a share is for one worker.*; add --num-workers 1"),
+        ({"gpus_per_worker": 0.5, "num_workers": (1, 2)}, "add --num-workers 1"),
+        ({"gpus_per_worker": 0.5, "num_workers": 1, "device": "cpu"}, "without effect with --device cpu"),
+    ],
+)
+def test_a_gpu_share_that_cannot_be_is_refused(world: Path, tmp_path: Path, settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        request(world, tmp_path / "run", **settings)
+
+
+def test_a_gpu_share_of_a_cluster_without_a_gpu_is_refused(world: Path, ray_session: None, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--gpus-per-worker 0\.5: the cluster has no GPU; leave it out"):
+        train(request(world, tmp_path / "run", gpus_per_worker=0.5, num_workers=1))
 
 
 def test_workers_that_the_cluster_cannot_place_are_refused(world: Path, ray_session: None, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from cluster.generation.gpu_share import ALLOCATOR, gpu_share, keep_to_gpu_share
+from cluster.gpu_share import ALLOCATOR, gpu_share, keep_to_gpu_share
 
 
 @pytest.fixture(autouse=True)
