@@ -23,7 +23,7 @@ from cluster.curation.redraw.budget import pictures_of, seconds_per_picture
 from cluster.curation.redraw.choice import predicted_gain, ranked
 from cluster.curation.redraw.rounds import Draw, Drawn, Redraws, draw_round, round_store
 from cluster.curation.redraw.scores import Scores
-from cluster.curation.redraw.settings import LOWEST, Policy
+from cluster.curation.redraw.settings import LOWEST, MOST_REDRAWS, Policy
 from cluster.curation.refine_request import BEST_OF_N, RefineRequest
 from cluster.curation.rows import IndexRows, read_index
 from cluster.dataset.layout import Manifest, parquet_bytes
@@ -82,7 +82,7 @@ def check_attempts(spec: GeneratorSpec, *, data: str) -> None:
 def keep_plan(source: OpenDataset, out: Store, request: RefineRequest, rows: int) -> dict[str, Any]:
     """How many pictures are drawn: found the first time, and from then on as it stands on the store.
 
-    Raises InputError for a budget that buys none, or whose price nothing tells.
+    Raises InputError for a budget that buys none or too many, or whose price nothing tells.
     """
     try:
         found = json.loads(out.read_bytes(PLAN_KEY))
@@ -100,6 +100,11 @@ def keep_plan(source: OpenDataset, out: Store, request: RefineRequest, rows: int
         assert request.budget is not None
         pictures = pictures_of(
             request.budget, request.budget_in, seconds=seconds, price_per_hour=request.price_per_hour, data=request.data
+        )
+    if pictures > rows * MOST_REDRAWS:
+        asked = f"--best-of {request.best_of}" if request.method == BEST_OF_N else f"--budget {request.budget:g}"
+        raise InputError(
+            f"{asked}: is {pictures:,} pictures for {rows:,} captions; at most {MOST_REDRAWS:,} a caption can be drawn"
         )
     return {"pictures": pictures, "seconds_per_picture": seconds}
 

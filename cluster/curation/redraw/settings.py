@@ -10,6 +10,9 @@ UNITS = (PICTURES, GPU_SECONDS, MONEY)
 GAIN, LOWEST = "gain", "lowest"
 CHOICES = (GAIN, LOWEST)
 
+#: Pictures that may be asked for a caption, on average: more is a slip of the pen.
+MOST_REDRAWS = 1000
+
 
 @dataclass(frozen=True)
 class Policy:

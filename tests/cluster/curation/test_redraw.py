@@ -242,6 +242,8 @@ def test_a_redraw_of_a_redraw_draws_other_pictures(dataset: Path, tmp_path: Path
         (("--method", "best-of-n", "--best-of", "1"), "--best-of 1: must be at least 2"),
         (("--method", "sync", "--best-of", "3"), "--best-of: without effect with --method sync"),
         (("--method", "redraw", "--budget", "1e-9", "--budget-in", "gpu-seconds"), "--budget 1e-09: buys no picture"),
+        (("--method", "redraw", "--budget", "1e12"), "--budget 1e+12: is 1,000,000,000,000 pictures for"),
+        (("--method", "best-of-n", "--best-of", "2000"), "--best-of 2000: is"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line_before_ray_starts(
