@@ -334,7 +334,7 @@ def finish(source: OpenDataset, out: Store, spec: ClipSpec, lineage: Lineage) ->
             facts={
                 "clip": spec.model,
                 "clip_before": source.manifest.spec.clip.model,
-                "agreement": _agreement(out, rows, entries) if _is_scored(source) else None,
+                "agreement": _agreement(rows, entries) if _is_scored(source) else None,
             },
         ),
     )
@@ -342,7 +342,7 @@ def finish(source: OpenDataset, out: Store, spec: ClipSpec, lineage: Lineage) ->
     return manifest
 
 
-def _agreement(out: Store, rows: pa.Table, entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def _agreement(rows: pa.Table, entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Of the two CLIPs' scores, and the pairs of which they think most differently, with where their pictures are."""
     shards = [StoredShard.of(entry) for entry in entries]
     starts = np.cumsum([0, *(shard.rows for shard in shards)])
@@ -359,7 +359,7 @@ def _agreement(out: Store, rows: pa.Table, entries: Iterable[dict[str, Any]]) ->
                 "score_before": float(before[row]),
                 "clip_score": float(after[row]),
                 "why": f"scored {before[row]:.3f} before, {after[row]:.3f} by this CLIP",
-                "picture": {"path": out.address, "shard": stored, "row": row - int(starts[shard])},
+                "picture": {"shard": stored, "row": row - int(starts[shard])},  # no path: of this very dataset
             }
         )
     return {**agreement(before, after), "examples": examples}

@@ -26,21 +26,21 @@ class LeftOut:
     beside: Picture | None
 
 
-def left_out_pictures(lineage: Lineage) -> dict[str, list[LeftOut]]:
-    """By rule; under AGREEMENT the pairs of which two CLIPs think most differently, which stay.
+def left_out_pictures(lineage: Lineage, *, of: str) -> dict[str, list[LeftOut]]:
+    """By rule; under AGREEMENT the pairs of which two CLIPs think most differently, which stay. `of`: the dataset.
 
     A picture that is no longer there is said on its card, for the dataset stands without it.
     Raises InputError where the lineage's examples are damaged.
     """
     try:
-        return _by_rule(lineage)
+        return _by_rule(lineage, of)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{MANIFEST_KEY}: its lineage is damaged ({one_line(error)}); make the dataset again"
         ) from None
 
 
-def _by_rule(lineage: Lineage) -> dict[str, list[LeftOut]]:
+def _by_rule(lineage: Lineage, dataset: str) -> dict[str, list[LeftOut]]:
     groups = {rule.rule: rule.examples for rule in lineage.rules}
     if told := lineage.facts.get(AGREEMENT):
         groups[AGREEMENT] = tuple(told["examples"])
@@ -48,7 +48,7 @@ def _by_rule(lineage: Lineage) -> dict[str, list[LeftOut]]:
     for examples in groups.values():
         for example in examples:
             for shown in filter(None, (example, example.get("beside"))):
-                rows[_place(shown)] = None
+                rows[_place(shown, dataset)] = None
     by_shard: dict[tuple, list[int]] = {}
     for *shard, row in rows:
         by_shard.setdefault(tuple(shard), []).append(row)
@@ -59,9 +59,9 @@ def _by_rule(lineage: Lineage) -> dict[str, list[LeftOut]]:
     def picture(shown: dict[str, Any]) -> Picture:
         row = Row(
             shard=0, row=int(shown["picture"]["row"]), sample_id=str(shown["sample_id"]), caption=str(shown["caption"]),
-            seed=found[_place(shown)][1], clip_score=float(shown["clip_score"]),
+            seed=found[_place(shown, dataset)][1], clip_score=float(shown["clip_score"]),
         )  # fmt: skip
-        return _picture(row, found[_place(shown)][0])
+        return _picture(row, found[_place(shown, dataset)][0])
 
     return {
         name: [
@@ -76,11 +76,11 @@ def _by_rule(lineage: Lineage) -> dict[str, list[LeftOut]]:
     }
 
 
-def _place(shown: dict[str, Any]) -> tuple:
-    """(dataset, key, rows, bytes, sha256, row)."""
+def _place(shown: dict[str, Any], dataset: str) -> tuple:
+    """(dataset, key, rows, bytes, sha256, row); of `dataset` itself where it names no other."""
     shard = shown["picture"]["shard"]
     return (
-        shown["picture"]["path"],
+        shown["picture"].get("path", dataset),
         shard["key"],
         shard["rows"],
         shard["bytes"],

@@ -46,7 +46,8 @@ def gather(request: ReportRequest) -> Facts:
         store = open_store(request.data)
         data = gather_dataset(store, seed=request.seed, unfinished=request.unfinished)
         gallery = make_gallery(store, data, seed=request.seed)
-        left_out = left_out_pictures(data.manifest.lineage) if data.manifest.lineage is not None else {}
+        if data.manifest.lineage is not None:
+            left_out = left_out_pictures(data.manifest.lineage, of=store.address)
     run = gather_run(open_store(request.run)) if request.run is not None else None
     evaluation = gather_evaluation(open_store(request.evaluation)) if request.evaluation is not None else None
     sweep = gather_sweep(open_store(request.sweep)) if request.sweep is not None else None

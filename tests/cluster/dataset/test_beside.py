@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,6 +18,9 @@ from cluster.store.store import open_store
 from pcm.errors import InputError
 from tests.helpers.tiny_dataset import write_dataset
 
+if TYPE_CHECKING:
+    from tests.helpers.seaweedfs import S3Server
+
 
 @pytest.fixture
 def world(tmp_path: Path, tiny_clip: Path) -> Path:
@@ -29,11 +33,11 @@ def world(tmp_path: Path, tiny_clip: Path) -> Path:
     return folder
 
 
-def view(out: Path, data: Path, **rules: object) -> dict:
+def view(out: Path, data: Path | str, **rules: object) -> dict:
     return curate(CurateRequest(data=(str(data),), out=str(out), **({"drop_lowest": 0.3} | rules)))  # type: ignore[arg-type]
 
 
-def pictures_of(place: Path) -> list[str]:
+def pictures_of(place: Path | str) -> list[str]:
     return [store.path for store in load_manifest(open_store(place)).pictures]
 
 
@@ -46,6 +50,23 @@ def test_a_view_that_moves_with_its_source_finds_it(world: Path, tmp_path: Path,
         assert verify(open_store(tmp_path / "after" / name))["ok"]
     after = verify(open_store(tmp_path / "after/second"))
     assert after["fingerprint"] == before["fingerprint"]
+
+
+def test_a_view_that_is_copied_into_a_bucket_with_its_source_finds_it_there(
+    world: Path, tmp_path: Path, s3: "S3Server"
+) -> None:
+    before = verify(open_store(world / "second"))
+    place = f"{s3.uri}/beside/{tmp_path.name}"
+    for name in ("second", "data"):
+        copy = open_store(f"{place}/{name}")
+        for key in open_store(world / name).list(""):
+            copy.write_bytes(key, (world / name / key).read_bytes())
+    shutil.rmtree(world)
+    assert pictures_of(f"{place}/second") == [f"{place}/data"]
+    after = verify(open_store(f"{place}/second"))
+    assert after["ok"] and after["fingerprint"] == before["fingerprint"]
+    view(tmp_path / "third", f"{place}/second", drop_lowest=0.1)
+    assert pictures_of(tmp_path / "third") == [f"{place}/data"] and verify(open_store(tmp_path / "third"))["ok"]
 
 
 def test_a_view_of_a_moved_view_points_at_the_pictures_where_they_are(world: Path, tmp_path: Path) -> None:

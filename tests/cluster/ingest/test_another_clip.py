@@ -222,6 +222,9 @@ def test_the_report_shows_how_far_the_two_clips_agree(dataset: Path, other_clip:
     assert f"Pearson {told['pearson']:.3f}, Spearman {told['spearman']:.3f}, of 40 pairs" in text
     for example in told["examples"]:
         assert example["why"] in text
+    (tmp_path / "out").rename(tmp_path / "moved")
+    make_report(ReportRequest(data=str(tmp_path / "moved"), out=str(tmp_path / "moved.html")))
+    assert told["examples"] and (tmp_path / "moved.html").read_text().count("<img") == text.count("<img")
 
 
 @pytest.mark.parametrize(
