@@ -12,7 +12,7 @@ import torch
 
 import pcm.torchvision_shim  # noqa: F401  - before diffusers
 from benchmarks.experiments.__main__ import ExperimentsRequest, run
-from benchmarks.experiments.worth import calibration, command, datasets, pictures, report, runs
+from benchmarks.experiments.worth import calibration, command, datasets, pictures, report, retrievers, runs
 from benchmarks.experiments.worth.dissection import by_kinds
 from benchmarks.experiments.worth.pictures import Pictures, said
 from benchmarks.experiments.worth.settings import DRAWN, PAINTERS, PARTS, STEPS_OF_DATA, Part, Setting
@@ -322,3 +322,15 @@ def test_what_has_no_effect_is_refused(options: dict, named: str) -> None:
 def test_there_is_nothing_to_report_of_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to report"):
         run(ExperimentsRequest(what="report", out=tmp_path))
+
+
+def test_what_sync_makes_of_pairs_follows_what_finds_the_pictures() -> None:
+    """Eight captions of one noun each; the painter drew the next one's noun instead."""
+    names = [noun.name for noun in NOUNS][:8]
+    right, drawn = np.eye(8, dtype=np.float32), np.roll(np.eye(8, dtype=np.float32), 1, axis=1)
+    shown = np.pad(drawn, ((0, 0), (0, len(NOUNS) - 8)))
+    nouns = [[name] for name in names]
+    seeing = retrievers.figures(right, drawn, right, nouns, shown)
+    assert seeing["wrong_before"] == 1 and seeing["wrong_after"] == 0 and seeing["moved"] == 1
+    believing = retrievers.figures(right, right, right, nouns, shown)  # takes each picture for what was asked for
+    assert believing["wrong_after"] == 1 and believing["moved"] == 0 and believing["pictures"] == int(0.9 * 8)

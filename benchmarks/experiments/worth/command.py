@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.experiments.worth import retrievers
 from benchmarks.experiments.worth.calibration import SETTING, calibrate, chosen
 from benchmarks.experiments.worth.datasets import data_figures, is_made, make_data
 from benchmarks.experiments.worth.pictures import (
@@ -18,7 +19,7 @@ from benchmarks.experiments.worth.pictures import (
     one_thread,
 )
 from benchmarks.experiments.worth.runs import do_run, planned, read_result
-from benchmarks.experiments.worth.settings import PARTS, SEEDS, Setting
+from benchmarks.experiments.worth.settings import PARTS, SEEDS, SYNC, Setting
 from pcm.embedded.making.art import DEFAULT_ART_FOLDER, fetch_art
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ def worth(
             )  # fmt: skip
         for setting in settings:
             data_figures(out, setting.painter, setting.data)
+            if setting.data == SYNC:
+                retrievers.make_figures(out, setting.painter, folder)
     return {"done_now": done, **progress(out, seeds)}
 
 

@@ -7,7 +7,7 @@ is known, so a caption's nouns can be checked, too. Their features are computed 
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,16 +62,22 @@ def judge_folder(out: Path) -> Path:
 
 def make_judge(out: Path, art: Path) -> dict[str, float]:
     """Train the classifier, or go on with it; the shares of held-out rendered scenes that it names."""
-    folder = judge_folder(out)
+    return train_judge(judge_folder(out), art, seed=0, scene_seeds=_JUDGE_SEEDS)
+
+
+def train_judge(folder: Path, art: Path, *, seed: int, scene_seeds: Mapping[str, int]) -> dict[str, float]:
+    """The same of any classifier of this kind, in a folder of its own. `scene_seeds`: of "train" and "check"."""
     folder.mkdir(parents=True, exist_ok=True)
     sets = []
     for name, count in (("train", JUDGE_SCENES), ("check", JUDGE_CHECK)):
-        path, seed = folder / f"{name}.npz", _JUDGE_SEEDS[name]
+        path, scene_seed = folder / f"{name}.npz", scene_seeds[name]
         if not path.exists():
-            scenes = sample_scenes(seed, count, style=PAINTER_STYLE, varieties=("plain", "varied"), domains=(FIRST,))
-            draw_scenes(scenes, art, seed).save(path)
+            scenes = sample_scenes(
+                scene_seed, count, style=PAINTER_STYLE, varieties=("plain", "varied"), domains=(FIRST,)
+            )
+            draw_scenes(scenes, art, scene_seed).save(path)
         sets.append(SceneSet.load(path))
-    figures = train_classifier(*sets, folder, ClassifierTraining(steps=JUDGE_STEPS))
+    figures = train_classifier(*sets, folder, ClassifierTraining(steps=JUDGE_STEPS, seed=seed))
     write_whole(folder / "figures.json", json.dumps(figures))
     return figures
 

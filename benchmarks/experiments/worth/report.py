@@ -19,6 +19,7 @@ from benchmarks.experiments.worth.command import by_seed
 from benchmarks.experiments.worth.datasets import data_figures, is_made
 from benchmarks.experiments.worth.dissection import by_kinds, training_figures
 from benchmarks.experiments.worth.pictures import Pictures, judge_folder, load_pictures, worth_folder
+from benchmarks.experiments.worth.retrievers import kept_figures
 from benchmarks.experiments.worth.runs import planned, read_result
 from benchmarks.experiments.worth.settings import (
     BASE,
@@ -413,6 +414,25 @@ def _dissection(out: Path, scores: Scores, painter: str) -> list[str]:
         parts = by_kinds(difference, scores.test.nouns)
         cells = [interval(estimate(parts[count])) for count in sorted(parts)]
         lines.append(f"| {network} | {len(difference)} | " + " | ".join(cells) + " |")
+    return [*lines, "", *_retrievers(out, painter)]
+
+
+def _retrievers(out: Path, painter: str) -> list[str]:
+    found = kept_figures(out, painter)
+    if found is None:
+        return []
+    lines = [
+        "SynC by what finds the pictures. The second classifier sees the nouns of a picture; it has learned from other "
+        "scenes than the one that judges.",
+        "",
+        "| pictures found by | right of the 15 candidates | wrong pairs before | after | captions moved | pictures |",
+        "|---" * 6 + "|",
+    ]
+    for name, each in found.items():
+        shares = (each[key] for key in ("right_among_candidates", "wrong_before", "wrong_after", "moved"))
+        lines.append(
+            f"| {name} | " + " | ".join(f"{100 * share:.0f} %" for share in shares) + f" | {each['pictures']} |"
+        )
     return [*lines, ""]
 
 

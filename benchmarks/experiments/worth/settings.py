@@ -85,7 +85,7 @@ NETWORKS: Mapping[str, tuple[Mapping[str, Any], bool]] = MappingProxyType(
 )
 PCM_NET = "both (PCM-Net)"
 
-DRAWN = "drawn"
+DRAWN, SYNC = "drawn", "SynC"
 #: What the score filter keeps, and tau of SynC.
 KEEP = 0.9
 BEST_OF = 4
@@ -106,7 +106,7 @@ class Step:
 STEPS_OF_DATA: Mapping[str, Step] = MappingProxyType(
     {
         "score filter": Step(DRAWN, "curate", {"drop_lowest": round(1 - KEEP, 6)}),
-        "SynC": Step(DRAWN, "refine", {"method": "sync", "keep": KEEP, "sentences": "clip"}),
+        SYNC: Step(DRAWN, "refine", {"method": "sync", "keep": KEEP, "sentences": "clip"}),
         "best of 4": Step(DRAWN, "refine", {"method": "best-of-n", "best_of": BEST_OF}, drawn=BEST_OF - 1),
         "redraw": Step(
             DRAWN, "refine", {"method": "redraw", "budget": round(REDRAWN_SHARE * CAPTIONS)}, drawn=REDRAWN_SHARE
