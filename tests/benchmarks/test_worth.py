@@ -12,7 +12,7 @@ import torch
 
 import pcm.torchvision_shim  # noqa: F401  - before diffusers
 from benchmarks.experiments.__main__ import ExperimentsRequest, run
-from benchmarks.experiments.worth import calibration, command, datasets, pictures, report, retrievers, runs
+from benchmarks.experiments.worth import calibration, command, pictures, report, retrievers, runs
 from benchmarks.experiments.worth.dissection import by_kinds
 from benchmarks.experiments.worth.pictures import Pictures, said
 from benchmarks.experiments.worth.settings import DRAWN, PAINTERS, PARTS, STEPS_OF_DATA, Part, Setting
@@ -130,7 +130,7 @@ def test_all_settings_have_their_first_seed_before_any_has_its_second() -> None:
 
 def test_every_row_of_data_names_what_it_is_made_of() -> None:
     assert all(step.of == DRAWN or step.of in STEPS_OF_DATA for step in STEPS_OF_DATA.values())
-    folders = {datasets.data_folder(Path("/x"), "coarse", data) for data in (DRAWN, *STEPS_OF_DATA)}
+    folders = {pictures.data_folder(Path("/x"), "coarse", data) for data in (DRAWN, *STEPS_OF_DATA)}
     assert len(folders) == 1 + len(STEPS_OF_DATA)
 
 
@@ -154,7 +154,7 @@ def test_the_section_is_put_first_and_replaced_in_place() -> None:
 @pytest.fixture
 def out(tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny dataset in the place of the coarse painter's, and its pictures as test pictures."""
-    write_dataset(datasets.data_folder(tmp_path, "coarse"), tiny_clip, rows=40)
+    write_dataset(pictures.data_folder(tmp_path, "coarse"), tiny_clip, rows=40)
     monkeypatch.setattr(runs, "BASE", {**TINY, "ema_decay": 0.9})
     monkeypatch.setattr(runs, "clip_weight", lambda out, setting, *, weighted: 1.0 if weighted else 1e6)
     monkeypatch.setattr(command, "prepare_worth", lambda out, *, art: Path())
@@ -182,7 +182,7 @@ def _rows_of(out: Path):
     from cluster.dataset.rows import Rows, read_rows
     from cluster.store.store import open_store
 
-    store = open_store(datasets.data_folder(out, "coarse"))
+    store = open_store(pictures.data_folder(out, "coarse"))
     manifest = load_manifest(store)
     return Rows.concatenate([read_rows(store, shard, None, manifest.features) for shard in manifest.stored_shards])
 
@@ -255,7 +255,7 @@ def test_the_calibration_takes_the_best_rate_and_the_fewest_steps_near_its_best(
 
 
 def test_parts_that_are_not_made_are_said(out: Path, tmp_path: Path) -> None:
-    shutil.rmtree(datasets.data_folder(out, "coarse"))
+    shutil.rmtree(pictures.data_folder(out, "coarse"))
     folder = pictures.judge_folder(out)
     folder.mkdir()
     (folder / "figures.json").write_text(json.dumps({"single": 0.9, "both": 0.8, "three": 0.7}))

@@ -11,12 +11,19 @@ from typing import Any
 
 import numpy as np
 import ray
-from PIL import Image
 
 from benchmarks.experiments.dissect import auc
 from benchmarks.experiments.scenes import render, scenes_of
 from benchmarks.experiments.settings import DOMAINS, MAIN
-from benchmarks.experiments.worth.pictures import recognised, worth_folder, write_whole
+from benchmarks.experiments.worth.pictures import (
+    data_folder,
+    dataset_pictures,
+    recognised,
+    record_of,
+    worth_folder,
+    write_whole,
+)
+from benchmarks.experiments.worth.retrievers import make_view
 from benchmarks.experiments.worth.settings import (
     CAPTIONS,
     DRAWN,
@@ -30,20 +37,14 @@ from cluster.curation.curate import curate
 from cluster.curation.refine import refine
 from cluster.curation.refine_request import RefineRequest
 from cluster.curation.request import CurateRequest
-from cluster.dataset.layout import Manifest, load_manifest
+from cluster.dataset.layout import load_manifest
 from cluster.dataset.rows import read_shard
 from cluster.generation import GenerateRequest, generate
 from cluster.ingest.photos import featurise_photos
 from cluster.ingest.request import FeaturiseRequest
-from cluster.store.store import Store, open_store
-from pcm.embedded.making.world import SIZE
-from pcm.images import open_image
+from cluster.store.store import open_store
 
 log = logging.getLogger(__name__)
-
-
-def data_folder(out: Path, painter: str, data: str = DRAWN) -> Path:
-    return worth_folder(out) / "data" / painter / data.replace(", ", "-then-").replace(" ", "-")
 
 
 def make_data(settings: Iterable[Setting], out: Path, art: Path) -> None:
@@ -82,6 +83,8 @@ def _make(painter: str, data: str, out: Path, art: Path) -> None:
         source = str(data_folder(out, painter, step.of))
         if step.job == "curate":
             curate(CurateRequest(data=(source,), out=str(folder), **step.options))
+        elif step.job == "classifier":
+            make_view(out, painter, folder, art)
         else:
             refine(RefineRequest(data=source, out=str(folder), **step.options))
 
@@ -114,18 +117,3 @@ def data_figures(out: Path, painter: str, data: str) -> dict[str, Any]:
     }
     write_whole(kept, json.dumps(figures, indent=1) + "\n")
     return figures
-
-
-def dataset_pictures(store: Store, manifest: Manifest) -> np.ndarray:
-    """(n, SIZE, SIZE, 3) uint8, as the classifier takes them, in the order of the rows."""
-    tables = [read_shard(store, shard, ["image"]) for shard in manifest.stored_shards]
-    return np.stack([_pixels(row["bytes"]) for table in tables for row in table["image"].to_pylist()])
-
-
-def record_of(sample_id: str) -> int:
-    """The number of the caption in its corpus."""
-    return int(sample_id.partition("-")[0])
-
-
-def _pixels(data: bytes) -> np.ndarray:
-    return np.asarray(open_image(data).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))

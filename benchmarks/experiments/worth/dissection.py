@@ -12,8 +12,14 @@ import numpy as np
 from benchmarks.experiments.dissect import found_pairs, patch_figures
 from benchmarks.experiments.scenes import scenes_of
 from benchmarks.experiments.settings import DOMAINS, MAIN
-from benchmarks.experiments.worth.datasets import data_folder, dataset_pictures, record_of
-from benchmarks.experiments.worth.pictures import recognised, worth_folder, write_whole
+from benchmarks.experiments.worth.pictures import (
+    data_folder,
+    dataset_pictures,
+    recognised,
+    record_of,
+    worth_folder,
+    write_whole,
+)
 from benchmarks.experiments.worth.runs import planned
 from benchmarks.experiments.worth.settings import CAPTIONS, DRAWN, FIRST_SEED, PCM_NET, Setting
 from cluster.dataset.layout import load_manifest

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from benchmarks.experiments.worth.settings import (
+    DRAWN,
     JUDGE_CHECK,
     JUDGE_SCENES,
     JUDGE_STEPS,
@@ -23,12 +24,16 @@ from benchmarks.experiments.worth.settings import (
     TEST_PICTURES,
     VALIDATION_PICTURES,
 )
+from cluster.dataset.layout import Manifest
+from cluster.dataset.rows import read_shard
+from cluster.store.store import Store
 from pcm.clip.encoder import ClipEncoder
 from pcm.embedded.making.captions import references
 from pcm.embedded.making.classifier import ClassifierTraining, judge, train_classifier
 from pcm.embedded.making.scenes import SceneSet, draw_scenes, sample_scenes
 from pcm.embedded.making.test_sets import REFERENCES, test_scenes
-from pcm.embedded.making.world import BY_NAME, FIRST, NOUNS, PAINTER_STYLE
+from pcm.embedded.making.world import BY_NAME, FIRST, NOUNS, PAINTER_STYLE, SIZE
+from pcm.images import open_image
 
 _NAMES = tuple(noun.name for noun in NOUNS)
 #: Seeds of the scenes that the classifier learns from and is checked on, as in jobs.pretrain_embedded.
@@ -54,6 +59,10 @@ class Pictures:
 
 def worth_folder(out: Path) -> Path:
     return out / "worth"
+
+
+def data_folder(out: Path, painter: str, data: str = DRAWN) -> Path:
+    return worth_folder(out) / "data" / painter / data.replace(", ", "-then-").replace(" ", "-")
 
 
 def judge_folder(out: Path) -> Path:
@@ -112,6 +121,21 @@ def make_pictures(out: Path, art: Path) -> None:
 def load_pictures(out: Path, name: str) -> Pictures:
     data = np.load(worth_folder(out) / "pictures" / f"{name}.npz")
     return Pictures(data["global_feature"], data["patch_features"], **json.loads(str(data["known"])))
+
+
+def dataset_pictures(store: Store, manifest: Manifest) -> np.ndarray:
+    """(n, SIZE, SIZE, 3) uint8, as the classifier takes them, in the order of the rows."""
+    tables = [read_shard(store, shard, ["image"]) for shard in manifest.stored_shards]
+    return np.stack([_pixels(row["bytes"]) for table in tables for row in table["image"].to_pylist()])
+
+
+def _pixels(data: bytes) -> np.ndarray:
+    return np.asarray(open_image(data).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+
+
+def record_of(sample_id: str) -> int:
+    """The number of the caption in its corpus."""
+    return int(sample_id.partition("-")[0])
 
 
 def recognised(out: Path, images: np.ndarray, nouns: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -7,21 +7,34 @@ other scenes, than the classifier that judges the result.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from benchmarks.experiments.scenes import scenes_of
 from benchmarks.experiments.settings import DOMAINS, MAIN
-from benchmarks.experiments.worth.datasets import data_folder, dataset_pictures
-from benchmarks.experiments.worth.pictures import judge_folder, train_judge, worth_folder, write_whole
+from benchmarks.experiments.worth.pictures import (
+    data_folder,
+    dataset_pictures,
+    judge_folder,
+    record_of,
+    train_judge,
+    worth_folder,
+    write_whole,
+)
 from benchmarks.experiments.worth.settings import CAPTIONS, KEEP
+from cluster.curation.refine import refined_rows, view_rows
 from cluster.curation.sync.choice import Parts, refine_in_memory
 from cluster.curation.sync.nearest import nearest
 from cluster.curation.sync.settings import SyncSettings
+from cluster.curation.sync.stages import Refined
 from cluster.curation.sync.vectors import unit
-from cluster.dataset.layout import load_manifest
-from cluster.dataset.rows import read_rows
+from cluster.dataset.lineage import Lineage, RuleCount
+from cluster.dataset.opened import OpenDataset, open_dataset
+from cluster.dataset.rows import read_rows, read_shard
+from cluster.dataset.view import lineage_source, write_view
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
 from pcm.embedded.making.classifier import judge
@@ -31,10 +44,7 @@ _NAMES = tuple(noun.name for noun in NOUNS)
 #: Of the second classifier and of its scenes; the judge has 0, 5 and 6.
 SEED = 1
 SCENE_SEEDS = {"train": 7, "check": 8}
-
-
-def retriever_folder(out: Path) -> Path:
-    return worth_folder(out) / "second_classifier"
+SETTINGS = SyncSettings(keep=KEEP)
 
 
 def kept_figures(out: Path, painter: str) -> dict[str, dict[str, float]] | None:
@@ -47,25 +57,75 @@ def make_figures(out: Path, painter: str, art: Path) -> None:
     """By retriever: what `figures` says of the pairs as a painter drew them. Kept once computed."""
     if kept_figures(out, painter) is not None:
         return
-    store = open_store(data_folder(out, painter))
-    manifest = load_manifest(store)
-    parts = [read_rows(store, shard, None, manifest.features) for shard in manifest.stored_shards]
-    numbers = [int(name.partition("-")[0]) for part in parts for name in part.sample_ids]
-    pairs = scenes_of(DOMAINS[MAIN], CAPTIONS)
-    nouns = [sorted(pairs[number][0].nouns) for number in numbers]
-    images = dataset_pictures(store, manifest)
-    train_judge(retriever_folder(out), art, seed=SEED, scene_seeds=SCENE_SEEDS)
-    seen = judge(retriever_folder(out), images).nouns
-    shown = judge(judge_folder(out), images).nouns
-    pictures = unit(np.concatenate([part.global_feature for part in parts]).astype(np.float32))
-    captions = unit(ClipEncoder("embedded", device="cpu").encode_texts([pairs[number][1] for number in numbers]))
-    by_nouns = unit(np.array([[float(name in names) for name in _NAMES] for names in nouns], np.float32))
+    pairs = _Pairs.of(out, painter)
+    shown = judge(judge_folder(out), pairs.images).nouns
+    by_sight = pairs.by_sight(out, art)
     found = {
-        "the small CLIP": figures(captions, pictures, captions, nouns, shown),
-        "a second classifier": figures(by_nouns, unit(seen), captions, nouns, shown),
-        "a second classifier, which compares the captions too": figures(by_nouns, unit(seen), by_nouns, nouns, shown),
+        "the small CLIP": figures(pairs.captions, pairs.pictures, pairs.captions, pairs.nouns, shown),
+        "a second classifier": figures(pairs.by_nouns, by_sight, pairs.captions, pairs.nouns, shown),
+        "a second classifier, which compares the captions too": figures(
+            pairs.by_nouns, by_sight, pairs.by_nouns, pairs.nouns, shown
+        ),
     }
     write_whole(_place(out, painter), json.dumps(found, indent=1) + "\n")
+
+
+def make_view(out: Path, painter: str, folder: Path, art: Path) -> None:
+    """The view at `folder` of the pairs that SynC makes when the second classifier finds the pictures; the small CLIP
+    compares the captions and gives the scores."""
+    pairs = _Pairs.of(out, painter)
+    choice, kept = refine_in_memory(pairs.by_nouns, pairs.by_sight(out, art), pairs.captions, SETTINGS)
+    cosine = (pairs.captions.astype(np.float64) * pairs.pictures[choice.picture]).sum(axis=1)
+    rows = refined_rows(Refined(choice.picture, choice.score, cosine, kept), pairs.table["clip_score"].to_numpy())
+    settings = {"method": "sync", **asdict(SETTINGS), "sentences": "clip", "retrieval": "a second classifier"}
+    lineage = Lineage(
+        method="refine",
+        settings=settings,
+        sources=(lineage_source(pairs.source),),
+        rows_in=len(pairs.nouns),
+        rules=(RuleCount(rule="keep", setting=KEEP, dropped=len(pairs.nouns) - len(kept)),),
+        facts=rows.facts,
+    )
+    write_view(open_store(folder), [pairs.source], view_rows(rows, pairs.table, pairs.source), lineage)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """N pairs as a painter drew them. captions, pictures: (N, D) unit vectors of the small CLIP; by_nouns: (N, nouns)
+    unit vectors of the captions' nouns."""
+
+    source: OpenDataset
+    table: pa.Table  # sample_id, caption, clip_score
+    images: np.ndarray
+    nouns: list[list[str]]
+    captions: np.ndarray
+    pictures: np.ndarray
+    by_nouns: np.ndarray
+
+    @staticmethod
+    def of(out: Path, painter: str) -> "_Pairs":
+        source = open_dataset(open_store(data_folder(out, painter)))
+        manifest = source.manifest
+        columns = ["sample_id", "caption", "clip_score"]
+        table = pa.concat_tables([read_shard(source.store, shard, columns) for shard in manifest.stored_shards])
+        parts = [read_rows(source.store, shard, None, manifest.features) for shard in manifest.stored_shards]
+        scenes = scenes_of(DOMAINS[MAIN], CAPTIONS)
+        nouns = [sorted(scenes[record_of(name)][0].nouns) for name in table["sample_id"].to_pylist()]
+        return _Pairs(
+            source=source,
+            table=table,
+            images=dataset_pictures(source.store, manifest),
+            nouns=nouns,
+            captions=unit(ClipEncoder("embedded", device="cpu").encode_texts(table["caption"].to_pylist())),
+            pictures=unit(np.concatenate([part.global_feature for part in parts]).astype(np.float32)),
+            by_nouns=unit(np.array([[float(name in names) for name in _NAMES] for names in nouns], np.float32)),
+        )
+
+    def by_sight(self, out: Path, art: Path) -> np.ndarray:
+        """(N, nouns) unit vectors: what the second classifier, which is trained where it is missing, sees."""
+        folder = worth_folder(out) / "second_classifier"
+        train_judge(folder, art, seed=SEED, scene_seeds=SCENE_SEEDS)
+        return unit(judge(folder, self.images).nouns)
 
 
 def _place(out: Path, painter: str) -> Path:
@@ -86,9 +146,8 @@ def figures(
     does not show all nouns; right_among_candidates: the share of the K candidates that do; moved: the share of kept
     captions that get another's picture; pictures: how many different ones are left.
     """
-    settings = SyncSettings(keep=KEEP)
-    choice, kept = refine_in_memory(captions, pictures, sentences, settings)
-    candidates = nearest(captions, Parts(pictures), settings.candidates).indices
+    choice, kept = refine_in_memory(captions, pictures, sentences, SETTINGS)
+    candidates = nearest(captions, Parts(pictures), SETTINGS.candidates).indices
     surest = np.argsort(-shown, axis=1, kind="stable")
     columns = [{_NAMES.index(name) for name in names} for names in nouns]
 

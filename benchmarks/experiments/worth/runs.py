@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.experiments.settings import PRESET
-from benchmarks.experiments.worth.datasets import data_folder
-from benchmarks.experiments.worth.pictures import Pictures, load_pictures, said, worth_folder, write_whole
+from benchmarks.experiments.worth.pictures import Pictures, data_folder, load_pictures, said, worth_folder, write_whole
 from benchmarks.experiments.worth.settings import BASE, CLIP_FACTOR, DRAWN, NETWORKS, NO_CXE, Setting
 from cluster.dataset.layout import load_manifest
 from cluster.store.store import open_store

@@ -85,7 +85,7 @@ NETWORKS: Mapping[str, tuple[Mapping[str, Any], bool]] = MappingProxyType(
 )
 PCM_NET = "both (PCM-Net)"
 
-DRAWN, SYNC = "drawn", "SynC"
+DRAWN, SYNC, SYNC_BY_SIGHT = "drawn", "SynC", "SynC by a classifier"
 #: What the score filter keeps, and tau of SynC.
 KEEP = 0.9
 BEST_OF = 4
@@ -98,7 +98,7 @@ class Step:
     """A way to better data, as a request of jobs.curate or jobs.refine, and the data that it starts from."""
 
     of: str
-    job: str  # "curate" or "refine"
+    job: str  # "curate", "refine", or "classifier" (retrievers.py)
     options: Mapping[str, Any]
     drawn: float = 0.0  # pictures drawn for it beside those of DRAWN, as a share of the captions
 
@@ -107,6 +107,7 @@ STEPS_OF_DATA: Mapping[str, Step] = MappingProxyType(
     {
         "score filter": Step(DRAWN, "curate", {"drop_lowest": round(1 - KEEP, 6)}),
         SYNC: Step(DRAWN, "refine", {"method": "sync", "keep": KEEP, "sentences": "clip"}),
+        SYNC_BY_SIGHT: Step(DRAWN, "classifier", {}),
         "best of 4": Step(DRAWN, "refine", {"method": "best-of-n", "best_of": BEST_OF}, drawn=BEST_OF - 1),
         "redraw": Step(
             DRAWN, "refine", {"method": "redraw", "budget": round(REDRAWN_SHARE * CAPTIONS)}, drawn=REDRAWN_SHARE
@@ -156,7 +157,7 @@ PARTS: Mapping[str, Part] = MappingProxyType(
         ),
         "coarse": Part("Four settings, coarse painter", tuple(Setting("coarse", network=name) for name in NETWORKS)),
         "fine": Part("Four settings, fine painter", tuple(Setting("fine", network=name) for name in NETWORKS)),
-        "data": Part("SynC and the score filter", _refined("coarse", ("SynC", "score filter"))),
+        "data": Part("SynC and the score filter", _refined("coarse", (SYNC, "score filter", SYNC_BY_SIGHT))),
         "redraws": Part("Drawing more", _refined("coarse", ("redraw", "redraw, SynC", "best of 4", "best of 4, SynC"))),
         "data-fine": Part("SynC and the score filter, fine painter", _refined("fine", ("SynC", "score filter"))),
         "rendered": Part("PCM-Net on perfect pictures", (Setting(RENDERED, network=PCM_NET),)),
