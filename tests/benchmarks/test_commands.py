@@ -63,8 +63,8 @@ SLOW = [
     ),
     ("refine --pairs 300 --block-size 128 --ray", ["pairs_per_second", "own_picture", "hours"]),
     (
-        "null_scale --rows 1200 --shard-size 1",
-        ["rows_per_second", "driver_peak_mb", "raylet_peak_mb", "driver_kb_a_shard", "operations_a_shard.write_bytes"],
+        "null_scale --rows 100 --shard-size 10",
+        ["rows_per_second", "driver_peak_mb", "raylet_peak_mb", "operations_a_shard.write_bytes"],
     ),
     (
         "planning --captions 2000 4000 --projected 10000",
