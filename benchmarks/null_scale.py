@@ -2,7 +2,7 @@
 
     python -m benchmarks.null_scale                       # 10,000, 100,000 and 1,000,000 captions
     python -m benchmarks.null_scale --rows 10000 --shard-size 1000
-    python -m benchmarks.null_scale --rows 4000 --shard-size 1 --generators 4     # what a shard leaves in memory
+    python -m benchmarks.null_scale --rows 2000 --shard-size 1 --generators 4     # what a shard leaves in memory
 
 A JSON line for each size: rows a second (of the whole job after Ray's start, planning and vocabulary included, and of
 the drawing alone), the peak memory of driver and raylet (sampled by another process), of 1,000 shards or more by how
