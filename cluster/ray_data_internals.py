@@ -38,12 +38,17 @@ def row_by_row(table: pa.Table) -> ray.data.Dataset:
 
 
 def rows_of(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
-    """Run a pipeline: its rows, as each block is done. Closed before the last one, it ends the pipeline.
+    """Run a pipeline: its rows, as each block is done. Closed before the last one, it ends the pipeline's actors.
 
-    `iter_rows` and `iter_batches` send the statistics of all blocks so far to another process every five seconds, half
-    a kilobyte for each, which takes 30 microseconds: at 100,000 blocks 3 of the 5 seconds.
+    `iter_rows` and `iter_batches` do the same, but every five seconds they send the statistics of all blocks so far to
+    another process: half a kilobyte for each, which takes 30 microseconds; at 100,000 blocks 3 of the 5 seconds.
     """
-    for bundle in dataset.iter_internal_ref_bundles():
-        for entry in bundle.blocks:
-            block: Any = ray.get(entry.ref)
-            yield from BlockAccessor.for_block(block).to_arrow().to_pylist()
+    bundles, _, executor = dataset._execute_to_iterator()
+    try:
+        for bundle in bundles:
+            for entry in bundle.blocks:
+                block: Any = ray.get(entry.ref)
+                yield from BlockAccessor.for_block(block).to_arrow().to_pylist()
+    finally:
+        if executor is not None:
+            executor.shutdown(force=True)
