@@ -12,7 +12,6 @@ mapped files that it touched).
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -28,10 +27,12 @@ import pcm.torchvision_shim  # noqa: F401  isort: skip
 import open_clip
 
 from benchmarks.diffusion import save_stable_diffusion
+from benchmarks.process_tree import ProcessTree
 
 ROOT = Path(__file__).parent.parent
 CAPTIONS = ("A red bus drives along a street in the rain.", "Two dogs play with a ball on the beach.")
 STEPS = 3
+SAMPLE_SECONDS = 0.2
 #: Smaller ones are not listed.
 LISTED_MEGABYTES = 100
 #: open_clip's architecture of each size; the weights of the published runs need QuickGELU.
@@ -56,68 +57,35 @@ def run_job(name: str, *arguments: str) -> dict[str, Any]:
         [sys.executable, "-m", f"jobs.{name}", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=sys.stderr,
         text=True,
     )  # fmt: skip
-    peaks: dict[int, tuple[str, int]] = {}
-    watch = threading.Thread(target=_watch, args=(job, peaks), daemon=True)
+    tree, over = ProcessTree(job.pid), threading.Event()
+
+    def sample() -> None:
+        while not over.wait(SAMPLE_SECONDS):
+            tree.sample()
+
+    watch = threading.Thread(target=sample, daemon=True)
     watch.start()
     printed = job.communicate()[0].splitlines()
+    over.set()
     watch.join()
     if job.returncode:
         raise SystemExit(job.returncode)
-    listed = [
-        (name, round(peak / 1e6)) for name, peak in sorted(peaks.values(), key=lambda found: -found[1])
-        if peak >= LISTED_MEGABYTES * 1e6
-    ]  # fmt: skip
+    by_peak = sorted(tree.taken(), key=lambda taken: -taken.peak_bytes)
+    listed = [(short(taken.name), round(taken.peak_bytes / 1e6)) for taken in by_peak]
     seconds = round(time.perf_counter() - started, 1)
-    return {"summary": json.loads(printed[-1]), "seconds": seconds, "peak_megabytes": listed}
+    return {
+        "summary": json.loads(printed[-1]), "seconds": seconds,
+        "peak_megabytes": [(name, peak) for name, peak in listed if peak >= LISTED_MEGABYTES],
+    }  # fmt: skip
 
 
-def _watch(job: subprocess.Popen, peaks: dict[int, tuple[str, int]]) -> None:
-    while job.poll() is None:
-        for process in _with_descendants(job.pid):
-            name, peak = _name(process), _peak(process)
-            if process in peaks and (name == "?" or "IDLE" in name):  # it has ended, or waits for the next task
-                name = peaks[process][0]
-            peaks[process] = (name, max(peak, peaks.get(process, ("", 0))[1]))
-        time.sleep(0.2)
-
-
-def _with_descendants(root: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdecimal() and (status := _status(int(entry.name))):
-            children.setdefault(int(status["PPid"]), []).append(int(entry.name))
-    found = [root]
-    for process in found:
-        found += children.get(process, [])
-    return found
-
-
-def _status(process: int) -> dict[str, str]:
-    """/proc/PID/status; empty of a process that has ended."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
-
-
-def _peak(process: int) -> int:
-    """Bytes."""
-    return int(_status(process).get("VmHWM", "0 kB").split()[0]) * 1024
-
-
-def _name(process: int) -> str:
-    """Such as "DrawShard", "jobs.train" or "raylet"."""
-    try:
-        words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ").split()
-    except OSError:
-        return "?"
-    line = " ".join(words)
-    if stage := re.search(r"(Draw|Featurise|Write)Shard", line):
+def short(name: str) -> str:
+    """Such as "Generator", "jobs.train" or "raylet"."""
+    if stage := re.search(r"Generator|FeaturiseShard|WriteShard", name):
         return stage.group()
-    if job := re.search(r"-m (jobs\.\w+)", line):
+    if job := re.search(r"-m (jobs\.\w+)", name):
         return job.group(1)
-    return line if line.startswith("ray::") else Path(words[0]).name if words else "?"
+    return name if name.startswith("ray::") else name.partition(" ")[0]
 
 
 def dry_run(folder: Path, size: str) -> dict[str, Any]:

@@ -2,24 +2,30 @@
 
     python -m benchmarks.null_scale                       # 10,000, 100,000 and 1,000,000 captions
     python -m benchmarks.null_scale --rows 10000 --shard-size 1000
-    python -m benchmarks.null_scale --rows 2000 12000 --shard-size 1     # what a shard leaves in the driver's memory
+    python -m benchmarks.null_scale --rows 2000 --shard-size 1 --generators 4     # what a shard leaves in memory
 
 A JSON line for each size: rows a second (of the whole job after Ray's start, planning and vocabulary included, and of
-the drawing alone), the peak memory of driver and raylet (sampled by another process), and the store's operations in
-this very run, counted by the objects it leaves and measured in full on one shard through the stages.
+the drawing alone), the peak memory of driver and raylet (sampled by another process), of 1,000 shards or more by how
+much it grows with each, and the store's operations of one shard on its way through the stages.
+
+Shards of one row say nothing about speed. Ray Data looks for blocks that are done every tenth of a second, after the
+generator and again after the writer, and a generator has at most two shards that are not stored.
 """
 
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
+
+from benchmarks.synthetic_captions import write_captions
 from cluster.dataset.layout import load_plan, read_table
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
@@ -30,17 +36,8 @@ from pcm.records import SCHEMA_VERSION
 from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
 
 ROOT = Path(__file__).parent.parent
-NOUNS = ("apple", "tree", "house", "dog", "cat", "car", "umbrella", "clock", "bus", "bench", "horse", "kite")
-PLACES = ("on the grass", "on a table", "at the beach", "in the street", "in the snow", "under a bridge")
-
-
-def write_captions(path: Path, count: int) -> None:
-    """Captions of COCO's length from few words, as a corpus has."""
-    draw = random.Random(0)
-    with path.open("w") as file:
-        for _ in range(count):
-            one, two = draw.choice(NOUNS), draw.choice(NOUNS)
-            file.write(f"A {one} {draw.choice(PLACES)} while a {two} stands nearby.\n")
+#: From so many shards on their memory shows.
+ENOUGH_SHARDS = 1000
 
 
 def resident(pid: int | str) -> int:
@@ -60,14 +57,39 @@ def raylets(pid: int) -> list[str]:
         return []
 
 
-def peak_memory(process: subprocess.Popen) -> tuple[int, int]:
-    """Largest resident memory of a driver and its raylet until the driver ends, bytes; sampled ten times a second."""
-    driver = raylet = 0
+@dataclass(frozen=True)
+class Sample:
+    """Resident memory at a moment, bytes, and the shards that were stored by then."""
+
+    shards: int
+    driver: int
+    raylet: int
+
+
+def watch(process: subprocess.Popen, shards: Path) -> list[Sample]:
+    """Samples until the driver ends, a few times a second."""
+    samples = []
     while process.poll() is None:
-        driver = max(driver, resident(process.pid))
-        raylet = max([raylet, *map(resident, raylets(process.pid))])
-        time.sleep(0.1)
-    return driver, raylet
+        stored = len(os.listdir(shards)) if shards.is_dir() else 0
+        samples.append(Sample(stored, resident(process.pid), max(map(resident, raylets(process.pid)), default=0)))
+        time.sleep(0.2)
+    return samples
+
+
+def kilobytes_a_shard(samples: list[Sample]) -> dict[str, float | None]:
+    """By how much the resident memory of driver and raylet grows with each shard: the slope of the line through the
+    samples of the last three quarters of the shards, when all code is loaded and all caches are full. None of few
+    shards, beside which all else moves more."""
+    total = samples[-1].shards
+    late = [sample for sample in samples if total / 4 <= sample.shards < total]  # the end frees it
+    found: dict[str, float | None] = {}
+    for name in ("driver", "raylet"):
+        slope = None
+        if total >= ENOUGH_SHARDS:
+            memory = [getattr(sample, name) / 1e3 for sample in late]
+            slope = round(float(np.polyfit([sample.shards for sample in late], memory, 1)[0]), 2)
+        found[f"{name}_kb_a_shard"] = slope
+    return found
 
 
 def shard_operations(folder: Path, spec: DatasetSpec) -> dict[str, int]:
@@ -105,7 +127,7 @@ def measure(rows: int, shard_size: int, generators: int) -> dict:
         ]  # fmt: skip
         load, started = os.getloadavg()[0], time.time()
         driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=sys.stderr, text=True)
-        driver_peak, raylet_peak = peak_memory(driver)
+        samples = watch(driver, out / "shards")
         printed = driver.communicate()[0].splitlines()
         seconds = time.time() - started
         if driver.returncode:
@@ -122,8 +144,9 @@ def measure(rows: int, shard_size: int, generators: int) -> dict:
             "plan_to_last_shard_seconds": round(stored - planned, 1),
             "rows_per_second": round(rows / (stored - planned)),
             "rows_per_second_drawing": round((rows - shard_size) / max(stored - first, 1e-3)),
-            "driver_peak_mb": round(driver_peak / 2**20),
-            "raylet_peak_mb": round(raylet_peak / 2**20),
+            "driver_peak_mb": round(max(sample.driver for sample in samples) / 2**20),
+            "raylet_peak_mb": round(max(sample.raylet for sample in samples) / 2**20),
+            **kilobytes_a_shard(samples),
             "operations_a_shard": shard_operations(out, spec),
             "stored": summary["stored"],
             "load_before": round(load, 1),

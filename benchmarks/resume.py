@@ -23,7 +23,7 @@ from pathlib import Path
 
 import fsspec
 
-from benchmarks.null_scale import ROOT, write_captions
+from benchmarks.synthetic_captions import write_captions
 from cluster.dataset.committed import committed
 from cluster.dataset.layout import Plan, read_table, shard_key
 from cluster.dataset.plan import make_plan
@@ -37,6 +37,7 @@ from cluster.store.store import Store, open_store
 from jobs.generate import JOB
 from pcm.records import SCHEMA_VERSION
 
+ROOT = Path(__file__).parent.parent
 ROWS_A_SHARD = 2
 
 

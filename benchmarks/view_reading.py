@@ -57,11 +57,13 @@ def random_view(source: OpenDataset, out: Path) -> Manifest:
 
 
 def measure(folder: Path, *, rows: int, shard_rows: int, rounds: int) -> dict:
-    selection = write_both(folder, rows=rows, shard_rows=shard_rows)
+    source = folder / "source"
+    source.mkdir()
+    selection = write_both(source, rows=rows, shard_rows=shard_rows)
     started = time.perf_counter()
-    view = random_view(opened(folder, selection), folder / "view")
+    view = random_view(opened(source, selection), folder / "view")
     written = time.perf_counter() - started
-    loaders = {"source": _loader(folder, selection, None), "view": _loader(folder / "view", all_rows(view), None)}
+    loaders = {"source": _loader(source, selection, None), "view": _loader(folder / "view", all_rows(view), None)}
     for loader in loaders.values():
         read_shards(loader, 0)
     rates: dict[str, list[float]] = {name: [] for name in loaders}

@@ -1,8 +1,10 @@
 """What is used of Ray Data outside its public interface: apart from cluster/ray_internals.py, which imports torch."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import ray
 import ray.data
 from ray.data._internal.execution.interfaces import RefBundle
 from ray.data._internal.execution.interfaces.ref_bundle import BlockEntry, BlockSlice
@@ -33,3 +35,20 @@ def row_by_row(table: pa.Table) -> ray.data.Dataset:
     context = ray.data.DataContext.get_current().copy()
     plan = LogicalPlan(InputData(input_data=bundles), context)
     return ray.data.Dataset(plan, context, DatasetStats(metadata={}, parent=None))
+
+
+def rows_of(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    """Run a pipeline: its rows, as each block is done. Closed before the last one, it ends the pipeline's actors.
+
+    `iter_rows` and `iter_batches` do the same, but every five seconds they send the statistics of all blocks so far to
+    another process: half a kilobyte for each, which takes 30 microseconds; at 100,000 blocks 3 of the 5 seconds.
+    """
+    bundles, _, executor = dataset._execute_to_iterator()
+    try:
+        for bundle in bundles:
+            for entry in bundle.blocks:
+                block: Any = ray.get(entry.ref)
+                yield from BlockAccessor.for_block(block).to_arrow().to_pylist()
+    finally:
+        if executor is not None:
+            executor.shutdown(force=True)

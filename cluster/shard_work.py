@@ -76,7 +76,9 @@ class OnRay:
         try:
             with waiting_for(cpus=1, gpus=0):
                 while batch := list(itertools.islice(remaining, SHARDS_A_TASK)):
-                    if len(waiting) >= max(_LEAST_TASKS, _TASKS_A_CPU * int(cluster_cpus())):
+                    most = max(_LEAST_TASKS, _TASKS_A_CPU * int(cluster_cpus()))
+                    # What is done is fetched, however many may wait: arguments and results take the head's memory.
+                    while waiting and (len(waiting) >= most or ray.wait([waiting[0]], timeout=0)[0]):
                         yield from ray.get(waiting.popleft())
                     waiting.append(task.remote([shared], batch))
                 while waiting:

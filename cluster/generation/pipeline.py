@@ -212,7 +212,7 @@ def shard_stream(
 
     Raises InputError when a model a user named cannot be loaded by the workers, or when the monitor stops the run.
     """
-    from cluster.ray_data_internals import row_by_row  # Ray Data is loaded after the start of Ray
+    from cluster.ray_data_internals import row_by_row, rows_of  # Ray Data is loaded after the start of Ray
 
     monitor, _ = watched_by
     concepts = ConceptsOfShard.of(store, plan, shards[0])
@@ -242,10 +242,9 @@ def shard_stream(
     )
     ray.get(begun)  # asked for above: its process starts beside those that Ray Data starts
     left = set(shards)
-    batches: Any = iter(pipeline.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0))
     try:
-        for batch in batches:
-            stats = json.loads(batch["stats"][0].as_py())
+        for stored in rows_of(pipeline):
+            stats = json.loads(stored["stats"])
             monitor.committed.remote(stats["shard"])
             if stats["shard"] in left:
                 left.remove(stats["shard"])

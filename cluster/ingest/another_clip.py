@@ -185,6 +185,8 @@ def missing_shards(source: OpenDataset, out: Store) -> list[int]:
 
 
 def _featurise_on_ray(source: OpenDataset, out: Store, spec: ClipSpec, missing: list[int], pools: Pools) -> None:
+    from cluster.ray_data_internals import rows_of  # Ray Data is loaded after the start of Ray
+
     block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     wanted = [{"shard": shard} for shard in missing]
     source = replace(source, manifest=replace(source.manifest, lineage=None))  # examples, which no worker needs
@@ -196,8 +198,8 @@ def _featurise_on_ray(source: OpenDataset, out: Store, spec: ClipSpec, missing: 
     )
     done, rows, total, timer = 0, 0, sum(source.shards[number].rows for number in missing), LineTimer()
     try:
-        for batch in pipeline.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-            done, rows = done + 1, rows + batch["rows"][0].as_py()
+        for stored in rows_of(pipeline):
+            done, rows = done + 1, rows + stored["rows"]
             if timer.due():
                 left = (total - rows) * timer.elapsed / max(rows, 1)
                 log.info(

@@ -1,11 +1,16 @@
 """Each thing of Ray that is not public, named and called as we call it: what an upgrade of Ray breaks is seen here."""
 
 import inspect
+import os
+import time
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import ray.data
 import ray.train
 from ray.data import ActorPoolStrategy
+from ray.data._internal.stats import _StatsManager
 from ray.train import FailureConfig, WorkerGroupError
 from ray.train._internal.session import get_session
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -16,7 +21,7 @@ from ray.train.v2._internal.execution.failure_handling import DefaultFailurePoli
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
 from cluster import ray_internals
-from cluster.ray_data_internals import row_by_row
+from cluster.ray_data_internals import row_by_row, rows_of
 from cluster.ray_internals import LocalReports, PolicyTrainer, train_in_this_process
 
 
@@ -129,12 +134,47 @@ class RowsAtOnce:
         return pa.table({"number": block["number"], "rows": [block.num_rows] * block.num_rows})
 
 
+def in_two_actors(rows: ray.data.Dataset) -> ray.data.Dataset:
+    pool = ActorPoolStrategy(size=2)
+    return rows.map_batches(RowsAtOnce, compute=pool, num_cpus=0.5, batch_size=None, batch_format="pyarrow")
+
+
 def test_every_row_is_handed_to_an_actor_alone_and_once(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.ray_data_internals.ROWS_AN_OBJECT", 20)
     numbers = list(range(43))
     rows = row_by_row(pa.table({"number": numbers}))
-    given = rows.map_batches(
-        RowsAtOnce, compute=ActorPoolStrategy(size=2), num_cpus=0.5, batch_size=None, batch_format="pyarrow"
-    ).take_all()
+    given = list(rows_of(in_two_actors(rows)))
     assert sorted(row["number"] for row in given) == numbers
     assert {row["rows"] for row in given} == {1}
+
+
+def test_rows_come_without_the_statistics_of_all_blocks_before(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = []
+    monkeypatch.setattr(_StatsManager, "update_iteration_metrics", lambda *given: sent.append(given))
+    pipeline = in_two_actors(row_by_row(pa.table({"number": list(range(5))})))
+    assert len(list(rows_of(pipeline))) == 5 and not sent
+    assert len(list(pipeline.iter_batches(batch_size=1))) == 5 and sent, "the same call, where there are some"
+
+
+class SleepsOverTheSecond:
+    """A row alone; the second one takes ten minutes."""
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        if block["number"][0].as_py() == 1:
+            time.sleep(600)
+        return pa.table({"process": [os.getpid()]})
+
+
+def test_a_pipeline_ends_where_its_rows_are_no_longer_wanted(ray_session: None) -> None:
+    pool = ActorPoolStrategy(size=1)
+    pipeline = row_by_row(pa.table({"number": list(range(20))}))
+    rows = rows_of(pipeline.map_batches(SleepsOverTheSecond, compute=pool, batch_size=1, batch_format="pyarrow"))
+    process = next(rows)["process"]
+    assert Path(f"/proc/{process}").exists()
+    rows.close()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{process}").exists()

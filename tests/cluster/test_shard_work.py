@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,15 @@ class Refuses:
         return number
 
 
+@dataclass(frozen=True)
+class Touches:
+    folder: Path
+
+    def __call__(self, number: int) -> int:
+        (self.folder / f"{number}").touch()
+        return number
+
+
 def worker(run_on: str, folder: Path) -> ShardWork:
     store = open_store(folder)
     store.write_bytes("seen", b"")
@@ -67,6 +77,26 @@ def test_what_a_call_refuses_is_raised_as_it_is(ray_session: None, tmp_path: Pat
 def test_no_calls_give_no_results(ray_session: None, tmp_path: Path) -> None:
     for run_on in (PROCESS, RAY):
         assert list(worker(run_on, tmp_path).in_order(Refuses(0), [])) == []
+
+
+def test_a_result_is_fetched_as_soon_as_it_is_there(ray_session: None, tmp_path: Path) -> None:
+    """However many tasks may wait: what they are given and what they give takes memory."""
+    most = 32 * SHARDS_A_TASK
+    given = 0
+
+    def calls() -> Iterator[int]:
+        nonlocal given
+        for given in range(2 * most):
+            deadline = time.monotonic() + 120
+            while given == SHARDS_A_TASK and not (tmp_path / "0").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(0.05 if given >= SHARDS_A_TASK else 0)
+            yield given
+
+    results = OnRay().in_order(Touches(tmp_path), calls())
+    assert next(results) == 0
+    assert given < most
+    results.close()
 
 
 def test_auto_takes_ray_where_samples_are_many(ray_session: None, tmp_path: Path) -> None:
