@@ -22,7 +22,7 @@ import torch
 from cluster.dataset.given_features import FeatureSet, all_features, load_feature_set
 from cluster.evaluation.request import CaptionerOptions, CaptionRequest
 from cluster.generation.pinning import resolve_device
-from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error, waiting_for
+from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, start_ray, user_error, waiting_for
 from cluster.sources.concept_file import read_concepts
 from cluster.sources.picture_source import FeatureSource
 from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set
@@ -263,7 +263,7 @@ def caption_on_cluster(source: CaptionerSource, *, pictures: int, num_workers: i
             f"--num-workers {num_workers}: the cluster has {room} {'GPUs' if on_gpus else 'CPUs'}; on one that grows, "
             "give --device"
         )
-    threads = max(1, int(cluster_cpus()) // num_workers)
+    threads = cpus_for_each(num_workers, gpus=1 if on_gpus else 0)
     numbers = list(range(len(batches(pictures, source.batch_size))))
     dataset = ray.data.from_items([{"batch": number} for number in numbers], override_num_blocks=len(numbers))
     captioned = dataset.map_batches(
@@ -275,7 +275,7 @@ def caption_on_cluster(source: CaptionerSource, *, pictures: int, num_workers: i
         num_gpus=1 if on_gpus else 0,
     )
     try:
-        with waiting_for(cpus=0 if on_gpus else num_workers, gpus=num_workers if on_gpus else 0):
+        with waiting_for(cpus=0 if on_gpus else 1, gpus=1 if on_gpus else 0, workers=num_workers):
             rows = list(_with_progress_lines(captioned.iter_rows(), pictures=pictures, batch_size=source.batch_size))
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None

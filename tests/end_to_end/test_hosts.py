@@ -12,7 +12,7 @@ from cluster.dataset.verify import verify
 from cluster.generation.pipeline import TURNS_MORE
 from cluster.generation.stages.monitor import MAX_IN_HAND
 from cluster.store.store import open_store
-from tests.helpers.hosts import Hosts, Job, can_make_hosts, several_hosts, wait_until
+from tests.helpers.hosts import Hosts, Job, Slow, can_make_hosts, several_hosts, wait_until
 from tests.helpers.tiny_dataset import TINY, write_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
@@ -90,6 +90,23 @@ def test_a_link_that_is_cut_for_a_while_and_heals(hosts: Hosts, tmp_path: Path, 
     one.heal()
     assert job.summary()["stored"] == len(CAPTIONS)
     proven(tmp_path, wanted)
+
+
+def test_a_host_behind_a_slow_link_holds_up_nobody(tmp_path: Path, wanted: str) -> None:
+    """200 ms there and back, 2 Mbit/s: its shards come late, and the others draw on meanwhile."""
+    with several_hosts(4, slow={4: Slow(seconds=0.1, bits=2e6)}) as hosts:
+        head, *workers = hosts.hosts
+        head.join(cpus=0, head=True)
+        for worker in workers:
+            worker.join(cpus=1)
+        hosts.wait_for_cpus(len(workers))
+        job = generate(hosts, tmp_path)
+        summary = job.summary()
+    assert summary["stored"] == summary["generated"] == len(CAPTIONS)
+    proven(tmp_path, wanted)
+    again, shards = summary["shards_begun_again"], len(CAPTIONS) // SHARD_SIZE
+    assert again <= MAX_IN_HAND + TURNS_MORE * len(workers)
+    print(f"slow link: {again} of {shards} shards drawn again, longest pause {summary['longest_pause_seconds']:.1f} s")
 
 
 @pytest.mark.parametrize("seed", [0, 1])

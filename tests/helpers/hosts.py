@@ -99,14 +99,15 @@ class Host:
     def notice(self) -> None:
         """SIGTERM to its raylet, which is all that Ray hears of a spot machine's notice. Waits for the raylet's end.
 
-        Ray is started here again at once, as by a service manager.
+        The raylet has a first worker, and so is a node of the cluster: SIGTERM before that leaves it as it is, for good
+        (Ray 2.60). Ray is started here again at once, as by a service manager.
         """
-        wait_until(lambda: self._raylets(), seconds=300, said=f"no raylet on {self.name}")
-        (raylet,) = self._raylets()
+        wait_until(lambda: self._working_raylets(), seconds=300, said=f"no raylet on {self.name}")
+        (raylet,) = self._working_raylets()
         raylet.terminate()
         raylet.wait(timeout=120)
 
-    def _raylets(self) -> list[psutil.Process]:
+    def _working_raylets(self) -> list[psutil.Process]:
         assert self.first is not None
         (inside,) = psutil.Process(self.first.pid).children()
         here = os.readlink(f"/proc/{inside.pid}/ns/pid")
@@ -114,7 +115,12 @@ class Host:
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess, OSError):
                 if process.name() == "raylet" and os.readlink(f"/proc/{process.pid}/ns/pid") == here:
-                    found.append(process)
+                    started = [" ".join(child.cmdline()) for child in process.children()]
+                    if any(
+                        "default_worker.py" in line or (line.startswith("ray::") and "Agent" not in line)
+                        for line in started
+                    ):
+                        found.append(process)
         return found
 
     def lose(self) -> None:
