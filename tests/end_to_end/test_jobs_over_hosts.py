@@ -140,7 +140,7 @@ def learnt(sweep: Path) -> dict[str, list]:
 
 def test_an_evaluation_over_hosts_loses_one(hosts: Hosts, tmp_path: Path, tiny_clip: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", write_dataset(tmp_path / "data", tiny_clip, rows=30))
-    count = 64 * 100
+    count = 64 * 50
     pictures = write_pictures(tmp_path / "pictures", count=count)
 
     def evaluate(out: str, *workers: str) -> Job:
