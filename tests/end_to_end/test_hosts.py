@@ -63,6 +63,13 @@ def proven(folder: Path, wanted: str) -> dict:
     return report
 
 
+def cost(summary: dict) -> str:
+    """What the faults have cost."""
+    again, shards = summary["shards_begun_again"], len(CAPTIONS) // SHARD_SIZE
+    pause = summary["longest_pause_seconds"]
+    return f"{again} of {shards} shards drawn again ({100 * again / shards:.1f} %), longest pause {pause:.1f} s"
+
+
 def test_hosts_come_one_by_one_and_one_is_lost(hosts: Hosts, tmp_path: Path, wanted: str) -> None:
     head, one, two, three = hosts.hosts
     head.join(cpus=0, head=True)
@@ -74,8 +81,10 @@ def test_hosts_come_one_by_one_and_one_is_lost(hosts: Hosts, tmp_path: Path, wan
     three.join(cpus=2)
     more_shards(job, tmp_path)
     one.lose()
-    assert job.summary()["stored"] == len(CAPTIONS)
+    summary = job.summary()
+    assert summary["stored"] == len(CAPTIONS)
     proven(tmp_path, wanted)
+    print(f"one by one, one lost: {cost(summary)}")
 
 
 def test_a_link_that_is_cut_for_a_while_and_heals(hosts: Hosts, tmp_path: Path, wanted: str) -> None:
@@ -88,8 +97,10 @@ def test_a_link_that_is_cut_for_a_while_and_heals(hosts: Hosts, tmp_path: Path, 
     one.cut()
     time.sleep(20)
     one.heal()
-    assert job.summary()["stored"] == len(CAPTIONS)
+    summary = job.summary()
+    assert summary["stored"] == len(CAPTIONS)
     proven(tmp_path, wanted)
+    print(f"link cut for 20 s: {cost(summary)}")
 
 
 def test_a_host_behind_a_slow_link_holds_up_nobody(tmp_path: Path, wanted: str) -> None:
@@ -104,9 +115,8 @@ def test_a_host_behind_a_slow_link_holds_up_nobody(tmp_path: Path, wanted: str) 
         summary = job.summary()
     assert summary["stored"] == summary["generated"] == len(CAPTIONS)
     proven(tmp_path, wanted)
-    again, shards = summary["shards_begun_again"], len(CAPTIONS) // SHARD_SIZE
-    assert again <= MAX_IN_HAND + TURNS_MORE * len(workers)
-    print(f"slow link: {again} of {shards} shards drawn again, longest pause {summary['longest_pause_seconds']:.1f} s")
+    assert summary["shards_begun_again"] <= MAX_IN_HAND + TURNS_MORE * len(workers)
+    print(f"slow link: {cost(summary)}")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -138,12 +148,8 @@ def test_spot_notices_at_random_moments_hand_the_shards_back(
     assert summary["stored"] == summary["generated"] == len(CAPTIONS), "none lost, none drawn into the dataset twice"
     proven(tmp_path, wanted)
     # A machine takes along what its generator has in hand, at the notice and, as Ray starts there again, when it goes.
-    again, shards = summary["shards_begun_again"], len(CAPTIONS) // SHARD_SIZE
-    assert again <= 2 * notices * MAX_IN_HAND + TURNS_MORE * len(workers)
-    print(
-        f"seed {seed}: {notices} notices, {again} of {shards} shards drawn again ({100 * again / shards:.1f} %), "
-        f"longest pause {summary['longest_pause_seconds']:.1f} s"
-    )
+    assert summary["shards_begun_again"] <= 2 * notices * MAX_IN_HAND + TURNS_MORE * len(workers)
+    print(f"seed {seed}: {notices} notices, {cost(summary)}")
 
 
 def test_the_head_is_killed_and_the_same_command_goes_on(hosts: Hosts, tmp_path: Path, wanted: str) -> None:
