@@ -82,6 +82,18 @@ def lacking(takes: Mapping[str, float]) -> str:
     return ""
 
 
+class Room:
+    """Whether others keep this run's generators out. Once there was room for one, the run itself fills the cluster."""
+
+    def __init__(self) -> None:
+        self._was_there = False
+
+    def taken_by_others(self, no_room: str) -> str:
+        """What `lacking` says, or "" where the run itself has what is lacking."""
+        self._was_there = self._was_there or not no_room
+        return "" if self._was_there else no_room
+
+
 class Display:
     """Shows a RunProgress, and exports it, until it is closed; a context manager. Asks the cluster in a thread."""
 
@@ -98,6 +110,7 @@ class Display:
         self._progress, self._telemetry, self._monitor = progress, telemetry, monitor
         self._gpus_per_generator, self._generator_takes = gpus_per_generator, generator_takes
         self._left_out: set[str] = set()
+        self._room = Room()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._tick_until_closed, name="progress", daemon=True)
         stream = stream or sys.stderr
@@ -130,9 +143,10 @@ class Display:
                     gpus_per_generator=self._gpus_per_generator,
                     generator_takes=self._generator_takes,
                 )
+                no_room = self._room.taken_by_others(news.no_room)
             except Exception as error:  # a run does not stop for its display
                 log.debug("the cluster does not answer: %s", error)
-                news = ClusterState()
+                news, no_room = ClusterState(), ""
             self._progress.observe(news.live, machines=news.machines)
             for said in news.live.left_out if news.live else ():
                 if said not in self._left_out:
@@ -140,7 +154,7 @@ class Display:
                     self._left_out.add(said)
             status = self._progress.status()
             self._telemetry.update(status)
-            wrong = trouble(status, gpus=news.gpus, gpus_per_generator=self._gpus_per_generator, no_room=news.no_room)
+            wrong = trouble(status, gpus=news.gpus, gpus_per_generator=self._gpus_per_generator, no_room=no_room)
             self._view.show(status, wrong)
             pause = TICK_SECONDS if news.live else SILENT_TICK_SECONDS
 
