@@ -265,10 +265,16 @@ def test_waiting_for_what_another_job_uses_is_said() -> None:
 
 def test_a_run_that_fills_the_cluster_itself_waits_for_nobody() -> None:
     """Its generators are starting, and have the CPUs that are lacking since."""
-    no_room = "0.65 of the cluster's 3 CPUs are free, and one takes 0.75"
-    alone, second = Room(), Room()
-    assert [alone.taken_by_others(said) for said in ("", no_room, no_room)] == ["", "", ""]
-    assert [second.taken_by_others(said) for said in (no_room, no_room, "", no_room)] == [no_room, no_room, "", ""]
+
+    def said(has: list[float], free: list[float]) -> list[str]:
+        room = Room({"GPU": 0, "CPU": 0.75})
+        return [room.lacking({"CPU": whole}, {"CPU": left}) for whole, left in zip(has, free, strict=True)]
+
+    assert said([3, 3, 3], [3, 0.65, 0.65]) == ["", "", ""]
+    nothing, full = (f"0 of the cluster's {has} CPUs are free, and one takes 0.75" for has in (0, 2))
+    assert said([0, 0, 1, 4], [0, 0, 0.1, 0.2]) == [nothing, nothing, "", ""], "its machines have come"
+    assert said([2, 2, 2, 2], [0, 0, 2, 0]) == [full, full, "", ""], "the other job has ended"
+    assert said([8, 8], [4, 0]) == ["", ""], "the others leave it half"
 
 
 def test_a_run_of_three_days_leaves_a_log_that_can_be_read() -> None:
