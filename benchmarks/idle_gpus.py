@@ -97,13 +97,23 @@ def _note_nodes(folder: str) -> None:
                 note(folder, node=node["NodeID"], what="joined")
 
 
-def seconds_by_cause(folder: Path) -> dict[str, float]:
-    """GPU seconds of a run by what the GPU's host was doing, from the notes."""
+def read_notes(folder: Path) -> dict[str, list[tuple[float, str]]]:
+    """(when, what happened) of each node."""
     by_node: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for file in folder.glob("*.log"):
         for line in file.read_text().splitlines():
             at, node, what = line.split()
             by_node[node].append((float(at), what))
+    return by_node
+
+
+def hosts_that_drew(folder: Path) -> int:
+    return sum(any(what == "begin" for _, what in notes) for notes in read_notes(folder).values())
+
+
+def seconds_by_cause(folder: Path) -> dict[str, float]:
+    """GPU seconds of a run by what the GPU's host was doing, from the notes."""
+    by_node = read_notes(folder)
     over = max(at for notes in by_node.values() for at, what in notes if what == "end")
     spent = dict.fromkeys(CAUSES, 0.0)
     for notes in by_node.values():
@@ -118,8 +128,8 @@ def seconds_by_cause(folder: Path) -> dict[str, float]:
     return spent
 
 
-def measured(tree: Path, args: argparse.Namespace) -> dict[str, float]:
-    """GPU seconds of one run of a checkout."""
+def measured(tree: Path, args: argparse.Namespace) -> tuple[dict[str, float], int]:
+    """GPU seconds of one run of a checkout by cause, and how many hosts drew."""
     from tests.helpers.hosts import several_hosts
 
     with tempfile.TemporaryDirectory(prefix="pcm-idle-") as name:
@@ -150,7 +160,7 @@ def measured(tree: Path, args: argparse.Namespace) -> dict[str, float]:
                     time.sleep(args.join_seconds)
                 if process.wait(timeout=args.timeout) != 0:
                     raise SystemExit(f"{tree}: the run failed\n{(folder / 'said').read_text()[-3000:]}")
-        return seconds_by_cause(folder / "notes")
+        return seconds_by_cause(folder / "notes"), hosts_that_drew(folder / "notes")
 
 
 def main() -> None:
@@ -167,11 +177,15 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = defaultdict(list)
     for number in range(args.rounds):
         for tree in args.trees:
-            spent = measured(tree.resolve(), args)
+            spent, drew = measured(tree.resolve(), args)
             runs[str(tree)].append(spent)
             whole = sum(spent.values())
             shares = ", ".join(f"{cause} {100 * spent[cause] / whole:.1f} %" for cause in CAUSES)
-            print(f"{tree}, round {number + 1}: {whole:.0f} GPU seconds: {shares}", file=sys.stderr, flush=True)
+            print(
+                f"{tree}, round {number + 1}: {whole:.0f} GPU seconds, {drew} hosts drew: {shares}",
+                file=sys.stderr,
+                flush=True,
+            )
     summary = {
         tree: {
             "idle_share": [round(1 - spent["drawing"] / sum(spent.values()), 4) for spent in found],

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.idle_gpus import seconds_by_cause
+from benchmarks.idle_gpus import hosts_that_drew, seconds_by_cause
 
 
 def test_every_second_of_a_gpu_from_its_joining_to_the_last_picture_has_one_cause(tmp_path: Path) -> None:
@@ -18,6 +18,7 @@ def test_every_second_of_a_gpu_from_its_joining_to_the_last_picture_has_one_caus
     spent = seconds_by_cause(tmp_path)
     assert spent == {"drawing": 18, "starting": 10, "loading": 5, "between": 3, "end": 5}
     assert sum(spent.values()) == 20 + 17 + 4
+    assert hosts_that_drew(tmp_path) == 2
 
 
 def test_a_generator_that_dies_and_loads_again_is_not_drawing_meanwhile(tmp_path: Path) -> None:
