@@ -244,7 +244,7 @@ def test_an_evaluation_that_was_stopped_is_made_when_it_is_submitted_again(
     head: Head, tmp_path: Path, tiny_clip: Path
 ) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", write_dataset(tmp_path / "data", tiny_clip, rows=30))
-    count = 64 * 100
+    count = 64 * 50
     pictures, references = write_pictures(tmp_path / "pictures", count=count), tmp_path / "references.csv"
 
     def evaluate(out: str, *workers: object) -> list:
