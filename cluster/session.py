@@ -9,7 +9,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -156,16 +156,22 @@ def is_no_user_error(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def waiting_for(*, cpus: float, gpus: float) -> Iterator[None]:
-    """Says now and then what the cluster lacks, while it has less than so many CPUs and GPUs: Ray waits in silence."""
+def waiting_for(*, cpus: float, gpus: float, workers: int = 1) -> Iterator[None]:
+    """Says now and then what the cluster lacks, while it has no room for so many workers: Ray waits in silence.
+
+    `cpus`, `gpus`: of each worker.
+    """
     over = threading.Event()
 
     def say() -> None:
         started = time.monotonic()
-        while cpus > cluster_cpus() or gpus > cluster_gpus():
+        while room_for(cpus=cpus, gpus=gpus) < workers:
+            has_cpus, has_gpus = cluster_cpus(), cluster_gpus()
+            is_split = workers * cpus <= has_cpus and workers * gpus <= has_gpus
             log.info(
-                "waiting for %g CPUs and %g GPUs; the cluster has %g and %g now (for %.0f s)",
-                cpus, gpus, cluster_cpus(), cluster_gpus(), time.monotonic() - started,
+                "waiting for %g CPUs and %g GPUs%s; the cluster has %g and %g now (for %.0f s)",
+                workers * cpus, workers * gpus, f", on one node for each of {workers} workers" if is_split else "",
+                has_cpus, has_gpus, time.monotonic() - started,
             )  # fmt: skip
             if over.wait(SECONDS_BETWEEN_WAITING_LINES):
                 return
@@ -185,6 +191,31 @@ def cluster_gpus() -> float:
 
 def cluster_cpus() -> float:
     return ray.cluster_resources().get("CPU", 0.0)
+
+
+def room_for(*, cpus: float, gpus: float) -> int:
+    """How many workers with so many CPUs and GPUs each the nodes have room for, were they idle: a worker is on one."""
+    return _room(_node_resources(), cpus=cpus, gpus=gpus)
+
+
+def cpus_for_each(workers: int, *, gpus: float = 0) -> int:
+    """The most CPUs that each of so many workers can have, with so many GPUs, on the nodes that are there; at least 1.
+
+    Not the cluster's CPUs by their number: on three nodes of two CPUs, one worker with six would never start.
+    """
+    nodes = _node_resources()
+    most = int(max((node.get("CPU", 0.0) for node in nodes), default=0.0))
+    return next((cpus for cpus in range(most, 1, -1) if _room(nodes, cpus=cpus, gpus=gpus) >= workers), 1)
+
+
+def _node_resources() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _room(nodes: Sequence[Mapping[str, float]], *, cpus: float, gpus: float) -> int:
+    wanted = {name: count for name, count in (("CPU", cpus), ("GPU", gpus)) if count}
+    rounding = 1e-6  # three GPUs of 0.333333
+    return sum(int(min(node.get(name, 0.0) / count for name, count in wanted.items()) + rounding) for node in nodes)
 
 
 def cluster_nodes() -> list[str]:

@@ -23,7 +23,7 @@ from cluster.dataset.given_features import FeatureSet, all_features, load_featur
 from cluster.evaluation.request import CaptionerOptions, CaptionRequest
 from cluster.generation.pinning import resolve_device
 from cluster.gpu_share import gpu_share, keep_to_gpu_share
-from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error, waiting_for
+from cluster.session import cluster_gpus, cpus_for_each, room_for, start_ray, user_error, waiting_for
 from cluster.sources.concept_file import read_concepts
 from cluster.sources.picture_source import FeatureSource
 from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set
@@ -264,12 +264,13 @@ def caption_on_cluster(
         raise InputError(
             f"--gpus-per-worker {gpus_per_worker:g}: the cluster has no GPU; leave it out, or give --device"
         )
-    room = int(cluster_gpus() / gpus_per_worker if on_gpus else cluster_cpus())
+    each = {"cpus": 0.0, "gpus": gpus_per_worker} if on_gpus else {"cpus": 1.0, "gpus": 0.0}
+    room = room_for(**each)
     waits = source.device != "auto" and "RAY_ADDRESS" in os.environ
     if num_workers > room and not waits:
         has = f"{cluster_gpus():g} GPUs" if on_gpus else f"{room} CPUs"
         raise InputError(f"--num-workers {num_workers}: the cluster has {has}; on one that grows, give --device")
-    threads = max(1, int(cluster_cpus()) // num_workers)
+    threads = cpus_for_each(num_workers, gpus=each["gpus"])
     numbers = list(range(len(batches(pictures, source.batch_size))))
     dataset = ray.data.from_items([{"batch": number} for number in numbers], override_num_blocks=len(numbers))
     captioned = dataset.map_batches(
@@ -277,11 +278,11 @@ def caption_on_cluster(
         fn_constructor_kwargs={"source": source, "threads": threads},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=num_workers),
-        num_cpus=0 if on_gpus else 1,
-        num_gpus=gpus_per_worker if on_gpus else 0,
+        num_cpus=each["cpus"],
+        num_gpus=each["gpus"],
     )
     try:
-        with waiting_for(cpus=0 if on_gpus else num_workers, gpus=num_workers * gpus_per_worker if on_gpus else 0):
+        with waiting_for(**each, workers=num_workers):
             rows = list(_with_progress_lines(captioned.iter_rows(), pictures=pictures, batch_size=source.batch_size))
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None

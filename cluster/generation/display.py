@@ -1,6 +1,7 @@
 """A run on the screen: a progress bar on a terminal, a line now and then in a log, Prometheus metrics in both."""
 
 import logging
+import math
 import os
 import sys
 import threading
@@ -42,17 +43,13 @@ class ClusterState:
     live: MonitorSnapshot | None = None  # None: the monitor does not answer
     machines: int = 1
     gpus: float = 0.0
-    no_room: str = ""  # why no further generator can start
+    no_room: str = ""  # what others leave too little of for a generator
 
 
-def ask_cluster(
-    monitor: ActorHandle | None, *, gpus_per_generator: float, generator_takes: Mapping[str, float]
-) -> ClusterState:
-    """Ask Ray and the run's monitor. Takes up to ANSWER_SECONDS; raises whatever Ray raises when it is in trouble.
-
-    `generator_takes`: how much of which of Ray's resources one generator reserves.
-    """
-    nodes, gpus, no_room = cluster_nodes(), cluster_gpus(), lacking(generator_takes)
+def ask_cluster(monitor: ActorHandle | None, *, gpus_per_generator: float, room: "Room") -> ClusterState:
+    """Ask Ray and the run's monitor. Takes up to ANSWER_SECONDS; raises whatever Ray raises when it is in trouble."""
+    nodes, gpus = cluster_nodes(), cluster_gpus()
+    no_room = room.lacking(ray.cluster_resources(), ray.available_resources())
     machines = len(nodes)
     if monitor is None:
         return ClusterState(machines=machines, gpus=gpus, no_room=no_room)
@@ -72,14 +69,21 @@ def ask_cluster(
     return ClusterState(live=live, machines=machines, gpus=gpus, no_room=no_room)
 
 
-def lacking(takes: Mapping[str, float]) -> str:
-    """Which of Ray's resources the cluster has not enough of left for an actor that takes so much; "": it has."""
-    has, free = ray.cluster_resources(), ray.available_resources()
-    for name, wanted in takes.items():
-        left = free.get(name, 0.0)
-        if left + 1e-6 < wanted:
-            return f"{left:g} of the cluster's {has.get(name, 0.0):g} {name}s are free, and one takes {wanted:g}"
-    return ""
+class Room:
+    """Whether others keep this run's generators out, of which each takes so much of Ray's resources."""
+
+    def __init__(self, takes: Mapping[str, float]) -> None:
+        self._takes = takes
+        self._others: dict[str, float] = {}  # the least that was in use: what the run has itself comes on top
+
+    def lacking(self, has: Mapping[str, float], free: Mapping[str, float]) -> str:
+        """Which resource others leave too little of for one generator, of what the cluster has; "": none."""
+        for name, wanted in self._takes.items():
+            whole, left = has.get(name, 0.0), free.get(name, 0.0)
+            others = self._others[name] = min(whole - left, self._others.get(name, math.inf))
+            if max(left, whole - others) + 1e-6 < wanted:
+                return f"{left:g} of the cluster's {whole:g} {name}s are free, and one takes {wanted:g}"
+        return ""
 
 
 class Display:
@@ -96,7 +100,7 @@ class Display:
         stream: TextIO | None = None,
     ) -> None:
         self._progress, self._telemetry, self._monitor = progress, telemetry, monitor
-        self._gpus_per_generator, self._generator_takes = gpus_per_generator, generator_takes
+        self._gpus_per_generator, self._room = gpus_per_generator, Room(generator_takes)
         self._left_out: set[str] = set()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._tick_until_closed, name="progress", daemon=True)
@@ -125,11 +129,7 @@ class Display:
         pause = 0.0
         while not self._closing.wait(pause):
             try:
-                news = ask_cluster(
-                    self._monitor,
-                    gpus_per_generator=self._gpus_per_generator,
-                    generator_takes=self._generator_takes,
-                )
+                news = ask_cluster(self._monitor, gpus_per_generator=self._gpus_per_generator, room=self._room)
             except Exception as error:  # a run does not stop for its display
                 log.debug("the cluster does not answer: %s", error)
                 news = ClusterState()
@@ -234,7 +234,7 @@ def details(status: Status) -> str:
 def trouble(status: Status, *, gpus: float, gpus_per_generator: float, no_room: str) -> str:
     """Why nothing moves, if nothing does; "" when all is well.
 
-    `no_room`: why no further generator can start, as `lacking` says: another job may have what this one waits for.
+    `no_room`: what `Room.lacking` says: another job has what this one waits for.
     """
     wanted = status.wanted_generators
     here = f"; the cluster has {gpus:g} GPUs now" if gpus < wanted * gpus_per_generator else ""

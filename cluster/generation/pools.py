@@ -52,6 +52,7 @@ class Pools:
             if clip_gpus:
                 raise InputError(f"--clip-gpus {clip_gpus}: is for GPUs, and this run draws on CPUs; leave it out")
             count = most or max(1, int(cpus))
+            cpus = cpus or count  # a cluster that has none yet is to get one for each generator
             share = max(0.1, min(1.0, min(cpus * 0.75, cpus - 0.35) / count))  # 0.35: the other stages
             return Pools(
                 generators=count, min_generators=least, scorers=scorers or 0, writers=1,

@@ -21,7 +21,7 @@ import ray
 import ray.tune
 from ray.tune.schedulers import ASHAScheduler
 
-from cluster.session import cluster_cpus, cluster_gpus, start_ray
+from cluster.session import cluster_cpus, cluster_gpus, start_ray, waiting_for
 from cluster.store.store import Store, open_store
 from cluster.sweep.request import SweepRequest
 from cluster.sweep.results import TrialResult
@@ -84,7 +84,7 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
         ray.tune.with_parameters(run_trial, sweep=shared),
         {"CPU": request.cpus_per_trial, "GPU": request.gpus_per_trial},
     )
-    ray.tune.Tuner(
+    tuner = ray.tune.Tuner(
         trainable,
         param_space={OVERRIDES: ray.tune.grid_search(settings)} if settings else None,
         tune_config=ray.tune.TuneConfig(
@@ -104,7 +104,9 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
             callbacks=[recorder],
             verbose=0,
         ),
-    ).fit()
+    )
+    with waiting_for(cpus=request.cpus_per_trial, gpus=request.gpus_per_trial):
+        tuner.fit()
     results = recorder.results()
     report = write_report(out, results, params=tuple(space), base=run.config)
     if report is None:
@@ -212,12 +214,14 @@ def without_paths(value: Any) -> Any:
 
 
 def _check_place(request: SweepRequest) -> None:
-    """Raises InputError for what the cluster cannot give, which Ray would wait for."""
+    """Raises InputError for what this machine cannot give. On a cluster that is joined it is waited for."""
+    if "RAY_ADDRESS" in os.environ:
+        return
     for flag, wanted, has in (
         ("--cpus-per-trial", request.cpus_per_trial, cluster_cpus()),
         ("--gpus-per-trial", request.gpus_per_trial, cluster_gpus()),
     ):
-        if not 0 <= wanted <= has:
+        if wanted > has:
             raise InputError(f"{flag} {wanted:g}: the cluster has {has:g}; take fewer")
 
 

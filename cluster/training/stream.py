@@ -9,6 +9,7 @@ vocabulary, concepts, CLIP head - comes from the captions: the first generator s
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from cluster.generation.pinning import require_joint_patches
 from cluster.generation.pipeline import GenerationResult
 from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
-from cluster.session import cluster_cpus, cluster_gpus
+from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each
 from cluster.store.store import Store, open_store
 from cluster.training.data.mixture import arriving_set
 from cluster.training.reporting import FIRST_STEP_KEY
@@ -80,13 +81,18 @@ def _training_share(request: StreamRequest, *, device: str) -> tuple[int, int, f
     workers = request.num_workers or 1
     if device == "cuda":
         return workers, request.cpus_per_worker or 1, request.gpus_per_worker
-    return workers, request.cpus_per_worker or max(1, int(cluster_cpus()) // 2 // workers), 0
+    half = max(1, int(cluster_cpus()) // 2 // workers)
+    return workers, request.cpus_per_worker or min(half, cpus_for_each(workers)), 0
 
 
 def _pools(request: StreamRequest, *, device: str, cpus: float, gpus: float) -> Pools:
-    """Generation's actors on what training leaves. Raises InputError when that is nothing."""
-    left = {"cpus": cluster_cpus() - cpus, "gpus": cluster_gpus() - gpus}
-    if left["cpus"] < 1 or (device == "cuda" and left["gpus"] < 1 and not request.generators):
+    """Generation's actors on what training leaves. Raises InputError when that is nothing.
+
+    On a cluster that is joined the generators that are named are waited for, because it may grow.
+    """
+    left = {"cpus": max(0.0, cluster_cpus() - cpus), "gpus": max(0.0, cluster_gpus() - gpus)}
+    waits = request.generators is not None and "RAY_ADDRESS" in os.environ
+    if not waits and (left["cpus"] < 1 or (device == "cuda" and left["gpus"] < 1)):
         raise InputError(
             f"training takes {cpus:g} CPUs and {gpus:g} GPUs of the cluster's {cluster_cpus():g} and "
             f"{cluster_gpus():g}, which leaves none for generation; lower --num-workers or --cpus-per-worker, name "

@@ -23,7 +23,7 @@ import pcm
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, GIVEN_CONCEPTS_KEY
 from cluster.dataset.together import Vocabularies, common_vocabularies
 from cluster.generation.pinning import resolve_device
-from cluster.session import cluster_cpus, cluster_gpus, start_ray, waiting_for
+from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, room_for, start_ray, waiting_for
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.pictures import check_source, source_anywhere
 from cluster.store.store import Store, join, open_store
@@ -112,7 +112,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
         joined=joined,
     )
     try:
-        with waiting_for(cpus=place.num_workers * place.cpus, gpus=place.gpus):
+        with waiting_for(cpus=place.cpus, gpus=place.gpus_per_worker, workers=place.num_workers):
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise worker_input_error(error) or error from None
@@ -365,10 +365,6 @@ class _Place:
         """The least that training begins with."""
         return self.sizes[0]
 
-    @property
-    def gpus(self) -> float:
-        return self.num_workers * self.gpus_per_worker
-
 
 def _place(request: TrainRequest, config: TrainConfig, *, joined: bool) -> _Place:
     """What is asked of the cluster: where the device is named, also what it has not yet, for a cluster may grow.
@@ -391,7 +387,7 @@ def _place(request: TrainRequest, config: TrainConfig, *, joined: bool) -> _Plac
             "cuda on a cluster that grows"
         )
     share = request.gpus_per_worker if device == "cuda" else 0
-    place = _Place(device, sizes, request.cpus_per_worker or max(1, cpus // workers), share)
+    place = _Place(device, sizes, request.cpus_per_worker or cpus_for_each(workers, gpus=share), share)
     if len(sizes) > 1 and not joined:
         raise InputError(
             f"--num-workers {sizes[0]}:{workers}: no nodes come to this machine; give a number, or join a cluster "
@@ -399,11 +395,12 @@ def _place(request: TrainRequest, config: TrainConfig, *, joined: bool) -> _Plac
         )
     if named or len(sizes) > 1:
         return place
-    if place.gpus > gpus:
+    if place.gpus_per_worker * workers > gpus:
         raise InputError(f"--num-workers {workers}: the cluster has {gpus} GPUs, and each worker takes one")
-    if workers * place.cpus > cpus:
+    if room_for(cpus=place.cpus, gpus=place.gpus_per_worker) < workers:
+        split = ", too few on one node" if workers * place.cpus <= cpus else ""
         raise InputError(
-            f"--num-workers {workers} with {place.cpus} CPUs each: the cluster has {cpus} CPUs; take fewer"
+            f"--num-workers {workers} with {place.cpus} CPUs each: the cluster has {cpus} CPUs{split}; take fewer"
         )
     return place
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayTaskError
 
-from cluster.session import is_no_user_error, protect_token_file, user_error
+from cluster.session import cpus_for_each, is_no_user_error, protect_token_file, room_for, user_error
 from jobs.endings import descendants
 from pcm.errors import InputError
 from tests.helpers.hosts import wait_until
@@ -133,3 +133,17 @@ def test_the_token_file_of_a_cluster_is_for_its_owner_alone(
     assert file.stat().st_mode & 0o777 == 0o600
     file.unlink()
     protect_token_file()
+
+
+def test_a_worker_has_its_cpus_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three nodes of two CPUs have no room for a worker with six: Ray would wait for it without a word."""
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}} for _ in range(3)]
+    head, lost = {"Alive": True, "Resources": {}}, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    monkeypatch.setattr("ray.nodes", lambda: [head, lost, *nodes])
+    assert [room_for(cpus=cpus, gpus=0) for cpus in (1, 2, 3, 6)] == [6, 3, 0, 0]
+    assert [cpus_for_each(workers) for workers in (1, 3, 4, 9)] == [2, 2, 1, 1]
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 48.0, "GPU": 4.0}}] * 2)
+    assert [cpus_for_each(workers, gpus=1) for workers in (1, 2, 8)] == [48, 48, 12]
+    assert room_for(cpus=1, gpus=0.25) == 32 and room_for(cpus=0, gpus=1) == 8
+    monkeypatch.setattr("ray.nodes", lambda: [head])
+    assert cpus_for_each(1) == 1 and room_for(cpus=1, gpus=0) == 0

@@ -54,6 +54,21 @@ def test_training_waits_for_its_worker_and_says_so(head: Cluster, tmp_path: Path
     assert json.loads(printed.splitlines()[-1])["epochs"] == 1 and (out / "best" / "model.safetensors").exists()
 
 
+def test_a_sweep_waits_for_its_trials_and_says_so(head: Cluster, tmp_path: Path, tiny_clip: Path) -> None:
+    data, out = write_dataset(tmp_path / "data", tiny_clip, rows=24), tmp_path / "sweep"
+    settings = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
+    command = ["jobs.sweep", "--data", str(data), "--out", str(out), "--param=lr_factor=0.1,0.2", "--search=grid"]
+    job = subprocess.Popen(
+        [sys.executable, "-m", *command, "--epochs=1", *settings], cwd=ROOT, text=True,
+        env=os.environ | {"RAY_ADDRESS": head.address}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    read_until(job, "waiting for 1 CPUs and 0 GPUs; the cluster has 0 and 0 now")
+    head.add_node(num_cpus=2, object_store_memory=100_000_000)
+    printed, said = job.communicate(timeout=600)
+    assert job.returncode == 0, said[-3000:]
+    assert json.loads(printed.splitlines()[-1])["by_status"] == {"finished": 2}
+
+
 def losses(run: Path) -> list[tuple[int, float]]:
     """(step, loss) of a run, in order."""
     rows = [json.loads(line) for file in sorted(run.glob("losses/*.jsonl")) for line in file.read_text().splitlines()]

@@ -2,7 +2,6 @@
 
 import json
 import random
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from cluster.dataset.verify import verify
 from cluster.generation.pipeline import TURNS_MORE
 from cluster.generation.stages.monitor import MAX_IN_HAND
 from cluster.store.store import open_store
-from tests.helpers.hosts import Hosts, can_make_hosts, several_hosts, wait_until
+from tests.helpers.hosts import Hosts, Job, Slow, can_make_hosts, several_hosts, wait_until
 from tests.helpers.tiny_dataset import TINY, write_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
@@ -40,7 +39,7 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> str:
     return verify(store)["fingerprint"]
 
 
-def generate(hosts: Hosts, folder: Path) -> subprocess.Popen:
+def generate(hosts: Hosts, folder: Path) -> Job:
     corpus = write_corpus(folder, CAPTIONS)
     return hosts.job(
         "jobs.generate", "--corpus", str(corpus), "--out", f"{folder}/data", "--t2i", "null", "--shard-size",
@@ -52,10 +51,10 @@ def stored(folder: Path) -> int:
     return len(list((folder / "data/shards").glob("*.parquet")))
 
 
-def more_shards(job: subprocess.Popen, folder: Path, count: int = 5) -> None:
+def more_shards(job: Job, folder: Path, count: int = 5) -> None:
     """Wait until so many more shards are stored, or all."""
     goal = min(stored(folder) + count, len(CAPTIONS) // SHARD_SIZE)
-    wait_until(lambda: stored(folder) >= goal or job.poll() is not None, seconds=300, said=f"{stored(folder)} shards")
+    wait_until(lambda: stored(folder) >= goal or job.is_over(), seconds=300, said=f"{stored(folder)} shards")
 
 
 def proven(folder: Path, wanted: str) -> dict:
@@ -64,10 +63,11 @@ def proven(folder: Path, wanted: str) -> dict:
     return report
 
 
-def end(job: subprocess.Popen, seconds: float = 400) -> dict:
-    printed, said = job.communicate(timeout=seconds)
-    assert job.returncode == 0, said[-3000:]
-    return json.loads(printed.splitlines()[-1])
+def cost(summary: dict) -> str:
+    """What the faults have cost."""
+    again, shards = summary["shards_begun_again"], len(CAPTIONS) // SHARD_SIZE
+    pause = summary["longest_pause_seconds"]
+    return f"{again} of {shards} shards drawn again ({100 * again / shards:.1f} %), longest pause {pause:.1f} s"
 
 
 def test_hosts_come_one_by_one_and_one_is_lost(hosts: Hosts, tmp_path: Path, wanted: str) -> None:
@@ -81,8 +81,10 @@ def test_hosts_come_one_by_one_and_one_is_lost(hosts: Hosts, tmp_path: Path, wan
     three.join(cpus=2)
     more_shards(job, tmp_path)
     one.lose()
-    assert end(job)["stored"] == len(CAPTIONS)
+    summary = job.summary()
+    assert summary["stored"] == len(CAPTIONS)
     proven(tmp_path, wanted)
+    print(f"one by one, one lost: {cost(summary)}")
 
 
 def test_a_link_that_is_cut_for_a_while_and_heals(hosts: Hosts, tmp_path: Path, wanted: str) -> None:
@@ -95,8 +97,26 @@ def test_a_link_that_is_cut_for_a_while_and_heals(hosts: Hosts, tmp_path: Path, 
     one.cut()
     time.sleep(20)
     one.heal()
-    assert end(job)["stored"] == len(CAPTIONS)
+    summary = job.summary()
+    assert summary["stored"] == len(CAPTIONS)
     proven(tmp_path, wanted)
+    print(f"link cut for 20 s: {cost(summary)}")
+
+
+def test_a_host_behind_a_slow_link_holds_up_nobody(tmp_path: Path, wanted: str) -> None:
+    """200 ms there and back, 2 Mbit/s: its shards come late, and the others draw on meanwhile."""
+    with several_hosts(4, slow={4: Slow(seconds=0.1, bits=2e6)}) as hosts:
+        head, *workers = hosts.hosts
+        head.join(cpus=0, head=True)
+        for worker in workers:
+            worker.join(cpus=1)
+        hosts.wait_for_cpus(len(workers))
+        job = generate(hosts, tmp_path)
+        summary = job.summary()
+    assert summary["stored"] == summary["generated"] == len(CAPTIONS)
+    proven(tmp_path, wanted)
+    assert summary["shards_begun_again"] <= MAX_IN_HAND + TURNS_MORE * len(workers)
+    print(f"slow link: {cost(summary)}")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -114,7 +134,7 @@ def test_spot_notices_at_random_moments_hand_the_shards_back(
     notices = 0
     while notices < 4:
         more_shards(job, tmp_path, chance.randrange(3, 12))
-        if job.poll() is not None:
+        if job.is_over():
             break
         notices += 1
         leaving = chance.choice(workers)
@@ -123,17 +143,13 @@ def test_spot_notices_at_random_moments_hand_the_shards_back(
         leaving.lose()
         more_shards(job, tmp_path, chance.randrange(1, 6))
         leaving.join(cpus=1)
-    summary = end(job)
+    summary = job.summary()
     assert notices, "at least one while it was at work"
     assert summary["stored"] == summary["generated"] == len(CAPTIONS), "none lost, none drawn into the dataset twice"
     proven(tmp_path, wanted)
     # A machine takes along what its generator has in hand, at the notice and, as Ray starts there again, when it goes.
-    again, shards = summary["shards_begun_again"], len(CAPTIONS) // SHARD_SIZE
-    assert again <= 2 * notices * MAX_IN_HAND + TURNS_MORE * len(workers)
-    print(
-        f"seed {seed}: {notices} notices, {again} of {shards} shards drawn again ({100 * again / shards:.1f} %), "
-        f"longest pause {summary['longest_pause_seconds']:.1f} s"
-    )
+    assert summary["shards_begun_again"] <= 2 * notices * MAX_IN_HAND + TURNS_MORE * len(workers)
+    print(f"seed {seed}: {notices} notices, {cost(summary)}")
 
 
 def test_the_head_is_killed_and_the_same_command_goes_on(hosts: Hosts, tmp_path: Path, wanted: str) -> None:
@@ -143,12 +159,12 @@ def test_the_head_is_killed_and_the_same_command_goes_on(hosts: Hosts, tmp_path:
     job = generate(hosts, tmp_path)
     more_shards(job, tmp_path)
     head.lose()  # the driver is on it
-    job.wait(timeout=60)
+    job.process.wait(timeout=60)
     before = stored(tmp_path)
     one.lose()
     head.join(cpus=0, head=True)
     one.join(cpus=2)
-    again = end(generate(hosts, tmp_path))
+    again = generate(hosts, tmp_path).summary()
     assert again["skipped"] >= before * SHARD_SIZE > 0
     proven(tmp_path, wanted)
 
@@ -160,7 +176,7 @@ def test_training_over_two_hosts_loses_one_and_goes_on(hosts: Hosts, tmp_path: P
     head.join(cpus=0, head=True)
     settings = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
 
-    def train(out: str, workers: str) -> subprocess.Popen:
+    def train(out: str, workers: str) -> Job:
         return hosts.job(
             "jobs.train", "--data", str(data), "--out", f"{tmp_path}/{out}", "--device", "cpu",
             "--cpus-per-worker", "1", "--num-workers", workers, "--epochs", "12", *settings,
@@ -169,12 +185,10 @@ def test_training_over_two_hosts_loses_one_and_goes_on(hosts: Hosts, tmp_path: P
     one.join(cpus=1)
     two.join(cpus=1)
     job = train("run", "1:2")
-    wait_until(
-        lambda: (tmp_path / "run/metrics.jsonl").exists() or job.poll() is not None, seconds=300, said="no epoch ended"
-    )
+    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists() or job.is_over(), seconds=300, said="no epoch ended")
     one.lose()
-    end(job)
-    end(train("alone", "1"))
+    job.summary()
+    train("alone", "1").summary()
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 

@@ -22,7 +22,7 @@ from cluster.dataset.verify import verify
 from cluster.store.store import open_store
 from tests.helpers.hosts import wait_until
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_dataset import TINY, write_dataset
+from tests.helpers.tiny_dataset import TINY, write_checkpoint, write_dataset, write_pictures
 from tests.helpers.tiny_generation import CAPTIONS, make_dataset_in_process, null_spec, write_corpus
 
 TINY_SETTINGS = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
@@ -237,6 +237,31 @@ def test_streaming_that_was_stopped_goes_on_when_it_is_submitted_again(
     assert done.returncode == 0, done.stdout + done.stderr
     report = verify(open_store(out / "dataset"))
     assert report["ok"] and report["stored"] == 60
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_was_stopped_is_made_when_it_is_submitted_again(
+    head: Head, tmp_path: Path, tiny_clip: Path
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", write_dataset(tmp_path / "data", tiny_clip, rows=30))
+    count = 64 * 50
+    pictures, references = write_pictures(tmp_path / "pictures", count=count), tmp_path / "references.csv"
+
+    def evaluate(out: str, *workers: object) -> list:
+        asked = ["--checkpoint", checkpoint, "--images", pictures, "--references", references, "--device", "cpu"]
+        return ["python", "-m", "jobs.evaluate", *asked, "--out", tmp_path / out, *workers]
+
+    command = evaluate("out", "--num-workers", 2)
+    stop_at_work(head, "evaluation", lambda: "pictures captioned" in logs(head, "evaluation"), *command)
+    assert not (tmp_path / "out/metrics.json").exists()
+    found = []
+    for each in (command, evaluate("alone")):
+        done = submit(head, *each)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found += summaries(done.stdout)
+    assert [summary["n"] for summary in found] == [count, count]
+    assert (tmp_path / "out/captions.json").read_bytes() == (tmp_path / "alone/captions.json").read_bytes()
+    assert found[0]["CIDEr"] == found[1]["CIDEr"]
 
 
 @pytest.mark.slow

@@ -51,6 +51,13 @@ def test_every_stage_can_be_scheduled_on_a_cpu(cpus: int) -> None:
         assert reserved(pools, "cpus") <= cpus * 1.2 and reserved(pools, "gpus") == 0
 
 
+def test_generators_for_cpus_that_have_not_come_yet_spread_over_machines() -> None:
+    """As on a cluster that had a CPU for each: with a tenth of a CPU, the first machine would take all of them."""
+    pools = Pools.for_cluster(device="cpu", cpus=0, gpus=0, generators=3)
+    assert pools.generator_cpus == 0.75 and pools.generator_cpus + pools.writer_cpus < 1
+    assert Pools.for_cluster(device="cpu", cpus=0, gpus=0, generators=1).generator_cpus == pytest.approx(0.65)
+
+
 def test_a_pool_with_a_least_and_a_most_grows() -> None:
     pools = Pools.for_cluster(device="cuda", cpus=64, gpus=0, generators=(2, 16))
     pool = pools.draw_options(100)["compute"]

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.dataset.clip_scores import ClipScores, check_gate
 from cluster.generation.cost import Billing
-from cluster.generation.display import Display, log_line, next_line, trouble
+from cluster.generation.display import Display, Room, log_line, next_line, trouble
 from cluster.generation.limits import RunLimits
 from cluster.generation.pools import Pools
 from cluster.generation.progress import MonitorSnapshot, RunProgress
@@ -261,6 +261,20 @@ def test_waiting_for_what_another_job_uses_is_said() -> None:
     said = trouble(run.status(), gpus=0, gpus_per_generator=0, no_room=no_room)
     assert said == f"waiting for 2 generators to start, for 1 min 40 s; {no_room}"
     assert "are starting" in trouble(run.status(), gpus=0, gpus_per_generator=0, no_room="")
+
+
+def test_a_run_that_fills_the_cluster_itself_waits_for_nobody() -> None:
+    """Its generators are starting, and have the CPUs that are lacking since."""
+
+    def said(has: list[float], free: list[float]) -> list[str]:
+        room = Room({"GPU": 0, "CPU": 0.75})
+        return [room.lacking({"CPU": whole}, {"CPU": left}) for whole, left in zip(has, free, strict=True)]
+
+    assert said([3, 3, 3], [3, 0.65, 0.65]) == ["", "", ""]
+    nothing, full = (f"0 of the cluster's {has} CPUs are free, and one takes 0.75" for has in (0, 2))
+    assert said([0, 0, 1, 4], [0, 0, 0.1, 0.2]) == [nothing, nothing, "", ""], "its machines have come"
+    assert said([2, 2, 2, 2], [0, 0, 2, 0]) == [full, full, "", ""], "the other job has ended"
+    assert said([8, 8], [4, 0]) == ["", ""], "the others leave it half"
 
 
 def test_a_run_of_three_days_leaves_a_log_that_can_be_read() -> None:
