@@ -23,9 +23,7 @@ class Pools:
     writers: int
     generator_cpus: float
     generator_gpus: float
-    scorer_cpus: float
     scorer_gpus: float
-    writer_cpus: float
     min_generators: int | None = None  # None: as many as `generators` from the start; else the pool grows and shrinks
     node_label: tuple[str, str] | None = None  # only on nodes with this Ray label
 
@@ -43,9 +41,11 @@ class Pools:
         """One generator a GPU, which also scores; on a CPU, a generator a core with room for storing.
 
         `generators` is a number or (least, most) of a pool that grows with its queue. With `scorers` or `clip_gpus`
-        CLIP works in actors of its own, on a GPU each with `clip_gpus` of them, which serves 16 generators. On CPUs
-        the fractions leave every stage schedulable on two cores, and the operating system shares the rest out.
-        Raises InputError.
+        CLIP works in actors of its own, on a GPU each with `clip_gpus` of them, which serves 16 generators.
+
+        What comes after the generators reserves no CPU: else, when a machine is lost, generators that start again could
+        take the last CPUs, their shards would wait for a writer that has no place, and the run would stand still. The
+        operating system shares the CPUs out. Raises InputError.
         """
         least, most = generators if isinstance(generators, tuple) else (None, generators)
         if device != "cuda":
@@ -53,10 +53,10 @@ class Pools:
                 raise InputError(f"--clip-gpus {clip_gpus}: is for GPUs, and this run draws on CPUs; leave it out")
             count = most or max(1, int(cpus))
             cpus = cpus or count  # a cluster that has none yet is to get one for each generator
-            share = max(0.1, min(1.0, min(cpus * 0.75, cpus - 0.35) / count))  # 0.35: the other stages
+            share = max(0.1, min(1.0, min(cpus * 0.75, cpus - 0.35) / count))  # room for the other stages
             return Pools(
                 generators=count, min_generators=least, scorers=scorers or 0, writers=1,
-                generator_cpus=share, generator_gpus=0, scorer_cpus=0.2, scorer_gpus=0, writer_cpus=0.1,
+                generator_cpus=share, generator_gpus=0, scorer_gpus=0,
                 node_label=node_label,
             )  # fmt: skip
         if scorers or clip_gpus:
@@ -65,7 +65,7 @@ class Pools:
         count = most or max(1, int(gpus - (scorers or 0) * clip_gpus))
         return Pools(
             generators=count, min_generators=least, scorers=scorers or 0, writers=math.ceil(count / 2),
-            generator_cpus=1, generator_gpus=1, scorer_cpus=1, scorer_gpus=clip_gpus, writer_cpus=0.5,
+            generator_cpus=1, generator_gpus=1, scorer_gpus=clip_gpus,
             node_label=node_label,
         )  # fmt: skip
 
@@ -98,7 +98,7 @@ class Pools:
     def featurise_options(self, shards: int) -> dict[str, Any]:
         """The same of the pool of CLIP alone, where there is one."""
         count = min(self.scorers, shards)
-        return self._stage(_pool(count, count), self.scorer_cpus, self.scorer_gpus)
+        return self._stage(_pool(count, count), 0, self.scorer_gpus)
 
     def write_options(self, shards: int) -> dict[str, Any]:
         """The same of the writer pool.
@@ -107,7 +107,7 @@ class Pools:
         generators, and the run stood still.
         """
         count = min(self.writers, shards)
-        return self._stage(_pool(count, count), self.writer_cpus, 0)
+        return self._stage(_pool(count, count), 0, 0)
 
     def _stage(self, compute: "ActorPoolStrategy", cpus: float, gpus: float) -> dict[str, Any]:
         options: dict[str, Any] = {"compute": compute, "num_cpus": cpus, "num_gpus": gpus}

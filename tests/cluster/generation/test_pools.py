@@ -54,8 +54,20 @@ def test_every_stage_can_be_scheduled_on_a_cpu(cpus: int) -> None:
 def test_generators_for_cpus_that_have_not_come_yet_spread_over_machines() -> None:
     """As on a cluster that had a CPU for each: with a tenth of a CPU, the first machine would take all of them."""
     pools = Pools.for_cluster(device="cpu", cpus=0, gpus=0, generators=3)
-    assert pools.generator_cpus == 0.75 and pools.generator_cpus + pools.writer_cpus < 1
+    assert pools.generator_cpus == 0.75
     assert Pools.for_cluster(device="cpu", cpus=0, gpus=0, generators=1).generator_cpus == pytest.approx(0.65)
+
+
+@pytest.mark.parametrize("scorers", [None, 1])
+def test_generators_leave_a_place_for_what_comes_after_them_however_many_cpus_are_lost(
+    tmp_path, ray_session: None, scorers: int | None
+) -> None:  # type: ignore[no-untyped-def]
+    """The run was planned for 6 CPUs, and 2 are there: two generators take both, two more wait."""
+    pools = Pools.for_cluster(device="cpu", cpus=6, gpus=0, generators=4, scorers=scorers)
+    assert pools.generator_cpus == 1
+    store, plan = plan_dataset(tmp_path / "data", write_corpus(tmp_path), null_spec(), shard_size=4)
+    run_pipeline(store, plan, pools)
+    assert verify(store)["stored"] == 24
 
 
 def test_a_pool_with_a_least_and_a_most_grows() -> None:
