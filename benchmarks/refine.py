@@ -99,7 +99,7 @@ def measure(pairs: int, *, block_size: int, device: str, on_ray: bool) -> dict:
         vectors = write_vectors(out, pairs)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started = time.monotonic()
-        choice = match(out, "work", vectors, SyncSettings(), tasks, block_size=block_size, device=device)
+        choice, _ = match(out, "work", vectors, SyncSettings(), tasks, block_size=block_size, device=device)
         seconds = time.monotonic() - started
     square = sum(tasks.seconds[stage] for stage in SQUARE)
     return {

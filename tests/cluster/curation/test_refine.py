@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.curation.refine import FACTS
+from cluster.curation.refine import FACTS, RECALL
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import WORK
 from cluster.dataset import read_dataset
@@ -96,6 +96,8 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--keep", "1.5"), "--keep 1.5: must be above 0 and at most 1"),
         (("--candidates", "0"), "--candidates 0: must be at least 1"),
         (("--captions-per-picture", "0"), "--captions-per-picture 0: must be at least 1"),
+        (("--probes", "0"), "--probes 0: must be at least 1"),
+        (("--method", "redraw", "--budget", "1", "--probes", "2"), "--probes, --sentences: without effect with"),
         (("--keep", "0.01"), "--keep 0.01: keeps none of 60 pairs"),
         (("--method", "best"), "--method 'best': not known"),
         (("--sentences", "/no/such/folder"), "--sentences /no/such/folder: no such folder"),
@@ -159,6 +161,36 @@ def test_a_place_with_something_else_is_refused(
     sync_in_process(dataset, tmp_path / "view", SentenceSpec(model="clip"))
     ended = call_job("refine", "--data", dataset, "--out", tmp_path / "view", *of_clip, "--keep", "0.8")
     assert ended.returncode == 2 and "was begun with other settings" in ended.stderr
+
+
+def test_a_view_by_probes_says_so_and_what_was_found(
+    dataset: Path, tmp_path: Path, call_job: CALL, no_ray: None, of_clip: tuple
+) -> None:
+    made = sync_in_process(dataset, tmp_path / "view", SentenceSpec(model="clip"), probes=1, candidates=4)
+    assert made.lineage is not None and made.lineage.settings["probes"] == 1
+    found = [made.lineage.facts[name] for name in RECALL]
+    assert all(0 < share < 1 for share in found)
+    assert verify(open_store(tmp_path / "view"))["ok"]
+    arguments = ("--data", dataset, "--out", tmp_path / "view", *of_clip, "--candidates", 4)
+    told = call_job("refine", *arguments, "--probes", 1).summary
+    assert told is not None and [told[name] for name in RECALL] == found
+    for other in ((), ("--probes", 2)):
+        ended = call_job("refine", *arguments, *other)
+        assert ended.returncode == 2 and "was begun with other settings" in ended.stderr
+
+
+def test_an_exact_view_has_the_lineage_it_had_before_there_were_probes(
+    dataset: Path, tmp_path: Path, call_job: CALL, no_ray: None, of_clip: tuple
+) -> None:
+    made = sync_in_process(dataset, tmp_path / "view", SentenceSpec(model="clip"))
+    assert made.lineage is not None
+    assert made.lineage.settings == {
+        "method": "sync", "candidates": 15, "captions_per_picture": 2, "keep": 0.9,
+        "sentences": {"model": "clip", "revision": "", "library": ""},
+    }  # fmt: skip
+    assert made.lineage.facts.keys() == {*FACTS, "sentences", "device"}
+    told = call_job("refine", "--data", dataset, "--out", tmp_path / "view", *of_clip).summary
+    assert told is not None and not set(RECALL) & told.keys()
 
 
 def test_on_ray_the_view_is_the_same_and_a_rerun_finds_it(
