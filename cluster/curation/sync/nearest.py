@@ -15,9 +15,11 @@ from cluster.curation.sync.settings import UNIT
 #: Columns of a float32 product at once: with 4,096 queries, 64 MiB.
 TILE = 4096
 #: Pairs whose cosine is computed in float64 at once: few, so that they fit a processor's cache, which halves the time.
-PAIRS_AT_ONCE = 1 << 12
+PAIRS_AT_ONCE = 1 << 9
 #: Candidates of one tile that are looked at together. More are there only where very many cosines are equal.
 CANDIDATES_AT_ONCE = 1 << 20
+#: A cosine has fewer units of 1e-6, and a row times this is an int64.
+_MOST_UNITS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -191,10 +193,10 @@ def _sorted(best: _Best, rows: torch.Tensor, indices: torch.Tensor, cosines: tor
     rows = torch.cat([of_row, rows])
     indices = torch.cat([best.indices.reshape(-1), indices])
     cosines = torch.cat([best.cosines.reshape(-1), cosines])
-    # All sorts are stable: by row, then by cosine, then by index.
-    order = indices.sort(stable=True).indices
-    order = order[(cosines[order] / UNIT).round().neg().sort(stable=True).indices]
-    order = order[rows[order].sort(stable=True).indices]
+    # By row, then by cosine, then by index: the second sort is stable.
+    units = (cosines / UNIT).round().clamp(-_MOST_UNITS, _MOST_UNITS).long()
+    order = indices.sort().indices
+    order = order[(rows * (2 * _MOST_UNITS + 1) - units)[order].sort(stable=True).indices]
     of_each = torch.bincount(rows, minlength=count)
     starts = of_each.cumsum(0) - of_each
     rank = torch.arange(len(rows), device=rows.device) - starts[rows[order]]
