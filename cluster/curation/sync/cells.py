@@ -145,12 +145,12 @@ def store_cells(out: Store, work: str, kind: str, vectors: StoredParts, tasks: T
     of = np.concatenate(list(StoredParts(out, [key for key, _ in numbered], vectors.sizes)))
     order = np.argsort(of, kind="stable")
     keys = [sorted_key(folder, piece) for piece in range(-(-len(order) // PIECE_ROWS))]
-    calls = {}
+    tasks_of: dict[tuple[str, ...], tuple] = {}
     for piece in range(0, len(keys), PIECES_AT_ONCE):
         some = keys[piece : piece + PIECES_AT_ONCE]
         numbers = order[piece * PIECE_ROWS : (piece + PIECES_AT_ONCE) * PIECE_ROWS]
-        calls[some[-1]] = (out, some, vectors, numbers)
-    run_missing(tasks, out, work, _store_sorted, calls, what=f"{kind} by cell")
+        tasks_of[tuple(some)] = (out, some, vectors, numbers)
+    run_missing(tasks, out, work, _store_sorted, tasks_of, what=f"{kind} by cell")
     sizes = np.bincount(of, minlength=cells_of(len(vectors)))
     return StoredCells(out, folder, np.concatenate([[0], np.cumsum(sizes)]))
 

@@ -1,6 +1,6 @@
 """What stages leave on the store: an object for each piece of work, which is not done again while it lies there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import safetensors
@@ -12,11 +12,18 @@ from pcm.errors import InputError
 
 
 def run_missing(
-    tasks: Tasks, out: Store, work: str, function: Callable[..., None], calls: dict[str, tuple], *, what: str
+    tasks: Tasks,
+    out: Store,
+    work: str,
+    function: Callable[..., None],
+    calls: Mapping[str, tuple] | Mapping[tuple[str, ...], tuple],
+    *,
+    what: str,
 ) -> None:
-    """The calls whose object is not there yet; one that writes several is named after its last."""
+    """The calls of which an object is not there yet. `calls`: by the key, or the keys, of what a call writes."""
     done = set(out.list(f"{work}/"))
-    tasks.run(function, [call for key, call in calls.items() if key not in done], what=what)
+    missing = [call for keys, call in calls.items() if not done.issuperset([keys] if isinstance(keys, str) else keys)]
+    tasks.run(function, missing, what=what)
 
 
 def write_arrays(out: Store, key: str, **arrays: np.ndarray) -> None:

@@ -145,14 +145,20 @@ def store_vectors(
 ) -> Vectors:
     """The first stage. `most`: how many rows of each caption are known by number. Raises as `refine_pairs` does."""
     groups, embed_dim = groups_of(manifest), manifest.features.embed_dim
-    calls: dict[str, tuple] = {rows_key(work, group.number): (data, out, work, group, embed_dim) for group in groups}
+    calls: dict[tuple[str, ...], tuple] = {
+        (piece_key(work, PICTURES, group.number), rows_key(work, group.number)): (data, out, work, group, embed_dim)
+        for group in groups
+    }
     run_missing(tasks, out, work, store_pictures, calls, what="picture vectors")
     numbers = Captions.of(caption_digests(out, work, groups), most=most)
     first = [_within(numbers.first_row, group) for group in groups]
+    kinds = (CAPTIONS,) if sentences.is_clip else (SENTENCES, CAPTIONS)
     calls = {
-        piece_key(work, CAPTIONS, group.number): (out, work, group, rows, manifest.spec.clip, clip, sentences, device)
+        tuple(piece_key(work, kind, group.number) for kind in kinds): (
+            out, work, group, rows, manifest.spec.clip, clip, sentences, device
+        )
         for group, rows in zip(groups, first, strict=True)
-    }
+    }  # fmt: skip
     run_missing(tasks, out, work, store_captions, calls, what="caption vectors")
     sizes = [len(rows) for rows in first]
     return Vectors(

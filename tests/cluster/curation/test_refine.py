@@ -193,12 +193,20 @@ def test_an_exact_view_has_the_lineage_it_had_before_there_were_probes(
     assert told is not None and not set(RECALL) & told.keys()
 
 
+@pytest.mark.parametrize("probes", [None, 1])
 def test_on_ray_the_view_is_the_same_and_a_rerun_finds_it(
-    dataset: Path, tmp_path: Path, call_job: CALL, ray_session: None, of_clip: tuple, caplog: pytest.LogCaptureFixture
+    dataset: Path,
+    tmp_path: Path,
+    call_job: CALL,
+    ray_session: None,
+    of_clip: tuple,
+    caplog: pytest.LogCaptureFixture,
+    probes: int | None,
 ) -> None:
     caplog.set_level(logging.INFO)
-    alone = sync_in_process(dataset, tmp_path / "alone", SentenceSpec(model="clip"))
+    alone = sync_in_process(dataset, tmp_path / "alone", SentenceSpec(model="clip"), probes=probes)
     arguments = ("--data", dataset, "--out", tmp_path / "view", *of_clip, "--block-size", 11)
+    arguments += () if probes is None else ("--probes", probes)
     ended = call_job("refine", *arguments)
     assert ended.returncode == 0, ended.stderr
     assert ended.summary is not None
@@ -207,6 +215,9 @@ def test_on_ray_the_view_is_the_same_and_a_rerun_finds_it(
     assert not open_store(tmp_path / "view").list(f"{WORK}/"), "nothing is left of the work"
     again = call_job("refine", *arguments)
     assert again.summary is not None and "view: is complete" in caplog.text
+    assert alone.lineage is not None
+    for name in RECALL:
+        assert ended.summary.get(name) == alone.lineage.facts.get(name)
     for name in ("pairs", "kept", "fingerprint", *FACTS):
         assert again.summary[name] == ended.summary[name]
 

@@ -174,6 +174,23 @@ def test_a_damaged_object_is_named(dataset: Path, tmp_path: Path) -> None:
         refined(dataset, tmp_path)
 
 
+def test_an_object_that_is_deleted_is_made_again(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one of each kind, also where a task makes several."""
+    monkeypatch.setattr(vectors, "GROUP_ROWS", 50)
+    monkeypatch.setattr(cells, "PIECE_ROWS", 20)
+    whole = refined(dataset, tmp_path, settings=PROBING)
+    store = open_store(tmp_path)
+    objects = {key: store.read_bytes(key) for key in store.list()}
+    of_kinds = {key.rsplit("/", 1)[0]: key for key in sorted(objects, reverse=True)}
+    assert len(of_kinds) == 13
+    for key in of_kinds.values():
+        store.delete(key)
+        assert_same(refined(dataset, tmp_path, settings=PROBING), whole)
+    assert {key: store.read_bytes(key) for key in store.list()} == objects
+
+
 def test_captions_are_numbered_as_they_come() -> None:
     digests = np.array([b"c", b"a", b"c", b"b", b"a", b"c"], "V1")
     captions = Captions.of(digests, most=2)
