@@ -1,10 +1,12 @@
 """The nearest vectors of a few cells: an inverted file, for more vectors than can all be compared with all.
 
-Spherical k-means puts every vector into the cell of its nearest centroid. A query is compared with the vectors of the
-P cells whose centroids are nearest to it, and of further cells where these hold fewer than k. All comparisons are those
-of nearest.py, so the result depends on the vectors and P alone, and with as many probes as there are cells it is exact.
+Spherical k-means puts every vector into the cell of its nearest centroid, once the mean is taken from it: CLIP's
+pictures all lie around one direction, and its captions around another, and without this a few cells near the mean would
+take most of them. A query is compared with the vectors of the P cells whose centroids are nearest to it, and of further
+cells where these hold fewer than k. All comparisons are those of nearest.py, so the result depends on the vectors and P
+alone, and with as many probes as there are cells it is exact.
 
-    cells/pictures/centroids.npy              (C, D) float32
+    cells/pictures/centroids.safetensors      mean (D,), directions (C, D) float32
     cells/pictures/of/000003.npy              (n,) int32: the cell of each vector of a piece
     cells/pictures/sorted/000003.safetensors  numbers, vectors: PIECE_ROWS of all vectors, by cell and then by number
 
@@ -21,7 +23,7 @@ import numpy as np
 
 from cluster.curation.sync.nearest import Nearest, PartForSome, nearest, nearest_for_some
 from cluster.curation.sync.objects import read_arrays, run_missing, write_arrays
-from cluster.curation.sync.vectors import StoredParts, array_bytes, read_ahead, read_array, unit
+from cluster.curation.sync.vectors import StoredParts, array_bytes, read_ahead, unit
 from cluster.curation.tasks import Tasks
 from cluster.store.store import Store
 
@@ -38,27 +40,47 @@ def cells_of(count: int) -> int:
     return 2 ** round(math.log2(count) / 2)
 
 
-def centroids_of(vectors: StoredParts, *, device: str = "cpu") -> np.ndarray:
-    """(C, D) float32: spherical k-means of every s-th vector, begun with some of them; an empty cell keeps its own."""
-    cells = cells_of(len(vectors))
-    sample = vectors.take(np.arange(0, len(vectors), max(1, len(vectors) // (SAMPLE * cells))))
-    centroids = sample[np.arange(cells) * len(sample) // cells]
-    for _ in range(ROUNDS):
-        of = cells_nearest_to(sample, centroids, device=device)
-        sums = np.zeros(centroids.shape)
-        np.add.at(sums, of, sample)
-        moves = np.linalg.norm(sums, axis=1) > 0
-        centroids[moves] = unit(sums[moves])
-    return centroids
+@dataclass(frozen=True)
+class Centroids:
+    """mean: (D,) float32, of the vectors. directions: (C, D) float32, from there, of length one (or zero)."""
+
+    mean: np.ndarray
+    directions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.directions)
+
+    @staticmethod
+    def of(vectors: StoredParts, *, device: str = "cpu") -> "Centroids":
+        """k-means of every s-th vector, begun with some of them. A cell that holds none keeps its centroid."""
+        cells = cells_of(len(vectors))
+        sample = vectors.take(np.arange(0, len(vectors), max(1, len(vectors) // (SAMPLE * cells))))
+        mean = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
+        found = Centroids(mean, _directions(sample[np.arange(cells) * len(sample) // cells] - mean))
+        for _ in range(ROUNDS):
+            of = found.cells_of(sample, device=device)
+            sums = np.zeros(found.directions.shape)
+            np.add.at(sums, of, sample - mean)
+            moved = np.bincount(of, minlength=cells) > 0
+            found = Centroids(mean, np.where(moved[:, np.newaxis], _directions(sums), found.directions))
+        return found
+
+    def cells_of(self, vectors: np.ndarray, *, device: str = "cpu") -> np.ndarray:
+        """(n,) int64: the cell of each vector."""
+        found = np.empty(len(vectors), np.int64)
+        for start in range(0, len(vectors), QUERIES_AT_ONCE):
+            some = slice(start, start + QUERIES_AT_ONCE)
+            found[some] = nearest(vectors[some] - self.mean, [self.directions], 1, device=device).indices[:, 0]
+        return found
+
+    def nearest_to(self, queries: np.ndarray, count: int, *, device: str = "cpu") -> np.ndarray:
+        """(B, count) int64: the cells nearest to each query, best first. The mean is as far from it in all cells."""
+        return nearest(queries, [self.directions], count, device=device).indices
 
 
-def cells_nearest_to(vectors: np.ndarray, centroids: np.ndarray, *, device: str = "cpu") -> np.ndarray:
-    """(n,) int64."""
-    found = np.empty(len(vectors), np.int64)
-    for start in range(0, len(vectors), QUERIES_AT_ONCE):
-        some = slice(start, start + QUERIES_AT_ONCE)
-        found[some] = nearest(vectors[some], [centroids], 1, device=device).indices[:, 0]
-    return found
+def _directions(matrix: np.ndarray) -> np.ndarray:
+    """Rows of length one, float32; a row of zeros stays."""
+    return np.nan_to_num(unit(matrix))
 
 
 @dataclass(frozen=True)
@@ -76,7 +98,7 @@ class StoredCells:
         """The k nearest of the vectors in the `probes` cells nearest to each of B queries. Of each, as many as an exact
         search would give. Memory: B x (probes + k) numbers, two pieces, and a product."""
         k = min(k, len(self))
-        centroids = read_array(self.store, centroids_key(self.folder))
+        centroids = read_centroids(self.store, self.folder)
         rows, cells = probed(queries, centroids, np.diff(self.starts), k, probes, device=device)
         return nearest_for_some(queries, self._parts(rows, cells), k, device=device)
 
@@ -98,7 +120,7 @@ class StoredCells:
 
 
 def probed(
-    queries: np.ndarray, centroids: np.ndarray, sizes: np.ndarray, k: int, probes: int, *, device: str = "cpu"
+    queries: np.ndarray, centroids: Centroids, sizes: np.ndarray, k: int, probes: int, *, device: str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray]:
     """(M,) int64 twice: the row of a query and a cell that it looks into, sorted by cell.
 
@@ -116,13 +138,13 @@ def probed(
 
 
 def _probed(
-    queries: np.ndarray, centroids: np.ndarray, sizes: np.ndarray, k: int, probes: int, device: str
+    queries: np.ndarray, centroids: Centroids, sizes: np.ndarray, k: int, probes: int, device: str
 ) -> np.ndarray:
     """(2, M) int64: rows and cells."""
     found = []
     left, looked = np.arange(len(queries)), min(probes, len(centroids))
     while len(left):
-        cells = nearest(queries[left], [centroids], looked, device=device).indices  # (R, looked)
+        cells = centroids.nearest_to(queries[left], looked, device=device)  # (R, looked)
         held = sizes[cells].cumsum(axis=1)
         enough = held[:, -1] >= k
         needed = np.maximum(probes, (held < k).sum(axis=1) + 1)
@@ -156,7 +178,12 @@ def store_cells(out: Store, work: str, kind: str, vectors: StoredParts, tasks: T
 
 
 def centroids_key(folder: str) -> str:
-    return f"{folder}/centroids.npy"
+    return f"{folder}/centroids.safetensors"
+
+
+def read_centroids(store: Store, folder: str) -> Centroids:
+    """Raises InputError where they are damaged."""
+    return Centroids(**read_arrays(store, centroids_key(folder)))
 
 
 def sorted_key(folder: str, piece: int) -> str:
@@ -168,11 +195,12 @@ def _of_key(folder: str, number: int) -> str:
 
 
 def _store_centroids(out: Store, key: str, vectors: StoredParts, device: str) -> None:
-    out.write_bytes(key, array_bytes(centroids_of(vectors, device=device)))
+    found = Centroids.of(vectors, device=device)
+    write_arrays(out, key, mean=found.mean, directions=found.directions)
 
 
 def _store_of(out: Store, folder: str, key: str, vectors: StoredParts, number: int, device: str) -> None:
-    of = cells_nearest_to(vectors.piece(number), read_array(out, centroids_key(folder)), device=device)
+    of = read_centroids(out, folder).cells_of(vectors.piece(number), device=device)
     out.write_bytes(key, array_bytes(of.astype(np.int32)))
 
 
