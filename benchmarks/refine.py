@@ -92,8 +92,8 @@ def write_vectors(out: Store, pairs: int, kind: str = UNIFORM) -> Vectors:
             PICTURES: pictures,
             SENTENCES: unit(rng.standard_normal((rows, SENTENCE_DIM), np.float32)),
         }
-        for kind, array in arrays.items():
-            out.write_bytes(piece_key("work", kind, number), array_bytes(array))
+        for what, array in arrays.items():
+            out.write_bytes(piece_key("work", what, number), array_bytes(array))
 
     def parts(kind: str) -> StoredParts:
         return StoredParts(out, [piece_key("work", kind, number) for number in range(len(sizes))], sizes)

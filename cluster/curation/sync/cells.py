@@ -36,8 +36,8 @@ QUERIES_AT_ONCE = 4096
 
 
 def cells_of(count: int) -> int:
-    """How many cells `count` vectors have: the power of two that is nearest to the square root."""
-    return 2 ** round(math.log2(count) / 2)
+    """How many cells `count` vectors have: about twice the square root, as a power of two."""
+    return 2 ** round(math.log2(count) / 2 + 1)
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,9 @@ def test_blocks_and_groups_change_nothing(
 
 
 def test_as_many_probes_as_cells_refine_exactly(dataset: Path, tmp_path: Path) -> None:
-    """90 pictures have eight cells."""
+    """90 pictures have 16 cells."""
     exact = refined(dataset, tmp_path)
-    found = refined(dataset, tmp_path, settings=dataclasses.replace(SETTINGS, probes=8))
+    found = refined(dataset, tmp_path, settings=dataclasses.replace(SETTINGS, probes=16))
     assert exact.recall is None and found.recall == Recall(candidates=1, describers=1)
     assert_same(dataclasses.replace(found, recall=None), exact)
 
