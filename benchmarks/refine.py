@@ -3,6 +3,8 @@
     python -m benchmarks.refine                         # 10,000 and 100,000 pairs
     python -m benchmarks.refine --pairs 1000000 --device cuda
     python -m benchmarks.refine --ray                   # as tasks on Ray, in place of one process
+    python -m benchmarks.refine --probes                # what `--probes` finds, and in which time: 100,000 pairs
+    python -m benchmarks.refine --probes --data P       # what it changes in a view (of embedded features)
 
 Everything but the encoders: synthetic vectors of CLIP (512) and of a sentence encoder (384), pictures near their
 captions, lie on the local disk as the job puts them there, and its stages run over them. A process for each number, a
@@ -10,6 +12,10 @@ JSON line each: seconds and processor seconds by stage, and the peak memory of t
 Processor seconds say most where other work shares the machine; OMP_NUM_THREADS sets the threads. The last line says
 what a million pairs would take: two stages compare all captions with all pictures, so their time grows with the square
 of the number, and the others' with the number.
+
+`--probes` compares some queries of either side with all vectors, and with those of 1, 4, 16 and 64 cells, in one
+process: recall, and processor seconds over those of the exact comparison. It does so for vectors without any structure,
+where an index can help least, and for vectors in groups, with the gap between pictures and captions that CLIP has.
 """
 
 import argparse
@@ -20,10 +26,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from cluster.curation.refine import RECALL
+from cluster.curation.sync.cells import cells_of, store_cells
+from cluster.curation.sync.nearest import nearest
+from cluster.curation.sync.sentences import SentenceSpec
 from cluster.curation.sync.settings import SyncSettings
 from cluster.curation.sync.stages import Vectors, match
 from cluster.curation.sync.vectors import (
@@ -38,13 +49,19 @@ from cluster.curation.sync.vectors import (
     unit,
 )
 from cluster.curation.tasks import InThisProcess, OnRay, Tasks
+from cluster.dataset.read import read_dataset
 from cluster.store.store import Store, open_store
 from tests.helpers.paths import ROOT
+from tests.helpers.refined import sync_in_process
 
 CLIP_DIM, SENTENCE_DIM = 512, 384
 #: Stages whose work grows with the square of the number of pairs.
 SQUARE = ("candidates", "describers")
 MILLION = 1_000_000
+PROBES = (1, 4, 16, 64)
+#: Pairs of a group, and queries of either side, with --probes.
+GROUP_OF, QUERIES = 100, 2048
+UNIFORM, GROUPS = "uniform", "groups"
 
 
 class Timed:
@@ -64,20 +81,19 @@ class Timed:
         self.seconds[what], self.cpu_seconds[what] = time.monotonic() - started, time.process_time() - cpu
 
 
-def write_vectors(out: Store, pairs: int) -> Vectors:
-    """As the job's first stage leaves them."""
+def write_vectors(out: Store, pairs: int, kind: str = UNIFORM) -> Vectors:
+    """As the job's first stage leaves them: without structure, or in groups."""
     sizes = [min(GROUP_ROWS, pairs - start) for start in range(0, pairs, GROUP_ROWS)]
     for number, rows in enumerate(sizes):
         rng = np.random.default_rng(number)
-        captions = unit(rng.standard_normal((rows, CLIP_DIM), np.float32))
-        noise = rng.standard_normal((rows, CLIP_DIM), np.float32) / CLIP_DIM**0.5
+        captions, pictures = (uniform if kind == UNIFORM else in_groups)(rng, rows, pairs)
         arrays = {
             CAPTIONS: captions,
-            PICTURES: unit(0.3 * captions + noise),
+            PICTURES: pictures,
             SENTENCES: unit(rng.standard_normal((rows, SENTENCE_DIM), np.float32)),
         }
-        for kind, array in arrays.items():
-            out.write_bytes(piece_key("work", kind, number), array_bytes(array))
+        for what, array in arrays.items():
+            out.write_bytes(piece_key("work", what, number), array_bytes(array))
 
     def parts(kind: str) -> StoredParts:
         return StoredParts(out, [piece_key("work", kind, number) for number in range(len(sizes))], sizes)
@@ -85,6 +101,90 @@ def write_vectors(out: Store, pairs: int) -> Vectors:
     rows = np.arange(pairs)
     members = np.stack([rows, np.full(pairs, -1)], axis=1)
     return Vectors(parts(PICTURES), parts(CAPTIONS), parts(SENTENCES), Captions(rows, rows, members))
+
+
+def uniform(rng: np.random.Generator, rows: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Captions in all directions, and pictures of which each is a little nearer to its own caption."""
+    captions = unit(rng.standard_normal((rows, CLIP_DIM), np.float32))
+    noise = rng.standard_normal((rows, CLIP_DIM), np.float32) / CLIP_DIM**0.5
+    return captions, unit(0.3 * captions + noise)
+
+
+def in_groups(rng: np.random.Generator, rows: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """A caption and its picture have a cosine of 0.36, of one group 0.18, of two groups 0; two pictures of one group
+    0.67, of two groups 0.49, and so two captions."""
+    centres = unit(np.random.default_rng(0).standard_normal((pairs // GROUP_OF, CLIP_DIM), np.float32))
+    own = centres[rng.integers(0, len(centres), rows)] + unit(rng.standard_normal((rows, CLIP_DIM), np.float32))
+    found = []
+    for side in range(2):
+        noise = unit(rng.standard_normal((rows, CLIP_DIM), np.float32))
+        vectors = 0.6 * unit(own) + 0.4 * noise
+        vectors[:, side] += 0.7
+        found.append(unit(vectors))
+    return found[0], found[1]
+
+
+def measure_probes(pairs: int, kind: str, *, device: str) -> dict:
+    """Recall, and processor seconds over those of the exact comparison, of one kind of vectors."""
+    settings = SyncSettings()
+    exact_seconds = index_seconds = 0.0
+    seconds = dict.fromkeys(PROBES, 0.0)
+    found: dict = {"vectors": kind, "pairs": pairs, "cells": cells_of(pairs)}
+    with tempfile.TemporaryDirectory() as folder:
+        out = open_store(folder)
+        given = write_vectors(out, pairs, kind)
+        for name, queries, vectors, k in (
+            ("candidates", given.captions, given.pictures, settings.candidates),
+            ("describers", given.pictures, given.captions, settings.captions_per_picture),
+        ):
+            some = queries.rows(0, min(QUERIES, pairs))
+            before = time.process_time()
+            exact = nearest(some, vectors, k, device=device).indices
+            exact_seconds += time.process_time() - before
+            before = time.process_time()
+            cells = store_cells(out, "work", name, vectors, InThisProcess(), device=device)
+            index_seconds += time.process_time() - before
+            for probes in PROBES:
+                before = time.process_time()
+                indices = cells.nearest(some, k, probes, device=device).indices
+                seconds[probes] += time.process_time() - before
+                recall = (exact[:, :, np.newaxis] == indices[:, np.newaxis, :]).any(axis=2).mean()
+                found.setdefault(f"recall_{name}", {})[probes] = round(float(recall), 4)
+    rounds = pairs / min(QUERIES, pairs)
+    return {
+        **found,
+        "exact_over_probes": {probes: round(exact_seconds / taken, 1) for probes, taken in seconds.items()},
+        "exact_over_index": round(exact_seconds * rounds / index_seconds, 1),
+        "exact_cpu_seconds": round(exact_seconds, 1),
+    }
+
+
+def measure_views(data: str) -> list[dict]:
+    """What probes change in the view of a dataset whose CLIP is the embedded one."""
+    pictures = {row.image_bytes: row.sample_id for row in read_dataset(data)}
+
+    def view(folder: Path, probes: int | None) -> tuple[dict[str, str | None], dict]:
+        made = sync_in_process(Path(data), folder, SentenceSpec(model="clip"), probes=probes)
+        assert made.lineage is not None
+        return {row.sample_id: pictures[row.image_bytes] for row in read_dataset(folder)}, made.lineage.facts
+
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        exact, _ = view(Path(folder) / "exact", None)
+        for probes in PROBES:
+            kept, facts = view(Path(folder) / str(probes), probes)
+            both = exact.keys() & kept.keys()
+            found.append(
+                {
+                    "pairs": len(pictures),
+                    "cells": cells_of(len(pictures)),
+                    "probes": probes,
+                    **{name: round(facts[name], 4) for name in (*RECALL, "mean_score_after", "mean_sync_score")},
+                    "kept_by_both": round(len(both) / len(exact), 4),
+                    "same_picture": round(sum(exact[one] == kept[one] for one in both) / len(both), 4),
+                }
+            )
+    return found
 
 
 def measure(pairs: int, *, block_size: int, device: str, on_ray: bool) -> dict:
@@ -99,7 +199,7 @@ def measure(pairs: int, *, block_size: int, device: str, on_ray: bool) -> dict:
         vectors = write_vectors(out, pairs)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started = time.monotonic()
-        choice = match(out, "work", vectors, SyncSettings(), tasks, block_size=block_size, device=device)
+        choice, _ = match(out, "work", vectors, SyncSettings(), tasks, block_size=block_size, device=device)
         seconds = time.monotonic() - started
     square = sum(tasks.seconds[stage] for stage in SQUARE)
     return {
@@ -134,22 +234,33 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=4096)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ray", action="store_true", help="tasks on Ray")
+    parser.add_argument("--probes", action="store_true", help="recall and time of `jobs.refine --probes`")
+    parser.add_argument("--data", help="with --probes: a dataset whose views are compared")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # a process of its own, for its peak memory
     asked = parser.parse_args()
     if asked.one:
         found = measure(asked.one, block_size=asked.block_size, device=asked.device, on_ray=asked.ray)
         print(json.dumps(found), flush=True)
         return
+    if asked.probes:
+        if asked.data:
+            measured = measure_views(asked.data)
+        else:
+            many = (asked.pairs or [100_000])[0]
+            measured = [measure_probes(many, kind, device=asked.device) for kind in (UNIFORM, GROUPS)]
+        for line in measured:
+            print(json.dumps(line), flush=True)
+        return
     command = [sys.executable, "-m", "benchmarks.refine", "--block-size", str(asked.block_size)]
     command += ["--device", asked.device, *(["--ray"] if asked.ray else [])]
-    measured = {}
+    last: dict = {}
     for pairs in asked.pairs or (10_000, 100_000):
         done = subprocess.run([*command, "--one", str(pairs)], cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True)
         line = done.stdout.splitlines()[-1]
         print(line, flush=True)
-        measured = json.loads(line)
-    if measured["pairs"] != MILLION:
-        print(json.dumps(projected(measured, MILLION)))
+        last = json.loads(line)
+    if last["pairs"] != MILLION:
+        print(json.dumps(projected(last, MILLION)))
 
 
 if __name__ == "__main__":

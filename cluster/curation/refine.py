@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 #: mean_score_before, mean_score_after: clip_score of all pairs as they were, and of the kept ones. mean_sync_score: of
 #: the kept ones.
 FACTS = ("moved", "pictures", "mean_score_before", "mean_score_after", "mean_sync_score")
+#: With --probes also: the share of the exact candidates and describers that was found (sync.stages.Recall).
+RECALL = ("recall_candidates", "recall_describers")
 #: The same of best-of-n and redraw. moved: rows that show a new picture. drawn, failed: new pictures, and those that
 #: could not be made. curve: the mean score after each round.
 REDRAW_FACTS = ("moved", "drawn", "failed", "mean_score_before", "mean_score_after", "expected_mean_score", "curve")
@@ -90,6 +92,7 @@ def _by_sync(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
         "pairs": manifest.lineage.rows_in,
         "kept": manifest.stored,
         **{name: facts[name] for name in FACTS},
+        **{name: facts[name] for name in RECALL if name in facts},
         "sentences": facts["sentences"],
         "fingerprint": manifest.fingerprint,
     }
@@ -218,7 +221,7 @@ def lineage_of(
     source: OpenDataset, sentences: SentenceSpec, request: RefineRequest, retrieval: Retrieval | None = None
 ) -> Lineage:
     """What decides the view, before anything of it is known."""
-    settings = {"method": request.method, **dataclasses.asdict(request.settings), "sentences": sentences.decides()}
+    settings = {"method": request.method, **request.settings.decides(), "sentences": sentences.decides()}
     sources = [lineage_source(source)]
     if retrieval is not None:
         settings["retrieval"] = retrieval.data.manifest.spec.clip.model
@@ -282,7 +285,9 @@ def sync_view(
         clip=by.clip, block_size=request.block_size, device=device,
     )  # fmt: skip
     table = stored_rows(by.data.manifest, out, work)
-    facts = {"sentences": sentences.model, "device": device}
+    facts: dict[str, Any] = {"sentences": sentences.model, "device": device}
+    if found.recall is not None:
+        facts |= zip(RECALL, (found.recall.candidates, found.recall.describers), strict=True)
     if retrieval is not None:
         found, table = _scored_by_the_datasets_clip(found, table, source, out, request, tasks, clip=clip, device=device)
         facts["retrieval"] = retrieval.data.manifest.spec.clip.model
@@ -331,7 +336,7 @@ def _scored_by_the_datasets_clip(
     cosine = cosines_of(out, work, own, of_caption, tasks, block_size=request.block_size)[own.numbers.of_row]
     score = np.full(len(rows), np.iinfo(np.int64).min)
     score[row_of] = found.score
-    return Refined(picture, score, cosine, row_of[found.kept]), rows
+    return Refined(picture, score, cosine, row_of[found.kept], found.recall), rows
 
 
 def refined_rows(found: "Refined", scores: np.ndarray) -> RefinedRows:

@@ -23,6 +23,12 @@ class SyncOptions(Request):
         SyncSettings.captions_per_picture, metavar="K_R", help="captions that stand for a picture: the nearest by CLIP"
     )
     keep: float = option(SyncSettings.keep, metavar="TAU", help="share of the captions that stays: the best scores")
+    probes: int | None = option(
+        None, metavar="P",
+        help="look for the nearest in P cells of the vectors alone; the summary says what share this finds. For more "
+        "than some ten million pairs",
+        unset="all captions are compared with all pictures",
+    )  # fmt: skip
     sentences: str | None = option(
         None, metavar="NAME",
         help="compares captions: a sentence-transformers repo or folder, or clip, the text tower of the dataset's CLIP",
@@ -31,7 +37,7 @@ class SyncOptions(Request):
 
     @property
     def settings(self) -> SyncSettings:
-        return SyncSettings(self.candidates, self.captions_per_picture, self.keep)
+        return SyncSettings(self.candidates, self.captions_per_picture, self.keep, self.probes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +109,7 @@ class RefineRequest(RedrawOptions, SyncOptions):
         if useless := [name for name in given(self) if name not in listened]:
             flags = ", ".join(flag(type(self), name) for name in useless)
             raise InputError(f"{flags}: without effect with --method {self.method}; leave it out")
-        check_at_least(self, 1, "candidates", "captions_per_picture", "block_size", "rounds")
+        check_at_least(self, 1, "candidates", "captions_per_picture", "probes", "block_size", "rounds")
         check_at_least(self, 2, "best_of")
         if self.method == REDRAW:
             self._check_budget()

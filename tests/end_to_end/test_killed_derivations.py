@@ -48,6 +48,13 @@ def by_sync(world: Path, out: Path, materialise: bool) -> None:
     )
 
 
+def by_probes(world: Path, out: Path, materialise: bool) -> None:
+    sync_in_process(
+        world / "data", out, SentenceSpec(model="clip"), clean=True, block_size=6, candidates=3, probes=1,
+        materialise=materialise,
+    )  # fmt: skip
+
+
 def by_best_of_n(world: Path, out: Path, materialise: bool) -> None:
     redraw_in_process(world / "data", out, method="best-of-n", best_of=2, materialise=materialise)
 
@@ -65,6 +72,7 @@ CASES = {
     "curate": (by_curate, False, 7),
     "curate, written out": (by_curate, True, 7),
     "sync": (by_sync, False, 20),
+    "sync, probing": (by_probes, False, 50),
     "best-of-n, written out": (by_best_of_n, True, 20),
     "redraw": (by_redraw, False, 25),
     "featurise": (by_featurise, False, 16),

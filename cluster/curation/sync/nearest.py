@@ -15,9 +15,11 @@ from cluster.curation.sync.settings import UNIT
 #: Columns of a float32 product at once: with 4,096 queries, 64 MiB.
 TILE = 4096
 #: Pairs whose cosine is computed in float64 at once: few, so that they fit a processor's cache, which halves the time.
-PAIRS_AT_ONCE = 1 << 12
+PAIRS_AT_ONCE = 1 << 9
 #: Candidates of one tile that are looked at together. More are there only where very many cosines are equal.
 CANDIDATES_AT_ONCE = 1 << 20
+#: A cosine has fewer units of 1e-6, and a row times this is an int64.
+_MOST_UNITS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -42,18 +44,39 @@ def nearest(queries: np.ndarray, parts: Iterable[np.ndarray], k: int, *, device:
     A float32 product of D numbers is off by at most D * 2**-24 (times the vectors' lengths): what lies within that of
     the k-th best is a candidate, so none is missed. Candidates are few; float64 decides among them.
     """
-    given = torch.from_numpy(np.ascontiguousarray(queries, np.float32)).to(device)  # (B, D)
+    given = _on(queries, device)  # (B, D)
     best = _Best.empty(len(given), device)
     seen = 0
     for part in parts:
-        vectors = torch.from_numpy(np.ascontiguousarray(part, np.float32)).to(device)  # (n, D)
-        error = _product_error(given, vectors)
-        for start in range(0, len(vectors), TILE):
-            tile = vectors[start : start + TILE]
-            products = given @ tile.T  # (B, T)
-            floor = _floor(products, best, k, error)
-            best = _merged(best, given, tile, products, floor, first=seen + start, k=k)
-        seen += len(vectors)
+        numbers = torch.arange(seen, seen + len(part), device=device)
+        best = _looked_through(best, given, _on(part, device), numbers, k)
+        seen += len(part)
+    return Nearest(best.indices.cpu().numpy(), best.cosines.cpu().numpy())
+
+
+@dataclass(frozen=True)
+class PartForSome:
+    """n vectors, and the queries that are compared with them."""
+
+    rows: np.ndarray  # (R,) int64: which queries, each once
+    numbers: np.ndarray  # (n,) int64: the vectors' numbers among all
+    vectors: np.ndarray  # (n, D) float32
+
+
+def nearest_for_some(queries: np.ndarray, parts: Iterable[PartForSome], k: int, *, device: str = "cpu") -> Nearest:
+    """The k nearest to each query of the vectors that it is compared with: as `nearest`, and in any order.
+
+    A vector is compared with a query at most once. A query that is compared with fewer than k has the number -1 and a
+    cosine of minus infinity in the places left.
+    """
+    given = _on(queries, device)
+    best = _Best.unknown(len(given), k, device)
+    for part in parts:
+        rows = torch.from_numpy(part.rows).to(device)
+        numbers = torch.from_numpy(part.numbers).to(device)
+        some = _Best(best.indices[rows], best.cosines[rows])
+        some = _looked_through(some, given[rows], _on(part.vectors, device), numbers, k)
+        best.indices[rows], best.cosines[rows] = some.indices, some.cosines
     return Nearest(best.indices.cpu().numpy(), best.cosines.cpu().numpy())
 
 
@@ -95,20 +118,50 @@ class _Best:
             torch.zeros((rows, 0), dtype=torch.float64, device=device),
         )
 
+    @staticmethod
+    def unknown(rows: int, k: int, device: str) -> "_Best":
+        """Places for k, which any vector takes."""
+        return _Best(
+            torch.full((rows, k), -1, dtype=torch.int64, device=device),
+            torch.full((rows, k), -torch.inf, dtype=torch.float64, device=device),
+        )
+
+
+def _on(vectors: np.ndarray, device: str) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(device)
+
+
+def _looked_through(best: _Best, queries: torch.Tensor, vectors: torch.Tensor, numbers: torch.Tensor, k: int) -> _Best:
+    """The best so far with those of other vectors, which have `numbers` (n,) int64."""
+    error = _product_error(queries, vectors)
+    for start in range(0, len(vectors), TILE):
+        tile = vectors[start : start + TILE]
+        products = queries @ tile.T  # (B, T)
+        floor = _floor(products, best, k, error)
+        best = _merged(best, queries, tile, products, floor, numbers[start : start + TILE], k)
+    return best
+
 
 def _product_error(one: torch.Tensor, other: torch.Tensor) -> float:
     """How far a float32 product can be from the exact one: D u |x| |y| / (1 - D u), u = 2**-24 (Higham, 2002, 3.5)."""
     if not len(one) or not len(other):
         return 0.0
     unit = one.shape[1] * 2.0**-24
-    longest = one.double().norm(dim=1).max() * other.double().norm(dim=1).max()
+    longest = one.norm(dim=1).max() * other.norm(dim=1).max() * 1.01  # float32 has a length to within a hundredth
     return float(unit / (1 - unit) * longest)
 
 
 def _floor(products: torch.Tensor, best: _Best, k: int, error: float) -> torch.Tensor:
     """(B, 1): a product below it is certainly not among the k best. One unit beside, for the rounding."""
-    if best.indices.shape[1] == k:
-        return best.cosines[:, -1:].float() - (error + 2 * UNIT)
+    if best.indices.shape[1] < k:
+        return _own_floor(products, k, error)
+    floor = best.cosines[:, -1:].float() - (error + 2 * UNIT)
+    if bool((unknown := floor[:, 0].isneginf()).any()):  # fewer than k were seen
+        floor[unknown] = _own_floor(products[unknown], k, error)
+    return floor
+
+
+def _own_floor(products: torch.Tensor, k: int, error: float) -> torch.Tensor:
     if products.shape[1] < k:
         return torch.full_like(products[:, :1], -torch.inf)
     return products.topk(k, dim=1).values[:, -1:] - (2 * error + 2 * UNIT)
@@ -120,30 +173,30 @@ def _merged(
     tile: torch.Tensor,
     products: torch.Tensor,
     floor: torch.Tensor,
-    *,
-    first: int,
+    numbers: torch.Tensor,
     k: int,
 ) -> _Best:
-    """The best so far with those of one tile, whose first vector has the number `first`."""
+    """The best so far with those of one tile, whose vectors have `numbers`."""
     chosen = products >= floor
     columns = max(1, int(CANDIDATES_AT_ONCE * products.shape[1] // max(int(chosen.sum()), 1)))
     for start in range(0, products.shape[1], columns):
         rows, places = chosen[:, start : start + columns].nonzero(as_tuple=True)
         cosines = _cosines(queries, tile, rows, places + start)
-        best = _sorted(best, rows, places + (start + first), cosines, k)
+        best = _sorted(best, rows, numbers[places + start], cosines, k)
     return best
 
 
 def _sorted(best: _Best, rows: torch.Tensor, indices: torch.Tensor, cosines: torch.Tensor, k: int) -> _Best:
-    """The k best of those so far and of others, whose indices are larger and ascend in each row."""
+    """The k best of those so far and of others."""
     count, held = best.indices.shape
     of_row = torch.arange(count, device=rows.device).repeat_interleave(held)
     rows = torch.cat([of_row, rows])
     indices = torch.cat([best.indices.reshape(-1), indices])
     cosines = torch.cat([best.cosines.reshape(-1), cosines])
-    # Both sorts are stable, so of equal cosines the smaller index stays in front.
-    order = (cosines / UNIT).round().neg().sort(stable=True).indices
-    order = order[rows[order].sort(stable=True).indices]
+    # By row, then by cosine, then by index: the second sort is stable.
+    units = (cosines / UNIT).round().clamp(-_MOST_UNITS, _MOST_UNITS).long()
+    order = indices.sort().indices
+    order = order[(rows * (2 * _MOST_UNITS + 1) - units)[order].sort(stable=True).indices]
     of_each = torch.bincount(rows, minlength=count)
     starts = of_each.cumsum(0) - of_each
     rank = torch.arange(len(rows), device=rows.device) - starts[rows[order]]

@@ -1,14 +1,16 @@
 """SynC over a dataset, stage by stage, each in pieces whose results lie on the store.
 
     vectors      pictures and captions of a group of shards              (vectors.py)
+    cells        with probes: vectors sorted by cell                     (cells.py)
     candidates   of a block of captions: the K nearest pictures          (nearest.py)
     describers   of a block of pictures: the K_r nearest captions        (nearest.py)
+    recall       with probes: what share of these an exact comparison finds
     choices      of a block of captions: its picture and score           (choice.py)
     scores       of a block of captions and their pictures, by another CLIP than the one that found these
 
-An object's key holds what decides it: `work` is named after the data and the encoders, a block's folder after K and
-K_r, a block after its first and last row. So a run that was interrupted goes on where it was, with another block size
-too, and nothing is taken for what it is not. A stage waits for the one before.
+An object's key holds what decides it: `work` is named after the data and the encoders, a block's folder after K, K_r
+and the probes, a block after its first and last row. So a run that was interrupted goes on where it was, with another
+block size too, and nothing is taken for what it is not. A stage waits for the one before.
 
 Memory of a task: its block's vectors, two pieces of the other side, and the product of the block and a tile
 (nearest.py), whatever the number of pairs; for choices also K_r numbers a pair. The driver: some 40 bytes a pair.
@@ -16,14 +18,13 @@ Memory of a task: its block's vectors, two pieces of the other side, and the pro
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import safetensors
-import safetensors.numpy
 
+from cluster.curation.sync.cells import StoredCells, store_cells
 from cluster.curation.sync.choice import (
     Choice,
     captions_of_pictures,
@@ -32,6 +33,7 @@ from cluster.curation.sync.choice import (
     sentence_scores,
 )
 from cluster.curation.sync.nearest import nearest, pair_cosines
+from cluster.curation.sync.objects import read_arrays, run_missing, write_arrays
 from cluster.curation.sync.sentences import SentenceSpec
 from cluster.curation.sync.settings import WORK, SyncSettings
 from cluster.curation.sync.vectors import (
@@ -51,10 +53,21 @@ from cluster.curation.sync.vectors import (
 from cluster.curation.tasks import Tasks
 from cluster.dataset.layout import Manifest, read_table
 from cluster.store.store import Store
-from pcm.errors import InputError
 
 #: Part of a key: changes when the code begins to make other numbers of the same data.
 _VERSION = 1
+#: Queries that are compared with all vectors where only some cells are looked into.
+RECALL_QUERIES = 1000
+_RECALL_SEED = 0
+
+
+@dataclass(frozen=True)
+class Recall:
+    """The share of the exact candidates, and describers, that were found, by a sample of RECALL_QUERIES captions, and
+    pictures."""
+
+    candidates: float
+    describers: float
 
 
 @dataclass(frozen=True)
@@ -62,13 +75,15 @@ class Refined:
     """What SynC made of N pairs, in the order of the dataset's rows.
 
     picture: (N,) int64, the row whose picture the caption takes. score: (N,) int64, SynC's score in units of 1e-6.
-    cosine: (N,) float64, CLIP's of the caption and its picture. kept: int64, the rows that stay, best first.
+    cosine: (N,) float64, CLIP's of the caption and its picture. kept: int64, the rows that stay, best first. recall:
+    None where all was compared with all.
     """
 
     picture: np.ndarray
     score: np.ndarray
     cosine: np.ndarray
     kept: np.ndarray
+    recall: Recall | None
 
 
 def work_folder(sha256: str, manifest: Manifest, sentences: SentenceSpec, device: str) -> str:
@@ -110,10 +125,10 @@ def refine_pairs(
     """
     most = settings.captions_per_picture
     vectors = store_vectors(data, manifest, out, work, sentences, tasks, clip=clip, most=most, device=device)
-    choice = match(out, work, vectors, settings, tasks, block_size=block_size, device=device)
+    choice, recall = match(out, work, vectors, settings, tasks, block_size=block_size, device=device)
     of_row = vectors.numbers.of_row
     score = choice.score[of_row]
-    return Refined(choice.picture[of_row], score, choice.cosine[of_row], kept_in_order(score, settings.keep))
+    return Refined(choice.picture[of_row], score, choice.cosine[of_row], kept_in_order(score, settings.keep), recall)
 
 
 def store_vectors(
@@ -130,15 +145,21 @@ def store_vectors(
 ) -> Vectors:
     """The first stage. `most`: how many rows of each caption are known by number. Raises as `refine_pairs` does."""
     groups, embed_dim = groups_of(manifest), manifest.features.embed_dim
-    calls: dict[str, tuple] = {rows_key(work, group.number): (data, out, work, group, embed_dim) for group in groups}
-    _run(tasks, out, work, store_pictures, calls, what="picture vectors")
+    calls: dict[tuple[str, ...], tuple] = {
+        (piece_key(work, PICTURES, group.number), rows_key(work, group.number)): (data, out, work, group, embed_dim)
+        for group in groups
+    }
+    run_missing(tasks, out, work, store_pictures, calls, what="picture vectors")
     numbers = Captions.of(caption_digests(out, work, groups), most=most)
     first = [_within(numbers.first_row, group) for group in groups]
+    kinds = (CAPTIONS,) if sentences.is_clip else (SENTENCES, CAPTIONS)
     calls = {
-        piece_key(work, CAPTIONS, group.number): (out, work, group, rows, manifest.spec.clip, clip, sentences, device)
+        tuple(piece_key(work, kind, group.number) for kind in kinds): (
+            out, work, group, rows, manifest.spec.clip, clip, sentences, device
+        )
         for group, rows in zip(groups, first, strict=True)
-    }
-    _run(tasks, out, work, store_captions, calls, what="caption vectors")
+    }  # fmt: skip
+    run_missing(tasks, out, work, store_captions, calls, what="caption vectors")
     sizes = [len(rows) for rows in first]
     return Vectors(
         pictures=_parts(out, work, PICTURES, [group.rows for group in groups]),
@@ -150,26 +171,32 @@ def store_vectors(
 
 def match(
     out: Store, work: str, vectors: Vectors, settings: SyncSettings, tasks: Tasks, *, block_size: int, device: str
-) -> Choice:
-    """The other stages: what each of the U different captions gets."""
+) -> tuple[Choice, Recall | None]:
+    """The other stages: what each of the U different captions gets, and what probes did not find."""
     captions, pictures, per_picture = vectors.captions, vectors.pictures, settings.captions_per_picture
-    candidates = _Blocks(f"{work}/candidates-{settings.candidates}", len(captions), block_size)
-    calls = candidates.calls(out, captions, pictures, settings.candidates, device)
-    _run(tasks, out, work, _nearest_block, calls, what="candidates")
-    describers = _Blocks(f"{work}/describers-{per_picture}", len(pictures), block_size)
-    calls = describers.calls(out, pictures, captions, per_picture, device)
-    _run(tasks, out, work, _nearest_block, calls, what="describers")
+    candidates = _Search("candidates", captions, pictures, PICTURES, settings.candidates, settings.probes)
+    describers = _Search("describers", pictures, captions, CAPTIONS, per_picture, settings.probes)
+    of_caption, of_picture = (
+        _searched(out, work, search, tasks, block_size=block_size, device=device) for search in (candidates, describers)
+    )
     members = vectors.numbers.members
-    described = [captions_of_pictures(block["indices"], block["cosines"], members) for block in describers.read(out)]
+    described = [captions_of_pictures(block["indices"], block["cosines"], members) for block in of_picture.read(out)]
     shared = tasks.share(np.concatenate(described))
-    choices = _Blocks(f"{work}/choices-{settings.candidates}-{per_picture}", len(captions), block_size)
+    probes = _of_probes(settings.probes)
+    choices = _Blocks(f"{work}/choices-{settings.candidates}-{per_picture}{probes}", len(captions), block_size)
     calls = {
-        key: (out, key, candidates.key(start, end), vectors.sentences, start, end, shared)
+        key: (out, key, of_caption.key(start, end), vectors.sentences, start, end, shared)
         for key, start, end in choices.ranges()
     }
-    _run(tasks, out, work, _choose_block, calls, what="choices")
+    run_missing(tasks, out, work, _choose_block, calls, what="choices")
     found = list(choices.read(out))
-    return Choice(*(np.concatenate([block[name] for block in found]) for name in Choice.__dataclass_fields__))
+    choice = Choice(*(np.concatenate([block[name] for block in found]) for name in Choice.__dataclass_fields__))
+    if settings.probes is None:
+        return choice, None
+    return choice, Recall(
+        _recall(out, work, candidates, of_caption, tasks, device=device),
+        _recall(out, work, describers, of_picture, tasks, device=device),
+    )
 
 
 def cosines_of(
@@ -183,7 +210,7 @@ def cosines_of(
     calls = {
         key: (out, key, vectors.captions, vectors.pictures, start, end, shared) for key, start, end in blocks.ranges()
     }
-    _run(tasks, out, work, _pair_block, calls, what="scores")
+    run_missing(tasks, out, work, _pair_block, calls, what="scores")
     return np.concatenate([block["cosine"] for block in blocks.read(out)])
 
 
@@ -207,53 +234,112 @@ class _Blocks:
         found = [(start, min(start + self.size, self.rows)) for start in range(0, self.rows, self.size)]
         return [(self.key(start, end), start, end) for start, end in found]
 
-    def calls(self, out: Store, queries: StoredParts, vectors: StoredParts, k: int, device: str) -> dict[str, tuple]:
-        return {key: (out, key, queries, vectors, start, end, k, device) for key, start, end in self.ranges()}
-
     def read(self, out: Store) -> Iterator[dict[str, np.ndarray]]:
-        return (_read(out, key) for key, _, _ in self.ranges())
+        return (read_arrays(out, key) for key, _, _ in self.ranges())
+
+    def take(self, out: Store, rows: np.ndarray) -> np.ndarray:
+        """(n, k) int64: the indices of ascending rows."""
+        found = []
+        for key, start, end in self.ranges():
+            here = rows[slice(*np.searchsorted(rows, [start, end]))]
+            if len(here):
+                found.append(read_arrays(out, key)["indices"][here - start])
+        return np.concatenate(found)
 
 
-def _run(
-    tasks: Tasks, out: Store, work: str, function: Callable[..., None], calls: dict[str, tuple], *, what: str
-) -> None:
-    """The calls whose object is not there yet."""
-    done = set(out.list(f"{work}/"))
-    tasks.run(function, [call for key, call in calls.items() if key not in done], what=what)
+@dataclass(frozen=True)
+class _Search:
+    """The k vectors nearest to each query: of all, or of the cells that `probes` finds. kind: what the vectors are."""
+
+    name: str
+    queries: StoredParts
+    vectors: StoredParts
+    kind: str
+    k: int
+    probes: int | None
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}-{self.k}{_of_probes(self.probes)}"
+
+
+def _of_probes(probes: int | None) -> str:
+    return "" if probes is None else f"-probes-{probes}"
+
+
+def _searched(out: Store, work: str, search: _Search, tasks: Tasks, *, block_size: int, device: str) -> _Blocks:
+    """Where the nearest lie, once this is done."""
+    blocks = _Blocks(f"{work}/{search.key}", len(search.queries), block_size)
+    ranges = blocks.ranges()
+    if search.probes is None:
+        calls: dict[str, tuple] = {
+            key: (out, key, search.queries, search.vectors, start, end, search.k, device) for key, start, end in ranges
+        }
+        run_missing(tasks, out, work, _nearest_block, calls, what=search.name)
+    else:
+        cells = tasks.share(store_cells(out, work, search.kind, search.vectors, tasks, device=device))
+        calls = {
+            key: (out, key, search.queries, cells, start, end, search.k, search.probes, device)
+            for key, start, end in ranges
+        }
+        run_missing(tasks, out, work, _probing_block, calls, what=search.name)
+    return blocks
+
+
+def _recall(out: Store, work: str, search: _Search, blocks: _Blocks, tasks: Tasks, *, device: str) -> float:
+    key = f"{work}/recall/{search.key}.safetensors"
+    call = (out, key, search.queries, search.vectors, search.k, blocks, device)
+    run_missing(tasks, out, work, _compare_sample, {key: call}, what=f"recall of {search.name}")
+    return float(read_arrays(out, key)["found"].mean())
 
 
 def _nearest_block(
     out: Store, key: str, queries: StoredParts, vectors: StoredParts, start: int, end: int, k: int, device: str
 ) -> None:
     found = nearest(queries.rows(start, end), vectors, k, device=device)
-    _write(out, key, indices=found.indices, cosines=found.cosines)
+    write_arrays(out, key, indices=found.indices, cosines=found.cosines)
+
+
+def _probing_block(
+    out: Store,
+    key: str,
+    queries: StoredParts,
+    cells: StoredCells,
+    start: int,
+    end: int,
+    k: int,
+    probes: int,
+    device: str,
+) -> None:
+    found = cells.nearest(queries.rows(start, end), k, probes, device=device)
+    write_arrays(out, key, indices=found.indices, cosines=found.cosines)
+
+
+def _compare_sample(
+    out: Store, key: str, queries: StoredParts, vectors: StoredParts, k: int, blocks: _Blocks, device: str
+) -> None:
+    """found: (n, k) bool, which of the exact ones of n queries are in the blocks."""
+    count = len(queries)
+    sample = np.sort(np.random.default_rng(_RECALL_SEED).permutation(count)[:RECALL_QUERIES])
+    exact = nearest(queries.take(sample), vectors, k, device=device).indices
+    given = blocks.take(out, sample)
+    write_arrays(out, key, found=(exact[:, :, np.newaxis] == given[:, np.newaxis, :]).any(axis=2))
 
 
 def _choose_block(
     out: Store, key: str, candidates: str, sentences: StoredParts, start: int, end: int, described: np.ndarray
 ) -> None:
-    found = _read(out, candidates)
+    found = read_arrays(out, candidates)
     scores = sentence_scores(sentences.rows(start, end), sentences, found["indices"], described)
     choice = choose(found["indices"], found["cosines"], scores)
-    _write(out, key, picture=choice.picture, score=choice.score, cosine=choice.cosine)
+    write_arrays(out, key, picture=choice.picture, score=choice.score, cosine=choice.cosine)
 
 
 def _pair_block(
     out: Store, key: str, captions: StoredParts, pictures: StoredParts, start: int, end: int, picture: np.ndarray
 ) -> None:
     wanted = picture[start:end, np.newaxis]  # (B, 1)
-    _write(out, key, cosine=pair_cosines(captions.rows(start, end), pictures, wanted)[:, 0])
-
-
-def _write(out: Store, key: str, **arrays: np.ndarray) -> None:
-    out.write_bytes(key, safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
-
-
-def _read(out: Store, key: str) -> dict[str, np.ndarray]:
-    try:
-        return safetensors.numpy.load(out.read_bytes(key))
-    except (safetensors.SafetensorError, ValueError):
-        raise InputError(f"{out.root}/{key}: damaged; delete it and run the same command again") from None
+    write_arrays(out, key, cosine=pair_cosines(captions.rows(start, end), pictures, wanted)[:, 0])
 
 
 def _parts(out: Store, work: str, kind: str, sizes: Sequence[int]) -> StoredParts:

@@ -12,10 +12,10 @@ than once is encoded once: its vectors are equal wherever it occurs, to the last
 import functools
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 #: Rows of a group of shards: about as many.
 GROUP_ROWS = 8192
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 PICTURES, CAPTIONS, SENTENCES = "pictures", "captions", "sentences"
 _DIGEST_BYTES = 16  # of a caption: of a billion, two have the same with a probability of 1e-21
@@ -171,31 +174,49 @@ class StoredParts:
 
     def __init__(self, store: Store, keys: Sequence[str], sizes: Sequence[int]) -> None:
         self._store, self._keys = store, keys
+        self.sizes = sizes
         self._ends = np.cumsum(sizes)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        with ThreadPoolExecutor(1) as pool:
-            ahead = None
-            for key in self._keys:
-                coming = pool.submit(read_array, self._store, key)
-                if ahead is not None:
-                    yield ahead.result()
-                ahead = coming
-            if ahead is not None:
-                yield ahead.result()
+        return read_ahead(lambda key: read_array(self._store, key), self._keys)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def piece(self, number: int) -> np.ndarray:
+        return read_array(self._store, self._keys[number])
+
     def rows(self, start: int, end: int) -> np.ndarray:
-        """The vectors from one number up to another."""
+        """The vectors from one number up to another, which is larger."""
+        return self.take(np.arange(start, end))
+
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """The vectors of ascending numbers, of which there is at least one; one piece after the other is held."""
         starts = self._ends - np.diff(self._ends, prepend=0)
-        wanted = np.flatnonzero((self._ends > start) & (starts < end))
-        found = []
-        for number in wanted.tolist():
-            piece = read_array(self._store, self._keys[number])
-            found.append(piece[max(start - starts[number], 0) : end - starts[number]])
-        return np.concatenate(found)
+        places = np.searchsorted(numbers, np.append(starts, self._ends[-1]))
+        wanted = np.flatnonzero(np.diff(places)).tolist()
+        pieces = read_ahead(self.piece, wanted)
+        found: np.ndarray | None = None
+        for number, piece in zip(wanted, pieces, strict=True):
+            here = slice(places[number], places[number + 1])
+            if found is None:
+                found = np.empty((len(numbers), *piece.shape[1:]), piece.dtype)
+            found[here] = piece[numbers[here] - starts[number]]
+        assert found is not None
+        return found
+
+
+def read_ahead(read: Callable[[K], V], keys: Sequence[K]) -> Iterator[V]:
+    """What each key gives, in order; the next one is read meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for key in keys:
+            coming = pool.submit(read, key)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = coming
+        if ahead is not None:
+            yield ahead.result()
 
 
 def unit(matrix: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.curation.refine import FACTS
+from cluster.curation.refine import FACTS, RECALL
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import WORK
 from cluster.dataset import read_dataset
@@ -96,6 +96,8 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--keep", "1.5"), "--keep 1.5: must be above 0 and at most 1"),
         (("--candidates", "0"), "--candidates 0: must be at least 1"),
         (("--captions-per-picture", "0"), "--captions-per-picture 0: must be at least 1"),
+        (("--probes", "0"), "--probes 0: must be at least 1"),
+        (("--method", "redraw", "--budget", "1", "--probes", "2"), "--probes, --sentences: without effect with"),
         (("--keep", "0.01"), "--keep 0.01: keeps none of 60 pairs"),
         (("--method", "best"), "--method 'best': not known"),
         (("--sentences", "/no/such/folder"), "--sentences /no/such/folder: no such folder"),
@@ -161,12 +163,50 @@ def test_a_place_with_something_else_is_refused(
     assert ended.returncode == 2 and "was begun with other settings" in ended.stderr
 
 
+def test_a_view_by_probes_says_so_and_what_was_found(
+    dataset: Path, tmp_path: Path, call_job: CALL, no_ray: None, of_clip: tuple
+) -> None:
+    made = sync_in_process(dataset, tmp_path / "view", SentenceSpec(model="clip"), probes=1, candidates=4)
+    assert made.lineage is not None and made.lineage.settings["probes"] == 1
+    found = [made.lineage.facts[name] for name in RECALL]
+    assert all(0 < share < 1 for share in found)
+    assert verify(open_store(tmp_path / "view"))["ok"]
+    arguments = ("--data", dataset, "--out", tmp_path / "view", *of_clip, "--candidates", 4)
+    told = call_job("refine", *arguments, "--probes", 1).summary
+    assert told is not None and [told[name] for name in RECALL] == found
+    for other in ((), ("--probes", 2)):
+        ended = call_job("refine", *arguments, *other)
+        assert ended.returncode == 2 and "was begun with other settings" in ended.stderr
+
+
+def test_an_exact_view_has_the_lineage_it_had_before_there_were_probes(
+    dataset: Path, tmp_path: Path, call_job: CALL, no_ray: None, of_clip: tuple
+) -> None:
+    made = sync_in_process(dataset, tmp_path / "view", SentenceSpec(model="clip"))
+    assert made.lineage is not None
+    assert made.lineage.settings == {
+        "method": "sync", "candidates": 15, "captions_per_picture": 2, "keep": 0.9,
+        "sentences": {"model": "clip", "revision": "", "library": ""},
+    }  # fmt: skip
+    assert made.lineage.facts.keys() == {*FACTS, "sentences", "device"}
+    told = call_job("refine", "--data", dataset, "--out", tmp_path / "view", *of_clip).summary
+    assert told is not None and not set(RECALL) & told.keys()
+
+
+@pytest.mark.parametrize("probes", [None, 1])
 def test_on_ray_the_view_is_the_same_and_a_rerun_finds_it(
-    dataset: Path, tmp_path: Path, call_job: CALL, ray_session: None, of_clip: tuple, caplog: pytest.LogCaptureFixture
+    dataset: Path,
+    tmp_path: Path,
+    call_job: CALL,
+    ray_session: None,
+    of_clip: tuple,
+    caplog: pytest.LogCaptureFixture,
+    probes: int | None,
 ) -> None:
     caplog.set_level(logging.INFO)
-    alone = sync_in_process(dataset, tmp_path / "alone", SentenceSpec(model="clip"))
+    alone = sync_in_process(dataset, tmp_path / "alone", SentenceSpec(model="clip"), probes=probes)
     arguments = ("--data", dataset, "--out", tmp_path / "view", *of_clip, "--block-size", 11)
+    arguments += () if probes is None else ("--probes", probes)
     ended = call_job("refine", *arguments)
     assert ended.returncode == 0, ended.stderr
     assert ended.summary is not None
@@ -175,6 +215,9 @@ def test_on_ray_the_view_is_the_same_and_a_rerun_finds_it(
     assert not open_store(tmp_path / "view").list(f"{WORK}/"), "nothing is left of the work"
     again = call_job("refine", *arguments)
     assert again.summary is not None and "view: is complete" in caplog.text
+    assert alone.lineage is not None
+    for name in RECALL:
+        assert ended.summary.get(name) == alone.lineage.facts.get(name)
     for name in ("pairs", "kept", "fingerprint", *FACTS):
         assert again.summary[name] == ended.summary[name]
 

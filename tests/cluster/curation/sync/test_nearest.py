@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cluster.curation.sync import nearest as module
-from cluster.curation.sync.nearest import nearest, pair_cosines, rounded
+from cluster.curation.sync.nearest import PartForSome, nearest, nearest_for_some, pair_cosines, rounded
 
 
 def unit(matrix: np.ndarray) -> np.ndarray:
@@ -72,6 +72,32 @@ def test_equal_vectors_in_any_number_need_no_more_memory(vectors: np.ndarray, mo
 def test_fewer_vectors_than_asked_for_are_all_there(vectors: np.ndarray) -> None:
     assert nearest(vectors[:3], [vectors[:2], vectors[2:4]], 9).indices.shape == (3, 4)
     assert nearest(vectors[:0], [vectors], 9).indices.shape == (0, 0)
+
+
+@pytest.mark.parametrize("tile", [7, 4096])
+def test_each_query_finds_the_nearest_of_the_vectors_it_is_compared_with_in_any_order(
+    vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch, tile: int
+) -> None:
+    """The last vectors come first, so of equal ones the later is seen first; the first query is compared with six."""
+    monkeypatch.setattr(module, "TILE", tile)
+    rng = np.random.default_rng(5)
+    queries = vectors[:40]
+    compared = np.zeros((40, 400), bool)
+    parts = []
+    for start, end in ((394, 400), (300, 394), (150, 300), (60, 150), (0, 60)):
+        numbers = np.arange(start, end)
+        wants = rng.random(40) < 0.7
+        wants[0], wants[5] = start == 394, True
+        compared[np.ix_(wants, numbers)] = True
+        parts.append(PartForSome(np.flatnonzero(wants), numbers, vectors[numbers]))
+    found = nearest_for_some(queries, parts, 9)
+    units = np.where(compared, rounded(queries.astype(np.float64) @ vectors.astype(np.float64).T), -(10**9))
+    wanted = np.where(
+        np.arange(9) < compared.sum(axis=1, keepdims=True), np.argsort(-units, axis=1, kind="stable")[:, :9], -1
+    )
+    np.testing.assert_array_equal(found.indices, wanted)
+    assert found.indices[5, :8].tolist() == [5, 60, 61, 130, 131, 300, 301, 399], "all equal ones, first to last"
+    assert np.isneginf(found.cosines[0, 6:]).all() and np.isfinite(found.cosines[1:][wanted[1:] >= 0]).all()
 
 
 @pytest.mark.parametrize("sizes", [(), (1, 0, 199), (150, 150)])

@@ -1,5 +1,6 @@
 """SynC over a dataset on a store: equal to SynC in memory, whatever the blocks; resumed, nothing is done twice."""
 
+import dataclasses
 import hashlib
 import logging
 from pathlib import Path
@@ -7,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.curation.sync import vectors
+from cluster.curation.sync import cells, stages, vectors
 from cluster.curation.sync.choice import refine_in_memory
+from cluster.curation.sync.nearest import nearest
+from cluster.curation.sync.objects import read_arrays
 from cluster.curation.sync.sentences import SentenceSpec
 from cluster.curation.sync.settings import WORK, SyncSettings
-from cluster.curation.sync.stages import Refined, refine_pairs, work_folder
-from cluster.curation.sync.vectors import Captions, groups_of, unit
+from cluster.curation.sync.stages import Recall, Refined, refine_pairs, work_folder
+from cluster.curation.sync.vectors import Captions, groups_of, read_array, unit
 from cluster.curation.tasks import InThisProcess
 from cluster.dataset.layout import MANIFEST_KEY, load_manifest
 from cluster.dataset.read import read_dataset
@@ -22,6 +25,7 @@ from pcm.errors import InputError
 from tests.helpers.tiny_dataset import write_dataset
 
 SETTINGS = SyncSettings(candidates=7, captions_per_picture=3, keep=0.8)
+PROBING = dataclasses.replace(SETTINGS, probes=2)
 OF_CLIP = SentenceSpec(model="clip")
 
 
@@ -58,21 +62,67 @@ def test_a_dataset_is_refined_as_in_memory(dataset: Path, tiny_clip: Path, tmp_p
     np.testing.assert_allclose(found.cosine, choice.cosine, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, PROBING], ids=["exact", "probing"])
 @pytest.mark.parametrize("block_size", [1, 13])
 def test_blocks_and_groups_change_nothing(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_size: int
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_size: int, settings: SyncSettings
 ) -> None:
-    whole = refined(dataset, tmp_path / "whole")
+    whole = refined(dataset, tmp_path / "whole", settings=settings)
     monkeypatch.setattr(vectors, "GROUP_ROWS", 25)
     assert len(groups_of(load_manifest(open_store(dataset)))) == 5
-    assert_same(refined(dataset, tmp_path / "blocks", block_size=block_size), whole)
+    assert_same(refined(dataset, tmp_path / "blocks", block_size=block_size, settings=settings), whole)
 
 
-def test_an_interrupted_run_goes_on_where_it_was(
+def test_as_many_probes_as_cells_refine_exactly(dataset: Path, tmp_path: Path) -> None:
+    """90 pictures have 16 cells."""
+    exact = refined(dataset, tmp_path)
+    found = refined(dataset, tmp_path, settings=dataclasses.replace(SETTINGS, probes=16))
+    assert exact.recall is None and found.recall == Recall(candidates=1, describers=1)
+    assert_same(dataclasses.replace(found, recall=None), exact)
+
+
+def test_recall_is_the_share_of_the_exact_nearest_that_probes_find(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of all queries; of a sample it is near that."""
+    settings = dataclasses.replace(SETTINGS, probes=1)
+    found = refined(dataset, tmp_path, block_size=40, settings=settings)
+    work = open_store(tmp_path / f"{WORK}").list()[0].split("/")[0]
+    store = open_store(tmp_path / WORK / work)
+    pictures, captions = (
+        np.concatenate([read_array(store, key) for key in store.list(f"{kind}/")]) for kind in ("pictures", "captions")
+    )
+    shares = []
+    for name, queries, those, k in (
+        ("candidates-7", captions, pictures, 7),
+        ("describers-3", pictures, captions, 3),
+    ):
+        given = np.concatenate([read_arrays(store, key)["indices"] for key in store.list(f"{name}-probes-1/")])
+        exact = nearest(queries, [those], k).indices
+        hits = [len(set(one) & set(other)) for one, other in zip(exact.tolist(), given.tolist(), strict=True)]
+        shares.append(sum(hits) / exact.size)
+    assert found.recall == Recall(*(pytest.approx(share) for share in shares))
+    assert all(0.3 < share < 1 for share in shares), "something is to be found, and lost"
+    monkeypatch.setattr(stages, "RECALL_QUERIES", 30)
+    sampled = refined(dataset, tmp_path / "sampled", settings=settings).recall
+    assert sampled == Recall(*(pytest.approx(share, abs=0.2) for share in shares)) and sampled != found.recall
+
+
+def test_an_exact_run_takes_nothing_of_one_with_probes_and_has_the_keys_it_had(dataset: Path, tmp_path: Path) -> None:
+    refined(dataset, tmp_path / "both", settings=PROBING)
+    assert_same(refined(dataset, tmp_path / "both"), refined(dataset, tmp_path / "exact"))
+    folders = {key.split("/")[2] for key in open_store(tmp_path / "exact").list()}
+    assert folders == {"rows", "pictures", "captions", "candidates-7", "describers-3", "choices-7-3"}
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, PROBING], ids=["exact", "probing"])
+def test_an_interrupted_run_goes_on_where_it_was(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: SyncSettings
+) -> None:
     """However many objects were written, the rest is done, and nothing of it twice."""
-    whole = refined(dataset, tmp_path / "whole", block_size=30)
+    monkeypatch.setattr(cells, "PIECE_ROWS", 20)
+    monkeypatch.setattr(cells, "PIECES_AT_ONCE", 2)
+    whole = refined(dataset, tmp_path / "whole", block_size=30, settings=settings)
     total = len(open_store(tmp_path / "whole").list())
     write = Store.write_bytes
     for stop in range(0, total, 3):
@@ -88,12 +138,13 @@ def test_an_interrupted_run_goes_on_where_it_was(
         with monkeypatch.context() as patched:
             patched.setattr(Store, "write_bytes", put)
             with pytest.raises(KeyboardInterrupt):
-                refined(dataset, out, block_size=30)
+                refined(dataset, out, block_size=30, settings=settings)
             first = written[:]
             patched.setattr(Store, "write_bytes", lambda *given, w=written: (write(*given), w.append(given[1])))
-            assert_same(refined(dataset, out, block_size=30), whole)
+            assert_same(refined(dataset, out, block_size=30, settings=settings), whole)
         twice = set(first) & set(written[len(first) :])
-        assert all("/pictures/" in key or "/sentences/" in key for key in twice), "half a group is made again"
+        of_several = ("/pictures/0", "/sentences/0", "/sorted/")
+        assert all(any(kind in key for kind in of_several) for key in twice), "half of what a task makes"
         assert sorted(set(written)) == open_store(out).list()
 
 
@@ -121,6 +172,23 @@ def test_a_damaged_object_is_named(dataset: Path, tmp_path: Path) -> None:
     store.write_bytes(block, store.read_bytes(block)[:-9])
     with pytest.raises(InputError, match=f"{block}: damaged; delete it"):
         refined(dataset, tmp_path)
+
+
+def test_an_object_that_is_deleted_is_made_again(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one of each kind, also where a task makes several."""
+    monkeypatch.setattr(vectors, "GROUP_ROWS", 50)
+    monkeypatch.setattr(cells, "PIECE_ROWS", 20)
+    whole = refined(dataset, tmp_path, settings=PROBING)
+    store = open_store(tmp_path)
+    objects = {key: store.read_bytes(key) for key in store.list()}
+    of_kinds = {key.rsplit("/", 1)[0]: key for key in sorted(objects, reverse=True)}
+    assert len(of_kinds) == 13
+    for key in of_kinds.values():
+        store.delete(key)
+        assert_same(refined(dataset, tmp_path, settings=PROBING), whole)
+    assert {key: store.read_bytes(key) for key in store.list()} == objects
 
 
 def test_captions_are_numbered_as_they_come() -> None:
