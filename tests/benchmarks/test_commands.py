@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.models import PAGE
+from tests.helpers.hosts import can_make_hosts
 from tests.helpers.paths import ROOT
 
 #: (command, figures that it prints above 0, with a dot between a field and what lies in it)
@@ -82,7 +83,7 @@ SLOW = [
     ),
 ]
 #: Their commands are run by the tests below, or in the file that is named.
-OTHERS = {"start_up", "models", "experiments"}
+OTHERS = {"start_up", "models", "experiments", "idle_gpus"}
 
 
 def run_benchmark(command: str) -> str:
@@ -126,6 +127,14 @@ def test_models_writes_the_row_that_its_page_has(tmp_path: Path) -> None:
 def test_experiments_says_its_steps() -> None:
     """The steps themselves: test_experiments.py, test_worth.py."""
     assert "worth" in run_benchmark("experiments --help")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_make_hosts(), reason="needs root and iproute2")
+def test_idle_gpus_says_what_the_gpus_of_this_tree_did() -> None:
+    arguments = "--rounds 1 --hosts 2 --shards 8 --join-seconds 1 --load-seconds 1 --shard-seconds 0.5"
+    found = json.loads(run_benchmark(f"idle_gpus {arguments}").splitlines()[-1])["."]
+    assert 0 < found["idle_share"][0] < 1 and found["drawing"] > 0 and found["gpu_seconds"] > 0
 
 
 def test_no_command_is_left_out() -> None:
