@@ -12,6 +12,13 @@ if TYPE_CHECKING:
 
 #: Generators that one CLIP actor with a GPU of its own keeps up with: it reads 16 pictures while one is denoised.
 GENERATORS_PER_SCORER = 16
+#: Of a CPU, for an actor after the generators: next to nothing, so that it finds a place wherever there are CPUs; not on
+#: a head without any, through which all pictures would go.
+_AFTER_CPUS = 0.0002
+#: So many actors after the generators find a place on a machine of whole CPUs, up to this number, that is full.
+_AFTER_A_MACHINE, _CPUS_A_MACHINE = 10, 128
+#: Of what Ray counts resources in.
+_UNITS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +50,9 @@ class Pools:
         `generators` is a number or (least, most) of a pool that grows with its queue. With `scorers` or `clip_gpus`
         CLIP works in actors of its own, on a GPU each with `clip_gpus` of them, which serves 16 generators.
 
-        What comes after the generators reserves no CPU: else, when a machine is lost, generators that start again could
-        take the last CPUs, their shards would wait for a writer that has no place, and the run would stand still. The
-        operating system shares the CPUs out. Raises InputError.
+        Generators never fill a machine: else, when one is lost, generators that start again could take the last CPUs,
+        their shards would wait for a writer that has no place, and the run would stand still. The operating system
+        shares the CPUs out. Raises InputError.
         """
         least, most = generators if isinstance(generators, tuple) else (None, generators)
         if device != "cuda":
@@ -56,7 +63,7 @@ class Pools:
             share = max(0.1, min(1.0, min(cpus * 0.75, cpus - 0.35) / count))  # room for the other stages
             return Pools(
                 generators=count, min_generators=least, scorers=scorers or 0, writers=1,
-                generator_cpus=share, generator_gpus=0, scorer_gpus=0,
+                generator_cpus=_that_never_fills(share), generator_gpus=0, scorer_gpus=0,
                 node_label=node_label,
             )  # fmt: skip
         if scorers or clip_gpus:
@@ -65,7 +72,7 @@ class Pools:
         count = most or max(1, int(gpus - (scorers or 0) * clip_gpus))
         return Pools(
             generators=count, min_generators=least, scorers=scorers or 0, writers=math.ceil(count / 2),
-            generator_cpus=1, generator_gpus=1, scorer_gpus=clip_gpus,
+            generator_cpus=0.9, generator_gpus=1, scorer_gpus=clip_gpus,
             node_label=node_label,
         )  # fmt: skip
 
@@ -98,7 +105,7 @@ class Pools:
     def featurise_options(self, shards: int) -> dict[str, Any]:
         """The same of the pool of CLIP alone, where there is one."""
         count = min(self.scorers, shards)
-        return self._stage(_pool(count, count), 0, self.scorer_gpus)
+        return self._stage(_pool(count, count), _AFTER_CPUS, self.scorer_gpus)
 
     def write_options(self, shards: int) -> dict[str, Any]:
         """The same of the writer pool.
@@ -107,11 +114,20 @@ class Pools:
         generators, and the run stood still.
         """
         count = min(self.writers, shards)
-        return self._stage(_pool(count, count), 0, 0)
+        return self._stage(_pool(count, count), _AFTER_CPUS, 0)
 
     def _stage(self, compute: "ActorPoolStrategy", cpus: float, gpus: float) -> dict[str, Any]:
         options: dict[str, Any] = {"compute": compute, "num_cpus": cpus, "num_gpus": gpus}
         return options | ({"label_selector": dict([self.node_label])} if self.node_label else {})
+
+
+def _that_never_fills(share: float) -> float:
+    """The largest share of a CPU, up to this one, of which no number fills a machine of whole CPUs."""
+    least = round(_AFTER_A_MACHINE * _AFTER_CPUS * _UNITS)
+    units = int(share * _UNITS)
+    while any(cpus * _UNITS % units < least for cpus in range(1, _CPUS_A_MACHINE + 1)):
+        units -= 1
+    return units / _UNITS
 
 
 def _pool(least: int, most: int) -> "ActorPoolStrategy":

@@ -123,7 +123,8 @@ MUTANTS = (
     ),
     Mutant(
         "a block that lies on the store is not made again",
-        "cluster/curation/sync/stages.py", "for key, call in calls.items() if key not in done]", "for call in calls.values()]",
+        "cluster/curation/sync/objects.py", "tasks.run(function, missing, what=what)",
+        "tasks.run(function, list(calls.values()), what=what)",
         ("tests/cluster/curation/sync/test_stages.py::test_an_interrupted_run_goes_on_where_it_was",),
     ),
     Mutant(
@@ -427,6 +428,11 @@ MUTANTS = (
         "cluster/generation/stages/monitor.py", "if others > 0 and self._clock()",
         "if False and self._clock()",
         ("tests/cluster/generation/stages/test_monitor.py::test_the_run_waits_for_generators_that_have_not_started_before_it_says_that_none_can_draw",),
+    ),
+    Mutant(
+        "generators that start again leave a place for the writer",
+        "cluster/generation/pools.py", "generator_cpus=_that_never_fills(share)", "generator_cpus=share",
+        ("tests/cluster/generation/test_pools.py::test_generators_never_fill_a_machine",),
     ),
     Mutant(
         "an idle generator draws what another has not begun",
