@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 #: Generators that one CLIP actor with a GPU of its own keeps up with: it reads 16 pictures while one is denoised.
 GENERATORS_PER_SCORER = 16
-#: Of a CPU, for an actor after the generators: next to nothing, so that it finds a place wherever there are CPUs; not on
-#: a head without any, through which all pictures would go.
+#: Of a CPU, for an actor after the generators: next to nothing, so that it finds a place wherever there are CPUs. Not
+#: none: then a head without CPUs would take it, and all pictures would go through that.
 _AFTER_CPUS = 0.0002
 #: So many actors after the generators find a place on a machine of whole CPUs, up to this number, that is full.
 _AFTER_A_MACHINE, _CPUS_A_MACHINE = 10, 128
