@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -17,6 +18,12 @@ from benchmarks.experiments.worth.dissection import by_kinds
 from benchmarks.experiments.worth.pictures import Pictures, said
 from benchmarks.experiments.worth.settings import DRAWN, PAINTERS, PARTS, STEPS_OF_DATA, Part, Setting
 from benchmarks.experiments.worth.statistics import estimate, seeds_needed, standard_error, t_quantile
+from cluster.curation.sync.vectors import unit
+from cluster.dataset.opened import open_dataset
+from cluster.dataset.read import read_dataset
+from cluster.dataset.rows import read_shard
+from cluster.dataset.verify import verify
+from cluster.store.store import open_store
 from pcm import embedded
 from pcm.clip.encoder import ClipEncoder
 from pcm.embedded.making.captions import corpus_scenes
@@ -322,6 +329,25 @@ def test_what_has_no_effect_is_refused(options: dict, named: str) -> None:
 def test_there_is_nothing_to_report_of_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to report"):
         run(ExperimentsRequest(what="report", out=tmp_path))
+
+
+def test_pairs_that_a_classifier_found_are_a_view_that_holds(out: Path, tmp_path: Path) -> None:
+    source = open_dataset(open_store(pictures.data_folder(out, "coarse")))
+    columns = ["sample_id", "caption", "clip_score"]
+    table = pa.concat_tables([read_shard(source.store, shard, columns) for shard in source.shards])
+    features = unit(_rows_of(out).global_feature.astype(np.float32))
+    rng = np.random.default_rng(0)
+    captions, by_nouns, by_sight = (unit(rng.standard_normal((40, size))) for size in (features.shape[1], 8, 8))
+    pairs = retrievers.Pairs(source, table, np.zeros((40, 1)), [["dog"]] * 40, captions, features, by_nouns)
+    retrievers.write_pairs(pairs, by_sight, tmp_path / "view")
+    view = open_dataset(open_store(tmp_path / "view"))
+    rows = list(read_dataset(tmp_path / "view"))
+    assert view.manifest.stored == len(rows) == 36 and verify(view.store)["ok"]
+    assert view.manifest.lineage is not None and view.manifest.lineage.facts["moved"] > 18
+    numbers = {name: number for number, name in enumerate(table["sample_id"].to_pylist())}
+    for row in rows:
+        shown = unit(np.asarray(row.global_feature, np.float32)[np.newaxis])[0]
+        assert row.clip_score == pytest.approx(float(captions[numbers[row.sample_id]] @ shown), abs=1e-3)
 
 
 def test_what_sync_makes_of_pairs_follows_what_finds_the_pictures() -> None:

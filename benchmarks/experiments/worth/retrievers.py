@@ -57,7 +57,7 @@ def make_figures(out: Path, painter: str, art: Path) -> None:
     """By retriever: what `figures` says of the pairs as a painter drew them. Kept once computed."""
     if kept_figures(out, painter) is not None:
         return
-    pairs = _Pairs.of(out, painter)
+    pairs = Pairs.of(out, painter)
     shown = judge(judge_folder(out), pairs.images).nouns
     by_sight = pairs.by_sight(out, art)
     found = {
@@ -73,10 +73,17 @@ def make_figures(out: Path, painter: str, art: Path) -> None:
 def make_view(out: Path, painter: str, folder: Path, art: Path) -> None:
     """The view at `folder` of the pairs that SynC makes when the second classifier finds the pictures; the small CLIP
     compares the captions and gives the scores."""
-    pairs = _Pairs.of(out, painter)
-    choice, kept = refine_in_memory(pairs.by_nouns, pairs.by_sight(out, art), pairs.captions, SETTINGS)
+    pairs = Pairs.of(out, painter)
+    write_pairs(pairs, pairs.by_sight(out, art), folder)
+
+
+def write_pairs(pairs: "Pairs", by_sight: np.ndarray, folder: Path) -> None:
+    """The view of the pairs whose pictures were found by unit vectors `by_sight` (N, nouns)."""
+    choice, kept = refine_in_memory(pairs.by_nouns, by_sight, pairs.captions, SETTINGS)
     cosine = (pairs.captions.astype(np.float64) * pairs.pictures[choice.picture]).sum(axis=1)
-    rows = refined_rows(Refined(choice.picture, choice.score, cosine, kept), pairs.table["clip_score"].to_numpy())
+    rows = refined_rows(
+        Refined(choice.picture, choice.score, cosine, kept, recall=None), pairs.table["clip_score"].to_numpy()
+    )
     settings = {"method": "sync", **asdict(SETTINGS), "sentences": "clip", "retrieval": "a second classifier"}
     lineage = Lineage(
         method="refine",
@@ -90,7 +97,7 @@ def make_view(out: Path, painter: str, folder: Path, art: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Pairs:
+class Pairs:
     """N pairs as a painter drew them. captions, pictures: (N, D) unit vectors of the small CLIP; by_nouns: (N, nouns)
     unit vectors of the captions' nouns."""
 
@@ -103,7 +110,7 @@ class _Pairs:
     by_nouns: np.ndarray
 
     @staticmethod
-    def of(out: Path, painter: str) -> "_Pairs":
+    def of(out: Path, painter: str) -> "Pairs":
         source = open_dataset(open_store(data_folder(out, painter)))
         manifest = source.manifest
         columns = ["sample_id", "caption", "clip_score"]
@@ -111,7 +118,7 @@ class _Pairs:
         parts = [read_rows(source.store, shard, None, manifest.features) for shard in manifest.stored_shards]
         scenes = scenes_of(DOMAINS[MAIN], CAPTIONS)
         nouns = [sorted(scenes[record_of(name)][0].nouns) for name in table["sample_id"].to_pylist()]
-        return _Pairs(
+        return Pairs(
             source=source,
             table=table,
             images=dataset_pictures(source.store, manifest),
