@@ -1,5 +1,6 @@
 """What is used of Ray Data outside its public interface: apart from cluster/ray_internals.py, which imports torch."""
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,3 +53,7 @@ def rows_of(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
     finally:
         if executor is not None:
             executor.shutdown(force=True)
+        # A pipeline that has ended by itself leaves its actors to the garbage collector. They hold their CPUs until then,
+        # and the next pipeline waits for these.
+        del bundles, executor
+        gc.collect()
