@@ -53,7 +53,7 @@ def rows_of(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
     finally:
         if executor is not None:
             executor.shutdown(force=True)
-        # A pipeline that has ended by itself leaves its actors to the garbage collector. They hold their CPUs until then,
-        # and the next pipeline waits for these.
+        # A pipeline that has ended by itself leaves its actors to the garbage collector. Until then they hold their
+        # CPUs, and the next pipeline waits for these.
         del bundles, executor
         gc.collect()
