@@ -69,7 +69,7 @@ SLOW = [
     ),
     (
         "planning --captions 2000 4000 --projected 10000",
-        ["plan_mb", "vocabulary", "plan.driver_cpu_seconds", "words.task_cpu_seconds", "rerun.seconds"],
+        ["objects", "vocabulary", "plan.driver_cpu_seconds", "words.task_cpu_seconds", "rerun.seconds"],
     ),
     ("resume --shards 10", ["shards", "job_seconds", "skipped"]),
     (
