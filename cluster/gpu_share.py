@@ -22,6 +22,14 @@ def keep_to_gpu_share(device: str, *, part: float = 1.0) -> None:
         torch.cuda.set_per_process_memory_fraction(share)
 
 
+def keep_to_shared_gpu() -> None:
+    """The same for a process that may have a whole GPU, or none: then nothing is changed."""
+    import torch
+
+    if 0 < gpu_share() < 1 and torch.cuda.is_available():
+        keep_to_gpu_share("cuda")
+
+
 def gpu_share() -> float:
     """GPUs that Ray reserved for this task or actor; 0 outside of one."""
     import ray  # the stages are usable without it

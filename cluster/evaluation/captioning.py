@@ -22,7 +22,7 @@ import torch
 from cluster.dataset.given_features import FeatureSet, all_features, load_feature_set
 from cluster.evaluation.request import CaptionerOptions, CaptionRequest
 from cluster.generation.pinning import resolve_device
-from cluster.gpu_share import gpu_share, keep_to_gpu_share
+from cluster.gpu_share import keep_to_shared_gpu
 from cluster.session import cluster_gpus, cpus_for_each, room_for, start_ray, user_error, waiting_for
 from cluster.sources.concept_file import read_concepts
 from cluster.sources.picture_source import FeatureSource
@@ -296,8 +296,7 @@ class _CaptionWorker:
     def __init__(self, *, source: CaptionerSource, threads: int) -> None:
         if source.device == "cpu":
             torch.set_num_threads(threads)
-        if 0 < gpu_share() < 1:
-            keep_to_gpu_share("cuda" if torch.cuda.is_available() else "cpu")
+        keep_to_shared_gpu()
         checkpoints = [source.checkpoint] if isinstance(source.checkpoint, str) else source.checkpoint
         self.captioner = _load(
             checkpoints,

@@ -17,7 +17,7 @@ GENERATORS_PER_SCORER = 16
 _AFTER_CPUS = 0.0002
 #: So many actors after the generators find a place on a machine of whole CPUs, up to this number, that is full.
 _AFTER_A_MACHINE, _CPUS_A_MACHINE = 10, 128
-#: Of what Ray counts resources in.
+#: Ray counts a resource in so many parts of one.
 _UNITS = 10_000
 
 

@@ -9,7 +9,7 @@ import ray.train.torch
 import safetensors.torch
 import torch
 
-from cluster.gpu_share import gpu_share, keep_to_gpu_share
+from cluster.gpu_share import keep_to_shared_gpu
 from cluster.store.store import Store, open_store
 from cluster.training.checkpoints import Checkpoints, TrainingState
 from cluster.training.config import TrainConfig
@@ -146,8 +146,7 @@ def worker_device(asked: str = "auto") -> torch.device:
     if asked == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        if 0 < gpu_share() < 1:
-            keep_to_gpu_share("cuda")
+        keep_to_shared_gpu()
         return ray.train.torch.get_device()
     if ray.is_initialized() and ray.get_gpu_ids():  # asked outside a cluster, it would start one
         log.warning("Ray gave this worker a GPU, but torch finds none: training on the CPU")

@@ -54,8 +54,8 @@ def test_every_stage_can_be_scheduled_on_a_cpu(cpus: int) -> None:
 def test_generators_for_cpus_that_have_not_come_yet_spread_over_machines() -> None:
     """As on a cluster that had a CPU for each: with a tenth of a CPU, the first machine would take all of them."""
     pools = Pools.for_cluster(device="cpu", cpus=0, gpus=0, generators=3)
-    assert 0.7 < pools.generator_cpus <= 0.75
-    assert Pools.for_cluster(device="cpu", cpus=0, gpus=0, generators=1).generator_cpus == pytest.approx(0.65, abs=0.01)
+    assert pools.generator_cpus == 0.7495
+    assert Pools.for_cluster(device="cpu", cpus=0, gpus=0, generators=1).generator_cpus == 0.6499
 
 
 @pytest.mark.parametrize("planned", [1, 2, 3, 6, 7, 64, 1000])
