@@ -81,7 +81,7 @@ def run_job(name: str, *arguments: str) -> dict[str, Any]:
 
 def short(name: str) -> str:
     """Such as "Generator", "jobs.train" or "raylet"."""
-    if stage := re.search(r"Generator|FeaturiseShard|WriteShard", name):
+    if stage := re.search(r"Generator|Scorer", name):
         return stage.group()
     if job := re.search(r"-m (jobs\.\w+)", name):
         return job.group(1)

@@ -8,8 +8,8 @@ A JSON line for each size: rows a second (of the whole job after Ray's start, pl
 the drawing alone), the peak memory of driver and raylet (sampled by another process), of 1,000 shards or more by how
 much it grows with each, and the store's operations of one shard on its way through the stages.
 
-Shards of one row say nothing about speed. Ray Data looks for blocks that are done every tenth of a second, after the
-generator and again after the writer, and a generator has at most two shards that are not stored.
+Shards of one row say nothing about speed. Ray Data looks for blocks that are done every tenth of a second, and a
+generator has at most two shards that are not stored.
 """
 
 import argparse

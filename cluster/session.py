@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import ray
@@ -45,6 +46,8 @@ def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | No
     # No progress bars of Ray's own: the jobs report their progress, and logs must stay readable without a terminal.
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     runtime_env = {"env_vars": dict(worker_env)} if worker_env else None
+    # It takes a second to import, and Ray's start is mostly waiting for its processes.
+    threading.Thread(target=import_module, args=("ray.data",), daemon=True).start()
     if os.environ.get("RAY_ADDRESS"):
         protect_token_file()
         ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env)
@@ -54,7 +57,7 @@ def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | No
         _start_local(num_cpus, runtime_env)
         _wait_for_resources()
         log.info("started Ray on this machine: %s", _resources())
-    from ray.data import DataContext  # seconds to import: only now, while Ray's first workers start
+    from ray.data import DataContext
 
     logging.getLogger("ray.data.exceptions").addFilter(is_no_user_error)
     context = DataContext.get_current()
@@ -65,6 +68,9 @@ def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | No
     context.execution_no_progress_timeout_s = -1
     # Nor does it end one because an actor dies as it starts, on a bad machine, say: it starts another.
     context.max_consecutive_actor_init_deaths = MAX_FAILED_ACTORS
+    # Nor does it read each worker's whole memory map every second, for statistics that nobody sees: a tenth of the CPU
+    # of a generator that loads its models.
+    context.memory_usage_poll_interval_s = None
 
 
 def _start_local(num_cpus: int | None, runtime_env: dict | None) -> None:

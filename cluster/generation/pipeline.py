@@ -31,10 +31,9 @@ from cluster.generation.limits import FaultPolicy, RunLimits
 from cluster.generation.pools import Pools
 from cluster.generation.progress import RunProgress, Status
 from cluster.generation.stages.draw import DrawShard
-from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.generator import Generator
 from cluster.generation.stages.monitor import shards_begun_again, start_monitor
-from cluster.generation.stages.write import WriteShard
+from cluster.generation.stages.scorer import Scorer
 from cluster.generation.telemetry import Telemetry
 from cluster.session import user_error
 from cluster.store.store import Store
@@ -188,14 +187,9 @@ def _still_missing(given_out: list[int], made: CommittedShards) -> list[int]:
 
 
 def actors(pools: Pools, shards: int) -> dict[str, int]:
-    """How many actors work at each stage of so many shards; encoding and storing are one pool's."""
-    writers = min(pools.writers, shards)
-    return {
-        "draw": min(pools.generators, shards),
-        "featurise": min(pools.scorers or pools.generators, shards),
-        "encode": writers,
-        "store": writers,
-    }
+    """How many actors work at each stage of so many shards; what scores a shard also encodes and stores it."""
+    last = min(pools.scorers or pools.generators, shards)
+    return {"draw": min(pools.generators, shards), "featurise": last, "encode": last, "store": last}
 
 
 def shard_stream(
@@ -232,14 +226,10 @@ def shard_stream(
         **block,
     )
     if pools.scorers:
-        scoring = (plan.spec.clip, watched_by, concepts)
+        scoring = (store, plan, watched_by, concepts)
         pipeline = pipeline.map_batches(
-            FeaturiseShard, fn_constructor_args=scoring, **pools.featurise_options(len(shards)), **block
+            Scorer, fn_constructor_args=scoring, **pools.score_options(len(shards)), **block
         )
-    writing = (store, plan.schema_version, monitor)
-    pipeline = pipeline.map_batches(
-        WriteShard, fn_constructor_args=writing, **pools.write_options(len(shards)), **block
-    )
     ray.get(begun)  # asked for above: its process starts beside those that Ray Data starts
     left = set(shards)
     try:

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 #: Generators that one CLIP actor with a GPU of its own keeps up with: it reads 16 pictures while one is denoised.
 GENERATORS_PER_SCORER = 16
-#: Of a CPU, for an actor after the generators: next to nothing, so that it finds a place wherever there are CPUs. Not
-#: none: then a head without CPUs would take it, and all pictures would go through that.
-_AFTER_CPUS = 0.0002
-#: So many actors after the generators find a place on a machine of whole CPUs, up to this number, that is full.
-_AFTER_A_MACHINE, _CPUS_A_MACHINE = 10, 128
+#: Of a CPU, for an actor of CLIP alone: next to nothing, so that it finds a place wherever there are CPUs. Not none:
+#: then a head without CPUs would take it, and all pictures would go through that.
+_SCORER_CPUS = 0.0002
+#: So many of them find a place on a machine of whole CPUs, up to this number, that is full.
+_SCORERS_A_MACHINE, _CPUS_A_MACHINE = 10, 128
 #: Ray counts a resource in so many parts of one.
 _UNITS = 10_000
 
@@ -27,7 +27,6 @@ class Pools:
 
     generators: int  # at most
     scorers: int  # 0: every generator scores what it has drawn, in its own process and on its own GPU
-    writers: int
     generator_cpus: float
     generator_gpus: float
     scorer_gpus: float
@@ -51,7 +50,7 @@ class Pools:
         CLIP works in actors of its own, on a GPU each with `clip_gpus` of them, which serves 16 generators.
 
         Generators never fill a machine: else, when one is lost, generators that start again could take the last CPUs,
-        their shards would wait for a writer that has no place, and the run would stand still. The operating system
+        their shards would wait for a scorer that has no place, and the run would stand still. The operating system
         shares the CPUs out. Raises InputError.
         """
         least, most = generators if isinstance(generators, tuple) else (None, generators)
@@ -62,7 +61,7 @@ class Pools:
             cpus = cpus or count  # a cluster that has none yet is to get one for each generator
             share = max(0.1, min(1.0, min(cpus * 0.75, cpus - 0.35) / count))  # room for the other stages
             return Pools(
-                generators=count, min_generators=least, scorers=scorers or 0, writers=1,
+                generators=count, min_generators=least, scorers=scorers or 0,
                 generator_cpus=_that_never_fills(share), generator_gpus=0, scorer_gpus=0,
                 node_label=node_label,
             )  # fmt: skip
@@ -71,7 +70,7 @@ class Pools:
             scorers = scorers or max(1, math.ceil((most or gpus) / (GENERATORS_PER_SCORER + clip_gpus)))
         count = most or max(1, int(gpus - (scorers or 0) * clip_gpus))
         return Pools(
-            generators=count, min_generators=least, scorers=scorers or 0, writers=math.ceil(count / 2),
+            generators=count, min_generators=least, scorers=scorers or 0,
             generator_cpus=0.9, generator_gpus=1, scorer_gpus=clip_gpus,
             node_label=node_label,
         )  # fmt: skip
@@ -94,27 +93,15 @@ class Pools:
         return {"GPU": self.generator_gpus, "CPU": self.generator_cpus}
 
     def draw_options(self, shards: int) -> dict[str, Any]:
-        """What `map_batches` is told about the generator pool of a run over so many shards.
-
-        Ray hands every actor its next shard while it works on one, so that none waits for the driver.
-        """
+        """What `map_batches` is told about the generator pool of a run over so many shards."""
         most = min(self.generators, shards)
         least = most if self.min_generators is None else min(self.min_generators, most)
         return self._stage(_pool(least, most), self.generator_cpus, self.generator_gpus)
 
-    def featurise_options(self, shards: int) -> dict[str, Any]:
+    def score_options(self, shards: int) -> dict[str, Any]:
         """The same of the pool of CLIP alone, where there is one."""
         count = min(self.scorers, shards)
-        return self._stage(_pool(count, count), _AFTER_CPUS, self.scorer_gpus)
-
-    def write_options(self, shards: int) -> dict[str, Any]:
-        """The same of the writer pool.
-
-        Not tasks: on a cluster on which a driver was killed, Ray Data gave the next driver's tasks no room beside its
-        generators, and the run stood still.
-        """
-        count = min(self.writers, shards)
-        return self._stage(_pool(count, count), _AFTER_CPUS, 0)
+        return self._stage(_pool(count, count), _SCORER_CPUS, self.scorer_gpus)
 
     def _stage(self, compute: "ActorPoolStrategy", cpus: float, gpus: float) -> dict[str, Any]:
         options: dict[str, Any] = {"compute": compute, "num_cpus": cpus, "num_gpus": gpus}
@@ -123,7 +110,7 @@ class Pools:
 
 def _that_never_fills(share: float) -> float:
     """The largest share of a CPU, up to this one, of which no number fills a machine of whole CPUs."""
-    least = round(_AFTER_A_MACHINE * _AFTER_CPUS * _UNITS)
+    least = round(_SCORERS_A_MACHINE * _SCORER_CPUS * _UNITS)
     units = int(share * _UNITS)
     while any(cpus * _UNITS % units < least for cpus in range(1, _CPUS_A_MACHINE + 1)):
         units -= 1
@@ -131,6 +118,9 @@ def _that_never_fills(share: float) -> float:
 
 
 def _pool(least: int, most: int) -> "ActorPoolStrategy":
+    """Every actor has two shards in work, one in each of its threads, and Ray hands it the next ones meanwhile, so that
+    none waits for the driver."""
     from ray.data import ActorPoolStrategy  # seconds to import: not before Ray's start, which does it
 
-    return ActorPoolStrategy(size=most) if least == most else ActorPoolStrategy(min_size=least, max_size=most)
+    size: dict[str, Any] = {"size": most} if least == most else {"min_size": least, "max_size": most}
+    return ActorPoolStrategy(**size, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True)

@@ -51,6 +51,7 @@ from cluster.dataset.vocabularies import (
 from cluster.generation.pinning import clip_spec, joint_dimensions, resolve_device, resolve_dtype
 from cluster.generation.pools import Pools
 from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.generation.stages.overlap import Overlap
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.ingest.agreement import agreement, most_different
 from cluster.ingest.request import FeaturiseRequest
@@ -190,11 +191,8 @@ def _featurise_on_ray(source: OpenDataset, out: Store, spec: ClipSpec, missing: 
     block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     wanted = [{"shard": shard} for shard in missing]
     source = replace(source, manifest=replace(source.manifest, lineage=None))  # examples, which no worker needs
-    pipeline: ray.data.Dataset = ray.data.from_items(wanted, override_num_blocks=len(missing))
-    pipeline = (
-        pipeline.map_batches(ReadPictures, fn_constructor_args=(source,), **pools.write_options(len(missing)), **block)
-        .map_batches(FeaturiseShard, fn_constructor_args=(spec,), **pools.draw_options(len(missing)), **block)
-        .map_batches(WriteFeaturised, fn_constructor_args=(out,), **pools.write_options(len(missing)), **block)
+    pipeline = ray.data.from_items(wanted, override_num_blocks=len(missing)).map_batches(
+        FeaturiseAgain, fn_constructor_args=(source, out, spec), **pools.draw_options(len(missing)), **block
     )
     done, rows, total, timer = 0, 0, sum(source.shards[number].rows for number in missing), LineTimer()
     try:
@@ -207,6 +205,24 @@ def _featurise_on_ray(source: OpenDataset, out: Store, spec: ClipSpec, missing: 
                 )
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
+
+
+class FeaturiseAgain:
+    """A shard's number in; one row out, once the shard is featurised and stored: shard and rows.
+
+    While one shard is featurised, another one is read or stored. Raises InputError as read_shard does.
+    """
+
+    def __init__(self, source: OpenDataset, out: Store, spec: ClipSpec) -> None:
+        self._read = ReadPictures(source)
+        self._overlap = Overlap(WriteFeaturised(out))
+        self._featurise = self._overlap.in_work_thread(lambda: FeaturiseShard(spec))
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        pictures = self._read(block)
+        stored = self._overlap.run(lambda: self._featurise(pictures))
+        assert stored is not None
+        return stored
 
 
 class ReadPictures:

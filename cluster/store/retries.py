@@ -6,11 +6,13 @@ may quote a request.
 """
 
 import errno
+import gc
 import logging
 import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -129,13 +131,26 @@ def load_with_retries(load: Callable[[], T], *, model: str) -> T:
     patience = _Patience()
     while True:
         try:
-            return load()
+            with _no_garbage_collection():
+                return load()
         except Exception as error:
             fault = classify(error)
             if fault.kind != "transient" or (left := patience.left()) <= 0:
                 raise
             log.warning("%s: not loaded (%s); trying again for up to %.0f s", model, fault.what, left)
         patience.sleep(left)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Loading a model imports thousands of modules, and each collection looks through all that are there: 1 s of 9."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Patience:

@@ -42,7 +42,7 @@ from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, wr
 log = logging.getLogger("chaos")
 
 #: Parts of the titles that Ray gives to its workers' processes.
-_WORKERS = {"generator": "(Generator", "scorer": "(FeaturiseShard", "writer": "(WriteShard", "monitor": "RunMonitor"}
+_WORKERS = {"generator": "(Generator", "scorer": "(Scorer", "monitor": "RunMonitor"}
 VICTIMS = ("driver", *_WORKERS, "raylet", "store")
 GENERATORS = 4
 SHARD_SIZE = 2

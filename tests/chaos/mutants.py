@@ -430,9 +430,19 @@ MUTANTS = (
         ("tests/cluster/generation/stages/test_monitor.py::test_the_run_waits_for_generators_that_have_not_started_before_it_says_that_none_can_draw",),
     ),
     Mutant(
-        "generators that start again leave a place for the writer",
+        "generators that start again leave a place for CLIP alone",
         "cluster/generation/pools.py", "generator_cpus=_that_never_fills(share)", "generator_cpus=share",
         ("tests/cluster/generation/test_pools.py::test_generators_never_fill_a_machine",),
+    ),
+    Mutant(
+        "a shard that was begun before is drawn once nothing is left to store",
+        "cluster/generation/stages/generator.py", "if turn.again:", "if False:",
+        ("tests/cluster/generation/stages/test_generator.py::test_a_caption_that_kills_takes_the_shard_that_is_being_stored_along_at_most_once",),
+    ),
+    Mutant(
+        "what a dead process was storing may be stored by another",
+        "cluster/generation/stages/monitor.py", "                    del self._writing[shard]\n", "                    pass\n",
+        ("tests/cluster/generation/stages/test_monitor.py::test_what_a_process_was_storing_is_lost_with_it_unless_clip_alone_has_it",),
     ),
     Mutant(
         "an idle generator draws what another has not begun",

@@ -18,7 +18,9 @@ from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, wr
     "victims",
     [
         pytest.param(("generator", "driver"), id="generator-driver"),
-        pytest.param(("raylet", "store", "writer", "driver"), id="raylet-store-writer-driver", marks=pytest.mark.slow),
+        pytest.param(
+            ("raylet", "store", "monitor", "driver"), id="raylet-store-monitor-driver", marks=pytest.mark.slow
+        ),
         pytest.param(("scorer", "generator"), id="scorer-generator", marks=pytest.mark.slow),
     ],
 )

@@ -54,7 +54,7 @@ def cgroup() -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["once", "always"])
 def test_processes_that_ray_ends_for_memory_lose_nothing(when: str, cgroup: Path, tmp_path: Path) -> None:
-    """Ray ends writers and helpers of Ray Data as well. A caption that always needs all of it is given up."""
+    """Ray ends helpers of Ray Data as well. A caption that always needs all of it is given up."""
     with tempfile.TemporaryDirectory(prefix="pcm-") as ray_folder:  # Ray's sockets need short paths
         done = subprocess.run(
             ["unshare", "--mount", "sh", "-c", ENTER, "sh", cgroup, CGROUPS, sys.executable, __file__, tmp_path, when],

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from cluster.generation.stages.draw import DrawShard
+from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.generation.drawing import UNGUARDED, Drawing, Guard, Request, TextToImage
 from pcm.generation.isolation import IsolatedDrawing
@@ -163,6 +164,15 @@ def slow_at_first(claim: Path) -> type[DrawShard]:
             return PixelsSlowAtFirst(spec)
 
     return DrawSlowAtFirst
+
+
+class SlowStore(Store):
+    """Takes two seconds for a shard."""
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        if key.startswith("shards/"):
+            time.sleep(2)
+        super().write_bytes(key, data)
 
 
 def hungry(claim: Path | None) -> type[DrawShard]:

@@ -1,4 +1,4 @@
-"""First and second stage as an actor: it owns a GPU, takes turns, draws a shard in each, and scores it by CLIP."""
+"""The stages as an actor: it owns a GPU, takes turns, draws a shard in each, scores it by CLIP, and stores it."""
 
 import logging
 import os
@@ -14,7 +14,9 @@ from cluster.generation.reach import not_reached
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.monitor import Turn
+from cluster.generation.stages.overlap import Overlap
 from cluster.generation.stages.shard_row import SHARD_ROW_SCHEMA
+from cluster.generation.stages.write import STORED_SCHEMA, WriteShard
 from cluster.store.store import Store
 from pcm.errors import InputError, typed_first_line
 
@@ -35,11 +37,14 @@ FIRST_LOAD_PAUSE, LONGEST_LOAD_PAUSE = 1.0, 60.0  # seconds before a model is lo
 
 
 class Generator:
-    """Generator pool: a turn in, a shard out, or none where there is none to draw.
+    """Generator pool: a turn in; out the stats of a stored shard, or nothing where there was none to draw.
 
     It draws a shard, then scores it on the same device, by turns: the two would only share the device, and one process
-    starts sooner and holds less than two. What is scored leaves this process before the next shard is drawn, so a
-    caption that kills it takes no finished shard along. Without `scores`, CLIP has actors of its own.
+    starts sooner and holds less than two. A second thread stores the shard while the next one is drawn. Without
+    `scores`, CLIP has actors of its own, and the drawn shard is what comes out.
+
+    A caption that kills this process may take along the shard that is being stored, the first time: a shard that was
+    begun before is drawn once nothing is left to store.
 
     Models are loaded in the first turn. Where that fails, this generator tries again a few times, then leaves its
     shards to others: one machine with a fault ends no run. The monitor stops the run when nobody can draw.
@@ -63,6 +68,8 @@ class Generator:
         self._plan = plan
         self._scoring = (plan.spec.clip, watched_by, concepts) if scores else None
         self._monitor = watched_by[0]
+        self._overlap = Overlap(WriteShard(store, plan.schema_version, self._monitor) if scores else _hand_on)
+        self._nothing = (STORED_SCHEMA if scores else SHARD_ROW_SCHEMA).empty_table()
         context = ray.get_runtime_context()
         self._name, self._node = context.get_actor_id(), context.get_node_id()
         self._draw: DrawShard | None = None
@@ -73,18 +80,26 @@ class Generator:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         number = block["turn"][0].as_py()
-        shard = self._shard_for(number)
-        if shard is None:
-            return SHARD_ROW_SCHEMA.empty_table()
-        wanted = pa.table({"shard": [shard], "part": [self._plan.part_key(shard)], "turn": [number]})
+        stored = self._overlap.run(lambda: self._draw_in_turn(number))
+        return self._nothing if stored is None else stored
+
+    def _draw_in_turn(self, number: int) -> pa.Table | None:
+        turn = self._turn(number)
+        if turn.shard is None:
+            return None
+        if turn.again:
+            self._overlap.wait()
+        wanted = pa.table({"shard": [turn.shard], "part": [self._plan.part_key(turn.shard)], "turn": [number]})
         assert self._draw is not None
         if self._score is None:
-            return self._draw(wanted)
-        self._score.store_concepts(shard)
+            drawn = self._draw(wanted)
+            self._ask("handed_on", turn.shard)
+            return drawn
+        self._score.store_concepts(turn.shard)
         return self._score(self._draw(wanted))
 
-    def _shard_for(self, number: int) -> int | None:
-        """The shard to be drawn in a turn. Raises InputError when the run is not worth going on with."""
+    def _turn(self, number: int) -> Turn:
+        """Which shard to draw in a turn, if any. Raises InputError when the run is not worth going on with."""
         pause, deadline = FIRST_PAUSE, time.monotonic() + LONGEST_WAIT
         while True:
             self._load()
@@ -93,7 +108,7 @@ class Generator:
             if turn.stop:
                 raise InputError(turn.stop)
             if not turn.wait:
-                return turn.shard
+                return turn
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -122,3 +137,7 @@ class Generator:
         import ray
 
         return ray.get(getattr(self._monitor, method).remote(*arguments, **named))
+
+
+def _hand_on(drawn: pa.Table) -> pa.Table:
+    return drawn

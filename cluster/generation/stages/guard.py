@@ -55,7 +55,7 @@ class RunGuard(Guard):
         self.errors = [(position, f"{reason}: {error}") for position, (reason, error) in refused][:ERRORS_KEPT]
 
     def end_shard(self) -> None:
-        _stop_if(self._ask("end_shard", self._shard))
+        _stop_if(self._ask("end_shard"))
 
     @contextmanager
     def drawing(self, requests: Sequence[Request], batch_size: int) -> Iterator[None]:

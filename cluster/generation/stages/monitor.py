@@ -39,8 +39,8 @@ OTHERS_MAY_START_SECONDS = 60.0
 #: Starts of one shard that are not explained by samples given up in it, and after which it is not tried again.
 MAX_SHARD_STARTS = 12
 
-#: Shards that a generator has begun or drawn and that are not on the store yet: while one is stored, the next is drawn.
-#: So the death of a driver or a node costs a finished shard a generator, and the one it was drawing.
+#: Shards that a generator has begun and that are not on the store yet: while one is stored, the next is drawn. So the
+#: death of a process, a driver or a node costs a finished shard a generator, and the one it was drawing.
 MAX_IN_HAND = 2
 
 #: A shard is late when it takes so many times as long as the others did, from the beginning to the store.
@@ -51,8 +51,8 @@ SHARDS_TIMED, MIN_SHARDS_TIMED = 200, 3
 #: How long the driver waits for what is only told.
 ANSWER_SECONDS = 5.0
 
-#: A writer has so many seconds for its shard before that of another drawer may be stored in its place: longer than a
-#: store is waited for.
+#: A generator has so many seconds to store its shard before that of another drawer may be stored in its place: longer
+#: than a store is waited for.
 COMMIT_SECONDS = 600.0
 
 
@@ -61,18 +61,19 @@ class Turn:
     """What a generator does with a turn: draw a shard, ask again later, or nothing (both None and False)."""
 
     shard: int | None = None
+    again: bool = False  # it was begun before, and its drawer may have died of it
     wait: bool = False
     stop: str = ""  # why the run is not worth going on with
 
 
 @dataclass(frozen=True)
 class _Claim:
-    """Who draws a shard, or has drawn it, in which turn, since when (monotonic seconds)."""
+    """Who draws or stores a shard, in which turn, since when (monotonic seconds; -inf: it was given up)."""
 
     generator: str
     turn: int
     since: float
-    is_drawn: bool = False
+    is_handed_on: bool = False  # to an actor of CLIP alone: the death of its generator is no loss
 
 
 @dataclass(frozen=True)
@@ -204,17 +205,18 @@ class RunMonitor:
         if shard in self._claims and self._claims[shard].turn == number:  # Ray Data gives this turn again
             self._moved(self._claims[shard], shard, generator)
         else:
-            in_hand = sum(1 for claim in self._claims.values() if claim.generator == generator)
+            mine = [claim for claim in self._claims.values() if claim.generator == generator]
+            in_hand = sum(1 for claim in mine if math.isfinite(claim.since))
             if in_hand >= MAX_IN_HAND and not anyway:
                 return Turn(wait=True)
             shard = self._shard_for(number)
-            if shard is None:  # of shards that are drawn, one may prove to be late
+            if shard is None:  # of shards that others have, one may prove to be late
                 return Turn(wait=number < 0 and bool(self._claims))
         self._waiting.pop(shard, None)
         self._turns[number] = shard
         self._claims[shard] = _Claim(generator, number, self._clock())
         self._drawing[generator] = number
-        return Turn(shard)
+        return Turn(shard, again=self._starts[shard] > 0)
 
     def busy(self) -> int:
         """Generators that load a model or draw: after the last shard, for nothing."""
@@ -224,6 +226,11 @@ class RunMonitor:
         """The ids of the cluster's nodes: what generators on others were drawing may be given out again."""
         there = set(alive)
         self._give_up_claims({name for name, node in self._nodes.items() if node and node not in there})
+
+    def handed_on(self, shard: int) -> None:
+        """A shard is drawn and on its way to an actor of CLIP alone."""
+        if shard in self._claims:
+            self._claims[shard] = replace(self._claims[shard], is_handed_on=True)
 
     def may_store(self, shard: int, turn: int) -> bool:
         """Whether a shard that was drawn in this turn is stored, or another drawer's is: the first one to ask wins."""
@@ -257,9 +264,16 @@ class RunMonitor:
         return shard if self._clock() - self._claims[shard].since >= self._late_after() else None
 
     def _give_up_claims(self, generators: set[str]) -> None:
+        """What these generators had in hand is drawn again by whoever asks next.
+
+        One that is cut off, and taken for dead, may store its shard too. The bytes are the same, unless one of the two
+        ran out of memory; `verify` finds that.
+        """
         for shard, claim in self._claims.items():
-            if claim.generator in generators and not claim.is_drawn:
+            if claim.generator in generators and not claim.is_handed_on:
                 self._claims[shard] = replace(claim, since=-math.inf)
+                if self._writing.get(shard, (None,))[0] == claim.turn:
+                    del self._writing[shard]
 
     def _late_after(self) -> float:
         """Seconds from a shard's beginning after which it is late."""
@@ -339,10 +353,8 @@ class RunMonitor:
         """A scorer's process ends itself, because its device fails every call."""
         self._last_error = error
 
-    def end_shard(self, shard: int) -> str:
+    def end_shard(self) -> str:
         """Why to stop, or "": asked once a shard is drawn, so that one with too many failures is not stored."""
-        if shard in self._claims:
-            self._claims[shard] = replace(self._claims[shard], is_drawn=True)
         return self._stop
 
     def committed(self, shard: int) -> None:

@@ -15,7 +15,7 @@ from tests.helpers.tiny_generation import null_spec, plan_dataset, write_corpus
 
 
 def reserved(pools: Pools, kind: str) -> float:
-    stages = [(pools.generators, "generator"), (pools.scorers, "scorer"), (pools.writers, "writer")]
+    stages = [(pools.generators, "generator"), (pools.scorers, "scorer")]
     return sum(count * getattr(pools, f"{stage}_{kind}", 0) for count, stage in stages)
 
 
@@ -61,18 +61,18 @@ def test_generators_for_cpus_that_have_not_come_yet_spread_over_machines() -> No
 @pytest.mark.parametrize("planned", [1, 2, 3, 6, 7, 64, 1000])
 @pytest.mark.parametrize("generators", [None, 1, 4, 100])
 def test_generators_never_fill_a_machine(planned: int, generators: int | None) -> None:
-    pools = Pools.for_cluster(device="cpu", cpus=planned, gpus=0, generators=generators)
-    after = pools.write_options(9)["num_cpus"]
+    pools = Pools.for_cluster(device="cpu", cpus=planned, gpus=0, generators=generators, scorers=2)
+    after = pools.score_options(9)["num_cpus"]
     assert after > 0, "a head without CPUs would take it"
     for cpus in (1, 2, 3, 4, 8, 16, 36, 48, 96, 128):
         full = int(cpus / pools.generator_cpus + 1e-9) * pools.generator_cpus
         assert cpus - full > 2 * after, (cpus, pools.generator_cpus)
 
 
-def test_a_gpu_machine_with_a_cpu_for_each_gpu_has_room_for_writers() -> None:
-    pools = Pools.for_cluster(device="cuda", cpus=8, gpus=8)
-    assert pools.generators == 8
-    assert 8 * pools.generator_cpus + pools.writers * pools.write_options(9)["num_cpus"] < 8
+def test_a_gpu_machine_with_a_cpu_for_each_gpu_has_room_for_scorers() -> None:
+    pools = Pools.for_cluster(device="cuda", cpus=8, gpus=8, scorers=2)
+    assert pools.generators == 6
+    assert 8 * pools.generator_cpus + pools.scorers * pools.score_options(9)["num_cpus"] < 8
 
 
 @pytest.mark.parametrize("scorers", [None, 1])
@@ -99,7 +99,7 @@ def test_a_pool_with_a_least_and_a_most_grows() -> None:
 def test_a_node_label_holds_for_every_stage() -> None:
     label = parse_node_label("pcmnet.io/role=generation")
     pools = Pools.for_cluster(device="cuda", cpus=8, gpus=2, scorers=1, node_label=label)
-    for options in (pools.draw_options(9), pools.featurise_options(9), pools.write_options(9)):
+    for options in (pools.draw_options(9), pools.score_options(9)):
         assert options["label_selector"] == {"pcmnet.io/role": "generation"}
     assert "label_selector" not in Pools.for_cluster(device="cuda", cpus=4, gpus=1).draw_options(9)
     clip = ClipSpec(model="null", revision="")

@@ -80,6 +80,20 @@ def test_a_model_that_no_generator_can_load_is_one_line(tmp_path: Path, tiny_t2i
     assert not (tmp_path / "data/dataset.json").exists()
 
 
+def test_a_caption_that_kills_takes_the_shard_that_is_being_stored_along_at_most_once(
+    tmp_path: Path, tiny_t2i: Path, ray_session: None
+) -> None:
+    captions = [CAPTIONS[0], faulty_generators.CRASHES]
+    spec = tiny_spec(tiny_t2i, num_inference_steps=1)
+    store, plan = plan_dataset(tmp_path / "data", write_corpus(tmp_path, captions), spec, shard_size=1)
+    slow = faulty_generators.SlowStore(store.root, store.fs, store.prefix, store._single)
+    one, deaths = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=1), 3
+    result = run_pipeline(slow, plan, one, faults=FaultPolicy(max_deaths=deaths), draw=faulty_generators.DrawFaulty)
+    assert result.manifest is not None
+    assert result.manifest.quarantined_by_reason == {"generator_crashed": 1}
+    assert result.begun_again == 1 + deaths, "the shard beside it, and its own"
+
+
 def test_of_two_that_drew_a_shard_one_is_stored_whole(tmp_path: Path, tiny_t2i: Path, ray_session: None) -> None:
     """Drawn in batches of four by one and, after an out-of-memory, of two by the other: no part of both is stored."""
     captions = [*CAPTIONS[:2], faulty_generators.NEEDS_MEMORY, *CAPTIONS[2:5], faulty_generators.RAISES]
@@ -102,7 +116,7 @@ def test_of_two_that_drew_a_shard_one_is_stored_whole(tmp_path: Path, tiny_t2i: 
     objects = [store.read_bytes(key) for key in (shard_key(0), quarantine_key(0), stats_key(0))]
     assert len(write(second)) == 0, "another drawer's is stored"
     assert [store.read_bytes(key) for key in (shard_key(0), quarantine_key(0), stats_key(0))] == objects
-    assert len(write(first)) == 1, "its writer may have died before it said so, and is run again"
+    assert len(write(first)) == 1, "its process may have died before it said so, and is run again"
     ray.get(monitor.committed.remote(0))
     assert len(write(second)) == 0
     write_manifest(store, plan, score.features)

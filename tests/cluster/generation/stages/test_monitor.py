@@ -187,9 +187,9 @@ def test_too_large_a_share_of_failures_stops_the_run(good: int, failed: int, sto
     monitor.end("g", good)
     for _ in range(failed):
         monitor.failed(1, "RuntimeError: useless")
-    assert bool(monitor.end_shard(0)) is stops
+    assert bool(monitor.end_shard()) is stops
     if stops:
-        assert monitor.end_shard(0).startswith("33 of 65 samples failed in the generator")
+        assert monitor.end_shard().startswith("33 of 65 samples failed in the generator")
 
 
 def test_a_snapshot_counts_what_is_not_yet_stored() -> None:
@@ -273,15 +273,29 @@ def test_what_was_drawn_on_a_node_that_is_lost_is_given_out_again_at_once() -> N
     assert monitor.turn("h", -1, node="two") == Turn(0)
 
 
-def test_a_shard_that_is_drawn_is_not_given_out_again_because_its_process_died() -> None:
+def test_what_a_process_was_storing_is_lost_with_it_unless_clip_alone_has_it() -> None:
     monitor = RunMonitor(FaultPolicy())
-    monitor.begin_pass(range(2), 2)
+    monitor.begin_pass(range(4), 2)
     monitor.start("g", "gpu-7")
-    monitor.turn("g", 0)
-    monitor.turn("g", 1)
-    monitor.end_shard(0)
+    assert (monitor.turn("g", 0), monitor.turn("g", 1)) == (Turn(0), Turn(1))
+    assert monitor.may_store(0, 0)
+    monitor.handed_on(1)
     monitor.start("g", "gpu-7")
-    assert (monitor.turn("h", -1), monitor.turn("h", -2)) == (Turn(1), Turn(wait=True))
+    assert (monitor.turn("g", 2), monitor.turn("g", 3)) == (Turn(2), Turn(wait=True)), "what is lost counts no more"
+    assert (monitor.turn("h", 3), monitor.turn("h", -1)) == (Turn(3), Turn(0))
+    assert monitor.may_store(0, -1), "nobody stores it any more"
+    assert monitor.turn("i", -2) == Turn(wait=True), "of shard 1 nothing is lost"
+
+
+def test_a_shard_that_was_begun_before_is_marked() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(2), 1)
+    monitor.start("g", "gpu-7")
+    assert monitor.turn("g", 0) == Turn(0)
+    monitor.begin_shard(0)
+    monitor.start("g", "gpu-7")
+    assert monitor.turn("g", 0) == Turn(0, again=True)
+    assert monitor.turn("g", 1) == Turn(1)
 
 
 def test_of_two_that_drew_a_shard_the_first_to_ask_is_stored() -> None:
@@ -289,7 +303,7 @@ def test_of_two_that_drew_a_shard_the_first_to_ask_is_stored() -> None:
     monitor = RunMonitor(FaultPolicy(), clock=time)
     monitor.begin_pass(range(2), 2)
     assert monitor.may_store(0, -1) and not monitor.may_store(0, 0)
-    assert monitor.may_store(0, -1), "its writer died, and Ray runs it again"
+    assert monitor.may_store(0, -1), "its process died, and Ray runs it again"
     assert monitor.may_store(1, 1)
     time.now += COMMIT_SECONDS
     assert monitor.may_store(0, 0), "the first one has had its time"

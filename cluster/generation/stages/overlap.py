@@ -1,0 +1,41 @@
+"""An actor's two threads: one works on a shard while the other stores the one before it."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import pyarrow as pa
+
+T = TypeVar("T")
+
+
+class Overlap:
+    """Ray Data calls an actor from several threads (`cluster.generation.pools`); each call comes through these two.
+
+    All work is done in one thread, because torch keeps some of its settings for each.
+    """
+
+    def __init__(self, store: Callable[[pa.Table], pa.Table]) -> None:
+        self._store = store
+        self._working = ThreadPoolExecutor(1, thread_name_prefix="work")
+        self._storing = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._last: Future[pa.Table] | None = None
+
+    def run(self, work: Callable[[], pa.Table | None]) -> pa.Table | None:
+        """What storing returns, of what the work returns; None where that is None. Raises what either raises."""
+        stored = self._working.submit(self._work, work).result()
+        return stored and stored.result()
+
+    def in_work_thread(self, call: Callable[[], T]) -> T:
+        return self._working.submit(call).result()
+
+    def wait(self) -> None:
+        """In the work thread: until what it has handed over is stored, or could not be."""
+        wait([self._last] if self._last else [])
+
+    def _work(self, work: Callable[[], pa.Table | None]) -> Future[pa.Table] | None:
+        done = work()
+        if done is None:
+            return None
+        self._last = self._storing.submit(self._store, done)
+        return self._last
