@@ -4,11 +4,12 @@
     python -m benchmarks.schedule --generators 1000 --shards-each 20 --hours-between-deaths 8
 
 The monitor is the one of a real run (cluster.generation.stages.monitor), on a clock of its own; simulated are Ray Data,
-which gives each generator two turns at once that stay bound to it, and the generators. Times are of shards of about ten
-minutes; `--no-turns` gives every shard to the generator to which Ray Data gave it, and to no other: the rule before.
+which gives each generator four turns at once that stay bound to it, and the generators. Times are of shards of about
+ten minutes; `--no-turns` gives every shard to the generator to which Ray Data gave it alone: the rule before.
 
-A death takes the process and what it was drawing. It starts again after `--restart-minutes` (on a new spot node, or on
-the same one), and loads its model again. Rates differ from generator to generator and from shard to shard.
+A death takes the process, what it was drawing and what it was storing. It starts again after `--restart-minutes` (on a
+new spot node, or on the same one), and loads its model again. Rates differ from generator to generator and from shard
+to shard.
 """
 
 import argparse
@@ -25,8 +26,8 @@ from cluster.generation.pipeline import TURNS_MORE
 from cluster.generation.stages.generator import LONGEST_PAUSE
 from cluster.generation.stages.monitor import RunMonitor, Turn
 
-#: Turns that Ray Data gives to an actor at once.
-TURNS_AT_ONCE = 2
+#: Turns that Ray Data gives to an actor at once: twice as many as it works on, one in each of two threads.
+TURNS_AT_ONCE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class _Generator:
     name: str
     pace: float
     bound: deque[int] = field(default_factory=deque)  # turns, the first one is being worked on
+    storing: list[int] = field(default_factory=list)  # turns whose shards are drawn
     life: int = 0  # counts processes
     drawing_since: float | None = None
     shard: int | None = None
@@ -79,12 +81,10 @@ class Simulation:
         self.drawn = 0.0  # shards, parts of those that were lost or dropped included
         self.busy_seconds = 0.0
         self.joined: list[float] = []
-        self._empty_at = 0.0
 
     def run(self) -> dict[str, float]:
         """idle_share: of the generators' time, from when each came to the last shard, what was not drawing (loading and
-        restarting too); drawn_twice: work lost or dropped, as a share; and how long the run went on after the last
-        shard had been given to a generator."""
+        restarting too); drawn_twice: work lost or dropped, as a share."""
         settings = self.settings
         for number in range(settings.generators):
             joins = settings.joins_within_seconds * number / max(1, settings.generators - 1)
@@ -95,7 +95,7 @@ class Simulation:
             if kind == "start":
                 self._start(number)
             elif kind == "stored":
-                self._store(shard, turn=life)
+                self._store(number, shard, turn=life)
             elif life == generator.life:
                 getattr(self, f"_{kind}")(number)
         for generator in self._generators:
@@ -109,7 +109,6 @@ class Simulation:
             "hours_without_idle_time": round(ideal / 3600, 3),
             "idle_share": round(1 - self.busy_seconds / there, 4),
             "drawn_twice": round(self.drawn / settings.shards - 1, 4),
-            "seconds_after_the_last_was_given": round(self.now - self._empty_at, 1),
         }
 
     def _at(self, after: float, kind: str, number: int, shard: int = -1, turn: int | None = None) -> None:
@@ -131,10 +130,8 @@ class Simulation:
     def _work(self, number: int) -> None:
         """The next turn of a generator that is loaded."""
         generator = self._generators[number]
-        while self._queue and len(generator.bound) < TURNS_AT_ONCE:
+        while self._queue and len(generator.bound) + len(generator.storing) < TURNS_AT_ONCE:
             generator.bound.append(self._queue.popleft())
-            if not any(turn >= 0 for turn in self._queue):
-                self._empty_at = self._empty_at or self.now
         while generator.bound:
             turn = self._turn(generator, generator.bound[0])
             if turn.wait:
@@ -160,7 +157,8 @@ class Simulation:
         generator = self._generators[number]
         assert generator.shard is not None
         turn = generator.bound.popleft()
-        self._monitor.end_shard(generator.shard)
+        self._monitor.end_shard()
+        generator.storing.append(turn)
         self._at(self.settings.store_seconds, "stored", number, generator.shard, turn)
         self._pause(generator)
         self.drawn += 1
@@ -172,10 +170,15 @@ class Simulation:
             part = (self.now - generator.drawing_since) / (self.settings.shard_seconds * generator.pace)
             self.drawn += min(1.0, part)
         self._pause(generator)
+        generator.bound.extendleft(reversed(generator.storing))
+        generator.storing.clear()
         generator.life += 1  # what was to come of this process does not come
         self._at(self.settings.restart_seconds, "start", number)
 
-    def _store(self, shard: int, *, turn: int) -> None:
+    def _store(self, number: int, shard: int, *, turn: int) -> None:
+        if turn not in self._generators[number].storing:
+            return  # its process has died meanwhile
+        self._generators[number].storing.remove(turn)
         if not self.settings.turns or self._monitor.may_store(shard, turn):
             self._monitor.committed(shard)
             self._stored.add(shard)
