@@ -27,8 +27,8 @@ from cluster.store.store import open_store
 from pcm import embedded
 from pcm.clip.encoder import ClipEncoder
 from pcm.embedded.making.captions import corpus_scenes
-from pcm.embedded.making.classifier import Classifier, judge
-from pcm.embedded.making.world import FIRST, NOUNS
+from pcm.embedded.making.classifier import Classifier, Verdict, judge
+from pcm.embedded.making.world import FIRST, NOUNS, PLACES
 from pcm.errors import InputError
 from pcm.text.metrics import cider_each, cider_only
 from tests.helpers.tiny_dataset import TINY, scene, write_dataset
@@ -337,8 +337,10 @@ def test_pairs_that_a_classifier_found_are_a_view_that_holds(out: Path, tmp_path
     table = pa.concat_tables([read_shard(source.store, shard, columns) for shard in source.shards])
     features = unit(_rows_of(out).global_feature.astype(np.float32))
     rng = np.random.default_rng(0)
-    captions, by_nouns, by_sight = (unit(rng.standard_normal((40, size))) for size in (features.shape[1], 8, 8))
-    pairs = retrievers.Pairs(source, table, np.zeros((40, 1)), [["dog"]] * 40, captions, features, by_nouns)
+    captions = unit(rng.standard_normal((40, features.shape[1])))
+    scenes = [retrievers.Named([noun.name], PLACES[number % len(PLACES)]) for number, noun in enumerate(NOUNS[:40])]
+    pairs = retrievers.Pairs(source, table, np.zeros((40, 1)), scenes, captions, features)
+    by_sight = unit(rng.standard_normal(pairs.by_words().shape))
     retrievers.write_pairs(pairs, by_sight, tmp_path / "view")
     view = open_dataset(open_store(tmp_path / "view"))
     rows = list(read_dataset(tmp_path / "view"))
@@ -351,12 +353,14 @@ def test_pairs_that_a_classifier_found_are_a_view_that_holds(out: Path, tmp_path
 
 
 def test_what_sync_makes_of_pairs_follows_what_finds_the_pictures() -> None:
-    """Eight captions of one noun each; the painter drew the next one's noun instead."""
+    """Eight captions of one noun and one place each; the painter drew the next one's noun instead."""
     names = [noun.name for noun in NOUNS][:8]
     right, drawn = np.eye(8, dtype=np.float32), np.roll(np.eye(8, dtype=np.float32), 1, axis=1)
-    shown = np.pad(drawn, ((0, 0), (0, len(NOUNS) - 8)))
-    nouns = [[name] for name in names]
-    seeing = retrievers.figures(right, drawn, right, nouns, shown)
+    shown = Verdict(np.pad(drawn, ((0, 0), (0, len(NOUNS) - 8))), np.arange(8))
+    scenes = [retrievers.Named([name], place) for name, place in zip(names, PLACES[:8], strict=True)]
+    seeing = retrievers.figures(right, drawn, right, scenes, shown)
     assert seeing["wrong_before"] == 1 and seeing["wrong_after"] == 0 and seeing["moved"] == 1
-    believing = retrievers.figures(right, right, right, nouns, shown)  # takes each picture for what was asked for
+    assert seeing["wrong_places_before"] == 0 and seeing["wrong_places_after"] == 1, "it looks at nouns alone"
+    believing = retrievers.figures(right, right, right, scenes, shown)  # takes each picture for what was asked for
     assert believing["wrong_after"] == 1 and believing["moved"] == 0 and believing["pictures"] == int(0.9 * 8)
+    assert believing["wrong_places_after"] == 0

@@ -18,6 +18,7 @@ from benchmarks.experiments.settings import DOMAINS, MAIN
 from benchmarks.experiments.worth.pictures import (
     data_folder,
     dataset_pictures,
+    judge_folder,
     recognised,
     record_of,
     worth_folder,
@@ -43,6 +44,8 @@ from cluster.generation import GenerateRequest, generate
 from cluster.ingest.photos import featurise_photos
 from cluster.ingest.request import FeaturiseRequest
 from cluster.store.store import open_store
+from pcm.embedded.making.classifier import judge
+from pcm.embedded.making.world import PLACES
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +94,9 @@ def _make(painter: str, data: str, out: Path, art: Path) -> None:
 
 def data_figures(out: Path, painter: str, data: str) -> dict[str, Any]:
     """rows, mean_clip_score, and by the independent classifier: wrong_pictures, the share of pairs whose picture does
-    not show all things of its caption; missing_things, the share of things that are not shown; and how well the score
-    tells right pairs from wrong ones (score_auc). Computed once, kept beside the data.
+    not show all things of its caption; missing_things, the share of things that are not shown; wrong_places, the share
+    of pictures that do not show the place; and how well the score tells right pairs from wrong ones (score_auc).
+    Computed once, kept beside the data.
     """
     kept = worth_folder(out) / "figures" / painter / f"{data_folder(out, painter, data).name}.json"
     if kept.exists():
@@ -100,12 +104,15 @@ def data_figures(out: Path, painter: str, data: str) -> dict[str, Any]:
     store = open_store(data_folder(out, painter, data))
     manifest = load_manifest(store)
     pairs = scenes_of(DOMAINS[MAIN], CAPTIONS)
-    nouns, scores = [], []
+    nouns, places, scores = [], [], []
     for shard in manifest.stored_shards:
         table = read_shard(store, shard, ["sample_id", "clip_score"])
-        nouns += [sorted(pairs[record_of(name)][0].nouns) for name in table["sample_id"].to_pylist()]
+        scenes = [pairs[record_of(name)][0] for name in table["sample_id"].to_pylist()]
+        nouns += [sorted(scene.nouns) for scene in scenes]
+        places += [PLACES.index(scene.place) for scene in scenes]
         scores += table["clip_score"].to_pylist()
-    seen = recognised(out, dataset_pictures(store, manifest), nouns)
+    pictures = dataset_pictures(store, manifest)
+    seen = recognised(out, pictures, nouns)
     right = np.array([len(found) == len(names) for found, names in zip(seen, nouns, strict=True)])
     score = np.array(scores)
     figures = {
@@ -113,6 +120,7 @@ def data_figures(out: Path, painter: str, data: str) -> dict[str, Any]:
         "mean_clip_score": round(float(score.mean()), 4),
         "wrong_pictures": round(float(1 - right.mean()), 4),
         "missing_things": round(1 - sum(map(len, seen)) / sum(map(len, nouns)), 4),
+        "wrong_places": round(float((judge(judge_folder(out), pictures).places != np.array(places)).mean()), 4),
         "score_auc": auc(score[right], score[~right]),
     }
     write_whole(kept, json.dumps(figures, indent=1) + "\n")

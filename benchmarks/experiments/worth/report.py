@@ -196,22 +196,25 @@ def _data_table(out: Path) -> list[str]:
         "### The data",
         "",
         "Wrong pictures: the share of pairs whose picture does not show all things of its caption, by the independent "
-        "classifier. AUC: the probability that a right pair has a higher score than a wrong one.",
+        "classifier; wrong places: whose picture does not show its place. AUC: the probability that a right pair has a "
+        "higher score than a wrong one.",
         "",
-        "| painter | data | pairs | drawn | mean cosine | wrong pictures | missing things | AUC of the score |",
-        "|---|---|---|---|---|---|---|---|",
+        "| painter | data | pairs | drawn | mean cosine | wrong pictures | missing things | wrong places "
+        "| AUC of the score |",
+        "|---" * 9 + "|",
     ]
     for painter in (*PAINTERS, RENDERED):
         for data in (DRAWN, *STEPS_OF_DATA) if painter != RENDERED else (DRAWN,):
             if not is_made(out, painter, data):
-                lines.append(f"| {painter} | {data} | not made |" + " |" * 5)
+                lines.append(f"| {painter} | {data} | not made |" + " |" * 6)
                 continue
             found = data_figures(out, painter, data)
             drawn = 0 if painter == RENDERED else CAPTIONS * (1 + _drawn(data))
             lines.append(
                 f"| {painter} | {'rendered' if painter == RENDERED else data} | {found['rows']} | {drawn:.0f} "
                 f"| {found['mean_clip_score']:.3f} | {100 * found['wrong_pictures']:.1f} % "
-                f"| {100 * found['missing_things']:.1f} % | {found['score_auc']:.2f} |"
+                f"| {100 * found['missing_things']:.1f} % | {100 * found['wrong_places']:.1f} % "
+                f"| {found['score_auc']:.2f} |"
             )
     painters = "; ".join(
         f"{name}: {how.steps} steps, guidance {how.guidance_scale:g}, {how.side} x {how.side}"
@@ -422,14 +425,16 @@ def _retrievers(out: Path, painter: str) -> list[str]:
     if found is None:
         return []
     lines = [
-        "SynC by what finds the pictures. The second classifier sees the nouns of a picture; it has learned from other "
-        "scenes than the one that judges.",
+        "SynC by what finds the pictures. The second classifier sees the nouns and the place of a picture; it has "
+        "learned from other scenes than the one that judges. Wrong pairs: by their things, and by their place.",
         "",
-        "| pictures found by | right of the 15 candidates | wrong pairs before | after | captions moved | pictures |",
-        "|---" * 6 + "|",
+        "| pictures found by | right of the 15 candidates | wrong pairs before | after | wrong places before | after "
+        "| captions moved | pictures |",
+        "|---" * 8 + "|",
     ]
+    wrong = ("wrong_before", "wrong_after", "wrong_places_before", "wrong_places_after")
     for name, each in found.items():
-        shares = (each[key] for key in ("right_among_candidates", "wrong_before", "wrong_after", "moved"))
+        shares = (each[key] for key in ("right_among_candidates", *wrong, "moved"))
         lines.append(
             f"| {name} | " + " | ".join(f"{100 * share:.0f} %" for share in shares) + f" | {each['pictures']} |"
         )

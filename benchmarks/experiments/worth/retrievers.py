@@ -1,8 +1,8 @@
 """What SynC makes of the same pairs when something else than the small CLIP finds the pictures.
 
 SynC takes what its CLIP finds for true. Here its CLIP is weak, and the paper's is not. So the same pairs are refined
-once more by the nouns that a second classifier sees in each picture. It has other initial weights, and has learned from
-other scenes, than the classifier that judges the result.
+once more by the nouns and the place that a second classifier sees in each picture. It has other initial weights, and
+has learned from other scenes, than the classifier that judges the result.
 """
 
 import json
@@ -37,8 +37,8 @@ from cluster.dataset.rows import read_rows, read_shard
 from cluster.dataset.view import lineage_source, write_view
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
-from pcm.embedded.making.classifier import judge
-from pcm.embedded.making.world import NOUNS
+from pcm.embedded.making.classifier import Verdict, judge
+from pcm.embedded.making.world import NOUNS, PLACES
 
 _NAMES = tuple(noun.name for noun in NOUNS)
 #: Of the second classifier and of its scenes; the judge has 0, 5 and 6.
@@ -58,14 +58,14 @@ def make_figures(out: Path, painter: str, art: Path) -> None:
     if kept_figures(out, painter) is not None:
         return
     pairs = Pairs.of(out, painter)
-    shown = judge(judge_folder(out), pairs.images).nouns
-    by_sight = pairs.by_sight(out, art)
+    shown = judge(judge_folder(out), pairs.images)
+    words, sight, said = pairs.by_words(), pairs.by_sight(out, art), pairs.scenes
+    nouns_of_words, nouns_of_sight = (unit(vectors[:, : len(_NAMES)]) for vectors in (words, sight))
     found = {
-        "the small CLIP": figures(pairs.captions, pairs.pictures, pairs.captions, pairs.nouns, shown),
-        "a second classifier": figures(pairs.by_nouns, by_sight, pairs.captions, pairs.nouns, shown),
-        "a second classifier, which compares the captions too": figures(
-            pairs.by_nouns, by_sight, pairs.by_nouns, pairs.nouns, shown
-        ),
+        "the small CLIP": figures(pairs.captions, pairs.pictures, pairs.captions, said, shown),
+        "a second classifier": figures(words, sight, pairs.captions, said, shown),
+        "a second classifier, which compares the captions too": figures(words, sight, words, said, shown),
+        "a second classifier, by nouns alone": figures(nouns_of_words, nouns_of_sight, pairs.captions, said, shown),
     }
     write_whole(_place(out, painter), json.dumps(found, indent=1) + "\n")
 
@@ -78,8 +78,8 @@ def make_view(out: Path, painter: str, folder: Path, art: Path) -> None:
 
 
 def write_pairs(pairs: "Pairs", by_sight: np.ndarray, folder: Path) -> None:
-    """The view of the pairs whose pictures were found by unit vectors `by_sight` (N, nouns)."""
-    choice, kept = refine_in_memory(pairs.by_nouns, by_sight, pairs.captions, SETTINGS)
+    """The view of the pairs whose pictures were found by unit vectors `by_sight` (N, nouns + places)."""
+    choice, kept = refine_in_memory(pairs.by_words(), by_sight, pairs.captions, SETTINGS)
     cosine = (pairs.captions.astype(np.float64) * pairs.pictures[choice.picture]).sum(axis=1)
     rows = refined_rows(
         Refined(choice.picture, choice.score, cosine, kept, recall=None), pairs.table["clip_score"].to_numpy()
@@ -89,8 +89,8 @@ def write_pairs(pairs: "Pairs", by_sight: np.ndarray, folder: Path) -> None:
         method="refine",
         settings=settings,
         sources=(lineage_source(pairs.source),),
-        rows_in=len(pairs.nouns),
-        rules=(RuleCount(rule="keep", setting=KEEP, dropped=len(pairs.nouns) - len(kept)),),
+        rows_in=len(pairs.scenes),
+        rules=(RuleCount(rule="keep", setting=KEEP, dropped=len(pairs.scenes) - len(kept)),),
         facts=rows.facts,
     )
     write_view(open_store(folder), [pairs.source], view_rows(rows, pairs.table, pairs.source), lineage)
@@ -98,16 +98,15 @@ def write_pairs(pairs: "Pairs", by_sight: np.ndarray, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Pairs:
-    """N pairs as a painter drew them. captions, pictures: (N, D) unit vectors of the small CLIP; by_nouns: (N, nouns)
-    unit vectors of the captions' nouns."""
+    """N pairs as a painter drew them. captions, pictures: (N, D) unit vectors of the small CLIP; scenes: the nouns and
+    the place that each caption names."""
 
     source: OpenDataset
     table: pa.Table  # sample_id, caption, clip_score
     images: np.ndarray
-    nouns: list[list[str]]
+    scenes: "Sequence[Named]"
     captions: np.ndarray
     pictures: np.ndarray
-    by_nouns: np.ndarray
 
     @staticmethod
     def of(out: Path, painter: str) -> "Pairs":
@@ -116,23 +115,41 @@ class Pairs:
         columns = ["sample_id", "caption", "clip_score"]
         table = pa.concat_tables([read_shard(source.store, shard, columns) for shard in manifest.stored_shards])
         parts = [read_rows(source.store, shard, None, manifest.features) for shard in manifest.stored_shards]
-        scenes = scenes_of(DOMAINS[MAIN], CAPTIONS)
-        nouns = [sorted(scenes[record_of(name)][0].nouns) for name in table["sample_id"].to_pylist()]
+        pairs = scenes_of(DOMAINS[MAIN], CAPTIONS)
+        scenes = [pairs[record_of(name)][0] for name in table["sample_id"].to_pylist()]
         return Pairs(
             source=source,
             table=table,
             images=dataset_pictures(source.store, manifest),
-            nouns=nouns,
+            scenes=[Named(sorted(scene.nouns), scene.place) for scene in scenes],
             captions=unit(ClipEncoder("embedded", device="cpu").encode_texts(table["caption"].to_pylist())),
             pictures=unit(np.concatenate([part.global_feature for part in parts]).astype(np.float32)),
-            by_nouns=unit(np.array([[float(name in names) for name in _NAMES] for names in nouns], np.float32)),
         )
 
+    def by_words(self) -> np.ndarray:
+        """(N, nouns + places) unit vectors: what the captions name."""
+        nouns = np.array([[float(name in scene.nouns) for name in _NAMES] for scene in self.scenes], np.float32)
+        return _vectors(nouns, np.array([PLACES.index(scene.place) for scene in self.scenes]))
+
     def by_sight(self, out: Path, art: Path) -> np.ndarray:
-        """(N, nouns) unit vectors: what the second classifier, which is trained where it is missing, sees."""
+        """(N, nouns + places) unit vectors: what the second classifier, which is trained where it is missing, sees."""
         folder = worth_folder(out) / "second_classifier"
         train_judge(folder, art, seed=SEED, scene_seeds=SCENE_SEEDS)
-        return unit(judge(folder, self.images).nouns)
+        seen = judge(folder, self.images)
+        return _vectors(seen.nouns, seen.places)
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a caption names."""
+
+    nouns: Sequence[str]
+    place: str
+
+
+def _vectors(nouns: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """(n, nouns) and indices into PLACES (n,) -> (n, nouns + places): the place counts as much as all nouns."""
+    return unit(np.concatenate([unit(nouns), np.eye(len(PLACES), dtype=np.float32)[places]], axis=1))
 
 
 def _place(out: Path, painter: str) -> Path:
@@ -143,20 +160,22 @@ def figures(
     captions: np.ndarray,
     pictures: np.ndarray,
     sentences: np.ndarray,
-    nouns: Sequence[Sequence[str]],
-    shown: np.ndarray,
+    scenes: Sequence[Named],
+    shown: Verdict,
 ) -> Mapping[str, float]:
     """Of N pairs refined with tau = 0.9, by the classifier that judges.
 
-    `captions` (N, D), `pictures` (N, D), `sentences` (N, E): unit vectors; `nouns`: of each caption; `shown` (N,
-    nouns): how surely the judge sees each in each picture. wrong_before, wrong_after: the share of pairs whose picture
-    does not show all nouns; right_among_candidates: the share of the K candidates that do; moved: the share of kept
-    captions that get another's picture; pictures: how many different ones are left.
+    `captions` (N, D), `pictures` (N, D), `sentences` (N, E): unit vectors; `scenes`: what each caption names; `shown`:
+    what the judge sees in the pictures. wrong_before, wrong_after: the share of pairs whose picture does not show all
+    nouns; wrong_places_before, wrong_places_after: the place; right_among_candidates: the share of the K candidates
+    that show all nouns; moved: the share of kept captions that get another's picture; pictures: how many different ones
+    are left.
     """
     choice, kept = refine_in_memory(captions, pictures, sentences, SETTINGS)
     candidates = nearest(captions, Parts(pictures), SETTINGS.candidates).indices
-    surest = np.argsort(-shown, axis=1, kind="stable")
-    columns = [{_NAMES.index(name) for name in names} for names in nouns]
+    surest = np.argsort(-shown.nouns, axis=1, kind="stable")
+    columns = [{_NAMES.index(name) for name in scene.nouns} for scene in scenes]
+    place = np.array([PLACES.index(scene.place) for scene in scenes])
 
     def is_right(caption: int, picture: int) -> bool:
         wanted = columns[caption]
@@ -169,6 +188,8 @@ def figures(
             float(np.mean([[is_right(row, other) for other in candidates[row].tolist()] for row in rows])), 4
         ),
         "wrong_after": round(float(np.mean([not is_right(row, choice.picture[row]) for row in kept.tolist()])), 4),
+        "wrong_places_before": round(float((shown.places != place).mean()), 4),
+        "wrong_places_after": round(float((shown.places[choice.picture[kept]] != place[kept]).mean()), 4),
         "moved": round(float(np.mean(choice.picture[kept] != kept)), 4),
         "pictures": len(np.unique(choice.picture[kept])),
     }
