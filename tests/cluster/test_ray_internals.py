@@ -1,5 +1,6 @@
 """Each thing of Ray that is not public, named and called as we call it: what an upgrade of Ray breaks is seen here."""
 
+import gc
 import inspect
 import os
 import time
@@ -178,3 +179,32 @@ def test_a_pipeline_ends_where_its_rows_are_no_longer_wanted(ray_session: None) 
     while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not Path(f"/proc/{process}").exists()
+
+
+@pytest.mark.parametrize("fails_at", [0, 7, None])
+def test_a_pipeline_that_has_ended_or_failed_holds_no_cpus_whoever_keeps_the_error(
+    ray_session: None, fails_at: int | None
+) -> None:
+    class Fails:
+        def __call__(self, block: pa.Table) -> pa.Table:
+            if block["number"][0].as_py() == fails_at:
+                raise ValueError("no such colour")
+            return block
+
+    pool = ActorPoolStrategy(size=2, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True)
+    numbers = row_by_row(pa.table({"number": list(range(20))}))
+    pipeline = numbers.map_batches(Fails, compute=pool, num_cpus=0.9, batch_size=1, batch_format="pyarrow")
+    there, kept = ray.cluster_resources()["CPU"], None
+    gc.disable()
+    try:
+        assert len(list(rows_of(pipeline))) == 20
+    except ray.exceptions.RayError as error:
+        kept = error
+    try:
+        deadline = time.monotonic() + 60
+        while ray.available_resources().get("CPU") != there and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert ray.available_resources().get("CPU") == there
+    finally:
+        gc.enable()
+    assert (kept is None) == (fails_at is None)
