@@ -22,12 +22,9 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from cluster.generation.limits import FaultPolicy
-from cluster.generation.pipeline import TURNS_MORE
+from cluster.generation.pools import TURNS_AT_ONCE
 from cluster.generation.stages.generator import LONGEST_PAUSE
 from cluster.generation.stages.monitor import RunMonitor, Turn
-
-#: Turns that Ray Data gives to an actor at once: twice as many as it works on, one in each of two threads.
-TURNS_AT_ONCE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +40,7 @@ class Settings:
     store_seconds: float = 5.0
     seconds_between_deaths: float = math.inf  # of one generator, on average
     restart_seconds: float = 300.0
+    lost: int = 0  # generators that die with their first shard and do not come back
     joins_within_seconds: float = 600.0  # the first generator comes at once, the last one so much later
     turns: bool = True  # False: every shard in its own turn alone
     seed: int = 0
@@ -68,7 +66,7 @@ class Simulation:
         self._random = random.Random(settings.seed)
         self._monitor = RunMonitor(FaultPolicy(), clock=lambda: self.now)
         self._monitor.begin_pass(range(settings.shards), settings.generators)
-        more = TURNS_MORE * settings.generators if settings.turns else 0
+        more = TURNS_AT_ONCE * settings.generators if settings.turns else 0
         self._queue = deque([*range(settings.shards), *(-1 - turn for turn in range(more))])
         self._events: list[tuple[float, int, str, int, int, int]] = []  # time, order, kind, generator, life, shard
         self._order = 0
@@ -124,7 +122,9 @@ class Simulation:
         generator.life += 1
         self._monitor.start(generator.name, f"node {number}")
         self._at(self.settings.load_seconds, "work", number)
-        if self.settings.seconds_between_deaths < math.inf:
+        if number >= self.settings.generators - self.settings.lost:
+            self._at(self.settings.load_seconds + self.settings.shard_seconds / 2, "end", number)
+        elif self.settings.seconds_between_deaths < math.inf:
             self._at(self._random.expovariate(1 / self.settings.seconds_between_deaths), "die", number)
 
     def _work(self, number: int) -> None:
@@ -174,6 +174,10 @@ class Simulation:
         generator.storing.clear()
         generator.life += 1  # what was to come of this process does not come
         self._at(self.settings.restart_seconds, "start", number)
+
+    def _end(self, number: int) -> None:
+        self._pause(self._generators[number])
+        self._generators[number].life += 1
 
     def _store(self, number: int, shard: int, *, turn: int) -> None:
         if turn not in self._generators[number].storing:

@@ -1,6 +1,6 @@
 """What is used of Ray Data outside its public interface: apart from cluster/ray_internals.py, which imports torch."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import pyarrow as pa
@@ -37,7 +37,7 @@ def row_by_row(table: pa.Table) -> ray.data.Dataset:
     return ray.data.Dataset(plan, context, DatasetStats(metadata={}, parent=None))
 
 
-def rows_of(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+def rows_of(dataset: ray.data.Dataset) -> Generator[dict[str, Any], None, None]:
     """Run a pipeline: its rows, as each block is done. Its actors end with it: after the last row, by an error, or when
     this is closed before.
 

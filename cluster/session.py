@@ -47,7 +47,8 @@ def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | No
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     runtime_env = {"env_vars": dict(worker_env)} if worker_env else None
     # It takes a second to import, and Ray's start is mostly waiting for its processes.
-    threading.Thread(target=import_module, args=("ray.data",), daemon=True).start()
+    importing = threading.Thread(target=import_module, args=("ray.data",), daemon=True)
+    importing.start()
     if os.environ.get("RAY_ADDRESS"):
         protect_token_file()
         ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env)
@@ -57,6 +58,7 @@ def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | No
         _start_local(num_cpus, runtime_env)
         _wait_for_resources()
         log.info("started Ray on this machine: %s", _resources())
+    importing.join()
     from ray.data import DataContext
 
     logging.getLogger("ray.data.exceptions").addFilter(is_no_user_error)

@@ -2,7 +2,9 @@
 
 import json
 import logging
-from collections.abc import Collection, Iterable
+from collections import abc
+from collections.abc import Collection
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +30,7 @@ from cluster.generation.cost import Billing
 from cluster.generation.display import Display
 from cluster.generation.environment import joined_versions, stored_environments, versions
 from cluster.generation.limits import FaultPolicy, RunLimits
-from cluster.generation.pools import Pools
+from cluster.generation.pools import TURNS_AT_ONCE, Pools
 from cluster.generation.progress import RunProgress, Status
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.generator import Generator
@@ -41,9 +43,6 @@ from pcm.errors import InputError
 from pcm.records import FeatureShape
 
 log = logging.getLogger(__name__)
-
-#: Turns at the end of a run for each generator, in which it may draw a shard that another one has not ended.
-TURNS_MORE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +153,11 @@ def run_pipeline(
         ) as display:
             while missing:
                 made = shard_stream(store, plan, missing, pools, watched_by=(monitor, faults), retry=retry, draw=draw)
-                for stats in made:
-                    on_store.add(stats)
-                    display.add(stats)
-                    check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
+                with closing(made):  # at once, whatever is raised here: its actors hold CPUs and GPUs
+                    for stats in made:
+                        on_store.add(stats)
+                        display.add(stats)
+                        check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
                 missing = _still_missing(missing, on_store)
             begun_again = shards_begun_again(monitor)
     status = progress.status()
@@ -201,7 +201,7 @@ def shard_stream(
     watched_by: tuple[ActorHandle, FaultPolicy],
     retry: frozenset[str] = frozenset(),
     draw: type[DrawShard] = DrawShard,
-) -> Iterable[dict]:
+) -> abc.Generator[dict, None, None]:
     """Run shards through the pools; yields each shard's stats once it is committed. A few may not come back.
 
     Raises InputError when a model a user named cannot be loaded by the workers, or when the monitor stops the run.
@@ -213,8 +213,9 @@ def shard_stream(
     generators = min(pools.generators, len(shards))
     begun: Any = monitor.begin_pass.remote(shards, generators)
     # A turn for each shard, and some more, in which idle generators take over what others have not begun or not ended.
+    # As many as can be bound to generators that are lost: else those that are left would run out of turns.
     # One pipeline for the whole run, however many shards: to start another is to load every model again.
-    turns = [*shards, *(-1 - turn for turn in range(TURNS_MORE * generators))]
+    turns = [*shards, *(-1 - turn for turn in range(TURNS_AT_ONCE * generators))]
     pipeline = row_by_row(pa.table({"turn": pa.array(turns, pa.int64())}))
     block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     drawing = {"scores": not pools.scorers, "concepts": None if pools.scorers else concepts}
@@ -233,16 +234,17 @@ def shard_stream(
     ray.get(begun)  # asked for above: its process starts beside those that Ray Data starts
     left = set(shards)
     try:
-        for stored in rows_of(pipeline):
-            stats = json.loads(stored["stats"])
-            monitor.committed.remote(stats["shard"])
-            if stats["shard"] in left:
-                left.remove(stats["shard"])
-                yield stats
-            # Turns that are left have nothing to draw, and end. A generator that draws what is stored now, or loads, is
-            # not waited for.
-            if not left and ray.get(monitor.busy.remote()):
-                break
+        with closing(rows_of(pipeline)) as rows:
+            for stored in rows:
+                stats = json.loads(stored["stats"])
+                monitor.committed.remote(stats["shard"])
+                if stats["shard"] in left:
+                    left.remove(stats["shard"])
+                    yield stats
+                # Turns that are left have nothing to draw, and end. A generator that draws what is stored now, or
+                # loads, is not waited for.
+                if not left and ray.get(monitor.busy.remote()):
+                    break
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
 

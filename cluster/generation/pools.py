@@ -17,6 +17,12 @@ GENERATORS_PER_SCORER = 16
 _SCORER_CPUS = 0.0002
 #: So many of them find a place on a machine of whole CPUs, up to this number, that is full.
 _SCORERS_A_MACHINE, _CPUS_A_MACHINE = 10, 128
+#: Calls of an actor at a time: in one thread it works on a shard, in another it stores one.
+_CALLS = 2
+#: Turns that Ray Data binds to a generator: while two are in work, it has the next ones, and waits for nobody. The rate
+#: by which a pool grows needs as many. Nobody else gets them, so a run has as many turns more for each generator that
+#: is lost (`cluster.generation.pipeline`).
+TURNS_AT_ONCE = 2 * _CALLS
 #: Ray counts a resource in so many parts of one.
 _UNITS = 10_000
 
@@ -44,7 +50,7 @@ class Pools:
         clip_gpus: int = MachineOptions.clip_gpus,
         node_label: tuple[str, str] | None = None,
     ) -> "Pools":
-        """One generator a GPU, which also scores; on a CPU, a generator a core with room for storing.
+        """One generator a GPU, which also scores; on a CPU, a generator a core with room for actors of CLIP alone.
 
         `generators` is a number or (least, most) of a pool that grows with its queue. With `scorers` or `clip_gpus`
         CLIP works in actors of its own, on a GPU each with `clip_gpus` of them, which serves 16 generators.
@@ -59,7 +65,7 @@ class Pools:
                 raise InputError(f"--clip-gpus {clip_gpus}: is for GPUs, and this run draws on CPUs; leave it out")
             count = most or max(1, int(cpus))
             cpus = cpus or count  # a cluster that has none yet is to get one for each generator
-            share = max(0.1, min(1.0, min(cpus * 0.75, cpus - 0.35) / count))  # room for the other stages
+            share = max(0.1, min(1.0, min(cpus * 0.75, cpus - 0.35) / count))  # room for scorers
             return Pools(
                 generators=count, min_generators=least, scorers=scorers or 0,
                 generator_cpus=_that_never_fills(share), generator_gpus=0, scorer_gpus=0,
@@ -96,12 +102,18 @@ class Pools:
         """What `map_batches` is told about the generator pool of a run over so many shards."""
         most = min(self.generators, shards)
         least = most if self.min_generators is None else min(self.min_generators, most)
-        return self._stage(_pool(least, most), self.generator_cpus, self.generator_gpus)
+        return self._stage(_pool(least, most, TURNS_AT_ONCE), self.generator_cpus, self.generator_gpus)
+
+    def featurise_options(self, shards: int) -> dict[str, Any]:
+        """The same of generators' places for CLIP over stored pictures: no shard is bound to an actor that others could
+        begin."""
+        count = min(self.generators, shards)
+        return self._stage(_pool(count, count, _CALLS), self.generator_cpus, self.generator_gpus)
 
     def score_options(self, shards: int) -> dict[str, Any]:
         """The same of the pool of CLIP alone, where there is one."""
         count = min(self.scorers, shards)
-        return self._stage(_pool(count, count), _SCORER_CPUS, self.scorer_gpus)
+        return self._stage(_pool(count, count, _CALLS), _SCORER_CPUS, self.scorer_gpus)
 
     def _stage(self, compute: "ActorPoolStrategy", cpus: float, gpus: float) -> dict[str, Any]:
         options: dict[str, Any] = {"compute": compute, "num_cpus": cpus, "num_gpus": gpus}
@@ -117,10 +129,13 @@ def _that_never_fills(share: float) -> float:
     return units / _UNITS
 
 
-def _pool(least: int, most: int) -> "ActorPoolStrategy":
-    """Every actor has two shards in work, one in each of its threads, and Ray hands it the next ones meanwhile, so that
-    none waits for the driver."""
+def _pool(least: int, most: int, at_once: int) -> "ActorPoolStrategy":
+    """`at_once`: shards that are bound to an actor."""
     from ray.data import ActorPoolStrategy  # seconds to import: not before Ray's start, which does it
 
-    size: dict[str, Any] = {"size": most} if least == most else {"min_size": least, "max_size": most}
-    return ActorPoolStrategy(**size, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True)
+    return ActorPoolStrategy(
+        **({"size": most} if least == most else {"min_size": least, "max_size": most}),
+        max_concurrent_calls_per_actor=_CALLS,
+        max_tasks_in_flight_per_actor=at_once,
+        enable_true_multi_threading=True,
+    )

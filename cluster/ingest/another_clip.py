@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -192,7 +193,7 @@ def _featurise_on_ray(source: OpenDataset, out: Store, spec: ClipSpec, missing: 
     wanted = [{"shard": shard} for shard in missing]
     source = replace(source, manifest=replace(source.manifest, lineage=None))  # examples, which no worker needs
     pipeline = ray.data.from_items(wanted, override_num_blocks=len(missing)).map_batches(
-        FeaturiseAgain, fn_constructor_args=(source, out, spec), **pools.draw_options(len(missing)), **block
+        FeaturiseAgain, fn_constructor_args=(source, out, spec), **pools.featurise_options(len(missing)), **block
     )
     done, rows, total, timer = 0, 0, sum(source.shards[number].rows for number in missing), LineTimer()
     try:
@@ -219,8 +220,7 @@ class FeaturiseAgain:
         self._featurise = self._overlap.in_work_thread(lambda: FeaturiseShard(spec))
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        pictures = self._read(block)
-        stored = self._overlap.run(lambda: self._featurise(pictures))
+        stored = self._overlap.run(partial(self._featurise, self._read(block)))
         assert stored is not None
         return stored
 

@@ -2,6 +2,8 @@
 
 import statistics
 
+import pytest
+
 from benchmarks.schedule import Settings, Simulation
 
 
@@ -16,6 +18,15 @@ def test_where_nobody_dies_no_shard_is_drawn_twice_and_all_work_until_the_last_o
     assert run["drawn_twice"] == 0
     seconds = 3600 * (run["hours"] - run["hours_without_idle_time"])
     assert seconds < 90 + 600, "the models' loading, and a shard that is begun when others have nothing to begin"
+
+
+@pytest.mark.parametrize(("generators", "lost", "shards"), [(3, 2, 20), (3, 2, 6), (4, 3, 40), (10, 9, 100)])
+def test_those_that_are_left_draw_everything_however_many_are_lost_for_good(
+    generators: int, lost: int, shards: int
+) -> None:
+    """Ray Data binds turns to each generator, and nobody else gets these."""
+    run = Simulation(Settings(generators=generators, shards=shards, lost=lost, joins_within_seconds=0.0)).run()
+    assert run["hours"] < (shards + 4) / (generators - lost) * 1.2 * 600 / 3600 + 0.5
 
 
 def test_shards_of_generators_that_die_are_drawn_by_those_that_live() -> None:

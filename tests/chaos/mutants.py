@@ -445,6 +445,16 @@ MUTANTS = (
         ("tests/cluster/generation/stages/test_monitor.py::test_what_a_process_was_storing_is_lost_with_it_unless_clip_alone_has_it",),
     ),
     Mutant(
+        "there are turns for all that is bound to generators that are lost",
+        "cluster/generation/pipeline.py", "range(TURNS_AT_ONCE * generators)", "range(generators)",
+        ("tests/cluster/generation/stages/test_generator.py::test_the_one_generator_that_can_draw_draws_everything",),
+    ),
+    Mutant(
+        "a run that the driver ends frees its actors",
+        "cluster/generation/pipeline.py", "with closing(made):", "if True:",
+        ("tests/cluster/generation/stages/test_generator.py::test_an_error_of_the_driver_holds_no_cpus_whoever_keeps_it",),
+    ),
+    Mutant(
         "an idle generator draws what another has not begun",
         "cluster/generation/stages/monitor.py", "        if self._waiting:\n            return next(iter(self._waiting))\n",
         "",

@@ -149,6 +149,19 @@ def not_loaded_by_the_first(claim: Path) -> type[DrawShard]:
     return DrawUnlessFirst
 
 
+def loaded_by_the_first_alone(claim: Path) -> type[DrawShard]:
+    """All but the first process that tries find no model. `claim`: a file that is not there yet."""
+
+    class DrawIfFirst(DrawShard):
+        @staticmethod
+        def load(spec: GeneratorSpec) -> TextToImage:
+            if _is_first(claim):
+                return Pixels(spec)
+            raise InputError("no such folder on this machine")
+
+    return DrawIfFirst
+
+
 def slow_at_first(claim: Path) -> type[DrawShard]:
     """The first process that draws anything takes for ever over its first batch."""
 

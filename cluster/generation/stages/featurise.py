@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -39,6 +39,7 @@ class FeaturiseShard:
     """Adds clip_score, global_feature and patch_features, computed from the stored image bytes.
 
     With a monitor (and the run's policy) CLIP is watched. `concepts` are stored before the features of their shard.
+    `before_again` is called before a shard that was begun before, of which a process may have died.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class FeaturiseShard:
         spec: ClipSpec,
         watched_by: "tuple[ActorHandle, FaultPolicy] | None" = None,
         concepts: "ConceptsOfShard | None" = None,
+        before_again: Callable[[], None] | None = None,
     ) -> None:
         self._monitor = watched_by[0] if watched_by else None
+        self._before_again = before_again
         self._concepts = concepts
         keep_to_gpu_share(spec.device)
         self._encoder = None if spec.model == "null" else load_with_retries(lambda: self.load(spec), model=spec.model)
@@ -69,7 +72,9 @@ class FeaturiseShard:
         row = ShardRow.from_block(block)
         self._shard = row.shard
         if self._monitor is not None and self._encoder:
-            _begin_scoring(self._monitor, row.shard)
+            again = _begin_scoring(self._monitor, row.shard)
+            if again and self._before_again:
+                self._before_again()
         self.store_concepts(row.shard)
         started = time.time()
         samples = self.featurise(row.samples)
@@ -186,14 +191,15 @@ def _watchdog(monitor: "ActorHandle", policy: "FaultPolicy") -> Watchdog:
     return watchdog
 
 
-def _begin_scoring(monitor: "ActorHandle", shard: int) -> None:
-    """Raises InputError when the run is not worth going on with."""
+def _begin_scoring(monitor: "ActorHandle", shard: int) -> bool:
+    """Whether the shard was begun before. Raises InputError when the run is not worth going on with."""
     import ray
 
     answer: Any = monitor.begin_scoring.remote(shard)
-    stop = ray.get(answer)
+    stop, again = ray.get(answer)
     if stop:
         raise InputError(stop)
+    return again
 
 
 def _end_process(monitor: "ActorHandle", shard: int, said: str) -> NoReturn:

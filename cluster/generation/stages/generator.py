@@ -1,5 +1,6 @@
 """The stages as an actor: it owns a GPU, takes turns, draws a shard in each, scores it by CLIP, and stores it."""
 
+import gc
 import logging
 import os
 import random
@@ -93,7 +94,7 @@ class Generator:
         assert self._draw is not None
         if self._score is None:
             drawn = self._draw(wanted)
-            self._ask("handed_on", turn.shard)
+            self._ask("handed_on", number)
             return drawn
         self._score.store_concepts(turn.shard)
         return self._score(self._draw(wanted))
@@ -129,6 +130,8 @@ class Generator:
         except Exception as error:
             log.warning("models are not loaded", exc_info=True)
             self._ask("not_loaded", self._name, typed_first_line(error), again=True)
+        if not self._loaded and not self._left_out:
+            gc.collect()  # what was loaded of a model before it failed
             time.sleep(self._load_pause * random.uniform(0.5, 1.0))
             self._load_pause = min(2 * self._load_pause, LONGEST_LOAD_PAUSE)
 

@@ -49,11 +49,17 @@ def replace_shard(store: Store, shard: int, shard_data: bytes, quarantined: pa.T
     are what says that there is something to retry: the same command finds this shard again and ends what was begun.
     """
     store.write_bytes(shard_key(shard), shard_data)
+    store_quarantine(store, shard, quarantined)
+    store.write_bytes(stats_key(shard), stats_data)
+
+
+def store_quarantine(store: Store, shard: int, quarantined: pa.Table) -> None:
+    """The part of a shard's quarantined samples; none where there are none. A process that died may have left one, with
+    samples that another machine can draw."""
     if len(quarantined):
         store.write_bytes(quarantine_key(shard), parquet_bytes(quarantined))
     elif store.exists(quarantine_key(shard)):
         store.delete(quarantine_key(shard))
-    store.write_bytes(stats_key(shard), stats_data)
 
 
 def _quarantined(store: Store, shard: int) -> pa.Table | None:

@@ -67,13 +67,21 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class _Taken:
+    """A turn that had a shard: which, and who had the turn last."""
+
+    shard: int
+    generator: str
+    is_handed_on: bool = False  # to an actor of CLIP alone: the death of its generator is no loss
+
+
+@dataclass(frozen=True)
 class _Claim:
     """Who draws or stores a shard, in which turn, since when (monotonic seconds; -inf: it was given up)."""
 
     generator: str
     turn: int
     since: float
-    is_handed_on: bool = False  # to an actor of CLIP alone: the death of its generator is no loss
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ class RunMonitor:
         self._last_start = clock()
         self._waiting: dict[int, None] = {}  # shards that nobody has begun, in order
         self._claims: dict[int, _Claim] = {}  # by shard, the last one of each that is not stored
-        self._turns: dict[int, int] = {}  # the shard of each turn that had one
+        self._turns: dict[int, _Taken] = {}
         self._loading: set[str] = set()  # generators
         self._nodes: dict[str, str] = {}  # of generators: the id of the node of each, as it said last
         self._drawing: dict[str, int] = {}  # the turn of each generator that draws in one
@@ -201,7 +209,7 @@ class RunMonitor:
             return Turn(wait=bool(self._waiting or self._claims))
         self._loading.discard(generator)
         self._drawing.pop(generator, None)
-        shard = self._turns.get(number)
+        shard = self._turns[number].shard if number in self._turns else None
         if shard in self._claims and self._claims[shard].turn == number:  # Ray Data gives this turn again
             self._moved(self._claims[shard], shard, generator)
         else:
@@ -213,7 +221,7 @@ class RunMonitor:
             if shard is None:  # of shards that others have, one may prove to be late
                 return Turn(wait=number < 0 and bool(self._claims))
         self._waiting.pop(shard, None)
-        self._turns[number] = shard
+        self._turns[number] = _Taken(shard, generator)
         self._claims[shard] = _Claim(generator, number, self._clock())
         self._drawing[generator] = number
         return Turn(shard, again=self._starts[shard] > 0)
@@ -227,10 +235,10 @@ class RunMonitor:
         there = set(alive)
         self._give_up_claims({name for name, node in self._nodes.items() if node and node not in there})
 
-    def handed_on(self, shard: int) -> None:
-        """A shard is drawn and on its way to an actor of CLIP alone."""
-        if shard in self._claims:
-            self._claims[shard] = replace(self._claims[shard], is_handed_on=True)
+    def handed_on(self, turn: int) -> None:
+        """The shard of a turn is drawn and on its way to an actor of CLIP alone."""
+        if turn in self._turns:
+            self._turns[turn] = replace(self._turns[turn], is_handed_on=True)
 
     def may_store(self, shard: int, turn: int) -> bool:
         """Whether a shard that was drawn in this turn is stored, or another drawer's is: the first one to ask wins."""
@@ -270,10 +278,15 @@ class RunMonitor:
         ran out of memory; `verify` finds that.
         """
         for shard, claim in self._claims.items():
-            if claim.generator in generators and not claim.is_handed_on:
+            if self._is_lost(claim.turn, generators):
                 self._claims[shard] = replace(claim, since=-math.inf)
-                if self._writing.get(shard, (None,))[0] == claim.turn:
-                    del self._writing[shard]
+        for shard, (turn, _) in list(self._writing.items()):
+            if self._is_lost(turn, generators):
+                del self._writing[shard]
+
+    def _is_lost(self, turn: int, generators: set[str]) -> bool:
+        taken = self._turns.get(turn)
+        return taken is not None and taken.generator in generators and not taken.is_handed_on
 
     def _late_after(self) -> float:
         """Seconds from a shard's beginning after which it is late."""
@@ -338,8 +351,9 @@ class RunMonitor:
         state.broken = self._last_error = error
         state.batch = _Batch(shard, tuple(positions))
 
-    def begin_scoring(self, shard: int) -> str:
-        """A scorer begins a shard, perhaps after its process has died over it. Returns why to stop, or ""."""
+    def begin_scoring(self, shard: int) -> tuple[str, bool]:
+        """A scorer begins a shard. Returns (why to stop or "", whether it was begun before: a process may have died of
+        it)."""
         self._scored[shard] += 1
         if self._scored[shard] > MAX_SHARD_STARTS:
             self._stop = self._stop or (
@@ -347,7 +361,7 @@ class RunMonitor:
                 f"{self._last_error or 'killed or crashed'}); check the machine and the model, then run the same "
                 "command again"
             )
-        return self._stop
+        return self._stop, self._scored[shard] > 1
 
     def scorer_broken(self, error: str) -> None:
         """A scorer's process ends itself, because its device fails every call."""

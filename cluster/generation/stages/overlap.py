@@ -1,7 +1,7 @@
 """An actor's two threads: one works on a shard while the other stores the one before it."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import pyarrow as pa
@@ -19,23 +19,21 @@ class Overlap:
         self._store = store
         self._working = ThreadPoolExecutor(1, thread_name_prefix="work")
         self._storing = ThreadPoolExecutor(1, thread_name_prefix="store")
-        self._last: Future[pa.Table] | None = None
 
     def run(self, work: Callable[[], pa.Table | None]) -> pa.Table | None:
         """What storing returns, of what the work returns; None where that is None. Raises what either raises."""
-        stored = self._working.submit(self._work, work).result()
+        worked = self._working.submit(self._work, work)
+        del work  # what it holds is not needed while the result is stored
+        stored = worked.result()
         return stored and stored.result()
 
     def in_work_thread(self, call: Callable[[], T]) -> T:
         return self._working.submit(call).result()
 
     def wait(self) -> None:
-        """In the work thread: until what it has handed over is stored, or could not be."""
-        wait([self._last] if self._last else [])
+        """Return when all that was handed over before is stored, or could not be."""
+        self._storing.submit(lambda: None).result()  # it does one after the other
 
     def _work(self, work: Callable[[], pa.Table | None]) -> Future[pa.Table] | None:
         done = work()
-        if done is None:
-            return None
-        self._last = self._storing.submit(self._store, done)
-        return self._last
+        return None if done is None else self._storing.submit(self._store, done)

@@ -1,5 +1,6 @@
 """CLIP as an actor of its own, for runs in which no generator scores: it scores a shard, and stores it."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -28,9 +29,11 @@ class Scorer:
         concepts: "ConceptsOfShard",
     ) -> None:
         self._overlap = Overlap(WriteShard(store, plan.schema_version, watched_by[0]))
-        self._score = self._overlap.in_work_thread(lambda: FeaturiseShard(plan.spec.clip, watched_by, concepts))
+        self._score = self._overlap.in_work_thread(
+            lambda: FeaturiseShard(plan.spec.clip, watched_by, concepts, before_again=self._overlap.wait)
+        )
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        stored = self._overlap.run(lambda: self._score(block))
+        stored = self._overlap.run(partial(self._score, block))
         assert stored is not None
         return stored

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.dataset.committed import ROW_INDEX
-from cluster.dataset.layout import parquet_bytes, quarantine_key, shard_key, stats_key
+from cluster.dataset.layout import parquet_bytes, shard_key, stats_key
 from cluster.dataset.row_index import index_text
-from cluster.generation.stages.merge import merge_retried, replace_shard
+from cluster.generation.stages.merge import merge_retried, replace_shard, store_quarantine
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.store.store import Store
 from pcm.documents import document_bytes
@@ -31,7 +31,7 @@ from pcm.records import (
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-#: What the writers give.
+#: What is given once a shard is stored.
 STORED_SCHEMA = pa.schema([("stats", pa.string())])
 
 #: A column of samples whose pictures were drawn elsewhere: where each lay there. It becomes the picture's path.
@@ -39,7 +39,7 @@ IMAGE_PATH = "image_path"
 
 
 class WriteShard:
-    """Writer pool: quarantine part and stats first, the shard last: the shard's presence says that all three exist."""
+    """Quarantine part and stats first, the shard last: the shard's presence says that all three exist."""
 
     def __init__(self, store: Store, schema_version: int, monitor: "ActorHandle | None" = None) -> None:
         """`schema_version`: the plan's; a dataset is finished in the version in which it was begun.
@@ -71,8 +71,7 @@ class WriteShard:
         if retry:
             replace_shard(self._store, row.shard, shard_data, quarantined, stats_data)
         else:
-            if len(quarantined):
-                self._store.write_bytes(quarantine_key(row.shard), parquet_bytes(quarantined))
+            store_quarantine(self._store, row.shard, quarantined)
             self._store.write_bytes(stats_key(row.shard), stats_data)
             self._store.write_bytes(shard_key(row.shard), shard_data)
         # Not in the stats object: seconds that are known only after the shard is in place, for the driver's report, and

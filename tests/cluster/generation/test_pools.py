@@ -96,6 +96,12 @@ def test_a_pool_with_a_least_and_a_most_grows() -> None:
     assert (fixed.min_size, fixed.max_size) == (16, 16)
 
 
+def test_where_nobody_takes_over_no_more_shards_are_bound_to_an_actor_than_it_works_on() -> None:
+    pools = Pools.for_cluster(device="cuda", cpus=16, gpus=4)
+    pool = pools.featurise_options(100)["compute"]
+    assert pool.max_tasks_in_flight_per_actor == pool.max_concurrent_calls_per_actor == 2
+
+
 def test_a_node_label_holds_for_every_stage() -> None:
     label = parse_node_label("pcmnet.io/role=generation")
     pools = Pools.for_cluster(device="cuda", cpus=8, gpus=2, scorers=1, node_label=label)

@@ -1,6 +1,7 @@
 """Generators that fail, are slow, or draw one shard twice: the run goes on, and each shard is one generator's whole."""
 
 import json
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ from tests.helpers import faulty_generators
 from tests.helpers.faulty_generators import (
     DrawNotLoaded,
     DrawPixels,
+    loaded_by_the_first_alone,
     not_loaded_by_the_first,
     slow_at_first,
 )
@@ -42,11 +44,11 @@ def fingerprint(store: Store) -> str:
     return report["fingerprint"]
 
 
-def made_with(draw: type[DrawShard], out: Path, t2i: Path) -> str:
-    """The fingerprint of a dataset that two generators made on Ray."""
+def made_with(draw: type[DrawShard], out: Path, t2i: Path, pools: Pools = TWO) -> str:
+    """The fingerprint of a dataset that generators made on Ray."""
     spec = tiny_spec(t2i, num_inference_steps=1)
     store, plan = plan_dataset(out, write_corpus(out.parent, CAPTIONS), spec, shard_size=1)
-    run_pipeline(store, plan, TWO, draw=draw)
+    run_pipeline(store, plan, pools, draw=draw)
     return fingerprint(store)
 
 
@@ -64,6 +66,43 @@ def test_one_generator_that_cannot_load_its_model_ends_nothing(
     draw = not_loaded_by_the_first(tmp_path / "claim")
     assert made_with(draw, tmp_path / "data", tiny_t2i) == undisturbed
     assert (tmp_path / "claim").exists(), "none failed, so this says nothing"
+
+
+def test_the_one_generator_that_can_draw_draws_everything(
+    undisturbed: str, tmp_path: Path, tiny_t2i: Path, ray_session: None
+) -> None:
+    """The others hold as many turns as Ray Data binds to them, and nobody else gets these."""
+    three = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=3)
+    draw = loaded_by_the_first_alone(tmp_path / "claim")
+    assert made_with(draw, tmp_path / "data", tiny_t2i, three) == undisturbed
+
+
+def test_an_error_of_the_driver_holds_no_cpus_whoever_keeps_it(
+    tmp_path: Path, tiny_t2i: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise InputError("the gate is closed")
+
+    there = ray.cluster_resources()["CPU"]
+    monkeypatch.setattr("cluster.generation.pipeline.check_gate", full)
+    with pytest.raises(InputError, match="the gate is closed") as kept:
+        made_with(DrawPixels, tmp_path / "data", tiny_t2i)
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != there and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ray.available_resources().get("CPU") == there
+    assert kept.value.__traceback__ is not None
+
+
+def test_what_a_dead_process_left_in_quarantine_goes_when_the_sample_is_drawn(tmp_path: Path, tiny_t2i: Path) -> None:
+    spec = tiny_spec(tiny_t2i, num_inference_steps=1)
+    store, plan = plan_dataset(tmp_path / "data", write_corpus(tmp_path, CAPTIONS[:2]), spec, shard_size=2)
+    score, write = FeaturiseShard(spec.clip), WriteShard(store, plan.schema_version)
+    wanted = pa.table({"shard": [0], "part": [plan.part_key(0)]})
+    store.write_bytes(quarantine_key(0), b"of a process that found too little memory, and died")
+    write(score(DrawShard(store, plan.spec)(wanted)))
+    write_manifest(store, plan, score.features)
+    assert fingerprint(store) and not store.exists(quarantine_key(0))
 
 
 def test_a_shard_that_one_generator_does_not_end_is_drawn_by_another(
@@ -91,7 +130,8 @@ def test_a_caption_that_kills_takes_the_shard_that_is_being_stored_along_at_most
     result = run_pipeline(slow, plan, one, faults=FaultPolicy(max_deaths=deaths), draw=faulty_generators.DrawFaulty)
     assert result.manifest is not None
     assert result.manifest.quarantined_by_reason == {"generator_crashed": 1}
-    assert result.begun_again == 1 + deaths, "the shard beside it, and its own"
+    assert result.begun_again is not None
+    assert result.begun_again < 2 * deaths, "the shard beside it would be begun again after each death"
 
 
 def test_of_two_that_drew_a_shard_one_is_stored_whole(tmp_path: Path, tiny_t2i: Path, ray_session: None) -> None:

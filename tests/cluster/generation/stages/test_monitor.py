@@ -171,11 +171,12 @@ def test_a_shard_that_no_process_finishes_stops_the_run() -> None:
 
 def test_a_shard_over_which_clip_dies_again_and_again_stops_the_run() -> None:
     monitor = RunMonitor(FaultPolicy())
-    for _ in range(MAX_SHARD_STARTS):
-        assert monitor.begin_scoring(0) == "" and monitor.begin_scoring(1) == ""
+    for start in range(MAX_SHARD_STARTS):
+        assert monitor.begin_scoring(0) == ("", start > 0), "with whether it was begun before"
+        assert monitor.begin_scoring(1) == ("", False)
         monitor.committed(1)
     monitor.scorer_broken("CUDA error: uncorrectable ECC error encountered")
-    assert "uncorrectable ECC" in monitor.begin_scoring(0)
+    assert "uncorrectable ECC" in monitor.begin_scoring(0)[0]
 
 
 @pytest.mark.parametrize(
@@ -285,6 +286,38 @@ def test_what_a_process_was_storing_is_lost_with_it_unless_clip_alone_has_it() -
     assert (monitor.turn("h", 3), monitor.turn("h", -1)) == (Turn(3), Turn(0))
     assert monitor.may_store(0, -1), "nobody stores it any more"
     assert monitor.turn("i", -2) == Turn(wait=True), "of shard 1 nothing is lost"
+
+
+def test_what_a_dead_process_was_storing_blocks_nobody_who_took_the_shard_over_before() -> None:
+    time = Clock()
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    monitor.begin_pass(range(4), 2)
+    for shard in range(3):
+        monitor.turn("g", shard)
+        monitor.committed(shard)
+    monitor.start("g", "gpu-7")
+    assert monitor.turn("g", 3) == Turn(3)
+    time.now += 1
+    assert monitor.turn("h", -1) == Turn(3), "it is late"
+    assert monitor.may_store(3, 3)
+    monitor.start("g", "gpu-7")
+    assert monitor.may_store(3, -1), "the first one died over it"
+
+
+def test_what_one_drawer_hands_on_does_not_keep_what_another_loses() -> None:
+    time = Clock()
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    monitor.begin_pass(range(4), 2)
+    for shard in range(3):
+        monitor.turn("g", shard)
+        monitor.committed(shard)
+    monitor.start("h", "gpu-8")
+    assert monitor.turn("g", 3) == Turn(3)
+    time.now += 1
+    assert monitor.turn("h", -1) == Turn(3)
+    monitor.handed_on(3)
+    monitor.start("h", "gpu-8")
+    assert monitor.turn("i", -2) == Turn(3), "h has it last, and died"
 
 
 def test_a_shard_that_was_begun_before_is_marked() -> None:
