@@ -10,8 +10,8 @@ The price is yours to look up. Idle time, loading and restarts are a share of th
 import argparse
 import json
 
-#: Of each of them: one read of its plan part, its statistics and itself; a few more have quarantined samples.
-REQUESTS_A_SHARD = 3
+#: Its plan part is read, it is asked for its quarantine part (or this is put), its statistics and itself are put.
+REQUESTS_A_SHARD = 4
 SHARDS_A_GROUP = 1000
 
 

@@ -9,5 +9,5 @@ def test_hours_money_bytes_and_requests() -> None:
         bytes_a_picture=900_000, bytes_of_features=100_000,
     )  # fmt: skip
     assert (found["gpu_hours"], found["hours"], found["money"]) == (2.0, 1.0, 6.0)
-    assert (found["shards"], found["store_requests"], found["gigabytes"]) == (72, 217, 7.2)
+    assert (found["shards"], found["store_requests"], found["gigabytes"]) == (72, 289, 7.2)
     assert found["money_per_1000_images"] == 0.8333
