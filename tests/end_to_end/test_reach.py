@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from socket import AF_INET
 
 import psutil
 import pytest
@@ -26,7 +27,13 @@ pytestmark = [
 
 @pytest.fixture
 def head() -> Iterator[Cluster]:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000})
+    found = (each for addresses in psutil.net_if_addrs().values() for each in addresses if each.family == AF_INET)
+    # Said, because Ray takes 127.0.0.1 where `cluster` was imported before it, and no other node can join it there.
+    address = next(each.address for each in found if not each.address.startswith("127."))
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000, "node_ip_address": address},
+    )
     yield cluster
     cluster.shutdown()
 
