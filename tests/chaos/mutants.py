@@ -441,7 +441,7 @@ MUTANTS = (
     ),
     Mutant(
         "what a dead process was storing may be stored by another",
-        "cluster/generation/stages/monitor.py", "                    del self._writing[shard]\n", "                    pass\n",
+        "cluster/generation/stages/monitor.py", "                del self._writing[shard]\n", "                pass\n",
         ("tests/cluster/generation/stages/test_monitor.py::test_what_a_process_was_storing_is_lost_with_it_unless_clip_alone_has_it",),
     ),
     Mutant(
@@ -792,8 +792,8 @@ MUTANTS = (
     ),
     Mutant(
         "--retry-quarantined, killed between its puts, has lost nothing",
-        "cluster/generation/stages/merge.py", "    store.write_bytes(shard_key(shard), shard_data)\n    if len(quarantined):",
-        "    if len(quarantined):",
+        "cluster/generation/stages/merge.py", "    store.write_bytes(shard_key(shard), shard_data)\n    store_quarantine(",
+        "    store_quarantine(",
         ("tests/cluster/generation/test_retry_quarantined.py::test_killed_between_its_puts_it_is_seen_and_ended_by_the_same_command",),
     ),
     Mutant(
