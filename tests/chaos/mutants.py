@@ -437,7 +437,7 @@ MUTANTS = (
     Mutant(
         "a shard that was begun before is drawn once nothing is left to store",
         "cluster/generation/stages/generator.py", "if turn.again:", "if False:",
-        ("tests/cluster/generation/stages/test_generator.py::test_a_caption_that_kills_takes_the_shard_that_is_being_stored_along_at_most_once",),
+        ("tests/cluster/generation/stages/test_generator.py::test_a_shard_that_was_begun_before_is_drawn_once_nothing_is_left_to_store",),
     ),
     Mutant(
         "what a dead process was storing may be stored by another",

@@ -180,11 +180,11 @@ def slow_at_first(claim: Path) -> type[DrawShard]:
 
 
 class SlowStore(Store):
-    """Takes six seconds for a shard: longer than a process on a busy machine needs to begin the next one."""
+    """Takes four seconds for a shard: longer than it takes to begin the next one."""
 
     def write_bytes(self, key: str, data: bytes) -> None:
         if key.startswith("shards/"):
-            time.sleep(6)
+            time.sleep(4)
         super().write_bytes(key, data)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from cluster.generation.pipeline import run_pipeline, write_manifest
 from cluster.generation.pools import Pools
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.generation.stages.generator import Generator
 from cluster.generation.stages.monitor import start_monitor
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard
@@ -132,6 +134,32 @@ def test_a_caption_that_kills_takes_the_shard_that_is_being_stored_along_at_most
     assert result.manifest.quarantined_by_reason == {"generator_crashed": 1}
     assert result.begun_again is not None
     assert result.begun_again < 2 * deaths, "the shard beside it would be begun again after each death"
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_shard_that_was_begun_before_is_drawn_once_nothing_is_left_to_store(
+    tmp_path: Path, tiny_t2i: Path, ray_session: None, again: bool
+) -> None:
+    found = []
+
+    class Looks(DrawPixels):
+        def draw(self, plan: pa.Table) -> pa.Table:
+            found.append(self._store.exists(shard_key(0)))
+            return super().draw(plan)
+
+    spec = tiny_spec(tiny_t2i, num_inference_steps=1)
+    store, plan = plan_dataset(tmp_path / "data", write_corpus(tmp_path, CAPTIONS[:2]), spec, shard_size=1)
+    slow = faulty_generators.SlowStore(store.root, store.fs, store.prefix, store._single)
+    policy = FaultPolicy()
+    monitor = start_monitor(policy)
+    ray.get(monitor.begin_pass.remote([0, 1], 1))
+    if again:
+        ray.get(monitor.begin_shard.remote(1))
+    generator = Generator(Looks, slow, plan, (monitor, policy), frozenset(), scores=True)
+    with ThreadPoolExecutor(2) as calls:  # as Ray Data calls it
+        stored = calls.map(generator, [pa.table({"turn": [0]}), pa.table({"turn": [1]})])
+        assert [len(table) for table in stored] == [1, 1]
+    assert found == [False, again]
 
 
 def test_of_two_that_drew_a_shard_one_is_stored_whole(tmp_path: Path, tiny_t2i: Path, ray_session: None) -> None:
