@@ -21,13 +21,15 @@ class Overlap:
         self._storing = ThreadPoolExecutor(1, thread_name_prefix="store")
 
     def run(self, work: Callable[[], pa.Table | None]) -> pa.Table | None:
-        """What storing returns, of what the work returns; None where that is None. Raises what either raises."""
+        """Do the work and store its result. Returns what storing returns, or None where the work returns None. Raises
+        what either raises."""
         worked = self._working.submit(self._work, work)
         del work  # what it holds is not needed while the result is stored
         stored = worked.result()
         return stored and stored.result()
 
     def in_work_thread(self, call: Callable[[], T]) -> T:
+        """Such as to load the model there."""
         return self._working.submit(call).result()
 
     def wait(self) -> None:

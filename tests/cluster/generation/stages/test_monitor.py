@@ -288,35 +288,33 @@ def test_what_a_process_was_storing_is_lost_with_it_unless_clip_alone_has_it() -
     assert monitor.turn("i", -2) == Turn(wait=True), "of shard 1 nothing is lost"
 
 
-def test_what_a_dead_process_was_storing_blocks_nobody_who_took_the_shard_over_before() -> None:
+def with_a_late_shard() -> RunMonitor:
+    """g and then h have shard 3, in turns 3 and -1; nothing else is left."""
     time = Clock()
     monitor = RunMonitor(FaultPolicy(), clock=time)
     monitor.begin_pass(range(4), 2)
+    for name in "gh":
+        monitor.start(name, "a node")
     for shard in range(3):
         monitor.turn("g", shard)
         monitor.committed(shard)
-    monitor.start("g", "gpu-7")
     assert monitor.turn("g", 3) == Turn(3)
     time.now += 1
     assert monitor.turn("h", -1) == Turn(3), "it is late"
+    return monitor
+
+
+def test_what_a_dead_process_was_storing_blocks_nobody_who_took_the_shard_over_before() -> None:
+    monitor = with_a_late_shard()
     assert monitor.may_store(3, 3)
-    monitor.start("g", "gpu-7")
+    monitor.start("g", "a node")
     assert monitor.may_store(3, -1), "the first one died over it"
 
 
 def test_what_one_drawer_hands_on_does_not_keep_what_another_loses() -> None:
-    time = Clock()
-    monitor = RunMonitor(FaultPolicy(), clock=time)
-    monitor.begin_pass(range(4), 2)
-    for shard in range(3):
-        monitor.turn("g", shard)
-        monitor.committed(shard)
-    monitor.start("h", "gpu-8")
-    assert monitor.turn("g", 3) == Turn(3)
-    time.now += 1
-    assert monitor.turn("h", -1) == Turn(3)
+    monitor = with_a_late_shard()
     monitor.handed_on(3)
-    monitor.start("h", "gpu-8")
+    monitor.start("h", "a node")
     assert monitor.turn("i", -2) == Turn(3), "h has it last, and died"
 
 
