@@ -16,13 +16,11 @@ import logging
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
@@ -33,14 +31,12 @@ from cluster.dataset.layout import (
     VOCABULARY_KEY,
     Manifest,
     StoredShard,
-    parquet_bytes,
     shard_key,
     store_manifest,
 )
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset, open_dataset
-from cluster.dataset.rows import read_shard, read_weights
-from cluster.dataset.view import claim, lineage_source, read_corpus_ids, view_fingerprint
+from cluster.dataset.view import claim, lineage_source, view_fingerprint
 from cluster.dataset.vocabularies import (
     CONCEPTS,
     MIN_WORD_COUNT,
@@ -51,10 +47,8 @@ from cluster.dataset.vocabularies import (
 )
 from cluster.generation.pinning import clip_spec, joint_dimensions, resolve_device, resolve_dtype
 from cluster.generation.pools import Pools
-from cluster.generation.stages.featurise import FeaturiseShard
-from cluster.generation.stages.overlap import Overlap
-from cluster.generation.stages.shard_row import ShardRow
 from cluster.ingest.agreement import agreement, most_different
+from cluster.ingest.featurise_again import WORK, FeaturiseAgain, is_scored, read_facts
 from cluster.ingest.request import FeaturiseRequest
 from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error
 from cluster.sources.concept_file import fitting_concepts
@@ -66,7 +60,7 @@ from pcm.errors import InputError
 from pcm.generation.names import TEXT_ONLY
 from pcm.line_timer import LineTimer
 from pcm.reasons import CLIP_ERROR
-from pcm.records import SCHEMA_VERSION, STORED, feature_shape, shard_schema
+from pcm.records import SCHEMA_VERSION
 from pcm.spec import ClipSpec
 from pcm.text.concepts import ConceptVocabulary, embed
 from pcm.text.vocabulary import Vocabulary
@@ -76,13 +70,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Folder of what a run needs until it is done.
-WORK = "featurising"
 _SPEC_KEY = f"{WORK}/spec.json"
-#: In the metadata of a shard's facts: the shard as the manifest names it.
-_SHARD = b"shard"
-#: Of the source's rows all that stays; score and features are new.
-_KEPT = ("sample_id", "caption", "image", "width", "height", "seed", "attempts", "batch_size", "reason")
 
 
 def featurise_dataset(request: FeaturiseRequest) -> dict[str, Any]:
@@ -208,123 +196,9 @@ def _featurise_on_ray(source: OpenDataset, out: Store, spec: ClipSpec, missing: 
         raise user_error(error) or error from None
 
 
-class FeaturiseAgain:
-    """A shard's number in; one row out, once the shard is featurised and stored: shard and rows.
-
-    While one shard is featurised, another one is read or stored. Raises InputError as read_shard does.
-    """
-
-    def __init__(self, source: OpenDataset, out: Store, spec: ClipSpec) -> None:
-        self._read = ReadPictures(source)
-        self._overlap = Overlap(WriteFeaturised(out))
-        self._featurise = self._overlap.in_work_thread(lambda: FeaturiseShard(spec))
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        stored = self._overlap.run(partial(self._featurise, self._read(block)))
-        assert stored is not None
-        return stored
-
-
-class ReadPictures:
-    """A shard's number in, its rows as the source has them out. Raises InputError as read_shard does."""
-
-    def __init__(self, source: OpenDataset) -> None:
-        self._source = source
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        shard = block["shard"][0].as_py()
-        stored = self._source.shards[shard]
-        names = [*_KEPT, *(["clip_score"] if _is_scored(self._source) else [])]
-        table = read_shard(self._source.store, stored, names)
-        images = table["image"].combine_chunks()
-        columns: dict[str, Any] = {name: table[name] for name in _KEPT if name != "image"}
-        columns["image"] = images.field("bytes")
-        columns["image_path"] = images.field("path")
-        columns["corpus_id"] = pa.array(read_corpus_ids(self._source, shard), pa.string())
-        columns["weight"] = pa.array(read_weights(self._source.store, stored).astype(np.int32))
-        before = table["clip_score"] if _is_scored(self._source) else pa.nulls(stored.rows, pa.float32())
-        columns["score_before"] = before
-        if images.field("bytes").null_count:
-            raise InputError(
-                f"{self._source.store.root}/{stored.key}: a row has no picture; give a dataset of pictures"
-            )
-        return ShardRow(shard, pa.table(columns), {}).to_block()
-
-
-def _is_scored(source: OpenDataset) -> bool:
-    return source.manifest.spec.clip.model != "null"
-
-
-class WriteFeaturised:
-    """A featurised shard in; its facts and then the shard onto the store; one row out: shard and rows."""
-
-    def __init__(self, out: Store) -> None:
-        self._out = out
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        row = ShardRow.from_block(block)
-        drawn = row.samples
-        there = pc.greater(pc.binary_length(drawn["image"]), 0)
-        stored = drawn.filter(there).combine_chunks()
-        schema = shard_schema(feature_shape(drawn.schema))
-        images = pa.StructArray.from_arrays(
-            [stored["image"].combine_chunks(), stored["image_path"].combine_chunks()], names=["bytes", "path"]
-        )
-        columns = {name: stored[name] for name in schema.names if name not in ("image", "status")}
-        columns |= {"image": images, "status": pa.array([STORED] * len(stored), pa.string())}
-        table = pa.table([columns[name] for name in schema.names], schema=schema)
-        table = table.append_column("corpus_id", stored["corpus_id"])
-        weights = stored["weight"].to_numpy()
-        if (weights != 1).any():
-            table = table.append_column("weight", stored["weight"])
-        data = parquet_bytes(table)
-        pictures = images.field("bytes").to_pylist()
-        facts = pa.table(
-            {
-                **{name: stored[name] for name in ("sample_id", "caption", "seed", "clip_score", "score_before")},
-                "image_sha256": pa.array([hashlib.sha256(picture).digest() for picture in pictures], pa.binary()),
-            }
-        )
-        entry: dict[str, Any] = {"key": shard_key(row.shard), "rows": len(table), "quarantined": 0}
-        if int(weights.sum()) != len(table):
-            entry["weighted_rows"] = int(weights.sum())
-        entry |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        refused = drawn.filter(pc.invert(there))["sample_id"].to_pylist()
-        told = json.dumps({"entry": entry, "refused": refused}).encode()
-        self._out.write_bytes(facts_key(row.shard), parquet_bytes(facts.replace_schema_metadata({_SHARD: told})))
-        self._out.write_bytes(shard_key(row.shard), data)
-        return pa.table({"shard": [row.shard], "rows": [len(drawn)]})
-
-
-def facts_key(shard: int) -> str:
-    return f"{WORK}/part-{shard:06d}.parquet"
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """rows: sample_id, caption, seed, image_sha256, clip_score, score_before. entry: of Manifest.shards."""
-
-    rows: pa.Table
-    entry: dict[str, Any]
-    refused: list[str]
-
-
-def _read_facts(out: Store, shard: int) -> _Facts:
-    try:
-        table = pq.read_table(io.BytesIO(out.read_bytes(facts_key(shard))))
-        told = json.loads(table.schema.metadata[_SHARD])
-        StoredShard.of(told["entry"])
-        return _Facts(table.replace_schema_metadata(None), told["entry"], told["refused"])
-    except (FileNotFoundError, pa.ArrowException, ValueError, TypeError, LookupError):
-        raise InputError(
-            f"{out.root}/{facts_key(shard)}: missing or damaged; delete {shard_key(shard)} beside it and run the same "
-            "command again"
-        ) from None
-
-
 def finish(source: OpenDataset, out: Store, spec: ClipSpec, lineage: Lineage) -> Manifest:
     """Write dataset.json of the shards, all of which are there. Memory: the rows without pictures, 300 bytes each."""
-    parts = [_read_facts(out, shard) for shard in range(len(source.shards))]
+    parts = [read_facts(out, shard) for shard in range(len(source.shards))]
     rows = pa.concat_tables([part.rows for part in parts]).combine_chunks()
     if not len(rows):
         raise InputError(f"{out.root}: CLIP failed on every picture; see the log, and give another --clip")
@@ -352,7 +226,7 @@ def finish(source: OpenDataset, out: Store, spec: ClipSpec, lineage: Lineage) ->
             facts={
                 "clip": spec.model,
                 "clip_before": source.manifest.spec.clip.model,
-                "agreement": _agreement(rows, entries) if _is_scored(source) else None,
+                "agreement": _agreement(rows, entries) if is_scored(source) else None,
             },
         ),
     )

@@ -54,7 +54,7 @@ MUTANTS = (
     ),
     Mutant(
         "featurise --data: a shard comes after its facts, so that a kill between the two leaves none without",
-        "cluster/ingest/another_clip.py",
+        "cluster/ingest/featurise_again.py",
         "        self._out.write_bytes(facts_key(row.shard), parquet_bytes(facts.replace_schema_metadata({_SHARD: told})))\n"
         "        self._out.write_bytes(shard_key(row.shard), data)\n",
         "        self._out.write_bytes(shard_key(row.shard), data)\n"

@@ -9,16 +9,8 @@ from cluster.dataset.opened import open_dataset
 from cluster.dataset.view import claim
 from cluster.generation.pinning import clip_spec
 from cluster.generation.stages.featurise import FeaturiseShard
-from cluster.ingest.another_clip import (
-    WORK,
-    ReadPictures,
-    WriteFeaturised,
-    finish,
-    keep_spec,
-    lineage_of,
-    missing_shards,
-    store_vocabularies_of,
-)
+from cluster.ingest.another_clip import finish, keep_spec, lineage_of, missing_shards, store_vocabularies_of
+from cluster.ingest.featurise_again import WORK, ReadPictures, WriteFeaturised
 from cluster.ingest.request import FeaturiseRequest
 from cluster.store.store import Store, open_store
 

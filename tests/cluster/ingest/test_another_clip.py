@@ -23,7 +23,8 @@ from cluster.dataset.opened import open_dataset
 from cluster.dataset.verify import verify
 from cluster.generation.pinning import clip_spec
 from cluster.generation.stages.featurise import FeaturiseShard
-from cluster.ingest.another_clip import WORK, ReadPictures, WriteFeaturised, keep_spec
+from cluster.ingest.another_clip import keep_spec
+from cluster.ingest.featurise_again import WORK, ReadPictures, WriteFeaturised
 from cluster.report.make import make_report
 from cluster.report.request import ReportRequest
 from cluster.store.store import Store, open_store
