@@ -17,6 +17,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,36 +45,63 @@ WORDS = [f"word{number}" for number in range(5000)]
 def write_both(folder: Path, *, rows: int, shard_rows: int) -> Selection:
     """Shards under folder/shards and one file a row under folder/npz."""
     (folder / "npz").mkdir()
-    store, random = open_store(folder), np.random.default_rng(0)
-    shards, numbers = [], []
-    for shard, start in enumerate(range(0, rows, shard_rows)):
-        count = min(shard_rows, rows - start)
-        global_feature = random.standard_normal((count, FEATURES.embed_dim), dtype=np.float32)
-        patches = random.standard_normal((count, FEATURES.num_patches, FEATURES.patch_dim), dtype=np.float32)
-        for row in range(count):
+    selection = write_shards(folder, rows=rows, shard_rows=shard_rows)
+    for start, global_feature, patches in _vectors(FEATURES, rows=rows, shard_rows=shard_rows):
+        for row in range(len(patches)):
             arrays = {"features": patches[row], "g_feature": global_feature[row : row + 1]}
             np.savez(folder / "npz" / f"{start + row}.npz", **arrays)
-        data = parquet_bytes(_table(global_feature, patches, random, start))
-        store.write_bytes(shard_key(shard), data)
+    return selection
+
+
+def write_shards(
+    folder: Path, *, rows: int, shard_rows: int, features: FeatureShape = FEATURES, picture_bytes: int = PICTURE_BYTES
+) -> Selection:
+    """Shards of random features under folder/shards."""
+    store, random = open_store(folder), np.random.default_rng(1)
+    shards, numbers = [], []
+    for start, global_feature, patches in _vectors(features, rows=rows, shard_rows=shard_rows):
+        key = shard_key(start // shard_rows)
+        data = parquet_bytes(_table(features, global_feature, patches, random, start, picture_bytes))
+        store.write_bytes(key, data)
         digest = hashlib.sha256(data).hexdigest()
-        shards.append(StoredShard(shard_key(shard), rows=count, bytes=len(data), sha256=digest))
-        numbers.append(np.arange(count))
+        shards.append(StoredShard(key, rows=len(patches), bytes=len(data), sha256=digest))
+        numbers.append(np.arange(len(patches)))
     return Selection(tuple(shards), tuple(numbers))
 
 
-def _table(global_feature: np.ndarray, patches: np.ndarray, random: np.random.Generator, start: int) -> pa.Table:
+def _vectors(features: FeatureShape, *, rows: int, shard_rows: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Shard by shard: its first row, global features and patches, the same at every call."""
+    random = np.random.default_rng(0)
+    for start in range(0, rows, shard_rows):
+        count = min(shard_rows, rows - start)
+        global_feature = random.standard_normal((count, features.embed_dim), dtype=np.float32)
+        yield (
+            start,
+            global_feature,
+            random.standard_normal((count, features.num_patches, features.patch_dim), dtype=np.float32),
+        )
+
+
+def _table(
+    features: FeatureShape,
+    global_feature: np.ndarray,
+    patches: np.ndarray,
+    random: np.random.Generator,
+    start: int,
+    picture_bytes: int,
+) -> pa.Table:
     count = len(patches)
     ids = [f"{start + row:09d}-00" for row in range(count)]
     columns = {
         "sample_id": ids,
         "caption": [" ".join(random.choice(WORDS, 11)) for _ in range(count)],
-        "image": [{"bytes": random.bytes(PICTURE_BYTES), "path": f"{name}.jpg"} for name in ids],
+        "image": [{"bytes": random.bytes(picture_bytes), "path": f"{name}.jpg"} for name in ids],
         "clip_score": random.random(count, dtype=np.float32),
         "status": [STORED] * count,
         "reason": [""] * count,
     }
     columns |= feature_columns(global_feature.astype(np.float16), patches.astype(np.float16))
-    schema = shard_schema(FEATURES)
+    schema = shard_schema(features)
     return pa.table({name: columns.get(name, [1] * count) for name in schema.names}, schema=schema)
 
 
@@ -123,10 +151,12 @@ def training_rate(repeats: int) -> float:
     return BATCH / statistics.median(seconds(step, repeats=repeats, device="cpu"))
 
 
-def _loader(folder: Path, selection: Selection, cache: ShardCache | None) -> ShardLoader:
+def _loader(
+    folder: Path, selection: Selection, cache: ShardCache | None, features: FeatureShape = FEATURES
+) -> ShardLoader:
     return ShardLoader(
         [Part(open_store(folder), selection, cache=cache)],
-        BatchShape(features=FEATURES, batch_size=BATCH, max_length=20, int8=cache is not None and cache.int8),
+        BatchShape(features=features, batch_size=BATCH, max_length=20, int8=cache is not None and cache.int8),
         Vocabulary.build(WORDS, min_count=1),
         seed=0,
         cache_bytes=0,

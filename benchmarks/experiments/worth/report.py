@@ -26,6 +26,7 @@ from benchmarks.experiments.worth.settings import (
     CAPTIONS,
     CLIP_FACTOR,
     DRAWN,
+    LONGER,
     NETWORKS,
     PAINTERS,
     PARTS,
@@ -145,7 +146,7 @@ def _section(out: Path, scores: Scores) -> list[str]:
     if READING.exists():
         lines += [READING.read_text().strip(), ""]
     lines += _method(out, scores)
-    lines += _data_table(out)
+    lines += _data_table(out, scores)
     lines += _calibration(out)
     lines += _resolution(scores)
     for painter in PAINTERS:
@@ -191,7 +192,7 @@ def _method(out: Path, scores: Scores) -> list[str]:
 _JUDGED = {"single": "one kind of thing", "both": "two", "three": "three"}
 
 
-def _data_table(out: Path) -> list[str]:
+def _data_table(out: Path, scores: Scores) -> list[str]:
     lines = [
         "### The data",
         "",
@@ -204,7 +205,7 @@ def _data_table(out: Path) -> list[str]:
         "|---" * 9 + "|",
     ]
     for painter in (*PAINTERS, RENDERED):
-        for data in (DRAWN, *STEPS_OF_DATA) if painter != RENDERED else (DRAWN,):
+        for data in (DRAWN, *_steps_of(scores, painter)):
             if not is_made(out, painter, data):
                 lines.append(f"| {painter} | {data} | not made |" + " |" * 6)
                 continue
@@ -223,6 +224,12 @@ def _data_table(out: Path) -> list[str]:
     return [*lines, "", f"Painters: {painters}.", ""]
 
 
+def _steps_of(scores: Scores, painter: str) -> list[str]:
+    """The ways to better data that some part asks for with this painter, in their order."""
+    asked = {setting.data for setting in scores.wanted if setting.painter == painter}
+    return [data for data in STEPS_OF_DATA if data in asked]
+
+
 def _drawn(data: str) -> float:
     return STEPS_OF_DATA[data].drawn if data in STEPS_OF_DATA else 0.0
 
@@ -236,7 +243,7 @@ def _calibration(out: Path) -> list[str]:
         "",
         f"{done} of {wanted} trainings are done. CIDEr of the base network, coarse painter, by steps: mean and "
         f"standard deviation over seeds. Rule: the learning rate with the highest mean at {LOOKS[-1]} steps, then the "
-        f"fewest steps within {NEAR:g} of its highest mean. Chosen: {_chosen(out)}.",
+        f"fewest steps within {NEAR:g} of its highest mean. Chosen: {_chosen(out)}.{_edge(out)}",
         "",
         "| lr_factor | seeds | " + " | ".join(f"{steps} steps" for steps in LOOKS) + " |",
         "|---" * (2 + len(LOOKS)) + "|",
@@ -253,6 +260,22 @@ def _chosen(out: Path) -> str:
         return "not yet"
     how = chosen(out)
     return f"lr_factor {how.lr_factor:g}, {how.steps} steps"
+
+
+def _edge(out: Path) -> str:
+    """A warning where the choice lies at the end of what was tried."""
+    if not is_calibrated(out):
+        return ""
+    how = chosen(out)
+    ends = [
+        text
+        for text, at_end in (
+            ("the largest learning rate", how.lr_factor == max(LR_FACTORS)),
+            ("the most steps", how.steps == LOOKS[-1]),
+        )
+        if at_end
+    ]
+    return f" These are {' and '.join(ends)} that were tried: the best may lie beyond." if ends else ""
 
 
 def _mean_std(values: Sequence[float]) -> str:
@@ -273,6 +296,7 @@ def _resolution(scores: Scores) -> list[str]:
     named = {
         "coarse painter": coarse,
         "coarse painter, other seeds": Setting("coarse", again=True),
+        f"coarse painter, {LONGER} times the steps": Setting("coarse", longer=LONGER),
         "fine painter": Setting("fine"),
         "rendered pictures": Setting(RENDERED),
     }
@@ -285,6 +309,7 @@ def _resolution(scores: Scores) -> list[str]:
     ]
     for name, (setting, base) in {
         "the same setting twice": (named["coarse painter, other seeds"], coarse),
+        f"{LONGER} times the steps": (Setting("coarse", longer=LONGER), coarse),
         "rendered less coarse": (named["rendered pictures"], coarse),
         "rendered less fine": (named["rendered pictures"], named["fine painter"]),
         "fine less coarse": (named["fine painter"], coarse),
@@ -357,7 +382,7 @@ def _networks(scores: Scores, painter: str) -> list[str]:
 def _refined(scores: Scores, painter: str) -> list[str]:
     title = f"### Better data: {painter} painter"
     if not any(setting.painter == painter and setting.data != DRAWN for setting in scores.results):
-        return [title, "", f"Not run: {', '.join(STEPS_OF_DATA)}.", ""]
+        return [title, "", f"Not run: {'; '.join(_steps_of(scores, painter))}.", ""]
     lines = [
         title,
         "",
@@ -367,9 +392,11 @@ def _refined(scores: Scores, painter: str) -> list[str]:
         "| data | network | seeds | CIDEr | CIDEr gained | noun recall gained | of recognised | per 1,000 | paper |",
         "|---" * 9 + "|",
     ]
-    for data in STEPS_OF_DATA:
+    for data in _steps_of(scores, painter):
         for network in ("base", PCM_NET):
             setting, base = Setting(painter, data, network), Setting(painter, DRAWN, network)
+            if setting not in scores.wanted:
+                continue
             seeds, *changes = _change(scores, setting, base)
             paper = f"{PAPER_DATA[data]:+.1f}" if data in PAPER_DATA and network == PCM_NET else ""
             lines.append(

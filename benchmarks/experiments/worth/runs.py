@@ -59,7 +59,8 @@ class Run:
 
 
 def planned(setting: Setting, seed: int, out: Path, *, steps: int, lr_factor: float) -> Run:
-    """The run; raises InputError where its data is not made."""
+    """The run, of so many steps, or as many times as the setting says; raises InputError where its data is not made."""
+    steps *= setting.longer
     fields, weighted = NETWORKS[setting.network]
     request = TrainRequest(
         data=str(data_folder(out, setting.painter, setting.data)),

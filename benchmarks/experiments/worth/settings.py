@@ -86,8 +86,11 @@ NETWORKS: Mapping[str, tuple[Mapping[str, Any], bool]] = MappingProxyType(
 PCM_NET = "both (PCM-Net)"
 
 DRAWN, SYNC, SYNC_BY_SIGHT = "drawn", "SynC", "SynC by a classifier"
-#: What the score filter keeps, and tau of SynC.
+#: What the score filter keeps, and tau of SynC; and the other values of tau that are tried.
 KEEP = 0.9
+OTHER_TAUS = (0.5, 0.7, 1.0)
+#: How many times as long a training is that shows whether the others are long enough.
+LONGER = 3
 BEST_OF = 4
 #: Pictures that redraw may draw, as a share of the captions: 1.25 times the budget in all.
 REDRAWN_SHARE = 0.25
@@ -103,21 +106,23 @@ class Step:
     drawn: float = 0.0  # pictures drawn for it beside those of DRAWN, as a share of the captions
 
 
+def _sync(of: str = DRAWN, keep: float = KEEP, *, drawn: float = 0.0) -> Step:
+    return Step(of, "refine", {"method": "sync", "keep": keep, "sentences": "clip"}, drawn=drawn)
+
+
 STEPS_OF_DATA: Mapping[str, Step] = MappingProxyType(
     {
         "score filter": Step(DRAWN, "curate", {"drop_lowest": round(1 - KEEP, 6)}),
-        SYNC: Step(DRAWN, "refine", {"method": "sync", "keep": KEEP, "sentences": "clip"}),
+        SYNC: _sync(),
+        **{f"SynC, tau {tau}": _sync(keep=tau) for tau in OTHER_TAUS},
+        "score filter, SynC": _sync("score filter"),
         SYNC_BY_SIGHT: Step(DRAWN, "classifier", {}),
         "best of 4": Step(DRAWN, "refine", {"method": "best-of-n", "best_of": BEST_OF}, drawn=BEST_OF - 1),
         "redraw": Step(
             DRAWN, "refine", {"method": "redraw", "budget": round(REDRAWN_SHARE * CAPTIONS)}, drawn=REDRAWN_SHARE
         ),
-        "best of 4, SynC": Step(
-            "best of 4", "refine", {"method": "sync", "keep": KEEP, "sentences": "clip"}, drawn=BEST_OF - 1
-        ),
-        "redraw, SynC": Step(
-            "redraw", "refine", {"method": "sync", "keep": KEEP, "sentences": "clip"}, drawn=REDRAWN_SHARE
-        ),
+        "best of 4, SynC": _sync("best of 4", drawn=BEST_OF - 1),
+        "redraw, SynC": _sync("redraw", drawn=REDRAWN_SHARE),
     }
 )
 
@@ -130,6 +135,7 @@ class Setting:
     data: str = DRAWN
     network: str = "base"
     again: bool = False  # with other seeds
+    longer: int = 1  # so many times the steps of the calibration
 
     def seeds(self, count: int) -> range:
         first = FIRST_SEED + (OTHER_SEEDS if self.again else 0)
@@ -148,6 +154,8 @@ def _refined(painter: str, names: tuple[str, ...]) -> tuple[Setting, ...]:
     return tuple(Setting(painter, data, network) for data in names for network in ("base", PCM_NET))
 
 
+_REDRAWS = ("redraw", "redraw, SynC", "best of 4", "best of 4, SynC")
+
 #: In the order in which they are run.
 PARTS: Mapping[str, Part] = MappingProxyType(
     {
@@ -158,8 +166,17 @@ PARTS: Mapping[str, Part] = MappingProxyType(
         "coarse": Part("Four settings, coarse painter", tuple(Setting("coarse", network=name) for name in NETWORKS)),
         "fine": Part("Four settings, fine painter", tuple(Setting("fine", network=name) for name in NETWORKS)),
         "data": Part("SynC and the score filter", _refined("coarse", (SYNC, "score filter", SYNC_BY_SIGHT))),
-        "redraws": Part("Drawing more", _refined("coarse", ("redraw", "redraw, SynC", "best of 4", "best of 4, SynC"))),
-        "data-fine": Part("SynC and the score filter, fine painter", _refined("fine", ("SynC", "score filter"))),
+        "longer": Part("More steps", (Setting("coarse", longer=LONGER),)),
+        "tau": Part(
+            "Other values of tau, and SynC of what the filter keeps",
+            (
+                *(Setting("coarse", f"SynC, tau {tau}") for tau in OTHER_TAUS),
+                *_refined("coarse", ("score filter, SynC",)),
+            ),
+        ),
+        "redraws": Part("Drawing more", _refined("coarse", _REDRAWS)),
+        "data-fine": Part("SynC and the score filter, fine painter", _refined("fine", (SYNC, "score filter"))),
+        "redraws-fine": Part("Drawing more, fine painter", _refined("fine", _REDRAWS)),
         "rendered": Part("PCM-Net on perfect pictures", (Setting(RENDERED, network=PCM_NET),)),
     }
 )
