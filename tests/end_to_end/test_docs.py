@@ -210,7 +210,7 @@ def run_block(block: Block, folder: Path, environment: dict[str, str]) -> None:
     """Fails with the end of what the block printed."""
     command = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}[block.language]
     done = subprocess.run(
-        [*command, block.text], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
+        [*command, block.text], cwd=folder, env=environment, capture_output=True, text=True, timeout=3600
     )
     printed = f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
     assert done.returncode == 0, f"{block}: exit status {done.returncode}\n{block.text}\n{printed}"
