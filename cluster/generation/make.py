@@ -18,8 +18,9 @@ from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.measured import measured
 from cluster.generation.pilot import Prediction, run_pilot
 from cluster.generation.pilot import summary as pilot_summary
-from cluster.generation.pinning import dataset_spec, joint_dimensions, on_device, resolve_device, resolve_dtype
+from cluster.generation.pinning import dataset_spec, joint_dimensions, on_device, resolve_dtype
 from cluster.generation.pipeline import GenerationResult, run_pipeline
+from cluster.generation.places import device_of_cluster, pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
 from cluster.generation.reach import check_reach
@@ -27,7 +28,7 @@ from cluster.generation.regenerate import regenerate
 from cluster.generation.request import AUTO, GenerateRequest, GenerationOptions
 from cluster.generation.retry_quarantined import parse_reason, require_finished, retry_quarantined
 from cluster.options import given
-from cluster.session import cluster_cpus, cluster_gpus, start_ray
+from cluster.session import start_ray
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.corpus import CorpusRecord, read_corpus, source_digest
 from cluster.store.store import Store, open_store
@@ -130,14 +131,14 @@ def prepare(
         concepts = fitting_concepts(asked.concepts, embed_dim=joint_dimensions(spec.clip.model))
 
     start_ray()
+    device = device_of_cluster(asked.device, before=planned.spec.generator.device if planned else None)
     check_reach(store)
-    device = resolve_device(asked.device, cluster_gpus=cluster_gpus())
     spec = on_device(spec, device=device, dtype=resolve_dtype(asked.dtype, device=device))
     if asked.offload != "none" and device != "cuda":
         raise InputError(f"--offload {asked.offload}: is for GPUs, and this cluster has none now; give --device cuda")
     if memory is not None:
         check_memory(spec.generator, memory)
-    pools = Pools.of(asked, device=device, cpus=cluster_cpus(), gpus=cluster_gpus())
+    pools = pools_of_cluster(asked, device=device)
     if planned is None:
         spec, shard_size = measured(spec, pools, batch_size=asked.batch_size == AUTO, shard_size=asked.shard_size)
     elif asked.batch_size == AUTO:
@@ -203,5 +204,5 @@ def _retry(store: Store, request: GenerateRequest, reason: str) -> dict[str, Any
         raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
     require_finished(store, plan)
     start_ray()
-    pools = Pools.of(request, device=plan.spec.generator.device, cpus=cluster_cpus(), gpus=cluster_gpus())
+    pools = pools_of_cluster(request, device=plan.spec.generator.device)
     return retry_quarantined(store, plan, reason, pools, faults=request.faults)
