@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster import shard_work
 from cluster.dataset.layout import CorpusSource, Plan, load_plan
-from cluster.dataset.plan import make_plan, refuse_other_spec
+from cluster.dataset.plan import MAX_SHARDS, make_plan, refuse_other_spec
 from cluster.dataset.vocabularies import store_given_concepts, store_noun_finder
 from cluster.generation.fit import check_memory
 from cluster.generation.like import check_alike, read_spec, with_spec
@@ -27,6 +27,7 @@ from cluster.generation.reach import check_reach
 from cluster.generation.regenerate import regenerate
 from cluster.generation.request import AUTO, GenerateRequest, GenerationOptions
 from cluster.generation.retry_quarantined import parse_reason, require_finished, retry_quarantined
+from cluster.generation.shard_limit import least_shard_size
 from cluster.options import given
 from cluster.session import start_ray
 from cluster.sources.concept_file import fitting_concepts
@@ -119,9 +120,22 @@ def prepare(
     if planned is not None:
         shard_size = asked.shard_size or planned.shard_size
         refuse_other_spec(store, planned, _resumed(spec, planned, asked), shard_size)
-    records = read_corpus(uri, format=asked.corpus_format, split=asked.split, limit=asked.limit, options=options)
+
+    def read() -> Iterator[CorpusRecord]:
+        return read_corpus(uri, format=asked.corpus_format, split=asked.split, limit=asked.limit, options=options)
+
+    def least(shard_size: int) -> int:
+        images = spec.images_per_caption
+        return least_shard_size(uri, read, shard_size=shard_size, images_per_caption=images, limit=asked.limit)
+
+    records = read()
     if planned is None or planned.source != source:
         records = _begun(records)
+    if planned is None and asked.shard_size is not None and (enough := least(asked.shard_size)) > asked.shard_size:
+        raise InputError(
+            f"--shard-size {asked.shard_size}: {asked.corpus} would have more than {MAX_SHARDS:,} shards; give "
+            f"{enough} or more"
+        )
     memory = None if spec.generator.model == "null" else model_memory(local_generator(spec.generator))
     is_truncated = _TruncationCheck(spec)
     _check_here(spec)  # a model that is not there is told now
@@ -141,6 +155,9 @@ def prepare(
     pools = pools_of_cluster(asked, device=device)
     if planned is None:
         spec, shard_size = measured(spec, pools, batch_size=asked.batch_size == AUTO, shard_size=asked.shard_size)
+        if asked.shard_size is None and (enough := least(shard_size)) > shard_size:
+            log.info("shards of %d samples instead, as a plan has at most %s of them", enough, f"{MAX_SHARDS:,}")
+            shard_size = enough
     elif asked.batch_size == AUTO:
         spec = replace(spec, generator=replace(spec.generator, batch_size=planned.spec.generator.batch_size))
     plan = make_plan(
