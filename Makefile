@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 # Empty is unset: each of a job's processes would compile the project's modules for itself.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-slow cluster-test chaos mutants install lint constraints clean
+.PHONY: demo test test-slow cluster-test chaos mutants install lint submit-size constraints clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m jobs.demo --out demo
@@ -37,6 +37,10 @@ mutants: $(STAMP)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+# How much `ray job submit --working-dir .` would send from here, and which files are the largest.
+submit-size: $(STAMP)
+	@$(VENV)/bin/python -m cluster.submit_size
 
 install: $(STAMP)
 

@@ -160,11 +160,11 @@ def _redraws_on_ray(
 ) -> Manifest:
     from cluster.curation.redraw_view import redraw_view
     from cluster.generation.pipeline import run_pipeline
-    from cluster.generation.pools import Pools
-    from cluster.session import cluster_cpus, cluster_gpus, start_ray
+    from cluster.generation.places import pools_of_cluster
+    from cluster.session import start_ray
 
     start_ray()
-    pools = Pools.for_cluster(device=spec.generator.device, cpus=cluster_cpus(), gpus=cluster_gpus())
+    pools = pools_of_cluster(device=spec.generator.device)
 
     def draw(store: Store, plan: Plan) -> None:
         run_pipeline(store, plan, pools)
@@ -252,11 +252,11 @@ def _on_ray(
 ) -> Manifest:
     # Torch and Ray take seconds, and a user's mistake is told before them.
     from cluster.curation.tasks import OnRay
-    from cluster.generation.pinning import resolve_device
-    from cluster.session import cluster_gpus, start_ray, waiting_for
+    from cluster.generation.places import device_of_cluster
+    from cluster.session import start_ray, waiting_for
 
     start_ray()
-    device = resolve_device(request.device, cluster_gpus=cluster_gpus())
+    device = device_of_cluster(request.device)
     tasks = OnRay(gpus=device == "cuda")
     with waiting_for(cpus=1, gpus=1 if device == "cuda" else 0):
         return sync_view(source, out, lineage, sentences, request, tasks, clip=clip, device=device, retrieval=retrieval)

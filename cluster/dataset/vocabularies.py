@@ -25,7 +25,7 @@ from cluster.dataset.layout import (
     Plan,
     read_table,
 )
-from cluster.session import user_error
+from cluster.session import user_error, waiting_for
 from cluster.shard_work import AUTO, MANY_SAMPLES, PROCESS, shard_work
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
@@ -50,6 +50,9 @@ SMALL_CORPUS = 10_000  # captions; below it every word counts
 
 CONCEPTS = 400  # the corpus's most frequent nouns; the published runs all read one file of 446, see --concepts
 _FEATURES_FIELD = "features"
+
+#: Of a GPU, for some hundred texts: it finds a place beside whatever leaves a share of one.
+TEXT_TOWER_GPUS = 0.2
 
 #: Plan parts that are counted in one go, and read at once.
 _PARTS_AT_ONCE, _READERS = 32, 8
@@ -80,8 +83,10 @@ def store_vocabularies(
             _store_clip_files(store, plan, words, encoder)
         elif plan.spec.clip.model != "null":
             try:
-                task: Any = _load_and_store_clip_files.options(**clip_resources(plan.spec.clip, node_label))
-                ray.get(task.remote(store, plan, words))
+                wanted = clip_resources(plan.spec.clip, node_label)
+                task: Any = _load_and_store_clip_files.options(**wanted)
+                with waiting_for(cpus=wanted["num_cpus"], gpus=wanted["num_gpus"]):
+                    ray.get(task.remote(store, plan, words))
             except ray.exceptions.RayError as error:
                 raise user_error(error) or error from None
         document = json.dumps({"corpus_fingerprint": plan.corpus_fingerprint, "min_count": min_count})
@@ -308,6 +313,6 @@ def _metadata_in_order(data: bytes) -> bytes:
 
 
 def clip_resources(spec: ClipSpec, node_label: tuple[str, str] | None = None) -> dict:
-    """What Ray is asked for by a task that loads CLIP."""
-    asked = {"num_cpus": 1, "num_gpus": 1 if spec.device == "cuda" else 0}
+    """What Ray is asked for by a task that loads CLIP, for some seconds: no whole GPU, which others may need."""
+    asked = {"num_cpus": 1, "num_gpus": TEXT_TOWER_GPUS if spec.device == "cuda" else 0}
     return asked | ({"label_selector": dict([node_label])} if node_label else {})

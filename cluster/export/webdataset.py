@@ -3,7 +3,8 @@
     00000.tar          000000000.jpg 000000000.txt 000000000.json 000000001.jpg ...
     00000_stats.json   count, successes, failures by reason, times
 
-A key is five digits of shard and four of row; quarantined samples leave a gap.
+A key is five digits of shard and four of row; quarantined samples leave a gap. Above 100,000 shards every shard of the
+dataset has six digits or more, so that names sort as numbers do.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.images import image_ending
 
-MAX_SHARDS = 100_000
+LEAST_DIGITS = 5  # of a shard
 MAX_ROWS = 10_000
 
 _COLUMNS = ["sample_id", "caption", "image", "width", "height", "seed", "clip_score"]
@@ -29,17 +30,18 @@ class WebDataset:
     def __init__(self, source: Source, out: Store) -> None:
         self._source = source
         self._out = out
+        shards = source.num_shards if source.plan is None else source.plan.num_shards  # an unfinished one grows
+        self._digits = max(LEAST_DIGITS, len(str(shards - 1)))
 
     def prepare(self) -> None:
-        shards, size = self._source.num_shards, self._source.largest_shard
-        if shards > MAX_SHARDS or size > MAX_ROWS:
+        if (size := self._source.largest_shard) > MAX_ROWS:
             raise InputError(
-                f"{self._source.store.root}: {shards} shards of {size}; "
-                f"WebDataset keys have room for {MAX_SHARDS:,} of {MAX_ROWS:,}; export --to huggingface"
+                f"{self._source.store.root}: a shard of {size}; WebDataset keys have room for {MAX_ROWS:,} in each; "
+                "export --to huggingface"
             )
 
     def marker(self, shard: int) -> str:
-        return f"{shard:05d}_stats.json"
+        return f"{self._name(shard)}_stats.json"
 
     def write(self, shard: int) -> None:
         buffer = io.BytesIO()
@@ -47,13 +49,16 @@ class WebDataset:
             rows = self._source.read(shard, _COLUMNS).to_pylist()
             places = self._source.places(shard, [row["sample_id"] for row in rows])
             for place, row in zip(places, rows, strict=True):
-                key = f"{shard:05d}{place:04d}"
+                key = f"{self._name(shard)}{place:04d}"
                 picture = row["image"]["bytes"]
                 _add(tar, f"{key}.{image_ending(picture)}", picture)
                 _add(tar, f"{key}.txt", row["caption"].encode())
                 _add(tar, f"{key}.json", document_bytes(self._document(key, row, picture)))
-        self._out.write_bytes(f"{shard:05d}.tar", buffer.getvalue())
+        self._out.write_bytes(f"{self._name(shard)}.tar", buffer.getvalue())
         self._out.write_bytes(self.marker(shard), document_bytes(self._stats(shard)))
+
+    def _name(self, shard: int) -> str:
+        return f"{shard:0{self._digits}d}"
 
     def written(self, shard: int) -> None:
         pass

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -44,29 +44,30 @@ class ClusterState:
     machines: int = 1
     gpus: float = 0.0
     no_room: str = ""  # what others leave too little of for a generator
+    full: str = ""  # what is too little for one generator more, whoever has it
 
 
 def ask_cluster(monitor: ActorHandle | None, *, gpus_per_generator: float, room: "Room") -> ClusterState:
     """Ask Ray and the run's monitor. Takes up to ANSWER_SECONDS; raises whatever Ray raises when it is in trouble."""
     nodes, gpus = cluster_nodes(), cluster_gpus()
-    no_room = room.lacking(ray.cluster_resources(), ray.available_resources())
-    machines = len(nodes)
+    has, free = ray.cluster_resources(), ray.available_resources()
+    state = ClusterState(machines=len(nodes), gpus=gpus, no_room=room.lacking(has, free), full=room.full(has, free))
     if monitor is None:
-        return ClusterState(machines=machines, gpus=gpus, no_room=no_room)
+        return state
     monitor.nodes.remote(nodes)
     try:
         said: Any = ray.get(monitor.snapshot.remote(), timeout=ANSWER_SECONDS)
     except ray.exceptions.RayError:
-        return ClusterState(machines=machines, gpus=gpus, no_room=no_room)
+        return state
     # The monitor remembers every generator, those on lost nodes too; there are no more than there are GPUs for.
-    room = int(gpus / gpus_per_generator + 1e-6) if gpus_per_generator else said["generators"]
+    most = int(gpus / gpus_per_generator + 1e-6) if gpus_per_generator else said["generators"]
     live = MonitorSnapshot(
         drawn=said["drawn"],
         in_flight=said["in_flight"],
-        generators=min(said["generators"], room),
+        generators=min(said["generators"], most),
         left_out=tuple(said["left_out"]),
     )
-    return ClusterState(live=live, machines=machines, gpus=gpus, no_room=no_room)
+    return replace(state, live=live)
 
 
 class Room:
@@ -82,8 +83,19 @@ class Room:
             whole, left = has.get(name, 0.0), free.get(name, 0.0)
             others = self._others[name] = min(whole - left, self._others.get(name, math.inf))
             if max(left, whole - others) + 1e-6 < wanted:
-                return f"{left:g} of the cluster's {whole:g} {name}s are free, and one takes {wanted:g}"
+                return _too_little(name, whole, left, wanted)
         return ""
+
+    def full(self, has: Mapping[str, float], free: Mapping[str, float]) -> str:
+        """Which resource has too little left for one generator more, the run's own in it; "": none."""
+        for name, wanted in self._takes.items():
+            if (left := free.get(name, 0.0)) + 1e-6 < wanted:
+                return _too_little(name, has.get(name, 0.0), left, wanted)
+        return ""
+
+
+def _too_little(name: str, whole: float, left: float, wanted: float) -> str:
+    return f"{left:g} of the cluster's {whole:g} {name}s are free, and one takes {wanted:g}"
 
 
 class Display:
@@ -140,8 +152,9 @@ class Display:
                     self._left_out.add(said)
             status = self._progress.status()
             self._telemetry.update(status)
-            wrong = trouble(status, gpus=news.gpus, gpus_per_generator=self._gpus_per_generator, no_room=news.no_room)
-            self._view.show(status, wrong)
+            needs: dict[str, float] = {"gpus": news.gpus, "gpus_per_generator": self._gpus_per_generator}
+            wrong = trouble(status, **needs, no_room=news.no_room)
+            self._view.show(status, wrong, wrong or absent(status, **needs, full=news.full))
             pause = TICK_SECONDS if news.live else SILENT_TICK_SECONDS
 
 
@@ -151,11 +164,11 @@ class _Log:
     def __init__(self) -> None:
         self._next = 0.0
 
-    def show(self, status: Status, trouble: str) -> None:
+    def show(self, status: Status, trouble: str, said: str) -> None:
         if status.seconds < self._next or (status.seconds < FIRST_LINES_SECONDS and not status.samples):
             return
         self._next = next_line(status.seconds)
-        log.info("%s", log_line(status, trouble))
+        log.info("%s", log_line(status, said))
 
     def close(self, status: Status) -> None:
         log.info("%s", log_line(status, ""))
@@ -179,14 +192,14 @@ class _Bar:
         self._redirect = logging_redirect_tqdm()
         self._redirect.__enter__()
 
-    def show(self, status: Status, trouble: str) -> None:
+    def show(self, status: Status, trouble: str, said: str) -> None:
         self._bar.n = status.skipped + status.samples + status.drawn
         parts = (duration(status.seconds), rate_and_eta(status))
         self._bar.set_description_str(f"[{', '.join(part for part in parts if part)}]")
-        self._details.set_description_str(trouble or details(status))
+        self._details.set_description_str(trouble or ", ".join(filter(None, (said, details(status)))))
 
     def close(self, status: Status) -> None:
-        self.show(status, "")
+        self.show(status, "", "")
         self._bar.close()
         self._details.close()
         self._redirect.__exit__(None, None, None)
@@ -197,10 +210,11 @@ def next_line(seconds: float) -> float:
     return seconds + (FIRST_LINES_SECONDS if seconds < FIRST_LINES_FOR else LATER_LINES_SECONDS)
 
 
-def log_line(status: Status, trouble: str) -> str:
+def log_line(status: Status, said: str) -> str:
+    """`said`: what `trouble` or `absent` says."""
     done = status.skipped + status.samples + status.drawn
     share = f" ({100 * done / status.total:.1f}%)" if status.total else ""
-    parts = [f"{done:,}/{status.total:,} samples{share}", trouble, rate_and_eta(status), details(status)]
+    parts = [f"{done:,}/{status.total:,} samples{share}", said, rate_and_eta(status), details(status)]
     return "; ".join(part for part in parts if part)
 
 
@@ -237,16 +251,34 @@ def trouble(status: Status, *, gpus: float, gpus_per_generator: float, no_room: 
     `no_room`: what `Room.lacking` says: another job has what this one waits for.
     """
     wanted = status.wanted_generators
-    here = f"; the cluster has {gpus:g} GPUs now" if gpus < wanted * gpus_per_generator else ""
+    here = f"; {few}" if (few := _few_gpus(status, gpus, gpus_per_generator)) else ""
     if not status.samples and not status.drawn and not status.in_flight:
         waiting = wanted if status.generators is None else wanted - status.generators
         them = f"{waiting} generator{'' if waiting == 1 else 's'}"
         if waiting > 0 and here:
-            return f"waiting for {them}{here}"
+            return f"waiting for {them}, for {duration(status.short_seconds)}{here}"
         if waiting > 0 and no_room:
-            return f"waiting for {them} to start, for {duration(status.seconds)}; {no_room}"
+            return f"waiting for {them} to start, for {duration(status.short_seconds)}; {no_room}"
         return f"generators are starting and loading their models, for {duration(status.seconds)}"
     if status.stalled:
         drawing = "" if status.generators is None else f"; {status.in_flight} of {wanted} generators are drawing"
         return f"nothing finished for {duration(status.idle_seconds)}{drawing}{here}"
     return ""
+
+
+def absent(status: Status, *, gpus: float, gpus_per_generator: float, full: str) -> str:
+    """How many generators have not started while others draw, for how long, and what they wait for; "" when none.
+
+    `full`: what `Room.full` says.
+    """
+    if status.generators is None or status.generators >= status.wanted_generators or not status.missing:
+        return ""
+    waiting = status.wanted_generators - status.generators
+    why = _few_gpus(status, gpus, gpus_per_generator) or full
+    how = f"wait{'s' if waiting == 1 else ''}" if why else f"{'is' if waiting == 1 else 'are'} starting"
+    since = f"{waiting} {how}, for {duration(status.short_seconds)}"
+    return f"{status.generators} of {status.wanted_generators} generators; {since}{': ' if why else ''}{why}"
+
+
+def _few_gpus(status: Status, gpus: float, gpus_per_generator: float) -> str:
+    return f"the cluster has {gpus:g} GPUs now" if gpus < status.wanted_generators * gpus_per_generator else ""

@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster import shard_work
 from cluster.dataset.layout import CorpusSource, Plan, load_plan
-from cluster.dataset.plan import make_plan, refuse_other_spec
+from cluster.dataset.plan import MAX_SHARDS, make_plan, refuse_other_spec
 from cluster.dataset.vocabularies import store_given_concepts, store_noun_finder
 from cluster.generation.fit import check_memory
 from cluster.generation.like import check_alike, read_spec, with_spec
@@ -18,16 +18,18 @@ from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.measured import measured
 from cluster.generation.pilot import Prediction, run_pilot
 from cluster.generation.pilot import summary as pilot_summary
-from cluster.generation.pinning import dataset_spec, joint_dimensions, on_device, resolve_device, resolve_dtype
+from cluster.generation.pinning import dataset_spec, joint_dimensions, on_device, resolve_dtype
 from cluster.generation.pipeline import GenerationResult, run_pipeline
+from cluster.generation.places import device_of_cluster, pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
 from cluster.generation.reach import check_reach
 from cluster.generation.regenerate import regenerate
 from cluster.generation.request import AUTO, GenerateRequest, GenerationOptions
 from cluster.generation.retry_quarantined import parse_reason, require_finished, retry_quarantined
+from cluster.generation.shard_limit import least_shard_size
 from cluster.options import given
-from cluster.session import cluster_cpus, cluster_gpus, start_ray
+from cluster.session import start_ray
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.corpus import CorpusRecord, read_corpus, source_digest
 from cluster.store.store import Store, open_store
@@ -118,9 +120,22 @@ def prepare(
     if planned is not None:
         shard_size = asked.shard_size or planned.shard_size
         refuse_other_spec(store, planned, _resumed(spec, planned, asked), shard_size)
-    records = read_corpus(uri, format=asked.corpus_format, split=asked.split, limit=asked.limit, options=options)
+
+    def read() -> Iterator[CorpusRecord]:
+        return read_corpus(uri, format=asked.corpus_format, split=asked.split, limit=asked.limit, options=options)
+
+    def least(shard_size: int) -> int:
+        images = spec.images_per_caption
+        return least_shard_size(uri, read, shard_size=shard_size, images_per_caption=images, limit=asked.limit)
+
+    records = read()
     if planned is None or planned.source != source:
         records = _begun(records)
+    if planned is None and asked.shard_size is not None and (enough := least(asked.shard_size)) > asked.shard_size:
+        raise InputError(
+            f"--shard-size {asked.shard_size}: {asked.corpus} would have more than {MAX_SHARDS:,} shards; give "
+            f"{enough} or more"
+        )
     memory = None if spec.generator.model == "null" else model_memory(local_generator(spec.generator))
     is_truncated = _TruncationCheck(spec)
     _check_here(spec)  # a model that is not there is told now
@@ -130,16 +145,19 @@ def prepare(
         concepts = fitting_concepts(asked.concepts, embed_dim=joint_dimensions(spec.clip.model))
 
     start_ray()
+    device = device_of_cluster(asked.device, before=planned.spec.generator.device if planned else None)
     check_reach(store)
-    device = resolve_device(asked.device, cluster_gpus=cluster_gpus())
     spec = on_device(spec, device=device, dtype=resolve_dtype(asked.dtype, device=device))
     if asked.offload != "none" and device != "cuda":
         raise InputError(f"--offload {asked.offload}: is for GPUs, and this cluster has none now; give --device cuda")
     if memory is not None:
         check_memory(spec.generator, memory)
-    pools = Pools.of(asked, device=device, cpus=cluster_cpus(), gpus=cluster_gpus())
+    pools = pools_of_cluster(asked, device=device)
     if planned is None:
         spec, shard_size = measured(spec, pools, batch_size=asked.batch_size == AUTO, shard_size=asked.shard_size)
+        if asked.shard_size is None and (enough := least(shard_size)) > shard_size:
+            log.info("shards of %d samples instead, as a plan has at most %s of them", enough, f"{MAX_SHARDS:,}")
+            shard_size = enough
     elif asked.batch_size == AUTO:
         spec = replace(spec, generator=replace(spec.generator, batch_size=planned.spec.generator.batch_size))
     plan = make_plan(
@@ -203,5 +221,5 @@ def _retry(store: Store, request: GenerateRequest, reason: str) -> dict[str, Any
         raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
     require_finished(store, plan)
     start_ray()
-    pools = Pools.of(request, device=plan.spec.generator.device, cpus=cluster_cpus(), gpus=cluster_gpus())
+    pools = pools_of_cluster(request, device=plan.spec.generator.device)
     return retry_quarantined(store, plan, reason, pools, faults=request.faults)

@@ -1,16 +1,14 @@
 """What is measured once on a machine of the cluster and then part of a dataset: `--batch-size auto`, the shard size."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
-
-import ray
 
 from cluster.dataset.request import ShardOptions
+from cluster.generation.places import Result, in_a_generators_place
 from cluster.generation.pools import Pools
 from cluster.gpu_share import keep_to_gpu_share
-from cluster.session import user_error
+from cluster.store.retries import load_with_retries
 from cluster.weights.node_copy import local_generator
 from pcm.errors import InputError
 from pcm.generation.batch_search import Trial, best_size, rate_of, table
@@ -33,8 +31,9 @@ def measured(spec: DatasetSpec, pools: Pools, *, batch_size: bool, shard_size: i
     takes ten minutes at most.
 
     The measurement runs in one task that reserves what a generator reserves; on an autoscaling cluster it brings the
-    first node. Where a generator scores too, a part of its GPU's memory is left to CLIP. All generators then draw in
-    this size (a smaller GPU halves it for itself when its memory ends, and its rows say so).
+    first node. It is as patient as generators are (`in_a_generators_place`), and the log says what it waits for. Where
+    a generator scores too, a part of its GPU's memory is left to CLIP. All generators then draw in this size (a smaller
+    GPU halves it for itself when its memory ends, and its rows say so).
 
     Raises InputError when not even one picture fits into the device's memory.
     """
@@ -43,7 +42,8 @@ def measured(spec: DatasetSpec, pools: Pools, *, batch_size: bool, shard_size: i
     if not batch_size and (shard_size is not None or generator.model in _FAST):
         return spec, shard_size or ShardOptions.shard_size
     memory = 1.0 if pools.scorers else 1 - MEMORY_OF_CLIP
-    trials: list[Trial] = _on_a_generators_node(_try_generator, pools, spec, memory, search=batch_size)
+    what = f"speed of {generator.model}"
+    trials = in_a_generators_place(_try_generator, pools, spec, memory, search=batch_size, what=what)
     size = best_size(trials)
     if size is None:
         raise InputError(
@@ -67,18 +67,14 @@ def shard_size_at(images_per_second: float, *, batch_size: int) -> int:
     return max(1, most - most % batch_size if most > batch_size else most)
 
 
-def _on_a_generators_node(function: Callable, pools: Pools, *arguments: Any, **named: Any) -> Any:
-    options = pools.draw_options(1)
-    options.pop("compute")
-    task = ray.remote(function).options(**options, max_retries=3)
-    try:
-        return ray.get(task.remote(*arguments, **named))
-    except ray.exceptions.RayError as error:
-        raise user_error(error) or error from None
-
-
-def _try_generator(spec: DatasetSpec, memory: float, *, search: bool) -> list[Trial]:
+def _try_generator(spec: DatasetSpec, memory: float, *, search: bool) -> Iterator[str | Result[list[Trial]]]:
     keep_to_gpu_share(spec.generator.device, part=memory)
-    from pcm.generation.batch_search import try_generator  # torch and diffusers, only on the worker
+    yield "loading the model"
+    # Torch and diffusers, only on the worker.
+    from pcm.generation.batch_search import try_generator
+    from pcm.generation.diffusers_pipeline import DiffusersTextToImage
 
-    return try_generator(local_generator(spec.generator), search=search)
+    name = spec.generator.model
+    generator = load_with_retries(lambda: DiffusersTextToImage(local_generator(spec.generator)), model=name)
+    yield "drawing batches of several sizes" if search else f"drawing two batches of {generator.batch_size}"
+    yield Result(try_generator(generator, search=search))

@@ -52,6 +52,7 @@ class Status:
     generators: int | None  # that have started; None: the monitor is silent
     in_flight: int  # batches being drawn
     wanted_generators: int
+    short_seconds: float  # for which fewer generators than wanted have started
     images_per_second: float | None
     recent_images_per_second: float | None
     eta_seconds: float | None
@@ -98,6 +99,7 @@ class RunProgress:
         self._lock = threading.Lock()
         self._started = self._observed = self._advanced = self._clock()
         self._longest_gap = 0.0
+        self._short_since: float | None = self._started  # fewer generators than wanted have started
         self._first_draw: float | None = None
         self._last_commit: float | None = None
         self._live: MonitorSnapshot | None = None
@@ -139,6 +141,10 @@ class RunProgress:
                 self._history.clear()  # two ways of counting do not make one rate
             self._pay(now)  # for what was there until now
             self._live, self._machines = live, machines
+            if live and live.generators >= self._actors["draw"]:
+                self._short_since = None
+            elif live and self._short_since is None:  # a machine was lost
+                self._short_since = now
             if live and live.in_flight and self._first_draw is None:
                 self._first_draw = now
             self._advance(now)
@@ -169,6 +175,7 @@ class RunProgress:
                 generators=self._live.generators if self._live else None,
                 in_flight=self._live.in_flight if self._live else 0,
                 wanted_generators=self._actors["draw"],
+                short_seconds=0.0 if self._short_since is None else now - self._short_since,
                 images_per_second=None if overall is None else overall * per_sample,
                 recent_images_per_second=None if recent is None else recent * per_sample,
                 eta_seconds=eta,

@@ -18,9 +18,9 @@ from cluster.dataset.layout import Plan, load_manifest, load_plan, read_table, s
 from cluster.dataset.rows import read_shard
 from cluster.dataset.verify import refuse_derived
 from cluster.generation.environment import differences, environment
-from cluster.generation.pools import Pools
+from cluster.generation.places import pools_of_cluster
 from cluster.generation.stages.draw import DrawShard
-from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error
+from cluster.session import start_ray, user_error
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from pcm.generation.names import TEXT_ONLY, UNDRAWN
@@ -57,7 +57,7 @@ def redraw_check(dataset: str, *, count: int, seed: int) -> dict[str, Any]:
     plan = planned(store)
     chosen = chosen_rows(store, plan, count=count, seed=seed)
     start_ray()
-    pools = Pools.for_cluster(device=plan.spec.generator.device, cpus=cluster_cpus(), gpus=cluster_gpus())
+    pools = pools_of_cluster(device=plan.spec.generator.device)
     task: Any = ray.remote(draw_again).options(
         num_cpus=pools.generator_cpus, num_gpus=pools.generator_gpus, max_retries=3
     )

@@ -22,8 +22,9 @@ from cluster.dataset.shard_check import UNREADABLE
 from cluster.dataset.verify import inspect
 from cluster.dataset.vocabularies import vocabularies_stored
 from cluster.generation.pipeline import run_pipeline
+from cluster.generation.places import pools_of_cluster
 from cluster.generation.pools import Pools
-from cluster.session import cluster_cpus, cluster_gpus, start_ray
+from cluster.session import start_ray
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.store.store import Store, open_store
 from cluster.weights.node_copy import local_spec
@@ -87,11 +88,12 @@ def repair_dataset(dataset: str, *, corpus: str | None = None, run_on: str = Ver
         return read_corpus(uri, format=plan.source.format, split=plan.source.split, limit=plan.records, options=options)
 
     def draw(plan: Plan, shards: list[int]) -> None:
-        cpus, gpus = 1.0, 0.0
+        device = plan.spec.generator.device
         if shards or not vocabularies_stored(store, plan):
             start_ray()
-            cpus, gpus = cluster_cpus(), cluster_gpus()
-        pools = Pools.for_cluster(device=plan.spec.generator.device, cpus=cpus, gpus=gpus)
+            pools = pools_of_cluster(device=device)
+        else:
+            pools = Pools.for_cluster(device=device, cpus=1, gpus=0)  # nothing to draw
         run_pipeline(store, plan, pools, redo=shards)
 
     return repair(store, draw=draw, read_records=read_records, truncation_check=truncation_check, run_on=run_on)

@@ -45,12 +45,13 @@ from cluster.dataset.vocabularies import (
     clip_resources,
     features_of_head,
 )
-from cluster.generation.pinning import clip_spec, joint_dimensions, resolve_device, resolve_dtype
+from cluster.generation.pinning import clip_spec, joint_dimensions, resolve_dtype
+from cluster.generation.places import device_of_cluster, pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.ingest.agreement import agreement, most_different
 from cluster.ingest.featurise_again import WORK, FeaturiseAgain, is_scored, read_facts
 from cluster.ingest.request import FeaturiseRequest
-from cluster.session import cluster_cpus, cluster_gpus, start_ray, user_error
+from cluster.session import start_ray, user_error
 from cluster.sources.concept_file import fitting_concepts
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store, open_store
@@ -136,13 +137,13 @@ def _make(
 ) -> tuple[Manifest, int]:
     """The manifest, and how many rows were there already."""
     start_ray()
-    device = resolve_device(request.device, cluster_gpus=cluster_gpus())
+    device = device_of_cluster(request.device)
     spec = clip_spec(request.clip, device=device, dtype=resolve_dtype(request.dtype, device=device))
     keep_spec(out, spec)
     missing = missing_shards(source, out)
     skipped = source.manifest.stored - sum(source.shards[number].rows for number in missing)
     if missing:
-        pools = Pools.for_cluster(device=device, cpus=cluster_cpus(), gpus=cluster_gpus())
+        pools = pools_of_cluster(device=device)
         _featurise_on_ray(source, out, spec, missing, pools)
     task: Any = ray.remote(store_vocabularies_of).options(**clip_resources(spec))
     try:

@@ -26,7 +26,7 @@ from pcm.text.formats import FORMATS, CaptionRow, ReadOptions, in_split, read_ro
 from pcm.text.gzip_files import open_gzip
 from pcm.text.rules import check_caption, quarantined
 
-__all__ = ["FORMATS", "CorpusRecord", "detect_format", "read_corpus", "source_digest"]
+__all__ = ["FORMATS", "CorpusRecord", "corpus_bytes", "detect_format", "read_corpus", "source_digest"]
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +207,14 @@ def source_digest(uri: str) -> str:
         while data := raw.read(8 * _BUFFER):
             digest.update(data)
     return digest.hexdigest()
+
+
+def corpus_bytes(uri: str) -> int | None:
+    """Bytes of a corpus file, or of its parts; None where the place does not tell. Raises InputError as
+    `corpus_parts` does, FileNotFoundError where there is none."""
+    if "::" in uri or uri.startswith(("http://", "https://")):
+        return None
+    return sum(open_store(part).size("") for part in corpus_parts(uri) or [uri])
 
 
 @contextlib.contextmanager

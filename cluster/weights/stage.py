@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.store.paths import inside
 from cluster.store.retries import load_with_retries
-from cluster.store.store import Store, open_store
+from cluster.store.store import Store, join, open_store
 from cluster.weights.hub import pin_repo
 from cluster.weights.manifest import MANIFEST, StagedFile, WeightsManifest, digits, revision_of
 from cluster.weights.request import StageModelsRequest
@@ -35,33 +35,67 @@ _CLIP_FILES = ("*.json", "*.txt", "*.model", "open_clip_*.safetensors")
 
 
 def stage(request: StageModelsRequest) -> dict[str, Any]:
-    """Put a model's folder at --out, and return the job's summary. Run again, it puts what is not there yet.
+    """Put a model's folder at --out, or two below it, and return the job's summary. Run again, it puts what is not
+    there yet.
 
-    Raises InputError for a model that cannot be had, or that names Python of its own.
+    The summary: weights (what a job is given), source, revision, files, bytes, put, digests (by file). Of two models
+    `t2i` and `clip` have the first three, the rest is of both, with names of files below --out. Raises InputError for a
+    model that cannot be had, or that names Python of its own.
     """
     started = time.monotonic()
+    places = places_of(request)
+    staged = {kind: _stage_one(request, kind, place) for kind, place in places.items()}
+    if len(staged) == 1:
+        (summary,) = staged.values()
+        return {**summary, "seconds": round(time.monotonic() - started, 2)}
+    below = {kind: place.removeprefix(join(request.out, "")) for kind, place in places.items()}
+    return {
+        **{kind: {key: one[key] for key in ("weights", "source", "revision")} for kind, one in staged.items()},
+        **{key: sum(one[key] for one in staged.values()) for key in ("files", "bytes", "put")},
+        "digests": {
+            f"{below[kind]}/{name}": digest for kind, one in staged.items() for name, digest in one["digests"].items()
+        },
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def places_of(request: StageModelsRequest) -> dict[str, str]:
+    """Where the weights of each of "t2i" and "clip" go. The last part of a place is the model's own name, by which
+    few-step models are known."""
+    if request.t2i is None or request.clip is None:
+        return {"clip" if request.t2i is None else "t2i": request.out}
+    t2i = Path(request.t2i).absolute().name
+    architecture, pretrained = resolve_clip_name(request.clip)
+    clip = Path(architecture).absolute().name
+    if pretrained is not None:
+        clip = f"{architecture}-{Path(pretrained).name}"
+    return {"t2i": join(request.out, f"t2i/{t2i}"), "clip": join(request.out, f"clip/{clip}")}
+
+
+def _stage_one(request: StageModelsRequest, kind: str, place: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="pcm-") as scratch:
         folder = Path(scratch)
-        if request.t2i is not None:
+        if kind == "t2i":
+            assert request.t2i is not None
             source = _link_pipeline(request.t2i, request.revision, request.t2i_variant, folder)
         else:
             assert request.clip is not None
             source = _link_clip(request.clip, request.revision, folder)
         manifest = _manifest(folder, source)
-        store = open_store(request.out)
+        store = open_store(place)
         missing = _missing(store, manifest)
-        log.info("%s: putting %d of %d files at %s", source, len(missing), len(manifest.files), request.out)
+        log.info("%s: putting %d of %d files at %s", source, len(missing), len(manifest.files), place)
         with ThreadPoolExecutor(WORKERS, thread_name_prefix="stage") as pool:
             list(pool.map(lambda file: store.put_file(manifest.key(file), folder / file.name), missing))
         store.write_bytes(MANIFEST, manifest.to_bytes())
     return {
-        "weights": request.out,
+        "weights": place,
         "source": source,
         "revision": manifest.revision,
         "files": len(manifest.files),
         "bytes": manifest.size,
         "put": len(missing),
-        "seconds": round(time.monotonic() - started, 2),
+        "digests": {file.name: file.sha256 for file in manifest.files},
     }
 
 

@@ -3,10 +3,13 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pcm.generation.drawing import Request
 from pcm.generation.model_faults import free_memory, is_out_of_memory
-from pcm.spec import GeneratorSpec
+
+if TYPE_CHECKING:
+    from pcm.generation.diffusers_pipeline import DiffusersTextToImage
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 #: A size must draw this much faster than the best before it, or the search ends: a larger batch costs memory, and
@@ -64,16 +67,11 @@ def rate_of(trials: Iterable[Trial], size: int) -> float:
     return next(trial.images_per_second or 0.0 for trial in trials if trial.size == size)
 
 
-def try_generator(spec: GeneratorSpec, *, search: bool = True) -> list[Trial]:
-    """`try_sizes` of the spec's generator on this process's device; without `search`, of its own batch size alone.
+def try_generator(generator: "DiffusersTextToImage", *, search: bool = True) -> list[Trial]:
+    """`try_sizes` of a generator; without `search`, of its own batch size alone.
 
     A generator whose pictures depend on their neighbours has one size.
     """
-    from pcm.generation.diffusers_pipeline import (
-        DiffusersTextToImage,  # seconds to import, and the driver needs none of it
-    )
-
-    generator = DiffusersTextToImage(spec)
 
     def draw(size: int) -> None:
         requests = {slot: Request(position=slot, caption=CAPTION, seed=slot) for slot in range(size)}

@@ -13,6 +13,7 @@ from ray.cluster_utils import Cluster
 
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import TINY, write_dataset
+from tests.helpers.tiny_generation import CAPTIONS, write_corpus
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +68,37 @@ def test_a_sweep_waits_for_its_trials_and_says_so(head: Cluster, tmp_path: Path,
     printed, said = job.communicate(timeout=600)
     assert job.returncode == 0, said[-3000:]
     assert json.loads(printed.splitlines()[-1])["by_status"] == {"finished": 2}
+
+
+def test_generation_waits_for_its_first_machine_and_says_so(head: Cluster, tmp_path: Path, tiny_t2i: Path) -> None:
+    """Without --generators: the machine that comes counts with all its CPUs. One is lost while speed is measured."""
+    out = tmp_path / "out"
+    command = ["jobs.generate", "--corpus", str(write_corpus(tmp_path)), "--t2i", str(tiny_t2i), "--clip=null"]
+
+    def start_generation(*options: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", *command, "--out", str(out), "--steps=2", *options], cwd=ROOT, text=True,
+            env=os.environ | {"RAY_ADDRESS": head.address}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    nobody = start_generation()
+    _, said = nobody.communicate(timeout=300)
+    assert nobody.returncode == 2 and said.splitlines()[-1].startswith("error: --device auto: the cluster has no CPUs")
+    assert not out.exists()
+
+    job = start_generation("--device", "cpu")
+    read_until(job, "generators: waiting for a machine, for")
+    first = head.add_node(num_cpus=2, object_store_memory=100_000_000)
+    read_until(job, "one generator for each of the 2 CPUs that have come")
+    read_until(job, "loading the model")
+    head.remove_node(first, allow_graceful=False)
+    read_until(job, "trying again (2 of 4)")
+    read_until(job, "waiting for a machine, for")
+    head.add_node(num_cpus=2, object_store_memory=100_000_000)
+    printed, said = job.communicate(timeout=600)
+    assert job.returncode == 0, said[-3000:]
+    summary = json.loads(printed.splitlines()[-1])
+    assert summary["stored"] == summary["expected"] == len(CAPTIONS)
 
 
 def losses(run: Path) -> list[tuple[int, float]]:

@@ -20,6 +20,7 @@ import pytest
 
 from cluster.dataset.verify import verify
 from cluster.store.store import open_store
+from cluster.submit_size import MEBIBYTE, main, packed_files
 from tests.helpers.hosts import wait_until
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import TINY, write_checkpoint, write_dataset, write_pictures
@@ -296,27 +297,58 @@ def test_without_the_token_nothing_is_run(head: Head, tmp_path: Path) -> None:
 
 
 def test_what_is_uploaded_is_the_code_and_nothing_that_lies_beside_it(tmp_path: Path) -> None:
-    """What .gitignore and .rayignore name stays here; the embedded pack goes along, far below Ray's limit (512 MiB)."""
-    from ray._private.ray_constants import get_runtime_env_default_excludes
-    from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, create_package
+    """What .gitignore and .rayignore name stays here; the embedded pack goes along, far below the limit of 100 MiB."""
+    from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE, get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import create_package
 
     checkout, package = tmp_path / "checkout", tmp_path / "package.zip"
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
     for name in filter(None, tracked.split("\0")):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).symlink_to(ROOT / name)
-    # What a user's checkout has besides: a dataset made by the README's own command, and notes.
-    for name in ("sample/shards/part-000000.parquet", "runs/one/checkpoint/model.safetensors", "pcm/__pycache__/x.pyc"):
+    # What a user's checkout has besides: a dataset made by the README's own command, captions and weights, own code.
+    beside = (
+        "sample/shards/part-000000.parquet", "runs/one/checkpoint/model.safetensors", "pcm/__pycache__/x.pyc",
+        "dataset_coco.json", "captions_train2017.json", "model.safetensors", "weights.pt", "val2014.zip", "cc3m.tar.gz",
+        "Train_GCC-training.tsv",
+    )  # fmt: skip
+    own = ("my_generator.py", "few_captions.txt")
+    for name in (*beside, *own):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_bytes(bytes(1000))
     create_package(str(checkout), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
-    assert package.stat().st_size < GCS_STORAGE_MAX_SIZE / 4
+    assert DASHBOARD_CLIENT_MAX_SIZE == 100 * MEBIBYTE
+    assert package.stat().st_size < DASHBOARD_CLIENT_MAX_SIZE / 2
+    told = sum(size for size, _ in packed_files(checkout))
+    assert told <= package.stat().st_size <= told * 1.05, "the check counts what Ray packs"
     names = {name for name in zipfile.ZipFile(package).namelist() if not name.endswith("/")}  # Ray sends empty folders
     assert {
         "jobs/generate.py",
         "constraints.txt",
         "pcm/spec.py",
         "pcm/embedded/pack/clip/open_clip_config.json",
+        *own,
     } <= names
+    assert not names & set(beside)
     assert {name.partition("/")[0] for name in names if "/" in name} == {"benchmarks", "cluster", "jobs", "pcm"}
     assert not [name for name in names if "__pycache__" in name]
+
+
+def test_the_check_says_in_one_line_what_is_too_large(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / ".rayignore").write_text("/*.safetensors\n")
+    (tmp_path / "job.py").write_text("print()")
+    for name, size in (("model.safetensors", 200), ("pictures.bin", 99)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size * MEBIBYTE)
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith(
+        "99.0 MiB in 3 files; Ray takes 100 MiB; the largest: pictures.bin 99.0, "
+    )
+    with (tmp_path / "notes.bin").open("wb") as file:
+        file.truncate(MEBIBYTE)
+    assert main([str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: 100.0 MiB in 4 files; ") and line.endswith(
+        "name in .rayignore what the job does not need"
+    )
+    assert main([str(tmp_path / "none")]) == 2

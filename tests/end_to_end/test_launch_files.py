@@ -17,6 +17,7 @@ SLURM = ROOT / "deploy/slurm.sbatch"
 #: What Slurm's `srun` does for this file, with every node on this machine: it runs the command after its own options.
 SRUN = """#!/bin/bash
 echo "srun $*" >> "$SRUN_LOG"
+[[ $* == *"--exclude"* ]] && sleep "${WORKER_IS_LATE:-0}" &> /dev/null
 while [[ $1 == --* ]]; do shift; done
 exec "$@"
 """
@@ -27,7 +28,7 @@ def sky() -> dict:
     return yaml.safe_load((ROOT / "deploy/skypilot.yaml").read_text())
 
 
-def run_slurm(folder: Path, *command: object, nodes: int) -> subprocess.CompletedProcess:
+def run_slurm(folder: Path, *command: object, nodes: int, **settings: str) -> subprocess.CompletedProcess:
     (folder / "bin").mkdir()
     (folder / "bin/srun").write_text(SRUN)
     (folder / "bin/srun").chmod(0o755)
@@ -36,6 +37,7 @@ def run_slurm(folder: Path, *command: object, nodes: int) -> subprocess.Complete
     environment |= {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "SRUN_LOG": str(folder / "srun.log"),
         "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": str(nodes),
+        **settings,
     }  # fmt: skip
     return subprocess.run(
         ["bash", str(SLURM), *map(str, command)], env=environment, capture_output=True, text=True, timeout=540
@@ -59,18 +61,29 @@ def test_slurm_without_a_command_says_what_to_give(tmp_path: Path) -> None:
 def test_the_job_runs_on_a_head_and_a_worker_with_a_token_that_is_on_no_command_line(tmp_path: Path) -> None:
     done = run_slurm(
         tmp_path, "jobs.generate", "--corpus", "embedded", "--limit", 8, "--shard-size", 4, "--t2i", "null", "--device",
-        "cpu", "--generators", 1, "--out", tmp_path / "out", nodes=2,
+        "cpu", "--generators", 1, "--out", tmp_path / "out", nodes=2, WORKER_IS_LATE="15",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     summary = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
     assert summary["dataset"] == str(tmp_path / "out")
-    assert "joined the Ray cluster at RAY_ADDRESS" in done.stderr
+    assert "all 2 nodes have come" in done.stderr
+    assert f"joined the Ray cluster at RAY_ADDRESS: {2 * (os.cpu_count() or 1)} CPU" in done.stderr, "both are counted"
     head, worker = (tmp_path / "srun.log").read_text().splitlines()
     assert "ray start --head" in head and "--address" in worker
     assert not re.search(r"[0-9a-f]{64}", head + worker + done.stdout + done.stderr)
     temporary = f"/tmp/ray-{os.getpid()}"
     left = subprocess.run(["pgrep", "--full", temporary], capture_output=True, text=True).stdout
     assert not left, "Ray outlives the job"
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_come_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    done = run_slurm(
+        tmp_path, "jobs.generate", "--corpus", "embedded", "--limit", 8, "--shard-size", 4, "--t2i", "null", "--device",
+        "cpu", "--generators", 1, "--out", tmp_path / "out", nodes=2, WORKER_IS_LATE="200", LONGEST_WAIT="3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"1 of 2 nodes have come in \d+ s; beginning without the others", done.stderr)
 
 
 @pytest.mark.slow

@@ -349,7 +349,7 @@ def test_a_name_that_generation_and_training_share_is_generations_in_a_stream(tm
             "top_concepts",
         ),
         ("import_official --out B --vocabulary v --clip c --checkpoint m --concepts c --images i", "--images: without"),
-        ("stage_models --out B", "--t2i, --clip: give one of the two"),
+        ("stage_models --out B", "--t2i, --clip: give one of the two, or both"),
         ("stage_models --out B --clip embedded", "needs no staging"),
         ("report --out B", "nothing to report on"),
         ("report --out B --data A --split test", "--split test: needs --images"),

@@ -24,6 +24,8 @@ from cluster.dataset.verify import verify
 from cluster.export.export import export, export_dataset
 from cluster.export.published_ids import _numbers
 from cluster.export.request import FORMATS, ExportRequest
+from cluster.export.source import Source
+from cluster.export.webdataset import WebDataset
 from cluster.ingest.photos import featurise_photos
 from cluster.ingest.request import FeaturiseRequest
 from cluster.shard_work import PROCESS, RAY
@@ -160,6 +162,17 @@ def test_folders_hold_as_many_pictures_as_the_published_ones():
     coco = [split_of(k) for k in (0, SPLIT_SIZE - 1, SPLIT_SIZE, 542_399, 542_400)]
     assert coco == [0, 0, 1, 7, 7]
     assert 542_401 - 7 * SPLIT_SIZE == 67_794  # eight folders, the last of which is short by seven
+
+
+def test_webdataset_of_very_many_shards_has_longer_numbers(dataset, tmp_path):
+    store, plan, _ = dataset
+    source = Source.open(store)
+    many = replace(plan, segments=(*plan.segments, replace(plan.segments[-1], first_shard=100_000)))
+    out = open_store(tmp_path)
+    WebDataset(replace(source, opened=replace(source.opened, plan=many)), out).write(0)
+    assert sorted(out.list()) == ["000000.tar", "000000_stats.json"]
+    with tarfile.open(tmp_path / "000000.tar") as tar:
+        assert all(len(entry.name.partition(".")[0]) == 6 + 4 for entry in tar)
 
 
 def test_webdataset_is_read_by_tarfile(dataset, tmp_path):

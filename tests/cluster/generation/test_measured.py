@@ -16,6 +16,7 @@ from cluster.store.store import open_store
 from pcm.errors import InputError
 from pcm.generation import batch_search
 from pcm.generation.batch_search import SIZES, Trial, best_size, rate_of, table, try_generator, try_sizes
+from pcm.generation.diffusers_pipeline import DiffusersTextToImage
 from tests.helpers.tiny_generation import null_spec, tiny_spec, write_corpus
 
 
@@ -69,13 +70,13 @@ def test_an_error_that_is_not_about_memory_is_raised() -> None:
 
 def test_a_real_generator_is_tried(tiny_t2i: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_search, "SIZES", SIZES[:2])
-    trials = try_generator(tiny_spec(tiny_t2i).generator)
+    trials = try_generator(DiffusersTextToImage(tiny_spec(tiny_t2i).generator))
     assert trials and all(trial.images_per_second for trial in trials)
     assert best_size(trials) in SIZES[:2]
 
 
 def test_a_batch_size_that_is_given_is_measured_alone(tiny_t2i: Path) -> None:
-    trials = try_generator(tiny_spec(tiny_t2i, batch_size=3).generator, search=False)
+    trials = try_generator(DiffusersTextToImage(tiny_spec(tiny_t2i, batch_size=3).generator), search=False)
     assert [trial.size for trial in trials] == [3] and rate_of(trials, 3) > 0
 
 

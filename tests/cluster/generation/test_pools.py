@@ -113,6 +113,13 @@ def test_a_node_label_holds_for_every_stage() -> None:
     assert "label_selector" not in clip_resources(clip)
 
 
+def test_the_task_that_embeds_the_concepts_takes_no_whole_gpu() -> None:
+    asked = [
+        clip_resources(ClipSpec(model="null", revision="", device=device))["num_gpus"] for device in ("cpu", "cuda")
+    ]
+    assert asked[0] == 0 and 0 < asked[1] < 0.5
+
+
 def test_arguments_are_read_or_refused_in_one_line() -> None:
     assert parse_count("8") == 8
     assert parse_count("2:8") == (2, 8)

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.dataset.clip_scores import ClipScores, check_gate
 from cluster.generation.cost import Billing
-from cluster.generation.display import Display, Room, log_line, next_line, trouble
+from cluster.generation.display import Display, Room, absent, log_line, next_line, trouble
 from cluster.generation.limits import RunLimits
 from cluster.generation.pools import Pools
 from cluster.generation.progress import MonitorSnapshot, RunProgress
@@ -245,7 +245,7 @@ def test_waiting_for_an_autoscaling_cluster_is_said() -> None:
     run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=0))
     clock.now += 100
     assert trouble(run.status(), gpus=0, gpus_per_generator=1.0, no_room="") == (
-        "waiting for 16 generators; the cluster has 0 GPUs now"
+        "waiting for 16 generators, for 1 min 40 s; the cluster has 0 GPUs now"
     )
     run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=16))
     said = trouble(run.status(), gpus=16, gpus_per_generator=1.0, no_room="0 of the cluster's 16 GPUs are free")
@@ -261,6 +261,34 @@ def test_waiting_for_what_another_job_uses_is_said() -> None:
     said = trouble(run.status(), gpus=0, gpus_per_generator=0, no_room=no_room)
     assert said == f"waiting for 2 generators to start, for 1 min 40 s; {no_room}"
     assert "are starting" in trouble(run.status(), gpus=0, gpus_per_generator=0, no_room="")
+
+
+def test_generators_that_wait_while_others_draw_are_named() -> None:
+    clock = Clock()
+    run = a_run(clock, generators=16)
+
+    def said(gpus: float, full: str = "") -> str:
+        assert trouble(run.status(), gpus=gpus, gpus_per_generator=1.0, no_room="") == ""
+        return absent(run.status(), gpus=gpus, gpus_per_generator=1.0, full=full)
+
+    draw(clock, run, seconds=60, images_per_second=10, generators=8)
+    assert said(8) == "8 of 16 generators; 8 wait, for 1 min 00 s: the cluster has 8 GPUs now"
+    assert log_line(run.status(), said(8)).startswith("600/10,000 samples (6.0%); 8 of 16 generators; 8 wait, for ")
+    draw(clock, run, seconds=60, images_per_second=10, already=600, generators=15)
+    full = "0 of the cluster's 16 GPUs are free, and one takes 1"
+    assert said(16, full) == f"15 of 16 generators; 1 waits, for 2 min 00 s: {full}", "another job has the last one"
+    assert said(16) == "15 of 16 generators; 1 is starting, for 2 min 00 s"
+    draw(clock, run, seconds=10, images_per_second=10, already=1200, generators=16)
+    assert said(16) == ""
+    draw(clock, run, seconds=30, images_per_second=10, already=1300, generators=12)
+    assert said(12) == "12 of 16 generators; 4 wait, for 29 s: the cluster has 12 GPUs now", "since a machine was lost"
+
+
+def test_what_is_too_little_for_one_more_is_told_whoever_has_it() -> None:
+    room = Room({"GPU": 1, "CPU": 0.9})
+    assert room.full({"GPU": 4, "CPU": 8}, {"CPU": 4.4}) == "0 of the cluster's 4 GPUs are free, and one takes 1"
+    assert room.full({"GPU": 4, "CPU": 4}, {"GPU": 1, "CPU": 0.4}).startswith("0.4 of the cluster's 4 CPUs are free")
+    assert room.full({"GPU": 4, "CPU": 8}, {"GPU": 1, "CPU": 4}) == ""
 
 
 def test_a_run_that_fills_the_cluster_itself_waits_for_nobody() -> None:

@@ -12,7 +12,7 @@ from cluster.store.store import open_store
 from cluster.weights.manifest import read_manifest
 from cluster.weights.node_copy import CACHE_VARIABLE, local_name
 from cluster.weights.request import StageModelsRequest
-from cluster.weights.stage import stage
+from cluster.weights.stage import places_of, stage
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from tests.helpers.seaweedfs import S3Server
@@ -62,6 +62,40 @@ def test_staging_again_puts_nothing(tmp_path: Path, tiny_t2i: Path) -> None:
     assert stage(request)["put"] == 0
 
 
+def test_both_models_are_staged_together_below_their_names(tmp_path: Path, tiny_t2i: Path, tiny_clip: Path) -> None:
+    out = str(tmp_path / "out")
+    alone = {
+        "t2i": stage(StageModelsRequest(t2i=str(tiny_t2i), out=str(tmp_path / "t2i"))),
+        "clip": stage(StageModelsRequest(clip=str(tiny_clip), out=str(tmp_path / "clip"))),
+    }
+    both = stage(StageModelsRequest(t2i=str(tiny_t2i), clip=str(tiny_clip), out=out))
+    assert [both[key] for key in ("bytes", "files", "put")] == [
+        alone["t2i"][key] + alone["clip"][key] for key in ("bytes", "files", "put")
+    ]
+    for kind, folder in (("t2i", tiny_t2i), ("clip", tiny_clip)):
+        weights = f"{out}/{kind}/{folder.name}"
+        assert both[kind] == {**{key: alone[kind][key] for key in ("source", "revision")}, "weights": weights}
+        named = {file.name: file.sha256 for file in read_manifest(open_store(weights)).files}
+        assert alone[kind]["digests"] == named
+        assert (
+            named.items()
+            <= {name.removeprefix(f"{kind}/{folder.name}/"): digest for name, digest in both["digests"].items()}.items()
+        )
+    assert len(both["digests"]) == both["files"]
+
+
+@pytest.mark.parametrize(
+    ("t2i", "clip", "places"),
+    [
+        ("stabilityai/sd-turbo", "ViT-L-14/openai", ("t2i/sd-turbo", "clip/ViT-L-14-openai")),
+        ("/models/sd/", "hf-hub:apple/DFN5B-CLIP", ("t2i/sd", "clip/DFN5B-CLIP")),
+    ],
+)
+def test_a_place_ends_with_the_models_own_name(t2i: str, clip: str, places: tuple[str, str]) -> None:
+    found = places_of(StageModelsRequest(t2i=t2i, clip=clip, out="s3://bucket/models"))
+    assert tuple(found.values()) == tuple(f"s3://bucket/models/{place}" for place in places)
+
+
 def test_a_clip_of_two_names_becomes_a_folder_that_gives_the_same(
     tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,8 +133,9 @@ def test_the_token_of_a_hub_is_in_no_output(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({}, "give one of the two"),
-        ({"t2i": "a/b", "clip": "c"}, "give one of the two"),
+        ({}, "give one of the two, or both"),
+        ({"t2i": "a/b", "clip": "null"}, "needs no staging"),
+        ({"t2i": "a/b", "clip": "c", "revision": COMMIT}, "of which of the two"),
         ({"t2i": "embedded"}, "needs no staging"),
         ({"clip": "c", "t2i_variant": "fp16"}, "needs --t2i"),
         ({"t2i": "https://user:secret@host/x"}, "carries a credential"),

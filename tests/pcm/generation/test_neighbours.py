@@ -55,7 +55,7 @@ def test_a_pipeline_that_pads_to_the_longest_prompt_draws_one_at_a_time_and_says
 
 
 def test_an_automatic_batch_size_tries_no_other_where_neighbours_matter(cogview4: Path) -> None:
-    assert [trial.size for trial in try_generator(small(cogview4))] == [1]
+    assert [trial.size for trial in try_generator(DiffusersTextToImage(small(cogview4)))] == [1]
 
 
 def test_compiling_is_refused_where_prompts_have_no_fixed_length(cogview4: Path) -> None:

@@ -1,0 +1,127 @@
+"""Places for generators on a cluster that may have none yet: how many there are, and work done in one of them."""
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import ray
+
+from cluster.generation.display import Room
+from cluster.generation.pinning import resolve_device
+from cluster.generation.pools import Pools
+from cluster.generation.request import AUTO, MachineOptions
+from cluster.generation.stages.monitor import MAX_FRUITLESS_STARTS
+from cluster.numbers import duration
+from cluster.session import SECONDS_BETWEEN_WAITING_LINES, cluster_cpus, cluster_gpus, user_error
+from pcm.errors import InputError, typed_first_line
+from pcm.line_timer import LineTimer
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: As often as a generator tries to load its model.
+TRIES = MAX_FRUITLESS_STARTS
+FIRST_PAUSE = 1.0  # seconds before another try, with jitter; doubled each time
+_LOOKS_A_SECOND = 2
+
+
+def device_of_cluster(asked: str, *, before: str | None = None) -> str:
+    """'auto' is cuda where the cluster has a GPU now, else cpu. Where it has nothing for work yet nobody can say what
+    will come: it is what the dataset was begun with `before`. Raises InputError for one that was not.
+    """
+    if asked == AUTO and not (cluster_cpus() or cluster_gpus()):
+        if before is not None:
+            return before
+        raise InputError(
+            "--device auto: the cluster has no CPUs and GPUs for work now; give --device cuda or --device cpu, and "
+            "they are waited for"
+        )
+    return resolve_device(asked, cluster_gpus=cluster_gpus())
+
+
+def pools_of_cluster(asked: MachineOptions | None = None, *, device: str) -> Pools:
+    """The pools that `asked` names. Where nobody names a number of generators, one for each GPU (or core) that there
+    is; where there is none yet, the first machine is asked for and waited for, and then counts with all it has.
+
+    Raises InputError for GPUs on a machine that has none, to which no others come.
+    """
+    asked = asked or MachineOptions()
+    if device == "cuda" and not cluster_gpus() and not os.environ.get("RAY_ADDRESS"):
+        raise InputError(
+            "cuda: this machine has no GPU, and no other machines come to it; join a cluster with GPUs (RAY_ADDRESS) "
+            "or run the same command on a machine with one"
+        )
+    there = cluster_gpus if device == "cuda" else cluster_cpus
+    if asked.generators is None and not there():
+        one = Pools.of(replace(asked, generators=1), device=device, cpus=cluster_cpus(), gpus=cluster_gpus())
+        in_a_generators_place(_nothing, one, what="generators")
+        log.info(
+            "one generator for each of the %g %s that have come; --generators N waits for more",
+            there(), "GPUs" if device == "cuda" else "CPUs",
+        )  # fmt: skip
+    return Pools.of(asked, device=device, cpus=cluster_cpus(), gpus=cluster_gpus())
+
+
+@dataclass(frozen=True)
+class Result(Generic[T]):
+    """What a work gives in the end; before, it gives texts that say what it is doing."""
+
+    value: T
+
+
+def in_a_generators_place(
+    work: Callable[..., Iterator[str | Result[T]]], pools: Pools, *arguments: Any, what: str, **named: Any
+) -> T:
+    """Do a work in one task that reserves what a generator of `pools` reserves; the value of its Result.
+
+    It is begun again, up to TRIES times in all, where its machine is lost or it raises anything but an InputError: a
+    hub's error, say. While it waits for its place and while it lasts the log says for what, and since when. `what`: of
+    whom the log says so. Raises InputError when no try was any good.
+    """
+    options = pools.draw_options(1)
+    del options["compute"]
+    # Ray would begin it again without a word, and behind the texts that were read already.
+    task = ray.remote(work).options(**options, num_returns="streaming", max_retries=0)
+    room, pause = Room(pools.generator_takes()), FIRST_PAUSE
+    for tried in range(1, TRIES + 1):
+        try:
+            return _followed(task.remote(*arguments, **named), room, what)
+        except ray.exceptions.RayError as error:
+            if (wrong := user_error(error)) is not None:
+                raise wrong from None
+            said = typed_first_line(getattr(error, "cause", None) or error)
+        if tried < TRIES:
+            log.warning("%s: failed (%s); trying again (%d of %d)", what, said, tried + 1, TRIES)
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause *= 2
+    raise InputError(f"{what}: failed {TRIES} times ({said}); check that machine and the model, then run it again")
+
+
+def _followed(answers: Any, room: Room, what: str) -> Any:
+    """The result of a task. Says what it is doing, or what it waits for."""
+    doing, since = "", time.monotonic()
+    lines = LineTimer(SECONDS_BETWEEN_WAITING_LINES, at_once=True)
+    while True:
+        if ray.wait([answers], timeout=1 / _LOOKS_A_SECOND)[0]:
+            said = ray.get(next(answers))
+            if isinstance(said, Result):
+                return said.value
+            doing, since = said, time.monotonic()
+            log.info("%s: %s", what, doing)
+            lines = LineTimer(SECONDS_BETWEEN_WAITING_LINES)
+            continue
+        lacking = "" if doing else room.lacking(ray.cluster_resources(), ray.available_resources())
+        spent = duration(time.monotonic() - since)
+        if lacking and lines.due():
+            log.info("%s: waiting for a machine, for %s; %s", what, spent, lacking)
+        elif doing and lines.due():
+            log.info("%s: %s, for %s", what, doing, spent)
+
+
+def _nothing() -> Iterator[str | Result[None]]:
+    yield Result(None)

@@ -1,0 +1,107 @@
+"""Work in a generator's place: waited for with a line, begun again where it fails, told in one line where it cannot."""
+
+import logging
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from cluster.generation import places
+from cluster.generation.places import TRIES, Result, device_of_cluster, in_a_generators_place, pools_of_cluster
+from cluster.generation.pools import Pools
+from cluster.generation.request import MachineOptions
+from pcm.errors import InputError
+
+ONE = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=1)
+
+
+def answer_the_second_time(marker: Path, how: str) -> Iterator[str | Result[int]]:
+    yield "loading the model"
+    if not marker.exists():
+        marker.touch()
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError("the hub said 503")
+    yield Result(42)
+
+
+@pytest.mark.parametrize("how", [pytest.param("killed", marks=pytest.mark.slow), "raises"])
+def test_one_failure_is_not_the_end(
+    how: str, tmp_path: Path, ray_session: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert in_a_generators_place(answer_the_second_time, ONE, tmp_path / "marker", how, what="speed") == 42
+    said = caplog.text
+    assert said.count("speed: loading the model") == 2 and f"trying again (2 of {TRIES})" in said
+    assert how == "killed" or "OSError: the hub said 503" in said
+
+
+def fail(error: Exception, tries: Path) -> Iterator[str | Result[None]]:
+    with tries.open("a") as file:
+        file.write("x")
+    raise error
+    yield Result(None)
+
+
+def test_what_always_fails_and_what_a_user_can_mend_are_one_line(
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "FIRST_PAUSE", 0.0)
+    with pytest.raises(InputError, match=rf"^speed: failed {TRIES} times \(OSError: no such disk\); check") as failed:
+        in_a_generators_place(fail, ONE, OSError("no such disk"), tmp_path / "often", what="speed")
+    assert "\n" not in str(failed.value) and len((tmp_path / "often").read_text()) == TRIES
+    with pytest.raises(InputError, match=r"^no such model$"):
+        in_a_generators_place(fail, ONE, InputError("no such model"), tmp_path / "once", what="speed")
+    assert len((tmp_path / "once").read_text()) == 1
+
+
+@ray.remote(num_cpus=2)
+class Other:
+    def at_work(self) -> bool:
+        return True
+
+
+def work_until(end: Path) -> Iterator[str | Result[None]]:
+    yield "drawing"
+    while not end.exists():
+        time.sleep(0.05)
+    yield Result(None)
+
+
+def test_what_is_waited_for_and_what_lasts_is_said(
+    tmp_path: Path, ray_session: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(places, "SECONDS_BETWEEN_WAITING_LINES", 0.2)
+    end, other = tmp_path / "end", Other.remote()
+    assert ray.get(other.at_work.remote())
+
+    def act_on_what_is_said(record: logging.LogRecord) -> bool:
+        if "waiting for a machine" in record.getMessage():
+            ray.kill(other)
+        if "drawing, for" in record.getMessage():
+            end.touch()
+        return True
+
+    monkeypatch.setattr(places.log, "filters", [act_on_what_is_said])
+    in_a_generators_place(work_until, ONE, end, what="speed")
+    said = [record.getMessage() for record in caplog.records if record.name == places.log.name]
+    assert re.match(r"speed: waiting for a machine, for .*; 0 of the cluster's 2 CPUs are free, and one takes", said[0])
+    assert "speed: drawing" in said and said[-1].startswith("speed: drawing, for ")
+
+
+def test_gpus_are_not_waited_for_on_a_machine_of_its_own(ray_session: None) -> None:
+    for asked in (MachineOptions(), MachineOptions(generators=2)):
+        with pytest.raises(InputError, match=r"^cuda: this machine has no GPU") as refused:
+            pools_of_cluster(asked, device="cuda")
+        assert "\n" not in str(refused.value)
+
+
+def test_generators_are_as_many_as_there_are_cores_or_as_are_named(ray_session: None) -> None:
+    assert pools_of_cluster(device=device_of_cluster("auto")).generators == 2
+    assert pools_of_cluster(MachineOptions(generators=5), device="cpu").generators == 5
