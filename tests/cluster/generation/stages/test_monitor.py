@@ -152,15 +152,88 @@ def test_a_model_that_is_not_loaded_is_tried_again_as_often_as_a_process_that_di
     assert "OSError: 3" in monitor.turn("g", 0, loaded=False).stop
 
 
+def with_a_bad_node(time: Clock, *, wanted: int = 64) -> RunMonitor:
+    """The first of some generators could not load its model; nobody else has started."""
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    monitor.begin_pass(range(8), wanted)
+    monitor.nodes(["one"])
+    monitor.start("g", "gpu-7")
+    monitor.not_loaded("g", "/models/x: no such folder", again=False)
+    return monitor
+
+
 def test_the_run_waits_for_generators_that_have_not_started_before_it_says_that_none_can_draw() -> None:
     time = Clock()
-    monitor = RunMonitor(FaultPolicy(), clock=time)
-    monitor.begin_pass(range(8), 64)
-    monitor.start("g", "gpu-7")
-    monitor.not_loaded("g", "--t2i x: no such folder", again=False)
+    monitor = with_a_bad_node(time)
     assert monitor.turn("g", 0, loaded=False) == Turn(wait=True)
     time.now += OTHERS_MAY_START_SECONDS
-    assert monitor.turn("g", 0, loaded=False).stop == "--t2i x: no such folder (on gpu-7)"
+    assert monitor.turn("g", 0, loaded=False).stop == "/models/x: no such folder (on gpu-7)"
+
+
+def test_the_run_waits_as_long_as_nodes_are_coming_and_says_for_what() -> None:
+    time = Clock()
+    monitor = with_a_bad_node(time)
+    said = "/models/x: no such folder (on gpu-7); 63 more that were asked for have not started"
+    assert monitor.wants() == (False, said)
+    for _ in range(9):
+        time.now += OTHERS_MAY_START_SECONDS - 1
+        monitor.nodes_are_coming()
+        assert monitor.turn("g", 0, loaded=False) == Turn(wait=True)
+    monitor.nodes(["one", "two"])
+    time.now += OTHERS_MAY_START_SECONDS - 1
+    assert monitor.turn("g", 0, loaded=False) == Turn(wait=True), "a node has come, on which one may start"
+    monitor.start("h", "gpu-8")
+    assert monitor.wants() == (False, "") and monitor.turn("h", 1) == Turn(0)
+
+
+def test_where_all_that_were_asked_for_are_left_out_no_node_is_waited_for() -> None:
+    monitor = with_a_bad_node(Clock(), wanted=1)
+    assert monitor.wants() == (False, "")
+    assert "no such folder" in monitor.turn("g", 0, loaded=False).stop
+
+
+def test_what_two_machines_say_is_the_runs_error_and_no_third_one_is_waited_for() -> None:
+    monitor = with_a_bad_node(Clock())
+    monitor.start("h", "gpu-8")
+    monitor.not_loaded("h", "no GPU memory is free", again=False)
+    assert monitor.wants() != (False, ""), "each has a fault of its own"
+    monitor.start("i", "gpu-9")
+    monitor.not_loaded("i", "/models/x: no such folder", again=False)
+    assert monitor.wants() == (False, "")
+
+
+def test_an_actor_of_clip_that_cannot_load_it_gives_its_shards_back_and_only_the_last_one_stops_the_run() -> None:
+    time = Clock()
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    monitor.begin_pass(range(8), 2, 2)
+    assert monitor.start("d", "gpu-2", scores=True) == ""
+    assert monitor.snapshot()["generators"] == 0
+    assert monitor.turn("g", 0) == Turn(0)
+    monitor.handed_on(0)
+    monitor.received(0, "c", "one")
+    for _ in range(MAX_FRUITLESS_STARTS):
+        assert monitor.start("c", "gpu-1", scores=True) == ""
+        monitor.not_loaded("c", "OSError: the disk is full", again=True)
+    assert "starts of an actor of CLIP in a row" in monitor.start("c", "gpu-1", scores=True)
+    assert monitor.given_back(0, "c") == Turn(wait=True)
+    assert monitor.turn("g", 1) == Turn(0), "it is drawn again"
+    assert monitor.given_back(0, "c") == Turn(wait=True)
+    assert monitor.turn("h", 2) == Turn(1), "once"
+    monitor.not_loaded("d", "OSError: the disk is full", again=False)
+    assert "the disk is full" in monitor.given_back(0, "c").stop
+    assert "the disk is full" in monitor.turn("g", 3).stop
+
+
+def test_an_actor_of_clip_whose_process_ends_after_each_shard_is_not_left_out() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(99), 1, 1)
+    for turn in range(3 * MAX_FRUITLESS_STARTS):
+        assert monitor.start("c", "gpu-1", scores=True) == ""
+        monitor.turn("g", turn)
+        monitor.handed_on(turn)
+        monitor.received(turn, "c", "one")
+        assert monitor.may_store(turn, turn)
+        monitor.committed(turn)
 
 
 def test_a_picture_in_between_makes_them_start_to_count_again() -> None:
