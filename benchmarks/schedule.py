@@ -2,10 +2,11 @@
 
     python -m benchmarks.schedule --generators 64 --shards-each 20
     python -m benchmarks.schedule --generators 1000 --shards-each 20 --hours-between-deaths 8
+    python -m benchmarks.schedule --generators 64 --shards-each 20 --lost 1 --lost-after-hours 1.7
 
 The monitor is the one of a real run (cluster.generation.stages.monitor), on a clock of its own; simulated are Ray Data,
 which gives each generator four turns at once that stay bound to it, and the generators. Times are of shards of about
-ten minutes; `--no-turns` gives every shard to the generator to which Ray Data gave it alone: the rule before.
+ten minutes; `--no-turns` gives every shard to the generator to which Ray Data gave its turn, and to no other one.
 
 A death takes the process, what it was drawing and what it was storing. It starts again after `--restart-minutes` (on a
 new spot node, or on the same one), and loads its model again. Rates differ from generator to generator and from shard
@@ -40,7 +41,9 @@ class Settings:
     store_seconds: float = 5.0
     seconds_between_deaths: float = math.inf  # of one generator, on average
     restart_seconds: float = 300.0
-    lost: int = 0  # generators that die with their first shard and do not come back
+    lost: int = 0  # generators whose nodes are lost, and which do not come back
+    lost_after_seconds: float = 390.0
+    lost_unseen_seconds: float = 15.0  # until Ray knows that a node is lost
     joins_within_seconds: float = 600.0  # the first generator comes at once, the last one so much later
     turns: bool = True  # False: every shard in its own turn alone
     seed: int = 0
@@ -67,7 +70,7 @@ class Simulation:
         self._monitor = RunMonitor(FaultPolicy(), clock=lambda: self.now)
         self._monitor.begin_pass(range(settings.shards), settings.generators)
         more = TURNS_AT_ONCE * settings.generators if settings.turns else 0
-        self._queue = deque([*range(settings.shards), *(-1 - turn for turn in range(more))])
+        self._queue = deque(range(settings.shards + more))
         self._events: list[tuple[float, int, str, int, int, int]] = []  # time, order, kind, generator, life, shard
         self._order = 0
         normal = self._random.normalvariate
@@ -76,13 +79,20 @@ class Simulation:
             for number in range(settings.generators)
         ]
         self._stored: set[int] = set()
+        self._next_in_order, self._advanced_at, self._longest_wait = 0, 0.0, 0.0  # of who reads in plan order
+        self._lost_shards: dict[int, float] = {}  # that a lost generator had begun and not stored: when it was lost
+        self._lost_for = 0.0
+        self._shards: dict[int, int] = {}  # of each turn
+        self._gone: set[str] = set()
         self.drawn = 0.0  # shards, parts of those that were lost or dropped included
         self.busy_seconds = 0.0
         self.joined: list[float] = []
 
     def run(self) -> dict[str, float]:
         """idle_share: of the generators' time, from when each came to the last shard, what was not drawing (loading and
-        restarting too); drawn_twice: work lost or dropped, as a share."""
+        restarting too); drawn_twice: work lost or dropped, as a share; longest_wait_in_order: how long one who reads
+        in plan order waits at most for the next shard, once it has the first; lost_shards_stored_after: from the loss
+        of a generator for good until all that it had in hand is stored."""
         settings = self.settings
         for number in range(settings.generators):
             joins = settings.joins_within_seconds * number / max(1, settings.generators - 1)
@@ -107,6 +117,8 @@ class Simulation:
             "hours_without_idle_time": round(ideal / 3600, 3),
             "idle_share": round(1 - self.busy_seconds / there, 4),
             "drawn_twice": round(self.drawn / settings.shards - 1, 4),
+            "minutes_longest_wait_in_order": round(self._longest_wait / 60, 1),
+            "minutes_lost_shards_stored_after": round(self._lost_for / 60, 1),
         }
 
     def _at(self, after: float, kind: str, number: int, shard: int = -1, turn: int | None = None) -> None:
@@ -123,7 +135,7 @@ class Simulation:
         self._monitor.start(generator.name, f"node {number}")
         self._at(self.settings.load_seconds, "work", number)
         if number >= self.settings.generators - self.settings.lost:
-            self._at(self.settings.load_seconds + self.settings.shard_seconds / 2, "end", number)
+            self._at(max(0.0, self.settings.lost_after_seconds - self.now), "end", number)
         elif self.settings.seconds_between_deaths < math.inf:
             self._at(self._random.expovariate(1 / self.settings.seconds_between_deaths), "die", number)
 
@@ -139,6 +151,7 @@ class Simulation:
                 return
             if turn.shard is not None:
                 generator.shard, generator.drawing_since = turn.shard, self.now
+                self._shards[generator.bound[0]] = turn.shard
                 self._monitor.begin_shard(turn.shard)
                 takes = self.settings.shard_seconds * generator.pace
                 takes *= max(0.2, self._random.normalvariate(1, self.settings.spread_of_shards))
@@ -150,7 +163,7 @@ class Simulation:
 
     def _turn(self, generator: _Generator, number: int) -> Turn:
         if self.settings.turns:
-            return self._monitor.turn(generator.name, number, anyway=True)
+            return self._monitor.turn(generator.name, number, node=generator.name, anyway=True)
         return Turn(None if number in self._stored else number)
 
     def _drawn(self, number: int) -> None:
@@ -176,8 +189,18 @@ class Simulation:
         self._at(self.settings.restart_seconds, "start", number)
 
     def _end(self, number: int) -> None:
-        self._pause(self._generators[number])
-        self._generators[number].life += 1
+        generator = self._generators[number]
+        for turn in [*generator.storing, *list(generator.bound)[: generator.shard is not None]]:
+            self._lost_shards[self._shards[turn]] = self.now
+        self._pause(generator)
+        generator.storing.clear()
+        generator.life += 1
+        self._gone.add(generator.name)
+        self._at(self.settings.lost_unseen_seconds, "seen", number)
+
+    def _seen(self, number: int) -> None:
+        """Ray knows that the node is lost, and the monitor is told."""
+        self._monitor.nodes([each.name for each in self._generators if each.name not in self._gone])
 
     def _store(self, number: int, shard: int, *, turn: int) -> None:
         if turn not in self._generators[number].storing:
@@ -186,6 +209,17 @@ class Simulation:
         if not self.settings.turns or self._monitor.may_store(shard, turn):
             self._monitor.committed(shard)
             self._stored.add(shard)
+            self._lost_for = max(self._lost_for, self.now - self._lost_shards.pop(shard, self.now))
+            self._read_in_order()
+
+    def _read_in_order(self) -> None:
+        before = self._next_in_order
+        while self._next_in_order in self._stored:
+            self._next_in_order += 1
+        if self._next_in_order > before:
+            if before:
+                self._longest_wait = max(self._longest_wait, self.now - self._advanced_at)
+            self._advanced_at = self.now
 
     def _pause(self, generator: _Generator) -> None:
         if generator.drawing_since is not None:
@@ -199,7 +233,9 @@ def main() -> None:
     parser.add_argument("--shards-each", type=float, default=20.0, help="shards a generator, on average")
     parser.add_argument("--hours-between-deaths", type=float, default=math.inf, help="of one generator")
     parser.add_argument("--restart-minutes", type=float, default=5.0)
-    parser.add_argument("--no-turns", action="store_true", help="the rule before: every shard in its own turn alone")
+    parser.add_argument("--lost", type=int, default=0, help="generators that are lost for good, with their nodes")
+    parser.add_argument("--lost-after-hours", type=float, default=1.0)
+    parser.add_argument("--no-turns", action="store_true", help="every shard in its own turn alone")
     parser.add_argument("--minutes-a-shard", type=float, default=10.0)
     parser.add_argument("--seeds", type=int, default=5, help="runs; the medians are printed")
     args = parser.parse_args()
@@ -211,6 +247,8 @@ def main() -> None:
                 shard_seconds=args.minutes_a_shard * 60,
                 seconds_between_deaths=args.hours_between_deaths * 3600,
                 restart_seconds=args.restart_minutes * 60,
+                lost=args.lost,
+                lost_after_seconds=args.lost_after_hours * 3600,
                 turns=not args.no_turns,
                 seed=seed,
             )

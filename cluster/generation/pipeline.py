@@ -26,6 +26,7 @@ from cluster.dataset.vocabularies import (
     store_vocabularies,
     stored_features,
 )
+from cluster.generation.attendant import attended
 from cluster.generation.cost import Billing
 from cluster.generation.display import Display
 from cluster.generation.environment import joined_versions, stored_environments, versions
@@ -211,11 +212,11 @@ def shard_stream(
     monitor, _ = watched_by
     concepts = ConceptsOfShard.of(store, plan, shards[0])
     generators = min(pools.generators, len(shards))
-    begun: Any = monitor.begin_pass.remote(shards, generators)
-    # A turn for each shard, and some more, in which idle generators take over what others have not begun or not ended.
-    # As many as can be bound to generators that are lost: else those that are left would run out of turns.
+    begun: Any = monitor.begin_pass.remote(shards, generators, pools.scorers)
+    # A turn for each shard, and some more: as many as can be bound to generators that are lost. Else those that are
+    # left would run out of turns.
     # One pipeline for the whole run, however many shards: to start another is to load every model again.
-    turns = [*shards, *(-1 - turn for turn in range(TURNS_AT_ONCE * generators))]
+    turns = range(len(shards) + TURNS_AT_ONCE * generators)
     pipeline = row_by_row(pa.table({"turn": pa.array(turns, pa.int64())}))
     block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     drawing = {"scores": not pools.scorers, "concepts": None if pools.scorers else concepts}
@@ -234,7 +235,7 @@ def shard_stream(
     ray.get(begun)  # asked for above: its process starts beside those that Ray Data starts
     left = set(shards)
     try:
-        with closing(rows_of(pipeline)) as rows:
+        with attended(monitor, left, generators, pools.scorers), closing(rows_of(pipeline)) as rows:
             for stored in rows:
                 stats = json.loads(stored["stats"])
                 monitor.committed.remote(stats["shard"])

@@ -446,7 +446,7 @@ MUTANTS = (
     ),
     Mutant(
         "there are turns for all that is bound to generators that are lost",
-        "cluster/generation/pipeline.py", "range(TURNS_AT_ONCE * generators)", "range(generators)",
+        "cluster/generation/pipeline.py", "TURNS_AT_ONCE * generators)", "generators)",
         ("tests/cluster/generation/stages/test_generator.py::test_the_one_generator_that_can_draw_draws_everything",),
     ),
     Mutant(
@@ -455,16 +455,27 @@ MUTANTS = (
         ("tests/cluster/generation/stages/test_generator.py::test_an_error_of_the_driver_holds_no_cpus_whoever_keeps_it",),
     ),
     Mutant(
-        "an idle generator draws what another has not begun",
-        "cluster/generation/stages/monitor.py", "        if self._waiting:\n            return next(iter(self._waiting))\n",
+        "what a lost process had is the next to be drawn",
+        "cluster/generation/stages/monitor.py", "        if lost:\n            return min(lost)\n",
         "",
-        ("tests/cluster/generation/stages/test_monitor.py::test_a_turn_more_is_for_a_shard_that_nobody_has_begun",),
+        ("tests/cluster/generation/stages/test_monitor.py::test_what_a_dead_process_had_is_the_next_to_be_drawn_by_whoever_asks",),
+    ),
+    Mutant(
+        "a monitor whose process died is told what is left",
+        "cluster/generation/attendant.py", "if wants_pass:", "if False:",
+        ("tests/end_to_end/test_lost_generator.py::test_a_run_goes_on_where_the_process_of_its_monitor_dies",),
+    ),
+    Mutant(
+        "a caption that takes its node along is drawn alone",
+        "cluster/generation/stages/monitor.py", "                self._bury(self._generators[name], self._generators[name].broken, \"\")\n",
+        "                pass\n",
+        ("tests/cluster/generation/stages/test_monitor.py::test_a_batch_on_a_node_that_is_lost_is_a_death_before_another_generator_draws_it",),
     ),
     Mutant(
         "a late shard is given out again",
         "cluster/generation/stages/monitor.py", "self._claims[shard].since >= self._late_after()",
         "self._claims[shard].since > math.inf",
-        ("tests/cluster/generation/stages/test_monitor.py::test_a_late_shard_is_given_out_again_and_one_of_a_dead_process_at_once",),
+        ("tests/cluster/generation/stages/test_monitor.py::test_a_late_shard_is_given_out_again_at_the_end",),
     ),
     Mutant(
         "of two drawers of a shard one is stored",
@@ -474,7 +485,7 @@ MUTANTS = (
     ),
     Mutant(
         "a model that is not loaded ends nothing",
-        "cluster/generation/stages/generator.py", "        except Exception as error:\n",
+        "cluster/generation/stages/loading.py", "        except Exception as error:\n",
         "        except ZeroDivisionError as error:\n",
         ("tests/cluster/generation/stages/test_generator.py::test_one_generator_that_cannot_load_its_model_ends_nothing",),
     ),

@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import json
 import os
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import ray.data
 import ray.train
 from ray.data import ActorPoolStrategy
 from ray.data._internal.stats import _StatsManager
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
 from ray.train import FailureConfig, WorkerGroupError
 from ray.train._internal.session import get_session
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -22,6 +24,7 @@ from ray.train.v2._internal.execution.failure_handling import DefaultFailurePoli
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
 from cluster import ray_internals
+from cluster.ray_autoscaler_internals import nodes_are_coming
 from cluster.ray_data_internals import row_by_row, rows_of
 from cluster.ray_internals import LocalReports, PolicyTrainer, train_in_this_process
 
@@ -208,3 +211,23 @@ def test_a_pipeline_that_has_ended_or_failed_holds_no_cpus_whoever_keeps_the_err
     finally:
         gc.enable()
     assert (kept is None) == (fails_at is None)
+
+
+def test_no_node_is_coming_to_a_cluster_of_this_machine_alone(ray_session: None) -> None:
+    assert not nodes_are_coming()
+
+
+@pytest.mark.parametrize(
+    ("pending", "coming"),
+    [({"pending_launches": {"gpu": 1}, "pending_nodes": []}, True), ({"pending_launches": {"gpu": 0}}, False),
+     ({"pending_nodes": [["10.0.0.7", "gpu", "setting-up"]]}, True)],
+)  # fmt: skip
+def test_nodes_that_the_older_autoscaler_launches_are_seen(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch, pending: dict, coming: bool
+) -> None:
+    """As it says so itself, in the cluster's own key-value store."""
+    key = b"status of a test"
+    monkeypatch.setattr("cluster.ray_autoscaler_internals.DEBUG_AUTOSCALING_STATUS", key)
+    _internal_kv_put(key, json.dumps({"autoscaler_report": pending}))
+    assert nodes_are_coming() is coming
+    _internal_kv_del(key)

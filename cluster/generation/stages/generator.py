@@ -1,12 +1,9 @@
 """The stages as an actor: it owns a GPU, takes turns, draws a shard in each, scores it by CLIP, and stores it."""
 
-import gc
-import logging
 import os
-import random
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -14,12 +11,13 @@ from cluster.dataset.layout import PLAN_KEY, Plan
 from cluster.generation.reach import not_reached
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.generation.stages.loading import Models, ask
 from cluster.generation.stages.monitor import Turn
 from cluster.generation.stages.overlap import Overlap
 from cluster.generation.stages.shard_row import SHARD_ROW_SCHEMA
 from cluster.generation.stages.write import STORED_SCHEMA, WriteShard
 from cluster.store.store import Store
-from pcm.errors import InputError, typed_first_line
+from pcm.errors import InputError
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -27,14 +25,11 @@ if TYPE_CHECKING:
     from cluster.dataset.vocabularies import ConceptsOfShard
     from cluster.generation.limits import FaultPolicy
 
-log = logging.getLogger(__name__)
-
 #: Seconds that a generator waits for its shards to be stored before it draws the next all the same: a shard that was
 #: lost with its node, and is waited for, may be queued behind this turn.
 LONGEST_WAIT = 60.0
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.02, 2.0  # seconds between two questions to the monitor
-FIRST_LOAD_PAUSE, LONGEST_LOAD_PAUSE = 1.0, 60.0  # seconds before a model is loaded again, with jitter
 
 
 class Generator:
@@ -72,12 +67,10 @@ class Generator:
         self._overlap = Overlap(WriteShard(store, plan.schema_version, self._monitor) if scores else _hand_on)
         self._nothing = (STORED_SCHEMA if scores else SHARD_ROW_SCHEMA).empty_table()
         context = ray.get_runtime_context()
-        self._name, self._node = context.get_actor_id(), context.get_node_id()
+        self._name, self._node = context.get_actor_id() or "driver", context.get_node_id()
         self._draw: DrawShard | None = None
         self._score: FeaturiseShard | None = None
-        self._loaded = False
-        self._left_out = False
-        self._load_pause = FIRST_LOAD_PAUSE
+        self._models = Models(self._monitor, self._name, self._load)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         number = block["turn"][0].as_py()
@@ -94,7 +87,7 @@ class Generator:
         assert self._draw is not None
         if self._score is None:
             drawn = self._draw(wanted)
-            self._ask("handed_on", number)
+            ask(self._monitor, "handed_on", number)
             return drawn
         self._score.store_concepts(turn.shard)
         return self._score(self._draw(wanted))
@@ -103,9 +96,10 @@ class Generator:
         """Which shard to draw in a turn, if any. Raises InputError when the run is not worth going on with."""
         pause, deadline = FIRST_PAUSE, time.monotonic() + LONGEST_WAIT
         while True:
-            self._load()
+            self._models.load()
             anyway = time.monotonic() >= deadline
-            turn: Turn = self._ask("turn", self._name, number, node=self._node, loaded=self._loaded, anyway=anyway)
+            here = {"node": self._node, "process": os.getpid(), "loaded": self._models.loaded}
+            turn: Turn = ask(self._monitor, "turn", self._name, number, **here, anyway=anyway)
             if turn.stop:
                 raise InputError(turn.stop)
             if not turn.wait:
@@ -114,32 +108,11 @@ class Generator:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _load(self) -> None:
-        """Load the models, unless they are, or this generator is left out. Waits a while where that fails."""
-        if self._loaded or self._left_out:
-            return
-        try:
-            if self._store.is_local and not self._store.exists(PLAN_KEY):
-                raise InputError(not_reached(self._store, os.uname().nodename))
-            self._draw = self._draw or self._make_draw()
-            if self._scoring:
-                self._score = FeaturiseShard(*self._scoring)
-            self._loaded = True
-        except InputError as error:  # the monitor's too, of a generator that is left out
-            self._left_out = True
-            self._ask("not_loaded", self._name, str(error), again=False)
-        except Exception as error:
-            log.warning("models are not loaded", exc_info=True)
-            self._ask("not_loaded", self._name, typed_first_line(error), again=True)
-        if not self._loaded and not self._left_out:
-            gc.collect()  # what was loaded of a model before it failed
-            time.sleep(self._load_pause * random.uniform(0.5, 1.0))
-            self._load_pause = min(2 * self._load_pause, LONGEST_LOAD_PAUSE)
-
-    def _ask(self, method: str, *arguments: Any, **named: Any) -> Any:
-        """Call the monitor and wait for its answer."""
-        import ray
-
-        return ray.get(getattr(self._monitor, method).remote(*arguments, **named))
+        if self._store.is_local and not self._store.exists(PLAN_KEY):
+            raise InputError(not_reached(self._store, os.uname().nodename))
+        self._draw = self._draw or self._make_draw()
+        if self._scoring:
+            self._score = FeaturiseShard(*self._scoring)
 
 
 def _hand_on(drawn: pa.Table) -> pa.Table:

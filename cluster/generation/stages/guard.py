@@ -11,6 +11,7 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.generation.limits import FaultPolicy
+from cluster.generation.stages.loading import ask, this_place
 from cluster.generation.stages.monitor import ShardFaults
 from cluster.generation.stages.shard_row import ERRORS_KEPT
 from cluster.generation.stages.watchdog import Watchdog
@@ -40,12 +41,11 @@ class RunGuard(Guard):
         self._compiles = compiles
         self._shapes: set[int] = set()
         self.errors: list[tuple[int, str]] = []  # (position, error) of the present shard, the first few
-        where = f"{os.uname().nodename} (node {context.get_node_id()[:8]})"
         self._watchdog = Watchdog(self._generator, within="isolation.py")
         hung = self._watchdog.last_words()
         if hung:
             log.warning("the process before this one took longer than %g s at %s", policy.batch_timeout, hung)
-        _stop_if(self._ask("start", self._generator, where, hung))
+        _stop_if(self._ask("start", self._generator, this_place(), hung))
 
     def begin_shard(self, shard: int) -> None:
         stop, self._faults = self._ask("begin_shard", shard)
@@ -94,8 +94,7 @@ class RunGuard(Guard):
         os._exit(1)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        """Call the monitor and wait for its answer."""
-        return ray.get(getattr(self._monitor, method).remote(*arguments))
+        return ask(self._monitor, method, *arguments)
 
 
 def _stop_if(reason: str) -> None:

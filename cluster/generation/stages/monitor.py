@@ -1,14 +1,14 @@
 """What a generation run knows about its generators while they work: who draws which shard, deaths, failures.
 
 A generator's process may vanish at any moment - a crash inside a kernel, the watchdog, a spot node taken away - and Ray
-restarts it and gives it the same shard again. Somebody must remember which samples it was drawing, or a caption that
-kills its process would do so for ever. And while it restarts, or where it is slow, others may be idle: somebody must
-give its shards to them. That is the monitor, a tiny actor beside the driver.
+restarts it where it can. Somebody must remember which samples it was drawing, or a caption that kills its process would
+do so for ever. And somebody must give its shards to others, at once: who reads the dataset in the plan's order waits
+for the first one that is missing. That is the monitor, a tiny actor beside the driver.
 
-Ray Data gives generators turns, one for each shard, and some more at the end (`cluster.generation.pipeline`). In a
-shard's own turn that shard is drawn, unless another generator has it. In a turn more, a shard that nobody has begun, or
-one that is late. A turn that Ray Data gives again, because its process died or its result was lost with a node, is for
-the same shard again.
+Ray Data gives generators turns, as many as there are shards and some more (`cluster.generation.pipeline`). A turn is
+for no shard of its own: who has it asks the monitor, and gets a shard that was lost with a process or a node, else the
+next one in the plan's order, else, at the end, one that is late. A turn that Ray Data gives again, because its process
+died or its result was lost with a node, is for the same shard again, unless another one has it meanwhile.
 """
 
 import math
@@ -29,12 +29,16 @@ from pcm.reasons import GENERATOR_CRASHED, GENERATOR_HUNG
 #: No verdict on the share of failures before so many samples.
 MIN_SAMPLES_FOR_SHARE = 64
 
-#: A generator that starts so often in a row without a picture is left out. More often than `max_deaths`: a run that
-#: begins with a caption that kills gives that caption up first.
+#: An actor that starts so often in a row without a picture is left out. More often than `max_deaths`: a run that begins
+#: with a caption that kills gives that caption up first.
 MAX_FRUITLESS_STARTS = 4
 
-#: Generators that have started and are all left out stop the run when no other has started for so many seconds.
+#: Actors that have started and are all left out stop the run when for so many seconds no other has started, no node has
+#: come and none was on its way.
 OTHERS_MAY_START_SECONDS = 60.0
+
+#: What actors are, for people: generators, and those that only score.
+_WHAT = {False: "a generator", True: "an actor of CLIP"}
 
 #: Starts of one shard that are not explained by samples given up in it, and after which it is not tried again.
 MAX_SHARD_STARTS = 12
@@ -50,6 +54,10 @@ SHARDS_TIMED, MIN_SHARDS_TIMED = 200, 3
 
 #: How long the driver waits for what is only told.
 ANSWER_SECONDS = 5.0
+
+#: What was in hand when a process of the monitor itself died is taken for lost when it is late, and after so many
+#: seconds where too few shards say when that is.
+UNKNOWN_SECONDS = 600.0
 
 #: A generator has so many seconds to store its shard before that of another drawer may be stored in its place: longer
 #: than a store is waited for.
@@ -71,8 +79,10 @@ class _Taken:
     """A turn that had a shard: which, and who had the turn last."""
 
     shard: int
-    generator: str
-    is_handed_on: bool = False  # to an actor of CLIP alone: the death of its generator is no loss
+    holder: str  # a generator, or the actor of CLIP alone that scores it
+    is_drawn: bool = (
+        False  # on its way to such an actor, or there: lost with the node that holds it, not with a process
+    )
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ class _Claim:
     """Who draws or stores a shard, in which turn, since when (monotonic seconds; -inf: it was given up)."""
 
     generator: str
-    turn: int
+    turn: int | None  # None: the monitor that knew has died
     since: float
 
 
@@ -92,11 +102,12 @@ class _Batch:
 
 @dataclass
 class _Generator:
-    """One generator over all its processes; Ray keeps an actor's id when it restarts it."""
+    """One generator, or actor of CLIP alone, over all its processes; Ray keeps an actor's id when it restarts it."""
 
     where: str
+    scores: bool = False  # it is an actor of CLIP alone
     batch: _Batch | None = None
-    drawn_since_start: int = 0
+    drawn_since_start: int = 0  # pictures; shards of an actor of CLIP
     fruitless_starts: int = 0  # in a row
     broken: str = ""  # what the present process said when it gave itself up
     not_loaded: bool = False  # the last start ended so
@@ -128,13 +139,16 @@ class RunMonitor:
         self._policy = policy
         self._clock = clock
         self._generators: dict[str, _Generator] = {}
-        self._wanted_generators = 1
-        self._last_start = clock()
-        self._waiting: dict[int, None] = {}  # shards that nobody has begun, in order
+        self._wanted = {False: 1, True: 0}  # generators, actors of CLIP
+        self._last_hope = clock()  # that others can draw
+        self._has_pass = False
+        self._waiting: deque[int] = deque()  # shards that nobody has begun, in order
         self._claims: dict[int, _Claim] = {}  # by shard, the last one of each that is not stored
         self._turns: dict[int, _Taken] = {}
         self._loading: set[str] = set()  # generators
-        self._nodes: dict[str, str] = {}  # of generators: the id of the node of each, as it said last
+        self._alive: set[str] = set()  # ids of nodes
+        self._nodes: dict[str, str] = {}  # of generators and actors of CLIP: the id of each one's node, as it said last
+        self._processes: dict[str, int] = {}  # of generators, as each said last
         self._drawing: dict[str, int] = {}  # the turn of each generator that draws in one
         self._writing: dict[int, tuple[int, float]] = {}  # by shard: the turn that is being stored, since when
         self._took: deque[float] = deque(maxlen=SHARDS_TIMED)  # seconds from a shard's beginning to the store
@@ -149,27 +163,38 @@ class RunMonitor:
         self._last_error = ""
         self._stop = ""
 
-    def begin_pass(self, shards: Sequence[int], generators: int) -> None:
-        """These shards are given out now, to at most so many generators; those of the pass before are gone."""
-        self._waiting = dict.fromkeys(shards)
-        self._wanted_generators = generators
-        self._last_start = self._clock()
-        self._committed.difference_update(shards)
-        for known in (self._generators, self._nodes, self._drawing, self._claims, self._turns, self._writing):
+    def begin_pass(self, shards: Sequence[int], generators: int, scorers: int = 0, in_hand: int = 0) -> None:
+        """These shards are given out now, to at most so many actors; those of the pass before are gone.
+
+        `in_hand`: so many of the first are being drawn or stored, nobody knows where: a monitor that starts again in
+        the middle of a pass is told so.
+        """
+        for known in (self._generators, self._nodes, self._processes, self._drawing, self._turns, self._writing):
             known.clear()
         self._loading.clear()
+        now = self._clock()
+        self._claims = {shard: _Claim("", None, now) for shard in shards[:in_hand]}
+        self._waiting = deque(shards[in_hand:])
+        self._committed.difference_update(shards)
+        self._wanted, self._last_hope, self._has_pass = {False: generators, True: scorers}, now, True
 
-    def start(self, generator: str, where: str, hung: str = "") -> str:
-        """A generator starts to load its model, perhaps after its process has died, or hung at some place, or failed.
+    def wants(self) -> tuple[bool, str]:
+        """What the driver is to tell: (the pass: this process has taken the place of one that died, and gives nothing
+        out yet; whether nodes are coming: why nobody can draw, or "")."""
+        return not self._has_pass, self._hopeless()
 
-        Returns why not to: the run stops, or this generator is left out; or "".
+    def start(self, generator: str, where: str, hung: str = "", *, scores: bool = False) -> str:
+        """A generator starts to load its model, perhaps after its process has died, or hung at some place, or failed;
+        or an actor of CLIP alone, which `scores`.
+
+        Returns why not to: the run stops, or this actor is left out; or "".
         """
-        self._last_start = self._clock()
+        self._last_hope = self._clock()
         self._loading.add(generator)
         self._drawing.pop(generator, None)
         known = self._generators.get(generator)
         if known is None:
-            self._generators[generator] = _Generator(where)
+            self._generators[generator] = _Generator(where, scores)
             return self._stop
         said = known.broken
         self._bury(known, said, hung)
@@ -184,7 +209,7 @@ class RunMonitor:
         return self._stop or known.left_out
 
     def not_loaded(self, generator: str, error: str, *, again: bool) -> None:
-        """A generator could not load its models. Not to be tried `again`: it is left out at once, for this reason."""
+        """An actor could not load its models. Not to be tried `again`: it is left out at once, for this reason."""
         known = self._known(generator)
         self._last_error = error
         self._loading.discard(generator)
@@ -194,19 +219,31 @@ class RunMonitor:
         else:
             known.left_out = known.left_out or error
 
-    def turn(self, generator: str, number: int, *, node: str = "", loaded: bool = True, anyway: bool = False) -> Turn:
-        """What a generator does in a turn. A shard's own turn has the shard's number; those at the end are negative.
+    def turn(
+        self,
+        generator: str,
+        number: int,
+        *,
+        node: str = "",
+        process: int = 0,
+        loaded: bool = True,
+        anyway: bool = False,
+    ) -> Turn:
+        """What a generator does in a turn; the number says which turn, and nothing of the shard.
 
         With too much in hand that is not on the store yet it waits, unless it is to go on `anyway`. One that could not
         be `loaded` gets no shard: its turns are over when nothing is left to draw.
         """
         self._nodes[generator] = node
+        if self._processes.setdefault(generator, process) != process:  # the one before it has died
+            self._processes[generator] = process
+            self._give_up_claims({generator})
         if not loaded and not self._stop:
-            self._judge_generators()
+            self._judge_actors(scores=False)
         if self._stop:
             return Turn(stop=self._stop)
-        if not loaded:
-            return Turn(wait=bool(self._waiting or self._claims))
+        if not loaded or not self._has_pass:
+            return Turn(wait=bool(self._waiting or self._claims or not self._has_pass))
         self._loading.discard(generator)
         self._drawing.pop(generator, None)
         shard = self._turns[number].shard if number in self._turns else None
@@ -217,10 +254,9 @@ class RunMonitor:
             in_hand = sum(1 for claim in mine if math.isfinite(claim.since))
             if in_hand >= MAX_IN_HAND and not anyway:
                 return Turn(wait=True)
-            shard = self._shard_for(number)
-            if shard is None:  # of shards that others have, one may prove to be late
-                return Turn(wait=number < 0 and bool(self._claims))
-        self._waiting.pop(shard, None)
+            shard = self._next_shard()
+            if shard is None:  # of shards that others have, one may prove to be lost or late
+                return Turn(wait=bool(self._claims))
         self._turns[number] = _Taken(shard, generator)
         self._claims[shard] = _Claim(generator, number, self._clock())
         self._drawing[generator] = number
@@ -231,17 +267,66 @@ class RunMonitor:
         return len(self._loading) + len(self._drawing)
 
     def nodes(self, alive: Sequence[str]) -> None:
-        """The ids of the cluster's nodes: what generators on others were drawing may be given out again."""
+        """The ids of the cluster's nodes: what was in hand on others is given out again at once."""
         there = set(alive)
-        self._give_up_claims({name for name, node in self._nodes.items() if node and node not in there})
+        if there - self._alive:  # an actor may start there
+            self._last_hope = self._clock()
+        self._alive = there
+        lost = {name for name, node in self._nodes.items() if node and node not in there}
+        for name in lost:
+            del self._nodes[name]
+            self._drawing.pop(name, None)
+            self._loading.add(name)  # wherever it comes back
+            if name in self._generators:
+                self._bury(self._generators[name], self._generators[name].broken, "")
+        self._give_up_claims(lost, nodes=True)
+
+    def nodes_are_coming(self) -> None:
+        """The cluster is about to get another node: a run in which nobody can draw waits for it."""
+        self._last_hope = self._clock()
+
+    def _hopeless(self) -> str:
+        """Why all that have started are left out, while others that were asked for have not; or ""."""
+        for scores in (False, True):
+            started = self._started(scores)
+            others = self._wanted[scores] - len(started)
+            if started and others > 0 and all(state.left_out for state in started) and not self._is_same(started):
+                return f"{self._left_out_line(started)}; {others} more that were asked for have not started"
+        return ""
 
     def handed_on(self, turn: int) -> None:
         """The shard of a turn is drawn and on its way to an actor of CLIP alone."""
         if turn in self._turns:
-            self._turns[turn] = replace(self._turns[turn], is_handed_on=True)
+            self._turns[turn] = replace(self._turns[turn], is_drawn=True)
+
+    def received(self, turn: int, scorer: str, node: str) -> None:
+        """An actor of CLIP alone has the shard of a turn."""
+        self._nodes[scorer] = node
+        taken = self._turns.get(turn)
+        if taken is None:
+            return
+        self._turns[turn] = _Taken(taken.shard, scorer, is_drawn=True)
+        claim = self._claims.get(taken.shard)
+        if claim is not None and claim.turn == turn and not math.isfinite(claim.since):  # not lost, after all
+            self._claims[taken.shard] = replace(claim, since=self._clock())
+
+    def given_back(self, turn: int, scorer: str) -> Turn:
+        """An actor of CLIP that could not load it has the shard of a turn, which is drawn again for another one.
+
+        What it does: ask again later, until nothing is left to draw.
+        """
+        taken = self._turns.get(turn)
+        claim = self._claims.get(taken.shard) if taken is not None and taken.holder == scorer else None
+        if taken is not None and claim is not None and claim.turn == turn:
+            self._claims[taken.shard] = replace(claim, since=-math.inf)
+        if not self._stop:
+            self._judge_actors(scores=True)
+        return Turn(stop=self._stop, wait=bool(self._waiting or self._claims or not self._has_pass))
 
     def may_store(self, shard: int, turn: int) -> bool:
         """Whether a shard that was drawn in this turn is stored, or another drawer's is: the first one to ask wins."""
+        if turn in self._turns and (scorer := self._generators.get(self._turns[turn].holder)) and scorer.scores:
+            scorer.drawn_since_start += 1
         self._drawing = {generator: number for generator, number in self._drawing.items() if number != turn}
         if shard in self._committed:
             return False
@@ -255,38 +340,45 @@ class RunMonitor:
         generator.fruitless_starts += 0 if generator.drawn_since_start else 1
         if generator.fruitless_starts >= max(MAX_FRUITLESS_STARTS, self._policy.max_deaths + 1):
             generator.left_out = (
-                f"{generator.fruitless_starts} starts of a generator in a row without a picture ({said}); check that "
-                "machine and the model, then run the same command again"
+                f"{generator.fruitless_starts} starts of {_WHAT[generator.scores]} in a row without a picture "
+                f"({said}); check that machine and the model, then run the same command again"
             )
 
-    def _shard_for(self, number: int) -> int | None:
-        """The shard of a turn that had none yet, if there is one."""
-        if number >= 0:
-            begun = number in self._claims or number in self._committed
-            return None if begun else number
-        if self._waiting:
-            return next(iter(self._waiting))
+    def _next_shard(self) -> int | None:
+        """The shard of a turn that has none yet, if there is one to be drawn."""
+        lost = [shard for shard, claim in self._claims.items() if self._is_given_up(claim)]
+        if lost:
+            return min(lost)
+        while self._waiting:
+            if (shard := self._waiting.popleft()) not in self._committed:
+                return shard
         if not self._claims:
             return None
         shard = min(self._claims, key=lambda shard: self._claims[shard].since)
         return shard if self._clock() - self._claims[shard].since >= self._late_after() else None
 
-    def _give_up_claims(self, generators: set[str]) -> None:
-        """What these generators had in hand is drawn again by whoever asks next.
+    def _is_given_up(self, claim: _Claim) -> bool:
+        if claim.turn is None:
+            late = self._late_after()
+            return self._clock() - claim.since >= (late if math.isfinite(late) else UNKNOWN_SECONDS)
+        return not math.isfinite(claim.since)
+
+    def _give_up_claims(self, holders: set[str], *, nodes: bool = False) -> None:
+        """What these had in hand is drawn again by whoever asks next. Of lost `nodes` also what was drawn.
 
         One that is cut off, and taken for dead, may store its shard too. The bytes are the same, unless one of the two
         ran out of memory; `verify` finds that.
         """
         for shard, claim in self._claims.items():
-            if self._is_lost(claim.turn, generators):
+            if self._is_lost(claim.turn, holders, nodes):
                 self._claims[shard] = replace(claim, since=-math.inf)
         for shard, (turn, _) in list(self._writing.items()):
-            if self._is_lost(turn, generators):
+            if self._is_lost(turn, holders, nodes):
                 del self._writing[shard]
 
-    def _is_lost(self, turn: int, generators: set[str]) -> bool:
-        taken = self._turns.get(turn)
-        return taken is not None and taken.generator in generators and not taken.is_handed_on
+    def _is_lost(self, turn: int | None, holders: set[str], nodes: bool) -> bool:
+        taken = self._turns.get(turn) if turn is not None else None
+        return taken is not None and taken.holder in holders and (nodes or not taken.is_drawn)
 
     def _late_after(self) -> float:
         """Seconds from a shard's beginning after which it is late."""
@@ -298,15 +390,29 @@ class RunMonitor:
         if claim.generator != generator and other and other.batch and other.batch.shard == shard:
             self._bury(other, other.broken, "")
 
-    def _judge_generators(self) -> None:
-        started = self._generators.values()
+    def _started(self, scores: bool) -> list[_Generator]:
+        return [state for state in self._generators.values() if state.scores is scores]
+
+    def _judge_actors(self, *, scores: bool) -> None:
+        """Stop the run when nobody of a pool can work, and nobody else is to be hoped for."""
+        started = self._started(scores)
         if not started or not all(state.left_out for state in started):
             return
-        others = self._wanted_generators - len(started)
-        if others > 0 and self._clock() - self._last_start < OTHERS_MAY_START_SECONDS:
+        others = self._wanted[scores] - len(started)
+        if others > 0 and self._clock() - self._last_hope < OTHERS_MAY_START_SECONDS:
             return
+        self._stop = self._left_out_line(started)
+
+    @staticmethod
+    def _is_same(started: Sequence[_Generator]) -> bool:
+        """Whether two machines have said the same: then it is the run's error, and a third one would say it too."""
+        said = Counter(error for error, _ in {(state.left_out, state.where) for state in started})
+        return max(said.values(), default=0) > 1
+
+    @staticmethod
+    def _left_out_line(started: Sequence[_Generator]) -> str:
         first, *more = started
-        self._stop = f"{first.left_out} (on {first.where}{f', and {len(more)} more' if more else ''})"
+        return f"{first.left_out} (on {first.where}{f', and {len(more)} more' if more else ''})"
 
     def begin_shard(self, shard: int) -> tuple[str, ShardFaults]:
         """(why to stop or "", what is known about the shard's samples)."""
@@ -374,9 +480,9 @@ class RunMonitor:
     def committed(self, shard: int) -> None:
         self._committed.add(shard)
         claim = self._claims.pop(shard, None)
-        if claim is not None and math.isfinite(claim.since):  # of one that was given up nobody knows how long it took
+        # Of one that was given up, or begun before this process, nobody knows how long it took.
+        if claim is not None and claim.turn is not None and math.isfinite(claim.since):
             self._took.append(self._clock() - claim.since)
-        self._waiting.pop(shard, None)
         self._writing.pop(shard, None)
         self._drawn.pop(shard, None)
         self._starts.pop(shard, None)
@@ -393,7 +499,7 @@ class RunMonitor:
         return {
             "drawn": self._drawn.total(),
             "in_flight": sum(1 for state in self._generators.values() if state.batch is not None),
-            "generators": len(self._generators),
+            "generators": len(self._started(False)),
             "left_out": [f"{state.where}: {state.left_out}" for state in self._generators.values() if state.left_out],
         }
 

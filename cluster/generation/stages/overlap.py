@@ -32,6 +32,10 @@ class Overlap:
         """Such as to load the model there."""
         return self._working.submit(call).result()
 
+    def begin(self, call: Callable[[], None]) -> None:
+        """The same, before any other work and not waited for."""
+        self._working.submit(call)
+
     def wait(self) -> None:
         """Return when all that was handed over before is stored, or could not be."""
         self._storing.submit(lambda: None).result()  # it does one after the other

@@ -1,5 +1,6 @@
 """CLIP as an actor of its own, for runs in which no generator scores: it scores a shard, and stores it."""
 
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -7,9 +8,12 @@ import pyarrow as pa
 
 from cluster.dataset.layout import Plan
 from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.generation.stages.loading import Models, ask, this_place
+from cluster.generation.stages.monitor import Turn
 from cluster.generation.stages.overlap import Overlap
-from cluster.generation.stages.write import WriteShard
+from cluster.generation.stages.write import STORED_SCHEMA, WriteShard
 from cluster.store.store import Store
+from pcm.errors import InputError
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -17,9 +21,17 @@ if TYPE_CHECKING:
     from cluster.dataset.vocabularies import ConceptsOfShard
     from cluster.generation.limits import FaultPolicy
 
+#: Seconds between two questions of an actor that could not load CLIP, whether anything is left to do.
+PAUSE = 2.0
+
 
 class Scorer:
-    """Scorer pool: a drawn shard in, the stats of the stored shard out. One shard is scored while another is stored."""
+    """Scorer pool: a drawn shard in, the stats of the stored shard out. One shard is scored while another is stored.
+
+    CLIP is loaded while the first shard is drawn. Where that fails, this actor tries again a few times, then gives its
+    shards back, to be drawn again for others, and holds what Ray Data gave it: a call that ended at once would get the
+    next shard. The monitor stops the run when no such actor can score.
+    """
 
     def __init__(
         self,
@@ -28,12 +40,42 @@ class Scorer:
         watched_by: "tuple[ActorHandle, FaultPolicy]",
         concepts: "ConceptsOfShard",
     ) -> None:
-        self._overlap = Overlap(WriteShard(store, plan.schema_version, watched_by[0]))
-        self._score = self._overlap.in_work_thread(
-            lambda: FeaturiseShard(plan.spec.clip, watched_by, concepts, before_again=self._overlap.wait)
+        import ray  # the stages are usable without it
+
+        self._monitor = watched_by[0]
+        context = ray.get_runtime_context()
+        self._name, self._node = context.get_actor_id() or "driver", context.get_node_id()
+        self._overlap = Overlap(WriteShard(store, plan.schema_version, self._monitor))
+        self._make_score = partial(
+            FeaturiseShard, plan.spec.clip, watched_by, concepts, before_again=self._overlap.wait
         )
+        self._is_null = plan.spec.clip.model == "null"
+        self._score: FeaturiseShard | None = None
+        self._models = Models(self._monitor, self._name, self._load)
+        self._overlap.begin(self._models.load)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        stored = self._overlap.run(partial(self._score, block))
-        assert stored is not None
-        return stored
+        turn = block["turn"][0].as_py()
+        ask(self._monitor, "received", turn, self._name, self._node)
+        stored = self._overlap.run(partial(self._score_shard, block, turn))
+        return STORED_SCHEMA.empty_table() if stored is None else stored
+
+    def _score_shard(self, block: pa.Table, turn: int) -> pa.Table | None:
+        """None: this actor could not load CLIP, and nothing is left to do. Raises InputError when the run is not worth
+        going on with."""
+        while not self._models.loaded:
+            self._models.load()
+            if self._models.left_out:
+                answer: Turn = ask(self._monitor, "given_back", turn, self._name)
+                if answer.stop:
+                    raise InputError(answer.stop)
+                if not answer.wait:
+                    return None
+                time.sleep(PAUSE)
+        assert self._score is not None
+        return self._score(block)
+
+    def _load(self) -> None:
+        if not self._is_null and (no := ask(self._monitor, "start", self._name, this_place(), scores=True)):
+            raise InputError(no)
+        self._score = self._make_score()

@@ -7,8 +7,10 @@ from cluster.generation.stages.monitor import (
     COMMIT_SECONDS,
     LATE_FACTOR,
     MAX_FRUITLESS_STARTS,
+    MAX_IN_HAND,
     MAX_SHARD_STARTS,
     OTHERS_MAY_START_SECONDS,
+    UNKNOWN_SECONDS,
     RunMonitor,
     Turn,
 )
@@ -96,6 +98,17 @@ def test_a_shard_that_moves_to_another_generator_is_a_death_too() -> None:
     assert begin_shard(monitor, 1) == ({}, {}), "and counted once"
 
 
+def test_a_batch_on_a_node_that_is_lost_is_a_death_before_another_generator_draws_it() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(4), 2)
+    monitor.start("g", "a node")
+    assert monitor.turn("g", 0, node="one") == Turn(0)
+    monitor.begin("g", 0, [4])
+    monitor.nodes([])
+    assert monitor.turn("h", 1, node="two") == Turn(0)
+    assert begin_shard(monitor) == ({4: 1}, {}), "a caption may have taken the node along: it is drawn alone"
+
+
 def test_a_committed_shard_is_forgotten() -> None:
     monitor = RunMonitor(FaultPolicy())
     monitor.start("g", "a node")
@@ -113,7 +126,7 @@ def test_a_generator_that_never_draws_is_left_out_and_the_last_one_of_them_stops
     said = monitor.start("g", "gpu-7")
     assert f"{MAX_FRUITLESS_STARTS} starts of a generator in a row without a picture" in said and "\n" not in said
     assert monitor.turn("g", 0, loaded=False) == Turn(wait=True), "its turn goes on, but it draws nothing"
-    assert monitor.turn("h", 1) == Turn(1) and monitor.begin("h", 1, [8]) == "", "the other one draws"
+    assert monitor.turn("h", 1) == Turn(0) and monitor.begin("h", 0, [8]) == "", "the other one draws"
     assert monitor.snapshot()["left_out"] == [f"gpu-7: {said}"]
     monitor.not_loaded("h", "--t2i x: no such folder", again=False)
     stop = monitor.turn("h", 2, loaded=False).stop
@@ -139,15 +152,88 @@ def test_a_model_that_is_not_loaded_is_tried_again_as_often_as_a_process_that_di
     assert "OSError: 3" in monitor.turn("g", 0, loaded=False).stop
 
 
+def with_a_bad_node(time: Clock, *, wanted: int = 64) -> RunMonitor:
+    """The first of some generators could not load its model; nobody else has started."""
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    monitor.begin_pass(range(8), wanted)
+    monitor.nodes(["one"])
+    monitor.start("g", "gpu-7")
+    monitor.not_loaded("g", "/models/x: no such folder", again=False)
+    return monitor
+
+
 def test_the_run_waits_for_generators_that_have_not_started_before_it_says_that_none_can_draw() -> None:
     time = Clock()
-    monitor = RunMonitor(FaultPolicy(), clock=time)
-    monitor.begin_pass(range(8), 64)
-    monitor.start("g", "gpu-7")
-    monitor.not_loaded("g", "--t2i x: no such folder", again=False)
+    monitor = with_a_bad_node(time)
     assert monitor.turn("g", 0, loaded=False) == Turn(wait=True)
     time.now += OTHERS_MAY_START_SECONDS
-    assert monitor.turn("g", 0, loaded=False).stop == "--t2i x: no such folder (on gpu-7)"
+    assert monitor.turn("g", 0, loaded=False).stop == "/models/x: no such folder (on gpu-7)"
+
+
+def test_the_run_waits_as_long_as_nodes_are_coming_and_says_for_what() -> None:
+    time = Clock()
+    monitor = with_a_bad_node(time)
+    said = "/models/x: no such folder (on gpu-7); 63 more that were asked for have not started"
+    assert monitor.wants() == (False, said)
+    for _ in range(9):
+        time.now += OTHERS_MAY_START_SECONDS - 1
+        monitor.nodes_are_coming()
+        assert monitor.turn("g", 0, loaded=False) == Turn(wait=True)
+    monitor.nodes(["one", "two"])
+    time.now += OTHERS_MAY_START_SECONDS - 1
+    assert monitor.turn("g", 0, loaded=False) == Turn(wait=True), "a node has come, on which one may start"
+    monitor.start("h", "gpu-8")
+    assert monitor.wants() == (False, "") and monitor.turn("h", 1) == Turn(0)
+
+
+def test_where_all_that_were_asked_for_are_left_out_no_node_is_waited_for() -> None:
+    monitor = with_a_bad_node(Clock(), wanted=1)
+    assert monitor.wants() == (False, "")
+    assert "no such folder" in monitor.turn("g", 0, loaded=False).stop
+
+
+def test_what_two_machines_say_is_the_runs_error_and_no_third_one_is_waited_for() -> None:
+    monitor = with_a_bad_node(Clock())
+    monitor.start("h", "gpu-8")
+    monitor.not_loaded("h", "no GPU memory is free", again=False)
+    assert monitor.wants() != (False, ""), "each has a fault of its own"
+    monitor.start("i", "gpu-9")
+    monitor.not_loaded("i", "/models/x: no such folder", again=False)
+    assert monitor.wants() == (False, "")
+
+
+def test_an_actor_of_clip_that_cannot_load_it_gives_its_shards_back_and_only_the_last_one_stops_the_run() -> None:
+    time = Clock()
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    monitor.begin_pass(range(8), 2, 2)
+    assert monitor.start("d", "gpu-2", scores=True) == ""
+    assert monitor.snapshot()["generators"] == 0
+    assert monitor.turn("g", 0) == Turn(0)
+    monitor.handed_on(0)
+    monitor.received(0, "c", "one")
+    for _ in range(MAX_FRUITLESS_STARTS):
+        assert monitor.start("c", "gpu-1", scores=True) == ""
+        monitor.not_loaded("c", "OSError: the disk is full", again=True)
+    assert "starts of an actor of CLIP in a row" in monitor.start("c", "gpu-1", scores=True)
+    assert monitor.given_back(0, "c") == Turn(wait=True)
+    assert monitor.turn("g", 1) == Turn(0), "it is drawn again"
+    assert monitor.given_back(0, "c") == Turn(wait=True)
+    assert monitor.turn("h", 2) == Turn(1), "once"
+    monitor.not_loaded("d", "OSError: the disk is full", again=False)
+    assert "the disk is full" in monitor.given_back(0, "c").stop
+    assert "the disk is full" in monitor.turn("g", 3).stop
+
+
+def test_an_actor_of_clip_whose_process_ends_after_each_shard_is_not_left_out() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(99), 1, 1)
+    for turn in range(3 * MAX_FRUITLESS_STARTS):
+        assert monitor.start("c", "gpu-1", scores=True) == ""
+        monitor.turn("g", turn)
+        monitor.handed_on(turn)
+        monitor.received(turn, "c", "one")
+        assert monitor.may_store(turn, turn)
+        monitor.committed(turn)
 
 
 def test_a_picture_in_between_makes_them_start_to_count_again() -> None:
@@ -221,7 +307,7 @@ def test_a_generator_does_not_run_ahead_of_the_store() -> None:
     monitor.begin_pass(range(10), 2)
     assert (monitor.turn("g", 0), monitor.turn("g", 1), monitor.turn("h", 2)) == (Turn(0), Turn(1), Turn(2))
     assert monitor.turn("g", 3) == Turn(wait=True), "two of its shards are not stored"
-    assert (monitor.turn("g", 1), monitor.turn("h", 3)) == (Turn(1), Turn(3)), "its own again; another has room"
+    assert (monitor.turn("g", 1), monitor.turn("h", 7)) == (Turn(1), Turn(3)), "the same again; another has room"
     monitor.committed(0)
     assert monitor.turn("g", 4) == Turn(4) and monitor.turn("g", 5) == Turn(wait=True)
     assert monitor.turn("g", 5, anyway=True) == Turn(5)
@@ -230,19 +316,18 @@ def test_a_generator_does_not_run_ahead_of_the_store() -> None:
     assert (monitor.turn("g", 6), monitor.turn("g", 7)) == (Turn(6), Turn(7)), "a stored shard counts no more"
 
 
-def test_a_turn_more_is_for_a_shard_that_nobody_has_begun() -> None:
+def test_a_turn_is_for_the_next_shard_whatever_its_number() -> None:
     monitor = RunMonitor(FaultPolicy())
     monitor.begin_pass([3, 5, 7], 3)
-    assert (monitor.turn("g", 3), monitor.turn("h", -1), monitor.turn("i", -2)) == (Turn(3), Turn(5), Turn(7))
-    assert monitor.turn("i", -3) == Turn(wait=True), "one of them may prove to be late"
-    assert monitor.turn("g", 5) == Turn(), "its own turn comes too late"
-    assert monitor.turn("h", -1) == Turn(5), "Ray Data gives the turn again: the same shard"
+    assert (monitor.turn("g", 4), monitor.turn("h", 0), monitor.turn("i", 1)) == (Turn(3), Turn(5), Turn(7))
+    assert monitor.turn("i", 2) == Turn(wait=True), "one of them may prove to be lost or late"
+    assert monitor.turn("h", 0) == Turn(5), "Ray Data gives the turn again: the same shard"
     for shard in (3, 5, 7):
         monitor.committed(shard)
-    assert monitor.turn("i", -3) == Turn() and monitor.turn("h", -1) == Turn(), "nothing is left"
+    assert monitor.turn("i", 2) == Turn() and monitor.turn("h", 0) == Turn(), "nothing is left"
 
 
-def test_a_late_shard_is_given_out_again_and_one_of_a_dead_process_at_once() -> None:
+def test_a_late_shard_is_given_out_again_at_the_end() -> None:
     time = Clock()
     monitor = RunMonitor(FaultPolicy(), clock=time)
     monitor.begin_pass(range(6), 2)
@@ -255,23 +340,84 @@ def test_a_late_shard_is_given_out_again_and_one_of_a_dead_process_at_once() -> 
     assert (monitor.turn("g", 4), monitor.turn("h", 5)) == (Turn(4), Turn(5))
     monitor.committed(5)
     time.now += LATE_FACTOR * 10 - 1
-    assert monitor.turn("h", -1) == Turn(wait=True)
+    assert monitor.turn("h", 6) == Turn(wait=True)
     time.now += 1
-    assert monitor.turn("h", -1) == Turn(4)
-    assert monitor.turn("i", -2) == Turn(wait=True), "two draw it; only if both are late a third one does"
-    assert monitor.turn("g", 4) == Turn(), "the first one died; its shard is in other hands"
+    assert monitor.turn("h", 6) == Turn(4)
+    assert monitor.turn("i", 7) == Turn(wait=True), "two draw it; only if both are late a third one does"
+    assert monitor.turn("g", 4) == Turn(wait=True), "the first one died; its shard is in other hands"
     monitor.start("h", "gpu-8")
-    assert monitor.turn("i", -2) == Turn(4), "the process that drew it has died: nobody waits for its model to load"
+    assert monitor.turn("i", 7) == Turn(4), "the process that drew it has died: nobody waits for its model to load"
+
+
+def test_what_a_dead_process_had_is_the_next_to_be_drawn_by_whoever_asks() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(99), 2)
+    monitor.start("g", "gpu-7")
+    for turn in range(3):
+        assert monitor.turn("g", turn, anyway=True) == Turn(turn)
+    monitor.committed(1)
+    assert monitor.turn("h", 4) == Turn(3)
+    monitor.start("g", "gpu-7")
+    assert monitor.turn("h", 5) == Turn(0), "in the middle of the run, and in the plan's order"
+    assert monitor.turn("g", 0) == Turn(2), "the same turn begins again; its shard is in other hands"
+    assert monitor.turn("i", 6) == Turn(4) and monitor.turn("i", 2) == Turn(5), "nothing that is lost is left"
+
+
+def test_a_generator_of_which_only_turns_are_heard_is_known_to_have_died_when_its_next_process_asks() -> None:
+    """The null generator says nothing as it starts."""
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(9), 1)
+    assert [monitor.turn("g", turn, process=1) for turn in (0, 1)] == [Turn(0), Turn(1)]
+    assert monitor.turn("g", 2, process=1) == Turn(wait=True)
+    assert monitor.turn("g", 2, process=2) == Turn(0), "not behind the turn that had it, and which comes later"
+    assert monitor.turn("g", 1, process=2) == Turn(1)
 
 
 def test_what_was_drawn_on_a_node_that_is_lost_is_given_out_again_at_once() -> None:
     monitor = RunMonitor(FaultPolicy())
-    monitor.begin_pass(range(2), 2)
+    monitor.begin_pass(range(9), 2)
     assert (monitor.turn("g", 0, node="one"), monitor.turn("h", 1, node="two")) == (Turn(0), Turn(1))
     monitor.nodes(["one", "two"])
-    assert monitor.turn("h", -1, node="two") == Turn(wait=True)
+    assert monitor.turn("h", 2, node="two") == Turn(2)
     monitor.nodes(["two"])
-    assert monitor.turn("h", -1, node="two") == Turn(0)
+    assert monitor.turn("h", 3, node="two", anyway=True) == Turn(0)
+    monitor.nodes(["two"])
+    assert monitor.turn("i", 4, node="two") == Turn(3), "it is lost once"
+
+
+def test_the_end_waits_for_no_generator_that_was_lost_with_its_node() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(1), 2)
+    assert (monitor.turn("g", 0, node="one"), monitor.turn("h", 1, node="two")) == (Turn(0), Turn(wait=True))
+    monitor.nodes(["one"])
+    assert monitor.may_store(0, 0)
+    monitor.committed(0)
+    assert monitor.busy() == 1, "h, to which turns are bound"
+
+
+def test_a_shard_on_its_way_through_an_actor_of_clip_is_lost_with_the_node_that_holds_it() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(9), 2)
+    for turn in range(3):
+        assert monitor.turn("g", turn, node="one", anyway=True) == Turn(turn)
+    monitor.handed_on(0)
+    monitor.handed_on(1)
+    monitor.received(0, "clip", "three")
+    monitor.nodes(["two", "three"])
+    assert [monitor.turn("h", turn, node="two") for turn in (5, 6)] == [Turn(1), Turn(2)], "0 is with clip"
+    monitor.nodes(["two"])
+    assert monitor.turn("h", 7, node="two", anyway=True) == Turn(0)
+
+
+def test_a_shard_that_comes_to_another_actor_of_clip_all_the_same_is_not_drawn_again() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(9), 2)
+    assert monitor.turn("g", 0, node="one") == Turn(0)
+    monitor.handed_on(0)
+    monitor.received(0, "clip", "two")
+    monitor.nodes(["one"])
+    monitor.received(0, "another", "one")
+    assert monitor.turn("h", 1, node="one") == Turn(1)
 
 
 def test_what_a_process_was_storing_is_lost_with_it_unless_clip_alone_has_it() -> None:
@@ -282,14 +428,15 @@ def test_what_a_process_was_storing_is_lost_with_it_unless_clip_alone_has_it() -
     assert monitor.may_store(0, 0)
     monitor.handed_on(1)
     monitor.start("g", "gpu-7")
-    assert (monitor.turn("g", 2), monitor.turn("g", 3)) == (Turn(2), Turn(wait=True)), "what is lost counts no more"
-    assert (monitor.turn("h", 3), monitor.turn("h", -1)) == (Turn(3), Turn(0))
-    assert monitor.may_store(0, -1), "nobody stores it any more"
-    assert monitor.turn("i", -2) == Turn(wait=True), "of shard 1 nothing is lost"
+    assert monitor.turn("h", 2) == Turn(0)
+    assert (monitor.turn("g", 0), monitor.turn("g", 3)) == (Turn(2), Turn(wait=True)), "what is lost counts no more"
+    assert monitor.may_store(0, 2), "nobody stores it any more"
+    assert monitor.turn("h", 4) == Turn(3)
+    assert monitor.turn("i", 5) == Turn(wait=True), "of shard 1 nothing is lost"
 
 
 def with_a_late_shard() -> RunMonitor:
-    """g and then h have shard 3, in turns 3 and -1; nothing else is left."""
+    """g and then h have shard 3, in turns 3 and 4; nothing else is left."""
     time = Clock()
     monitor = RunMonitor(FaultPolicy(), clock=time)
     monitor.begin_pass(range(4), 2)
@@ -300,7 +447,7 @@ def with_a_late_shard() -> RunMonitor:
         monitor.committed(shard)
     assert monitor.turn("g", 3) == Turn(3)
     time.now += 1
-    assert monitor.turn("h", -1) == Turn(3), "it is late"
+    assert monitor.turn("h", 4) == Turn(3), "it is late"
     return monitor
 
 
@@ -308,14 +455,14 @@ def test_what_a_dead_process_was_storing_blocks_nobody_who_took_the_shard_over_b
     monitor = with_a_late_shard()
     assert monitor.may_store(3, 3)
     monitor.start("g", "a node")
-    assert monitor.may_store(3, -1), "the first one died over it"
+    assert monitor.may_store(3, 4), "the first one died over it"
 
 
 def test_what_one_drawer_hands_on_does_not_keep_what_another_loses() -> None:
     monitor = with_a_late_shard()
     monitor.handed_on(3)
     monitor.start("h", "a node")
-    assert monitor.turn("i", -2) == Turn(3), "h has it last, and died"
+    assert monitor.turn("i", 5) == Turn(3), "h has it last, and died"
 
 
 def test_a_shard_that_was_begun_before_is_marked() -> None:
@@ -350,8 +497,8 @@ def test_at_the_end_only_those_that_load_or_draw_for_nothing_are_busy() -> None:
     assert monitor.busy() == 3
     assert (monitor.turn("g", 0), monitor.turn("h", 1)) == (Turn(0), Turn(1))
     monitor.start("h", "a node")
-    assert monitor.turn("g", 0) == Turn(0) and monitor.turn("i", -1) == Turn(1), "h loads its model again"
-    for shard, turn in ((0, 0), (1, -1)):
+    assert monitor.turn("g", 0) == Turn(0) and monitor.turn("i", 2) == Turn(1), "h loads its model again"
+    for shard, turn in ((0, 0), (1, 2)):
         assert monitor.may_store(shard, turn)
         monitor.committed(shard)
     assert monitor.busy() == 1, "h, whose shard another one drew"
@@ -378,7 +525,7 @@ def test_a_shard_that_was_given_up_and_comes_all_the_same_says_nothing_of_how_lo
     for shard in range(4):
         monitor.turn("g", shard, node="one")
         monitor.nodes([])
-        monitor.committed(shard)
+        monitor.committed(shard)  # by one that was cut off, and taken for dead
     for shard in range(4, 7):
         monitor.turn("g", shard, node="one")
         time.now += 10
@@ -386,4 +533,17 @@ def test_a_shard_that_was_given_up_and_comes_all_the_same_says_nothing_of_how_lo
     assert (monitor.turn("g", 7), monitor.turn("h", 8)) == (Turn(7), Turn(8))
     monitor.committed(8)
     time.now += LATE_FACTOR * 10
-    assert monitor.turn("h", -1) == Turn(7)
+    assert monitor.turn("h", 9) == Turn(7)
+
+
+def test_a_monitor_that_starts_again_gives_nothing_out_before_it_knows_what_is_left() -> None:
+    time = Clock()
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    assert monitor.wants() == (True, "")
+    assert monitor.turn("g", 7) == Turn(wait=True)
+    monitor.begin_pass(range(4, 20), 2, in_hand=MAX_IN_HAND * 2)
+    assert monitor.wants() == (False, "")
+    assert monitor.turn("g", 7) == Turn(8), "4 to 7 are in somebody's hands"
+    monitor.committed(5)
+    time.now += UNKNOWN_SECONDS
+    assert [monitor.turn("h", turn) for turn in (8, 9)] == [Turn(4), Turn(6)], "nobody has stored them"

@@ -1,0 +1,66 @@
+"""What a run's driver tells the monitor while generators work: what only the driver and the cluster know."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from cluster.generation.stages.monitor import ANSWER_SECONDS, MAX_IN_HAND
+from cluster.ray_autoscaler_internals import nodes_are_coming
+from pcm.line_timer import LineTimer
+
+log = logging.getLogger(__name__)
+
+#: How often the monitor is asked what it wants to know, and how often a wait is told of.
+TICK_SECONDS, SECONDS_BETWEEN_LINES = 1.0, 30.0
+
+
+@contextmanager
+def attended(monitor: ActorHandle, left: set[int], generators: int, scorers: int) -> Iterator[None]:
+    """Answer the monitor as long as a pass goes on, in a thread. `left`: shards that are not stored, as it changes.
+
+    A monitor whose process died is told what is left: without it nobody gets a shard. While all that have started are
+    left out it is told that nodes are coming, if they are, and the log says what is waited for.
+    """
+    over = threading.Event()
+
+    def attend() -> None:
+        waiting: LineTimer | None = None
+        while not over.wait(TICK_SECONDS):
+            try:
+                asked: Any = monitor.wants.remote()
+                wants_pass, hopeless = ray.get(asked, timeout=ANSWER_SECONDS)
+                if wants_pass:
+                    shards = sorted(left)
+                    in_hand = min(len(shards), MAX_IN_HAND * generators)
+                    ray.get(monitor.begin_pass.remote(shards, generators, scorers, in_hand), timeout=ANSWER_SECONDS)
+                    log.warning("the monitor's process died; it knows again what is left: %d shards", len(shards))
+                waiting = _waiting_line(monitor, hopeless, waiting)
+            except Exception as error:  # a run does not stop for it; the next tick asks again
+                log.debug("the monitor is not attended: %s", error)
+
+    thread = threading.Thread(target=attend, name="attendant", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(2 * ANSWER_SECONDS)
+
+
+def _waiting_line(monitor: ActorHandle, hopeless: str, since: LineTimer | None) -> LineTimer | None:
+    """The wait for nodes on which somebody can draw, told now and then; None where nobody waits."""
+    if not hopeless:
+        return None
+    timer = since or LineTimer(SECONDS_BETWEEN_LINES, at_once=True)
+    if nodes_are_coming():
+        monitor.nodes_are_coming.remote()
+        if timer.due():
+            log.warning("nobody can draw: %s; nodes are coming (waited %.0f s)", hopeless, timer.elapsed)
+    elif timer.due():
+        log.warning("nobody can draw: %s, and no node is coming (waited %.0f s)", hopeless, timer.elapsed)
+    return timer

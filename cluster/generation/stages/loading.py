@@ -1,0 +1,63 @@
+"""Models that an actor loads in its own time: tried again where that fails, then left to other actors."""
+
+import gc
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pcm.errors import InputError, typed_first_line
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+log = logging.getLogger(__name__)
+
+FIRST_LOAD_PAUSE, LONGEST_LOAD_PAUSE = 1.0, 60.0  # seconds before a model is loaded again, with jitter
+
+
+class Models:
+    """The models of one actor. The monitor is told what fails, and says when the run stops for it: one machine with a
+    fault ends no run."""
+
+    def __init__(self, monitor: "ActorHandle", actor: str, load: Callable[[], None]) -> None:
+        """`load`: raises InputError where another try would not help: the monitor's too, of an actor that is left
+        out."""
+        self._monitor, self._actor, self._load = monitor, actor, load
+        self._pause = FIRST_LOAD_PAUSE
+        self.loaded = False
+        self.left_out = False
+
+    def load(self) -> None:
+        """Try once, unless they are loaded or left out. Waits a while where that fails."""
+        if self.loaded or self.left_out:
+            return
+        try:
+            self._load()
+            self.loaded = True
+        except InputError as error:
+            self.left_out = True
+            ask(self._monitor, "not_loaded", self._actor, str(error), again=False)
+        except Exception as error:
+            log.warning("models are not loaded", exc_info=True)
+            ask(self._monitor, "not_loaded", self._actor, typed_first_line(error), again=True)
+        if not self.loaded and not self.left_out:
+            gc.collect()  # what was loaded of a model before it failed
+            time.sleep(self._pause * random.uniform(0.5, 1.0))
+            self._pause = min(2 * self._pause, LONGEST_LOAD_PAUSE)
+
+
+def ask(monitor: "ActorHandle", method: str, *arguments: Any, **named: Any) -> Any:
+    """Call the monitor and wait for its answer."""
+    import ray  # the stages are usable without it
+
+    return ray.get(getattr(monitor, method).remote(*arguments, **named))
+
+
+def this_place() -> str:
+    """Where this actor is, for people."""
+    import ray
+
+    return f"{os.uname().nodename} (node {ray.get_runtime_context().get_node_id()[:8]})"

@@ -1,0 +1,67 @@
+"""An actor of CLIP alone that cannot load it ends no run: it gives back what it was given, and holds its calls."""
+
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import ray
+from ray.actor import ActorHandle
+
+from cluster.dataset.layout import Plan
+from cluster.dataset.vocabularies import ConceptsOfShard
+from cluster.generation.limits import FaultPolicy
+from cluster.generation.stages.monitor import Turn, start_monitor
+from cluster.generation.stages.scorer import Scorer
+from cluster.generation.stages.shard_row import ShardRow
+from cluster.store.store import Store
+from pcm.errors import InputError
+from tests.helpers.tiny_generation import plan_dataset, tiny_spec, write_corpus
+
+
+@pytest.fixture
+def without_clip(tmp_path: Path, tiny_t2i: Path, tiny_clip: Path) -> tuple[Store, Plan]:
+    """Planned with a CLIP that is not on this machine now."""
+    clip = shutil.copytree(tiny_clip, tmp_path / "clip")
+    spec = tiny_spec(tiny_t2i, clip)
+    store, plan = plan_dataset(tmp_path / "data", write_corpus(tmp_path, ["A cat."]), spec)
+    shutil.rmtree(clip)
+    return store, plan
+
+
+def scorer_of(monitor: ActorHandle, store: Store, plan: Plan) -> Scorer:
+    return Scorer(store, plan, (monitor, FaultPolicy()), ConceptsOfShard.of(store, plan, 0))
+
+
+def drawn(monitor: ActorHandle) -> pa.Table:
+    """Shard 0 without a sample, drawn in turn 0."""
+    assert ray.get(monitor.turn.remote("g", 0)) == Turn(0)
+    ray.get(monitor.handed_on.remote(0))
+    return ShardRow(0, pa.table({"sample_id": []}), {}, turn=0).to_block()
+
+
+def test_it_gives_its_shard_back_and_holds_the_call_until_another_one_has_scored_it(
+    without_clip: tuple[Store, Plan], ray_session: None
+) -> None:
+    monitor = start_monitor(FaultPolicy())
+    ray.get(monitor.begin_pass.remote([0], 1, 2))
+    assert ray.get(monitor.start.remote("another", "gpu-8", scores=True)) == ""
+    with ThreadPoolExecutor(1) as calls:
+        call = calls.submit(scorer_of(monitor, *without_clip), drawn(monitor))
+        while ray.get(monitor.turn.remote("h", 1)) != Turn(0):
+            assert not call.done(), "it would be given the next shard"
+            time.sleep(0.1)
+        ray.get(monitor.committed.remote(0))
+        assert len(call.result()) == 0
+
+
+def test_where_it_is_the_only_one_the_run_ends_with_one_line(
+    without_clip: tuple[Store, Plan], ray_session: None
+) -> None:
+    monitor = start_monitor(FaultPolicy())
+    ray.get(monitor.begin_pass.remote([0], 1, 1))
+    scorer = scorer_of(monitor, *without_clip)
+    with pytest.raises(InputError, match=r"clip.* \(on .*node"):
+        scorer(drawn(monitor))
