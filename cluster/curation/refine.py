@@ -276,7 +276,7 @@ def sync_view(
 ) -> Manifest:
     """SynC's rows of a dataset as a view at `out`, which `claim` has begun; `tasks` do the work. `clip`: where the
     dataset's CLIP is. Raises InputError where `retrieval` holds other rows."""
-    from cluster.curation.sync.stages import refine_pairs, stored_rows, work_folder
+    from cluster.curation.sync.stages import refine_pairs, rows_by_id, work_folder
 
     by = retrieval or Retrieval(source, clip)
     work = work_folder(by.data.sha256, by.data.manifest, sentences, device)
@@ -284,7 +284,7 @@ def sync_view(
         by.data.store, by.data.manifest, out, work, request.settings, sentences, tasks,
         clip=by.clip, block_size=request.block_size, device=device,
     )  # fmt: skip
-    table = stored_rows(by.data.manifest, out, work)
+    table = rows_by_id(by.data.manifest, out, work)
     facts: dict[str, Any] = {"sentences": sentences.model, "device": device}
     if found.recall is not None:
         facts |= zip(RECALL, (found.recall.candidates, found.recall.describers), strict=True)
@@ -313,16 +313,17 @@ def _scored_by_the_datasets_clip(
     clip: str,
     device: str,
 ) -> tuple["Refined", pa.Table]:
-    """(what was found, the dataset's rows), by the numbers of the dataset's own rows, with cosines of its own CLIP.
+    """(what was found, the dataset's rows), by the numbers of the dataset's own rows by sample id, with cosines of its
+    own CLIP.
 
     `found` and `table` number the rows that another CLIP saw. A row that it did not see keeps its own picture and goes.
     """
-    from cluster.curation.sync.stages import Refined, cosines_of, store_vectors, stored_rows, work_folder
+    from cluster.curation.sync.stages import Refined, cosines_of, rows_by_id, store_vectors, work_folder
 
     of_clip = SentenceSpec(model="clip")
     work = work_folder(source.sha256, source.manifest, of_clip, device)
     own = store_vectors(source.store, source.manifest, out, work, of_clip, tasks, clip=clip, most=1, device=device)
-    rows = stored_rows(source.manifest, out, work)
+    rows = rows_by_id(source.manifest, out, work)
     place = {sample_id: row for row, sample_id in enumerate(rows["sample_id"].to_pylist())}
     row_of = np.array([place.get(sample_id, -1) for sample_id in table["sample_id"].to_pylist()], np.int64)
     if (row_of < 0).any() or len(set(row_of.tolist())) < len(row_of):
@@ -374,14 +375,17 @@ def _examples(found: "Refined", table: pa.Table, source: OpenDataset) -> tuple[d
 
 
 def view_rows(rows: RefinedRows, table: pa.Table, source: OpenDataset) -> ViewRows:
-    """Rows as a view takes them. `table`: sample_id and caption of all the dataset's rows."""
+    """Rows as a view takes them: a row keeps its caption's weight. `table`: sample_id, caption, weight and place of all
+    the dataset's rows (sync.stages.rows_by_id)."""
     starts = np.cumsum([0, *(shard.rows for shard in source.shards)])
-    shard = np.searchsorted(starts, rows.picture_row, side="right") - 1
+    place = table["place"].to_numpy()[rows.picture_row]
+    shard = np.searchsorted(starts, place, side="right") - 1
     return ViewRows(
         sample_id=table["sample_id"].take(rows.caption_row).to_pylist(),
         caption=table["caption"].take(rows.caption_row).to_pylist(),
         clip_score=rows.clip_score,
         source=np.zeros(len(shard), np.int64),
         shard=shard,
-        row=rows.picture_row - starts[shard],
+        row=place - starts[shard],
+        weight=table["weight"].to_numpy()[rows.caption_row],
     )
