@@ -18,6 +18,7 @@ from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.rows import read_view_part
 from cluster.dataset.view import ViewRows, lineage_source, write_view
+from cluster.generation.made_by import made_by
 from cluster.store.store import open_store, read_uri
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
@@ -83,8 +84,9 @@ def curate(request: CurateRequest) -> dict[str, Any]:
         rules=judged.rules,
         facts=judged.facts,
     )
+    out = open_store(request.out)
     manifest = write_view(
-        open_store(request.out), sources, judged.rows.for_view(), lineage, materialise=request.materialise
+        out, sources, judged.rows.for_view(), lineage, materialise=request.materialise, made_by=made_by(out)
     )
     return {
         **summary,

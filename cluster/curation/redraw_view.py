@@ -32,6 +32,7 @@ from cluster.dataset.opened import OpenDataset
 from cluster.dataset.request import ShardOptions
 from cluster.dataset.rows import read_shard
 from cluster.dataset.view import ViewRows, lineage_source, write_view
+from cluster.generation.made_by import made_by
 from cluster.store.store import Store
 from cluster.weights.node_copy import local_spec
 from pcm.documents import document_bytes
@@ -165,7 +166,7 @@ def redraw_view(
     view = chosen.view_rows(rows, rounds)
     return write_view(
         out, [source, *(drawn.data for drawn in rounds)], view, replace(lineage, facts=facts),
-        materialise=request.materialise, same_words=True,
+        materialise=request.materialise, same_words=True, made_by=made_by(out),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ in cluster.curation.redraw_view. Another method is a function like these, and a 
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ from cluster.curation.curate import EXAMPLES, shown
 from cluster.curation.refine_request import SYNC, RefineRequest
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import UNIT, WORK
-from cluster.dataset.layout import Manifest, Plan
+from cluster.dataset.layout import LINEAGE_KEY, Manifest, Plan
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.view import ViewRows, claim, lineage_source, write_view
+from cluster.generation.made_by import made_by
 from cluster.store.store import Store, open_store
 from cluster.weights.node_copy import local_name
 from pcm.clip.names import folder_revision, is_commit, is_known, refuse_place, resolve_clip_name
@@ -79,7 +81,8 @@ def _by_sync(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
     sentences = resolve_sentences(request.sentences)
     out = open_store(request.out)
     lineage = lineage_of(source, sentences, request, retrieval)
-    manifest = claim(out, lineage, materialise=request.materialise)
+    read = [*source.places, *(retrieval.data.places if retrieval is not None else ())]
+    manifest = claim(out, lineage, materialise=request.materialise, check=lambda: _join(out, read))
     if manifest is not None:
         log.info("%s: is complete", out.root)
     else:
@@ -109,7 +112,7 @@ def _by_redraws(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
     out = open_store(request.out)
     planned = keep_plan(source, out, request, source.manifest.stored)
     lineage = redraw_lineage(source, request)
-    manifest = claim(out, lineage, materialise=request.materialise)
+    manifest = claim(out, lineage, materialise=request.materialise, check=lambda: _join(out, ()))
     if manifest is not None:
         log.info("%s: is complete", out.root)
     else:
@@ -161,9 +164,8 @@ def _redraws_on_ray(
     from cluster.curation.redraw_view import redraw_view
     from cluster.generation.pipeline import run_pipeline
     from cluster.generation.pools import Pools
-    from cluster.session import cluster_cpus, cluster_gpus, start_ray
+    from cluster.session import cluster_cpus, cluster_gpus
 
-    start_ray()
     pools = Pools.for_cluster(device=spec.generator.device, cpus=cluster_cpus(), gpus=cluster_gpus())
 
     def draw(store: Store, plan: Plan) -> None:
@@ -241,6 +243,16 @@ def _check(source: OpenDataset, request: RefineRequest) -> None:
         )
 
 
+def _join(out: Store, read: Sequence[tuple[Store, str]]) -> None:
+    """Start or join Ray. Raises InputError where a node does not see the folder that its tasks write to, or those that
+    they read (stores with an object of each)."""
+    from cluster.generation.reach import check_places
+    from cluster.session import start_ray
+
+    start_ray()
+    check_places((out, LINEAGE_KEY), read)
+
+
 def _on_ray(
     source: OpenDataset,
     out: Store,
@@ -253,9 +265,8 @@ def _on_ray(
     # Torch and Ray take seconds, and a user's mistake is told before them.
     from cluster.curation.tasks import OnRay
     from cluster.generation.pinning import resolve_device
-    from cluster.session import cluster_gpus, start_ray, waiting_for
+    from cluster.session import cluster_gpus, waiting_for
 
-    start_ray()
     device = resolve_device(request.device, cluster_gpus=cluster_gpus())
     tasks = OnRay(gpus=device == "cuda")
     with waiting_for(cpus=1, gpus=1 if device == "cuda" else 0):
@@ -299,7 +310,9 @@ def sync_view(
         examples=_examples(found, table, source),
     )
     lineage = dataclasses.replace(lineage, rules=(rule,), facts={**rows.facts, **facts})
-    return write_view(out, [source], view_rows(rows, table, source), lineage, materialise=request.materialise)
+    return write_view(
+        out, [source], view_rows(rows, table, source), lineage, materialise=request.materialise, made_by=made_by(out)
+    )
 
 
 def _scored_by_the_datasets_clip(

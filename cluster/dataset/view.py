@@ -14,8 +14,9 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -103,11 +104,12 @@ def write_view(
     shard_rows: int | None = None,
     same_words: bool = False,
     run_on: str = PROCESS,
+    made_by: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write rows that point at the pictures of `sources` as a view; with `materialise` with their pictures, as a
     dataset that needs no other. Run it again with the same rows to finish what was interrupted. `same_words`: the
     captions are all the first source's, whose words and concepts stay. run_on: one of cluster.shard_work.RUN_ON; the
-    bytes are the same.
+    bytes are the same. made_by: the manifest's `versions` and `environments` (cluster.generation.made_by).
 
     The fingerprint is that of any dataset: sha256 over the sorted (sample_id, caption, seed of the picture, status,
     sha256 of the picture's bytes); shards do not matter to it. Every picture is read once, to name its bytes; of views
@@ -135,23 +137,33 @@ def write_view(
     features = sources[0].manifest.features if materialise else None
     shards = _write_parts(view, _PartWriter(out, tuple(pictures), features), work)
     _write_vocabularies(out, sources[:1] if same_words else sources, rows)
-    manifest = _manifest(out, sources, placed, shards, lineage)
+    manifest = replace(_manifest(out, sources, placed, shards, lineage), **(made_by or {}))
     if materialise:
         manifest = replace(manifest, kind=DATASET, pictures=(), schema_version=SCHEMA_VERSION)
     store_manifest(out, manifest)
     return manifest
 
 
-def claim(out: Store, lineage: Lineage, *, materialise: bool = False, shard_rows: int | None = None) -> Manifest | None:
+def claim(
+    out: Store, lineage: Lineage, *, materialise: bool = False, check: Callable[[], None] = lambda: None
+) -> Manifest | None:
     """Begin a view whose rows have still to be found: what `write_view` says first, for a method that puts work of its
-    own below `out` meanwhile. The manifest where the view is there already.
+    own below `out` meanwhile. The manifest where the view is there already. check: called where it is not, once
+    LINEAGE_KEY lies there; of a check that raises InputError nothing stays.
 
     Raises InputError where `out` holds anything else.
     """
-    document = _document(lineage, materialise=materialise, shard_rows=shard_rows)
+    document = _document(lineage, materialise=materialise, shard_rows=None)
     _refuse_inside(out, lineage)
     if (found := begun(out, document)) is None:
+        is_new = not out.exists(LINEAGE_KEY)
         out.write_bytes(LINEAGE_KEY, document_bytes(document))
+        try:
+            check()
+        except InputError:
+            if is_new:
+                out.delete(LINEAGE_KEY)
+            raise
     return found
 
 

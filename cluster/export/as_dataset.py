@@ -8,6 +8,7 @@ from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.view import lineage_source, write_view
 from cluster.export.request import ExportRequest
+from cluster.generation.made_by import made_by
 from cluster.store.store import Store
 from pcm.errors import InputError
 
@@ -25,7 +26,9 @@ def export_as_dataset(data: Store, out: Store, asked: ExportRequest) -> dict[str
         )
     rows = read_index([source])
     lineage = Lineage(method="export", settings={}, sources=(lineage_source(source),), rows_in=len(rows))
-    manifest = write_view(out, [source], rows.for_view(), lineage, materialise=True, run_on=asked.run_on)
+    manifest = write_view(
+        out, [source], rows.for_view(), lineage, materialise=True, run_on=asked.run_on, made_by=made_by(out)
+    )
     counts: dict[str, Any] = {"exported": manifest.stored, "quarantined": 0, "expected": manifest.expected}
     if source.is_unfinished:
         counts["unfinished"] = source.extent

@@ -28,6 +28,7 @@ from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     DATASET,
+    LINEAGE_KEY,
     VOCABULARY_KEY,
     Manifest,
     StoredShard,
@@ -45,8 +46,10 @@ from cluster.dataset.vocabularies import (
     clip_resources,
     features_of_head,
 )
+from cluster.generation.made_by import made_by, tell_encoder
 from cluster.generation.pinning import clip_spec, joint_dimensions, resolve_device, resolve_dtype
 from cluster.generation.pools import Pools
+from cluster.generation.reach import check_places
 from cluster.ingest.agreement import agreement, most_different
 from cluster.ingest.featurise_again import WORK, FeaturiseAgain, is_scored, read_facts
 from cluster.ingest.request import FeaturiseRequest
@@ -90,7 +93,7 @@ def featurise_dataset(request: FeaturiseRequest) -> dict[str, Any]:
         concepts = fitting_concepts(request.concepts, embed_dim=joint_dimensions(request.clip))
     out = open_store(request.out)
     lineage = lineage_of(source, request, concepts)
-    manifest = claim(out, lineage)
+    manifest = claim(out, lineage, check=lambda: _join(source, out))
     skipped = 0
     if manifest is not None:
         log.info("%s: is complete", out.root)
@@ -131,11 +134,15 @@ def lineage_of(source: OpenDataset, request: FeaturiseRequest, concepts: Concept
     )
 
 
+def _join(source: OpenDataset, out: Store) -> None:
+    start_ray()
+    check_places((out, LINEAGE_KEY), source.places)
+
+
 def _make(
     source: OpenDataset, out: Store, lineage: Lineage, request: FeaturiseRequest, concepts: ConceptVocabulary | None
 ) -> tuple[Manifest, int]:
     """The manifest, and how many rows were there already."""
-    start_ray()
     device = resolve_device(request.device, cluster_gpus=cluster_gpus())
     spec = clip_spec(request.clip, device=device, dtype=resolve_dtype(request.dtype, device=device))
     keep_spec(out, spec)
@@ -219,6 +226,7 @@ def finish(source: OpenDataset, out: Store, spec: ClipSpec, lineage: Lineage) ->
         shards=entries,
         schema_version=SCHEMA_VERSION,
         kind=DATASET,
+        **made_by(out),
         fingerprint=view_fingerprint(rows),
         lineage=replace(
             lineage,
@@ -263,6 +271,7 @@ def store_vocabularies_of(source: Store, out: Store, spec: ClipSpec, concepts: C
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
     encoder = load_with_retries(lambda: ClipEncoder.from_spec(local_clip(spec)), model=spec.model)
+    tell_encoder(out, spec)
     if source.exists(VOCABULARY_KEY):
         words = source.read_bytes(VOCABULARY_KEY)
     else:

@@ -16,7 +16,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -25,6 +25,7 @@ import pyarrow as pa
 from cluster.curation.sync.sentences import SentenceSpec, load_sentences
 from cluster.dataset.layout import Manifest, StoredShard, parquet_bytes, read_table
 from cluster.dataset.rows import features_of, read_shard, read_weights, scores_of
+from cluster.generation.made_by import tell_encoder
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
 from cluster.weights.node_copy import local_name
@@ -167,6 +168,7 @@ def store_captions(
 
     Raises InputError when a model cannot be loaded.
     """
+    tell_encoder(out, replace(spec, device=device))
     captions = read_table(out, rows_key(work, group.number), ["caption"])["caption"].take(rows).to_pylist()
     if not sentences.is_clip:
         encoder = load_sentences(sentences, device)
