@@ -80,6 +80,22 @@ def check_attempts(spec: GeneratorSpec, *, data: str) -> None:
         )
 
 
+def dry_run(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
+    """What would be drawn, in what time, and what it is expected to gain; drawn is nothing. Raises InputError as
+    `keep_plan` does."""
+    planned = _plan(source, request, source.manifest.stored)
+    scores = Scores.of(read_index([source]).clip_score)
+    planned |= _prediction(scores, _asked(request, planned["pictures"]), planned["seconds_per_picture"])
+    _say_prediction(planned, scores)
+    mean = float(scores.stored.mean())
+    return {
+        "pictures": planned["pictures"],
+        "mean_score_before": mean,
+        "expected_mean_score": mean + planned["expected_gain"],
+        "expected_seconds": planned["expected_seconds"],
+    }
+
+
 def keep_plan(source: OpenDataset, out: Store, request: RefineRequest, rows: int) -> dict[str, Any]:
     """How many pictures are drawn: found the first time, and from then on as it stands on the store.
 
@@ -94,6 +110,10 @@ def keep_plan(source: OpenDataset, out: Store, request: RefineRequest, rows: int
         pass
     except (ValueError, TypeError, LookupError):
         raise InputError(f"{out.root}/{PLAN_KEY}: damaged; give another --out") from None
+    return _plan(source, request, rows)
+
+
+def _plan(source: OpenDataset, request: RefineRequest, rows: int) -> dict[str, Any]:
     seconds = seconds_per_picture(source)
     if request.method == BEST_OF_N:
         pictures = rows * (request.best_of - 1)

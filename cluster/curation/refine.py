@@ -22,7 +22,7 @@ from cluster.curation.sync.settings import UNIT, WORK
 from cluster.dataset.layout import LINEAGE_KEY, Manifest, Plan
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset, open_dataset
-from cluster.dataset.view import ViewRows, claim, lineage_source, write_view
+from cluster.dataset.view import ViewRows, claim, lineage_source, open_source, write_view
 from cluster.generation.made_by import made_by
 from cluster.store.store import Store, open_store
 from cluster.weights.node_copy import local_name
@@ -44,8 +44,17 @@ FACTS = ("moved", "pictures", "mean_score_before", "mean_score_after", "mean_syn
 #: With --probes also: the share of the exact candidates and describers that was found (sync.stages.Recall).
 RECALL = ("recall_candidates", "recall_describers")
 #: The same of best-of-n and redraw. moved: rows that show a new picture. drawn, failed: new pictures, and those that
-#: could not be made. curve: the mean score after each round.
-REDRAW_FACTS = ("moved", "drawn", "failed", "mean_score_before", "mean_score_after", "expected_mean_score", "curve")
+#: could not be made. expected_seconds: of all pictures, before they were drawn. curve: the mean score after each round.
+REDRAW_FACTS = (
+    "moved",
+    "drawn",
+    "failed",
+    "mean_score_before",
+    "mean_score_after",
+    "expected_mean_score",
+    "expected_seconds",
+    "curve",
+)
 
 
 @dataclass(frozen=True)
@@ -63,23 +72,28 @@ class RefinedRows:
 
 
 def refine(request: RefineRequest) -> dict[str, Any]:
-    """Write the view of the refined rows: pairs, kept, moved, mean_score_before, mean_score_after, fingerprint.
+    """Write the view of the refined rows: pairs, kept, moved, mean_score_before, mean_score_after, fingerprint. With
+    dry_run say what would be drawn: pairs, pictures, expected_mean_score, expected_seconds.
 
     Rerun the same command to go on after an interruption. Raises InputError, before Ray starts, for data that cannot
     be refined, a model that is not there, and an `out` that holds anything else.
     """
     started = time.monotonic()
-    source = open_dataset(open_store(request.data), unfinished=request.unfinished)
+    source = open_source(request.data, request.out, unfinished=request.unfinished)
     _check(source, request)
-    made = _by_sync(source, request) if request.method == SYNC else _by_redraws(source, request)
-    return {**made, "dataset": request.out, "seconds": round(time.monotonic() - started, 2)}
+    if request.out is None:
+        made: dict[str, Any] = _dry_run(source, request)
+    else:
+        out = open_store(request.out)
+        made = _by_sync(source, out, request) if request.method == SYNC else _by_redraws(source, out, request)
+        made["dataset"] = request.out
+    return {**made, "seconds": round(time.monotonic() - started, 2)}
 
 
-def _by_sync(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
+def _by_sync(source: OpenDataset, out: Store, request: RefineRequest) -> dict[str, Any]:
     clip = _clip(source, request.clip, request.data, "clip")
     retrieval = _retrieval(source, request)
     sentences = resolve_sentences(request.sentences)
-    out = open_store(request.out)
     lineage = lineage_of(source, sentences, request, retrieval)
     read = [*source.places, *(retrieval.data.places if retrieval is not None else ())]
     manifest = claim(out, lineage, materialise=request.materialise, check=lambda: _join(out, read))
@@ -101,15 +115,27 @@ def _by_sync(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
     }
 
 
-def _by_redraws(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
-    from cluster.curation.redraw_view import check_attempts, keep_plan, redraw_lineage
+def _dry_run(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
+    from cluster.curation.redraw_view import dry_run
+
+    _drawing_spec(source, request)  # what the job itself would refuse
+    return {"pairs": source.manifest.stored, **dry_run(source, request), "fingerprint": None}
+
+
+def _drawing_spec(source: OpenDataset, request: RefineRequest) -> DatasetSpec:
+    from cluster.curation.redraw_view import check_attempts
 
     spec = source.manifest.spec
     clip = dataclasses.replace(spec.clip, model=_clip(source, request.clip, request.data, "clip"))
     generator = _generator(source, request)
     check_attempts(generator, data=request.data)
-    spec = dataclasses.replace(spec, generator=generator, clip=clip)
-    out = open_store(request.out)
+    return dataclasses.replace(spec, generator=generator, clip=clip)
+
+
+def _by_redraws(source: OpenDataset, out: Store, request: RefineRequest) -> dict[str, Any]:
+    from cluster.curation.redraw_view import keep_plan, redraw_lineage
+
+    spec = _drawing_spec(source, request)
     planned = keep_plan(source, out, request, source.manifest.stored)
     lineage = redraw_lineage(source, request)
     manifest = claim(out, lineage, materialise=request.materialise, check=lambda: _join(out, ()))
@@ -296,7 +322,8 @@ def sync_view(
         clip=by.clip, block_size=request.block_size, device=device,
     )  # fmt: skip
     table = rows_by_id(by.data.manifest, out, work)
-    facts: dict[str, Any] = {"sentences": sentences.model, "device": device}
+    which = f" ({by.data.manifest.spec.clip.model})" if sentences.is_clip else ""
+    facts: dict[str, Any] = {"sentences": f"{sentences.model}{which}", "device": device}
     if found.recall is not None:
         facts |= zip(RECALL, (found.recall.candidates, found.recall.describers), strict=True)
     if retrieval is not None:

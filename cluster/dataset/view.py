@@ -27,6 +27,7 @@ from cluster.dataset.layout import (
     CONCEPTS_KEY,
     DATASET,
     LINEAGE_KEY,
+    MANIFEST_KEY,
     VIEW,
     VIEW_VERSION,
     VOCABULARY_KEY,
@@ -36,15 +37,16 @@ from cluster.dataset.layout import (
     read_table,
     rows_key,
     shard_key,
+    shard_number,
     store_manifest,
 )
 from cluster.dataset.lineage import Lineage, LineageSource, PictureStore
-from cluster.dataset.opened import OpenDataset
+from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.rows import part_columns, read_shard, read_view_part
 from cluster.dataset.shard_check import fingerprint_entry
 from cluster.dataset.view_part import PictureShard, ViewPart, part_table
 from cluster.shard_work import PROCESS, ShardWork, shard_work
-from cluster.store.store import Store
+from cluster.store.store import Store, open_store
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.generation.names import SEVERAL
@@ -90,8 +92,27 @@ def lineage_source(found: OpenDataset) -> LineageSource:
         shards=len(manifest.shards),
         planned_shards=found.planned_shards,
         generator=manifest.spec.generator.model,
+        committed=tuple(shard_number(shard.key) for shard in found.shards) if found.is_unfinished else None,
         lineage=manifest.lineage.without_examples() if manifest.lineage else None,
     )
+
+
+def open_source(uri: str, out: str | None, *, unfinished: bool = False) -> OpenDataset:
+    """A dataset that rows of a view at `out` are to be taken from: of an unfinished one the shards with which the view
+    was begun, whatever has come since. Raises InputError as open_dataset does."""
+    store = open_store(uri)
+    shards = _begun_with(open_store(out), store) if unfinished and out is not None else None
+    return open_dataset(store, unfinished=unfinished, shards=shards)
+
+
+def _begun_with(out: Store, source: Store) -> list[int] | None:
+    """The numbers of the shards; None where nothing was begun of this unfinished dataset, or all is done."""
+    if out.exists(MANIFEST_KEY):
+        return None
+    try:
+        return json.loads(out.read_bytes(LINEAGE_KEY))["unfinished"][source.address]
+    except (FileNotFoundError, ValueError, TypeError, LookupError):  # a damaged one is named when it is compared
+        return None
 
 
 def write_view(
@@ -207,7 +228,8 @@ def begun(out: Store, document: dict) -> Manifest | None:
         named = next(
             (name for name in document if not isinstance(found, dict) or found.get(name) != document[name]), ""
         )
-        said = {"sources": "of other data, or of the data in another state", "settings": "with other settings"}
+        other_data = "of other data, or of the data in another state"
+        said = {"sources": other_data, "unfinished": other_data, "settings": "with other settings"}
         what = said.get(named, f"with another {named}".replace("another settings", "other settings"))
         raise InputError(
             f"--out {out.root}: was begun {what}; use the same arguments and data to finish it, or another --out"

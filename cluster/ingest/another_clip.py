@@ -36,8 +36,8 @@ from cluster.dataset.layout import (
     store_manifest,
 )
 from cluster.dataset.lineage import Lineage, RuleCount
-from cluster.dataset.opened import OpenDataset, open_dataset
-from cluster.dataset.view import claim, lineage_source, view_fingerprint
+from cluster.dataset.opened import OpenDataset
+from cluster.dataset.view import claim, lineage_source, open_source, view_fingerprint
 from cluster.dataset.vocabularies import (
     CONCEPTS,
     MIN_WORD_COUNT,
@@ -85,7 +85,7 @@ def featurise_dataset(request: FeaturiseRequest) -> dict[str, Any]:
     """
     assert request.data is not None
     started = time.monotonic()
-    source = open_dataset(open_store(request.data), unfinished=request.unfinished)
+    source = open_source(request.data, request.out, unfinished=request.unfinished)
     if source.manifest.spec.generator.model == TEXT_ONLY:
         raise InputError(f"--data {request.data}: has no pictures, only texts; give a dataset of pictures")
     concepts = None

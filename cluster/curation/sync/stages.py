@@ -15,6 +15,9 @@ block size too, and nothing is taken for what it is not. A stage waits for the o
 
 Memory of a task: its block's vectors, two pieces of the other side, and the product of the block and a tile
 (nearest.py), whatever the number of pairs; for choices also K_r numbers a pair. The driver: some 40 bytes a pair.
+
+What is compared grows with the square of the number of pairs in candidates and describers. A block of choices compares
+few pairs, but reads all sentence vectors for them: its reading grows with the square too.
 """
 
 import hashlib
@@ -163,7 +166,7 @@ def store_vectors(
         )
         for group, rows in zip(groups, first, strict=True)
     }  # fmt: skip
-    run_missing(tasks, out, work, store_captions, calls, what="caption vectors")
+    run_missing(tasks, out, work, store_captions, calls, what="caption vectors", on_device=True)
     sizes = [len(rows) for rows in first]
     return Vectors(
         pictures=_parts(out, work, PICTURES, [group.rows for group in groups]),
@@ -281,21 +284,21 @@ def _searched(out: Store, work: str, search: _Search, tasks: Tasks, *, block_siz
         calls: dict[str, tuple] = {
             key: (out, key, search.queries, search.vectors, start, end, search.k, device) for key, start, end in ranges
         }
-        run_missing(tasks, out, work, _nearest_block, calls, what=search.name)
+        run_missing(tasks, out, work, _nearest_block, calls, what=search.name, on_device=True)
     else:
         cells = tasks.share(store_cells(out, work, search.kind, search.vectors, tasks, device=device))
         calls = {
             key: (out, key, search.queries, cells, start, end, search.k, search.probes, device)
             for key, start, end in ranges
         }
-        run_missing(tasks, out, work, _probing_block, calls, what=search.name)
+        run_missing(tasks, out, work, _probing_block, calls, what=search.name, on_device=True)
     return blocks
 
 
 def _recall(out: Store, work: str, search: _Search, blocks: _Blocks, tasks: Tasks, *, device: str) -> float:
     key = f"{work}/recall/{search.key}.safetensors"
     call = (out, key, search.queries, search.vectors, search.k, blocks, device)
-    run_missing(tasks, out, work, _compare_sample, {key: call}, what=f"recall of {search.name}")
+    run_missing(tasks, out, work, _compare_sample, {key: call}, what=f"recall of {search.name}", on_device=True)
     return float(read_arrays(out, key)["found"].mean())
 
 

@@ -268,7 +268,8 @@ def test_on_ray_the_view_is_the_same_and_a_rerun_finds_it(
     ended = call_job("refine", *arguments)
     assert ended.returncode == 0, ended.stderr
     assert ended.summary is not None
-    assert ended.summary["fingerprint"] == alone.fingerprint and ended.summary["sentences"] == "clip"
+    assert ended.summary["fingerprint"] == alone.fingerprint
+    assert ended.summary["sentences"] == f"clip ({of_clip[-1]})"
     assert (ended.summary["pairs"], ended.summary["kept"]) == (60, 54)
     assert not open_store(tmp_path / "view").list(f"{WORK}/"), "nothing is left of the work"
     again = call_job("refine", *arguments)
@@ -338,8 +339,10 @@ def test_another_clips_features_find_the_pictures_and_the_datasets_own_clip_scor
         assert row.clip_score == pytest.approx(float(text @ row.global_feature.astype(np.float32)), abs=1e-3)  # type: ignore[union-attr]
     plain = sync_in_process(dataset, tmp_path / "plain", SentenceSpec(model="clip"))
     assert plain.fingerprint != found.fingerprint, "the two CLIPs find other pictures"
-    assert found.lineage is not None
+    assert found.lineage is not None and plain.lineage is not None
     assert [source.path for source in found.lineage.sources] == [str(dataset), str(by_another_clip)]
+    assert found.lineage.facts["sentences"] == f"clip ({found.lineage.facts['retrieval']})"
+    assert plain.lineage.facts["sentences"] == f"clip ({tiny_clip})"
     assert verify(open_store(tmp_path / "view"))["ok"]
 
 
