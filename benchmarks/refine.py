@@ -10,8 +10,8 @@ Everything but the encoders: synthetic vectors of CLIP (512) and of a sentence e
 captions, lie on the local disk as the job puts them there, and its stages run over them. A process for each number, a
 JSON line each: seconds and processor seconds by stage, and the peak memory of the process (with --ray, of the driver).
 Processor seconds say most where other work shares the machine; OMP_NUM_THREADS sets the threads. The last line says
-what a million pairs would take: two stages compare all captions with all pictures, so their time grows with the square
-of the number, and the others' with the number.
+what a million pairs would take at most: two stages compare all captions with all pictures, and one reads all sentence
+vectors for each block, so their time is taken to grow with the square of the number, and the others' with the number.
 
 `--probes` compares some queries of either side with all vectors, and with those of 1, 4, 16 and 64 cells, in one
 process: recall, and processor seconds over those of the exact comparison. It does so for vectors without any structure,
@@ -55,8 +55,10 @@ from tests.helpers.paths import ROOT
 from tests.helpers.refined import sync_in_process
 
 CLIP_DIM, SENTENCE_DIM = 512, 384
-#: Stages whose work grows with the square of the number of pairs.
+#: Stages that compare all with all: their products grow with the square of the number of pairs.
 SQUARE = ("candidates", "describers")
+#: A stage whose blocks read all sentence vectors: its products grow with the number, its reading with the square.
+READING = ("choices",)
 MILLION = 1_000_000
 PROBES = (1, 4, 16, 64)
 #: Pairs of a group, and queries of either side, with --probes.
@@ -75,9 +77,9 @@ class Timed:
     def share(self, value: object) -> object:
         return self._tasks.share(value)
 
-    def run(self, function: Callable[..., None], calls: Sequence[tuple], *, what: str) -> None:
+    def run(self, function: Callable[..., None], calls: Sequence[tuple], *, what: str, on_device: bool = False) -> None:
         started, cpu = time.monotonic(), time.process_time()
-        self._tasks.run(function, calls, what=what)
+        self._tasks.run(function, calls, what=what, on_device=on_device)
         self.seconds[what], self.cpu_seconds[what] = time.monotonic() - started, time.process_time() - cpu
 
 
@@ -217,11 +219,11 @@ def measure(pairs: int, *, block_size: int, device: str, on_ray: bool) -> dict:
 
 
 def projected(measured: dict, pairs: int) -> dict:
-    """Hours at another number of pairs, from one that was measured."""
+    """Hours at another number of pairs, from one that was measured. At most: part of READING grows with the number."""
     times = pairs / measured["pairs"]
     found: dict = {"projected_pairs": pairs, "from": measured["pairs"]}
     for name in ("by_stage", "cpu_seconds_by_stage"):
-        square = sum(measured[name][stage] for stage in SQUARE)
+        square = sum(measured[name][stage] for stage in (*SQUARE, *READING))
         found[{"by_stage": "hours", "cpu_seconds_by_stage": "cpu_hours"}[name]] = round(
             (square * times**2 + (sum(measured[name].values()) - square) * times) / 3600, 2
         )

@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 
 from cluster.curation.request import CurateRequest
-from cluster.curation.rows import IndexRows, read_index
+from cluster.curation.rows import FindNouns, IndexRows, read_index
 from cluster.curation.rules import RULES, Context, Verdict, check_can_judge
 from cluster.dataset.beside import is_there
 from cluster.dataset.layout import CONCEPTS_KEY, MANIFEST_KEY, PLAN_KEY
 from cluster.dataset.lineage import Lineage, RuleCount
-from cluster.dataset.opened import OpenDataset, open_dataset
+from cluster.dataset.opened import OpenDataset
 from cluster.dataset.rows import read_view_part
-from cluster.dataset.view import ViewRows, lineage_source, write_view
+from cluster.dataset.view import ViewRows, lineage_source, open_source, write_view
+from cluster.generation.made_by import made_by
 from cluster.store.store import open_store, read_uri
 from pcm.errors import InputError
-from pcm.text.concepts import ConceptVocabulary
+from pcm.text.concepts import ConceptVocabulary, lexicon_nouns, noun_finder
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def curate(request: CurateRequest) -> dict[str, Any]:
     for what cannot be read or judged, for datasets of different CLIPs, and where no row is left.
     """
     started = time.monotonic()
-    sources = [open_dataset(open_store(uri), unfinished=request.unfinished) for uri in request.data]
+    sources = [open_source(uri, request.out, unfinished=request.unfinished) for uri in request.data]
     if len({source.store.prefix for source in sources}) < len(sources):
         raise InputError(f"--data {' '.join(request.data)}: a dataset twice; give each once")
     for source in sources:
@@ -58,7 +59,12 @@ def curate(request: CurateRequest) -> dict[str, Any]:
     names = [name for name in RULES if name in request.rules]
     check_can_judge(names, scored=scored, concepts=concepts is not None, place=sources[0].store.root)
     needs = frozenset().union(*(RULES[name].needs for name in names))
-    rows = read_index(sources, needs=needs, concepts=frozenset(concepts.names) if concepts else frozenset())
+    find_nouns = (
+        noun_finder_of(concepts) if concepts and any(RULES[name].by_concept for name in names) else lexicon_nouns
+    )
+    rows = read_index(
+        sources, needs=needs, concepts=frozenset(concepts.names) if concepts else frozenset(), find_nouns=find_nouns
+    )
     rows_in = len(rows)
     judged = _judge(rows, names, Context(request, concepts), sources)
     dropped = {rule.rule: rule.dropped for rule in judged.rules}
@@ -83,8 +89,9 @@ def curate(request: CurateRequest) -> dict[str, Any]:
         rules=judged.rules,
         facts=judged.facts,
     )
+    out = open_store(request.out)
     manifest = write_view(
-        open_store(request.out), sources, judged.rows.for_view(), lineage, materialise=request.materialise
+        out, sources, judged.rows.for_view(), lineage, materialise=request.materialise, made_by=made_by(out)
     )
     return {
         **summary,
@@ -185,6 +192,21 @@ def _concepts(sources: list[OpenDataset]) -> ConceptVocabulary | None:
     from cluster.dataset.together import merged_concepts
 
     return merged_concepts(found)
+
+
+def noun_finder_of(concepts: ConceptVocabulary) -> FindNouns:
+    """What found the concepts: a spaCy model, or the lexicon, which also serves for concepts that a user gave, and for
+    those of several finders. Raises InputError where the spaCy model is not installed."""
+    finder, _, model = concepts.source.partition(":")
+    if finder != "spacy" or " + " in model:
+        return lexicon_nouns
+    try:
+        return noun_finder(model)[1]
+    except InputError:
+        raise InputError(
+            f"the concepts of the data were found by the spaCy model {model!r}, which is not installed here; install "
+            "it, or leave out the rules by concept"
+        ) from None
 
 
 def _unfinished(sources: list[OpenDataset]) -> dict[str, Any]:

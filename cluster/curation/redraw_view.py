@@ -32,6 +32,7 @@ from cluster.dataset.opened import OpenDataset
 from cluster.dataset.request import ShardOptions
 from cluster.dataset.rows import read_shard
 from cluster.dataset.view import ViewRows, lineage_source, write_view
+from cluster.generation.made_by import made_by
 from cluster.store.store import Store
 from cluster.weights.node_copy import local_spec
 from pcm.documents import document_bytes
@@ -79,6 +80,22 @@ def check_attempts(spec: GeneratorSpec, *, data: str) -> None:
         )
 
 
+def dry_run(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
+    """What would be drawn, in what time, and what it is expected to gain; drawn is nothing. Raises InputError as
+    `keep_plan` does."""
+    planned = _plan(source, request, source.manifest.stored)
+    scores = Scores.of(read_index([source]).clip_score)
+    planned |= _prediction(scores, _asked(request, planned["pictures"]), planned["seconds_per_picture"])
+    _say_prediction(planned, scores)
+    mean = float(scores.stored.mean())
+    return {
+        "pictures": planned["pictures"],
+        "mean_score_before": mean,
+        "expected_mean_score": mean + planned["expected_gain"],
+        "expected_seconds": planned["expected_seconds"],
+    }
+
+
 def keep_plan(source: OpenDataset, out: Store, request: RefineRequest, rows: int) -> dict[str, Any]:
     """How many pictures are drawn: found the first time, and from then on as it stands on the store.
 
@@ -93,6 +110,10 @@ def keep_plan(source: OpenDataset, out: Store, request: RefineRequest, rows: int
         pass
     except (ValueError, TypeError, LookupError):
         raise InputError(f"{out.root}/{PLAN_KEY}: damaged; give another --out") from None
+    return _plan(source, request, rows)
+
+
+def _plan(source: OpenDataset, request: RefineRequest, rows: int) -> dict[str, Any]:
     seconds = seconds_per_picture(source)
     if request.method == BEST_OF_N:
         pictures = rows * (request.best_of - 1)
@@ -165,7 +186,7 @@ def redraw_view(
     view = chosen.view_rows(rows, rounds)
     return write_view(
         out, [source, *(drawn.data for drawn in rounds)], view, replace(lineage, facts=facts),
-        materialise=request.materialise, same_words=True,
+        materialise=request.materialise, same_words=True, made_by=made_by(out),
     )  # fmt: skip
 
 

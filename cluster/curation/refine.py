@@ -7,6 +7,7 @@ in cluster.curation.redraw_view. Another method is a function like these, and a 
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ from cluster.curation.curate import EXAMPLES, shown
 from cluster.curation.refine_request import SYNC, RefineRequest
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import UNIT, WORK
-from cluster.dataset.layout import Manifest, Plan
+from cluster.dataset.layout import LINEAGE_KEY, Manifest, Plan
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset, open_dataset
-from cluster.dataset.view import ViewRows, claim, lineage_source, write_view
+from cluster.dataset.view import ViewRows, claim, lineage_source, open_source, write_view
+from cluster.generation.made_by import made_by
 from cluster.store.store import Store, open_store
 from cluster.weights.node_copy import local_name
 from pcm.clip.names import folder_revision, is_commit, is_known, refuse_place, resolve_clip_name
@@ -42,8 +44,17 @@ FACTS = ("moved", "pictures", "mean_score_before", "mean_score_after", "mean_syn
 #: With --probes also: the share of the exact candidates and describers that was found (sync.stages.Recall).
 RECALL = ("recall_candidates", "recall_describers")
 #: The same of best-of-n and redraw. moved: rows that show a new picture. drawn, failed: new pictures, and those that
-#: could not be made. curve: the mean score after each round.
-REDRAW_FACTS = ("moved", "drawn", "failed", "mean_score_before", "mean_score_after", "expected_mean_score", "curve")
+#: could not be made. expected_seconds: of all pictures, before they were drawn. curve: the mean score after each round.
+REDRAW_FACTS = (
+    "moved",
+    "drawn",
+    "failed",
+    "mean_score_before",
+    "mean_score_after",
+    "expected_mean_score",
+    "expected_seconds",
+    "curve",
+)
 
 
 @dataclass(frozen=True)
@@ -61,25 +72,31 @@ class RefinedRows:
 
 
 def refine(request: RefineRequest) -> dict[str, Any]:
-    """Write the view of the refined rows: pairs, kept, moved, mean_score_before, mean_score_after, fingerprint.
+    """Write the view of the refined rows: pairs, kept, moved, mean_score_before, mean_score_after, fingerprint. With
+    dry_run say what would be drawn: pairs, pictures, expected_mean_score, expected_seconds.
 
     Rerun the same command to go on after an interruption. Raises InputError, before Ray starts, for data that cannot
     be refined, a model that is not there, and an `out` that holds anything else.
     """
     started = time.monotonic()
-    source = open_dataset(open_store(request.data), unfinished=request.unfinished)
+    source = open_source(request.data, request.out, unfinished=request.unfinished)
     _check(source, request)
-    made = _by_sync(source, request) if request.method == SYNC else _by_redraws(source, request)
-    return {**made, "dataset": request.out, "seconds": round(time.monotonic() - started, 2)}
+    if request.out is None:
+        made: dict[str, Any] = _dry_run(source, request)
+    else:
+        out = open_store(request.out)
+        made = _by_sync(source, out, request) if request.method == SYNC else _by_redraws(source, out, request)
+        made["dataset"] = request.out
+    return {**made, "seconds": round(time.monotonic() - started, 2)}
 
 
-def _by_sync(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
+def _by_sync(source: OpenDataset, out: Store, request: RefineRequest) -> dict[str, Any]:
     clip = _clip(source, request.clip, request.data, "clip")
     retrieval = _retrieval(source, request)
     sentences = resolve_sentences(request.sentences)
-    out = open_store(request.out)
     lineage = lineage_of(source, sentences, request, retrieval)
-    manifest = claim(out, lineage, materialise=request.materialise)
+    read = [*source.places, *(retrieval.data.places if retrieval is not None else ())]
+    manifest = claim(out, lineage, materialise=request.materialise, check=lambda: _join(out, read))
     if manifest is not None:
         log.info("%s: is complete", out.root)
     else:
@@ -98,18 +115,30 @@ def _by_sync(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
     }
 
 
-def _by_redraws(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
-    from cluster.curation.redraw_view import check_attempts, keep_plan, redraw_lineage
+def _dry_run(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
+    from cluster.curation.redraw_view import dry_run
+
+    _drawing_spec(source, request)  # what the job itself would refuse
+    return {"pairs": source.manifest.stored, **dry_run(source, request), "fingerprint": None}
+
+
+def _drawing_spec(source: OpenDataset, request: RefineRequest) -> DatasetSpec:
+    from cluster.curation.redraw_view import check_attempts
 
     spec = source.manifest.spec
     clip = dataclasses.replace(spec.clip, model=_clip(source, request.clip, request.data, "clip"))
     generator = _generator(source, request)
     check_attempts(generator, data=request.data)
-    spec = dataclasses.replace(spec, generator=generator, clip=clip)
-    out = open_store(request.out)
+    return dataclasses.replace(spec, generator=generator, clip=clip)
+
+
+def _by_redraws(source: OpenDataset, out: Store, request: RefineRequest) -> dict[str, Any]:
+    from cluster.curation.redraw_view import keep_plan, redraw_lineage
+
+    spec = _drawing_spec(source, request)
     planned = keep_plan(source, out, request, source.manifest.stored)
     lineage = redraw_lineage(source, request)
-    manifest = claim(out, lineage, materialise=request.materialise)
+    manifest = claim(out, lineage, materialise=request.materialise, check=lambda: _join(out, ()))
     if manifest is not None:
         log.info("%s: is complete", out.root)
     else:
@@ -161,9 +190,7 @@ def _redraws_on_ray(
     from cluster.curation.redraw_view import redraw_view
     from cluster.generation.pipeline import run_pipeline
     from cluster.generation.places import pools_of_cluster
-    from cluster.session import start_ray
 
-    start_ray()
     pools = pools_of_cluster(device=spec.generator.device)
 
     def draw(store: Store, plan: Plan) -> None:
@@ -241,6 +268,16 @@ def _check(source: OpenDataset, request: RefineRequest) -> None:
         )
 
 
+def _join(out: Store, read: Sequence[tuple[Store, str]]) -> None:
+    """Start or join Ray. Raises InputError where a node does not see the folder that its tasks write to, or those that
+    they read (stores with an object of each)."""
+    from cluster.generation.reach import check_places
+    from cluster.session import start_ray
+
+    start_ray()
+    check_places((out, LINEAGE_KEY), read)
+
+
 def _on_ray(
     source: OpenDataset,
     out: Store,
@@ -253,9 +290,8 @@ def _on_ray(
     # Torch and Ray take seconds, and a user's mistake is told before them.
     from cluster.curation.tasks import OnRay
     from cluster.generation.places import device_of_cluster
-    from cluster.session import start_ray, waiting_for
+    from cluster.session import waiting_for
 
-    start_ray()
     device = device_of_cluster(request.device)
     tasks = OnRay(gpus=device == "cuda")
     with waiting_for(cpus=1, gpus=1 if device == "cuda" else 0):
@@ -276,7 +312,7 @@ def sync_view(
 ) -> Manifest:
     """SynC's rows of a dataset as a view at `out`, which `claim` has begun; `tasks` do the work. `clip`: where the
     dataset's CLIP is. Raises InputError where `retrieval` holds other rows."""
-    from cluster.curation.sync.stages import refine_pairs, stored_rows, work_folder
+    from cluster.curation.sync.stages import refine_pairs, rows_by_id, work_folder
 
     by = retrieval or Retrieval(source, clip)
     work = work_folder(by.data.sha256, by.data.manifest, sentences, device)
@@ -284,8 +320,9 @@ def sync_view(
         by.data.store, by.data.manifest, out, work, request.settings, sentences, tasks,
         clip=by.clip, block_size=request.block_size, device=device,
     )  # fmt: skip
-    table = stored_rows(by.data.manifest, out, work)
-    facts: dict[str, Any] = {"sentences": sentences.model, "device": device}
+    table = rows_by_id(by.data.manifest, out, work)
+    which = f" ({by.data.manifest.spec.clip.model})" if sentences.is_clip else ""
+    facts: dict[str, Any] = {"sentences": f"{sentences.model}{which}", "device": device}
     if found.recall is not None:
         facts |= zip(RECALL, (found.recall.candidates, found.recall.describers), strict=True)
     if retrieval is not None:
@@ -299,7 +336,9 @@ def sync_view(
         examples=_examples(found, table, source),
     )
     lineage = dataclasses.replace(lineage, rules=(rule,), facts={**rows.facts, **facts})
-    return write_view(out, [source], view_rows(rows, table, source), lineage, materialise=request.materialise)
+    return write_view(
+        out, [source], view_rows(rows, table, source), lineage, materialise=request.materialise, made_by=made_by(out)
+    )
 
 
 def _scored_by_the_datasets_clip(
@@ -313,16 +352,17 @@ def _scored_by_the_datasets_clip(
     clip: str,
     device: str,
 ) -> tuple["Refined", pa.Table]:
-    """(what was found, the dataset's rows), by the numbers of the dataset's own rows, with cosines of its own CLIP.
+    """(what was found, the dataset's rows), by the numbers of the dataset's own rows by sample id, with cosines of its
+    own CLIP.
 
     `found` and `table` number the rows that another CLIP saw. A row that it did not see keeps its own picture and goes.
     """
-    from cluster.curation.sync.stages import Refined, cosines_of, store_vectors, stored_rows, work_folder
+    from cluster.curation.sync.stages import Refined, cosines_of, rows_by_id, store_vectors, work_folder
 
     of_clip = SentenceSpec(model="clip")
     work = work_folder(source.sha256, source.manifest, of_clip, device)
     own = store_vectors(source.store, source.manifest, out, work, of_clip, tasks, clip=clip, most=1, device=device)
-    rows = stored_rows(source.manifest, out, work)
+    rows = rows_by_id(source.manifest, out, work)
     place = {sample_id: row for row, sample_id in enumerate(rows["sample_id"].to_pylist())}
     row_of = np.array([place.get(sample_id, -1) for sample_id in table["sample_id"].to_pylist()], np.int64)
     if (row_of < 0).any() or len(set(row_of.tolist())) < len(row_of):
@@ -374,14 +414,17 @@ def _examples(found: "Refined", table: pa.Table, source: OpenDataset) -> tuple[d
 
 
 def view_rows(rows: RefinedRows, table: pa.Table, source: OpenDataset) -> ViewRows:
-    """Rows as a view takes them. `table`: sample_id and caption of all the dataset's rows."""
+    """Rows as a view takes them: a row keeps its caption's weight. `table`: sample_id, caption, weight and place of all
+    the dataset's rows (sync.stages.rows_by_id)."""
     starts = np.cumsum([0, *(shard.rows for shard in source.shards)])
-    shard = np.searchsorted(starts, rows.picture_row, side="right") - 1
+    place = table["place"].to_numpy()[rows.picture_row]
+    shard = np.searchsorted(starts, place, side="right") - 1
     return ViewRows(
         sample_id=table["sample_id"].take(rows.caption_row).to_pylist(),
         caption=table["caption"].take(rows.caption_row).to_pylist(),
         clip_score=rows.clip_score,
         source=np.zeros(len(shard), np.int64),
         shard=shard,
-        row=rows.picture_row - starts[shard],
+        row=place - starts[shard],
+        weight=table["weight"].to_numpy()[rows.caption_row],
     )

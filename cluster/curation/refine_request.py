@@ -31,7 +31,8 @@ class SyncOptions(Request):
     )  # fmt: skip
     sentences: str | None = option(
         None, metavar="NAME",
-        help="compares captions: a sentence-transformers repo or folder, or clip, the text tower of the dataset's CLIP",
+        help="compares captions: a sentence-transformers repo or folder, or clip, the text tower of the CLIP that "
+        "finds the pictures (the dataset's, or that of --retrieval)",
         unset="the published paraphrase-multilingual-MiniLM-L12-v2 where sentence-transformers is installed, else clip",
     )  # fmt: skip
 
@@ -74,7 +75,9 @@ class RefineRequest(RedrawOptions, SyncOptions):
     """A dataset to refine. Raises InputError for values that cannot be."""
 
     data: str = option(metavar="P", help="dataset or view: path or URI")
-    out: str = option(metavar="P", writes="folder", help="the view of the refined rows: path or URI")
+    out: str | None = option(
+        None, metavar="P", writes="folder", help="the view of the refined rows: path or URI", unset="none; or --dry-run"
+    )
     method: str = option(
         choices=METHODS,
         help="sync: each caption gets the picture that fits it best, and the best stay; best-of-n: n pictures of each "
@@ -98,6 +101,10 @@ class RefineRequest(RedrawOptions, SyncOptions):
     device: str = option(
         "auto", choices=DEVICES, help="where vectors are made and compared; auto: cuda if there is one"
     )
+    dry_run: bool = option(
+        False, help="best-of-n, redraw: only say how many pictures would be drawn, in what time, and what they are "
+        "expected to gain",
+    )  # fmt: skip
     materialise: bool = option(False, help="write the pictures out: a dataset of its own in place of a view")
     unfinished: bool = option(
         False, help="use the shards that are there of a dataset that is being made or was piloted"
@@ -113,6 +120,10 @@ class RefineRequest(RedrawOptions, SyncOptions):
         check_at_least(self, 2, "best_of")
         if self.method == REDRAW:
             self._check_budget()
+        if self.dry_run and (self.out is not None or self.materialise):
+            raise InputError("--dry-run: writes nothing; leave --out and --materialise out")
+        if not self.dry_run and self.out is None:
+            raise InputError("--out: missing" + ("" if self.method == SYNC else "; or add --dry-run"))
         if not 0 < self.keep <= 1:
             raise InputError(f"--keep {self.keep:g}: must be above 0 and at most 1")
         refuse_without(self, "retrieval", "retrieval_clip")
@@ -138,6 +149,6 @@ class RefineRequest(RedrawOptions, SyncOptions):
 _OF_ALL = ("data", "out", "method", "clip", "materialise", "unfinished")
 _OF_METHOD = {
     SYNC: (*SyncOptions.__annotations__, "retrieval", "retrieval_clip", "block_size", "device"),
-    BEST_OF_N: ("best_of", "t2i"),
-    REDRAW: ("budget", "budget_in", "price_per_hour", "choose", "lowest", "rounds", "t2i"),
+    BEST_OF_N: ("best_of", "t2i", "dry_run"),
+    REDRAW: ("dry_run", "budget", "budget_in", "price_per_hour", "choose", "lowest", "rounds", "t2i"),
 }

@@ -1,7 +1,7 @@
 """The rows of some datasets, without pictures, as rules look at them."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +18,9 @@ from pcm.line_timer import LineTimer
 from pcm.text.concepts import lexicon_nouns
 
 log = logging.getLogger(__name__)
+
+#: From captions to every noun in them (pcm.text.concepts.noun_finder).
+FindNouns = Callable[[Iterable[str]], Iterable[str]]
 
 _READS_AT_ONCE = 8
 #: Columns beside sample_id, caption and clip_score, which are read where a rule asks for them.
@@ -44,21 +47,23 @@ class IndexRows:
     attempts: np.ndarray | None = None
     reason: np.ndarray | None = None
     global_feature: np.ndarray | None = None
-    #: Names of the stored concepts, which a caption's nouns are looked up in.
+    #: Names of the stored concepts, which a caption's nouns are looked up in, and what finds the nouns.
     concepts: frozenset[str] = frozenset()
+    find_nouns: FindNouns = lexicon_nouns
 
     def __len__(self) -> int:
         return len(self.sample_id)
 
     def take(self, chosen: np.ndarray) -> "IndexRows":
         """Rows of a mask, or of numbers."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "concepts"}
+        columns = self.__dataclass_fields__.keys() - {"concepts", "find_nouns"}
+        values = {name: getattr(self, name) for name in columns}
         return replace(self, **{name: value[chosen] for name, value in values.items() if value is not None})
 
     @cached_property
     def named(self) -> list[tuple[str, ...]]:
         """The stored concepts that each caption names, sorted."""
-        return [tuple(sorted(set(lexicon_nouns([caption])) & self.concepts)) for caption in self.caption]
+        return [tuple(sorted(set(self.find_nouns([caption])) & self.concepts)) for caption in self.caption]
 
     def best_first(self) -> np.ndarray:
         """(n,) the order by score, ties by source and sample id."""
@@ -77,7 +82,11 @@ class IndexRows:
 
 
 def read_index(
-    sources: Sequence[OpenDataset], *, needs: Collection[str] = (), concepts: frozenset[str] = frozenset()
+    sources: Sequence[OpenDataset],
+    *,
+    needs: Collection[str] = (),
+    concepts: frozenset[str] = frozenset(),
+    find_nouns: FindNouns = lexicon_nouns,
 ) -> IndexRows:
     """All rows of some datasets; `needs`: of ATTEMPTS, REASON and FEATURES those that are read, too.
 
@@ -115,7 +124,7 @@ def read_index(
                 raise InputError(f"--data: more than {MAX_RECORDS} captions in all; sample ids have nine digits")
         parts.append(mine)
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return IndexRows(**joined, concepts=concepts)
+    return IndexRows(**joined, concepts=concepts, find_nouns=find_nouns)
 
 
 def _read(source: OpenDataset, number: int, shard: int, columns: list[str], *, features: bool) -> dict[str, np.ndarray]:

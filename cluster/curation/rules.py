@@ -116,7 +116,8 @@ def _drop_word(rows: IndexRows, context: Context) -> Verdict:
 
 
 def _covered_by(rows: IndexRows, context: Context) -> Verdict:
-    """Cosines in float64, rounded before they are ranked: a concept counts as found where fewer than K are nearer."""
+    """Cosines in float64, rounded before they are ranked: a concept counts as found where fewer than K are nearer. Of a
+    caption that names no concept nothing is judged: it stays, and is counted."""
     concepts, nearest = context.concepts, context.asked.covered_by
     assert concepts is not None and nearest is not None and rows.global_feature is not None
     number = {name: place for place, name in enumerate(concepts.names)}
@@ -133,7 +134,12 @@ def _covered_by(rows: IndexRows, context: Context) -> Verdict:
             if unseen:
                 missing[row] = unseen
                 share[row] = 1 - len(unseen) / len(named)
-    return Verdict(share < context.asked.min_coverage, lambda row: f"not seen: {', '.join(missing[row])}", -share)
+    return Verdict(
+        share < context.asked.min_coverage,
+        lambda row: f"not seen: {', '.join(missing[row])}",
+        -share,
+        facts={"covered_by_no_concept": sum(not named for named in rows.named)},
+    )
 
 
 def _duplicate_captions(rows: IndexRows, context: Context) -> Verdict:

@@ -21,8 +21,9 @@ class Tasks(Protocol):
     def share(self, value: Any) -> Any:
         """A large argument of many calls, to be given in its place."""
 
-    def run(self, function: Callable[..., None], calls: Sequence[tuple], *, what: str) -> None:
-        """Call a function of a module with each of these arguments, in any order. Raises what a call raises first."""
+    def run(self, function: Callable[..., None], calls: Sequence[tuple], *, what: str, on_device: bool = False) -> None:
+        """Call a function of a module with each of these arguments, in any order. on_device: it computes on a GPU, if
+        there are any. Raises what a call raises first."""
 
 
 class InThisProcess:
@@ -31,7 +32,7 @@ class InThisProcess:
     def share(self, value: Any) -> Any:
         return value
 
-    def run(self, function: Callable[..., None], calls: Sequence[tuple], *, what: str) -> None:
+    def run(self, function: Callable[..., None], calls: Sequence[tuple], *, what: str, on_device: bool = False) -> None:
         progress = _Progress(what, len(calls))
         for call in calls:
             function(*call)
@@ -42,13 +43,14 @@ class OnRay:
     """Tasks on Ray, which runs as many at once as it has room for and repeats those whose machine is lost."""
 
     def __init__(self, *, gpus: bool) -> None:
-        self._options: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_retries": 3}
+        self._gpus = gpus
 
     def share(self, value: Any) -> Any:
         return ray.put(value)
 
-    def run(self, function: Callable[..., None], calls: Sequence[tuple], *, what: str) -> None:
-        task: Any = ray.remote(function).options(**self._options)
+    def run(self, function: Callable[..., None], calls: Sequence[tuple], *, what: str, on_device: bool = False) -> None:
+        gpus = 1 if self._gpus and on_device else 0
+        task: Any = ray.remote(function).options(num_cpus=1, num_gpus=gpus, max_retries=3)
         progress = _Progress(what, len(calls))
         waiting = iter(calls)
         running: list[Any] = [task.remote(*call) for call, _ in zip(waiting, range(_SUBMITTED), strict=False)]

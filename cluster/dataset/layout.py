@@ -280,7 +280,8 @@ class Manifest:
     fingerprint: str | None = None  # of a derived dataset, which has no plan to be proved by
     lineage: Lineage | None = None  # of a derived dataset
     versions: dict[str, str] = field(default_factory=dict)  # of the packages that made it
-    #: Where it was drawn: each kind of machine once (cluster.generation.environment); none where nobody here drew it.
+    #: Where it was drawn, or of a derived or imported dataset where its rows were made: each kind of machine once
+    #: (cluster.generation.environment).
     environments: tuple[dict, ...] = ()
 
     @property

@@ -23,6 +23,7 @@ class LineageSource:
     shards: int
     planned_shards: int
     generator: str
+    committed: tuple[int, ...] | None = None  # of an unfinished dataset: which of the planned shards were there
     lineage: dict[str, Any] | None = None
 
 
@@ -59,7 +60,10 @@ class Lineage:
     def decides(self) -> dict[str, Any]:
         """What the rows are a function of, without counts: equal for the same command on the same data."""
         sources = [source.sha256 for source in self.sources]
-        return {"method": self.method, "settings": self.settings, "sources": sources}
+        decides: dict[str, Any] = {"method": self.method, "settings": self.settings, "sources": sources}
+        if unfinished := {each.path: list(each.committed) for each in self.sources if each.committed is not None}:
+            decides["unfinished"] = unfinished
+        return decides
 
     def moved(self, places: dict[str, str]) -> "Lineage":
         """With examples whose pictures are looked for where a dataset is now. `places`: old path to new."""
@@ -89,7 +93,7 @@ class Lineage:
         found = Lineage(
             method=str(values["method"]),
             settings=dict(values["settings"]),
-            sources=tuple(LineageSource(**_known(LineageSource, source)) for source in values["sources"]),
+            sources=tuple(map(_source, values["sources"])),
             rows_in=values["rows_in"],
             rules=tuple(
                 RuleCount(**{**_known(RuleCount, rule), "examples": tuple(rule.get("examples", ()))})
@@ -101,6 +105,12 @@ class Lineage:
             if type(number) is not int:
                 raise TypeError(f"a count is {number!r}")
         return found
+
+
+def _source(values: dict[str, Any]) -> LineageSource:
+    committed = values.get("committed")
+    known = _known(LineageSource, values)
+    return LineageSource(**{**known, "committed": None if committed is None else tuple(committed)})
 
 
 def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -58,8 +58,11 @@ class OpenDataset:
         return f"{len(self.manifest.shards):,} of {self.planned_shards:,} shards" if self.is_unfinished else ""
 
 
-def open_dataset(store: Store, *, unfinished: bool = False, offer: bool = True) -> OpenDataset:
-    """The dataset at a place; with `unfinished` whatever shards are there, if it is being made or was piloted.
+def open_dataset(
+    store: Store, *, unfinished: bool = False, offer: bool = True, shards: Sequence[int] | None = None
+) -> OpenDataset:
+    """The dataset at a place; with `unfinished` whatever shards are there, if it is being made or was piloted. shards:
+    only these, as if nothing had come since, for a reader that goes on.
 
     Raises InputError where there is no dataset, and without `unfinished` for one that is not finished: the line names
     the option --unfinished, unless `offer` is False, for a job that has none.
@@ -67,8 +70,8 @@ def open_dataset(store: Store, *, unfinished: bool = False, offer: bool = True) 
     plan = load_plan(store)
     if unfinished and plan is not None:
         manifest = find_manifest(store)
-        if manifest is None or manifest.corpus_fingerprint != plan.corpus_fingerprint:
-            return _what_is_there(store, plan)
+        if shards is not None or manifest is None or manifest.corpus_fingerprint != plan.corpus_fingerprint:
+            return _what_is_there(store, plan, shards)
     elif offer and not store.exists(MANIFEST_KEY) and plan is not None:
         raise InputError(
             f"{store.root}: an unfinished dataset (no {MANIFEST_KEY}); rerun the same jobs.generate command to finish "
@@ -79,11 +82,11 @@ def open_dataset(store: Store, *, unfinished: bool = False, offer: bool = True) 
     return OpenDataset(store, manifest, None if manifest.lineage is not None else plan, digest)
 
 
-def _what_is_there(store: Store, plan: Plan) -> OpenDataset:
+def _what_is_there(store: Store, plan: Plan, shards: Sequence[int] | None) -> OpenDataset:
     from cluster.dataset.vocabularies import stored_features  # imports Ray, which takes seconds
 
     made = committed(store, plan)
-    numbers = [shard for shard in range(plan.num_shards) if shard in made]
+    numbers = [shard for shard in (range(plan.num_shards) if shards is None else shards) if shard in made]
     if not numbers:
         raise InputError(
             f"{store.root}: none of its {plan.num_shards:,} planned shards is there yet; run jobs.generate first"

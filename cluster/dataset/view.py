@@ -14,8 +14,9 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,7 @@ from cluster.dataset.layout import (
     CONCEPTS_KEY,
     DATASET,
     LINEAGE_KEY,
+    MANIFEST_KEY,
     VIEW,
     VIEW_VERSION,
     VOCABULARY_KEY,
@@ -35,15 +37,16 @@ from cluster.dataset.layout import (
     read_table,
     rows_key,
     shard_key,
+    shard_number,
     store_manifest,
 )
 from cluster.dataset.lineage import Lineage, LineageSource, PictureStore
-from cluster.dataset.opened import OpenDataset
+from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.rows import part_columns, read_shard, read_view_part
 from cluster.dataset.shard_check import fingerprint_entry
 from cluster.dataset.view_part import PictureShard, ViewPart, part_table
 from cluster.shard_work import PROCESS, ShardWork, shard_work
-from cluster.store.store import Store
+from cluster.store.store import Store, open_store
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.generation.names import SEVERAL
@@ -89,8 +92,27 @@ def lineage_source(found: OpenDataset) -> LineageSource:
         shards=len(manifest.shards),
         planned_shards=found.planned_shards,
         generator=manifest.spec.generator.model,
+        committed=tuple(shard_number(shard.key) for shard in found.shards) if found.is_unfinished else None,
         lineage=manifest.lineage.without_examples() if manifest.lineage else None,
     )
+
+
+def open_source(uri: str, out: str | None, *, unfinished: bool = False) -> OpenDataset:
+    """A dataset that rows of a view at `out` are to be taken from: of an unfinished one the shards with which the view
+    was begun, whatever has come since. Raises InputError as open_dataset does."""
+    store = open_store(uri)
+    shards = _begun_with(open_store(out), store) if unfinished and out is not None else None
+    return open_dataset(store, unfinished=unfinished, shards=shards)
+
+
+def _begun_with(out: Store, source: Store) -> list[int] | None:
+    """The numbers of the shards; None where nothing was begun of this unfinished dataset, or all is done."""
+    if out.exists(MANIFEST_KEY):
+        return None
+    try:
+        return json.loads(out.read_bytes(LINEAGE_KEY))["unfinished"][source.address]
+    except (FileNotFoundError, ValueError, TypeError, LookupError):  # a damaged one is named when it is compared
+        return None
 
 
 def write_view(
@@ -103,11 +125,12 @@ def write_view(
     shard_rows: int | None = None,
     same_words: bool = False,
     run_on: str = PROCESS,
+    made_by: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write rows that point at the pictures of `sources` as a view; with `materialise` with their pictures, as a
     dataset that needs no other. Run it again with the same rows to finish what was interrupted. `same_words`: the
     captions are all the first source's, whose words and concepts stay. run_on: one of cluster.shard_work.RUN_ON; the
-    bytes are the same.
+    bytes are the same. made_by: the manifest's `versions` and `environments` (cluster.generation.made_by).
 
     The fingerprint is that of any dataset: sha256 over the sorted (sample_id, caption, seed of the picture, status,
     sha256 of the picture's bytes); shards do not matter to it. Every picture is read once, to name its bytes; of views
@@ -135,23 +158,33 @@ def write_view(
     features = sources[0].manifest.features if materialise else None
     shards = _write_parts(view, _PartWriter(out, tuple(pictures), features), work)
     _write_vocabularies(out, sources[:1] if same_words else sources, rows)
-    manifest = _manifest(out, sources, placed, shards, lineage)
+    manifest = replace(_manifest(out, sources, placed, shards, lineage), **(made_by or {}))
     if materialise:
         manifest = replace(manifest, kind=DATASET, pictures=(), schema_version=SCHEMA_VERSION)
     store_manifest(out, manifest)
     return manifest
 
 
-def claim(out: Store, lineage: Lineage, *, materialise: bool = False, shard_rows: int | None = None) -> Manifest | None:
+def claim(
+    out: Store, lineage: Lineage, *, materialise: bool = False, check: Callable[[], None] = lambda: None
+) -> Manifest | None:
     """Begin a view whose rows have still to be found: what `write_view` says first, for a method that puts work of its
-    own below `out` meanwhile. The manifest where the view is there already.
+    own below `out` meanwhile. The manifest where the view is there already. check: called where it is not, once
+    LINEAGE_KEY lies there; of a check that raises InputError nothing stays.
 
     Raises InputError where `out` holds anything else.
     """
-    document = _document(lineage, materialise=materialise, shard_rows=shard_rows)
+    document = _document(lineage, materialise=materialise, shard_rows=None)
     _refuse_inside(out, lineage)
     if (found := begun(out, document)) is None:
+        is_new = not out.exists(LINEAGE_KEY)
         out.write_bytes(LINEAGE_KEY, document_bytes(document))
+        try:
+            check()
+        except InputError:
+            if is_new:
+                out.delete(LINEAGE_KEY)
+            raise
     return found
 
 
@@ -195,7 +228,8 @@ def begun(out: Store, document: dict) -> Manifest | None:
         named = next(
             (name for name in document if not isinstance(found, dict) or found.get(name) != document[name]), ""
         )
-        said = {"sources": "of other data, or of the data in another state", "settings": "with other settings"}
+        other_data = "of other data, or of the data in another state"
+        said = {"sources": other_data, "unfinished": other_data, "settings": "with other settings"}
         what = said.get(named, f"with another {named}".replace("another settings", "other settings"))
         raise InputError(
             f"--out {out.root}: was begun {what}; use the same arguments and data to finish it, or another --out"

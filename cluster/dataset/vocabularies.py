@@ -232,14 +232,23 @@ def stored_nouns(store: Store) -> str | None:
 
 
 def stored_features(store: Store, plan: Plan) -> FeatureShape:
-    """The shape of the features of a dataset whose CLIP files are on the store. Raises FileNotFoundError."""
+    """The shape of a dataset's features, by its CLIP files. Raises InputError where these are missing or damaged."""
     return NULL_FEATURES if plan.spec.clip.model == "null" else features_of_head(store)
 
 
 def features_of_head(store: Store) -> FeatureShape:
-    """The shape of the features that the CLIP of clip_head.safetensors makes. Raises FileNotFoundError."""
-    metadata = safetensors_metadata(store.read_bytes(CLIP_HEAD_KEY))
-    return FeatureShape(**json.loads(metadata[_FEATURES_FIELD]))
+    """The shape of the features that the CLIP of clip_head.safetensors makes. Raises InputError where it is missing or
+    damaged."""
+    try:
+        metadata = safetensors_metadata(store.read_bytes(CLIP_HEAD_KEY))
+        return FeatureShape(**json.loads(metadata[_FEATURES_FIELD]))
+    except FileNotFoundError:
+        raise InputError(
+            f"{store.root}: has no {CLIP_HEAD_KEY} yet, which comes with the first scores; run the command that makes "
+            "this dataset again"
+        ) from None
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise InputError(f"{store.root}/{CLIP_HEAD_KEY}: damaged; delete it and run the same command again") from None
 
 
 def vocabularies_stored(store: Store, plan: Plan) -> bool:

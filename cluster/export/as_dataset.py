@@ -5,9 +5,9 @@ from typing import Any
 
 from cluster.curation.rows import read_index
 from cluster.dataset.lineage import Lineage
-from cluster.dataset.opened import open_dataset
-from cluster.dataset.view import lineage_source, write_view
+from cluster.dataset.view import lineage_source, open_source, write_view
 from cluster.export.request import ExportRequest
+from cluster.generation.made_by import made_by
 from cluster.store.store import Store
 from pcm.errors import InputError
 
@@ -18,14 +18,16 @@ def export_as_dataset(data: Store, out: Store, asked: ExportRequest) -> dict[str
     Raises InputError for a finished dataset that holds its pictures already, and where `out` holds anything else.
     """
     started = time.monotonic()
-    source = open_dataset(data, unfinished=asked.unfinished)
+    source = open_source(data.root, out.root, unfinished=asked.unfinished)
     if not (source.manifest.is_view or source.is_unfinished):
         raise InputError(
             f"--data {data.root}: holds its pictures already; copy its folder, or export --to another format"
         )
     rows = read_index([source])
     lineage = Lineage(method="export", settings={}, sources=(lineage_source(source),), rows_in=len(rows))
-    manifest = write_view(out, [source], rows.for_view(), lineage, materialise=True, run_on=asked.run_on)
+    manifest = write_view(
+        out, [source], rows.for_view(), lineage, materialise=True, run_on=asked.run_on, made_by=made_by(out)
+    )
     counts: dict[str, Any] = {"exported": manifest.stored, "quarantined": 0, "expected": manifest.expected}
     if source.is_unfinished:
         counts["unfinished"] = source.extent

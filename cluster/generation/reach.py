@@ -1,6 +1,7 @@
-"""Whether every node of the cluster sees a local folder that is to hold a dataset."""
+"""Whether every node of the cluster sees a local folder that is to hold a dataset, or that one is read from."""
 
 import uuid
+from collections.abc import Sequence
 
 from cluster.store.reach import blind_nodes
 from cluster.store.store import Store
@@ -24,10 +25,17 @@ def check_reach(store: Store) -> None:
         raise InputError(not_reached(store, blind[0], others=len(blind) - 1))
 
 
-def not_reached(store: Store, node: str, *, others: int = 0) -> str:
+def check_places(out: tuple[Store, str], sources: Sequence[tuple[Store, str]] = ()) -> None:
+    """The same for the folders that tasks write to, and read from: stores with an object of each."""
+    for option, (store, key) in (("--out", out), *(("--data", each) for each in sources)):
+        if blind := blind_nodes(store, key):
+            raise InputError(not_reached(store, blind[0], others=len(blind) - 1, option=option))
+
+
+def not_reached(store: Store, node: str, *, others: int = 0, option: str = "--out") -> str:
     """The line about a folder that a node does not see."""
     more = f" and {others} more" if others else ""
     return (
-        f"--out {store.root}: a folder of one machine, which node {node}{more} does not see; give a URI such as "
+        f"{option} {store.root}: a folder of one machine, which node {node}{more} does not see; give a URI such as "
         "s3://BUCKET/NAME, or a folder that all nodes share"
     )

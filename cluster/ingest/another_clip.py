@@ -28,6 +28,7 @@ from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     DATASET,
+    LINEAGE_KEY,
     VOCABULARY_KEY,
     Manifest,
     StoredShard,
@@ -35,8 +36,8 @@ from cluster.dataset.layout import (
     store_manifest,
 )
 from cluster.dataset.lineage import Lineage, RuleCount
-from cluster.dataset.opened import OpenDataset, open_dataset
-from cluster.dataset.view import claim, lineage_source, view_fingerprint
+from cluster.dataset.opened import OpenDataset
+from cluster.dataset.view import claim, lineage_source, open_source, view_fingerprint
 from cluster.dataset.vocabularies import (
     CONCEPTS,
     MIN_WORD_COUNT,
@@ -45,9 +46,11 @@ from cluster.dataset.vocabularies import (
     clip_resources,
     features_of_head,
 )
+from cluster.generation.made_by import made_by, tell_encoder
 from cluster.generation.pinning import clip_spec, joint_dimensions, resolve_dtype
 from cluster.generation.places import device_of_cluster, pools_of_cluster
 from cluster.generation.pools import Pools
+from cluster.generation.reach import check_places
 from cluster.ingest.agreement import agreement, most_different
 from cluster.ingest.featurise_again import WORK, FeaturiseAgain, is_scored, read_facts
 from cluster.ingest.request import FeaturiseRequest
@@ -83,7 +86,7 @@ def featurise_dataset(request: FeaturiseRequest) -> dict[str, Any]:
     """
     assert request.data is not None
     started = time.monotonic()
-    source = open_dataset(open_store(request.data), unfinished=request.unfinished)
+    source = open_source(request.data, request.out, unfinished=request.unfinished)
     if source.manifest.spec.generator.model == TEXT_ONLY:
         raise InputError(f"--data {request.data}: has no pictures, only texts; give a dataset of pictures")
     concepts = None
@@ -91,7 +94,7 @@ def featurise_dataset(request: FeaturiseRequest) -> dict[str, Any]:
         concepts = fitting_concepts(request.concepts, embed_dim=joint_dimensions(request.clip))
     out = open_store(request.out)
     lineage = lineage_of(source, request, concepts)
-    manifest = claim(out, lineage)
+    manifest = claim(out, lineage, check=lambda: _join(source, out))
     skipped = 0
     if manifest is not None:
         log.info("%s: is complete", out.root)
@@ -132,11 +135,15 @@ def lineage_of(source: OpenDataset, request: FeaturiseRequest, concepts: Concept
     )
 
 
+def _join(source: OpenDataset, out: Store) -> None:
+    start_ray()
+    check_places((out, LINEAGE_KEY), source.places)
+
+
 def _make(
     source: OpenDataset, out: Store, lineage: Lineage, request: FeaturiseRequest, concepts: ConceptVocabulary | None
 ) -> tuple[Manifest, int]:
     """The manifest, and how many rows were there already."""
-    start_ray()
     device = device_of_cluster(request.device)
     spec = clip_spec(request.clip, device=device, dtype=resolve_dtype(request.dtype, device=device))
     keep_spec(out, spec)
@@ -220,6 +227,7 @@ def finish(source: OpenDataset, out: Store, spec: ClipSpec, lineage: Lineage) ->
         shards=entries,
         schema_version=SCHEMA_VERSION,
         kind=DATASET,
+        **made_by(out),
         fingerprint=view_fingerprint(rows),
         lineage=replace(
             lineage,
@@ -264,6 +272,7 @@ def store_vocabularies_of(source: Store, out: Store, spec: ClipSpec, concepts: C
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
     encoder = load_with_retries(lambda: ClipEncoder.from_spec(local_clip(spec)), model=spec.model)
+    tell_encoder(out, spec)
     if source.exists(VOCABULARY_KEY):
         words = source.read_bytes(VOCABULARY_KEY)
     else:

@@ -16,6 +16,7 @@ from cluster.dataset.layout import StoredShard, parquet_bytes, shard_key
 from cluster.dataset.opened import OpenDataset
 from cluster.dataset.rows import read_shard, read_weights
 from cluster.dataset.view import read_corpus_ids
+from cluster.generation.made_by import tell_encoder
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.overlap import Overlap
 from cluster.generation.stages.shard_row import ShardRow
@@ -42,6 +43,7 @@ class FeaturiseAgain:
         self._read = ReadPictures(source)
         self._overlap = Overlap(WriteFeaturised(out))
         self._featurise = self._overlap.in_work_thread(lambda: FeaturiseShard(spec))
+        tell_encoder(out, spec)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         stored = self._overlap.run(partial(self._featurise, self._read(block)))

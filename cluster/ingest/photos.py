@@ -23,6 +23,7 @@ from cluster.dataset.committed import committed
 from cluster.dataset.layout import Manifest, Plan, read_table
 from cluster.dataset.plan import make_plan
 from cluster.dataset.vocabularies import store_given_concepts, store_vocabularies
+from cluster.generation.made_by import tell_encoder
 from cluster.generation.pinning import clip_spec, joint_dimensions, resolve_device, resolve_dtype
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.stages.draw import DRAWN_SCHEMA
@@ -106,6 +107,7 @@ def featurise_photos(request: FeaturiseRequest) -> PhotoResult:
         store_given_concepts(store, concepts)
     featuriser = FeaturisePhotos(spec.clip)
     features = store_vocabularies(store, plan, encoder=featuriser.encoder)
+    tell_encoder(store, spec.clip)
     made = committed(store, plan)
     missing = [shard for shard in range(plan.num_shards) if shard not in made]
     making = time.monotonic()

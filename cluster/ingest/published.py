@@ -30,6 +30,7 @@ from cluster.dataset.layout import (
 )
 from cluster.dataset.plan import make_plan
 from cluster.dataset.vocabularies import planned_captions
+from cluster.generation.made_by import tell_encoder
 from cluster.generation.pinning import clip_of_given_features, clip_spec, resolve_device, resolve_dtype
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.stages.draw import DRAWN_SCHEMA
@@ -159,6 +160,8 @@ def import_dataset(request: ImportRequest) -> ImportResult:
     features = _store_clip_files(store, plan, request, found)
     made = committed(store, plan)
     missing = [shard for shard in range(plan.num_shards) if shard not in made]
+    if places.features is None:
+        tell_encoder(store, plan.spec.clip)
     importer = ShardImporter(store, plan, features, places, corpus)
     importing = time.monotonic()
     rows = import_shards(importer, made, plan, missing, workers=request.workers)

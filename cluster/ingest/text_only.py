@@ -25,6 +25,7 @@ from cluster.dataset.layout import (
     store_manifest,
 )
 from cluster.dataset.rows import read_shard
+from cluster.generation.made_by import made_by, tell_encoder
 from cluster.ingest.shards import undrawn
 from cluster.store.store import Store
 from pcm.clip.encoder import ClipEncoder
@@ -57,8 +58,10 @@ def text_only_dataset(source: Store, out: Store, encoder: ClipEncoder) -> Manife
     for key in (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY, VOCABULARIES_KEY):
         if source.exists(key):
             out.write_bytes(key, source.read_bytes(key))
+    tell_encoder(out, spec.clip)
     made = replace(
         manifest,
+        **made_by(out),
         spec=spec,
         clip_score_mean=1.0,
         shard_bytes=sum(shard["bytes"] for shard in shards),

@@ -123,8 +123,8 @@ MUTANTS = (
     ),
     Mutant(
         "a block that lies on the store is not made again",
-        "cluster/curation/sync/objects.py", "tasks.run(function, missing, what=what)",
-        "tasks.run(function, list(calls.values()), what=what)",
+        "cluster/curation/sync/objects.py", "tasks.run(function, missing, what=what, on_device=on_device)",
+        "tasks.run(function, list(calls.values()), what=what, on_device=on_device)",
         ("tests/cluster/curation/sync/test_stages.py::test_an_interrupted_run_goes_on_where_it_was",),
     ),
     Mutant(

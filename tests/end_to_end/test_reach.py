@@ -14,6 +14,7 @@ from ray.cluster_utils import Cluster
 
 from tests.helpers.hosts import OF_ONE_MACHINE, wait_until
 from tests.helpers.paths import ROOT
+from tests.helpers.tiny_dataset import write_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 pytestmark = [
@@ -74,6 +75,33 @@ def test_a_folder_that_a_node_does_not_see_is_refused(head: Cluster, other_machi
     assert job.returncode == 2, job.stderr
     assert "a folder of one machine, which node" in job.stderr.splitlines()[-1]
     assert not list((tmp_path / "data").rglob("*.*")), "something was planned"
+
+
+def test_nothing_is_derived_into_or_from_a_folder_that_a_node_does_not_see(
+    head: Cluster, other_machine: None, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path
+) -> None:
+    seen = tmp_path_factory.mktemp("seen")
+    for folder in (seen, tmp_path):
+        write_dataset(folder / "data", tiny_clip, rows=20)
+    sync = ["jobs.refine", "--method", "sync", "--sentences", "clip", "--clip", str(tiny_clip)]
+    draw = ["jobs.refine", "--method", "best-of-n", "--clip", str(tiny_clip)]
+    featurise = ["jobs.featurise", "--clip", "embedded"]
+    for job, data, out in (
+        (sync, seen, tmp_path),
+        (draw, seen, tmp_path),
+        (featurise, seen, tmp_path),
+        (sync, tmp_path, seen),
+        (featurise, tmp_path, seen),
+    ):
+        ended = subprocess.run(
+            [sys.executable, "-m", *job, "--data", str(data / "data"), "--out", str(out / "made")],
+            cwd=ROOT, env=os.environ | {"RAY_ADDRESS": head.address}, capture_output=True, text=True, timeout=300,
+            check=False,
+        )  # fmt: skip
+        blind = f"--out {out / 'made'}" if out == tmp_path else f"--data {data / 'data'}"
+        assert ended.returncode == 2, ended.stderr
+        assert f"{blind}: a folder of one machine, which node" in ended.stderr.splitlines()[-1]
+        assert not list((out / "made").rglob("*.*")), "something was begun"
 
 
 @pytest.mark.parametrize("run_on", ["ray", "auto"])

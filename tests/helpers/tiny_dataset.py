@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,8 @@ def write_dataset(
     zero_row: int | None = None,
     first: int = 0,
     scores: np.ndarray | None = None,
+    attempts: Sequence[int] | None = None,
+    reasons: Sequence[str] | None = None,
 ) -> Path:
     """A finished dataset of `rows` scenes from number `first` on; the patch features of row `nan_row` are NaN, the
     global feature of row `zero_row` is zero.
@@ -92,14 +95,14 @@ def write_dataset(
             "width": [SIDE] * rows,
             "height": [SIDE] * rows,
             "seed": list(range(rows)),
-            "attempts": [1] * rows,
+            "attempts": [1] * rows if attempts is None else attempts,
             "batch_size": [4] * rows,
             "clip_score": (encoded.global_feature * texts).sum(axis=1).clip(0.3, 1.0).astype(np.float32)
             if scores is None
             else scores.astype(np.float32),
             **feature_columns(global_feature, patch_features),
             "status": [STORED] * rows,
-            "reason": [""] * rows,
+            "reason": [""] * rows if reasons is None else reasons,
         },
         schema=shard_schema(features),
     )

@@ -102,7 +102,7 @@ class Pairs:
     the place that each caption names."""
 
     source: OpenDataset
-    table: pa.Table  # sample_id, caption, clip_score
+    table: pa.Table  # sample_id, caption, clip_score, weight, place
     images: np.ndarray
     scenes: "Sequence[Named]"
     captions: np.ndarray
@@ -115,6 +115,8 @@ class Pairs:
         columns = ["sample_id", "caption", "clip_score"]
         table = pa.concat_tables([read_shard(source.store, shard, columns) for shard in manifest.stored_shards])
         parts = [read_rows(source.store, shard, None, manifest.features) for shard in manifest.stored_shards]
+        table = table.append_column("weight", pa.array(np.ones(len(table), np.int64)))
+        table = table.append_column("place", pa.array(np.arange(len(table))))
         pairs = scenes_of(DOMAINS[MAIN], CAPTIONS)
         scenes = [pairs[record_of(name)][0] for name in table["sample_id"].to_pylist()]
         return Pairs(

@@ -1,12 +1,15 @@
 """What a budget buys: a number of pictures, found once from the source's statistics, before anything is drawn."""
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from cluster.curation.redraw.settings import GPU_SECONDS, PICTURES
-from cluster.dataset.layout import shard_number, stats_key
-from cluster.dataset.opened import OpenDataset
+from cluster.dataset.beside import is_there
+from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, shard_number, stats_key
+from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.generation.cost import SECONDS_AN_HOUR
+from cluster.store.store import Store, open_store
 from pcm.errors import InputError, one_line
 
 #: Shards whose statistics are read: evenly spaced ones where there are more.
@@ -16,29 +19,40 @@ _REQUESTS_AT_ONCE = 16
 
 def seconds_per_picture(source: OpenDataset) -> float | None:
     """How long a generator of the source (a GPU, where it was drawn on GPUs) took for a stored picture, drawing and
-    scoring; None where nothing says so: a view, an import, a dataset that an earlier release drew.
+    scoring; None where nothing says so: an import, a dataset that an earlier release drew. Of a derived dataset that of
+    the datasets that it was taken from, as far as they are still there.
 
     Raises InputError for statistics that are damaged.
     """
-    if source.plan is None:
-        return None
-    shards = source.shards[:: max(1, -(-len(source.shards) // _MOST_STATS))]
+    shards = [(drawn.store, shard.key) for drawn in _drawn(source) for shard in drawn.shards]
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        found = list(pool.map(lambda shard: _times(source, shard.key), shards))
+        found = list(pool.map(lambda shard: _times(*shard), shards[:: max(1, -(-len(shards) // _MOST_STATS))]))
     seconds, pictures = sum(each[0] for each in found), sum(each[1] for each in found)
     return seconds / pictures if seconds > 0 and pictures else None
 
 
-def _times(source: OpenDataset, shard: str) -> tuple[float, int]:
+def _drawn(source: OpenDataset) -> Iterator[OpenDataset]:
+    """The datasets that drew a dataset's pictures: itself, those that a view points at, or the sources of one that was
+    written out."""
+    manifest = source.manifest
+    if manifest.lineage is None:
+        yield source
+        return
+    for each in manifest.pictures or manifest.lineage.sources:
+        if is_there(each.path, (MANIFEST_KEY, PLAN_KEY)):
+            yield from _drawn(open_dataset(open_store(each.path), unfinished=True))
+
+
+def _times(store: Store, shard: str) -> tuple[float, int]:
     key = stats_key(shard_number(shard))
     try:
-        stats = json.loads(source.store.read_bytes(key))
+        stats = json.loads(store.read_bytes(key))
         return float(stats.get("draw_seconds", 0)) + float(stats.get("featurise_seconds", 0)), int(stats["successes"])
     except FileNotFoundError:
         return 0.0, 0
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise InputError(
-            f"{source.store.root}/{key}: damaged ({one_line(error, longest=200)}); run jobs.verify --repair"
+            f"{store.root}/{key}: damaged ({one_line(error, longest=200)}); run jobs.verify --repair"
         ) from None
 
 
@@ -51,8 +65,8 @@ def pictures_of(budget: float, unit: str, *, seconds: float | None, price_per_ho
         return int(budget)
     if seconds is None:
         raise InputError(
-            f"--budget-in {unit}: {data} does not say how long its pictures took (a view, an import); give --budget in "
-            "pictures"
+            f"--budget-in {unit}: nothing says how long the pictures of {data} took (it was imported, or its source is "
+            "gone); give --budget in pictures"
         )
     if unit == GPU_SECONDS:
         bought = budget / seconds

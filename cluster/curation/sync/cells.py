@@ -158,12 +158,20 @@ def store_cells(out: Store, work: str, kind: str, vectors: StoredParts, tasks: T
     """Put vectors on the store, sorted by cell. `kind`: which, such as "pictures"."""
     folder = f"{work}/cells/{kind}"
     key = centroids_key(folder)
-    run_missing(tasks, out, work, _store_centroids, {key: (out, key, vectors, device)}, what=f"centroids of {kind}")
+    run_missing(
+        tasks,
+        out,
+        work,
+        _store_centroids,
+        {key: (out, key, vectors, device)},
+        what=f"centroids of {kind}",
+        on_device=True,
+    )
     numbered = [(_of_key(folder, number), size) for number, size in enumerate(vectors.sizes)]
     calls: dict[str, tuple] = {
         key: (out, folder, key, vectors, number, device) for number, (key, _) in enumerate(numbered)
     }
-    run_missing(tasks, out, work, _store_of, calls, what=f"cells of {kind}")
+    run_missing(tasks, out, work, _store_of, calls, what=f"cells of {kind}", on_device=True)
     of = np.concatenate(list(StoredParts(out, [key for key, _ in numbered], vectors.sizes)))
     order = np.argsort(of, kind="stable")
     keys = [sorted_key(folder, piece) for piece in range(-(-len(order) // PIECE_ROWS))]

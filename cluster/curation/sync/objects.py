@@ -19,11 +19,13 @@ def run_missing(
     calls: Mapping[str, tuple] | Mapping[tuple[str, ...], tuple],
     *,
     what: str,
+    on_device: bool = False,
 ) -> None:
-    """The calls of which an object is not there yet. `calls`: by the key, or the keys, of what a call writes."""
+    """The calls of which an object is not there yet. `calls`: by the key, or the keys, of what a call writes.
+    on_device: as for Tasks.run."""
     done = set(out.list(f"{work}/"))
     missing = [call for keys, call in calls.items() if not done.issuperset([keys] if isinstance(keys, str) else keys)]
-    tasks.run(function, missing, what=what)
+    tasks.run(function, missing, what=what, on_device=on_device)
 
 
 def write_arrays(out: Store, key: str, **arrays: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""What compares two captions: a sentence-transformers model, or the text tower of the dataset's own CLIP."""
+"""What compares two captions: a sentence-transformers model, or the text tower of the CLIP that finds the pictures."""
 
 import functools
 import importlib.metadata
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 #: The published encoder, https://huggingface.co/sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2
 PUBLISHED = "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2"
-#: Names the text tower of the dataset's CLIP.
+#: Names the text tower of the CLIP that finds the pictures.
 CLIP = "clip"
 
 _PACKAGE = "sentence_transformers"

@@ -1,6 +1,7 @@
 """SynC over a dataset, stage by stage, each in pieces whose results lie on the store.
 
     vectors      pictures and captions of a group of shards              (vectors.py)
+    order        rows and pictures by sample id, if they lie otherwise   (ordered.py)
     cells        with probes: vectors sorted by cell                     (cells.py)
     candidates   of a block of captions: the K nearest pictures          (nearest.py)
     describers   of a block of pictures: the K_r nearest captions        (nearest.py)
@@ -14,6 +15,9 @@ block size too, and nothing is taken for what it is not. A stage waits for the o
 
 Memory of a task: its block's vectors, two pieces of the other side, and the product of the block and a tile
 (nearest.py), whatever the number of pairs; for choices also K_r numbers a pair. The driver: some 40 bytes a pair.
+
+What is compared grows with the square of the number of pairs in candidates and describers. A block of choices compares
+few pairs, but reads all sentence vectors for them: its reading grows with the square too.
 """
 
 import hashlib
@@ -34,6 +38,7 @@ from cluster.curation.sync.choice import (
 )
 from cluster.curation.sync.nearest import nearest, pair_cosines
 from cluster.curation.sync.objects import read_arrays, run_missing, write_arrays
+from cluster.curation.sync.ordered import in_order
 from cluster.curation.sync.sentences import SentenceSpec
 from cluster.curation.sync.settings import WORK, SyncSettings
 from cluster.curation.sync.vectors import (
@@ -55,7 +60,7 @@ from cluster.dataset.layout import Manifest, read_table
 from cluster.store.store import Store
 
 #: Part of a key: changes when the code begins to make other numbers of the same data.
-_VERSION = 1
+_VERSION = 2
 #: Queries that are compared with all vectors where only some cells are looked into.
 RECALL_QUERIES = 1000
 _RECALL_SEED = 0
@@ -72,7 +77,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Refined:
-    """What SynC made of N pairs, in the order of the dataset's rows.
+    """What SynC made of N pairs, in the order of their sample ids.
 
     picture: (N,) int64, the row whose picture the caption takes. score: (N,) int64, SynC's score in units of 1e-6.
     cosine: (N,) float64, CLIP's of the caption and its picture. kept: int64, the rows that stay, best first. recall:
@@ -95,6 +100,7 @@ def work_folder(sha256: str, manifest: Manifest, sentences: SentenceSpec, device
 @dataclass(frozen=True)
 class Vectors:
     """The vectors of a dataset's pictures and of its U different captions, on the store; which rows have which caption.
+    Rows are numbered by sample id.
 
     sentences: those by which captions are compared with each other.
     """
@@ -144,12 +150,13 @@ def store_vectors(
     device: str,
 ) -> Vectors:
     """The first stage. `most`: how many rows of each caption are known by number. Raises as `refine_pairs` does."""
-    groups, embed_dim = groups_of(manifest), manifest.features.embed_dim
+    as_stored, embed_dim = groups_of(manifest), manifest.features.embed_dim
     calls: dict[tuple[str, ...], tuple] = {
         (piece_key(work, PICTURES, group.number), rows_key(work, group.number)): (data, out, work, group, embed_dim)
-        for group in groups
+        for group in as_stored
     }
     run_missing(tasks, out, work, store_pictures, calls, what="picture vectors")
+    work, groups = in_order(out, work, as_stored, tasks)
     numbers = Captions.of(caption_digests(out, work, groups), most=most)
     first = [_within(numbers.first_row, group) for group in groups]
     kinds = (CAPTIONS,) if sentences.is_clip else (SENTENCES, CAPTIONS)
@@ -159,7 +166,7 @@ def store_vectors(
         )
         for group, rows in zip(groups, first, strict=True)
     }  # fmt: skip
-    run_missing(tasks, out, work, store_captions, calls, what="caption vectors")
+    run_missing(tasks, out, work, store_captions, calls, what="caption vectors", on_device=True)
     sizes = [len(rows) for rows in first]
     return Vectors(
         pictures=_parts(out, work, PICTURES, [group.rows for group in groups]),
@@ -214,9 +221,11 @@ def cosines_of(
     return np.concatenate([block["cosine"] for block in blocks.read(out)])
 
 
-def stored_rows(manifest: Manifest, out: Store, work: str) -> pa.Table:
-    """sample_id, caption and clip_score of every row, once `refine_pairs` has been there."""
-    return pa.concat_tables([read_table(out, rows_key(work, group.number)) for group in groups_of(manifest)])
+def rows_by_id(manifest: Manifest, out: Store, work: str) -> pa.Table:
+    """sample_id, caption, clip_score, weight and place of every row, by sample id, once `refine_pairs` has been there.
+    place: the number among the dataset's rows as they lie there."""
+    tables = [read_table(out, rows_key(work, group.number)) for group in groups_of(manifest)]
+    return pa.concat_tables(tables).sort_by("sample_id")
 
 
 @dataclass(frozen=True)
@@ -275,21 +284,21 @@ def _searched(out: Store, work: str, search: _Search, tasks: Tasks, *, block_siz
         calls: dict[str, tuple] = {
             key: (out, key, search.queries, search.vectors, start, end, search.k, device) for key, start, end in ranges
         }
-        run_missing(tasks, out, work, _nearest_block, calls, what=search.name)
+        run_missing(tasks, out, work, _nearest_block, calls, what=search.name, on_device=True)
     else:
         cells = tasks.share(store_cells(out, work, search.kind, search.vectors, tasks, device=device))
         calls = {
             key: (out, key, search.queries, cells, start, end, search.k, search.probes, device)
             for key, start, end in ranges
         }
-        run_missing(tasks, out, work, _probing_block, calls, what=search.name)
+        run_missing(tasks, out, work, _probing_block, calls, what=search.name, on_device=True)
     return blocks
 
 
 def _recall(out: Store, work: str, search: _Search, blocks: _Blocks, tasks: Tasks, *, device: str) -> float:
     key = f"{work}/recall/{search.key}.safetensors"
     call = (out, key, search.queries, search.vectors, search.k, blocks, device)
-    run_missing(tasks, out, work, _compare_sample, {key: call}, what=f"recall of {search.name}")
+    run_missing(tasks, out, work, _compare_sample, {key: call}, what=f"recall of {search.name}", on_device=True)
     return float(read_arrays(out, key)["found"].mean())
 
 

@@ -3,8 +3,10 @@
 Pieces follow the dataset's shards, so they do not depend on how the work is divided later. A caption that occurs more
 than once is encoded once: its vectors are equal wherever it occurs, to the last bit, and so are its scores.
 
-    rows/000003.parquet       sample_id, caption, clip_score of a group of shards; written after its pictures
+    rows/000003.parquet       of a group of shards: sample_id, caption, clip_score, weight, and place, the number among
+                              the dataset's rows as they lie there; written after its pictures
     pictures/000003.npy       (n, D) float32, L2-normalised: global features
+    ordered/                  where rows do not lie by sample id: both so, and what follows (ordered.py)
     sentences/000003.npy      (u, E): a sentence encoder's vectors of the captions that occur here first, if not CLIP's
     captions/000003.npy       (u, D): CLIP's; written after the sentences
 """
@@ -14,7 +16,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -22,7 +24,8 @@ import pyarrow as pa
 
 from cluster.curation.sync.sentences import SentenceSpec, load_sentences
 from cluster.dataset.layout import Manifest, StoredShard, parquet_bytes, read_table
-from cluster.dataset.rows import features_of, read_shard, scores_of
+from cluster.dataset.rows import features_of, read_shard, read_weights, scores_of
+from cluster.generation.made_by import tell_encoder
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
 from cluster.weights.node_copy import local_name
@@ -45,12 +48,13 @@ _THREADS = 8
 
 @dataclass(frozen=True)
 class Group:
-    """Shards whose vectors lie in one piece; `first_row` is the place of its first row among all."""
+    """Rows whose vectors lie in one piece; `first_row` is the place of its first row among all. shards: those that it
+    was read from; none where rows were put in order since."""
 
     number: int
     first_row: int
     rows: int
-    shards: tuple[StoredShard, ...]
+    shards: tuple[StoredShard, ...] = ()
 
 
 def groups_of(manifest: Manifest) -> list[Group]:
@@ -95,10 +99,13 @@ def store_pictures(data: Store, out: Store, work: str, group: Group, embed_dim: 
                 f"{data.root}/{shard.key}: the features of {sample} are zero or not finite, and {len(bad) - 1} others; "
                 "run jobs.verify, or leave these rows out with jobs.curate --drop-list"
             )
-        tables.append(table.select(["sample_id", "caption"]).append_column("clip_score", pa.array(scores)))
+        table = table.select(["sample_id", "caption"]).append_column("clip_score", pa.array(scores))
+        tables.append(table.append_column("weight", pa.array(read_weights(data, shard))))
         features.append(vectors)
+    place = np.arange(group.first_row, group.first_row + group.rows)
+    rows = pa.concat_tables(tables).combine_chunks().append_column("place", pa.array(place))
     out.write_bytes(piece_key(work, PICTURES, group.number), array_bytes(np.concatenate(features)))
-    out.write_bytes(rows_key(work, group.number), parquet_bytes(pa.concat_tables(tables).combine_chunks()))
+    out.write_bytes(rows_key(work, group.number), parquet_bytes(rows))
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,7 @@ def store_captions(
 
     Raises InputError when a model cannot be loaded.
     """
+    tell_encoder(out, replace(spec, device=device))
     captions = read_table(out, rows_key(work, group.number), ["caption"])["caption"].take(rows).to_pylist()
     if not sentences.is_clip:
         encoder = load_sentences(sentences, device)

@@ -1,5 +1,6 @@
 """jobs.curate: what each rule drops, beside plain references, and the view that is left."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,16 +16,20 @@ import pytest
 from cluster.curation.curate import curate
 from cluster.curation.duplicates import near_captions, near_vectors
 from cluster.curation.request import CurateRequest, Subset
+from cluster.curation.rows import read_index
 from cluster.dataset import DatasetRow, read_dataset
-from cluster.dataset.layout import load_manifest
+from cluster.dataset.layout import CONCEPTS_KEY, MANIFEST_KEY, load_manifest
+from cluster.dataset.lineage import Lineage
+from cluster.dataset.opened import open_dataset
 from cluster.dataset.verify import verify
+from cluster.dataset.view import lineage_source, write_view
 from cluster.store.store import open_store
 from jobs.curate import JOB
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary, lexicon_nouns
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import write_dataset
-from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, plan_dataset, write_corpus
+from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, plan_dataset, tiny_spec, write_corpus
 
 ROWS = 60
 #: Some of them equal.
@@ -47,6 +52,64 @@ def kept(place: Path) -> set[str]:
 
 def run(data: Path, out: Path, **rules: object) -> dict:
     return curate(CurateRequest(data=(str(data),), out=str(out), **rules))  # type: ignore[arg-type]
+
+
+def test_rows_go_by_how_their_picture_was_drawn(tmp_path: Path, tiny_clip: Path) -> None:
+    """Of a view that shows another caption's picture: by that picture."""
+    attempts = [1, 2, 3, 1, 4, 2, 1, 3]
+    reasons = ["", "prompt_truncated", "", "", "prompt_truncated", "", "", ""]
+    data = write_dataset(tmp_path / "data", tiny_clip, rows=8, shard_size=3, attempts=attempts, reasons=reasons)
+    ids = [f"{row:09d}-00" for row in range(8)]
+    assert run(data, tmp_path / "attempts", max_attempts=2)["dropped"] == {"max_attempts": 3}
+    assert kept(tmp_path / "attempts") == {ids[row] for row in (0, 1, 3, 5, 6)}
+    assert run(data, tmp_path / "reason", drop_reason=("prompt_truncated",))["dropped"] == {"drop_reason": 2}
+    assert kept(tmp_path / "reason") == {ids[row] for row in (0, 2, 3, 5, 6, 7)}
+    source = open_dataset(open_store(data))
+    rows = read_index([source])
+    turned = dataclasses.replace(rows.for_view(), shard=rows.shard[::-1], row=rows.row[::-1])  # 0 shows 7's picture
+    lineage = Lineage(method="test", settings={}, sources=(lineage_source(source),), rows_in=8)
+    write_view(open_store(tmp_path / "turned"), [source], turned, lineage)
+    run(tmp_path / "turned", tmp_path / "turned-attempts", max_attempts=2)
+    assert kept(tmp_path / "turned-attempts") == {ids[7 - row] for row in (0, 1, 3, 5, 6)}
+    run(tmp_path / "turned", tmp_path / "turned-reason", drop_reason=("prompt_truncated",))
+    assert kept(tmp_path / "turned-reason") == {ids[7 - row] for row in (0, 2, 3, 5, 6, 7)}
+
+
+#: Of spaCy what is asked here, for a machine without it. It finds colours and nothing else.
+SPACY = """
+from types import SimpleNamespace
+
+class Model:
+    def pipe(self, captions, batch_size):
+        for caption in captions:
+            words = caption.lower().strip(".").split()
+            yield [SimpleNamespace(pos_="NOUN" if word in ("red", "blue") else "X", lemma_=word) for word in words]
+
+def load(name, exclude):
+    if name != "xx_colours":
+        raise OSError(name)
+    return Model()
+"""
+
+
+def test_captions_without_a_concept_stay_and_are_counted_by_what_found_the_concepts(
+    tmp_path: Path, data: Path, rows: list[DatasetRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "packages" / "spacy").mkdir(parents=True)
+    (tmp_path / "packages" / "spacy" / "__init__.py").write_text(SPACY)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    concepts = ConceptVocabulary.load(data / CONCEPTS_KEY)
+    every = len(concepts)
+    assert run(data, tmp_path / "lexicon", covered_by=every)["covered_by_no_concept"] == 0
+    coloured = shutil.copytree(data, tmp_path / "coloured")
+    (coloured / CONCEPTS_KEY).write_bytes(dataclasses.replace(concepts, source="spacy:xx_colours").to_bytes())
+    found = run(coloured, tmp_path / "spacy", covered_by=every)
+    without = [row for row in rows if not {"red", "blue"} & set(str(row.caption).lower().strip(".").split())]
+    assert found["covered_by_no_concept"] == len(without) > 0 and found["rows_out"] == ROWS
+    (coloured / CONCEPTS_KEY).write_bytes(dataclasses.replace(concepts, source="spacy:xx_absent").to_bytes())
+    with pytest.raises(InputError, match="spaCy model 'xx_absent', which is not installed here; install it, or leave"):
+        run(coloured, tmp_path / "absent", covered_by=every)
+    assert run(coloured, tmp_path / "other", drop_lowest=0.1)["rows_out"] == ROWS * 0.9, "no rule by concept"
 
 
 def best_first(rows: list[DatasetRow]) -> list[DatasetRow]:
@@ -350,6 +413,44 @@ def test_the_committed_shards_of_an_unfinished_dataset_are_curated_when_told_so(
     plan_dataset(tmp_path / "planned", corpus, null_spec())
     with pytest.raises(InputError, match="none of its 5 planned shards is there yet"):
         run(tmp_path / "planned", tmp_path / "other", unfinished=True)
+
+
+def test_a_view_of_an_unfinished_dataset_is_finished_with_the_shards_it_was_begun_with(tmp_path: Path) -> None:
+    make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path), null_spec(), shard_size=5)
+    shard, manifest = tmp_path / "data" / "shards" / "part-000002.parquet", tmp_path / "data" / MANIFEST_KEY
+    late = {place: place.read_bytes() for place in (shard, manifest)}
+    for place in late:
+        place.unlink()
+    before = run(tmp_path / "data", tmp_path / "out", unfinished=True)
+    (tmp_path / "out" / MANIFEST_KEY).unlink()  # as if it had been killed
+    for place in (shard, manifest):  # the dataset grows, and is finished
+        place.write_bytes(late[place])
+        again = run(tmp_path / "data", tmp_path / "out", unfinished=True)
+        assert again["fingerprint"] == before["fingerprint"] and again["rows_in"] == 19
+        assert again["unfinished"] == {str(tmp_path / "data"): "4 of 5 shards"}
+        with pytest.raises(InputError, match="of the data in another state"):
+            run(
+                tmp_path / "data", tmp_path / "out", unfinished=True
+            )  # it is done: what has come asks for another --out
+        (tmp_path / "out" / MANIFEST_KEY).unlink()
+    assert run(tmp_path / "data", tmp_path / "new", unfinished=True)["rows_in"] == 24
+
+
+def test_an_unfinished_dataset_without_its_clip_head_is_refused_in_one_line(
+    tmp_path: Path, tiny_t2i: Path, tiny_clip: Path
+) -> None:
+    """As a run leaves it that was killed before the first scorer had stored what it loads."""
+    data = tmp_path / "data"
+    make_dataset_in_process(data, write_corpus(tmp_path), tiny_spec(tiny_t2i, tiny_clip), finish=False)
+    for use in (
+        lambda: run(data, tmp_path / "out", unfinished=True),
+        lambda: list(read_dataset(data, unfinished=True)),
+    ):
+        with pytest.raises(InputError, match=rf"{data}: has no clip_head.safetensors yet, .* run the command"):
+            use()
+    (data / "clip_head.safetensors").write_bytes(b"no head")
+    with pytest.raises(InputError, match=r"clip_head.safetensors: damaged"):
+        run(data, tmp_path / "out", unfinished=True)
 
 
 def test_a_view_is_curated_and_written_out(tmp_path: Path, data: Path) -> None:

@@ -1,6 +1,7 @@
 """jobs.refine --method best-of-n and redraw: real pictures drawn again, the best kept, the old ones untouched."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -244,6 +245,8 @@ def test_a_redraw_of_a_redraw_draws_other_pictures(dataset: Path, tmp_path: Path
         (("--method", "redraw", "--budget", "1e-9", "--budget-in", "gpu-seconds"), "--budget 1e-09: buys no picture"),
         (("--method", "redraw", "--budget", "1e12"), "--budget 1e+12: is 1,000,000,000,000 pictures for"),
         (("--method", "best-of-n", "--best-of", "2000"), "--best-of 2000: is"),
+        (("--method", "best-of-n", "--dry-run"), "--dry-run: writes nothing; leave --out and --materialise out"),
+        (("--method", "sync", "--dry-run"), "--dry-run: without effect with --method sync"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line_before_ray_starts(
@@ -255,6 +258,30 @@ def test_what_cannot_be_is_refused_in_one_line_before_ray_starts(
     ended = call_job("refine", "--data", dataset, "--out", tmp_path / "out", *named, *arguments)
     assert ended.returncode == 2 and ended.stderr.splitlines()[-1].startswith(f"error: {said}")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "asked", [{"method": "best-of-n", "best_of": 3}, {"method": "redraw", "budget": 6, "rounds": 2}]
+)
+def test_a_dry_run_says_what_the_job_would_say_and_draws_nothing(
+    dataset: Path, tmp_path: Path, call_job: CALL, models: tuple, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, asked: dict,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.INFO)
+    made = redraw_in_process(dataset, tmp_path / "out", **asked)
+    monkeypatch.setattr("cluster.session.start_ray", lambda **_: pytest.fail("Ray was started"))
+    before = objects(dataset)
+    options = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", value)]
+    ended = call_job("refine", "--data", dataset, *options, "--dry-run", *models)
+    assert ended.returncode == 0 and ended.summary is not None, ended.stderr
+    facts = made.lineage.facts  # type: ignore[union-attr]
+    assert ended.summary["pictures"] == facts["drawn"] and ended.summary["fingerprint"] is None
+    for name in ("mean_score_before", "expected_mean_score", "expected_seconds"):
+        assert ended.summary[name] == pytest.approx(facts[name])
+    assert facts["expected_seconds"] > 0 and objects(dataset) == before
+    assert "pictures for 24 rows: expected mean clip score" in caplog.text
+    ended = call_job("refine", "--data", dataset, *options, *models)
+    assert ended.returncode == 2 and ended.stderr.startswith("error: --out: missing; or add --dry-run")
 
 
 def test_a_generator_that_the_dataset_alone_names_is_not_opened(

@@ -1,8 +1,10 @@
 """jobs.refine: the view of what SynC chose, what is refused before the work, and going on after an interruption."""
 
+import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +16,16 @@ import numpy as np
 import pytest
 
 from cluster.curation.refine import FACTS, RECALL
+from cluster.curation.rows import read_index
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import WORK
 from cluster.dataset import read_dataset
 from cluster.dataset.layout import MANIFEST_KEY, load_manifest
+from cluster.dataset.lineage import Lineage
+from cluster.dataset.opened import open_dataset
+from cluster.dataset.rows import read_shard, read_weights
 from cluster.dataset.verify import verify
+from cluster.dataset.view import lineage_source, write_view
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
 from tests.helpers.featurised import featurise_in_process
@@ -74,6 +81,57 @@ def test_a_view_is_refined_like_any_dataset(dataset: Path, tmp_path: Path) -> No
     twice = sync_in_process(tmp_path / "once", tmp_path / "twice", SentenceSpec(model="clip"))
     assert [store.path for store in twice.pictures] == [str(dataset)], "a view of a view points at the pictures"
     assert twice.stored == int(0.9 * 54) and verify(open_store(tmp_path / "twice"))["complete"]
+
+
+@pytest.mark.parametrize("probes", [None, 2])
+@pytest.mark.parametrize("groups_at_once", [1, 32])
+def test_rows_stay_by_their_sample_ids_however_they_lie(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probes: int | None, groups_at_once: int
+) -> None:
+    """Of one dataset, and of a view of the same rows whose last 25 come first."""
+    monkeypatch.setattr("cluster.curation.sync.ordered.GROUP_ROWS", 13)
+    monkeypatch.setattr("cluster.curation.sync.vectors.GROUP_ROWS", 13)
+    monkeypatch.setattr("cluster.curation.sync.ordered.GROUPS_AT_ONCE", groups_at_once)
+    turned = turned_view(dataset, tmp_path, weight=np.arange(60) % 3 + 1)
+    stored = [row.sample_id for row in read_dataset(turned)]
+    assert stored != sorted(stored)
+    of_clip = SentenceSpec(model="clip")
+    plain = sync_in_process(dataset, tmp_path / "plain", of_clip, keep=0.5, probes=probes)
+    again = sync_in_process(turned, tmp_path / "again", of_clip, keep=0.5, probes=probes)
+    assert plain.fingerprint == again.fingerprint
+    assert plain.clip_score_mean == pytest.approx(again.clip_score_mean)
+    assert plain.lineage is not None and again.lineage is not None
+    examples, same = (made.lineage.rules[0].examples for made in (plain, again))
+    assert [each["sample_id"] for each in examples] == [each["sample_id"] for each in same]
+
+
+def test_a_row_keeps_its_captions_weight(dataset: Path, tmp_path: Path) -> None:
+    turned = turned_view(dataset, tmp_path, weight=np.arange(60) % 3 + 1)
+    made = sync_in_process(turned, tmp_path / "view", SentenceSpec(model="clip"))
+    assert made.lineage is not None and made.lineage.facts["moved"] > 0
+    weights = weights_of(tmp_path / "view")
+    assert weights == {sample: int(sample.partition("-")[0]) % 3 + 1 for sample in weights}
+
+
+def turned_view(dataset: Path, folder: Path, *, weight: np.ndarray) -> Path:
+    """Of all 60 rows: the first 35 show a copy of their pictures, which lies behind them. weight: by sample id."""
+    shutil.copytree(dataset, folder / "copy")
+    sources = [open_dataset(open_store(place)) for place in (dataset, folder / "copy")]
+    rows = read_index(sources[:1])
+    first = (np.arange(60) < 35).astype(np.int64)
+    view = dataclasses.replace(rows, source=first, weight=weight).for_view()
+    lineage = Lineage(method="test", settings={}, sources=tuple(map(lineage_source, sources)), rows_in=60)
+    write_view(open_store(folder / "turned"), sources, view, lineage)
+    return folder / "turned"
+
+
+def weights_of(view: Path) -> dict[str, int]:
+    store = open_store(view)
+    found: dict[str, int] = {}
+    for shard in load_manifest(store).stored_shards:
+        ids = read_shard(store, shard, ["sample_id"])["sample_id"].to_pylist()
+        found |= zip(ids, read_weights(store, shard).tolist(), strict=True)
+    return found
 
 
 @pytest.fixture
@@ -210,7 +268,8 @@ def test_on_ray_the_view_is_the_same_and_a_rerun_finds_it(
     ended = call_job("refine", *arguments)
     assert ended.returncode == 0, ended.stderr
     assert ended.summary is not None
-    assert ended.summary["fingerprint"] == alone.fingerprint and ended.summary["sentences"] == "clip"
+    assert ended.summary["fingerprint"] == alone.fingerprint
+    assert ended.summary["sentences"] == f"clip ({of_clip[-1]})"
     assert (ended.summary["pairs"], ended.summary["kept"]) == (60, 54)
     assert not open_store(tmp_path / "view").list(f"{WORK}/"), "nothing is left of the work"
     again = call_job("refine", *arguments)
@@ -280,8 +339,10 @@ def test_another_clips_features_find_the_pictures_and_the_datasets_own_clip_scor
         assert row.clip_score == pytest.approx(float(text @ row.global_feature.astype(np.float32)), abs=1e-3)  # type: ignore[union-attr]
     plain = sync_in_process(dataset, tmp_path / "plain", SentenceSpec(model="clip"))
     assert plain.fingerprint != found.fingerprint, "the two CLIPs find other pictures"
-    assert found.lineage is not None
+    assert found.lineage is not None and plain.lineage is not None
     assert [source.path for source in found.lineage.sources] == [str(dataset), str(by_another_clip)]
+    assert found.lineage.facts["sentences"] == f"clip ({found.lineage.facts['retrieval']})"
+    assert plain.lineage.facts["sentences"] == f"clip ({tiny_clip})"
     assert verify(open_store(tmp_path / "view"))["ok"]
 
 

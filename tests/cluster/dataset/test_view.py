@@ -17,7 +17,7 @@ from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.rows import read_rows, read_shard
 from cluster.dataset.upgrade import upgrade
 from cluster.dataset.verify import inspect, verify
-from cluster.dataset.view import ViewRows, lineage_source, write_view
+from cluster.dataset.view import ViewRows, claim, lineage_source, write_view
 from cluster.shard_work import PROCESS, RAY
 from cluster.store.store import open_store
 from cluster.training.data.batches import BatchShape
@@ -313,3 +313,20 @@ def test_the_shards_of_an_unfinished_dataset_are_pinned_for_all_workers(
     assert worker.manifest == found.manifest and worker.description() == found.description()
     (now,) = open_training_sets([DataSource(store.root)], unfinished=True)
     assert now.description()["sha256"] != found.description()["sha256"] and len(now.shards) == 3
+
+
+def test_of_a_view_whose_check_fails_nothing_stays_but_what_was_begun_before(tmp_path: Path, source: Path) -> None:
+    """Where no other node sees its place, say."""
+
+    def refuse() -> None:
+        assert (tmp_path / "view" / LINEAGE_KEY).exists(), "by this the nodes are asked"
+        raise InputError("a folder of one machine")
+
+    asked, out = lineage(opened(source)), open_store(tmp_path / "view")
+    with pytest.raises(InputError, match="a folder of one machine"):
+        claim(out, asked, check=refuse)
+    assert not out.list()
+    assert claim(out, asked) is None and out.list() == [LINEAGE_KEY]
+    with pytest.raises(InputError, match="a folder of one machine"):
+        claim(out, asked, check=refuse)
+    assert out.list() == [LINEAGE_KEY]

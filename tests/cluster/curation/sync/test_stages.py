@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import inspect
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +37,20 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "drawn", tiny_clip, rows=90, shard_size=10)
 
 
-def refined(dataset: Path, out: Path, *, block_size: int = 4096, settings: SyncSettings = SETTINGS) -> Refined:
+def refined(
+    dataset: Path,
+    out: Path,
+    *,
+    block_size: int = 4096,
+    settings: SyncSettings = SETTINGS,
+    tasks: InThisProcess = InThisProcess(),  # noqa: B008
+) -> Refined:
     store = open_store(dataset)
     manifest = load_manifest(store)
     digest = hashlib.sha256(store.read_bytes(MANIFEST_KEY)).hexdigest()
     return refine_pairs(
         store, manifest, open_store(out), work_folder(digest, manifest, OF_CLIP, "cpu"), settings, OF_CLIP,
-        InThisProcess(), clip=manifest.spec.clip.model, block_size=block_size, device="cpu",
+        tasks, clip=manifest.spec.clip.model, block_size=block_size, device="cpu",
     )  # fmt: skip
 
 
@@ -157,6 +166,26 @@ def test_other_settings_use_the_same_vectors_and_no_other_block(
     assert_same(refined(dataset, tmp_path, settings=other), refined(dataset, tmp_path / "anew", settings=other))
     said = [record.getMessage() for record in caplog.records if record.name == "cluster.curation.tasks"]
     assert said[:2] == ["candidates: 1 pieces", "choices: 1 pieces"]
+
+
+class Watched(InThisProcess):
+    """Only what is called with a device asks for a GPU."""
+
+    def __init__(self) -> None:
+        self.on_device: dict[str, bool] = {}
+
+    def run(self, function: Callable[..., None], calls: Sequence[tuple], *, what: str, on_device: bool = False) -> None:
+        assert on_device == ("device" in inspect.signature(function).parameters), what
+        self.on_device[what] = on_device
+        super().run(function, calls, what=what, on_device=on_device)
+
+
+def test_stages_that_compute_on_processors_reserve_no_gpu(dataset: Path, tmp_path: Path) -> None:
+    tasks = Watched()
+    refined(dataset, tmp_path, settings=PROBING, tasks=tasks)
+    without = {what for what, on_device in tasks.on_device.items() if not on_device}
+    assert without == {"picture vectors", "pictures by cell", "captions by cell", "choices"}
+    assert {"caption vectors", "candidates", "describers"} <= tasks.on_device.keys()
 
 
 def test_features_that_are_no_direction_are_refused_by_name(dataset: Path, tiny_clip: Path, tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""dataset.json of what is derived or imported says by which releases, and on which machine, and the same each time."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import pcm
+from cluster.curation.curate import curate
+from cluster.curation.request import CurateRequest
+from cluster.curation.sync.sentences import SentenceSpec
+from cluster.dataset.layout import MANIFEST_KEY, load_manifest
+from cluster.export.as_dataset import export_as_dataset
+from cluster.export.request import ExportRequest
+from cluster.generation.environment import versions
+from cluster.ingest.photos import featurise_photos
+from cluster.ingest.request import FeaturiseRequest
+from cluster.ingest.text_only import text_only_dataset
+from cluster.store.store import open_store
+from pcm.clip.encoder import ClipEncoder
+from tests.helpers.featurised import featurise_in_process
+from tests.helpers.refined import redraw_in_process, sync_in_process
+from tests.helpers.tiny_dataset import write_dataset, write_pictures
+from tests.helpers.tiny_models import save_tiny_clip
+
+
+def _curated(data: Path, out: Path, clip: Path) -> None:
+    curate(CurateRequest(data=(str(data),), out=str(out), min_words=2))
+
+
+def _materialised(data: Path, out: Path, clip: Path) -> None:
+    curate(CurateRequest(data=(str(data),), out=str(out), min_words=2, materialise=True))
+
+
+def _exported(data: Path, out: Path, clip: Path) -> None:
+    view = out.with_suffix(".view")
+    _curated(data, view, clip)
+    request = ExportRequest(data=str(view), out=str(out), to="dataset")
+    export_as_dataset(open_store(view), open_store(out), request)
+
+
+def _refined(data: Path, out: Path, clip: Path) -> None:
+    sync_in_process(data, out, SentenceSpec(model="clip"))
+
+
+def _redrawn(data: Path, out: Path, clip: Path) -> None:
+    redraw_in_process(data, out, method="redraw", budget=2, rounds=1)
+
+
+def _featurised(data: Path, out: Path, clip: Path) -> None:
+    featurise_in_process(data, out, clip)
+
+
+def _photos(data: Path, out: Path, clip: Path) -> None:
+    pictures = write_pictures(out.with_suffix(".photos") / "pictures", count=3)
+    captions = str(pictures.parent / "references.csv")
+    featurise_photos(FeaturiseRequest(images=str(pictures), captions=captions, out=str(out), clip=str(clip)))
+
+
+def _texts(data: Path, out: Path, clip: Path) -> None:
+    text_only_dataset(open_store(data), open_store(out), ClipEncoder(load_manifest(open_store(data)).spec.clip.model))
+
+
+@pytest.mark.parametrize(
+    ("make", "encodes"),
+    [
+        (_curated, False),
+        (_materialised, False),
+        (_exported, False),
+        (_redrawn, False),
+        (_refined, True),
+        (_featurised, True),
+        (_photos, True),
+        (_texts, True),
+    ],
+)
+def test_a_manifest_says_what_made_it(
+    tmp_path: Path, tiny_clip: Path, make: Callable[[Path, Path, Path], None], encodes: bool
+) -> None:
+    data = write_dataset(tmp_path / "data", tiny_clip, rows=12)
+    other = save_tiny_clip(tmp_path / "clip", seed=1)
+    documents = []
+    for name in ("once", "again"):
+        make(data, tmp_path / name, other)
+        found = load_manifest(open_store(tmp_path / name))
+        assert found.versions == versions() and found.versions["pcmnet-ray"] == pcm.__version__
+        (environment,) = found.environments
+        assert environment["processor"] and (environment["instructions"] is not None) == encodes
+        documents.append((tmp_path / name / MANIFEST_KEY).read_text().replace(f"{tmp_path / name}", "OUT"))
+    assert make in (_exported, _photos) or documents[0] == documents[1], "the same bytes"
