@@ -16,9 +16,9 @@ def run(request: VerifyRequest) -> dict[str, Any]:
 
     store = open_store(request.dataset)
     if request.redraw is not None:
-        from cluster.generation.redraw_check import planned
+        from cluster.generation.redraw_check import plans_of
 
-        planned(store)  # what cannot be drawn again is told before all is read
+        plans_of(store)  # what cannot be drawn again is told before all is read
     if request.upgrade:
         from cluster.dataset.upgrade import upgrade
 

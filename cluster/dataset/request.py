@@ -40,7 +40,8 @@ class VerifyRequest(RunOnOption):
     upgrade: bool = option(False, help="rewrite a dataset of an older schema version in place")
     redraw: int | None = option(
         None, metavar="N",
-        help="draw N stored pictures again, chosen at random by --seed, and say how many are identical", unset="none",
+        help="draw N stored pictures again, of a view those of its sources, chosen at random by --seed, and compare",
+        unset="none",
     )  # fmt: skip
     seed: int = option(0, help="of --redraw")
 

@@ -7,7 +7,7 @@ them. So a dataset of two kinds of machine says both.
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -20,6 +20,11 @@ FOLDER = "environments/"
 
 #: Names of packages whose release decides bytes, as they are installed.
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "pillow")
+#: How an environment names the version of this package.
+OWN_VERSION = "pcmnet-ray"
+#: In the stats of a shard: the digest of where it was drawn, and of where the rest of it was, if quarantined samples
+#: were drawn later on another machine.
+DRAWN_IN, DRAWN_BEFORE_IN = "environment", "environments_before"
 
 
 def environment(*, device: str, loads_models: bool) -> dict[str, Any]:
@@ -37,7 +42,7 @@ def environment(*, device: str, loads_models: bool) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """This package's version, and that of each of PACKAGES that is installed."""
-    found = {"pcmnet-ray": pcm.__version__}
+    found = {OWN_VERSION: pcm.__version__}
     for name in PACKAGES:
         try:
             found[name] = version(name)
@@ -60,7 +65,7 @@ def store_environment(store: Store, found: dict[str, Any]) -> str:
     """Put it beside the shards, where it is not there yet; its digest."""
     data = document_bytes(found)
     digest = hashlib.sha256(data).hexdigest()[:16]
-    key = f"{FOLDER}{digest}.json"
+    key = _key(digest)
     if not store.exists(key):
         store.write_bytes(key, data)
     return digest
@@ -71,15 +76,35 @@ def stored_environments(store: Store) -> tuple[dict[str, Any], ...]:
 
     Raises InputError for a damaged object.
     """
-    found = []
-    for key in sorted(store.list(FOLDER)):
-        try:
-            document = json.loads(store.read_bytes(key))
-            dict(document["versions"])
-        except (ValueError, TypeError, LookupError):
-            raise InputError(f"{store.root}/{key}: damaged; delete it and run the same command again") from None
-        found.append(document)
-    return tuple(found)
+    return tuple(_read(store, key) for key in sorted(store.list(FOLDER)))
+
+
+def load_environment(store: Store, digest: str) -> dict[str, Any] | None:
+    """What `store_environment` put there; None where it is gone. Raises InputError for a damaged object."""
+    try:
+        return _read(store, _key(digest))
+    except FileNotFoundError:
+        return None
+
+
+def drawn_in(stats: Mapping[str, Any]) -> list[str]:
+    """Digests of the environments that drew a shard, from its stats: one, or several where quarantined samples were
+    drawn later; none of one that an earlier release drew."""
+    digest = stats.get(DRAWN_IN)
+    return [*stats.get(DRAWN_BEFORE_IN, ()), *([digest] if digest else [])]
+
+
+def _key(digest: str) -> str:
+    return f"{FOLDER}{digest}.json"
+
+
+def _read(store: Store, key: str) -> dict[str, Any]:
+    try:
+        document = json.loads(store.read_bytes(key))
+        dict(document["versions"])
+        return dict(document)
+    except (ValueError, TypeError, LookupError):
+        raise InputError(f"{store.root}/{key}: damaged; delete it and run the same command again") from None
 
 
 def joined_versions(environments: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -1,11 +1,11 @@
 """jobs.verify --redraw: some of a dataset's pictures drawn again from its plan and spec, compared with the stored ones.
 
-Nothing on the store is changed. A picture is a pure function of (caption, spec, seed) on machines of one kind, so all
-are identical there; elsewhere the summary says how far off the others are, and in what the environment differs.
+Nothing on the store is changed. The pictures of a view are those of the datasets that hold them. What may differ:
+`cluster.generation.redraw_compare`.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,99 +14,166 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from cluster.dataset.layout import Plan, load_manifest, load_plan, read_table, shard_number
-from cluster.dataset.rows import read_shard
+from cluster.dataset.layout import (
+    Manifest,
+    Plan,
+    StoredShard,
+    load_manifest,
+    load_plan,
+    read_table,
+    shard_number,
+    stats_key,
+)
+from cluster.dataset.rows import read_shard, read_view_part
 from cluster.dataset.verify import refuse_derived
-from cluster.generation.environment import differences, environment
+from cluster.generation.environment import drawn_in, environment, load_environment
 from cluster.generation.places import pools_of_cluster
+from cluster.generation.redraw_compare import compare, paired
 from cluster.generation.stages.draw import DrawShard
 from cluster.session import start_ray, user_error
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from pcm.generation.names import TEXT_ONLY, UNDRAWN
-from pcm.images import open_image
 from pcm.spec import DatasetSpec
-
-log = logging.getLogger(__name__)
 
 #: Pictures of one task, which loads the model once.
 _AT_ONCE = 64
-#: Pictures that differ, named in the summary.
-_EXAMPLES = 10
 
 
 @dataclass(frozen=True)
-class Again:
-    """A stored picture, and the one that was drawn now; b"" where none could be made."""
+class Chosen:
+    """Stored pictures of one dataset that was drawn here.
 
-    sample_id: str
-    stored: bytes
-    drawn: bytes
+    rows: of its plan, and of each its picture, attempts, batch size, and `environments`: digests of where its shard was
+    drawn. known: the environment of each of these digests that the dataset says.
+    """
 
-
-#: Draws rows of a plan again: (store, spec, rows) -> their pictures and the environment that drew them.
-DrawAgain = Callable[[Store, DatasetSpec, pa.Table], tuple[list[bytes], dict[str, Any]]]
+    store: Store
+    spec: DatasetSpec
+    rows: pa.Table
+    known: Mapping[str, dict[str, Any]]
 
 
 def redraw_check(dataset: str, *, count: int, seed: int) -> dict[str, Any]:
-    """Draw `count` stored pictures again, chosen by `seed`, on Ray. See `compare` for what is returned.
+    """Draw `count` stored pictures again, chosen by `seed`, on Ray. See `compare` for what is returned, and
+    `not_drawn_here`: rows of a view that were chosen and whose pictures no plan says how to draw.
 
     Raises InputError, before Ray starts, where nothing was drawn here.
     """
     store = open_store(dataset)
-    plan = planned(store)
-    chosen = chosen_rows(store, plan, count=count, seed=seed)
+    chosen, others = choose(store, plans_of(store), count=count, seed=seed)
     start_ray()
-    pools = pools_of_cluster(device=plan.spec.generator.device)
-    task: Any = ray.remote(draw_again).options(
-        num_cpus=pools.generator_cpus, num_gpus=pools.generator_gpus, max_retries=3
-    )
-    work = list(batches(plan.spec, chosen))
+    work = [(each, *task) for each in chosen for task in batches(each.spec, each.rows)]
     try:
-        answers = ray.get([task.remote(store, spec, rows) for spec, rows in work])
+        answers = ray.get([_task(spec).remote(each.store, spec, rows) for each, spec, rows in work])
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
-    return compare(store, [rows for _, rows in work], answers)
+    pairs = [
+        pair
+        for (each, _, rows), (pictures, now) in zip(work, answers, strict=True)
+        for pair in paired(rows, pictures, each.known, now)
+    ]
+    return {**compare(pairs), "not_drawn_here": others}
 
 
-def planned(store: Store) -> Plan:
-    """The plan of a finished dataset that was drawn here. Raises InputError for any other."""
+def _task(spec: DatasetSpec) -> Any:
+    pools = pools_of_cluster(device=spec.generator.device)
+    task: Any = ray.remote(draw_again)
+    return task.options(num_cpus=pools.generator_cpus, num_gpus=pools.generator_gpus, max_retries=3)
+
+
+def plans_of(store: Store) -> dict[str, Plan]:
+    """Where pictures of a finished dataset or view lie that were drawn here: address -> the plan there.
+
+    Raises InputError where there are none.
+    """
+    manifest = load_manifest(store)
+    if not manifest.is_view:
+        return {store.address: _planned(store)}
+    plans = {each.path: load_plan(open_store(each.path)) for each in manifest.pictures}
+    drawn = {path: plan for path, plan in plans.items() if plan is not None and _is_drawn(plan)}
+    if not drawn:
+        raise InputError(f"--redraw: no pictures of {store.root} were drawn here; leave it out")
+    return drawn
+
+
+def _planned(store: Store) -> Plan:
     plan = load_plan(store)
     if plan is None:
         refuse_derived(store, "drawn again")
         raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
-    if plan.spec.generator.model in (*UNDRAWN, TEXT_ONLY):
+    if not _is_drawn(plan):
         raise InputError(f"--redraw: the pictures of {store.root} were not drawn here; leave it out")
     return plan
 
 
-def chosen_rows(store: Store, plan: Plan, *, count: int, seed: int) -> pa.Table:
-    """At most `count` stored rows, chosen at random by the seed, as plan rows with their picture, attempts and batch
-    size. Raises InputError as read_shard does."""
-    manifest = load_manifest(store)
+def _is_drawn(plan: Plan) -> bool:
+    return plan.spec.generator.model not in (*UNDRAWN, TEXT_ONLY)
+
+
+def choose(store: Store, plans: Mapping[str, Plan], *, count: int, seed: int) -> tuple[list[Chosen], int]:
+    """(at most `count` stored pictures, chosen at random by the seed, each once; how many more were chosen that are in
+    none of `plans`). Raises InputError as read_shard does, and where none is left."""
+    shards: dict[tuple[str, StoredShard], np.ndarray] = {}
+    for dataset, shard, rows in _places(store, load_manifest(store), count=count, seed=seed):
+        shards[dataset, shard] = np.union1d(rows, shards.get((dataset, shard), rows))
+    others = sum(len(rows) for (dataset, _), rows in shards.items() if dataset not in plans)
+    chosen = []
+    for dataset, plan in plans.items():
+        source = open_store(dataset)
+        tables = [_rows(source, plan, shard, rows) for (where, shard), rows in shards.items() if where == dataset]
+        if tables:
+            rows = pa.concat_tables(tables).combine_chunks()
+            digests = {digest for each in rows["environments"].to_pylist() for digest in each}
+            found = ((digest, load_environment(source, digest)) for digest in sorted(digests))
+            chosen.append(Chosen(source, plan.spec, rows, {digest: each for digest, each in found if each}))
+    if not chosen:
+        none = "none of the chosen pictures was drawn here; choose more" if others else "holds no stored picture"
+        raise InputError(f"--redraw: {store.root}: {none}")
+    return chosen, others
+
+
+def _places(
+    store: Store, manifest: Manifest, *, count: int, seed: int
+) -> Iterator[tuple[str, StoredShard, np.ndarray]]:
+    """(dataset, shard, rows of it) of the pictures of rows chosen at random."""
     starts = np.cumsum([0, *(shard.rows for shard in manifest.stored_shards)])
     places = np.sort(np.random.default_rng(seed).permutation(starts[-1])[:count])
-    tables = []
     for number, shard in enumerate(manifest.stored_shards):
         mine = places[(places >= starts[number]) & (places < starts[number + 1])] - starts[number]
         if not len(mine):
             continue
-        stored = read_shard(store, shard, ["sample_id", "image", "attempts", "batch_size"]).take(mine)
-        part = read_table(store, plan.part_key(shard_number(shard.key)))
-        rows = part.take(pc.index_in(stored["sample_id"].combine_chunks(), part["sample_id"].combine_chunks()))
-        images = stored["image"].combine_chunks().field("bytes")
-        rows = rows.append_column("image", images).append_column("attempts", stored["attempts"])
-        tables.append(rows.append_column("batch_size", stored["batch_size"]))
-    if not tables:
-        raise InputError(f"{store.root}: holds no stored picture to draw again")
-    return pa.concat_tables(tables).combine_chunks()
+        if not manifest.is_view:
+            yield store.address, shard, mine
+            continue
+        for pictures, rows, _ in read_view_part(store, shard).groups(mine):
+            yield shard.pictures[pictures.pictures], pictures.stored, rows
 
 
-def batches(spec: DatasetSpec, chosen: pa.Table) -> Iterator[tuple[DatasetSpec, pa.Table]]:
+def _rows(store: Store, plan: Plan, shard: StoredShard, rows: np.ndarray) -> pa.Table:
+    number = shard_number(shard.key)
+    stored = read_shard(store, shard, ["sample_id", "image", "attempts", "batch_size"]).take(rows)
+    part = read_table(store, plan.part_key(number))
+    found = part.take(pc.index_in(stored["sample_id"].combine_chunks(), part["sample_id"].combine_chunks()))
+    found = found.append_column("image", stored["image"].combine_chunks().field("bytes"))
+    for name in ("attempts", "batch_size"):
+        found = found.append_column(name, stored[name])
+    digests = [drawn_in(_stats(store, number))] * len(rows)
+    return found.append_column("environments", pa.array(digests, pa.list_(pa.string())))
+
+
+def _stats(store: Store, shard: int) -> dict[str, Any]:
+    try:
+        return dict(json.loads(store.read_bytes(stats_key(shard))))
+    except (FileNotFoundError, ValueError, TypeError):  # verify has told of it
+        return {}
+
+
+def batches(spec: DatasetSpec, rows: pa.Table) -> Iterator[tuple[DatasetSpec, pa.Table]]:
     """The rows in tasks, each with the spec by which its pictures were drawn: perhaps in smaller batches, for want of
     memory."""
-    for size in sorted(set(chosen["batch_size"].to_pylist())):
-        alike = chosen.filter(pc.equal(chosen["batch_size"], size))
+    for size in sorted(set(rows["batch_size"].to_pylist())):
+        alike = rows.filter(pc.equal(rows["batch_size"], size))
         drawn = replace(spec, generator=replace(spec.generator, batch_size=size, max_attempts=1))
         for start in range(0, len(alike), _AT_ONCE):
             yield drawn, alike.slice(start, _AT_ONCE).combine_chunks()
@@ -115,56 +182,7 @@ def batches(spec: DatasetSpec, chosen: pa.Table) -> Iterator[tuple[DatasetSpec, 
 def draw_again(store: Store, spec: DatasetSpec, rows: pa.Table) -> tuple[list[bytes], dict[str, Any]]:
     """The pictures of these rows, drawn by this process, and what it is. With the attempt that was stored then."""
     tried = pc.subtract(rows["attempts"], 1).cast(pa.int32())
-    rows = rows.drop_columns(["image", "batch_size", "attempts"])
+    rows = rows.drop_columns(["image", "batch_size", "attempts", "environments"])
     drawn = DrawShard(store, spec).draw(rows.append_column("attempts", tried))
     found = environment(device=spec.generator.device, loads_models=spec.generator.model != "null")
     return drawn["image"].to_pylist(), found
-
-
-def compare(
-    store: Store, rows: Sequence[pa.Table], answers: Sequence[tuple[list[bytes], dict[str, Any]]]
-) -> dict[str, Any]:
-    """redrawn, identical (byte for byte), failed (nothing could be drawn), other_size, and of those that differ
-    largest_difference and mean_difference of their pixels (0 to 255), with examples; environment_differs. `ok` is False
-    where pictures differ and the environment does not say why."""
-    pairs = [
-        Again(sample_id, stored, drawn)
-        for table, (pictures, _) in zip(rows, answers, strict=True)
-        for sample_id, stored, drawn in zip(
-            table["sample_id"].to_pylist(), table["image"].to_pylist(), pictures, strict=True
-        )
-    ]
-    before = load_manifest(store).environments
-    elsewhere = list(dict.fromkeys(line for _, now in answers for line in differences(before, now)))
-    if not before:
-        elsewhere = ["not known: the dataset does not say where it was drawn"]
-    different = [each for each in pairs if each.drawn != each.stored]
-    off = {each.sample_id: pixel_difference(each) for each in different if each.drawn}
-    measured = [each for each in off.values() if each is not None]
-    for line in elsewhere if different else ():
-        log.info("environment: %s", line)
-    return {
-        "redrawn": len(pairs),
-        "identical": len(pairs) - len(different),
-        "failed": sum(not each.drawn for each in different),
-        "other_size": sum(each is None for each in off.values()),
-        "largest_difference": max((each[0] for each in measured), default=None),
-        "mean_difference": float(np.mean([each[1] for each in measured])) if measured else None,
-        "environment_differs": elsewhere,
-        "examples": [
-            {"sample_id": each.sample_id, "largest_difference": (off.get(each.sample_id) or (None,))[0]}
-            for each in different[:_EXAMPLES]
-        ],
-        "ok": not different or bool(elsewhere),
-    }
-
-
-def pixel_difference(pair: Again) -> tuple[int, float] | None:
-    """(largest, mean) absolute difference of the pixels' values, 0 to 255; None for pictures of two sizes."""
-    stored, drawn = (
-        np.asarray(open_image(data, name=pair.sample_id).convert("RGB"), np.int16) for data in (pair.stored, pair.drawn)
-    )
-    if stored.shape != drawn.shape:
-        return None
-    difference = np.abs(stored - drawn)
-    return int(difference.max()), float(difference.mean())

@@ -128,10 +128,11 @@ def _reason(reason: str, number: int, most: int, data: DatasetFacts) -> Html:
 
 def _generator(spec: DatasetSpec) -> str:
     generator = spec.generator
+    scale = generator.guidance_scale
     parts = [
         generator.model,
         f"{generator.num_inference_steps} steps",
-        f"guidance {generator.guidance_scale:g}",
+        "the pipeline's own guidance" if scale is None else f"guidance {scale:g}",
         generator.scheduler or "the model's own scheduler",
         f"{generator.dtype} on {generator.device}",
     ]

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from cluster.dataset.layout import read_table
 from cluster.dataset.plan import sample_id
-from cluster.generation.environment import environment, store_environment
+from cluster.generation.environment import DRAWN_IN, environment, store_environment
 from cluster.generation.stages.merge import to_retry
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.gpu_share import keep_to_gpu_share
@@ -80,7 +80,7 @@ class DrawShard:
             {"sample_id": sample_id(*divmod(position, per_caption)), "error": error}
             for position, error in (self._guard.errors if self._guard else [])
         ]
-        return {"errors": errors, "device_name": self._generator.device_name, "environment": self._environment}
+        return {"errors": errors, "device_name": self._generator.device_name, DRAWN_IN: self._environment}
 
     def draw(self, plan: pa.Table) -> pa.Table:
         """The plan's rows with columns image (bytes), width, height, attempts, and their final seed and reason.

@@ -1,11 +1,14 @@
 """A committed shard in which some quarantined samples are tried again: what to draw, and how it joins what is there."""
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.dataset.layout import parquet_bytes, quarantine_key, read_table, shard_key, stats_key
+from cluster.generation.environment import DRAWN_BEFORE_IN, DRAWN_IN, drawn_in
 from cluster.store.store import Store
 from pcm.records import SCHEMA_VERSION, feature_shape, in_version
 
@@ -40,6 +43,16 @@ def merge_retried(
         quarantined = pa.concat_tables([others.cast(quarantined.schema), quarantined]).sort_by("sample_id")
     in_shard = pc.is_in(quarantined["sample_id"], shard_table["sample_id"])
     return shard_table, quarantined.filter(pc.invert(in_shard))
+
+
+def drawn_before(store: Store, shard: int, stats: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What the stats of retried samples say of the machines that drew the others, if these were of another kind."""
+    try:
+        before = drawn_in(json.loads(store.read_bytes(stats_key(shard))))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+    others = [digest for digest in before if digest != stats.get(DRAWN_IN)]
+    return {DRAWN_BEFORE_IN: others} if others else {}
 
 
 def replace_shard(store: Store, shard: int, shard_data: bytes, quarantined: pa.Table, stats_data: bytes) -> None:

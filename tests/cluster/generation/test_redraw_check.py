@@ -11,24 +11,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.dataset.layout import MANIFEST_KEY, load_manifest, parquet_bytes
+from cluster.dataset.layout import MANIFEST_KEY, load_manifest, parquet_bytes, stats_key
 from cluster.dataset.request import VerifyRequest
 from cluster.generation import environment
-from cluster.generation.environment import differences, joined_versions
-from cluster.generation.redraw_check import (
-    Again,
-    batches,
-    chosen_rows,
-    compare,
-    draw_again,
-    pixel_difference,
-    planned,
+from cluster.generation.environment import (
+    DRAWN_IN,
+    differences,
+    joined_versions,
+    store_environment,
+    stored_environments,
 )
+from cluster.generation.redraw_check import Chosen, batches, choose, draw_again, plans_of
+from cluster.generation.redraw_compare import ROUNDING, Again, compare, paired, pixel_difference
+from cluster.generation.stages.draw import DrawShard
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from pcm.images import encode_image
+from tests.cluster.dataset.test_view import make_view
+from tests.helpers.faulty_generators import RAISES
+from tests.helpers.faulty_pipeline import DrawFaultyPipeline
 from tests.helpers.job_runs import JobRun
-from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, tiny_spec, write_corpus
+from tests.helpers.tiny_generation import (
+    CAPTIONS,
+    draw_in_process,
+    make_dataset_in_process,
+    null_spec,
+    tiny_spec,
+    write_corpus,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,32 +48,47 @@ def drawn(tmp_path_factory: pytest.TempPathFactory, tiny_t2i: Path) -> Path:
     return folder / "drawn"
 
 
-def again(data: Path, *, count: int = 10, seed: int = 0) -> dict:
+def chosen(data: Path, *, count: int, seed: int = 0) -> list[Chosen]:
     store = open_store(data)
-    plan = planned(store)
-    work = list(batches(plan.spec, chosen_rows(store, plan, count=count, seed=seed)))
-    return compare(store, [rows for _, rows in work], [draw_again(store, spec, rows) for spec, rows in work])
+    return choose(store, plans_of(store), count=count, seed=seed)[0]
+
+
+def again(data: Path, *, count: int = 10, seed: int = 0) -> dict:
+    pairs: list[Again] = []
+    for each in chosen(data, count=count, seed=seed):
+        for spec, rows in batches(each.spec, each.rows):
+            pictures, now = draw_again(each.store, spec, rows)
+            pairs += paired(rows, pictures, each.known, now)
+    return compare(pairs)
+
+
+def drawn_elsewhere(data: Path, shard: int, **versions: str) -> None:
+    """A dataset that says of a shard that packages of these versions drew it."""
+    store = open_store(data)
+    stats = json.loads(store.read_bytes(stats_key(shard)))
+    found = environment.load_environment(store, stats[DRAWN_IN])
+    assert found is not None
+    stats[DRAWN_IN] = store_environment(store, {**found, "versions": found["versions"] | versions})
+    store.write_bytes(stats_key(shard), json.dumps(stats).encode())
 
 
 def test_all_are_identical_where_they_were_drawn(drawn: Path) -> None:
     found = again(drawn)
     assert (found["redrawn"], found["identical"], found["failed"]) == (10, 10, 0)
-    assert found["environment_differs"] == [] and found["ok"]
+    assert found["environment_differs"] == [] and found["examples"] == [] and found["ok"]
 
 
 def test_the_choice_follows_from_the_seed(drawn: Path) -> None:
-    store = open_store(drawn)
-    plan = planned(store)
-
-    def ids(seed: int) -> list[str]:
-        return chosen_rows(store, plan, count=10, seed=seed)["sample_id"].to_pylist()
+    def ids(seed: int, count: int = 10) -> list[str]:
+        (found,) = chosen(drawn, count=count, seed=seed)
+        return found.rows["sample_id"].to_pylist()
 
     assert ids(1) == ids(1) and ids(1) != ids(2) and len(ids(1)) == 10
-    assert len(chosen_rows(store, plan, count=999, seed=0)) == 24
+    assert len(ids(0, count=999)) == 24
 
 
 def with_other_picture(data: Path, out: Path) -> Store:
-    """A copy of a dataset in whose first shard the first picture is another, with the manifest saying so."""
+    """A copy of a dataset in whose first shard the first picture is that of the second, with the manifest saying so."""
     shutil.copytree(data, out)
     store = open_store(out)
     key = "shards/part-000000.parquet"
@@ -88,14 +113,110 @@ def test_a_picture_that_differs_is_measured_and_is_no_success(drawn: Path, tmp_p
     assert [each["sample_id"] for each in found["examples"]] == ["000000000-00"]
 
 
-def test_another_environment_is_said_and_explains_the_difference(drawn: Path, tmp_path: Path) -> None:
-    store = with_other_picture(drawn, tmp_path / "other")
-    document = json.loads(store.read_bytes(MANIFEST_KEY))
-    document["environments"][0]["versions"]["torch"] = "1.0"
-    store.write_bytes(MANIFEST_KEY, json.dumps(document).encode())
+def test_each_picture_is_compared_with_the_machine_of_its_own_shard(drawn: Path, tmp_path: Path) -> None:
+    """Drawn by two kinds of machine, redrawn by the one: the pictures of the other one have a reason, and no others."""
+    with_other_picture(drawn, tmp_path / "other")
+    drawn_elsewhere(tmp_path / "other", 1, torch="1.0")
     found = again(tmp_path / "other", count=24)
-    assert found["ok"] and len(found["environment_differs"]) == 1
-    assert found["environment_differs"][0].startswith("torch: 1.0 -> ")
+    (example,) = found["examples"]
+    assert (example["sample_id"], example["fault"], example["environment_differs"]) == (
+        "000000000-00", "unexplained", [],
+    )  # fmt: skip
+    assert not found["ok"] and found["unexplained"] == 1, "the other shard's machine is no excuse"
+    drawn_elsewhere(tmp_path / "other", 0, torch="0.9")
+    found = again(tmp_path / "other", count=24)
+    (example,) = found["examples"]
+    assert example["environment_differs"][0].startswith("torch: 0.9 -> ") and len(example["environment_differs"]) == 1
+    assert [line.partition(" -> ")[0] for line in found["environment_differs"]] == ["torch: 0.9", "torch: 1.0"]
+    assert found["unexplained"] == 0
+
+
+def test_a_dataset_that_says_no_machine_is_told_so(drawn: Path, tmp_path: Path) -> None:
+    store = with_other_picture(drawn, tmp_path / "other")
+    for key in store.list("environments/"):
+        store.delete(key)
+    found = again(tmp_path / "other", count=24)
+    assert found["environment_differs"] == ["not known: the dataset does not say where it was drawn"]
+    assert found["unexplained"] == 0
+
+
+TORCH = ("torch: 2.9.1 -> 2.10.0",)
+
+
+def shifted(levels: int, *, machine: tuple[str, ...], size: int = 8) -> Again:
+    """A picture, and one drawn that is so many levels brighter; no size: nothing was drawn."""
+    grey = np.full((8, 8, 3), 100, np.uint8)
+    other = np.full((size, size, 3), 100 + levels, np.uint8)
+    stored, found = (encode_image(each, image_format="png", quality=95) for each in (grey, other)) if size else ("", "")
+    return Again("000000000-00", stored or b"grey", found or b"", machine)
+
+
+@pytest.mark.parametrize(
+    ("pair", "fault"),
+    [
+        (shifted(1, machine=()), "unexplained"),
+        (shifted(1, machine=TORCH), None),
+        (shifted(int(ROUNDING), machine=TORCH), None),
+        (shifted(int(ROUNDING) + 1, machine=TORCH), "far_off"),
+        (shifted(155, machine=("pcmnet-ray: 0.2.0 -> 0.2.1",)), "unexplained"),
+        (shifted(1, machine=("pcmnet-ray: 0.2.0 -> 0.2.1",)), "unexplained"),
+        (shifted(1, machine=("pcmnet-ray: 0.2.0 -> 0.2.1", *TORCH)), None),
+        (shifted(0, machine=TORCH, size=16), "far_off"),
+    ],
+)
+def test_only_another_machine_excuses_a_difference_and_only_a_small_one(pair: Again, fault: str | None) -> None:
+    found = compare([pair, shifted(0, machine=pair.elsewhere)])
+    assert (found["redrawn"], found["identical"], found["ok"]) == (2, 1, fault is None)
+    assert [each["fault"] for each in found["examples"]] == [fault]
+    assert (found["unexplained"], found["far_off"]) == (int(fault == "unexplained"), int(fault == "far_off"))
+    assert found["environment_differs"] == list(pair.elsewhere)
+
+
+def test_a_picture_that_can_no_longer_be_drawn_is_no_success_anywhere() -> None:
+    found = compare([Again("a", shifted(0, machine=()).stored, b"", TORCH)])
+    assert (found["failed"], found["other_size"], found["far_off"], found["ok"]) == (1, 0, 1, False)
+
+
+def test_a_shard_whose_bad_pictures_were_drawn_later_has_two_machines(tmp_path: Path, tiny_t2i: Path) -> None:
+    corpus = write_corpus(tmp_path, [*CAPTIONS[:2], RAISES])
+    store, plan, _ = make_dataset_in_process(tmp_path / "data", corpus, tiny_spec(tiny_t2i), finish=False)
+    draw_in_process(store, plan, [0], draw=DrawFaultyPipeline)
+    drawn_elsewhere(tmp_path / "data", 0, torch="1.0")
+    draw_in_process(store, plan, [0], draw=DrawShard, retry=frozenset(["generator_error"]))
+    stats = json.loads(store.read_bytes(stats_key(0)))
+    first, second = environment.drawn_in(stats)
+    assert first != second and {first, second} == {key[13:-5] for key in store.list("environments/")}
+    assert len(stored_environments(store)) == 2
+
+
+def view_of(out: Path, places: list[Path], rows: list[tuple[int, int]]) -> Path:
+    make_view(out, places, rows)
+    return out
+
+
+def test_a_view_has_the_pictures_of_its_sources_drawn_again(drawn: Path, tmp_path: Path, tiny_t2i: Path) -> None:
+    """From two datasets, each by its own plan; a picture that two rows show is drawn once."""
+    corpus = write_corpus(tmp_path, CAPTIONS[:4])
+    make_dataset_in_process(tmp_path / "two", corpus, tiny_spec(tiny_t2i, num_inference_steps=1), shard_size=3)
+    view = view_of(tmp_path / "view", [drawn, tmp_path / "two"], [(0, 3), (0, 3), (0, 20), (1, 1), (1, 3)])
+    found = again(view)
+    assert (found["redrawn"], found["identical"], found["ok"]) == (4, 4, True)
+    assert {each.store.address for each in chosen(view, count=9)} == {str(drawn), str(tmp_path / "two")}
+    with_other_picture(tmp_path / "two", tmp_path / "changed")
+    found = again(view_of(tmp_path / "of_changed", [tmp_path / "changed"], [(0, 0), (0, 1)]))
+    assert (found["redrawn"], found["identical"], found["ok"]) == (2, 1, False)
+
+
+def test_pictures_of_a_view_that_no_plan_says_how_to_draw_are_counted(drawn: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"  # holds its pictures, and has no plan
+    make_view(whole, [drawn], [(0, 5), (0, 6)], materialise=True)
+    store = open_store(view_of(tmp_path / "view", [drawn, whole], [(0, 1), (1, 0), (1, 1)]))
+    found, others = choose(store, plans_of(store), count=3, seed=0)
+    assert ([len(each.rows) for each in found], others) == ([1], 2)
+    with pytest.raises(InputError, match=r"no pictures of .* were drawn here"):
+        plans_of(open_store(view_of(tmp_path / "none", [whole], [(0, 0)])))
+    with pytest.raises(InputError, match="a derived dataset cannot be drawn again"):
+        plans_of(open_store(whole))
 
 
 def test_pixels_are_compared_in_levels() -> None:
@@ -110,14 +231,13 @@ def test_pixels_are_compared_in_levels() -> None:
     assert pixel_difference(Again("a", png(pixels), png(pixels[:2]))) is None
 
 
-def test_a_picture_is_drawn_with_the_attempt_and_the_batch_that_made_it(drawn: Path, tmp_path: Path) -> None:
+def test_a_picture_is_drawn_with_the_attempt_and_the_batch_that_made_it(drawn: Path) -> None:
     """Rows that say they were drawn in smaller batches are drawn in these, apart from the others."""
-    store = open_store(drawn)
-    chosen = chosen_rows(store, planned(store), count=8, seed=0)
+    (found,) = chosen(drawn, count=8)
     sizes = pa.array([4, 4, 2, 4, 2, 4, 4, 4], pa.int32())
-    chosen = chosen.set_column(chosen.column_names.index("batch_size"), "batch_size", sizes)
-    work = list(batches(planned(store).spec, chosen))
-    assert [(spec.generator.batch_size, len(rows)) for spec, rows in work] == [(2, 2), (4, 6)]
+    rows = found.rows.set_column(found.rows.column_names.index("batch_size"), "batch_size", sizes)
+    work = list(batches(found.spec, rows))
+    assert [(spec.generator.batch_size, len(part)) for spec, part in work] == [(2, 2), (4, 6)]
     assert all(spec.generator.max_attempts == 1 for spec, _ in work)
 
 
@@ -153,3 +273,6 @@ def test_on_ray_and_in_the_summary(tmp_path: Path, ray_session: None, call_job: 
     assert ended.returncode == 0, ended.stderr
     assert ended.summary is not None and ended.summary["ok"]
     assert (ended.summary["redraw"]["redrawn"], ended.summary["redraw"]["identical"]) == (7, 7)
+    ended = call_job("verify", view_of(tmp_path / "view", [tmp_path / "data"], [(0, 3), (0, 9)]), "--redraw", 7)
+    assert ended.returncode == 0 and ended.summary is not None, ended.stderr
+    assert (ended.summary["stored"], ended.summary["redraw"]["identical"]) == (2, 2)
