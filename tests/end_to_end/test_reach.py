@@ -14,6 +14,7 @@ from ray.cluster_utils import Cluster
 
 from tests.helpers.hosts import OF_ONE_MACHINE, wait_until
 from tests.helpers.paths import ROOT
+from tests.helpers.tiny_dataset import write_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 pytestmark = [
@@ -74,6 +75,22 @@ def test_a_folder_that_a_node_does_not_see_is_refused(head: Cluster, other_machi
     assert job.returncode == 2, job.stderr
     assert "a folder of one machine, which node" in job.stderr.splitlines()[-1]
     assert not list((tmp_path / "data").rglob("*.*")), "something was planned"
+
+
+@pytest.mark.parametrize("job", ["train", "sweep"])
+def test_a_run_in_a_folder_that_a_node_does_not_see_is_refused(
+    head: Cluster, other_machine: None, tmp_path: Path, tiny_clip: Path, job: str
+) -> None:
+    data = write_dataset(tmp_path / "data", tiny_clip, rows=24)
+    trials = ["--param=lr_factor=0.1,0.2", "--search=grid"] if job == "sweep" else []
+    done = subprocess.run(
+        [sys.executable, "-m", f"jobs.{job}", "--data", data, "--out", tmp_path / "run", "--preset=embedded", *trials],
+        cwd=ROOT, env=os.environ | {"RAY_ADDRESS": head.address}, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "a folder of one machine, which node" in done.stderr.splitlines()[-1]
+    assert not list((tmp_path / "run").rglob("*.*")), "something was begun"
 
 
 @pytest.mark.parametrize("run_on", ["ray", "auto"])
