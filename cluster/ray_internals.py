@@ -1,5 +1,5 @@
-"""All that is used of Ray outside its public interface, but for cluster/ray_data_internals.py and
-cluster/ray_autoscaler_internals.py: the first files to read when Ray is upgraded.
+"""All that is used of Ray outside its public interface, but for cluster/ray_data_internals.py, cluster/ray_state.py
+and cluster/ray_autoscaler_internals.py: the first files to read when Ray is upgraded.
 
 `pyproject.toml` admits one minor version of Ray, and tests/cluster/test_ray_internals.py names each of these and calls
 it as we do. The public counterpart of none of them can do what is said beside it.
@@ -14,7 +14,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.torch.config import _TorchBackend as TorchBackend  # starts the workers' process group
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
 from ray.train.v2.api.exceptions import (
@@ -28,6 +28,7 @@ __all__ = [
     "LocalReports",
     "NoopDecision",
     "PolicyTrainer",
+    "ResizeDecision",
     "TorchBackend",
     "TrainingFailedError",
     "train_in_this_process",

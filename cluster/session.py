@@ -9,13 +9,16 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import ray
 
+from cluster.ray_state import free_resources
 from pcm.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
@@ -26,6 +29,11 @@ RESOURCES_SECONDS = 60.0
 #: Of `ulimit -n`, as Ray recommends; of `ulimit -u`, about the threads of Ray's processes on 64 CPUs.
 ENOUGH_FILES, ENOUGH_PROCESSES = 8192, 8192
 SECONDS_BETWEEN_WAITING_LINES = 30.0
+SECONDS_BETWEEN_LOOKS = 2.0
+#: For what has its room and no process yet.
+SECONDS_TO_START = 10.0
+#: Until Ray counts as free what has ended.
+SECONDS_TO_BE_FREED = 2.0
 #: Actors of one pool that may die as they start, in a row.
 MAX_FAILED_ACTORS = 3
 _AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -164,25 +172,44 @@ def is_no_user_error(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def waiting_for(*, cpus: float, gpus: float, workers: int = 1) -> Iterator[None]:
-    """Says now and then what the cluster lacks, while it has no room for so many workers: Ray waits in silence.
+def waiting_for(
+    *,
+    cpus: float,
+    gpus: float,
+    workers: int = 1,
+    labels: Mapping[str, str] | None = None,
+    placed: Callable[[], bool] | None = None,
+) -> Iterator[None]:
+    """Says now and then for what this job waits, while the cluster has no room for so many workers: Ray is silent.
 
-    `cpus`, `gpus`: of each worker.
+    `cpus`, `gpus`: of each worker, on nodes with these `labels`. `placed`: whether the workers have their room now.
+    With it a queue behind other work is said whenever there is one, after the loss of a node too. Without it, as for
+    tasks, of which Ray does not tell where they are, it is said once, before the first is asked for.
     """
     over = threading.Event()
+    wanted = _Wanted(cpus=cpus, gpus=gpus, workers=workers, labels=labels or {})
+    if placed is None and wanted.stays_taken():
+        log.info("%s", wanted.line(seconds=0))
+
+    def look() -> None:
+        since = said = None
+        while not over.wait(SECONDS_BETWEEN_LOOKS):
+            now = time.monotonic()
+            if wanted.is_missing() or (placed is not None and not placed() and wanted.is_taken()):
+                since = now if since is None else since
+                if now - since >= SECONDS_TO_START and (said is None or now - said >= SECONDS_BETWEEN_WAITING_LINES):
+                    said = now
+                    log.info("%s", wanted.line(seconds=now - since))
+            elif placed is None:
+                return
+            else:
+                since = said = None
 
     def say() -> None:
-        started = time.monotonic()
-        while room_for(cpus=cpus, gpus=gpus) < workers:
-            has_cpus, has_gpus = cluster_cpus(), cluster_gpus()
-            is_split = workers * cpus <= has_cpus and workers * gpus <= has_gpus
-            log.info(
-                "waiting for %g CPUs and %g GPUs%s; the cluster has %g and %g now (for %.0f s)",
-                workers * cpus, workers * gpus, f", on one node for each of {workers} workers" if is_split else "",
-                has_cpus, has_gpus, time.monotonic() - started,
-            )  # fmt: skip
-            if over.wait(SECONDS_BETWEEN_WAITING_LINES):
-                return
+        with contextlib.suppress(
+            ray.exceptions.RayError, RuntimeError
+        ):  # a head that is gone is told by the job itself
+            look()
 
     speaker = threading.Thread(target=say, name="waiting", daemon=True)
     speaker.start()
@@ -193,6 +220,53 @@ def waiting_for(*, cpus: float, gpus: float, workers: int = 1) -> Iterator[None]
         speaker.join()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """Workers for which a job needs room: so many, with so many CPUs and GPUs each, on nodes with these labels."""
+
+    cpus: float
+    gpus: float
+    workers: int
+    labels: Mapping[str, str]
+
+    def is_missing(self) -> bool:
+        """Whether the cluster has too little for them, were it idle."""
+        return room_for(cpus=self.cpus, gpus=self.gpus, labels=self.labels) < self.workers
+
+    def is_taken(self) -> bool:
+        """Whether there is no room beside everything that is at work."""
+        return free_room(cpus=self.cpus, gpus=self.gpus, labels=self.labels) < self.workers
+
+    def stays_taken(self) -> bool:
+        """The same, looked at for two seconds: so long Ray may count what has just ended."""
+        deadline = time.monotonic() + SECONDS_TO_BE_FREED
+        while self.is_taken():
+            if time.monotonic() >= deadline:
+                return True
+            time.sleep(0.2)
+        return False
+
+    def line(self, *, seconds: float) -> str:
+        nodes = _nodes(self.labels)
+        has = _sum([node["Resources"] for node in nodes])
+        free = _sum(_free(nodes))
+        cpus, gpus = self.workers * self.cpus, self.workers * self.gpus
+        lacking = has if self.is_missing() else free
+        on_each = ""
+        if cpus <= lacking["CPU"] and gpus <= lacking["GPU"]:
+            on_each = ", on one node" + (f" for each of {self.workers} workers" if self.workers > 1 else "")
+        there = "the cluster has"
+        if self.labels:
+            there = f"nodes with {' '.join(f'{name}={value}' for name, value in self.labels.items())} have"
+        taken = "" if lacking is has else f", of which {free['CPU']:g} and {free['GPU']:g} are free"
+        wanted = f"waiting for {cpus:g} CPUs and {gpus:g} GPUs{on_each}"
+        return f"{wanted}; {there} {has['CPU']:g} and {has['GPU']:g} now{taken} (for {seconds:.0f} s)"
+
+
+def _sum(nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+
+
 def cluster_gpus() -> float:
     return ray.cluster_resources().get("GPU", 0.0)
 
@@ -201,9 +275,17 @@ def cluster_cpus() -> float:
     return ray.cluster_resources().get("CPU", 0.0)
 
 
-def room_for(*, cpus: float, gpus: float) -> int:
-    """How many workers with so many CPUs and GPUs each the nodes have room for, were they idle: a worker is on one."""
-    return _room(_node_resources(), cpus=cpus, gpus=gpus)
+def room_for(*, cpus: float, gpus: float, labels: Mapping[str, str] | None = None) -> int:
+    """How many workers with so many CPUs and GPUs each the nodes have room for, were they idle: a worker is on one.
+
+    `labels`: only on nodes that have these.
+    """
+    return _room([node["Resources"] for node in _nodes(labels or {})], cpus=cpus, gpus=gpus)
+
+
+def free_room(*, cpus: float, gpus: float, labels: Mapping[str, str] | None = None) -> int:
+    """How many more there is room for now, beside everything that is at work."""
+    return _room(_free(_nodes(labels or {})), cpus=cpus, gpus=gpus)
 
 
 def cpus_for_each(workers: int, *, gpus: float = 0) -> int:
@@ -211,13 +293,21 @@ def cpus_for_each(workers: int, *, gpus: float = 0) -> int:
 
     Not the cluster's CPUs by their number: on three nodes of two CPUs, one worker with six would never start.
     """
-    nodes = _node_resources()
+    nodes = [node["Resources"] for node in _nodes({})]
     most = int(max((node.get("CPU", 0.0) for node in nodes), default=0.0))
     return next((cpus for cpus in range(most, 1, -1) if _room(nodes, cpus=cpus, gpus=gpus) >= workers), 1)
 
 
-def _node_resources() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def _nodes(labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Those that are alive and have these labels."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return [node for node in alive if labels.items() <= (node.get("Labels") or {}).items()]
+
+
+def _free(nodes: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """What nobody uses of each of these nodes."""
+    free = free_resources()
+    return [free.get(node["NodeID"], {}) for node in nodes]
 
 
 def _room(nodes: Sequence[Mapping[str, float]], *, cpus: float, gpus: float) -> int:

@@ -23,10 +23,12 @@ from cluster.dataset.given_features import FeatureSet, all_features, load_featur
 from cluster.evaluation.request import CaptionerOptions, CaptionRequest
 from cluster.generation.pinning import resolve_device
 from cluster.gpu_share import keep_to_shared_gpu
+from cluster.ray_state import actors_are_placed
 from cluster.session import cluster_gpus, cpus_for_each, room_for, start_ray, user_error, waiting_for
 from cluster.sources.concept_file import read_concepts
 from cluster.sources.picture_source import FeatureSource
 from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set
+from cluster.store.retries import load_with_retries
 from cluster.store.store import join, local_copy, open_store
 from cluster.training.ray_trainer import CHECKPOINTS
 from cluster.training.reporting import METRICS_KEY
@@ -112,7 +114,13 @@ def _described(captioner: Captioner, given: FeatureSet) -> dict[str, CaptionResu
 def load_captioner(
     checkpoints: Sequence[str], asked: CaptionerOptions, *, clip: ClipEncoder | None = None
 ) -> Captioner:
-    """The captioner in one checkpoint, or an ensemble of several. `clip`: one that is loaded already."""
+    """The captioner in one checkpoint, or an ensemble of several. `clip`: one that is loaded already.
+
+    Raises InputError for a GPU that this machine does not have, and as `Captioner.load` does.
+    """
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        on_cluster = "; jobs.evaluate captions on those of a cluster with --num-workers N"
+        raise InputError(f"--device cuda: torch finds no GPU on this machine; leave --device out{on_cluster}")
     concepts = None if asked.concepts is None else read_concepts(asked.concepts)
     return _load(
         checkpoints,
@@ -248,6 +256,10 @@ class CaptionerSource:
     concepts: ConceptVocabulary | None = None
     batch_size: int = BATCH_SIZE
 
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        return (self.checkpoint,) if isinstance(self.checkpoint, str) else self.checkpoint
+
 
 def caption_on_cluster(
     source: CaptionerSource, *, pictures: int, num_workers: int, gpus_per_worker: float = 1
@@ -264,13 +276,13 @@ def caption_on_cluster(
         raise InputError(
             f"--gpus-per-worker {gpus_per_worker:g}: the cluster has no GPU; leave it out, or give --device"
         )
-    each = {"cpus": 0.0, "gpus": gpus_per_worker} if on_gpus else {"cpus": 1.0, "gpus": 0.0}
-    room = room_for(**each)
+    cpus, gpus = (0.0, gpus_per_worker) if on_gpus else (1.0, 0.0)
+    room = room_for(cpus=cpus, gpus=gpus)
     waits = source.device != "auto" and "RAY_ADDRESS" in os.environ
     if num_workers > room and not waits:
         has = f"{cluster_gpus():g} GPUs" if on_gpus else f"{room} CPUs"
         raise InputError(f"--num-workers {num_workers}: the cluster has {has}; on one that grows, give --device")
-    threads = cpus_for_each(num_workers, gpus=each["gpus"])
+    threads = cpus_for_each(num_workers, gpus=gpus)
     numbers = list(range(len(batches(pictures, source.batch_size))))
     dataset = ray.data.from_items([{"batch": number} for number in numbers], override_num_blocks=len(numbers))
     captioned = dataset.map_batches(
@@ -278,11 +290,11 @@ def caption_on_cluster(
         fn_constructor_kwargs={"source": source, "threads": threads},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=num_workers),
-        num_cpus=each["cpus"],
-        num_gpus=each["gpus"],
+        num_cpus=cpus,
+        num_gpus=gpus,
     )
     try:
-        with waiting_for(**each, workers=num_workers):
+        with waiting_for(cpus=cpus, gpus=gpus, workers=num_workers, placed=actors_are_placed):
             rows = list(_with_progress_lines(captioned.iter_rows(), pictures=pictures, batch_size=source.batch_size))
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
@@ -294,16 +306,15 @@ class _CaptionWorker:
     """A captioner in a Ray actor."""
 
     def __init__(self, *, source: CaptionerSource, threads: int) -> None:
-        if source.device == "cpu":
+        device = source.device
+        if device == "cuda" and not torch.cuda.is_available():
+            log.warning("Ray gave this worker a GPU, but torch finds none: captioning on the CPU")
+            device = "cpu"
+        if device == "cpu":
             torch.set_num_threads(threads)
         keep_to_shared_gpu()
-        checkpoints = [source.checkpoint] if isinstance(source.checkpoint, str) else source.checkpoint
-        self.captioner = _load(
-            checkpoints,
-            clip=source.clip,
-            device=source.device,
-            beam_size=source.beam_size,
-            concepts=source.concepts,
+        self.captioner = load_with_retries(
+            lambda: _load_whole(source, device=device), model=" ".join(source.checkpoints)
         )
         self.pictures = load_pictures(source.pictures, limit=source.limit)
         self.batches = batches(len(self.pictures), source.batch_size)
@@ -318,6 +329,20 @@ class _CaptionWorker:
             "global_feature": [found.global_feature.astype(np.float32).tobytes()],
             "embed_dim": [self.captioner.features.embed_dim],
         }
+
+
+def _load_whole(source: CaptionerSource, *, device: str) -> Captioner:
+    """The captioner, with its CLIP where pictures need one."""
+    captioner = _load(
+        source.checkpoints,
+        clip=source.clip and local_name(source.clip),
+        device=device,
+        beam_size=source.beam_size,
+        concepts=source.concepts,
+    )
+    if not isinstance(source.pictures, FeatureSource):
+        _ = captioner.clip
+    return captioner
 
 
 def _unpacked(row: dict[str, Any]) -> Captioned:

@@ -79,7 +79,7 @@ def _evaluate(
 ) -> tuple[dict[str, Any], Captioner]:
     """The metrics of one captioner, and the captioner; `clip`: one that is loaded already."""
     started = time.monotonic()
-    captioner = load_captioner(checkpoints, request, clip=clip)
+    captioner = load_captioner(checkpoints, _here(request), clip=clip)
     pictures = load_pictures(request.pictures, limit=request.limit)
     check_clip(captioner, pictures)
     loaded = time.monotonic()
@@ -119,6 +119,13 @@ def _evaluate(
         if not shuffled:
             reasons["CIDEr_shuffled"] = "one picture cannot take another's caption"
     return _finished(summary, reasons, request, captions=captions, known=known, unreadable=found.unreadable), captioner
+
+
+def _here(request: EvaluateRequest) -> EvaluateRequest:
+    """What is asked of this process: where others caption, only CLIPScore's texts, on whatever this machine has."""
+    if request.num_workers is None or request.device == "cpu":
+        return request
+    return replace(request, device="auto")
 
 
 def _evaluate_every_epoch(request: EvaluateRequest, *, spice_folder: Path | None) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from cluster.options import check_at_least, option, shared
+from cluster.options import check_at_least, check_gpu_share, option, shared
 from cluster.sweep.search_space import ABLATIONS, DEFAULT_SPACE, SPEC_HELP, parse_domain, parse_param
 from cluster.training.config import DATASET_SIZES, TRAINING_PRESETS, settable_fields
 from cluster.training.request import PRESET_HELP, SettingsOptions, TrainRequest, parse_sources
 from pcm.errors import InputError, not_known
+from pcm.spec import DEVICES
 
 SEARCHES = ("random", "grid", "optuna")
 SCHEDULERS = ("asha", "none")
@@ -44,13 +45,16 @@ class SweepRequest(SettingsOptions):
     clip: str | None = option(None, metavar="NAME", help="CLIP for --val-images", unset="the dataset's")
     concurrent: int | None = option(None, help="trials at a time", unset="as many as fit")
     cpus_per_trial: int = option(1, help="CPUs a trial reserves and uses")
-    gpus_per_trial: float = option(0.0, help="GPU share a trial takes, such as 0.25")
+    device: str = option(
+        "auto", choices=DEVICES, help="auto is cuda where the cluster has a GPU; one that is named is waited for"
+    )
+    gpus_per_trial: float = option(1.0, metavar="SHARE", help="GPU a trial takes; with 0.25 four share one")
     resume: bool = option(False, help="continue the sweep in --out; finished trials are kept")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "trials", "seeds", "concurrent", "cpus_per_trial")
-        check_at_least(self, 0, "gpus_per_trial")
+        check_gpu_share(self, "gpus_per_trial")
         parse_sources(self.data)
         if self.ablation is not None:
             if self.params or self.trials or self.search:

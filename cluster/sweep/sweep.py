@@ -15,12 +15,15 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 import ray.tune
 from ray.tune.schedulers import ASHAScheduler
 
+from cluster.generation.reach import check_reach
+from cluster.ray_state import has_group
 from cluster.session import cluster_cpus, cluster_gpus, start_ray, waiting_for
 from cluster.store.store import Store, open_store
 from cluster.sweep.request import SweepRequest
@@ -44,7 +47,7 @@ from cluster.training.config import TrainConfig
 from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.ray_trainer import MEMORY_KEPT
 from cluster.training.trackers import flattened
-from cluster.training.train import check_settings, planned_run, ray_storage
+from cluster.training.train import check_settings, device_for_work, planned_run, ray_storage
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 
@@ -76,13 +79,16 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's folder has its numbers already
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other prints boxes however quiet it is told to be
     start_ray(worker_env=MEMORY_KEPT)
-    _check_place(request)
+    run = replace(run, device=device_for_work(request.device))
+    gpus = request.gpus_per_trial if run.device == "cuda" else 0.0
+    _check_place(request, device=run.device)
+    check_reach(out)
     out.write_bytes(SWEEP_KEY, document_bytes(document))
     shared = SweepRun(out=run.out, run=run, tables=_tables(open_training_sets(train.sources)))
     recorder = _Recorder(out, epochs=run.config.epochs, total=len(settings) or (request.trials or 0))
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(run_trial, sweep=shared),
-        {"CPU": request.cpus_per_trial, "GPU": request.gpus_per_trial},
+        {"CPU": request.cpus_per_trial, "GPU": gpus},
     )
     tuner = ray.tune.Tuner(
         trainable,
@@ -105,7 +111,7 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
             verbose=0,
         ),
     )
-    with waiting_for(cpus=request.cpus_per_trial, gpus=request.gpus_per_trial):
+    with waiting_for(cpus=request.cpus_per_trial, gpus=gpus, placed=has_group):
         tuner.fit()
     results = recorder.results()
     report = write_report(out, results, params=tuple(space), base=run.config)
@@ -213,16 +219,19 @@ def without_paths(value: Any) -> Any:
     return {key: item for key, item in value.items() if key != "path"} if isinstance(value, dict) else value
 
 
-def _check_place(request: SweepRequest) -> None:
+def _check_place(request: SweepRequest, *, device: str) -> None:
     """Raises InputError for what this machine cannot give. On a cluster that is joined it is waited for."""
+    if device == "cpu" and request.gpus_per_trial < 1:
+        raise InputError(
+            f"--gpus-per-trial {request.gpus_per_trial:g}: the cluster has no GPU; leave it out, or give --device cuda "
+            "on a cluster that grows"
+        )
     if "RAY_ADDRESS" in os.environ:
         return
-    for flag, wanted, has in (
-        ("--cpus-per-trial", request.cpus_per_trial, cluster_cpus()),
-        ("--gpus-per-trial", request.gpus_per_trial, cluster_gpus()),
-    ):
-        if wanted > has:
-            raise InputError(f"{flag} {wanted:g}: the cluster has {has:g}; take fewer")
+    if device == "cuda" and not cluster_gpus():
+        raise InputError("--device cuda: the cluster has no GPU; leave it out, or join one that has (RAY_ADDRESS)")
+    if request.cpus_per_trial > cluster_cpus():
+        raise InputError(f"--cpus-per-trial {request.cpus_per_trial}: the cluster has {cluster_cpus():g}; take fewer")
 
 
 def _tables(sets: Sequence[TrainingSet]) -> dict[str, ray.ObjectRef]:

@@ -49,6 +49,15 @@ class TrainingState:
     epoch: int = 0  # epochs finished
     step: int = 0  # optimiser steps made, over the whole run
     history: list[dict[str, Any]] = field(default_factory=list)  # one row of metrics.jsonl an epoch
+    #: {"from_step", "workers"} of each size that the group of workers has had; steps count from 1, as in losses/.
+    group_sizes: list[dict[str, int]] = field(default_factory=list)
+
+    def begin_group(self, workers: int) -> None:
+        """Note that so many workers make the steps from here on."""
+        kept = [size for size in self.group_sizes if size["from_step"] <= self.step]
+        if not kept or kept[-1]["workers"] != workers:
+            kept.append({"from_step": self.step + 1, "workers": workers})
+        self.group_sizes = kept
 
     @property
     def best_cider(self) -> float:

@@ -69,7 +69,7 @@ def _train_and_validate(worker: TrainWorker) -> None:
     progress.epoch += 1
     is_best = cider > progress.best_cider
     samples = (progress.step - first_step) * config.batch_size
-    metrics = {
+    metrics: dict[str, Any] = {
         "epoch": progress.epoch,
         "step": progress.step,
         "loss": math.fsum(row["loss"] for row in rows) / len(rows),
@@ -78,6 +78,7 @@ def _train_and_validate(worker: TrainWorker) -> None:
         "seconds": round(trained - started, 3),
         "validation_seconds": round(time.monotonic() - trained, 3),
         "samples_per_second": round(samples / (trained - started), 2),
+        "group_sizes": list(progress.group_sizes),
     }
     progress.history.append(metrics)
     worker.reporter.say(
@@ -85,7 +86,8 @@ def _train_and_validate(worker: TrainWorker) -> None:
         f"CIDEr {cider:.4f}{' (best)' if is_best else ''}, {metrics['samples_per_second']} samples/s, "
         f"{metrics['seconds']:.1f} s + {metrics['validation_seconds']:.1f} s validation"
     )
-    worker.reporter.track(progress.step, {name: metrics[name] for name in ("CIDEr", "epoch", "samples_per_second")})
+    tracked = {name: metrics[name] for name in ("CIDEr", "epoch", "samples_per_second")}
+    worker.reporter.track(progress.step, tracked | {"workers": worker.num_workers})
     worker.checkpoints.save({**metrics, SCORE: cider}, progress, is_best=is_best)
     worker.reporter.write_metrics(progress.history)
 

@@ -16,10 +16,11 @@ from cluster.ray_internals import (
     FailureDecision,
     NoopDecision,
     PolicyTrainer,
+    ResizeDecision,
     TorchBackend,
     TrainingFailedError,
 )
-from cluster.session import user_error
+from cluster.session import free_room, room_for, user_error
 from cluster.store.store import Store
 from pcm.errors import InputError
 
@@ -82,7 +83,8 @@ def make_trainer(
         ),
     )
     if len(sizes) > 1:
-        trainer.scaling_policy = lambda scaling_config: _GroupSizes(scaling_config, sizes)
+        worker = {"cpus": cpus, "gpus": gpus, "labels": labels}
+        trainer.scaling_policy = lambda scaling_config: _GroupSizes(scaling_config, sizes, worker)
     return trainer
 
 
@@ -121,30 +123,44 @@ class _FailurePolicy(DefaultFailurePolicy):
 class _GroupSizes(ElasticScalingPolicy):
     """Ray's elastic group, in sizes that can share a batch. It grows right after a checkpoint: no step is lost."""
 
-    def __init__(self, scaling_config: Any, sizes: tuple[int, ...]) -> None:
+    def __init__(self, scaling_config: Any, sizes: tuple[int, ...], worker: Mapping[str, Any]) -> None:
+        """`worker`: cpus, gpus and labels of each, as `room_for` takes them."""
         super().__init__(scaling_config)
-        self._sizes = sizes
-        self._reports: Counter[int] = Counter()  # checkpoints, by rank
+        self._sizes, self._worker = sizes, worker
+        self._reports: Counter[int] = Counter()  # by rank
         self._complete = 0
         self._group_started: float | None = None
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        room = super()._count_possible_workers(reserved_resources)
+        reserved = super()._count_possible_workers(reserved_resources)  # of any nodes, whatever their labels
+        return self._largest(min(reserved, room_for(**self._worker)))
+
+    def _largest(self, room: int) -> int:
         return max((size for size in self._sizes if size <= room), default=0)
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
-        statuses = worker_group_status.worker_statuses
-        if worker_group_state.start_time != self._group_started:
-            self._group_started = worker_group_state.start_time
+        self._maybe_send_resource_request()  # Ray forgets in three minutes what is not asked for again
+        if not self._has_new_checkpoint(worker_group_state.start_time, worker_group_status.worker_statuses):
+            return NoopDecision()
+        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        now = worker_group_state.num_workers
+        if isinstance(decision, ResizeDecision) and decision.num_workers > now:
+            # Ray counts what other jobs have as well: the group would be stopped, and wait for them to end.
+            decision.num_workers = self._largest(min(decision.num_workers, now + free_room(**self._worker)))
+            return decision if decision.num_workers > now else NoopDecision()
+        return decision
+
+    def _has_new_checkpoint(self, started: float, statuses: Mapping[int, Any]) -> bool:
+        """Whether a checkpoint has become whole: every rank has reported it, the first with its files, the others with
+        none (Checkpoints.save). Nothing else is reported.
+        """
+        if started != self._group_started:
+            self._group_started = started
             self._reports.clear()
             self._complete = 0
-        for rank, status in statuses.items():
-            self._reports[rank] += bool(status.training_report and status.training_report.checkpoint)
-        complete = min(self._reports[rank] for rank in statuses)
-        if complete == self._complete:
-            return NoopDecision()
-        self._complete = complete
-        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        self._reports.update(rank for rank, status in statuses.items() if status.training_report is not None)
+        before, self._complete = self._complete, min(self._reports[rank] for rank in statuses)
+        return self._complete > before
 
 
 class _Trainer(PolicyTrainer):

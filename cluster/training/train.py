@@ -23,6 +23,8 @@ import pcm
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, GIVEN_CONCEPTS_KEY
 from cluster.dataset.together import Vocabularies, common_vocabularies
 from cluster.generation.pinning import resolve_device
+from cluster.generation.reach import check_reach
+from cluster.ray_state import has_group
 from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, room_for, start_ray, waiting_for
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.pictures import check_source, source_anywhere
@@ -58,7 +60,8 @@ class TrainingFailed(InputError):
 
 
 def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dict[str, Any]:
-    """Train, or go on training, and summarise: epochs, steps, best (its metrics), checkpoint.
+    """Train, or go on training, and summarise: epochs, steps, best (its metrics), checkpoint, group_sizes (how many
+    workers made the steps from which one on), and what there was of an unfinished dataset.
 
     `arriving`: the one set of `data` while it is being made. Raises InputError when the dataset is unfinished or unfit,
     when OUT already holds a run and `resume` is not set, or when what is resumed was begun otherwise; TrainingFailed
@@ -86,7 +89,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
         done = len(_history(out))
         if done >= config.epochs:
             log.info("%s: all %d epochs are done", out.root, done)
-            return _summary(out, started)
+            return _summary(out, sets, started)
 
     joined = bool(os.environ.get("RAY_ADDRESS"))
     check_labels(request.worker_labels, joined=joined)
@@ -95,6 +98,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # so soon is seen that training has ended
     start_ray()
     place = _place(request, config, joined=joined)
+    check_reach(out)
     if place.device == "cpu":
         check_compile(config, device_type="cpu")
     out.write_bytes(CONFIG_KEY, document_bytes(document))
@@ -111,14 +115,21 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
         max_failures=request.max_failures,
         joined=joined,
     )
+    waiting = waiting_for(
+        cpus=place.cpus,
+        gpus=place.gpus_per_worker,
+        workers=place.num_workers,
+        labels=request.worker_labels,
+        placed=has_group,
+    )
     try:
-        with waiting_for(cpus=place.cpus, gpus=place.gpus_per_worker, workers=place.num_workers):
+        with waiting:
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise worker_input_error(error) or error from None
     if result.return_value:  # type: ignore[attr-defined]
         raise TrainingFailed(result.return_value)  # type: ignore[attr-defined]
-    return _summary(out, started)
+    return _summary(out, sets, started)
 
 
 def planned_run(request: TrainRequest, *, cpus: int) -> RunSpec:
@@ -366,6 +377,16 @@ class _Place:
         return self.sizes[0]
 
 
+def device_for_work(asked: str) -> str:
+    """ "auto" is cuda where the cluster has a GPU now. Raises InputError where nothing is there to choose by."""
+    if asked == "auto" and not cluster_cpus():
+        raise InputError(
+            "--device auto: the cluster has no CPUs and GPUs for work now; give --device cuda or --device cpu, and "
+            "training waits for its workers"
+        )
+    return resolve_device(asked, cluster_gpus=cluster_gpus())
+
+
 def _place(request: TrainRequest, config: TrainConfig, *, joined: bool) -> _Place:
     """What is asked of the cluster: where the device is named, also what it has not yet, for a cluster may grow.
 
@@ -373,12 +394,7 @@ def _place(request: TrainRequest, config: TrainConfig, *, joined: bool) -> _Plac
     """
     cpus, gpus = int(cluster_cpus()), int(cluster_gpus())
     named = request.device != "auto" and joined
-    if not (cpus or named):
-        raise InputError(
-            "--device auto: the cluster has no CPUs and GPUs for work now; give --device cuda or --device cpu, and "
-            "training waits for its workers"
-        )
-    device = resolve_device(request.device, cluster_gpus=gpus)
+    device = device_for_work(request.device)
     sizes = group_sizes(config, request.num_workers or max(gpus if device == "cuda" else 0, 1))
     workers = sizes[-1]
     if device == "cpu" and request.gpus_per_worker < 1:
@@ -420,13 +436,16 @@ def _history(out: Store) -> list[dict[str, Any]]:
         ) from None
 
 
-def _summary(out: Store, started: float) -> dict[str, Any]:
+def _summary(out: Store, sets: Sequence[TrainingSet], started: float) -> dict[str, Any]:
     history = _history(out)
     best = max(history, key=lambda row: row["CIDEr"])
+    unfinished = {each.store.root: each.extent for each in sets if each.extent}
     return {
         "epochs": len(history),
         "steps": history[-1]["step"],
         "best": best,
         "checkpoint": join(out.root, BEST),
+        "group_sizes": history[-1].get("group_sizes", []),
+        **({"unfinished": unfinished} if unfinished else {}),
         "seconds": round(time.monotonic() - started, 2),
     }

@@ -82,6 +82,7 @@ def set_up_worker(run: RunSpec) -> TrainWorker:
     average = WeightAverage(module, decay=config.ema_decay) if config.ema_decay else None
     checkpoints = Checkpoints(run, out, module=module, optimizer=optimizer, average=average, is_first=rank == 0)
     progress = checkpoints.restore()
+    progress.begin_group(num_workers)
     if progress.step:
         reporter.say(f"resumed after epoch {progress.epoch}, step {progress.step}")
     model = ray.train.torch.prepare_model(

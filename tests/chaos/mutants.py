@@ -845,6 +845,20 @@ MUTANTS = (
         ("tests/cluster/training/test_train.py::test_an_error_of_the_users_is_not_tried_again",),
     ),
     Mutant(
+        "training: a checkpoint is whole when every rank has reported, though the first alone has files",
+        "cluster/training/ray_trainer.py", "if status.training_report is not None)",
+        "if status.training_report is not None and status.training_report.checkpoint)",
+        (
+            "tests/cluster/training/test_train.py::"
+            "test_a_group_grows_right_after_a_checkpoint_to_the_largest_size_there_is_room_for",
+        ),
+    ),
+    Mutant(
+        "training: a group does not stop to wait for what another job has",
+        "cluster/training/ray_trainer.py", "now + free_room(**self._worker)", "now + 64",
+        ("tests/cluster/training/test_train.py::test_a_group_does_not_stop_to_wait_for_what_another_job_has",),
+    ),
+    Mutant(
         "training: a cache without room is done without",
         "cluster/training/data/shard_cache.py", "except OSError as error:", "except KeyError as error:",
         ("tests/cluster/training/data/test_shuffled.py::test_a_cached_shard_is_not_read_again_and_a_cache_without_room_is_done_without",),

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,12 +22,15 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution import train_fn_utils
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from cluster import ray_internals
 from cluster.ray_autoscaler_internals import nodes_are_coming
 from cluster.ray_data_internals import row_by_row, rows_of
 from cluster.ray_internals import LocalReports, PolicyTrainer, train_in_this_process
+from cluster.ray_state import actors_are_placed, free_resources, has_group
 
 
 def parameters(function: object) -> list[str]:
@@ -47,6 +51,8 @@ def parameters(function: object) -> list[str]:
             ElasticScalingPolicy.make_decision_for_running_worker_group,
             ["self", "worker_group_state", "worker_group_status"],
         ),
+        (ElasticScalingPolicy._maybe_send_resource_request, ["self"]),
+        (ResizeDecision.__init__, ["self", "num_workers", "resources_per_worker"]),
         (TorchTrainer._initialize_and_run_controller, ["self", "controller_init_kwargs"]),
         (TorchTrainer._create_default_callbacks, ["self"]),
         (train_fn_utils.set_train_fn_utils, ["train_fn_utils"]),
@@ -231,3 +237,44 @@ def test_nodes_that_the_older_autoscaler_launches_are_seen(
     _internal_kv_put(key, json.dumps({"autoscaler_report": pending}))
     assert nodes_are_coming() is coming
     _internal_kv_del(key)
+
+
+class Holds:
+    """An actor that has what it was given."""
+
+    def ready(self) -> bool:
+        return True
+
+
+def until(seen: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not seen() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert seen()
+
+
+def test_an_actor_that_waits_for_a_node_is_known_as_one(ray_session: None) -> None:
+    until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+    (node,) = free_resources()
+    holder = ray.remote(Holds).options(num_cpus=ray.cluster_resources()["CPU"]).remote()
+    ray.get(holder.ready.remote())
+    until(lambda: not free_resources()[node].get("CPU"))
+    assert actors_are_placed()
+    waits = ray.remote(Holds).options(num_cpus=1).remote()
+    until(lambda: not actors_are_placed())
+    ray.kill(holder)
+    ray.get(waits.ready.remote())
+    until(actors_are_placed)
+    ray.kill(waits)
+
+
+def test_a_group_that_waits_for_its_nodes_is_known_as_one(ray_session: None) -> None:
+    until(lambda: not has_group())
+    large = placement_group([{"CPU": ray.cluster_resources()["CPU"] + 1}])
+    time.sleep(1)
+    assert not has_group()
+    remove_placement_group(large)
+    small = placement_group([{"CPU": 1}])
+    until(has_group)
+    remove_placement_group(small)
+    until(lambda: not has_group())

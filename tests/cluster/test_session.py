@@ -7,12 +7,26 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import RayTaskError
 
-from cluster.session import cpus_for_each, is_no_user_error, protect_token_file, room_for, user_error
+from cluster.ray_state import actors_are_placed
+from cluster.session import (
+    _Wanted,
+    cpus_for_each,
+    free_room,
+    is_no_user_error,
+    protect_token_file,
+    room_for,
+    user_error,
+    waiting_for,
+)
 from jobs.endings import descendants
 from pcm.errors import InputError
 from tests.helpers.hosts import wait_until
@@ -147,3 +161,81 @@ def test_a_worker_has_its_cpus_on_one_node(monkeypatch: pytest.MonkeyPatch) -> N
     assert room_for(cpus=1, gpus=0.25) == 32 and room_for(cpus=0, gpus=1) == 8
     monkeypatch.setattr("ray.nodes", lambda: [head])
     assert cpus_for_each(1) == 1 and room_for(cpus=1, gpus=0) == 0
+
+
+class Holds:
+    """An actor that has what it was given."""
+
+    def ready(self) -> bool:
+        return True
+
+
+def until(seen: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not seen() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert seen()
+
+
+def test_a_queue_behind_other_work_is_said_as_long_as_there_is_one(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="cluster.session")
+    monkeypatch.setattr("cluster.session.SECONDS_BETWEEN_LOOKS", 0.1)
+    monkeypatch.setattr("cluster.session.SECONDS_BETWEEN_WAITING_LINES", 0.2)
+    monkeypatch.setattr("cluster.session.SECONDS_TO_START", 0.1)
+    until(lambda: free_room(cpus=1, gpus=0) == 2)
+    holder = ray.remote(Holds).options(num_cpus=2).remote()
+    ray.get(holder.ready.remote())
+    until(lambda: free_room(cpus=1, gpus=0) == 0)
+
+    def lines() -> list[str]:
+        return [record.getMessage() for record in caplog.records]
+
+    with waiting_for(cpus=1, gpus=0):
+        assert lines() == [
+            "waiting for 1 CPUs and 0 GPUs; the cluster has 2 and 0 now, of which 0 and 0 are free (for 0 s)"
+        ]
+    caplog.clear()
+    with waiting_for(cpus=1, gpus=0, placed=actors_are_placed):
+        waits = ray.remote(Holds).options(num_cpus=1).remote()
+        until(lambda: len(lines()) == 3)
+        ray.kill(holder)
+        ray.get(waits.ready.remote())
+    again = ray.remote(Holds).options(num_cpus=1).remote()
+    ray.get(again.ready.remote())
+    until(lambda: free_room(cpus=1, gpus=0) == 0 and actors_are_placed())
+    caplog.clear()
+    with waiting_for(cpus=1, gpus=0, placed=actors_are_placed):
+        time.sleep(1)
+    assert lines() == [], "the job has all of it itself"
+    for actor in (waits, again):
+        ray.kill(actor)
+
+
+def test_what_is_waited_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"NodeID": name, "Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}} for name in "abc"]
+    nodes[2]["Labels"] = {"role": "training"}
+    free: dict[str, dict[str, float]] = {
+        "a": {"CPU": 2.0, "GPU": 0.5},
+        "b": {"CPU": 2.0, "GPU": 0.5},
+        "c": {"CPU": 4.0},
+    }
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("cluster.session.free_resources", lambda: free)
+
+    def line(**asked: Any) -> str:
+        return _Wanted(**{"cpus": 4, "gpus": 1, "workers": 1, "labels": {}} | asked).line(seconds=65)
+
+    assert line(workers=4) == "waiting for 16 CPUs and 4 GPUs; the cluster has 12 and 3 now (for 65 s)"
+    assert line(cpus=6, workers=2) == (
+        "waiting for 12 CPUs and 2 GPUs, on one node for each of 2 workers; the cluster has 12 and 3 now (for 65 s)"
+    )
+    assert line() == (
+        "waiting for 4 CPUs and 1 GPUs, on one node; the cluster has 12 and 3 now, of which 8 and 1 are free (for 65 s)"
+    )
+    assert line(labels={"role": "training"}) == (
+        "waiting for 4 CPUs and 1 GPUs; nodes with role=training have 4 and 1 now, of which 4 and 0 are free (for 65 s)"
+    )
+    free.clear()
+    assert "of which 0 and 0 are free" in line()

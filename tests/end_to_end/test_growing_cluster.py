@@ -12,7 +12,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_dataset import TINY, write_dataset
+from tests.helpers.tiny_dataset import TINY, write_checkpoint, write_dataset, write_pictures
 from tests.helpers.tiny_generation import CAPTIONS, write_corpus
 
 pytestmark = pytest.mark.slow
@@ -28,9 +28,12 @@ def head() -> Iterator[Cluster]:
 
 def start(head: Cluster, data: Path, out: Path, *arguments: str) -> subprocess.Popen:
     settings = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
-    command = [sys.executable, "-m", "jobs.train", "--data", str(data), "--out", str(out), "--epochs", "1"]
+    return jobs(head, "jobs.train", "--data", data, "--out", out, "--epochs", 1, *settings, *arguments)
+
+
+def jobs(head: Cluster, *command: object) -> subprocess.Popen:
     return subprocess.Popen(
-        [*command, *settings, *arguments], cwd=ROOT, env=os.environ | {"RAY_ADDRESS": head.address}, text=True,
+        [sys.executable, "-m", *map(str, command)], cwd=ROOT, env=os.environ | {"RAY_ADDRESS": head.address}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -59,10 +62,11 @@ def test_a_sweep_waits_for_its_trials_and_says_so(head: Cluster, tmp_path: Path,
     data, out = write_dataset(tmp_path / "data", tiny_clip, rows=24), tmp_path / "sweep"
     settings = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
     command = ["jobs.sweep", "--data", str(data), "--out", str(out), "--param=lr_factor=0.1,0.2", "--search=grid"]
-    job = subprocess.Popen(
-        [sys.executable, "-m", *command, "--epochs=1", *settings], cwd=ROOT, text=True,
-        env=os.environ | {"RAY_ADDRESS": head.address}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    nobody = jobs(head, *command, "--epochs=1", *settings)
+    _, said = nobody.communicate(timeout=300)
+    assert nobody.returncode == 2 and said.splitlines()[-1].startswith("error: --device auto: the cluster has no CPUs")
+    assert not out.exists()
+    job = jobs(head, *command, "--epochs=1", *settings, "--device", "cpu")
     read_until(job, "waiting for 1 CPUs and 0 GPUs; the cluster has 0 and 0 now")
     head.add_node(num_cpus=2, object_store_memory=100_000_000)
     printed, said = job.communicate(timeout=600)
@@ -136,3 +140,38 @@ def test_a_group_of_workers_grows_and_shrinks_with_the_cluster(head: Cluster, tm
     undisturbed_steps, undisturbed = zip(*losses(tmp_path / "alone"), strict=True)
     assert steps == undisturbed_steps
     assert values == pytest.approx(undisturbed, rel=1e-4)
+
+
+def test_a_group_of_two_grows_to_four_and_the_sizes_are_recorded(
+    head: Cluster, tmp_path: Path, tiny_clip: Path
+) -> None:
+    data, out = write_dataset(tmp_path / "data", tiny_clip, rows=96), tmp_path / "run"
+    for _ in range(2):
+        head.add_node(num_cpus=1, object_store_memory=100_000_000)
+    workers = ["--device", "cpu", "--num-workers", "2:4", "--cpus-per-worker", "1"]
+    job = start(head, data, out, *workers, "--epochs", "16")
+    read_until(job, "2 worker(s) on cpu")
+    for _ in range(2):
+        head.add_node(num_cpus=1, object_store_memory=100_000_000)
+    read_until(job, "4 worker(s) on cpu")
+    printed, said = job.communicate(timeout=600)
+    assert job.returncode == 0, said[-3000:]
+    summary = json.loads(printed.splitlines()[-1])
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    first, second = summary["group_sizes"]
+    assert (first, second["workers"]) == ({"from_step": 1, "workers": 2}, 4)
+    assert rows[0]["group_sizes"] == [first] and rows[-1]["group_sizes"] == [first, second]
+    assert second["from_step"] - 1 in {row["step"] for row in rows}, "after an epoch's checkpoint"
+
+
+def test_an_evaluation_waits_for_the_gpu_that_it_asks_for(head: Cluster, tmp_path: Path, tiny_clip: Path) -> None:
+    """Its driver has none, and loads nothing onto one."""
+    checkpoint = write_checkpoint(tmp_path / "run/best", write_dataset(tmp_path / "data", tiny_clip, rows=24))
+    pictures, references = write_pictures(tmp_path / "pictures", count=4), tmp_path / "references.csv"
+    asked = ["--checkpoint", checkpoint, "--images", pictures, "--references", references]
+    job = jobs(head, "jobs.evaluate", *asked, "--device", "cuda", "--num-workers", 1)
+    read_until(job, "waiting for 0 CPUs and 1 GPUs; the cluster has 0 and 0 now")
+    head.add_node(num_cpus=1, num_gpus=1, object_store_memory=100_000_000)
+    printed, said = job.communicate(timeout=600)
+    assert job.returncode == 0, said[-3000:]
+    assert json.loads(printed.splitlines()[-1])["n"] == 4

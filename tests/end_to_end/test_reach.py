@@ -104,6 +104,22 @@ def test_nothing_is_derived_into_or_from_a_folder_that_a_node_does_not_see(
         assert not list((out / "made").rglob("*.*")), "something was begun"
 
 
+@pytest.mark.parametrize("job", ["train", "sweep"])
+def test_a_run_in_a_folder_that_a_node_does_not_see_is_refused(
+    head: Cluster, other_machine: None, tmp_path: Path, tiny_clip: Path, job: str
+) -> None:
+    data = write_dataset(tmp_path / "data", tiny_clip, rows=24)
+    trials = ["--param=lr_factor=0.1,0.2", "--search=grid"] if job == "sweep" else []
+    done = subprocess.run(
+        [sys.executable, "-m", f"jobs.{job}", "--data", data, "--out", tmp_path / "run", "--preset=embedded", *trials],
+        cwd=ROOT, env=os.environ | {"RAY_ADDRESS": head.address}, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "a folder of one machine, which node" in done.stderr.splitlines()[-1]
+    assert not list((tmp_path / "run").rglob("*.*")), "something was begun"
+
+
 @pytest.mark.parametrize("run_on", ["ray", "auto"])
 def test_a_folder_that_a_node_does_not_see_is_verified_in_one_process_or_refused(
     head: Cluster, other_machine: None, tmp_path: Path, run_on: str

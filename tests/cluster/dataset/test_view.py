@@ -308,6 +308,7 @@ def test_the_shards_of_an_unfinished_dataset_are_pinned_for_all_workers(
         open_training_sets([DataSource(store.root)])
     (found,) = open_training_sets([DataSource(store.root)], unfinished=True)
     assert found.description()["unfinished_shards"] == len(found.shards) == 2
+    assert found.extent.startswith("2 of ")
     store.write_bytes(shard_key(1), late)
     (worker,) = open_training_sets([DataSource(store.root, manifest=found.pinned)])
     assert worker.manifest == found.manifest and worker.description() == found.description()

@@ -1,24 +1,30 @@
 """Evaluation: which pictures, which captions, which numbers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from cluster.evaluation.captioning import (
     CaptionerSource,
+    _CaptionWorker,
     batches,
+    caption,
     caption_on_cluster,
     caption_pictures,
+    load_captioner,
     local_checkpoint,
 )
-from cluster.evaluation.evaluate import deranged, evaluate, read_results
-from cluster.evaluation.request import EvaluateRequest
+from cluster.evaluation.evaluate import _here, deranged, evaluate, read_results
+from cluster.evaluation.request import CaptionRequest, EvaluateRequest
 from cluster.sources.pictures import PictureSource, load_picture_set, source_anywhere
 from pcm.captioners.captioner import Captioner
+from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from pcm.text.metrics import COCO_METRICS, cider_only, coco_metrics
 from pcm.text.references import load_references
@@ -113,6 +119,36 @@ def test_more_workers_than_the_cluster_has_are_refused(world: Path, ray_session:
     request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), device="cpu", num_workers=64)
     with pytest.raises(InputError, match="--num-workers 64: the cluster has"):
         evaluate(request)
+
+
+def test_a_worker_loads_again_what_a_hub_did_not_give(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [ConnectionError("the hub is busy")]
+
+    def busy_hub(name: str, revision: str | None = None) -> str:
+        if answers:
+            raise answers.pop()
+        return name
+
+    monkeypatch.setattr("cluster.evaluation.captioning.local_name", busy_hub)
+    settings = {"clip": None, "device": "cpu", "beam_size": 1, "limit": None}
+    worker = _CaptionWorker(
+        source=CaptionerSource(checkpoint=str(world / "checkpoint"), **settings, pictures=source(world)),
+        threads=torch.get_num_threads(),
+    )
+    assert not answers and isinstance(worker.captioner._clip, ClipEncoder), "loaded before the first picture comes"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_this_machine_has_not_is_asked_of_workers_alone(world: Path) -> None:
+    request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), device="cuda")
+    with pytest.raises(InputError, match="--device cuda: torch finds no GPU on this machine; leave --device out"):
+        evaluate(request)
+    image = str(world / "pictures/scene1000.png")
+    with pytest.raises(InputError, match="--device cuda: torch finds no GPU on this machine"):
+        caption(CaptionRequest(images=(image,), checkpoint=str(world / "checkpoint"), device="cuda"))
+    there = _here(replace(request, num_workers=4))
+    assert next(load_captioner(there.checkpoints, there).model.parameters()).device.type == "cpu"
+    assert _here(replace(request, num_workers=4, device="cpu")).device == "cpu"
 
 
 @pytest.mark.parametrize(

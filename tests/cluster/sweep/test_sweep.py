@@ -118,8 +118,25 @@ def test_a_sweep_that_cannot_be_is_refused_in_one_line(
 
 
 def test_more_than_the_cluster_has_is_refused(data: Path, ray_session: None) -> None:
-    with pytest.raises(InputError, match="the cluster has 0; take fewer"):
-        sweep(request(data, out=str(data.parent / "greedy"), gpus_per_trial=0.5))
+    out = data.parent / "greedy"
+    for asked, message in (
+        (
+            {"gpus_per_trial": 0.5},
+            r"--gpus-per-trial 0\.5: the cluster has no GPU; leave it out, or give --device cuda",
+        ),
+        (
+            {"device": "cuda"},
+            r"--device cuda: the cluster has no GPU; leave it out, or join one that has \(RAY_ADDRESS\)",
+        ),
+        ({"cpus_per_trial": 3}, "--cpus-per-trial 3: the cluster has 2; take fewer"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sweep(request(data, out=str(out), **asked))
+    assert not out.exists()
+    with pytest.raises(InputError, match=r"--gpus-per-trial 0: must be more than 0"):
+        request(data, gpus_per_trial=0.0)
+    with pytest.raises(InputError, match=r"--gpus-per-trial 0\.5: without effect with --device cpu"):
+        request(data, gpus_per_trial=0.5, device="cpu")
 
 
 def test_shards_are_read_once_and_shared(data: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,8 +173,8 @@ def test_what_torch_takes_for_no_gpu_is_shared_by_trials_and_trained_on_as_a_cpu
         concurrent=2,
     )  # fmt: skip
     assert sweep(together)["by_status"] == {"finished": 2}
-    with pytest.raises(InputError, match=r"--gpus-per-trial 1\.5: the cluster has 1; take fewer"):
-        sweep(replace(together, resume=True, gpus_per_trial=1.5))
+    on_cpu = replace(together, out=str(data.parent / "cpu"), gpus_per_trial=1.0, device="cpu")
+    assert sweep(on_cpu)["by_status"] == {"finished": 2}
     alone = replace(together.train, out=str(data.parent / "alone"), cpus_per_worker=1)
     assert train(alone)["epochs"] == 1
     with half_a_gpu_taken():

@@ -125,3 +125,13 @@ def test_a_temporary_disk_that_is_full_is_named(bytes_free: int, tmp_path: Path)
             save_training_state(tmp_path, module=module, optimizer=optimizer, average=None, at=TrainingState())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_the_sizes_of_the_group_are_kept_with_the_steps_they_begin_at() -> None:
+    at = TrainingState()
+    for step, workers in ((0, 2), (0, 4), (70, 4), (90, 2), (90, 8), (120, 4)):
+        at.step = step
+        at.begin_group(workers)
+    assert at.group_sizes == [
+        {"from_step": 1, "workers": 4}, {"from_step": 91, "workers": 8}, {"from_step": 121, "workers": 4},
+    ]  # fmt: skip

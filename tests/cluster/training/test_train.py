@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -31,7 +33,7 @@ from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
 from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer
 from cluster.training.request import TrainRequest
-from cluster.training.train import TrainingFailed, group_sizes, planned_run, train
+from cluster.training.train import TrainingFailed, _summary, group_sizes, planned_run, train
 from pcm.captioners.captioner import Captioner
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
@@ -119,6 +121,8 @@ def test_a_run_is_summarised_by_its_best_epoch(trained: Path, world: Path) -> No
     assert summary["steps"] == rows[-1]["step"] == EPOCHS * STEPS
     assert summary["best"] == max(rows, key=lambda row: row["CIDEr"])
     assert summary["checkpoint"] == str(trained / "best")
+    assert summary["group_sizes"] == rows[-1]["group_sizes"] == [{"from_step": 1, "workers": 1}]
+    assert "unfinished" not in summary
 
 
 def test_the_loss_falls(trained: Path) -> None:
@@ -405,33 +409,72 @@ def test_a_group_that_follows_the_cluster_has_sizes_that_can_share_a_batch() -> 
         group_sizes(config, (9, 15))
 
 
-def test_a_group_grows_right_after_a_checkpoint_to_the_largest_size_there_is_room_for(monkeypatch) -> None:
-    room = {"node": {"CPU": 7.0}}
-    monkeypatch.setattr(_GroupSizes, "_get_reserved_resources", lambda self: room)
-    monkeypatch.setattr(_GroupSizes, "_maybe_send_resource_request", lambda self: None)
-    scaling = ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=0.0)
-    policy = _GroupSizes(scaling, (1, 2, 4, 8))
-    assert policy.make_decision_for_non_running_worker_group().num_workers == 4
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What a cluster of one node has, and what of it is free."""
+    cpus = {"has": 7.0, "free": 5.0}
+    node = {"NodeID": "node", "Alive": True, "Labels": {"role": "training"}}
+    monkeypatch.setattr("ray.nodes", lambda: [node | {"Resources": {"CPU": cpus["has"]}}])
+    monkeypatch.setattr("cluster.session.free_resources", lambda: {"node": {"CPU": cpus["free"]}})
+    monkeypatch.setattr(_GroupSizes, "_get_reserved_resources", lambda self: {"node": {"CPU": cpus["has"]}})
+    return cpus
 
-    class Group:
-        num_workers, start_time = 2, 0.0
 
-    def decide(*checkpoints: bool) -> int | None:
-        """What is decided where these ranks have just reported a checkpoint: a new size, or None."""
-        reports = [_TrainingReport("it" if each else None, metrics={}, validation=False) for each in checkpoints]
-        statuses = {rank: WorkerStatus(running=True, training_report=report) for rank, report in enumerate(reports)}
-        decision = policy.make_decision_for_running_worker_group(Group, WorkerGroupPollStatus(statuses))
-        return getattr(decision, "num_workers", None)
+def grouped(sizes: tuple[int, ...], **labels: str) -> tuple[_GroupSizes, list[float]]:
+    """A policy, and when it has asked for its workers."""
+    config = ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=0.0)
+    policy = _GroupSizes(config, sizes, {"cpus": 1, "gpus": 0, "labels": labels})
+    asked: list[float] = []
+    policy._maybe_send_resource_request = lambda: asked.append(0.0)  # type: ignore[method-assign]
+    return policy, asked
 
-    assert decide(False, False) is None
-    assert decide(True, False) is None, "the checkpoint is not whole yet"
-    assert decide(False, True) == 4
-    assert decide(False, False) is None
-    room["node"]["CPU"] = 2.0
-    assert decide(True, True) is None, "as many as there are"
-    Group.start_time, Group.num_workers = 1.0, 1
-    assert decide(False) is None, "another group, which has no checkpoint of its own yet"
-    assert decide(True) == 2
+
+def decided(policy: _GroupSizes, *reported: int, workers: int, started: float = 0.0) -> int | None:
+    """What is decided where these ranks have just reported: a new size, or None. As Checkpoints.save does it, the first
+    has the checkpoint's files, the others report none.
+    """
+    group = SimpleNamespace(num_workers=workers, start_time=started)
+    reports = {rank: _TrainingReport("files" if rank == 0 else None, {}, validation=False) for rank in reported}
+    statuses = {rank: WorkerStatus(running=True, training_report=reports.get(rank)) for rank in range(workers)}
+    decision = policy.make_decision_for_running_worker_group(group, WorkerGroupPollStatus(statuses))  # type: ignore[arg-type]
+    return getattr(decision, "num_workers", None)
+
+
+def test_a_group_grows_right_after_a_checkpoint_to_the_largest_size_there_is_room_for(room: dict[str, float]) -> None:
+    policy, _ = grouped((1, 2, 4, 8))
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 4  # type: ignore[attr-defined]
+    assert decided(policy, workers=2) is None
+    assert decided(policy, 0, workers=2) is None, "the checkpoint is not whole yet"
+    assert decided(policy, 1, workers=2) == 4
+    assert decided(policy, workers=2) is None
+    assert decided(policy, 1, workers=2) is None, "the other rank's comes before the files"
+    assert decided(policy, 0, workers=2) == 4
+    room["has"] = 2.0
+    assert decided(policy, 0, 1, workers=2) is None, "as many as there are"
+    assert decided(policy, workers=1, started=1.0) is None, "another group, which has no checkpoint of its own yet"
+    assert decided(policy, 0, workers=1, started=1.0) == 2
+
+
+def test_a_group_does_not_stop_to_wait_for_what_another_job_has(room: dict[str, float]) -> None:
+    policy, _ = grouped((1, 2, 4, 8))
+    room.update(has=16.0, free=3.0)
+    assert decided(policy, 0, 1, workers=2) == 4, "8 would wait for the other job to end"
+    room["free"] = 1.0
+    assert decided(policy, 0, 1, workers=2) is None
+
+
+def test_a_group_asks_for_its_workers_between_checkpoints_too(room: dict[str, float]) -> None:
+    """What is not asked for again Ray forgets, and a machine that came for it is given back before the checkpoint."""
+    policy, asked = grouped((1, 2))
+    for _ in range(3):
+        decided(policy, workers=1)
+    assert len(asked) == 3
+
+
+def test_a_group_counts_the_nodes_with_its_label_only(room: dict[str, float]) -> None:
+    for role, size in (("training", 4), ("drawing", None)):
+        policy, _ = grouped((1, 2, 4), role=role)
+        assert getattr(policy.make_decision_for_non_running_worker_group(), "num_workers", None) == size
 
 
 def test_datasets_are_named_with_weights() -> None:
@@ -441,6 +484,12 @@ def test_datasets_are_named_with_weights() -> None:
     for wrong in ("a=0", "a=-1", "=2", "a=nan"):
         with pytest.raises(InputError, match="DATASET=WEIGHT with a weight above 0"):
             DataSource.parse(wrong)
+
+
+def test_the_summary_says_how_much_of_an_unfinished_dataset_there_was(world: Path, trained: Path) -> None:
+    sets = open_training_sets([DataSource(str(world / "data"))])
+    unfinished = [replace(sets[0], extent="31 of 2,215 shards")]
+    assert _summary(open_store(trained), unfinished, 0.0)["unfinished"] == {str(world / "data"): "31 of 2,215 shards"}
 
 
 def test_several_datasets_share_words_and_concepts(world: Path, tmp_path: Path, tiny_clip: Path) -> None:
