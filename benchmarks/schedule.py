@@ -8,9 +8,9 @@ The monitor is the one of a real run (cluster.generation.stages.monitor), on a c
 which gives each generator four turns at once that stay bound to it, and the generators. Times are of shards of about
 ten minutes; `--no-turns` gives every shard to the generator to which Ray Data gave its turn, and to no other one.
 
-A death takes the process, what it was drawing and what it was storing. It starts again after `--restart-minutes` (on a
-new spot node, or on the same one), and loads its model again. Rates differ from generator to generator and from shard
-to shard.
+A death takes a generator's node, what it was drawing and what it was storing. Ray knows of it after 15 seconds. It
+starts again on another one after `--restart-minutes`, and loads its model again; those of `--lost` do not come back.
+Rates differ from generator to generator and from shard to shard.
 """
 
 import argparse
@@ -132,6 +132,7 @@ class Simulation:
         if not generator.life:
             self.joined.append(self.now)
         generator.life += 1
+        self._gone.discard(generator.name)
         self._monitor.start(generator.name, f"node {number}")
         self._at(self.settings.load_seconds, "work", number)
         if number >= self.settings.generators - self.settings.lost:
@@ -186,6 +187,9 @@ class Simulation:
         generator.bound.extendleft(reversed(generator.storing))
         generator.storing.clear()
         generator.life += 1  # what was to come of this process does not come
+        self._gone.add(generator.name)
+        if self.settings.lost_unseen_seconds < self.settings.restart_seconds:
+            self._at(self.settings.lost_unseen_seconds, "seen", number)
         self._at(self.settings.restart_seconds, "start", number)
 
     def _end(self, number: int) -> None:

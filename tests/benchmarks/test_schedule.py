@@ -29,6 +29,20 @@ def test_those_that_are_left_draw_everything_however_many_are_lost_for_good(
     assert run["hours"] < (shards + 4) / (generators - lost) * 1.2 * 600 / 3600 + 0.5
 
 
+@pytest.mark.parametrize("turns", [True, False])
+def test_who_reads_in_the_plans_order_hardly_notices_a_generator_that_is_lost_for_good(turns: bool) -> None:
+    run = Simulation(
+        Settings(generators=16, shards=320, lost=1, lost_after_seconds=5000.0, joins_within_seconds=0.0, turns=turns)
+    )
+    if not turns:  # its shards come with its turns, never
+        with pytest.raises(IndexError):
+            run.run()
+        return
+    figures = run.run()
+    assert 0 < figures["minutes_lost_shards_stored_after"] < 20, "one who has just begun another draws it after that"
+    assert figures["minutes_longest_wait_in_order"] < 20
+
+
 def test_shards_of_generators_that_die_are_drawn_by_those_that_live() -> None:
     death = {"seconds_between_deaths": 3 * 3600.0, "restart_seconds": 3600.0}
     before, now = simulated(**death, turns=False), simulated(**death)

@@ -467,8 +467,7 @@ MUTANTS = (
     ),
     Mutant(
         "a caption that takes its node along is drawn alone",
-        "cluster/generation/stages/monitor.py", "                self._bury(self._generators[name], self._generators[name].broken, \"\")\n",
-        "                pass\n",
+        "cluster/generation/stages/monitor.py", "                self._bury(known, known.broken, \"\")\n", "                pass\n",
         ("tests/cluster/generation/stages/test_monitor.py::test_a_batch_on_a_node_that_is_lost_is_a_death_before_another_generator_draws_it",),
     ),
     Mutant(

@@ -277,8 +277,8 @@ class RunMonitor:
             del self._nodes[name]
             self._drawing.pop(name, None)
             self._loading.add(name)  # wherever it comes back
-            if name in self._generators:
-                self._bury(self._generators[name], self._generators[name].broken, "")
+            if (known := self._generators.pop(name, None)) is not None:  # it has not started again yet
+                self._bury(known, known.broken, "")
         self._give_up_claims(lost, nodes=True)
 
     def nodes_are_coming(self) -> None:
@@ -325,8 +325,9 @@ class RunMonitor:
 
     def may_store(self, shard: int, turn: int) -> bool:
         """Whether a shard that was drawn in this turn is stored, or another drawer's is: the first one to ask wins."""
-        if turn in self._turns and (scorer := self._generators.get(self._turns[turn].holder)) and scorer.scores:
-            scorer.drawn_since_start += 1
+        if turn in self._turns and (holder := self._turns[turn].holder) in self._generators:
+            self._loading.discard(holder)
+            self._generators[holder].drawn_since_start += self._generators[holder].scores
         self._drawing = {generator: number for generator, number in self._drawing.items() if number != turn}
         if shard in self._committed:
             return False

@@ -232,8 +232,26 @@ def test_an_actor_of_clip_whose_process_ends_after_each_shard_is_not_left_out() 
         monitor.turn("g", turn)
         monitor.handed_on(turn)
         monitor.received(turn, "c", "one")
-        assert monitor.may_store(turn, turn)
+        assert monitor.busy() == 2, "it loads, and g draws"
+        assert monitor.may_store(turn, turn) and monitor.busy() == 0
         monitor.committed(turn)
+
+
+def test_one_that_was_lost_with_its_node_and_does_not_come_back_is_not_waited_for_where_nobody_else_can_draw() -> None:
+    time = Clock()
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    monitor.begin_pass(range(8), 2)
+    monitor.nodes(["one", "two"])
+    for name, node in (("g", "one"), ("h", "two")):
+        monitor.start(name, node)
+        monitor.turn(name, 0, node=node)
+    monitor.nodes(["two"])
+    monitor.start("h", "two")
+    monitor.not_loaded("h", "OSError: the disk is full", again=False)
+    assert "1 more that were asked for" in monitor.wants()[1]
+    assert monitor.turn("h", 1, node="two", loaded=False) == Turn(wait=True)
+    time.now += OTHERS_MAY_START_SECONDS
+    assert "the disk is full" in monitor.turn("h", 1, node="two", loaded=False).stop
 
 
 def test_a_picture_in_between_makes_them_start_to_count_again() -> None:
