@@ -86,7 +86,8 @@ def _what_is_there(store: Store, plan: Plan, shards: Sequence[int] | None) -> Op
     from cluster.dataset.vocabularies import stored_features  # imports Ray, which takes seconds
 
     made = committed(store, plan)
-    numbers = [shard for shard in (range(plan.num_shards) if shards is None else shards) if shard in made]
+    planned = range(plan.num_shards)
+    numbers = [shard for shard in (planned if shards is None else shards) if shard in planned and shard in made]
     if not numbers:
         raise InputError(
             f"{store.root}: none of its {plan.num_shards:,} planned shards is there yet; run jobs.generate first"

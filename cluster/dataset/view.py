@@ -110,7 +110,8 @@ def _begun_with(out: Store, source: Store) -> list[int] | None:
     if out.exists(MANIFEST_KEY):
         return None
     try:
-        return json.loads(out.read_bytes(LINEAGE_KEY))["unfinished"][source.address]
+        numbers = json.loads(out.read_bytes(LINEAGE_KEY))["unfinished"][source.address]
+        return [int(number) for number in numbers]
     except (FileNotFoundError, ValueError, TypeError, LookupError):  # a damaged one is named when it is compared
         return None
 

@@ -4,6 +4,7 @@ Of equals the first row counts, so rows are numbered by sample id. What follows 
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -17,13 +18,16 @@ from cluster.store.store import Store
 #: Groups that a task writes. It reads all pictures for them.
 GROUPS_AT_ONCE = 32
 
+_READS_AT_ONCE = 8
+
 
 def in_order(out: Store, work: str, groups: Sequence[Group], tasks: Tasks) -> tuple[str, list[Group]]:
     """Where rows and pictures lie by sample id, and in which groups: the given ones where they lie so already.
 
     Memory of a task: the pictures of GROUPS_AT_ONCE groups, half a GiB of 512 dimensions.
     """
-    sample_ids = np.concatenate([_sample_ids(out, work, group) for group in groups])
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        sample_ids = np.concatenate(list(pool.map(lambda group: _sample_ids(out, work, group), groups)))
     if (sample_ids[:-1] < sample_ids[1:]).all():
         return work, list(groups)
     order, ordered = np.argsort(sample_ids), f"{work}/ordered"

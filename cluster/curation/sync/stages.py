@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.curation.sync.cells import StoredCells, store_cells
 from cluster.curation.sync.choice import (
@@ -225,7 +226,11 @@ def rows_by_id(manifest: Manifest, out: Store, work: str) -> pa.Table:
     """sample_id, caption, clip_score, weight and place of every row, by sample id, once `refine_pairs` has been there.
     place: the number among the dataset's rows as they lie there."""
     tables = [read_table(out, rows_key(work, group.number)) for group in groups_of(manifest)]
-    return pa.concat_tables(tables).sort_by("sample_id")
+    table = pa.concat_tables(tables)
+    ids = table["sample_id"]
+    if pc.all(pc.less(ids.slice(0, len(ids) - 1), ids.slice(1))).as_py():
+        return table  # of a dataset, which has no need of a copy
+    return table.sort_by("sample_id")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from cluster.curation.sync import nearest as module
 from cluster.curation.sync.nearest import PartForSome, nearest, nearest_for_some, pair_cosines, rounded
@@ -44,6 +45,13 @@ def test_the_nearest_are_those_of_brute_force(
     np.testing.assert_array_equal(found.indices, brute_force(queries, vectors, 9))
     exact = queries.astype(np.float64) @ vectors.astype(np.float64).T
     np.testing.assert_allclose(found.cosines, np.take_along_axis(exact, found.indices, axis=1), rtol=0, atol=1e-15)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_finds_what_a_processor_finds(vectors: np.ndarray) -> None:
+    queries = np.concatenate([vectors[::9], unit(np.random.default_rng(1).standard_normal((20, 32)))])
+    found = nearest(queries, in_parts(vectors, 150, 150), 9, device="cuda")
+    np.testing.assert_array_equal(found.indices, brute_force(queries, vectors, 9))
 
 
 def test_what_float32_confuses_float64_tells_apart() -> None:
