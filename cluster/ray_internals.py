@@ -1,5 +1,5 @@
-"""All that is used of Ray outside its public interface, but for cluster/ray_data_internals.py, cluster/ray_state.py
-and cluster/ray_autoscaler_internals.py: the first files to read when Ray is upgraded.
+"""All that is used of Ray outside its public interface, but for cluster/ray_data_internals.py, cluster/ray_state.py,
+cluster/ray_autoscaler_internals.py and cluster/submit_size.py: the first files to read when Ray is upgraded.
 
 `pyproject.toml` admits one minor version of Ray, and tests/cluster/test_ray_internals.py names each of these and calls
 it as we do. The public counterpart of none of them can do what is said beside it.

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pytest
 import ray.data
 import ray.train
+from ray._private.ray_constants import get_runtime_env_default_excludes
+from ray._private.runtime_env import packaging
 from ray.data import ActorPoolStrategy
 from ray.data._internal.stats import _StatsManager
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
@@ -56,6 +58,9 @@ def parameters(function: object) -> list[str]:
         (TorchTrainer._initialize_and_run_controller, ["self", "controller_init_kwargs"]),
         (TorchTrainer._create_default_callbacks, ["self"]),
         (train_fn_utils.set_train_fn_utils, ["train_fn_utils"]),
+        (packaging._dir_travel, ["path", "excludes", "handler", "include_gitignore", "logger"]),
+        (packaging._get_excludes, ["path", "excludes"]),
+        (get_runtime_env_default_excludes, []),
     ],
     ids=lambda value: getattr(value, "__qualname__", ""),
 )

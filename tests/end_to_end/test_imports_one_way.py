@@ -53,6 +53,7 @@ ORDER = {
         "ray_data_internals",
         "ray_autoscaler_internals",
         "ray_state",
+        "submit_size",
         "session",
         "options",
         "numbers",
@@ -81,6 +82,7 @@ RAY_INTERNALS = {
     "cluster/ray_data_internals.py",
     "cluster/ray_autoscaler_internals.py",
     "cluster/ray_state.py",
+    "cluster/submit_size.py",
 }
 
 FILES = [path.relative_to(ROOT) for package in FORBIDDEN for path in sorted((ROOT / package).rglob("*.py"))]
