@@ -463,7 +463,18 @@ MUTANTS = (
     Mutant(
         "a monitor whose process died is told what is left",
         "cluster/generation/attendant.py", "if wants_pass:", "if False:",
-        ("tests/end_to_end/test_lost_generator.py::test_a_run_goes_on_where_the_process_of_its_monitor_dies",),
+        ("tests/cluster/generation/test_attendant.py::test_a_monitor_whose_process_died_gives_out_what_is_left_and_in_nobodys_hand",),
+    ),
+    Mutant(
+        "a run in which nobody can draw waits for nodes that are coming",
+        "cluster/generation/stages/monitor.py", "waits for it.\"\"\"\n        self._last_hope = self._clock()\n", "waits for it.\"\"\"\n",
+        ("tests/cluster/generation/stages/test_monitor.py::test_the_run_waits_as_long_as_nodes_are_coming_and_says_for_what",),
+    ),
+    Mutant(
+        "what an actor of CLIP cannot score is drawn again, for another",
+        "cluster/generation/stages/monitor.py", "            self._claims[taken.shard] = replace(claim, since=-math.inf)\n",
+        "            pass\n",
+        ("tests/cluster/generation/stages/test_monitor.py::test_an_actor_of_clip_that_cannot_load_it_gives_its_shards_back_and_only_the_last_one_stops_the_run",),
     ),
     Mutant(
         "a caption that takes its node along is drawn alone",

@@ -1,0 +1,65 @@
+"""What the driver tells the monitor while a pass goes on."""
+
+import json
+import logging
+import time
+
+import pytest
+import ray
+from ray.actor import ActorHandle
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
+
+from cluster.generation.attendant import attended
+from cluster.generation.limits import FaultPolicy
+from cluster.generation.stages.monitor import MAX_IN_HAND, Turn, start_monitor
+
+
+def asked(monitor: ActorHandle, name: str, number: int, **named: bool) -> Turn:
+    turn: Turn = ray.get(monitor.turn.remote(name, number, **named))
+    return turn
+
+
+def test_a_monitor_whose_process_died_gives_out_what_is_left_and_in_nobodys_hand(ray_session: None) -> None:
+    monitor = start_monitor(FaultPolicy())
+    ray.get(monitor.begin_pass.remote(range(9), 1))
+    assert [asked(monitor, "g", turn) for turn in range(4)] == [Turn(0), Turn(1), Turn(wait=True), Turn(wait=True)]
+    left = set(range(9)) - {0}
+    with attended(monitor, left, 1, 0):
+        ray.kill(monitor, no_restart=False)
+        while (turn := asked(monitor, "g", 2)).wait:
+            time.sleep(0.1)
+    assert turn == Turn(1 + MAX_IN_HAND)
+
+
+def test_the_log_says_who_is_left_out_and_what_is_waited_for(
+    ray_session: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    monitor = start_monitor(FaultPolicy())
+    ray.get(monitor.begin_pass.remote(range(9), 16))
+    ray.get(monitor.start.remote("g", "gpu-7"))
+    ray.get(monitor.not_loaded.remote("g", "/models/x: no such folder", again=False))
+    with caplog.at_level(logging.WARNING), attended(monitor, set(range(9)), 16, 0):
+        while not caplog.messages:
+            time.sleep(0.1)
+    assert caplog.messages[0].startswith(
+        "nobody can draw: /models/x: no such folder (on gpu-7); 15 more that were asked for have not started, and no "
+        "node is coming (waited "
+    )
+
+
+def test_a_run_in_which_nobody_can_draw_is_told_that_nodes_are_coming(
+    ray_session: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = b"status of a test"
+    monkeypatch.setattr("cluster.ray_autoscaler_internals.DEBUG_AUTOSCALING_STATUS", key)
+    _internal_kv_put(key, json.dumps({"autoscaler_report": {"pending_launches": {"gpu": 1}}}))
+    monitor = start_monitor(FaultPolicy())
+    ray.get(monitor.begin_pass.remote(range(9), 2))
+    ray.get(monitor.start.remote("g", "gpu-7"))
+    ray.get(monitor.not_loaded.remote("g", "/models/x: no such folder", again=False))
+    with caplog.at_level(logging.WARNING), attended(monitor, set(range(9)), 2, 0):
+        while not caplog.messages:
+            time.sleep(0.1)
+    assert "have not started; nodes are coming" in caplog.messages[0]
+    assert asked(monitor, "g", 0, loaded=False) == Turn(wait=True)
+    _internal_kv_del(key)
