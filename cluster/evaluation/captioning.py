@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -66,13 +66,7 @@ def caption(request: CaptionRequest) -> dict[str, Any]:
     With `out` captions and concepts go into a file, and the summary has its place and how many there are. Raises
     InputError when there is no captioner at the place, or none of the pictures can be read.
     """
-    captioner = load_captioner(request.checkpoints, request)
-    if request.features is None:
-        with contextlib.ExitStack() as copies:
-            found = captioner.caption([_local(image, copies) for image in request.images])
-        results = dict(zip(request.images, found, strict=True))
-    else:
-        results = _described(captioner, all_features(request.features, limit=request.limit))
+    results = _captions(request) if request.gpus_per_worker is None else _captions_of_worker(request)
     for image, result in results.items():
         log.info("%s", result.error or f"{image}: {result.caption}")
     errors = {image: result.error for image, result in results.items() if result.error}
@@ -98,6 +92,64 @@ def caption(request: CaptionRequest) -> dict[str, Any]:
     }
 
 
+def _captions(request: CaptionRequest) -> dict[str, CaptionResult]:
+    """One result for each picture, or each of the features, in order."""
+    captioner = load_captioner(request.checkpoints, request)
+    if request.features is not None:
+        return _described(captioner, all_features(request.features, limit=request.limit))
+    with contextlib.ExitStack() as copies:
+        found = captioner.caption([_local(image, copies) for image in request.images])
+    return dict(zip(request.images, found, strict=True))
+
+
+def _captions_of_worker(request: CaptionRequest) -> dict[str, CaptionResult]:
+    """The same, by a task on a GPU of the cluster, which is waited for where one is joined. Raises InputError for a
+    cluster without one that does not grow, and what the worker raises.
+    """
+    assert request.gpus_per_worker is not None
+    start_ray()
+    waits = request.device == "cuda" and "RAY_ADDRESS" in os.environ
+    if not cluster_gpus() and not waits:
+        raise InputError(
+            f"--gpus-per-worker {request.gpus_per_worker:g}: the cluster has no GPU; leave it out, or give --device "
+            "cuda on one that grows"
+        )
+    there = replace(
+        request,
+        images=tuple(map(_anywhere, request.images)),
+        checkpoint=tuple(map(_anywhere, request.checkpoints)),
+        features=request.features and _anywhere(request.features),
+        concepts=request.concepts and _anywhere(request.concepts),
+    )
+    task: Any = ray.remote(_captions_on_gpu).options(num_cpus=0, num_gpus=request.gpus_per_worker, max_retries=3)
+    try:
+        with waiting_for(cpus=0, gpus=request.gpus_per_worker):
+            found = ray.get(task.remote(there))
+    except ray.exceptions.RayError as error:
+        raise user_error(error) or error from None
+    as_given = {_anywhere(image): image for image in request.images}
+    return {as_given.get(name, name): result for name, result in found.items()}
+
+
+def _captions_on_gpu(request: CaptionRequest) -> dict[str, CaptionResult]:
+    keep_to_shared_gpu()
+    return _captions(replace(request, device=_device_here(request.device), gpus_per_worker=None))
+
+
+def _anywhere(place: str) -> str:
+    """The same place for every node: an absolute path, or a URI."""
+    return place if "://" in place else os.path.abspath(place)
+
+
+def _device_here(asked: str) -> str:
+    """A worker's; one that Ray gave a GPU of which torch knows nothing captions on its CPU, and says so."""
+    if asked == "cpu" or torch.cuda.is_available():
+        return asked
+    if asked == "cuda":
+        log.warning("Ray gave this worker a GPU, but torch finds none: captioning on the CPU")
+    return "cpu"
+
+
 def _described(captioner: Captioner, given: FeatureSet) -> dict[str, CaptionResult]:
     """One result for each of the features, in order."""
     check_clip(captioner, given)
@@ -119,8 +171,10 @@ def load_captioner(
     Raises InputError for a GPU that this machine does not have, and as `Captioner.load` does.
     """
     if asked.device == "cuda" and not torch.cuda.is_available():
-        on_cluster = "; jobs.evaluate captions on those of a cluster with --num-workers N"
-        raise InputError(f"--device cuda: torch finds no GPU on this machine; leave --device out{on_cluster}")
+        raise InputError(
+            "--device cuda: torch finds no GPU on this machine; leave --device out, or caption on a cluster's GPUs "
+            "(jobs.evaluate --num-workers, jobs.caption --gpus-per-worker)"
+        )
     concepts = None if asked.concepts is None else read_concepts(asked.concepts)
     return _load(
         checkpoints,
@@ -306,10 +360,7 @@ class _CaptionWorker:
     """A captioner in a Ray actor."""
 
     def __init__(self, *, source: CaptionerSource, threads: int) -> None:
-        device = source.device
-        if device == "cuda" and not torch.cuda.is_available():
-            log.warning("Ray gave this worker a GPU, but torch finds none: captioning on the CPU")
-            device = "cpu"
+        device = _device_here(source.device)
         if device == "cpu":
             torch.set_num_threads(threads)
         keep_to_shared_gpu()

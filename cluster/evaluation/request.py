@@ -47,11 +47,17 @@ class CaptionRequest(CaptionerOptions):
     out: str | None = option(
         None, metavar="FILE", help="write captions and concepts there, as a COCO results file", unset="in the summary"
     )
+    gpus_per_worker: float | None = option(
+        None, metavar="SHARE", help="caption in a worker of a cluster, which takes so much GPU and sees the same files",
+        unset="in this process, without Ray",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "limit")
         refuse_without(self, "features", "limit")
+        if self.gpus_per_worker is not None:
+            check_gpu_share(self, "gpus_per_worker")
         if self.features is None and not self.images:
             raise InputError("IMAGE: missing; give picture files, or --features")
         if self.features is not None:

@@ -164,14 +164,24 @@ def test_a_group_of_two_grows_to_four_and_the_sizes_are_recorded(
     assert second["from_step"] - 1 in {row["step"] for row in rows}, "after an epoch's checkpoint"
 
 
-def test_an_evaluation_waits_for_the_gpu_that_it_asks_for(head: Cluster, tmp_path: Path, tiny_clip: Path) -> None:
-    """Its driver has none, and loads nothing onto one."""
+def test_a_caption_and_an_evaluation_wait_for_the_gpu_that_they_ask_for(
+    head: Cluster, tmp_path: Path, tiny_clip: Path
+) -> None:
+    """Their drivers have none, and load nothing onto one."""
     checkpoint = write_checkpoint(tmp_path / "run/best", write_dataset(tmp_path / "data", tiny_clip, rows=24))
     pictures, references = write_pictures(tmp_path / "pictures", count=4), tmp_path / "references.csv"
     asked = ["--checkpoint", checkpoint, "--images", pictures, "--references", references]
     job = jobs(head, "jobs.evaluate", *asked, "--device", "cuda", "--num-workers", 1)
     read_until(job, "waiting for 0 CPUs and 1 GPUs; the cluster has 0 and 0 now")
-    head.add_node(num_cpus=1, num_gpus=1, object_store_memory=100_000_000)
+    picture = os.path.relpath(pictures / "scene1000.png", ROOT)
+    other = jobs(
+        head, "jobs.caption", picture, "--checkpoint", checkpoint, "--device", "cuda", "--gpus-per-worker", 0.5
+    )
+    read_until(other, "waiting for 0 CPUs and 0.5 GPUs; the cluster has 0 and 0 now")
+    head.add_node(num_cpus=1, num_gpus=2, object_store_memory=100_000_000)
     printed, said = job.communicate(timeout=600)
     assert job.returncode == 0, said[-3000:]
     assert json.loads(printed.splitlines()[-1])["n"] == 4
+    printed, said = other.communicate(timeout=600)
+    assert other.returncode == 0, said[-3000:]
+    assert list(json.loads(printed.splitlines()[-1])["captions"]) == [picture]

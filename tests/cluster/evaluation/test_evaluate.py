@@ -12,6 +12,8 @@ import torch
 
 from cluster.evaluation.captioning import (
     CaptionerSource,
+    _captions,
+    _captions_on_gpu,
     _CaptionWorker,
     batches,
     caption,
@@ -139,13 +141,20 @@ def test_a_worker_loads_again_what_a_hub_did_not_give(world: Path, monkeypatch: 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_this_machine_has_not_is_asked_of_workers_alone(world: Path) -> None:
+def test_a_gpu_that_this_machine_has_not_is_asked_of_workers_alone(world: Path, ray_session: None) -> None:
     request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), device="cuda")
     with pytest.raises(InputError, match="--device cuda: torch finds no GPU on this machine; leave --device out"):
         evaluate(request)
     image = str(world / "pictures/scene1000.png")
     with pytest.raises(InputError, match="--device cuda: torch finds no GPU on this machine"):
         caption(CaptionRequest(images=(image,), checkpoint=str(world / "checkpoint"), device="cuda"))
+    asked_for = CaptionRequest(images=(image,), checkpoint=str(world / "checkpoint"), gpus_per_worker=0.5)
+    with pytest.raises(InputError, match=r"--gpus-per-worker 0\.5: the cluster has no GPU; leave it out"):
+        caption(asked_for)
+    on_gpu = _captions_on_gpu(replace(asked_for, device="cuda"))
+    assert on_gpu == _captions(replace(asked_for, device="cpu", gpus_per_worker=None)), "a GPU that torch does not know"
+    with pytest.raises(InputError, match="without effect with --device cpu"):
+        replace(asked_for, device="cpu")
     there = _here(replace(request, num_workers=4))
     assert next(load_captioner(there.checkpoints, there).model.parameters()).device.type == "cpu"
     assert _here(replace(request, num_workers=4, device="cpu")).device == "cpu"
