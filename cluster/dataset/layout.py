@@ -260,6 +260,27 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MadeWith:
+    """What was asked for besides the spec. nouns: what found those of the concepts, "lexicon" or a spaCy model, and the
+    versions of spaCy and the model; or concepts: the sha256 of those that a user gave."""
+
+    shard_size: int
+    source: CorpusSource | None = None  # None: the captions came from no file
+    nouns: str | None = None
+    noun_versions: dict[str, str] = field(default_factory=dict)
+    concepts: str | None = None
+
+    @staticmethod
+    def from_dict(values: dict) -> "MadeWith":
+        """Raises TypeError or LookupError for anything else."""
+        source = CorpusSource(**_known(CorpusSource, values["source"])) if values["source"] else None
+        versions = {str(name): str(version) for name, version in values["noun_versions"].items()}
+        found = MadeWith(**{**_known(MadeWith, values), "source": source, "noun_versions": versions})
+        _check_numbers(found, "shard_size")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """dataset.json: what the dataset holds. Written last: its presence says that the dataset is complete."""
 
@@ -283,6 +304,7 @@ class Manifest:
     #: Where it was drawn, or of a derived or imported dataset where its rows were made: each kind of machine once
     #: (cluster.generation.environment).
     environments: tuple[dict, ...] = ()
+    made_with: MadeWith | None = None  # None: it was not drawn here, or by an earlier release
 
     @property
     def is_view(self) -> bool:
@@ -336,6 +358,7 @@ class Manifest:
                     "features": features,
                     "versions": dict(values.get("versions", {})),
                     "environments": tuple(map(dict, values.get("environments", ()))),
+                    "made_with": MadeWith.from_dict(values["made_with"]) if values.get("made_with") else None,
                     "pictures": tuple(
                         PictureStore(**_known(PictureStore, each)) for each in values.get("pictures", ())
                     ),
@@ -393,7 +416,7 @@ def _with_parts(values: dict, read: Callable[[str], bytes]) -> dict:
 _PARTS_AT_ONCE = 8
 
 #: Fields of dataset.json that datasets of earlier releases lack.
-_OF_ENVIRONMENT = ("versions", "environments")
+_OF_ENVIRONMENT = ("versions", "environments", "made_with")
 #: Fields of dataset.json that only derived datasets have, all four of them.
 _OF_DERIVED = ("kind", "pictures", "fingerprint", "lineage")
 

@@ -22,6 +22,7 @@ from cluster.dataset.layout import (
     PLAN_KEY,
     VOCABULARIES_KEY,
     VOCABULARY_KEY,
+    MadeWith,
     Plan,
     read_table,
 )
@@ -36,7 +37,15 @@ from pcm.line_timer import LineTimer
 from pcm.reasons import USABLE
 from pcm.records import NULL_FEATURES, FeatureShape
 from pcm.spec import ClipSpec
-from pcm.text.concepts import LEXICON_NOUNS, ConceptVocabulary, count_nouns, embed, frequent_nouns, noun_finder
+from pcm.text.concepts import (
+    LEXICON_NOUNS,
+    ConceptVocabulary,
+    count_nouns,
+    embed,
+    frequent_nouns,
+    noun_finder,
+    noun_versions,
+)
 from pcm.text.vocabulary import Vocabulary, count_words
 
 if TYPE_CHECKING:
@@ -124,12 +133,14 @@ class ConceptsOfShard:
 class CorpusWords:
     """What the captions of a plan say.
 
-    nouns: of the concepts, most frequent first, and what found them; none where the dataset needs none.
+    nouns: of the concepts, most frequent first, what found them and which versions of it; none where the dataset needs
+    none.
     """
 
     vocabulary: Vocabulary
     nouns: tuple[str, ...]
     noun_source: str
+    noun_versions: dict[str, str]
 
 
 def count_corpus_words(store: Store, plan: Plan, *, run_on: str) -> CorpusWords:
@@ -156,6 +167,7 @@ def count_corpus_words(store: Store, plan: Plan, *, run_on: str) -> CorpusWords:
         # A corpus of few nouns can be generated all the same; training says so when it needs more of them.
         frequent_nouns(nouns, CONCEPTS, min_count=_min_count(plan)),
         noun_finder(finder)[0] if finder else "",
+        noun_versions(finder) if finder else {},
     )
 
 
@@ -223,12 +235,32 @@ def store_noun_finder(store: Store, nouns: str) -> None:
 
 def stored_nouns(store: Store) -> str | None:
     """The spaCy model that finds a dataset's nouns; None: the lexicon. Raises InputError for a damaged object."""
+    found = _document(store, NOUNS_KEY, "nouns")
+    return None if found is None else str(found["nouns"])
+
+
+def made_with(store: Store, plan: Plan) -> MadeWith:
+    """What a plan was asked for with, and where its concepts come from. Raises InputError for a damaged object."""
+    given = _document(store, GIVEN_CONCEPTS_KEY, "sha256")
+    if given is not None:
+        return MadeWith(shard_size=plan.shard_size, source=plan.source, concepts=given["sha256"])
+    found = _document(store, NOUNS_KEY, "nouns") or {"nouns": LEXICON_NOUNS}
+    return MadeWith(
+        shard_size=plan.shard_size,
+        source=plan.source,
+        nouns=found["nouns"],
+        noun_versions=found.get("versions", {}),
+    )
+
+
+def _document(store: Store, key: str, needed: str) -> dict[str, Any] | None:
     try:
-        return str(json.loads(store.read_bytes(NOUNS_KEY))["nouns"])
+        found = dict(json.loads(store.read_bytes(key)))
+        return {**found, needed: str(found[needed])}
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, LookupError):
-        raise InputError(f"{store.root}/{NOUNS_KEY}: damaged; delete it and run the same command again") from None
+        raise InputError(f"{store.root}/{key}: damaged; delete it and run the same command again") from None
 
 
 def stored_features(store: Store, plan: Plan) -> FeatureShape:
@@ -299,6 +331,9 @@ def _store_clip_files(store: Store, plan: Plan, words: CorpusWords, encoder: "Cl
         embeddings = embed(words.nouns, encoder.encode_texts)
         concepts = ConceptVocabulary(words.nouns, embeddings, words.noun_source)
         store.write_bytes(CONCEPTS_KEY, concepts.to_bytes())
+        if words.noun_versions:
+            found = {"nouns": stored_nouns(store), "versions": words.noun_versions}
+            store.write_bytes(NOUNS_KEY, document_bytes(found))
     store.write_bytes(CLIP_HEAD_KEY, clip_head_bytes(encoder, plan.spec.clip.model))
 
 

@@ -1,25 +1,37 @@
 """jobs.generate --spec: every setting of another dataset, from its dataset.json.
 
 What is given on the command line wins; an option at its default counts as not given. Everything else must come out as
-the dataset has it: where a model is another now, that is an error and not a silent difference. Not among the settings:
-the corpus, --limit, --shard-size, --concepts, and how many machines draw.
+the dataset has it: where a model is another now, that is an error and not a silent difference. How captions are read
+(OF_CORPUS) is taken where the corpus is the same file; of another file it is not, which is said. Never taken is what
+changes no byte of a dataset: how many machines draw, what they cost, when a run stops.
 """
 
+import hashlib
+import logging
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster.dataset.layout import Manifest
+from cluster.dataset.layout import CONCEPTS_KEY, CorpusSource, MadeWith, Manifest
 from cluster.generation.drawing_fields import DRAWING_FIELDS
-from cluster.generation.request import GenerationOptions
-from cluster.options import given
+from cluster.generation.request import CorpusOptions, GenerationOptions
+from cluster.options import flag, given, options_of
+from cluster.sources.corpus import source_digest
 from cluster.store.store import read_uri
+from pcm import embedded
 from pcm.clip.names import HUB_PREFIX, is_commit
 from pcm.errors import InputError
 from pcm.generation.names import TEXT_ONLY, UNDRAWN, model_source
 from pcm.spec import DatasetSpec
+from pcm.text.concepts import noun_versions
+
+log = logging.getLogger(__name__)
 
 AnyOptions = TypeVar("AnyOptions", bound=GenerationOptions)
+
+#: Fields of a request that say how the captions of a corpus are read.
+OF_CORPUS = tuple(name for name in options_of(CorpusOptions) if name != "corpus")
 
 #: Fields of a request that decide each field of the spec, where they are not called alike.
 _DECIDED_BY = {
@@ -40,15 +52,83 @@ _DECIDED_BY = {
 }
 
 
-def read_spec(uri: str) -> DatasetSpec:
-    """Of a dataset.json. Raises InputError for anything else, and for a dataset that no one generator drew here."""
+def read_manifest(uri: str) -> Manifest:
+    """A dataset.json. Raises InputError for anything else, and for a dataset that no one generator drew here."""
     try:
-        spec = Manifest.from_json(read_uri(uri), lambda key: read_uri(f"{uri.rpartition('/')[0] or '.'}/{key}")).spec
+        found = Manifest.from_json(read_uri(uri), lambda key: read_uri(_beside(uri, key)))
     except InputError as error:
         raise InputError(f"--spec {uri}: {error}") from None
-    if spec.generator.model in (*UNDRAWN, TEXT_ONLY):
-        raise InputError(f"--spec {uri}: its pictures were not drawn by one generator here ({spec.generator.model})")
-    return spec
+    if (model := found.spec.generator.model) in (*UNDRAWN, TEXT_ONLY):
+        raise InputError(f"--spec {uri}: its pictures were not drawn by one generator here ({model})")
+    return found
+
+
+def _beside(uri: str, key: str) -> str:
+    return f"{uri.rpartition('/')[0] or '.'}/{key}"
+
+
+def with_settings(request: AnyOptions, wanted: Manifest, *, uri: str) -> AnyOptions:
+    """The request, what was not given as the dataset has it; says in one line what is not taken.
+
+    Raises InputError where its concepts cannot be had, or what found its nouns is another release now.
+    """
+    own, made_with = set(given(request)), wanted.made_with
+    asked = with_spec(request, wanted.spec)
+    if made_with is None:
+        log.warning(
+            "--spec %s: an earlier release made it; it does not say and this does not take: --shard-size, --nouns, "
+            "--concepts, %s", uri, _flags(request, OF_CORPUS),
+        )  # fmt: skip
+        return asked
+    values = {"shard_size": made_with.shard_size, **_concepts(made_with, own, asked.clip, uri=uri)}
+    reading = _reading(made_with.source) if made_with.source else {}
+    if made_with.source and request.corpus and _digest(request.corpus) == made_with.source.sha256:
+        values |= reading
+    elif other := [name for name, value in reading.items() if name not in own and getattr(request, name) != value]:
+        log.info("--spec %s: of another corpus; its %s: not taken", uri, _flags(request, other))
+    return replace(asked, **{name: value for name, value in values.items() if name not in own})
+
+
+def _reading(source: CorpusSource) -> dict[str, Any]:
+    return {name: source.format if name == "corpus_format" else getattr(source, name) for name in OF_CORPUS}
+
+
+def _digest(corpus: str) -> str:
+    return source_digest(embedded.caption_file(corpus))
+
+
+def _flags(request: GenerationOptions, names: Collection[str]) -> str:
+    return ", ".join(flag(type(request), name) for name in names)
+
+
+def _concepts(made_with: MadeWith, own: Collection[str], clip: str | None, *, uri: str) -> dict[str, Any]:
+    """The options that mean where its concepts come from."""
+    if not {"concepts", "nouns"}.isdisjoint(own):
+        return {}
+    if made_with.nouns is not None:
+        before, now = made_with.noun_versions, noun_versions(made_with.nouns)
+        if before and before != now:  # none: no concepts were made
+            raise InputError(
+                f"--spec {uri}: cannot be taken as it is (its nouns were found by {_named(before)}, here is "
+                f"{_named(now)}); install the same, or give --nouns {made_with.nouns}"
+            )
+        return {"nouns": made_with.nouns}
+    if clip == "null":  # has none
+        return {}
+    if "clip" in own:
+        raise InputError(f"--spec {uri}: its concepts were given, for its own CLIP; give --concepts beside --clip")
+    path = _beside(uri, CONCEPTS_KEY)
+    try:
+        found = hashlib.sha256(read_uri(path)).hexdigest()
+    except InputError:
+        found = ""
+    if found != made_with.concepts:
+        raise InputError(f"--spec {uri}: its concepts were given, and are not at {path}; give the same --concepts")
+    return {"concepts": path}
+
+
+def _named(versions: dict[str, str]) -> str:
+    return " and ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def with_spec(request: AnyOptions, spec: DatasetSpec) -> AnyOptions:

@@ -13,7 +13,7 @@ from cluster.dataset.layout import CorpusSource, Plan, load_plan
 from cluster.dataset.plan import MAX_SHARDS, make_plan, refuse_other_spec
 from cluster.dataset.vocabularies import store_given_concepts, store_noun_finder
 from cluster.generation.fit import check_memory
-from cluster.generation.like import check_alike, read_spec, with_spec
+from cluster.generation.like import check_alike, read_manifest, with_settings
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.measured import measured
 from cluster.generation.pilot import Prediction, run_pilot
@@ -67,13 +67,13 @@ def generate(request: GenerateRequest) -> dict[str, Any]:
 
 
 def _prepare_like(store: Store, request: GenerateRequest, uri: str) -> "Prepared":
-    wanted, own = read_spec(uri), set(given(request))
-    asked = with_spec(request, wanted)
+    wanted, own = read_manifest(uri), set(given(request))
+    asked = with_settings(request, wanted, uri=uri)
 
     def check(spec: DatasetSpec) -> None:
-        check_alike(spec, wanted, own, uri=uri)
+        check_alike(spec, wanted.spec, own, uri=uri)
 
-    return prepare(store, asked, version=wanted.generator_version, check=check)
+    return prepare(store, asked, version=wanted.spec.generator_version, check=check)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from cluster.dataset.layout import (
 )
 from cluster.dataset.vocabularies import (
     ConceptsOfShard,
+    made_with,
     store_vocabularies,
     stored_features,
 )
@@ -261,6 +262,7 @@ def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest
         manifest_of(plan, features, summaries(store, plan)),
         versions=joined_versions(environments) or versions(),
         environments=environments,
+        made_with=made_with(store, plan),
     )
     if (found := load_plan(store)) is not None and found.asked() == plan.asked():
         store_manifest(store, manifest)

@@ -327,8 +327,8 @@ class GenerateRequest(GenerationOptions):
     spec: str | None = option(
         None,
         metavar="DATASET.JSON",
-        help="take every setting of pictures, CLIP, device and speed from another dataset's dataset.json; what is "
-        "given beside it wins",
+        help="take every setting of another dataset from its dataset.json: pictures, CLIP, concepts, shards, device, "
+        "speed, and how the same corpus is read; what is given beside it wins",
     )
     only: str | None = option(None, metavar="SAMPLE_ID", help="regenerate one sample of --out alone and compare")
     image_out: str | None = option(None, metavar="FILE", help="with --only: write the regenerated picture here")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import safetensors
@@ -194,6 +194,17 @@ def noun_finder(nouns: str = LEXICON_NOUNS) -> tuple[str, Callable[[Iterable[str
     return f"spacy:{nouns}", _spacy_nouns(nouns)
 
 
+def noun_versions(nouns: str) -> dict[str, str]:
+    """Package -> version of what finds nouns, as for `noun_finder`: spaCy and the model; none of the lexicon, which is
+    part of this package. Raises InputError."""
+    if nouns == LEXICON_NOUNS:
+        return {}
+    model = _spacy_model(nouns)
+    import spacy
+
+    return {"spacy": spacy.__version__, nouns: str(model.meta.get("version", "not known"))}
+
+
 def lexicon_nouns(captions: Iterable[str]) -> Iterable[str]:
     """Every noun of the shipped lexicon in the captions, in the singular."""
     for caption in captions:
@@ -218,13 +229,18 @@ def _singular_noun(word: str) -> str | None:
     return next((singular for singular in singulars if singular in lexicon), None)
 
 
-def _spacy_nouns(model: str) -> Callable[[Iterable[str]], Iterable[str]]:
+@cache
+def _spacy_model(model: str) -> Any:
     try:
         import spacy
 
-        nlp = spacy.load(model, exclude=["parser", "ner"])
+        return spacy.load(model, exclude=["parser", "ner"])
     except (ImportError, OSError) as error:
         raise InputError(f"spaCy model {model!r} is not installed; install it, or use the lexicon") from error
+
+
+def _spacy_nouns(model: str) -> Callable[[Iterable[str]], Iterable[str]]:
+    nlp = _spacy_model(model)
 
     def find(captions: Iterable[str]) -> Iterable[str]:
         for document in nlp.pipe(captions, batch_size=1000):

@@ -27,7 +27,7 @@ from cluster.dataset.shard_entries import ShardEntries
 from cluster.dataset.verify import verify
 from cluster.export.export import export_dataset
 from cluster.export.request import ExportRequest
-from cluster.generation.like import read_spec
+from cluster.generation.like import read_manifest
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.repair import repair
 from cluster.shard_work import RAY
@@ -103,7 +103,7 @@ def test_jobs_read_a_dataset_with_parts_as_any_other(listed: Path, in_parts: Pat
     assert len(open_dataset(open_store(in_parts)).shards) == SHARDS
     captions = [[row.caption for row in read_dataset(data, columns=["caption"])] for data in (listed, in_parts)]
     assert captions[0] == captions[1] and len(captions[0]) == 24
-    assert read_spec(str(in_parts / MANIFEST_KEY)) == null_spec()
+    assert read_manifest(str(in_parts / MANIFEST_KEY)).spec == null_spec()
 
 
 def test_tasks_verify_a_dataset_with_parts(ray_session: None, listed: Path, in_parts: Path) -> None:
@@ -211,8 +211,9 @@ def test_a_driver_killed_while_it_writes_the_manifest_leaves_an_unfinished_datas
     assert run(99) == 0
     found = find_manifest(store)
     assert wanted is not None and found is not None and verify(store)["ok"]
-    # The process has no models, so it does not say of which packages' versions it is.
-    assert replace(found, versions=wanted.versions, environments=wanted.environments) == wanted
+    # The process stores what it is given, and adds nothing of its own: neither versions nor settings.
+    told = {name: getattr(wanted, name) for name in ("versions", "environments", "made_with")}
+    assert replace(found, **told) == wanted
     assert parts(in_parts) == names
 
 

@@ -1,20 +1,38 @@
 """jobs.generate --spec: another dataset's settings, all of them, and what is given beside them."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from cluster.dataset.layout import MANIFEST_KEY
-from cluster.generation.like import check_alike, read_spec, settings_of, with_spec
+from cluster.dataset.layout import CONCEPTS_KEY, MANIFEST_KEY, CorpusSource, MadeWith, Manifest, load_manifest
+from cluster.dataset.vocabularies import store_given_concepts
+from cluster.generation.like import (
+    OF_CORPUS,
+    check_alike,
+    read_manifest,
+    settings_of,
+    with_settings,
+    with_spec,
+)
 from cluster.generation.make import generate
 from cluster.generation.pinning import dataset_spec
-from cluster.generation.request import GenerateRequest
-from cluster.options import given
+from cluster.generation.request import (
+    FaultOptions,
+    GenerateRequest,
+    GenerationOptions,
+    MachineOptions,
+    WatchOptions,
+)
+from cluster.options import given, options_of
 from cluster.store.store import open_store
 from pcm.errors import InputError
-from pcm.spec import DatasetSpec
+from pcm.records import NULL_FEATURES
+from pcm.spec import ClipSpec, DatasetSpec
+from pcm.text.concepts import ConceptVocabulary
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 
@@ -41,12 +59,34 @@ def test_the_same_spec_comes_out(spec: DatasetSpec) -> None:
     assert DatasetSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == found, "through dataset.json, too"
 
 
+#: Every option that --spec takes from the spec itself.
+OF_SPEC = {
+    *settings_of(null_spec()),
+    *settings_of(replace(null_spec(), generator=replace(null_spec().generator, model="embedded"))),
+}
+#: Options that decide no byte of a dataset, and the corpus, which is given.
+NEVER_TAKEN = {"corpus", *(name for kind in (MachineOptions, WatchOptions, FaultOptions) for name in options_of(kind))}
+
+
+def test_every_option_of_a_dataset_is_taken_or_decides_no_byte_of_it() -> None:
+    """An option that is added must be taken over by `settings_of` or `with_settings`, or change no dataset."""
+    taken = OF_SPEC | {"shard_size", "nouns", "concepts", *OF_CORPUS}
+    assert taken | NEVER_TAKEN == set(options_of(GenerationOptions))
+    assert not taken & NEVER_TAKEN
+
+
+def test_every_field_of_the_record_is_taken() -> None:
+    """A field that is added to what dataset.json says beside the spec must be taken, too."""
+    compared = {"noun_versions": "nouns", "source": OF_CORPUS[0]}
+    fields = {compared.get(name, name) for name in MadeWith.__dataclass_fields__}
+    assert fields == {"shard_size", "nouns", "concepts", OF_CORPUS[0]}
+    read = set(CorpusSource.__dataclass_fields__) - {"sha256"}
+    assert read == {"format" if name == "corpus_format" else name for name in OF_CORPUS}
+
+
 def test_every_setting_of_a_spec_has_an_option() -> None:
     """A field that is added to a spec must be taken over, or be one that no option decides."""
-    taken = {
-        *settings_of(null_spec()),
-        *settings_of(replace(null_spec(), generator=replace(null_spec().generator, model="embedded"))),
-    }
+    taken = OF_SPEC
     renamed = {
         "model": "t2i", "revision": "t2i_revision", "variant": "t2i_variant", "without": "t2i_without",
         "config": "t2i_config", "loras": "lora", "num_inference_steps": "steps",
@@ -84,13 +124,13 @@ def test_another_model_has_its_own_revision(spec: DatasetSpec) -> None:
 def test_what_is_no_manifest_of_drawn_pictures_is_refused(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text("{}")
     with pytest.raises(InputError, match=r"--spec .*dataset\.json: "):
-        read_spec(str(tmp_path / "dataset.json"))
+        read_manifest(str(tmp_path / "dataset.json"))
     make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path), null_spec())
     document = json.loads((tmp_path / "data" / MANIFEST_KEY).read_bytes())
     document["spec"]["generator"]["model"] = "photos"
     (tmp_path / "dataset.json").write_text(json.dumps(document))
     with pytest.raises(InputError, match=r"were not drawn by one generator here \(photos\)"):
-        read_spec(str(tmp_path / "dataset.json"))
+        read_manifest(str(tmp_path / "dataset.json"))
     with pytest.raises(InputError, match="--spec, --preset: give one of the two"):
         asked(preset="synthimgcap_coco")
 
@@ -103,3 +143,96 @@ def test_a_dataset_is_drawn_by_the_settings_of_another(tmp_path: Path, ray_sessi
     generate(GenerateRequest(out=str(tmp_path / "two"), spec=str(manifest), **options))  # type: ignore[arg-type]
     one, two = (open_store(tmp_path / name).read_bytes("shards/part-000000.parquet") for name in ("one", "two"))
     assert one == two
+
+
+KARPATHY = {
+    "images": [
+        {"filename": f"{number}.jpg", "cocoid": number, "split": ("train", "val")[number % 2],
+         "sentences": [{"raw": f"A dog number {number} near a table.", "sentid": number}]}
+        for number in range(12)
+    ]
+}  # fmt: skip
+
+
+@pytest.fixture
+def karpathy(tmp_path: Path) -> Path:
+    path = tmp_path / "dataset_coco.json"
+    path.write_text(json.dumps(KARPATHY))
+    return path
+
+
+def record(source: CorpusSource | None = None, **changes: object) -> Manifest:
+    """A manifest that says these things beside its spec."""
+    found = MadeWith(**{"shard_size": 7, "source": source, "nouns": "lexicon", **changes})  # type: ignore[arg-type]
+    return Manifest.from_json(replace(TINY_MANIFEST, made_with=found).to_json())
+
+
+TINY_MANIFEST = Manifest(
+    spec=null_spec(), corpus="captions.txt", corpus_fingerprint="0", features=NULL_FEATURES, expected=0, stored=0,
+    quarantined=0, quarantined_by_reason={}, clip_score_mean=None, shard_bytes=0, shards=(),
+)  # fmt: skip
+
+
+def test_the_same_command_on_the_same_corpus_makes_the_same_dataset(
+    tmp_path: Path, karpathy: Path, ray_session: None
+) -> None:
+    """Though it says nothing of the split, the number of captions and the size of a shard."""
+    options = {"split": "val", "limit": 5, "shard_size": 2, "corpus_format": "karpathy", "seed": 3, "t2i": "null"}
+    generate(GenerateRequest(corpus=str(karpathy), out=str(tmp_path / "one"), **options))  # type: ignore[arg-type]
+    one = load_manifest(open_store(tmp_path / "one"))
+    assert one.made_with is not None and one.made_with.source is not None
+    assert (one.made_with.shard_size, one.made_with.source.split, one.made_with.source.limit) == (2, "val", 5)
+    assert (one.made_with.nouns, one.made_with.noun_versions, one.made_with.concepts) == ("lexicon", {}, None)
+    spec = str(tmp_path / "one" / MANIFEST_KEY)
+    generate(GenerateRequest(corpus=str(karpathy), out=str(tmp_path / "two"), spec=spec))
+    assert load_manifest(open_store(tmp_path / "two")) == one
+    other = GenerateRequest(corpus=str(karpathy), out="out", spec=spec, limit=3, shard_size=4)
+    found = with_settings(other, one, uri=spec)
+    assert (found.limit, found.shard_size, found.split) == (3, 4, "val"), "what is given wins"
+
+
+def test_how_another_corpus_is_read_is_not_taken_and_said(
+    tmp_path: Path, karpathy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = record(CorpusSource("another", "auto", "val", 16))
+    with caplog.at_level("INFO", logger="cluster.generation.like"):
+        found = with_settings(asked_of(karpathy), wanted, uri="dataset.json")
+    assert (found.split, found.limit, found.shard_size) == ("train", None, 7)
+    assert caplog.messages == ["--spec dataset.json: of another corpus; its --split, --limit: not taken"]
+
+
+def asked_of(corpus: Path, **options: object) -> GenerateRequest:
+    return GenerateRequest(corpus=str(corpus), out="out", spec="dataset.json", **options)  # type: ignore[arg-type]
+
+
+def test_a_dataset_of_an_earlier_release_says_what_it_lacks(karpathy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert with_settings(asked_of(karpathy), TINY_MANIFEST, uri="dataset.json").shard_size is None
+    assert "does not say and this does not take: --shard-size, --nouns, --concepts, --corpus-format" in caplog.text
+
+
+def test_what_found_the_nouns_is_taken_or_refused(karpathy: Path) -> None:
+    assert with_settings(asked_of(karpathy), record(), uri="dataset.json").nouns == "lexicon"
+    spacy = record(nouns="xx_no_such_model", noun_versions={"spacy": "3.8.0", "xx_no_such_model": "1.0"})
+    with pytest.raises(InputError, match="spaCy model 'xx_no_such_model' is not installed"):
+        with_settings(asked_of(karpathy), spacy, uri="dataset.json")
+    concepts = asked_of(karpathy, concepts="concepts.pkl")
+    assert with_settings(concepts, spacy, uri="dataset.json").nouns == "lexicon", "of no effect beside these"
+
+
+def test_concepts_that_were_given_are_taken_from_beside_it(tmp_path: Path, karpathy: Path, tiny_clip: Path) -> None:
+    folder = tmp_path / "one"
+    store = open_store(folder)
+    concepts = ConceptVocabulary(("dog", "table"), np.eye(2, 16, dtype=np.float32))
+    store_given_concepts(store, concepts)
+    digest = hashlib.sha256(concepts.to_bytes()).hexdigest()
+    scored = replace(null_spec(), clip=ClipSpec(model="embedded", revision="sha256:0"))
+    wanted, uri = replace(record(nouns=None, concepts=digest), spec=scored), str(folder / MANIFEST_KEY)
+    assert with_settings(asked_of(karpathy), wanted, uri=uri).concepts == str(folder / CONCEPTS_KEY)
+    assert with_settings(asked_of(karpathy, clip="null"), wanted, uri=uri).concepts is None
+    with pytest.raises(InputError, match="its concepts were given, for its own CLIP; give --concepts beside --clip"):
+        with_settings(asked_of(karpathy, clip=str(tiny_clip)), wanted, uri=uri)
+    given_ones = asked_of(karpathy, clip=str(tiny_clip), concepts="others.pkl")
+    assert with_settings(given_ones, wanted, uri=uri).concepts == "others.pkl"
+    store.write_bytes(CONCEPTS_KEY, b"others")
+    with pytest.raises(InputError, match=r"are not at .*concepts.safetensors; give the same --concepts"):
+        with_settings(asked_of(karpathy), wanted, uri=uri)

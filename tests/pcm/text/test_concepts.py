@@ -15,6 +15,7 @@ from pcm.text.concepts import (
     lexicon_nouns,
     most_frequent,
     noun_finder,
+    noun_versions,
 )
 
 CAPTIONS = [
@@ -147,6 +148,25 @@ def test_spacy_is_not_used_because_it_is_installed(tmp_path, monkeypatch):
     assert source == "lexicon" and list(find(["Two dogs run."])) == ["dog"]
 
 
+def test_the_lexicon_is_part_of_this_package():
+    assert noun_versions("lexicon") == {}
+
+
+def test_the_versions_of_spacy_and_its_model_are_told(tmp_path):
+    spacy = pytest.importorskip("spacy", reason="spaCy is not installed")
+    model = spacy.blank("en")
+    rules = model.add_pipe("attribute_ruler")
+    rules.add([[{"LOWER": {"IN": ["dog", "dogs"]}}]], {"POS": "NOUN", "LEMMA": "dog"})
+    model.meta["version"] = "1.2.3"
+    model.to_disk(tmp_path / "model")
+    name = str(tmp_path / "model")
+    assert noun_versions(name) == {"spacy": spacy.__version__, name: "1.2.3"}
+    source, find = noun_finder(name)
+    assert source == f"spacy:{name}" and list(find(["Two dogs run."])) == ["dog"]
+
+
 def test_a_spacy_model_that_is_not_installed_is_named():
+    with pytest.raises(InputError, match="'xx_no_such_model' is not installed"):
+        noun_versions("xx_no_such_model")
     with pytest.raises(InputError, match="'xx_no_such_model' is not installed"):
         noun_finder("xx_no_such_model")
