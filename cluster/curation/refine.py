@@ -289,7 +289,7 @@ def _on_ray(
 ) -> Manifest:
     # Torch and Ray take seconds, and a user's mistake is told before them.
     from cluster.curation.tasks import OnRay
-    from cluster.generation.places import device_of_cluster
+    from cluster.generation.pinning import device_of_cluster
     from cluster.session import waiting_for
 
     device = device_of_cluster(request.device)

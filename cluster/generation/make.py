@@ -18,9 +18,9 @@ from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.measured import measured
 from cluster.generation.pilot import Prediction, run_pilot
 from cluster.generation.pilot import summary as pilot_summary
-from cluster.generation.pinning import dataset_spec, joint_dimensions, on_device, resolve_dtype
+from cluster.generation.pinning import dataset_spec, device_of_cluster, joint_dimensions, on_device, resolve_dtype
 from cluster.generation.pipeline import GenerationResult, run_pipeline
-from cluster.generation.places import device_of_cluster, pools_of_cluster
+from cluster.generation.places import pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
 from cluster.generation.reach import check_reach

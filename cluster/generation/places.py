@@ -11,9 +11,8 @@ from typing import Any, Generic, TypeVar
 import ray
 
 from cluster.generation.display import Room
-from cluster.generation.pinning import resolve_device
 from cluster.generation.pools import Pools
-from cluster.generation.request import AUTO, MachineOptions
+from cluster.generation.request import MachineOptions
 from cluster.generation.stages.monitor import MAX_FRUITLESS_STARTS
 from cluster.numbers import duration
 from cluster.session import SECONDS_BETWEEN_WAITING_LINES, cluster_cpus, cluster_gpus, user_error
@@ -28,20 +27,6 @@ T = TypeVar("T")
 TRIES = MAX_FRUITLESS_STARTS
 FIRST_PAUSE = 1.0  # seconds before another try, with jitter; doubled each time
 _LOOKS_A_SECOND = 2
-
-
-def device_of_cluster(asked: str, *, before: str | None = None) -> str:
-    """'auto' is cuda where the cluster has a GPU now, else cpu. Where it has nothing for work yet nobody can say what
-    will come: it is what the dataset was begun with `before`. Raises InputError for one that was not.
-    """
-    if asked == AUTO and not (cluster_cpus() or cluster_gpus()):
-        if before is not None:
-            return before
-        raise InputError(
-            "--device auto: the cluster has no CPUs and GPUs for work now; give --device cuda or --device cpu, and "
-            "they are waited for"
-        )
-    return resolve_device(asked, cluster_gpus=cluster_gpus())
 
 
 def pools_of_cluster(asked: MachineOptions | None = None, *, device: str) -> Pools:

@@ -47,8 +47,8 @@ from cluster.dataset.vocabularies import (
     features_of_head,
 )
 from cluster.generation.made_by import made_by, tell_encoder
-from cluster.generation.pinning import clip_spec, joint_dimensions, resolve_dtype
-from cluster.generation.places import device_of_cluster, pools_of_cluster
+from cluster.generation.pinning import clip_spec, device_of_cluster, joint_dimensions, resolve_dtype
+from cluster.generation.places import pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.generation.reach import check_places
 from cluster.ingest.agreement import agreement, most_different

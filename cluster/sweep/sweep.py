@@ -22,6 +22,7 @@ import ray
 import ray.tune
 from ray.tune.schedulers import ASHAScheduler
 
+from cluster.generation.pinning import device_of_cluster
 from cluster.generation.reach import check_reach
 from cluster.ray_state import has_group
 from cluster.session import cluster_cpus, cluster_gpus, start_ray, waiting_for
@@ -47,7 +48,7 @@ from cluster.training.config import TrainConfig
 from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.ray_trainer import MEMORY_KEPT
 from cluster.training.trackers import flattened
-from cluster.training.train import check_settings, device_for_work, planned_run, ray_storage
+from cluster.training.train import check_settings, planned_run, ray_storage
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 
@@ -79,7 +80,7 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's folder has its numbers already
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other prints boxes however quiet it is told to be
     start_ray(worker_env=MEMORY_KEPT)
-    run = replace(run, device=device_for_work(request.device))
+    run = replace(run, device=device_of_cluster(request.device))
     gpus = request.gpus_per_trial if run.device == "cuda" else 0.0
     _check_place(request, device=run.device)
     check_reach(out)

@@ -22,7 +22,7 @@ import safetensors.torch
 import pcm
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, GIVEN_CONCEPTS_KEY
 from cluster.dataset.together import Vocabularies, common_vocabularies
-from cluster.generation.pinning import resolve_device
+from cluster.generation.pinning import device_of_cluster
 from cluster.generation.reach import check_reach
 from cluster.ray_state import has_group
 from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, room_for, start_ray, waiting_for
@@ -377,16 +377,6 @@ class _Place:
         return self.sizes[0]
 
 
-def device_for_work(asked: str) -> str:
-    """ "auto" is cuda where the cluster has a GPU now. Raises InputError where nothing is there to choose by."""
-    if asked == "auto" and not cluster_cpus():
-        raise InputError(
-            "--device auto: the cluster has no CPUs and GPUs for work now; give --device cuda or --device cpu, and "
-            "training waits for its workers"
-        )
-    return resolve_device(asked, cluster_gpus=cluster_gpus())
-
-
 def _place(request: TrainRequest, config: TrainConfig, *, joined: bool) -> _Place:
     """What is asked of the cluster: where the device is named, also what it has not yet, for a cluster may grow.
 
@@ -394,7 +384,7 @@ def _place(request: TrainRequest, config: TrainConfig, *, joined: bool) -> _Plac
     """
     cpus, gpus = int(cluster_cpus()), int(cluster_gpus())
     named = request.device != "auto" and joined
-    device = device_for_work(request.device)
+    device = device_of_cluster(request.device)
     sizes = group_sizes(config, request.num_workers or max(gpus if device == "cuda" else 0, 1))
     workers = sizes[-1]
     if device == "cpu" and request.gpus_per_worker < 1:
