@@ -228,6 +228,10 @@ class TrainRequest(TrainingOptions):
     )  # fmt: skip
     seed: int | None = option(None, help="of weights, hold-out, order, dropout", unset="the preset's")
     concepts: str | None = option(None, metavar="P", help=CONCEPTS_HELP, unset="the dataset's own")
+    init_from: str | None = option(
+        None, metavar="P", help="begin with the weights and words of this captioner, a run's or a checkpoint's, and "
+        "with its settings where no preset is named; schedule and optimiser begin anew", unset="random weights",
+    )  # fmt: skip
     resume: bool = option(False, help="continue the run in --out exactly where it stopped")
     unfinished: bool = option(
         False, help="train on the shards that are there of a dataset that is being made or was piloted"

@@ -23,6 +23,7 @@ class RunSpec:
     cpu_threads: int
     device: str  # "cpu", or what Ray gives the worker ("auto", "cuda")
     checks: str  # a folder below the temporary one, by which a node's workers share which checksums were compared
+    init_from: str | None = None  # the folder of a captioner, whose weights it begins with
     checkpoint_every_steps: int | None = None  # beside the one at the end of an epoch
     cache_bytes: int = TrainRequest.cache_bytes
     window_bytes: int = TrainRequest.window_bytes

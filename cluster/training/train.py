@@ -33,12 +33,14 @@ from cluster.training.checkpoints import BEST, SCORE
 from cluster.training.config import TrainConfig, default_preset, preset
 from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.data.shuffled import ROW_ORDER
+from cluster.training.init_from import InitialCaptioner, read_initial
 from cluster.training.loop import train_loop
 from cluster.training.ray_trainer import check_labels, make_trainer, ray_storage, worker_input_error
 from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import check_compile
+from cluster.training.worker import build_network
 from cluster.weights.node_copy import local_name
 from pcm.captioners.interface import CLIP_OPTION
 from pcm.clip.names import refuse_place, resolve_clip_name
@@ -72,8 +74,9 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
     sets = arriving or open_training_sets(request.sources, unfinished=request.unfinished)
     out = open_store(request.out)
     previous = _previous_run(out, resume=request.resume)
-    vocabularies = _vocabularies(request, sets)
-    config = _config_for(request, sets, vocabularies, previous)
+    initial = read_initial(request.init_from) if request.init_from is not None else None
+    vocabularies = _vocabularies(request, sets, initial)
+    config = _config_for(request, sets, vocabularies, previous, initial)
     if config.first_epoch == "plan" and (len(sets) > 1 or sets[0].weight != 1):
         raise InputError(
             f"first_epoch plan: takes one dataset without a weight, not {' '.join(each.store.root for each in sets)} "
@@ -83,7 +86,11 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
         what = "derived" if sets[0].manifest.lineage is not None else "unfinished"
         raise InputError(f"first_epoch plan: takes no {what} dataset ({sets[0].store.root}); use first_epoch shuffled")
     _check_request(request, config)
-    document = _document(request, sets, config, vocabularies, previous)
+    document = _document(request, sets, config, vocabularies, previous, initial)
+    run = _run(request, sets, vocabularies, config, document, cpus=1, device=request.device)
+    if initial is not None:
+        run = replace(run, init_from=initial.folder)
+        build_network(run)  # weights that do not fit are told of before Ray is started
     if previous is not None:
         _refuse_other_run(out, previous, document)
         done = len(_history(out))
@@ -104,7 +111,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
     out.write_bytes(CONFIG_KEY, document_bytes(document))
     trainer = make_trainer(
         train_loop,
-        {"run": _run(request, sets, vocabularies, config, document, cpus=place.cpus, device=place.device)},
+        {"run": replace(run, cpu_threads=place.cpus, device=place.device)},
         out=out,
         score=SCORE,
         sizes=place.sizes,
@@ -147,9 +154,14 @@ def planned_run(request: TrainRequest, *, cpus: int) -> RunSpec:
     )  # fmt: skip
 
 
-def _vocabularies(request: TrainRequest, sets: Sequence[TrainingSet]) -> Vocabularies:
-    """Those of the datasets, with the concepts of `request.concepts` where it names a file."""
+def _vocabularies(
+    request: TrainRequest, sets: Sequence[TrainingSet], initial: InitialCaptioner | None = None
+) -> Vocabularies:
+    """Those of the datasets, with the concepts of `request.concepts` where it names a file, and with the words of the
+    captioner that the run begins with."""
     found = common_vocabularies(sets)
+    if initial is not None:
+        found = replace(found, words=initial.words)
     if request.concepts is not None:
         embed_dim = sets[0].manifest.features.embed_dim
         return replace(found, concepts=fitting_concepts(request.concepts, embed_dim=embed_dim).to_bytes())
@@ -225,12 +237,19 @@ def _config_for(
     sets: Sequence[TrainingSet],
     vocabularies: Vocabularies,
     previous: dict[str, Any] | None,
+    initial: InitialCaptioner | None = None,
 ) -> TrainConfig:
-    """The run's config: the preset named, the resumed run's or the default preset, then what replaces its fields."""
+    """The run's config: the preset named, the resumed run's, the initial captioner's or the default preset, then what
+    replaces its fields."""
     if request.preset:
         config = preset(request.preset)
     elif previous is not None:
         config = TrainConfig.from_dict(previous["train"])
+    elif initial is not None and initial.config is not None:
+        log.info(
+            "settings of the run that made %s, %d epochs; others with --preset", initial.folder, initial.config.epochs
+        )
+        config = replace(initial.config, first_epoch="shuffled")  # a stream's is of the plan
     else:
         features = sets[0].manifest.features
         name = default_preset(features)
@@ -271,6 +290,7 @@ def _document(
     config: TrainConfig,
     vocabularies: Vocabularies,
     previous: dict[str, Any] | None,
+    initial: InitialCaptioner | None = None,
 ) -> dict[str, Any]:
     """config.json: everything that the run's numbers depend on.
 
@@ -283,6 +303,7 @@ def _document(
     concepts = {"path": request.concepts, "sha256": hashlib.sha256(vocabularies.concepts).hexdigest()}
     return {
         **({} if request.concepts is None else {"concepts": concepts}),
+        **({} if initial is None else {"init_from": {"path": request.init_from, "sha256": initial.sha256}}),
         "train": config.to_dict(),
         "row_order": ROW_ORDER,
         "clip": clip.identity() | {"model": given or clip.model},
@@ -307,6 +328,9 @@ def _refuse_other_run(out: Store, previous: dict[str, Any], document: dict[str, 
     concepts = [each.get("concepts", {}).get("sha256", "the dataset's own") for each in (previous, document)]
     if concepts[0] != concepts[1]:
         differences["concepts"] = f"{concepts[0][:17]} -> {concepts[1][:17]}"
+    begun = [each.get("init_from", {}).get("sha256", "random weights") for each in (previous, document)]
+    if begun[0] != begun[1]:
+        differences["init_from"] = f"{begun[0][:17]} -> {begun[1][:17]}"
     if previous["validation"] != document["validation"]:
         differences["validation"] = f"{previous['validation']} -> {document['validation']}"
     if differences:

@@ -16,6 +16,7 @@ from cluster.training.config import TrainConfig
 from cluster.training.data.batches import BatchShape
 from cluster.training.ema import WeightAverage
 from cluster.training.feed import TrainingData
+from cluster.training.init_from import load_weights
 from cluster.training.reporting import Reporter
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import TrainStep
@@ -127,6 +128,8 @@ def build_network(run: RunSpec) -> PCMNet:
     model = PCMNet(run.config.model)
     model.set_concepts(torch.from_numpy(concepts.embeddings))
     model.set_clip_head(safetensors.torch.load(run.vocabularies.clip_head))
+    if run.init_from is not None:
+        load_weights(model, run.init_from)
     return model
 
 

@@ -35,9 +35,11 @@ from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labe
 from cluster.training.request import TrainRequest
 from cluster.training.train import TrainingFailed, _summary, group_sizes, planned_run, train
 from pcm.captioners.captioner import Captioner
+from pcm.captioners.interface import MODEL_FILE
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
+from tests.helpers.job_runs import JobRun
 from tests.helpers.paths import ROOT
 from tests.helpers.seaweedfs import S3Server
 from tests.helpers.tiny_dataset import TINY, scene, write_dataset, write_pictures
@@ -175,6 +177,46 @@ def test_resuming_a_finished_run_changes_nothing(trained: Path, world: Path) -> 
     summary = train(request(world, trained, **real_pictures(world), resume=True))
     assert summary["best"] == json.loads((world / "summary.json").read_text())["best"]
     assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_goes_on_from_a_captioner_on_a_view(
+    trained: Path, world: Path, tmp_path: Path, ray_session: None, call_job: Callable[..., JobRun]
+) -> None:
+    """As after a stream: its data is curated, and its captioner trained on, with its own words."""
+    ended = call_job("curate", "--data", world / "data", "--drop-word", "yellow", "--out", world / "view")
+    assert ended.returncode == 0, ended.stderr
+    one = {"epochs": 1, "batch_size": 2, "grad_accumulation": 1}
+
+    def first_loss(out: Path, **settings) -> float:
+        train(replace(request(world, out, overrides=one, **settings), data=str(world / "view")))
+        return losses(out)[0]["loss"]
+
+    begun = first_loss(tmp_path / "begun", init_from=str(trained))
+    assert begun < first_loss(tmp_path / "scratch")
+    vocabularies = [(folder / "best/vocabulary.txt").read_bytes() for folder in (trained, tmp_path / "begun")]
+    assert vocabularies[0] == vocabularies[1]
+    again = replace(request(world, tmp_path / "begun", overrides=one, resume=True), data=str(world / "view"))
+    with pytest.raises(InputError, match=r"was begun otherwise \(.*init_from: .* -> random weights"):
+        train(again)
+
+
+def test_a_captioner_that_does_not_fit_is_one_line(trained: Path, world: Path, tmp_path: Path) -> None:
+    other = request(world, tmp_path / "out", init_from=str(trained), overrides={"hidden_size": 16})
+    with pytest.raises(InputError, match=r"--init-from .*/best: another network than this run's \(.* x .* -> "):
+        train(other)
+    with pytest.raises(InputError, match=r"--init-from .*: no captioner"):
+        train(request(world, tmp_path / "out", init_from=str(world)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_captioner_of_another_clip_is_refused(trained: Path, world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(trained / "best", folder)
+    state = safetensors.torch.load_file(folder / MODEL_FILE)
+    state["visual_embedding.clip_head.proj"] += 0.5
+    safetensors.torch.save_file(state, folder / MODEL_FILE)
+    with pytest.raises(InputError, match="was trained on another CLIP's features"):
+        train(request(world, tmp_path / "out", init_from=str(folder)))
 
 
 def test_resuming_with_other_settings_is_refused_with_the_difference(trained: Path, world: Path) -> None:

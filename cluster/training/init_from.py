@@ -1,0 +1,76 @@
+"""jobs.train --init-from: the captioner with whose weights and words a run begins."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from cluster.store.store import open_store
+from cluster.training.config import TrainConfig
+from pcm.captioners.interface import CONFIG_FILE, MODEL_FILE, VOCABULARY_FILE
+from pcm.captioners.pcmnet.model import PCMNet
+from pcm.errors import InputError
+
+_HEAD = "visual_embedding.clip_head."
+
+
+@dataclass(frozen=True)
+class InitialCaptioner:
+    """folder: where its files are, from any worker. sha256: of the weights. config: of the run that made it."""
+
+    folder: str
+    sha256: str
+    words: bytes  # vocabulary.txt
+    config: TrainConfig | None
+
+
+def read_initial(uri: str) -> InitialCaptioner:
+    """The captioner in a checkpoint's folder, or the best one of a run's. Raises InputError."""
+    store = open_store(uri)
+    if not store.exists(MODEL_FILE):
+        store = open_store(f"{store.address}/best")
+    try:
+        weights, words, document = (store.read_bytes(name) for name in (MODEL_FILE, VOCABULARY_FILE, CONFIG_FILE))
+        train = json.loads(document).get("train")
+        config = None if train is None else TrainConfig.from_dict(train)
+    except FileNotFoundError as error:
+        raise InputError(f"--init-from {uri}: no captioner ({error.filename or MODEL_FILE} is missing)") from None
+    except (ValueError, AttributeError):
+        raise InputError(f"--init-from {uri}: its {CONFIG_FILE} is damaged; give another checkpoint") from None
+    return InitialCaptioner(store.address, hashlib.sha256(weights).hexdigest(), words, config)
+
+
+def load_weights(module: PCMNet, folder: str) -> None:
+    """Begin with the weights there; CLIP's head stays the dataset's. Raises InputError where they do not fit."""
+    try:
+        state = safetensors.torch.load(open_store(folder).read_bytes(MODEL_FILE))
+    except (FileNotFoundError, safetensors.SafetensorError):
+        raise InputError(f"--init-from {folder}: its {MODEL_FILE} is missing or damaged") from None
+    own: dict[str, Any] = module.state_dict()
+    if found := _misfits(own, state):
+        raise InputError(
+            f"--init-from {folder}: another network than this run's ({found[0]}); leave out --preset and the --set of "
+            "its sizes, which are then the captioner's, or train from the beginning"
+        )
+    for name, value in own.items():
+        if name.startswith(_HEAD) and not torch.allclose(value.float(), state[name].float(), atol=1e-3):
+            raise InputError(
+                f"--init-from {folder}: was trained on another CLIP's features; give a dataset of its CLIP"
+            )
+    module.load_state_dict({**state, **{name: value for name, value in own.items() if name.startswith(_HEAD)}})
+
+
+def _misfits(own: dict[str, Any], state: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}: {_shape(state, name)} -> {_shape(own, name)}"
+        for name in dict.fromkeys([*own, *state])
+        if _shape(own, name) != _shape(state, name)
+    ]
+
+
+def _shape(state: dict[str, Any], name: str) -> str:
+    return " x ".join(map(str, state[name].shape)) if name in state else "none"
