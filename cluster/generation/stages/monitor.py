@@ -154,7 +154,7 @@ class RunMonitor:
         self._took: deque[float] = deque(maxlen=SHARDS_TIMED)  # seconds from a shard's beginning to the store
         self._suspects: dict[int, dict[int, _Suspect]] = {}  # by shard, position
         self._starts: Counter[int] = Counter()  # by shard
-        self._begun_again = 0  # shards, over the whole run
+        self._given_again = 0  # shards, over the whole run
         self._scored: Counter[int] = Counter()  # starts, by shard
         self._drawn: Counter[int] = Counter()  # pictures of shards not yet committed
         self._committed: set[int] = set()
@@ -257,6 +257,7 @@ class RunMonitor:
             shard = self._next_shard()
             if shard is None:  # of shards that others have, one may prove to be lost or late
                 return Turn(wait=bool(self._claims))
+        self._given_again += shard in self._claims
         self._turns[number] = _Taken(shard, generator)
         self._claims[shard] = _Claim(generator, number, self._clock())
         self._drawing[generator] = number
@@ -418,7 +419,6 @@ class RunMonitor:
     def begin_shard(self, shard: int) -> tuple[str, ShardFaults]:
         """(why to stop or "", what is known about the shard's samples)."""
         self._drawn[shard] = 0
-        self._begun_again += self._starts[shard] > 0 or shard in self._committed
         self._starts[shard] += 1
         suspects = self._suspects.get(shard, {})
         deaths = {position: suspect.deaths for position, suspect in suspects.items()}
@@ -491,8 +491,9 @@ class RunMonitor:
         self._suspects.pop(shard, None)
 
     def begun_again(self) -> int:
-        """How often a shard was drawn that had been begun before: its drawer had died, or was late."""
-        return self._begun_again
+        """How often a shard was given out that another turn had, or the same one before: its drawer had died, or was
+        late."""
+        return self._given_again
 
     def snapshot(self) -> dict:
         """{"drawn": pictures in shards not yet committed, "in_flight": batches, "generators": those ever started,

@@ -63,14 +63,19 @@ def test_a_batch_over_its_time_hung() -> None:
     assert faults.refused == {5: ("generator_hung", "took longer than 60 s, at unet.py, line 7, 2 times")}
 
 
-def test_what_was_drawn_a_second_time_is_counted() -> None:
+def test_what_was_given_out_a_second_time_is_counted() -> None:
     monitor = RunMonitor(FaultPolicy())
-    monitor.begin_pass(range(3), 2)
-    for shard in (0, 1, 0, 2):  # the drawer of shard 0 died
-        monitor.begin_shard(shard)
+    monitor.begin_pass(range(5), 2)
+    assert [monitor.turn(name, number).shard for number, name in enumerate(("a", "b"))] == [0, 1]
+    assert monitor.begun_again() == 0
+    monitor.start("a", "a node")
+    monitor.start("a", "a node")  # its process died
+    assert monitor.turn("b", 2).shard == 0
     assert monitor.begun_again() == 1
+    monitor.committed(0)
     monitor.committed(1)
-    monitor.begin_shard(1)  # another one had begun it, because its drawer was late
+    assert [monitor.turn("a", number).shard for number in (3, 4)] == [2, 3]
+    assert monitor.turn("c", 3).shard == 2, "the same turn again, by another actor"
     assert monitor.begun_again() == 2
 
 
