@@ -335,6 +335,9 @@ def test_pairs_that_a_classifier_found_are_a_view_that_holds(out: Path, tmp_path
     source = open_dataset(open_store(pictures.data_folder(out, "coarse")))
     columns = ["sample_id", "caption", "clip_score"]
     table = pa.concat_tables([read_shard(source.store, shard, columns) for shard in source.shards])
+    table = table.append_column("weight", pa.array([1] * len(table))).append_column(
+        "place", pa.array(range(len(table)))
+    )
     features = unit(_rows_of(out).global_feature.astype(np.float32))
     rng = np.random.default_rng(0)
     captions = unit(rng.standard_normal((40, features.shape[1])))

@@ -120,7 +120,7 @@ def test_recall_is_the_share_of_the_exact_nearest_that_probes_find(
 def test_an_exact_run_takes_nothing_of_one_with_probes_and_has_the_keys_it_had(dataset: Path, tmp_path: Path) -> None:
     refined(dataset, tmp_path / "both", settings=PROBING)
     assert_same(refined(dataset, tmp_path / "both"), refined(dataset, tmp_path / "exact"))
-    folders = {key.split("/")[2] for key in open_store(tmp_path / "exact").list()}
+    folders = {key.split("/")[2] for key in open_store(tmp_path / "exact").list(f"{WORK}/")}
     assert folders == {"rows", "pictures", "captions", "candidates-7", "describers-3", "choices-7-3"}
 
 
@@ -211,13 +211,13 @@ def test_an_object_that_is_deleted_is_made_again(
     monkeypatch.setattr(cells, "PIECE_ROWS", 20)
     whole = refined(dataset, tmp_path, settings=PROBING)
     store = open_store(tmp_path)
-    objects = {key: store.read_bytes(key) for key in store.list()}
+    objects = {key: store.read_bytes(key) for key in store.list(f"{WORK}/")}
     of_kinds = {key.rsplit("/", 1)[0]: key for key in sorted(objects, reverse=True)}
     assert len(of_kinds) == 13
     for key in of_kinds.values():
         store.delete(key)
         assert_same(refined(dataset, tmp_path, settings=PROBING), whole)
-    assert {key: store.read_bytes(key) for key in store.list()} == objects
+    assert {key: store.read_bytes(key) for key in store.list(f"{WORK}/")} == objects
 
 
 def test_captions_are_numbered_as_they_come() -> None:
