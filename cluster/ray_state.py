@@ -20,6 +20,7 @@ def has_group() -> bool:
 
 
 def actors_are_placed() -> bool:
-    """Whether no actor of this job waits for a node: it has a process then. Ray's public list needs a dashboard."""
+    """Whether no new actor of this job waits for a node: it has a process then. Of one that starts again Ray does not
+    tell whether it waits or loads. Ray's public list needs a dashboard."""
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     return all(each["Pid"] for each in actors(job_id=job, actor_state_name="PENDING_CREATION").values())

@@ -183,8 +183,8 @@ def waiting_for(
     """Says now and then for what this job waits, while the cluster has no room for so many workers: Ray is silent.
 
     `cpus`, `gpus`: of each worker, on nodes with these `labels`. `placed`: whether the workers have their room now.
-    With it a queue behind other work is said whenever there is one, after the loss of a node too. Without it, as for
-    tasks, of which Ray does not tell where they are, it is said once, before the first is asked for.
+    With it a queue behind other work is said whenever there is one, of groups after the loss of a node too. Without it,
+    as for tasks, of which Ray does not tell where they are, it is said once, before the first is asked for.
     """
     over = threading.Event()
     wanted = _Wanted(cpus=cpus, gpus=gpus, workers=workers, labels=labels or {})

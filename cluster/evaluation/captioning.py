@@ -107,6 +107,8 @@ def _captions_of_worker(request: CaptionRequest) -> dict[str, CaptionResult]:
     cluster without one that does not grow, and what the worker raises.
     """
     assert request.gpus_per_worker is not None
+    for checkpoint in request.checkpoints:  # before a GPU is waited for
+        check_checkpoint(checkpoint)
     start_ray()
     waits = request.device == "cuda" and "RAY_ADDRESS" in os.environ
     if not cluster_gpus() and not waits:
@@ -120,6 +122,7 @@ def _captions_of_worker(request: CaptionRequest) -> dict[str, CaptionResult]:
         checkpoint=tuple(map(_anywhere, request.checkpoints)),
         features=request.features and _anywhere(request.features),
         concepts=request.concepts and _anywhere(request.concepts),
+        clip=os.path.abspath(request.clip) if request.clip and os.path.isdir(request.clip) else request.clip,
     )
     task: Any = ray.remote(_captions_on_gpu).options(num_cpus=0, num_gpus=request.gpus_per_worker, max_retries=3)
     try:
@@ -230,6 +233,15 @@ def _local(image: str, copies: contextlib.ExitStack) -> str:
         return str(copies.enter_context(local_copy(image)))
     except InputError:
         return image
+
+
+def check_checkpoint(uri: str) -> None:
+    """Raises InputError where no captioner lies at `uri`."""
+    store = open_store(uri)
+    if not (store.exists(MODEL_FILE) or store.exists(f"best/{MODEL_FILE}")):
+        raise InputError(
+            f"checkpoint {uri}: no {MODEL_FILE} in it or in its best/; give a folder that jobs.train wrote"
+        )
 
 
 @contextlib.contextmanager

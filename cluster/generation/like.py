@@ -84,6 +84,9 @@ def with_settings(request: AnyOptions, wanted: Manifest, *, uri: str) -> AnyOpti
     reading = _reading(made_with.source) if made_with.source else {}
     if made_with.source and request.corpus and _digest(request.corpus) == made_with.source.sha256:
         values |= reading
+        if fewer := [name for name in ("split", "limit") if name not in own and reading[name] is not None]:
+            taken = " ".join(f"{flag(type(request), name)} {reading[name]}" for name in fewer)
+            log.info("--spec %s: of the same corpus, so %s is taken; give another to read more of it", uri, taken)
     elif other := [name for name, value in reading.items() if name not in own and getattr(request, name) != value]:
         log.info("--spec %s: of another corpus; its %s: not taken", uri, _flags(request, other))
     return replace(asked, **{name: value for name, value in values.items() if name not in own})

@@ -81,6 +81,8 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other prints boxes however quiet it is told to be
     start_ray(worker_env=MEMORY_KEPT)
     run = replace(run, device=device_of_cluster(request.device))
+    document["device"] = run.device
+    _check_device(out, run.device)
     gpus = request.gpus_per_trial if run.device == "cuda" else 0.0
     _check_place(request, device=run.device)
     check_reach(out)
@@ -206,10 +208,17 @@ def _check_out(out: Store, document: dict[str, Any], *, resume: bool) -> None:
             )
 
 
+def _check_device(out: Store, device: str) -> None:
+    """Raises InputError where the sweep that OUT holds was begun on another device: its numbers would be others."""
+    before = json.loads(out.read_bytes(SWEEP_KEY)).get("device", device) if out.exists(SWEEP_KEY) else device
+    if before != device:
+        raise InputError(f"{out.root}: its sweep was begun on {before}, and this is {device}; give --device {before}")
+
+
 def _comparable(document: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed sweep must share; it may be longer, lie elsewhere and be stopped otherwise."""
     flat = flattened(json.loads(json.dumps(document)))
-    free = ("trials", "scheduler", "run.versions.")
+    free = ("trials", "scheduler", "device", "run.versions.")
     return {name: without_paths(value) for name, value in flat.items() if not name.startswith(free)}
 
 

@@ -35,12 +35,15 @@ def read_initial(uri: str) -> InitialCaptioner:
         store = open_store(f"{store.address}/best")
     try:
         weights, words, document = (store.read_bytes(name) for name in (MODEL_FILE, VOCABULARY_FILE, CONFIG_FILE))
+        words.decode()
         train = json.loads(document).get("train")
         config = None if train is None else TrainConfig.from_dict(train)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"--init-from {uri}: no captioner ({error.filename or MODEL_FILE} is missing)") from None
     except (ValueError, AttributeError):
-        raise InputError(f"--init-from {uri}: its {CONFIG_FILE} is damaged; give another checkpoint") from None
+        raise InputError(
+            f"--init-from {uri}: its {CONFIG_FILE} or {VOCABULARY_FILE} is damaged; give another checkpoint"
+        ) from None
     return InitialCaptioner(store.address, hashlib.sha256(weights).hexdigest(), words, config)
 
 

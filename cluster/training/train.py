@@ -105,9 +105,9 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # so soon is seen that training has ended
     start_ray()
     place = _place(request, config, joined=joined)
-    check_reach(out)
     if place.device == "cpu":
         check_compile(config, device_type="cpu")
+    check_reach(out)
     out.write_bytes(CONFIG_KEY, document_bytes(document))
     trainer = make_trainer(
         train_loop,

@@ -1,6 +1,7 @@
 """jobs.curate: what each rule drops, beside plain references, and the view that is left."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import shutil
@@ -95,9 +96,11 @@ def load(name, exclude):
 def test_captions_without_a_concept_stay_and_are_counted_by_what_found_the_concepts(
     tmp_path: Path, data: Path, rows: list[DatasetRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "packages" / "spacy").mkdir(parents=True)
-    (tmp_path / "packages" / "spacy" / "__init__.py").write_text(SPACY)
-    monkeypatch.syspath_prepend(tmp_path / "packages")
+    (tmp_path / "stand_in.py").write_text(SPACY)
+    stand_in = importlib.util.spec_from_file_location("spacy", tmp_path / "stand_in.py")
+    assert stand_in is not None and stand_in.loader is not None
+    monkeypatch.setitem(sys.modules, "spacy", importlib.util.module_from_spec(stand_in))
+    stand_in.loader.exec_module(sys.modules["spacy"])
     concepts = ConceptVocabulary.load(data / CONCEPTS_KEY)
     every = len(concepts)
     assert run(data, tmp_path / "lexicon", covered_by=every)["covered_by_no_concept"] == 0

@@ -149,6 +149,8 @@ def test_a_gpu_that_this_machine_has_not_is_asked_of_workers_alone(world: Path, 
     with pytest.raises(InputError, match="--device cuda: torch finds no GPU on this machine"):
         caption(CaptionRequest(images=(image,), checkpoint=str(world / "checkpoint"), device="cuda"))
     asked_for = CaptionRequest(images=(image,), checkpoint=str(world / "checkpoint"), gpus_per_worker=0.5)
+    with pytest.raises(InputError, match=r"no model\.safetensors in it"):
+        caption(replace(asked_for, checkpoint=str(world / "none")))
     with pytest.raises(InputError, match=r"--gpus-per-worker 0\.5: the cluster has no GPU; leave it out"):
         caption(asked_for)
     on_gpu = _captions_on_gpu(replace(asked_for, device="cuda"))

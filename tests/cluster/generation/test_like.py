@@ -174,7 +174,7 @@ TINY_MANIFEST = Manifest(
 
 
 def test_the_same_command_on_the_same_corpus_makes_the_same_dataset(
-    tmp_path: Path, karpathy: Path, ray_session: None
+    tmp_path: Path, karpathy: Path, ray_session: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Though it says nothing of the split, the number of captions and the size of a shard."""
     options = {"split": "val", "limit": 5, "shard_size": 2, "corpus_format": "karpathy", "seed": 3, "t2i": "null"}
@@ -184,7 +184,9 @@ def test_the_same_command_on_the_same_corpus_makes_the_same_dataset(
     assert (one.made_with.shard_size, one.made_with.source.split, one.made_with.source.limit) == (2, "val", 5)
     assert (one.made_with.nouns, one.made_with.noun_versions, one.made_with.concepts) == ("lexicon", {}, None)
     spec = str(tmp_path / "one" / MANIFEST_KEY)
-    generate(GenerateRequest(corpus=str(karpathy), out=str(tmp_path / "two"), spec=spec))
+    with caplog.at_level("INFO", logger="cluster.generation.like"):
+        generate(GenerateRequest(corpus=str(karpathy), out=str(tmp_path / "two"), spec=spec))
+    assert f"--spec {spec}: of the same corpus, so --split val --limit 5 is taken" in caplog.text
     assert load_manifest(open_store(tmp_path / "two")) == one
     other = GenerateRequest(corpus=str(karpathy), out="out", spec=spec, limit=3, shard_size=4)
     found = with_settings(other, one, uri=spec)

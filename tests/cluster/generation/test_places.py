@@ -12,7 +12,8 @@ import pytest
 import ray
 
 from cluster.generation import places
-from cluster.generation.places import TRIES, Result, device_of_cluster, in_a_generators_place, pools_of_cluster
+from cluster.generation.pinning import device_of_cluster
+from cluster.generation.places import TRIES, Result, in_a_generators_place, pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.generation.request import MachineOptions
 from pcm.errors import InputError

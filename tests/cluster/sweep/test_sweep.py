@@ -20,10 +20,11 @@ from cluster.dataset.layout import load_manifest
 from cluster.dataset.rows import preload, read_shard
 from cluster.store.store import open_store
 from cluster.sweep.request import SweepRequest
-from cluster.sweep.sweep import sweep
+from cluster.sweep.sweep import SWEEP_KEY, _check_device, sweep
 from cluster.sweep.trial import shared_tables
 from cluster.training.train import train
 from jobs.train import JOB
+from pcm.documents import document_bytes
 from pcm.errors import InputError
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import TINY, write_dataset
@@ -115,6 +116,16 @@ def test_a_sweep_that_cannot_be_is_refused_in_one_line(
 ) -> None:
     with pytest.raises(InputError, match=message):
         sweep(request(data, resume=resume, **settings))
+
+
+def test_a_sweep_goes_on_on_the_device_on_which_it_began(tmp_path: Path) -> None:
+    out = open_store(tmp_path)
+    _check_device(out, "cuda")  # nothing is there yet
+    for before in ({}, {"device": "cuda"}):  # an earlier release did not say
+        out.write_bytes(SWEEP_KEY, document_bytes(before))
+        _check_device(out, "cuda")
+    with pytest.raises(InputError, match="was begun on cuda, and this is cpu; give --device cuda"):
+        _check_device(out, "cpu")
 
 
 def test_more_than_the_cluster_has_is_refused(data: Path, ray_session: None) -> None:

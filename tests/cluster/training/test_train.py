@@ -206,6 +206,8 @@ def test_a_captioner_that_does_not_fit_is_one_line(trained: Path, world: Path, t
         train(other)
     with pytest.raises(InputError, match=r"--init-from .*: no captioner"):
         train(request(world, tmp_path / "out", init_from=str(world)))
+    with pytest.raises(InputError, match=r"--init-from .*: no captioner"):
+        train(request(world, tmp_path / "out", init_from=str(trained / "best" / MODEL_FILE)))
     assert not (tmp_path / "out").exists()
 
 
