@@ -20,8 +20,7 @@ _SCORERS_A_MACHINE, _CPUS_A_MACHINE = 10, 128
 #: Calls of an actor at a time: in one thread it works on a shard, in another it stores one.
 CALLS = 2
 #: Turns that Ray Data binds to a generator: while two are in work, it has the next ones, and waits for nobody. The rate
-#: by which a pool grows needs as many. Nobody else gets them, so a run has as many turns more for each generator that
-#: is lost (`cluster.generation.pipeline`).
+#: by which a pool grows needs as many. Nobody else gets them.
 TURNS_AT_ONCE = 2 * CALLS
 #: Ray counts a resource in so many parts of one.
 _UNITS = 10_000
@@ -97,6 +96,15 @@ class Pools:
     def generator_takes(self) -> dict[str, float]:
         """How much of which of Ray's resources one generator reserves."""
         return {"GPU": self.generator_gpus, "CPU": self.generator_cpus}
+
+    def turns(self, shards: int) -> int:
+        """Of a run over so many shards: one for each, and those that may be of no use to it.
+
+        Generators that are lost keep the turns that are bound to them. What an actor of CLIP holds that cannot load it
+        is drawn again, each shard in one turn more; then it holds nothing else.
+        """
+        bound = TURNS_AT_ONCE * min(self.generators, shards)
+        return shards + bound + CALLS * min(self.scorers, shards)
 
     def draw_options(self, shards: int) -> dict[str, Any]:
         """What `map_batches` is told about the generator pool of a run over so many shards."""

@@ -9,17 +9,25 @@ import pyarrow as pa
 import pytest
 import ray
 from ray.actor import ActorHandle
+from ray.cloudpickle import register_pickle_by_value
 
 from cluster.dataset.layout import Plan
+from cluster.dataset.verify import verify
 from cluster.dataset.vocabularies import ConceptsOfShard
 from cluster.generation.limits import FaultPolicy
-from cluster.generation.pools import CALLS
+from cluster.generation.pipeline import run_pipeline
+from cluster.generation.pools import CALLS, Pools
 from cluster.generation.stages.monitor import Turn, start_monitor
 from cluster.generation.stages.scorer import Scorer
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.store.store import Store
 from pcm.errors import InputError
-from tests.helpers.tiny_generation import plan_dataset, tiny_spec, write_corpus
+from tests.helpers import faulty_scorers
+from tests.helpers.faulty_scorers import loaded_by_the_first_alone
+from tests.helpers.tiny_generation import CAPTIONS, null_spec, plan_dataset, tiny_spec, write_corpus
+
+#: Ray's workers do not have the tests on their path.
+register_pickle_by_value(faulty_scorers)
 
 
 @pytest.fixture
@@ -88,3 +96,17 @@ def test_where_it_is_the_only_one_the_run_ends_with_one_line(
     scorer = scorer_of(monitor, *without_clip)
     with pytest.raises(InputError, match=r"clip.* \(on .*node"):
         scorer(drawn(monitor))
+
+
+@pytest.mark.slow
+def test_the_one_actor_of_clip_that_can_load_it_scores_everything(
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others give back more shards than the generator has turns to spare."""
+    pools = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=1, scorers=4)
+    scorer = loaded_by_the_first_alone(tmp_path, others=3)
+    monkeypatch.setattr("cluster.generation.pipeline.Scorer", scorer)
+    store, plan = plan_dataset(tmp_path / "data", write_corpus(tmp_path, CAPTIONS[:4]), null_spec(), shard_size=1)
+    assert pools.turns(4) - 4 - CALLS * 4 < CALLS * 3, "else this says nothing"
+    run_pipeline(store, plan, pools)
+    assert verify(store)["stored"] == 4
