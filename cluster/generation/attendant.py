@@ -11,6 +11,7 @@ from ray.actor import ActorHandle
 
 from cluster.generation.stages.monitor import ANSWER_SECONDS, MAX_IN_HAND
 from cluster.ray_autoscaler_internals import nodes_are_coming
+from pcm.errors import typed_first_line
 from pcm.line_timer import LineTimer
 
 log = logging.getLogger(__name__)
@@ -57,10 +58,13 @@ def _waiting_line(monitor: ActorHandle, hopeless: str, since: LineTimer | None) 
     if not hopeless:
         return None
     timer = since or LineTimer(SECONDS_BETWEEN_LINES, at_once=True)
-    if nodes_are_coming():
+    try:
+        coming = nodes_are_coming()
+        nodes = "; nodes are coming" if coming else ", and no node is coming"
+    except Exception as error:  # private parts of Ray say it, which may change: the wait is told of all the same
+        coming, nodes = False, f", and Ray does not say whether nodes are coming ({typed_first_line(error)})"
+    if coming:
         monitor.nodes_are_coming.remote()
-        if timer.due():
-            log.warning("nobody can draw: %s; nodes are coming (waited %.0f s)", hopeless, timer.elapsed)
-    elif timer.due():
-        log.warning("nobody can draw: %s, and no node is coming (waited %.0f s)", hopeless, timer.elapsed)
+    if timer.due():
+        log.warning("nobody can draw: %s%s (waited %.0f s)", hopeless, nodes, timer.elapsed)
     return timer

@@ -32,7 +32,7 @@ from cluster.generation.cost import Billing
 from cluster.generation.display import Display
 from cluster.generation.environment import joined_versions, stored_environments, versions
 from cluster.generation.limits import FaultPolicy, RunLimits
-from cluster.generation.pools import TURNS_AT_ONCE, Pools
+from cluster.generation.pools import Pools
 from cluster.generation.progress import RunProgress, Status
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.generator import Generator
@@ -214,10 +214,8 @@ def shard_stream(
     concepts = ConceptsOfShard.of(store, plan, shards[0])
     generators = min(pools.generators, len(shards))
     begun: Any = monitor.begin_pass.remote(shards, generators, pools.scorers)
-    # A turn for each shard, and some more: as many as can be bound to generators that are lost. Else those that are
-    # left would run out of turns.
     # One pipeline for the whole run, however many shards: to start another is to load every model again.
-    turns = range(len(shards) + TURNS_AT_ONCE * generators)
+    turns = range(pools.turns(len(shards)))
     pipeline = row_by_row(pa.table({"turn": pa.array(turns, pa.int64())}))
     block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     drawing = {"scores": not pools.scorers, "concepts": None if pools.scorers else concepts}

@@ -18,11 +18,10 @@ _SCORER_CPUS = 0.0002
 #: So many of them find a place on a machine of whole CPUs, up to this number, that is full.
 _SCORERS_A_MACHINE, _CPUS_A_MACHINE = 10, 128
 #: Calls of an actor at a time: in one thread it works on a shard, in another it stores one.
-_CALLS = 2
+CALLS = 2
 #: Turns that Ray Data binds to a generator: while two are in work, it has the next ones, and waits for nobody. The rate
-#: by which a pool grows needs as many. Nobody else gets them, so a run has as many turns more for each generator that
-#: is lost (`cluster.generation.pipeline`).
-TURNS_AT_ONCE = 2 * _CALLS
+#: by which a pool grows needs as many. Nobody else gets them.
+TURNS_AT_ONCE = 2 * CALLS
 #: Ray counts a resource in so many parts of one.
 _UNITS = 10_000
 
@@ -98,6 +97,15 @@ class Pools:
         """How much of which of Ray's resources one generator reserves."""
         return {"GPU": self.generator_gpus, "CPU": self.generator_cpus}
 
+    def turns(self, shards: int) -> int:
+        """Of a run over so many shards: one for each, and those that may be of no use to it.
+
+        Generators that are lost keep the turns that are bound to them. What an actor of CLIP holds that cannot load it
+        is drawn again, each shard in one turn more; then it holds nothing else.
+        """
+        bound = TURNS_AT_ONCE * min(self.generators, shards)
+        return shards + bound + CALLS * min(self.scorers, shards)
+
     def draw_options(self, shards: int) -> dict[str, Any]:
         """What `map_batches` is told about the generator pool of a run over so many shards."""
         most = min(self.generators, shards)
@@ -108,12 +116,12 @@ class Pools:
         """The same of generators' places for CLIP over stored pictures: no shard is bound to an actor that others could
         begin."""
         count = min(self.generators, shards)
-        return self._stage(_pool(count, count, _CALLS), self.generator_cpus, self.generator_gpus)
+        return self._stage(_pool(count, count, CALLS), self.generator_cpus, self.generator_gpus)
 
     def score_options(self, shards: int) -> dict[str, Any]:
         """The same of the pool of CLIP alone, where there is one."""
         count = min(self.scorers, shards)
-        return self._stage(_pool(count, count, _CALLS), _SCORER_CPUS, self.scorer_gpus)
+        return self._stage(_pool(count, count, CALLS), _SCORER_CPUS, self.scorer_gpus)
 
     def _stage(self, compute: "ActorPoolStrategy", cpus: float, gpus: float) -> dict[str, Any]:
         options: dict[str, Any] = {"compute": compute, "num_cpus": cpus, "num_gpus": gpus}
@@ -135,7 +143,7 @@ def _pool(least: int, most: int, at_once: int) -> "ActorPoolStrategy":
 
     return ActorPoolStrategy(
         **({"size": most} if least == most else {"min_size": least, "max_size": most}),
-        max_concurrent_calls_per_actor=_CALLS,
+        max_concurrent_calls_per_actor=CALLS,
         max_tasks_in_flight_per_actor=at_once,
         enable_true_multi_threading=True,
     )

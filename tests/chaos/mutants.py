@@ -446,8 +446,13 @@ MUTANTS = (
     ),
     Mutant(
         "there are turns for all that is bound to generators that are lost",
-        "cluster/generation/pipeline.py", "TURNS_AT_ONCE * generators)", "generators)",
+        "cluster/generation/pools.py", "bound = TURNS_AT_ONCE * min(", "bound = min(",
         ("tests/cluster/generation/stages/test_generator.py::test_the_one_generator_that_can_draw_draws_everything",),
+    ),
+    Mutant(
+        "there are turns for all that actors of CLIP give back that cannot load it",
+        "cluster/generation/pools.py", " + CALLS * min(self.scorers, shards)", "",
+        ("tests/cluster/generation/stages/test_scorer.py::test_the_one_actor_of_clip_that_can_load_it_scores_everything",),
     ),
     Mutant(
         "a run that the driver ends frees its actors",

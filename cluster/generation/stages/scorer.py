@@ -57,23 +57,30 @@ class Scorer:
     def __call__(self, block: pa.Table) -> pa.Table:
         turn = block["turn"][0].as_py()
         ask(self._monitor, "received", turn, self._name, self._node)
-        stored = self._overlap.run(partial(self._score_shard, block, turn))
-        return STORED_SCHEMA.empty_table() if stored is None else stored
+        stored = self._overlap.run(partial(self._score_shard, block))
+        if stored is not None:
+            return stored
+        self._give_back(turn)
+        return STORED_SCHEMA.empty_table()
 
-    def _score_shard(self, block: pa.Table, turn: int) -> pa.Table | None:
-        """None: this actor could not load CLIP, and nothing is left to do. Raises InputError when the run is not worth
-        going on with."""
-        while not self._models.loaded:
+    def _score_shard(self, block: pa.Table) -> pa.Table | None:
+        """None: this actor could not load CLIP. The call behind this one has its turn then."""
+        while not self._models.loaded and not self._models.left_out:
             self._models.load()
-            if self._models.left_out:
-                answer: Turn = ask(self._monitor, "given_back", turn, self._name)
-                if answer.stop:
-                    raise InputError(answer.stop)
-                if not answer.wait:
-                    return None
-                time.sleep(PAUSE)
+        if self._models.left_out:
+            return None
         assert self._score is not None
         return self._score(block)
+
+    def _give_back(self, turn: int) -> None:
+        """Return when nothing is left to do. Raises InputError when the run is not worth going on with."""
+        while True:
+            answer: Turn = ask(self._monitor, "given_back", turn, self._name)
+            if answer.stop:
+                raise InputError(answer.stop)
+            if not answer.wait:
+                return
+            time.sleep(PAUSE)
 
     def _load(self) -> None:
         if not self._is_null and (no := ask(self._monitor, "start", self._name, this_place(), scores=True)):

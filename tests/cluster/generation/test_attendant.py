@@ -63,3 +63,22 @@ def test_a_run_in_which_nobody_can_draw_is_told_that_nodes_are_coming(
     assert "have not started; nodes are coming" in caplog.messages[0]
     assert asked(monitor, "g", 0, loaded=False) == Turn(wait=True)
     _internal_kv_del(key)
+
+
+def test_where_ray_does_not_say_whether_nodes_are_coming_the_log_says_so_and_who_is_left_out(
+    ray_session: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = b"status of a test, in a form that this Ray does not have"
+    monkeypatch.setattr("cluster.ray_autoscaler_internals.DEBUG_AUTOSCALING_STATUS", key)
+    _internal_kv_put(key, "pending: 1")
+    monitor = start_monitor(FaultPolicy())
+    ray.get(monitor.begin_pass.remote(range(9), 2))
+    ray.get(monitor.start.remote("g", "gpu-7"))
+    ray.get(monitor.not_loaded.remote("g", "/models/x: no such folder", again=False))
+    with caplog.at_level(logging.WARNING), attended(monitor, set(range(9)), 2, 0):
+        while not caplog.messages:
+            time.sleep(0.1)
+    said = "have not started, and Ray does not say whether nodes are coming (JSONDecodeError: "
+    assert caplog.messages[0].startswith("nobody can draw: /models/x: no such folder (on gpu-7); 1 more ")
+    assert said in caplog.messages[0]
+    _internal_kv_del(key)

@@ -102,6 +102,13 @@ def test_where_nobody_takes_over_no_more_shards_are_bound_to_an_actor_than_it_wo
     assert pool.max_tasks_in_flight_per_actor == pool.max_concurrent_calls_per_actor == 2
 
 
+def test_a_run_has_turns_for_all_that_the_lost_keep_and_the_left_out_give_back() -> None:
+    alone = Pools.for_cluster(device="cuda", cpus=16, gpus=0, generators=3)
+    assert (alone.turns(100), alone.turns(2)) == (100 + 3 * 4, 2 + 2 * 4)
+    beside = Pools.for_cluster(device="cuda", cpus=16, gpus=0, generators=3, scorers=5)
+    assert (beside.turns(100), beside.turns(2)) == (100 + 3 * 4 + 5 * 2, 2 + 2 * 4 + 2 * 2)
+
+
 def test_a_node_label_holds_for_every_stage() -> None:
     label = parse_node_label("pcmnet.io/role=generation")
     pools = Pools.for_cluster(device="cuda", cpus=8, gpus=2, scorers=1, node_label=label)
