@@ -25,6 +25,7 @@ from cluster.dataset.layout import (
     store_manifest,
 )
 from cluster.dataset.rows import read_shard
+from cluster.dataset.state import state_digest
 from cluster.generation.made_by import made_by, tell_encoder
 from cluster.ingest.shards import undrawn
 from cluster.store.store import Store
@@ -43,7 +44,7 @@ def text_only_dataset(source: Store, out: Store, encoder: ClipEncoder) -> Manife
     Raises InputError when `source` is not a finished dataset.
     """
     manifest = load_manifest(source)
-    digest = hashlib.sha256(source.read_bytes(MANIFEST_KEY)).hexdigest()
+    digest = state_digest(source.read_bytes(MANIFEST_KEY))
     spec = replace(manifest.spec, generator=undrawn(TEXT_ONLY, revision=f"sha256:{digest}"))
     if out.exists(MANIFEST_KEY) and (found := load_manifest(out)).spec == spec:
         return found
