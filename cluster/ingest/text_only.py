@@ -59,7 +59,7 @@ def text_only_dataset(source: Store, out: Store, encoder: ClipEncoder) -> Manife
     for key in (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY, VOCABULARIES_KEY):
         if source.exists(key):
             out.write_bytes(key, source.read_bytes(key))
-    tell_encoder(out, spec.clip)
+    tell_encoder(out, replace(spec.clip, device=encoder.device.type))
     made = replace(
         manifest,
         **made_by(out),
