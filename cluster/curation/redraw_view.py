@@ -23,7 +23,7 @@ from cluster.curation.redraw.budget import pictures_of, seconds_per_picture
 from cluster.curation.redraw.choice import predicted_gain, ranked
 from cluster.curation.redraw.rounds import Draw, Drawn, Redraws, draw_round, round_store
 from cluster.curation.redraw.scores import Scores
-from cluster.curation.redraw.settings import LOWEST, MOST_REDRAWS, Policy
+from cluster.curation.redraw.settings import LOWEST, MOST_REDRAWS, PICTURES, Policy
 from cluster.curation.refine_request import BEST_OF_N, RefineRequest
 from cluster.curation.rows import IndexRows, read_index
 from cluster.dataset.layout import Manifest, parquet_bytes
@@ -114,7 +114,7 @@ def keep_plan(source: OpenDataset, out: Store, request: RefineRequest, rows: int
 
 
 def _plan(source: OpenDataset, request: RefineRequest, rows: int) -> dict[str, Any]:
-    seconds = seconds_per_picture(source)
+    seconds = _seconds_per_picture(source, request)
     if request.method == BEST_OF_N:
         pictures = rows * (request.best_of - 1)
     else:
@@ -128,6 +128,17 @@ def _plan(source: OpenDataset, request: RefineRequest, rows: int) -> dict[str, A
             f"{asked}: is {pictures:,} pictures for {rows:,} captions; at most {MOST_REDRAWS:,} a caption can be drawn"
         )
     return {"pictures": pictures, "seconds_per_picture": seconds}
+
+
+def _seconds_per_picture(source: OpenDataset, request: RefineRequest) -> float | None:
+    """For a budget in pictures it is only told: None where it cannot be found. Raises InputError for another budget."""
+    try:
+        return seconds_per_picture(source)
+    except InputError as error:
+        if request.method != BEST_OF_N and request.budget_in != PICTURES:
+            raise
+        log.warning("%s; how long the pictures will take is not known", error)
+        return None
 
 
 def redraw_view(

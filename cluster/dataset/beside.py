@@ -4,10 +4,10 @@ A view names each dataset by its absolute place. One that lies below the view's 
 named by the way to it as well ("../dataset", "redraws/round-000").
 """
 
-import hashlib
 from dataclasses import replace
 
 from cluster.dataset.lineage import PictureStore
+from cluster.dataset.state import state_digest
 from cluster.store.store import Store, join, open_store
 from pcm.errors import InputError
 
@@ -53,7 +53,7 @@ def _parent(address: str) -> str:
 
 def _digest(place: str, key: str) -> str:
     try:
-        return hashlib.sha256(open_store(place).read_bytes(key)).hexdigest()
+        return state_digest(open_store(place).read_bytes(key))
     except (FileNotFoundError, NotADirectoryError, InputError):
         return ""
 

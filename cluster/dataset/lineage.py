@@ -9,7 +9,8 @@ class PictureStore:
     """A dataset that holds pictures of a view."""
 
     path: str  # absolute path or URI
-    sha256: str  # of its dataset.json when the view was made; of an unfinished one: of what that said of its shards
+    #: Its state when the view was made (cluster.dataset.state); of an unfinished one: what that said of its shards.
+    sha256: str
     beside: str | None = None  # the way from the view to it (cluster.dataset.beside)
 
 

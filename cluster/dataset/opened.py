@@ -1,6 +1,5 @@
 """A dataset as a job takes it: finished, derived, or what is there of one that is still being made."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from cluster.dataset.layout import (
     load_manifest,
     load_plan,
 )
+from cluster.dataset.state import state_digest
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 
@@ -29,7 +29,7 @@ _REQUESTS_AT_ONCE = 16
 class OpenDataset:
     """manifest: what the dataset holds; of an unfinished one, what it would say of the shards that are there.
 
-    plan: None for a derived dataset. sha256: names this state, the digest of dataset.json.
+    plan: None for a derived dataset. sha256: names this state (cluster.dataset.state).
     """
 
     store: Store
@@ -78,7 +78,7 @@ def open_dataset(
             "it, or add --unfinished to use the shards that are there"
         )
     manifest = load_manifest(store)
-    digest = hashlib.sha256(store.read_bytes(MANIFEST_KEY)).hexdigest()
+    digest = state_digest(store.read_bytes(MANIFEST_KEY))
     return OpenDataset(store, manifest, None if manifest.lineage is not None else plan, digest)
 
 
@@ -94,7 +94,7 @@ def _what_is_there(store: Store, plan: Plan, shards: Sequence[int] | None) -> Op
         )
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         manifest = manifest_of(plan, stored_features(store, plan), pool.map(lambda n: load_stats(store, n), numbers))
-    digest = hashlib.sha256(manifest.to_json()).hexdigest()
+    digest = state_digest(manifest.to_json())
     found = OpenDataset(store, manifest, plan, digest, is_unfinished=True)
     log.info("%s: unfinished, %s are used", store.root, found.extent)
     return found

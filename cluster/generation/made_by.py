@@ -8,7 +8,7 @@ from pcm.spec import ClipSpec
 
 
 def tell_encoder(out: Store, clip: ClipSpec) -> None:
-    """Put beside the rows where this process computes their features or scores."""
+    """Put beside the rows where this process computes their features or scores. clip: with the device that it uses."""
     store_environment(out, environment(device=clip.device, loads_models=True))
 
 

@@ -25,6 +25,7 @@ from cluster.dataset.layout import (
     store_manifest,
 )
 from cluster.dataset.rows import read_shard
+from cluster.dataset.state import state_digest
 from cluster.generation.made_by import made_by, tell_encoder
 from cluster.ingest.shards import undrawn
 from cluster.store.store import Store
@@ -43,7 +44,7 @@ def text_only_dataset(source: Store, out: Store, encoder: ClipEncoder) -> Manife
     Raises InputError when `source` is not a finished dataset.
     """
     manifest = load_manifest(source)
-    digest = hashlib.sha256(source.read_bytes(MANIFEST_KEY)).hexdigest()
+    digest = state_digest(source.read_bytes(MANIFEST_KEY))
     spec = replace(manifest.spec, generator=undrawn(TEXT_ONLY, revision=f"sha256:{digest}"))
     if out.exists(MANIFEST_KEY) and (found := load_manifest(out)).spec == spec:
         return found
@@ -58,7 +59,7 @@ def text_only_dataset(source: Store, out: Store, encoder: ClipEncoder) -> Manife
     for key in (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY, VOCABULARIES_KEY):
         if source.exists(key):
             out.write_bytes(key, source.read_bytes(key))
-    tell_encoder(out, spec.clip)
+    tell_encoder(out, replace(spec.clip, device=encoder.device.type))
     made = replace(
         manifest,
         **made_by(out),

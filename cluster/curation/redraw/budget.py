@@ -1,12 +1,12 @@
 """What a budget buys: a number of pictures, found once from the source's statistics, before anything is drawn."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from cluster.curation.redraw.settings import GPU_SECONDS, PICTURES
-from cluster.dataset.beside import is_there
-from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, shard_number, stats_key
+from cluster.dataset.layout import shard_number, stats_key
+from cluster.dataset.lineage import Lineage, LineageSource
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.generation.cost import SECONDS_AN_HOUR
 from cluster.store.store import Store, open_store
@@ -20,7 +20,7 @@ _REQUESTS_AT_ONCE = 16
 def seconds_per_picture(source: OpenDataset) -> float | None:
     """How long a generator of the source (a GPU, where it was drawn on GPUs) took for a stored picture, drawing and
     scoring; None where nothing says so: an import, a dataset that an earlier release drew. Of a derived dataset that of
-    the datasets that it was taken from, as far as they are still there.
+    the datasets that it was taken from, as far as they are still there and in the same state.
 
     Raises InputError for statistics that are damaged.
     """
@@ -38,9 +38,28 @@ def _drawn(source: OpenDataset) -> Iterator[OpenDataset]:
     if manifest.lineage is None:
         yield source
         return
+    committed = {each.sha256: each.committed for each in _all_sources(manifest.lineage)}
     for each in manifest.pictures or manifest.lineage.sources:
-        if is_there(each.path, (MANIFEST_KEY, PLAN_KEY)):
-            yield from _drawn(open_dataset(open_store(each.path), unfinished=True))
+        if found := _as_it_was(each.path, each.sha256, committed.get(each.sha256)):
+            yield from _drawn(found)
+
+
+def _all_sources(lineage: Lineage) -> Iterator[LineageSource]:
+    """With those of its sources that were derived themselves."""
+    for each in lineage.sources:
+        yield each
+        if each.lineage is not None:
+            yield from _all_sources(Lineage.from_dict(each.lineage))
+
+
+def _as_it_was(path: str, sha256: str, committed: Sequence[int] | None) -> OpenDataset | None:
+    """The dataset at a place in the state in which it was; None where it is gone or another. committed: the shards that
+    it had, if it was unfinished."""
+    try:
+        found = open_dataset(open_store(path), unfinished=True, shards=committed)
+    except InputError:
+        return None
+    return found if found.sha256 == sha256 else None
 
 
 def _times(store: Store, shard: str) -> tuple[float, int]:
@@ -66,7 +85,7 @@ def pictures_of(budget: float, unit: str, *, seconds: float | None, price_per_ho
     if seconds is None:
         raise InputError(
             f"--budget-in {unit}: nothing says how long the pictures of {data} took (it was imported, or its source is "
-            "gone); give --budget in pictures"
+            "gone or another now); give --budget in pictures"
         )
     if unit == GPU_SECONDS:
         bought = budget / seconds

@@ -1,6 +1,5 @@
 """Several datasets as one training set: what --data says, and that each can be trained on."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from cluster.dataset.layout import (
     StoredShard,
 )
 from cluster.dataset.opened import open_dataset
+from cluster.dataset.state import state_digest
 from cluster.dataset.together import check_same_clip
 from cluster.store.store import Store, open_store
 from cluster.training.request import DataSource
@@ -48,7 +48,7 @@ class TrainingSet:
     def description(self) -> dict:
         """For config.json: what decides the rows."""
         document = self.pinned or self.store.read_bytes(self.defined_by)
-        found = {"path": self.store.root, "sha256": hashlib.sha256(document).hexdigest(), "weight": self.weight}
+        found = {"path": self.store.root, "sha256": state_digest(document), "weight": self.weight}
         return found if self.pinned is None else {**found, "unfinished_shards": len(self.manifest.shards)}
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.curation.redraw_view import ATTEMPTS_KEY, PLAN_KEY, check_attempts
+from cluster.curation.curate import curate
+from cluster.curation.redraw_view import ATTEMPTS_KEY, PLAN_KEY, check_attempts, dry_run
+from cluster.curation.refine_request import RefineRequest
+from cluster.curation.request import CurateRequest
 from cluster.dataset import read_dataset
-from cluster.dataset.layout import MANIFEST_KEY, load_manifest, parquet_bytes
+from cluster.dataset.layout import MANIFEST_KEY, load_manifest, parquet_bytes, stats_key
 from cluster.dataset.layout import PLAN_KEY as PLAN
+from cluster.dataset.opened import open_dataset
 from cluster.dataset.verify import verify
 from cluster.dataset.vocabularies import store_vocabularies
 from cluster.generation.stages.draw import DrawShard
@@ -33,7 +38,7 @@ from pcm.spec import GeneratorSpec
 from tests.helpers.job_runs import JobRun
 from tests.helpers.paths import ROOT
 from tests.helpers.refined import Killed, redraw_in_process
-from tests.helpers.tiny_generation import make_dataset_in_process, tiny_spec, write_corpus
+from tests.helpers.tiny_generation import make_dataset_in_process, plan_dataset, tiny_spec, write_corpus
 
 CALL = Callable[..., JobRun]
 
@@ -103,6 +108,35 @@ def test_a_redraws_picture_is_that_of_its_seed(dataset: Path, tmp_path: Path) ->
         seed = redraw_seed(redraw_id(each["sample_id"], seeds[each["sample_id"]], 1), str(row.caption))
         (drawing,) = generator.draw([Request(0, str(row.caption), seed)])
         assert each["seed"] == drawing.seed and drawing.image == row.image_bytes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "redraw", "budget": 8.0}, {"method": "best-of-n", "best_of": 2}],
+    ids=["pictures", "best-of-n"],
+)
+def test_pictures_are_drawn_where_nothing_tells_how_long_they_take(
+    dataset: Path, tmp_path: Path, options: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = shutil.copytree(dataset, tmp_path / "data")
+    (data / stats_key(1)).write_text("{")
+    source = open_dataset(open_store(data))
+    request = RefineRequest(data=str(data), out=str(tmp_path / "out"), **options)
+    found = dry_run(source, request)
+    assert found["pictures"] == (8 if request.method == "redraw" else 24) and found["expected_seconds"] is None
+    assert "part-000001.json: damaged" in caplog.text
+    with pytest.raises(InputError, match=r"part-000001\.json: damaged"):
+        dry_run(source, RefineRequest(data=str(data), out="unused", method="redraw", budget=8, budget_in="gpu-seconds"))
+
+
+def test_what_is_written_out_is_drawn_again_where_its_source_was_replaced(dataset: Path, tmp_path: Path) -> None:
+    data, written = shutil.copytree(dataset, tmp_path / "data"), tmp_path / "written"
+    curate(CurateRequest(data=(str(data),), out=str(written), min_words=1, materialise=True))
+    shutil.rmtree(data)
+    plan_dataset(data, write_corpus(tmp_path), load_manifest(open_store(dataset)).spec)  # just begun
+    made = redraw_in_process(written, tmp_path / "out", method="redraw", budget=2, rounds=1)
+    assert made.lineage is not None and made.lineage.facts["drawn"] == 2
+    assert made.lineage.facts["expected_seconds"] is None
 
 
 def test_a_redraw_spends_its_budget_in_rounds_and_says_what_they_gained(dataset: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.dataset.layout import MANIFEST_KEY, load_manifest
+from cluster.dataset.layout import MANIFEST_KEY, load_manifest, store_manifest
 from cluster.dataset.rows import read_rows
 from cluster.ingest.text_only import TEXT_ONLY_SETTINGS, text_only_dataset
 from cluster.store.store import open_store
@@ -40,6 +40,16 @@ def test_rows_are_the_captions_and_their_embeddings(tmp_path: Path, tiny_clip: P
         assert (text.clip_score == 1).all()
     run = planned_run(TrainRequest(data=str(tmp_path / "text"), out="unused", overrides=TEXT_ONLY_SETTINGS), cpus=1)
     assert not run.config.model.use_patches
+
+
+def test_texts_of_a_dataset_of_gpus_are_made_and_said_where_they_were_encoded(tmp_path: Path, tiny_clip: Path) -> None:
+    source = open_store(write_dataset(tmp_path / "drawn", tiny_clip, rows=20))
+    drawn = load_manifest(source)
+    on_gpus = dataclasses.replace(drawn.spec, clip=dataclasses.replace(drawn.spec.clip, device="cuda"))
+    store_manifest(source, dataclasses.replace(drawn, spec=on_gpus))
+    made = text_only_dataset(source, open_store(tmp_path / "text"), ClipEncoder(str(tiny_clip), device="cpu"))
+    (environment,) = made.environments
+    assert environment["gpu"] is None and environment["instructions"] and "cuda" not in made.versions
 
 
 def test_a_finished_text_only_dataset_is_found_unless_its_source_has_changed(tmp_path: Path, tiny_clip: Path) -> None:

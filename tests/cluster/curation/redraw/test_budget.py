@@ -10,10 +10,11 @@ from cluster.curation.curate import curate
 from cluster.curation.redraw.budget import pictures_of, seconds_per_picture
 from cluster.curation.redraw.settings import GPU_SECONDS, MONEY, PICTURES
 from cluster.curation.request import CurateRequest
+from cluster.dataset.layout import MANIFEST_KEY
 from cluster.dataset.opened import open_dataset
-from cluster.store.store import open_store
+from cluster.store.store import Store, open_store
 from pcm.errors import InputError
-from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
+from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, plan_dataset, write_corpus
 
 
 def test_pictures_seconds_and_money() -> None:
@@ -29,12 +30,18 @@ def test_pictures_seconds_and_money() -> None:
         pictures_of(9, GPU_SECONDS, seconds=None, price_per_hour=None, data="data")
 
 
-def test_seconds_are_those_of_drawing_and_scoring(tmp_path: Path) -> None:
-    make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path), null_spec(), shard_size=6)
-    store = open_store(tmp_path / "data")
+def drawn_in(folder: Path, *, seconds: float) -> Store:
+    """24 pictures in shards of six, each shard drawn and scored in so many seconds."""
+    make_dataset_in_process(folder, write_corpus(folder.parent), null_spec(), shard_size=6)
+    store = open_store(folder)
     for key in store.list("stats/"):
-        stats = json.loads(store.read_bytes(key)) | {"draw_seconds": 6.0, "featurise_seconds": 3.0}
+        stats = json.loads(store.read_bytes(key)) | {"draw_seconds": seconds - 3.0, "featurise_seconds": 3.0}
         store.write_bytes(key, json.dumps(stats).encode())
+    return store
+
+
+def test_seconds_are_those_of_drawing_and_scoring(tmp_path: Path) -> None:
+    store = drawn_in(tmp_path / "data", seconds=9.0)
     assert seconds_per_picture(open_dataset(store)) == pytest.approx(9.0 / 6)
     view, written = tmp_path / "view", tmp_path / "written"
     curate(CurateRequest(data=(str(tmp_path / "data"),), out=str(view), min_words=5))
@@ -46,3 +53,34 @@ def test_seconds_are_those_of_drawing_and_scoring(tmp_path: Path) -> None:
         seconds_per_picture(open_dataset(store))
     shutil.rmtree(view)
     assert seconds_per_picture(open_dataset(open_store(written))) is None, "its source is gone"
+
+
+@pytest.mark.parametrize("materialise", [False, True])
+def test_the_times_of_another_dataset_at_the_sources_place_are_not_taken(tmp_path: Path, materialise: bool) -> None:
+    drawn_in(tmp_path / "data", seconds=9.0)
+    derived = tmp_path / "derived"
+    curate(CurateRequest(data=(str(tmp_path / "data"),), out=str(derived), min_words=5, materialise=materialise))
+    shutil.rmtree(tmp_path / "data")
+    plan_dataset(tmp_path / "data", write_corpus(tmp_path), null_spec())  # just begun
+    assert seconds_per_picture(open_dataset(open_store(derived))) is None
+    shutil.rmtree(tmp_path / "data")
+    other = drawn_in(tmp_path / "data", seconds=90.0)
+    manifest = json.loads(other.read_bytes(MANIFEST_KEY))
+    other.write_bytes(MANIFEST_KEY, json.dumps(manifest | {"corpus": "another"}).encode())
+    assert seconds_per_picture(open_dataset(open_store(derived))) is None
+
+
+def test_the_times_of_a_source_that_was_unfinished_are_found_when_it_has_grown(tmp_path: Path) -> None:
+    drawn_in(tmp_path / "data", seconds=9.0)
+    shard, manifest = tmp_path / "data/shards/part-000002.parquet", tmp_path / "data" / MANIFEST_KEY
+    late = {place: place.read_bytes() for place in (shard, manifest)}
+    for place in late:
+        place.unlink()
+    view, again, written = (tmp_path / name for name in ("view", "again", "written"))
+    curate(CurateRequest(data=(str(tmp_path / "data"),), out=str(view), min_words=5, unfinished=True))
+    curate(CurateRequest(data=(str(view),), out=str(again), min_words=5))
+    curate(CurateRequest(data=(str(view),), out=str(written), min_words=5, materialise=True))
+    for place, data in late.items():
+        place.write_bytes(data)
+    for derived in (view, again, written):
+        assert seconds_per_picture(open_dataset(open_store(derived))) == pytest.approx(9.0 / 6)
