@@ -212,8 +212,8 @@ def shard_stream(
 
     monitor, _ = watched_by
     concepts = ConceptsOfShard.of(store, plan, shards[0])
-    generators = min(pools.generators, len(shards))
-    begun: Any = monitor.begin_pass.remote(shards, generators, pools.scorers)
+    generators, scorers = min(pools.generators, len(shards)), min(pools.scorers, len(shards))
+    begun: Any = monitor.begin_pass.remote(shards, generators, scorers)
     # One pipeline for the whole run, however many shards: to start another is to load every model again.
     turns = range(pools.turns(len(shards)))
     pipeline = row_by_row(pa.table({"turn": pa.array(turns, pa.int64())}))
@@ -234,7 +234,7 @@ def shard_stream(
     ray.get(begun)  # asked for above: its process starts beside those that Ray Data starts
     left = set(shards)
     try:
-        with attended(monitor, left, generators, pools.scorers), closing(rows_of(pipeline)) as rows:
+        with attended(monitor, left, generators, scorers), closing(rows_of(pipeline)) as rows:
             for stored in rows:
                 stats = json.loads(stored["stats"])
                 monitor.committed.remote(stats["shard"])

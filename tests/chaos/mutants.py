@@ -471,6 +471,16 @@ MUTANTS = (
         ("tests/cluster/generation/test_attendant.py::test_a_monitor_whose_process_died_gives_out_what_is_left_and_in_nobodys_hand",),
     ),
     Mutant(
+        "a monitor whose process died hears who is left out",
+        "cluster/generation/stages/loading.py", "            self.say_left_out()\n            return\n", "            return\n",
+        ("tests/cluster/generation/test_attendant.py::test_a_generator_that_was_left_out_before_the_monitors_process_died_still_ends_the_run",),
+    ),
+    Mutant(
+        "a monitor whose process died takes nobody for lost who may be at work",
+        "cluster/generation/stages/monitor.py", "        if self._others_may_work():\n", "        if False:\n",
+        ("tests/cluster/generation/stages/test_monitor.py::test_a_monitor_that_starts_again_takes_nobody_for_lost_who_may_be_at_work",),
+    ),
+    Mutant(
         "a run in which nobody can draw waits for nodes that are coming",
         "cluster/generation/stages/monitor.py", "waits for it.\"\"\"\n        self._last_hope = self._clock()\n", "waits for it.\"\"\"\n",
         ("tests/cluster/generation/stages/test_monitor.py::test_the_run_waits_as_long_as_nodes_are_coming_and_says_for_what",),

@@ -22,31 +22,42 @@ class Models:
     """The models of one actor. The monitor is told what fails, and says when the run stops for it: one machine with a
     fault ends no run."""
 
-    def __init__(self, monitor: "ActorHandle", actor: str, load: Callable[[], None]) -> None:
+    def __init__(self, monitor: "ActorHandle", actor: str, load: Callable[[], None], *, scores: bool = False) -> None:
         """`load`: raises InputError where another try would not help: the monitor's too, of an actor that is left
-        out."""
-        self._monitor, self._actor, self._load = monitor, actor, load
+        out. `scores`: this is an actor of CLIP alone."""
+        self._monitor, self._actor, self._load, self._scores = monitor, actor, load, scores
         self._pause = FIRST_LOAD_PAUSE
         self.loaded = False
-        self.left_out = False
+        self.left_out = ""  # why
 
     def load(self) -> None:
-        """Try once, unless they are loaded or left out. Waits a while where that fails."""
+        """Try once, unless they are loaded; one that is left out says only that. Waits a while where that fails."""
         if self.loaded or self.left_out:
+            self.say_left_out()
             return
         try:
             self._load()
             self.loaded = True
         except InputError as error:
-            self.left_out = True
-            ask(self._monitor, "not_loaded", self._actor, str(error), again=False)
+            self.left_out = str(error)
+            self.say_left_out()
         except Exception as error:
             log.warning("models are not loaded", exc_info=True)
-            ask(self._monitor, "not_loaded", self._actor, typed_first_line(error), again=True)
+            self._say(typed_first_line(error), again=True)
         if not self.loaded and not self.left_out:
             gc.collect()  # what was loaded of a model before it failed
             time.sleep(self._pause * random.uniform(0.5, 1.0))
             self._pause = min(2 * self._pause, LONGEST_LOAD_PAUSE)
+
+    def say_left_out(self) -> None:
+        """To be said before each question of an actor that is left out: a monitor whose process died knows nothing of
+        it."""
+        if self.left_out:
+            self._say(self.left_out, again=False)
+
+    def _say(self, error: str, *, again: bool) -> None:
+        there = {"where": this_place(), "scores": self._scores}
+        ask(self._monitor, "not_loaded", self._actor, error, again=again, **there)
 
 
 def ask(monitor: "ActorHandle", method: str, *arguments: Any, **named: Any) -> Any:

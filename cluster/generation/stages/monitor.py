@@ -40,6 +40,9 @@ OTHERS_MAY_START_SECONDS = 60.0
 #: What actors are, for people: generators, and those that only score.
 _WHAT = {False: "a generator", True: "an actor of CLIP"}
 
+#: Where an actor is that this process of the monitor has not heard start.
+UNKNOWN_PLACE = "an unknown node"
+
 #: Starts of one shard that are not explained by samples given up in it, and after which it is not tried again.
 MAX_SHARD_STARTS = 12
 
@@ -208,16 +211,23 @@ class RunMonitor:
         self._give_up_claims({generator})  # others need not wait until it has loaded
         return self._stop or known.left_out
 
-    def not_loaded(self, generator: str, error: str, *, again: bool) -> None:
-        """An actor could not load its models. Not to be tried `again`: it is left out at once, for this reason."""
-        known = self._known(generator)
-        self._last_error = error
+    def not_loaded(
+        self, generator: str, error: str, *, again: bool, where: str = UNKNOWN_PLACE, scores: bool = False
+    ) -> None:
+        """An actor could not load its models. Not to be tried `again`: it is left out at once, for this reason.
+
+        One that is left out says so again and again: this process may not have been there when it started.
+        """
+        known = self._known(generator, where, scores=scores)
         self._loading.discard(generator)
         known.not_loaded = True
+        if known.left_out:
+            return
+        self._last_error = error
         if again:
             self._count_fruitless(known, error)
         else:
-            known.left_out = known.left_out or error
+            known.left_out = error
 
     def turn(
         self,
@@ -291,8 +301,9 @@ class RunMonitor:
         for scores in (False, True):
             started = self._started(scores)
             others = self._wanted[scores] - len(started)
-            if started and others > 0 and all(state.left_out for state in started) and not self._is_same(started):
-                return f"{self._left_out_line(started)}; {others} more that were asked for have not started"
+            if others <= 0 or not self._are_left_out(started) or self._is_same(started) or self._others_may_work():
+                continue
+            return f"{self._left_out_line(started)}; {others} more that were asked for have not started"
         return ""
 
     def handed_on(self, turn: int) -> None:
@@ -303,6 +314,8 @@ class RunMonitor:
     def received(self, turn: int, scorer: str, node: str) -> None:
         """An actor of CLIP alone has the shard of a turn."""
         self._nodes[scorer] = node
+        if scorer not in self._generators:  # its start is yet to be told, or was told to a process that died
+            self._generators[scorer] = _Generator(UNKNOWN_PLACE, scores=True, not_loaded=True)
         taken = self._turns.get(turn)
         if taken is None:
             return
@@ -398,12 +411,22 @@ class RunMonitor:
     def _judge_actors(self, *, scores: bool) -> None:
         """Stop the run when nobody of a pool can work, and nobody else is to be hoped for."""
         started = self._started(scores)
-        if not started or not all(state.left_out for state in started):
+        if not self._has_pass or not self._are_left_out(started):
             return
         others = self._wanted[scores] - len(started)
+        if self._others_may_work():
+            self._last_hope = self._clock()
         if others > 0 and self._clock() - self._last_hope < OTHERS_MAY_START_SECONDS:
             return
         self._stop = self._left_out_line(started)
+
+    @staticmethod
+    def _are_left_out(started: Sequence[_Generator]) -> bool:
+        return bool(started) and all(state.left_out for state in started)
+
+    def _others_may_work(self) -> bool:
+        """Whether shards may be in the hands of actors of which this process has heard nothing yet."""
+        return any(claim.turn is None and not self._is_given_up(claim) for claim in self._claims.values())
 
     @staticmethod
     def _is_same(started: Sequence[_Generator]) -> bool:
@@ -505,8 +528,9 @@ class RunMonitor:
             "left_out": [f"{state.where}: {state.left_out}" for state in self._generators.values() if state.left_out],
         }
 
-    def _known(self, generator: str) -> _Generator:
-        return self._generators.setdefault(generator, _Generator("an unknown node"))  # this actor was restarted
+    def _known(self, generator: str, where: str = UNKNOWN_PLACE, *, scores: bool = False) -> _Generator:
+        """Also where this process has taken the place of one that knew it, or its node was taken for lost."""
+        return self._generators.setdefault(generator, _Generator(where, scores))
 
     def _bury(self, generator: _Generator, said: str, hung: str) -> None:
         """Count a death for every sample that a dead process had in its batch."""

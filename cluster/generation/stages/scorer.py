@@ -51,7 +51,7 @@ class Scorer:
         )
         self._is_null = plan.spec.clip.model == "null"
         self._score: FeaturiseShard | None = None
-        self._models = Models(self._monitor, self._name, self._load)
+        self._models = Models(self._monitor, self._name, self._load, scores=True)
         self._overlap.begin(self._models.load)
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -75,6 +75,7 @@ class Scorer:
     def _give_back(self, turn: int) -> None:
         """Return when nothing is left to do. Raises InputError when the run is not worth going on with."""
         while True:
+            self._models.say_left_out()
             answer: Turn = ask(self._monitor, "given_back", turn, self._name)
             if answer.stop:
                 raise InputError(answer.stop)

@@ -3,7 +3,10 @@
 import json
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
 from ray.actor import ActorHandle
@@ -11,7 +14,11 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
 
 from cluster.generation.attendant import attended
 from cluster.generation.limits import FaultPolicy
+from cluster.generation.stages.generator import Generator
 from cluster.generation.stages.monitor import MAX_IN_HAND, Turn, start_monitor
+from pcm.errors import InputError
+from tests.helpers.faulty_generators import DrawNotLoaded
+from tests.helpers.tiny_generation import null_spec, plan_dataset, write_corpus
 
 
 def asked(monitor: ActorHandle, name: str, number: int, **named: bool) -> Turn:
@@ -82,3 +89,25 @@ def test_where_ray_does_not_say_whether_nodes_are_coming_the_log_says_so_and_who
     assert caplog.messages[0].startswith("nobody can draw: /models/x: no such folder (on gpu-7); 1 more ")
     assert said in caplog.messages[0]
     _internal_kv_del(key)
+
+
+def test_a_generator_that_was_left_out_before_the_monitors_process_died_still_ends_the_run(
+    tmp_path: Path, ray_session: None
+) -> None:
+    """It never starts again."""
+    monitor = start_monitor(FaultPolicy())
+    ray.get(monitor.begin_pass.remote(range(9), 2))
+    ray.get(monitor.start.remote("another", "gpu-8"))
+    store, plan = plan_dataset(tmp_path / "data", write_corpus(tmp_path), null_spec())
+    generator = Generator(DrawNotLoaded, store, plan, (monitor, FaultPolicy()), frozenset(), scores=False)
+    with ThreadPoolExecutor(1) as calls, attended(monitor, set(range(9)), 1, 0):
+        call = calls.submit(generator, pa.table({"turn": [0]}))
+        while not ray.get(monitor.snapshot.remote())["left_out"]:
+            assert not call.done()
+            time.sleep(0.1)
+        ray.kill(monitor, no_restart=False)  # and the other one with it
+        try:
+            with pytest.raises(InputError, match=r"mend the model \(on .*node"):
+                call.result(30)
+        finally:
+            ray.get(monitor.begin_pass.remote([], 1))  # it waits no longer

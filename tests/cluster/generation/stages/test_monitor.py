@@ -1,5 +1,7 @@
 """What the monitor remembers of dead generators, and when it tells a run to stop."""
 
+from functools import partial
+
 import pytest
 
 from cluster.generation.limits import FaultPolicy
@@ -189,6 +191,44 @@ def test_the_run_waits_as_long_as_nodes_are_coming_and_says_for_what() -> None:
     assert monitor.turn("g", 0, loaded=False) == Turn(wait=True), "a node has come, on which one may start"
     monitor.start("h", "gpu-8")
     assert monitor.wants() == (False, "") and monitor.turn("h", 1) == Turn(0)
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_a_monitor_that_starts_again_hears_who_is_left_out_and_stops_where_all_are(scores: bool) -> None:
+    monitor = RunMonitor(FaultPolicy())
+    left_out = partial(monitor.not_loaded, "g", "/models/x: no such folder", again=False, where="gpu-7", scores=scores)
+    ask = partial(monitor.given_back, 0, "g") if scores else partial(monitor.turn, "g", 0, loaded=False)
+    left_out()
+    assert ask() == Turn(wait=True), "it does not know yet who was asked for"
+    monitor.begin_pass(range(8), 1, 1, in_hand=2)
+    assert ask() == Turn(wait=True)
+    left_out()
+    assert ask().stop == "/models/x: no such folder (on gpu-7)"
+
+
+def test_a_monitor_that_starts_again_takes_nobody_for_lost_who_may_be_at_work() -> None:
+    time = Clock()
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    monitor.begin_pass(range(8), 2, in_hand=2)
+    monitor.not_loaded("g", "/models/x: no such folder", again=False, where="gpu-7")
+    time.now += UNKNOWN_SECONDS - 1
+    assert monitor.wants() == (False, ""), "another one may draw what is in hand"
+    assert monitor.turn("g", 0, loaded=False) == Turn(wait=True)
+    time.now += 1
+    assert "1 more that were asked for have not started" in monitor.wants()[1]
+    assert monitor.turn("g", 0, loaded=False) == Turn(wait=True)
+    time.now += OTHERS_MAY_START_SECONDS
+    assert monitor.turn("g", 0, loaded=False).stop == "/models/x: no such folder (on gpu-7)"
+
+
+def test_an_actor_of_clip_that_works_is_known_to_a_monitor_that_starts_again() -> None:
+    time = Clock()
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    monitor.begin_pass(range(8), 1, 2)
+    monitor.received(7, "d", "one")  # of a turn that the process before gave out
+    monitor.not_loaded("c", "OSError: the disk is full", again=False, where="gpu-1", scores=True)
+    time.now += OTHERS_MAY_START_SECONDS
+    assert monitor.given_back(3, "c") == Turn(wait=True), "d scores"
 
 
 def test_where_all_that_were_asked_for_are_left_out_no_node_is_waited_for() -> None:
