@@ -1,4 +1,9 @@
-"""A process that uses a GPU keeps to the share of it that it reserved."""
+"""A process that uses a GPU keeps to the share of it that it reserved.
+
+All but one: the task that embeds a dataset's concepts (cluster.dataset.vocabularies.run_with_clip) reserves a fifth of
+a GPU and may take more. It loads a whole CLIP for some seconds, and a very large one does not fit into a fifth of a GPU
+of 24 GB.
+"""
 
 import os
 

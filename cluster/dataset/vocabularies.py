@@ -60,7 +60,8 @@ SMALL_CORPUS = 10_000  # captions; below it every word counts
 CONCEPTS = 400  # the corpus's most frequent nouns; the published runs all read one file of 446, see --concepts
 _FEATURES_FIELD = "features"
 
-#: Of a GPU, for some hundred texts: it finds a place beside whatever leaves a share of one.
+#: Of a GPU, for some hundred texts: it finds a place beside whatever leaves a share of one. No cap on its memory
+#: (cluster.gpu_share).
 TEXT_TOWER_GPUS = 0.2
 
 #: Plan parts that are counted in one go, and read at once.
@@ -91,13 +92,7 @@ def store_vocabularies(
         if encoder is not None:
             _store_clip_files(store, plan, words, encoder)
         elif plan.spec.clip.model != "null":
-            try:
-                wanted = clip_resources(plan.spec.clip, node_label)
-                task: Any = _load_and_store_clip_files.options(**wanted)
-                with waiting_for(cpus=wanted["num_cpus"], gpus=wanted["num_gpus"]):
-                    ray.get(task.remote(store, plan, words))
-            except ray.exceptions.RayError as error:
-                raise user_error(error) or error from None
+            run_with_clip(_load_and_store_clip_files, store, plan, words, clip=plan.spec.clip, node_label=node_label)
         document = json.dumps({"corpus_fingerprint": plan.corpus_fingerprint, "min_count": min_count})
         store.write_bytes(VOCABULARIES_KEY, f"{document}\n".encode())
     return stored_features(store, plan)
@@ -317,7 +312,6 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
     return json.loads(data[8 : 8 + length]).get("__metadata__", {})
 
 
-@ray.remote
 def _load_and_store_clip_files(store: Store, plan: Plan, words: CorpusWords) -> None:
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
@@ -354,6 +348,19 @@ def _metadata_in_order(data: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data[start:]
+
+
+def run_with_clip(
+    work: Callable[..., None], *arguments: object, clip: ClipSpec, node_label: tuple[str, str] | None = None
+) -> None:
+    """Call `work`, which loads `clip`, in a task of Ray on a node with `node_label`, and wait for it. Raises InputError
+    where the work does."""
+    asked = clip_resources(clip, node_label)
+    try:
+        with waiting_for(cpus=asked["num_cpus"], gpus=asked["num_gpus"], labels=asked.get("label_selector")):
+            ray.get(ray.remote(work).options(**asked).remote(*arguments))
+    except ray.exceptions.RayError as error:
+        raise user_error(error) or error from None
 
 
 def clip_resources(spec: ClipSpec, node_label: tuple[str, str] | None = None) -> dict:

@@ -43,8 +43,8 @@ from cluster.dataset.vocabularies import (
     MIN_WORD_COUNT,
     SMALL_CORPUS,
     clip_head_bytes,
-    clip_resources,
     features_of_head,
+    run_with_clip,
 )
 from cluster.generation.made_by import made_by, tell_encoder
 from cluster.generation.pinning import clip_spec, device_of_cluster, joint_dimensions, resolve_dtype
@@ -152,11 +152,7 @@ def _make(
     if missing:
         pools = pools_of_cluster(device=device)
         _featurise_on_ray(source, out, spec, missing, pools)
-    task: Any = ray.remote(store_vocabularies_of).options(**clip_resources(spec))
-    try:
-        ray.get(task.remote(source.store, out, spec, concepts))
-    except ray.exceptions.RayError as error:
-        raise user_error(error) or error from None
+    run_with_clip(store_vocabularies_of, source.store, out, spec, concepts, clip=spec)
     return finish(source, out, spec, lineage), skipped
 
 
