@@ -33,7 +33,7 @@ from cluster.store.store import join, local_copy, open_store
 from cluster.training.ray_trainer import CHECKPOINTS
 from cluster.training.reporting import METRICS_KEY
 from cluster.weights.node_copy import local_name
-from pcm.captioners.captioner import BATCH_SIZE, MODEL_FILE, Captioner, CaptionResult
+from pcm.captioners.captioner import BATCH_SIZE, MODEL_FILE, Captioner, CaptionResult, no_captioner
 from pcm.captioners.interface import CONFIG_FILE
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
@@ -239,9 +239,7 @@ def check_checkpoint(uri: str) -> None:
     """Raises InputError where no captioner lies at `uri`."""
     store = open_store(uri)
     if not (store.exists(MODEL_FILE) or store.exists(f"best/{MODEL_FILE}")):
-        raise InputError(
-            f"checkpoint {uri}: no {MODEL_FILE} in it or in its best/; give a folder that jobs.train wrote"
-        )
+        raise no_captioner(uri)
 
 
 @contextlib.contextmanager

@@ -282,7 +282,12 @@ def checkpoint_folder(path: Path) -> Path:
                     f"checkpoint {folder}: {', '.join(missing)} missing; give a complete checkpoint folder"
                 )
             return folder
-    raise InputError(f"checkpoint {path}: no {MODEL_FILE} in it or in its best/; give a folder that jobs.train wrote")
+    raise no_captioner(path)
+
+
+def no_captioner(place: str | Path) -> InputError:
+    """The line about a place where no captioner lies."""
+    return InputError(f"checkpoint {place}: no {MODEL_FILE} in it or in its best/; give a folder that jobs.train wrote")
 
 
 def _check_same_kind(first: Path, document: dict[str, Any], other: Path, its: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ def test_counts_of_the_simulation_are_those_of_a_real_run(cluster: Cluster, tmp_
         run.run()
     assert hosts_that_drew(notes) == GENERATORS == len(simulated[0].joined)
     found = read_notes(notes)
-    # Not the summary's number: a model that is not watched tells the monitor of no beginning.
+    # As the model itself notes it: what the monitor gave to a process that died at once is not begun.
     begun_again = sum(what == "begin" for node in found.values() for _, what in node) - SHARDS
     again = [run.begun_again for run in simulated]
     assert min(again) <= begun_again <= max(again) + OUT_OF_ORDER, again

@@ -5,7 +5,6 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,6 +32,7 @@ from cluster.ray_autoscaler_internals import nodes_are_coming
 from cluster.ray_data_internals import row_by_row, rows_of
 from cluster.ray_internals import LocalReports, PolicyTrainer, train_in_this_process
 from cluster.ray_state import actors_are_placed, free_resources, has_group
+from tests.helpers.waiting import Holds, wait_until
 
 
 def parameters(function: object) -> list[str]:
@@ -174,10 +174,14 @@ def test_rows_come_without_the_statistics_of_all_blocks_before(
 
 
 class SleepsOverTheSecond:
-    """A row alone; the second one takes ten minutes."""
+    """A row alone; the second one to come, whichever it is (an actor's calls keep no order), takes ten minutes."""
+
+    def __init__(self) -> None:
+        self.calls = 0
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        if block["number"][0].as_py() == 1:
+        self.calls += 1
+        if self.calls == 2:
             time.sleep(600)
         return pa.table({"process": [os.getpid()]})
 
@@ -244,42 +248,28 @@ def test_nodes_that_the_older_autoscaler_launches_are_seen(
     _internal_kv_del(key)
 
 
-class Holds:
-    """An actor that has what it was given."""
-
-    def ready(self) -> bool:
-        return True
-
-
-def until(seen: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not seen() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert seen()
-
-
 def test_an_actor_that_waits_for_a_node_is_known_as_one(ray_session: None) -> None:
-    until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+    wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
     (node,) = free_resources()
     holder = ray.remote(Holds).options(num_cpus=ray.cluster_resources()["CPU"]).remote()
     ray.get(holder.ready.remote())
-    until(lambda: not free_resources()[node].get("CPU"))
+    wait_until(lambda: not free_resources()[node].get("CPU"))
     assert actors_are_placed()
     waits = ray.remote(Holds).options(num_cpus=1).remote()
-    until(lambda: not actors_are_placed())
+    wait_until(lambda: not actors_are_placed())
     ray.kill(holder)
     ray.get(waits.ready.remote())
-    until(actors_are_placed)
+    wait_until(actors_are_placed)
     ray.kill(waits)
 
 
 def test_a_group_that_waits_for_its_nodes_is_known_as_one(ray_session: None) -> None:
-    until(lambda: not has_group())
+    wait_until(lambda: not has_group())
     large = placement_group([{"CPU": ray.cluster_resources()["CPU"] + 1}])
     time.sleep(1)
     assert not has_group()
     remove_placement_group(large)
     small = placement_group([{"CPU": 1}])
-    until(has_group)
+    wait_until(has_group)
     remove_placement_group(small)
-    until(lambda: not has_group())
+    wait_until(lambda: not has_group())

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from cluster.session import (
 )
 from jobs.endings import descendants
 from pcm.errors import InputError
-from tests.helpers.hosts import wait_until
 from tests.helpers.paths import ROOT
+from tests.helpers.waiting import Holds, wait_until
 
 RECORD = logging.LogRecord("ray.data.exceptions", logging.ERROR, "", 0, "a long traceback", None, None)
 
@@ -163,20 +162,6 @@ def test_a_worker_has_its_cpus_on_one_node(monkeypatch: pytest.MonkeyPatch) -> N
     assert cpus_for_each(1) == 1 and room_for(cpus=1, gpus=0) == 0
 
 
-class Holds:
-    """An actor that has what it was given."""
-
-    def ready(self) -> bool:
-        return True
-
-
-def until(seen: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not seen() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert seen()
-
-
 def test_a_queue_behind_other_work_is_said_as_long_as_there_is_one(
     ray_session: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -184,10 +169,10 @@ def test_a_queue_behind_other_work_is_said_as_long_as_there_is_one(
     monkeypatch.setattr("cluster.session.SECONDS_BETWEEN_LOOKS", 0.1)
     monkeypatch.setattr("cluster.session.SECONDS_BETWEEN_WAITING_LINES", 0.2)
     monkeypatch.setattr("cluster.session.SECONDS_TO_START", 0.1)
-    until(lambda: free_room(cpus=1, gpus=0) == 2)
+    wait_until(lambda: free_room(cpus=1, gpus=0) == 2)
     holder = ray.remote(Holds).options(num_cpus=2).remote()
     ray.get(holder.ready.remote())
-    until(lambda: free_room(cpus=1, gpus=0) == 0)
+    wait_until(lambda: free_room(cpus=1, gpus=0) == 0)
 
     def lines() -> list[str]:
         return [record.getMessage() for record in caplog.records]
@@ -199,12 +184,12 @@ def test_a_queue_behind_other_work_is_said_as_long_as_there_is_one(
     caplog.clear()
     with waiting_for(cpus=1, gpus=0, placed=actors_are_placed):
         waits = ray.remote(Holds).options(num_cpus=1).remote()
-        until(lambda: len(lines()) == 3)
+        wait_until(lambda: len(lines()) == 3)
         ray.kill(holder)
         ray.get(waits.ready.remote())
     again = ray.remote(Holds).options(num_cpus=1).remote()
     ray.get(again.ready.remote())
-    until(lambda: free_room(cpus=1, gpus=0) == 0 and actors_are_placed())
+    wait_until(lambda: free_room(cpus=1, gpus=0) == 0 and actors_are_placed())
     caplog.clear()
     with waiting_for(cpus=1, gpus=0, placed=actors_are_placed):
         time.sleep(1)

@@ -11,9 +11,10 @@ import pytest
 from cluster.dataset.verify import verify
 from cluster.generation.stages.monitor import MAX_IN_HAND
 from cluster.store.store import open_store
-from tests.helpers.hosts import Hosts, Job, Slow, can_make_hosts, several_hosts, wait_until
+from tests.helpers.hosts import Hosts, Job, Slow, can_make_hosts, several_hosts
 from tests.helpers.tiny_dataset import TINY, write_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
+from tests.helpers.waiting import wait_until
 
 #: Shards that an idle generator may draw again when nothing else is left.
 LATE_AT_THE_END = 2

@@ -21,10 +21,10 @@ import pytest
 from cluster.dataset.verify import verify
 from cluster.store.store import open_store
 from cluster.submit_size import MEBIBYTE, main, packed_files
-from tests.helpers.hosts import wait_until
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import TINY, write_checkpoint, write_dataset, write_pictures
 from tests.helpers.tiny_generation import CAPTIONS, make_dataset_in_process, null_spec, write_corpus
+from tests.helpers.waiting import wait_until
 
 TINY_SETTINGS = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
 RAY = str(Path(sys.executable).with_name("ray"))

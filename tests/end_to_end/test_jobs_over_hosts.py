@@ -9,9 +9,10 @@ import pytest
 
 from cluster.dataset.verify import verify
 from cluster.store.store import open_store
-from tests.helpers.hosts import Hosts, Job, can_make_hosts, longest_pause, several_hosts, wait_until
+from tests.helpers.hosts import Hosts, Job, can_make_hosts, longest_pause, several_hosts
 from tests.helpers.tiny_dataset import TINY, write_checkpoint, write_dataset, write_pictures
 from tests.helpers.tiny_generation import write_corpus
+from tests.helpers.waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,

@@ -25,9 +25,9 @@ from cluster.generation.pools import Pools
 from cluster.session import start_ray
 from tests.helpers import faulty_generators
 from tests.helpers.faulty_generators import FILLS_MEMORY, hungry
-from tests.helpers.hosts import wait_until
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_generation import null_spec, plan_dataset, write_corpus
+from tests.helpers.waiting import wait_until
 
 CGROUPS = Path("/sys/fs/cgroup/memory")
 LIMIT = 6 << 30

@@ -12,10 +12,11 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.helpers.hosts import OF_ONE_MACHINE, wait_until
+from tests.helpers.hosts import OF_ONE_MACHINE
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import write_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
+from tests.helpers.waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,

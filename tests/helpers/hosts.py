@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from tests.helpers.paths import ROOT
+from tests.helpers.waiting import wait_until
 
 PORT = 6379
 #: From a notice to the machine's end, as clouds give at the least.
@@ -265,13 +266,6 @@ def longest_pause(count: Callable[[], int]) -> Iterator[Callable[[], float]]:
     finally:
         over.set()
         watching.join()
-
-
-def wait_until(condition, *, seconds: float, said: str) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, said
-        time.sleep(0.2)
 
 
 def _run(*command: str) -> Sequence[str]:

@@ -83,9 +83,8 @@ class _Taken:
 
     shard: int
     holder: str  # a generator, or the actor of CLIP alone that scores it
-    is_drawn: bool = (
-        False  # on its way to such an actor, or there: lost with the node that holds it, not with a process
-    )
+    #: On its way to such an actor, or there: lost with the node that holds it, not with a process.
+    is_drawn: bool = False
 
 
 @dataclass(frozen=True)

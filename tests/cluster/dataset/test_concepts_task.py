@@ -10,7 +10,7 @@ from cluster.dataset.vocabularies import run_with_clip
 from cluster.session import free_room
 from pcm.errors import InputError
 from pcm.spec import ClipSpec
-from tests.helpers.hosts import wait_until
+from tests.helpers.waiting import wait_until
 
 CLIP = ClipSpec(model="null", revision="")
 

@@ -19,11 +19,27 @@ from cluster.generation.stages.monitor import MAX_IN_HAND, Turn, start_monitor
 from pcm.errors import InputError
 from tests.helpers.faulty_generators import DrawNotLoaded
 from tests.helpers.tiny_generation import null_spec, plan_dataset, write_corpus
+from tests.helpers.waiting import wait_until
 
 
 def asked(monitor: ActorHandle, name: str, number: int, **named: bool) -> Turn:
     turn: Turn = ray.get(monitor.turn.remote(name, number, **named))
     return turn
+
+
+def nobody_can_draw(wanted: int) -> ActorHandle:
+    """A monitor of so many generators, of which one has started and is left out."""
+    monitor = start_monitor(FaultPolicy())
+    ray.get(monitor.begin_pass.remote(range(9), wanted))
+    ray.get(monitor.start.remote("g", "gpu-7"))
+    ray.get(monitor.not_loaded.remote("g", "/models/x: no such folder", again=False))
+    return monitor
+
+
+def first_line(caplog: pytest.LogCaptureFixture, monitor: ActorHandle, wanted: int) -> str:
+    with caplog.at_level(logging.WARNING), attended(monitor, set(range(9)), wanted, 0):
+        wait_until(lambda: caplog.messages)
+    return caplog.messages[0]
 
 
 def test_a_monitor_whose_process_died_gives_out_what_is_left_and_in_nobodys_hand(ray_session: None) -> None:
@@ -41,14 +57,8 @@ def test_a_monitor_whose_process_died_gives_out_what_is_left_and_in_nobodys_hand
 def test_the_log_says_who_is_left_out_and_what_is_waited_for(
     ray_session: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monitor = start_monitor(FaultPolicy())
-    ray.get(monitor.begin_pass.remote(range(9), 16))
-    ray.get(monitor.start.remote("g", "gpu-7"))
-    ray.get(monitor.not_loaded.remote("g", "/models/x: no such folder", again=False))
-    with caplog.at_level(logging.WARNING), attended(monitor, set(range(9)), 16, 0):
-        while not caplog.messages:
-            time.sleep(0.1)
-    assert caplog.messages[0].startswith(
+    said = first_line(caplog, nobody_can_draw(16), 16)
+    assert said.startswith(
         "nobody can draw: /models/x: no such folder (on gpu-7); 15 more that were asked for have not started, and no "
         "node is coming (waited "
     )
@@ -60,14 +70,9 @@ def test_a_run_in_which_nobody_can_draw_is_told_that_nodes_are_coming(
     key = b"status of a test"
     monkeypatch.setattr("cluster.ray_autoscaler_internals.DEBUG_AUTOSCALING_STATUS", key)
     _internal_kv_put(key, json.dumps({"autoscaler_report": {"pending_launches": {"gpu": 1}}}))
-    monitor = start_monitor(FaultPolicy())
-    ray.get(monitor.begin_pass.remote(range(9), 2))
-    ray.get(monitor.start.remote("g", "gpu-7"))
-    ray.get(monitor.not_loaded.remote("g", "/models/x: no such folder", again=False))
-    with caplog.at_level(logging.WARNING), attended(monitor, set(range(9)), 2, 0):
-        while not caplog.messages:
-            time.sleep(0.1)
-    assert "have not started; nodes are coming" in caplog.messages[0]
+    monitor = nobody_can_draw(2)
+    said = first_line(caplog, monitor, 2)
+    assert "have not started; nodes are coming" in said
     assert asked(monitor, "g", 0, loaded=False) == Turn(wait=True)
     _internal_kv_del(key)
 
@@ -78,16 +83,9 @@ def test_where_ray_does_not_say_whether_nodes_are_coming_the_log_says_so_and_who
     key = b"status of a test, in a form that this Ray does not have"
     monkeypatch.setattr("cluster.ray_autoscaler_internals.DEBUG_AUTOSCALING_STATUS", key)
     _internal_kv_put(key, "pending: 1")
-    monitor = start_monitor(FaultPolicy())
-    ray.get(monitor.begin_pass.remote(range(9), 2))
-    ray.get(monitor.start.remote("g", "gpu-7"))
-    ray.get(monitor.not_loaded.remote("g", "/models/x: no such folder", again=False))
-    with caplog.at_level(logging.WARNING), attended(monitor, set(range(9)), 2, 0):
-        while not caplog.messages:
-            time.sleep(0.1)
-    said = "have not started, and Ray does not say whether nodes are coming (JSONDecodeError: "
-    assert caplog.messages[0].startswith("nobody can draw: /models/x: no such folder (on gpu-7); 1 more ")
-    assert said in caplog.messages[0]
+    said = first_line(caplog, nobody_can_draw(2), 2)
+    assert said.startswith("nobody can draw: /models/x: no such folder (on gpu-7); 1 more ")
+    assert "have not started, and Ray does not say whether nodes are coming (JSONDecodeError: " in said
     _internal_kv_del(key)
 
 
