@@ -2,6 +2,7 @@
 
     python -m benchmarks.refine                         # 10,000 and 100,000 pairs
     python -m benchmarks.refine --pairs 1000000 --device cuda
+    python -m benchmarks.refine --pairs 1000000 --blocks 2   # that many blocks of each stage that compares all
     python -m benchmarks.refine --ray                   # as tasks on Ray, in place of one process
     python -m benchmarks.refine --probes                # what `--probes` finds, and in which time: 100,000 pairs
     python -m benchmarks.refine --probes --data P       # what it changes in a view (of embedded features)
@@ -12,6 +13,9 @@ JSON line each: seconds and processor seconds by stage, and the peak memory of t
 Processor seconds say most where other work shares the machine; OMP_NUM_THREADS sets the threads. The last line says
 what a million pairs would take at most: two stages compare all captions with all pictures, and one reads all sentence
 vectors for each block, so their time is taken to grow with the square of the number, and the others' with the number.
+
+`--blocks` runs the first blocks alone of the two stages that compare all with all, over all vectors, and says what all
+blocks would take: each takes as long as the others.
 
 `--probes` compares some queries of either side with all vectors, and with those of 1, 4, 16 and 64 cells, in one
 process: recall, and processor seconds over those of the exact comparison. It does so for vectors without any structure,
@@ -218,6 +222,35 @@ def measure(pairs: int, *, block_size: int, device: str, on_ray: bool) -> dict:
     }
 
 
+def measure_blocks(pairs: int, blocks: int, *, block_size: int, device: str) -> dict:
+    """The first blocks of the stages that compare all with all, in this process."""
+    settings = SyncSettings()
+    queries = min(blocks * block_size, pairs)
+    cpu_seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        given = write_vectors(open_store(folder), pairs)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for name, some, vectors, k in (
+            ("candidates", given.captions, given.pictures, settings.candidates),
+            ("describers", given.pictures, given.captions, settings.captions_per_picture),
+        ):
+            started = time.process_time()
+            for start in range(0, queries, block_size):
+                nearest(some.rows(start, min(start + block_size, queries)), vectors, k, device=device)
+            cpu_seconds[name] = time.process_time() - started
+    total = sum(cpu_seconds.values())
+    return {
+        "pairs": pairs,
+        "queries": queries,
+        "cpu_seconds_by_stage": {stage: round(taken, 1) for stage, taken in cpu_seconds.items()},
+        "gflops_a_cpu_second": round(2 * 2 * CLIP_DIM * queries * pairs / total / 1e9, 1),
+        "cpu_hours_of_all_blocks": round(total * pairs / queries / 3600, 2),
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_mb_before": round(before / 1024),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads",
+    }
+
+
 def projected(measured: dict, pairs: int) -> dict:
     """Hours at another number of pairs, from one that was measured. At most: part of READING grows with the number."""
     times = pairs / measured["pairs"]
@@ -236,6 +269,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=4096)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ray", action="store_true", help="tasks on Ray")
+    parser.add_argument("--blocks", type=int, help="so many blocks of the stages that compare all, in one process")
     parser.add_argument("--probes", action="store_true", help="recall and time of `jobs.refine --probes`")
     parser.add_argument("--data", help="with --probes: a dataset whose views are compared")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # a process of its own, for its peak memory
@@ -243,6 +277,10 @@ def main() -> None:
     if asked.one:
         found = measure(asked.one, block_size=asked.block_size, device=asked.device, on_ray=asked.ray)
         print(json.dumps(found), flush=True)
+        return
+    if asked.blocks:
+        for pairs in asked.pairs or (100_000,):
+            print(json.dumps(measure_blocks(pairs, asked.blocks, block_size=asked.block_size, device=asked.device)))
         return
     if asked.probes:
         if asked.data:

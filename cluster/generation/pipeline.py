@@ -2,10 +2,11 @@
 
 import json
 import logging
-from collections import abc
-from collections.abc import Collection
-from contextlib import closing
+from collections import abc, deque
+from collections.abc import Collection, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from threading import Thread
 from typing import Any
 
 import pyarrow as pa
@@ -45,6 +46,9 @@ from pcm.errors import InputError
 from pcm.records import FeatureShape
 
 log = logging.getLogger(__name__)
+
+#: Generators have so many seconds to learn that all is stored, before they are stopped.
+LAST_TURNS_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +212,7 @@ def shard_stream(
 
     Raises InputError when a model a user named cannot be loaded by the workers, or when the monitor stops the run.
     """
-    from cluster.ray_data_internals import row_by_row, rows_of  # Ray Data is loaded after the start of Ray
+    from cluster.ray_data_internals import RowsOf, row_by_row  # Ray Data is loaded after the start of Ray
 
     monitor, _ = watched_by
     concepts = ConceptsOfShard.of(store, plan, shards[0])
@@ -234,19 +238,33 @@ def shard_stream(
     ray.get(begun)  # asked for above: its process starts beside those that Ray Data starts
     left = set(shards)
     try:
-        with attended(monitor, left, generators, scorers), closing(rows_of(pipeline)) as rows:
+        with attended(monitor, left, generators, scorers), closing(RowsOf(pipeline)) as rows:
             for stored in rows:
                 stats = json.loads(stored["stats"])
                 monitor.committed.remote(stats["shard"])
                 if stats["shard"] in left:
                     left.remove(stats["shard"])
                     yield stats
-                # Turns that are left have nothing to draw, and end. A generator that draws what is stored now, or
-                # loads, is not waited for.
-                if not left and ray.get(monitor.busy.remote()):
+                if not left:
+                    _let_turns_end(rows, monitor)
                     break
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
+
+
+def _let_turns_end(rows: Iterator[dict], monitor: ActorHandle) -> None:
+    """Turns that are left have nothing to draw, and end. A generator that draws what is stored now, or loads, is not
+    waited for; nor is one for long whose answer was lost with a link: Ray may take minutes to ask again."""
+    if ray.get(monitor.busy.remote()):
+        return
+
+    def end() -> None:
+        with suppress(Exception):  # nothing that they could say matters any more
+            deque(rows, maxlen=0)
+
+    last = Thread(target=end, name="last turns", daemon=True)
+    last.start()
+    last.join(LAST_TURNS_SECONDS)
 
 
 def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest:

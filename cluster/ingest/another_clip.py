@@ -179,7 +179,7 @@ def missing_shards(source: OpenDataset, out: Store) -> list[int]:
 
 
 def _featurise_on_ray(source: OpenDataset, out: Store, spec: ClipSpec, missing: list[int], pools: Pools) -> None:
-    from cluster.ray_data_internals import rows_of  # Ray Data is loaded after the start of Ray
+    from cluster.ray_data_internals import RowsOf  # Ray Data is loaded after the start of Ray
 
     block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     wanted = [{"shard": shard} for shard in missing]
@@ -189,7 +189,7 @@ def _featurise_on_ray(source: OpenDataset, out: Store, spec: ClipSpec, missing: 
     )
     done, rows, total, timer = 0, 0, sum(source.shards[number].rows for number in missing), LineTimer()
     try:
-        for stored in rows_of(pipeline):
+        for stored in RowsOf(pipeline):
             done, rows = done + 1, rows + stored["rows"]
             if timer.due():
                 left = (total - rows) * timer.elapsed / max(rows, 1)

@@ -29,7 +29,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from cluster import ray_internals
 from cluster.ray_autoscaler_internals import nodes_are_coming
-from cluster.ray_data_internals import row_by_row, rows_of
+from cluster.ray_data_internals import RowsOf, row_by_row
 from cluster.ray_internals import LocalReports, PolicyTrainer, train_in_this_process
 from cluster.ray_state import actors_are_placed, free_resources, has_group
 from tests.helpers.waiting import Holds, wait_until
@@ -158,7 +158,7 @@ def test_every_row_is_handed_to_an_actor_alone_and_once(ray_session: None, monke
     monkeypatch.setattr("cluster.ray_data_internals.ROWS_AN_OBJECT", 20)
     numbers = list(range(43))
     rows = row_by_row(pa.table({"number": numbers}))
-    given = list(rows_of(in_two_actors(rows)))
+    given = list(RowsOf(in_two_actors(rows)))
     assert sorted(row["number"] for row in given) == numbers
     assert {row["rows"] for row in given} == {1}
 
@@ -169,7 +169,7 @@ def test_rows_come_without_the_statistics_of_all_blocks_before(
     sent = []
     monkeypatch.setattr(_StatsManager, "update_iteration_metrics", lambda *given: sent.append(given))
     pipeline = in_two_actors(row_by_row(pa.table({"number": list(range(5))})))
-    assert len(list(rows_of(pipeline))) == 5 and not sent
+    assert len(list(RowsOf(pipeline))) == 5 and not sent
     assert len(list(pipeline.iter_batches(batch_size=1))) == 5 and sent, "the same call, where there are some"
 
 
@@ -189,7 +189,7 @@ class SleepsOverTheSecond:
 def test_a_pipeline_ends_where_its_rows_are_no_longer_wanted(ray_session: None) -> None:
     pool = ActorPoolStrategy(size=1)
     pipeline = row_by_row(pa.table({"number": list(range(20))}))
-    rows = rows_of(pipeline.map_batches(SleepsOverTheSecond, compute=pool, batch_size=1, batch_format="pyarrow"))
+    rows = RowsOf(pipeline.map_batches(SleepsOverTheSecond, compute=pool, batch_size=1, batch_format="pyarrow"))
     process = next(rows)["process"]
     assert Path(f"/proc/{process}").exists()
     rows.close()
@@ -215,7 +215,7 @@ def test_a_pipeline_that_has_ended_or_failed_holds_no_cpus_whoever_keeps_the_err
     there, kept = ray.cluster_resources()["CPU"], None
     gc.disable()
     try:
-        assert len(list(rows_of(pipeline))) == 20
+        assert len(list(RowsOf(pipeline))) == 20
     except ray.exceptions.RayError as error:
         kept = error
     try:

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from cluster.dataset.verify import verify
 from cluster.generation.stages.monitor import MAX_IN_HAND
 from cluster.store.store import open_store
 from tests.helpers.hosts import Hosts, Job, Slow, can_make_hosts, several_hosts
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import TINY, write_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 from tests.helpers.waiting import wait_until
@@ -104,6 +107,23 @@ def test_a_link_that_is_cut_for_a_while_and_heals(hosts: Hosts, tmp_path: Path, 
     assert summary["stored"] == len(CAPTIONS)
     proven(tmp_path, wanted)
     print(f"link cut for 20 s: {cost(summary)}")
+
+
+def test_an_answer_that_is_lost_with_a_link_is_asked_for_again(hosts: Hosts) -> None:
+    """Its connection is gone at one end when the link heals. Who only waits there learns of it after minutes."""
+    head, one, *_ = hosts.hosts
+    head.join(cpus=0, head=True)
+    one.join(cpus=1)
+    hosts.wait_for_cpus(1)
+    address, script = f"RAY_ADDRESS={hosts.ray_address}", str(ROOT / "tests/helpers/late_answer.py")
+    asking = head.start("env", address, sys.executable, script, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert asking.stdout is not None and asking.stdout.readline() == "asking\n"
+    time.sleep(2)
+    one.cut()
+    time.sleep(32)  # within 30 s TCP gives up a connection whose bytes nobody acknowledges
+    one.heal()
+    said, _ = asking.communicate(timeout=100)
+    assert "answered" in said, said
 
 
 def test_a_host_behind_a_slow_link_holds_up_nobody(tmp_path: Path, wanted: str) -> None:

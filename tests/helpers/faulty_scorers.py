@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.generation.pools import CALLS
-from cluster.generation.stages.loading import ask, this_place
+from cluster.generation.stages.asking import ask
+from cluster.generation.stages.loading import this_place
 from cluster.generation.stages.scorer import Scorer
 from pcm.errors import InputError
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import pyarrow as pa
 
+from cluster.generation.stages.asking import ask
 from cluster.generation.stages.shard_row import ERRORS_KEPT, ShardRow
 from cluster.generation.stages.watchdog import Watchdog
 from cluster.gpu_share import keep_to_gpu_share
@@ -193,10 +194,7 @@ def _watchdog(monitor: "ActorHandle", policy: "FaultPolicy") -> Watchdog:
 
 def _begin_scoring(monitor: "ActorHandle", shard: int) -> bool:
     """Whether the shard was begun before. Raises InputError when the run is not worth going on with."""
-    import ray
-
-    answer: Any = monitor.begin_scoring.remote(shard)
-    stop, again = ray.get(answer)
+    stop, again = ask(monitor, "begin_scoring", shard)
     if stop:
         raise InputError(stop)
     return again
@@ -204,10 +202,7 @@ def _begin_scoring(monitor: "ActorHandle", shard: int) -> bool:
 
 def _end_process(monitor: "ActorHandle", shard: int, said: str) -> NoReturn:
     """Leave, so that Ray restarts this actor on a fresh device context."""
-    import ray
-
-    answer: Any = monitor.scorer_broken.remote(said)
-    ray.get(answer)
+    ask(monitor, "scorer_broken", said)
     log.warning("shard %d: CLIP's device fails (%s); this process ends and is restarted", shard, said)
     sys.stderr.flush()
     os._exit(1)

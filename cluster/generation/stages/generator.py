@@ -9,9 +9,10 @@ import pyarrow as pa
 
 from cluster.dataset.layout import PLAN_KEY, Plan
 from cluster.generation.reach import not_reached
+from cluster.generation.stages.asking import ask
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
-from cluster.generation.stages.loading import Models, ask
+from cluster.generation.stages.loading import Models
 from cluster.generation.stages.monitor import Turn
 from cluster.generation.stages.overlap import Overlap
 from cluster.generation.stages.shard_row import SHARD_ROW_SCHEMA

@@ -11,7 +11,8 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.generation.limits import FaultPolicy
-from cluster.generation.stages.loading import ask, this_place
+from cluster.generation.stages.asking import ask
+from cluster.generation.stages.loading import this_place
 from cluster.generation.stages.monitor import ShardFaults
 from cluster.generation.stages.shard_row import ERRORS_KEPT
 from cluster.generation.stages.watchdog import Watchdog

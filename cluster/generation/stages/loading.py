@@ -6,8 +6,9 @@ import os
 import random
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from cluster.generation.stages.asking import ask
 from pcm.errors import InputError, typed_first_line
 
 if TYPE_CHECKING:
@@ -58,13 +59,6 @@ class Models:
     def _say(self, error: str, *, again: bool) -> None:
         there = {"where": this_place(), "scores": self._scores}
         ask(self._monitor, "not_loaded", self._actor, error, again=again, **there)
-
-
-def ask(monitor: "ActorHandle", method: str, *arguments: Any, **named: Any) -> Any:
-    """Call the monitor and wait for its answer."""
-    import ray  # the stages are usable without it
-
-    return ray.get(getattr(monitor, method).remote(*arguments, **named))
 
 
 def this_place() -> str:

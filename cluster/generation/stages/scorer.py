@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from cluster.dataset.layout import Plan
+from cluster.generation.stages.asking import ask
 from cluster.generation.stages.featurise import FeaturiseShard
-from cluster.generation.stages.loading import Models, ask, this_place
+from cluster.generation.stages.loading import Models, this_place
 from cluster.generation.stages.monitor import Turn
 from cluster.generation.stages.overlap import Overlap
 from cluster.generation.stages.write import STORED_SCHEMA, WriteShard

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from cluster.dataset.committed import ROW_INDEX
 from cluster.dataset.layout import parquet_bytes, shard_key, stats_key
 from cluster.dataset.row_index import index_text
+from cluster.generation.stages.asking import ask
 from cluster.generation.stages.merge import drawn_before, merge_retried, replace_shard, store_quarantine
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.store.store import Store
@@ -53,7 +54,7 @@ class WriteShard:
     def __call__(self, block: pa.Table) -> pa.Table:
         """One row, the stats of the shard that the block holds; none where another drawer's is stored."""
         row = ShardRow.from_block(block)
-        if self._monitor is not None and not _may_store(self._monitor, row):
+        if self._monitor is not None and not ask(self._monitor, "may_store", row.shard, row.turn):
             return STORED_SCHEMA.empty_table()
         return pa.table({"stats": [json.dumps(self.write(row))]}, schema=STORED_SCHEMA)
 
@@ -82,13 +83,6 @@ class WriteShard:
         if feature_shape(stored.schema) != NULL_FEATURES:  # rows without features are never trained on
             told[ROW_INDEX] = index_text(stored["caption"].to_pylist(), stored["clip_score"].to_numpy())
         return stats | told
-
-
-def _may_store(monitor: "ActorHandle", row: ShardRow) -> bool:
-    import ray  # the stages are usable without it
-
-    answer: Any = monitor.may_store.remote(row.shard, row.turn)
-    return ray.get(answer)
 
 
 def split_samples(samples: pa.Table) -> tuple[pa.Table, pa.Table]:
