@@ -4,7 +4,7 @@ import json
 import logging
 from collections import abc, deque
 from collections.abc import Collection, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from threading import Thread
 from typing import Any
@@ -33,11 +33,12 @@ from cluster.generation.cost import Billing
 from cluster.generation.display import Display
 from cluster.generation.environment import joined_versions, stored_environments, versions
 from cluster.generation.limits import FaultPolicy, RunLimits
+from cluster.generation.one_run import monitor_of_run
 from cluster.generation.pools import Pools
 from cluster.generation.progress import RunProgress, Status
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.generator import Generator
-from cluster.generation.stages.monitor import shards_begun_again, start_monitor
+from cluster.generation.stages.monitor import shards_begun_again
 from cluster.generation.stages.scorer import Scorer
 from cluster.generation.telemetry import Telemetry
 from cluster.session import user_error
@@ -130,46 +131,44 @@ def run_pipeline(
 
     With `shards`, only those of them that the store lacks, and no manifest. Shards in `redo` are made again and put in
     the place of those that are there; with `retry`, only their samples that are quarantined for one of these reasons.
-    Raises InputError when the scores fall below the watch's threshold.
+    Another run on this cluster that makes the same dataset is waited for. Raises InputError when the scores fall below
+    the watch's threshold.
     """
     watch = watch or RunLimits()
-    on_store = committed(store, plan)
-    on_store.forget(redo)
+    faults = faults or FaultPolicy()
     wanted = range(plan.num_shards) if shards is None else sorted(shards)
-    missing = [shard for shard in wanted if shard not in on_store]
-    total = sum(plan.shard_rows(shard) for shard in wanted)
-    skipped = total - sum(plan.shard_rows(shard) for shard in missing)
-    if skipped:
-        log.info("%d of %d samples are on the store already", skipped, total)
-    billing = Billing.of(pools, device=plan.spec.generator.device, price_per_hour=watch.price_per_hour)
-    progress = RunProgress(total=total, skipped=skipped, actors=actors(pools, len(missing)), billing=billing)
-    if not missing or plan.spec.clip.model == "null":
-        store_vocabularies(store, plan, node_label=pools.node_label)
-    begun_again: int | None = 0
-    if missing:
-        faults = faults or FaultPolicy()
-        monitor = start_monitor(faults)
-        telemetry = Telemetry(store.root, has_clip_scores=plan.spec.clip.model != "null")
-        with Display(
-            progress,
-            telemetry,
-            monitor,
-            gpus_per_generator=billing.units_per_generator,
-            generator_takes=pools.generator_takes(),
-        ) as display:
-            while missing:
-                made = shard_stream(store, plan, missing, pools, watched_by=(monitor, faults), retry=retry, draw=draw)
-                with closing(made):  # at once, whatever is raised here: its actors hold CPUs and GPUs
-                    for stats in made:
-                        on_store.add(stats)
-                        display.add(stats)
-                        check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
-                missing = _still_missing(missing, on_store)
+
+    def look() -> tuple[CommittedShards, list[int]]:
+        found = committed(store, plan)
+        found.forget(redo)
+        return found, [shard for shard in wanted if shard not in found]
+
+    on_store, missing = look()
+    with ExitStack() as only_run:
+        if missing:
+            monitor, waited = only_run.enter_context(monitor_of_run(store, faults))
+            if waited:
+                on_store, missing = look()
+        total = sum(plan.shard_rows(shard) for shard in wanted)
+        skipped = total - sum(plan.shard_rows(shard) for shard in missing)
+        if skipped:
+            log.info("%d of %d samples are on the store already", skipped, total)
+        billing = Billing.of(pools, device=plan.spec.generator.device, price_per_hour=watch.price_per_hour)
+        progress = RunProgress(total=total, skipped=skipped, actors=actors(pools, len(missing)), billing=billing)
+        if not missing or plan.spec.clip.model == "null":
+            store_vocabularies(store, plan, node_label=pools.node_label)
+        begun_again: int | None = 0
+        if missing:
+            _make(
+                store, plan, pools, missing, on_store, progress,
+                billing=billing, watched_by=(monitor, faults), watch=watch, retry=retry, draw=draw,
+            )  # fmt: skip
             begun_again = shards_begun_again(monitor)
+        manifest = write_manifest(store, plan, stored_features(store, plan)) if shards is None else None
     status = progress.status()
     return GenerationResult(
         shard_size=plan.shard_size,
-        manifest=write_manifest(store, plan, stored_features(store, plan)) if shards is None else None,
+        manifest=manifest,
         status=status,
         startup_seconds=progress.startup_seconds,
         stage_seconds=progress.stage_seconds,
@@ -178,6 +177,39 @@ def run_pipeline(
         billing=billing,
         watch=watch,
     )
+
+
+def _make(
+    store: Store,
+    plan: Plan,
+    pools: Pools,
+    missing: list[int],
+    on_store: CommittedShards,
+    progress: RunProgress,
+    *,
+    billing: Billing,
+    watched_by: tuple[ActorHandle, FaultPolicy],
+    watch: RunLimits,
+    retry: frozenset[str],
+    draw: type[DrawShard],
+) -> None:
+    """Draw and store shards until none is missing; what is stored is added to `on_store` and `progress`."""
+    telemetry = Telemetry(store.root, has_clip_scores=plan.spec.clip.model != "null")
+    with Display(
+        progress,
+        telemetry,
+        watched_by[0],
+        gpus_per_generator=billing.units_per_generator,
+        generator_takes=pools.generator_takes(),
+    ) as display:
+        while missing:
+            made = shard_stream(store, plan, missing, pools, watched_by=watched_by, retry=retry, draw=draw)
+            with closing(made):  # at once, whatever is raised here: its actors hold CPUs and GPUs
+                for stats in made:
+                    on_store.add(stats)
+                    display.add(stats)
+                    check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
+            missing = _still_missing(missing, on_store)
 
 
 def _still_missing(given_out: list[int], made: CommittedShards) -> list[int]:

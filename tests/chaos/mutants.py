@@ -532,9 +532,19 @@ MUTANTS = (
     ),
     Mutant(
         "what is on the store is not drawn again",
-        "cluster/generation/pipeline.py", "missing = [shard for shard in wanted if shard not in on_store]",
-        "missing = list(wanted)",
+        "cluster/generation/pipeline.py", "return found, [shard for shard in wanted if shard not in found]",
+        "return found, list(wanted)",
         ("tests/cluster/generation/test_generate.py::test_a_rerun_skips_everything",),
+    ),
+    Mutant(
+        "a second run on the cluster waits for the first",
+        "cluster/generation/one_run.py", "name=_name(store), namespace=_NAMESPACE", "",
+        ("tests/cluster/generation/test_one_run.py::test_a_second_run_waits_and_draws_nothing_again",),
+    ),
+    Mutant(
+        "what another run has stored meanwhile is not drawn again",
+        "cluster/generation/pipeline.py", "            if waited:\n", "            if False:\n",
+        ("tests/cluster/generation/test_one_run.py::test_a_second_run_waits_and_draws_nothing_again",),
     ),
     Mutant(
         "a shard that was lost is made again",

@@ -555,10 +555,14 @@ class RunMonitor:
             )
 
 
-def start_monitor(policy: FaultPolicy) -> ActorHandle:
-    """A RunMonitor as an actor on the driver's own node, which the run does not survive anyway."""
+def start_monitor(policy: FaultPolicy, **named: str) -> ActorHandle:
+    """A RunMonitor as an actor on the driver's own node, which the run does not survive anyway.
+
+    `named`: name and namespace. Raises ray.exceptions.ActorAlreadyExistsError where it is taken.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    options |= named
     actor: Any = ray.remote(**options)(RunMonitor)  # Ray's overloads know no options given as a dict
     return actor.remote(policy)
 
