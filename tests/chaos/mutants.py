@@ -441,7 +441,7 @@ MUTANTS = (
     ),
     Mutant(
         "what a dead process was storing may be stored by another",
-        "cluster/generation/stages/monitor.py", "                del self._writing[shard]\n", "                pass\n",
+        "cluster/generation/stages/claims.py", "                del self._writing[shard]\n", "                pass\n",
         ("tests/cluster/generation/stages/test_monitor.py::test_what_a_process_was_storing_is_lost_with_it_unless_clip_alone_has_it",),
     ),
     Mutant(
@@ -461,7 +461,7 @@ MUTANTS = (
     ),
     Mutant(
         "what a lost process had is the next to be drawn",
-        "cluster/generation/stages/monitor.py", "        if lost:\n            return min(lost)\n",
+        "cluster/generation/stages/claims.py", "        if lost:\n            return min(lost)\n",
         "",
         ("tests/cluster/generation/stages/test_monitor.py::test_what_a_dead_process_had_is_the_next_to_be_drawn_by_whoever_asks",),
     ),
@@ -477,7 +477,7 @@ MUTANTS = (
     ),
     Mutant(
         "a monitor whose process died takes nobody for lost who may be at work",
-        "cluster/generation/stages/monitor.py", "        if self._others_may_work():\n", "        if False:\n",
+        "cluster/generation/stages/monitor.py", "        if self._claims.some_are_out_with_unknown:\n", "        if False:\n",
         ("tests/cluster/generation/stages/test_monitor.py::test_a_monitor_that_starts_again_takes_nobody_for_lost_who_may_be_at_work",),
     ),
     Mutant(
@@ -487,7 +487,7 @@ MUTANTS = (
     ),
     Mutant(
         "what an actor of CLIP cannot score is drawn again, for another",
-        "cluster/generation/stages/monitor.py", "            self._claims[taken.shard] = replace(claim, since=-math.inf)\n",
+        "cluster/generation/stages/claims.py", "            self._claims[taken.shard] = replace(claim, since=-math.inf)\n",
         "            pass\n",
         ("tests/cluster/generation/stages/test_monitor.py::test_an_actor_of_clip_that_cannot_load_it_gives_its_shards_back_and_only_the_last_one_stops_the_run",),
     ),
@@ -498,13 +498,13 @@ MUTANTS = (
     ),
     Mutant(
         "a late shard is given out again",
-        "cluster/generation/stages/monitor.py", "self._claims[shard].since >= self._late_after()",
+        "cluster/generation/stages/claims.py", "self._claims[shard].since >= self._late_after()",
         "self._claims[shard].since > math.inf",
         ("tests/cluster/generation/stages/test_monitor.py::test_a_late_shard_is_given_out_again_at_the_end",),
     ),
     Mutant(
         "of two drawers of a shard one is stored",
-        "cluster/generation/stages/monitor.py", "if winner != turn and self._clock()",
+        "cluster/generation/stages/claims.py", "if winner != turn and self._clock()",
         "if False and self._clock()",
         ("tests/cluster/generation/stages/test_generator.py::test_of_two_that_drew_a_shard_one_is_stored_whole",),
     ),
@@ -527,7 +527,7 @@ MUTANTS = (
     ),
     Mutant(
         "a generator does not run ahead of the store",
-        "cluster/generation/stages/monitor.py", "if in_hand >= MAX_IN_HAND and", "if False and",
+        "cluster/generation/stages/monitor.py", "if self._claims.in_hand(generator) >= MAX_IN_HAND and", "if False and",
         ("tests/cluster/generation/stages/test_monitor.py::test_a_generator_does_not_run_ahead_of_the_store",),
     ),
     Mutant(

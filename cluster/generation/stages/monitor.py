@@ -3,20 +3,14 @@
 A generator's process may vanish at any moment - a crash inside a kernel, the watchdog, a spot node taken away - and Ray
 restarts it where it can. Somebody must remember which samples it was drawing, or a caption that kills its process would
 do so for ever. And somebody must give its shards to others, at once: who reads the dataset in the plan's order waits
-for the first one that is missing. That is the monitor, a tiny actor beside the driver.
-
-Ray Data gives generators turns, as many as there are shards and some more (`cluster.generation.pipeline`). A turn is
-for no shard of its own: who has it asks the monitor, and gets a shard that was lost with a process or a node, else the
-next one in the plan's order, else, at the end, one that is late. A turn that Ray Data gives again, because its process
-died or its result was lost with a node, is for the same shard again, unless another one has it meanwhile.
+for the first one that is missing. That is the monitor, a tiny actor beside the driver. Who has which shard is kept in
+`Claims`; here stands who can draw, which samples are suspects, and when a run is not worth going on with.
 """
 
-import math
-import statistics
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -24,6 +18,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.generation.limits import FaultPolicy
+from cluster.generation.stages.claims import Claim, Claims
 from pcm.reasons import GENERATOR_CRASHED, GENERATOR_HUNG
 
 #: No verdict on the share of failures before so many samples.
@@ -50,21 +45,8 @@ MAX_SHARD_STARTS = 12
 #: death of a process, a driver or a node costs a finished shard a generator, and the one it was drawing.
 MAX_IN_HAND = 2
 
-#: A shard is late when it takes so many times as long as the others did, from the beginning to the store.
-LATE_FACTOR = 1.5
-#: So many of the last shards tell how long one takes, and not before so many of them are known.
-SHARDS_TIMED, MIN_SHARDS_TIMED = 200, 3
-
 #: How long the driver waits for what is only told.
 ANSWER_SECONDS = 5.0
-
-#: What was in hand when a process of the monitor itself died is taken for lost when it is late, and after so many
-#: seconds where too few shards say when that is.
-UNKNOWN_SECONDS = 600.0
-
-#: A generator has so many seconds to store its shard before that of another drawer may be stored in its place: longer
-#: than a store is waited for.
-COMMIT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -75,25 +57,6 @@ class Turn:
     again: bool = False  # it was begun before, and its drawer may have died of it
     wait: bool = False
     stop: str = ""  # why the run is not worth going on with
-
-
-@dataclass(frozen=True)
-class _Taken:
-    """A turn that had a shard: which, and who had the turn last."""
-
-    shard: int
-    holder: str  # a generator, or the actor of CLIP alone that scores it
-    #: On its way to such an actor, or there: lost with the node that holds it, not with a process.
-    is_drawn: bool = False
-
-
-@dataclass(frozen=True)
-class _Claim:
-    """Who draws or stores a shard, in which turn, since when (monotonic seconds; -inf: it was given up)."""
-
-    generator: str
-    turn: int | None  # None: the monitor that knew has died
-    since: float
 
 
 @dataclass(frozen=True)
@@ -144,22 +107,16 @@ class RunMonitor:
         self._wanted = {False: 1, True: 0}  # generators, actors of CLIP
         self._last_hope = clock()  # that others can draw
         self._has_pass = False
-        self._waiting: deque[int] = deque()  # shards that nobody has begun, in order
-        self._claims: dict[int, _Claim] = {}  # by shard, the last one of each that is not stored
-        self._turns: dict[int, _Taken] = {}
+        self._claims = Claims(clock)
         self._loading: set[str] = set()  # generators
         self._alive: set[str] = set()  # ids of nodes
         self._nodes: dict[str, str] = {}  # of generators and actors of CLIP: the id of each one's node, as it said last
         self._processes: dict[str, int] = {}  # of generators, as each said last
         self._drawing: dict[str, int] = {}  # the turn of each generator that draws in one
-        self._writing: dict[int, tuple[int, float]] = {}  # by shard: the turn that is being stored, since when
-        self._took: deque[float] = deque(maxlen=SHARDS_TIMED)  # seconds from a shard's beginning to the store
         self._suspects: dict[int, dict[int, _Suspect]] = {}  # by shard, position
         self._starts: Counter[int] = Counter()  # by shard
-        self._given_again = 0  # shards, over the whole run
         self._scored: Counter[int] = Counter()  # starts, by shard
         self._drawn: Counter[int] = Counter()  # pictures of shards not yet committed
-        self._committed: set[int] = set()
         self._good = 0
         self._failed = 0
         self._last_error = ""
@@ -171,14 +128,11 @@ class RunMonitor:
         `in_hand`: so many of the first are being drawn or stored, nobody knows where: a monitor that starts again in
         the middle of a pass is told so.
         """
-        for known in (self._generators, self._nodes, self._processes, self._drawing, self._turns, self._writing):
+        for known in (self._generators, self._nodes, self._processes, self._drawing):
             known.clear()
         self._loading.clear()
-        now = self._clock()
-        self._claims = {shard: _Claim("", None, now) for shard in shards[:in_hand]}
-        self._waiting = deque(shards[in_hand:])
-        self._committed.difference_update(shards)
-        self._wanted, self._last_hope, self._has_pass = {False: generators, True: scorers}, now, True
+        self._claims.begin(shards, in_hand)
+        self._wanted, self._last_hope, self._has_pass = {False: generators, True: scorers}, self._clock(), True
 
     def wants(self) -> tuple[bool, str]:
         """What the driver is to tell: (the pass: this process has taken the place of one that died, and gives nothing
@@ -207,7 +161,7 @@ class RunMonitor:
         if not known.not_loaded:  # that was counted when it was said
             self._count_fruitless(known, said or hung or "killed or crashed")
         known.where, known.drawn_since_start, known.broken, known.not_loaded = where, 0, "", False
-        self._give_up_claims({generator})  # others need not wait until it has loaded
+        self._claims.give_up({generator})  # others need not wait until it has loaded
         return self._stop or known.left_out
 
     def not_loaded(
@@ -246,29 +200,26 @@ class RunMonitor:
         self._nodes[generator] = node
         if self._processes.setdefault(generator, process) != process:  # the one before it has died
             self._processes[generator] = process
-            self._give_up_claims({generator})
+            self._claims.give_up({generator})
         if not loaded and not self._stop:
             self._judge_actors(scores=False)
         if self._stop:
             return Turn(stop=self._stop)
         if not loaded or not self._has_pass:
-            return Turn(wait=bool(self._waiting or self._claims or not self._has_pass))
+            return Turn(wait=self._claims.some_are_left or not self._has_pass)
         self._loading.discard(generator)
         self._drawing.pop(generator, None)
-        shard = self._turns[number].shard if number in self._turns else None
-        if shard in self._claims and self._claims[shard].turn == number:  # Ray Data gives this turn again
-            self._moved(self._claims[shard], shard, generator)
+        shard: int | None
+        if (again := self._claims.of_turn(number)) is not None:  # Ray Data gives this turn again
+            shard, claim = again
+            self._moved(claim, shard, generator)
         else:
-            mine = [claim for claim in self._claims.values() if claim.generator == generator]
-            in_hand = sum(1 for claim in mine if math.isfinite(claim.since))
-            if in_hand >= MAX_IN_HAND and not anyway:
+            if self._claims.in_hand(generator) >= MAX_IN_HAND and not anyway:
                 return Turn(wait=True)
-            shard = self._next_shard()
-            if shard is None:  # of shards that others have, one may prove to be lost or late
-                return Turn(wait=bool(self._claims))
-        self._given_again += shard in self._claims
-        self._turns[number] = _Taken(shard, generator)
-        self._claims[shard] = _Claim(generator, number, self._clock())
+            shard = self._claims.next()
+            if shard is None:
+                return Turn(wait=self._claims.some_are_out)
+        self._claims.take(shard, number, generator)
         self._drawing[generator] = number
         return Turn(shard, again=self._starts[shard] > 0)
 
@@ -289,7 +240,7 @@ class RunMonitor:
             self._loading.add(name)  # wherever it comes back
             if (known := self._generators.pop(name, None)) is not None:  # it has not started again yet
                 self._bury(known, known.broken, "")
-        self._give_up_claims(lost, nodes=True)
+        self._claims.give_up(lost, nodes=True)
 
     def nodes_are_coming(self) -> None:
         """The cluster is about to get another node: a run in which nobody can draw waits for it."""
@@ -300,55 +251,41 @@ class RunMonitor:
         for scores in (False, True):
             started = self._started(scores)
             others = self._wanted[scores] - len(started)
-            if others <= 0 or not self._are_left_out(started) or self._is_same(started) or self._others_may_work():
+            if others <= 0 or not self._are_left_out(started):
+                continue
+            if self._is_same(started) or self._claims.some_are_out_with_unknown:
                 continue
             return f"{self._left_out_line(started)}; {others} more that were asked for have not started"
         return ""
 
     def handed_on(self, turn: int) -> None:
         """The shard of a turn is drawn and on its way to an actor of CLIP alone."""
-        if turn in self._turns:
-            self._turns[turn] = replace(self._turns[turn], is_drawn=True)
+        self._claims.handed_on(turn)
 
     def received(self, turn: int, scorer: str, node: str) -> None:
         """An actor of CLIP alone has the shard of a turn."""
         self._nodes[scorer] = node
         if scorer not in self._generators:  # its start is yet to be told, or was told to a process that died
             self._generators[scorer] = _Generator(UNKNOWN_PLACE, scores=True, not_loaded=True)
-        taken = self._turns.get(turn)
-        if taken is None:
-            return
-        self._turns[turn] = _Taken(taken.shard, scorer, is_drawn=True)
-        claim = self._claims.get(taken.shard)
-        if claim is not None and claim.turn == turn and not math.isfinite(claim.since):  # not lost, after all
-            self._claims[taken.shard] = replace(claim, since=self._clock())
+        self._claims.received(turn, scorer)
 
     def given_back(self, turn: int, scorer: str) -> Turn:
         """An actor of CLIP that could not load it has the shard of a turn, which is drawn again for another one.
 
         What it does: ask again later, until nothing is left to draw.
         """
-        taken = self._turns.get(turn)
-        claim = self._claims.get(taken.shard) if taken is not None and taken.holder == scorer else None
-        if taken is not None and claim is not None and claim.turn == turn:
-            self._claims[taken.shard] = replace(claim, since=-math.inf)
+        self._claims.given_back(turn, scorer)
         if not self._stop:
             self._judge_actors(scores=True)
-        return Turn(stop=self._stop, wait=bool(self._waiting or self._claims or not self._has_pass))
+        return Turn(stop=self._stop, wait=self._claims.some_are_left or not self._has_pass)
 
     def may_store(self, shard: int, turn: int) -> bool:
         """Whether a shard that was drawn in this turn is stored, or another drawer's is: the first one to ask wins."""
-        if turn in self._turns and (holder := self._turns[turn].holder) in self._generators:
+        if (holder := self._claims.holder(turn)) in self._generators:
             self._loading.discard(holder)
             self._generators[holder].drawn_since_start += self._generators[holder].scores
         self._drawing = {generator: number for generator, number in self._drawing.items() if number != turn}
-        if shard in self._committed:
-            return False
-        winner, since = self._writing.get(shard, (turn, 0.0))
-        if winner != turn and self._clock() - since < COMMIT_SECONDS:
-            return False
-        self._writing[shard] = (turn, self._clock())
-        return True
+        return self._claims.may_store(shard, turn)
 
     def _count_fruitless(self, generator: _Generator, said: str) -> None:
         generator.fruitless_starts += 0 if generator.drawn_since_start else 1
@@ -358,47 +295,7 @@ class RunMonitor:
                 f"({said}); check that machine and the model, then run the same command again"
             )
 
-    def _next_shard(self) -> int | None:
-        """The shard of a turn that has none yet, if there is one to be drawn."""
-        lost = [shard for shard, claim in self._claims.items() if self._is_given_up(claim)]
-        if lost:
-            return min(lost)
-        while self._waiting:
-            if (shard := self._waiting.popleft()) not in self._committed:
-                return shard
-        if not self._claims:
-            return None
-        shard = min(self._claims, key=lambda shard: self._claims[shard].since)
-        return shard if self._clock() - self._claims[shard].since >= self._late_after() else None
-
-    def _is_given_up(self, claim: _Claim) -> bool:
-        if claim.turn is None:
-            late = self._late_after()
-            return self._clock() - claim.since >= (late if math.isfinite(late) else UNKNOWN_SECONDS)
-        return not math.isfinite(claim.since)
-
-    def _give_up_claims(self, holders: set[str], *, nodes: bool = False) -> None:
-        """What these had in hand is drawn again by whoever asks next. Of lost `nodes` also what was drawn.
-
-        One that is cut off, and taken for dead, may store its shard too. The bytes are the same, unless one of the two
-        ran out of memory; `verify` finds that.
-        """
-        for shard, claim in self._claims.items():
-            if self._is_lost(claim.turn, holders, nodes):
-                self._claims[shard] = replace(claim, since=-math.inf)
-        for shard, (turn, _) in list(self._writing.items()):
-            if self._is_lost(turn, holders, nodes):
-                del self._writing[shard]
-
-    def _is_lost(self, turn: int | None, holders: set[str], nodes: bool) -> bool:
-        taken = self._turns.get(turn) if turn is not None else None
-        return taken is not None and taken.holder in holders and (nodes or not taken.is_drawn)
-
-    def _late_after(self) -> float:
-        """Seconds from a shard's beginning after which it is late."""
-        return LATE_FACTOR * statistics.median(self._took) if len(self._took) >= MIN_SHARDS_TIMED else math.inf
-
-    def _moved(self, claim: _Claim, shard: int, generator: str) -> None:
+    def _moved(self, claim: Claim, shard: int, generator: str) -> None:
         """A turn is given again. If to another generator, then the process of the first one died."""
         other = self._generators.get(claim.generator)
         if claim.generator != generator and other and other.batch and other.batch.shard == shard:
@@ -413,7 +310,7 @@ class RunMonitor:
         if not self._has_pass or not self._are_left_out(started):
             return
         others = self._wanted[scores] - len(started)
-        if self._others_may_work():
+        if self._claims.some_are_out_with_unknown:
             self._last_hope = self._clock()
         if others > 0 and self._clock() - self._last_hope < OTHERS_MAY_START_SECONDS:
             return
@@ -422,10 +319,6 @@ class RunMonitor:
     @staticmethod
     def _are_left_out(started: Sequence[_Generator]) -> bool:
         return bool(started) and all(state.left_out for state in started)
-
-    def _others_may_work(self) -> bool:
-        """Whether shards may be in the hands of actors of which this process has heard nothing yet."""
-        return any(claim.turn is None and not self._is_given_up(claim) for claim in self._claims.values())
 
     @staticmethod
     def _is_same(started: Sequence[_Generator]) -> bool:
@@ -461,7 +354,7 @@ class RunMonitor:
     def end(self, generator: str, drawn: int) -> None:
         """The batch in flight is over; `drawn` of its samples were, the others raised and are tried in another way."""
         state = self._known(generator)
-        if state.batch is not None and state.batch.shard not in self._committed:
+        if state.batch is not None and not self._claims.is_stored(state.batch.shard):
             self._drawn[state.batch.shard] += drawn
         state.batch = None
         state.drawn_since_start += drawn
@@ -501,12 +394,7 @@ class RunMonitor:
         return self._stop
 
     def committed(self, shard: int) -> None:
-        self._committed.add(shard)
-        claim = self._claims.pop(shard, None)
-        # Of one that was given up, or begun before this process, nobody knows how long it took.
-        if claim is not None and claim.turn is not None and math.isfinite(claim.since):
-            self._took.append(self._clock() - claim.since)
-        self._writing.pop(shard, None)
+        self._claims.stored(shard)
         self._drawn.pop(shard, None)
         self._starts.pop(shard, None)
         self._scored.pop(shard, None)
@@ -515,7 +403,7 @@ class RunMonitor:
     def begun_again(self) -> int:
         """How often a shard was given out that another turn had, or the same one before: its drawer had died, or was
         late."""
-        return self._given_again
+        return self._claims.given_again
 
     def snapshot(self) -> dict:
         """{"drawn": pictures in shards not yet committed, "in_flight": batches, "generators": those ever started,

@@ -5,14 +5,12 @@ from functools import partial
 import pytest
 
 from cluster.generation.limits import FaultPolicy
+from cluster.generation.stages.claims import COMMIT_SECONDS, LATE_FACTOR, UNKNOWN_SECONDS
 from cluster.generation.stages.monitor import (
-    COMMIT_SECONDS,
-    LATE_FACTOR,
     MAX_FRUITLESS_STARTS,
     MAX_IN_HAND,
     MAX_SHARD_STARTS,
     OTHERS_MAY_START_SECONDS,
-    UNKNOWN_SECONDS,
     RunMonitor,
     Turn,
 )
