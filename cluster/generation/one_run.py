@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorAlreadyExistsError
+from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError
 
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.stages.monitor import start_monitor
@@ -28,8 +28,7 @@ _PAUSE_SECONDS, _SECONDS_BETWEEN_LINES = 1.0, 60.0
 
 @contextmanager
 def monitor_of_run(store: Store, policy: FaultPolicy) -> Iterator[tuple[ActorHandle, bool]]:
-    """The monitor of the only run that makes the dataset at `store`, and whether another one was waited for: then there
-    is more on the store than before."""
+    """The monitor of the only run that makes the dataset at `store`, and whether another one was waited for."""
     timer, waited = LineTimer(_SECONDS_BETWEEN_LINES, at_once=True), False
     while True:
         try:
@@ -37,10 +36,12 @@ def monitor_of_run(store: Store, policy: FaultPolicy) -> Iterator[tuple[ActorHan
             break
         except ActorAlreadyExistsError:
             waited = True
+        except GetTimeoutError:  # Ray is busy, and does not say whether there is one
+            pass
         if timer.due():
             log.warning(
-                "%s: another run on this cluster makes this dataset; waiting for its end, for %.0f s so far (`ray job "
-                "list` shows both, `ray job stop` ends one)",
+                "%s: another run on this cluster makes this dataset; waiting for its end, for %.0f s so far (to end it "
+                "yourself: `ray job stop` where it was submitted, else SIGTERM to its driver)",
                 store.root,
                 timer.elapsed,
             )

@@ -4,7 +4,7 @@ import json
 import logging
 from collections import abc, deque
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from threading import Thread
 from typing import Any
@@ -147,8 +147,9 @@ def run_pipeline(
     with ExitStack() as only_run:
         if missing:
             monitor, waited = only_run.enter_context(monitor_of_run(store, faults))
-            if waited:
-                on_store, missing = look()
+            if waited and redo:
+                raise InputError(f"{store.root}: another run has changed this dataset meanwhile; run the command again")
+            on_store, missing = look()  # another run may just have ended
         total = sum(plan.shard_rows(shard) for shard in wanted)
         skipped = total - sum(plan.shard_rows(shard) for shard in missing)
         if skipped:
@@ -164,8 +165,8 @@ def run_pipeline(
                 billing=billing, watched_by=(monitor, faults), watch=watch, retry=retry, draw=draw,
             )  # fmt: skip
             begun_again = shards_begun_again(monitor)
+        status = progress.status()  # what costs something ends here
         manifest = write_manifest(store, plan, stored_features(store, plan)) if shards is None else None
-    status = progress.status()
     return GenerationResult(
         shard_size=plan.shard_size,
         manifest=manifest,
@@ -286,17 +287,26 @@ def shard_stream(
 
 def _let_turns_end(rows: Iterator[dict], monitor: ActorHandle) -> None:
     """Turns that are left have nothing to draw, and end. A generator that draws what is stored now, or loads, is not
-    waited for; nor is one for long whose answer was lost with a link: Ray may take minutes to ask again."""
+    waited for; nor is one for long whose answer was lost with a link: Ray may take minutes to ask again.
+
+    Raises InputError where one of them stops the run, for too many failures, say.
+    """
     if ray.get(monitor.busy.remote()):
         return
+    said: list[InputError] = []
 
     def end() -> None:
-        with suppress(Exception):  # nothing that they could say matters any more
+        try:
             deque(rows, maxlen=0)
+        except Exception as error:
+            if (stop := user_error(error)) is not None:  # all else matters no more: everything is stored
+                said.append(stop)
 
     last = Thread(target=end, name="last turns", daemon=True)
     last.start()
     last.join(LAST_TURNS_SECONDS)
+    if said:
+        raise said[0]
 
 
 def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest:

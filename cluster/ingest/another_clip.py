@@ -16,6 +16,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -189,13 +190,14 @@ def _featurise_on_ray(source: OpenDataset, out: Store, spec: ClipSpec, missing: 
     )
     done, rows, total, timer = 0, 0, sum(source.shards[number].rows for number in missing), LineTimer()
     try:
-        for stored in RowsOf(pipeline):
-            done, rows = done + 1, rows + stored["rows"]
-            if timer.due():
-                left = (total - rows) * timer.elapsed / max(rows, 1)
-                log.info(
-                    "%d of %d shards, %.0f pictures/s, %.0f s left", done, len(missing), rows / timer.elapsed, left
-                )
+        with closing(RowsOf(pipeline)) as made:
+            for stored in made:
+                done, rows = done + 1, rows + stored["rows"]
+                if timer.due():
+                    left = (total - rows) * timer.elapsed / max(rows, 1)
+                    log.info(
+                        "%d of %d shards, %.0f pictures/s, %.0f s left", done, len(missing), rows / timer.elapsed, left
+                    )
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
 

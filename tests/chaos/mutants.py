@@ -537,13 +537,18 @@ MUTANTS = (
         ("tests/cluster/generation/test_generate.py::test_a_rerun_skips_everything",),
     ),
     Mutant(
+        "who waits long for an answer sends something",
+        "cluster/generation/stages/asking.py", "            monitor.busy.remote()", "            pass",
+        ("tests/cluster/generation/stages/test_asking.py::test_who_waits_long_sends_something_and_gets_the_answer",),
+    ),
+    Mutant(
         "a second run on the cluster waits for the first",
         "cluster/generation/one_run.py", "name=_name(store), namespace=_NAMESPACE", "",
         ("tests/cluster/generation/test_one_run.py::test_a_second_run_waits_and_draws_nothing_again",),
     ),
     Mutant(
         "what another run has stored meanwhile is not drawn again",
-        "cluster/generation/pipeline.py", "            if waited:\n", "            if False:\n",
+        "cluster/generation/pipeline.py", "            on_store, missing = look()  # another run may just have ended\n", "",
         ("tests/cluster/generation/test_one_run.py::test_a_second_run_waits_and_draws_nothing_again",),
     ),
     Mutant(

@@ -4,6 +4,7 @@ import gc
 import inspect
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -197,6 +198,19 @@ def test_a_pipeline_ends_where_its_rows_are_no_longer_wanted(ray_session: None) 
     while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not Path(f"/proc/{process}").exists()
+
+
+def test_a_pipeline_may_be_closed_while_another_thread_waits_for_its_rows(ray_session: None) -> None:
+    pool = ActorPoolStrategy(size=1)
+    pipeline = row_by_row(pa.table({"number": list(range(20))}))
+    rows = RowsOf(pipeline.map_batches(SleepsOverTheSecond, compute=pool, batch_size=1, batch_format="pyarrow"))
+    next(rows)
+    left: list[dict] = []
+    waiting = threading.Thread(target=lambda: left.extend(rows), daemon=True)
+    waiting.start()
+    rows.close()
+    waiting.join(60)
+    assert not waiting.is_alive() and not left
 
 
 @pytest.mark.parametrize("fails_at", [0, 7, None])
