@@ -497,6 +497,17 @@ MUTANTS = (
         ("tests/cluster/generation/stages/test_monitor.py::test_a_batch_on_a_node_that_is_lost_is_a_death_before_another_generator_draws_it",),
     ),
     Mutant(
+        "a turn whose row Ray has is for no other shard",
+        "cluster/generation/stages/monitor.py", "        elif self._claims.is_used(number):\n            return Turn()\n", "",
+        ("tests/cluster/generation/stages/test_monitor.py::test_a_turn_of_which_something_may_have_come_out_is_for_no_other_shard",),
+    ),
+    Mutant(
+        "a shard is lost with who stores it, whoever else drew it",
+        "cluster/generation/stages/claims.py", "            if winner in self._turns and shard in self._claims:",
+        "            if False:",
+        ("tests/cluster/generation/stages/test_monitor.py::test_who_draws_a_shard_that_another_stores_loses_it_and_it_is_given_out_when_that_one_dies",),
+    ),
+    Mutant(
         "a late shard is given out again",
         "cluster/generation/stages/claims.py", "self._claims[shard].since >= self._late_after()",
         "self._claims[shard].since > math.inf",

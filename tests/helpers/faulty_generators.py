@@ -187,6 +187,9 @@ class SlowStore(Store):
             time.sleep(4)
         super().write_bytes(key, data)
 
+    def __reduce__(self) -> tuple:
+        return SlowStore, (self.root, self.fs, self.prefix, self._single)
+
 
 def hungry(claim: Path | None) -> type[DrawShard]:
     """FILLS_MEMORY takes ever more memory: always, or in the first process that draws it (`claim`: no file yet)."""

@@ -3,7 +3,9 @@
 Ray Data gives generators turns, as many as there are shards and some more (`cluster.generation.pipeline`). A turn is
 for no shard of its own: who has it gets a shard that was lost with a process or a node, else the next one in the plan's
 order, else, at the end, one that is late. A turn that Ray Data gives again, because its process died or its result was
-lost with a node, is for the same shard again, unless another one has it meanwhile.
+lost with a node, is for the same shard again, unless another one has it meanwhile. Then it is for another shard, but
+only if nothing came out of it before: Ray takes what a call gives the second time for what it gave the first time, so
+the row of another shard would be lost.
 
 Of a shard that two have drawn one is stored: that of the first who asks.
 """
@@ -56,6 +58,8 @@ class Claims:
         self._claims: dict[int, Claim] = {}  # by shard, the last one of each that is not stored
         self._turns: dict[int, _Taken] = {}
         self._writing: dict[int, tuple[int, float]] = {}  # by shard: the turn that is being stored, since when
+        self._used: set[int] = set()  # turns of which something may have come out
+        self._refused: set[int] = set()  # turns of which nothing is stored
         self._took: deque[float] = deque(maxlen=SHARDS_TIMED)  # seconds from a shard's beginning to the store
         self._stored: set[int] = set()
         self.given_again = 0  # shards that another turn had, or the same one before: over the whole run
@@ -64,8 +68,8 @@ class Claims:
         """These shards are given out now; those of the pass before are gone. `in_hand`: so many of the first are with
         somebody, nobody knows with whom."""
         now = self._clock()
-        self._turns.clear()
-        self._writing.clear()
+        for known in (self._turns, self._writing, self._used, self._refused):
+            known.clear()
         self._claims = {shard: Claim("", None, now) for shard in shards[:in_hand]}
         self._waiting = deque(shards[in_hand:])
         self._stored.difference_update(shards)
@@ -99,10 +103,15 @@ class Claims:
 
     def of_turn(self, turn: int) -> tuple[int, Claim] | None:
         """The shard of a turn that is given again, and who has it; None where another turn has it, or where it is
-        stored."""
+        stored.
+        """
         shard = self._turns[turn].shard if turn in self._turns else None
         claim = self._claims.get(shard) if shard is not None else None
         return (shard, claim) if shard is not None and claim is not None and claim.turn == turn else None
+
+    def is_used(self, turn: int) -> bool:
+        """Whether something may have come out of a turn, so that it is for no other shard."""
+        return turn in self._used
 
     def next(self) -> int | None:
         """The shard of a turn that has none yet, if there is one to be drawn."""
@@ -124,6 +133,7 @@ class Claims:
 
     def handed_on(self, turn: int) -> None:
         """The shard of a turn is drawn and on its way to an actor of CLIP alone."""
+        self._used.add(turn)
         if turn in self._turns:
             self._turns[turn] = replace(self._turns[turn], is_drawn=True)
 
@@ -158,11 +168,16 @@ class Claims:
                 del self._writing[shard]
 
     def may_store(self, shard: int, turn: int) -> bool:
-        """Whether a shard that was drawn in this turn is stored, or another drawer's is: the first one to ask wins."""
-        if shard in self._stored:
+        """Whether a shard that was drawn in this turn is stored, or another drawer's is: the first one to ask wins. A
+        turn that has lost stays so: its call has ended with nothing."""
+        self._used.add(turn)
+        if shard in self._stored or turn in self._refused:
             return False
         winner, since = self._writing.get(shard, (turn, 0.0))
         if winner != turn and self._clock() - since < COMMIT_SECONDS:
+            self._refused.add(turn)
+            if winner in self._turns and shard in self._claims:  # who is lost with it now
+                self._claims[shard] = Claim(self._turns[winner].holder, winner, since)
             return False
         self._writing[shard] = (turn, self._clock())
         return True

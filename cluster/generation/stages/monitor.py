@@ -213,6 +213,8 @@ class RunMonitor:
         if (again := self._claims.of_turn(number)) is not None:  # Ray Data gives this turn again
             shard, claim = again
             self._moved(claim, shard, generator)
+        elif self._claims.is_used(number):
+            return Turn()
         else:
             if self._claims.in_hand(generator) >= MAX_IN_HAND and not anyway:
                 return Turn(wait=True)

@@ -79,6 +79,42 @@ def test_what_was_given_out_a_second_time_is_counted() -> None:
     assert monitor.begun_again() == 2
 
 
+def test_a_turn_of_which_something_may_have_come_out_is_for_no_other_shard() -> None:
+    """Of what it gives the second time Ray keeps nothing."""
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(4), 1)
+    assert monitor.turn("g", 0, process=1) == Turn(0)
+    assert monitor.turn("g", 1, process=1) == Turn(1)
+    assert monitor.may_store(0, 0)
+    monitor.committed(0)
+    assert monitor.turn("g", 0, process=2) == Turn(), "its row is there, and its process died after that"
+    assert monitor.turn("g", 1, process=2) == Turn(1), "nothing has come out of this one"
+    assert monitor.turn("g", 2, process=2) == Turn(2)
+    monitor.handed_on(2)
+    monitor.committed(2)
+    assert monitor.turn("g", 2, process=3) == Turn(), "it went to an actor of CLIP"
+
+
+def test_who_draws_a_shard_that_another_stores_loses_it_and_it_is_given_out_when_that_one_dies() -> None:
+    clock = Clock()
+    monitor = RunMonitor(FaultPolicy(), clock=clock)
+    monitor.begin_pass(range(4), 2)
+    for number in range(3):
+        assert monitor.turn("a", number) == Turn(number)
+        clock.now += 10
+        monitor.committed(number)
+    assert monitor.turn("a", 3) == Turn(3)
+    clock.now += 10 * LATE_FACTOR
+    assert monitor.turn("b", 4) == Turn(3), "it is late"
+    assert monitor.may_store(3, 3) and not monitor.may_store(3, 4)
+    monitor.start("a", "a node")
+    monitor.start("a", "a node")  # its process died while it stored the shard
+    assert not monitor.may_store(3, 4), "that turn has ended with nothing"
+    assert monitor.turn("b", 4) == Turn()
+    assert monitor.turn("b", 5) == Turn(3)
+    assert monitor.may_store(3, 5)
+
+
 def test_what_a_broken_process_says_is_kept() -> None:
     monitor = RunMonitor(FaultPolicy(max_deaths=2))
     monitor.start("g", "a node")
@@ -490,7 +526,8 @@ def test_what_a_process_was_storing_is_lost_with_it_unless_clip_alone_has_it() -
     monitor.handed_on(1)
     monitor.start("g", "gpu-7")
     assert monitor.turn("h", 2) == Turn(0)
-    assert (monitor.turn("g", 0), monitor.turn("g", 3)) == (Turn(2), Turn(wait=True)), "what is lost counts no more"
+    assert monitor.turn("g", 0) == Turn(), "its row may be there"
+    assert (monitor.turn("g", 3), monitor.turn("g", 6)) == (Turn(2), Turn(wait=True)), "what is lost counts no more"
     assert monitor.may_store(0, 2), "nobody stores it any more"
     assert monitor.turn("h", 4) == Turn(3)
     assert monitor.turn("i", 5) == Turn(wait=True), "of shard 1 nothing is lost"
@@ -545,9 +582,9 @@ def test_of_two_that_drew_a_shard_the_first_to_ask_is_stored() -> None:
     assert monitor.may_store(0, -1), "its process died, and Ray runs it again"
     assert monitor.may_store(1, 1)
     time.now += COMMIT_SECONDS
-    assert monitor.may_store(0, 0), "the first one has had its time"
+    assert monitor.may_store(0, 2), "the first one has had its time"
     monitor.committed(0)
-    assert not monitor.may_store(0, -1) and not monitor.may_store(0, 0)
+    assert not monitor.may_store(0, -1) and not monitor.may_store(0, 2)
 
 
 def test_at_the_end_only_those_that_load_or_draw_for_nothing_are_busy() -> None:
