@@ -503,7 +503,7 @@ MUTANTS = (
     ),
     Mutant(
         "a shard is lost with who stores it, whoever else drew it",
-        "cluster/generation/stages/claims.py", "            if winner in self._turns and shard in self._claims:",
+        "cluster/generation/stages/claims.py", "            if winner in self._turns and (claim := self._claims.get(shard)) is not None:",
         "            if False:",
         ("tests/cluster/generation/stages/test_monitor.py::test_who_draws_a_shard_that_another_stores_loses_it_and_it_is_given_out_when_that_one_dies",),
     ),

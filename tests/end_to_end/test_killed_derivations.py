@@ -72,7 +72,7 @@ CASES = {
     "curate": (by_curate, False, 7),
     "curate, written out": (by_curate, True, 7),
     "sync": (by_sync, False, 20),
-    "sync, probing": (by_probes, False, 50),
+    "sync, probing": (by_probes, False, 44),
     "best-of-n, written out": (by_best_of_n, True, 20),
     "redraw": (by_redraw, False, 25),
     "featurise": (by_featurise, False, 16),

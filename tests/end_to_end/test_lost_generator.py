@@ -83,7 +83,7 @@ def test_a_run_goes_on_where_the_process_of_its_monitor_dies(
         head.add_node(num_cpus=1, object_store_memory=100_000_000)
     wait_for(run, tmp_path, 12)
     address = head.address.rpartition(":")[2]
-    monitors = [each for each in psutil.process_iter(["cmdline"]) if "ray::RunMonitor" in each.info["cmdline"]]
+    monitors = [each for each in psutil.process_iter(["cmdline"]) if "ray::RunMonitor" in (each.info["cmdline"] or ())]
     (mine,) = [each for each in monitors if f":{address}" in " ".join(each.parent().cmdline())]
     mine.send_signal(signal.SIGKILL)
     ended_well(run, tmp_path)

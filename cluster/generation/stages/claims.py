@@ -176,8 +176,8 @@ class Claims:
         winner, since = self._writing.get(shard, (turn, 0.0))
         if winner != turn and self._clock() - since < COMMIT_SECONDS:
             self._refused.add(turn)
-            if winner in self._turns and shard in self._claims:  # who is lost with it now
-                self._claims[shard] = Claim(self._turns[winner].holder, winner, since)
+            if winner in self._turns and (claim := self._claims.get(shard)) is not None:  # it is lost with that one now
+                self._claims[shard] = Claim(self._turns[winner].holder, winner, claim.since)
             return False
         self._writing[shard] = (turn, self._clock())
         return True
