@@ -242,7 +242,7 @@ def measure_blocks(pairs: int, blocks: int, *, block_size: int, device: str) -> 
     return {
         "pairs": pairs,
         "queries": queries,
-        "cpu_seconds_by_stage": {stage: round(taken, 1) for stage, taken in cpu_seconds.items()},
+        "cpu_seconds_by_stage": {stage: round(taken, 4) for stage, taken in cpu_seconds.items()},
         "gflops_a_cpu_second": round(2 * 2 * CLIP_DIM * queries * pairs / total / 1e9, 1),
         "cpu_hours_of_all_blocks": round(total * pairs / queries / 3600, 2),
         "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),

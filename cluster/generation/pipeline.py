@@ -160,7 +160,7 @@ def run_pipeline(
             store_vocabularies(store, plan, node_label=pools.node_label)
         begun_again: int | None = 0
         if missing:
-            _make(
+            _make_missing(
                 store, plan, pools, missing, on_store, progress,
                 billing=billing, watched_by=(monitor, faults), watch=watch, retry=retry, draw=draw,
             )  # fmt: skip
@@ -180,7 +180,7 @@ def run_pipeline(
     )
 
 
-def _make(
+def _make_missing(
     store: Store,
     plan: Plan,
     pools: Pools,

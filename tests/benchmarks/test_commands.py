@@ -39,6 +39,7 @@ QUICK = [
         "refine --pairs 300 --block-size 128",
         ["pairs_per_second", "own_picture", "peak_mb", "gflops", "hours", "cpu_hours"],
     ),
+    ("refine --pairs 300 --block-size 128 --blocks 1", ["queries", "peak_mb", "cpu_seconds_by_stage.candidates"]),
     (
         "write_path --rows 4 --shards 2 --rounds 1 --image-kb 10",
         ["disk.stage_mb_per_second", "disk.ratio", "s3.bare_mb_per_second", "s3.ratio"],
