@@ -509,14 +509,24 @@ MUTANTS = (
     ),
     Mutant(
         "a late shard is given out again",
-        "cluster/generation/stages/claims.py", "self._claims[shard].since >= self._late_after()",
-        "self._claims[shard].since > math.inf",
+        "cluster/generation/stages/claims.py", "if claim.since <= late and not claim.is_second]",
+        "if claim.since > math.inf]",
         ("tests/cluster/generation/stages/test_monitor.py::test_a_late_shard_is_given_out_again_at_the_end",),
     ),
     Mutant(
+        "two draw a late shard at most",
+        "cluster/generation/stages/claims.py", "<= late and not claim.is_second]", "<= late]",
+        ("tests/cluster/generation/stages/test_monitor.py::test_a_caption_that_hangs_in_the_last_shard_is_given_up_and_the_run_goes_on",),
+    ),
+    Mutant(
+        "a late shard that is being stored is not drawn again",
+        "cluster/generation/stages/claims.py", "(shard for shard in alone if self._storing(shard) is None)", "alone",
+        ("tests/cluster/generation/stages/test_monitor.py::test_a_late_shard_that_is_being_stored_is_not_drawn_again",),
+    ),
+    Mutant(
         "of two drawers of a shard one is stored",
-        "cluster/generation/stages/claims.py", "if winner != turn and self._clock()",
-        "if False and self._clock()",
+        "cluster/generation/stages/claims.py", "if (winner := self._storing(shard)) not in (None, turn):",
+        "if (winner := None):",
         ("tests/cluster/generation/stages/test_generator.py::test_of_two_that_drew_a_shard_one_is_stored_whole",),
     ),
     Mutant(

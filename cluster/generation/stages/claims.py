@@ -1,11 +1,12 @@
 """Who has which shard: turns, what has been given out, what is given out next, and whose result is stored.
 
 Ray Data gives generators turns, as many as there are shards and some more (`cluster.generation.pipeline`). A turn is
-for no shard of its own: who has it gets a shard that was lost with a process or a node, else the next one in the plan's
-order, else, at the end, one that is late. A turn that Ray Data gives again, because its process died or its result was
-lost with a node, is for the same shard again, unless another one has it meanwhile. Then it is for another shard, but
-only if nothing came out of it before: Ray takes what a call gives the second time for what it gave the first time, so
-the row of another shard would be lost.
+for no shard of its own: who has it gets a shard that was lost with a process or a node, else the next one in the
+plan's order, else, at the end, one that is late and that nobody is storing. Two draw a late shard at most: a third one
+would not be sooner, and a caption that hangs would take one generator after the other. A turn that Ray Data gives
+again, because its process died or its result was lost with a node, is for the same shard again, unless another one has
+it meanwhile. Then it is for another shard, but only if nothing came out of it before: Ray takes what a call gives the
+second time for what it gave the first time, so the row of another shard would be lost.
 
 Of a shard that two have drawn one is stored: that of the first who asks.
 """
@@ -37,6 +38,7 @@ class Claim:
     generator: str
     turn: int | None  # None: the monitor that knew has died
     since: float
+    is_second: bool = False  # the one before it is late, and draws it too
 
 
 @dataclass(frozen=True)
@@ -121,15 +123,20 @@ class Claims:
         while self._waiting:
             if (shard := self._waiting.popleft()) not in self._stored:
                 return shard
-        if not self._claims:
-            return None
-        shard = min(self._claims, key=lambda shard: self._claims[shard].since)
-        return shard if self._clock() - self._claims[shard].since >= self._late_after() else None
+        late = self._clock() - self._late_after()
+        alone = [shard for shard, claim in self._claims.items() if claim.since <= late and not claim.is_second]
+        return min(
+            (shard for shard in alone if self._storing(shard) is None),
+            key=lambda shard: self._claims[shard].since,
+            default=None,
+        )
 
     def take(self, shard: int, turn: int, generator: str) -> None:
-        self.given_again += shard in self._claims
+        before = self._claims.get(shard)
+        self.given_again += before is not None
+        is_second = before is not None and before.turn != turn and not self._is_given_up(before)
         self._turns[turn] = _Taken(shard, generator)
-        self._claims[shard] = Claim(generator, turn, self._clock())
+        self._claims[shard] = Claim(generator, turn, self._clock(), is_second)
 
     def handed_on(self, turn: int) -> None:
         """The shard of a turn is drawn and on its way to an actor of CLIP alone."""
@@ -173,14 +180,18 @@ class Claims:
         self._used.add(turn)
         if shard in self._stored or turn in self._refused:
             return False
-        winner, since = self._writing.get(shard, (turn, 0.0))
-        if winner != turn and self._clock() - since < COMMIT_SECONDS:
+        if (winner := self._storing(shard)) not in (None, turn):
             self._refused.add(turn)
             if winner in self._turns and (claim := self._claims.get(shard)) is not None:  # it is lost with that one now
                 self._claims[shard] = Claim(self._turns[winner].holder, winner, claim.since)
             return False
         self._writing[shard] = (turn, self._clock())
         return True
+
+    def _storing(self, shard: int) -> int | None:
+        """The turn whose result is being stored, and has the time for it."""
+        turn, since = self._writing.get(shard, (None, -math.inf))
+        return turn if self._clock() - since < COMMIT_SECONDS else None
 
     def stored(self, shard: int) -> None:
         self._stored.add(shard)

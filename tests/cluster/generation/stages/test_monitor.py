@@ -440,10 +440,62 @@ def test_a_late_shard_is_given_out_again_at_the_end() -> None:
     assert monitor.turn("h", 6) == Turn(wait=True)
     time.now += 1
     assert monitor.turn("h", 6) == Turn(4)
-    assert monitor.turn("i", 7) == Turn(wait=True), "two draw it; only if both are late a third one does"
+    time.now += 100 * LATE_FACTOR
+    assert monitor.turn("i", 7) == Turn(wait=True), "two draw it, however late they are"
     assert monitor.turn("g", 4) == Turn(wait=True), "the first one died; its shard is in other hands"
     monitor.start("h", "gpu-8")
     assert monitor.turn("i", 7) == Turn(4), "the process that drew it has died: nobody waits for its model to load"
+
+
+def test_a_late_shard_that_is_being_stored_is_not_drawn_again() -> None:
+    """A store that failed for minutes ended a run: its last shard was drawn again and again, as if drawers had died."""
+    time = Clock()
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    monitor.begin_pass(range(4), 2)
+    for shard in range(3):
+        monitor.turn("g", shard)
+        time.now += 10
+        monitor.committed(shard)
+    assert monitor.turn("g", 3) == Turn(3)
+    assert monitor.may_store(3, 3)
+    time.now += COMMIT_SECONDS - 1
+    assert monitor.turn("h", 4) == Turn(wait=True)
+    time.now += 1
+    assert monitor.turn("h", 4) == Turn(3), "the first one has had its time"
+    assert monitor.may_store(3, 4)
+
+
+def test_a_caption_that_hangs_in_the_last_shard_is_given_up_and_the_run_goes_on() -> None:
+    """Sixteen generators, of which each would take the shard in turn and hang for the 900 s of a batch's time."""
+    time = Clock()
+    policy = FaultPolicy()
+    monitor = RunMonitor(policy, clock=time)
+    names = [f"g{number}" for number in range(16)]
+    monitor.begin_pass(range(20), len(names))
+    for name in names:
+        monitor.start(name, name)
+    for shard in range(19):
+        monitor.turn("g0", shard)
+        time.now += 26
+        monitor.committed(shard)
+    turns, hanging, drawn_by = iter(range(100, 10**6)), {}, []
+    while True:
+        for name in names:
+            if name in hanging and time.now - hanging[name] >= policy.batch_timeout:
+                monitor.start(name, name, hung="unet.py, line 7")
+                del hanging[name]
+            if name in hanging or monitor.turn(name, turn := next(turns)).shard is None:
+                continue
+            drawn_by.append(name)
+            stop, faults = monitor.begin_shard(19)
+            assert not stop
+            if faults.refused:
+                assert monitor.may_store(19, turn) and faults.refused[7][0] == "generator_hung"
+                assert len(drawn_by) <= policy.max_deaths + 2, "two at once at most"
+                return
+            monitor.begin(name, 19, [7])
+            hanging[name] = time.now
+        time.now += 5
 
 
 def test_what_a_dead_process_had_is_the_next_to_be_drawn_by_whoever_asks() -> None:
