@@ -1,6 +1,7 @@
 """The rows of a run as one worker sees them: finished datasets, or one whose first epoch begins while it is made."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ class TrainingData:
         #: Of data whose first epoch is in its order.
         self.plan = self._load_plan() if run.config.first_epoch == "plan" else None
         self._loader: ShardLoader | None = None
-        self._validation: ValidationShare | None = None
+        self._validation: Future[ValidationShare] = Future()
 
     def open(self) -> str:
         """Loader and validation set of the finished data, which is waited for where it is still being made; says in
-        words what there is. Raises InputError when there is nothing to train on.
+        words what there is. Held-out pairs are read meanwhile. Raises InputError when there is nothing to train on.
         """
         run, place = self._run, {"rank": self._shape.rank, "num_workers": self._shape.num_workers}
         if self.plan is not None:
@@ -62,13 +63,16 @@ class TrainingData:
                     "--seed"
                 )
             pairs = [(each.store, rows) for each, rows in zip(sets, held_out, strict=True)]
-            self._validation = held_out_share(pairs, manifest.features, **place)
+            # While the first epoch trains: of a large dataset they lie in up to a thousand shards.
+            reader = ThreadPoolExecutor(1, "held-out")
+            self._validation = reader.submit(held_out_share, pairs, manifest.features, **place)
+            reader.shutdown(wait=False)
             source = f"{sum(map(len, held_out))} held-out synthetic pairs"
         else:
             clip = manifest.spec.clip
             clip_place = local_name(run.clip, clip.revision)
             encoder = ClipEncoder.from_spec(clip, model=clip_place, device=str(self._device))
-            self._validation = picture_share(run.validation, encoder, **place)
+            self._validation.set_result(picture_share(run.validation, encoder, **place))
             source = run.validation.images
         self._loader = ShardLoader(
             [
@@ -92,8 +96,8 @@ class TrainingData:
 
     @property
     def validation(self) -> ValidationShare:
-        assert self._validation is not None, "open() makes it"
-        return self._validation
+        """Waited for, if it is still being read. Raises InputError as `held_out_share` does."""
+        return self._validation.result()
 
     def steps_per_epoch(self) -> int:
         """Exact, but for a first epoch whose rows are not all there: then as many as are planned."""

@@ -1,11 +1,13 @@
 """What the best epoch is chosen by: captions of validation pictures, decoded by all workers, scored by CIDEr."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch.distributed
 
+from cluster.dataset.layout import StoredShard
 from cluster.dataset.rows import Rows, not_finite, not_finite_error, read_rows
 from cluster.sources.pictures import PictureSource, encode_pictures, load_picture_set
 from cluster.store.store import Store
@@ -16,6 +18,9 @@ from pcm.clip.encoder import ClipEncoder
 from pcm.records import FeatureShape
 from pcm.text.metrics import cider_only
 from pcm.text.vocabulary import Vocabulary
+
+#: Shards that one worker reads at a time, beside those that it trains on.
+_READ_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -34,18 +39,26 @@ def held_out_share(
 
     Raises InputError for features that are not finite: their captions would be scored as if the model had failed.
     """
-    parts, image_ids = [Rows.empty(features)], []
-    for place, (store, selection) in enumerate(held_out):
-        for number in range(rank, len(selection.shards), num_workers):
-            shard, numbers = selection.shards[number], selection.rows[number]
-            if len(numbers):
-                rows = read_rows(store, shard, numbers, features)
-                bad = not_finite(rows.global_feature, rows.patch_features, rows.patch_scale, rows.clip_score)
-                if bad.any():
-                    raise not_finite_error([(f"{store.root}/{shard.key}", each) for each in rows.sample_ids[bad]])
-                parts.append(rows)
-                image_ids += [f"{place}/{sample_id}" for sample_id in parts[-1].sample_ids]
-    rows = Rows.concatenate(parts)
+    places = [
+        (place, store, selection.shards[number], selection.rows[number])
+        for place, (store, selection) in enumerate(held_out)
+        for number in range(rank, len(selection.shards), num_workers)
+        if len(selection.rows[number])
+    ]
+
+    def read(store: Store, shard: StoredShard, numbers: np.ndarray) -> Rows:
+        rows = read_rows(store, shard, numbers, features)
+        bad = not_finite(rows.global_feature, rows.patch_features, rows.patch_scale, rows.clip_score)
+        if bad.any():
+            raise not_finite_error([(f"{store.root}/{shard.key}", each) for each in rows.sample_ids[bad]])
+        return rows
+
+    with ThreadPoolExecutor(_READ_THREADS, "held-out-reader") as readers:
+        parts = list(readers.map(lambda place: read(*place[1:]), places))
+    image_ids = [
+        f"{place}/{sample_id}" for (place, *_), rows in zip(places, parts, strict=True) for sample_id in rows.sample_ids
+    ]
+    rows = Rows.concatenate([Rows.empty(features), *parts])
     references = {image_id: [caption] for image_id, caption in zip(image_ids, rows.captions, strict=True)}
     return ValidationShare(references, rows.global_feature, rows.patch_features)
 

@@ -145,6 +145,7 @@ def train(folder: Path, _: Path) -> None:
     data = TrainingData(run, shape, vocabulary, device=torch.device("cpu"))
     data.open()
     list(data.batches(0, start_step=0))
+    assert data.validation is not None
 
 
 def sweep(folder: Path, _: Path) -> None:

@@ -44,3 +44,13 @@ def test_a_dataset_so_small_that_nothing_is_held_out_is_refused_before_the_first
         data_of(place, holdout_fraction=0.001, seed=3).open()
     assert "--val-images" in str(caught.value) and "\n" not in str(caught.value)
     assert "held-out synthetic pairs" in data_of(place, holdout_fraction=0.5, seed=3).open()
+
+
+def test_held_out_pairs_are_read_while_the_first_epoch_trains(tmp_path: Path, tiny_clip: Path) -> None:
+    """Of a large dataset they lie in a thousand shards: nobody waits for them before the first step."""
+    place = write_dataset(tmp_path / "data", tiny_clip, rows=24, shard_size=6, nan_row=5)
+    data = data_of(place, holdout_fraction=0.5, seed=3)
+    data.open()
+    assert next(data.batches(0, start_step=0)).step == 0
+    with pytest.raises(InputError, match="of sample 000000005-00"):
+        assert data.validation
