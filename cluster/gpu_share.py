@@ -5,7 +5,10 @@ a GPU and may take more. It loads a whole CLIP for some seconds, and a very larg
 of 24 GB.
 """
 
+import logging
 import os
+
+log = logging.getLogger(__name__)
 
 #: Memory grows in segments that can be extended, so that two sizes of batch do not leave holes between them.
 ALLOCATOR = "expandable_segments:True"
@@ -33,6 +36,18 @@ def keep_to_shared_gpu() -> None:
 
     if 0 < gpu_share() < 1 and torch.cuda.is_available():
         keep_to_gpu_share("cuda")
+
+
+def worker_has_gpu(doing: str) -> bool:
+    """Whether torch finds a GPU. One that Ray gave this worker and torch does not find is said in a warning, with what
+    the worker is `doing` without it: a CPU is slow."""
+    import torch
+
+    if torch.cuda.is_available():
+        return True
+    if gpu_share():
+        log.warning("Ray gave this worker a GPU, but torch finds none: %s on the CPU", doing)
+    return False
 
 
 def gpu_share() -> float:

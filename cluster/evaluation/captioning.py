@@ -22,7 +22,7 @@ import torch
 from cluster.dataset.given_features import FeatureSet, all_features, load_feature_set
 from cluster.evaluation.request import CaptionerOptions, CaptionRequest
 from cluster.generation.pinning import resolve_device
-from cluster.gpu_share import keep_to_shared_gpu
+from cluster.gpu_share import keep_to_shared_gpu, worker_has_gpu
 from cluster.ray_state import actors_are_placed
 from cluster.session import cluster_gpus, cpus_for_each, room_for, start_ray, user_error, waiting_for
 from cluster.sources.concept_file import read_concepts
@@ -146,11 +146,7 @@ def _anywhere(place: str) -> str:
 
 def _device_here(asked: str) -> str:
     """A worker's; one that Ray gave a GPU of which torch knows nothing captions on its CPU, and says so."""
-    if asked == "cpu" or torch.cuda.is_available():
-        return asked
-    if asked == "cuda":
-        log.warning("Ray gave this worker a GPU, but torch finds none: captioning on the CPU")
-    return "cpu"
+    return asked if asked == "cpu" or worker_has_gpu("captioning") else "cpu"
 
 
 def _described(captioner: Captioner, given: FeatureSet) -> dict[str, CaptionResult]:

@@ -9,7 +9,7 @@ import ray.train.torch
 import safetensors.torch
 import torch
 
-from cluster.gpu_share import keep_to_shared_gpu
+from cluster.gpu_share import keep_to_shared_gpu, worker_has_gpu
 from cluster.store.store import Store, open_store
 from cluster.training.checkpoints import Checkpoints, TrainingState
 from cluster.training.config import TrainConfig
@@ -147,14 +147,10 @@ def worker_device(asked: str = "auto") -> torch.device:
     """The CPU where that is asked for, else what Ray gave this worker. A GPU that torch knows nothing of (Ray was told
     of one, or torch has no CUDA) is none: said in a warning, for a CPU is slow.
     """
-    if asked == "cpu":
+    if asked == "cpu" or not worker_has_gpu("training"):
         return torch.device("cpu")
-    if torch.cuda.is_available():
-        keep_to_shared_gpu()
-        return ray.train.torch.get_device()
-    if ray.is_initialized() and ray.get_gpu_ids():  # asked outside a cluster, it would start one
-        log.warning("Ray gave this worker a GPU, but torch finds none: training on the CPU")
-    return torch.device("cpu")
+    keep_to_shared_gpu()
+    return ray.train.torch.get_device()
 
 
 def resolved_precision(precision: str, device_type: str) -> str:

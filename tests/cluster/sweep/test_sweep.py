@@ -168,7 +168,7 @@ def test_shards_are_read_once_and_shared(data: Path, ray_session: None, monkeypa
 def ray_with_a_gpu() -> Iterator[None]:
     """Ray that was told of a GPU, whether or not there is one."""
     ray.shutdown()
-    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, logging_level=logging.WARNING)
+    ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, logging_level=logging.WARNING)
     yield
     ray.shutdown()
 
