@@ -47,6 +47,7 @@ from cluster.sweep.trial import (
 from cluster.training.config import TrainConfig
 from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.ray_trainer import MEMORY_KEPT
+from cluster.training.request import TrainRequest
 from cluster.training.trackers import flattened
 from cluster.training.train import check_settings, planned_run, ray_storage
 from pcm.documents import document_bytes
@@ -109,7 +110,7 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
         run_config=ray.tune.RunConfig(
             name="tune",
             **ray_storage(out),
-            failure_config=ray.tune.FailureConfig(max_failures=1),
+            failure_config=ray.tune.FailureConfig(max_failures=TrainRequest.max_failures),
             callbacks=[recorder],
             verbose=0,
         ),

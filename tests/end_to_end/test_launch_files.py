@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.util import get_node_ip_address
 
 from tests.helpers.paths import ROOT
 
@@ -37,6 +38,7 @@ def run_slurm(folder: Path, *command: object, nodes: int, **settings: str) -> su
     environment |= {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "SRUN_LOG": str(folder / "srun.log"),
         "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": str(nodes),
+        "SLURMD_NODENAME": "node-7",
         **settings,
     }  # fmt: skip
     return subprocess.run(
@@ -70,6 +72,7 @@ def test_the_job_runs_on_a_head_and_a_worker_with_a_token_that_is_on_no_command_
     assert f"joined the Ray cluster at RAY_ADDRESS: {2 * (os.cpu_count() or 1)} CPU" in done.stderr, "both are counted"
     head, worker = (tmp_path / "srun.log").read_text().splitlines()
     assert "ray start --head" in head and "--address" in worker
+    assert "--nodelist=node-7" in head and "--exclude=node-7" in worker, "by Slurm's name of it"
     assert not re.search(r"[0-9a-f]{64}", head + worker + done.stdout + done.stderr)
     temporary = f"/tmp/ray-{os.getpid()}"
     left = subprocess.run(["pgrep", "--full", temporary], capture_output=True, text=True).stdout
@@ -90,6 +93,33 @@ def test_a_node_that_does_not_come_is_not_waited_for_for_ever(tmp_path: Path) ->
 def test_the_status_of_the_command_is_the_jobs(tmp_path: Path) -> None:
     done = run_slurm(tmp_path, "jobs.generate", "--corpus", "embedded", nodes=1)  # no --out
     assert done.returncode == 2 and "--out: missing" in done.stderr
+
+
+@pytest.mark.slow
+def test_sky_ends_on_every_machine_with_the_job_and_can_be_launched_again_there(sky: dict, tmp_path: Path) -> None:
+    """Both machines are this one, and Ray has a port and a folder of the test's own."""
+    port, temporary = str(20000 + os.getpid() % 20000), f"/tmp/ray-{os.getpid()}"  # a socket's path has 107 bytes
+    script = sky["run"].replace("6379", port).replace("/tmp/ray-pcmnet", temporary).replace("cuda", "cpu")
+    environment = os.environ | {
+        **{name: str(value) for name, value in sky["envs"].items()},
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+        "CORPUS": "embedded", "OUT": str(tmp_path / "out"), "T2I": "null", "CLIP": "null", "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_IPS": f"{get_node_ip_address()}\nanother",
+    }  # fmt: skip
+    for _ in range(2):
+        machines = [
+            subprocess.Popen(
+                ["bash", "-c", script], cwd=ROOT, env=environment | {"SKYPILOT_NODE_RANK": str(rank)}, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )
+            for rank in (1, 0)
+        ]  # fmt: skip
+        said = [machine.communicate(timeout=200)[0] for machine in reversed(machines)][::-1]
+        assert [machine.returncode for machine in machines] == [0, 0], said
+        left = subprocess.run(["pgrep", "--full", temporary], capture_output=True, text=True).stdout
+        assert not left, "Ray outlives the job"
+    summary = json.loads(next(line for line in reversed(said[1].splitlines()) if line.startswith("{")))
+    assert summary["generated"] == 0, "the second launch found everything made"
 
 
 def test_sky_gives_the_job_options_that_it_has(sky: dict) -> None:
