@@ -266,6 +266,30 @@ def test_an_evaluation_that_was_stopped_is_made_when_it_is_submitted_again(
 
 
 @pytest.mark.slow
+def test_a_refinement_that_was_stopped_goes_on_when_it_is_submitted_again(head: Head, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    made = submit(
+        head, "python", "-m", "jobs.generate", "--corpus", "embedded", "--limit", 48, "--shard-size", 4, "--out", data
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+
+    def redraw(out: Path) -> list:
+        asked = ["--method", "redraw", "--budget", 48, "--rounds", 2]
+        return ["python", "-m", "jobs.refine", "--data", data, "--out", out, *asked]
+
+    out = tmp_path / "out"
+    stop_at_work(head, "redraw", lambda: len(list(out.glob("redraws/*/shards/*.parquet"))) > 1, *redraw(out))
+    assert not (out / "dataset.json").exists()
+    found = []
+    for place in (out, tmp_path / "alone"):
+        done = submit(head, *redraw(place))
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append(verify(open_store(place)))
+    assert [each["ok"] for each in found] == [True, True]
+    assert found[0]["fingerprint"] == found[1]["fingerprint"]
+
+
+@pytest.mark.slow
 def test_a_driver_that_joins_by_its_address_trains_there(head: Head, tmp_path: Path, tiny_clip: Path) -> None:
     data, out = write_dataset(tmp_path / "data", tiny_clip, rows=24), tmp_path / "run"
     arguments = [*("--data", data, "--out", out, "--epochs", 1, "--cpus-per-worker", 1), *TINY_SETTINGS]
