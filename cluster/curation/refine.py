@@ -7,7 +7,7 @@ in cluster.curation.redraw_view. Another method is a function like these, and a 
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from cluster.weights.node_copy import local_name
 from pcm.clip.names import folder_revision, is_commit, is_known, refuse_place, resolve_clip_name
 from pcm.errors import InputError
 from pcm.generation.names import TEXT_ONLY, UNDRAWN
+from pcm.reasons import CLIP_ERROR
 from pcm.spec import DIGEST, DatasetSpec, GeneratorSpec
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 FACTS = ("moved", "pictures", "mean_score_before", "mean_score_after", "mean_sync_score")
 #: With --probes also: the share of the exact candidates and describers that was found (sync.stages.Recall).
 RECALL = ("recall_candidates", "recall_describers")
+#: The score of a row that the dataset of --retrieval has not: its CLIP raised on the picture.
+_NOT_SEEN = np.iinfo(np.int64).min
 #: The same of best-of-n and redraw. moved: rows that show a new picture. drawn, failed: new pictures, and those that
 #: could not be made. expected_seconds: of all pictures, before they were drawn. curve: the mean score after each round.
 REDRAW_FACTS = (
@@ -93,6 +96,7 @@ def refine(request: RefineRequest) -> dict[str, Any]:
 def _by_sync(source: OpenDataset, out: Store, request: RefineRequest) -> dict[str, Any]:
     clip = _clip(source, request.clip, request.data, "clip")
     retrieval = _retrieval(source, request)
+    _check_keep(request.keep, (retrieval.data if retrieval is not None else source).manifest.stored)
     sentences = resolve_sentences(request.sentences)
     lineage = lineage_of(source, sentences, request, retrieval)
     read = [*source.places, *(retrieval.data.places if retrieval is not None else ())]
@@ -262,10 +266,11 @@ def _check(source: OpenDataset, request: RefineRequest) -> None:
         raise InputError(f"{place}: has no CLIP features (--clip null); give a dataset with features")
     if manifest.spec.generator.model == TEXT_ONLY:
         raise InputError(f"{place}: has no pictures, only texts; give a dataset of pictures")
-    if request.method == SYNC and int(request.keep * manifest.stored) < 1:
-        raise InputError(
-            f"--keep {request.keep:g}: keeps none of {manifest.stored} pairs; give more data or a larger share"
-        )
+
+
+def _check_keep(keep: float, pairs: int) -> None:
+    if int(keep * pairs) < 1:
+        raise InputError(f"--keep {keep:g}: keeps none of {pairs} pairs; give more data or a larger share")
 
 
 def _join(out: Store, read: Sequence[tuple[Store, str]]) -> None:
@@ -329,13 +334,8 @@ def sync_view(
         found, table = _scored_by_the_datasets_clip(found, table, source, out, request, tasks, clip=clip, device=device)
         facts["retrieval"] = retrieval.data.manifest.spec.clip.model
     rows = refined_rows(found, table["clip_score"].to_numpy())
-    rule = RuleCount(
-        rule="keep",
-        setting=request.keep,
-        dropped=len(table) - len(rows.caption_row),
-        examples=_examples(found, table, source),
-    )
-    lineage = dataclasses.replace(lineage, rules=(rule,), facts={**rows.facts, **facts})
+    rules = _rules(found, table, source, keep=request.keep, clip=by.data.manifest.spec.clip.model)
+    lineage = dataclasses.replace(lineage, rules=rules, facts={**rows.facts, **facts})
     return write_view(
         out, [source], view_rows(rows, table, source), lineage, materialise=request.materialise, made_by=made_by(out)
     )
@@ -355,7 +355,8 @@ def _scored_by_the_datasets_clip(
     """(what was found, the dataset's rows), by the numbers of the dataset's own rows by sample id, with cosines of its
     own CLIP.
 
-    `found` and `table` number the rows that another CLIP saw. A row that it did not see keeps its own picture and goes.
+    `found` and `table` number the rows that another CLIP saw. A row that it did not see keeps its own picture and
+    clip_score, has the score _NOT_SEEN, and goes.
     """
     from cluster.curation.sync.stages import Refined, cosines_of, rows_by_id, store_vectors, work_folder
 
@@ -374,8 +375,9 @@ def _scored_by_the_datasets_clip(
     of_caption = picture[own.numbers.first_row]  # (U,) rows of one caption have one picture, where they were seen
     of_caption[own.numbers.of_row[row_of]] = picture[row_of]
     cosine = cosines_of(out, work, own, of_caption, tasks, block_size=request.block_size)[own.numbers.of_row]
-    score = np.full(len(rows), np.iinfo(np.int64).min)
+    score = np.full(len(rows), _NOT_SEEN)
     score[row_of] = found.score
+    cosine = np.where(score == _NOT_SEEN, rows["clip_score"].to_numpy(), cosine)
     return Refined(picture, score, cosine, row_of[found.kept], found.recall), rows
 
 
@@ -397,20 +399,26 @@ def refined_rows(found: "Refined", scores: np.ndarray) -> RefinedRows:
     )
 
 
-def _examples(found: "Refined", table: pa.Table, source: OpenDataset) -> tuple[dict[str, Any], ...]:
-    """The best of the captions that go, with the pictures that they chose."""
-    goes = np.setdiff1d(np.arange(len(table)), found.kept)
-    best = goes[np.argsort(-found.score[goes], kind="stable")][:EXAMPLES]
-    rows = RefinedRows(best, found.picture[best], found.cosine[best].astype(np.float32), {})
-    view = view_rows(rows, table, source)
-    last = float(found.score[found.kept[-1]] * UNIT)
-    return tuple(
-        {
-            **shown(view, place, [source]),
-            "why": f"SynC score {float(found.score[row] * UNIT):.3f}; all that stay have {last:.3f} or more",
-        }
-        for place, row in enumerate(best)
-    )
+def _rules(found: "Refined", table: pa.Table, source: OpenDataset, *, keep: float, clip: str) -> tuple[RuleCount, ...]:
+    """Why captions go: the CLIP that finds the pictures did not see theirs, or others have better scores. Examples of
+    these are the best of them, with the pictures that they chose."""
+
+    def rule(name: str, setting: Any, goes: np.ndarray, why: Callable[[int], str]) -> RuleCount:
+        some = goes[:EXAMPLES]
+        view = view_rows(
+            RefinedRows(some, found.picture[some], found.cosine[some].astype(np.float32), {}), table, source
+        )
+        examples = tuple({**shown(view, place, [source]), "why": why(row)} for place, row in enumerate(some))
+        return RuleCount(rule=name, setting=setting, dropped=len(goes), examples=examples)
+
+    seen = found.score != _NOT_SEEN
+    goes = np.setdiff1d(np.flatnonzero(seen), found.kept)
+    goes = goes[np.argsort(-found.score[goes], kind="stable")]
+    score = found.score * UNIT
+    last = f"all that stay have {score[found.kept[-1]]:.3f} or more"
+    unseen = rule(CLIP_ERROR, clip, np.flatnonzero(~seen), lambda _: f"not seen by {clip}, which raised on the picture")
+    kept = rule("keep", keep, goes, lambda row: f"SynC score {score[row]:.3f}; {last}")
+    return (unseen, kept) if unseen.dropped else (kept,)
 
 
 def view_rows(rows: RefinedRows, table: pa.Table, source: OpenDataset) -> ViewRows:

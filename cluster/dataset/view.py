@@ -10,6 +10,7 @@ reading a view reads each of them once. What decides a view is written first (li
 """
 
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cluster.dataset.beside import way_to
 from cluster.dataset.layout import (
@@ -43,7 +45,7 @@ from cluster.dataset.layout import (
 from cluster.dataset.lineage import Lineage, LineageSource, PictureStore
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.rows import part_columns, read_shard, read_view_part
-from cluster.dataset.shard_check import fingerprint_entry
+from cluster.dataset.shard_check import fingerprint_entry, picture_sha256
 from cluster.dataset.view_part import PictureShard, ViewPart, part_table
 from cluster.shard_work import PROCESS, ShardWork, shard_work
 from cluster.store.store import Store, open_store
@@ -129,9 +131,10 @@ def write_view(
     made_by: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write rows that point at the pictures of `sources` as a view; with `materialise` with their pictures, as a
-    dataset that needs no other. Run it again with the same rows to finish what was interrupted. `same_words`: the
-    captions are all the first source's, whose words and concepts stay. run_on: one of cluster.shard_work.RUN_ON; the
-    bytes are the same. made_by: the manifest's `versions` and `environments` (cluster.generation.made_by).
+    dataset that needs no other. Run it again to finish what was interrupted: shards that are there stay if they are of
+    the same rows. `same_words`: the captions are all the first source's, whose words and concepts stay. run_on: one of
+    cluster.shard_work.RUN_ON; the bytes are the same. made_by: the manifest's `versions` and `environments`
+    (cluster.generation.made_by).
 
     The fingerprint is that of any dataset: sha256 over the sorted (sample_id, caption, seed of the picture, status,
     sha256 of the picture's bytes); shards do not matter to it. Every picture is read once, to name its bytes; of views
@@ -427,7 +430,8 @@ class ViewParts:
 
 @dataclass(frozen=True)
 class _PartWriter:
-    """Called with (number, part, whether an earlier run wrote it): an entry of Manifest.shards.
+    """Called with (number, part, whether an earlier run wrote it): an entry of Manifest.shards, and whether what that
+    run wrote were other rows, as another device or release finds them.
 
     pictures: the places of the datasets that hold the pictures. features: of a view that gets its pictures.
     """
@@ -439,11 +443,11 @@ class _PartWriter:
     def key(self, number: int) -> str:
         return rows_key(number) if self.features is None else shard_key(number)
 
-    def __call__(self, call: tuple[int, ViewPart, bool]) -> dict:
+    def __call__(self, call: tuple[int, ViewPart, bool]) -> tuple[dict, bool]:
         number, part, there = call
-        if there:
-            data = self.out.read_bytes(self.key(number))
-        else:
+        data = self.out.read_bytes(self.key(number)) if there else b""
+        is_other = there and not self._holds(data, part)
+        if is_other or not there:
             data = parquet_bytes(
                 part.rows if self.features is None else with_pictures(self.out, part, self.pictures, self.features)
             )
@@ -452,19 +456,47 @@ class _PartWriter:
         weight = int(part.rows["weight"].to_numpy().sum())
         if weight != len(part):
             entry["weighted_rows"] = weight
-        return {**entry, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        return {**entry, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}, is_other
+
+    def _holds(self, data: bytes, part: ViewPart) -> bool:
+        """Whether a shard is of these very rows. Its pictures tell, so that they are not read from their datasets."""
+        if self.features is None:
+            return data == parquet_bytes(part.rows)
+        try:
+            found = pq.ParquetFile(io.BytesIO(data)).read([*_WRITTEN_OUT, "weight", "image"])  # weight: if it has one
+            pictures = found["image"].combine_chunks().field("bytes").to_pylist()
+            own = {name: found[name].to_pylist() for name in found.column_names if name != "image"}
+        except (pa.ArrowException, OSError, LookupError):
+            return False  # damaged
+        own.setdefault("weight", [1] * len(found))
+        if any(own.get(name) != part.rows[name].to_pylist() for name in (*_WRITTEN_OUT, "weight")):
+            return False
+        return list(map(picture_sha256, pictures)) == [digest.hex() for digest in part.rows["image_sha256"].to_pylist()]
+
+
+#: What a shard with pictures has of a view's rows as they are.
+_WRITTEN_OUT = ("sample_id", "caption", "clip_score", "seed", "corpus_id")
 
 
 def _write_parts(view: ViewParts, writer: _PartWriter, work: ShardWork) -> tuple[dict, ...]:
-    """Entries of Manifest.shards; parts that are there already are not written again."""
+    """Entries of Manifest.shards; what an earlier run wrote stays where it is the same."""
     present = set(writer.out.list(writer.key(0).partition("/")[0] + "/"))
     timer = LineTimer()
-    entries = []
+    entries: list[dict] = []
+    others = 0
     calls = ((number, view.part(number), writer.key(number) in present) for number in range(len(view)))
-    for entry in work.in_order(writer, calls):
+    for entry, is_other in work.in_order(writer, calls):
         entries.append(entry)
+        others += is_other
         if timer.due():
             log.info("%d of %d shards written", len(entries), len(view))
+    for key in (beyond := present - {entry["key"] for entry in entries}):
+        writer.out.delete(key)
+    if replaced := others + len(beyond):
+        log.warning(
+            "%s: %d shards of an earlier run hold other rows, of another device or release, or are damaged: replaced",
+            writer.out.root, replaced,
+        )  # fmt: skip
     return tuple(entries)
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster.dataset.layout import CONCEPTS_KEY, CorpusSource, MadeWith, Manifest
+from cluster.dataset.layout import CONCEPTS_KEY, MANIFEST_KEY, CorpusSource, MadeWith, Manifest
 from cluster.generation.drawing_fields import DRAWING_FIELDS
 from cluster.generation.request import CorpusOptions, GenerationOptions
 from cluster.options import flag, given, options_of
@@ -76,8 +76,8 @@ def with_settings(request: AnyOptions, wanted: Manifest, *, uri: str) -> AnyOpti
     asked = with_spec(request, wanted.spec)
     if made_with is None:
         log.warning(
-            "--spec %s: an earlier release made it; it does not say and this does not take: --shard-size, --nouns, "
-            "--concepts, %s", uri, _flags(request, OF_CORPUS),
+            "--spec %s: %s; it does not say and this does not take: --shard-size, --nouns, --concepts, %s",
+            uri, _why_silent(wanted), _flags(request, OF_CORPUS),
         )  # fmt: skip
         return asked
     values = {"shard_size": made_with.shard_size, **_concepts(made_with, own, asked.clip, uri=uri)}
@@ -90,6 +90,14 @@ def with_settings(request: AnyOptions, wanted: Manifest, *, uri: str) -> AnyOpti
     elif other := [name for name, value in reading.items() if name not in own and getattr(request, name) != value]:
         log.info("--spec %s: of another corpus; its %s: not taken", uri, _flags(request, other))
     return replace(asked, **{name: value for name, value in values.items() if name not in own})
+
+
+def _why_silent(wanted: Manifest) -> str:
+    """Why a dataset does not say what it was made with."""
+    if wanted.lineage is None:
+        return "an earlier release made it"
+    sources = ", ".join(source.path for source in wanted.lineage.sources)
+    return f"jobs.{wanted.lineage.method} derived it from {sources}, whose {MANIFEST_KEY} may say more"
 
 
 def _reading(source: CorpusSource) -> dict[str, Any]:

@@ -55,6 +55,8 @@ __all__ = ["TrainRequest", "TrainingFailed", "planned_run", "ray_storage", "trai
 log = logging.getLogger(__name__)
 
 CONFIG_KEY = "config.json"
+#: In config.json: where the run is trained, cpu or cuda. Runs of releases that did not record it have none.
+_DEVICE = "device"
 
 
 class TrainingFailed(InputError):
@@ -104,14 +106,16 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes a node of this machine away
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # so soon is seen that training has ended
     start_ray()
-    place = _place(request, config, joined=joined)
+    before = previous.get(_DEVICE) if previous is not None else None
+    place = _place(request, config, joined=joined, before=before)
     if place.device == "cpu":
         check_compile(config, device_type="cpu")
     check_reach(out)
+    document[_DEVICE] = place.device
     out.write_bytes(CONFIG_KEY, document_bytes(document))
     trainer = make_trainer(
         train_loop,
-        {"run": replace(run, cpu_threads=place.cpus, device=place.device)},
+        {"run": replace(run, document=document, cpu_threads=place.cpus, device=place.device)},
         out=out,
         score=SCORE,
         sizes=place.sizes,
@@ -401,14 +405,20 @@ class _Place:
         return self.sizes[0]
 
 
-def _place(request: TrainRequest, config: TrainConfig, *, joined: bool) -> _Place:
-    """What is asked of the cluster: where the device is named, also what it has not yet, for a cluster may grow.
+def _place(request: TrainRequest, config: TrainConfig, *, joined: bool, before: str | None = None) -> _Place:
+    """What is asked of the cluster: where the device is named, also what it has not yet, for a cluster may grow; with
+    nothing there at all, the device that the run was begun on `before` names it.
 
-    Raises InputError where nobody says what to wait for, and for what the cluster cannot give.
+    Raises InputError where nobody says what to wait for, for what the cluster cannot give, and for another device than
+    the run was begun on: its numbers would be others.
     """
     cpus, gpus = int(cluster_cpus()), int(cluster_gpus())
-    named = request.device != "auto" and joined
-    device = device_of_cluster(request.device)
+    named = joined and (request.device != "auto" or not (cpus or gpus))
+    device = device_of_cluster(request.device, before=before)
+    if before not in (None, device):
+        raise InputError(
+            f"{request.out}: was begun on {before}, and this is {device}; give --device {before}, or another --out"
+        )
     sizes = group_sizes(config, request.num_workers or max(gpus if device == "cuda" else 0, 1))
     workers = sizes[-1]
     if device == "cpu" and request.gpus_per_worker < 1:

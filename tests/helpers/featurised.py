@@ -15,6 +15,15 @@ from cluster.ingest.request import FeaturiseRequest
 from cluster.store.store import Store, open_store
 
 
+class FailsOnOne(FeaturiseShard):
+    """A CLIP that raises on every batch with the picture of one sample in it."""
+
+    def encode_rows(self, drawn: pa.Table, rows: list[int]):  # type: ignore[no-untyped-def]
+        if any(drawn["sample_id"][row].as_py() == "000000009-00" for row in rows):
+            raise ValueError("this picture")
+        return super().encode_rows(drawn, rows)
+
+
 def featurise_in_process(
     data: Path,
     out: Path,

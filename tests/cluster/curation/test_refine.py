@@ -28,7 +28,7 @@ from cluster.dataset.verify import verify
 from cluster.dataset.view import lineage_source, write_view
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
-from tests.helpers.featurised import featurise_in_process
+from tests.helpers.featurised import FailsOnOne, featurise_in_process
 from tests.helpers.job_runs import JobRun
 from tests.helpers.models_from_pip import minilm_folder
 from tests.helpers.paths import ROOT
@@ -344,6 +344,29 @@ def test_another_clips_features_find_the_pictures_and_the_datasets_own_clip_scor
     assert found.lineage.facts["sentences"] == f"clip ({found.lineage.facts['retrieval']})"
     assert plain.lineage.facts["sentences"] == f"clip ({tiny_clip})"
     assert verify(open_store(tmp_path / "view"))["ok"]
+
+
+def test_a_caption_whose_picture_the_other_clip_left_out_goes_by_a_rule_of_its_own(
+    tiny_clip: Path, tmp_path: Path, call_job: CALL, no_ray: None, of_clip: tuple
+) -> None:
+    dataset = write_dataset(tmp_path / "data", tiny_clip, rows=20, shard_size=7)
+    clip = save_tiny_clip(tmp_path / "clip", seed=5, width=96)
+    featurise_in_process(dataset, tmp_path / "seen", clip, featurise=FailsOnOne)
+    options: dict[str, object] = {"retrieval": str(tmp_path / "seen"), "keep": 0.8}
+    made = sync_in_process(dataset, tmp_path / "view", SentenceSpec(model="clip"), **options)
+    assert made.lineage is not None and made.stored == int(0.8 * 19)
+    unseen, keep = made.lineage.rules
+    assert (unseen.rule, unseen.setting, unseen.dropped) == ("clip_error", str(clip), 1)
+    (row,) = unseen.examples
+    own = next(row for row in read_dataset(dataset) if row.sample_id == "000000009-00")
+    assert row["sample_id"] == own.sample_id and row["clip_score"] == own.clip_score
+    assert row["why"] == f"not seen by {clip}, which raised on the picture"
+    assert keep.dropped == 20 - 1 - made.stored and len(keep.examples) == keep.dropped
+    scores = [float(str(example["why"]).removeprefix("SynC score ").partition(";")[0]) for example in keep.examples]
+    assert scores == sorted(scores, reverse=True) and scores[-1] > -1
+    few = ("--data", dataset, "--out", tmp_path / "none", *of_clip, "--retrieval", tmp_path / "seen")
+    ended = call_job("refine", *few, "--retrieval-clip", clip, "--keep", 0.05)
+    assert ended.returncode == 2 and "--keep 0.05: keeps none of 19 pairs" in ended.stderr
 
 
 def test_only_the_same_dataset_by_another_clip_may_find_the_pictures(

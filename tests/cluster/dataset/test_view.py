@@ -11,7 +11,15 @@ import pytest
 
 from cluster.dataset import read_dataset
 from cluster.dataset.given_features import find_features
-from cluster.dataset.layout import LINEAGE_KEY, MANIFEST_KEY, Manifest, load_manifest, rows_key, shard_key
+from cluster.dataset.layout import (
+    LINEAGE_KEY,
+    MANIFEST_KEY,
+    Manifest,
+    load_manifest,
+    parquet_bytes,
+    rows_key,
+    shard_key,
+)
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.rows import read_rows, read_shard
@@ -278,6 +286,46 @@ def test_rows_that_cannot_be_are_refused(tmp_path: Path, source: Path) -> None:
         with pytest.raises(ValueError, match=r"occurs twice|below 1|beyond its shard"):
             write_view(open_store(tmp_path), sources, ViewRows(**(vars(rows) | wrong)), lineage(sources))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("materialise", [False, True])
+def test_shards_of_an_interrupted_run_that_found_other_rows_are_replaced(
+    tmp_path: Path, source: Path, materialise: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a GPU finds others than a CPU: other scores, and fewer rows."""
+    make_view(tmp_path / "view", [source], SHUFFLED, materialise=materialise)
+    before = open_store(tmp_path / "view").list()
+    (tmp_path / "view" / MANIFEST_KEY).unlink()
+    fewer = [(0, row) for _, row in SHUFFLED if row < 2 * SHARD]
+    made = make_view(tmp_path / "view", [source], fewer, materialise=materialise)
+    whole = make_view(tmp_path / "whole", [source], fewer, materialise=materialise)
+    there, fresh = open_store(tmp_path / "view"), open_store(tmp_path / "whole")
+    assert verify(there)["ok"] and made.fingerprint == whole.fingerprint
+    assert len(there.list()) < len(before) and there.list() == fresh.list()
+    parts = [shard["key"] for shard in made.shards]
+    assert [key for key in parts if there.read_bytes(key) != fresh.read_bytes(key)] == []
+    assert "shards of an earlier run hold other rows" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["clip_score", "image", "damaged"])
+def test_a_shard_with_pictures_stays_if_it_is_of_the_same_rows_and_pictures(
+    tmp_path: Path, source: Path, change: str
+) -> None:
+    made = make_view(tmp_path / "view", [source], SHUFFLED, materialise=True)
+    first, *others = [tmp_path / "view" / shard["key"] for shard in made.shards]
+    written = first.read_bytes()
+    table = pq.read_table(first)
+    if change == "damaged":
+        first.write_bytes(written[:-9])
+    else:
+        number = table.schema.get_field_index(change)
+        first.write_bytes(parquet_bytes(table.set_column(number, table.field(number), table[change][::-1])))
+    assert first.read_bytes() != written
+    (tmp_path / "view" / MANIFEST_KEY).unlink()
+    times = [path.stat().st_mtime_ns for path in others]
+    assert make_view(tmp_path / "view", [source], SHUFFLED, materialise=True) == made
+    assert first.read_bytes() == written
+    assert [path.stat().st_mtime_ns for path in others] == times
 
 
 @pytest.mark.parametrize("materialise", [False, True])

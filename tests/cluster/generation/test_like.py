@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.curation.curate import curate
+from cluster.curation.request import CurateRequest
 from cluster.dataset.layout import CONCEPTS_KEY, MANIFEST_KEY, CorpusSource, MadeWith, Manifest, load_manifest
 from cluster.dataset.vocabularies import store_given_concepts
 from cluster.generation.like import (
@@ -210,6 +212,15 @@ def asked_of(corpus: Path, **options: object) -> GenerateRequest:
 def test_a_dataset_of_an_earlier_release_says_what_it_lacks(karpathy: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert with_settings(asked_of(karpathy), TINY_MANIFEST, uri="dataset.json").shard_size is None
     assert "does not say and this does not take: --shard-size, --nouns, --concepts, --corpus-format" in caplog.text
+
+
+def test_a_view_says_what_it_was_made_of(karpathy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path), null_spec())
+    curate(CurateRequest(data=(str(tmp_path / "data"),), out=str(tmp_path / "view"), max_words=99))
+    uri = str(tmp_path / "view" / MANIFEST_KEY)
+    assert with_settings(asked_of(karpathy), read_manifest(uri), uri=uri).shard_size is None
+    assert f"jobs.curate derived it from {tmp_path / 'data'}, whose dataset.json may say more; it does" in caplog.text
+    assert "earlier release" not in caplog.text
 
 
 def test_what_found_the_nouns_is_taken_or_refused(karpathy: Path) -> None:

@@ -33,7 +33,7 @@ from pcm.errors import InputError
 from pcm.images import open_image
 from pcm.spec import ClipSpec
 from pcm.text.concepts import ConceptVocabulary, embed
-from tests.helpers.featurised import featurise_in_process
+from tests.helpers.featurised import FailsOnOne, featurise_in_process
 from tests.helpers.job_runs import JobRun
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import write_dataset
@@ -114,15 +114,6 @@ def test_a_dataset_that_was_drawn_without_a_clip_gets_scores_words_and_concepts(
     assert made.lineage.facts["agreement"] is None, "there was no score before"
     assert "cat" in ConceptVocabulary.load(tmp_path / "out" / "concepts.safetensors").names
     assert all(row.clip_score for row in read_dataset(tmp_path / "out"))
-
-
-class FailsOnOne(FeaturiseShard):
-    """A CLIP that raises on every batch with the picture of one sample in it."""
-
-    def encode_rows(self, drawn: pa.Table, rows: list[int]):  # type: ignore[no-untyped-def]
-        if any(drawn["sample_id"][row].as_py() == "000000009-00" for row in rows):
-            raise ValueError("this picture")
-        return super().encode_rows(drawn, rows)
 
 
 def test_a_picture_on_which_the_clip_raises_is_left_out_and_counted(

@@ -7,8 +7,10 @@ import pytest
 
 from cluster.curation.curate import curate
 from cluster.curation.request import CurateRequest
+from cluster.dataset.layout import load_manifest
 from cluster.report.make import make_report
 from cluster.report.request import ReportRequest
+from cluster.store.store import open_store
 from pcm.errors import InputError
 from tests.helpers.tiny_dataset import write_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
@@ -36,6 +38,22 @@ def test_a_view_shows_how_many_rows_each_rule_left_out_and_some_of_them(tmp_path
     curate(CurateRequest(data=(str(tmp_path / "view"),), dry_run=True))
     with pytest.raises(InputError, match="a view, whose pictures are there"):
         report(tmp_path / "view", tmp_path / "report.html")
+
+
+def test_a_view_is_verified_where_it_and_the_shards_of_its_pictures_are_small(
+    tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A view is small itself, whatever it points at."""
+    write_dataset(tmp_path / "data", tiny_clip, rows=ROWS, shard_size=9)
+    curate(CurateRequest(data=(str(tmp_path / "data"),), out=str(tmp_path / "view"), drop_lowest=0.2))
+    manifests = [load_manifest(open_store(tmp_path / name)) for name in ("data", "view")]
+    source, view = (sum(shard.bytes for shard in manifest.stored_shards) for manifest in manifests)
+    assert view < source / 2
+    for limit, said in ((source, False), (source + view, True)):
+        monkeypatch.setattr("cluster.report.dataset_facts.VERIFIED_BYTES", limit)
+        text = report(tmp_path / "view", tmp_path / "report.html")
+        assert ("nothing missing, doubled or corrupt" in text) is said
+        assert ("larger with the shards that hold its pictures than" in text) is not said
 
 
 def test_an_unfinished_dataset_is_reported_on_when_told_so(tmp_path: Path) -> None:

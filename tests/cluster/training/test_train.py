@@ -28,12 +28,12 @@ from cluster.dataset.together import common_vocabularies, merged_concepts
 from cluster.evaluation.captioning import load_captioner
 from cluster.ray_internals import FailureDecision
 from cluster.store.store import open_store
-from cluster.training.config import TrainConfig, settable_fields
+from cluster.training.config import TrainConfig, preset, settable_fields
 from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
 from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer
 from cluster.training.request import TrainRequest
-from cluster.training.train import TrainingFailed, _summary, group_sizes, planned_run, train
+from cluster.training.train import TrainingFailed, _place, _summary, group_sizes, planned_run, train
 from pcm.captioners.captioner import Captioner
 from pcm.captioners.interface import MODEL_FILE
 from pcm.errors import InputError
@@ -241,6 +241,38 @@ def test_a_run_of_another_row_order_is_refused(world: Path, tmp_path: Path, orde
     (tmp_path / "config.json").write_text(json.dumps(document))
     with pytest.raises(InputError, match=f"takes its rows in order {order or 1}, this release in order 2; finish it"):
         train(request(world, tmp_path, resume=True))
+
+
+def test_a_run_goes_on_only_on_the_device_that_it_was_begun_on(
+    trained: Path, world: Path, ray_session: None, tmp_path: Path
+) -> None:
+    """The next epoch of a run on GPUs, while the cluster has CPUs alone."""
+    shutil.copytree(trained, tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    document = json.loads(config.read_bytes())
+    assert document["device"] == "cpu"
+    longer = request(world, tmp_path / "run", resume=True, **real_pictures(world), overrides={"epochs": EPOCHS + 1})
+    config.write_text(json.dumps(document | {"device": "cuda"}))
+    with pytest.raises(InputError, match="was begun on cuda, and this is cpu; give --device cuda, or another --out"):
+        train(longer)
+    assert json.loads(config.read_bytes())["device"] == "cuda" and history(tmp_path / "run") == history(trained)
+    del document["device"]  # as an earlier release wrote it
+    config.write_text(json.dumps(document))
+    assert train(longer)["epochs"] == EPOCHS + 1
+    assert json.loads(config.read_bytes())["device"] == "cpu"
+
+
+def test_a_run_that_goes_on_waits_for_its_device_where_the_cluster_has_nothing_yet(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cluster.training.train", "cluster.generation.pinning"):
+        monkeypatch.setattr(f"{name}.cluster_cpus", lambda: 0.0)
+        monkeypatch.setattr(f"{name}.cluster_gpus", lambda: 0.0)
+    config = preset("embedded").with_overrides(SHARED)
+    place = _place(request(world, tmp_path / "run", resume=True), config, joined=True, before="cuda")
+    assert (place.device, place.num_workers, place.gpus_per_worker) == ("cuda", 1, 1)
+    with pytest.raises(InputError, match="--device auto: the cluster has no CPUs and GPUs for work now"):
+        _place(request(world, tmp_path / "run", resume=True), config, joined=True)
 
 
 @pytest.mark.slow
