@@ -66,7 +66,7 @@ def curate(request: CurateRequest) -> dict[str, Any]:
         sources, needs=needs, concepts=frozenset(concepts.names) if concepts else frozenset(), find_nouns=find_nouns
     )
     rows_in = len(rows)
-    judged = _judge(rows, names, Context(request, concepts), sources)
+    judged = _judge(rows, names, Context(request, rows.own_id, concepts), sources)
     dropped = {rule.rule: rule.dropped for rule in judged.rules}
     summary = {
         "rows_in": rows_in,

@@ -313,6 +313,35 @@ def test_a_list_of_marks_keeps_and_drops(tmp_path: Path, data: Path, rows: list[
             run(data, tmp_path / "bad", **{option: str(marks)})
 
 
+def test_one_list_of_both_marks_serves_as_both_lists_at_once(
+    tmp_path: Path, data: Path, rows: list[DatasetRow]
+) -> None:
+    """What the drop list names has gone by the keep list already, and is in the data all the same."""
+    ids = [row.sample_id for row in rows]
+    marks = tmp_path / "marks.jsonl"
+    lines = [{"sample_id": name, "mark": mark} for name, mark in zip(ids[:3], ("keep", "keep", "drop"), strict=True)]
+    marks.write_text("\n".join(map(json.dumps, [*lines, {"sample_id": "999999999-00", "mark": "drop"}])))
+    found = run(data, tmp_path / "both", keep_list=str(marks), drop_list=str(marks))
+    assert found["dropped"] == {"keep_list": ROWS - 2, "drop_list": 0}
+    assert (found["keep_list_unknown"], found["drop_list_unknown"]) == (0, 1)
+    assert kept(tmp_path / "both") == set(ids[:2])
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"sample_id": ids[1]}))
+    run(data, tmp_path / "two", keep_list=str(marks), drop_list=str(other))
+    assert kept(tmp_path / "two") == {ids[0]}
+
+
+def test_rules_after_one_that_leaves_no_row_judge_nothing(tmp_path: Path, data: Path, rows: list[DatasetRow]) -> None:
+    marks = tmp_path / "marks.jsonl"
+    marks.write_text(json.dumps({"sample_id": rows[0].sample_id, "mark": "drop"}))
+    rules = {**RULES, "keep_list": str(marks), "drop_list": str(marks), "max_attempts": 1, "min_words": 1}
+    rules |= {"keep_word": ("red",), "drop_word": ("blue",), "drop_reason": ("prompt_truncated",)}
+    found = curate(CurateRequest(data=(str(data),), dry_run=True, **rules))  # type: ignore[arg-type]
+    assert found["rows_out"] == 0 and found["dropped"] == {**dict.fromkeys(rules, 0), "keep_list": ROWS}
+    with pytest.raises(InputError, match=r"no row of 60 is left \(keep_list 60, drop_list 0\)"):
+        run(data, tmp_path / "out", keep_list=str(marks), drop_list=str(marks))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
