@@ -220,6 +220,18 @@ def test_of_pictures_that_are_near_the_best_scored_stays(tmp_path: Path, data: P
     assert all(each["beside"]["sample_id"] in wanted for each in examples), "shown beside what stays"
 
 
+@pytest.mark.parametrize("rule", [{"duplicate_pictures": 0.99}, {"covered_by": 3}])
+def test_features_that_are_not_finite_are_named(tmp_path: Path, tiny_clip: Path, rule: dict) -> None:
+    """Nothing can be compared with them: one of them would leave all near duplicates where they are."""
+    data = write_dataset(tmp_path / "data", tiny_clip, rows=30, shard_size=9, nan_global_row=12)
+    with pytest.raises(InputError, match="the features of 000000012-00 are not finite, and 0 others; run"):
+        run(data, tmp_path / "out", **rule)
+    marks = tmp_path / "marks.jsonl"
+    marks.write_text('{"sample_id": "000000012-00"}')
+    run(data, tmp_path / "without", drop_list=str(marks))
+    assert run(tmp_path / "without", tmp_path / "out", **rule)["rows_in"] == 29, "as the message says"
+
+
 def test_near_vectors_are_the_same_for_any_block() -> None:
     random = np.random.default_rng(0)
     centres = random.normal(size=(40, 16))
