@@ -250,14 +250,20 @@ RULES: dict[str, Rule] = {
 }
 
 
-def check_can_judge(names: list[str], *, scored: bool, concepts: bool, place: str) -> None:
-    """Raises InputError for a rule that asks for what the datasets do not have."""
+def check_can_judge(
+    names: list[str], asked: RuleOptions, *, scored: bool, concepts: ConceptVocabulary | None, place: str
+) -> None:
+    """Raises InputError for a rule that asks for what the datasets do not have, or can leave no row out."""
     for name in names:
         option = f"--{name.replace('_', '-')}"
         if RULES[name].by_score and not scored:
             raise InputError(f"{option}: {place} was made with --clip null, which gives no scores; featurise it first")
-        if RULES[name].by_concept and not concepts:
+        if RULES[name].by_concept and concepts is None:
             raise InputError(f"{option}: {place} has no concepts (concepts.safetensors); leave the rule out")
+    if concepts is not None and asked.covered_by is not None and asked.covered_by >= len(concepts):
+        raise InputError(
+            f"--covered-by {asked.covered_by}: no row would go, as the data has {len(concepts)} concepts; give fewer"
+        )
 
 
 def unit_hash(seed: int, sample_id: str) -> float:

@@ -103,15 +103,22 @@ def test_captions_without_a_concept_stay_and_are_counted_by_what_found_the_conce
     stand_in.loader.exec_module(sys.modules["spacy"])
     concepts = ConceptVocabulary.load(data / CONCEPTS_KEY)
     every = len(concepts)
-    assert run(data, tmp_path / "lexicon", covered_by=every)["covered_by_no_concept"] == 0
+    assert run(data, tmp_path / "lexicon", covered_by=every - 1)["covered_by_no_concept"] == 0
+    with pytest.raises(InputError, match=f"--covered-by {every}: no row would go, as the data has {every} concepts"):
+        run(data, tmp_path / "all", covered_by=every)
     coloured = shutil.copytree(data, tmp_path / "coloured")
     (coloured / CONCEPTS_KEY).write_bytes(dataclasses.replace(concepts, source="spacy:xx_colours").to_bytes())
-    found = run(coloured, tmp_path / "spacy", covered_by=every)
+    found = run(coloured, tmp_path / "spacy", covered_by=every - 1)
     without = [row for row in rows if not {"red", "blue"} & set(str(row.caption).lower().strip(".").split())]
-    assert found["covered_by_no_concept"] == len(without) > 0 and found["rows_out"] == ROWS
+    assert found["covered_by_no_concept"] == len(without) > 0
+    assert {row.sample_id for row in without} <= kept(tmp_path / "spacy")
+    run(coloured, tmp_path / "lowest", drop_lowest_per_concept=0.4)  # for this rule they are a group of their own
+    ranked = [row.sample_id for row in sorted(without, key=lambda row: (row.clip_score, row.sample_id))]
+    low = int(0.4 * len(ranked))
+    assert set(ranked) & kept(tmp_path / "lowest") == set(ranked[low:]) and low > 0
     (coloured / CONCEPTS_KEY).write_bytes(dataclasses.replace(concepts, source="spacy:xx_absent").to_bytes())
     with pytest.raises(InputError, match="spaCy model 'xx_absent', which is not installed here; install it, or leave"):
-        run(coloured, tmp_path / "absent", covered_by=every)
+        run(coloured, tmp_path / "absent", covered_by=every - 1)
     assert run(coloured, tmp_path / "other", drop_lowest=0.1)["rows_out"] == ROWS * 0.9, "no rule by concept"
 
 
@@ -361,6 +368,9 @@ def test_rules_after_one_that_leaves_no_row_judge_nothing(tmp_path: Path, data: 
         (("--drop-word", "red circle"), "--drop-word 'red circle': must be one word"),
         (("--drop-reason", "nonsense"), "--drop-reason nonsense: a stored row has no such remark; allowed: "),
         (("--covered-by", "3", "--min-coverage", "0"), "--min-coverage 0: no row would go"),
+        (("--min-clip-score", "-1"), "--min-clip-score -1: no row would go; give a number above -1"),
+        (("--drop-lowest", "0"), "--drop-lowest 0: no row would go"),
+        (("--drop-lowest-per-concept", "0"), "--drop-lowest-per-concept 0: no row would go"),
     ],
 )
 def test_a_rule_without_effect_is_refused(data: Path, options: tuple[str, ...], said: str) -> None:
