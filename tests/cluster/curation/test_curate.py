@@ -378,10 +378,13 @@ def test_a_rule_without_effect_is_refused(data: Path, options: tuple[str, ...], 
         JOB.read(["--data", str(data), "--dry-run", *options])
 
 
-def test_a_place_in_the_dataset_itself_is_refused(data: Path) -> None:
+def test_a_place_in_the_dataset_itself_is_refused(tmp_path: Path, data: Path) -> None:
     with pytest.raises(InputError, match=r"lies in the dataset .*; give a place beside it"):
         run(data, data / "view", drop_lowest=0.1)
-    assert not (data / "view").exists()
+    run(data, tmp_path / "view", drop_lowest=0.1)
+    with pytest.raises(InputError, match=rf"lies in the dataset {data}; give a place beside it"):
+        run(tmp_path / "view", data / "second", drop_lowest=0.1)  # the view's pictures are there
+    assert not (data / "view").exists() and not (data / "second").exists()
 
 
 def test_a_view_whose_pictures_are_gone_is_refused_by_rules_that_look_at_none(tmp_path: Path, data: Path) -> None:
