@@ -57,7 +57,7 @@ def curate(request: CurateRequest) -> dict[str, Any]:
     concepts = _concepts(sources)
     scored = all(source.manifest.spec.clip.model != "null" for source in sources)
     names = [name for name in RULES if name in request.rules]
-    check_can_judge(names, scored=scored, concepts=concepts is not None, place=sources[0].store.root)
+    check_can_judge(names, request, scored=scored, concepts=concepts, place=sources[0].store.root)
     needs = frozenset().union(*(RULES[name].needs for name in names))
     find_nouns = (
         noun_finder_of(concepts) if concepts and any(RULES[name].by_concept for name in names) else lexicon_nouns
@@ -66,7 +66,7 @@ def curate(request: CurateRequest) -> dict[str, Any]:
         sources, needs=needs, concepts=frozenset(concepts.names) if concepts else frozenset(), find_nouns=find_nouns
     )
     rows_in = len(rows)
-    judged = _judge(rows, names, Context(request, concepts), sources)
+    judged = _judge(rows, names, Context(request, rows.own_id, concepts), sources)
     dropped = {rule.rule: rule.dropped for rule in judged.rules}
     summary = {
         "rows_in": rows_in,

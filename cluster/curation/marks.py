@@ -60,8 +60,10 @@ def read_marks(uri: str, *, but_for: str, tags: Sequence[str] = ()) -> Marks:
 
 
 def check_one_dataset(marks: Marks, own_ids: np.ndarray, *, option: str) -> int:
-    """How many of the marked rows are not there. Raises InputError where a marked id is in several datasets, and where
-    none is there."""
+    """How many of the marked rows are not there. own_ids: of all rows of the data, at least one.
+
+    Raises InputError where a marked id is in several datasets, and where none is there.
+    """
     counted = Counter(sample for sample in own_ids if sample in marks.ids)
     twice = sorted(sample for sample, times in counted.items() if times > 1)
     if twice:

@@ -21,7 +21,7 @@ from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import UNIT, WORK
 from cluster.dataset.layout import LINEAGE_KEY, Manifest, Plan
 from cluster.dataset.lineage import Lineage, RuleCount
-from cluster.dataset.opened import OpenDataset, open_dataset
+from cluster.dataset.opened import OpenDataset
 from cluster.dataset.view import ViewRows, claim, lineage_source, open_source, write_view
 from cluster.generation.made_by import made_by
 from cluster.store.store import Store, open_store
@@ -215,7 +215,7 @@ def _retrieval(source: OpenDataset, request: RefineRequest) -> Retrieval | None:
     """None: the dataset's own. Raises InputError for anything but the dataset itself by another CLIP."""
     if request.retrieval is None:
         return None
-    found = open_dataset(open_store(request.retrieval))
+    found = open_source(request.retrieval, request.out)
     lineage = found.manifest.lineage
     if lineage is None or lineage.method != "featurise":
         raise InputError(

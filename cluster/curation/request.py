@@ -67,7 +67,8 @@ class RuleOptions(Request):
     drop_lowest: float | None = option(None, metavar="SHARE", help="the share of rows with the lowest scores goes")
     drop_lowest_per_concept: float | None = option(
         None, metavar="SHARE",
-        help="a row goes if it is in this lowest share among the rows of each concept that its caption names",
+        help="a row goes if it is in this lowest share among the rows of each concept that its caption names; rows "
+        "that name none are a group too",
     )  # fmt: skip
     max_per_concept: int | None = option(
         None, metavar="N", help="quota: at most N rows name the same concept; those with the best scores stay"
@@ -97,8 +98,14 @@ class RuleOptions(Request):
         for name in ("duplicate_captions", "duplicate_pictures"):
             if getattr(self, name) == 0:
                 raise InputError(f"{flag(type(self), name)} 0: every two rows are alike; give a number above 0")
-        if self.min_coverage == 0:
-            raise InputError("--min-coverage 0: no row would go; give a share above 0")
+        for name, least in (
+            ("min_clip_score", -1),
+            ("min_coverage", 0),
+            ("drop_lowest", 0),
+            ("drop_lowest_per_concept", 0),
+        ):
+            if getattr(self, name) == least:
+                raise InputError(f"{flag(type(self), name)} {least}: no row would go; give a number above {least}")
         for name in ("keep_word", "drop_word"):
             if bad := [word for word in getattr(self, name) if not ONE_WORD.fullmatch(word)]:
                 raise InputError(f"{flag(type(self), name)} {bad[0]!r}: must be one word; give the option once a word")

@@ -92,7 +92,7 @@ def read_index(
 
     Of one dataset the sample ids stay. Of several the captions are numbered on: those of the second begin where the
     captions of the first end, and so on. Memory: some 300 bytes a row, and 2 D with features.
-    Raises InputError where a shard cannot be read, or a score is not a number.
+    Raises InputError where a shard cannot be read, or a score or a feature is not a number.
     """
     columns = ["sample_id", "caption", "clip_score", *(name for name in (ATTEMPTS, REASON) if name in needs)]
     parts: list[dict[str, np.ndarray]] = []
@@ -152,6 +152,11 @@ def _read(source: OpenDataset, number: int, shard: int, columns: list[str], *, f
     if features:
         embed_dim = source.manifest.features.embed_dim
         found[FEATURES] = np.array(features_of(source.store, stored, table, FEATURES, embed_dim))
+        if len(bad := np.flatnonzero(~np.isfinite(found[FEATURES]).all(axis=1))):
+            raise InputError(
+                f"{source.store.root}/{stored.key}: the features of {found['sample_id'][bad[0]]} are not finite, and "
+                f"{len(bad) - 1} others; run jobs.verify, or leave these rows out first with jobs.curate --drop-list"
+            )
     return found
 
 

@@ -37,9 +37,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Context:
-    """What rules need besides rows: the stored concepts of all the datasets together, None where there are none."""
+    """What rules need besides rows. own_ids: of all rows, those too that went by an earlier rule, each in its dataset.
+    concepts: the stored ones of all the datasets together, None where there are none."""
 
     asked: RuleOptions
+    own_ids: np.ndarray
     concepts: ConceptVocabulary | None
 
 
@@ -56,7 +58,7 @@ class Rule:
 def _keep_list(rows: IndexRows, context: Context) -> Verdict:
     assert context.asked.keep_list is not None
     marks = read_marks(context.asked.keep_list, but_for=DROP, tags=context.asked.tag)
-    absent = check_one_dataset(marks, rows.own_id, option="--keep-list")
+    absent = check_one_dataset(marks, context.own_ids, option="--keep-list")
     drop = np.array([sample not in marks.ids for sample in rows.own_id], bool)
     facts = {"keep_list_unknown": absent, "keep_list_unreadable": marks.unreadable}
     return Verdict(drop, lambda row: "not in the list", _by_hash(rows), facts=facts)
@@ -65,7 +67,7 @@ def _keep_list(rows: IndexRows, context: Context) -> Verdict:
 def _drop_list(rows: IndexRows, context: Context) -> Verdict:
     assert context.asked.drop_list is not None
     marks = read_marks(context.asked.drop_list, but_for=KEEP, tags=context.asked.tag)
-    absent = check_one_dataset(marks, rows.own_id, option="--drop-list")
+    absent = check_one_dataset(marks, context.own_ids, option="--drop-list")
     drop = np.array([sample in marks.ids for sample in rows.own_id], bool)
     facts = {"drop_list_unknown": absent, "drop_list_unreadable": marks.unreadable}
     return Verdict(drop, lambda row: "in the list", _by_hash(rows), facts=facts)
@@ -248,14 +250,20 @@ RULES: dict[str, Rule] = {
 }
 
 
-def check_can_judge(names: list[str], *, scored: bool, concepts: bool, place: str) -> None:
-    """Raises InputError for a rule that asks for what the datasets do not have."""
+def check_can_judge(
+    names: list[str], asked: RuleOptions, *, scored: bool, concepts: ConceptVocabulary | None, place: str
+) -> None:
+    """Raises InputError for a rule that asks for what the datasets do not have, or can leave no row out."""
     for name in names:
         option = f"--{name.replace('_', '-')}"
         if RULES[name].by_score and not scored:
             raise InputError(f"{option}: {place} was made with --clip null, which gives no scores; featurise it first")
-        if RULES[name].by_concept and not concepts:
+        if RULES[name].by_concept and concepts is None:
             raise InputError(f"{option}: {place} has no concepts (concepts.safetensors); leave the rule out")
+    if concepts is not None and asked.covered_by is not None and asked.covered_by >= len(concepts):
+        raise InputError(
+            f"--covered-by {asked.covered_by}: no row would go, as the data has {len(concepts)} concepts; give fewer"
+        )
 
 
 def unit_hash(seed: int, sample_id: str) -> float:

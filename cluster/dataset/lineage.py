@@ -13,6 +13,11 @@ class PictureStore:
     sha256: str
     beside: str | None = None  # the way from the view to it (cluster.dataset.beside)
 
+    @property
+    def in_view(self) -> bool:
+        """Whether it lies in the view's own folder: redraws, which views of this view point at too."""
+        return self.beside is not None and not self.beside.startswith("../")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LineageSource:

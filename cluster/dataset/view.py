@@ -101,10 +101,16 @@ def lineage_source(found: OpenDataset) -> LineageSource:
 
 def open_source(uri: str, out: str | None, *, unfinished: bool = False) -> OpenDataset:
     """A dataset that rows of a view at `out` are to be taken from: of an unfinished one the shards with which the view
-    was begun, whatever has come since. Raises InputError as open_dataset does."""
+    was begun, whatever has come since.
+
+    Raises InputError as open_dataset does, and for an `out` in this dataset or in one that holds its pictures.
+    """
     store = open_store(uri)
     shards = _begun_with(open_store(out), store) if unfinished and out is not None else None
-    return open_dataset(store, unfinished=unfinished, shards=shards)
+    found = open_dataset(store, unfinished=unfinished, shards=shards)
+    if out is not None:
+        _refuse_inside(open_store(out), found)
+    return found
 
 
 def _begun_with(out: Store, source: Store) -> list[int] | None:
@@ -137,8 +143,9 @@ def write_view(
     (cluster.generation.made_by).
 
     The fingerprint is that of any dataset: sha256 over the sorted (sample_id, caption, seed of the picture, status,
-    sha256 of the picture's bytes); shards do not matter to it. Every picture is read once, to name its bytes; of views
-    among the sources none. Memory: the rows without features, some 300 bytes each.
+    sha256 of the picture's bytes); shards do not matter to it. The pictures of a shard are read once, to name their
+    bytes, and no features; of views among the sources neither. So it is not proved here that a shard is as it was
+    stored, but by jobs.verify, and where features are read. Memory: the rows without features, some 300 bytes each.
 
     Raises InputError where `out` holds anything else, where a picture's shard cannot be read, and where the sources'
     features are of different CLIPs (cluster.dataset.together.check_same_clip). Raises ValueError for rows that cannot
@@ -146,7 +153,6 @@ def write_view(
     """
     _check(rows, sources)
     document = _document(lineage, materialise=materialise, shard_rows=shard_rows)
-    _refuse_inside(out, lineage)
     if (found := begun(out, document)) is not None:
         return found
     if len(sources) > 1:
@@ -179,7 +185,6 @@ def claim(
     Raises InputError where `out` holds anything else.
     """
     document = _document(lineage, materialise=materialise, shard_rows=None)
-    _refuse_inside(out, lineage)
     if (found := begun(out, document)) is None:
         is_new = not out.exists(LINEAGE_KEY)
         out.write_bytes(LINEAGE_KEY, document_bytes(document))
@@ -208,11 +213,11 @@ def with_pictures(view: Store, part: ViewPart, pictures: Sequence[str], features
     return table
 
 
-def _refuse_inside(out: Store, lineage: Lineage) -> None:
-    """Raises InputError for a place in a dataset that rows are taken from, which would be deleted and moved with it."""
-    for source in lineage.sources:
-        if out.address.startswith(f"{source.path}/"):
-            raise InputError(f"--out {out.root}: lies in the dataset {source.path}; give a place beside it")
+def _refuse_inside(out: Store, source: OpenDataset) -> None:
+    """Raises InputError for a place that would be deleted and moved with a dataset."""
+    for place in (source.store.address, *(each.path for each in source.manifest.pictures)):
+        if out.address.startswith(f"{place}/"):
+            raise InputError(f"--out {out.root}: lies in the dataset {place}; give a place beside it")
 
 
 def begun(out: Store, document: dict) -> Manifest | None:
@@ -356,7 +361,8 @@ def _resolve(source: OpenDataset, shard: int, numbers: np.ndarray, stores: Seque
         stores.index(_picture_stores(source)[0]),
         replace(stored, weighted_rows=None),
     )
-    table = read_shard(source.store, stored, ["sample_id", "seed", "image"]).combine_chunks()
+    # No checksum: it would read the features too, nearly all of a dataset's bytes. Whoever reads these compares it.
+    table = read_shard(source.store, stored, ["sample_id", "seed", "image"], checksum=False).combine_chunks()
     wanted = sorted(set(numbers.tolist()))
     pictures = table["image"].combine_chunks().field("bytes").take(wanted).to_pylist()
     digests = {

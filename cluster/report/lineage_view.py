@@ -15,7 +15,10 @@ CURVE = "curve"
 
 
 def lineage(found: Lineage, data: DatasetFacts, left_out: dict[str, list[LeftOut]]) -> Html:
+    stores = data.manifest.pictures
     kind = "points at pictures that stay where they are" if data.manifest.is_view else "holds its own pictures"
+    if any(each.in_view for each in stores):
+        kind += ". Some of them lie in its own folder: keep it as long as this view, or a view of it, is used"
     sources = [
         [code(each.path), each.generator, count(each.rows), _shards(each.shards, each.planned_shards)]
         for each in found.sources
@@ -28,6 +31,7 @@ def lineage(found: Lineage, data: DatasetFacts, left_out: dict[str, list[LeftOut
         f"{count(data.manifest.stored)} of {count(found.rows_in)} pairs stayed. The dataset {kind}. Rules were applied "
         "in this order; a pair counts where it went first. Shown are those that went most narrowly.",
         facts([("Made by", code(f"jobs.{found.method}")), ("Fingerprint", code(data.manifest.fingerprint or "")),
+               *(("Pictures in", code(each.path)) for each in stores),
                *((name.replace("_", " "), str(value)) for name, value in sorted(found.facts.items())
                  if name not in (AGREEMENT, CURVE))]),
         table(["source", "drawn by", "pairs", "shards"], sources, label="Sources", numbers=range(2, 4)),

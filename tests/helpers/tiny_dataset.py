@@ -65,13 +65,14 @@ def write_dataset(
     shard_size: int = 20,
     nan_row: int | None = None,
     zero_row: int | None = None,
+    nan_global_row: int | None = None,
     first: int = 0,
     scores: np.ndarray | None = None,
     attempts: Sequence[int] | None = None,
     reasons: Sequence[str] | None = None,
 ) -> Path:
     """A finished dataset of `rows` scenes from number `first` on; the patch features of row `nan_row` are NaN, the
-    global feature of row `zero_row` is zero.
+    global feature of row `zero_row` is zero, that of row `nan_global_row` NaN.
 
     scores: (rows,) in place of those of the CLIP, which are nearly all alike.
     """
@@ -87,6 +88,8 @@ def write_dataset(
         patch_features[nan_row] = np.nan
     if zero_row is not None:
         global_feature[zero_row] = 0
+    if nan_global_row is not None:
+        global_feature[nan_global_row] = np.nan
     table = pa.table(
         {
             "sample_id": [f"{first + index:09d}-00" for index in range(rows)],

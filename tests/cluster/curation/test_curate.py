@@ -103,15 +103,22 @@ def test_captions_without_a_concept_stay_and_are_counted_by_what_found_the_conce
     stand_in.loader.exec_module(sys.modules["spacy"])
     concepts = ConceptVocabulary.load(data / CONCEPTS_KEY)
     every = len(concepts)
-    assert run(data, tmp_path / "lexicon", covered_by=every)["covered_by_no_concept"] == 0
+    assert run(data, tmp_path / "lexicon", covered_by=every - 1)["covered_by_no_concept"] == 0
+    with pytest.raises(InputError, match=f"--covered-by {every}: no row would go, as the data has {every} concepts"):
+        run(data, tmp_path / "all", covered_by=every)
     coloured = shutil.copytree(data, tmp_path / "coloured")
     (coloured / CONCEPTS_KEY).write_bytes(dataclasses.replace(concepts, source="spacy:xx_colours").to_bytes())
-    found = run(coloured, tmp_path / "spacy", covered_by=every)
+    found = run(coloured, tmp_path / "spacy", covered_by=every - 1)
     without = [row for row in rows if not {"red", "blue"} & set(str(row.caption).lower().strip(".").split())]
-    assert found["covered_by_no_concept"] == len(without) > 0 and found["rows_out"] == ROWS
+    assert found["covered_by_no_concept"] == len(without) > 0
+    assert {row.sample_id for row in without} <= kept(tmp_path / "spacy")
+    run(coloured, tmp_path / "lowest", drop_lowest_per_concept=0.4)  # for this rule they are a group of their own
+    ranked = [row.sample_id for row in sorted(without, key=lambda row: (row.clip_score, row.sample_id))]
+    low = int(0.4 * len(ranked))
+    assert set(ranked) & kept(tmp_path / "lowest") == set(ranked[low:]) and low > 0
     (coloured / CONCEPTS_KEY).write_bytes(dataclasses.replace(concepts, source="spacy:xx_absent").to_bytes())
     with pytest.raises(InputError, match="spaCy model 'xx_absent', which is not installed here; install it, or leave"):
-        run(coloured, tmp_path / "absent", covered_by=every)
+        run(coloured, tmp_path / "absent", covered_by=every - 1)
     assert run(coloured, tmp_path / "other", drop_lowest=0.1)["rows_out"] == ROWS * 0.9, "no rule by concept"
 
 
@@ -220,6 +227,18 @@ def test_of_pictures_that_are_near_the_best_scored_stays(tmp_path: Path, data: P
     assert all(each["beside"]["sample_id"] in wanted for each in examples), "shown beside what stays"
 
 
+@pytest.mark.parametrize("rule", [{"duplicate_pictures": 0.99}, {"covered_by": 3}])
+def test_features_that_are_not_finite_are_named(tmp_path: Path, tiny_clip: Path, rule: dict) -> None:
+    """Nothing can be compared with them: one of them would leave all near duplicates where they are."""
+    data = write_dataset(tmp_path / "data", tiny_clip, rows=30, shard_size=9, nan_global_row=12)
+    with pytest.raises(InputError, match="the features of 000000012-00 are not finite, and 0 others; run"):
+        run(data, tmp_path / "out", **rule)
+    marks = tmp_path / "marks.jsonl"
+    marks.write_text('{"sample_id": "000000012-00"}')
+    run(data, tmp_path / "without", drop_list=str(marks))
+    assert run(tmp_path / "without", tmp_path / "out", **rule)["rows_in"] == 29, "as the message says"
+
+
 def test_near_vectors_are_the_same_for_any_block() -> None:
     random = np.random.default_rng(0)
     centres = random.normal(size=(40, 16))
@@ -313,6 +332,35 @@ def test_a_list_of_marks_keeps_and_drops(tmp_path: Path, data: Path, rows: list[
             run(data, tmp_path / "bad", **{option: str(marks)})
 
 
+def test_one_list_of_both_marks_serves_as_both_lists_at_once(
+    tmp_path: Path, data: Path, rows: list[DatasetRow]
+) -> None:
+    """What the drop list names has gone by the keep list already, and is in the data all the same."""
+    ids = [row.sample_id for row in rows]
+    marks = tmp_path / "marks.jsonl"
+    lines = [{"sample_id": name, "mark": mark} for name, mark in zip(ids[:3], ("keep", "keep", "drop"), strict=True)]
+    marks.write_text("\n".join(map(json.dumps, [*lines, {"sample_id": "999999999-00", "mark": "drop"}])))
+    found = run(data, tmp_path / "both", keep_list=str(marks), drop_list=str(marks))
+    assert found["dropped"] == {"keep_list": ROWS - 2, "drop_list": 0}
+    assert (found["keep_list_unknown"], found["drop_list_unknown"]) == (0, 1)
+    assert kept(tmp_path / "both") == set(ids[:2])
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"sample_id": ids[1]}))
+    run(data, tmp_path / "two", keep_list=str(marks), drop_list=str(other))
+    assert kept(tmp_path / "two") == {ids[0]}
+
+
+def test_rules_after_one_that_leaves_no_row_judge_nothing(tmp_path: Path, data: Path, rows: list[DatasetRow]) -> None:
+    marks = tmp_path / "marks.jsonl"
+    marks.write_text(json.dumps({"sample_id": rows[0].sample_id, "mark": "drop"}))
+    rules = {**RULES, "keep_list": str(marks), "drop_list": str(marks), "max_attempts": 1, "min_words": 1}
+    rules |= {"keep_word": ("red",), "drop_word": ("blue",), "drop_reason": ("prompt_truncated",)}
+    found = curate(CurateRequest(data=(str(data),), dry_run=True, **rules))  # type: ignore[arg-type]
+    assert found["rows_out"] == 0 and found["dropped"] == {**dict.fromkeys(rules, 0), "keep_list": ROWS}
+    with pytest.raises(InputError, match=r"no row of 60 is left \(keep_list 60, drop_list 0\)"):
+        run(data, tmp_path / "out", keep_list=str(marks), drop_list=str(marks))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -320,6 +368,9 @@ def test_a_list_of_marks_keeps_and_drops(tmp_path: Path, data: Path, rows: list[
         (("--drop-word", "red circle"), "--drop-word 'red circle': must be one word"),
         (("--drop-reason", "nonsense"), "--drop-reason nonsense: a stored row has no such remark; allowed: "),
         (("--covered-by", "3", "--min-coverage", "0"), "--min-coverage 0: no row would go"),
+        (("--min-clip-score", "-1"), "--min-clip-score -1: no row would go; give a number above -1"),
+        (("--drop-lowest", "0"), "--drop-lowest 0: no row would go"),
+        (("--drop-lowest-per-concept", "0"), "--drop-lowest-per-concept 0: no row would go"),
     ],
 )
 def test_a_rule_without_effect_is_refused(data: Path, options: tuple[str, ...], said: str) -> None:
@@ -327,10 +378,13 @@ def test_a_rule_without_effect_is_refused(data: Path, options: tuple[str, ...], 
         JOB.read(["--data", str(data), "--dry-run", *options])
 
 
-def test_a_place_in_the_dataset_itself_is_refused(data: Path) -> None:
+def test_a_place_in_the_dataset_itself_is_refused(tmp_path: Path, data: Path) -> None:
     with pytest.raises(InputError, match=r"lies in the dataset .*; give a place beside it"):
         run(data, data / "view", drop_lowest=0.1)
-    assert not (data / "view").exists()
+    run(data, tmp_path / "view", drop_lowest=0.1)
+    with pytest.raises(InputError, match=rf"lies in the dataset {data}; give a place beside it"):
+        run(tmp_path / "view", data / "second", drop_lowest=0.1)  # the view's pictures are there
+    assert not (data / "view").exists() and not (data / "second").exists()
 
 
 def test_a_view_whose_pictures_are_gone_is_refused_by_rules_that_look_at_none(tmp_path: Path, data: Path) -> None:

@@ -156,7 +156,14 @@ def test_a_redraw_spends_its_budget_in_rounds_and_says_what_they_gained(dataset:
         assert proof["ok"] and proof["expected"] == 7
     assert made.lineage.settings["budget"] == 14.0
     make_report(ReportRequest(data=str(tmp_path / "out"), out=str(tmp_path / "report.html")))
-    assert f"{means[-1]:.4f}" in (tmp_path / "report.html").read_text(), "the curve"
+    report = (tmp_path / "report.html").read_text()
+    assert f"{means[-1]:.4f}" in report, "the curve"
+    own = "Some of them lie in its own folder"
+    assert own in report and str(tmp_path / "out" / "redraws" / "round-001") in report
+    curate(CurateRequest(data=(str(tmp_path / "out"),), out=str(tmp_path / "view"), min_words=1))
+    make_report(ReportRequest(data=str(tmp_path / "view"), out=str(tmp_path / "view.html")))
+    report = (tmp_path / "view.html").read_text()
+    assert own not in report and str(tmp_path / "out" / "redraws" / "round-001") in report, "what has to stay"
 
 
 def test_the_lowest_are_drawn_again_and_again_until_the_budget_is_spent(dataset: Path, tmp_path: Path) -> None:

@@ -204,6 +204,26 @@ def test_a_view_written_out_is_a_dataset_of_its_own_with_the_same_rows(
         assert all(np.array_equal(one, two) for one, two in zip(row, theirs[sample], strict=True))
 
 
+def test_a_view_is_written_without_reading_features(tmp_path: Path, tiny_clip: Path) -> None:
+    """They are nearly all of a dataset's bytes. That they are no longer what was stored is seen where they are read."""
+    mine = write_dataset(tmp_path / "mine", tiny_clip, rows=10, shard_size=5)
+    shard = mine / shard_key(0)
+    group = pq.ParquetFile(shard).metadata.row_group(0)
+    columns = map(group.column, range(group.num_columns))
+    (column,) = (each for each in columns if each.path_in_schema == "patch_features")
+    data = bytearray(shard.read_bytes())
+    start = column.data_page_offset
+    data[start : start + column.total_compressed_size // 2] = bytes(column.total_compressed_size // 2)
+    shard.write_bytes(data)
+    manifest = make_view(tmp_path / "view", [mine], [(0, 1), (0, 8)])
+    assert manifest.stored == 2
+    with pytest.raises(InputError, match="not the shard that the dataset speaks of"):
+        everything(tmp_path / "view")
+    assert verify(open_store(tmp_path / "view"))["corrupt"] == 1
+    with pytest.raises(InputError, match="not the shard that the dataset speaks of"):
+        make_view(tmp_path / "written", [mine], [(0, 1)], materialise=True)
+
+
 def test_verify_names_a_source_that_has_changed_or_is_gone(tmp_path: Path, tiny_clip: Path, source: Path) -> None:
     mine = write_dataset(tmp_path / "mine", tiny_clip, rows=10, shard_size=5)
     make_view(tmp_path / "view", [source, mine], [(0, 1), (1, 2), (1, 8)])
