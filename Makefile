@@ -29,7 +29,8 @@ chaos: $(STAMP)
 # Clusters of several hosts on this machine, in network, process and mount namespaces; needs root.
 cluster-test: $(STAMP)
 	$(VENV)/bin/python -m pytest -m slow tests/end_to_end/test_hosts.py tests/end_to_end/test_jobs_over_hosts.py \
-		tests/end_to_end/test_growing_cluster.py tests/end_to_end/test_reach.py tests/end_to_end/test_job_submit.py
+		tests/end_to_end/test_growing_cluster.py tests/end_to_end/test_autoscaled_cluster.py tests/end_to_end/test_reach.py \
+		tests/end_to_end/test_job_submit.py
 
 # Takes the handling of each fault away in a copy of the tree, and sees its test fail.
 mutants: $(STAMP)
