@@ -18,7 +18,7 @@ def run(request: VerifyRequest) -> dict[str, Any]:
     if request.redraw is not None:
         from cluster.generation.redraw_check import plans_of
 
-        plans_of(store)  # what cannot be drawn again is told before all is read
+        plans = plans_of(store)  # what cannot be drawn again is told before all is read
     if request.upgrade:
         from cluster.dataset.upgrade import upgrade
 
@@ -28,7 +28,7 @@ def run(request: VerifyRequest) -> dict[str, Any]:
         return found
     from cluster.generation.redraw_check import redraw_check
 
-    again = redraw_check(request.dataset, count=request.redraw, seed=request.seed)
+    again = redraw_check(store, plans, count=request.redraw, seed=request.seed)
     return {**found, "redraw": again, "ok": found["ok"] and again["ok"]}
 
 

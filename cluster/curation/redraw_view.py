@@ -21,12 +21,13 @@ import pyarrow as pa
 
 from cluster.curation.redraw.budget import pictures_of, seconds_per_picture
 from cluster.curation.redraw.choice import predicted_gain, ranked
+from cluster.curation.redraw.earlier import attempts_before
 from cluster.curation.redraw.rounds import Draw, Drawn, Redraws, draw_round, round_store
 from cluster.curation.redraw.scores import Scores
 from cluster.curation.redraw.settings import LOWEST, MOST_REDRAWS, PICTURES, Policy
 from cluster.curation.refine_request import BEST_OF_N, RefineRequest
 from cluster.curation.rows import IndexRows, read_index
-from cluster.dataset.layout import Manifest, parquet_bytes
+from cluster.dataset.layout import MANIFEST_KEY, Manifest, parquet_bytes
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import OpenDataset
 from cluster.dataset.request import ShardOptions
@@ -36,7 +37,7 @@ from cluster.generation.made_by import made_by
 from cluster.store.store import Store
 from cluster.weights.node_copy import local_spec
 from pcm.documents import document_bytes
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
 from pcm.generation.prompt_length import truncation_check
 from pcm.generation.seeds import REDRAW_STEP
 from pcm.spec import DatasetSpec, GeneratorSpec
@@ -49,12 +50,14 @@ ATTEMPTS_KEY = "attempts.parquet"
 
 @dataclass(frozen=True)
 class Asked:
-    """How many pictures are drawn, and how they are chosen. redraws: of each row, for best-of-n; else None."""
+    """How many pictures are drawn, and how they are chosen. redraws: of each row, for best-of-n; else None. before: how
+    many redraws of a row the steps before counted (redraw.earlier)."""
 
     pictures: int
     rounds: int
     policy: Policy
     redraws: int | None = None
+    before: int = 0
 
 
 def redraw_lineage(source: OpenDataset, request: RefineRequest) -> Lineage:
@@ -85,7 +88,7 @@ def dry_run(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
     `keep_plan` does."""
     planned = _plan(source, request, source.manifest.stored)
     scores = Scores.of(read_index([source]).clip_score)
-    planned |= _prediction(scores, _asked(request, planned["pictures"]), planned["seconds_per_picture"])
+    planned |= _prediction(scores, _asked(source, request, planned["pictures"]), planned["seconds_per_picture"])
     _say_prediction(planned, scores)
     mean = float(scores.stored.mean())
     return {
@@ -154,7 +157,7 @@ def redraw_view(
     `keep_plan` says."""
     rows = read_index([source])
     seeds = _seeds(source, rows)
-    asked = _asked(request, planned["pictures"])
+    asked = _asked(source, request, planned["pictures"])
     scores = Scores.of(rows.clip_score)
     if "expected_gain" not in planned:
         planned = planned | _prediction(scores, asked, planned["seconds_per_picture"])
@@ -174,7 +177,7 @@ def redraw_view(
         rounds.append(drawn)
         left -= len(redraws)
         before = scores.best.sum()
-        scores = scores.after(redraws.row, redraws.attempt, drawn.score)
+        scores = scores.after(redraws.row, redraws.attempt - asked.before, drawn.score)
         curve.append(_point(scores, asked.pictures - left, int(np.isnan(drawn.score).sum()), expected))
         log.info(
             "round %d: mean clip score %.4f (+%.4f); expected +%.4f", len(rounds) - 1, scores.best.mean(),
@@ -201,10 +204,16 @@ def redraw_view(
     )  # fmt: skip
 
 
-def _asked(request: RefineRequest, pictures: int) -> Asked:
+def _asked(source: OpenDataset, request: RefineRequest, pictures: int) -> Asked:
+    try:
+        before = attempts_before(source.manifest.lineage)
+    except (ValueError, TypeError, LookupError) as error:
+        raise InputError(
+            f"{source.store.root}/{MANIFEST_KEY}: damaged (lineage: {one_line(error, longest=200)}); make it again"
+        ) from None
     if request.method == BEST_OF_N:
-        return Asked(pictures, 1, Policy(), redraws=request.best_of - 1)
-    return Asked(pictures, request.rounds, Policy(request.choose, request.lowest))
+        return Asked(pictures, 1, Policy(), redraws=request.best_of - 1, before=before)
+    return Asked(pictures, request.rounds, Policy(request.choose, request.lowest), before=before)
 
 
 def _next_round(scores: Scores, asked: Asked, left: int) -> tuple[Redraws, float]:
@@ -212,9 +221,9 @@ def _next_round(scores: Scores, asked: Asked, left: int) -> tuple[Redraws, float
     if asked.redraws is not None:
         rows = np.repeat(np.arange(len(scores)), asked.redraws)
         attempts = np.tile(np.arange(1, asked.redraws + 1), len(scores))
-        return Redraws(rows, attempts), scores.gain_of_several(np.arange(len(scores)), asked.redraws)
+        return Redraws(rows, asked.before + attempts), scores.gain_of_several(np.arange(len(scores)), asked.redraws)
     rows = np.sort(ranked(asked.policy, scores)[: min(left, math.ceil(asked.pictures / asked.rounds))])
-    return Redraws(rows, scores.tried[rows] + 1), scores.gain_of_several(rows, 1)
+    return Redraws(rows, asked.before + scores.tried[rows] + 1), scores.gain_of_several(rows, 1)
 
 
 def _prediction(scores: Scores, asked: Asked, seconds: float | None) -> dict[str, Any]:

@@ -26,11 +26,11 @@ from cluster.dataset.view import ViewRows, claim, lineage_source, open_source, w
 from cluster.generation.made_by import made_by
 from cluster.store.store import Store, open_store
 from cluster.weights.node_copy import local_name
-from pcm.clip.names import folder_revision, is_commit, is_known, refuse_place, resolve_clip_name
+from pcm.clip.names import folder_revision, is_known, refuse_place, resolve_clip_name
 from pcm.errors import InputError
-from pcm.generation.names import TEXT_ONLY, UNDRAWN
+from pcm.generation.names import TEXT_ONLY
 from pcm.reasons import CLIP_ERROR
-from pcm.spec import DIGEST, DatasetSpec, GeneratorSpec
+from pcm.spec import DIGEST, DatasetSpec
 
 if TYPE_CHECKING:
     from cluster.curation.sync.stages import Refined
@@ -127,11 +127,12 @@ def _dry_run(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:
 
 
 def _drawing_spec(source: OpenDataset, request: RefineRequest) -> DatasetSpec:
+    from cluster.curation.redraw.own_generator import own_generator  # brings Ray, which takes seconds
     from cluster.curation.redraw_view import check_attempts
 
     spec = source.manifest.spec
     clip = dataclasses.replace(spec.clip, model=_clip(source, request.clip, request.data, "clip"))
-    generator = _generator(source, request)
+    generator = own_generator(source, request)
     check_attempts(generator, data=request.data)
     return dataclasses.replace(spec, generator=generator, clip=clip)
 
@@ -154,33 +155,6 @@ def _by_redraws(source: OpenDataset, out: Store, request: RefineRequest) -> dict
         **{name: manifest.lineage.facts[name] for name in REDRAW_FACTS},
         "fingerprint": manifest.fingerprint,
     }
-
-
-def _generator(source: OpenDataset, request: RefineRequest) -> GeneratorSpec:
-    """The dataset's own, where it is now. Raises InputError where nothing can draw more, or another one is given."""
-    from cluster.generation.picture_spec import pin_t2i  # brings Ray, which takes seconds
-
-    spec = source.manifest.spec.generator
-    if spec.model in (*UNDRAWN, TEXT_ONLY):
-        raise InputError(
-            f"--data {request.data}: its pictures were not drawn by one generator here ({spec.model}), so none can be "
-            "drawn again"
-        )
-    if request.t2i is None:
-        if spec.model not in ("embedded", "null"):
-            raise InputError(
-                f"{source.store.root}: names the generator {spec.model!r}, a folder, file or hub repo, which is opened "
-                f"only where you name it too; if you trust it, give --t2i {spec.model} (t2i= in Python)"
-            )
-        return spec
-    pinned = spec.revision if is_commit(spec.revision) and not Path(request.t2i).exists() else None
-    version = source.manifest.spec.generator_version
-    if (now := pin_t2i(request.t2i, pinned, version=version)) != spec.revision:
-        raise InputError(
-            f"--t2i {request.t2i}: is {now or 'no model'}, but {request.data} was drawn by {spec.model} at "
-            f"{spec.revision}; give that one"
-        )
-    return dataclasses.replace(spec, model=request.t2i)
 
 
 def _redraws_on_ray(

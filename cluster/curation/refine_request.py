@@ -68,6 +68,14 @@ class RedrawOptions(Request):
         help="the dataset's own generator: needed where it is a folder, file or hub repo",
         unset="as the dataset names it",
     )  # fmt: skip
+    t2i_config: str | None = option(
+        None, metavar="NAME", help="needed where the generator is a single file of weights: its own repo or folder",
+    )  # fmt: skip
+    vae: str | None = option(None, metavar="NAME", help="needed where the dataset was drawn with --vae: that decoder")
+    lora: tuple[str, ...] = option(
+        (), metavar="REPO_OR_FILE",
+        help="needed where the dataset was drawn with --lora: those, in the same order, with the dataset's weights",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +155,9 @@ class RefineRequest(RedrawOptions, SyncOptions):
 
 #: Which options a method listens to.
 _OF_ALL = ("data", "out", "method", "clip", "materialise", "unfinished")
+_PLACES = ("t2i", "t2i_config", "vae", "lora")
 _OF_METHOD = {
     SYNC: (*SyncOptions.__annotations__, "retrieval", "retrieval_clip", "block_size", "device"),
-    BEST_OF_N: ("best_of", "t2i", "dry_run"),
-    REDRAW: ("dry_run", "budget", "budget_in", "price_per_hour", "choose", "lowest", "rounds", "t2i"),
+    BEST_OF_N: ("best_of", *_PLACES, "dry_run"),
+    REDRAW: ("dry_run", "budget", "budget_in", "price_per_hour", "choose", "lowest", "rounds", *_PLACES),
 }

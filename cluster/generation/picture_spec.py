@@ -1,17 +1,19 @@
 """From what a user asks of the pictures to a GeneratorSpec: everything pinned, nothing without effect."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.generation.drawing_fields import DRAWING_FIELDS
 from cluster.generation.request import AUTO, GenerationOptions
 from cluster.options import flag, given
+from cluster.store.store import is_uri
 from cluster.weights.hub import pin_repo
 from cluster.weights.node_copy import local_name
 from pcm import embedded
-from pcm.clip.names import folder_revision
+from pcm.clip.names import folder_revision, is_commit
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, first_line, not_known
 from pcm.generation.few_step_models import few_steps
@@ -103,6 +105,41 @@ def pin_t2i(model: str, revision: str | None, *, version: int = GENERATOR_VERSIO
     return pin_repo(model, revision)
 
 
+@dataclass(frozen=True)
+class OtherModel:
+    """A model of a spec that is another at its place `name` than the one that was pinned. option: of jobs.generate."""
+
+    option: str
+    name: str
+    pinned: str
+    now: str
+
+
+def other_models(spec: GeneratorSpec, *, version: int) -> list[OtherModel]:
+    """Which of the models that a recorded spec names are others now: the generator, and what is fused into it or put
+    in. A repo's commit never moves, so it is not looked up. `version`: pcm.spec.GENERATOR_VERSION of the spec.
+
+    Raises InputError for what is no model at all.
+    """
+    parts: list[tuple[str, str | None, str | None, Callable[[str], str]]] = [
+        ("t2i", spec.model, spec.revision, lambda name: pin_t2i(name, None, version=version)),
+        ("t2i-config", spec.config, spec.config_revision, _pin_config),
+        ("vae", spec.vae, spec.vae_revision, _pin_vae),
+        *(("lora", name, revision, _lora_revision) for name, revision, _ in spec.loras),
+    ]
+    found = []
+    for option, name, pinned, pin in parts:
+        if name is None or pinned is None:
+            continue
+        if Path(model_source(name)).exists() or is_uri(name) or name == "null":
+            now = pin(name)
+        else:
+            now = pinned if is_commit(pinned) else "not there"
+        if now != pinned:
+            found.append(OtherModel(option, name, pinned, now or "no model"))
+    return found
+
+
 def _refuse_for_null(asked: GenerationOptions) -> None:
     if useless := [name for name in given(asked) if name in DRAWING_FIELDS]:
         flags = ", ".join(flag(type(asked), name) for name in useless)
@@ -131,9 +168,11 @@ def _pinned_config(asked: GenerationOptions, model: str) -> tuple[str | None, st
                 f"cannot be had ({first_line(error)}); give --t2i-config FOLDER, a diffusers folder of "
                 "the same kind of model"
             ) from None
-    if Path(config).is_dir():
-        return config, pipeline_revision(Path(config), weights=False)
-    return config, pin_repo(config, None)
+    return config, _pin_config(config)
+
+
+def _pin_config(name: str) -> str:
+    return pipeline_revision(Path(name), weights=False) if Path(name).is_dir() else pin_repo(name, None)
 
 
 def _lora_revision(name: str) -> str:

@@ -27,6 +27,7 @@ from cluster.dataset.layout import (
 from cluster.dataset.rows import read_shard, read_view_part
 from cluster.dataset.verify import refuse_derived
 from cluster.generation.environment import drawn_in, environment, load_environment
+from cluster.generation.picture_spec import other_models
 from cluster.generation.places import pools_of_cluster
 from cluster.generation.redraw_compare import compare, paired
 from cluster.generation.stages.draw import DrawShard
@@ -54,14 +55,13 @@ class Chosen:
     known: Mapping[str, dict[str, Any]]
 
 
-def redraw_check(dataset: str, *, count: int, seed: int) -> dict[str, Any]:
-    """Draw `count` stored pictures again, chosen by `seed`, on Ray. See `compare` for what is returned, and
-    `not_drawn_here`: rows of a view that were chosen and whose pictures no plan says how to draw.
+def redraw_check(store: Store, plans: Mapping[str, Plan], *, count: int, seed: int) -> dict[str, Any]:
+    """Draw `count` stored pictures again, chosen by `seed`, on Ray. `plans`: what `plans_of` says. See `compare` for
+    what is returned, and `not_drawn_here`: rows of a view that were chosen and whose pictures no plan says how to draw.
 
     Raises InputError, before Ray starts, where nothing was drawn here.
     """
-    store = open_store(dataset)
-    chosen, others = choose(store, plans_of(store), count=count, seed=seed)
+    chosen, others = choose(store, plans, count=count, seed=seed)
     start_ray()
     work = [(each, *task) for each in chosen for task in batches(each.spec, each.rows)]
     try:
@@ -85,15 +85,24 @@ def _task(spec: DatasetSpec) -> Any:
 def plans_of(store: Store) -> dict[str, Plan]:
     """Where pictures of a finished dataset or view lie that were drawn here: address -> the plan there.
 
-    Raises InputError where there are none.
+    Raises InputError where there are none, and where a model that drew them is not there or another now.
     """
     manifest = load_manifest(store)
     if not manifest.is_view:
-        return {store.address: _planned(store)}
-    plans = {each.path: load_plan(open_store(each.path)) for each in manifest.pictures}
-    drawn = {path: plan for path, plan in plans.items() if plan is not None and _is_drawn(plan)}
+        drawn = {store.address: _planned(store)}
+    else:
+        plans = {each.path: load_plan(open_store(each.path)) for each in manifest.pictures}
+        drawn = {path: plan for path, plan in plans.items() if plan is not None and _is_drawn(plan)}
     if not drawn:
         raise InputError(f"--redraw: no pictures of {store.root} were drawn here; leave it out")
+    # A dataset and its redraws have the same generator, whose files are read once.
+    specs = {(plan.spec.generator, plan.spec.generator_version): path for path, plan in drawn.items()}
+    for (generator, version), path in specs.items():
+        for other in other_models(generator, version=version):
+            raise InputError(
+                f"--redraw: {path} was drawn with --{other.option} {other.name} at {other.pinned}, which is "
+                f"{other.now} now; put that one there again, or leave --redraw out"
+            )
     return drawn
 
 

@@ -100,6 +100,22 @@ MUTANTS = (
         ("tests/cluster/curation/test_redraw.py::test_a_round_that_was_changed_from_outside_is_named",),
     ),
     Mutant(
+        "redraw: a redrawn view is not given the pictures again that had lost",
+        "cluster/curation/redraw_view.py", "before = attempts_before(source.manifest.lineage)", "before = 0",
+        ("tests/cluster/curation/test_redraw.py::test_a_redraw_of_a_redraw_draws_other_pictures",),
+    ),
+    Mutant(
+        "redraw: a caption that cannot be drawn does not take every round",
+        "cluster/curation/redraw/scores.py", "np.add.at(failed, rows[~made], 1)", "pass",
+        ("tests/cluster/curation/redraw/test_scores.py::"
+         "test_a_caption_that_cannot_be_drawn_takes_no_more_than_one_round",),
+    ),
+    Mutant(
+        "redraw, verify --redraw: another model draws nothing",
+        "cluster/generation/picture_spec.py", "        if now != pinned:", "        if False:",
+        ("tests/cluster/curation/redraw/test_own_generator.py::test_a_model_that_is_another_now_is_refused",),
+    ),
+    Mutant(
         "verify: the seeds of redraws follow from their ids and captions",
         "cluster/dataset/shard_check.py",
         "if part[\"seed\"].to_pylist() != [redraw_seed(corpus_id, caption) for corpus_id, caption in named]:", "if False:",

@@ -34,7 +34,8 @@ _READS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Redraws:
-    """p redraws in the order of their round: (p,) the row of the source, and which redraw of it, from 1."""
+    """p redraws in the order of their round: (p,) the row of the source, and which redraw of it: from 1, in
+    the first step that draws the row again."""
 
     row: np.ndarray
     attempt: np.ndarray
@@ -123,7 +124,8 @@ def _plan(
     if found is not None:
         if found.asked() != plan.asked():
             raise InputError(
-                f"{store.root}: holds a round of other redraws; it was changed from outside, so give another --out"
+                f"{store.root}: holds a round of other redraws (changed from outside, or begun by an earlier release); "
+                "give another --out"
             )
         return found
     table = pa.table(columns, schema=PLAN_SCHEMA)

@@ -28,7 +28,7 @@ _INTEGRATED_ROWS = 500
 @dataclass(frozen=True)
 class Scores:
     """Of n rows: the stored picture's score, how many scores there are, their sum, the best, the first redraw's (NaN
-    where there is none), all float64; and the number of redraws that were tried, int64."""
+    where there is none), all float64; and the number of redraws that were tried, and of those that failed, int64."""
 
     stored: np.ndarray
     count: np.ndarray
@@ -36,6 +36,7 @@ class Scores:
     best: np.ndarray
     first_redraw: np.ndarray
     tried: np.ndarray
+    failed: np.ndarray
 
     def __len__(self) -> int:
         return len(self.stored)
@@ -51,20 +52,22 @@ class Scores:
             exact.copy(),
             np.full(len(exact), np.nan),
             np.zeros(len(exact), int),
+            np.zeros(len(exact), int),
         )
 
     def after(self, rows: np.ndarray, attempts: np.ndarray, scores: np.ndarray) -> "Scores":
         """With a round's pictures: (p,) row, which redraw, score (NaN where the picture could not be made)."""
         count, total, best = self.count.copy(), self.total.copy(), self.best.copy()
-        first, tried = self.first_redraw.copy(), self.tried.copy()
+        first, tried, failed = self.first_redraw.copy(), self.tried.copy(), self.failed.copy()
         np.maximum.at(tried, rows, attempts)
         made = np.isfinite(scores)
+        np.add.at(failed, rows[~made], 1)
         rows, attempts, scores = rows[made], attempts[made], scores[made].astype(np.float64)
         np.add.at(count, rows, 1)
         np.add.at(total, rows, scores)
         np.maximum.at(best, rows, scores)
         first[rows[attempts == 1]] = scores[attempts == 1]
-        return Scores(self.stored, count, total, best, first, tried)
+        return Scores(self.stored, count, total, best, first, tried, failed)
 
     @property
     def caption_share(self) -> tuple[float, bool]:

@@ -259,15 +259,31 @@ def test_a_redraw_that_cannot_be_made_is_counted_and_the_old_picture_stays(datas
 
 
 def test_a_redraw_of_a_redraw_draws_other_pictures(dataset: Path, tmp_path: Path) -> None:
+    """Also where the stored picture won before, whose seed is the same as then; straight or through another view, and
+    whatever has become of the attempts of the steps before."""
     redraw_in_process(dataset, tmp_path / "once", method="best-of-n", best_of=2)
-    redraw_in_process(tmp_path / "once", tmp_path / "twice", method="best-of-n", best_of=2)
-    first, second = (
-        {each["seed"] for each in attempts(tmp_path / name) if each["attempt"]} for name in ("once", "twice")
-    )
-    moved = {each["sample_id"] for each in attempts(tmp_path / "once") if each["kept"] and each["attempt"]}
-    again = {each["seed"] for each in attempts(tmp_path / "twice") if each["attempt"] and each["sample_id"] in moved}
-    assert moved and not again & first and len(second) == 24
-    assert verify(open_store(tmp_path / "twice"))["ok"]
+    first = attempts(tmp_path / "once")
+    assert {each["attempt"] for each in first if each["kept"]} == {0, 1}, "some moved, some did not"
+    (tmp_path / "once" / ATTEMPTS_KEY).unlink()
+    redraw_in_process(tmp_path / "once", tmp_path / "twice", method="redraw", budget=24, rounds=1)
+    second = attempts(tmp_path / "twice")
+    assert {each["attempt"] for each in second} == {0, 2}
+    curate(CurateRequest(data=(str(tmp_path / "twice"),), out=str(tmp_path / "curated"), drop_lowest=0.2))
+    made = redraw_in_process(tmp_path / "curated", tmp_path / "third", method="best-of-n", best_of=3)
+    third = attempts(tmp_path / "third")
+    assert {each["attempt"] for each in third} == {0, 3, 4}
+    seeds = [each["seed"] for table in (first, second, third) for each in table if each["attempt"]]
+    assert len(set(seeds)) == len(seeds) == 24 + 24 + 2 * made.stored
+    for name in ("twice", "third", "third/redraws/round-000"):
+        assert verify(open_store(tmp_path / name))["ok"]
+
+
+def test_a_killed_redraw_of_a_redraw_goes_on_to_the_same_view(dataset: Path, tmp_path: Path) -> None:
+    redraw_in_process(dataset, tmp_path / "once", method="best-of-n", best_of=2)
+    whole = redraw_in_process(tmp_path / "once", tmp_path / "whole", **REDRAW)
+    with pytest.raises(Killed):
+        redraw_in_process(tmp_path / "once", tmp_path / "out", rounds_until_killed=1, **REDRAW)
+    assert redraw_in_process(tmp_path / "once", tmp_path / "out", **REDRAW).fingerprint == whole.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,27 @@ def test_what_was_not_drawn_here_is_refused(tmp_path: Path, call_job: Callable[.
         VerifyRequest(dataset=str(tmp_path), repair=True, redraw=3)
 
 
+def test_another_model_at_the_same_place_is_named_before_anything_is_drawn(
+    tmp_path: Path, tiny_t2i: Path, call_job: Callable[..., JobRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a dataset, and of a view that shows one of its pictures."""
+    monkeypatch.setattr("cluster.generation.redraw_check.start_ray", lambda: pytest.fail("Ray was started"))
+    model = shutil.copytree(tiny_t2i, tmp_path / "t2i")
+    spec = tiny_spec(model, num_inference_steps=1)
+    make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path, CAPTIONS[:2]), spec)
+    view = view_of(tmp_path / "view", [tmp_path / "data"], [(0, 0)])
+    assert again(view, count=1)["ok"]
+    with (model / "unet" / "config.json").open("a") as file:
+        file.write(" ")
+    for data in (tmp_path / "data", view):
+        ended = call_job("verify", data, "--redraw", 1)
+        assert ended.returncode == 2
+        assert f"with --t2i {model} at {spec.generator.revision}, which is sha256:" in ended.stderr
+    model.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="which is not there now; put that one there again"):
+        plans_of(open_store(view))
+
+
 def test_on_ray_and_in_the_summary(tmp_path: Path, ray_session: None, call_job: Callable[..., JobRun]) -> None:
     make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path), null_spec())
     ended = call_job("verify", tmp_path / "data", "--redraw", 7)

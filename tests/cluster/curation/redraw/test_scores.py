@@ -71,6 +71,23 @@ def test_the_best_so_far_and_the_number_of_tries_are_kept() -> None:
     np.testing.assert_allclose(scores.best, [0.5, 0.3, 0.1], rtol=1e-6)
     np.testing.assert_array_equal(scores.count, [3, 2, 1])
     np.testing.assert_array_equal(scores.tried, [2, 1, 1])
+    np.testing.assert_array_equal(scores.failed, [0, 0, 1])
+
+
+@pytest.mark.parametrize("policy", [Policy(GAIN), Policy(LOWEST, 0.1)])
+def test_a_caption_that_cannot_be_drawn_takes_no_more_than_one_round(policy: Policy) -> None:
+    """The three lowest of 100 never can; in ten rounds of three they are drawn once."""
+    found = world(0.5)[:100]
+    scores = Scores.of(found[:, 0])
+    never = np.argsort(found[:, 0])[:3]
+    drawn = []
+    for _ in range(10):
+        rows = ranked(policy, scores)[:3]
+        attempts = scores.tried[rows] + 1
+        scores = scores.after(rows, attempts, np.where(np.isin(rows, never), np.nan, found[rows, attempts % 4]))
+        drawn += rows.tolist()
+    assert [drawn.count(row) for row in never] == [1, 1, 1] and len(set(drawn)) > 6
+    assert set(ranked(Policy(GAIN), scores)[-3:]) == set(never), "after all others"
 
 
 def test_equal_scores_are_ordered_by_sample_id() -> None:

@@ -1,0 +1,62 @@
+"""The generator that draws more of a dataset: its own, with all of its parts, at the places that the user names."""
+
+import dataclasses
+
+from cluster.curation.refine_request import RefineRequest
+from cluster.dataset.opened import OpenDataset
+from cluster.generation.picture_spec import other_models
+from cluster.options import flag
+from pcm.errors import InputError
+from pcm.generation.names import TEXT_ONLY, UNDRAWN
+from pcm.spec import GeneratorSpec
+
+
+def own_generator(source: OpenDataset, request: RefineRequest) -> GeneratorSpec:
+    """The dataset's spec, each of its models where it is now. Raises InputError where nothing can draw more, where a
+    place is not named, and where another model lies there."""
+    spec = source.manifest.spec.generator
+    if spec.model in (*UNDRAWN, TEXT_ONLY):
+        raise InputError(
+            f"--data {request.data}: its pictures were not drawn by one generator here ({spec.model}), so none can be "
+            "drawn again"
+        )
+    found = _at_named_places(spec, request, data=source.store.root)
+    for other in other_models(found, version=source.manifest.spec.generator_version):
+        is_old = other.name == "embedded" == spec.model
+        raise InputError(
+            f"--{other.option} {other.name}: is {other.now}, but {request.data} was drawn with {other.pinned}; "
+            + ("only the release that drew it has that one" if is_old else "give that one")
+        )
+    return found
+
+
+def _at_named_places(spec: GeneratorSpec, request: RefineRequest, *, data: str) -> GeneratorSpec:
+    """Raises InputError for a place that the dataset alone names, and for an option that names nothing of it."""
+    own = {
+        "t2i": () if spec.model in ("embedded", "null") else (spec.model,),
+        "t2i_config": () if spec.config is None else (spec.config,),
+        "vae": () if spec.vae is None else (spec.vae,),
+        "lora": tuple(name for name, _, _ in spec.loras),
+    }
+    given = {name: getattr(request, name) for name in own}
+    flags = {name: flag(type(request), name) for name in own}
+    if missing := [name for name in own if own[name] and not given[name]]:
+        options = " ".join(f"{flags[name]} {place}" for name in missing for place in own[name])
+        raise InputError(
+            f"{data}: was drawn with a folder, file or hub repo, which is opened only where you name it too; if you "
+            f"trust it, give {options} ({', '.join(f'{name}=' for name in missing)} in Python)"
+        )
+    if without := [flags[name] for name in own if given[name] and not own[name] and name != "t2i"]:
+        raise InputError(f"{', '.join(without)}: {data} was drawn without; leave it out")
+    if len(given["lora"]) != len(own["lora"]):
+        raise InputError(
+            f"--lora: {data} was drawn with {len(own['lora'])}; give each of these, in this order: "
+            + ", ".join(own["lora"])
+        )
+    return dataclasses.replace(
+        spec,
+        model=request.t2i or spec.model,
+        config=request.t2i_config,
+        vae=request.vae,
+        loras=tuple((place, *of[1:]) for place, of in zip(request.lora, spec.loras, strict=True)),
+    )
