@@ -860,7 +860,7 @@ MUTANTS = (
     ),
     Mutant(
         "--repair makes exactly what is damaged again",
-        "cluster/generation/repair.py", "    draw(found.plan, found.damaged_shards)\n", "",
+        "cluster/generation/repair.py", "    draw(found)\n", "",
         ("tests/cluster/generation/test_repair.py::test_exactly_what_is_damaged_is_made_again",),
     ),
     Mutant(
