@@ -160,6 +160,7 @@ def prepare(
             shard_size = enough
     elif asked.batch_size == AUTO:
         spec = replace(spec, generator=replace(spec.generator, batch_size=planned.spec.generator.batch_size))
+    check_reach(store)  # once more: the first machine may have come above
     plan = make_plan(
         store,
         records,

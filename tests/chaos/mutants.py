@@ -859,6 +859,14 @@ MUTANTS = (
         ("tests/cluster/generation/test_retry_quarantined.py::test_killed_between_its_puts_it_is_seen_and_ended_by_the_same_command",),
     ),
     Mutant(
+        "a node that does not see a local folder works on nothing there",
+        "cluster/shard_work.py", "    check_here(places)\n", "",
+        (
+            "tests/cluster/test_shard_work.py::test_a_node_that_does_not_see_the_folder_works_on_nothing",
+            "tests/cluster/dataset/test_plan.py::test_tasks_write_parts_only_where_they_see_the_folder",
+        ),
+    ),
+    Mutant(
         "--repair makes exactly what is damaged again",
         "cluster/generation/repair.py", "    draw(found)\n", "",
         ("tests/cluster/generation/test_repair.py::test_exactly_what_is_damaged_is_made_again",),
