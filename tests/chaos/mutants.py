@@ -526,6 +526,12 @@ MUTANTS = (
         ("tests/cluster/generation/stages/test_generator.py::test_one_generator_that_cannot_load_its_model_ends_nothing",),
     ),
     Mutant(
+        "a store that does not answer while weights are fetched leaves nobody out at once",
+        "cluster/generation/stages/loading.py", "isinstance(error, InputError) and not error.passes",
+        "isinstance(error, InputError)",
+        ("tests/cluster/generation/stages/test_loading.py",),
+    ),
+    Mutant(
         "too large a share of failures stops the run",
         "cluster/generation/stages/monitor.py", "self._failed > self._policy.max_error_share * tried", "False",
         ("tests/cluster/generation/stages/test_monitor.py::test_too_large_a_share_of_failures_stops_the_run",),
