@@ -789,7 +789,7 @@ MUTANTS = (
     ),
     Mutant(
         "a model too large for every GPU of the cluster is refused before a process starts",
-        "cluster/generation/fit.py", "needed > largest * 1e9", "False",
+        "cluster/generation/fit.py", "needed <= largest * 1e9", "True",
         ("tests/pcm/generation/test_model_memory.py::"
          "test_a_cluster_whose_gpus_are_too_small_is_refused_before_a_process_starts",),
     ),
