@@ -8,7 +8,13 @@ class InputError(ValueError):
     """A value the user gave cannot be used.
 
     The message is one line: the value, what is allowed, what to do. Jobs print it and exit with status 2.
+
+    passes: it may be over without the user, as where a store does not answer: worth another try, later or elsewhere.
     """
+
+    def __init__(self, message: str, *, passes: bool = False) -> None:
+        super().__init__(message)
+        self.passes = passes
 
 
 def not_known(what: str, value: object, allowed: Iterable[str], *, why: str = "not known") -> InputError:

@@ -513,6 +513,18 @@ def read_table(store: Store, key: str, columns: list[str] | None = None) -> pa.T
     return pq.read_table(io.BytesIO(store.read_bytes(key)), columns=columns)
 
 
+def read_plan_part(store: Store, key: str, columns: list[str] | None = None) -> pa.Table:
+    """The part of a plan that lies at a key. Raises InputError where it is missing or damaged."""
+    try:
+        return read_table(store, key, columns)
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        what = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({one_line(error, longest=200)})"
+        raise InputError(
+            f"{store.root}/{key}: a part of the plan is {what}; run jobs.verify {store.root} --repair, which makes it "
+            "again from the captions"
+        ) from None
+
+
 class OtherSchema(InputError):
     """A dataset of a schema that this package does not read: nothing in it may be judged or touched."""
 

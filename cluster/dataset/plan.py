@@ -21,6 +21,7 @@ import math
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from json.encoder import encode_basestring_ascii as json_string
 
@@ -41,6 +42,7 @@ from cluster.dataset.layout import (
 )
 from cluster.shard_work import AUTO, MANY_SAMPLES, PROCESS, shard_work
 from cluster.sources.corpus import CorpusRecord
+from cluster.store.reach import marker
 from cluster.store.store import Store
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError
@@ -113,18 +115,21 @@ def make_plan(
     first_record, first_shard = (planned.records, planned.num_shards) if planned else (0, 0)
     parts = _parts_folder(spec, shard_size, planned, source)
     head = list(itertools.islice(records, MANY_SAMPLES // spec.images_per_caption + 1 if run_on == AUTO else 0))
-    work = shard_work(run_on, samples=len(head) * spec.images_per_caption, places=[], threads=_CHUNKS_AT_ONCE)
     chunks = _Chunks(itertools.chain(head, records), spec, shard_size, first_record, first_shard)
     writer = _PartWriter(store, parts, spec, shard_size, is_truncated)
     num_parts = new_samples = new_usable = 0
     timer = LineTimer()
-    for written in work.in_order(writer, chunks.after_usable() if planned is None else chunks):
-        fingerprint.update(written.lines)
-        num_parts += written.parts
-        new_samples += written.samples
-        new_usable += written.usable
-        if timer.due():
-            log.info("%d samples planned, %.0f samples/s", new_samples, new_samples / timer.elapsed)
+    samples = len(head) * spec.images_per_caption
+    with ExitStack() as planning:
+        places = [] if run_on == PROCESS else [planning.enter_context(marker(store))]
+        work = shard_work(run_on, samples=samples, places=places, threads=_CHUNKS_AT_ONCE)
+        for written in work.in_order(writer, chunks.after_usable() if planned is None else chunks):
+            fingerprint.update(written.lines)
+            num_parts += written.parts
+            new_samples += written.samples
+            new_usable += written.usable
+            if timer.due():
+                log.info("%d samples planned, %.0f samples/s", new_samples, new_samples / timer.elapsed)
     if planned is not None and not num_parts:
         return planned
     usable = new_usable + (planned.usable if planned else 0)

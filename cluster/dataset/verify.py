@@ -51,6 +51,7 @@ class Inspection:
     corrupt: int = 0
     fingerprint: str = ""
     damaged_shards: list[int] = field(default_factory=list)
+    absent_shards: list[int] = field(default_factory=list)  # of the damaged ones
     damaged_plan_parts: list[int] = field(default_factory=list)
     wrong_groups: list[int] = field(default_factory=list)
     captions_differ: bool = False  # plan parts against plan.json
@@ -115,6 +116,8 @@ def inspect(store: Store, *, run_on: str = VerifyRequest.run_on) -> Inspection:
         result.tell(report.problems)
         if report.damaged:
             result.damaged_shards.append(report.shard)
+            if not report.sha256:
+                result.absent_shards.append(report.shard)
         if report.plan_damaged:
             result.damaged_plan_parts.append(report.shard)
         group.append(report)

@@ -36,7 +36,7 @@ from cluster.dataset.layout import (
     Manifest,
     find_manifest,
     parquet_bytes,
-    read_table,
+    read_plan_part,
     rows_key,
     shard_key,
     shard_number,
@@ -395,7 +395,7 @@ def read_corpus_ids(source: OpenDataset, shard: int) -> list[str]:
         return read_shard(source.store, stored, [name], checksum=False)[name].to_pylist()
     sample_ids = read_shard(source.store, stored, ["sample_id"], checksum=False)["sample_id"].to_pylist()
     part = source.plan.part_key(int(stored.key.rpartition("-")[2].partition(".")[0]))
-    planned = read_table(source.store, part, ["sample_id", "corpus_id"]).to_pylist()
+    planned = read_plan_part(source.store, part, ["sample_id", "corpus_id"]).to_pylist()
     named = {row["sample_id"]: row["corpus_id"] for row in planned}
     return [named.get(sample_id, sample_id) for sample_id in sample_ids]
 

@@ -24,7 +24,7 @@ from cluster.dataset.layout import (
     VOCABULARY_KEY,
     MadeWith,
     Plan,
-    read_table,
+    read_plan_part,
 )
 from cluster.session import user_error, waiting_for
 from cluster.shard_work import AUTO, MANY_SAMPLES, PROCESS, shard_work
@@ -300,7 +300,7 @@ def planned_captions(store: Store, plan: Plan) -> Iterator[str]:
 
 def part_captions(store: Store, plan: Plan, shard: int) -> list[str]:
     """The usable captions whose first picture is of this shard."""
-    table = read_table(store, plan.part_key(shard), ["caption", "reason", "image_index"])
+    table = read_plan_part(store, plan.part_key(shard), ["caption", "reason", "image_index"])
     first = pc.equal(table["image_index"], 0)
     usable = pc.is_in(table["reason"], pa.array(USABLE))
     return table["caption"].filter(pc.and_(first, usable)).to_pylist()

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.dataset.layout import read_table
+from cluster.dataset.layout import read_plan_part
 from cluster.export.source import Source
 from cluster.sources.pictures import candidate_ids
 from pcm.generation.names import IMPORTED, PHOTOS
@@ -53,7 +53,8 @@ class PublishedIds:
             if plan is None:
                 corpus_ids = self._source.corpus_ids(shard)
             else:
-                planned = read_table(self._source.store, plan.part_key(shard), ["sample_id", "corpus_id"]).to_pylist()
+                columns = ["sample_id", "corpus_id"]
+                planned = read_plan_part(self._source.store, plan.part_key(shard), columns).to_pylist()
                 corpus_ids = {row["sample_id"]: row["corpus_id"] for row in planned}
             names |= {sample_id: corpus_id.rpartition("#")[0] for sample_id, corpus_id in corpus_ids.items()}
         numbers = _numbers(list(dict.fromkeys(names.values())))

@@ -1,6 +1,7 @@
 """Whether a model fits into a GPU of the cluster, as far as that can be told before a process is started on one."""
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,30 +23,41 @@ GPU_GIGABYTES = {
 _TYPE = "accelerator_type:"
 
 
-def check_memory(spec: GeneratorSpec, memory: ModelMemory) -> None:
-    """Say what the model takes. Raises InputError where every GPU of the cluster is known, and too small."""
+def check_memory(spec: GeneratorSpec, memory: ModelMemory, *, labels: Mapping[str, str] | None = None) -> None:
+    """Say what the model takes, and whether every GPU on nodes with these labels is known, and too small.
+
+    That raises InputError on a machine of its own. To a cluster others may come: there it is a warning, and generators
+    that find their GPU too small leave their shards to others.
+    """
     log.info(
         "%s: %s, on %s", spec.model,
         memory.describe(spec.dtype, pictures=spec.batch_size, offload=spec.offload), spec.device,
     )  # fmt: skip
     if spec.device != "cuda":
         return
-    largest = largest_gpu(ray.nodes())
+    largest = largest_gpu(ray.nodes(), labels or {})
     needed = memory.bytes(spec.dtype, offload=spec.offload)
-    if largest is not None and needed > largest * 1e9:
-        offload = {"none": "--offload model, or ", "model": "--offload sequential, or "}.get(spec.offload, "")
-        raise InputError(
-            f"text-to-image model {spec.model!r}: takes about {gigabytes(needed)} as {spec.dtype} with one picture, "
-            f"and the largest GPU of the cluster has {largest} GB; give {offload}a GPU with more memory: one "
-            "model over several GPUs is not supported"
-        )
+    if largest is None or needed <= largest * 1e9:
+        return
+    offload = {"none": "--offload model, or ", "model": "--offload sequential, or "}.get(spec.offload, "")
+    said = (
+        f"text-to-image model {spec.model!r}: takes about {gigabytes(needed)} as {spec.dtype} with one picture, and "
+        f"the largest GPU of the cluster has {largest} GB"
+    )
+    if not os.environ.get("RAY_ADDRESS"):
+        raise InputError(f"{said}; give {offload}a GPU with more memory: one model over several GPUs is not supported")
+    log.warning(
+        "%s now: it draws nothing there, only on larger ones that come; give %s--node-label of nodes with such GPUs",
+        said, offload,
+    )  # fmt: skip
 
 
-def largest_gpu(nodes: Iterable[Mapping[str, Any]]) -> int | None:
-    """GB of the largest GPU of these Ray nodes; None where they have none, or one that is not known by name."""
+def largest_gpu(nodes: Iterable[Mapping[str, Any]], labels: Mapping[str, str]) -> int | None:
+    """GB of the largest GPU of the Ray nodes with these labels; None where they have none, or one that is not known by
+    name."""
     found = []
     for node in nodes:
-        if node["Alive"] and node["Resources"].get("GPU"):
+        if node["Alive"] and node["Resources"].get("GPU") and labels.items() <= (node.get("Labels") or {}).items():
             kinds = [name.removeprefix(_TYPE) for name in node["Resources"] if name.startswith(_TYPE)]
             if not kinds or kinds[0] not in GPU_GIGABYTES:
                 return None

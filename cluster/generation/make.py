@@ -151,7 +151,7 @@ def prepare(
     if asked.offload != "none" and device != "cuda":
         raise InputError(f"--offload {asked.offload}: is for GPUs, and this cluster has none now; give --device cuda")
     if memory is not None:
-        check_memory(spec.generator, memory)
+        check_memory(spec.generator, memory, labels=dict([asked.node_label]) if asked.node_label else {})
     pools = pools_of_cluster(asked, device=device)
     if planned is None:
         spec, shard_size = measured(spec, pools, batch_size=asked.batch_size == AUTO, shard_size=asked.shard_size)
@@ -160,6 +160,7 @@ def prepare(
             shard_size = enough
     elif asked.batch_size == AUTO:
         spec = replace(spec, generator=replace(spec.generator, batch_size=planned.spec.generator.batch_size))
+    check_reach(store)  # once more: the first machine may have come above
     plan = make_plan(
         store,
         records,

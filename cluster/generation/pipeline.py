@@ -130,9 +130,11 @@ def run_pipeline(
     """Make every shard that the plan asks for and the store lacks, then write the manifest.
 
     With `shards`, only those of them that the store lacks, and no manifest. Shards in `redo` are made again and put in
-    the place of those that are there; with `retry`, only their samples that are quarantined for one of these reasons.
-    Another run on this cluster that makes the same dataset is waited for. Raises InputError when the scores fall below
-    the watch's threshold.
+    the place of those that are there; with `retry`, only their samples that are quarantined for one of these reasons,
+    and the manifest is deleted first. Another run on this cluster that makes the same dataset is waited for.
+
+    Raises InputError when the scores fall below the watch's threshold, and where shards were to be made again that
+    another run may have changed.
     """
     watch = watch or RunLimits()
     faults = faults or FaultPolicy()
@@ -150,6 +152,8 @@ def run_pipeline(
             if waited and redo:
                 raise InputError(f"{store.root}: another run has changed this dataset meanwhile; run the command again")
             on_store, missing = look()  # another run may just have ended
+            if retry and store.exists(MANIFEST_KEY):
+                store.delete(MANIFEST_KEY)
         total = sum(plan.shard_rows(shard) for shard in wanted)
         skipped = total - sum(plan.shard_rows(shard) for shard in missing)
         if skipped:

@@ -64,9 +64,9 @@ def in_a_generators_place(
 ) -> T:
     """Do a work in one task that reserves what a generator of `pools` reserves; the value of its Result.
 
-    It is begun again, up to TRIES times in all, where its machine is lost or it raises anything but an InputError: a
-    hub's error, say. While it waits for its place and while it lasts the log says for what, and since when. `what`: of
-    whom the log says so. Raises InputError when no try was any good.
+    It is begun again, up to TRIES times in all, where its machine is lost or it raises what may pass: a hub's error,
+    say, but no InputError of the user's. While it waits for its place and while it lasts the log says for what, and
+    since when. `what`: of whom the log says so. Raises InputError when no try was any good.
     """
     options = pools.draw_options(1)
     del options["compute"]
@@ -77,7 +77,7 @@ def in_a_generators_place(
         try:
             return _followed(task.remote(*arguments, **named), room, what)
         except ray.exceptions.RayError as error:
-            if (wrong := user_error(error)) is not None:
+            if (wrong := user_error(error)) is not None and not wrong.passes:
                 raise wrong from None
             said = typed_first_line(getattr(error, "cause", None) or error)
         if tried < TRIES:

@@ -1,9 +1,8 @@
 """Whether every node of the cluster sees a local folder that is to hold a dataset, or that one is read from."""
 
-import uuid
 from collections.abc import Sequence
 
-from cluster.store.reach import blind_nodes
+from cluster.store.reach import SHARE_IT, Place, blind_nodes, marker, of_one_machine
 from cluster.store.store import Store
 from pcm.errors import InputError
 
@@ -11,31 +10,16 @@ from pcm.errors import InputError
 def check_reach(store: Store) -> None:
     """Raises InputError for a local folder that a node does not see: what it drew would be lost with its disk.
 
-    Asked are the nodes that are there now; a generator that comes later looks for the plan itself.
+    Asked are the nodes that are there now; what works on one that comes later looks itself.
     """
-    if not store.is_local:
-        return
-    marker = f"seen-by-all-{uuid.uuid4().hex}"
-    store.write_bytes(marker, b"")
-    try:
-        blind = blind_nodes(store, marker)
-    finally:
-        store.delete(marker)
+    with marker(store) as place:
+        blind = blind_nodes(*place)
     if blind:
-        raise InputError(not_reached(store, blind[0], others=len(blind) - 1))
+        raise InputError(f"--out {of_one_machine(store, blind)}; {SHARE_IT}")
 
 
-def check_places(out: tuple[Store, str], sources: Sequence[tuple[Store, str]] = ()) -> None:
+def check_places(out: Place, sources: Sequence[Place] = ()) -> None:
     """The same for the folders that tasks write to, and read from: stores with an object of each."""
     for option, (store, key) in (("--out", out), *(("--data", each) for each in sources)):
         if blind := blind_nodes(store, key):
-            raise InputError(not_reached(store, blind[0], others=len(blind) - 1, option=option))
-
-
-def not_reached(store: Store, node: str, *, others: int = 0, option: str = "--out") -> str:
-    """The line about a folder that a node does not see."""
-    more = f" and {others} more" if others else ""
-    return (
-        f"{option} {store.root}: a folder of one machine, which node {node}{more} does not see; give a URI such as "
-        "s3://BUCKET/NAME, or a folder that all nodes share"
-    )
+            raise InputError(f"{option} {of_one_machine(store, blind)}; {SHARE_IT}")

@@ -20,7 +20,7 @@ from cluster.dataset.layout import (
     StoredShard,
     load_manifest,
     load_plan,
-    read_table,
+    read_plan_part,
     shard_number,
     stats_key,
 )
@@ -162,7 +162,7 @@ def _places(
 def _rows(store: Store, plan: Plan, shard: StoredShard, rows: np.ndarray) -> pa.Table:
     number = shard_number(shard.key)
     stored = read_shard(store, shard, ["sample_id", "image", "attempts", "batch_size"]).take(rows)
-    part = read_table(store, plan.part_key(number))
+    part = read_plan_part(store, plan.part_key(number))
     found = part.take(pc.index_in(stored["sample_id"].combine_chunks(), part["sample_id"].combine_chunks()))
     found = found.append_column("image", stored["image"].combine_chunks().field("bytes"))
     for name in ("attempts", "batch_size"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from cluster.dataset.layout import load_plan, quarantine_key, read_table, shard_key
+from cluster.dataset.layout import load_plan, quarantine_key, read_plan_part, read_table, shard_key
 from cluster.dataset.plan import parse_sample_id
 from cluster.generation.stages.draw import DrawShard
 from cluster.store.store import Store
@@ -29,7 +29,7 @@ def regenerate(store: Store, sample_id: str, *, image_out: str | None = None) ->
             f"sample {sample_id!r}: the dataset has {plan.expected} samples; take an id from its sample_id column"
         )
     shard, offset = plan.shard_of(position)
-    part = read_table(store, plan.part_key(shard))
+    part = read_plan_part(store, plan.part_key(shard))
     row = part.slice(offset, 1)
     kept = _stored_row(store, shard, sample_id)
     spec = plan.spec

@@ -13,13 +13,12 @@ from cluster.dataset.layout import (
     find_manifest,
     group_key,
     load_plan,
-    quarantine_key,
     read_table,
 )
 from cluster.dataset.plan import plan_parts, write_plan_part
 from cluster.dataset.request import VerifyRequest
 from cluster.dataset.shard_check import UNREADABLE
-from cluster.dataset.verify import inspect
+from cluster.dataset.verify import Inspection, inspect
 from cluster.dataset.vocabularies import vocabularies_stored
 from cluster.generation.pipeline import run_pipeline
 from cluster.generation.places import pools_of_cluster
@@ -40,20 +39,21 @@ log = logging.getLogger(__name__)
 def repair(
     store: Store,
     *,
-    draw: Callable[[Plan, list[int]], None],
+    draw: Callable[[Inspection], None],
     read_records: Callable[[Plan], Iterator[CorpusRecord]],
     truncation_check: Callable[[DatasetSpec], Callable[[str], bool]],
     run_on: str = VerifyRequest.run_on,
 ) -> dict:
     """Make again the shards of which anything is missing or not to be trusted, then the manifest, and verify once more.
 
-    draw: makes these shards of the plan again, those that are missing, and the manifest.
+    draw: makes the damaged shards again, and the manifest. Another run may have stored absent ones meanwhile.
     read_records: the corpus of the plan; asked for only when plan parts are damaged.
     truncation_check: of a spec, as `pcm.generation.prompt_length.truncation_check`; likewise.
     run_on: who reads the shards (cluster.shard_work.RUN_ON).
 
-    Returns what `verify` does, and `repaired`, a number of shards. Objects that nobody planned are told of and stay.
-    Raises InputError when there is no dataset, or when its plan is damaged and the corpus cannot rebuild it.
+    Returns what `verify` does, and `repaired`, how many shards were damaged or absent. Objects that nobody planned are
+    told of and stay. Raises InputError when there is no dataset, or when its plan is damaged and the corpus cannot
+    rebuild it.
     """
     _drop_damaged_manifest(store)
     found = inspect(store, run_on=run_on)
@@ -65,11 +65,8 @@ def repair(
         return found.to_dict() | {"repaired": 0}
     for group in found.wrong_groups:
         store.delete(group_key(group))
-    for shard in found.damaged_shards:
-        if store.exists(quarantine_key(shard)):  # the new shard may have none
-            store.delete(quarantine_key(shard))
     log.info("shards to be made again: %d of %d", len(found.damaged_shards), found.plan.num_shards)
-    draw(found.plan, found.damaged_shards)
+    draw(found)
     return inspect(store, run_on=run_on).to_dict() | {"repaired": len(found.damaged_shards)}
 
 
@@ -87,14 +84,16 @@ def repair_dataset(dataset: str, *, corpus: str | None = None, run_on: str = Ver
         options = ReadOptions.of(plan.source.caption_column, plan.source.csv_quoting)
         return read_corpus(uri, format=plan.source.format, split=plan.source.split, limit=plan.records, options=options)
 
-    def draw(plan: Plan, shards: list[int]) -> None:
+    def draw(found: Inspection) -> None:
+        plan = found.plan
         device = plan.spec.generator.device
-        if shards or not vocabularies_stored(store, plan):
+        if found.damaged_shards or not vocabularies_stored(store, plan):
             start_ray()
             pools = pools_of_cluster(device=device)
         else:
             pools = Pools.for_cluster(device=device, cpus=1, gpus=0)  # nothing to draw
-        run_pipeline(store, plan, pools, redo=shards)
+        # What is absent still is made anyway; what another run has stored meanwhile stays.
+        run_pipeline(store, plan, pools, redo=sorted(set(found.damaged_shards) - set(found.absent_shards)))
 
     return repair(store, draw=draw, read_records=read_records, truncation_check=truncation_check, run_on=run_on)
 

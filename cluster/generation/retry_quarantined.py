@@ -3,7 +3,7 @@
 import logging
 
 from cluster.dataset.committed import committed, summaries
-from cluster.dataset.layout import MANIFEST_KEY, Plan
+from cluster.dataset.layout import Plan
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.pipeline import run_pipeline
 from cluster.generation.pools import Pools
@@ -63,7 +63,5 @@ def retry_quarantined(
     shards = [shard for shard, count in counts.items() if count]
     retried = sum(counts.values())
     log.info("%d samples in %d shards are tried again", retried, len(shards))
-    if shards and store.exists(MANIFEST_KEY):
-        store.delete(MANIFEST_KEY)
     result = run_pipeline(store, plan, pools, faults=faults, redo=shards, retry=reasons, draw=draw)
     return {**result.summary(), "retried": retried}

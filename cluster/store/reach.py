@@ -1,9 +1,52 @@
 """Which nodes of the cluster do not see a local folder."""
 
 import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from cluster.store.store import Store
+from pcm.errors import InputError
+
+#: Of a store, an object that whoever sees the store sees.
+Place = tuple[Store, str]
+
+#: What to do about such a folder.
+SHARE_IT = "give a URI such as s3://BUCKET/NAME, or a folder that all nodes share"
+
+
+def of_one_machine(store: Store, blind: Sequence[str]) -> str:
+    """The beginning of a line about a local store that these nodes do not see."""
+    more = f" and {len(blind) - 1} more" if len(blind) > 1 else ""
+    return f"{store.root}: a folder of one machine, which node {blind[0]}{more} does not see"
+
+
+@contextmanager
+def marker(store: Store) -> Iterator[Place]:
+    """A place of a store that holds nothing yet. Of a local one it is an empty object, deleted at the end."""
+    key = f"seen-by-all-{uuid.uuid4().hex}"
+    if store.is_local:
+        store.write_bytes(key, b"")
+    try:
+        yield store, key
+    finally:
+        if store.is_local:
+            with suppress(FileNotFoundError):
+                store.delete(key)
+
+
+def local_places(places: Sequence[Place]) -> list[Place]:
+    """Those of local stores that are there: what a node may not see."""
+    return [(store, key) for store, key in places if store.is_local and store.exists(key)]
+
+
+def check_here(places: Sequence[Place]) -> None:
+    """Called on the node that is to work there. Raises InputError for a place of a local store that it does not see: it
+    would read nothing, and write to its own disk."""
+    for store, key in places:
+        if store.is_local and not os.path.exists(store.path(key)):
+            raise InputError(f"{of_one_machine(store, [os.uname().nodename])}; {SHARE_IT}")
 
 
 def blind_nodes(store: Store, key: str) -> list[str]:
@@ -11,7 +54,7 @@ def blind_nodes(store: Store, key: str) -> list[str]:
 
     Asked are the nodes that are there now; Ray must be running. A node that is lost meanwhile has nothing to say.
     """
-    if not store.is_local or not store.exists(key):
+    if not local_places([(store, key)]):
         return []
     import ray
 

@@ -98,9 +98,9 @@ def with_retries(operation: Callable[[], T], *, place: str) -> T:
     """Run an operation, again and again while the store fails in ways that pass.
 
     Pauses double from 0.2 s to 15 s, with jitter, for up to PCM_STORE_RETRY_SECONDS (300) since the first failure;
-    one line is logged at the first failure of a process and every 30 s. Raises InputError when that time is over, when
-    the disk or quota is full, when access is refused and when the bucket does not exist; whatever else `operation`
-    raises, FileNotFoundError too, passes unchanged.
+    one line is logged at the first failure of a process and every 30 s. Raises InputError when that time is over (one
+    that `passes`), when the disk or quota is full, when access is refused and when the bucket does not exist; whatever
+    else `operation` raises, FileNotFoundError too, passes unchanged.
     """
     patience = _Patience()
     while True:
@@ -115,7 +115,8 @@ def with_retries(operation: Callable[[], T], *, place: str) -> T:
             if (left := patience.left()) <= 0:
                 raise InputError(
                     f"{place}: the store did not answer properly for {patience.spent:.0f} s ({fault.what}); "
-                    "rerun the same command when it does: it resumes"
+                    "rerun the same command when it does: it resumes",
+                    passes=True,
                 ) from None
             if _lines.due():
                 log.warning("%s: %s; trying again for up to %.0f s", place, fault.what, left)

@@ -552,6 +552,12 @@ MUTANTS = (
         ("tests/cluster/generation/stages/test_generator.py::test_one_generator_that_cannot_load_its_model_ends_nothing",),
     ),
     Mutant(
+        "a store that does not answer while weights are fetched leaves nobody out at once",
+        "cluster/generation/stages/loading.py", "isinstance(error, InputError) and not error.passes",
+        "isinstance(error, InputError)",
+        ("tests/cluster/generation/stages/test_loading.py",),
+    ),
+    Mutant(
         "too large a share of failures stops the run",
         "cluster/generation/stages/monitor.py", "self._failed > self._policy.max_error_share * tried", "False",
         ("tests/cluster/generation/stages/test_monitor.py::test_too_large_a_share_of_failures_stops_the_run",),
@@ -809,7 +815,7 @@ MUTANTS = (
     ),
     Mutant(
         "a model too large for every GPU of the cluster is refused before a process starts",
-        "cluster/generation/fit.py", "needed > largest * 1e9", "False",
+        "cluster/generation/fit.py", "needed <= largest * 1e9", "True",
         ("tests/pcm/generation/test_model_memory.py::"
          "test_a_cluster_whose_gpus_are_too_small_is_refused_before_a_process_starts",),
     ),
@@ -885,8 +891,16 @@ MUTANTS = (
         ("tests/cluster/generation/test_retry_quarantined.py::test_killed_between_its_puts_it_is_seen_and_ended_by_the_same_command",),
     ),
     Mutant(
+        "a node that does not see a local folder works on nothing there",
+        "cluster/shard_work.py", "    check_here(places)\n", "",
+        (
+            "tests/cluster/test_shard_work.py::test_a_node_that_does_not_see_the_folder_works_on_nothing",
+            "tests/cluster/dataset/test_plan.py::test_tasks_write_parts_only_where_they_see_the_folder",
+        ),
+    ),
+    Mutant(
         "--repair makes exactly what is damaged again",
-        "cluster/generation/repair.py", "    draw(found.plan, found.damaged_shards)\n", "",
+        "cluster/generation/repair.py", "    draw(found)\n", "",
         ("tests/cluster/generation/test_repair.py::test_exactly_what_is_damaged_is_made_again",),
     ),
     Mutant(

@@ -99,6 +99,16 @@ def test_a_result_is_fetched_as_soon_as_it_is_there(ray_session: None, tmp_path:
     results.close()
 
 
+def test_a_node_that_does_not_see_the_folder_works_on_nothing(ray_session: None, tmp_path: Path) -> None:
+    """One that came after all were asked: here the object by which they see it goes instead."""
+    (tmp_path / "data").mkdir()
+    work = worker(RAY, tmp_path / "data")
+    (tmp_path / "data/seen").unlink()
+    with pytest.raises(InputError, match=r"data: a folder of one machine, which node \S+ does not see; give a URI"):
+        list(work.in_order(Touches(tmp_path / "data"), range(SHARDS_A_TASK)))
+    assert not list((tmp_path / "data").iterdir())
+
+
 def test_auto_takes_ray_where_samples_are_many(ray_session: None, tmp_path: Path) -> None:
     store = open_store(tmp_path)
 

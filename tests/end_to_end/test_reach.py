@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from socket import AF_INET
 
@@ -29,12 +30,22 @@ pytestmark = [
 
 @pytest.fixture
 def head() -> Iterator[Cluster]:
+    yield from started(cpus=1)
+
+
+@pytest.fixture
+def head_alone() -> Iterator[Cluster]:
+    """It is given no work."""
+    yield from started(cpus=0)
+
+
+def started(*, cpus: int) -> Iterator[Cluster]:
     found = (each for addresses in psutil.net_if_addrs().values() for each in addresses if each.family == AF_INET)
     # Said, because Ray takes 127.0.0.1 where `cluster` was imported before it, and no other node can join it there.
     address = next(each.address for each in found if not each.address.startswith("127."))
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000, "node_ip_address": address},
+        head_node_args={"num_cpus": cpus, "object_store_memory": 100_000_000, "node_ip_address": address},
     )
     yield cluster
     cluster.shutdown()
@@ -42,6 +53,12 @@ def head() -> Iterator[Cluster]:
 
 @pytest.fixture
 def other_machine(head: Cluster, tmp_path: Path) -> Iterator[None]:
+    with blind_node(head, tmp_path):
+        yield
+
+
+@contextmanager
+def blind_node(head: Cluster, tmp_path: Path) -> Iterator[None]:
     """A node in whose place `tmp_path` is another, empty folder."""
     join = (
         f"mount -t tmpfs none {tmp_path} && until {Path(sys.executable).parent}/ray start --address={head.address} "
@@ -76,6 +93,30 @@ def test_a_folder_that_a_node_does_not_see_is_refused(head: Cluster, other_machi
     assert job.returncode == 2, job.stderr
     assert "a folder of one machine, which node" in job.stderr.splitlines()[-1]
     assert not list((tmp_path / "data").rglob("*.*")), "something was planned"
+
+
+@pytest.mark.parametrize("generators", [(), ("--generators", "1")], ids=["first machine", "planning"])
+def test_a_machine_that_comes_later_and_does_not_see_the_folder_plans_nothing(
+    head_alone: Cluster, tmp_path: Path, generators: tuple[str, ...]
+) -> None:
+    """Without --generators the job waits for the first machine, and asks it; with, the tasks that plan bring it."""
+    corpus, out = write_corpus(tmp_path), tmp_path / "data"
+    # As for a corpus that is large: the job itself plans a small one in its own process.
+    code = (
+        "import sys, cluster.shard_work, cluster.dataset.plan; "
+        "cluster.shard_work.MANY_SAMPLES = cluster.dataset.plan.MANY_SAMPLES = 1; "
+        "from jobs.generate import JOB; JOB.main(sys.argv[1:])"
+    )
+    asked = ["--corpus", corpus, "--t2i", "null", "--shard-size", "4", "--device", "cpu", "--out", out, *generators]
+    job = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, asked)], cwd=ROOT, env=os.environ | {"RAY_ADDRESS": head_alone.address},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    with blind_node(head_alone, tmp_path):
+        _, said = job.communicate(timeout=300)
+    assert job.returncode == 2, said
+    assert "a folder of one machine, which node" in said.splitlines()[-1]
+    assert not list(out.rglob("*.*")), "something was planned"
 
 
 def test_nothing_is_derived_into_or_from_a_folder_that_a_node_does_not_see(

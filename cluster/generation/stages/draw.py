@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from cluster.dataset.layout import read_table
+from cluster.dataset.layout import read_plan_part
 from cluster.dataset.plan import sample_id
 from cluster.generation.environment import DRAWN_IN, environment, store_environment
 from cluster.generation.stages.merge import to_retry
@@ -64,7 +64,7 @@ class DrawShard:
             generator = self._spec.generator
             found = environment(device=generator.device, loads_models=generator.model != "null")
             self._environment = store_environment(self._store, found)
-        planned = read_table(self._store, block["part"][0].as_py())
+        planned = read_plan_part(self._store, block["part"][0].as_py())
         drawn = self.draw(to_retry(self._store, shard, planned, self._retry) if self._retry else planned)
         if self._guard:
             self._guard.end_shard()

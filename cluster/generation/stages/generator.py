@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from cluster.dataset.layout import PLAN_KEY, Plan
-from cluster.generation.reach import not_reached
 from cluster.generation.stages.asking import ask
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
@@ -17,6 +16,7 @@ from cluster.generation.stages.monitor import Turn
 from cluster.generation.stages.overlap import Overlap
 from cluster.generation.stages.shard_row import SHARD_ROW_SCHEMA
 from cluster.generation.stages.write import STORED_SCHEMA, WriteShard
+from cluster.store.reach import check_here
 from cluster.store.store import Store
 from pcm.errors import InputError
 
@@ -109,8 +109,7 @@ class Generator:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _load(self) -> None:
-        if self._store.is_local and not self._store.exists(PLAN_KEY):
-            raise InputError(not_reached(self._store, os.uname().nodename))
+        check_here([(self._store, PLAN_KEY)])
         self._draw = self._draw or self._make_draw()
         if self._scoring:
             self._score = FeaturiseShard(*self._scoring)

@@ -24,8 +24,8 @@ class Models:
     fault ends no run."""
 
     def __init__(self, monitor: "ActorHandle", actor: str, load: Callable[[], None], *, scores: bool = False) -> None:
-        """`load`: raises InputError where another try would not help: the monitor's too, of an actor that is left
-        out. `scores`: this is an actor of CLIP alone."""
+        """`load`: raises an InputError that does not pass where another try would not help: the monitor's too, of an
+        actor that is left out. `scores`: this is an actor of CLIP alone."""
         self._monitor, self._actor, self._load, self._scores = monitor, actor, load, scores
         self._pause = FIRST_LOAD_PAUSE
         self.loaded = False
@@ -39,12 +39,13 @@ class Models:
         try:
             self._load()
             self.loaded = True
-        except InputError as error:
-            self.left_out = str(error)
-            self.say_left_out()
         except Exception as error:
-            log.warning("models are not loaded", exc_info=True)
-            self._say(typed_first_line(error), again=True)
+            if isinstance(error, InputError) and not error.passes:
+                self.left_out = str(error)
+                self.say_left_out()
+            else:
+                log.warning("models are not loaded", exc_info=True)
+                self._say(typed_first_line(error), again=True)
         if not self.loaded and not self.left_out:
             gc.collect()  # what was loaded of a model before it failed
             time.sleep(self._pause * random.uniform(0.5, 1.0))

@@ -16,7 +16,6 @@ from cluster.dataset import layout, read_dataset
 from cluster.dataset.layout import (
     MANIFEST_KEY,
     PARTS_VERSION,
-    Plan,
     find_manifest,
     load_manifest,
     shard_key,
@@ -24,7 +23,7 @@ from cluster.dataset.layout import (
 )
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.shard_entries import ShardEntries
-from cluster.dataset.verify import verify
+from cluster.dataset.verify import Inspection, verify
 from cluster.export.export import export_dataset
 from cluster.export.request import ExportRequest
 from cluster.generation.like import read_manifest
@@ -137,9 +136,9 @@ def test_a_part_that_is_damaged_or_missing_is_named_in_one_line_and_repaired(
 
     store = open_store(in_parts)
 
-    def finish(plan: Plan, shards: list[int]) -> None:
-        assert not shards
-        write_manifest(store, plan, NULL_FEATURES)
+    def finish(found: Inspection) -> None:
+        assert not found.damaged_shards
+        write_manifest(store, found.plan, NULL_FEATURES)
 
     report = repair(
         store,

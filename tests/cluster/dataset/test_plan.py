@@ -539,6 +539,30 @@ def test_a_task_that_cannot_write_ends_planning_with_its_line(ray_session: None,
     assert load_plan(store) is None
 
 
+def test_tasks_write_parts_only_where_they_see_the_folder(ray_session: None, tmp_path: Path) -> None:
+    """A node that comes for these tasks may have a disk of its own there: here what all see goes instead."""
+    corpus, out = corpus_of(tmp_path, MANY), tmp_path / "out"
+
+    def records() -> Iterator[CorpusRecord]:
+        for seen in out.iterdir():
+            seen.unlink()
+        yield from read_corpus(str(corpus))
+
+    with pytest.raises(InputError, match=r"out: a folder of one machine, which node \S+ does not see; give a URI"):
+        make_plan(
+            open_store(out), records(), SPEC, corpus="captions", shard_size=256, is_truncated=lambda prompt: False,
+            run_on=RAY,
+        )  # fmt: skip
+    assert not list(out.iterdir())
+
+
+def test_a_part_of_the_plan_that_is_missing_is_told_in_one_line(tmp_path: Path) -> None:
+    store, plan = grow(tmp_path, CAPTIONS)
+    store.delete(plan.part_key(1))
+    with pytest.raises(InputError, match=r"part-000001.parquet: a part of the plan is missing; run jobs.verify"):
+        store_vocabularies(store, plan)
+
+
 def test_ray_counts_the_words_that_one_process_counts(ray_session: None, tmp_path: Path) -> None:
     """As of the captions one after the other."""
     store, plan = plan_dataset(tmp_path / "out", corpus_of(tmp_path, MANY), SPEC, shard_size=100)

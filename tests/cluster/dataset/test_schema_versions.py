@@ -17,7 +17,6 @@ from cluster.dataset.layout import (
     MANIFEST_KEY,
     PLAN_KEY,
     VOCABULARY_KEY,
-    Plan,
     load_manifest,
     load_plan,
     parquet_bytes,
@@ -25,7 +24,7 @@ from cluster.dataset.layout import (
 )
 from cluster.dataset.plan import make_plan
 from cluster.dataset.upgrade import upgrade
-from cluster.dataset.verify import verify
+from cluster.dataset.verify import Inspection, verify
 from cluster.export.export import export_dataset
 from cluster.export.request import FORMATS, ExportRequest
 from cluster.generation.pipeline import write_manifest
@@ -91,12 +90,12 @@ def proven(store: Store) -> dict:
     return report
 
 
-def draw(store: Store) -> Callable[[Plan, list[int]], None]:
+def draw(store: Store) -> Callable[[Inspection], None]:
     """What jobs.verify gives to repair, without Ray."""
 
-    def make_again(plan: Plan, shards: list[int]) -> None:
-        committed(store, plan).forget(shards)
-        write_manifest(store, plan, draw_in_process(store, plan, shards))
+    def make_again(found: Inspection) -> None:
+        committed(store, found.plan).forget(found.damaged_shards)
+        write_manifest(store, found.plan, draw_in_process(store, found.plan, found.damaged_shards))
 
     return make_again
 

@@ -56,6 +56,10 @@ def test_what_always_fails_and_what_a_user_can_mend_are_one_line(
     with pytest.raises(InputError, match=rf"^speed: failed {TRIES} times \(OSError: no such disk\); check") as failed:
         in_a_generators_place(fail, ONE, OSError("no such disk"), tmp_path / "often", what="speed")
     assert "\n" not in str(failed.value) and len((tmp_path / "often").read_text()) == TRIES
+    silent = InputError("s3://weights: the store did not answer", passes=True)
+    with pytest.raises(InputError, match=rf"^speed: failed {TRIES} times \(.*did not answer\); check"):
+        in_a_generators_place(fail, ONE, silent, tmp_path / "passes", what="speed")
+    assert len((tmp_path / "passes").read_text()) == TRIES
     with pytest.raises(InputError, match=r"^no such model$"):
         in_a_generators_place(fail, ONE, InputError("no such model"), tmp_path / "once", what="speed")
     assert len((tmp_path / "once").read_text()) == 1

@@ -19,7 +19,7 @@ from cluster.dataset.layout import (
     shard_key,
     stats_key,
 )
-from cluster.dataset.verify import verify
+from cluster.dataset.verify import Inspection, verify
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.repair import repair
 from cluster.sources.corpus import CorpusRecord, read_corpus
@@ -58,11 +58,11 @@ def repaired(folder: Path, corpus: Path | None = None) -> tuple[dict, list[int]]
     store = open_store(folder)
     drawn: list[int] = []
 
-    def draw(plan: Plan, shards: list[int]) -> None:
-        drawn.extend(shards)
+    def draw(found: Inspection) -> None:
+        drawn.extend(found.damaged_shards)
         for key in {group_key(0)} & set(store.list("progress/")):
             store.delete(key)
-        write_manifest(store, plan, draw_in_process(store, plan, shards))
+        write_manifest(store, found.plan, draw_in_process(store, found.plan, found.damaged_shards))
 
     def read_records(plan: Plan) -> Iterator[CorpusRecord]:
         return read_corpus(str(corpus or plan.corpus), limit=plan.records)
@@ -159,6 +159,27 @@ def test_an_unfinished_dataset_is_finished(healthy: Path, tmp_path: Path) -> Non
     (tmp_path / "data" / shard_key(0)).unlink()
     report, drawn = repaired(tmp_path / "data")
     assert report["ok"] and drawn == [0] and contents(tmp_path / "data") == contents(healthy / "data")
+
+
+def test_what_another_run_stores_meanwhile_stays(healthy: Path, data: Path) -> None:
+    """Its quarantine part was stored before repair looked, its shard after."""
+    whole = healthy / "data"
+    parts = [shard_key(0), group_key(0), MANIFEST_KEY]
+    for key in parts:
+        (data / key).unlink()
+
+    def another_run(found: Inspection) -> None:
+        assert found.damaged_shards == found.absent_shards == [0]
+        for key in parts:
+            shutil.copy(whole / key, data / key)
+        raise InputError("no GPU to draw with")
+
+    with pytest.raises(InputError, match="no GPU"):
+        repair(
+            open_store(data), draw=another_run, read_records=lambda plan: iter([]),
+            truncation_check=lambda spec: lambda prompt: False,
+        )  # fmt: skip
+    assert verify(open_store(data))["ok"] and contents(data) == contents(whole)
 
 
 def test_what_nobody_planned_is_told_of_and_stays(data: Path) -> None:

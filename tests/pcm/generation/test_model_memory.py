@@ -73,24 +73,41 @@ def test_what_fits_is_not_refused_and_what_does_not_says_what_to_do(tiny_t2i: Pa
     assert available_here("cpu")[0] > 10**9
 
 
-def node(gpus: int = 1, kind: str | None = None, *, alive: bool = True) -> dict:
+def node(gpus: int = 1, kind: str | None = None, *, alive: bool = True, role: str = "training") -> dict:
     resources = (
         {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {}) | ({f"accelerator_type:{kind}": 1.0} if kind else {})
     )
-    return {"Alive": alive, "Resources": resources}
+    return {"Alive": alive, "Resources": resources, "Labels": {"role": role}}
 
 
 def test_the_largest_gpu_is_known_by_its_name_or_not_at_all() -> None:
-    assert largest_gpu([node(0), node(1, "T4"), node(4, "L4"), node(1, "H100", alive=False)]) == 24
-    assert largest_gpu([node(1, "T4"), node(1, "Something")]) is None
-    assert largest_gpu([node(1, "T4"), node(1)]) is None
-    assert largest_gpu([node(0)]) is None
+    assert largest_gpu([node(0), node(1, "T4"), node(4, "L4"), node(1, "H100", alive=False)], {}) == 24
+    assert largest_gpu([node(1, "T4"), node(1, "Something")], {}) is None
+    assert largest_gpu([node(1, "T4"), node(1)], {}) is None
+    assert largest_gpu([node(0)], {}) is None
+    assert largest_gpu([node(1, "T4"), node(1, "H100", role="generation")], {"role": "training"}) == 16
+    assert largest_gpu([node(1, "T4")], {"role": "generation"}) is None
+
+
+def test_a_cluster_to_which_larger_gpus_may_come_is_not_refused(
+    tiny_t2i: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [node(1, "T4")])
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    large = ModelMemory({"transformer": 17 * 10**9}, 10**6)
+    spec = spec_of(tiny_t2i, device="cuda", dtype="bfloat16")
+    check_memory(spec, large)
+    assert "has 16 GB now" in caplog.text and "--node-label" in caplog.text
+    caplog.clear()
+    check_memory(spec, large, labels={"role": "generation"})
+    assert not caplog.text
 
 
 def test_a_cluster_whose_gpus_are_too_small_is_refused_before_a_process_starts(
     tiny_t2i: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ray.nodes", lambda: [node(1, "T4")])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     large = ModelMemory({"transformer": 12 * 10**9, "text_encoder": 5 * 10**9}, 10**6)
     spec = spec_of(tiny_t2i, device="cuda", dtype="bfloat16")
     with pytest.raises(InputError, match=r"takes about 34\.\d GB as bfloat16 .* has 16 GB; give --offload model"):
