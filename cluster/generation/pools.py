@@ -93,6 +93,11 @@ class Pools:
             node_label=asked.node_label,
         )
 
+    @property
+    def node_labels(self) -> dict[str, str]:
+        """What the nodes have on which the actors are."""
+        return dict([self.node_label]) if self.node_label else {}
+
     def generator_takes(self) -> dict[str, float]:
         """How much of which of Ray's resources one generator reserves."""
         return {"GPU": self.generator_gpus, "CPU": self.generator_cpus}
@@ -125,7 +130,7 @@ class Pools:
 
     def _stage(self, compute: "ActorPoolStrategy", cpus: float, gpus: float) -> dict[str, Any]:
         options: dict[str, Any] = {"compute": compute, "num_cpus": cpus, "num_gpus": gpus}
-        return options | ({"label_selector": dict([self.node_label])} if self.node_label else {})
+        return options | ({"label_selector": self.node_labels} if self.node_label else {})
 
 
 def _that_never_fills(share: float) -> float:

@@ -231,10 +231,10 @@ def test_a_stall_is_said_once_it_is_longer_than_what_is_usual() -> None:
         run.observe(MonitorSnapshot(drawn=32 * second, in_flight=4, generators=4))
     clock.now += 100
     run.observe(MonitorSnapshot(drawn=32 * 19, in_flight=4, generators=4))
-    assert trouble(run.status(), gpus=0, gpus_per_generator=0, no_room="") == ""
+    assert trouble(run.status(), few_gpus="", no_room="") == ""
     clock.now += 112
     run.observe(MonitorSnapshot(drawn=32 * 19, in_flight=3, generators=4))
-    said = trouble(run.status(), gpus=0, gpus_per_generator=0, no_room="")
+    said = trouble(run.status(), few_gpus="", no_room="")
     assert run.longest_pause_seconds == 40, "of what is over; the present one is in the line"
     assert said == "nothing finished for 3 min 32 s; 3 of 4 generators are drawing"
 
@@ -244,11 +244,11 @@ def test_waiting_for_an_autoscaling_cluster_is_said() -> None:
     run = a_run(clock, generators=16)
     run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=0))
     clock.now += 100
-    assert trouble(run.status(), gpus=0, gpus_per_generator=1.0, no_room="") == (
+    assert trouble(run.status(), few_gpus=Room({"GPU": 1}).few_gpus(0, 16), no_room="") == (
         "waiting for 16 generators, for 1 min 40 s; the cluster has 0 GPUs now"
     )
     run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=16))
-    said = trouble(run.status(), gpus=16, gpus_per_generator=1.0, no_room="0 of the cluster's 16 GPUs are free")
+    said = trouble(run.status(), few_gpus="", no_room="0 of the cluster's 16 GPUs are free")
     assert "loading their models, for 1 min 40 s" in said, "all have started, so nothing is waited for"
 
 
@@ -258,9 +258,9 @@ def test_waiting_for_what_another_job_uses_is_said() -> None:
     run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=0))
     clock.now += 100
     no_room = "0.4 of the cluster's 2 CPUs are free, and one takes 0.75"
-    said = trouble(run.status(), gpus=0, gpus_per_generator=0, no_room=no_room)
+    said = trouble(run.status(), few_gpus="", no_room=no_room)
     assert said == f"waiting for 2 generators to start, for 1 min 40 s; {no_room}"
-    assert "are starting" in trouble(run.status(), gpus=0, gpus_per_generator=0, no_room="")
+    assert "are starting" in trouble(run.status(), few_gpus="", no_room="")
 
 
 def test_generators_that_wait_while_others_draw_are_named() -> None:
@@ -268,8 +268,9 @@ def test_generators_that_wait_while_others_draw_are_named() -> None:
     run = a_run(clock, generators=16)
 
     def said(gpus: float, full: str = "") -> str:
-        assert trouble(run.status(), gpus=gpus, gpus_per_generator=1.0, no_room="") == ""
-        return absent(run.status(), gpus=gpus, gpus_per_generator=1.0, full=full)
+        few = Room({"GPU": 1}).few_gpus(gpus, 16)
+        assert trouble(run.status(), few_gpus=few, no_room="") == ""
+        return absent(run.status(), few_gpus=few, full=full)
 
     draw(clock, run, seconds=60, images_per_second=10, generators=8)
     assert said(8) == "8 of 16 generators; 8 wait, for 1 min 00 s: the cluster has 8 GPUs now"
@@ -365,8 +366,7 @@ def test_a_terminal_gets_a_bar_that_ends_full(columns: int) -> None:
             run,
             Telemetry("test", has_clip_scores=False),
             None,
-            gpus_per_generator=0.0,
-            generator_takes={},
+            room=Room({}),
             stream=terminal,
         ) as display,
     ):
@@ -388,8 +388,7 @@ def test_a_log_gets_lines_without_control_characters(caplog: pytest.LogCaptureFi
             run,
             Telemetry("test", has_clip_scores=False),
             None,
-            gpus_per_generator=0.0,
-            generator_takes={},
+            room=Room({}),
             stream=no_terminal,
         ) as display,
     ):

@@ -76,11 +76,11 @@ def test_a_dead_monitor_is_a_silent_one(ray_session: None) -> None:
     ray.get(monitor.begin.remote("one", 0, [0, 1]))
     ray.get(monitor.end.remote("one", 2))
     ray.get(monitor.begin.remote("two", 1, [2]))
-    told = ask_cluster(monitor, gpus_per_generator=0.0, room=Room({"GPU": 0, "CPU": 1}))
+    told = ask_cluster(monitor, room=Room({"GPU": 0, "CPU": 1}))
     assert told.no_room == ""
     assert (told.live, told.machines, told.gpus) == (MonitorSnapshot(drawn=2, in_flight=1, generators=2), 1, 0.0)
-    told = ask_cluster(monitor, gpus_per_generator=1.0, room=Room({"GPU": 1, "CPU": 1}))
+    told = ask_cluster(monitor, room=Room({"GPU": 1, "CPU": 1}))
     assert told.no_room == "0 of the cluster's 0 GPUs are free, and one takes 1"
     assert told.live == MonitorSnapshot(drawn=2, in_flight=1, generators=0), "their GPUs are gone"
     ray.kill(monitor)
-    assert ask_cluster(monitor, gpus_per_generator=0.0, room=Room({})).live is None
+    assert ask_cluster(monitor, room=Room({})).live is None
