@@ -19,7 +19,7 @@ from cluster.generation.progress import STAGES, MonitorSnapshot, RunProgress, St
 from cluster.generation.stages.monitor import ANSWER_SECONDS
 from cluster.generation.telemetry import Telemetry
 from cluster.numbers import duration, size
-from cluster.session import cluster_nodes, labels_text, resources_now, who_has
+from cluster.session import SECONDS_TO_START, cluster_nodes, labels_text, resources_now, who_has
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +45,20 @@ class ClusterState:
     gpus: float = 0.0  # of the nodes on which generators may be
     no_room: str = ""  # what others leave too little of for a generator
     full: str = ""  # what is too little for one generator more, whoever has it
+    full_for_clip: str = ""  # the same of an actor of CLIP alone
 
 
-def ask_cluster(monitor: ActorHandle | None, *, room: "Room") -> ClusterState:
+def ask_cluster(monitor: ActorHandle | None, *, room: "Room", clip_room: "Room") -> ClusterState:
     """Ask Ray and the run's monitor. Takes up to ANSWER_SECONDS; raises whatever Ray raises when it is in trouble."""
     has, free = resources_now(room.labels)
     no_room, full = room.lacking(has, free), room.full(has, free)
-    state = ClusterState(machines=len(cluster_nodes()), gpus=has["GPU"], no_room=no_room, full=full)
+    state = ClusterState(
+        machines=len(cluster_nodes()),
+        gpus=has["GPU"],
+        no_room=no_room,
+        full=full,
+        full_for_clip=clip_room.full(has, free),
+    )
     if monitor is None:
         return state
     monitor.nodes.remote(cluster_nodes(room.labels))
@@ -65,14 +72,15 @@ def ask_cluster(monitor: ActorHandle | None, *, room: "Room") -> ClusterState:
         drawn=said["drawn"],
         in_flight=said["in_flight"],
         generators=min(said["generators"], most),
+        scorers=said["scorers"],
         left_out=tuple(said["left_out"]),
     )
     return replace(state, live=live)
 
 
 class Room:
-    """Whether a cluster has room for this run's generators, of which each takes so much of Ray's resources, on a node
-    with these labels: `has` and `free` are of such nodes alone."""
+    """Whether a cluster has room for this run's actors of one kind, of which each takes so much of Ray's resources, on
+    a node with these labels: `has` and `free` are of such nodes alone."""
 
     def __init__(self, takes: Mapping[str, float], labels: Mapping[str, str] | None = None) -> None:
         self._takes, self.labels = takes, labels or {}
@@ -80,15 +88,15 @@ class Room:
 
     @property
     def gpus(self) -> float:
-        """That one generator takes."""
+        """That one takes."""
         return self._takes.get("GPU", 0.0)
 
-    def few_gpus(self, gpus: float, generators: int) -> str:
-        """That so many GPUs are too few for so many generators, whoever has them; "" where they are enough."""
-        return f"{who_has(self.labels)} {gpus:g} GPUs now" if gpus < generators * self.gpus else ""
+    def few_gpus(self, gpus: float, actors: int) -> str:
+        """That so many GPUs are too few for so many actors, whoever has them; "" where they are enough."""
+        return f"{who_has(self.labels)} {gpus:g} GPUs now" if gpus < actors * self.gpus else ""
 
     def lacking(self, has: Mapping[str, float], free: Mapping[str, float]) -> str:
-        """Which resource others leave too little of for one generator, of what the cluster has; "": none."""
+        """Which resource others leave too little of for one of them, of what the cluster has; "": none."""
         for name, wanted in self._takes.items():
             whole, left = has.get(name, 0.0), free.get(name, 0.0)
             others = self._others[name] = min(whole - left, self._others.get(name, math.inf))
@@ -97,7 +105,7 @@ class Room:
         return ""
 
     def full(self, has: Mapping[str, float], free: Mapping[str, float]) -> str:
-        """Which resource has too little left for one generator more, the run's own in it; "": none."""
+        """Which resource has too little left for one more, the run's own in it; "": none."""
         for name, wanted in self._takes.items():
             if (left := free.get(name, 0.0)) + 1e-6 < wanted:
                 return self._too_little(name, has.get(name, 0.0), left, wanted)
@@ -119,10 +127,11 @@ class Display:
         monitor: ActorHandle | None,
         *,
         room: Room,
+        clip_room: Room,
         stream: TextIO | None = None,
     ) -> None:
         self._progress, self._telemetry, self._monitor = progress, telemetry, monitor
-        self._room = room
+        self._room, self._clip_room = room, clip_room
         self._left_out: set[str] = set()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._tick_until_closed, name="progress", daemon=True)
@@ -151,7 +160,7 @@ class Display:
         pause = 0.0
         while not self._closing.wait(pause):
             try:
-                news = ask_cluster(self._monitor, room=self._room)
+                news = ask_cluster(self._monitor, room=self._room, clip_room=self._clip_room)
             except Exception as error:  # a run does not stop for its display
                 log.debug("the cluster does not answer: %s", error)
                 news = ClusterState()
@@ -164,7 +173,9 @@ class Display:
             self._telemetry.update(status)
             few = self._room.few_gpus(news.gpus, status.wanted_generators)
             wrong = trouble(status, few_gpus=few, no_room=news.no_room)
-            self._view.show(status, wrong, wrong or absent(status, few_gpus=few, full=news.full))
+            who = wrong or absent(status, few_gpus=few, full=news.full)
+            said = "; ".join(filter(None, (who, absent_clip(status, full=news.full_for_clip))))
+            self._view.show(status, wrong and said, said)
             pause = TICK_SECONDS if news.live else SILENT_TICK_SECONDS
 
 
@@ -288,3 +299,15 @@ def absent(status: Status, *, few_gpus: str, full: str) -> str:
     how = f"wait{'s' if waiting == 1 else ''}" if why else f"{'is' if waiting == 1 else 'are'} starting"
     since = f"{waiting} {how}, for {duration(status.short_seconds)}"
     return f"{status.generators} of {status.wanted_generators} generators; {since}{': ' if why else ''}{why}"
+
+
+def absent_clip(status: Status, *, full: str) -> str:
+    """How many actors of CLIP alone have no place, and for how long; "" when none: without one nothing is stored.
+
+    `full`: what `Room.full` says of one of them. One that has its place starts within seconds.
+    """
+    waiting = status.waiting_scorers
+    if not waiting or not full or status.short_of_scorers_seconds < SECONDS_TO_START:
+        return ""
+    them = "1 actor of CLIP waits" if waiting == 1 else f"{waiting} actors of CLIP wait"
+    return f"{them}, for {duration(status.short_of_scorers_seconds)}: {full}"

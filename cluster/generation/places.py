@@ -43,7 +43,8 @@ def pools_of_cluster(asked: MachineOptions | None = None, *, device: str) -> Poo
     is; where there is none yet, the first machine is asked for and waited for, and then counts with all it has. With a
     node label only nodes with it count.
 
-    Raises InputError for GPUs, or a label, on a machine that has none, to which no others come.
+    Raises InputError for GPUs, or a label, on a machine that has none, to which no others come; there also where
+    generators leave no GPU for actors of CLIP alone.
     """
     asked = asked or MachineOptions()
     labels, joined = asked.node_labels, bool(os.environ.get("RAY_ADDRESS"))
@@ -65,7 +66,10 @@ def pools_of_cluster(asked: MachineOptions | None = None, *, device: str) -> Poo
             "one generator for each of the %g %s that have come; --generators N waits for more",
             counted(labels), "GPUs" if device == "cuda" else "CPUs",
         )  # fmt: skip
-    return Pools.of(asked, device=device, cpus=cluster_cpus(labels), gpus=cluster_gpus(labels))
+    pools = Pools.of(asked, device=device, cpus=cluster_cpus(labels), gpus=cluster_gpus(labels))
+    if not joined:
+        pools.require_room_for_clip(cluster_gpus(labels))
+    return pools
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,22 @@ class Pools:
         """How much of which of Ray's resources one generator reserves."""
         return {"GPU": self.generator_gpus, "CPU": self.generator_cpus}
 
+    def scorer_takes(self) -> dict[str, float]:
+        """The same of an actor of CLIP alone."""
+        return {"GPU": self.scorer_gpus, "CPU": _SCORER_CPUS}
+
+    def require_room_for_clip(self, gpus: float) -> None:
+        """Raises InputError where generators leave no GPU for the actors of CLIP alone, of so many that will not get
+        more: what they draw would be stored by nobody."""
+        generators = self.min_generators or self.generators
+        wanted = generators * self.generator_gpus + self.scorers * self.scorer_gpus
+        if self.scorers and wanted > gpus:
+            raise InputError(
+                f"generators ({generators}) and actors of CLIP alone ({self.scorers}) take {wanted:g} GPUs, and there "
+                f"are {gpus:g}, to which no others come; lower --generators, --scorers or --clip-gpus, or "
+                "leave the last two out: each generator scores then"
+            )
+
     def turns(self, shards: int) -> int:
         """Of a run over so many shards: one for each, and those that may be of no use to it.
 

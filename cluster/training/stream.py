@@ -103,7 +103,10 @@ def _pools(request: StreamRequest, *, device: str, cpus: float, gpus: float) -> 
             f"{has['gpus']:g}, which leaves none for generation; lower --num-workers or --cpus-per-worker, name "
             "--generators on a cluster that grows, or run jobs.generate first and jobs.train then"
         )
-    return Pools.of(request, device=device, **left)
+    pools = Pools.of(request, device=device, **left)
+    if "RAY_ADDRESS" not in os.environ:
+        pools.require_room_for_clip(left["gpus"])
+    return pools
 
 
 def _generate_and_train(

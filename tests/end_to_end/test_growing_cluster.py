@@ -111,9 +111,7 @@ def test_generation_waits_for_nodes_with_its_label_and_says_so(head: Cluster, tm
     command = ["jobs.generate", "--corpus", write_corpus(tmp_path), "--t2i=null", "--clip=null", "--shard-size=2"]
     command += ["--out", tmp_path / "out", "--device=cpu", "--node-label=role=generation"]
     job = jobs(head, *command)
-    read_until(
-        job, "generators: waiting for a machine, for 0 s; 0 of the 0 CPUs of nodes with role=generation are free"
-    )
+    read_until(job, "; 0 of the 0 CPUs of nodes with role=generation are free, and one takes")
     head.add_node(num_cpus=2, object_store_memory=100_000_000, labels={"role": "generation"})
     read_until(job, "one generator for each of the 2 CPUs that have come")
     printed, said = job.communicate(timeout=300)

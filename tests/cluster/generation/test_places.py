@@ -132,12 +132,27 @@ def test_nodes_with_another_label_do_not_count(monkeypatch: pytest.MonkeyPatch) 
     assert device_of_cluster("auto", labels=asked.node_labels) == "cuda"
     with pytest.raises(InputError, match="--device auto: nodes with role=demo have no CPUs and GPUs for work now"):
         device_of_cluster("auto", labels={"role": "demo"})
-    state = ask_cluster(None, room=Room({"GPU": 1, "CPU": 0.9}, asked.node_labels))
+    clip = Room({"GPU": 1})
+    state = ask_cluster(None, room=Room({"GPU": 1, "CPU": 0.9}, asked.node_labels), clip_room=clip)
     assert state.gpus == 2 and state.machines == 2
     assert state.full == "0 of the 2 GPUs of nodes with role=generation are free, and one takes 1" == state.no_room
     few = Room({"GPU": 1, "CPU": 0.9}, {"role": "demo"})
-    assert few.few_gpus(ask_cluster(None, room=few).gpus, 4) == "nodes with role=demo have 0 GPUs now"
-    assert ask_cluster(None, room=Room({"GPU": 1, "CPU": 0.9})).no_room == ""
+    assert few.few_gpus(ask_cluster(None, room=few, clip_room=clip).gpus, 4) == "nodes with role=demo have 0 GPUs now"
+    assert ask_cluster(None, room=Room({"GPU": 1, "CPU": 0.9}), clip_room=clip).no_room == ""
+
+
+def test_generators_that_leave_clip_no_gpu_are_refused_where_no_others_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes_with_gpus(monkeypatch)
+    asked = MachineOptions(generators=6, clip_gpus=1)
+    assert pools_of_cluster(asked, device="cuda").scorers == 1, "this cluster may grow"
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(
+        InputError, match=r"^generators \(6\) and actors of CLIP alone \(1\) take 7 GPUs, and there are 6"
+    ):
+        pools_of_cluster(asked, device="cuda")
+    assert pools_of_cluster(MachineOptions(generators=(5, 6), clip_gpus=1), device="cuda").generators == 6
+    assert pools_of_cluster(MachineOptions(clip_gpus=1), device="cuda").generators == 5
+    assert pools_of_cluster(MachineOptions(generators=9), device="cuda").generators == 9, "without CLIP the others wait"
 
 
 def test_generators_are_as_many_as_there_are_cores_or_as_are_named(ray_session: None) -> None:
