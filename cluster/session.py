@@ -247,32 +247,44 @@ class _Wanted:
         return False
 
     def line(self, *, seconds: float) -> str:
-        nodes = _nodes(self.labels)
-        has = _sum([node["Resources"] for node in nodes])
-        free = _sum(_free(nodes))
+        has, free = resources_now(self.labels)
         cpus, gpus = self.workers * self.cpus, self.workers * self.gpus
         lacking = has if self.is_missing() else free
         on_each = ""
         if cpus <= lacking["CPU"] and gpus <= lacking["GPU"]:
             on_each = ", on one node" + (f" for each of {self.workers} workers" if self.workers > 1 else "")
-        there = "the cluster has"
-        if self.labels:
-            there = f"nodes with {' '.join(f'{name}={value}' for name, value in self.labels.items())} have"
         taken = "" if lacking is has else f", of which {free['CPU']:g} and {free['GPU']:g} are free"
         wanted = f"waiting for {cpus:g} CPUs and {gpus:g} GPUs{on_each}"
-        return f"{wanted}; {there} {has['CPU']:g} and {has['GPU']:g} now{taken} (for {seconds:.0f} s)"
+        there = f"{who_has(self.labels)} {has['CPU']:g} and {has['GPU']:g} now"
+        return f"{wanted}; {there}{taken} (for {seconds:.0f} s)"
 
 
 def _sum(nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
 
 
-def cluster_gpus() -> float:
-    return ray.cluster_resources().get("GPU", 0.0)
+def cluster_gpus(labels: Mapping[str, str] | None = None) -> float:
+    """Of the nodes with these labels, whoever uses them; so are `cluster_cpus`."""
+    return _has(_nodes(labels))["GPU"]
 
 
-def cluster_cpus() -> float:
-    return ray.cluster_resources().get("CPU", 0.0)
+def cluster_cpus(labels: Mapping[str, str] | None = None) -> float:
+    return _has(_nodes(labels))["CPU"]
+
+
+def resources_now(labels: Mapping[str, str] | None = None) -> tuple[dict[str, float], dict[str, float]]:
+    """(has, free): the CPUs and GPUs of the nodes with these labels, and how many of them nobody uses."""
+    nodes = _nodes(labels)
+    return _has(nodes), _sum(_free(nodes))
+
+
+def who_has(labels: Mapping[str, str] | None) -> str:
+    """The nodes with these labels, for the beginning of a sentence about what they have."""
+    return f"nodes with {labels_text(labels)} have" if labels else "the cluster has"
+
+
+def labels_text(labels: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in labels.items())
 
 
 def room_for(*, cpus: float, gpus: float, labels: Mapping[str, str] | None = None) -> int:
@@ -280,12 +292,12 @@ def room_for(*, cpus: float, gpus: float, labels: Mapping[str, str] | None = Non
 
     `labels`: only on nodes that have these.
     """
-    return _room([node["Resources"] for node in _nodes(labels or {})], cpus=cpus, gpus=gpus)
+    return _room([node["Resources"] for node in _nodes(labels)], cpus=cpus, gpus=gpus)
 
 
 def free_room(*, cpus: float, gpus: float, labels: Mapping[str, str] | None = None) -> int:
     """How many more there is room for now, beside everything that is at work."""
-    return _room(_free(_nodes(labels or {})), cpus=cpus, gpus=gpus)
+    return _room(_free(_nodes(labels)), cpus=cpus, gpus=gpus)
 
 
 def cpus_for_each(workers: int, *, gpus: float = 0) -> int:
@@ -293,15 +305,19 @@ def cpus_for_each(workers: int, *, gpus: float = 0) -> int:
 
     Not the cluster's CPUs by their number: on three nodes of two CPUs, one worker with six would never start.
     """
-    nodes = [node["Resources"] for node in _nodes({})]
+    nodes = [node["Resources"] for node in _nodes()]
     most = int(max((node.get("CPU", 0.0) for node in nodes), default=0.0))
     return next((cpus for cpus in range(most, 1, -1) if _room(nodes, cpus=cpus, gpus=gpus) >= workers), 1)
 
 
-def _nodes(labels: Mapping[str, str]) -> list[dict[str, Any]]:
+def _nodes(labels: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Those that are alive and have these labels."""
     alive = [node for node in ray.nodes() if node["Alive"]]
-    return [node for node in alive if labels.items() <= (node.get("Labels") or {}).items()]
+    return [node for node in alive if (labels or {}).items() <= (node.get("Labels") or {}).items()]
+
+
+def _has(nodes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return _sum([node["Resources"] for node in nodes])
 
 
 def _free(nodes: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -316,11 +332,11 @@ def _room(nodes: Sequence[Mapping[str, float]], *, cpus: float, gpus: float) -> 
     return sum(int(min(node.get(name, 0.0) / count for name, count in wanted.items()) + rounding) for node in nodes)
 
 
-def cluster_nodes() -> list[str]:
-    """The ids of the nodes that are alive."""
-    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+def cluster_nodes(labels: Mapping[str, str] | None = None) -> list[str]:
+    """The ids of the nodes that are alive and have these labels."""
+    return [node["NodeID"] for node in _nodes(labels)]
 
 
 def _resources() -> str:
-    resources = ray.cluster_resources()
-    return ", ".join(f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if name in resources)
+    has = [f"{count:g} {name}" for name, count in _has(_nodes()).items() if count]
+    return ", ".join(has) or "no CPUs or GPUs yet"

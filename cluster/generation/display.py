@@ -19,7 +19,7 @@ from cluster.generation.progress import STAGES, MonitorSnapshot, RunProgress, St
 from cluster.generation.stages.monitor import ANSWER_SECONDS
 from cluster.generation.telemetry import Telemetry
 from cluster.numbers import duration, size
-from cluster.session import cluster_gpus, cluster_nodes
+from cluster.session import SECONDS_TO_START, cluster_nodes, labels_text, resources_now, who_has
 
 log = logging.getLogger(__name__)
 
@@ -42,60 +42,79 @@ class ClusterState:
 
     live: MonitorSnapshot | None = None  # None: the monitor does not answer
     machines: int = 1
-    gpus: float = 0.0
+    gpus: float = 0.0  # of the nodes on which generators may be
     no_room: str = ""  # what others leave too little of for a generator
     full: str = ""  # what is too little for one generator more, whoever has it
+    full_for_clip: str = ""  # the same of an actor of CLIP alone
 
 
-def ask_cluster(monitor: ActorHandle | None, *, gpus_per_generator: float, room: "Room") -> ClusterState:
+def ask_cluster(monitor: ActorHandle | None, *, room: "Room", clip_room: "Room") -> ClusterState:
     """Ask Ray and the run's monitor. Takes up to ANSWER_SECONDS; raises whatever Ray raises when it is in trouble."""
-    nodes, gpus = cluster_nodes(), cluster_gpus()
-    has, free = ray.cluster_resources(), ray.available_resources()
-    state = ClusterState(machines=len(nodes), gpus=gpus, no_room=room.lacking(has, free), full=room.full(has, free))
+    has, free = resources_now(room.labels)
+    no_room, full = room.lacking(has, free), room.full(has, free)
+    state = ClusterState(
+        machines=len(cluster_nodes()),
+        gpus=has["GPU"],
+        no_room=no_room,
+        full=full,
+        full_for_clip=clip_room.full(has, free),
+    )
     if monitor is None:
         return state
-    monitor.nodes.remote(nodes)
+    monitor.nodes.remote(cluster_nodes(room.labels))
     try:
         said: Any = ray.get(monitor.snapshot.remote(), timeout=ANSWER_SECONDS)
     except ray.exceptions.RayError:
         return state
     # The monitor remembers every generator, those on lost nodes too; there are no more than there are GPUs for.
-    most = int(gpus / gpus_per_generator + 1e-6) if gpus_per_generator else said["generators"]
+    most = int(state.gpus / room.gpus + 1e-6) if room.gpus else said["generators"]
     live = MonitorSnapshot(
         drawn=said["drawn"],
         in_flight=said["in_flight"],
         generators=min(said["generators"], most),
+        scorers=said["scorers"],
         left_out=tuple(said["left_out"]),
     )
     return replace(state, live=live)
 
 
 class Room:
-    """Whether others keep this run's generators out, of which each takes so much of Ray's resources."""
+    """Whether a cluster has room for this run's actors of one kind, of which each takes so much of Ray's resources, on
+    a node with these labels: `has` and `free` are of such nodes alone."""
 
-    def __init__(self, takes: Mapping[str, float]) -> None:
-        self._takes = takes
+    def __init__(self, takes: Mapping[str, float], labels: Mapping[str, str] | None = None) -> None:
+        self._takes, self.labels = takes, labels or {}
         self._others: dict[str, float] = {}  # the least that was in use: what the run has itself comes on top
 
+    @property
+    def gpus(self) -> float:
+        """That one takes."""
+        return self._takes.get("GPU", 0.0)
+
+    def few_gpus(self, gpus: float, actors: int) -> str:
+        """That so many GPUs are too few for so many actors, whoever has them; "" where they are enough."""
+        return f"{who_has(self.labels)} {gpus:g} GPUs now" if gpus < actors * self.gpus else ""
+
     def lacking(self, has: Mapping[str, float], free: Mapping[str, float]) -> str:
-        """Which resource others leave too little of for one generator, of what the cluster has; "": none."""
+        """Which resource others leave too little of for one of them, of what the cluster has; "": none."""
         for name, wanted in self._takes.items():
             whole, left = has.get(name, 0.0), free.get(name, 0.0)
             others = self._others[name] = min(whole - left, self._others.get(name, math.inf))
             if max(left, whole - others) + 1e-6 < wanted:
-                return _too_little(name, whole, left, wanted)
+                return self._too_little(name, whole, left, wanted)
         return ""
 
     def full(self, has: Mapping[str, float], free: Mapping[str, float]) -> str:
-        """Which resource has too little left for one generator more, the run's own in it; "": none."""
+        """Which resource has too little left for one more, the run's own in it; "": none."""
         for name, wanted in self._takes.items():
             if (left := free.get(name, 0.0)) + 1e-6 < wanted:
-                return _too_little(name, has.get(name, 0.0), left, wanted)
+                return self._too_little(name, has.get(name, 0.0), left, wanted)
         return ""
 
-
-def _too_little(name: str, whole: float, left: float, wanted: float) -> str:
-    return f"{left:g} of the cluster's {whole:g} {name}s are free, and one takes {wanted:g}"
+    def _too_little(self, name: str, whole: float, left: float, wanted: float) -> str:
+        them = f"{whole:g} {name}s"
+        them = f"the {them} of nodes with {labels_text(self.labels)}" if self.labels else f"the cluster's {them}"
+        return f"{left:g} of {them} are free, and one takes {wanted:g}"
 
 
 class Display:
@@ -107,12 +126,12 @@ class Display:
         telemetry: Telemetry,
         monitor: ActorHandle | None,
         *,
-        gpus_per_generator: float,
-        generator_takes: Mapping[str, float],
+        room: Room,
+        clip_room: Room,
         stream: TextIO | None = None,
     ) -> None:
         self._progress, self._telemetry, self._monitor = progress, telemetry, monitor
-        self._gpus_per_generator, self._room = gpus_per_generator, Room(generator_takes)
+        self._room, self._clip_room = room, clip_room
         self._left_out: set[str] = set()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._tick_until_closed, name="progress", daemon=True)
@@ -141,7 +160,7 @@ class Display:
         pause = 0.0
         while not self._closing.wait(pause):
             try:
-                news = ask_cluster(self._monitor, gpus_per_generator=self._gpus_per_generator, room=self._room)
+                news = ask_cluster(self._monitor, room=self._room, clip_room=self._clip_room)
             except Exception as error:  # a run does not stop for its display
                 log.debug("the cluster does not answer: %s", error)
                 news = ClusterState()
@@ -152,9 +171,11 @@ class Display:
                     self._left_out.add(said)
             status = self._progress.status()
             self._telemetry.update(status)
-            needs: dict[str, float] = {"gpus": news.gpus, "gpus_per_generator": self._gpus_per_generator}
-            wrong = trouble(status, **needs, no_room=news.no_room)
-            self._view.show(status, wrong, wrong or absent(status, **needs, full=news.full))
+            few = self._room.few_gpus(news.gpus, status.wanted_generators)
+            wrong = trouble(status, few_gpus=few, no_room=news.no_room)
+            who = wrong or absent(status, few_gpus=few, full=news.full)
+            said = "; ".join(filter(None, (who, absent_clip(status, full=news.full_for_clip))))
+            self._view.show(status, wrong and said, said)
             pause = TICK_SECONDS if news.live else SILENT_TICK_SECONDS
 
 
@@ -245,13 +266,13 @@ def details(status: Status) -> str:
     return ", ".join(parts)
 
 
-def trouble(status: Status, *, gpus: float, gpus_per_generator: float, no_room: str) -> str:
+def trouble(status: Status, *, few_gpus: str, no_room: str) -> str:
     """Why nothing moves, if nothing does; "" when all is well.
 
-    `no_room`: what `Room.lacking` says: another job has what this one waits for.
+    `few_gpus`: what `Room.few_gpus` says. `no_room`: what `Room.lacking` says: another job has what this one waits for.
     """
     wanted = status.wanted_generators
-    here = f"; {few}" if (few := _few_gpus(status, gpus, gpus_per_generator)) else ""
+    here = f"; {few_gpus}" if few_gpus else ""
     if not status.samples and not status.drawn and not status.in_flight:
         waiting = wanted if status.generators is None else wanted - status.generators
         them = f"{waiting} generator{'' if waiting == 1 else 's'}"
@@ -266,19 +287,27 @@ def trouble(status: Status, *, gpus: float, gpus_per_generator: float, no_room: 
     return ""
 
 
-def absent(status: Status, *, gpus: float, gpus_per_generator: float, full: str) -> str:
+def absent(status: Status, *, few_gpus: str, full: str) -> str:
     """How many generators have not started while others draw, for how long, and what they wait for; "" when none.
 
-    `full`: what `Room.full` says.
+    `few_gpus`, `full`: what these functions of `Room` say.
     """
     if status.generators is None or status.generators >= status.wanted_generators or not status.missing:
         return ""
     waiting = status.wanted_generators - status.generators
-    why = _few_gpus(status, gpus, gpus_per_generator) or full
+    why = few_gpus or full
     how = f"wait{'s' if waiting == 1 else ''}" if why else f"{'is' if waiting == 1 else 'are'} starting"
     since = f"{waiting} {how}, for {duration(status.short_seconds)}"
     return f"{status.generators} of {status.wanted_generators} generators; {since}{': ' if why else ''}{why}"
 
 
-def _few_gpus(status: Status, gpus: float, gpus_per_generator: float) -> str:
-    return f"the cluster has {gpus:g} GPUs now" if gpus < status.wanted_generators * gpus_per_generator else ""
+def absent_clip(status: Status, *, full: str) -> str:
+    """How many actors of CLIP alone have no place, and for how long; "" when none: without one nothing is stored.
+
+    `full`: what `Room.full` says of one of them. One that has its place starts within seconds.
+    """
+    waiting = status.waiting_scorers
+    if not waiting or not full or status.short_of_scorers_seconds < SECONDS_TO_START:
+        return ""
+    them = "1 actor of CLIP waits" if waiting == 1 else f"{waiting} actors of CLIP wait"
+    return f"{them}, for {duration(status.short_of_scorers_seconds)}: {full}"

@@ -145,7 +145,8 @@ def prepare(
         concepts = fitting_concepts(asked.concepts, embed_dim=joint_dimensions(spec.clip.model))
 
     start_ray()
-    device = device_of_cluster(asked.device, before=planned.spec.generator.device if planned else None)
+    before = planned.spec.generator.device if planned else None
+    device = device_of_cluster(asked.device, before=before, labels=asked.node_labels)
     check_reach(store)
     spec = on_device(spec, device=device, dtype=resolve_dtype(asked.dtype, device=device))
     if asked.offload != "none" and device != "cuda":

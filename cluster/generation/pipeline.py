@@ -30,7 +30,7 @@ from cluster.dataset.vocabularies import (
 )
 from cluster.generation.attendant import attended
 from cluster.generation.cost import Billing
-from cluster.generation.display import Display
+from cluster.generation.display import Display, Room
 from cluster.generation.environment import joined_versions, stored_environments, versions
 from cluster.generation.limits import FaultPolicy, RunLimits
 from cluster.generation.one_run import monitor_of_run
@@ -159,7 +159,13 @@ def run_pipeline(
         if skipped:
             log.info("%d of %d samples are on the store already", skipped, total)
         billing = Billing.of(pools, device=plan.spec.generator.device, price_per_hour=watch.price_per_hour)
-        progress = RunProgress(total=total, skipped=skipped, actors=actors(pools, len(missing)), billing=billing)
+        progress = RunProgress(
+            total=total,
+            skipped=skipped,
+            actors=actors(pools, len(missing)),
+            billing=billing,
+            scorers=min(pools.scorers, len(missing)),
+        )
         if not missing or plan.spec.clip.model == "null":
             store_vocabularies(store, plan, node_label=pools.node_label)
         begun_again: int | None = 0
@@ -200,13 +206,9 @@ def _make_missing(
 ) -> None:
     """Draw and store shards until none is missing; what is stored is added to `on_store` and `progress`."""
     telemetry = Telemetry(store.root, has_clip_scores=plan.spec.clip.model != "null")
-    with Display(
-        progress,
-        telemetry,
-        watched_by[0],
-        gpus_per_generator=billing.units_per_generator,
-        generator_takes=pools.generator_takes(),
-    ) as display:
+    room = Room(pools.generator_takes(), pools.node_labels)
+    clip_room = Room(pools.scorer_takes(), pools.node_labels)
+    with Display(progress, telemetry, watched_by[0], room=room, clip_room=clip_room) as display:
         while missing:
             made = shard_stream(store, plan, missing, pools, watched_by=watched_by, retry=retry, draw=draw)
             with closing(made):  # at once, whatever is raised here: its actors hold CPUs and GPUs

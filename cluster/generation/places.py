@@ -15,7 +15,16 @@ from cluster.generation.pools import Pools
 from cluster.generation.request import MachineOptions
 from cluster.generation.stages.monitor import MAX_FRUITLESS_STARTS
 from cluster.numbers import duration
-from cluster.session import SECONDS_BETWEEN_WAITING_LINES, cluster_cpus, cluster_gpus, user_error
+from cluster.session import (
+    SECONDS_BETWEEN_WAITING_LINES,
+    SECONDS_TO_START,
+    cluster_cpus,
+    cluster_gpus,
+    cluster_nodes,
+    labels_text,
+    resources_now,
+    user_error,
+)
 from pcm.errors import InputError, typed_first_line
 from pcm.line_timer import LineTimer
 
@@ -31,25 +40,36 @@ _LOOKS_A_SECOND = 2
 
 def pools_of_cluster(asked: MachineOptions | None = None, *, device: str) -> Pools:
     """The pools that `asked` names. Where nobody names a number of generators, one for each GPU (or core) that there
-    is; where there is none yet, the first machine is asked for and waited for, and then counts with all it has.
+    is; where there is none yet, the first machine is asked for and waited for, and then counts with all it has. With a
+    node label only nodes with it count.
 
-    Raises InputError for GPUs on a machine that has none, to which no others come.
+    Raises InputError for GPUs, or a label, on a machine that has none, to which no others come; there also where
+    generators leave no GPU for actors of CLIP alone.
     """
     asked = asked or MachineOptions()
-    if device == "cuda" and not cluster_gpus() and not os.environ.get("RAY_ADDRESS"):
+    labels, joined = asked.node_labels, bool(os.environ.get("RAY_ADDRESS"))
+    if not joined and not cluster_nodes(labels):
+        raise InputError(
+            f"--node-label {labels_text(labels)}: this machine does not have it, and no others come to it; leave it "
+            "out, or join a cluster (RAY_ADDRESS) whose nodes have labels"
+        )
+    if not joined and device == "cuda" and not cluster_gpus():
         raise InputError(
             "cuda: this machine has no GPU, and no other machines come to it; join a cluster with GPUs (RAY_ADDRESS) "
             "or run the same command on a machine with one"
         )
-    there = cluster_gpus if device == "cuda" else cluster_cpus
-    if asked.generators is None and not there():
-        one = Pools.of(replace(asked, generators=1), device=device, cpus=cluster_cpus(), gpus=cluster_gpus())
+    counted = cluster_gpus if device == "cuda" else cluster_cpus
+    if asked.generators is None and not counted(labels):
+        one = Pools.of(replace(asked, generators=1), device=device, cpus=cluster_cpus(labels), gpus=0)
         in_a_generators_place(_nothing, one, what="generators")
         log.info(
             "one generator for each of the %g %s that have come; --generators N waits for more",
-            there(), "GPUs" if device == "cuda" else "CPUs",
+            counted(labels), "GPUs" if device == "cuda" else "CPUs",
         )  # fmt: skip
-    return Pools.of(asked, device=device, cpus=cluster_cpus(), gpus=cluster_gpus())
+    pools = Pools.of(asked, device=device, cpus=cluster_cpus(labels), gpus=cluster_gpus(labels))
+    if not joined:
+        pools.require_room_for_clip(cluster_gpus(labels))
+    return pools
 
 
 @dataclass(frozen=True)
@@ -72,7 +92,7 @@ def in_a_generators_place(
     del options["compute"]
     # Ray would begin it again without a word, and behind the texts that were read already.
     task = ray.remote(work).options(**options, num_returns="streaming", max_retries=0)
-    room, pause = Room(pools.generator_takes()), FIRST_PAUSE
+    room, pause = Room(pools.generator_takes(), pools.node_labels), FIRST_PAUSE
     for tried in range(1, TRIES + 1):
         try:
             return _followed(task.remote(*arguments, **named), room, what)
@@ -100,12 +120,14 @@ def _followed(answers: Any, room: Room, what: str) -> Any:
             log.info("%s: %s", what, doing)
             lines = LineTimer(SECONDS_BETWEEN_WAITING_LINES)
             continue
-        lacking = "" if doing else room.lacking(ray.cluster_resources(), ray.available_resources())
-        spent = duration(time.monotonic() - since)
+        lacking = "" if doing else room.lacking(*resources_now(room.labels))
+        spent = time.monotonic() - since
         if lacking and lines.due():
-            log.info("%s: waiting for a machine, for %s; %s", what, spent, lacking)
+            log.info("%s: waiting for a machine, for %s; %s", what, duration(spent), lacking)
         elif doing and lines.due():
-            log.info("%s: %s, for %s", what, doing, spent)
+            log.info("%s: %s, for %s", what, doing, duration(spent))
+        elif spent >= SECONDS_TO_START and lines.due():  # no one node has all of it, or a process starts slowly
+            log.info("%s: waiting for one machine with room, and for its start, for %s", what, duration(spent))
 
 
 def _nothing() -> Iterator[str | Result[None]]:

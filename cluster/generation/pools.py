@@ -93,9 +93,30 @@ class Pools:
             node_label=asked.node_label,
         )
 
+    @property
+    def node_labels(self) -> dict[str, str]:
+        """What the nodes have on which the actors are."""
+        return dict([self.node_label]) if self.node_label else {}
+
     def generator_takes(self) -> dict[str, float]:
         """How much of which of Ray's resources one generator reserves."""
         return {"GPU": self.generator_gpus, "CPU": self.generator_cpus}
+
+    def scorer_takes(self) -> dict[str, float]:
+        """The same of an actor of CLIP alone."""
+        return {"GPU": self.scorer_gpus, "CPU": _SCORER_CPUS}
+
+    def require_room_for_clip(self, gpus: float) -> None:
+        """Raises InputError where generators leave no GPU for the actors of CLIP alone, of so many that will not get
+        more: what they draw would be stored by nobody."""
+        generators = self.min_generators or self.generators
+        wanted = generators * self.generator_gpus + self.scorers * self.scorer_gpus
+        if self.scorers and wanted > gpus:
+            raise InputError(
+                f"generators ({generators}) and actors of CLIP alone ({self.scorers}) take {wanted:g} GPUs, and there "
+                f"are {gpus:g}, to which no others come; lower --generators, --scorers or --clip-gpus, or "
+                "leave the last two out: each generator scores then"
+            )
 
     def turns(self, shards: int) -> int:
         """Of a run over so many shards: one for each, and those that may be of no use to it.
@@ -125,7 +146,7 @@ class Pools:
 
     def _stage(self, compute: "ActorPoolStrategy", cpus: float, gpus: float) -> dict[str, Any]:
         options: dict[str, Any] = {"compute": compute, "num_cpus": cpus, "num_gpus": gpus}
-        return options | ({"label_selector": dict([self.node_label])} if self.node_label else {})
+        return options | ({"label_selector": self.node_labels} if self.node_label else {})
 
 
 def _that_never_fills(share: float) -> float:

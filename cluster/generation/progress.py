@@ -34,6 +34,7 @@ class MonitorSnapshot:
     drawn: int  # pictures in shards that are not committed yet
     in_flight: int  # batches being drawn
     generators: int  # that have started; on GPUs no more than there are GPUs for
+    scorers: int = 0  # actors of CLIP alone that have started
     left_out: tuple[str, ...] = ()  # why which of them draw no more
 
 
@@ -53,6 +54,8 @@ class Status:
     in_flight: int  # batches being drawn
     wanted_generators: int
     short_seconds: float  # for which fewer generators than wanted have started
+    waiting_scorers: int  # actors of CLIP alone that have not started
+    short_of_scorers_seconds: float
     images_per_second: float | None
     recent_images_per_second: float | None
     eta_seconds: float | None
@@ -91,15 +94,19 @@ class RunProgress:
         skipped: int,
         actors: Mapping[str, int],
         billing: Billing,
+        scorers: int = 0,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        """`clock`: seconds since 1970 that never go back (steady_clock)."""
+        """`scorers`: actors of CLIP alone. `clock`: seconds since 1970 that never go back (steady_clock)."""
         self._total, self._skipped, self._actors, self._billing = total, skipped, actors, billing
+        self._scorers = scorers
         self._clock = clock or steady_clock()
         self._lock = threading.Lock()
         self._started = self._observed = self._advanced = self._clock()
         self._longest_gap = 0.0
-        self._short_since: float | None = self._started  # fewer generators than wanted have started
+        # Since when fewer than wanted have started; at the beginning, and once a machine is lost.
+        self._short_since: float | None = self._started
+        self._short_of_scorers_since: float | None = self._started
         self._first_draw: float | None = None
         self._last_commit: float | None = None
         self._live: MonitorSnapshot | None = None
@@ -141,10 +148,9 @@ class RunProgress:
                 self._history.clear()  # two ways of counting do not make one rate
             self._pay(now)  # for what was there until now
             self._live, self._machines = live, machines
-            if live and live.generators >= self._actors["draw"]:
-                self._short_since = None
-            elif live and self._short_since is None:  # a machine was lost
-                self._short_since = now
+            if live:
+                self._short_since = _since(self._short_since, live.generators, self._actors["draw"], now)
+                self._short_of_scorers_since = _since(self._short_of_scorers_since, live.scorers, self._scorers, now)
             if live and live.in_flight and self._first_draw is None:
                 self._first_draw = now
             self._advance(now)
@@ -171,11 +177,15 @@ class RunProgress:
                 drawn=drawn,
                 seconds=now - self._started,
                 idle_seconds=idle,
-                stalled=bool(missing) and idle > max(STALL_SECONDS, STALL_GAPS * self._longest_gap),
+                stalled=self._is_unfinished() and idle > max(STALL_SECONDS, STALL_GAPS * self._longest_gap),
                 generators=self._live.generators if self._live else None,
                 in_flight=self._live.in_flight if self._live else 0,
                 wanted_generators=self._actors["draw"],
                 short_seconds=0.0 if self._short_since is None else now - self._short_since,
+                waiting_scorers=max(0, self._scorers - self._live.scorers) if self._live else 0,
+                short_of_scorers_seconds=(
+                    0.0 if self._short_of_scorers_since is None else now - self._short_of_scorers_since
+                ),
                 images_per_second=None if overall is None else overall * per_sample,
                 recent_images_per_second=None if recent is None else recent * per_sample,
                 eta_seconds=eta,
@@ -213,6 +223,10 @@ class RunProgress:
         with self._lock:
             return None if self._first_draw is None else self._first_draw - self._started
 
+    def _is_unfinished(self) -> bool:
+        """Whether samples are not stored; drawn ones too, which may wait for CLIP or for the store."""
+        return self._total - self._skipped > self._samples
+
     def _done(self) -> int:
         return self._samples + (self._live.drawn if self._live else 0)
 
@@ -232,10 +246,11 @@ class RunProgress:
 
     def _advance(self, now: float) -> None:
         done = self._done()
-        if done > self._furthest:
+        steps = done + self._samples  # each sample is drawn, then stored
+        if steps > self._furthest:
             if self._furthest:  # what came before the first picture was start-up
                 self._longest_gap = max(self._longest_gap, now - self._advanced)
-            self._furthest, self._advanced = done, now
+            self._furthest, self._advanced = steps, now
         if self._live or self._last_commit == now:
             if len(self._history) > 1 and now - self._history[-2][0] < POINT_SECONDS:
                 self._history.pop()
@@ -245,7 +260,7 @@ class RunProgress:
 
     def _overall(self, now: float, done: int) -> float | None:
         """Samples a second since the first drawing."""
-        drawing = self._live is not None and self._total - self._skipped > self._samples
+        drawing = self._live is not None and self._is_unfinished()
         until = now if drawing else self._last_commit
         if self._first_draw is None or until is None or not done or until <= self._first_draw:
             return None
@@ -268,7 +283,7 @@ class RunProgress:
         """Busy seconds of committed shards over what their actors had; the draw pool also counts what it drew since."""
         if self._first_draw is None or self._last_commit is None or not self._samples:
             return {}
-        working = self._live is not None and self._total - self._skipped > self._samples
+        working = self._live is not None and self._is_unfinished()
         wall = (now if working else self._last_commit) - self._first_draw
         available = {stage: self._actors[stage] * wall for stage in STAGES}
         busy = dict(self._stage_seconds)
@@ -276,3 +291,8 @@ class RunProgress:
             busy["draw"] *= self._done() / self._samples
             available["draw"] = self._drawing_generator_seconds
         return {stage: min(1.0, busy[stage] / available[stage]) if available[stage] > 0 else 0.0 for stage in STAGES}
+
+
+def _since(before: float | None, started: int, wanted: int, now: float) -> float | None:
+    """Since when fewer than wanted have started, by what was known before; None: all have."""
+    return None if started >= wanted else now if before is None else before

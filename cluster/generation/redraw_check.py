@@ -5,7 +5,8 @@ Nothing on the store is changed. The pictures of a view are those of the dataset
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from cluster.generation.picture_spec import other_models
 from cluster.generation.places import pools_of_cluster
 from cluster.generation.redraw_compare import compare, paired
 from cluster.generation.stages.draw import DrawShard
-from cluster.session import start_ray, user_error
+from cluster.session import start_ray, user_error, waiting_for
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from pcm.generation.names import TEXT_ONLY, UNDRAWN
@@ -65,7 +66,7 @@ def redraw_check(store: Store, plans: Mapping[str, Plan], *, count: int, seed: i
     start_ray()
     work = [(each, *task) for each in chosen for task in batches(each.spec, each.rows)]
     try:
-        answers = ray.get([_task(spec).remote(each.store, spec, rows) for each, spec, rows in work])
+        answers = _on_ray(work)
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
     pairs = [
@@ -76,10 +77,20 @@ def redraw_check(store: Store, plans: Mapping[str, Plan], *, count: int, seed: i
     return {**compare(pairs), "not_drawn_here": others}
 
 
-def _task(spec: DatasetSpec) -> Any:
-    pools = pools_of_cluster(device=spec.generator.device)
+def _on_ray(work: Sequence[tuple[Chosen, DatasetSpec, pa.Table]]) -> list[tuple[list[bytes], dict[str, Any]]]:
+    """What `draw_again` gives for each of these, in a generator's place. The log says what is waited for."""
+    devices = {spec.generator.device for _, spec, _ in work}
+    places = {device: pools_of_cluster(device=device) for device in devices}
     task: Any = ray.remote(draw_again)
-    return task.options(num_cpus=pools.generator_cpus, num_gpus=pools.generator_gpus, max_retries=3)
+    answers = []
+    with ExitStack() as waits:
+        for pools in places.values():
+            waits.enter_context(waiting_for(cpus=pools.generator_cpus, gpus=pools.generator_gpus))
+        for each, spec, rows in work:
+            pools = places[spec.generator.device]
+            place = {"num_cpus": pools.generator_cpus, "num_gpus": pools.generator_gpus}
+            answers.append(task.options(**place, max_retries=3).remote(each.store, spec, rows))
+        return list(ray.get(answers))
 
 
 def plans_of(store: Store) -> dict[str, Plan]:

@@ -235,6 +235,11 @@ class MachineOptions(Request):
         None, metavar="KEY=VALUE", parse=parse_node_label, help="run only on nodes with this Ray label", unset="any"
     )
 
+    @property
+    def node_labels(self) -> dict[str, str]:
+        """What the nodes have on which the actors are."""
+        return dict([self.node_label]) if self.node_label else {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class WatchOptions(Request):

@@ -47,15 +47,19 @@ from cluster.dataset.vocabularies import (
     features_of_head,
     run_with_clip,
 )
+from cluster.generation.limits import FaultPolicy
 from cluster.generation.made_by import made_by, tell_encoder
 from cluster.generation.pinning import clip_spec, device_of_cluster, joint_dimensions, resolve_dtype
 from cluster.generation.places import pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.generation.reach import check_places
+from cluster.generation.stages.featurise import FeaturiseShard
+from cluster.generation.stages.monitor import start_monitor
 from cluster.ingest.agreement import agreement, most_different
 from cluster.ingest.featurise_again import WORK, FeaturiseAgain, is_scored, read_facts
 from cluster.ingest.request import FeaturiseRequest
-from cluster.session import start_ray, user_error
+from cluster.ray_state import actors_are_placed
+from cluster.session import start_ray, user_error, waiting_for
 from cluster.sources.concept_file import fitting_concepts
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store, open_store
@@ -76,6 +80,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SPEC_KEY = f"{WORK}/spec.json"
+
+#: Pictures on which CLIP raises are left out and counted, however many: here they stop no run.
+_FAULTS = FaultPolicy(max_error_share=1.0)
 
 
 def featurise_dataset(request: FeaturiseRequest) -> dict[str, Any]:
@@ -179,18 +186,32 @@ def missing_shards(source: OpenDataset, out: Store) -> list[int]:
     return [number for number in range(len(source.shards)) if shard_key(number) not in there]
 
 
-def _featurise_on_ray(source: OpenDataset, out: Store, spec: ClipSpec, missing: list[int], pools: Pools) -> None:
+def _featurise_on_ray(
+    source: OpenDataset,
+    out: Store,
+    spec: ClipSpec,
+    missing: list[int],
+    pools: Pools,
+    *,
+    faults: FaultPolicy = _FAULTS,
+    featurise: type[FeaturiseShard] = FeaturiseShard,
+) -> None:
     from cluster.ray_data_internals import RowsOf  # Ray Data is loaded after the start of Ray
 
     block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     wanted = [{"shard": shard} for shard in missing]
     source = replace(source, manifest=replace(source.manifest, lineage=None))  # examples, which no worker needs
+    watched_by = (start_monitor(faults), faults)
     pipeline = ray.data.from_items(wanted, override_num_blocks=len(missing)).map_batches(
-        FeaturiseAgain, fn_constructor_args=(source, out, spec), **pools.featurise_options(len(missing)), **block
+        FeaturiseAgain,
+        fn_constructor_args=(source, out, spec, watched_by, featurise),
+        **pools.featurise_options(len(missing)),
+        **block,
     )
+    waiting = waiting_for(cpus=pools.generator_cpus, gpus=pools.generator_gpus, placed=actors_are_placed)
     done, rows, total, timer = 0, 0, sum(source.shards[number].rows for number in missing), LineTimer()
     try:
-        with closing(RowsOf(pipeline)) as made:
+        with waiting, closing(RowsOf(pipeline)) as made:
             for stored in made:
                 done, rows = done + 1, rows + stored["rows"]
                 if timer.due():

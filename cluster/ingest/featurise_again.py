@@ -5,7 +5,7 @@ import io
 import json
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,11 @@ from pcm.errors import InputError
 from pcm.records import STORED, feature_shape, shard_schema
 from pcm.spec import ClipSpec
 
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from cluster.generation.limits import FaultPolicy
+
 #: Folder of what a run needs until it is done.
 WORK = "featurising"
 #: In the metadata of a shard's facts: the shard as the manifest names it.
@@ -36,13 +41,23 @@ _KEPT = ("sample_id", "caption", "image", "width", "height", "seed", "attempts",
 class FeaturiseAgain:
     """A shard's number in; one row out, once the shard is featurised and stored: shard and rows.
 
-    While one shard is featurised, another one is read or stored. Raises InputError as read_shard does.
+    While one shard is featurised, another one is read or stored. A CLIP that takes too long over a batch ends this
+    process, and Ray starts the next one. Raises InputError as read_shard does, and for a shard over which process after
+    process ends.
     """
 
-    def __init__(self, source: OpenDataset, out: Store, spec: ClipSpec) -> None:
+    def __init__(
+        self,
+        source: OpenDataset,
+        out: Store,
+        spec: ClipSpec,
+        watched_by: "tuple[ActorHandle, FaultPolicy]",
+        featurise: type[FeaturiseShard],
+    ) -> None:
         self._read = ReadPictures(source)
         self._overlap = Overlap(WriteFeaturised(out))
-        self._featurise = self._overlap.in_work_thread(lambda: FeaturiseShard(spec))
+        load = partial(featurise, spec, watched_by, before_again=self._overlap.wait)
+        self._featurise = self._overlap.in_work_thread(load)
         tell_encoder(out, spec)
 
     def __call__(self, block: pa.Table) -> pa.Table:

@@ -26,7 +26,7 @@ from cluster.generation.pinning import require_joint_patches
 from cluster.generation.pipeline import GenerationResult
 from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
-from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each
+from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, who_has
 from cluster.store.store import Store, open_store
 from cluster.training.data.mixture import arriving_set
 from cluster.training.reporting import FIRST_STEP_KEY
@@ -86,19 +86,27 @@ def _training_share(request: StreamRequest, *, device: str) -> tuple[int, int, f
 
 
 def _pools(request: StreamRequest, *, device: str, cpus: float, gpus: float) -> Pools:
-    """Generation's actors on what training leaves. Raises InputError when that is nothing.
+    """Generation's actors on what training leaves of the nodes with their label. Raises InputError when that is
+    nothing.
 
     On a cluster that is joined the generators that are named are waited for, because it may grow.
     """
-    left = {"cpus": max(0.0, cluster_cpus() - cpus), "gpus": max(0.0, cluster_gpus() - gpus)}
+    labels, of_training = request.node_labels, request.worker_labels
+    if any(of_training.get(name, value) != value for name, value in labels.items()):  # its workers are on other nodes
+        cpus = gpus = 0.0
+    has = {"cpus": cluster_cpus(labels), "gpus": cluster_gpus(labels)}
+    left = {"cpus": max(0.0, has["cpus"] - cpus), "gpus": max(0.0, has["gpus"] - gpus)}
     waits = request.generators is not None and "RAY_ADDRESS" in os.environ
     if not waits and (left["cpus"] < 1 or (device == "cuda" and left["gpus"] < 1)):
         raise InputError(
-            f"training takes {cpus:g} CPUs and {gpus:g} GPUs of the cluster's {cluster_cpus():g} and "
-            f"{cluster_gpus():g}, which leaves none for generation; lower --num-workers or --cpus-per-worker, name "
+            f"training takes {cpus:g} CPUs and {gpus:g} GPUs, and {who_has(labels)} {has['cpus']:g} and "
+            f"{has['gpus']:g}, which leaves none for generation; lower --num-workers or --cpus-per-worker, name "
             "--generators on a cluster that grows, or run jobs.generate first and jobs.train then"
         )
-    return Pools.of(request, device=device, **left)
+    pools = Pools.of(request, device=device, **left)
+    if "RAY_ADDRESS" not in os.environ:
+        pools.require_room_for_clip(left["gpus"])
+    return pools
 
 
 def _generate_and_train(

@@ -17,6 +17,7 @@ from ray.exceptions import RayTaskError
 
 from cluster.ray_state import actors_are_placed
 from cluster.session import (
+    _resources,
     _Wanted,
     cpus_for_each,
     free_room,
@@ -160,6 +161,16 @@ def test_a_worker_has_its_cpus_on_one_node(monkeypatch: pytest.MonkeyPatch) -> N
     assert room_for(cpus=1, gpus=0.25) == 32 and room_for(cpus=0, gpus=1) == 8
     monkeypatch.setattr("ray.nodes", lambda: [head])
     assert cpus_for_each(1) == 1 and room_for(cpus=1, gpus=0) == 0
+
+
+def test_a_cluster_that_has_nothing_for_work_yet_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"memory": 1e9}}]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    assert _resources() == "no CPUs or GPUs yet"
+    nodes.append({"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}})
+    assert _resources() == "4 CPU, 1 GPU"
+    del nodes[1]["Resources"]["GPU"]
+    assert _resources() == "4 CPU"
 
 
 def test_a_queue_behind_other_work_is_said_as_long_as_there_is_one(

@@ -105,6 +105,20 @@ def test_generation_waits_for_its_first_machine_and_says_so(head: Cluster, tmp_p
     assert summary["stored"] == summary["expected"] == len(CAPTIONS)
 
 
+def test_generation_waits_for_nodes_with_its_label_and_says_so(head: Cluster, tmp_path: Path) -> None:
+    """While a node with another label is idle, which neither counts nor draws."""
+    head.add_node(num_cpus=4, object_store_memory=100_000_000, labels={"role": "training"})
+    command = ["jobs.generate", "--corpus", write_corpus(tmp_path), "--t2i=null", "--clip=null", "--shard-size=2"]
+    command += ["--out", tmp_path / "out", "--device=cpu", "--node-label=role=generation"]
+    job = jobs(head, *command)
+    read_until(job, "; 0 of the 0 CPUs of nodes with role=generation are free, and one takes")
+    head.add_node(num_cpus=2, object_store_memory=100_000_000, labels={"role": "generation"})
+    read_until(job, "one generator for each of the 2 CPUs that have come")
+    printed, said = job.communicate(timeout=300)
+    assert job.returncode == 0, said[-3000:]
+    assert json.loads(printed.splitlines()[-1])["stored"] == len(CAPTIONS)
+
+
 def losses(run: Path) -> list[tuple[int, float]]:
     """(step, loss) of a run, in order."""
     rows = [json.loads(line) for file in sorted(run.glob("losses/*.jsonl")) for line in file.read_text().splitlines()]

@@ -409,11 +409,13 @@ class RunMonitor:
 
     def snapshot(self) -> dict:
         """{"drawn": pictures in shards not yet committed, "in_flight": batches, "generators": those ever started,
-        "left_out": why some of them draw no more}."""
+        "scorers": the same of actors of CLIP alone, "left_out": why some of them draw no more}."""
+        asked = self._nodes.keys() - self._generators.keys()  # null generators ask for turns, and load nothing
         return {
             "drawn": self._drawn.total(),
             "in_flight": sum(1 for state in self._generators.values() if state.batch is not None),
-            "generators": len(self._started(False)),
+            "generators": len(self._started(False)) + len(asked),
+            "scorers": len(self._started(True)),
             "left_out": [f"{state.where}: {state.left_out}" for state in self._generators.values() if state.left_out],
         }
 

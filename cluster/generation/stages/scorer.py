@@ -50,7 +50,6 @@ class Scorer:
         self._make_score = partial(
             FeaturiseShard, plan.spec.clip, watched_by, concepts, before_again=self._overlap.wait
         )
-        self._is_null = plan.spec.clip.model == "null"
         self._score: FeaturiseShard | None = None
         self._models = Models(self._monitor, self._name, self._load, scores=True)
         self._overlap.begin(self._models.load)
@@ -85,6 +84,6 @@ class Scorer:
             time.sleep(PAUSE)
 
     def _load(self) -> None:
-        if not self._is_null and (no := ask(self._monitor, "start", self._name, this_place(), scores=True)):
+        if no := ask(self._monitor, "start", self._name, this_place(), scores=True):
             raise InputError(no)
         self._score = self._make_score()

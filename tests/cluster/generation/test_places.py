@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from cluster.generation import places
+from cluster.generation.display import Room, ask_cluster
 from cluster.generation.pinning import device_of_cluster
 from cluster.generation.places import TRIES, Result, in_a_generators_place, pools_of_cluster
 from cluster.generation.pools import Pools
@@ -105,6 +106,57 @@ def test_gpus_are_not_waited_for_on_a_machine_of_its_own(ray_session: None) -> N
         with pytest.raises(InputError, match=r"^cuda: this machine has no GPU") as refused:
             pools_of_cluster(asked, device="cuda")
         assert "\n" not in str(refused.value)
+
+
+def test_a_label_is_not_waited_for_on_a_machine_of_its_own(ray_session: None) -> None:
+    asked = MachineOptions(generators=2, node_label=("role", "generation"))
+    with pytest.raises(InputError, match=r"^--node-label role=generation: this machine does not have it, and no oth"):
+        pools_of_cluster(asked, device="cpu")
+    own = ("ray.io/node-id", ray.nodes()[0]["Labels"]["ray.io/node-id"])
+    assert pools_of_cluster(MachineOptions(node_label=own), device="cpu").generators == 2
+
+
+def nodes_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster of two nodes: one for training, of whose four GPUs three are free, and one for generation."""
+    nodes = [
+        {"NodeID": role, "Alive": True, "Resources": {"CPU": 16.0, "GPU": gpus}, "Labels": {"role": role}}
+        for role, gpus in (("training", 4.0), ("generation", 2.0))
+    ]
+    free = {"training": {"CPU": 16.0, "GPU": 3.0}, "generation": {"CPU": 14.0}}
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("cluster.session.free_resources", lambda: free)
+    monkeypatch.setenv("RAY_ADDRESS", "there")
+
+
+def test_nodes_with_another_label_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes_with_gpus(monkeypatch)
+    asked = MachineOptions(node_label=("role", "generation"))
+    assert pools_of_cluster(asked, device="cuda").generators == 2
+    assert pools_of_cluster(device="cuda").generators == 6
+    assert device_of_cluster("auto", labels=asked.node_labels) == "cuda"
+    with pytest.raises(InputError, match="--device auto: nodes with role=demo have no CPUs and GPUs for work now"):
+        device_of_cluster("auto", labels={"role": "demo"})
+    clip = Room({"GPU": 1})
+    state = ask_cluster(None, room=Room({"GPU": 1, "CPU": 0.9}, asked.node_labels), clip_room=clip)
+    assert state.gpus == 2 and state.machines == 2
+    assert state.full == "0 of the 2 GPUs of nodes with role=generation are free, and one takes 1" == state.no_room
+    few = Room({"GPU": 1, "CPU": 0.9}, {"role": "demo"})
+    assert few.few_gpus(ask_cluster(None, room=few, clip_room=clip).gpus, 4) == "nodes with role=demo have 0 GPUs now"
+    assert ask_cluster(None, room=Room({"GPU": 1, "CPU": 0.9}), clip_room=clip).no_room == ""
+
+
+def test_generators_that_leave_clip_no_gpu_are_refused_where_no_others_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes_with_gpus(monkeypatch)
+    asked = MachineOptions(generators=6, clip_gpus=1)
+    assert pools_of_cluster(asked, device="cuda").scorers == 1, "this cluster may grow"
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(
+        InputError, match=r"^generators \(6\) and actors of CLIP alone \(1\) take 7 GPUs, and there are 6"
+    ):
+        pools_of_cluster(asked, device="cuda")
+    assert pools_of_cluster(MachineOptions(generators=(5, 6), clip_gpus=1), device="cuda").generators == 6
+    assert pools_of_cluster(MachineOptions(clip_gpus=1), device="cuda").generators == 5
+    assert pools_of_cluster(MachineOptions(generators=9), device="cuda").generators == 9, "without CLIP the others wait"
 
 
 def test_generators_are_as_many_as_there_are_cores_or_as_are_named(ray_session: None) -> None:

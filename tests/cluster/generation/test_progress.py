@@ -11,17 +11,28 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import ray
 
 from cluster.dataset.clip_scores import ClipScores, check_gate
 from cluster.generation.cost import Billing
-from cluster.generation.display import Display, Room, absent, log_line, next_line, trouble
-from cluster.generation.limits import RunLimits
+from cluster.generation.display import (
+    Display,
+    Room,
+    absent,
+    absent_clip,
+    log_line,
+    next_line,
+    trouble,
+)
+from cluster.generation.limits import FaultPolicy, RunLimits
 from cluster.generation.pools import Pools
 from cluster.generation.progress import MonitorSnapshot, RunProgress
+from cluster.generation.stages.monitor import start_monitor
 from cluster.generation.telemetry import Telemetry
 from cluster.numbers import duration, size
 from pcm.errors import InputError
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
+from tests.helpers.waiting import wait_until
 
 FREE = Billing(price_per_hour=None, unit="machine")
 
@@ -53,10 +64,16 @@ def shard_stats(
 
 
 def a_run(
-    clock: Clock, *, total: int = 10_000, skipped: int = 0, generators: int = 4, billing: Billing = FREE
+    clock: Clock,
+    *,
+    total: int = 10_000,
+    skipped: int = 0,
+    generators: int = 4,
+    billing: Billing = FREE,
+    scorers: int = 0,
 ) -> RunProgress:
     actors = {"draw": generators, "featurise": 1, "encode": 1, "store": 1}
-    return RunProgress(total=total, skipped=skipped, actors=actors, billing=billing, clock=clock)
+    return RunProgress(total=total, skipped=skipped, actors=actors, billing=billing, scorers=scorers, clock=clock)
 
 
 def draw(
@@ -231,12 +248,66 @@ def test_a_stall_is_said_once_it_is_longer_than_what_is_usual() -> None:
         run.observe(MonitorSnapshot(drawn=32 * second, in_flight=4, generators=4))
     clock.now += 100
     run.observe(MonitorSnapshot(drawn=32 * 19, in_flight=4, generators=4))
-    assert trouble(run.status(), gpus=0, gpus_per_generator=0, no_room="") == ""
+    assert trouble(run.status(), few_gpus="", no_room="") == ""
     clock.now += 112
     run.observe(MonitorSnapshot(drawn=32 * 19, in_flight=3, generators=4))
-    said = trouble(run.status(), gpus=0, gpus_per_generator=0, no_room="")
+    said = trouble(run.status(), few_gpus="", no_room="")
     assert run.longest_pause_seconds == 40, "of what is over; the present one is in the line"
     assert said == "nothing finished for 3 min 32 s; 3 of 4 generators are drawing"
+
+
+def test_what_is_drawn_and_not_stored_is_a_stall_too() -> None:
+    """CLIP hangs, say, or has no place; shards that are stored meanwhile are an advance."""
+    clock = Clock()
+    run = a_run(clock, total=512)
+    clock.now += 100
+    run.observe(MonitorSnapshot(drawn=512, in_flight=0, generators=4))
+    clock.now += 50
+    run.add(shard_stats(clock))
+    clock.now += 50
+    assert not run.status().stalled and run.status().missing == 0
+    clock.now += 150
+    said = trouble(run.status(), few_gpus="", no_room="")
+    assert said == "nothing finished for 3 min 20 s; 0 of 4 generators are drawing"
+    run.add(shard_stats(clock))
+    clock.now += 1000
+    assert not run.status().stalled, "all is stored"
+
+
+def test_actors_of_clip_without_a_place_are_named() -> None:
+    clock, room = Clock(), Room({"GPU": 1, "CPU": 0.0002})
+    run = a_run(clock, scorers=2)
+    full = room.full({"GPU": 4, "CPU": 16}, {"CPU": 12.4})
+    run.observe(MonitorSnapshot(drawn=0, in_flight=4, generators=4))
+    clock.now += 5
+    assert absent_clip(run.status(), full=full) == "", "one that has its place starts within seconds"
+    clock.now += 95
+    assert absent_clip(run.status(), full="") == ""
+    said = absent_clip(run.status(), full=full)
+    assert said == ("2 actors of CLIP wait, for 1 min 40 s: 0 of the cluster's 4 GPUs are free, and one takes 1")
+    run.observe(MonitorSnapshot(drawn=9, in_flight=4, generators=4, scorers=1))
+    assert absent_clip(run.status(), full=full).startswith("1 actor of CLIP waits, for 1 min 40 s: 0 of the clu")
+    run.observe(MonitorSnapshot(drawn=9, in_flight=4, generators=4, scorers=2))
+    assert absent_clip(run.status(), full=full) == ""
+    run.observe(MonitorSnapshot(drawn=9, in_flight=4, generators=4, scorers=1))
+    clock.now += 20
+    assert absent_clip(run.status(), full=full).startswith("1 actor of CLIP waits, for 20 s"), "a machine was lost"
+
+
+def test_the_log_of_a_run_says_that_clip_has_no_place(ray_session: None, caplog: pytest.LogCaptureFixture) -> None:
+    clock, monitor = Clock(), start_monitor(FaultPolicy())
+    run = a_run(clock, generators=1, scorers=1)
+    assert ray.get(monitor.start.remote("one", "a node")) == ""
+    ray.get(monitor.begin_shard.remote(0))
+    ray.get(monitor.begin.remote("one", 0, [0, 1]))
+    clock.now += 100
+    rooms = {"room": Room({"CPU": 1}), "clip_room": Room({"GPU": 1})}
+    caplog.set_level("INFO", logger="cluster.generation.display")
+    with Display(run, Telemetry("test", has_clip_scores=True), monitor, **rooms, stream=io.StringIO()):
+        wait_until(lambda: caplog.messages)
+    ray.kill(monitor)
+    wait = "1 actor of CLIP waits, for 1 min 40 s: 0 of the cluster's 0 GPUs are free, and one takes 1"
+    assert caplog.messages[0].endswith(f"; 1 of 1 generators are drawing; {wait}")
 
 
 def test_waiting_for_an_autoscaling_cluster_is_said() -> None:
@@ -244,11 +315,11 @@ def test_waiting_for_an_autoscaling_cluster_is_said() -> None:
     run = a_run(clock, generators=16)
     run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=0))
     clock.now += 100
-    assert trouble(run.status(), gpus=0, gpus_per_generator=1.0, no_room="") == (
+    assert trouble(run.status(), few_gpus=Room({"GPU": 1}).few_gpus(0, 16), no_room="") == (
         "waiting for 16 generators, for 1 min 40 s; the cluster has 0 GPUs now"
     )
     run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=16))
-    said = trouble(run.status(), gpus=16, gpus_per_generator=1.0, no_room="0 of the cluster's 16 GPUs are free")
+    said = trouble(run.status(), few_gpus="", no_room="0 of the cluster's 16 GPUs are free")
     assert "loading their models, for 1 min 40 s" in said, "all have started, so nothing is waited for"
 
 
@@ -258,9 +329,9 @@ def test_waiting_for_what_another_job_uses_is_said() -> None:
     run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=0))
     clock.now += 100
     no_room = "0.4 of the cluster's 2 CPUs are free, and one takes 0.75"
-    said = trouble(run.status(), gpus=0, gpus_per_generator=0, no_room=no_room)
+    said = trouble(run.status(), few_gpus="", no_room=no_room)
     assert said == f"waiting for 2 generators to start, for 1 min 40 s; {no_room}"
-    assert "are starting" in trouble(run.status(), gpus=0, gpus_per_generator=0, no_room="")
+    assert "are starting" in trouble(run.status(), few_gpus="", no_room="")
 
 
 def test_generators_that_wait_while_others_draw_are_named() -> None:
@@ -268,8 +339,9 @@ def test_generators_that_wait_while_others_draw_are_named() -> None:
     run = a_run(clock, generators=16)
 
     def said(gpus: float, full: str = "") -> str:
-        assert trouble(run.status(), gpus=gpus, gpus_per_generator=1.0, no_room="") == ""
-        return absent(run.status(), gpus=gpus, gpus_per_generator=1.0, full=full)
+        few = Room({"GPU": 1}).few_gpus(gpus, 16)
+        assert trouble(run.status(), few_gpus=few, no_room="") == ""
+        return absent(run.status(), few_gpus=few, full=full)
 
     draw(clock, run, seconds=60, images_per_second=10, generators=8)
     assert said(8) == "8 of 16 generators; 8 wait, for 1 min 00 s: the cluster has 8 GPUs now"
@@ -365,8 +437,8 @@ def test_a_terminal_gets_a_bar_that_ends_full(columns: int) -> None:
             run,
             Telemetry("test", has_clip_scores=False),
             None,
-            gpus_per_generator=0.0,
-            generator_takes={},
+            room=Room({}),
+            clip_room=Room({}),
             stream=terminal,
         ) as display,
     ):
@@ -388,8 +460,8 @@ def test_a_log_gets_lines_without_control_characters(caplog: pytest.LogCaptureFi
             run,
             Telemetry("test", has_clip_scores=False),
             None,
-            gpus_per_generator=0.0,
-            generator_takes={},
+            room=Room({}),
+            clip_room=Room({}),
             stream=no_terminal,
         ) as display,
     ):

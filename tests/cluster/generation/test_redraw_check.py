@@ -39,6 +39,7 @@ from tests.helpers.tiny_generation import (
     tiny_spec,
     write_corpus,
 )
+from tests.helpers.waiting import all_cpus_held_until
 
 
 @pytest.fixture(scope="module")
@@ -297,3 +298,13 @@ def test_on_ray_and_in_the_summary(tmp_path: Path, ray_session: None, call_job: 
     ended = call_job("verify", view_of(tmp_path / "view", [tmp_path / "data"], [(0, 3), (0, 9)]), "--redraw", 7)
     assert ended.returncode == 0 and ended.summary is not None, ended.stderr
     assert (ended.summary["stored"], ended.summary["redraw"]["identical"]) == (2, 2)
+
+
+def test_a_wait_for_what_another_job_has_is_said(
+    tmp_path: Path, ray_session: None, call_job: Callable[..., JobRun]
+) -> None:
+    make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path), null_spec())
+    with all_cpus_held_until("waiting for") as said:
+        ended = call_job("verify", tmp_path / "data", "--redraw", 7)
+    assert ended.returncode == 0, ended.stderr
+    assert "CPUs and 0 GPUs; the cluster has 2 and 0 now, of which 0 and 0 are free" in said[0]

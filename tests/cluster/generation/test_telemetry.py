@@ -71,16 +71,19 @@ def test_metrics_that_cannot_be_recorded_stop_nothing(caplog: pytest.LogCaptureF
     assert len(caplog.messages) == 1 and "the run goes on without" in caplog.messages[0]
 
 
+CLIP = Room({"GPU": 1})  # for an actor of it
+
+
 def test_a_dead_monitor_is_a_silent_one(ray_session: None) -> None:
     monitor = start_monitor(FaultPolicy())
     ray.get(monitor.begin.remote("one", 0, [0, 1]))
     ray.get(monitor.end.remote("one", 2))
     ray.get(monitor.begin.remote("two", 1, [2]))
-    told = ask_cluster(monitor, gpus_per_generator=0.0, room=Room({"GPU": 0, "CPU": 1}))
-    assert told.no_room == ""
+    told = ask_cluster(monitor, room=Room({"GPU": 0, "CPU": 1}), clip_room=CLIP)
+    assert told.no_room == "" and told.full_for_clip == "0 of the cluster's 0 GPUs are free, and one takes 1"
     assert (told.live, told.machines, told.gpus) == (MonitorSnapshot(drawn=2, in_flight=1, generators=2), 1, 0.0)
-    told = ask_cluster(monitor, gpus_per_generator=1.0, room=Room({"GPU": 1, "CPU": 1}))
+    told = ask_cluster(monitor, room=Room({"GPU": 1, "CPU": 1}), clip_room=CLIP)
     assert told.no_room == "0 of the cluster's 0 GPUs are free, and one takes 1"
     assert told.live == MonitorSnapshot(drawn=2, in_flight=1, generators=0), "their GPUs are gone"
     ray.kill(monitor)
-    assert ask_cluster(monitor, gpus_per_generator=0.0, room=Room({})).live is None
+    assert ask_cluster(monitor, room=Room({}), clip_room=CLIP).live is None

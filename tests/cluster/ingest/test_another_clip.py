@@ -21,9 +21,12 @@ from cluster.dataset import read_dataset
 from cluster.dataset.layout import MANIFEST_KEY, load_manifest, shard_key
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.verify import verify
+from cluster.generation.limits import FaultPolicy
 from cluster.generation.pinning import clip_spec
+from cluster.generation.pools import Pools
 from cluster.generation.stages.featurise import FeaturiseShard
-from cluster.ingest.another_clip import keep_spec
+from cluster.generation.stages.monitor import RunMonitor
+from cluster.ingest.another_clip import _FAULTS, _featurise_on_ray, keep_spec
 from cluster.ingest.featurise_again import WORK, ReadPictures, WriteFeaturised
 from cluster.report.make import make_report
 from cluster.report.request import ReportRequest
@@ -39,6 +42,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import write_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 from tests.helpers.tiny_models import save_tiny_clip
+from tests.helpers.waiting import all_cpus_held_until
 
 CALL = Callable[..., JobRun]
 
@@ -257,6 +261,46 @@ def test_on_ray_the_dataset_is_the_same_and_a_rerun_finds_it(
     again = call_job("featurise", *arguments)
     assert again.summary is not None and again.summary["skipped"] == 40
     assert again.summary["fingerprint"] == ended.summary["fingerprint"]
+
+
+def test_a_wait_for_what_another_job_has_is_said(
+    dataset: Path, other_clip: Path, tmp_path: Path, ray_session: None
+) -> None:
+    source, out = open_dataset(open_store(dataset)), open_store(tmp_path / "out")
+    spec = clip_spec(str(other_clip), device="cpu", dtype="float32")
+    one = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=1)
+    with all_cpus_held_until("waiting for") as said:
+        _featurise_on_ray(source, out, spec, [0], one)
+    assert "CPUs and 0 GPUs; the cluster has 2 and 0 now, of which 0 and 0 are free" in said[0]
+    assert out.list("shards/") == [shard_key(0)]
+
+
+@pytest.mark.slow
+def test_a_clip_that_hangs_is_ended_and_its_shard_made_by_the_next_process(
+    dataset: Path, other_clip: Path, tmp_path: Path, ray_session: None
+) -> None:
+    hung, woke = tmp_path / "hung", tmp_path / "woke"
+
+    class HangsOnce(FeaturiseShard):
+        def encode_rows(self, drawn: pa.Table, rows: list[int]):  # type: ignore[no-untyped-def]
+            if not hung.exists():
+                hung.touch()
+                time.sleep(120)
+                woke.touch()
+            return super().encode_rows(drawn, rows)
+
+    source, out = open_dataset(open_store(dataset)), open_store(tmp_path / "out")
+    spec = clip_spec(str(other_clip), device="cpu", dtype="float32")
+    one = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=1)
+    faults = FaultPolicy(batch_timeout=10, max_error_share=1.0)
+    _featurise_on_ray(source, out, spec, [0, 1], one, faults=faults, featurise=HangsOnce)
+    assert hung.exists() and not woke.exists() and len(out.list("shards/")) == 2
+
+
+def test_pictures_on_which_the_clip_raises_stop_no_run_however_many() -> None:
+    monitor = RunMonitor(_FAULTS)
+    monitor.failed(1000, "this picture")
+    assert monitor.begin_scoring(0) == ("", False)
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ from cluster.store.store import Store, open_store
 from cluster.training.data.arriving import ArrivingShards, finished_manifest
 from cluster.training.data.batches import Batch, BatchShape
 from cluster.training.data.selection import RowFilter
+from cluster.training.request import StreamRequest
+from cluster.training.stream import _pools
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 from pcm.text.vocabulary import Vocabulary
@@ -192,3 +194,20 @@ def test_a_preset_of_neither_side_is_refused(tmp_path: Path, call_job: Callable[
     done = call_job("stream", "--corpus", "x.txt", "--out", tmp_path, "--preset", "coco")
     assert done.returncode == 2
     assert "synthimgcap_coco" in done.stderr and "coco_l14" in done.stderr
+
+
+def test_training_takes_nothing_from_nodes_with_the_label_of_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 16.0, "GPU": gpus}, "Labels": {"role": role}}
+        for role, gpus in (("training", 4.0), ("generation", 2.0))
+    ]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setenv("RAY_ADDRESS", "there")
+    label = ("role", "generation")
+    apart = StreamRequest(corpus="embedded", out="run", node_label=label, worker_labels={"role": "training"})
+    assert _pools(apart, device="cuda", cpus=4, gpus=2).generators == 2
+    anywhere = StreamRequest(corpus="embedded", out="run", node_label=label)
+    with pytest.raises(
+        InputError, match="takes 4 CPUs and 2 GPUs, and nodes with role=generation have 16 and 2, which"
+    ):
+        _pools(anywhere, device="cuda", cpus=4, gpus=2)

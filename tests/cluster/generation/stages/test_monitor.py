@@ -63,6 +63,26 @@ def test_a_batch_over_its_time_hung() -> None:
     assert faults.refused == {5: ("generator_hung", "took longer than 60 s, at unet.py, line 7, 2 times")}
 
 
+def test_who_has_started_is_counted_by_what_it_is() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(5), 3, 1)
+
+    def counted() -> tuple[int, int]:
+        said = monitor.snapshot()
+        return said["generators"], said["scorers"]
+
+    assert counted() == (0, 0)
+    monitor.start("loads", "a node")
+    monitor.turn("null", 0, node="n1")
+    assert counted() == (2, 0), "a null generator loads nothing, and asks for turns"
+    monitor.turn("loads", 1, node="n2")
+    monitor.start("clip", "a node", scores=True)
+    monitor.received(0, "clip", "n2")
+    assert counted() == (2, 1)
+    monitor.nodes(["n1"])
+    assert counted() == (1, 0)
+
+
 def test_what_was_given_out_a_second_time_is_counted() -> None:
     monitor = RunMonitor(FaultPolicy())
     monitor.begin_pass(range(5), 2)
@@ -383,12 +403,12 @@ def test_a_snapshot_counts_what_is_not_yet_stored() -> None:
         monitor.begin_shard(shard)
         monitor.begin(generator, shard, range(4))
     monitor.end("g", 4)
-    assert monitor.snapshot() == {"drawn": 4, "in_flight": 1, "generators": 2, "left_out": []}
+    assert monitor.snapshot() == {"drawn": 4, "in_flight": 1, "generators": 2, "scorers": 0, "left_out": []}
     monitor.begin_shard(0)
     assert monitor.snapshot()["drawn"] == 0, "a shard begun again is drawn again"
     monitor.end("h", 4)
     monitor.committed(1)
-    assert monitor.snapshot() == {"drawn": 0, "in_flight": 0, "generators": 2, "left_out": []}
+    assert monitor.snapshot() == {"drawn": 0, "in_flight": 0, "generators": 2, "scorers": 0, "left_out": []}
 
 
 @pytest.mark.parametrize(
