@@ -157,7 +157,9 @@ def user_error(error: BaseException) -> InputError | None:
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
         seen.add(id(link))
-        if type(link) is InputError:
+        if isinstance(link, InputError) and not isinstance(
+            link, ray.exceptions.RayError
+        ):  # Ray's copy has its traceback
             return link
         link = getattr(link, "cause", None) or link.__cause__
     # Of an actor that could not start, Ray keeps the text alone.

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from cluster.ray_state import actors_are_placed
+from cluster.dataset.layout import OtherSchema
 from cluster.session import (
     _resources,
     _Wanted,
@@ -41,6 +42,8 @@ def test_an_input_error_is_found_under_what_ray_wraps_around_it() -> None:
     outer = RuntimeError("pipeline failed")
     outer.__cause__ = task
     assert user_error(outer) is inner
+    other = OtherSchema("a dataset of schema version 99")
+    assert user_error(RayTaskError("read", "Traceback", other).as_instanceof_cause()) is other
     told = user_error(RuntimeError("Traceback\npcm.errors.InputError: no such model\n"))
     assert told is not None and str(told) == "no such model"
     assert user_error(RayTaskError("draw", "Traceback", ValueError("a bug"))) is None
