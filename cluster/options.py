@@ -6,6 +6,7 @@ group in --help. The modules that define requests import neither torch nor Ray, 
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -136,6 +137,14 @@ def parse_count(text: str) -> int | tuple[int, int]:
     if len(counts) != (2 if colon else 1) or counts != sorted(counts) or counts[0] < 1:
         raise InputError("write a number such as 8, or MIN:MAX such as 2:8")
     return (counts[0], counts[1]) if colon else counts[0]
+
+
+def parse_label(text: str, *, option: str, example: str) -> tuple[str, str]:
+    """(name, value) of a label that nodes are to have. Raises InputError, also for Ray's operators: !value, in(a,b)."""
+    name, value = split_name_value(text, option=option, form="KEY=VALUE", example=example)
+    if not re.fullmatch(r"[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?", value):
+        raise InputError(f"{option} {text!r}: a value has letters, digits, '-', '_' and '.' alone, as in {example}")
+    return name, value
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

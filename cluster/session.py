@@ -57,7 +57,7 @@ def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | No
     # It takes a second to import, and Ray's start is mostly waiting for its processes.
     importing = threading.Thread(target=import_module, args=("ray.data",), daemon=True)
     importing.start()
-    if os.environ.get("RAY_ADDRESS"):
+    if is_joined():
         protect_token_file()
         ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env)
         _wait_for_resources()
@@ -149,6 +149,11 @@ def protect_token_file() -> None:
         if file.stat().st_mode & 0o077:
             file.chmod(0o600)
             log.warning("%s: could be read by others; its mode is 0600 now", file)
+
+
+def is_joined() -> bool:
+    """Whether RAY_ADDRESS names a cluster, to which machines may come. Without it Ray starts on this machine alone."""
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def user_error(error: BaseException) -> InputError | None:

@@ -509,6 +509,10 @@ def _is_noise(kind: pa.DataType) -> bool:
     return pa.types.is_nested(kind) or pa.types.is_fixed_size_binary(kind)
 
 
+#: What reading a damaged Parquet object raises: gone, no Parquet, broken pages, text that is no UTF-8, another schema.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, pa.ArrowException)
+
+
 def read_table(store: Store, key: str, columns: list[str] | None = None) -> pa.Table:
     return pq.read_table(io.BytesIO(store.read_bytes(key)), columns=columns)
 
@@ -517,12 +521,11 @@ def read_plan_part(store: Store, key: str, columns: list[str] | None = None) -> 
     """The part of a plan that lies at a key. Raises InputError where it is missing or damaged."""
     try:
         return read_table(store, key, columns)
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
+    except InputError:  # the store does not answer
+        raise
+    except UNREADABLE as error:
         what = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({one_line(error, longest=200)})"
-        raise InputError(
-            f"{store.root}/{key}: a part of the plan is {what}; run jobs.verify {store.root} --repair, which makes it "
-            "again from the captions"
-        ) from None
+        raise InputError(f"{store.root}/{key}: a part of the plan is {what}; run jobs.verify {store.root}") from None
 
 
 class OtherSchema(InputError):

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from cluster.dataset.committed import load_stats
 from cluster.dataset.layout import (
     MANIFEST_KEY,
+    UNREADABLE,
     UPGRADED_FROM,
     Plan,
     quarantine_key,
@@ -42,9 +43,6 @@ PROBLEMS_SHOWN = 20
 
 #: What a user is to do about shards of another version than plan.json.
 FINISH_UPGRADE = "an upgrade was interrupted: run jobs.verify DATASET --upgrade"
-
-#: What reading a damaged Parquet object raises: gone, no Parquet, broken pages, text that is no UTF-8, another schema.
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, pa.ArrowException)
 
 
 @dataclass

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from cluster.dataset.committed import committed, load_stats
 from cluster.dataset.layout import (
     PLAN_KEY,
+    UNREADABLE,
     UPGRADED_FROM,
     Manifest,
     Plan,
@@ -34,7 +35,6 @@ from cluster.dataset.layout import (
     stats_key,
     store_manifest,
 )
-from cluster.dataset.shard_check import UNREADABLE
 from cluster.dataset.verify import refuse_derived
 from cluster.store.store import Store
 from pcm.documents import document_bytes

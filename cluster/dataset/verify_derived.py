@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from cluster.dataset.layout import MANIFEST_KEY, Manifest, StoredShard
+from cluster.dataset.layout import MANIFEST_KEY, UNREADABLE, Manifest, StoredShard
 from cluster.dataset.rows import read_shard, read_view_part
 from cluster.dataset.shard_check import (
     PROBLEMS_SHOWN,
-    UNREADABLE,
     fingerprint_entry,
     finite_rows_of,
     picture_problem,

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.dataset.committed import load_stats
-from cluster.dataset.layout import Manifest, Plan, shard_number, stats_key
+from cluster.dataset.layout import UNREADABLE, Manifest, Plan, shard_number, stats_key
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.plan import parse_sample_id
 from cluster.dataset.rows import read_shard
-from cluster.dataset.shard_check import UNREADABLE, check_schema, check_values
+from cluster.dataset.shard_check import check_schema, check_values
 from cluster.dataset.view import read_corpus_ids
 from cluster.store.store import Store
 from pcm.errors import InputError, first_line

@@ -1,12 +1,12 @@
 """Whether a model fits into a GPU of the cluster, as far as that can be told before a process is started on one."""
 
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
 
+from cluster.session import is_joined, labels_text
 from pcm.errors import InputError
 from pcm.generation.model_memory import ModelMemory, gigabytes
 from pcm.spec import GeneratorSpec
@@ -23,11 +23,14 @@ GPU_GIGABYTES = {
 _TYPE = "accelerator_type:"
 
 
-def check_memory(spec: GeneratorSpec, memory: ModelMemory, *, labels: Mapping[str, str] | None = None) -> None:
+def check_memory(
+    spec: GeneratorSpec, memory: ModelMemory, *, labels: Mapping[str, str] | None = None, measures: bool = False
+) -> None:
     """Say what the model takes, and whether every GPU on nodes with these labels is known, and too small.
 
     That raises InputError on a machine of its own. To a cluster others may come: there it is a warning, and generators
-    that find their GPU too small leave their shards to others.
+    that find their GPU too small leave their shards to others. But with `measures`, where the first GPU that is free
+    tells the speed, it raises InputError there too.
     """
     log.info(
         "%s: %s, on %s", spec.model,
@@ -40,11 +43,17 @@ def check_memory(spec: GeneratorSpec, memory: ModelMemory, *, labels: Mapping[st
     if largest is None or needed <= largest * 1e9:
         return
     offload = {"none": "--offload model, or ", "model": "--offload sequential, or "}.get(spec.offload, "")
+    where = f"nodes with {labels_text(labels)}" if labels else "the cluster"
     said = (
         f"text-to-image model {spec.model!r}: takes about {gigabytes(needed)} as {spec.dtype} with one picture, and "
-        f"the largest GPU of the cluster has {largest} GB"
+        f"the largest GPU of {where} has {largest} GB"
     )
-    if not os.environ.get("RAY_ADDRESS"):
+    if is_joined() and measures:
+        raise InputError(
+            f"{said} now, on which batch size and shard size would be measured; give --batch-size and --shard-size "
+            f"numbers, {offload}--node-label of nodes with larger GPUs"
+        )
+    if not is_joined():
         raise InputError(f"{said}; give {offload}a GPU with more memory: one model over several GPUs is not supported")
     log.warning(
         "%s now: it draws nothing there, only on larger ones that come; give %s--node-label of nodes with such GPUs",

@@ -152,7 +152,8 @@ def prepare(
     if asked.offload != "none" and device != "cuda":
         raise InputError(f"--offload {asked.offload}: is for GPUs, and this cluster has none now; give --device cuda")
     if memory is not None:
-        check_memory(spec.generator, memory, labels=asked.node_labels)
+        measures = planned is None and (asked.batch_size == AUTO or asked.shard_size is None)
+        check_memory(spec.generator, memory, labels=asked.node_labels, measures=measures)
     pools = pools_of_cluster(asked, device=device)
     if planned is None:
         spec, shard_size = measured(spec, pools, batch_size=asked.batch_size == AUTO, shard_size=asked.shard_size)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from cluster.generation.drawing_fields import DRAWING_FIELDS
 from cluster.generation.request import AUTO, GenerationOptions
 from cluster.options import flag, given
-from cluster.store.store import is_uri
+from cluster.store.store import is_uri, open_store
 from cluster.weights.hub import pin_repo
+from cluster.weights.manifest import read_manifest
 from cluster.weights.node_copy import local_name
 from pcm import embedded
 from pcm.clip.names import folder_revision, is_commit
@@ -131,7 +132,9 @@ def other_models(spec: GeneratorSpec, *, version: int) -> list[OtherModel]:
     for option, name, pinned, pin in parts:
         if name is None or pinned is None:
             continue
-        if Path(model_source(name)).exists() or is_uri(name) or name == "null":
+        if is_uri(name) and version > 1:
+            now = read_manifest(open_store(name)).revision  # nothing is fetched to be compared
+        elif Path(model_source(name)).exists() or is_uri(name) or name == "null":
             now = pin(name)
         else:
             now = pinned if is_commit(pinned) else "not there"

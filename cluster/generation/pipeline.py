@@ -140,10 +140,11 @@ def run_pipeline(
     faults = faults or FaultPolicy()
     wanted = range(plan.num_shards) if shards is None else sorted(shards)
 
+    again = set(redo)
+
     def look() -> tuple[CommittedShards, list[int]]:
         found = committed(store, plan)
-        found.forget(redo)
-        return found, [shard for shard in wanted if shard not in found]
+        return found, [shard for shard in wanted if shard in again or shard not in found]
 
     on_store, missing = look()
     with ExitStack() as only_run:
@@ -152,6 +153,7 @@ def run_pipeline(
             if waited and redo:
                 raise InputError(f"{store.root}: another run has changed this dataset meanwhile; run the command again")
             on_store, missing = look()  # another run may just have ended
+            on_store.forget(redo)
             if retry and store.exists(MANIFEST_KEY):
                 store.delete(MANIFEST_KEY)
         total = sum(plan.shard_rows(shard) for shard in wanted)

@@ -1,7 +1,6 @@
 """Places for generators on a cluster that may have none yet: how many there are, and work done in one of them."""
 
 import logging
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from cluster.session import (
     cluster_cpus,
     cluster_gpus,
     cluster_nodes,
+    is_joined,
     labels_text,
     resources_now,
     user_error,
@@ -47,7 +47,7 @@ def pools_of_cluster(asked: MachineOptions | None = None, *, device: str) -> Poo
     generators leave no GPU for actors of CLIP alone.
     """
     asked = asked or MachineOptions()
-    labels, joined = asked.node_labels, bool(os.environ.get("RAY_ADDRESS"))
+    labels, joined = asked.node_labels, is_joined()
     if not joined and not cluster_nodes(labels):
         raise InputError(
             f"--node-label {labels_text(labels)}: this machine does not have it, and no others come to it; leave it "

@@ -110,9 +110,12 @@ def plans_of(store: Store) -> dict[str, Plan]:
     specs = {(plan.spec.generator, plan.spec.generator_version): path for path, plan in drawn.items()}
     for (generator, version), path in specs.items():
         for other in other_models(generator, version=version):
+            what = (
+                "only the release that drew it has that one" if other.name == "embedded" else "put that one there again"
+            )
             raise InputError(
                 f"--redraw: {path} was drawn with --{other.option} {other.name} at {other.pinned}, which is "
-                f"{other.now} now; put that one there again, or leave --redraw out"
+                f"{other.now} now; {what}, or leave --redraw out"
             )
     return drawn
 

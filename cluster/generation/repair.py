@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from cluster.dataset.layout import (
     MANIFEST_KEY,
     PLAN_KEY,
+    UNREADABLE,
     OtherSchema,
     Plan,
     find_manifest,
@@ -17,7 +18,6 @@ from cluster.dataset.layout import (
 )
 from cluster.dataset.plan import plan_parts, write_plan_part
 from cluster.dataset.request import VerifyRequest
-from cluster.dataset.shard_check import UNREADABLE
 from cluster.dataset.verify import Inspection, inspect
 from cluster.dataset.vocabularies import vocabularies_stored
 from cluster.generation.pipeline import run_pipeline

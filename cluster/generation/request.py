@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cluster.dataset.request import ShardOptions
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.presets import GENERATION_PRESETS
-from cluster.options import Request, check_at_least, option, parse_count, refuse_others, refuse_without
+from cluster.options import Request, check_at_least, option, parse_count, parse_label, refuse_others, refuse_without
 from pcm import embedded
 from pcm.errors import InputError
 from pcm.images import IMAGE_FORMATS
@@ -57,7 +57,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 def parse_node_label(text: str) -> tuple[str, str]:
     """("pcmnet.io/role", "generation") of "pcmnet.io/role=generation". Raises InputError."""
-    return split_name_value(text, option="--node-label", form="KEY=VALUE", example="pcmnet.io/role=generation")
+    return parse_label(text, option="--node-label", example="pcmnet.io/role=generation")
 
 
 @dataclass(frozen=True, kw_only=True)

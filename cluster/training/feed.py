@@ -34,7 +34,7 @@ class TrainingData:
         #: Of data whose first epoch is in its order.
         self.plan = self._load_plan() if run.config.first_epoch == "plan" else None
         self._loader: ShardLoader | None = None
-        self._validation: Future[ValidationShare] = Future()
+        self._validation: Future[ValidationShare] | None = None
 
     def open(self) -> str:
         """Loader and validation set of the finished data, which is waited for where it is still being made; says in
@@ -72,6 +72,7 @@ class TrainingData:
             clip = manifest.spec.clip
             clip_place = local_name(run.clip, clip.revision)
             encoder = ClipEncoder.from_spec(clip, model=clip_place, device=str(self._device))
+            self._validation = Future()
             self._validation.set_result(picture_share(run.validation, encoder, **place))
             source = run.validation.images
         self._loader = ShardLoader(
@@ -97,6 +98,7 @@ class TrainingData:
     @property
     def validation(self) -> ValidationShare:
         """Waited for, if it is still being read. Raises InputError as `held_out_share` does."""
+        assert self._validation is not None, "open() makes it"
         return self._validation.result()
 
     def steps_per_epoch(self) -> int:
@@ -109,7 +111,14 @@ class TrainingData:
         return max(1, round(rows / self._shape.batch_size))
 
     def batches(self, epoch: int, *, start_step: int) -> Iterator[Batch]:
-        """Of one epoch, this worker's."""
+        """Of one epoch, this worker's. Raises InputError for held-out pairs that cannot be used as soon as they are
+        read, not at the end of the first epoch."""
+        for batch in self._batches(epoch, start_step=start_step):
+            if self._validation is not None and self._validation.done():
+                self._validation.result()
+            yield batch
+
+    def _batches(self, epoch: int, *, start_step: int) -> Iterator[Batch]:
         if epoch > 0 or self.plan is None:
             assert self._loader is not None, "open() comes first"
             return self._loader.epoch(epoch, start_step=start_step)

@@ -13,6 +13,7 @@ from cluster.options import (
     option,
     options_of,
     parse_count,
+    parse_label,
     parse_setting,
     refuse_without,
     shared,
@@ -27,7 +28,6 @@ from cluster.training.config import (
 from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, not_known
-from pcm.name_value import split_name_value
 from pcm.spec import DEVICES
 
 _NETWORK = [name for name in settable_fields() if name in PCMNetConfig.__dataclass_fields__]
@@ -75,7 +75,7 @@ class DataSource:
 
 def parse_worker_label(text: str) -> tuple[str, str]:
     """("pcmnet.io/role", "training") of "pcmnet.io/role=training". Raises InputError."""
-    return split_name_value(text, option="--worker-label", example="pcmnet.io/role=training")
+    return parse_label(text, option="--worker-label", example="pcmnet.io/role=training")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ vocabulary, concepts, CLIP head - comes from the captions: the first generator s
 
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from cluster.generation.pinning import require_joint_patches
 from cluster.generation.pipeline import GenerationResult
 from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
-from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, who_has
+from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, is_joined, who_has
 from cluster.store.store import Store, open_store
 from cluster.training.data.mixture import arriving_set
 from cluster.training.reporting import FIRST_STEP_KEY
@@ -96,7 +95,7 @@ def _pools(request: StreamRequest, *, device: str, cpus: float, gpus: float) -> 
         cpus = gpus = 0.0
     has = {"cpus": cluster_cpus(labels), "gpus": cluster_gpus(labels)}
     left = {"cpus": max(0.0, has["cpus"] - cpus), "gpus": max(0.0, has["gpus"] - gpus)}
-    waits = request.generators is not None and "RAY_ADDRESS" in os.environ
+    waits = request.generators is not None and is_joined()
     if not waits and (left["cpus"] < 1 or (device == "cuda" and left["gpus"] < 1)):
         raise InputError(
             f"training takes {cpus:g} CPUs and {gpus:g} GPUs, and {who_has(labels)} {has['cpus']:g} and "
@@ -104,7 +103,7 @@ def _pools(request: StreamRequest, *, device: str, cpus: float, gpus: float) -> 
             "--generators on a cluster that grows, or run jobs.generate first and jobs.train then"
         )
     pools = Pools.of(request, device=device, **left)
-    if "RAY_ADDRESS" not in os.environ:
+    if not is_joined():
         pools.require_room_for_clip(left["gpus"])
     return pools
 

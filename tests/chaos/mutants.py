@@ -575,7 +575,7 @@ MUTANTS = (
     ),
     Mutant(
         "what is on the store is not drawn again",
-        "cluster/generation/pipeline.py", "return found, [shard for shard in wanted if shard not in found]",
+        "cluster/generation/pipeline.py", "return found, [shard for shard in wanted if shard in again or shard not in found]",
         "return found, list(wanted)",
         ("tests/cluster/generation/test_generate.py::test_a_rerun_skips_everything",),
     ),

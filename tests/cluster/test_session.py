@@ -15,8 +15,8 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
-from cluster.ray_state import actors_are_placed
 from cluster.dataset.layout import OtherSchema
+from cluster.ray_state import actors_are_placed
 from cluster.session import (
     _resources,
     _Wanted,

@@ -1,13 +1,16 @@
 """The generator that draws more of a dataset: its own, with all of its parts, at the places that the user names."""
 
 import dataclasses
+from pathlib import Path
 
 from cluster.curation.refine_request import RefineRequest
 from cluster.dataset.opened import OpenDataset
 from cluster.generation.picture_spec import other_models
 from cluster.options import flag
+from cluster.store.store import is_uri
+from pcm.clip.names import is_commit
 from pcm.errors import InputError
-from pcm.generation.names import TEXT_ONLY, UNDRAWN
+from pcm.generation.names import TEXT_ONLY, UNDRAWN, model_source
 from pcm.spec import GeneratorSpec
 
 
@@ -46,6 +49,8 @@ def _at_named_places(spec: GeneratorSpec, request: RefineRequest, *, data: str) 
             f"{data}: was drawn with a folder, file or hub repo, which is opened only where you name it too; if you "
             f"trust it, give {options} ({', '.join(f'{name}=' for name in missing)} in Python)"
         )
+    if spec.model in ("embedded", "null") and given["t2i"] not in (None, spec.model):
+        raise InputError(f"--t2i {given['t2i']}: {data} was drawn with {spec.model}; leave it out")
     if without := [flags[name] for name in own if given[name] and not own[name] and name != "t2i"]:
         raise InputError(f"{', '.join(without)}: {data} was drawn without; leave it out")
     if len(given["lora"]) != len(own["lora"]):
@@ -53,6 +58,17 @@ def _at_named_places(spec: GeneratorSpec, request: RefineRequest, *, data: str) 
             f"--lora: {data} was drawn with {len(own['lora'])}; give each of these, in this order: "
             + ", ".join(own["lora"])
         )
+    pins = [
+        ("--t2i", request.t2i, spec.model, spec.revision),
+        ("--t2i-config", request.t2i_config, spec.config, spec.config_revision),
+        ("--vae", request.vae, spec.vae, spec.vae_revision),
+        *(("--lora", place, name, pin) for place, (name, pin, _) in zip(request.lora, spec.loras, strict=True)),
+    ]
+    for option, place, name, pin in pins:
+        if place is not None and place != name and is_commit(pin or "") and _is_repo(place):  # it has no such commit
+            raise InputError(
+                f"{option} {place}: {data} was drawn with {name} at {pin}; give that one, each in the order of {data}"
+            )
     return dataclasses.replace(
         spec,
         model=request.t2i or spec.model,
@@ -60,3 +76,7 @@ def _at_named_places(spec: GeneratorSpec, request: RefineRequest, *, data: str) 
         vae=request.vae,
         loras=tuple((place, *of[1:]) for place, of in zip(request.lora, spec.loras, strict=True)),
     )
+
+
+def _is_repo(place: str) -> bool:
+    return not Path(model_source(place)).exists() and not is_uri(place)

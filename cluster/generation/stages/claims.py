@@ -134,7 +134,7 @@ class Claims:
     def take(self, shard: int, turn: int, generator: str) -> None:
         before = self._claims.get(shard)
         self.given_again += before is not None
-        is_second = before is not None and before.turn != turn and not self._is_given_up(before)
+        is_second = before is not None and (before.is_second or (before.turn != turn and not self._is_given_up(before)))
         self._turns[turn] = _Taken(shard, generator)
         self._claims[shard] = Claim(generator, turn, self._clock(), is_second)
 

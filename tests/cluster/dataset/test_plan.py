@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.dataset.layout import CorpusSource, Plan, claim_key, load_manifest, load_plan, read_table
+from cluster.dataset.layout import CorpusSource, Plan, claim_key, load_manifest, load_plan, read_plan_part, read_table
 from cluster.dataset.plan import make_plan, parse_sample_id, sample_id
 from cluster.dataset.verify import verify
 from cluster.dataset.vocabularies import (
@@ -561,6 +561,21 @@ def test_a_part_of_the_plan_that_is_missing_is_told_in_one_line(tmp_path: Path) 
     store.delete(plan.part_key(1))
     with pytest.raises(InputError, match=r"part-000001.parquet: a part of the plan is missing; run jobs.verify"):
         store_vocabularies(store, plan)
+
+
+def test_a_part_of_the_plan_that_is_damaged_is_told_in_one_line(tmp_path: Path) -> None:
+    """Whatever byte is another: Arrow raises errors of several classes."""
+    store, plan = grow(tmp_path, CAPTIONS)
+    key = plan.part_key(1)
+    whole, told = store.read_bytes(key), 0
+    for position in range(4, len(whole), 37):
+        store.write_bytes(key, whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        try:
+            read_plan_part(store, key)
+        except InputError as error:
+            told += 1
+            assert "a part of the plan is damaged" in str(error) and "\n" not in str(error)
+    assert told > 10
 
 
 def test_ray_counts_the_words_that_one_process_counts(ray_session: None, tmp_path: Path) -> None:

@@ -26,13 +26,14 @@ from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollSt
 from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, Plan, Segment, load_manifest
 from cluster.dataset.together import common_vocabularies, merged_concepts
 from cluster.evaluation.captioning import load_captioner
+from cluster.generation.request import parse_node_label
 from cluster.ray_internals import FailureDecision
 from cluster.store.store import open_store
 from cluster.training.config import TrainConfig, preset, settable_fields
 from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
 from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer
-from cluster.training.request import TrainRequest
+from cluster.training.request import TrainRequest, parse_worker_label
 from cluster.training.train import TrainingFailed, _place, _summary, group_sizes, planned_run, train
 from pcm.captioners.captioner import Captioner
 from pcm.captioners.interface import MODEL_FILE
@@ -266,8 +267,8 @@ def test_a_run_that_goes_on_waits_for_its_device_where_the_cluster_has_nothing_y
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("cluster.training.train", "cluster.generation.pinning"):
-        monkeypatch.setattr(f"{name}.cluster_cpus", lambda: 0.0)
-        monkeypatch.setattr(f"{name}.cluster_gpus", lambda: 0.0)
+        monkeypatch.setattr(f"{name}.cluster_cpus", lambda labels=None: 0.0)
+        monkeypatch.setattr(f"{name}.cluster_gpus", lambda labels=None: 0.0)
     config = preset("embedded").with_overrides(SHARED)
     place = _place(request(world, tmp_path / "run", resume=True), config, joined=True, before="cuda")
     assert (place.device, place.num_workers, place.gpus_per_worker) == ("cuda", 1, 1)
@@ -475,6 +476,16 @@ def test_worker_labels_need_a_cluster_and_reach_ray() -> None:
         labels={"pcmnet.io/role": "training"}, keep_checkpoints=1, max_failures=0, joined=True,
     )  # fmt: skip
     assert trainer.scaling_config.label_selector == {"pcmnet.io/role": "training"}
+
+
+@pytest.mark.parametrize("value", ["!training", "in(training,spare)", "-"])
+def test_a_label_is_no_expression(value: str) -> None:
+    """Ray takes operators in a label's value, but what is counted is equal labels."""
+    with pytest.raises(InputError, match=r"--worker-label 'role=.*': a value has letters, digits"):
+        parse_worker_label(f"role={value}")
+    with pytest.raises(InputError, match=r"--node-label 'role=.*': a value has letters, digits"):
+        parse_node_label(f"role={value}")
+    assert parse_node_label("ray.io/node-group=l4-spot_1.a") == ("ray.io/node-group", "l4-spot_1.a")
 
 
 def test_a_group_that_follows_the_cluster_has_sizes_that_can_share_a_batch() -> None:

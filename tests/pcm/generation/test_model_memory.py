@@ -98,9 +98,14 @@ def test_a_cluster_to_which_larger_gpus_may_come_is_not_refused(
     spec = spec_of(tiny_t2i, device="cuda", dtype="bfloat16")
     check_memory(spec, large)
     assert "has 16 GB now" in caplog.text and "--node-label" in caplog.text
+    with pytest.raises(InputError, match="on which batch size and shard size would be measured; give --batch-size and"):
+        check_memory(spec, large, measures=True)
     caplog.clear()
-    check_memory(spec, large, labels={"role": "generation"})
+    check_memory(spec, large, labels={"role": "generation"}, measures=True)
     assert not caplog.text
+    monkeypatch.setattr("ray.nodes", lambda: [node(1, "T4") | {"Labels": {"role": "generation"}}, node(1, "H100")])
+    check_memory(spec, large, labels={"role": "generation"})
+    assert "the largest GPU of nodes with role=generation has 16 GB now" in caplog.text
 
 
 def test_a_cluster_whose_gpus_are_too_small_is_refused_before_a_process_starts(

@@ -107,6 +107,22 @@ def test_a_single_files_configuration_is_compared(data: OpenDataset, models: dic
         own_generator(source, given)
 
 
+def test_a_commit_is_that_of_one_repo_and_loras_keep_their_order(data: OpenDataset) -> None:
+    loras = (("org/lora/one.safetensors", COMMIT, 0.2), ("org/lora/two.safetensors", COMMIT, 1.0))
+    spec = replace(data.manifest.spec.generator, model="org/t2i", revision=COMMIT, loras=loras)
+    names = tuple(name for name, _, _ in loras)
+    assert own_generator(drawn_by(data, spec), asked(t2i="org/t2i", lora=names)) == spec
+    for options in (
+        {"t2i": "org/other", "lora": names},
+        {"t2i": "org/t2i", "lora": names[::-1]},
+        {"t2i": "org/t2i", "lora": (names[0], "org/lora/three.safetensors")},
+    ):
+        with pytest.raises(InputError, match=rf"was drawn with org/.* at {COMMIT}; give that one"):
+            own_generator(drawn_by(data, spec), asked(**options))
+    with pytest.raises(InputError, match=r"--t2i org/t2i: .* was drawn with null; leave it out"):
+        own_generator(data, asked(t2i="org/t2i"))
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_embedded_model_of_another_release_is_refused(data: OpenDataset, version: int) -> None:
     """Named or not."""

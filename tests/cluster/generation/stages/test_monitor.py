@@ -465,6 +465,8 @@ def test_a_late_shard_is_given_out_again_at_the_end() -> None:
     assert monitor.turn("g", 4) == Turn(wait=True), "the first one died; its shard is in other hands"
     monitor.start("h", "gpu-8")
     assert monitor.turn("i", 7) == Turn(4), "the process that drew it has died: nobody waits for its model to load"
+    time.now += 100 * LATE_FACTOR
+    assert monitor.turn("j", 8) == Turn(wait=True), "the first drawer may be at work still"
 
 
 def test_a_late_shard_that_is_being_stored_is_not_drawn_again() -> None:
