@@ -139,9 +139,9 @@ def parse_count(text: str) -> int | tuple[int, int]:
     return (counts[0], counts[1]) if colon else counts[0]
 
 
-def parse_label(text: str, *, option: str, example: str) -> tuple[str, str]:
+def parse_label(text: str, *, option: str, form: str, example: str) -> tuple[str, str]:
     """(name, value) of a label that nodes are to have. Raises InputError, also for Ray's operators: !value, in(a,b)."""
-    name, value = split_name_value(text, option=option, form="KEY=VALUE", example=example)
+    name, value = split_name_value(text, option=option, form=form, example=example)
     if not re.fullmatch(r"[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?", value):
         raise InputError(f"{option} {text!r}: a value has letters, digits, '-', '_' and '.' alone, as in {example}")
     return name, value

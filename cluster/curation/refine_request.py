@@ -74,7 +74,7 @@ class RedrawOptions(Request):
     vae: str | None = option(None, metavar="NAME", help="needed where the dataset was drawn with --vae: that decoder")
     lora: tuple[str, ...] = option(
         (), metavar="REPO_OR_FILE",
-        help="needed where the dataset was drawn with --lora: the same, in the same order; the weights are the dataset's",
+        help="needed where the dataset was drawn with --lora: the same in the same order; weights are the dataset's",
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 def parse_node_label(text: str) -> tuple[str, str]:
     """("pcmnet.io/role", "generation") of "pcmnet.io/role=generation". Raises InputError."""
-    return parse_label(text, option="--node-label", example="pcmnet.io/role=generation")
+    return parse_label(text, option="--node-label", form="KEY=VALUE", example="pcmnet.io/role=generation")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ class DataSource:
 
 def parse_worker_label(text: str) -> tuple[str, str]:
     """("pcmnet.io/role", "training") of "pcmnet.io/role=training". Raises InputError."""
-    return parse_label(text, option="--worker-label", example="pcmnet.io/role=training")
+    return parse_label(text, option="--worker-label", form="NAME=VALUE", example="pcmnet.io/role=training")
 
 
 @dataclass(frozen=True, kw_only=True)
