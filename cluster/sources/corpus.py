@@ -33,8 +33,11 @@ logger = logging.getLogger(__name__)
 _BUFFER = 1 << 20
 #: Characters that make a pattern of a name.
 _WILD = re.compile(r"[*?\[]")
+_SPLITS = "train|validation|valid|val|dev|test"
 #: How the parts of a Hugging Face dataset begin: `validation-00000-of-00002.parquet`.
-_SPLIT_IN_NAME = re.compile(r"(train|validation|val|dev|test)[-_.]")
+_SPLIT_IN_NAME = re.compile(rf"({_SPLITS})[-_.]")
+#: What it calls their folder where it converts to Parquet: `default/validation/0000.parquet`; Spark `split=validation`.
+_SPLIT_IN_FOLDER = re.compile(rf"(?:partial-|split=)?({_SPLITS})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,11 @@ def read_corpus(
     reasons: Counter[str] = Counter()
     splits: Counter[str] = Counter()
     index = 0
-    for row in _rows_of_parts(parts, options) if parts else _rows_of_file(uri, format, options):
+    if format == "parquet":
+        rows = _rows_of_parts(parts or [uri], options)
+    else:
+        rows = _rows_of_file(uri, format, options)
+    for row in rows:
         splits[row.split] += 1
         if split is not None and not in_split(row, split):
             continue
@@ -101,7 +108,9 @@ def read_corpus(
             break
     if not index and splits:
         held = ", ".join(f"{name} ({count:,})" for name, count in splits.most_common(8))
-        raise InputError(f"{uri}: no caption in split {split!r}; its splits are {held}")
+        raise InputError(
+            f"{uri}: no caption in split {split!r}; its splits are {held}; give one of them, or --split all"
+        )
     if split is None and splits.keys() - {"train", "restval"}:
         logger.warning(
             "%s: captions of all its splits are read (%s); --split train keeps the test's out", uri, dict(splits)
@@ -162,10 +171,12 @@ def _rows_of_file(uri: str, format: str, options: ReadOptions | None) -> Iterato
 
 
 def _rows_of_parts(parts: list[str], options: ReadOptions | None) -> Iterator[CaptionRow]:
-    """The rows of one table in parts, numbered through. A part without a column `split` has that of its name."""
+    """The rows of one table in parts, numbered through. A part without a column `split` has that of its name, or
+    of its folder's where its own says none."""
     before = 0
     for uri in parts:
-        named = _SPLIT_IN_NAME.match(uri.rpartition("/")[2])
+        *_, folder, name = ["", *uri.split("/")]
+        named = _SPLIT_IN_NAME.match(name) or _SPLIT_IN_FOLDER.fullmatch(folder)
         number = -1
         for row in _rows_of_file(uri, "parquet", options):
             position, hash_mark, k = row.row_id.partition("#")
