@@ -15,7 +15,7 @@ import logging
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
@@ -87,15 +87,14 @@ def read_corpus(
     parts = corpus_parts(uri)
     if parts and format not in ("auto", "parquet"):
         raise InputError(f"{uri}: several files are read as one corpus only where they are Parquet, not {format}")
+    if parts:
+        logger.info("%s: %d Parquet files, from %s to %s", uri, len(parts), parts[0], parts[-1])
     if format == "auto":
         format = "parquet" if parts else detect_format(uri)
     reasons: Counter[str] = Counter()
     splits: Counter[str] = Counter()
     index = 0
-    if format == "parquet":
-        rows = _rows_of_parts(parts or [uri], options)
-    else:
-        rows = _rows_of_file(uri, format, options)
+    rows = _rows_of_parts(parts or [uri], options) if format == "parquet" else _rows_of_file(uri, format, options)
     for row in rows:
         splits[row.split] += 1
         if split is not None and not in_split(row, split):
@@ -144,20 +143,31 @@ def corpus_parts(uri: str) -> list[str]:
     if not pattern:
         return []
     keys = open_store(folder).list()
-    if parts := [key for key in keys if _is_part(key) and fnmatch.fnmatchcase(key, pattern)]:
+    if parts := [key for key in keys if _is_part(key) and _matches(key.split("/"), pattern)]:
         return [join(folder, key) for key in parts]
     raise InputError(
-        f"{uri}: no Parquet file is so named; name a caption file, or a folder or pattern of Parquet files"
+        f"{uri}: no Parquet file is so named; name a caption file, or a folder or pattern of Parquet files "
+        "(* stands for a name, ** for any folders)"
     )
 
 
-def _split_pattern(uri: str) -> tuple[str, str]:
-    """("s3://b/p", "train-*.parquet") of a pattern; (uri, "") where there is none."""
+def _split_pattern(uri: str) -> tuple[str, list[str]]:
+    """("s3://b/p", ["train-*.parquet"]) of a pattern; (uri, []) where there is none. A folder that is there as it is
+    written, such as `data [v2]`, is no pattern."""
     parts = uri.split("/")
-    first = next((number for number, part in enumerate(parts) if _WILD.search(part)), None)
-    if first is None:
-        return uri, ""
-    return "/".join(parts[:first]) or ("/" if first else "."), "/".join(parts[first:])
+    for number, part in enumerate(parts):
+        if _WILD.search(part) and not open_store("/".join(parts[: number + 1])).exists(""):
+            return "/".join(parts[:number]) or ("/" if number else "."), parts[number:]
+    return uri, []
+
+
+def _matches(key: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a key are those of a pattern, one by one; `**` stands for any number of them."""
+    if not pattern:
+        return not key
+    if pattern[0] == "**":
+        return any(_matches(key[start:], pattern[1:]) for start in range(len(key) + 1))
+    return bool(key) and fnmatch.fnmatchcase(key[0], pattern[0]) and _matches(key[1:], pattern[1:])
 
 
 def _is_part(key: str) -> bool:
