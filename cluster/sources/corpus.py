@@ -210,6 +210,8 @@ def _detect(uri: str, stream: io.BufferedReader) -> str:
 
 def _rows(stream: io.BufferedReader, format: str, uri: str, options: ReadOptions | None) -> Iterator[CaptionRow]:
     try:
+        if format != "parquet":
+            detect.refuse_packed(uri, stream.peek(1 << 16))
         yield from read_rows(cast(BinaryIO, stream), format, name=uri, options=options)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{uri}: its gzip data is damaged or cut short ({error})") from error
