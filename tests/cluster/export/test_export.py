@@ -22,6 +22,7 @@ from cluster.dataset import read_dataset
 from cluster.dataset.layout import CONCEPTS_KEY, Manifest, Plan, load_manifest, shard_key
 from cluster.dataset.verify import verify
 from cluster.export.export import export, export_dataset
+from cluster.export.huggingface import card, size_category
 from cluster.export.published_ids import _numbers, _Photo
 from cluster.export.request import FORMATS, ExportRequest
 from cluster.export.source import Source
@@ -282,11 +283,27 @@ def test_datasets_opens_a_hugging_face_export(dataset, tmp_path, monkeypatch):
         np.testing.assert_array_equal(np.float16(sample["patch_features"]), patches(row))
     as_arrays = train.with_format("numpy")[0]["patch_features"]
     np.testing.assert_array_equal(as_arrays, patches(rows[0]))
-    assert "| `caption` |" in (tmp_path / "hf" / "README.md").read_text()
+    said = (tmp_path / "hf" / "README.md").read_text()
+    assert "| `caption` | the text that the picture was drawn from |" in said
+    assert "- synthetic\n" in said and "# Synthetic image-caption pairs\n" in said
     exported = load_manifest(open_store(tmp_path / "hf"))
     for shard in exported.stored_shards:  # the manifest speaks of the export's own files
         assert shard == as_it_lies(open_store(tmp_path / "hf"), shard.key) and shard.key.startswith("data/")
     assert [row.caption for row in read_dataset(tmp_path / "hf")] == train["caption"][:]
+
+
+def test_the_card_of_real_photos_does_not_call_them_synthetic(dataset, tmp_path, tiny_clip):
+    photos = photos_dataset(tmp_path / "photos", tiny_clip, ["a.jpg", "b.jpg"], first_scene=1)
+    said = card(Source.open(open_store(photos)))
+    assert "# Real photos with captions\n" in said
+    curate(CurateRequest(data=(dataset[0].root, str(photos)), out=str(tmp_path / "mixed")))
+    mixed = card(Source.open(open_store(tmp_path / "mixed")))
+    assert "# Image-caption pairs\n" in mixed
+    for text in (said, mixed):
+        assert "ynthetic" not in text and "was drawn from" not in text and "CLIP's context" not in text
+    assert [size_category(count) for count in (0, 999, 1_000, 10_000_000, 10**9)] == [
+        "n<1K", "n<1K", "1K<n<10K", "10M<n<100M", "1B<n<10B",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("to", FORMATS)
