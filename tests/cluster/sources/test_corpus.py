@@ -184,6 +184,21 @@ def test_a_csv_with_two_caption_columns_is_refused_until_one_is_named_by_its_num
     assert captions(path, options=ReadOptions(caption_columns=("3",))) == ["a cat"]
 
 
+def test_an_empty_list_of_captions_is_one_bad_record_in_every_format(tmp_path):
+    pq.write_table(pa.table({"caption": [["a dog"], []]}), tmp_path / "c.parquet")
+    files = [
+        tmp_path / "c.parquet",
+        write(tmp_path / "c.jsonl", '{"captions": ["a dog"]}\n{"captions": []}\n'),
+        write_json(
+            tmp_path / "list.json", [{"image": "1.jpg", "caption": ["a dog"]}, {"image": "2.jpg", "caption": []}]
+        ),
+        write_json(tmp_path / "k.json", {"images": [{"sentences": [{"raw": "a dog"}]}, {"sentences": []}]}),
+    ]
+    for file in files:
+        found = [(record.caption, record.reason) for record in read_corpus(str(file))]
+        assert found == [("a dog", ""), ("[]", "bad_record")], file.name
+
+
 def test_jsonl_takes_caption_or_text(tmp_path):
     path = write(
         tmp_path / "c.jsonl",
