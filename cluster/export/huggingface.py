@@ -14,12 +14,14 @@ from dataclasses import replace
 from cluster.dataset.layout import DATASET, Manifest, parquet_bytes, store_manifest
 from cluster.export.source import Source
 from cluster.store.store import Store
+from pcm.generation.names import PHOTOS, SEVERAL, UNDRAWN
 from pcm.reasons import PROMPT_TRUNCATED
 from pcm.records import in_version
 
 #: In which patch features are lists.
 _SCHEMA_VERSION = 2
-_SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000))
+#: The hub's size categories lie between these counts.
+_SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 
 
 class HuggingFace:
@@ -72,15 +74,18 @@ class HuggingFace:
 def card(source: Source) -> str:
     """The dataset card: YAML that the hub reads, then prose."""
     manifest, spec = source.manifest, source.manifest.spec
-    size = next((name for name, limit in _SIZES if manifest.stored < limit), "1M<n<10M")
     features = manifest.features
     score = "not scored" if manifest.clip_score_mean is None else f"{manifest.clip_score_mean:.4f} on average"
+    drawn = _is_drawn(manifest)
+    others = "Real photos with captions" if spec.generator.model == PHOTOS else "Image-caption pairs"
+    title = "Synthetic image-caption pairs" if drawn else others
+    reason = f"; `{PROMPT_TRUNCATED}` where the caption was longer than CLIP's context" if drawn else ""
     rows = [
         ("sample_id", "place in the plan: nine digits of caption, two of picture"),
-        ("caption", "the text that the picture was drawn from"),
+        ("caption", "the text that the picture was drawn from" if drawn else "a text about the picture"),
         ("image", "the picture"),
         ("width, height", "pixels"),
-        ("seed", "of the random numbers that the picture was drawn with"),
+        ("seed", "of the random numbers that the picture was drawn with" + ("" if drawn else ", if it was drawn")),
         ("attempts, batch_size", "seeds tried; pictures drawn at once"),
         ("clip_score", f"cosine of picture and caption by CLIP `{spec.clip.model}`: {score}"),
         ("global_feature", f"({features.embed_dim},) float16, CLIP's L2-normalised embedding of the picture"),
@@ -88,17 +93,16 @@ def card(source: Source) -> str:
             "patch_features",
             f"({features.num_patches} * {features.patch_dim},) float16, CLIP's last tokens before ln_post, row-major",
         ),
-        ("status, reason", f"`stored`; `{PROMPT_TRUNCATED}` where the caption was longer than CLIP's context"),
+        ("status, reason", f"`stored`{reason}"),
     ]
     yaml = [
         "---",
         "task_categories:",
         "- image-to-text",
         "- text-to-image",
-        "tags:",
-        "- synthetic",
+        *(("tags:", "- synthetic") if drawn else ()),
         "size_categories:",
-        f"- {size}",
+        f"- {size_category(manifest.stored)}",
         "configs:",
         "- config_name: default",
         "  data_files:",
@@ -107,7 +111,7 @@ def card(source: Source) -> str:
         "---",
     ]
     lines = [
-        "# Synthetic image-caption pairs",
+        f"# {title}",
         "",
         _made_of(source),
         "",
@@ -115,13 +119,29 @@ def card(source: Source) -> str:
         "|---|---|",
         *(f"| `{name}` | {what} |" for name, what in rows),
         "",
-        "Everything that decides the pictures:",
+        "Everything that decides the pictures:" if drawn else "How the dataset was made:",
         "",
         "```json",
         json.dumps(spec.to_dict(), indent=1, sort_keys=True, ensure_ascii=False),
         "```",
     ]
     return "\n".join((*yaml, *lines)) + "\n"
+
+
+def size_category(rows: int) -> str:
+    """The hub's name for so many rows: 1K<n<10K."""
+    place = sum(rows >= 1_000 * 10**power for power in range(len(_SIZES)))
+    if place == 0:
+        return f"n<{_SIZES[0]}"
+    return f"{_SIZES[place - 1]}<n<{_SIZES[place]}" if place < len(_SIZES) else f"n>{_SIZES[-1]}"
+
+
+def _is_drawn(manifest: Manifest) -> bool:
+    """Whether all pictures are known to have been drawn from their captions: a card must not call photos synthetic."""
+    model = manifest.spec.generator.model
+    if model == SEVERAL and manifest.lineage is not None:
+        return all(source.generator not in UNDRAWN for source in manifest.lineage.sources)
+    return model not in UNDRAWN
 
 
 def _made_of(source: Source) -> str:

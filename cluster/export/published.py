@@ -13,7 +13,7 @@ Ids: see cluster.export.published_ids. Quarantined pictures leave a gap. Folders
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 import safetensors.torch
 
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY
-from cluster.export.published_ids import PublishedIds
+from cluster.export.published_ids import PublishedIds, published_ids
 from cluster.export.source import Source
 from cluster.store.store import Store
 from pcm.errors import InputError
@@ -87,7 +87,7 @@ class Official:
                     f"{self._source.store.root}: has no {key}, as the null CLIP leaves none; "
                     "export a dataset with features, or --to webdataset"
                 )
-        self._ids = PublishedIds(self._source)
+        self._ids, self._photo_ids = published_ids(self._source, self._photos)
         text = self._source.store.read_bytes(VOCABULARY_KEY)
         self._vocabulary = Vocabulary.from_text(text.decode())
         self._out.write_bytes(VOCABULARY_KEY, text)
@@ -150,7 +150,7 @@ class Official:
 
     def _write_photos(self, stage: str, source: Source) -> None:
         """Annotations, features and COCO's captions of real photos: a dict a photo with all its sentences."""
-        ids = PublishedIds(source)
+        ids = self._photo_ids[stage]
         by_photo: dict[str, list[tuple[Annotation, str]]] = {}
         for shard in range(source.num_shards):
             for annotation, caption in self._rows(source, shard, ids):
@@ -208,7 +208,7 @@ class Official:
             list(pool.map(self._out.delete, self._out.list(_PARTS)))
 
 
-def coco_captions(captions: dict[str, list[str]], file_names: dict[str, str]) -> bytes:
+def coco_captions(captions: dict[str, list[str]], file_names: Mapping[str, str]) -> bytes:
     """COCO's caption file, which pycocotools reads: image ids are numbers."""
     images = [{"id": int(image_id), "file_name": file_names.get(image_id, image_id)} for image_id in captions]
     pairs = [(int(image_id), caption) for image_id, texts in captions.items() for caption in texts]

@@ -16,8 +16,8 @@ from cluster.dataset.committed import load_stats
 from cluster.dataset.layout import UNREADABLE, Manifest, Plan, shard_number, stats_key
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.plan import parse_sample_id
-from cluster.dataset.rows import read_shard
-from cluster.dataset.shard_check import check_schema, check_values
+from cluster.dataset.rows import read_shard, read_view_part
+from cluster.dataset.shard_check import check_schema, check_values, picture_sha256
 from cluster.dataset.view import read_corpus_ids
 from cluster.store.store import Store
 from pcm.errors import InputError, first_line
@@ -131,6 +131,16 @@ class Source:
         """Sample id -> the caption's own id in its corpus, of a shard's rows."""
         sample_ids = self.read(shard, ["sample_id"])["sample_id"].to_pylist()
         return dict(zip(sample_ids, read_corpus_ids(self.opened, shard), strict=True))
+
+    def picture_digests(self, shard: int) -> dict[str, str]:
+        """Sample id -> sha256 of its picture's bytes, of a shard's rows; a view says it without reading pictures."""
+        if self.manifest.is_view:
+            rows = read_view_part(self.store, self.opened.shards[shard]).rows
+            digests = [digest.hex() for digest in rows["image_sha256"].to_pylist()]
+        else:
+            rows = self.read(shard, ["sample_id", "image"])
+            digests = [picture_sha256(image["bytes"]) for image in rows["image"].to_pylist()]
+        return dict(zip(rows["sample_id"].to_pylist(), digests, strict=True))
 
     @cached_property
     def _starts(self) -> list[int]:

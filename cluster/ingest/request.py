@@ -143,8 +143,8 @@ class ImportRequest(CaptionerFiles, DatasetFiles):
             refuse_others(self, "checkpoint", of_both, why="which is a captioner")
             check_settings(self.settings)
             return
-        if not self.clip_score_scale > 0:
-            raise InputError(f"--clip-score-scale {self.clip_score_scale:g}: must be above 0")
+        if not 0 < self.clip_score_scale < float("inf"):
+            raise InputError(f"--clip-score-scale {self.clip_score_scale:g}: must be a number above 0")
         if not self.images:
             raise InputError("--images: missing; a dataset is its pictures, give their folder")
         refuse_without(self, "checkpoint", "settings")

@@ -6,6 +6,7 @@ captions and scores of at most MAX_SHARDS shards, which a seed draws.
 
 import contextlib
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ def _verified(found: OpenDataset) -> tuple[dict[str, Any] | None, str]:
         if (total := total + number_of_bytes) > VERIFIED_BYTES:
             what = " with the shards that hold its pictures" if manifest.is_view else ""
             larger = f"being larger{what} than {size(VERIFIED_BYTES)}"
-            return None, f"not here, {larger}: run python -m jobs.verify {store.root}"
+            return None, f"not here, {larger}: run python -m jobs.verify {shlex.quote(store.root)}"
     if found.plan is None and manifest.lineage is None:
         return None, f"no: it has no {PLAN_KEY}, so nothing says what ought to be there"
     return verify(store), ""

@@ -1,8 +1,10 @@
 """jobs.report's work: gather what there is, show it, write one file."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
+from cluster.options import flag, given
 from cluster.report import dataset_view, lineage_view, measures_view, run_view, sweep_view
 from cluster.report.captions import caption_samples, has_checkpoint
 from cluster.report.dataset_facts import gather_dataset
@@ -28,7 +30,7 @@ def make_report(request: ReportRequest) -> dict[str, Any]:
     facts = gather(request)
     entries = _entries(facts, request)
     top = headline(facts, title=request.title, hourly=request.price_per_hour)
-    document = page(top, entries, missing=_missing(facts, request), made_by=_command(request))
+    document = page(top, entries, missing=_missing(facts, request), made_by=command(request))
     data = document.encode()
     out = open_store(request.out)
     try:
@@ -116,20 +118,13 @@ def _missing(facts: Facts, request: ReportRequest) -> list[tuple[str, str]]:
     return [(name, why) for name, found, why in every if found is None]
 
 
-def _command(request: ReportRequest) -> str:
-    given = {
-        "--data": request.data,
-        "--run": request.run,
-        "--evaluation": request.evaluation,
-        "--sweep": request.sweep,
-        "--images": request.images,
-        "--references": request.references,
-        "--split": request.split,
-        "--price-per-hour": request.price_per_hour,
-        "--seed": request.seed or None,
-        "--out": request.out,
-    }
-    flags = ["--unfinished"] if request.unfinished else []
-    return " ".join(
-        ["python -m jobs.report", *(f"{name} {value}" for name, value in given.items() if value is not None), *flags]
-    )
+def command(request: ReportRequest) -> str:
+    """What writes this report again, quoted for a shell: places are other people's words."""
+    words = ["python", "-m", "jobs.report"]
+    for name in given(request):
+        value, option = getattr(request, name), flag(ReportRequest, name)
+        if value is True:
+            words.append(option)
+        else:
+            words += [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
+    return shlex.join(words)

@@ -15,7 +15,7 @@ import logging
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
@@ -33,8 +33,11 @@ logger = logging.getLogger(__name__)
 _BUFFER = 1 << 20
 #: Characters that make a pattern of a name.
 _WILD = re.compile(r"[*?\[]")
+_SPLITS = "train|validation|valid|val|dev|test"
 #: How the parts of a Hugging Face dataset begin: `validation-00000-of-00002.parquet`.
-_SPLIT_IN_NAME = re.compile(r"(train|validation|val|dev|test)[-_.]")
+_SPLIT_IN_NAME = re.compile(rf"({_SPLITS})[-_.]")
+#: What it calls their folder where it converts to Parquet: `default/validation/0000.parquet`; Spark `split=validation`.
+_SPLIT_IN_FOLDER = re.compile(rf"(?:partial-|split=)?({_SPLITS})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +87,15 @@ def read_corpus(
     parts = corpus_parts(uri)
     if parts and format not in ("auto", "parquet"):
         raise InputError(f"{uri}: several files are read as one corpus only where they are Parquet, not {format}")
+    if parts:
+        logger.info("%s: %d Parquet files, from %s to %s", uri, len(parts), parts[0], parts[-1])
     if format == "auto":
         format = "parquet" if parts else detect_format(uri)
     reasons: Counter[str] = Counter()
     splits: Counter[str] = Counter()
     index = 0
-    for row in _rows_of_parts(parts, options) if parts else _rows_of_file(uri, format, options):
+    rows = _rows_of_parts(parts or [uri], options) if format == "parquet" else _rows_of_file(uri, format, options)
+    for row in rows:
         splits[row.split] += 1
         if split is not None and not in_split(row, split):
             continue
@@ -101,7 +107,9 @@ def read_corpus(
             break
     if not index and splits:
         held = ", ".join(f"{name} ({count:,})" for name, count in splits.most_common(8))
-        raise InputError(f"{uri}: no caption in split {split!r}; its splits are {held}")
+        raise InputError(
+            f"{uri}: no caption in split {split!r}; its splits are {held}; give one of them, or --split all"
+        )
     if split is None and splits.keys() - {"train", "restval"}:
         logger.warning(
             "%s: captions of all its splits are read (%s); --split train keeps the test's out", uri, dict(splits)
@@ -135,20 +143,31 @@ def corpus_parts(uri: str) -> list[str]:
     if not pattern:
         return []
     keys = open_store(folder).list()
-    if parts := [key for key in keys if _is_part(key) and fnmatch.fnmatchcase(key, pattern)]:
+    if parts := [key for key in keys if _is_part(key) and _matches(key.split("/"), pattern)]:
         return [join(folder, key) for key in parts]
     raise InputError(
-        f"{uri}: no Parquet file is so named; name a caption file, or a folder or pattern of Parquet files"
+        f"{uri}: no Parquet file is so named; name a caption file, or a folder or pattern of Parquet files "
+        "(* stands for a name, ** for any folders)"
     )
 
 
-def _split_pattern(uri: str) -> tuple[str, str]:
-    """("s3://b/p", "train-*.parquet") of a pattern; (uri, "") where there is none."""
+def _split_pattern(uri: str) -> tuple[str, list[str]]:
+    """("s3://b/p", ["train-*.parquet"]) of a pattern; (uri, []) where there is none. A folder that is there as it is
+    written, such as `data [v2]`, is no pattern."""
     parts = uri.split("/")
-    first = next((number for number, part in enumerate(parts) if _WILD.search(part)), None)
-    if first is None:
-        return uri, ""
-    return "/".join(parts[:first]) or ("/" if first else "."), "/".join(parts[first:])
+    for number, part in enumerate(parts):
+        if _WILD.search(part) and not open_store("/".join(parts[: number + 1])).exists(""):
+            return "/".join(parts[:number]) or ("/" if number else "."), parts[number:]
+    return uri, []
+
+
+def _matches(key: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a key are those of a pattern, one by one; `**` stands for any number of them."""
+    if not pattern:
+        return not key
+    if pattern[0] == "**":
+        return any(_matches(key[start:], pattern[1:]) for start in range(len(key) + 1))
+    return bool(key) and fnmatch.fnmatchcase(key[0], pattern[0]) and _matches(key[1:], pattern[1:])
 
 
 def _is_part(key: str) -> bool:
@@ -162,10 +181,12 @@ def _rows_of_file(uri: str, format: str, options: ReadOptions | None) -> Iterato
 
 
 def _rows_of_parts(parts: list[str], options: ReadOptions | None) -> Iterator[CaptionRow]:
-    """The rows of one table in parts, numbered through. A part without a column `split` has that of its name."""
+    """The rows of one table in parts, numbered through. A part without a column `split` has that of its name, or
+    of its folder's where its own says none."""
     before = 0
     for uri in parts:
-        named = _SPLIT_IN_NAME.match(uri.rpartition("/")[2])
+        *_, folder, name = ["", *uri.split("/")]
+        named = _SPLIT_IN_NAME.match(name) or _SPLIT_IN_FOLDER.fullmatch(folder)
         number = -1
         for row in _rows_of_file(uri, "parquet", options):
             position, hash_mark, k = row.row_id.partition("#")
@@ -189,6 +210,8 @@ def _detect(uri: str, stream: io.BufferedReader) -> str:
 
 def _rows(stream: io.BufferedReader, format: str, uri: str, options: ReadOptions | None) -> Iterator[CaptionRow]:
     try:
+        if format != "parquet":
+            detect.refuse_packed(uri, stream.peek(1 << 16))
         yield from read_rows(cast(BinaryIO, stream), format, name=uri, options=options)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{uri}: its gzip data is damaged or cut short ({error})") from error

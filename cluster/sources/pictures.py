@@ -167,7 +167,7 @@ def candidate_ids(name: str) -> list[str]:
     "val/COCO_val2014_000000391895.jpg": itself, its file name, both without the ending, and COCO's number 391895.
     """
     path = PurePosixPath(name)
-    candidates = [name, path.name, str(path.with_suffix("")), path.stem]
+    candidates = [name, path.name, str(path.with_suffix("")) if path.name else name, path.stem]
     if number := re.fullmatch(r"(?:.*_)?([0-9]+)", path.stem):
         candidates.append(number[1].lstrip("0") or "0")
     # File systems differ in how they write accents (macOS: in two characters), and readers strip blanks.

@@ -8,6 +8,7 @@ reads a mixture.
 """
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -90,7 +91,7 @@ def read_manifest(store: Store) -> WeightsManifest:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise InputError(
             f"{store.root}: has no {MANIFEST}, so no weights are staged there; put them there with "
-            f"python -m jobs.stage_models --out {store.root}"
+            f"python -m jobs.stage_models --out {shlex.quote(store.root)}"
         ) from None
     if len(data) > LARGEST_MANIFEST:
         raise InputError(f"{place}: over {LARGEST_MANIFEST} bytes, which no manifest of weights has")

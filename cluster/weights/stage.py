@@ -16,7 +16,7 @@ from cluster.store.store import Store, join, open_store
 from cluster.weights.hub import pin_repo
 from cluster.weights.manifest import MANIFEST, StagedFile, WeightsManifest, digits, revision_of
 from cluster.weights.request import StageModelsRequest
-from pcm.clip.names import HUB_PREFIX, resolve_clip_name
+from pcm.clip.names import HUB_PREFIX, LOCAL_PREFIX, resolve_clip_name
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, first_line
 from pcm.generation.model_memory import loaded_files
@@ -66,7 +66,7 @@ def places_of(request: StageModelsRequest) -> dict[str, str]:
         return {"clip" if request.t2i is None else "t2i": request.out}
     t2i = Path(request.t2i).absolute().name
     architecture, pretrained = resolve_clip_name(request.clip)
-    clip = Path(architecture).absolute().name
+    clip = Path(architecture.removeprefix(LOCAL_PREFIX)).absolute().name
     if pretrained is not None:
         clip = f"{architecture}-{Path(pretrained).name}"
     return {"t2i": join(request.out, f"t2i/{t2i}"), "clip": join(request.out, f"clip/{clip}")}

@@ -16,7 +16,7 @@ import transformers.dynamic_module_utils
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
 
-from pcm.clip.names import HUB_PREFIX
+from pcm.clip.names import HUB_PREFIX, LOCAL_PREFIX
 from pcm.documents import read_document
 from pcm.errors import InputError, first_line
 
@@ -25,7 +25,6 @@ from pcm.errors import InputError, first_line
 transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 CONFIG_FILE = "open_clip_config.json"
-LOCAL_PREFIX = "local-dir:"
 #: A configuration has some 2 kB.
 LARGEST_CONFIG = 2**20
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pcm.clip.names import folder_revision, resolve_clip_name
+from pcm.clip.names import LOCAL_PREFIX, folder_revision, resolve_clip_name
 from pcm.clip.truncation import count_tokens
 from pcm.errors import InputError, first_line
 from pcm.images import to_uint8
@@ -130,7 +130,7 @@ class ClipEncoder:
         pinned = spec.revision
         if model in (None, spec.model) and pinned.startswith("sha256:"):
             architecture, pretrained = resolve_clip_name(spec.model)
-            now = folder_revision(Path(pretrained or architecture.removeprefix("local-dir:")))
+            now = folder_revision(Path(pretrained or architecture.removeprefix(LOCAL_PREFIX)))
             if now != pinned:
                 raise InputError(
                     f"CLIP {spec.model!r}: its files are {now}, but {pinned} were pinned; put the same files there, or "

@@ -10,6 +10,8 @@ from pcm.spec import QUICK_GELU_SUFFIX
 
 #: Begins a NAME that is a repo on the Hugging Face hub.
 HUB_PREFIX = "hf-hub:"
+#: Begins what open_clip calls a folder.
+LOCAL_PREFIX = "local-dir:"
 
 
 def resolve_clip_name(name: str) -> tuple[str, str | None]:
@@ -25,7 +27,7 @@ def resolve_clip_name(name: str) -> tuple[str, str | None]:
     if path.is_dir():
         if not (path / "open_clip_config.json").is_file():
             raise InputError(f"CLIP folder {name!r}: has no open_clip_config.json; give an open_clip folder")
-        return f"local-dir:{path}", None
+        return f"{LOCAL_PREFIX}{path}", None
     architecture, _, pretrained = name.partition("/")
     open_clip = _open_clip()
     if architecture not in open_clip.list_models() or not pretrained:

@@ -13,8 +13,8 @@ import pcm.torchvision_shim  # noqa: F401  isort: skip
 import open_clip
 import torch
 
-from pcm.clip.configuration import CONFIG_FILE, LOCAL_PREFIX, model_config, open_tokenizer
-from pcm.clip.names import HUB_PREFIX, activation_of, is_commit, resolve_clip_name
+from pcm.clip.configuration import CONFIG_FILE, model_config, open_tokenizer
+from pcm.clip.names import HUB_PREFIX, LOCAL_PREFIX, activation_of, is_commit, resolve_clip_name
 from pcm.clip.towers import feature_shape, token_grid
 from pcm.errors import InputError, first_line
 from pcm.records import FeatureShape

@@ -74,6 +74,8 @@ def read_csv(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[Capt
         captions = _named(cells, wanted or CSV_CAPTION_FIELDS, all_of_them=bool(wanted))
         if not captions:
             raise InputError(_no_caption_column(name, cells, wanted))
+        for at in captions:
+            _refuse_twice(cells, cells[at], name)
     records = CsvRecords(lines, delimiter, len(columns), options.csv_quoting)
     fields = [f"#{k}" for k in range(len(captions))]
     last = len(columns) - 1
@@ -133,6 +135,13 @@ def _named(columns: Sequence[str], wanted: Sequence[str], *, all_of_them: bool) 
     return found[:1]
 
 
+def _refuse_twice(columns: Sequence[str], column: str, name: str) -> None:
+    """Raises InputError where two columns have this name in upper or lower case: which is meant is not known."""
+    alike = [repr(storable(each)) for each in columns if each.lower() == column.lower()]
+    if len(alike) > 1:
+        raise InputError(f"{name}: two columns {', '.join(alike[:2])}; rename or leave out one")
+
+
 def _no_caption_column(name: str, columns: Sequence[str], wanted: Sequence[str]) -> str:
     """The error for a file whose caption column is not to be found: its columns, and the flag that helps."""
     shown = ", ".join(f"{number} {storable(column)!r}" for number, column in enumerate(columns[:40], 1))
@@ -168,6 +177,8 @@ def _parquet_rows(file: pq.ParquetFile, name: str, wanted: Sequence[str]) -> Ite
         for field in dict.fromkeys((*fields, *IMAGE_FIELDS, "split"))
         if field in columns and (field in fields or _is_plain(columns[field].type))
     }
+    for field in read:
+        _refuse_twice(names, field, name)
     position = 0
     for batch in file.iter_batches(batch_size=8192, columns=list(read.values())):
         cells = {field: _cells(batch.column(column)) for field, column in read.items()}

@@ -20,6 +20,14 @@ _EXTENSIONS = {
     "token": "flickr_token",
 }
 _TEXT_EXTENSIONS = ("", "txt", "text", "lst")
+#: How packed files begin. No text does.
+_PACKED = {
+    "gzip": re.compile(rb"\x1f\x8b"),
+    "bzip2": re.compile(rb"BZh[1-9]1AY&SY"),
+    "xz": re.compile(rb"\xfd7zXZ\x00"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
+    "zip": re.compile(rb"PK\x03\x04"),
+}
 _TOKEN_LINE = re.compile(rb"^[^\t\n]+#\d+\t")
 
 
@@ -28,6 +36,7 @@ def detect_format(name: str, head: bytes) -> str:
 
     Returns one of `FORMATS`, or "json" where only the whole document tells Karpathy from COCO. Raises InputError.
     """
+    refuse_packed(name, head)
     extension = name.rsplit("/", 1)[-1].rpartition(".")[2].lower() if "." in name.rsplit("/", 1)[-1] else ""
     head = head.removeprefix(b"\xef\xbb\xbf")
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -51,6 +60,14 @@ def detect_format(name: str, head: bytes) -> str:
         if extension or b"\x00" not in head:
             return "text"
     raise InputError(f"{name}: cannot tell its caption format; name it (--corpus-format), one of {', '.join(FORMATS)}")
+
+
+def refuse_packed(name: str, head: bytes) -> None:
+    """Raises InputError for a file whose first bytes are those of packed data: read as text, it would be captions."""
+    for kind, beginning in _PACKED.items():
+        if beginning.match(head):
+            named = ", or name it .gz" if kind == "gzip" else ""
+            raise InputError(f"{name}: {kind} data; decompress it first{named}")
 
 
 def _first_line_is_record(head: bytes) -> bool:

@@ -94,7 +94,7 @@ def _caption_list_rows(entries: list) -> Iterator[CaptionRow]:
         image_id = PurePosixPath(path).name if path else label_of(entry.get("image_id"))
         row_id = label_of(entry.get("caption_id")) or f"row{position}"
         value = entry.get("caption", entry.get("caption_str"))
-        for k, item in enumerate(value if isinstance(value, list) else [value]):
+        for k, item in enumerate(value if isinstance(value, list) and value else [value]):
             text, reason = caption_of(item)
             yield CaptionRow(f"{row_id}#{k}" if isinstance(value, list) else row_id, text, image_id, split, reason)
 
@@ -114,7 +114,7 @@ def _karpathy_rows(document: dict, name: str) -> Iterator[CaptionRow]:
         # COCO is known by its number everywhere; Flickr30k's files by their name.
         image_id = label_of(image.get("cocoid")) or file_name or label_of(image.get("imgid"))
         sentences = image.get("sentences")
-        if not isinstance(sentences, list):
+        if not isinstance(sentences, list) or not sentences:
             reason = MISSING_CAPTION if sentences is None else BAD_RECORD
             text = "" if sentences is None else repr(sentences)
             yield CaptionRow(f"image{position}", text, image_id, split, reason)

@@ -345,6 +345,10 @@ def test_a_name_that_generation_and_training_share_is_generations_in_a_stream(tm
         ("featurise --images A --captions B --out C --clip null", "--clip null"),
         ("import_official --out B --vocabulary v --clip c", "give one of the two"),
         (
+            "import_official --out B --vocabulary v --clip c --annotations a --images i --clip-score-scale inf",
+            "--clip-score-scale inf: must be a number above 0",
+        ),
+        (
             "import_official --out B --vocabulary v --clip c --checkpoint m --concepts c --set top_concept=3",
             "top_concepts",
         ),

@@ -130,6 +130,20 @@ def test_a_dataset_comes_back_from_published_files_as_it_was(dataset, exported, 
         assert all(np.array_equal(old[name], new[name]) for name in old)
     assert (again / "concepts.pickle").read_bytes() == (exported / "concepts.pickle").read_bytes()
 
+    # As photos of another split they lie where the published code looks, and nothing of the train split is overwritten.
+    beside = tmp_path / "beside"
+    call_job(
+        "export", "--data", store.root, "--val", back.root, "--out", beside, "--to", "official", "--name", "sd",
+        "--max-length", LENGTH,
+    )  # fmt: skip
+    for path in exported.rglob("60*"):
+        assert (beside / path.relative_to(exported)).read_bytes() == path.read_bytes()
+    photos = pickle.loads((beside / "mscoco_caption_anno_val.pkl").read_bytes())
+    for old, photo in zip(first, photos, strict=True):
+        features = [place / "features" / name for place, name in ((exported, "sd_sp0"), (beside, "sd"))]
+        one, other = (folder / f"{item['image_id']}.npz" for folder, item in zip(features, (old, photo), strict=True))
+        assert one.read_bytes() == other.read_bytes()
+
 
 def test_refined_annotations_find_their_pictures_by_id_and_their_scores_are_5_times_the_cosine(
     dataset, published, tmp_path, tiny_clip, call_job

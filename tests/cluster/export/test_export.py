@@ -22,7 +22,8 @@ from cluster.dataset import read_dataset
 from cluster.dataset.layout import CONCEPTS_KEY, Manifest, Plan, load_manifest, shard_key
 from cluster.dataset.verify import verify
 from cluster.export.export import export, export_dataset
-from cluster.export.published_ids import _numbers
+from cluster.export.huggingface import card, size_category
+from cluster.export.published_ids import _numbers, _Photo
 from cluster.export.request import FORMATS, ExportRequest
 from cluster.export.source import Source
 from cluster.export.webdataset import WebDataset
@@ -152,10 +153,72 @@ def test_photos_go_beside_as_val_and_test_with_their_ids_and_cocos_captions(data
         export_dataset(store, open_store(tmp_path / "no"), drawn)
 
 
+def photos_dataset(out: Path, clip: Path, names: list[str], *, first_scene: int, unnamed: bool = False) -> Path:
+    """Real photos of these names, a caption each; their pictures are other ones for another `first_scene`."""
+    folder = out.parent / f"{out.name}-photos"
+    folder.mkdir()
+    lines = ["image,caption"]
+    for number, name in enumerate(names, start=first_scene):
+        scene(number)[1].save(folder / name, "JPEG")
+        lines.append(f"{name},A dog near the beach.")
+    if unnamed:
+        lines.append(",There is a cat.")
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    request = FeaturiseRequest(
+        images=str(folder), captions=str(folder / "captions.csv"), clip=str(clip), out=str(out), device="cpu",
+        shard_size=2,
+    )  # fmt: skip
+    featurise_photos(request)
+    return out
+
+
+def pictures_by_key(root: Path, stage: str) -> dict[str, list[bytes]]:
+    """Image id -> what a reader of an export finds for it."""
+    annotations = pickle.loads((root / f"mscoco_caption_anno_{stage}.pkl").read_bytes())
+    ids = [item["image_id"] for item in annotations]
+    return {each: [path.read_bytes() for path in (root / "images" / "img").glob(f"{each}.*")] for each in ids}
+
+
+def test_photos_of_several_stages_never_share_an_id(dataset, tmp_path, tiny_clip):
+    store, _, _ = dataset
+    stages = {
+        "val": photos_dataset(tmp_path / "val", tiny_clip, ["V_val_0000.jpg", "V_val_0001.jpg"], first_scene=1),
+        "test": photos_dataset(
+            tmp_path / "test", tiny_clip, ["V_test_0000.jpg", "V_test_0001.jpg"], first_scene=5, unnamed=True
+        ),
+    }
+    # Two datasets of other pictures under the same names, merged.
+    again = photos_dataset(tmp_path / "again", tiny_clip, ["V_val_0000.jpg", "V_val_0001.jpg"], first_scene=9)
+    curate(CurateRequest(data=(str(stages["val"]), str(again)), out=str(tmp_path / "merged")))
+    for data in (store.root, str(tmp_path / "merged")):
+        root = tmp_path / f"out-{Path(data).name}"
+        request = ExportRequest(
+            data=data, out=str(root), to="official", name="img", val=str(stages["val"]), test=str(stages["test"])
+        )
+        export_dataset(open_store(data), open_store(root), request)
+        read = {stage: pictures_by_key(root, stage) for stage in ("val", "test")}
+        if data != store.root:
+            read["train"] = pictures_by_key(root, "train")
+            assert len(read["train"]) == 4
+        for stage, source in stages.items():
+            photos = [path.read_bytes() for path in sorted((tmp_path / f"{source.name}-photos").glob("*.jpg"))]
+            assert list(read[stage].values()) == [[photo] for photo in photos], stage
+        every = [each for found in read.values() for each in found]
+        assert len(set(every)) == len(every)
+        names = {
+            image["id"]: image["file_name"] for image in json.loads((root / "captions_test.json").read_text())["images"]
+        }
+        assert sorted(names.values()) == ["V_test_0000.jpg", "V_test_0001.jpg"]
+
+
 def test_photos_whose_names_hold_no_number_are_numbered():
-    assert _numbers(["a.jpg", "b.jpg"]) == {"a.jpg": "1", "b.jpg": "2"}
-    assert _numbers(["x_7.jpg", "y_7.jpg"]) == {"x_7.jpg": "1", "y_7.jpg": "2"}
-    assert _numbers(["1000092795.jpg", "36979.jpg"]) == {"1000092795.jpg": "1000092795", "36979.jpg": "36979"}
+    def numbered(*names: str, **settings: set[str]) -> list[str]:
+        return list(_numbers([_Photo(name, "") for name in names], **settings).values())
+
+    assert numbered("a.jpg", "b.jpg") == ["1", "2"]
+    assert numbered("x_7.jpg", "y_7.jpg") == ["1", "2"]
+    assert numbered("1000092795.jpg", "36979.jpg") == ["1000092795", "36979"]
+    assert numbered("7.jpg", "8.jpg", taken={"2", "8"}) == ["1", "3"]
 
 
 def test_folders_hold_as_many_pictures_as_the_published_ones():
@@ -220,11 +283,27 @@ def test_datasets_opens_a_hugging_face_export(dataset, tmp_path, monkeypatch):
         np.testing.assert_array_equal(np.float16(sample["patch_features"]), patches(row))
     as_arrays = train.with_format("numpy")[0]["patch_features"]
     np.testing.assert_array_equal(as_arrays, patches(rows[0]))
-    assert "| `caption` |" in (tmp_path / "hf" / "README.md").read_text()
+    said = (tmp_path / "hf" / "README.md").read_text()
+    assert "| `caption` | the text that the picture was drawn from |" in said
+    assert "- synthetic\n" in said and "# Synthetic image-caption pairs\n" in said
     exported = load_manifest(open_store(tmp_path / "hf"))
     for shard in exported.stored_shards:  # the manifest speaks of the export's own files
         assert shard == as_it_lies(open_store(tmp_path / "hf"), shard.key) and shard.key.startswith("data/")
     assert [row.caption for row in read_dataset(tmp_path / "hf")] == train["caption"][:]
+
+
+def test_the_card_of_real_photos_does_not_call_them_synthetic(dataset, tmp_path, tiny_clip):
+    photos = photos_dataset(tmp_path / "photos", tiny_clip, ["a.jpg", "b.jpg"], first_scene=1)
+    said = card(Source.open(open_store(photos)))
+    assert "# Real photos with captions\n" in said
+    curate(CurateRequest(data=(dataset[0].root, str(photos)), out=str(tmp_path / "mixed")))
+    mixed = card(Source.open(open_store(tmp_path / "mixed")))
+    assert "# Image-caption pairs\n" in mixed
+    for text in (said, mixed):
+        assert "ynthetic" not in text and "was drawn from" not in text and "CLIP's context" not in text
+    assert [size_category(count) for count in (0, 999, 1_000, 10_000_000, 10**9)] == [
+        "n<1K", "n<1K", "1K<n<10K", "10M<n<100M", "1B<n<10B",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("to", FORMATS)

@@ -291,6 +291,15 @@ def test_the_same_request_gives_the_same_bytes(whole: Page, world: Path, tmp_pat
     assert (world / "report.html").read_bytes() == first
 
 
+def test_the_command_that_verifies_a_large_dataset_is_quoted(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_facts, "VERIFIED_BYTES", 0)
+    (tmp_path / "my data; id").symlink_to(world / "data")
+    facts = dataset_facts.gather_dataset(open_store(tmp_path / "my data; id"), seed=0)
+    assert facts.unverified.endswith(f"run python -m jobs.verify '{tmp_path}/my data; id'")
+
+
 def test_of_a_large_dataset_a_part_is_read(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset_facts, "MAX_STATS", 2)
     read: list[str] = []

@@ -1,11 +1,17 @@
 """What a report is made of: a sample of the shards, times, and which patches are shown."""
 
+import shlex
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 import torch
 
 from cluster.report.dataset_facts import sample_shards
+from cluster.report.make import command
+from cluster.report.request import ReportRequest
 from cluster.report.throughput import throughput
+from jobs.report import JOB
 from pcm.captioners.pcmnet.mixup import MixUpFindings
 from pcm.captioners.pcmnet.patch_overlay import textual_patches
 
@@ -18,6 +24,19 @@ def test_a_sample_of_shards_is_drawn_by_the_seed_and_bounded() -> None:
     assert chosen != sample_shards(rows, seed=4, most=10, most_rows=750)
     assert len(sample_shards([10**6] * 3, seed=0)) == 1 and sample_shards([0, 0], seed=0) == []
     assert sample_shards([5, 0, 5], seed=9) == [0, 2]
+
+
+def test_the_command_of_a_report_asks_for_the_same_again() -> None:
+    least = ReportRequest(data="out/my data; touch pwned", out="$(id).html")
+    assert command(least) == "python -m jobs.report --data 'out/my data; touch pwned' --out '$(id).html'"
+    other = replace(
+        least, unfinished=True, run="r", evaluation="e", sweep="s", images="-i", references="it's", split="test",
+        title="A & B", price_per_hour=1.5, seed=3, clip="ViT-B-32/openai", device="cpu",
+    )  # fmt: skip
+    assert all(value != asdict(least)[name] for name, value in asdict(other).items() if name not in ("data", "out"))
+    for request in (least, other):
+        words = shlex.split(command(request))
+        assert words[:3] == ["python", "-m", "jobs.report"] and JOB.read(words[3:]) == request
 
 
 def _shard(start: float, end: float, *, successes: int = 10, draw: float | None = None) -> dict:

@@ -1,7 +1,9 @@
 """Corpora are read record by record, and no record is lost: kept, or quarantined with a reason."""
 
+import bz2
 import gzip
 import json
+import lzma
 import tracemalloc
 
 import fsspec
@@ -12,6 +14,7 @@ import pytest
 from cluster.sources.corpus import FORMATS, CorpusRecord, detect_format, read_corpus
 from pcm.errors import InputError
 from pcm.reasons import of_stage
+from pcm.text.formats import ReadOptions
 from pcm.text.rules import CUT_MARK, MAX_CHARACTERS, check_caption
 
 KARPATHY = {
@@ -162,6 +165,40 @@ def test_parquet_lists_of_captions_give_a_record_each(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "used"),
+    [("caption", "caption", "caption"), ("Caption", "caption", "caption"), ("image_id", "Image_ID", "image_id")],
+)
+def test_a_column_that_is_there_twice_is_refused(tmp_path, first, second, used):
+    names = ["caption", "x"] if used == "image_id" else ["text"]  # text is not looked at beside a caption
+    table = pa.table([["a"], ["b"], *([name] for name in names)], names=[first, second, *names])
+    pq.write_table(table, tmp_path / "c.parquet")
+    with pytest.raises(InputError, match=f"c.parquet: two columns '{first}', '{second}'; rename or leave out one"):
+        captions(str(tmp_path / "c.parquet"))
+
+
+def test_a_csv_with_two_caption_columns_is_refused_until_one_is_named_by_its_number(tmp_path):
+    path = write(tmp_path / "c.csv", "Caption,image,caption\na dog,1.jpg,a cat\n")
+    with pytest.raises(InputError, match="two columns 'Caption', 'caption'; rename or leave out one"):
+        captions(path)
+    assert captions(path, options=ReadOptions(caption_columns=("3",))) == ["a cat"]
+
+
+def test_an_empty_list_of_captions_is_one_bad_record_in_every_format(tmp_path):
+    pq.write_table(pa.table({"caption": [["a dog"], []]}), tmp_path / "c.parquet")
+    files = [
+        tmp_path / "c.parquet",
+        write(tmp_path / "c.jsonl", '{"captions": ["a dog"]}\n{"captions": []}\n'),
+        write_json(
+            tmp_path / "list.json", [{"image": "1.jpg", "caption": ["a dog"]}, {"image": "2.jpg", "caption": []}]
+        ),
+        write_json(tmp_path / "k.json", {"images": [{"sentences": [{"raw": "a dog"}]}, {"sentences": []}]}),
+    ]
+    for file in files:
+        found = [(record.caption, record.reason) for record in read_corpus(str(file))]
+        assert found == [("a dog", ""), ("[]", "bad_record")], file.name
+
+
 def test_jsonl_takes_caption_or_text(tmp_path):
     path = write(
         tmp_path / "c.jsonl",
@@ -195,6 +232,24 @@ def test_formats_are_told_by_name_and_content(tmp_path, name, content, format):
 def test_undetectable_file_lists_the_formats(tmp_path, name, content):
     with pytest.raises(InputError, match=f"one of {', '.join(FORMATS)}"):
         captions(write(tmp_path / name, content))
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("gzip", gzip.compress(b"a dog\n", mtime=0)),
+        ("bzip2", bz2.compress(b"a dog\n")),
+        ("xz", lzma.compress(b"a dog\n")),
+        ("zstd", b"\x28\xb5\x2f\xfd\x04\x00"),
+        ("zip", b"PK\x03\x04\x14\x00"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.csv", "a.jsonl"])
+@pytest.mark.parametrize("format", ["auto", "text"])
+def test_packed_data_under_another_name_is_no_corpus(tmp_path, kind, data, name, format):
+    wanted = f"{name}: {kind} data; decompress it first"
+    with pytest.raises(InputError, match=wanted + (", or name it .gz" if kind == "gzip" else "$")):
+        captions(write(tmp_path / name, data), format=format)
 
 
 def test_named_format_wins_over_the_extension(tmp_path):

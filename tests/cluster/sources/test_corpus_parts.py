@@ -98,3 +98,58 @@ def test_a_changed_part_is_another_source(folder: Path) -> None:
     before = source_digest(str(folder))
     write_part(folder, "data/train-00001-of-00002.parquet", [("7", "a cat sleeps on a mat"), ("x", "a blue bus stops")])
     assert source_digest(str(folder)) != before
+
+
+def test_a_part_has_the_split_of_its_folder_where_its_name_says_none(tmp_path: Path) -> None:
+    for name in (
+        "default/train/0000",
+        "default/validation/0000",
+        "default/partial-test/0000",
+        "default/split=dev/0000",
+    ):
+        write_part(tmp_path, f"{name}.parquet", [(1, f"a caption of {name}")])
+    write_part(tmp_path, "default/test/train-00000-of-00001.parquet", [(1, "its own name counts")])
+    found = {split: [row[2] for row in records(tmp_path / "default/*/*.parquet", split=split)] for split in SPLITS}
+    assert found == {
+        "train": ["its own name counts", "a caption of default/train/0000"],
+        "validation": ["a caption of default/validation/0000"],
+        "test": ["a caption of default/partial-test/0000"],
+        "dev": ["a caption of default/split=dev/0000"],
+    }
+
+
+SPLITS = ("train", "validation", "test", "dev")
+
+
+def test_a_part_that_is_named_alone_has_the_split_of_its_name(folder: Path) -> None:
+    alone = folder / "data/validation-00000-of-00001.parquet"
+    assert len(records(alone, split="validation")) == len(records(alone, split="all")) == 2
+    with pytest.raises(InputError, match=r"no caption in split 'train'; its splits are validation \(2\); give one"):
+        records(alone, split="train")
+
+
+def test_a_star_stays_within_a_folder_and_two_cross_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a", "old/b", "old/older/c"):
+        write_part(tmp_path, f"p/{name}.parquet", [(1, name)])
+    caplog.set_level("INFO")
+    captions = {
+        pattern: [row[2] for row in records(tmp_path / pattern)]
+        for pattern in ("p/*.parquet", "*/*/*.parquet", "p/**/*.parquet", "**/b.parquet", "p/**", "p/old/**/c.parquet")
+    }
+    every = ["a", "old/b", "old/older/c"]
+    assert captions == {
+        "p/*.parquet": ["a"], "*/*/*.parquet": ["old/b"], "p/**/*.parquet": every, "**/b.parquet": ["old/b"],
+        "p/**": every, "p/old/**/c.parquet": ["old/older/c"],
+    }  # fmt: skip
+    assert "3 Parquet files, from " in caplog.text
+    with pytest.raises(InputError, match="no Parquet file is so named"):
+        records(tmp_path / "*.parquet")
+
+
+def test_a_folder_with_a_bracket_in_its_name_stands_before_a_pattern(folder: Path) -> None:
+    assert "[" in folder.name
+    assert records(folder / "data/train-*.parquet") == TRAIN
+    write_part(folder, "data/[a]/train-0.parquet", [(1, "of brackets")])
+    write_part(folder, "data/a/train-0.parquet", [(1, "of a class of letters")])
+    assert records(folder / "data/[a]/*.parquet") == [("0", "1", "of brackets")]
+    assert records(folder / "data/[ab]/*.parquet") == [("0", "1", "of a class of letters")]

@@ -70,6 +70,7 @@ def test_a_number_of_any_length_is_an_id():
         "COCO_val2014_000000391895",
         "391895",
     ]
+    assert candidate_ids("")[0] == "" and candidate_ids(".")[0] == "."
     assert "9" * 5000 in candidate_ids("9" * 5000 + ".jpg")
 
 

@@ -96,6 +96,15 @@ def test_a_place_ends_with_the_models_own_name(t2i: str, clip: str, places: tupl
     assert tuple(found.values()) == tuple(f"s3://bucket/models/{place}" for place in places)
 
 
+def test_a_clip_folder_beside_is_staged_under_its_own_name(
+    tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").symlink_to(tiny_clip)
+    monkeypatch.chdir(tmp_path)
+    for clip in ("mine", "./mine", str(tmp_path / "mine")):
+        assert places_of(StageModelsRequest(t2i="a/sd", clip=clip, out="o"))["clip"] == "o/clip/mine"
+
+
 def test_a_clip_of_two_names_becomes_a_folder_that_gives_the_same(
     tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
