@@ -24,7 +24,7 @@ from cluster.dataset.layout import StoredShard
 from cluster.dataset.rows import COLUMNS, preload, read_shard
 from cluster.ray_internals import LocalReports, train_in_this_process
 from cluster.store.store import Store, join, local_copy, open_store
-from cluster.training.checkpoints import SCORE
+from cluster.training.checkpoints import SCORE, STATE_FILE
 from cluster.training.config import TrainConfig
 from cluster.training.loop import train_loop
 from cluster.training.run_spec import RunSpec
@@ -78,6 +78,8 @@ def run_trial(parameters: dict[str, Any], *, sweep: SweepRun) -> None:
     preload({key: ray.get(table) for key, table in sweep.tables.items()})
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     with _newest_checkpoint(store) as checkpoint:
+        for row in _history(checkpoint):  # a driver that was started again has not heard of these epochs
+            _report(row)
         train_in_this_process(_TrialReports(store, checkpoint))
         try:
             reason = train_loop({"run": run})
@@ -153,3 +155,10 @@ def _newest_checkpoint(store: Store) -> Iterator[ray.train.Checkpoint | None]:
         return
     with local_copy(join(store.root, CHECKPOINT, newest)) as folder:
         yield ray.train.Checkpoint.from_directory(folder)
+
+
+def _history(checkpoint: ray.train.Checkpoint | None) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl of the epochs before a local checkpoint."""
+    if checkpoint is None:
+        return []
+    return json.loads(Path(checkpoint.path, STATE_FILE).read_text())["history"]
