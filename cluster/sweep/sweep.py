@@ -25,7 +25,7 @@ from ray.tune.schedulers import ASHAScheduler
 from cluster.generation.pinning import device_of_cluster
 from cluster.generation.reach import check_reach
 from cluster.ray_state import has_group
-from cluster.session import cluster_cpus, cluster_gpus, start_ray, waiting_for
+from cluster.session import cluster_cpus, cluster_gpus, is_no_user_error, start_ray, waiting_for
 from cluster.store.store import Store, open_store
 from cluster.sweep.request import SweepRequest
 from cluster.sweep.results import TrialResult
@@ -47,6 +47,7 @@ from cluster.sweep.trial import (
 from cluster.training.config import TrainConfig
 from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.ray_trainer import MEMORY_KEPT
+from cluster.training.reporting import write_metrics
 from cluster.training.request import TrainRequest
 from cluster.training.trackers import flattened
 from cluster.training.train import check_settings, planned_run, ray_storage
@@ -80,6 +81,7 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     _check_out(out, document, resume=request.resume)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's folder has its numbers already
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other prints boxes however quiet it is told to be
+    logging.getLogger("ray.tune.execution.tune_controller").addFilter(is_no_user_error)
     start_ray(worker_env=MEMORY_KEPT)
     run = replace(run, device=device_of_cluster(request.device))
     document["device"] = run.device
@@ -280,6 +282,8 @@ class _Recorder(ray.tune.Callback):
                 **{"overrides": overrides, "status": status, "reason": reason, "history": history},
                 **{"seconds": round(trial.last_result.get("time_total_s", math.nan), 2), "ended": time.time()},
             }
+            # A trial that the scheduler stops, ASHA also after the last epoch, ends before it writes that epoch's row.
+            write_metrics(store, [row for row in history if not row.get("reason")])
             store.write_bytes(RESULT_FILE, document_bytes(result))
             for key in store.list(CHECKPOINT):
                 store.delete(key)
@@ -288,12 +292,13 @@ class _Recorder(ray.tune.Callback):
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Nothing is recorded: --resume tries it again."""
         lines = str(trial.get_error() or "its process was lost").strip().splitlines()
+        reason = lines[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
         history = self._history[trial.trial_id]
         self._add(
             TrialResult(
                 overrides=trial.config[OVERRIDES],
                 status="crashed",
-                reason=lines[-1],
+                reason=reason,
                 history=tuple(history),
                 seconds=math.nan,
             )

@@ -25,7 +25,6 @@ from cluster.dataset.rows import COLUMNS, preload, read_shard
 from cluster.ray_internals import LocalReports, train_in_this_process
 from cluster.store.store import Store, join, local_copy, open_store
 from cluster.training.checkpoints import SCORE, STATE_FILE
-from cluster.training.config import TrainConfig
 from cluster.training.loop import train_loop
 from cluster.training.run_spec import RunSpec
 from pcm.errors import InputError
@@ -73,7 +72,11 @@ def run_trial(parameters: dict[str, Any], *, sweep: SweepRun) -> None:
         for row in result["history"]:
             _report(row)
         return
-    config: TrainConfig = sweep.run.config.with_overrides(overrides)
+    try:
+        config = sweep.run.config.with_overrides(overrides)
+    except InputError as error:  # settings that exclude each other, which Optuna does not know
+        _report_failure(sweep, str(error))
+        return
     run = replace(sweep.run, out=out, config=config, document={**sweep.run.document, "train": config.to_dict()})
     preload({key: ray.get(table) for key, table in sweep.tables.items()})
     logging.getLogger("ray.train").setLevel(logging.WARNING)
@@ -81,12 +84,14 @@ def run_trial(parameters: dict[str, Any], *, sweep: SweepRun) -> None:
         for row in _history(checkpoint):  # a driver that was started again has not heard of these epochs
             _report(row)
         train_in_this_process(_TrialReports(store, checkpoint))
-        try:
-            reason = train_loop({"run": run})
-        except InputError as error:
-            reason = str(error)
-    if reason:
-        _report({"epoch": config.epochs, "CIDEr": FAILED_CIDER, "reason": reason})
+        # An InputError is raised: of a full disk or a damaged shard, it is no fault of the settings and may be mended.
+        if reason := train_loop({"run": run}):
+            _report_failure(sweep, reason)
+
+
+def _report_failure(sweep: SweepRun, reason: str) -> None:
+    """What a trial says whose settings cannot be trained with: it is recorded, and never tried again."""
+    _report({"epoch": sweep.run.config.epochs, "CIDEr": FAILED_CIDER, "reason": reason})
 
 
 def _report(row: dict[str, Any]) -> None:

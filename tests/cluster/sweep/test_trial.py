@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,10 @@ import ray.tune
 from cluster.store.store import open_store
 from cluster.sweep.sweep import _Recorder
 from cluster.sweep.trial import OVERRIDES, RESULT_FILE, SweepRun, run_trial, trial_folder
+from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
 from cluster.training.train import planned_run
+from pcm.errors import InputError
 from tests.helpers.tiny_dataset import TINY, write_dataset
 
 SETTINGS = {"lr_factor": 0.4, "seed": 1}
@@ -32,6 +35,7 @@ class Tune:
     """What Ray Tune does with one trial, in this process: `driver` is the recorder of the driver that lives now."""
 
     sweep: SweepRun
+    settings: dict[str, Any] = field(default_factory=lambda: dict(SETTINGS))
     driver: _Recorder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -39,14 +43,14 @@ class Tune:
 
     @property
     def folder(self) -> Path:
-        return Path(trial_folder(self.sweep.out, SETTINGS))
+        return Path(trial_folder(self.sweep.out, self.settings))
 
     def start_driver(self) -> None:
         self.driver = _Recorder(open_store(self.sweep.out), epochs=EPOCHS, total=1)
 
     def run(self, *, until: int = EPOCHS + 1) -> None:
         """The trial; its thread is ended in its report of epoch `until`, as by a scheduler that stops there."""
-        trial: Any = SimpleNamespace(trial_id="1", config={OVERRIDES: SETTINGS}, last_result={"time_total_s": 1.0})
+        trial: Any = SimpleNamespace(trial_id="1", config={OVERRIDES: self.settings}, last_result={"time_total_s": 1.0})
 
         def report(row: dict[str, Any]) -> None:
             self.driver.on_trial_result(0, [], trial, row)
@@ -58,6 +62,9 @@ class Tune:
             with contextlib.suppress(SystemExit):
                 run_trial(trial.config, sweep=self.sweep)
         self.end = lambda: self.driver.on_trial_complete(0, [], trial)
+
+    def history(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / METRICS_KEY).read_text().splitlines()]
 
     def result(self) -> dict[str, Any]:
         return json.loads((self.folder / RESULT_FILE).read_text())
@@ -102,3 +109,47 @@ def test_a_trial_that_goes_on_beside_its_driver_has_each_epoch_once(tune: Tune, 
     tune.run()
     tune.end()
     assert science(tune.result()["history"]) == undisturbed
+
+
+def test_a_trial_that_the_scheduler_stops_keeps_its_last_epoch_in_its_metrics(tune: Tune) -> None:
+    """ASHA stops a trial in its last epoch's report, where it would have gone on to write them."""
+    tune.run(until=EPOCHS)
+    assert len(tune.history()) < EPOCHS
+    tune.end()
+    assert tune.history() == tune.result()["history"] and len(tune.history()) == EPOCHS
+
+
+def test_a_trial_whose_settings_exclude_each_other_has_failed(tune: Tune) -> None:
+    tune.settings = {"use_patches": False, "top_patches": 5, "seed": 1}
+    tune.run()
+    tune.end()
+    assert (result := tune.result())["status"] == "failed" and "use_patches False with top_patches 5" in result[
+        "reason"
+    ]
+    assert tune.history() == []
+
+
+def test_what_may_be_mended_is_no_failure_of_the_settings(data: Path, tune: Tune, tmp_path: Path) -> None:
+    """A damaged shard, as a full disk would: nothing is recorded, and the trial is trained when all is well again."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    tune.sweep = replace(tune.sweep, run=planned_run(TrainRequest(data=str(copy), out="out", overrides=TINY), cpus=1))
+    shard = next((copy / "shards").iterdir())
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    with pytest.raises(InputError, match=shard.name):
+        tune.run()
+    assert not tune.folder.exists() or not (tune.folder / RESULT_FILE).exists()
+    shard.write_bytes(whole)
+    tune.run()
+    tune.end()
+    assert tune.result()["status"] == "finished"
+
+
+def test_why_a_trial_crashed_is_the_users_error_in_one_line(tune: Tune) -> None:
+    said = (
+        "ray::ImplicitFunc.train()\n  File trial.py\npcm.errors.InputError: s3://out: access refused (AccessDenied)\n"
+    )
+    trial: Any = SimpleNamespace(trial_id="1", config={OVERRIDES: SETTINGS}, get_error=lambda: said)
+    tune.driver.on_trial_error(0, [], trial)
+    (result,) = tune.driver.results()
+    assert (result.status, result.reason) == ("crashed", "s3://out: access refused (AccessDenied)")
