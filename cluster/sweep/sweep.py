@@ -50,7 +50,7 @@ from cluster.training.ray_trainer import MEMORY_KEPT
 from cluster.training.reporting import write_metrics
 from cluster.training.request import TrainRequest
 from cluster.training.trackers import flattened
-from cluster.training.train import check_settings, planned_run, ray_storage
+from cluster.training.train import check_first_epoch, check_settings, planned_run, ray_storage
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 
@@ -75,7 +75,10 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     train = request.train
     check_settings(train)
     run = planned_run(train, cpus=request.cpus_per_trial)
+    sets = open_training_sets(train.sources)
     space = search_space(request.space, base=run.config)
+    for first_epoch in space["first_epoch"].examples if "first_epoch" in space else ():
+        check_first_epoch(replace(run.config, first_epoch=first_epoch), sets)
     settings = _settings(request, space, run.config)
     document = _document(request, run.document)
     _check_out(out, document, resume=request.resume)
@@ -90,7 +93,7 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     _check_place(request, device=run.device)
     check_reach(out)
     out.write_bytes(SWEEP_KEY, document_bytes(document))
-    shared = SweepRun(out=run.out, run=run, tables=_tables(open_training_sets(train.sources)))
+    shared = SweepRun(out=run.out, run=run, tables=_tables(sets))
     recorder = _Recorder(out, epochs=run.config.epochs, total=len(settings) or (request.trials or 0))
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(run_trial, sweep=shared),
