@@ -1,7 +1,7 @@
 """Hyper-parameter sweeps with Ray Tune: many trainings on one dataset, which is read once.
 
-Under OUT: sweep.json (what was asked), trials/ID/ (each the folder of a run of jobs.train, with result.json once it is
-done), tune/ (Ray Tune's own), and the results of cluster.sweep.tables.
+Under OUT: sweep.json (what was asked), trials/ID/ (each the folder of a run of jobs.train, with overrides.json, and
+result.json once it is done), tune/ (Ray Tune's own), and the results of cluster.sweep.tables.
 
 A trial is known by its settings and seed. Started again, a sweep reports its finished trials to the search and the
 scheduler as they went, and trains only the others, from their last checkpoint; nothing of Ray Tune's own state, which
@@ -34,6 +34,7 @@ from cluster.sweep.tables import write_report
 from cluster.sweep.trial import (
     CHECKPOINT,
     OVERRIDES,
+    OVERRIDES_FILE,
     RESULT_FILE,
     ROW,
     TRIALS,
@@ -158,12 +159,12 @@ def _asha(epochs: int) -> ASHAScheduler:
 
 
 def _optuna(out: Store, space: Mapping[str, Any], *, seed: int) -> Any:
-    """Optuna's search, told first of what an interrupted sweep has tried."""
-    from ray.tune.search.optuna import OptunaSearch
+    """Optuna's search, which first suggests what it did to an interrupted sweep: finished trials, then those begun."""
+    from cluster.sweep.optuna_search import OneTrialASetting
 
-    tried = [_parameters(result["overrides"]) for result in _recorded(out)]
+    tried = [_parameters(overrides) for overrides in (*(each["overrides"] for each in _recorded(out)), *_begun(out))]
     # Another seed than before: the same would suggest again what was suggested first.
-    return OptunaSearch(
+    return OneTrialASetting(
         _parameters(optuna_distributions(space)),
         metric="CIDEr",
         mode="max",
@@ -181,6 +182,13 @@ def _recorded(out: Store) -> list[dict[str, Any]]:
     """result.json of every finished trial, in the order of their ends."""
     keys = [key for key in out.list(TRIALS) if key.endswith(f"/{RESULT_FILE}") and key.count("/") == 2]
     return sorted((json.loads(out.read_bytes(key)) for key in keys), key=lambda result: result["ended"])
+
+
+def _begun(out: Store) -> list[dict[str, Any]]:
+    """Overrides of every trial that was begun and has no result."""
+    keys = set(out.list(TRIALS))
+    folders = sorted(key.removesuffix(OVERRIDES_FILE) for key in keys if key.endswith(f"/{OVERRIDES_FILE}"))
+    return [json.loads(out.read_bytes(f + OVERRIDES_FILE)) for f in folders if f + RESULT_FILE not in keys]
 
 
 def _document(request: SweepRequest, run: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,9 +27,12 @@ from cluster.store.store import Store, join, local_copy, open_store
 from cluster.training.checkpoints import SCORE, STATE_FILE
 from cluster.training.loop import train_loop
 from cluster.training.run_spec import RunSpec
+from pcm.documents import document_bytes
 from pcm.errors import InputError
 
 TRIALS = "trials"
+#: Settings and seed of a trial, from its beginning: Optuna's are known from nowhere else before there is a result.
+OVERRIDES_FILE = "overrides.json"
 RESULT_FILE = "result.json"
 CHECKPOINT = "last"
 COMPLETE_FILE = "complete"
@@ -77,6 +80,7 @@ def run_trial(parameters: dict[str, Any], *, sweep: SweepRun) -> None:
     except InputError as error:  # settings that exclude each other, which Optuna does not know
         _report_failure(sweep, str(error))
         return
+    store.write_bytes(OVERRIDES_FILE, document_bytes(overrides))
     run = replace(sweep.run, out=out, config=config, document={**sweep.run.document, "train": config.to_dict()})
     preload({key: ray.get(table) for key, table in sweep.tables.items()})
     logging.getLogger("ray.train").setLevel(logging.WARNING)

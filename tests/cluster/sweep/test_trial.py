@@ -13,7 +13,8 @@ import pytest
 import ray.tune
 
 from cluster.store.store import open_store
-from cluster.sweep.sweep import _Recorder
+from cluster.sweep.search_space import Choice, Range
+from cluster.sweep.sweep import _optuna, _Recorder
 from cluster.sweep.trial import OVERRIDES, RESULT_FILE, SweepRun, run_trial, trial_folder
 from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
@@ -153,3 +154,33 @@ def test_why_a_trial_crashed_is_the_users_error_in_one_line(tune: Tune) -> None:
     tune.driver.on_trial_error(0, [], trial)
     (result,) = tune.driver.results()
     assert (result.status, result.reason) == ("crashed", "s3://out: access refused (AccessDenied)")
+
+
+def test_optuna_suggests_again_what_was_finished_and_then_what_was_begun(tune: Tune) -> None:
+    pytest.importorskip("optuna")
+    space = {"lr_factor": Range("uniform", 0.1, 1.0)}
+    for tune.settings, until in (({"lr_factor": 0.25}, 1), ({"lr_factor": 0.5}, EPOCHS + 1)):
+        tune.run(until=until)
+    tune.end()
+    first, second, third = _suggested(tune, space, count=3)
+    assert (first, second) == ({"lr_factor": 0.5}, {"lr_factor": 0.25}) and third not in (first, second)
+
+
+def _suggested(tune: Tune, space: dict[str, Any], *, count: int) -> list[dict[str, Any]]:
+    search = _optuna(open_store(tune.sweep.out), space, seed=1)
+    return [search.suggest(f"{number}")[OVERRIDES] for number in range(count)]
+
+
+def test_a_setting_that_optuna_suggests_twice_is_not_trained_twice_at_once(tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+    search = _optuna(open_store(tmp_path), {"top_concepts": Choice((3,))}, seed=1)
+    suggestion = search.suggest("first")
+    assert suggestion == {OVERRIDES: {"top_concepts": 3}}
+    assert search.suggest("second") is None and search.suggest("third") is None
+    search.on_trial_complete("first", {"CIDEr": 0.5})
+    assert search.suggest("fourth") == suggestion and search.suggest("fifth") is None
+    search.on_trial_result("fourth", {"CIDEr": 0.5, "training_iteration": 1})
+    search.on_trial_complete("fourth", {"CIDEr": 0.5})
+    assert search.suggest("sixth") == suggestion
+    states = [trial.state for trial in search._ot_study.trials]
+    assert states == [optuna.trial.TrialState.COMPLETE] * 2 + [optuna.trial.TrialState.RUNNING]
