@@ -173,8 +173,8 @@ def user_error(error: BaseException) -> InputError | None:
 
 
 def is_no_user_error(record: logging.LogRecord) -> bool:
-    """False of what Ray Data says about an exception that the job is going to report as the user's, in one line."""
-    error = sys.exc_info()[1]
+    """False of what Ray says about an exception that the job is going to report as the user's, in one line."""
+    error = record.exc_info[1] if record.exc_info else sys.exc_info()[1]
     return error is None or user_error(error) is None
 
 

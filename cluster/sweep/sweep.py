@@ -1,7 +1,7 @@
 """Hyper-parameter sweeps with Ray Tune: many trainings on one dataset, which is read once.
 
-Under OUT: sweep.json (what was asked), trials/ID/ (each the folder of a run of jobs.train, with result.json once it is
-done), tune/ (Ray Tune's own), and the results of cluster.sweep.tables.
+Under OUT: sweep.json (what was asked), trials/ID/ (each the folder of a run of jobs.train, with overrides.json, and
+result.json once it is done), tune/ (Ray Tune's own), and the results of cluster.sweep.tables.
 
 A trial is known by its settings and seed. Started again, a sweep reports its finished trials to the search and the
 scheduler as they went, and trains only the others, from their last checkpoint; nothing of Ray Tune's own state, which
@@ -25,7 +25,7 @@ from ray.tune.schedulers import ASHAScheduler
 from cluster.generation.pinning import device_of_cluster
 from cluster.generation.reach import check_reach
 from cluster.ray_state import has_group
-from cluster.session import cluster_cpus, cluster_gpus, start_ray, waiting_for
+from cluster.session import cluster_cpus, cluster_gpus, is_no_user_error, start_ray, waiting_for
 from cluster.store.store import Store, open_store
 from cluster.sweep.request import SweepRequest
 from cluster.sweep.results import TrialResult
@@ -34,6 +34,7 @@ from cluster.sweep.tables import write_report
 from cluster.sweep.trial import (
     CHECKPOINT,
     OVERRIDES,
+    OVERRIDES_FILE,
     RESULT_FILE,
     ROW,
     TRIALS,
@@ -47,9 +48,10 @@ from cluster.sweep.trial import (
 from cluster.training.config import TrainConfig
 from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.ray_trainer import MEMORY_KEPT
+from cluster.training.reporting import write_metrics
 from cluster.training.request import TrainRequest
 from cluster.training.trackers import flattened
-from cluster.training.train import check_settings, planned_run, ray_storage
+from cluster.training.train import check_first_epoch, check_settings, planned_run, ray_storage
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 
@@ -74,12 +76,16 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     train = request.train
     check_settings(train)
     run = planned_run(train, cpus=request.cpus_per_trial)
+    sets = open_training_sets(train.sources)
     space = search_space(request.space, base=run.config)
+    for first_epoch in space["first_epoch"].examples if "first_epoch" in space else ():
+        check_first_epoch(replace(run.config, first_epoch=first_epoch), sets)
     settings = _settings(request, space, run.config)
     document = _document(request, run.document)
     _check_out(out, document, resume=request.resume)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's folder has its numbers already
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other prints boxes however quiet it is told to be
+    logging.getLogger("ray.tune.execution.tune_controller").addFilter(is_no_user_error)
     start_ray(worker_env=MEMORY_KEPT)
     run = replace(run, device=device_of_cluster(request.device))
     document["device"] = run.device
@@ -88,7 +94,7 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     _check_place(request, device=run.device)
     check_reach(out)
     out.write_bytes(SWEEP_KEY, document_bytes(document))
-    shared = SweepRun(out=run.out, run=run, tables=_tables(open_training_sets(train.sources)))
+    shared = SweepRun(out=run.out, run=run, tables=_tables(sets))
     recorder = _Recorder(out, epochs=run.config.epochs, total=len(settings) or (request.trials or 0))
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(run_trial, sweep=shared),
@@ -153,12 +159,12 @@ def _asha(epochs: int) -> ASHAScheduler:
 
 
 def _optuna(out: Store, space: Mapping[str, Any], *, seed: int) -> Any:
-    """Optuna's search, told first of what an interrupted sweep has tried."""
-    from ray.tune.search.optuna import OptunaSearch
+    """Optuna's search, which first suggests what it did to an interrupted sweep: finished trials, then those begun."""
+    from cluster.sweep.optuna_search import OneTrialASetting
 
-    tried = [_parameters(result["overrides"]) for result in _recorded(out)]
+    tried = [_parameters(overrides) for overrides in (*(each["overrides"] for each in _recorded(out)), *_begun(out))]
     # Another seed than before: the same would suggest again what was suggested first.
-    return OptunaSearch(
+    return OneTrialASetting(
         _parameters(optuna_distributions(space)),
         metric="CIDEr",
         mode="max",
@@ -176,6 +182,13 @@ def _recorded(out: Store) -> list[dict[str, Any]]:
     """result.json of every finished trial, in the order of their ends."""
     keys = [key for key in out.list(TRIALS) if key.endswith(f"/{RESULT_FILE}") and key.count("/") == 2]
     return sorted((json.loads(out.read_bytes(key)) for key in keys), key=lambda result: result["ended"])
+
+
+def _begun(out: Store) -> list[dict[str, Any]]:
+    """Overrides of every trial that was begun and has no result."""
+    keys = set(out.list(TRIALS))
+    folders = sorted(key.removesuffix(OVERRIDES_FILE) for key in keys if key.endswith(f"/{OVERRIDES_FILE}"))
+    return [json.loads(out.read_bytes(f + OVERRIDES_FILE)) for f in folders if f + RESULT_FILE not in keys]
 
 
 def _document(request: SweepRequest, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,6 +293,8 @@ class _Recorder(ray.tune.Callback):
                 **{"overrides": overrides, "status": status, "reason": reason, "history": history},
                 **{"seconds": round(trial.last_result.get("time_total_s", math.nan), 2), "ended": time.time()},
             }
+            # A trial that the scheduler stops, ASHA also after the last epoch, ends before it writes that epoch's row.
+            write_metrics(store, [row for row in history if not row.get("reason")])
             store.write_bytes(RESULT_FILE, document_bytes(result))
             for key in store.list(CHECKPOINT):
                 store.delete(key)
@@ -288,12 +303,13 @@ class _Recorder(ray.tune.Callback):
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Nothing is recorded: --resume tries it again."""
         lines = str(trial.get_error() or "its process was lost").strip().splitlines()
+        reason = lines[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
         history = self._history[trial.trial_id]
         self._add(
             TrialResult(
                 overrides=trial.config[OVERRIDES],
                 status="crashed",
-                reason=lines[-1],
+                reason=reason,
                 history=tuple(history),
                 seconds=math.nan,
             )

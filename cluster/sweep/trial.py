@@ -24,13 +24,15 @@ from cluster.dataset.layout import StoredShard
 from cluster.dataset.rows import COLUMNS, preload, read_shard
 from cluster.ray_internals import LocalReports, train_in_this_process
 from cluster.store.store import Store, join, local_copy, open_store
-from cluster.training.checkpoints import SCORE
-from cluster.training.config import TrainConfig
+from cluster.training.checkpoints import SCORE, STATE_FILE
 from cluster.training.loop import train_loop
 from cluster.training.run_spec import RunSpec
+from pcm.documents import document_bytes
 from pcm.errors import InputError
 
 TRIALS = "trials"
+#: Settings and seed of a trial, from its beginning: Optuna's are known from nowhere else before there is a result.
+OVERRIDES_FILE = "overrides.json"
 RESULT_FILE = "result.json"
 CHECKPOINT = "last"
 COMPLETE_FILE = "complete"
@@ -73,18 +75,27 @@ def run_trial(parameters: dict[str, Any], *, sweep: SweepRun) -> None:
         for row in result["history"]:
             _report(row)
         return
-    config: TrainConfig = sweep.run.config.with_overrides(overrides)
+    try:
+        config = sweep.run.config.with_overrides(overrides)
+    except InputError as error:  # settings that exclude each other, which Optuna does not know
+        _report_failure(sweep, str(error))
+        return
+    store.write_bytes(OVERRIDES_FILE, document_bytes(overrides))
     run = replace(sweep.run, out=out, config=config, document={**sweep.run.document, "train": config.to_dict()})
     preload({key: ray.get(table) for key, table in sweep.tables.items()})
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     with _newest_checkpoint(store) as checkpoint:
+        for row in _history(checkpoint):  # a driver that was started again has not heard of these epochs
+            _report(row)
         train_in_this_process(_TrialReports(store, checkpoint))
-        try:
-            reason = train_loop({"run": run})
-        except InputError as error:
-            reason = str(error)
-    if reason:
-        _report({"epoch": config.epochs, "CIDEr": FAILED_CIDER, "reason": reason})
+        # An InputError is raised: of a full disk or a damaged shard, it is no fault of the settings and may be mended.
+        if reason := train_loop({"run": run}):
+            _report_failure(sweep, reason)
+
+
+def _report_failure(sweep: SweepRun, reason: str) -> None:
+    """What a trial says whose settings cannot be trained with: it is recorded, and never tried again."""
+    _report({"epoch": sweep.run.config.epochs, "CIDEr": FAILED_CIDER, "reason": reason})
 
 
 def _report(row: dict[str, Any]) -> None:
@@ -153,3 +164,10 @@ def _newest_checkpoint(store: Store) -> Iterator[ray.train.Checkpoint | None]:
         return
     with local_copy(join(store.root, CHECKPOINT, newest)) as folder:
         yield ray.train.Checkpoint.from_directory(folder)
+
+
+def _history(checkpoint: ray.train.Checkpoint | None) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl of the epochs before a local checkpoint."""
+    if checkpoint is None:
+        return []
+    return json.loads(Path(checkpoint.path, STATE_FILE).read_text())["history"]

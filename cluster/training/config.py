@@ -103,6 +103,8 @@ class TrainConfig:
         _check(self, "first_epoch", self.first_epoch in FIRST_EPOCHS, f"one of {', '.join(FIRST_EPOCHS)}")
         _check(self, "precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         _check(self, "compile", self.compile in COMPILE_MODES, f"one of {', '.join(COMPILE_MODES)}")
+        fits = self.batch_size % self.grad_accumulation == 0
+        _check(self, "grad_accumulation", fits, f"a divisor of batch_size, {self.batch_size}")
         if self.compile != "none":
             _check(self, "grad_accumulation", self.grad_accumulation == 1, f"1 with compile = {self.compile!r}")
         _check(self, "feature_dtype", self.feature_dtype in FEATURE_DTYPES, f"one of {', '.join(FEATURE_DTYPES)}")

@@ -17,6 +17,11 @@ METRICS_KEY = "metrics.jsonl"
 FIRST_STEP_KEY = "first_step.json"
 
 
+def write_metrics(out: Store, history: Sequence[dict[str, Any]]) -> None:
+    """metrics.jsonl as a whole: one row an epoch."""
+    out.write_bytes(METRICS_KEY, "".join(json.dumps(row) + "\n" for row in history).encode())
+
+
 class LossLog:
     """The loss of every step of an epoch: `losses/epoch-001.jsonl`, one {"step", "loss", "lr"} a line.
 
@@ -68,9 +73,8 @@ class Reporter:
             losses.write()
 
     def write_metrics(self, history: Sequence[dict[str, Any]]) -> None:
-        """metrics.jsonl as a whole: one row an epoch."""
         if self._is_first:
-            self._out.write_bytes(METRICS_KEY, "".join(json.dumps(row) + "\n" for row in history).encode())
+            write_metrics(self._out, history)
 
     def write_first_step(self) -> None:
         if self._is_first:

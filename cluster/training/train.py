@@ -20,7 +20,7 @@ import ray.train
 import safetensors.torch
 
 import pcm
-from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, GIVEN_CONCEPTS_KEY
+from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, GIVEN_CONCEPTS_KEY, PLAN_KEY
 from cluster.dataset.together import Vocabularies, common_vocabularies
 from cluster.generation.pinning import device_of_cluster
 from cluster.generation.reach import check_reach
@@ -79,14 +79,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
     initial = read_initial(request.init_from) if request.init_from is not None else None
     vocabularies = _vocabularies(request, sets, initial)
     config = _config_for(request, sets, vocabularies, previous, initial)
-    if config.first_epoch == "plan" and (len(sets) > 1 or sets[0].weight != 1):
-        raise InputError(
-            f"first_epoch plan: takes one dataset without a weight, not {' '.join(each.store.root for each in sets)} "
-            f"({', '.join(f'{each.weight:g}' for each in sets)}); use first_epoch shuffled"
-        )
-    if config.first_epoch == "plan" and (sets[0].manifest.lineage is not None or sets[0].pinned is not None):
-        what = "derived" if sets[0].manifest.lineage is not None else "unfinished"
-        raise InputError(f"first_epoch plan: takes no {what} dataset ({sets[0].store.root}); use first_epoch shuffled")
+    check_first_epoch(config, sets)
     _check_request(request, config)
     document = _document(request, sets, config, vocabularies, previous, initial)
     run = _run(request, sets, vocabularies, config, document, cpus=1, device=request.device)
@@ -146,12 +139,13 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
 def planned_run(request: TrainRequest, *, cpus: int) -> RunSpec:
     """What a worker of `request` would be given, starting nothing: a sweep's trials are runs of this kind.
 
-    Raises InputError when a dataset is unfinished or unfit.
+    Raises InputError when a dataset is unfinished or unfit, also for the first epoch that is asked for.
     """
     require_metrics()
     sets = open_training_sets(request.sources)
     vocabularies = _vocabularies(request, sets)
     config = _config_for(request, sets, vocabularies, None)
+    check_first_epoch(config, sets)
     return _run(
         request, sets, vocabularies, config, _document(request, sets, config, vocabularies, None), cpus=cpus,
         device=request.device,
@@ -350,6 +344,22 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, float]]:
 def _named(document: dict[str, Any]) -> str:
     datasets = document.get("datasets", [])
     return " + ".join(f"{each['path']}={each['weight']:g} ({each['sha256'][:8]})" for each in datasets)
+
+
+def check_first_epoch(config: TrainConfig, sets: Sequence[TrainingSet]) -> None:
+    """Raises InputError where the first epoch is in the order of a plan and the datasets have no such order."""
+    if config.first_epoch != "plan":
+        return
+    if len(sets) > 1 or sets[0].weight != 1:
+        raise InputError(
+            f"first_epoch plan: takes one dataset without a weight, not {' '.join(each.store.root for each in sets)} "
+            f"({', '.join(f'{each.weight:g}' for each in sets)}); use first_epoch shuffled"
+        )
+    if sets[0].manifest.lineage is not None or sets[0].pinned is not None:
+        what = "derived" if sets[0].manifest.lineage is not None else "unfinished"
+        raise InputError(f"first_epoch plan: takes no {what} dataset ({sets[0].store.root}); use first_epoch shuffled")
+    if not sets[0].store.exists(PLAN_KEY):
+        raise InputError(f"first_epoch plan: {sets[0].store.root} has no {PLAN_KEY}; use first_epoch shuffled")
 
 
 def check_settings(request: TrainRequest) -> None:

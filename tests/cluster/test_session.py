@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,14 @@ def test_ray_data_keeps_its_traceback_of_a_users_error_to_itself() -> None:
             raise error
         except ValueError:
             assert is_no_user_error(RECORD) is shown
+
+
+def test_ray_tune_keeps_it_to_itself_too_where_it_hands_the_error_to_the_log() -> None:
+    record = copy(RECORD)
+    for cause, shown in ((InputError("no such model"), False), (ValueError("a bug"), True)):
+        error = RayTaskError("train", "Traceback", cause)
+        record.exc_info = (type(error), error, None)
+        assert is_no_user_error(record) is shown
 
 
 def test_workers_start_with_the_environment_that_is_asked_for() -> None:

@@ -150,6 +150,17 @@ def test_more_than_the_cluster_has_is_refused(data: Path, ray_session: None) -> 
         request(data, gpus_per_trial=0.5, device="cpu")
 
 
+@pytest.mark.parametrize("search", ["grid", "optuna"])
+def test_a_first_epoch_that_the_data_has_not_is_refused_before_the_first_trial(
+    data: Path, tmp_path: Path, search: str
+) -> None:
+    params = {"first_epoch": "shuffled,plan"}
+    asked = request(data, out=str(tmp_path / "out"), params=params, search=search, seeds=1, trials=2)
+    with pytest.raises(InputError, match=r"first_epoch plan: \S+ has no plan\.json; use first_epoch shuffled"):
+        sweep(asked)
+    assert not (tmp_path / "out").exists()
+
+
 def test_shards_are_read_once_and_shared(data: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     store, columns = open_store(data), ["sample_id", "clip_score"]
     shards = load_manifest(store).stored_shards

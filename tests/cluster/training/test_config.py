@@ -49,6 +49,7 @@ def test_presets_hold_the_published_hyper_parameters() -> None:
         ({"precision": "half"}, "must be one of auto, float32, bfloat16"),
         ({"feature_dtype": "int4"}, "must be one of float16, int8"),
         ({"compile": "max-autotune"}, "must be one of none, default, reduce-overhead"),
+        ({"batch_size": 32, "grad_accumulation": 64}, "grad_accumulation = 64: must be a divisor of batch_size, 32"),
         ({"compile": "default", "grad_accumulation": 2}, "grad_accumulation = 2: must be 1 with compile = 'default'"),
         ({"focal_mode": "none"}, "focal_mode 'none'"),
         ([], "must be a JSON object"),

@@ -671,11 +671,17 @@ def test_a_preset_under_a_config_that_sets_every_field_is_refused(copied: Path) 
     assert request(copied, copied / "out", preset="coco_l14", overrides=every).settings["epochs"] == values["epochs"]
 
 
-def test_a_first_epoch_in_the_order_of_a_plan_is_of_one_whole_dataset(world: Path, tmp_path: Path) -> None:
-    weighted = request(world, tmp_path / "out", overrides={"first_epoch": "plan"})
-    weighted = dataclasses.replace(weighted, data=f"{weighted.data}=0.5")
-    with pytest.raises(InputError, match="first_epoch plan: takes one dataset without a weight"):
-        train(weighted)
+@pytest.mark.parametrize("start", [train, lambda asked: planned_run(asked, cpus=1)], ids=["a run", "a sweep's trial"])
+def test_a_first_epoch_in_the_order_of_a_plan_is_of_one_whole_dataset(
+    world: Path, tmp_path: Path, start: Callable[[TrainRequest], object]
+) -> None:
+    asked = request(world, tmp_path / "out", overrides={"first_epoch": "plan"})
+    another = shutil.copytree(world / "data", tmp_path / "another")
+    for data in (f"{asked.data}=0.5", (str(asked.data), str(another))):
+        with pytest.raises(InputError, match="first_epoch plan: takes one dataset without a weight"):
+            start(dataclasses.replace(asked, data=data))
+    with pytest.raises(InputError, match=r"first_epoch plan: \S+/data has no plan\.json; use first_epoch shuffled"):
+        start(asked)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,186 @@
+"""Trials of a sweep, killed and started again: what they report and what is recorded of them."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray.tune
+
+from cluster.store.store import open_store
+from cluster.sweep.search_space import Choice, Range
+from cluster.sweep.sweep import _optuna, _Recorder
+from cluster.sweep.trial import OVERRIDES, RESULT_FILE, SweepRun, run_trial, trial_folder
+from cluster.training.reporting import METRICS_KEY
+from cluster.training.request import TrainRequest
+from cluster.training.train import planned_run
+from pcm.errors import InputError
+from tests.helpers.tiny_dataset import TINY, write_dataset
+
+SETTINGS = {"lr_factor": 0.4, "seed": 1}
+EPOCHS = TINY["epochs"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("trial") / "data", tiny_clip, rows=48)
+
+
+@dataclass
+class Tune:
+    """What Ray Tune does with one trial, in this process: `driver` is the recorder of the driver that lives now."""
+
+    sweep: SweepRun
+    settings: dict[str, Any] = field(default_factory=lambda: dict(SETTINGS))
+    driver: _Recorder = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start_driver()
+
+    @property
+    def folder(self) -> Path:
+        return Path(trial_folder(self.sweep.out, self.settings))
+
+    def start_driver(self) -> None:
+        self.driver = _Recorder(open_store(self.sweep.out), epochs=EPOCHS, total=1)
+
+    def run(self, *, until: int = EPOCHS + 1) -> None:
+        """The trial; its thread is ended in its report of epoch `until`, as by a scheduler that stops there."""
+        trial: Any = SimpleNamespace(trial_id="1", config={OVERRIDES: self.settings}, last_result={"time_total_s": 1.0})
+
+        def report(row: dict[str, Any]) -> None:
+            self.driver.on_trial_result(0, [], trial, row)
+            if row["epoch"] >= until:
+                raise SystemExit
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ray.tune, "report", report)
+            with contextlib.suppress(SystemExit):
+                run_trial(trial.config, sweep=self.sweep)
+        self.end = lambda: self.driver.on_trial_complete(0, [], trial)
+
+    def history(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / METRICS_KEY).read_text().splitlines()]
+
+    def result(self) -> dict[str, Any]:
+        return json.loads((self.folder / RESULT_FILE).read_text())
+
+
+@pytest.fixture
+def tune(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tune]:
+    monkeypatch.setattr("ray.train.v2._internal.execution.train_fn_utils._train_fn_utils", None)  # and back at the end
+    run = planned_run(TrainRequest(data=str(data), out=str(tmp_path), overrides=TINY), cpus=1)
+    return Tune(SweepRun(out=str(tmp_path), run=run, tables={}))
+
+
+def science(rows: list[dict]) -> list[tuple]:
+    return [tuple(row[name] for name in ("epoch", "step", "loss", "lr", "CIDEr")) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
+    """The history of a trial that nothing disturbs."""
+    out = str(tmp_path_factory.mktemp("undisturbed"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray.train.v2._internal.execution.train_fn_utils._train_fn_utils", None)
+        run = planned_run(TrainRequest(data=str(data), out=out, overrides=TINY), cpus=1)
+        tune = Tune(SweepRun(out=out, run=run, tables={}))
+        tune.run()
+        tune.end()
+    return science(tune.result()["history"])
+
+
+@pytest.mark.parametrize("killed_after", [1, EPOCHS])
+def test_a_trial_of_a_killed_sweep_has_all_its_epochs(tune: Tune, undisturbed: list[tuple], killed_after: int) -> None:
+    """After its last epoch too, when nothing is left to train but the result was not stored."""
+    tune.run(until=killed_after)
+    tune.start_driver()
+    tune.run()
+    tune.end()
+    assert tune.result()["status"] == "finished" and science(tune.result()["history"]) == undisturbed
+
+
+def test_a_trial_that_goes_on_beside_its_driver_has_each_epoch_once(tune: Tune, undisturbed: list[tuple]) -> None:
+    tune.run(until=1)
+    tune.run()
+    tune.end()
+    assert science(tune.result()["history"]) == undisturbed
+
+
+def test_a_trial_that_the_scheduler_stops_keeps_its_last_epoch_in_its_metrics(tune: Tune) -> None:
+    """ASHA stops a trial in its last epoch's report, where it would have gone on to write them."""
+    tune.run(until=EPOCHS)
+    assert len(tune.history()) < EPOCHS
+    tune.end()
+    assert tune.history() == tune.result()["history"] and len(tune.history()) == EPOCHS
+
+
+def test_a_trial_whose_settings_exclude_each_other_has_failed(tune: Tune) -> None:
+    tune.settings = {"use_patches": False, "top_patches": 5, "seed": 1}
+    tune.run()
+    tune.end()
+    assert (result := tune.result())["status"] == "failed" and "use_patches False with top_patches 5" in result[
+        "reason"
+    ]
+    assert tune.history() == []
+
+
+def test_what_may_be_mended_is_no_failure_of_the_settings(data: Path, tune: Tune, tmp_path: Path) -> None:
+    """A damaged shard, as a full disk would: nothing is recorded, and the trial is trained when all is well again."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    tune.sweep = replace(tune.sweep, run=planned_run(TrainRequest(data=str(copy), out="out", overrides=TINY), cpus=1))
+    shard = next((copy / "shards").iterdir())
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    with pytest.raises(InputError, match=shard.name):
+        tune.run()
+    assert not tune.folder.exists() or not (tune.folder / RESULT_FILE).exists()
+    shard.write_bytes(whole)
+    tune.run()
+    tune.end()
+    assert tune.result()["status"] == "finished"
+
+
+def test_why_a_trial_crashed_is_the_users_error_in_one_line(tune: Tune) -> None:
+    said = (
+        "ray::ImplicitFunc.train()\n  File trial.py\npcm.errors.InputError: s3://out: access refused (AccessDenied)\n"
+    )
+    trial: Any = SimpleNamespace(trial_id="1", config={OVERRIDES: SETTINGS}, get_error=lambda: said)
+    tune.driver.on_trial_error(0, [], trial)
+    (result,) = tune.driver.results()
+    assert (result.status, result.reason) == ("crashed", "s3://out: access refused (AccessDenied)")
+
+
+def test_optuna_suggests_again_what_was_finished_and_then_what_was_begun(tune: Tune) -> None:
+    pytest.importorskip("optuna")
+    space = {"lr_factor": Range("uniform", 0.1, 1.0)}
+    for tune.settings, until in (({"lr_factor": 0.25}, 1), ({"lr_factor": 0.5}, EPOCHS + 1)):
+        tune.run(until=until)
+    tune.end()
+    first, second, third = _suggested(tune, space, count=3)
+    assert (first, second) == ({"lr_factor": 0.5}, {"lr_factor": 0.25}) and third not in (first, second)
+
+
+def _suggested(tune: Tune, space: dict[str, Any], *, count: int) -> list[dict[str, Any]]:
+    search = _optuna(open_store(tune.sweep.out), space, seed=1)
+    return [search.suggest(f"{number}")[OVERRIDES] for number in range(count)]
+
+
+def test_a_setting_that_optuna_suggests_twice_is_not_trained_twice_at_once(tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+    search = _optuna(open_store(tmp_path), {"top_concepts": Choice((3,))}, seed=1)
+    suggestion = search.suggest("first")
+    assert suggestion == {OVERRIDES: {"top_concepts": 3}}
+    assert search.suggest("second") is None and search.suggest("third") is None
+    search.on_trial_complete("first", {"CIDEr": 0.5})
+    assert search.suggest("fourth") == suggestion and search.suggest("fifth") is None
+    search.on_trial_result("fourth", {"CIDEr": 0.5, "training_iteration": 1})
+    search.on_trial_complete("fourth", {"CIDEr": 0.5})
+    assert search.suggest("sixth") == suggestion
+    states = [trial.state for trial in search._ot_study.trials]
+    assert states == [optuna.trial.TrialState.COMPLETE] * 2 + [optuna.trial.TrialState.RUNNING]
