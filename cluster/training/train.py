@@ -29,7 +29,7 @@ from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, room_for,
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.pictures import check_source, source_anywhere
 from cluster.store.store import Store, join, open_store
-from cluster.training.checkpoints import BEST, SCORE
+from cluster.training.checkpoints import BEST, SCORE, check_checkpoints
 from cluster.training.config import TrainConfig, default_preset, preset
 from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.data.shuffled import ROW_ORDER
@@ -99,6 +99,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
         if done >= config.epochs:
             log.info("%s: all %d epochs are done", out.root, done)
             return _summary(out, sets, started)
+        check_checkpoints(out, done=done)
 
     joined = bool(os.environ.get("RAY_ADDRESS"))
     check_labels(request.worker_labels, joined=joined)
