@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,13 @@ from cluster.sources.picture_source import FeatureSource
 from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set
 from cluster.store.retries import load_with_retries
 from cluster.store.store import join, local_copy, open_store
+from cluster.training.checkpoints import AGAIN, STATE_FILE
 from cluster.training.ray_trainer import CHECKPOINTS
 from cluster.training.reporting import METRICS_KEY
 from cluster.weights.node_copy import local_name
 from pcm.captioners.captioner import BATCH_SIZE, MODEL_FILE, Captioner, CaptionResult, no_captioner
 from pcm.captioners.interface import CONFIG_FILE
+from pcm.captioners.pcmnet.method import PCMNET
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from pcm.line_timer import LineTimer
@@ -253,14 +255,22 @@ def local_checkpoint(uri: str) -> Iterator[Path]:
         yield folder
 
 
-_EPOCH = re.compile(r"epoch-([0-9]{3,})")
+_EPOCH = re.compile(rf"epoch-([0-9]{{3,}})(?:{AGAIN})*")
 
 
 def epoch_checkpoints(run: str) -> tuple[dict[int, str], int]:
-    """(epoch -> the checkpoint at its end, how many epochs were trained) of a run. Raises InputError without any."""
+    """(epoch -> the checkpoint at its end, how many epochs were trained) of a run. Raises InputError without any.
+
+    Of an epoch that was made once more it is the last one. Those are left out that lack a file: a run that is killed
+    while it writes one leaves it so.
+    """
     store = open_store(run)
-    folders = {PurePosixPath(key.removeprefix(f"{CHECKPOINTS}/")).parts[0] for key in store.list(CHECKPOINTS)}
-    ended = {int(match[1]): name for name in folders if (match := _EPOCH.fullmatch(name))}
+    files: dict[str, set[str]] = {}
+    for key in store.list(f"{CHECKPOINTS}/"):
+        name, _, file = key.removeprefix(f"{CHECKPOINTS}/").partition("/")
+        files.setdefault(name, set()).add(file)
+    whole = {name for name, found in files.items() if found >= {*PCMNET.files, STATE_FILE}}
+    ended = {int(match[1]): name for name in sorted(whole) if (match := _EPOCH.fullmatch(name))}  # "-again" comes last
     if not ended:
         raise InputError(f"--every-epoch: {run} has no checkpoints of epochs; give the --out of a jobs.train run")
     try:
