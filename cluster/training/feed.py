@@ -17,7 +17,7 @@ from cluster.training.data.selection import Ranks, RowFilter, holdout_share, sel
 from cluster.training.data.shard_cache import ShardCache
 from cluster.training.data.shuffled import Part, ShardLoader
 from cluster.training.run_spec import RunSpec
-from cluster.training.validation import ValidationShare, held_out_share, picture_share
+from cluster.training.validation import LEAST_PICTURES, ValidationShare, held_out_share, picture_share
 from cluster.weights.node_copy import local_name
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
@@ -56,23 +56,26 @@ class TrainingData:
             strict=True,
         )
         if run.validation is None:
-            if not sum(map(len, held_out)):
+            count = sum(map(len, held_out))
+            if count < LEAST_PICTURES:
                 raise InputError(
-                    f"validation: of {stored} pairs, holdout_fraction={run.config.holdout_fraction:g} leaves none to "
-                    "choose the best epoch on; give --val-images, or --set holdout_fraction=0.5, more pairs or another "
-                    "--seed"
+                    f"validation: of {stored} pairs, holdout_fraction={run.config.holdout_fraction:g} leaves "
+                    f"{count or 'none'} to choose the best epoch on, where {LEAST_PICTURES} are needed; give "
+                    "--val-images, or --set holdout_fraction=0.5, more pairs or another --seed"
                 )
             pairs = [(each.store, rows) for each, rows in zip(sets, held_out, strict=True)]
             # While the first epoch trains: of a large dataset they lie in up to a thousand shards.
             reader = ThreadPoolExecutor(1, "held-out")
             self._validation = reader.submit(held_out_share, pairs, manifest.features, **place)
             reader.shutdown(wait=False)
-            source = f"{sum(map(len, held_out))} held-out synthetic pairs"
+            source = f"{count} held-out synthetic pairs"
         else:
             clip = manifest.spec.clip
             clip_place = local_name(run.clip, clip.revision)
             encoder = ClipEncoder.from_spec(clip, model=clip_place, device=str(self._device))
-            self._validation.set_result(picture_share(run.validation, encoder, **place))
+            share = picture_share(run.validation, encoder, **place)
+            self._check_pictures(share, run.validation.images)
+            self._validation.set_result(share)
             source = run.validation.images
         self._loader = ShardLoader(
             [
@@ -122,6 +125,17 @@ class TrainingData:
             seed=self._run.config.seed,
         )
         return arriving.batches(start_step=start_step)
+
+    def _check_pictures(self, share: ValidationShare, images: str) -> None:
+        """Raises InputError, on every worker, where fewer pictures can be read than the best epoch is chosen by."""
+        shares = self._gather((len(share.references), share.unreadable))
+        count = sum(readable for readable, _ in shares)
+        if count < LEAST_PICTURES:
+            why = next((line for _, unreadable in shares for line in unreadable.values()), "it has no others")
+            raise InputError(
+                f"--val-images {images}: {count or 'none'} of its pictures can be read, where {LEAST_PICTURES} are "
+                f"needed to choose the best epoch ({why}); give more pictures with references"
+            )
 
     def _gather(self, value: Any) -> list[Any]:
         """What every worker says, in the order of their ranks."""

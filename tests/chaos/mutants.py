@@ -804,7 +804,7 @@ MUTANTS = (
     ),
     Mutant(
         "a dataset of which nothing is held out is refused before it is trained on",
-        "cluster/training/feed.py", "if not sum(map(len, held_out)):", "if False:",
+        "cluster/training/feed.py", "if count < LEAST_PICTURES:\n                raise", "if False:\n                raise",
         ("tests/cluster/training/test_feed.py",),
     ),
     Mutant(
