@@ -38,6 +38,7 @@ from pcm.captioners.captioner import BATCH_SIZE, MODEL_FILE, Captioner, CaptionR
 from pcm.captioners.interface import CONFIG_FILE
 from pcm.captioners.pcmnet.method import PCMNET
 from pcm.clip.encoder import ClipEncoder
+from pcm.clip.names import clip_anywhere
 from pcm.errors import InputError
 from pcm.line_timer import LineTimer
 from pcm.text.concepts import ConceptVocabulary
@@ -124,7 +125,7 @@ def _captions_of_worker(request: CaptionRequest) -> dict[str, CaptionResult]:
         checkpoint=tuple(map(_anywhere, request.checkpoints)),
         features=request.features and _anywhere(request.features),
         concepts=request.concepts and _anywhere(request.concepts),
-        clip=os.path.abspath(request.clip) if request.clip and os.path.isdir(request.clip) else request.clip,
+        clip=request.clip and clip_anywhere(request.clip),
     )
     task: Any = ray.remote(_captions_on_gpu).options(num_cpus=0, num_gpus=request.gpus_per_worker, max_retries=3)
     try:

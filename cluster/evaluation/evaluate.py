@@ -40,6 +40,7 @@ from cluster.sources.pictures import (
 from cluster.store.store import join, open_store, read_uri
 from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder
+from pcm.clip.names import clip_anywhere
 from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError
 from pcm.text.metrics import cider_only, clip_scores, clipscore_text, coco_metrics, require_metrics, require_spice
@@ -277,7 +278,7 @@ def scored(
 def _source(request: EvaluateRequest) -> CaptionerSource:
     return CaptionerSource(
         checkpoint=tuple(open_store(checkpoint).address for checkpoint in request.checkpoints),
-        clip=request.clip,
+        clip=request.clip and clip_anywhere(request.clip),
         device=request.device,
         beam_size=request.beam_size,
         pictures=source_anywhere(request.pictures),

@@ -43,7 +43,7 @@ from cluster.training.step import check_compile
 from cluster.training.worker import build_network
 from cluster.weights.node_copy import local_name
 from pcm.captioners.interface import CLIP_OPTION
-from pcm.clip.names import refuse_place, resolve_clip_name
+from pcm.clip.names import clip_anywhere, refuse_place, resolve_clip_name
 from pcm.documents import document_bytes
 from pcm.errors import InputError, one_line
 from pcm.text.concepts import ConceptVocabulary
@@ -303,7 +303,9 @@ def _document(
     """
     clip = sets[0].manifest.spec.clip
     given = request.clip or (previous or {}).get(CLIP_OPTION)
-    if given is None and request.validation is not None:
+    if given is not None:
+        given = clip_anywhere(given)  # Ray starts its workers elsewhere
+    elif request.validation is not None:
         refuse_place(clip.model, source=sets[0].store.root)
     concepts = {"path": request.concepts, "sha256": hashlib.sha256(vocabularies.concepts).hexdigest()}
     return {

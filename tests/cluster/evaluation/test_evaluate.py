@@ -1,6 +1,7 @@
 """Evaluation: which pictures, which captions, which numbers."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from cluster.evaluation.captioning import (
     load_captioner,
     local_checkpoint,
 )
-from cluster.evaluation.evaluate import _here, deranged, evaluate, read_results
+from cluster.evaluation.evaluate import _here, _source, deranged, evaluate, read_results
 from cluster.evaluation.request import CaptionRequest, EvaluateRequest
 from cluster.sources.pictures import PictureSource, load_picture_set, source_anywhere
 from pcm.captioners.captioner import Captioner
@@ -174,6 +175,15 @@ def test_a_gpu_that_this_machine_has_not_is_asked_of_workers_alone(world: Path, 
 def test_a_gpu_share_that_cannot_be_is_refused(world: Path, ray_session: None, settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         evaluate(EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), **settings))
+
+
+def test_a_clip_in_a_folder_here_is_found_by_actors_in_another(
+    world: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_clip, tmp_path / "my_clip")
+    monkeypatch.chdir(tmp_path)
+    request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), clip="my_clip", num_workers=1)
+    assert _source(request).clip == str(tmp_path / "my_clip")
 
 
 def test_batches_depend_on_the_number_of_pictures_alone() -> None:
