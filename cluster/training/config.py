@@ -93,8 +93,8 @@ class TrainConfig:
         counts = "epochs batch_size grad_accumulation warmup_steps holdout_limit validation_beam_size"
         for name in counts.split():
             _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "clip_value"):
-            _check(self, name, getattr(self, name) >= 0, "at least 0")
+        _check(self, "seed", 0 <= self.seed < 2**63, "from 0 to below 2**63")
+        _check(self, "clip_value", self.clip_value >= 0, "at least 0")
         for name in ("lr_factor", "adam_eps"):
             _check(self, name, getattr(self, name) > 0, "above 0")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
