@@ -19,11 +19,12 @@ def read_document(data: bytes | str) -> Any:
 
 
 def document_bytes(document: Mapping[str, Any]) -> bytes:
-    """A JSON document as a file: sorted keys, a line each, UTF-8, a line end last.
+    """A JSON document as a file: sorted keys, a line each, as `json_bytes`, a line end last."""
+    return json_bytes(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
-    Half of a surrogate pair, as in a path whose bytes are no UTF-8, becomes its JSON escape.
-    """
-    text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+def json_bytes(text: str) -> bytes:
+    """JSON in UTF-8. Half of a surrogate pair, as in a path whose bytes are no UTF-8, becomes its JSON escape."""
     return text.encode("utf-8", "backslashreplace")
 
 

@@ -27,7 +27,7 @@ from cluster.ray_state import actors_are_placed
 from cluster.session import cluster_gpus, cpus_for_each, room_for, start_ray, user_error, waiting_for
 from cluster.sources.concept_file import read_concepts
 from cluster.sources.picture_source import FeatureSource
-from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set
+from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set, picture_keys
 from cluster.store.retries import load_with_retries
 from cluster.store.store import join, local_copy, open_store
 from cluster.training.checkpoints import AGAIN, STATE_FILE
@@ -39,7 +39,9 @@ from pcm.captioners.interface import CONFIG_FILE
 from pcm.captioners.pcmnet.method import PCMNET
 from pcm.clip.encoder import ClipEncoder
 from pcm.clip.names import clip_anywhere
+from pcm.documents import json_bytes
 from pcm.errors import InputError
+from pcm.images import PICTURE_ENDINGS
 from pcm.line_timer import LineTimer
 from pcm.text.concepts import ConceptVocabulary
 
@@ -69,6 +71,7 @@ def caption(request: CaptionRequest) -> dict[str, Any]:
     With `out` captions and concepts go into a file, and the summary has its place and how many there are. Raises
     InputError when there is no captioner at the place, or none of the pictures can be read.
     """
+    request = replace(request, images=tuple(each for image in request.images for each in _pictures_at(image)))
     results = _captions(request) if request.gpus_per_worker is None else _captions_of_worker(request)
     for image, result in results.items():
         log.info("%s", result.error or f"{image}: {result.caption}")
@@ -86,13 +89,28 @@ def caption(request: CaptionRequest) -> dict[str, Any]:
             if not result.error
         ]
         data = json.dumps(rows, ensure_ascii=False, indent=0) + "\n"
-        open_store(request.out).write_bytes("", data.encode())
+        open_store(request.out).write_bytes("", json_bytes(data))
         return {"captions": request.out, "n": len(rows), "errors": errors}
     return {
         "captions": {image: None if result.error else result.caption for image, result in results.items()},
         "concepts": concepts,
         "errors": errors,
     }
+
+
+def _pictures_at(image: str) -> Sequence[str]:
+    """The pictures in a folder, by name; anything else is a picture itself, or not. Raises InputError without any."""
+    is_remote = "://" in image
+    if not is_remote and not os.path.isdir(image):
+        return [image]
+    try:
+        store = open_store(image)
+        keys = [] if store.is_file() else picture_keys(store)
+    except InputError:  # told of this picture alone, when it is opened
+        return [image]
+    if not keys and not is_remote:
+        raise InputError(f"{image}: no pictures; give a folder of {', '.join(PICTURE_ENDINGS)} files")
+    return [join(image, key) for key in keys] or [image]
 
 
 def _captions(request: CaptionRequest) -> dict[str, CaptionResult]:

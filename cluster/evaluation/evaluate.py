@@ -41,7 +41,7 @@ from cluster.store.store import join, open_store, read_uri
 from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder
 from pcm.clip.names import clip_anywhere
-from pcm.documents import document_bytes, read_document
+from pcm.documents import document_bytes, json_bytes, read_document
 from pcm.errors import InputError
 from pcm.text.metrics import cider_only, clip_scores, clipscore_text, coco_metrics, require_metrics, require_spice
 from pcm.text.references import CocoPicture
@@ -341,7 +341,7 @@ def results_json(captions: Mapping[str, str], known: Mapping[str, CocoPicture] |
         }
         for image_id, caption in captions.items()
     ]
-    return (json.dumps(results, ensure_ascii=False, indent=0) + "\n").encode()
+    return json_bytes(json.dumps(results, ensure_ascii=False, indent=0) + "\n")
 
 
 def deranged(captions: Mapping[str, str], *, seed: int) -> dict[str, str]:
