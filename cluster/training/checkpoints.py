@@ -52,6 +52,8 @@ class TrainingState:
     history: list[dict[str, Any]] = field(default_factory=list)  # one row of metrics.jsonl an epoch
     #: {"from_step", "workers"} of each size that the group of workers has had; steps count from 1, as in losses/.
     group_sizes: list[dict[str, int]] = field(default_factory=list)
+    #: Of a run that began before its dataset was finished: TrainingData.rows_digest of what it then was.
+    rows: str = ""
 
     def begin_group(self, workers: int) -> None:
         """Note that so many workers make the steps from here on."""
@@ -59,6 +61,15 @@ class TrainingState:
         if not kept or kept[-1]["workers"] != workers:
             kept.append({"from_step": self.step + 1, "workers": workers})
         self.group_sizes = kept
+
+    def keep_to(self, rows: str, *, dataset: str) -> None:
+        """Note which rows the run is trained on. Raises InputError where it began on others."""
+        if self.rows not in ("", rows):
+            raise InputError(
+                f"{dataset}: its rows are others than those that this run began on (shards were made again, with "
+                "--retry-quarantined or jobs.verify --repair); train into another --out"
+            )
+        self.rows = rows
 
     @property
     def best_cider(self) -> float:

@@ -1,5 +1,6 @@
 """The rows of a run as one worker sees them: finished datasets, or one whose first epoch begins while it is made."""
 
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,9 @@ class TrainingData:
         #: Of data whose first epoch is in its order.
         self.plan = self._load_plan() if run.config.first_epoch == "plan" else None
         self._loader: ShardLoader | None = None
+        #: Of such data, once it is open: sha256 of its shards. The plan, by which the run knows it, stays the same when
+        #: shards are made again.
+        self.rows_digest = ""
         self._validation: Future[ValidationShare] = Future()
 
     def open(self) -> str:
@@ -45,6 +49,9 @@ class TrainingData:
             finished_manifest(open_store(run.data[0].uri), self.plan)
         sets = open_training_sets(run.data)
         manifest = sets[0].manifest
+        if self.plan is not None:
+            shards = "".join(shard["sha256"] for shard in manifest.shards)
+            self.rows_digest = hashlib.sha256(shards.encode()).hexdigest()
         stored = sum(each.manifest.stored for each in sets)
         row_filter = self._row_filter(self.plan.usable if self.plan else stored)
         ranks = Ranks(**place, gather=self._gather)

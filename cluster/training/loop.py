@@ -103,7 +103,7 @@ def _train_epoch(worker: TrainWorker) -> list[dict[str, float]]:
     worker.module.train()
     losses = LossLog(worker.out, epoch=progress.epoch + 1, until=progress.step)
     unchecked: list[tuple[Batch, torch.Tensor, float]] = []
-    first = progress.step - progress.epoch * steps
+    first = progress.step - (progress.history[-1]["step"] if progress.history else 0)  # of this epoch
     timer = LineTimer()
     for batch in worker.data.batches(progress.epoch, start_step=first):
         loss, lr = worker.step(batch, progress.step)
