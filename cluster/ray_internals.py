@@ -13,6 +13,7 @@ from ray.train._internal.session import get_session
 from ray.train.torch import TorchTrainer
 from ray.train.torch.config import _TorchBackend as TorchBackend  # starts the workers' process group
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME as CHECKPOINT_RECORD
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
@@ -22,6 +23,7 @@ from ray.train.v2.api.exceptions import (
 )
 
 __all__ = [
+    "CHECKPOINT_RECORD",
     "DefaultFailurePolicy",
     "ElasticScalingPolicy",
     "FailureDecision",

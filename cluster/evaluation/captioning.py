@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,21 @@ from cluster.ray_state import actors_are_placed
 from cluster.session import cluster_gpus, cpus_for_each, room_for, start_ray, user_error, waiting_for
 from cluster.sources.concept_file import read_concepts
 from cluster.sources.picture_source import FeatureSource
-from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set
+from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set, picture_keys
 from cluster.store.retries import load_with_retries
 from cluster.store.store import join, local_copy, open_store
+from cluster.training.checkpoints import AGAIN, STATE_FILE
 from cluster.training.ray_trainer import CHECKPOINTS
 from cluster.training.reporting import METRICS_KEY
 from cluster.weights.node_copy import local_name
 from pcm.captioners.captioner import BATCH_SIZE, MODEL_FILE, Captioner, CaptionResult, no_captioner
 from pcm.captioners.interface import CONFIG_FILE
+from pcm.captioners.pcmnet.method import PCMNET
 from pcm.clip.encoder import ClipEncoder
+from pcm.clip.names import clip_anywhere
+from pcm.documents import json_bytes
 from pcm.errors import InputError
+from pcm.images import PICTURE_ENDINGS
 from pcm.line_timer import LineTimer
 from pcm.text.concepts import ConceptVocabulary
 
@@ -66,6 +71,7 @@ def caption(request: CaptionRequest) -> dict[str, Any]:
     With `out` captions and concepts go into a file, and the summary has its place and how many there are. Raises
     InputError when there is no captioner at the place, or none of the pictures can be read.
     """
+    request = replace(request, images=tuple(each for image in request.images for each in _pictures_at(image)))
     results = _captions(request) if request.gpus_per_worker is None else _captions_of_worker(request)
     for image, result in results.items():
         log.info("%s", result.error or f"{image}: {result.caption}")
@@ -83,13 +89,28 @@ def caption(request: CaptionRequest) -> dict[str, Any]:
             if not result.error
         ]
         data = json.dumps(rows, ensure_ascii=False, indent=0) + "\n"
-        open_store(request.out).write_bytes("", data.encode())
+        open_store(request.out).write_bytes("", json_bytes(data))
         return {"captions": request.out, "n": len(rows), "errors": errors}
     return {
         "captions": {image: None if result.error else result.caption for image, result in results.items()},
         "concepts": concepts,
         "errors": errors,
     }
+
+
+def _pictures_at(image: str) -> Sequence[str]:
+    """The pictures in a folder, by name; anything else is a picture itself, or not. Raises InputError without any."""
+    is_remote = "://" in image
+    if not is_remote and not os.path.isdir(image):
+        return [image]
+    try:
+        store = open_store(image)
+        keys = [] if store.is_file() else picture_keys(store)
+    except InputError:  # told of this picture alone, when it is opened
+        return [image]
+    if not keys and not is_remote:
+        raise InputError(f"{image}: no pictures; give a folder of {', '.join(PICTURE_ENDINGS)} files")
+    return [join(image, key) for key in keys] or [image]
 
 
 def _captions(request: CaptionRequest) -> dict[str, CaptionResult]:
@@ -122,7 +143,7 @@ def _captions_of_worker(request: CaptionRequest) -> dict[str, CaptionResult]:
         checkpoint=tuple(map(_anywhere, request.checkpoints)),
         features=request.features and _anywhere(request.features),
         concepts=request.concepts and _anywhere(request.concepts),
-        clip=os.path.abspath(request.clip) if request.clip and os.path.isdir(request.clip) else request.clip,
+        clip=request.clip and clip_anywhere(request.clip),
     )
     task: Any = ray.remote(_captions_on_gpu).options(num_cpus=0, num_gpus=request.gpus_per_worker, max_retries=3)
     try:
@@ -253,14 +274,22 @@ def local_checkpoint(uri: str) -> Iterator[Path]:
         yield folder
 
 
-_EPOCH = re.compile(r"epoch-([0-9]{3,})")
+_EPOCH = re.compile(rf"epoch-([0-9]{{3,}})(?:{AGAIN})*")
 
 
 def epoch_checkpoints(run: str) -> tuple[dict[int, str], int]:
-    """(epoch -> the checkpoint at its end, how many epochs were trained) of a run. Raises InputError without any."""
+    """(epoch -> the checkpoint at its end, how many epochs were trained) of a run. Raises InputError without any.
+
+    Of an epoch that was made once more it is the last one. Those are left out that lack a file: a run that is killed
+    while it writes one leaves it so.
+    """
     store = open_store(run)
-    folders = {PurePosixPath(key.removeprefix(f"{CHECKPOINTS}/")).parts[0] for key in store.list(CHECKPOINTS)}
-    ended = {int(match[1]): name for name in folders if (match := _EPOCH.fullmatch(name))}
+    files: dict[str, set[str]] = {}
+    for key in store.list(f"{CHECKPOINTS}/"):
+        name, _, file = key.removeprefix(f"{CHECKPOINTS}/").partition("/")
+        files.setdefault(name, set()).add(file)
+    whole = {name for name, found in files.items() if found >= {*PCMNET.files, STATE_FILE}}
+    ended = {int(match[1]): name for name in sorted(whole) if (match := _EPOCH.fullmatch(name))}  # "-again" comes last
     if not ended:
         raise InputError(f"--every-epoch: {run} has no checkpoints of epochs; give the --out of a jobs.train run")
     try:

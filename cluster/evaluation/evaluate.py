@@ -40,7 +40,8 @@ from cluster.sources.pictures import (
 from cluster.store.store import join, open_store, read_uri
 from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder
-from pcm.documents import document_bytes, read_document
+from pcm.clip.names import clip_anywhere
+from pcm.documents import document_bytes, json_bytes, read_document
 from pcm.errors import InputError
 from pcm.text.metrics import cider_only, clip_scores, clipscore_text, coco_metrics, require_metrics, require_spice
 from pcm.text.references import CocoPicture
@@ -71,22 +72,22 @@ def evaluate(request: EvaluateRequest) -> dict[str, Any]:
             return _evaluate_results(request, request.results, spice_folder=spice_folder)
         if request.every_epoch:
             return _evaluate_every_epoch(request, spice_folder=spice_folder)
-        return _evaluate(request, request.checkpoints, spice_folder=spice_folder)[0]
+        started = time.monotonic()
+        captioner = load_captioner(request.checkpoints, _here(request))
+        return _evaluate(request, captioner, spice_folder=spice_folder, started=started)
 
 
 def _evaluate(
-    request: EvaluateRequest, checkpoints: Sequence[str], *, spice_folder: Path | None, clip: ClipEncoder | None = None
-) -> tuple[dict[str, Any], Captioner]:
-    """The metrics of one captioner, and the captioner; `clip`: one that is loaded already."""
-    started = time.monotonic()
-    captioner = load_captioner(checkpoints, _here(request), clip=clip)
+    request: EvaluateRequest, captioner: Captioner, *, spice_folder: Path | None, started: float
+) -> dict[str, Any]:
+    """The metrics of one captioner, that of the request's checkpoints; `started`: when its loading began."""
     pictures = load_pictures(request.pictures, limit=request.limit)
     check_clip(captioner, pictures)
     loaded = time.monotonic()
     if request.num_workers is None:
         found = caption_pictures(captioner, pictures)
     else:
-        source = _source(request, checkpoints)
+        source = _source(request)
         found = caption_on_cluster(
             source, pictures=len(pictures), num_workers=request.num_workers, gpus_per_worker=request.gpus_per_worker
         )
@@ -118,7 +119,7 @@ def _evaluate(
         summary["CIDEr_shuffled"] = cider_only(shuffled, references) if shuffled else None
         if not shuffled:
             reasons["CIDEr_shuffled"] = "one picture cannot take another's caption"
-    return _finished(summary, reasons, request, captions=captions, known=known, unreadable=found.unreadable), captioner
+    return _finished(summary, reasons, request, captions=captions, known=known, unreadable=found.unreadable)
 
 
 def _here(request: EvaluateRequest) -> EvaluateRequest:
@@ -129,28 +130,47 @@ def _here(request: EvaluateRequest) -> EvaluateRequest:
 
 
 def _evaluate_every_epoch(request: EvaluateRequest, *, spice_folder: Path | None) -> dict[str, Any]:
-    """The metrics of each epoch's checkpoint that a run has, and which epoch is the best by CIDEr.
+    """The metrics of each epoch's checkpoint that a run has, and which epoch is the best by CIDEr. One that cannot be
+    loaded is left out, and said.
 
-    Raises InputError where the run has none.
+    Raises InputError where the run has none that can.
     """
     started = time.monotonic()
     (run,) = request.checkpoints
     checkpoints, trained = epoch_checkpoints(run)
     epochs: list[dict[str, Any]] = []
+    damaged: dict[int, InputError] = {}
     clip = None
     for epoch, checkpoint in checkpoints.items():
+        begun = time.monotonic()
         out = None if request.out is None else join(request.out, f"epoch-{epoch:03d}")
         asked = replace(request, checkpoint=checkpoint, every_epoch=False, out=out)
-        metrics, captioner = _evaluate(asked, (checkpoint,), spice_folder=spice_folder, clip=clip)
+        try:
+            captioner = load_captioner(asked.checkpoints, _here(asked), clip=clip)
+        except InputError as error:
+            if error.passes:
+                raise
+            log.warning("epoch %d: left out, its checkpoint cannot be loaded (%s)", epoch, error)
+            damaged[epoch] = error
+            continue
+        metrics = _evaluate(asked, captioner, spice_folder=spice_folder, started=begun)
         if request.features is None:
             clip = captioner.clip  # once loaded, for all epochs
         epochs.append({"epoch": epoch, **metrics})
         log.info("epoch %d of %d: CIDEr %s", epoch, trained, metrics["CIDEr"])
+    if not epochs:
+        raise next(iter(damaged.values()))
     gone = sorted(set(range(1, trained + 1)) - set(checkpoints))
     if gone:
         log.warning("epochs %s: not kept; train with --keep-checkpoints %d", ", ".join(map(str, gone)), trained)
     best = max(epochs, key=lambda row: -math.inf if row["CIDEr"] is None else row["CIDEr"])
-    summary = {"epochs": epochs, "best": best, "not_kept": gone, "seconds": round(time.monotonic() - started, 2)}
+    summary = {
+        "epochs": epochs,
+        "best": best,
+        "not_kept": gone,
+        **({"damaged": {str(epoch): str(error) for epoch, error in damaged.items()}} if damaged else {}),
+        "seconds": round(time.monotonic() - started, 2),
+    }
     if request.out is not None:
         document = {"metrics": summary, "request": asdict(request)}
         open_store(request.out).write_bytes(EPOCHS_KEY, document_bytes(document))
@@ -255,10 +275,10 @@ def scored(
     return summary, reasons
 
 
-def _source(request: EvaluateRequest, checkpoints: Sequence[str]) -> CaptionerSource:
+def _source(request: EvaluateRequest) -> CaptionerSource:
     return CaptionerSource(
-        checkpoint=tuple(open_store(checkpoint).address for checkpoint in checkpoints),
-        clip=request.clip,
+        checkpoint=tuple(open_store(checkpoint).address for checkpoint in request.checkpoints),
+        clip=request.clip and clip_anywhere(request.clip),
         device=request.device,
         beam_size=request.beam_size,
         pictures=source_anywhere(request.pictures),
@@ -321,7 +341,7 @@ def results_json(captions: Mapping[str, str], known: Mapping[str, CocoPicture] |
         }
         for image_id, caption in captions.items()
     ]
-    return (json.dumps(results, ensure_ascii=False, indent=0) + "\n").encode()
+    return json_bytes(json.dumps(results, ensure_ascii=False, indent=0) + "\n")
 
 
 def deranged(captions: Mapping[str, str], *, seed: int) -> dict[str, str]:

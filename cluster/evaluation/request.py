@@ -32,11 +32,12 @@ class CaptionerOptions(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionRequest(CaptionerOptions):
-    """Picture files to caption, or features; paths or URIs. Raises InputError for both, or neither."""
+    """Picture files and folders to caption, or features; paths or URIs. Raises InputError for both, or neither."""
 
     images: tuple[str, ...] = option(
-        (), positional=True, metavar="IMAGE", help="JPEG, PNG, WebP, GIF or BMP files", unset="with --features, none"
-    )
+        (), positional=True, metavar="IMAGE_OR_FOLDER", help="JPEG, PNG, WebP, GIF or BMP files, or folders of them",
+        unset="with --features, none",
+    )  # fmt: skip
     checkpoint: str | tuple[str, ...] = option(
         metavar="P", help="checkpoint or run of jobs.train: path or URI; several vote on each word"
     )
@@ -59,7 +60,7 @@ class CaptionRequest(CaptionerOptions):
         if self.gpus_per_worker is not None:
             check_gpu_share(self, "gpus_per_worker")
         if self.features is None and not self.images:
-            raise InputError("IMAGE: missing; give picture files, or --features")
+            raise InputError("IMAGE_OR_FOLDER: missing; give picture files or folders, or --features")
         if self.features is not None:
             if self.images:
                 raise InputError(f"--features {self.features}: give features or picture files, not both")

@@ -204,13 +204,9 @@ def find_pictures(images: str) -> PictureFiles:
     store = open_store(uri)
     if uri.endswith(".parquet") and store.is_file():
         return PictureFiles(uri, *_parquet_pictures(store, [""]))
-    keys = store.list()
-    endings = [key for key in keys if key.lower().endswith(PICTURE_ENDINGS)]
-    names = [key for key in endings if not _is_macos_litter(key)]
-    if len(names) < len(endings):
-        log.info("%s: %d files left out that macOS keeps beside pictures", uri, len(endings) - len(names))
-    tables = [key for key in keys if key.endswith(".parquet")]
-    if tables and not names:
+    names = picture_keys(store)
+    tables = [] if names else [key for key in store.list() if key.endswith(".parquet")]
+    if tables:
         return PictureFiles(uri, *_parquet_pictures(store, tables))
     if not names:
         raise InputError(
@@ -218,6 +214,15 @@ def find_pictures(images: str) -> PictureFiles:
             "image_id and image, embedded:val or embedded:test"
         )
     return PictureFiles(uri, names, lambda position: store.read_bytes(names[position]))
+
+
+def picture_keys(store: Store) -> list[str]:
+    """The pictures below a place, in the order of their names."""
+    endings = [key for key in store.list() if key.lower().endswith(PICTURE_ENDINGS)]
+    names = [key for key in endings if not _is_macos_litter(key)]
+    if len(names) < len(endings):
+        log.info("%s: %d files left out that macOS keeps beside pictures", store.root, len(endings) - len(names))
+    return names
 
 
 def _is_macos_litter(key: str) -> bool:

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from cluster.ray_internals import CHECKPOINT_RECORD
 from cluster.store.retries import with_retries
 from cluster.store.store import Store, join, local_copy
 from cluster.store.temporary import named_temporary_folder
@@ -51,6 +52,8 @@ class TrainingState:
     history: list[dict[str, Any]] = field(default_factory=list)  # one row of metrics.jsonl an epoch
     #: {"from_step", "workers"} of each size that the group of workers has had; steps count from 1, as in losses/.
     group_sizes: list[dict[str, int]] = field(default_factory=list)
+    #: Of a run that began before its dataset was finished: TrainingData.rows_digest of what it then was.
+    rows: str = ""
 
     def begin_group(self, workers: int) -> None:
         """Note that so many workers make the steps from here on."""
@@ -58,6 +61,15 @@ class TrainingState:
         if not kept or kept[-1]["workers"] != workers:
             kept.append({"from_step": self.step + 1, "workers": workers})
         self.group_sizes = kept
+
+    def keep_to(self, rows: str, *, dataset: str) -> None:
+        """Note which rows the run is trained on. Raises InputError where it began on others."""
+        if self.rows not in ("", rows):
+            raise InputError(
+                f"{dataset}: its rows are others than those that this run began on (shards were made again, with "
+                "--retry-quarantined or jobs.verify --repair); train into another --out"
+            )
+        self.rows = rows
 
     @property
     def best_cider(self) -> float:
@@ -68,6 +80,28 @@ class TrainingState:
         """epoch-002 at the end of epoch 2, epoch-002-step-000000700 in epoch 3; in the order of training."""
         at_end = bool(self.history) and self.history[-1]["step"] == self.step
         return f"epoch-{self.epoch:03d}" + ("" if at_end else f"-step-{self.step:09d}")
+
+
+def check_checkpoints(out: Store, *, done: int) -> None:
+    """Raises InputError where Ray Train would find no checkpoint of a run with `done` epochs, and begin it again, or
+    would end in a traceback: its record of the checkpoints is damaged or gone, or names one that is gone.
+    """
+    place = join(out.root, CHECKPOINTS)
+    elsewise = f"restore it, or train into another --out (with --init-from {out.root} from its best captioner on)"
+    names = {key.split("/")[1] for key in out.list(f"{CHECKPOINTS}/") if key.count("/") > 1}
+    try:
+        recorded = json.loads(out.read_bytes(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}"))["checkpoint_results"]
+        gone = [name for result in recorded if (name := result["checkpoint_dir_name"]) not in names]
+    except FileNotFoundError:
+        # Ray Train writes it right after the first checkpoint; a run that was killed before does that epoch again.
+        if done > 1 or (done and not names):
+            what = f"{CHECKPOINT_RECORD}, which says what is in it, is gone" if names else "holds no checkpoint"
+            raise InputError(f"{place}: {what}, though epochs are done ({done}); {elsewise}") from None
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(f"{place}/{CHECKPOINT_RECORD}: damaged ({one_line(error, longest=200)}); {elsewise}") from None
+    else:
+        if gone:
+            raise InputError(f"{place}: {', '.join(gone)} gone; {elsewise}")
 
 
 class Checkpoints:
@@ -209,5 +243,6 @@ def load_training_state(
     if average is not None:
         average.load(state)
         module.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE), strict=False)
-    optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, weights_only=True))
+    # By way of the CPU: all ranks of a machine would put a state of cuda:0 there, and without a GPU it cannot be read.
+    optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True))
     return TrainingState(**json.loads((folder / STATE_FILE).read_text()))

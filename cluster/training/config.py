@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pcm.captioners.pcmnet.config import BEAM_SIZE, PCMNetConfig
 from pcm.captioners.pcmnet.loss_settings import LossSettings
-from pcm.documents import read_document
+from pcm.documents import read_document, typed_fields, typed_value
 from pcm.errors import InputError, not_known
 from pcm.spec import COMPILE_MODES
 
@@ -25,6 +25,8 @@ DATASET_SIZES = ("vocab_size", "patch_dim", "embed_dim", "num_patches", "num_con
 
 #: Fields that earlier releases recorded, passed over in reading a run of theirs.
 RETIRED = ("window_shards",)
+
+_WHAT = "training config"  # in messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +93,8 @@ class TrainConfig:
         counts = "epochs batch_size grad_accumulation warmup_steps holdout_limit validation_beam_size"
         for name in counts.split():
             _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "clip_value"):
-            _check(self, name, getattr(self, name) >= 0, "at least 0")
+        _check(self, "seed", 0 <= self.seed < 2**63, "from 0 to below 2**63")
+        _check(self, "clip_value", self.clip_value >= 0, "at least 0")
         for name in ("lr_factor", "adam_eps"):
             _check(self, name, getattr(self, name) > 0, "above 0")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
@@ -156,9 +158,9 @@ class TrainConfig:
             raise InputError(
                 f"training config {values!r}: must be a JSON object of field: value, 'model' an object too"
             )
-        model = PCMNetConfig(**_typed_fields(PCMNetConfig, values.get("model", {}), "model."))
+        model = PCMNetConfig(**typed_fields(PCMNetConfig, values.get("model", {}), _WHAT, prefix="model."))
         rest = {name: value for name, value in values.items() if name not in ("model", *RETIRED)}
-        return cls(model=model, **_typed_fields(cls, rest, ""))
+        return cls(model=model, **typed_fields(cls, rest, _WHAT))
 
     @classmethod
     def from_json(cls, data: bytes | str, *, source: str) -> Self:
@@ -187,10 +189,10 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
     fields = settable_fields()
     for name, value in overrides.items():
         if name in DATASET_SIZES:
-            raise InputError(f"training config field {name!r}: comes from the dataset and cannot be set")
+            raise InputError(f"{_WHAT} field {name!r}: comes from the dataset and cannot be set")
         if name not in fields:
-            raise not_known("training config field", name, fields)
-        _typed(name, value, fields[name])
+            raise not_known(f"{_WHAT} field", name, fields)
+        typed_value(f"{_WHAT} {name}", value, fields[name])
 
 
 def file_overrides(values: Mapping[str, Any], *, source: str) -> dict[str, Any]:
@@ -209,31 +211,13 @@ def file_overrides(values: Mapping[str, Any], *, source: str) -> dict[str, Any]:
     return flat
 
 
-def _typed_fields(record: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """`values` if they are fields of `record` of the right types; InputError otherwise."""
-    kinds = typing.get_type_hints(record)
-    for name in values:
-        if name not in kinds:
-            raise not_known("training config field", prefix + name, kinds)
-    return {name: _typed(prefix + name, value, kinds[name]) for name, value in values.items()}
-
-
-def _typed(name: str, value: Any, wanted: type) -> Any:
-    """The value, an int as a float where one is wanted. Raises InputError for one of another type."""
-    if wanted is float and type(value) is int:
-        return float(value)
-    if type(value) is not wanted:
-        raise InputError(f"training config {name} = {value!r}: must be of type {wanted.__name__}")
-    return value
-
-
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != "model"} | values["model"]
 
 
 def _check(config: TrainConfig, name: str, holds: bool, allowed: str) -> None:
     if not holds:
-        raise InputError(f"training config {name} = {getattr(config, name)!r}: must be {allowed}")
+        raise InputError(f"{_WHAT} {name} = {getattr(config, name)!r}: must be {allowed}")
 
 
 _PUBLISHED = PCMNetConfig(hidden_dropout=0.2)

@@ -1,5 +1,6 @@
 """The rows of a run as one worker sees them: finished datasets, or one whose first epoch begins while it is made."""
 
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from cluster.training.data.selection import Ranks, RowFilter, holdout_share, sel
 from cluster.training.data.shard_cache import ShardCache
 from cluster.training.data.shuffled import Part, ShardLoader
 from cluster.training.run_spec import RunSpec
-from cluster.training.validation import ValidationShare, held_out_share, picture_share
+from cluster.training.validation import LEAST_PICTURES, ValidationShare, held_out_share, picture_share
 from cluster.weights.node_copy import local_name
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
@@ -34,6 +35,9 @@ class TrainingData:
         #: Of data whose first epoch is in its order.
         self.plan = self._load_plan() if run.config.first_epoch == "plan" else None
         self._loader: ShardLoader | None = None
+        #: Of such data, once it is open: sha256 of its shards. The plan, by which the run knows it, stays the same when
+        #: shards are made again.
+        self.rows_digest = ""
         self._validation: Future[ValidationShare] | None = None
 
     def open(self) -> str:
@@ -45,6 +49,9 @@ class TrainingData:
             finished_manifest(open_store(run.data[0].uri), self.plan)
         sets = open_training_sets(run.data)
         manifest = sets[0].manifest
+        if self.plan is not None:
+            shards = "".join(shard["sha256"] for shard in manifest.shards)
+            self.rows_digest = hashlib.sha256(shards.encode()).hexdigest()
         stored = sum(each.manifest.stored for each in sets)
         row_filter = self._row_filter(self.plan.usable if self.plan else stored)
         ranks = Ranks(**place, gather=self._gather)
@@ -56,24 +63,27 @@ class TrainingData:
             strict=True,
         )
         if run.validation is None:
-            if not sum(map(len, held_out)):
+            count = sum(map(len, held_out))
+            if count < LEAST_PICTURES:
                 raise InputError(
-                    f"validation: of {stored} pairs, holdout_fraction={run.config.holdout_fraction:g} leaves none to "
-                    "choose the best epoch on; give --val-images, or --set holdout_fraction=0.5, more pairs or another "
-                    "--seed"
+                    f"validation: of {stored} pairs, holdout_fraction={run.config.holdout_fraction:g} leaves "
+                    f"{count or 'none'} to choose the best epoch on, where {LEAST_PICTURES} are needed; give "
+                    "--val-images, or --set holdout_fraction=0.5, more pairs or another --seed"
                 )
             pairs = [(each.store, rows) for each, rows in zip(sets, held_out, strict=True)]
             # While the first epoch trains: of a large dataset they lie in up to a thousand shards.
             reader = ThreadPoolExecutor(1, "held-out")
             self._validation = reader.submit(held_out_share, pairs, manifest.features, **place)
             reader.shutdown(wait=False)
-            source = f"{sum(map(len, held_out))} held-out synthetic pairs"
+            source = f"{count} held-out synthetic pairs"
         else:
             clip = manifest.spec.clip
             clip_place = local_name(run.clip, clip.revision)
             encoder = ClipEncoder.from_spec(clip, model=clip_place, device=str(self._device))
+            share = picture_share(run.validation, encoder, **place)
+            self._check_pictures(share, run.validation.images)
             self._validation = Future()
-            self._validation.set_result(picture_share(run.validation, encoder, **place))
+            self._validation.set_result(share)
             source = run.validation.images
         self._loader = ShardLoader(
             [
@@ -131,6 +141,17 @@ class TrainingData:
             seed=self._run.config.seed,
         )
         return arriving.batches(start_step=start_step)
+
+    def _check_pictures(self, share: ValidationShare, images: str) -> None:
+        """Raises InputError, on every worker, where fewer pictures can be read than the best epoch is chosen by."""
+        shares = self._gather((len(share.references), share.unreadable))
+        count = sum(readable for readable, _ in shares)
+        if count < LEAST_PICTURES:
+            why = next((line for _, unreadable in shares for line in unreadable.values()), "it has no others")
+            raise InputError(
+                f"--val-images {images}: {count or 'none'} of its pictures can be read, where {LEAST_PICTURES} are "
+                f"needed to choose the best epoch ({why}); give more pictures with references"
+            )
 
     def _gather(self, value: Any) -> list[Any]:
         """What every worker says, in the order of their ranks."""

@@ -24,8 +24,10 @@ from cluster.training.validation import validation_cider
 from cluster.training.worker import TrainWorker, set_up_worker
 from pcm.line_timer import LineTimer
 
-#: On a GPU the loss is read back, and checked, once in so many steps: reading it makes the GPU wait.
+#: On a GPU the loss is read back, and checked, once in so many steps: reading it makes the GPU wait. Their batches are
+#: kept until then, to name the rows of a bad one; of large batches fewer, so many bytes together.
 GPU_CHECK_STEPS = 50
+GPU_CHECK_BYTES = 512 * 2**20
 
 
 class NonFiniteLoss(Exception):
@@ -101,8 +103,7 @@ def _train_epoch(worker: TrainWorker) -> list[dict[str, float]]:
     worker.module.train()
     losses = LossLog(worker.out, epoch=progress.epoch + 1, until=progress.step)
     unchecked: list[tuple[Batch, torch.Tensor, float]] = []
-    check_steps = GPU_CHECK_STEPS if worker.device.type == "cuda" else 1
-    first = progress.step - progress.epoch * steps
+    first = progress.step - (progress.history[-1]["step"] if progress.history else 0)  # of this epoch
     timer = LineTimer()
     for batch in worker.data.batches(progress.epoch, start_step=first):
         loss, lr = worker.step(batch, progress.step)
@@ -115,7 +116,7 @@ def _train_epoch(worker: TrainWorker) -> list[dict[str, float]]:
         at_end = batch.last
         every = worker.run.checkpoint_every_steps
         due = every is not None and progress.step % every == 0 and not at_end
-        if len(unchecked) == check_steps or at_end or due:
+        if len(unchecked) >= _check_steps(worker.device, batch) or at_end or due:
             _check(worker, unchecked, losses)
             unchecked.clear()
         if at_end or due:
@@ -134,6 +135,11 @@ def _train_epoch(worker: TrainWorker) -> list[dict[str, float]]:
     if not losses.rows:
         worker.open_data()  # says why there is nothing to train on
     return losses.rows
+
+
+def _check_steps(device: torch.device, batch: Batch) -> int:
+    """In how many steps the loss is checked once; on every rank the same, for its batches are of one shape."""
+    return 1 if device.type != "cuda" else max(1, min(GPU_CHECK_STEPS, GPU_CHECK_BYTES // batch.nbytes))
 
 
 def _check(worker: TrainWorker, steps: list[tuple[Batch, torch.Tensor, float]], losses: LossLog) -> None:

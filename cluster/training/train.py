@@ -29,7 +29,7 @@ from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, room_for,
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.pictures import check_source, source_anywhere
 from cluster.store.store import Store, join, open_store
-from cluster.training.checkpoints import BEST, SCORE
+from cluster.training.checkpoints import BEST, SCORE, check_checkpoints
 from cluster.training.config import TrainConfig, default_preset, preset
 from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.data.shuffled import ROW_ORDER
@@ -43,7 +43,7 @@ from cluster.training.step import check_compile
 from cluster.training.worker import build_network
 from cluster.weights.node_copy import local_name
 from pcm.captioners.interface import CLIP_OPTION
-from pcm.clip.names import refuse_place, resolve_clip_name
+from pcm.clip.names import clip_anywhere, refuse_place, resolve_clip_name
 from pcm.documents import document_bytes
 from pcm.errors import InputError, one_line
 from pcm.text.concepts import ConceptVocabulary
@@ -92,6 +92,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
         if done >= config.epochs:
             log.info("%s: all %d epochs are done", out.root, done)
             return _summary(out, sets, started)
+        check_checkpoints(out, done=done)
 
     joined = bool(os.environ.get("RAY_ADDRESS"))
     check_labels(request.worker_labels, joined=joined)
@@ -296,7 +297,9 @@ def _document(
     """
     clip = sets[0].manifest.spec.clip
     given = request.clip or (previous or {}).get(CLIP_OPTION)
-    if given is None and request.validation is not None:
+    if given is not None:
+        given = clip_anywhere(given)  # Ray starts its workers elsewhere
+    elif request.validation is not None:
         refuse_place(clip.model, source=sets[0].store.root)
     concepts = {"path": request.concepts, "sha256": hashlib.sha256(vocabularies.concepts).hexdigest()}
     return {

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch.distributed
@@ -21,6 +21,8 @@ from pcm.text.vocabulary import Vocabulary
 
 #: Shards that one worker reads at a time, beside those that it trains on.
 _READ_THREADS = 4
+#: Of one picture CIDEr is 0, whatever its caption: every word is in all references.
+LEAST_PICTURES = 2
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class ValidationShare:
     references: dict[str, list[str]]  # by image id, in the order of the rows below
     global_feature: np.ndarray  # (n, D)
     patch_features: np.ndarray  # (n, N, D_v)
+    unreadable: dict[str, str] = field(default_factory=dict)  # image id -> why it is left out
 
 
 def held_out_share(
@@ -73,6 +76,7 @@ def picture_share(source: PictureSource, encoder: ClipEncoder, *, rank: int, num
         {image_id: pictures.references[image_id] for image_id in image_ids},
         np.concatenate([empty.global_feature, *(batch.features.global_feature for batch in batches)]),
         np.concatenate([empty.patch_features, *(batch.features.patch_features for batch in batches)]),
+        {image_id: why for batch in batches for image_id, why in batch.unreadable.items()},
     )
 
 

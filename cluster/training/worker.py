@@ -54,8 +54,12 @@ class TrainWorker:
         return self.run.config
 
     def open_data(self) -> None:
-        """Look at the datasets, and say what there is. Raises InputError where there is nothing to train on."""
+        """Look at the datasets, and say what there is. Raises InputError where there is nothing to train on, and where
+        the rows of a stream are others than those that the run began on.
+        """
         found = self.data.open()
+        if self.data.plan is not None:
+            self.progress.keep_to(self.data.rows_digest, dataset=self.run.data[0].uri)
         parameters = sum(parameter.numel() for parameter in self.module.parameters() if parameter.requires_grad)
         self.reporter.say(
             f"{found}; {parameters:,} parameters; {self.num_workers} worker(s) on {self.device.type}, "

@@ -21,6 +21,7 @@ from pcm.captioners.interface import (
 )
 from pcm.captioners.methods import METHODS
 from pcm.captioners.pcmnet.config import BEAM_SIZE
+from pcm.captioners.pcmnet.decoding import EOS
 from pcm.captioners.pcmnet.method import PCMNET
 from pcm.captioners.pcmnet.model import PCMNet
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
@@ -246,7 +247,8 @@ def decode_captions(
         part = slice(start, start + batch_size)
         images, patches = _on_device(model, global_feature[part], patch_features[part])
         found = PCMNET.decode(network, images, patches, beam_size=beam_size, others=voters)
-        log_probs = found.log_probs.sum(dim=-1).tolist()
+        after_end = (found.token_ids == EOS).cumsum(dim=-1) > 1  # greedy search goes on there, for the others' sake
+        log_probs = found.log_probs.masked_fill(after_end, 0.0).sum(dim=-1).tolist()
         token_ids = found.token_ids.tolist()
         decoded.extend((vocabulary.decode(ids), log_prob) for ids, log_prob in zip(token_ids, log_probs, strict=True))
     return decoded
@@ -297,7 +299,7 @@ def _check_same_kind(first: Path, document: dict[str, Any], other: Path, its: di
     differences = {
         "vocabulary": (first / VOCABULARY_FILE).read_bytes() != (other / VOCABULARY_FILE).read_bytes(),
         "captioner": document.get("captioner", PCMNET.name) != its.get("captioner", PCMNET.name),
-        "feature sizes": any(document["model"][name] != its["model"][name] for name in sizes),
+        "feature sizes": any(document["model"].get(name) != its["model"].get(name) for name in sizes),
         "CLIP": clips[0] != clips[1],
     }
     if different := [name for name, is_so in differences.items() if is_so]:
@@ -311,7 +313,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a checkpoint. Raises InputError where it is damaged."""
     try:
         document = read_document((folder / CONFIG_FILE).read_bytes())
-        _ = document["clip"]["dtype"], document["clip"]["model"]
+        clip, model = document["clip"], document["model"]
+        if not (isinstance(clip["dtype"], str) and isinstance(clip["model"], str)):
+            raise TypeError(f"clip {clip!r}: names no model and dtype")
+        if not isinstance(model, dict):
+            raise TypeError(f"model {model!r}: must be an object of field: value")
         return document
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{folder / CONFIG_FILE}: damaged ({first_line(error)}); give another checkpoint") from None
@@ -334,7 +340,7 @@ def _clip_of_run(folder: Path) -> str | None:
 
 def _method(folder: Path, document: dict[str, Any]) -> CaptioningMethod[PCMNet]:
     name = document.get("captioner", PCMNET.name)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise InputError(
             f"{folder / CONFIG_FILE}: captioner {name!r} is not known here; known are {', '.join(sorted(METHODS))}"
         )

@@ -35,7 +35,8 @@ class Decoded:
 
     #: (B, T) int64, or (B, out_size, T), best first, where out_size > 1.
     token_ids: Tensor
-    #: float32, the same shape: log-probability of each word, 0 after the end. Their sum is the hypothesis' score.
+    #: float32, the same shape: log-probability of each word and of the end. Their sum is the hypothesis' score. What
+    #: stands after the end is 0, or of no meaning.
     log_probs: Tensor
 
 

@@ -1,6 +1,7 @@
 """What a CLIP's NAME stands for; open_clip and torch are imported only where they are needed."""
 
 import hashlib
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -50,6 +51,14 @@ def refuse_place(name: str, *, source: str, option: str = "clip") -> None:
             f"{source}: names the CLIP {name!r}, a folder, file or hub repo, which is opened only where you name it "
             f"too; if you trust it, give --{option} {name} ({option.replace('-', '_')}= in Python)"
         )
+
+
+def clip_anywhere(name: str) -> str:
+    """The same NAME in a process whose working folder is another: a folder or file of it by its absolute path."""
+    place = name if Path(name).exists() else name.partition("/")[2]
+    if not place or not Path(place).exists() or name.startswith(HUB_PREFIX) or is_known(name):
+        return name
+    return name.removesuffix(place) + os.path.abspath(place)
 
 
 def is_known(name: str) -> bool:

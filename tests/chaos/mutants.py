@@ -804,7 +804,7 @@ MUTANTS = (
     ),
     Mutant(
         "a dataset of which nothing is held out is refused before it is trained on",
-        "cluster/training/feed.py", "if not sum(map(len, held_out)):", "if False:",
+        "cluster/training/feed.py", "if count < LEAST_PICTURES:\n                raise", "if False:\n                raise",
         ("tests/cluster/training/test_feed.py",),
     ),
     Mutant(
@@ -915,7 +915,7 @@ MUTANTS = (
     ),
     Mutant(
         "training: an epoch is gone on with where it was left",
-        "cluster/training/loop.py", "first = progress.step - progress.epoch * steps", "first = 0",
+        "cluster/training/loop.py", 'progress.step - (progress.history[-1]["step"] if progress.history else 0)', "0",
         ("tests/cluster/training/test_train.py::test_a_run_whose_driver_and_worker_were_killed_inside_epochs_equals_an_undisturbed_one",),
     ),
     Mutant(

@@ -331,7 +331,7 @@ def test_a_name_that_generation_and_training_share_is_generations_in_a_stream(tm
         ("evaluate --checkpoint A --images B --seed 3", "--seed 3: needs --shuffled-baseline"),
         ("evaluate --results r.json --references x --checkpoint A", "without effect beside --results"),
         ("evaluate --list-experiments --out B", "--out: without effect beside --list-experiments"),
-        ("caption --checkpoint A", "IMAGE: missing"),
+        ("caption --checkpoint A", "IMAGE_OR_FOLDER: missing"),
         ("caption --checkpoint /no/such/run a.jpg", "/no/such/run"),
         ("export --data A --out B --to webdataset --run-on ray --workers 2", "--workers: threads of one process"),
         ("export --checkpoint A --out B --to official --run-on ray", "--run-on: is for a dataset"),

@@ -36,6 +36,11 @@ class Batch:
     token_ids: np.ndarray  # (b, T) int64, T = max_length
     target_ids: np.ndarray  # (b, T) int64, padded with -1
 
+    @property
+    def nbytes(self) -> int:
+        """Of its arrays in memory."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
+
     def damaged(self) -> list[tuple[str, str]]:
         """(shard, sample id) of the rows that have a NaN or an infinity in their features or score."""
         bad = not_finite(self.global_feature, self.patch_features, self.patch_scale, self.clip_score)

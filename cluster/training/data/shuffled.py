@@ -176,6 +176,12 @@ class ShardLoader:
             _RoundTrip(int(starts[-1]), round(part.weight % 1 * int(starts[-1])))
             for part, starts in zip(parts, self._starts, strict=True)
         ]
+        for part, trip in zip(parts, self._trips, strict=True):
+            if trip.rows and not (int(part.weight) or trip.extra):
+                raise InputError(
+                    f"--data {part.store.root}={part.weight:g}: of its {trip.rows} rows none would come in an epoch; "
+                    f"give a weight of at least {1 / trip.rows:.2g}"
+                )
         rows = sum(int(part.weight) * trip.rows + trip.extra for part, trip in zip(parts, self._trips, strict=True))
         if not rows:
             named = ", ".join(part.store.root for part in parts)
@@ -213,7 +219,7 @@ class ShardLoader:
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         with ThreadPoolExecutor(_READ_THREADS, "shard-reader") as readers:
             read = _Reads(lambda piece: readers.submit(self._decoded, piece))
-            ahead = int(_AHEAD * self._largest)
+            ahead = int(_AHEAD * min(self._largest, self._held_rows or self._largest))
             streams = [_Lane(pieces, read, ahead=ahead) for pieces in self.lanes(epoch, start_step=start_step)]
             for step in range(start_step, self.steps_per_epoch):
                 batch = OpenBatch(self._shape)

@@ -15,6 +15,7 @@ from pcm.captioners.interface import CONCEPTS_FILE, CONFIG_FILE, MODEL_FILE, VOC
 from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.captioners.pcmnet.decoding import beam_search
 from pcm.captioners.pcmnet.model import PCMNet
+from pcm.documents import typed_fields
 from pcm.errors import InputError, one_line
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
@@ -26,7 +27,11 @@ class PCMNetMethod:
     inputs = ("global_feature", "patch_features", "token_ids")
 
     def load(self, folder: Path, document: Mapping[str, Any], *, concepts: ConceptVocabulary | None = None) -> PCMNet:
-        config = PCMNetConfig(**document["model"])
+        try:
+            fields = typed_fields(PCMNetConfig, document["model"], "model", why="not known to this release")
+            config = PCMNetConfig(**fields)
+        except InputError as error:
+            raise InputError(f"{folder / CONFIG_FILE}: {error}") from None
         if concepts is None:
             concepts = ConceptVocabulary.load(folder / CONCEPTS_FILE)
         else:

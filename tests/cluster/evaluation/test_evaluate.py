@@ -1,6 +1,8 @@
 """Evaluation: which pictures, which captions, which numbers."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from cluster.evaluation.captioning import (
     load_captioner,
     local_checkpoint,
 )
-from cluster.evaluation.evaluate import _here, deranged, evaluate, read_results
+from cluster.evaluation.evaluate import _here, _source, deranged, evaluate, read_results, results_json
 from cluster.evaluation.request import CaptionRequest, EvaluateRequest
 from cluster.sources.pictures import PictureSource, load_picture_set, source_anywhere
 from pcm.captioners.captioner import Captioner
@@ -174,6 +176,37 @@ def test_a_gpu_that_this_machine_has_not_is_asked_of_workers_alone(world: Path, 
 def test_a_gpu_share_that_cannot_be_is_refused(world: Path, ray_session: None, settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         evaluate(EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), **settings))
+
+
+def test_a_clip_in_a_folder_here_is_found_by_actors_in_another(
+    world: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_clip, tmp_path / "my_clip")
+    monkeypatch.chdir(tmp_path)
+    request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), clip="my_clip", num_workers=1)
+    assert _source(request).clip == str(tmp_path / "my_clip")
+
+
+def test_a_folder_is_the_pictures_in_it_and_any_file_name_goes_into_the_results(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    for name in ("scene1000.png", "scene1002.png"):
+        shutil.copy(world / "pictures" / name, folder / "below")
+    odd = folder / os.fsdecode(b"caf\xe9.png")  # Latin-1
+    shutil.copy(world / "pictures" / "scene1000.png", odd)
+    (folder / "notes.txt").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    alone = str(world / "pictures" / "scene1001.png")
+    asked = CaptionRequest(
+        images=(alone, str(folder)), checkpoint=str(world / "checkpoint"), out=str(tmp_path / "captions.json")
+    )
+    below = sorted(str(path) for path in (folder / "below").iterdir())
+    assert caption(asked)["n"] == 2 + len(below)
+    rows = json.loads((tmp_path / "captions.json").read_text())
+    assert [row["image_id"] for row in rows] == [alone, *sorted([*below, str(odd)])]
+    assert json.loads(results_json({odd.name: "a picture"})) == [{"image_id": odd.name, "caption": "a picture"}]
+    with pytest.raises(InputError, match=r"empty: no pictures; give a folder of \.jpg"):
+        caption(replace(asked, images=(str(tmp_path / "empty"),)))
 
 
 def test_batches_depend_on_the_number_of_pictures_alone() -> None:

@@ -147,9 +147,38 @@ def test_an_ensemble_of_one_captioner_twice_says_what_it_says_alone(world: Path,
         caption(CaptionRequest(checkpoint=(str(world / "checkpoint"), str(tmp_path / "other")), **settings))
 
 
+def write_epoch(world: Path, run: Path, name: str) -> Path:
+    """A checkpoint of a run, as far as evaluation looks at it."""
+    folder = shutil.copytree(world / "checkpoint", run / "checkpoints" / name)
+    (folder / "state.json").write_text("{}")
+    return folder
+
+
+def test_an_epoch_whose_checkpoint_is_damaged_costs_that_epoch_alone(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    for name in ("epoch-001", "epoch-002", "epoch-002-again", "epoch-003", "epoch-003-again", "epoch-004"):
+        write_epoch(world, run, name)
+    (run / "checkpoints" / "epoch-001" / "model.safetensors").write_bytes(b"cut")
+    (run / "checkpoints" / "epoch-003-again" / "state.json").unlink()  # killed while it was written
+    (run / "checkpoints" / "epoch-004" / "concepts.safetensors").unlink()
+    (run / "metrics.jsonl").write_text("{}\n" * 4)
+    chosen = {epoch: Path(place).name for epoch, place in epoch_checkpoints(str(run))[0].items()}
+    assert chosen == {1: "epoch-001", 2: "epoch-002-again", 3: "epoch-003"}
+    epochs = asked(world, checkpoint=str(run), features=str(world / "img"), every_epoch=True)
+    summary = evaluate(epochs)
+    assert [row["epoch"] for row in summary["epochs"]] == [2, 3] and summary["not_kept"] == [4]
+    assert list(summary["damaged"]) == ["1"] and "epoch 1: left out, its checkpoint cannot be loaded" in caplog.text
+    for name in ("epoch-002-again", "epoch-003"):
+        (run / "checkpoints" / name / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"model\.safetensors: does not fit"):
+        evaluate(epochs)
+
+
 def test_every_epoch_that_the_run_kept_is_evaluated(world: Path, tmp_path: Path) -> None:
     for name in ("epoch-002", "epoch-002-step-000000040", "epoch-003"):
-        shutil.copytree(world / "checkpoint", tmp_path / "run" / "checkpoints" / name)
+        write_epoch(world, tmp_path / "run", name)
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n" * 3)
     assert list(epoch_checkpoints(str(tmp_path / "run"))[0]) == [2, 3]
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch-003")

@@ -3,6 +3,8 @@
 import errno
 import json
 import resource
+import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,18 @@ import ray.train
 import safetensors.torch
 import torch
 
+from cluster.ray_internals import CHECKPOINT_RECORD
 from cluster.store.store import open_store
 from cluster.store.temporary import named_temporary_folder
 from cluster.training import checkpoints
-from cluster.training.checkpoints import Checkpoints, TrainingState, load_training_state, save_training_state
+from cluster.training.checkpoints import (
+    OPTIMIZER_FILE,
+    Checkpoints,
+    TrainingState,
+    check_checkpoints,
+    load_training_state,
+    save_training_state,
+)
 from cluster.training.ray_trainer import CHECKPOINTS
 from pcm.captioners.captioner import MODEL_FILE
 from pcm.errors import InputError
@@ -125,6 +135,62 @@ def test_a_temporary_disk_that_is_full_is_named(bytes_free: int, tmp_path: Path)
             save_training_state(tmp_path, module=module, optimizer=optimizer, average=None, at=TrainingState())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_an_optimiser_of_a_gpu_is_gone_on_with_where_there_is_none(run: Checkpoints, tmp_path: Path) -> None:
+    """And where there are several, not on the first of them: torch would put it there for every rank."""
+    file = tmp_path / CHECKPOINTS / NAMES[1] / OPTIMIZER_FILE
+    run._module(torch.zeros(1, 3)).sum().backward()
+    run._optimizer.step()
+    torch.save(run._optimizer.state_dict(), file)
+    with zipfile.ZipFile(file) as saved:
+        parts = {name: saved.read(name) for name in saved.namelist()}
+    with zipfile.ZipFile(file, "w") as on_gpu:
+        for name, data in parts.items():  # a pickled text is its length and its letters
+            on_gpu.writestr(name, data.replace(b"\3\0\0\0cpu", b"\6\0\0\0cuda:0"))
+    assert run.restore() == TrainingState(epoch=2, step=20)
+    assert all(state["exp_avg"].device.type == "cpu" for state in run._optimizer.state.values())
+
+
+RECORD = json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name} for name in NAMES]}).encode()
+
+
+def test_a_record_whose_checkpoints_are_there_may_be_gone_on_with(run: Checkpoints, tmp_path: Path) -> None:
+    (tmp_path / CHECKPOINTS / CHECKPOINT_RECORD).write_bytes(RECORD)
+    check_checkpoints(open_store(tmp_path), done=2)
+
+
+@pytest.mark.parametrize(
+    ("gone", "record", "done", "message"),
+    [
+        (NAMES, None, 1, "holds no checkpoint, though epochs are done"),
+        ((), None, 2, f"{CHECKPOINT_RECORD}, which says what is in it, is gone"),
+        ((), b"", 0, f"{CHECKPOINT_RECORD}: damaged"),
+        ((), RECORD[:20], 2, f"{CHECKPOINT_RECORD}: damaged"),
+        ((), b"[1]", 2, f"{CHECKPOINT_RECORD}: damaged"),
+        (NAMES[1:], RECORD, 2, "checkpoints: epoch-002 gone"),
+        (NAMES, RECORD, 2, "checkpoints: epoch-001, epoch-002 gone"),
+    ],
+)
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(
+    run: Checkpoints, tmp_path: Path, gone: tuple[str, ...], record: bytes | None, done: int, message: str
+) -> None:
+    for name in gone:
+        shutil.rmtree(tmp_path / CHECKPOINTS / name)
+    if record is not None:
+        (tmp_path / CHECKPOINTS / CHECKPOINT_RECORD).write_bytes(record)
+    with pytest.raises(InputError, match=message) as caught:
+        check_checkpoints(open_store(tmp_path), done=done)
+    assert "restore it, or train into another --out" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("gone", "done"), [(NAMES, 0), ((), 0), (NAMES[1:], 1)])
+def test_a_run_killed_before_its_first_checkpoint_was_recorded_begins_again(
+    run: Checkpoints, tmp_path: Path, gone: tuple[str, ...], done: int
+) -> None:
+    for name in gone:
+        shutil.rmtree(tmp_path / CHECKPOINTS / name)
+    check_checkpoints(open_store(tmp_path), done=done)
 
 
 def test_the_sizes_of_the_group_are_kept_with_the_steps_they_begin_at() -> None:

@@ -42,6 +42,8 @@ def test_presets_hold_the_published_hyper_parameters() -> None:
         ({"epochs": "3"}, "epochs = '3': must be of type int"),
         ({"epochs": True}, "must be of type int"),
         ({"epochs": 0}, "epochs = 0: must be at least 1"),
+        ({"seed": -1}, "seed = -1: must be from 0 to below 2"),
+        ({"seed": 2**63}, r"must be from 0 to below 2\*\*63"),  # torch takes no larger one
         ({"fraction": 0.0}, "fraction = 0.0: must be above 0 and at most 1"),
         ({"min_clip_score": 2.5}, "min_clip_score = 2.5: must be a cosine"),
         ({"ema_decay": 1.0}, "ema_decay = 1.0: must be from 0 to below 1"),

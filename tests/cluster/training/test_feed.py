@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.sources.picture_source import PictureSource
 from cluster.training.config import TRAINING_PRESETS
 from cluster.training.data.batches import BatchShape
 from cluster.training.feed import TrainingData
@@ -15,17 +16,20 @@ from cluster.training.run_spec import RunSpec
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 from pcm.text.vocabulary import Vocabulary
-from tests.helpers.tiny_dataset import write_dataset
+from tests.helpers.tiny_dataset import write_dataset, write_pictures
 
 
-def data_of(place: Path, **settings: Any) -> TrainingData:
+def data_of(
+    place: Path, *, validation: PictureSource | None = None, clip: Path | None = None, **settings: Any
+) -> TrainingData:
     config = dataclasses.replace(TRAINING_PRESETS["embedded"], batch_size=2, **settings)
-    nothing: dict[str, Any] = {"vocabularies": None, "document": {}, "validation": None, "checks": "checks"}
+    nothing: dict[str, Any] = {"vocabularies": None, "document": {}, "checks": "checks"}
     run = RunSpec(
         data=(DataSource(str(place)),),
         out="out",
         config=config,
-        clip="embedded",
+        validation=validation,
+        clip=str(clip or "embedded"),
         cpu_threads=1,
         device="cpu",
         **nothing,
@@ -43,6 +47,8 @@ def test_a_dataset_so_small_that_nothing_is_held_out_is_refused_before_the_first
     with pytest.raises(InputError, match=r"of 4 pairs, holdout_fraction=0\.001 leaves none") as caught:
         data_of(place, holdout_fraction=0.001, seed=3).open()
     assert "--val-images" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"of 4 pairs, .* leaves 1 to choose .*, where 2 are needed"):
+        data_of(place, holdout_fraction=0.3, seed=5).open()  # of one picture CIDEr is 0, always
     assert "held-out synthetic pairs" in data_of(place, holdout_fraction=0.5, seed=3).open()
 
 
@@ -55,3 +61,17 @@ def test_held_out_pairs_are_read_while_the_first_epoch_trains(tmp_path: Path, ti
         assert data.validation
     with pytest.raises(InputError, match="of sample 000000005-00"):  # not after the whole epoch
         next(data.batches(0, start_step=0))
+
+
+def test_validation_pictures_that_cannot_be_read_are_told_of_before_the_first_step(
+    tmp_path: Path, tiny_clip: Path
+) -> None:
+    place = write_dataset(tmp_path / "data", tiny_clip, rows=4)
+    pictures = write_pictures(tmp_path / "pictures", count=2)
+    source = PictureSource(images=str(pictures), references=str(tmp_path / "references.csv"))
+    assert "validation on" in data_of(place, validation=source, clip=tiny_clip).open()
+    for left, name in (("1", "scene1000.png"), ("none", "scene1001.png")):
+        (pictures / name).write_bytes(b"no picture")
+        with pytest.raises(InputError, match=rf"{left} of its pictures can be read, .*scene1000\.png") as caught:
+            data_of(place, validation=source, clip=tiny_clip).open()
+        assert "\n" not in str(caught.value)

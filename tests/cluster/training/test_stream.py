@@ -9,23 +9,38 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from cluster.dataset.layout import MANIFEST_KEY, Plan, shard_key, shard_number, stats_key
+from cluster.dataset.layout import (
+    MANIFEST_KEY,
+    PLAN_KEY,
+    Plan,
+    Segment,
+    load_manifest,
+    shard_key,
+    shard_number,
+    stats_key,
+)
 from cluster.store.store import Store, open_store
+from cluster.training.checkpoints import TrainingState
 from cluster.training.data.arriving import ArrivingShards, finished_manifest
 from cluster.training.data.batches import Batch, BatchShape
 from cluster.training.data.selection import RowFilter
+from cluster.training.reporting import Reporter
 from cluster.training.request import StreamRequest
 from cluster.training.stream import _pools
+from cluster.training.worker import TrainWorker
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 from pcm.text.vocabulary import Vocabulary
+from tests.cluster.training.test_feed import data_of
 from tests.helpers.job_runs import JobRun
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_dataset import TINY
+from tests.helpers.tiny_dataset import TINY, write_dataset
 from tests.helpers.tiny_generation import ANIMALS, PLACES, make_dataset_in_process, tiny_spec, write_corpus
 
 CAPTIONS = [f"A {animal} near the {place}, number {n}." for n in range(2) for place in PLACES for animal in ANIMALS]
@@ -127,6 +142,38 @@ def test_the_manifest_is_waited_for_and_an_older_one_is_not_taken(made: tuple[St
 
     assert finished_manifest(later, plan, sleep=write).corpus_fingerprint == plan.corpus_fingerprint
     assert not documents
+
+
+def test_a_stream_is_not_gone_on_with_on_other_rows(tiny_clip: Path, tmp_path: Path) -> None:
+    """The plan stays the same when jobs.verify --repair or --retry-quarantined makes shards again."""
+    place = write_dataset(tmp_path / "data", tiny_clip, rows=24, shard_size=6)
+    manifest = load_manifest(open_store(place))
+    rows, count = manifest.expected, len(manifest.shards)
+    plan = Plan(
+        spec=manifest.spec, corpus=manifest.corpus, corpus_fingerprint=manifest.corpus_fingerprint, records=rows,
+        expected=rows, usable=rows, shard_size=6, segments=(Segment(0, rows, 0, count, manifest.corpus_fingerprint),),
+    )  # fmt: skip
+    (place / PLAN_KEY).write_bytes(plan.to_json())
+
+    def opened(progress: TrainingState) -> None:
+        data = data_of(place, first_epoch="plan", holdout_fraction=0.5)
+        parts: dict[str, Any] = {name: None for name in ("out", "average", "step", "checkpoints")}
+        worker = TrainWorker(
+            run=data._run, rank=0, num_workers=1, device=torch.device("cpu"), bfloat16=False, data=data,
+            vocabulary=data._vocabulary, module=torch.nn.Linear(1, 1), progress=progress,  # type: ignore[arg-type]
+            reporter=Reporter(open_store(tmp_path / "run"), is_first=False), **parts,
+        )  # fmt: skip
+        worker.open_data()
+
+    progress = TrainingState()
+    opened(progress)
+    assert progress.rows
+    opened(TrainingState(**vars(progress)))
+    document = json.loads((place / MANIFEST_KEY).read_text())
+    document["shards"][3]["sha256"] = "0" * 64
+    (place / MANIFEST_KEY).write_text(json.dumps(document))
+    with pytest.raises(InputError, match="data: its rows are others than those that this run began on"):
+        opened(progress)
 
 
 @pytest.mark.slow

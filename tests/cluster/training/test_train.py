@@ -370,6 +370,26 @@ def test_a_run_of_which_all_checkpoints_are_damaged_is_one_line(trained: Path, w
     assert "\n" not in str(caught.value)
 
 
+def test_a_clip_in_a_folder_here_is_found_by_workers_in_another(
+    world: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray starts them in folders of their own, for training and for the trials of a sweep."""
+    shutil.copytree(tiny_clip, tmp_path / "my_clip")
+    monkeypatch.chdir(tmp_path)
+    asked = request(world, tmp_path / "run", **(real_pictures(world) | {"clip": "my_clip"}))
+    spec = planned_run(asked, cpus=1)
+    assert spec.clip == spec.document["clip"]["model"] == spec.document["clip_option"] == str(tmp_path / "my_clip")
+
+
+def test_a_run_without_its_checkpoints_is_refused_and_stays_as_it_is(trained: Path, world: Path) -> None:
+    out = world / "no checkpoints"
+    shutil.copytree(trained, out, ignore=lambda *_: ["checkpoints"])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="no checkpoints/checkpoints: holds no checkpoint, though epochs are done"):
+        train(request(world, out, resume=True, overrides={"epochs": EPOCHS + 1}, **real_pictures(world)))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
 @pytest.mark.parametrize("data", [b'{"train": ', b"[]\n", b"[" * 100_000, b"{}\n"])
 def test_a_damaged_document_of_a_resumed_run_is_one_line(name: str, data: bytes, trained: Path, world: Path) -> None:

@@ -105,6 +105,23 @@ def test_beam_size_one_is_greedy_search(captioner: Captioner) -> None:
     assert [caption for caption, _ in decoded] == [captioner.vocabulary.decode(ids) for ids in found.token_ids.tolist()]
 
 
+def test_the_score_of_greedy_search_is_of_the_words_and_the_end_whatever_the_neighbours(captioner: Captioner) -> None:
+    shape, random = captioner.features, np.random.default_rng(0)
+    arrays = (
+        random.normal(size=(8, shape.embed_dim)).astype(np.float32),
+        3 * random.normal(size=(8, shape.num_patches, shape.patch_dim)).astype(np.float32),
+    )
+
+    def decoded(rows: slice) -> list[tuple[str, float]]:
+        return decode_captions(captioner.model, captioner.vocabulary, *(each[rows] for each in arrays), beam_size=1)
+
+    together = decoded(slice(None))
+    assert len({len(caption.split()) for caption, _ in together}) > 2  # some end long before the last
+    alone = [decoded(slice(row, row + 1))[0] for row in range(8)]
+    assert [caption for caption, _ in together] == [caption for caption, _ in alone]
+    np.testing.assert_allclose([score for _, score in together], [score for _, score in alone], rtol=1e-4)
+
+
 def test_pictures_of_other_modes_and_sizes_are_captioned(captioner: Captioner) -> None:
     pictures = [Image.new(mode, size) for mode, size in (("L", (5, 400)), ("RGBA", (64, 64)), ("P", (33, 1)))]
     assert all(result.caption and not result.error for result in captioner.caption(pictures))
@@ -141,13 +158,6 @@ def test_weights_of_another_network_are_refused(checkpoint: Path, tmp_path: Path
         Captioner.load(tmp_path)
 
 
-def test_a_clip_of_other_feature_sizes_is_refused(captioner: Captioner) -> None:
-    other = copy.copy(captioner.clip)
-    other.patch_dim = 7
-    with pytest.raises(InputError, match="its features"):
-        Captioner(captioner.model, vocabulary=captioner.vocabulary, concepts=captioner.concepts, clip=other)
-
-
 def changed_config(checkpoint: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """A copy of the checkpoint whose config.json is changed."""
     shutil.copytree(checkpoint, folder)
@@ -155,6 +165,35 @@ def changed_config(checkpoint: Path, folder: Path, change: Callable[[dict[str, A
     change(document)
     (folder / CONFIG_FILE).write_text(json.dumps(document))
     return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda document: document.pop("model"), r"damaged \('model'\)"),
+        (lambda document: document.update(model=[1]), r"damaged \(model \[1\]"),
+        (lambda document: document.update(clip={"model": 5, "dtype": "float32"}), r"damaged \(clip"),
+        (lambda document: document["model"].update(tau_2=1), "model field 'tau_2': not known to this release"),
+        (lambda document: document["model"].update(num_heads="2"), "model num_heads = '2': must be of type int"),
+        (lambda document: document["model"].update(tau=0), "tau 0.0: must be greater than 0"),
+        (lambda document: document.update(captioner=["pcmnet"]), "not known here|another captioner"),
+    ],
+)
+@pytest.mark.parametrize("in_ensemble", [False, True])
+def test_a_checkpoint_of_another_release_is_refused_in_one_line(
+    checkpoint: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], said: str, in_ensemble: bool
+) -> None:
+    other = changed_config(checkpoint, tmp_path / "other", change)
+    with pytest.raises(InputError, match=said) as caught:
+        Captioner.load([checkpoint, other] if in_ensemble else other, device="cpu")
+    assert str(other) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_clip_of_other_feature_sizes_is_refused(captioner: Captioner) -> None:
+    other = copy.copy(captioner.clip)
+    other.patch_dim = 7
+    with pytest.raises(InputError, match="its features"):
+        Captioner(captioner.model, vocabulary=captioner.vocabulary, concepts=captioner.concepts, clip=other)
 
 
 @pytest.mark.parametrize(

@@ -2,26 +2,31 @@
 
 import shutil
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 
 import cluster.training.data.selection
 import cluster.training.data.shuffled
 from cluster.dataset.layout import VOCABULARY_KEY, StoredShard, load_manifest
 from cluster.dataset.rows import read_shard
 from cluster.store.store import open_store
-from cluster.training.data.batches import BatchShape
+from cluster.training.data import shuffled
+from cluster.training.data.batches import BatchShape, Decoded, OpenBatch
 from cluster.training.data.selection import Ranks, RowFilter, Selection, all_rows, holdout_share, select_rows
 from cluster.training.data.shard_cache import ShardCache
 from cluster.training.data.shuffled import Part, ShardLoader, _RoundTrip
+from cluster.training.loop import GPU_CHECK_STEPS, _check_steps
 from cluster.training.validation import held_out_share
 from pcm.errors import InputError
+from pcm.records import FeatureShape
 from pcm.text.vocabulary import Vocabulary
 from tests.helpers.shards import described
 from tests.helpers.tiny_dataset import write_dataset
@@ -117,6 +122,28 @@ def test_with_little_memory_a_shard_is_read_in_parts_and_that_is_said(
     caplog.clear()
     make_loader(dataset, cache_bytes=0)
     assert not caplog.text
+
+
+def test_parts_of_shards_take_no_more_memory_than_is_given(
+    tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lane holds a part, and the next one while the last quarter of it is used."""
+    data = write_dataset(tmp_path / "data", tiny_clip, rows=240, shard_size=80)
+    asked: list[tuple[weakref.ref[Future[Decoded]], int]] = []
+
+    class Reads(shuffled._Reads):
+        def __call__(self, piece: shuffled._Piece) -> "Future[Decoded]":
+            future = super().__call__(piece)
+            asked.append((weakref.ref(future), len(piece.order)))
+            return future
+
+    monkeypatch.setattr(shuffled, "_Reads", Reads)
+    held, lanes = 8, 8
+    row = make_loader(data)._shape.bytes_per_row
+    loader = make_loader(data, cache_bytes=0, window_bytes=int(held * lanes * 1.25 * row), batch_size=lanes)
+    assert loader._held_rows == held
+    rows = [sum(rows for future, rows in asked if future() is not None) for _ in loader._batches(1, 0)]
+    assert np.mean(rows) < 1.4 * held * lanes
 
 
 def test_every_row_comes_exactly_once_an_epoch(dataset: Path) -> None:
@@ -368,6 +395,27 @@ def test_nothing_left_to_train_on_is_an_error(dataset: Path) -> None:
     training, _ = select(dataset, min_clip_score=1.0)
     with pytest.raises(InputError, match="no rows to train on; loosen the filters"):
         make_loader(dataset, Part(open_store(dataset), training))
+
+
+@pytest.mark.parametrize(("weight", "rows", "least"), [(0.005, ROWS, "0.019"), (0.5, 1, "1"), (0.1, 3, "0.33")])
+def test_a_dataset_of_which_no_row_would_come_is_an_error(
+    dataset: Path, tmp_path: Path, tiny_clip: Path, weight: float, rows: int, least: str
+) -> None:
+    small = write_dataset(tmp_path / "small", tiny_clip, rows=rows)
+    parts = (Part(open_store(dataset), everything(dataset)), Part(open_store(small), everything(small), weight))
+    with pytest.raises(InputError, match=rf"small={weight}: of its {rows} rows none would .* at least {least}$"):
+        make_loader(dataset, *parts)
+    make_loader(dataset, parts[0], Part(open_store(small), everything(small), float(least)))
+
+
+def test_a_batch_knows_how_large_it_is_and_of_large_ones_few_are_kept(dataset: Path) -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    (small, *_) = make_loader(dataset).epoch(0)
+    features = FeatureShape(embed_dim=768, num_patches=64, patch_dim=1024)
+    large = OpenBatch(BatchShape(features=features, batch_size=1024, max_length=20)).close(epoch=0, step=0, last=False)
+    assert small.nbytes < 1e6 < large.patch_features.nbytes < large.nbytes < 1.02 * large.patch_features.nbytes
+    assert (_check_steps(gpu, small), _check_steps(gpu, large)) == (GPU_CHECK_STEPS, 3)
+    assert _check_steps(cpu, small) == _check_steps(cpu, large) == 1
 
 
 def test_uneven_division_among_workers_is_refused(dataset: Path) -> None:
