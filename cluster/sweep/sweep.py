@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -300,16 +301,18 @@ class _Recorder(ray.tune.Callback):
                 store.delete(key)
         self._add(TrialResult.of(result))
 
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Said here, for of a user's error Ray's own traceback is left out."""
+        log.warning("a trial is tried again: %s (%s)", _why(trial), _settings_text(trial.config[OVERRIDES]))
+
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Nothing is recorded: --resume tries it again."""
-        lines = str(trial.get_error() or "its process was lost").strip().splitlines()
-        reason = lines[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
         history = self._history[trial.trial_id]
         self._add(
             TrialResult(
                 overrides=trial.config[OVERRIDES],
                 status="crashed",
-                reason=reason,
+                reason=_why(trial),
                 history=tuple(history),
                 seconds=math.nan,
             )
@@ -320,9 +323,19 @@ class _Recorder(ray.tune.Callback):
 
     def _add(self, result: TrialResult) -> None:
         self._results[trial_id(result.overrides)] = result
-        settings = ", ".join(f"{name} {_short(value)}" for name, value in result.overrides.items())
+        settings = _settings_text(result.overrides)
         found = f"CIDEr {result.best['CIDEr']:.4f}" if result.best else result.reason
         log.info("trial %d of %d %s: %s (%s)", len(self._results), self._total, result.status, found, settings)
+
+
+def _why(trial: Any) -> str:
+    """The last line of what ended a trial of Ray Tune: of its local file, for the one below OUT is a failure behind."""
+    said = Path(trial.error_file).read_text() if trial.error_file else "its process was lost"
+    return said.strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
+
+
+def _settings_text(overrides: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_short(value)}" for name, value in overrides.items())
 
 
 def _short(value: Any) -> str:

@@ -146,11 +146,18 @@ def test_what_may_be_mended_is_no_failure_of_the_settings(data: Path, tune: Tune
     assert tune.result()["status"] == "finished"
 
 
-def test_why_a_trial_crashed_is_the_users_error_in_one_line(tune: Tune) -> None:
+def test_why_a_trial_crashed_is_the_users_error_in_one_line(
+    tune: Tune, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     said = (
         "ray::ImplicitFunc.train()\n  File trial.py\npcm.errors.InputError: s3://out: access refused (AccessDenied)\n"
     )
-    trial: Any = SimpleNamespace(trial_id="1", config={OVERRIDES: SETTINGS}, get_error=lambda: said)
+    trial: Any = SimpleNamespace(trial_id="1", config={OVERRIDES: SETTINGS}, error_file=str(tmp_path / "error.txt"))
+    (tmp_path / "error.txt").write_text(said)
+    tune.driver.on_trial_recover(0, [], trial)
+    assert caplog.messages == [
+        "a trial is tried again: s3://out: access refused (AccessDenied) (lr_factor 0.4, seed 1)"
+    ]
     tune.driver.on_trial_error(0, [], trial)
     (result,) = tune.driver.results()
     assert (result.status, result.reason) == ("crashed", "s3://out: access refused (AccessDenied)")
