@@ -553,7 +553,7 @@ MUTANTS = (
     ),
     Mutant(
         "a store that does not answer while weights are fetched leaves nobody out at once",
-        "cluster/generation/stages/loading.py", "isinstance(error, InputError) and not error.passes",
+        "cluster/generation/stages/loading.py", "isinstance(error, OneLineError) and not error.passes",
         "isinstance(error, InputError)",
         ("tests/cluster/generation/stages/test_loading.py",),
     ),

@@ -37,6 +37,7 @@ from pcm.official.files import (
 )
 from pcm.official.state_dict import POSITION_KEY, position_rounding
 from pcm.text.vocabulary import Vocabulary
+from tests.helpers.faulty_proxy import faulty_proxy
 from tests.helpers.paths import DATA, ROOT
 from tests.helpers.published import make_complete_dataset
 from tests.helpers.seaweedfs import BUCKET
@@ -322,6 +323,27 @@ def test_an_import_from_and_to_an_object_store(exported, tmp_path, tiny_clip, ca
     assert open_store(again).read_bytes("features/sd_sp0/6000000.npz") == store.read_bytes(
         "features/sd_sp0/6000000.npz"
     )
+
+
+@pytest.mark.parametrize("refused", ["images/sd_sp0/6000001.jpg", "features/sd_sp0/6000001.npz"])
+def test_a_store_that_refuses_ends_the_import_and_is_no_bad_file(
+    refused, exported, tmp_path, tiny_clip, call_job, s3, monkeypatch
+):
+    bucket, out = f"s3://{BUCKET}/refused", tmp_path / "out"
+    with faulty_proxy(s3.ports["s3.port"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        store = open_store(bucket)
+        for path in (path for path in exported.rglob("*") if path.is_file()):
+            store.write_bytes(path.relative_to(exported).as_posix(), path.read_bytes())
+        proxy.fail("status", path=refused, status=403, code="ExpiredToken")
+        result = call_job("import_official", *arguments(bucket, out, tiny_clip))
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert f"{refused.rpartition('/')[2]}: access refused (ExpiredToken 403)" in result.stderr
+        assert not quarantined(open_store(out))
+        proxy.heal()
+        result = call_job("import_official", *arguments(bucket, out, tiny_clip))
+    assert result.returncode == 0, result.stderr
+    assert (result.summary["stored"], result.summary["quarantined"]) == (7, 0)
 
 
 class Command:
