@@ -113,17 +113,16 @@ class Store:
         if self.is_local:
             self._with_retries(key, lambda: _write_file(self.path(key), data))
             return
-        try:
-            self._with_retries(key, lambda: self._put(self.path(key), data))
-        except FileNotFoundError:  # gcsfs; a put needs nothing but the bucket
-            raise no_bucket(f"{self.root}/{key}") from None
+        options = {"chunksize": LARGEST_PUT} if "s3" in _protocols(self._single) else {}
+        self._upload(key, len(data), lambda wait: self._single.pipe_file(self.path(key), data, **wait, **options))
 
     def put_file(self, key: str, path: Path) -> None:
         """Put a file of any size as one object, without having it in memory: whole or not there."""
         if self.is_local:
             self._with_retries(key, lambda: _copy_file(path, self.path(key)))
-        else:
-            self._with_retries(key, lambda: self._single.put_file(str(path), self.path(key)))
+            return
+        size = path.stat().st_size
+        self._upload(key, size, lambda wait: self._single.put_file(str(path), self.path(key), **wait))
 
     def exists(self, key: str) -> bool:
         try:
@@ -188,14 +187,16 @@ class Store:
         copy.seek(0)
         return cast(BinaryIO, copy)
 
-    def _put(self, path: str, data: bytes) -> None:
-        options: dict = {}
+    def _upload(self, key: str, size: int, put: Callable[[dict[str, float]], object]) -> None:
+        """Call `put`, which sends so many bytes, with the options that limit how long it may take."""
+        wait: dict[str, float] = {}
         if isinstance(self._single, AsyncFileSystem):
             # The client library waits for ever for a server that does not say 100 Continue, or stops reading the body.
-            options["timeout"] = 2 * _timeout_seconds() + len(data) / SLOWEST_UPLOAD
-        if "s3" in _protocols(self._single):
-            options["chunksize"] = LARGEST_PUT
-        self._single.pipe_file(path, data, **options)
+            wait["timeout"] = 2 * _timeout_seconds() + size / SLOWEST_UPLOAD
+        try:
+            self._with_retries(key, lambda: put(wait))
+        except FileNotFoundError:  # gcsfs; a put needs nothing but the bucket
+            raise no_bucket(f"{self.root}/{key}") from None
 
     def _find(self, prefix: str) -> Iterator[str]:
         if self.is_local:

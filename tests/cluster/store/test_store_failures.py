@@ -1,7 +1,9 @@
 """A store that refuses or does not answer says nothing of what lies there: no damage, no bad picture, no absence."""
 
+import socketserver
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from cluster.evaluation.captioning import _local
 from cluster.generation.repair import _drop_damaged_manifest
 from cluster.ingest.photos import PhotoShards
 from cluster.sources.pictures import PictureSource, find_pictures, load_picture_set
+from cluster.store import store as store_module
 from cluster.store.store import Store, open_store
 from cluster.training.data.arriving import finished_manifest
 from pcm.errors import StoreFailure
@@ -39,6 +42,59 @@ def place(s3: S3Server, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, req
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     monkeypatch.setenv("PCM_STORE_RETRY_SECONDS", "0")
     return f"{s3.uri}/failures/{abs(hash(request.node.name))}"
+
+
+@contextmanager
+def stalled_server() -> Iterator[str]:
+    """The address of a server that reads the head of each request, asks for its body, and reads no further."""
+
+    class Stalled(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                if not (read := self.request.recv(1)):
+                    return
+                head += read
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            over.wait()
+
+    over = threading.Event()
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Stalled) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        over.set()
+        server.shutdown()
+
+
+def failure_of(put: Callable[[], None]) -> str:
+    """What a call that may never end raises within a minute."""
+    said: list[str] = []
+
+    def call() -> None:
+        try:
+            put()
+        except StoreFailure as failure:
+            said.append(str(failure))
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(60)
+    return "".join(said)
+
+
+def test_an_upload_that_a_server_stops_reading_ends(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PCM_STORE_TIMEOUT_SECONDS", "0.2")
+    monkeypatch.setenv("PCM_STORE_RETRY_SECONDS", "0")
+    monkeypatch.setattr(store_module, "SLOWEST_UPLOAD", 2**40)
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(16 << 20))  # more than the buffers of a connection hold
+    with stalled_server() as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        store = open_store(f"{s3.uri}/stalled")
+        for put in (lambda: store.put_file("k", file), lambda: store.write_bytes("k", file.read_bytes())):
+            assert "the store did not answer properly" in failure_of(put)
 
 
 @pytest.mark.parametrize(("code", "status"), FAULTS)
