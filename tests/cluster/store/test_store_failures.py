@@ -61,9 +61,11 @@ def stalled_server() -> Iterator[str]:
     over = threading.Event()
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Stalled) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        over.set()
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            over.set()
+            server.shutdown()
 
 
 def failure_of(put: Callable[[], None]) -> str:
