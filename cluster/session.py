@@ -19,7 +19,7 @@ from typing import Any
 import ray
 
 from cluster.ray_state import free_resources
-from pcm.errors import InputError, first_line
+from pcm.errors import InputError, OneLineError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -156,20 +156,20 @@ def is_joined() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-def user_error(error: BaseException) -> InputError | None:
-    """The InputError that a worker raised, somewhere down the chain of causes that Ray wraps around it."""
+def user_error(error: BaseException) -> OneLineError | None:
+    """What a worker raised that ends a job in one line, somewhere down the chain of causes that Ray wraps around it."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
         seen.add(id(link))
-        if isinstance(link, InputError) and not isinstance(
+        if isinstance(link, OneLineError) and not isinstance(
             link, ray.exceptions.RayError
         ):  # Ray's copy has its traceback
             return link
         link = getattr(link, "cause", None) or link.__cause__
     # Of an actor that could not start, Ray keeps the text alone.
-    raised = re.findall(r"^pcm\.errors\.InputError: (.+)$", str(error), re.MULTILINE)
-    return InputError(raised[-1]) if raised else None
+    raised = re.findall(r"^pcm\.errors\.(?:InputError|StoreFailure): (.+)$", str(error), re.MULTILINE)
+    return OneLineError(raised[-1]) if raised else None
 
 
 def is_no_user_error(record: logging.LogRecord) -> bool:

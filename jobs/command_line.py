@@ -23,7 +23,7 @@ from cluster.options import Option, Request, flag, options_of
 from jobs.endings import STDOUT, StopSignals, flush_streams, open_streams, print_summary, say, use_utf8
 from pcm.credentials import refuse_credentials
 from pcm.documents import read_document
-from pcm.errors import InputError, one_line
+from pcm.errors import InputError, OneLineError, StoreFailure, one_line
 
 _CONFIG = "--config"
 _WIDTH = 78  # of paragraphs in --help
@@ -71,6 +71,8 @@ class Job:
     def _main(self, argv: Sequence[str] | None) -> None:
         try:
             request = self.read(sys.argv[1:] if argv is None else argv)
+        except StoreFailure as error:
+            end_with_error(str(error))
         except InputError as error:
             end_with_error(f"{error} (see `{self.command} --help`)")
         set_up_logging()
@@ -78,7 +80,7 @@ class Job:
             try:
                 _check_outputs(request)
                 summary = self.run(request)
-            except InputError as error:
+            except OneLineError as error:
                 end_with_error(str(error))
             flush_streams()
             print_summary(json.dumps(summary, allow_nan=False))

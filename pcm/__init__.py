@@ -19,6 +19,7 @@ _PUBLIC = {
     "Vocabulary": "pcm.text.vocabulary",
     "ConceptVocabulary": "pcm.text.concepts",
     "InputError": "pcm.errors",
+    "StoreFailure": "pcm.errors",
 }
 
 __all__ = sorted(_PUBLIC)

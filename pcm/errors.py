@@ -1,13 +1,11 @@
-"""The one error a user can cause, and what any error says in one line."""
+"""The errors that end a job in one line, and what any error says in one line."""
 
 import difflib
 from collections.abc import Iterable
 
 
-class InputError(ValueError):
-    """A value the user gave cannot be used.
-
-    The message is one line: the value, what is allowed, what to do. Jobs print it and exit with status 2.
+class OneLineError(Exception):
+    """What ends a job in one line: the message. Jobs print it and exit with status 2.
 
     passes: it may be over without the user, as where a store does not answer: worth another try, later or elsewhere.
     """
@@ -15,6 +13,17 @@ class InputError(ValueError):
     def __init__(self, message: str, *, passes: bool = False) -> None:
         super().__init__(message)
         self.passes = passes
+
+
+class InputError(OneLineError, ValueError):
+    """A value the user gave cannot be used. The message is the value, what is allowed, what to do."""
+
+
+class StoreFailure(OneLineError):
+    """A store or a disk refuses, is full or does not answer: nothing is known of what lies there.
+
+    No InputError and no ValueError: who takes these for a damaged object must not take this for one.
+    """
 
 
 def not_known(what: str, value: object, allowed: Iterable[str], *, why: str = "not known") -> InputError:

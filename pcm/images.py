@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pcm.errors import InputError
 
@@ -69,16 +69,34 @@ def open_image(source: str | Path | bytes, *, name: str | None = None) -> Image.
                         "the other; crop the picture first"
                     )
                 image.load()
-                return _on_white(_in_8_bits(ImageOps.exif_transpose(image)))
+                return _on_white(_in_8_bits(_upright(image)))
     except FileNotFoundError:
         raise InputError(f"{label}: no such file; give the path of a picture") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(f"{label}: over {MAX_PIXELS:,} pixels; resize the picture first") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # what a decoder raises depends on what is damaged: struct.error, TypeError, ...
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else f"cannot be decoded ({error})"
         raise InputError(f"{label}: {reason}; give a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file") from None
+
+
+_T = Image.Transpose
+#: What an EXIF orientation asks for; 1 is upright.
+_TURNS = {
+    2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270,
+    7: _T.TRANSVERSE, 8: _T.ROTATE_90,
+}  # fmt: skip
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says. Pillow's own exif_transpose writes the EXIF anew, which fails where a field has an odd
+    type, as some cameras write it."""
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # EXIF that cannot be read says nothing
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from cluster.dataset.lineage import PictureStore
 from cluster.dataset.state import state_digest
 from cluster.store.store import Store, join, open_store
-from pcm.errors import InputError
+from pcm.errors import OneLineError
 
 
 def way_to(view: str, dataset: str) -> str | None:
@@ -54,7 +54,7 @@ def _parent(address: str) -> str:
 def _digest(place: str, key: str) -> str:
     try:
         return state_digest(open_store(place).read_bytes(key))
-    except (FileNotFoundError, NotADirectoryError, InputError):
+    except (FileNotFoundError, NotADirectoryError, OneLineError):
         return ""
 
 
@@ -63,5 +63,5 @@ def is_there(place: str, documents: tuple[str, str]) -> bool:
     try:
         store = open_store(place)
         return any(store.exists(key) for key in documents)
-    except InputError:  # a store that cannot be asked from here
+    except OneLineError:  # a store that cannot be asked from here
         return False

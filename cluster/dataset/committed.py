@@ -21,7 +21,7 @@ import numpy as np
 from cluster.dataset.layout import Manifest, Plan, StoredShard, group_key, shard_key, stats_key
 from cluster.dataset.row_index import index_of_texts, store_row_index
 from cluster.store.store import Store
-from pcm.errors import InputError
+from pcm.errors import InputError, OneLineError
 from pcm.records import FeatureShape
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class CommittedShards:
                     store_row_index(
                         self._store, shard // GROUP, [_stored(each) for each in group], index_of_texts(texts)
                     )
-            except InputError as error:  # the manifest will ask for the same stats: time enough to fail then
+            except OneLineError as error:  # the manifest will ask for the same stats: time enough to fail then
                 log.warning("%s", error)
 
 

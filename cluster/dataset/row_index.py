@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from cluster.dataset.layout import StoredShard, row_index_key
 from cluster.dataset.rows import read_shard, scores_of
 from cluster.store.store import Store
-from pcm.errors import InputError, first_line
+from pcm.errors import StoreFailure, first_line
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def row_index(
     if keep:
         try:
             store_row_index(store, group, shards, made)
-        except InputError as error:  # a dataset may be there to read only
+        except StoreFailure as error:  # a dataset may be there to read only
             log.info("the index is not kept: %s", error)
     return made
 

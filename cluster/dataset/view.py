@@ -50,7 +50,7 @@ from cluster.dataset.view_part import PictureShard, ViewPart, part_table
 from cluster.shard_work import PROCESS, ShardWork, shard_work
 from cluster.store.store import Store, open_store
 from pcm.documents import document_bytes
-from pcm.errors import InputError
+from pcm.errors import InputError, OneLineError
 from pcm.generation.names import SEVERAL
 from pcm.line_timer import LineTimer
 from pcm.records import SCHEMA_VERSION, STORED, VIEW_SCHEMA, FeatureShape, shard_schema
@@ -180,7 +180,7 @@ def claim(
 ) -> Manifest | None:
     """Begin a view whose rows have still to be found: what `write_view` says first, for a method that puts work of its
     own below `out` meanwhile. The manifest where the view is there already. check: called where it is not, once
-    LINEAGE_KEY lies there; of a check that raises InputError nothing stays.
+    LINEAGE_KEY lies there; of a check that raises OneLineError nothing stays.
 
     Raises InputError where `out` holds anything else.
     """
@@ -190,7 +190,7 @@ def claim(
         out.write_bytes(LINEAGE_KEY, document_bytes(document))
         try:
             check()
-        except InputError:
+        except OneLineError:
             if is_new:
                 out.delete(LINEAGE_KEY)
             raise

@@ -20,6 +20,7 @@ from cluster.export.request import DATASET, ExportRequest
 from cluster.export.source import Format, Source
 from cluster.export.webdataset import WebDataset
 from cluster.shard_work import ShardWork, shard_work
+from cluster.store.outputs import put_captioner
 from cluster.store.store import Store, open_store
 from pcm.documents import document_bytes
 from pcm.errors import InputError
@@ -46,10 +47,7 @@ def export(request: ExportRequest) -> dict:
     assert request.checkpoint is not None
     with local_checkpoint(request.checkpoint) as folder:
         files = export_checkpoint(folder)
-    if foreign := sorted(set(out.list()) - set(files)):
-        raise InputError(f"--out {request.out}: holds other things ({foreign[0]}); give an empty place")
-    for name, data in files.items():
-        out.write_bytes(name, data)
+    put_captioner(out, files)
     return {"files": sorted(files), "bytes": sum(map(len, files.values())), "out": request.out}
 
 
@@ -115,6 +113,10 @@ def _begun(out: Store, document: dict) -> bool:
         if out.list():
             raise InputError(f"--out {out.root}: not empty and no export; give an empty place") from None
         return False
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"--out {out.root}: its {EXPORT_KEY} is damaged or no export's; give an empty place")
     for name, value in document.items():
         if name != "complete" and found.get(name) != value:
             raise InputError(

@@ -43,7 +43,7 @@ from cluster.generation.stages.scorer import Scorer
 from cluster.generation.telemetry import Telemetry
 from cluster.session import user_error
 from cluster.store.store import Store
-from pcm.errors import InputError
+from pcm.errors import InputError, OneLineError
 from pcm.records import FeatureShape
 
 log = logging.getLogger(__name__)
@@ -301,7 +301,7 @@ def _let_turns_end(rows: Iterator[dict], monitor: ActorHandle) -> None:
     """
     if ray.get(monitor.busy.remote()):
         return
-    said: list[InputError] = []
+    said: list[OneLineError] = []
 
     def end() -> None:
         try:

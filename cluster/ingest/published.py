@@ -29,7 +29,7 @@ from cluster.dataset.layout import (
     read_table,
 )
 from cluster.dataset.plan import make_plan
-from cluster.dataset.vocabularies import planned_captions
+from cluster.dataset.vocabularies import planned_captions, safetensors_metadata
 from cluster.generation.made_by import tell_encoder
 from cluster.generation.pinning import clip_of_given_features, clip_spec, resolve_device, resolve_dtype
 from cluster.generation.pipeline import write_manifest
@@ -42,6 +42,7 @@ from cluster.ingest.shards import counts, import_shards, picture_size, sample_ro
 from cluster.sources.concept_file import read_concepts
 from cluster.sources.published_annotations import AnnotationCorpus, CaptionFile
 from cluster.sources.published_folders import PublishedFolders
+from cluster.store.outputs import put_captioner
 from cluster.store.store import Store, join, local_copy, open_store, read_uri
 from cluster.weights.node_copy import local_clip
 from pcm.captioners.captioner import MODEL_FILE
@@ -110,8 +111,6 @@ def import_captioner(request: ImportRequest, checkpoint: str) -> dict[str, Any]:
     Raises InputError when a file is unreadable, unsafe or no PCM-Net, or OUT holds something else.
     """
     assert request.concepts is not None
-    store = open_store(request.out)
-    others = sorted(set(store.list()))
     with local_copy(checkpoint) as path:
         files = import_checkpoint(
             path,
@@ -120,10 +119,7 @@ def import_captioner(request: ImportRequest, checkpoint: str) -> dict[str, Any]:
             clip=clip_of_given_features(request.clip).identity(),
             settings=dict(request.settings),
         )
-    if foreign := sorted(set(others) - set(files)):
-        raise InputError(f"--out {request.out}: holds other things ({foreign[0]}); give an empty place")
-    for name, data in files.items():
-        store.write_bytes(name, data)
+    put_captioner(open_store(request.out), files)
     log.info("imported %s", checkpoint)
     return {"checkpoint": request.out, "model": join(request.out, MODEL_FILE), "bytes": sum(map(len, files.values()))}
 
@@ -222,8 +218,9 @@ def _clip_to_load(request: ImportRequest) -> ClipSpec:
 def _store_clip_files(store: Store, plan: Plan, request: ImportRequest, found: FeatureShape | None) -> FeatureShape:
     """Put concepts and CLIP head on the store; the shape of the dataset's features.
 
-    The CLIP itself is loaded only where one of them, or the features, are not given. Raises InputError when the parts
-    do not belong together.
+    The CLIP itself is loaded only where one of them, or the features, are not given. Concepts that are not given are
+    those that the dataset was begun with. Raises InputError when the parts do not belong together, or the dataset was
+    begun with others.
     """
     spec = plan.spec.clip
     encoder = None
@@ -236,8 +233,11 @@ def _store_clip_files(store: Store, plan: Plan, request: ImportRequest, found: F
         raise InputError(
             f"--clip {request.clip}: gives no patches in the joint space; give the CLIP that made the features"
         )
+    begun = _begun_with(store)
     if request.concepts is not None:
         concepts = read_concepts(request.concepts)
+    elif CONCEPTS_KEY in begun:
+        concepts = ConceptVocabulary.from_bytes(begun[CONCEPTS_KEY])
     else:
         assert encoder is not None
         concepts = ConceptVocabulary.build(planned_captions(store, plan), encoder, at_least=0)
@@ -250,9 +250,31 @@ def _store_clip_files(store: Store, plan: Plan, request: ImportRequest, found: F
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise InputError(f"sizes (D_v, D) differ: {listed}; give features, concepts and CLIP of one model")
     metadata = {"features": json.dumps(vars(shape)), "clip": spec.model}
-    store.write_bytes(CONCEPTS_KEY, concepts.to_bytes())
-    store.write_bytes(CLIP_HEAD_KEY, safetensors.torch.save(head, metadata))
+    made = {CONCEPTS_KEY: concepts.to_bytes(), CLIP_HEAD_KEY: safetensors.torch.save(head, metadata)}
+    for key, option in ((CONCEPTS_KEY, "--concepts"), (CLIP_HEAD_KEY, "--clip-head")):
+        if key not in begun:
+            store.write_bytes(key, made[key])
+        elif not _same_tensors(made[key], begun[key]):
+            raise InputError(
+                f"{store.root}: was begun with another {key}; give the same {option} as then, or another --out"
+            )
     return shape
+
+
+def _begun_with(store: Store) -> dict[str, bytes]:
+    """Concepts and CLIP head that are on the store."""
+    return {key: store.read_bytes(key) for key in (CONCEPTS_KEY, CLIP_HEAD_KEY) if store.exists(key)}
+
+
+def _same_tensors(one: bytes, other: bytes) -> bool:
+    """Whether two safetensors files say the same: their metadata come in any order. False where one is damaged."""
+    try:
+        if safetensors_metadata(one) != safetensors_metadata(other):
+            return False
+        ours, theirs = safetensors.torch.load(one), safetensors.torch.load(other)
+    except (safetensors.SafetensorError, ValueError):
+        return False
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def _published_head(uri: str) -> dict[str, torch.Tensor]:

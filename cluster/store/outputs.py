@@ -1,5 +1,6 @@
-"""Where a job may write: checked before it begins, so that a place that cannot hold its result costs no work."""
+"""Where a job may write: checked before anything is put, so that a place that cannot hold its result costs no work."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -43,3 +44,18 @@ def _check_local(store: Store, uri: str, kind: Literal["folder", "file"], *, sho
             if not place.is_dir():
                 raise InputError(f"{shown} {uri}: {place} is a file, not a folder; give another place")
             return
+
+
+def put_captioner(out: Store, files: Mapping[str, bytes]) -> None:
+    """Put the files of a captioner where nothing is, or where some of them are already.
+
+    Raises InputError, and writes nothing, where OUT holds anything else, another captioner too.
+    """
+    there = set(out.list())
+    if foreign := sorted(there - files.keys()):
+        raise InputError(f"--out {out.root}: holds other things ({foreign[0]}); give an empty place")
+    if other := next((name for name in files if name in there and out.read_bytes(name) != files[name]), None):
+        raise InputError(f"--out {out.root}: holds another captioner ({other} is another); give an empty place")
+    for name, data in files.items():
+        if name not in there:
+            out.write_bytes(name, data)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from pcm.errors import InputError
+from pcm.errors import StoreFailure
 from pcm.line_timer import LineTimer
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def with_retries(operation: Callable[[], T], *, place: str) -> T:
     """Run an operation, again and again while the store fails in ways that pass.
 
     Pauses double from 0.2 s to 15 s, with jitter, for up to PCM_STORE_RETRY_SECONDS (300) since the first failure;
-    one line is logged at the first failure of a process and every 30 s. Raises InputError when that time is over (one
+    one line is logged at the first failure of a process and every 30 s. Raises StoreFailure when that time is over (one
     that `passes`), when the disk or quota is full, when access is refused and when the bucket does not exist; whatever
     else `operation` raises, FileNotFoundError too, passes unchanged.
     """
@@ -111,9 +111,9 @@ def with_retries(operation: Callable[[], T], *, place: str) -> T:
             if fault.kind == "other":
                 raise
             if fault.kind != "transient":
-                raise InputError(_advice(fault, place)) from None
+                raise StoreFailure(_advice(fault, place)) from None
             if (left := patience.left()) <= 0:
-                raise InputError(
+                raise StoreFailure(
                     f"{place}: the store did not answer properly for {patience.spent:.0f} s ({fault.what}); "
                     "rerun the same command when it does: it resumes",
                     passes=True,
@@ -177,8 +177,8 @@ class _Patience:
         self._pause = min(self._pause * 2, LONGEST_PAUSE)
 
 
-def no_bucket(place: str) -> InputError:
-    return InputError(
+def no_bucket(place: str) -> StoreFailure:
+    return StoreFailure(
         f"{place}: no such bucket; create it, or correct the URI, the endpoint (of S3 AWS_ENDPOINT_URL) or the region"
     )
 

@@ -20,6 +20,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from errno import ELOOP, ENAMETOOLONG
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -113,31 +114,24 @@ class Store:
         if self.is_local:
             self._with_retries(key, lambda: _write_file(self.path(key), data))
             return
-        try:
-            self._with_retries(key, lambda: self._put(self.path(key), data))
-        except FileNotFoundError:  # gcsfs; a put needs nothing but the bucket
-            raise no_bucket(f"{self.root}/{key}") from None
+        options = {"chunksize": LARGEST_PUT} if "s3" in _protocols(self._single) else {}
+        self._upload(key, len(data), lambda wait: self._single.pipe_file(self.path(key), data, **wait, **options))
 
     def put_file(self, key: str, path: Path) -> None:
         """Put a file of any size as one object, without having it in memory: whole or not there."""
         if self.is_local:
             self._with_retries(key, lambda: _copy_file(path, self.path(key)))
-        else:
-            self._with_retries(key, lambda: self._single.put_file(str(path), self.path(key)))
+            return
+        size = path.stat().st_size
+        self._upload(key, size, lambda wait: self._single.put_file(str(path), self.path(key), **wait))
 
     def exists(self, key: str) -> bool:
-        try:
-            self._info(key)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
+        return self._info_if_there(key) is not None
 
     def is_file(self, key: str = "") -> bool:
         """Whether there is an object, and not only a folder, at a key; "" is the store's own path."""
-        try:
-            return self._info(key)["type"] == "file"
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+        info = self._info_if_there(key)
+        return info is not None and info["type"] == "file"
 
     def size(self, key: str) -> int:
         """Bytes of the object. Raises FileNotFoundError."""
@@ -161,6 +155,14 @@ class Store:
 
     def _info(self, key: str) -> dict[str, Any]:
         return self._with_retries(key, lambda: self._single.info(self.path(key)))
+
+    def _info_if_there(self, key: str) -> dict[str, Any] | None:
+        try:
+            return self._info(key)
+        except OSError as error:
+            if not _is_absent(error):
+                raise
+            return None
 
     def _open_remote(self, key: str) -> ObjectFile:
         path, info = self.path(key), self._info(key)
@@ -188,14 +190,16 @@ class Store:
         copy.seek(0)
         return cast(BinaryIO, copy)
 
-    def _put(self, path: str, data: bytes) -> None:
-        options: dict = {}
+    def _upload(self, key: str, size: int, put: Callable[[dict[str, float]], object]) -> None:
+        """Call `put`, which sends so many bytes, with the options that limit how long it may take."""
+        wait: dict[str, float] = {}
         if isinstance(self._single, AsyncFileSystem):
             # The client library waits for ever for a server that does not say 100 Continue, or stops reading the body.
-            options["timeout"] = 2 * _timeout_seconds() + len(data) / SLOWEST_UPLOAD
-        if "s3" in _protocols(self._single):
-            options["chunksize"] = LARGEST_PUT
-        self._single.pipe_file(path, data, **options)
+            wait["timeout"] = 2 * _timeout_seconds() + size / SLOWEST_UPLOAD
+        try:
+            self._with_retries(key, lambda: put(wait))
+        except FileNotFoundError:  # gcsfs; a put needs nothing but the bucket
+            raise no_bucket(f"{self.root}/{key}") from None
 
     def _find(self, prefix: str) -> Iterator[str]:
         if self.is_local:
@@ -343,7 +347,9 @@ def _find_files(root: str, prefix: str) -> Iterator[str]:
         try:
             status = os.stat(path)
             entries = os.scandir(path)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if not _is_absent(error):
+                raise
             continue
         with entries:
             if (status.st_dev, status.st_ino) in read:
@@ -356,6 +362,11 @@ def _find_files(root: str, prefix: str) -> Iterator[str]:
                         folders.append(key)
                 elif key.startswith(prefix):
                     yield key
+
+
+def _is_absent(error: OSError) -> bool:
+    """Whether it says that nothing has this name: also of one that no file can have, such as a sentence."""
+    return isinstance(error, (FileNotFoundError, NotADirectoryError)) or error.errno in (ENAMETOOLONG, ELOOP)
 
 
 def is_uri(text: str) -> bool:
@@ -380,7 +391,9 @@ def read_uri(uri: str | os.PathLike) -> bytes:
     store = open_store(uri)
     try:
         return store.read_bytes("")
-    except (FileNotFoundError, IsADirectoryError):
+    except OSError as error:
+        if not (_is_absent(error) or isinstance(error, IsADirectoryError)):
+            raise
         raise InputError(f"{os.fspath(uri)}: no such file; give an existing path or URI") from None
 
 
@@ -394,7 +407,7 @@ def local_copy(uri: str | os.PathLike) -> Iterator[Path]:
     store = open_store(uri)
     if store.is_local:
         path = Path(store.prefix)
-        if not path.exists():
+        if not store.exists(""):
             raise InputError(f"{os.fspath(uri)}: no such file or folder; give an existing path or URI")
         yield path
         return

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pcm.errors import InputError
+from pcm.errors import StoreFailure
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -14,12 +14,12 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 def named_temporary_folder() -> Iterator[None]:
     """Around what writes temporary files and nothing else: a disk that is full is said to be that folder's.
 
-    Raises InputError there, and where no folder for temporary files can be written at all.
+    Raises StoreFailure there, and where no folder for temporary files can be written at all.
     """
     try:
         folder = tempfile.gettempdir()
     except FileNotFoundError:
-        raise InputError(
+        raise StoreFailure(
             "no folder for temporary files can be written, neither TMPDIR's nor /tmp; name one with TMPDIR that can"
         ) from None
     try:
@@ -27,7 +27,7 @@ def named_temporary_folder() -> Iterator[None]:
     except Exception as error:
         if not _is_full(error):
             raise
-        raise InputError(
+        raise StoreFailure(
             f"{folder}: the disk for temporary files is full; free space there, or name another folder with TMPDIR, "
             "and run the same command again"
         ) from None

@@ -24,7 +24,7 @@ from cluster.training.ray_trainer import CHECKPOINTS
 from cluster.training.run_spec import RunSpec
 from pcm.captioners.captioner import MODEL_FILE, captioner_files
 from pcm.captioners.pcmnet.model import PCMNet
-from pcm.errors import InputError, one_line
+from pcm.errors import InputError, OneLineError, one_line
 from pcm.generation.model_faults import is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class Checkpoints:
         """Load the last checkpoint that this run reported, or, where that is damaged, the newest before it that is not;
         at step 0, and nothing loaded, where none was reported. Every worker comes to the same one.
 
-        Raises InputError where all that are there are damaged, and for a store that does not give one.
+        Raises InputError where all that are there are damaged, and StoreFailure for a store that does not give one.
         """
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
@@ -192,7 +192,7 @@ class Checkpoints:
             try:
                 folder = Path(with_retries(lambda: stack.enter_context(copy()), place=place))
                 return with_retries(lambda: self._load(folder), place=place)
-            except InputError:
+            except OneLineError:
                 raise
             except Exception as error:  # what a cut file raises depends on where it is cut
                 if is_out_of_memory(error):

@@ -22,7 +22,7 @@ from cluster.ray_internals import (
 )
 from cluster.session import free_room, room_for, user_error
 from cluster.store.store import Store
-from pcm.errors import InputError
+from pcm.errors import InputError, OneLineError
 
 CHECKPOINTS = "checkpoints"
 
@@ -183,8 +183,8 @@ def ray_storage(out: Store) -> dict[str, Any]:
     }
 
 
-def worker_input_error(error: BaseException) -> InputError | None:
-    """The InputError that a worker raised, if that is why training failed."""
+def worker_input_error(error: BaseException) -> OneLineError | None:
+    """What a worker raised that ends a job in one line, if that is why training failed."""
     failures = getattr(error, "worker_failures", {}).values()
     return next((found for failure in failures if (found := user_error(failure))), None)
 

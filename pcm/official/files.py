@@ -41,6 +41,8 @@ ANNOTATIONS_END = pickle.STOP
 _MAX_VALUES = 1 << 24
 #: A global feature this near to unit length is one, rounded to half precision.
 _UNIT = 2e-3
+#: Characters of an image id; of the number that one is, digits.
+_LONGEST_NAME = 200
 _LEGACY_STORAGE = 0x1950A86A20F9469CFC6C, 1001
 
 
@@ -72,7 +74,7 @@ def read_annotation(value: Any, *, score_scale: float = CLIP_SCORE_SCALE) -> Ann
         raise InputError(f"no {', '.join(missing)}")
     image_id, split_id = value["image_id"], value.get("split_id")
     if isinstance(image_id, (int, np.integer)) and not isinstance(image_id, bool):
-        image_id = str(int(image_id))
+        image_id = str(int(image_id)) if abs(int(image_id)) < 10**_LONGEST_NAME else ""
     if not isinstance(image_id, str) or not _is_file_name(image_id):
         raise InputError("image_id must be a plain name, such as '6000000'")
     if isinstance(split_id, str) and re.fullmatch("[0-9]{1,6}", split_id):
@@ -88,13 +90,21 @@ def read_annotation(value: Any, *, score_scale: float = CLIP_SCORE_SCALE) -> Ann
 
 def _is_file_name(name: str) -> bool:
     """Whether a name can be the stem of a file and nothing else: it must lead out of no folder."""
-    return 0 < len(name) <= 200 and name.isprintable() and not set(name) & set("/\\:?*#%") and name.strip(". ") != ""
+    return (
+        0 < len(name) <= _LONGEST_NAME
+        and name.isprintable()
+        and not set(name) & set("/\\:?*#%")
+        and name.strip(". ") != ""
+    )
 
 
 def _numbers(value: Any) -> np.ndarray:
     """The array that a pickle's tensor, array, number or list of numbers holds; an empty one for anything else."""
     if isinstance(value, Tensor):
-        return value.numpy()
+        try:
+            return value.numpy()
+        except (TypeError, RuntimeError):  # bfloat16, sparse, quantised, ...
+            raise InputError(f"a tensor of {value.dtype}, {value.layout}: must be a plain one of numbers") from None
     # A list of lists may refer to one list a million times: it is not unrolled.
     if isinstance(value, list) and not all(isinstance(item, (int, float, np.generic)) for item in value):
         return np.empty(0)

@@ -100,6 +100,8 @@ def to_official(state: dict[str, Tensor], *, positions: bool = True) -> dict[str
 
 def _is_sinusoid(table: Tensor) -> bool:
     """Whether a published table (1, length, H) is the network's own, computed on any machine."""
+    if table.dim() != 3:
+        return False
     _, length, hidden_size = table.shape
     return bool(((table[0] - sinusoid(length, hidden_size)).abs() <= position_rounding(length)).all())
 
@@ -150,7 +152,7 @@ def config_from_state(official: dict[str, Tensor], **settings: Any) -> PCMNetCon
         patch_dim, embed_dim = official["visual_embed.proj"].shape
         num_patches = official["visual_embed.embeddings_pos"].shape[1] - 1
         intermediate_size = official["encoder.layers.0.intermediate.dense.weight"].shape[0]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise InputError(f"not a PCM-Net state dict: {error} is missing or has another shape") from None
     sizes: dict[str, Any] = {
         "vocab_size": vocab_size,

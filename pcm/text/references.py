@@ -7,6 +7,7 @@ caption of a corpus is; the pictures and their other references stay.
 import contextlib
 import io
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +82,7 @@ def load_coco_pictures(path: str | Path) -> dict[str, CocoPicture]:
             document = read_document(stream.read())
     except InputError:
         raise
-    except (ValueError, EOFError):  # not one document: jsonl under this name
+    except ValueError:  # not one document: jsonl under this name
         return {}
     images = document.get("images") if isinstance(document, dict) else None
     return {
@@ -94,15 +95,16 @@ def load_coco_pictures(path: str | Path) -> dict[str, CocoPicture]:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[io.BufferedReader]:
-    with path.open("rb", buffering=1 << 20) as raw:
-        yield open_gzip(raw, name=str(path)) if path.suffix == ".gz" else cast(io.BufferedReader, raw)
+    """A file of references, unpacked. What goes wrong in reading it inside is an InputError that names it."""
+    try:
+        with path.open("rb", buffering=1 << 20) as raw:
+            yield open_gzip(raw, name=str(path)) if path.suffix == ".gz" else cast(io.BufferedReader, raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: references cannot be read ({one_line(error)})") from error
 
 
 def _rows(path: Path) -> Iterator[CaptionRow]:
-    try:
-        with _open(path) as stream:
-            head = stream.peek(1 << 16)
-            format = detect_format(str(path).removesuffix(".gz"), head)
-            yield from read_rows(cast(BinaryIO, stream), format, name=str(path))
-    except (OSError, EOFError) as error:
-        raise InputError(f"{path}: references cannot be read ({one_line(error)})") from error
+    with _open(path) as stream:
+        head = stream.peek(1 << 16)
+        format = detect_format(str(path).removesuffix(".gz"), head)
+        yield from read_rows(cast(BinaryIO, stream), format, name=str(path))

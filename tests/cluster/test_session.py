@@ -30,7 +30,7 @@ from cluster.session import (
     waiting_for,
 )
 from jobs.endings import descendants
-from pcm.errors import InputError
+from pcm.errors import InputError, StoreFailure
 from tests.helpers.paths import ROOT
 from tests.helpers.waiting import Holds, wait_until
 
@@ -47,6 +47,10 @@ def test_an_input_error_is_found_under_what_ray_wraps_around_it() -> None:
     assert user_error(RayTaskError("read", "Traceback", other).as_instanceof_cause()) is other
     told = user_error(RuntimeError("Traceback\npcm.errors.InputError: no such model\n"))
     assert told is not None and str(told) == "no such model"
+    refused = StoreFailure("s3://b: access refused")
+    assert user_error(RayTaskError("read", "Traceback", refused)) is refused
+    told = user_error(RuntimeError("Traceback\npcm.errors.StoreFailure: s3://b: access refused\n"))
+    assert told is not None and str(told) == "s3://b: access refused"
     assert user_error(RayTaskError("draw", "Traceback", ValueError("a bug"))) is None
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cluster.dataset.layout import CLIP_HEAD_KEY, VOCABULARY_KEY, Manifest, Plan, load_manifest, shard_key
+from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY, Manifest, Plan, load_manifest, shard_key
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.together import check_same_clip
 from cluster.dataset.verify import verify
@@ -37,6 +37,7 @@ from pcm.official.files import (
 )
 from pcm.official.state_dict import POSITION_KEY, position_rounding
 from pcm.text.vocabulary import Vocabulary
+from tests.helpers.faulty_proxy import faulty_proxy
 from tests.helpers.paths import DATA, ROOT
 from tests.helpers.published import make_complete_dataset
 from tests.helpers.seaweedfs import BUCKET
@@ -338,6 +339,49 @@ def test_an_import_from_and_to_an_object_store(exported, tmp_path, tiny_clip, ca
     )
 
 
+def test_an_import_goes_on_with_the_concepts_and_the_head_that_it_began_with(exported, tmp_path, tiny_clip, call_job):
+    out = tmp_path / "out"
+    assert call_job("import_official", *arguments(exported, out, tiny_clip)).returncode == 0
+    before = {key: (out / key).read_bytes() for key in (CONCEPTS_KEY, CLIP_HEAD_KEY)}
+    names, embeddings = pickle.loads((exported / "concepts.pickle").read_bytes())
+    (tmp_path / "concepts.pickle").write_bytes(pickle.dumps((names, embeddings.flip(0))))
+    head = torch.load(exported / "clip_head.pth", weights_only=True)
+    head["model"]["visual_embed.proj"] += 1
+    torch.save(head, tmp_path / "head.pth")
+    for changed, said in (
+        ({"concepts": tmp_path / "concepts.pickle"}, rf"begun with another {CONCEPTS_KEY}; give the same --concepts"),
+        ({"clip_head": tmp_path / "head.pth"}, rf"begun with another {CLIP_HEAD_KEY}; give the same --clip-head"),
+    ):
+        result = call_job("import_official", *arguments(exported, out, tiny_clip, **changed))
+        assert result.returncode == 2 and said in result.stderr, result.stderr
+        assert {key: (out / key).read_bytes() for key in before} == before
+    for changed in ({}, {"concepts": None}):
+        result = call_job("import_official", *arguments(exported, out, tiny_clip, **changed))
+        assert result.returncode == 0 and result.summary["skipped"] == 7, result.stderr
+        assert {key: (out / key).read_bytes() for key in before} == before
+
+
+@pytest.mark.parametrize("refused", ["images/sd_sp0/6000001.jpg", "features/sd_sp0/6000001.npz"])
+def test_a_store_that_refuses_ends_the_import_and_is_no_bad_file(
+    refused, exported, tmp_path, tiny_clip, call_job, s3, monkeypatch
+):
+    bucket, out = f"s3://{BUCKET}/refused", tmp_path / "out"
+    with faulty_proxy(s3.ports["s3.port"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        store = open_store(bucket)
+        for path in (path for path in exported.rglob("*") if path.is_file()):
+            store.write_bytes(path.relative_to(exported).as_posix(), path.read_bytes())
+        proxy.fail("status", path=refused, status=403, code="ExpiredToken")
+        result = call_job("import_official", *arguments(bucket, out, tiny_clip))
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert f"{refused.rpartition('/')[2]}: access refused (ExpiredToken 403)" in result.stderr
+        assert not quarantined(open_store(out))
+        proxy.heal()
+        result = call_job("import_official", *arguments(bucket, out, tiny_clip))
+    assert result.returncode == 0, result.stderr
+    assert (result.summary["stored"], result.summary["quarantined"]) == (7, 0)
+
+
 class Command:
     def __init__(self, target: Path):
         self.target = target
@@ -398,6 +442,8 @@ def test_unknown_words_come_back_as_unknown_words():
         {"split_id": -1}, {"split_id": 1.5}, {"tokens_ids": np.ones((1, 2))}, {"tokens_ids": np.ones((1, 3), int)},
         {"tokens_ids": np.zeros((0, 2), int)}, {"target_ids": [[1, 2]]}, {"target_ids": "words"},
         {"clipscore": [1.0, 2.0]}, {"clipscore": np.nan}, {"clipscore": 3.0}, {"clipscore": "high"},
+        {"image_id": 10**5000}, {"tokens_ids": torch.ones(1, 2, dtype=torch.bfloat16)},
+        {"target_ids": torch.ones(1, 2, dtype=torch.int64).to_sparse()}, {"clipscore": torch.ones(1).bfloat16()},
     ],
 )  # fmt: skip
 def test_annotations_of_another_shape_are_refused(change):
@@ -465,8 +511,9 @@ def test_a_published_checkpoint_gives_the_published_captions_and_goes_back_uncha
     Image.new("RGB", (40, 30), "red").save(picture)
     assert call_job("caption", "--checkpoint", tmp_path / "ours", "--clip", clip, picture).returncode == 0
 
-    result = call_job("export", "--checkpoint", tmp_path / "ours", "--out", tmp_path / "back", "--to", "official")
-    assert result.returncode == 0, result.stderr
+    for _ in range(2):
+        result = call_job("export", "--checkpoint", tmp_path / "ours", "--out", tmp_path / "back", "--to", "official")
+        assert result.returncode == 0, result.stderr
     before = torch.load(published / "model.pth", weights_only=True)["model"]
     after = torch.load(tmp_path / "back" / "model.pth", weights_only=True)["model"]
     assert before.keys() == after.keys()
@@ -483,6 +530,17 @@ def test_a_published_checkpoint_gives_the_published_captions_and_goes_back_uncha
     assert call_job(*command).returncode == 0
     for name in (MODEL_FILE, CONCEPTS_FILE, VOCABULARY_FILE):
         assert (tmp_path / "ours2" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+
+    ours = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
+    command[10] = tmp_path / "ours"  # where another captioner is
+    result = call_job(*command)
+    assert result.returncode == 2 and "holds another captioner (config.json is another)" in result.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()} == ours
+    back = {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()}
+    (tmp_path / "back" / "vocabulary.txt").write_text("of another captioner\n")
+    result = call_job("export", "--checkpoint", tmp_path / "ours", "--out", tmp_path / "back", "--to", "official")
+    assert result.returncode == 2 and "holds another captioner (vocabulary.txt is another)" in result.stderr
+    assert (tmp_path / "back" / "model.pth").read_bytes() == back["model.pth"]
 
 
 def test_parts_of_different_runs_are_refused(tmp_path, call_job):

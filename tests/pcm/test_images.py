@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pcm.errors import InputError
 from pcm.images import (
@@ -129,6 +129,48 @@ CASES = DATA / "cases" / "images"
 def test_a_picture_is_turned_upright_as_its_camera_says() -> None:
     stored = np.asarray(Image.open(CASES / "exif_orientation3.jpg"))
     np.testing.assert_array_equal(np.asarray(open_image(CASES / "exif_orientation3.jpg")), stored[::-1, ::-1])
+
+
+def exif(*fields: tuple[int, int, int, bytes]) -> bytes:
+    """An EXIF block of (tag, type, count, value of up to 4 bytes), which Pillow itself would not write."""
+    entries = b"".join(struct.pack("<HHI", *field[:3]) + field[3].ljust(4, b"\0") for field in fields)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(fields)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_turned_as_pillow_turns_it(orientation: int) -> None:
+    buffer = io.BytesIO()
+    block = exif((0x0112, 3, 1, struct.pack("<H", orientation)))
+    Image.fromarray(picture()[:20], "RGB").save(buffer, "JPEG", exif=block)
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(buffer.getvalue())))
+    np.testing.assert_array_equal(np.asarray(open_image(buffer.getvalue())), np.asarray(turned))
+
+
+@pytest.mark.parametrize(
+    "odd", [(0x0128, 2, 2, b"2\0"), (0x011A, 2, 3, b"72\0")], ids=["a unit as text", "a resolution as text"]
+)
+def test_a_field_of_an_odd_type_beside_the_orientation_is_no_hindrance(odd: tuple[int, int, int, bytes]) -> None:
+    buffer = io.BytesIO()
+    block = exif((0x0112, 3, 1, struct.pack("<H", 6)), odd)
+    Image.fromarray(picture()[:20], "RGB").save(buffer, "JPEG", exif=block)
+    stored = np.asarray(Image.open(io.BytesIO(buffer.getvalue())))
+    np.testing.assert_array_equal(np.asarray(open_image(buffer.getvalue())), np.rot90(stored, -1))
+
+
+@pytest.mark.parametrize("image_format", ["AVIF", "TIFF", "GIF", "PNG", "WEBP", "BMP", "JPEG"])
+def test_a_picture_with_damage_anywhere_is_read_or_refused(image_format: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(picture(), "RGB").save(buffer, image_format)
+    whole = buffer.getvalue()
+    chosen = np.random.default_rng(0)
+    for place in range(0, len(whole), max(1, len(whole) // 150)):
+        damaged = bytearray(whole)
+        damaged[place] = chosen.integers(256)
+        for data in (bytes(damaged), whole[:place]):
+            try:
+                assert open_image(data).mode == "RGB"
+            except InputError as error:
+                assert "\n" not in str(error)
 
 
 def test_greys_of_16_bits_are_scaled() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cluster.generation.stages.asking import ask
-from pcm.errors import InputError, typed_first_line
+from pcm.errors import OneLineError, typed_first_line
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -24,7 +24,7 @@ class Models:
     fault ends no run."""
 
     def __init__(self, monitor: "ActorHandle", actor: str, load: Callable[[], None], *, scores: bool = False) -> None:
-        """`load`: raises an InputError that does not pass where another try would not help: the monitor's too, of an
+        """`load`: raises a OneLineError that does not pass where another try would not help: the monitor's too, of an
         actor that is left out. `scores`: this is an actor of CLIP alone."""
         self._monitor, self._actor, self._load, self._scores = monitor, actor, load, scores
         self._pause = FIRST_LOAD_PAUSE
@@ -40,7 +40,7 @@ class Models:
             self._load()
             self.loaded = True
         except Exception as error:
-            if isinstance(error, InputError) and not error.passes:
+            if isinstance(error, OneLineError) and not error.passes:
                 self.left_out = str(error)
                 self.say_left_out()
             else:

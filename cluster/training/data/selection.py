@@ -18,7 +18,7 @@ from cluster.dataset.committed import GROUP
 from cluster.dataset.layout import Manifest, StoredShard
 from cluster.dataset.row_index import caption_digests, row_index
 from cluster.store.store import Store
-from pcm.errors import InputError
+from pcm.errors import OneLineError
 
 _GROUPS_AT_ONCE, _SHARDS_AT_ONCE = 4, 16
 
@@ -149,7 +149,7 @@ def select_rows(
         return Selection(shards, _every_row(shards)), Selection((), ())
     groups = [shards[start : start + GROUP] for start in range(0, len(shards), GROUP)]
     mine = range(ranks.rank, len(groups), ranks.num_workers)
-    said: list[_Chosen] | InputError
+    said: list[_Chosen] | OneLineError
     try:
         with ThreadPoolExecutor(_GROUPS_AT_ONCE) as pool, ThreadPoolExecutor(_SHARDS_AT_ONCE) as shard_pool:
 
@@ -158,11 +158,11 @@ def select_rows(
                 return _Chosen.of(index, groups[number], row_filter, is_weighted=is_weighted)
 
             said = list(pool.map(chosen, mine))
-    except InputError as error:
+    except OneLineError as error:
         said = error
     all_said = ranks.gather(said)
     for each in all_said:
-        if isinstance(each, InputError):
+        if isinstance(each, OneLineError):
             raise each
     found = [all_said[place % ranks.num_workers][place // ranks.num_workers] for place in range(len(groups))]
     sizes = np.array([shard.rows for shard in shards], np.int64)

@@ -351,7 +351,12 @@ def test_what_cannot_be_exported_is_one_clear_line(dataset, tmp_path, call_job):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     null, _, _ = make_dataset_in_process(tmp_path / "null", write_corpus(tmp_path), null_spec())
+    for number, document in enumerate(("no json", "[1]")):
+        (tmp_path / f"damaged{number}").mkdir()
+        (tmp_path / f"damaged{number}" / "export.json").write_text(document)
     for arguments, message in (
+        (("--data", store.root, "--out", tmp_path / "damaged0", "--to", "webdataset"), "export.json is damaged"),
+        (("--data", store.root, "--out", tmp_path / "damaged1", "--to", "webdataset"), "export.json is damaged"),
         (("--data", store.root, "--out", tmp_path / "full", "--to", "webdataset"), "not empty and no export"),
         (("--data", null.root, "--out", tmp_path / "a", "--to", "official"), "has no vocabulary.txt"),
         (("--data", tmp_path / "none", "--out", tmp_path / "b", "--to", "official"), "not a dataset"),

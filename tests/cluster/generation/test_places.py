@@ -17,7 +17,7 @@ from cluster.generation.pinning import device_of_cluster
 from cluster.generation.places import TRIES, Result, in_a_generators_place, pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.generation.request import MachineOptions
-from pcm.errors import InputError
+from pcm.errors import InputError, StoreFailure
 
 ONE = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=1)
 
@@ -57,7 +57,7 @@ def test_what_always_fails_and_what_a_user_can_mend_are_one_line(
     with pytest.raises(InputError, match=rf"^speed: failed {TRIES} times \(OSError: no such disk\); check") as failed:
         in_a_generators_place(fail, ONE, OSError("no such disk"), tmp_path / "often", what="speed")
     assert "\n" not in str(failed.value) and len((tmp_path / "often").read_text()) == TRIES
-    silent = InputError("s3://weights: the store did not answer", passes=True)
+    silent = StoreFailure("s3://weights: the store did not answer", passes=True)
     with pytest.raises(InputError, match=rf"^speed: failed {TRIES} times \(.*did not answer\); check"):
         in_a_generators_place(fail, ONE, silent, tmp_path / "passes", what="speed")
     assert len((tmp_path / "passes").read_text()) == TRIES

@@ -21,7 +21,7 @@ import pytest
 
 from cluster.dataset.verify import verify
 from cluster.store.store import open_store
-from pcm.errors import InputError
+from pcm.errors import StoreFailure
 from tests.helpers.seaweedfs import _free_ports
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
@@ -137,6 +137,6 @@ def test_objects_are_as_on_every_store(protocol: str) -> None:
 
 
 def test_a_bucket_that_is_not_there_is_one_line(protocol: str) -> None:
-    with pytest.raises(InputError, match="no such bucket; create it") as caught:
+    with pytest.raises(StoreFailure, match="no such bucket; create it") as caught:
         open_store(f"{protocol}://pcm-no-such-bucket/x").write_bytes("key", b"1")
     assert "\n" not in str(caught.value)

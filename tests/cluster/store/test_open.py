@@ -23,7 +23,7 @@ from cluster.store.store import Store, local_copy, open_store, read_uri
 from cluster.training.data.mixture import DataSource
 from cluster.training.train import TrainRequest
 from pcm.clip.names import resolve_clip_name
-from pcm.errors import InputError
+from pcm.errors import InputError, StoreFailure
 from tests.helpers.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.helpers.paths import ROOT
 from tests.helpers.seaweedfs import S3Server
@@ -139,7 +139,7 @@ def test_a_corpus_whose_store_does_not_come_back_is_one_line(
     faulty.write_bytes("c.txt", b"a dog\n")
     monkeypatch.setenv("PCM_STORE_RETRY_SECONDS", "0")
     proxy.fail("status", method="GET", path="c.txt")
-    with pytest.raises(InputError, match=r"c\.txt: the store did not answer properly") as caught:
+    with pytest.raises(StoreFailure, match=r"c\.txt: the store did not answer properly") as caught:
         list(read_corpus(f"{faulty.root}/c.txt"))
     assert "\n" not in str(caught.value)
 

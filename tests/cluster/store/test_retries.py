@@ -19,7 +19,7 @@ from cluster.dataset.verify import verify
 from cluster.generation.pipeline import write_manifest
 from cluster.store.retries import classify, with_retries
 from cluster.store.store import Store, open_store
-from pcm.errors import InputError
+from pcm.errors import StoreFailure
 from pcm.line_timer import LineTimer
 from pcm.records import NULL_FEATURES
 from tests.helpers.faulty_proxy import FaultyProxy, faulty_proxy
@@ -65,7 +65,7 @@ def test_a_fault_that_passes_is_tried_again(
     kind: str, operation: str, store: Store, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method, run = OPERATIONS[operation]
-    with monkeypatch.context() as patch, pytest.raises(InputError, match="did not answer properly") as silent:
+    with monkeypatch.context() as patch, pytest.raises(StoreFailure, match="did not answer properly") as silent:
         patch.setenv("PCM_STORE_RETRY_SECONDS", "0")  # without patience, the fault is an error
         proxy.fail(kind, method=method)
         run(store)
@@ -103,7 +103,7 @@ def test_what_only_the_user_can_mend_is_one_line_at_once(
     proxy.fail("status", status=status, code=code)
     for operation in ("put", "get", "list"):
         proxy.requests.clear()
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(StoreFailure) as caught:
             OPERATIONS[operation][1](store)
         assert line in str(caught.value) and store.root in str(caught.value) and "\n" not in str(caught.value)
         assert len(proxy.requests) == 1, "not tried again"
@@ -117,7 +117,7 @@ def test_a_missing_key_is_not_waited_for(store: Store, proxy: FaultyProxy) -> No
 
 def test_a_bucket_that_does_not_exist_is_named(store: Store) -> None:
     for operation in ("get", "list", "head"):
-        with pytest.raises(InputError, match=r"s3://pcm-no-such-bucket/x.*no such bucket"):
+        with pytest.raises(StoreFailure, match=r"s3://pcm-no-such-bucket/x.*no such bucket"):
             OPERATIONS[operation][1](open_store("s3://pcm-no-such-bucket/x"))
 
 
@@ -125,7 +125,7 @@ def test_wrong_credentials_are_one_line_without_them(store: Store, monkeypatch: 
     for name, value in {"AWS_SECRET_ACCESS_KEY": "wrong-secret", "AWS_ACCESS_KEY_ID": "WRONGKEY"}.items():
         monkeypatch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
-        with pytest.raises(InputError, match="access refused") as caught:
+        with pytest.raises(StoreFailure, match="access refused") as caught:
             open_store(store.root).write_bytes("part", DATA)
         assert value not in str(caught.value) and "\n" not in str(caught.value)
 
@@ -136,7 +136,7 @@ def test_no_credentials_at_all_are_one_line(store: Store, tmp_path: Path, monkey
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(InputError, match=r"access refused \(NoCredentialsError\)"):
+    with pytest.raises(StoreFailure, match=r"access refused \(NoCredentialsError\)"):
         open_store(store.root).read_bytes("part")
 
 
@@ -179,7 +179,7 @@ def test_a_large_object_is_one_put_and_leaves_no_part_when_it_fails(
     assert store.read_bytes("large") == data
     fault = proxy.fail("reset_upload", method="PUT")
     monkeypatch.setenv("PCM_STORE_RETRY_SECONDS", "0")
-    with pytest.raises(InputError):
+    with pytest.raises(StoreFailure):
         store.write_bytes("other", data)
     assert store.list() == ["large", "part"]
     bucket = store.prefix.partition("/")[0]
@@ -260,7 +260,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_half_written(tmp_path: Path) -> 
     with small_disk(tmp_path / "disk") as free:
         store = open_store(tmp_path / "disk" / "data")
         store.write_bytes("small", b"1")
-        with pytest.raises(InputError, match=r"disk full at .*data/large .*free space and rerun") as caught:
+        with pytest.raises(StoreFailure, match=r"disk full at .*data/large .*free space and rerun") as caught:
             store.write_bytes("large", bytes(1 << 20))
         assert "\n" not in str(caught.value)
         assert [path.name for path in Path(store.prefix).iterdir()] == ["small"]
@@ -281,7 +281,7 @@ def test_a_disk_that_is_full_or_read_only_at_the_manifest_costs_no_shard(tmp_pat
         shards = {key: store.read_bytes(key) for key in store.list("shards")}
 
         def refused(message: str) -> None:
-            with pytest.raises(InputError, match=message) as caught:
+            with pytest.raises(StoreFailure, match=message) as caught:
                 write_manifest(store, plan, NULL_FEATURES)
             assert "\n" not in str(caught.value)
             assert not store.exists(MANIFEST_KEY) and not list(disk.rglob("*.tmp"))
@@ -324,7 +324,7 @@ def test_a_run_on_a_full_disk_stops_with_the_line_and_resumes(
 ) -> None:
     corpus = write_corpus(tmp_path, RUN)
     with small_disk(tmp_path / "disk") as free:
-        with pytest.raises(InputError, match="disk full at"):
+        with pytest.raises(StoreFailure, match="disk full at"):
             make_dataset(tmp_path / "disk" / "data", corpus, null_spec(), shard_size=4)
         free()
         made = make_dataset(tmp_path / "disk" / "data", corpus, null_spec(), shard_size=4)

@@ -14,6 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from cluster.sources.corpus import read_corpus
 from cluster.store.paths import inside
 from cluster.store.store import Store, join, local_copy, open_store, read_uri
 from pcm.errors import InputError
@@ -116,6 +117,17 @@ def test_an_interrupted_local_write_is_no_object(tmp_path: Path) -> None:
 def test_a_store_travels_to_a_worker(store: Store) -> None:
     store.write_bytes("a", b"1")
     assert pickle.loads(pickle.dumps(store)).read_bytes("a") == b"1"
+
+
+@pytest.mark.parametrize("name", ["a long sentence " * 30, "loop", "loop/x", "file/x"])
+def test_a_name_that_no_file_can_have_is_not_there(name: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    store = open_store(tmp_path / name)
+    assert not store.exists("") and not store.is_file() and store.list() == []
+    for read in (read_uri, lambda uri: local_copy(uri).__enter__(), lambda uri: list(read_corpus(str(uri)))):
+        with pytest.raises(InputError):
+            read(tmp_path / name)
 
 
 def test_one_file_is_read_by_its_uri(store: Store, place: str) -> None:

@@ -27,7 +27,7 @@ from cluster.training.checkpoints import (
 )
 from cluster.training.ray_trainer import CHECKPOINTS
 from pcm.captioners.captioner import MODEL_FILE
-from pcm.errors import InputError
+from pcm.errors import StoreFailure
 
 NAMES = ("epoch-001", "epoch-002")
 
@@ -108,7 +108,7 @@ def test_a_store_that_refuses_is_named_and_no_older_checkpoint_is_taken(
     run: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = failing(monkeypatch, PermissionError(errno.EACCES, "Permission denied"))
-    with pytest.raises(InputError, match=r"checkpoints/epoch-002: access refused \(EACCES\)"):
+    with pytest.raises(StoreFailure, match=r"checkpoints/epoch-002: access refused \(EACCES\)"):
         run.restore()
     assert read == [NAMES[1]]
 
@@ -129,7 +129,7 @@ def test_a_temporary_disk_that_is_full_is_named(bytes_free: int, tmp_path: Path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_free, limits[1]))
     try:
         with (
-            pytest.raises(InputError, match=r"disk for temporary files is full; .* with TMPDIR"),
+            pytest.raises(StoreFailure, match=r"disk for temporary files is full; .* with TMPDIR"),
             named_temporary_folder(),
         ):
             save_training_state(tmp_path, module=module, optimizer=optimizer, average=None, at=TrainingState())

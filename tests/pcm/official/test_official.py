@@ -222,6 +222,17 @@ def test_another_position_table_is_refused() -> None:
             from_official(official)
 
 
+@pytest.mark.parametrize("name", sorted(official_state()))
+def test_a_tensor_of_another_rank_is_refused(name: str) -> None:
+    for change in (torch.Tensor.flatten, lambda tensor: tensor.unsqueeze(0), lambda tensor: tensor[0]):
+        official = official_state()
+        official[name] = change(official[name])
+        if official[name].shape == official_state()[name].shape:
+            continue
+        with pytest.raises((InputError, RuntimeError)):  # load_state_dict's, which an import makes one line of
+            PCMNet(config_from_state(official, num_heads=4)).load_state_dict(from_official(official))
+
+
 @pytest.mark.parametrize("ulps", [-1, 1])
 def test_a_position_table_of_another_processor_is_accepted(ulps: int) -> None:
     official = official_state()

@@ -91,6 +91,18 @@ def test_unusable_references_are_one_clear_line(tmp_path, name, content, message
     assert "\n" not in str(error.value) and name in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["r.csv.gz", "r.json.gz"])
+def test_damaged_gzip_is_one_clear_line(tmp_path, name):
+    whole = gzip.compress(
+        json.dumps([{"image": f"{n}.jpg", "caption": f"a dog {n * n}"} for n in range(3000)]).encode()
+    )
+    for damaged in (whole[:-500], whole[:200] + bytes(64) + whole[264:], b"not gzip"):
+        (tmp_path / name).write_bytes(damaged)
+        for read in (load_references, load_coco_pictures)[: 2 if "json" in name else 1]:
+            with pytest.raises(InputError, match="cannot be read"):
+                read(tmp_path / name)
+
+
 def test_missing_split_names_the_splits_there_are(tmp_path):
     write_all(tmp_path)
     with pytest.raises(InputError, match="no references in split 'val'; its splits are test"):
