@@ -521,8 +521,6 @@ def read_plan_part(store: Store, key: str, columns: list[str] | None = None) -> 
     """The part of a plan that lies at a key. Raises InputError where it is missing or damaged."""
     try:
         return read_table(store, key, columns)
-    except InputError:  # the store does not answer
-        raise
     except UNREADABLE as error:
         what = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({one_line(error, longest=200)})"
         raise InputError(f"{store.root}/{key}: a part of the plan is {what}; run jobs.verify {store.root}") from None

@@ -27,7 +27,7 @@ from cluster.training.checkpoints import (
 )
 from cluster.training.ray_trainer import CHECKPOINTS
 from pcm.captioners.captioner import MODEL_FILE
-from pcm.errors import StoreFailure
+from pcm.errors import InputError, StoreFailure
 
 NAMES = ("epoch-001", "epoch-002")
 
