@@ -20,7 +20,7 @@ from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.write import WriteShard
 from cluster.store.store import Store, open_store
-from pcm.errors import InputError
+from pcm.errors import StoreFailure
 from tests.helpers.published import make_complete_dataset
 from tests.helpers.tiny_dataset import write_dataset
 
@@ -126,7 +126,7 @@ def test_an_index_with_other_columns_is_made_again(store: Store) -> None:
 
 def test_a_dataset_that_cannot_be_written_to_is_read_all_the_same(store: Store) -> None:
     def refused(self: Store, key: str, data: bytes) -> None:
-        raise InputError(f"{key}: access denied")
+        raise StoreFailure(f"{key}: access denied")
 
     with patch.object(Store, "write_bytes", refused):
         assert len(index_of(store)) == ROWS
