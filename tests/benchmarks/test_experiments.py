@@ -13,6 +13,7 @@ import pytest
 from benchmarks.experiments import dissect, report, runs
 from benchmarks.experiments.scenes import thing_masks
 from benchmarks.experiments.settings import EXPERIMENTS, PASSES, Domain, Variant
+from benchmarks.experiments.worth import report as worth_report
 from cluster.dataset.layout import MANIFEST_KEY
 from pcm.embedded.making.world import Scene, Thing
 from pcm.errors import InputError
@@ -93,6 +94,11 @@ def test_data_that_is_not_prepared_is_named(out: Path) -> None:
 def result(cider: float, seed: int) -> dict:
     metrics = {"CIDEr": cider, "Bleu_4": 0.3, "METEOR": 0.2, "ROUGE_L": 0.5}
     return {"seed": seed, "tests": {"first": metrics}, "validation": {"best": {"CIDEr": cider}}}
+
+
+@pytest.mark.parametrize("module", [report, worth_report])
+def test_the_results_have_what_is_read_off_them_now(module) -> None:  # type: ignore[no-untyped-def]
+    assert module.READING.read_text().strip() in module.RESULTS.read_text()
 
 
 def test_tables_hold_mean_spread_and_paired_difference() -> None:
