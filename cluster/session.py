@@ -19,7 +19,7 @@ from typing import Any
 import ray
 
 from cluster.ray_state import free_resources
-from pcm.errors import InputError, OneLineError, first_line
+from pcm.errors import InputError, OneLineError, StoreFailure, first_line
 
 log = logging.getLogger(__name__)
 
@@ -168,8 +168,8 @@ def user_error(error: BaseException) -> OneLineError | None:
             return link
         link = getattr(link, "cause", None) or link.__cause__
     # Of an actor that could not start, Ray keeps the text alone.
-    raised = re.findall(r"^pcm\.errors\.(?:InputError|StoreFailure): (.+)$", str(error), re.MULTILINE)
-    return OneLineError(raised[-1]) if raised else None
+    raised = re.findall(r"^pcm\.errors\.(InputError|StoreFailure): (.+)$", str(error), re.MULTILINE)
+    return {"InputError": InputError, "StoreFailure": StoreFailure}[raised[-1][0]](raised[-1][1]) if raised else None
 
 
 def is_no_user_error(record: logging.LogRecord) -> bool:

@@ -24,7 +24,7 @@ from cluster.evaluation.request import CaptionerOptions, CaptionRequest
 from cluster.generation.pinning import resolve_device
 from cluster.gpu_share import keep_to_shared_gpu, worker_has_gpu
 from cluster.ray_state import actors_are_placed
-from cluster.session import cluster_gpus, cpus_for_each, room_for, start_ray, user_error, waiting_for
+from cluster.session import cluster_gpus, cpus_for_each, is_joined, room_for, start_ray, user_error, waiting_for
 from cluster.sources.concept_file import read_concepts
 from cluster.sources.picture_source import FeatureSource
 from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set, picture_keys
@@ -131,7 +131,7 @@ def _captions_of_worker(request: CaptionRequest) -> dict[str, CaptionResult]:
     for checkpoint in request.checkpoints:  # before a GPU is waited for
         check_checkpoint(checkpoint)
     start_ray()
-    waits = request.device == "cuda" and "RAY_ADDRESS" in os.environ
+    waits = request.device == "cuda" and is_joined()
     if not cluster_gpus() and not waits:
         raise InputError(
             f"--gpus-per-worker {request.gpus_per_worker:g}: the cluster has no GPU; leave it out, or give --device "
@@ -367,7 +367,7 @@ def caption_on_cluster(
         )
     cpus, gpus = (0.0, gpus_per_worker) if on_gpus else (1.0, 0.0)
     room = room_for(cpus=cpus, gpus=gpus)
-    waits = source.device != "auto" and "RAY_ADDRESS" in os.environ
+    waits = source.device != "auto" and is_joined()
     if num_workers > room and not waits:
         has = f"{cluster_gpus():g} GPUs" if on_gpus else f"{room} CPUs"
         raise InputError(f"--num-workers {num_workers}: the cluster has {has}; on one that grows, give --device")

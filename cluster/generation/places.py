@@ -86,7 +86,8 @@ def in_a_generators_place(
 
     It is begun again, up to TRIES times in all, where its machine is lost or it raises what may pass: a hub's error,
     say, but no InputError of the user's. While it waits for its place and while it lasts the log says for what, and
-    since when. `what`: of whom the log says so. Raises InputError when no try was any good.
+    since when. `what`: of whom the log says so. Raises InputError when no try was any good, and what the last one
+    raised of a store.
     """
     options = pools.draw_options(1)
     del options["compute"]
@@ -98,6 +99,8 @@ def in_a_generators_place(
             return _followed(task.remote(*arguments, **named), room, what)
         except ray.exceptions.RayError as error:
             if (wrong := user_error(error)) is not None and not wrong.passes:
+                raise wrong from None
+            if wrong is not None and tried == TRIES:
                 raise wrong from None
             said = typed_first_line(getattr(error, "cause", None) or error)
         if tried < TRIES:

@@ -262,8 +262,9 @@ def _store_clip_files(store: Store, plan: Plan, request: ImportRequest, found: F
 
 
 def _begun_with(store: Store) -> dict[str, bytes]:
-    """Concepts and CLIP head that are on the store."""
-    return {key: store.read_bytes(key) for key in (CONCEPTS_KEY, CLIP_HEAD_KEY) if store.exists(key)}
+    """Concepts and CLIP head that are on the store, whole; a damaged one is made again."""
+    found = {key: store.read_bytes(key) for key in (CONCEPTS_KEY, CLIP_HEAD_KEY) if store.exists(key)}
+    return {key: data for key, data in found.items() if _same_tensors(data, data)}
 
 
 def _same_tensors(one: bytes, other: bytes) -> bool:
@@ -272,7 +273,7 @@ def _same_tensors(one: bytes, other: bytes) -> bool:
         if safetensors_metadata(one) != safetensors_metadata(other):
             return False
         ours, theirs = safetensors.torch.load(one), safetensors.torch.load(other)
-    except (safetensors.SafetensorError, ValueError):
+    except (safetensors.SafetensorError, ValueError, AttributeError, TypeError):
         return False
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 

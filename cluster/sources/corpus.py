@@ -84,7 +84,7 @@ def read_corpus(
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit} leaves no caption; it must be at least 1")
     uri = str(uri)
-    parts = corpus_parts(uri)
+    base, parts = _parts(uri)
     if parts and format not in ("auto", "parquet"):
         raise InputError(f"{uri}: several files are read as one corpus only where they are Parquet, not {format}")
     if parts:
@@ -94,7 +94,7 @@ def read_corpus(
     reasons: Counter[str] = Counter()
     splits: Counter[str] = Counter()
     index = 0
-    rows = _rows_of_parts(parts or [uri], options) if format == "parquet" else _rows_of_file(uri, format, options)
+    rows = _rows_of_parts(base, parts, options) if parts else _rows_of_file(uri, format, options)
     for row in rows:
         splits[row.split] += 1
         if split is not None and not in_split(row, split):
@@ -129,22 +129,28 @@ def corpus_parts(uri: str) -> list[str]:
     """The Parquet files that a folder or a pattern stands for, sorted by name whatever the store's order is; [] for one
     file. Raises InputError for a folder or pattern without any.
     """
+    base, keys = _parts(uri)
+    return [join(base, key) for key in keys]
+
+
+def _parts(uri: str) -> tuple[str, list[str]]:
+    """(folder that is named, keys of the parts below it)."""
     if "::" in uri or uri.startswith(("http://", "https://")):
-        return []  # one file: they cannot be listed
+        return uri, []  # one file: they cannot be listed
     store = open_store(uri)
     if store.is_file():
-        return []
+        return uri, []
     if keys := store.list():
         # Hugging Face keeps the parts in data/. What lies deeper may be anything: a pattern says it.
         if parts := [key for key in keys if _is_part(key) and "/" not in key.removeprefix("data/")]:
-            return [join(uri, key) for key in parts]
+            return uri, parts
         raise InputError(f"{uri}: a folder; name one caption file, or a folder or pattern of Parquet files")
     folder, pattern = _split_pattern(uri)
     if not pattern:
-        return []
+        return uri, []
     keys = open_store(folder).list()
     if parts := [key for key in keys if _is_part(key) and _matches(key.split("/"), pattern)]:
-        return [join(folder, key) for key in parts]
+        return folder, parts
     raise InputError(
         f"{uri}: no Parquet file is so named; name a caption file, or a folder or pattern of Parquet files "
         "(* stands for a name, ** for any folders)"
@@ -180,12 +186,14 @@ def _rows_of_file(uri: str, format: str, options: ReadOptions | None) -> Iterato
         yield from _rows(stream, format, uri, options)
 
 
-def _rows_of_parts(parts: list[str], options: ReadOptions | None) -> Iterator[CaptionRow]:
-    """The rows of one table in parts, numbered through. A part without a column `split` has that of its name, or
-    of its folder's where its own says none."""
+def _rows_of_parts(base: str, parts: Sequence[str], options: ReadOptions | None) -> Iterator[CaptionRow]:
+    """The rows of one table in parts, numbered through. A part without a column `split` has that of its name, or of its
+    folder's where its own says none. What is named by the user says nothing: it is asked for, whatever it is called.
+    """
     before = 0
-    for uri in parts:
-        *_, folder, name = ["", *uri.split("/")]
+    for key in parts:
+        uri = join(base, key)
+        *_, folder, name = ["", *key.split("/")]
         named = _SPLIT_IN_NAME.match(name) or _SPLIT_IN_FOLDER.fullmatch(folder)
         number = -1
         for row in _rows_of_file(uri, "parquet", options):

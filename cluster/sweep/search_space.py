@@ -114,8 +114,10 @@ def search_space(specs: Mapping[str, str], *, base: TrainConfig) -> dict[str, Do
             raise InputError(f"--param epochs={spec}: every trial has the same; give --epochs N")
         space[name] = parse_domain(name, spec)
         for value in space[name].examples:
+            # Each alone: whether the one divides the other is known of a trial's whole settings.
+            beside = {"batch_size": {"grad_accumulation": 1}, "grad_accumulation": {"batch_size": value}}.get(name, {})
             try:
-                base.with_overrides({name: value})
+                base.with_overrides({**beside, name: value})
             except InputError as error:
                 raise InputError(f"--param {name}={spec}: {error}") from None
     return space

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from ray.tune.schedulers import ASHAScheduler
 from cluster.generation.pinning import device_of_cluster
 from cluster.generation.reach import check_reach
 from cluster.ray_state import has_group
-from cluster.session import cluster_cpus, cluster_gpus, is_no_user_error, start_ray, waiting_for
+from cluster.session import cluster_cpus, cluster_gpus, is_joined, is_no_user_error, start_ray, waiting_for
 from cluster.store.store import Store, open_store
 from cluster.sweep.request import SweepRequest
 from cluster.sweep.results import TrialResult
@@ -233,7 +234,8 @@ def _check_device(out: Store, device: str) -> None:
 def _comparable(document: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed sweep must share; it may be longer, lie elsewhere and be stopped otherwise."""
     flat = flattened(json.loads(json.dumps(document)))
-    free = ("trials", "scheduler", "device", "run.versions.")
+    # The CLIP of validation pictures is told apart by its revision, and may lie elsewhere too.
+    free = ("trials", "scheduler", "device", "run.versions.", "run.clip.model", "run.clip_option")
     return {name: without_paths(value) for name, value in flat.items() if not name.startswith(free)}
 
 
@@ -251,7 +253,7 @@ def _check_place(request: SweepRequest, *, device: str) -> None:
             f"--gpus-per-trial {request.gpus_per_trial:g}: the cluster has no GPU; leave it out, or give --device cuda "
             "on a cluster that grows"
         )
-    if "RAY_ADDRESS" in os.environ:
+    if is_joined():
         return
     if device == "cuda" and not cluster_gpus():
         raise InputError("--device cuda: the cluster has no GPU; leave it out, or join one that has (RAY_ADDRESS)")
@@ -331,7 +333,7 @@ class _Recorder(ray.tune.Callback):
 def _why(trial: Any) -> str:
     """The last line of what ended a trial of Ray Tune: of its local file, for the one below OUT is a failure behind."""
     said = Path(trial.error_file).read_text() if trial.error_file else "its process was lost"
-    return said.strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
+    return re.sub(r"^pcm\.errors\.\w+: ", "", said.strip().splitlines()[-1])
 
 
 def _settings_text(overrides: Mapping[str, Any]) -> str:

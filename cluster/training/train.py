@@ -25,7 +25,7 @@ from cluster.dataset.together import Vocabularies, common_vocabularies
 from cluster.generation.pinning import device_of_cluster
 from cluster.generation.reach import check_reach
 from cluster.ray_state import has_group
-from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, room_for, start_ray, waiting_for
+from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, is_joined, room_for, start_ray, waiting_for
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.pictures import check_source, source_anywhere
 from cluster.store.store import Store, join, open_store
@@ -94,7 +94,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
             return _summary(out, sets, started)
         check_checkpoints(out, done=done)
 
-    joined = bool(os.environ.get("RAY_ADDRESS"))
+    joined = is_joined()
     check_labels(request.worker_labels, joined=joined)
     if not joined:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes a node of this machine away

@@ -46,7 +46,8 @@ def test_an_input_error_is_found_under_what_ray_wraps_around_it() -> None:
     other = OtherSchema("a dataset of schema version 99")
     assert user_error(RayTaskError("read", "Traceback", other).as_instanceof_cause()) is other
     told = user_error(RuntimeError("Traceback\npcm.errors.InputError: no such model\n"))
-    assert told is not None and str(told) == "no such model"
+    assert isinstance(told, InputError) and str(told) == "no such model"
+    assert isinstance(user_error(RuntimeError("x\npcm.errors.StoreFailure: the disk is full\n")), StoreFailure)
     refused = StoreFailure("s3://b: access refused")
     assert user_error(RayTaskError("read", "Traceback", refused)) is refused
     told = user_error(RuntimeError("Traceback\npcm.errors.StoreFailure: s3://b: access refused\n"))

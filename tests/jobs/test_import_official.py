@@ -359,6 +359,13 @@ def test_an_import_goes_on_with_the_concepts_and_the_head_that_it_began_with(exp
         result = call_job("import_official", *arguments(exported, out, tiny_clip, **changed))
         assert result.returncode == 0 and result.summary["skipped"] == 7, result.stderr
         assert {key: (out / key).read_bytes() for key in before} == before
+    (out / CONCEPTS_KEY).write_bytes(before[CONCEPTS_KEY][:100])
+    (out / CLIP_HEAD_KEY).write_bytes(b"\x02" + bytes(7) + b"[]")
+    result = call_job("import_official", *arguments(exported, out, tiny_clip))
+    assert result.returncode == 0, result.stderr
+    for key in before:  # the damaged ones are made again
+        made, once = safetensors.torch.load((out / key).read_bytes()), safetensors.torch.load(before[key])
+        assert made.keys() == once.keys() and all(torch.equal(made[name], once[name]) for name in once)
 
 
 @pytest.mark.parametrize("refused", ["images/sd_sp0/6000001.jpg", "features/sd_sp0/6000001.npz"])

@@ -121,11 +121,13 @@ def test_a_part_has_the_split_of_its_folder_where_its_name_says_none(tmp_path: P
 SPLITS = ("train", "validation", "test", "dev")
 
 
-def test_a_part_that_is_named_alone_has_the_split_of_its_name(folder: Path) -> None:
-    alone = folder / "data/validation-00000-of-00001.parquet"
-    assert len(records(alone, split="validation")) == len(records(alone, split="all")) == 2
-    with pytest.raises(InputError, match=r"no caption in split 'train'; its splits are validation \(2\); give one"):
-        records(alone, split="train")
+def test_what_is_named_is_read_whatever_it_is_called(tmp_path: Path) -> None:
+    """A file, or the folder of the parts: people work in folders that are called dev and test."""
+    for name in ("dev/validation-00000-of-00001", "test/0000", "test/0001"):
+        write_part(tmp_path, f"{name}.parquet", [(1, name)])
+    assert len(records(tmp_path / "dev/validation-00000-of-00001.parquet", split="train")) == 1
+    assert len(records(tmp_path / "test", split="train")) == 2
+    assert len(records(tmp_path / "test/*.parquet", split="train")) == 2
 
 
 def test_a_star_stays_within_a_folder_and_two_cross_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -67,6 +67,12 @@ def test_what_cannot_be_searched_is_one_line_before_any_trial(param: str, messag
     assert "\n" not in str(caught.value) and param.split("=")[0] in str(caught.value)
 
 
+def test_values_that_depend_on_each_other_are_judged_together() -> None:
+    """A batch of 12 in 3 parts is none of the base's 32."""
+    space = search_space({"batch_size": "12,24", "grad_accumulation": "1,3"}, base=BASE)
+    assert len([BASE.with_overrides(settings) for settings in grid(space)]) == 4
+
+
 def test_the_default_space_and_the_ablations_fit_the_published_config() -> None:
     assert search_space(DEFAULT_SPACE, base=BASE).keys() == DEFAULT_SPACE.keys()
     sizes = {name: len(grid(search_space(specs, base=BASE))) for name, specs in ABLATIONS.items()}
