@@ -47,6 +47,7 @@ def test_a_worker_with_a_gpu_that_torch_does_not_find_says_that_it_captions_on_t
         logging.getLogger("cluster.gpu_share").addHandler(handler)
         return _device_here(asked), lines
 
+    ray.shutdown()  # that of other tests
     ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, logging_level=logging.WARNING)
     try:
         device, (line,) = ray.get(said.options(num_gpus=0.5).remote("auto"))
