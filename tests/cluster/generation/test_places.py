@@ -58,7 +58,7 @@ def test_what_always_fails_and_what_a_user_can_mend_are_one_line(
         in_a_generators_place(fail, ONE, OSError("no such disk"), tmp_path / "often", what="speed")
     assert "\n" not in str(failed.value) and len((tmp_path / "often").read_text()) == TRIES
     silent = StoreFailure("s3://weights: the store did not answer", passes=True)
-    with pytest.raises(InputError, match=rf"^speed: failed {TRIES} times \(.*did not answer\); check"):
+    with pytest.raises(StoreFailure, match=r"^s3://weights: the store did not answer$"):
         in_a_generators_place(fail, ONE, silent, tmp_path / "passes", what="speed")
     assert len((tmp_path / "passes").read_text()) == TRIES
     with pytest.raises(InputError, match=r"^no such model$"):
