@@ -12,6 +12,7 @@ import pytest
 import yaml
 from ray.util import get_node_ip_address
 
+from tests.helpers.hosts import OF_ONE_MACHINE
 from tests.helpers.paths import ROOT
 
 SLURM = ROOT / "deploy/slurm.sbatch"
@@ -29,13 +30,17 @@ def sky() -> dict:
     return yaml.safe_load((ROOT / "deploy/skypilot.yaml").read_text())
 
 
+def surroundings() -> dict[str, str]:
+    """This process's, without what the tests' own Ray says to the processes that they start."""
+    return {name: value for name, value in os.environ.items() if name != OF_ONE_MACHINE and "RAY_AUTH" not in name}
+
+
 def run_slurm(folder: Path, *command: object, nodes: int, **settings: str) -> subprocess.CompletedProcess:
     (folder / "bin").mkdir()
     (folder / "bin/srun").write_text(SRUN)
     (folder / "bin/srun").chmod(0o755)
     (folder / ".venv").symlink_to(sys.prefix)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    environment |= {
+    environment = surroundings() | {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "SRUN_LOG": str(folder / "srun.log"),
         "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": str(nodes),
         "SLURMD_NODENAME": "node-7",
@@ -100,7 +105,7 @@ def test_sky_ends_on_every_machine_with_the_job_and_can_be_launched_again_there(
     """Both machines are this one, and Ray has a port and a folder of the test's own."""
     port, temporary = str(20000 + os.getpid() % 20000), f"/tmp/ray-{os.getpid()}"  # a socket's path has 107 bytes
     script = sky["run"].replace("6379", port).replace("/tmp/ray-pcmnet", temporary).replace("cuda", "cpu")
-    environment = os.environ | {
+    environment = surroundings() | {
         **{name: str(value) for name, value in sky["envs"].items()},
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
         "CORPUS": "embedded", "OUT": str(tmp_path / "out"), "T2I": "null", "CLIP": "null", "SKYPILOT_NUM_NODES": "2",
