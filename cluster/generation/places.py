@@ -86,8 +86,8 @@ def in_a_generators_place(
 
     It is begun again, up to TRIES times in all, where its machine is lost or it raises what may pass: a hub's error,
     say, but no InputError of the user's. While it waits for its place and while it lasts the log says for what, and
-    since when. `what`: of whom the log says so. Raises InputError when no try was any good, and what the last one
-    raised of a store.
+    since when. `what`: of whom the log says so. Raises InputError when no try was any good; StoreFailure where the last
+    one met a store that does not answer.
     """
     options = pools.draw_options(1)
     del options["compute"]
