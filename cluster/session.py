@@ -307,12 +307,13 @@ def free_room(*, cpus: float, gpus: float, labels: Mapping[str, str] | None = No
     return _room(_free(_nodes(labels)), cpus=cpus, gpus=gpus)
 
 
-def cpus_for_each(workers: int, *, gpus: float = 0) -> int:
-    """The most CPUs that each of so many workers can have, with so many GPUs, on the nodes that are there; at least 1.
+def cpus_for_each(workers: int, *, gpus: float = 0, labels: Mapping[str, str] | None = None) -> int:
+    """The most CPUs that each of so many workers can have, with so many GPUs, on the nodes with these labels that are
+    there; at least 1.
 
     Not the cluster's CPUs by their number: on three nodes of two CPUs, one worker with six would never start.
     """
-    nodes = [node["Resources"] for node in _nodes()]
+    nodes = [node["Resources"] for node in _nodes(labels)]
     most = int(max((node.get("CPU", 0.0) for node in nodes), default=0.0))
     return next((cpus for cpus in range(most, 1, -1) if _room(nodes, cpus=cpus, gpus=gpus) >= workers), 1)
 

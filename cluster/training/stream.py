@@ -80,8 +80,9 @@ def _training_share(request: StreamRequest, *, device: str) -> tuple[int, int, f
     workers = request.num_workers or 1
     if device == "cuda":
         return workers, request.cpus_per_worker or 1, request.gpus_per_worker
-    half = max(1, int(cluster_cpus()) // 2 // workers)
-    return workers, request.cpus_per_worker or min(half, cpus_for_each(workers)), 0
+    labels = request.worker_labels
+    half = max(1, int(cluster_cpus(labels)) // 2 // workers)
+    return workers, request.cpus_per_worker or min(half, cpus_for_each(workers, labels=labels)), 0
 
 
 def _pools(request: StreamRequest, *, device: str, cpus: float, gpus: float) -> Pools:

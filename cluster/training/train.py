@@ -25,7 +25,7 @@ from cluster.dataset.together import Vocabularies, common_vocabularies
 from cluster.generation.pinning import device_of_cluster
 from cluster.generation.reach import check_reach
 from cluster.ray_state import has_group
-from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, is_joined, room_for, start_ray, waiting_for
+from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, is_joined, room_for, start_ray, waiting_for, who_has
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.pictures import check_source, source_anywhere
 from cluster.store.store import Store, join, open_store
@@ -425,9 +425,10 @@ def _place(request: TrainRequest, config: TrainConfig, *, joined: bool, before: 
     Raises InputError where nobody says what to wait for, for what the cluster cannot give, and for another device than
     the run was begun on: its numbers would be others.
     """
-    cpus, gpus = int(cluster_cpus()), int(cluster_gpus())
+    labels = request.worker_labels
+    cpus, gpus = int(cluster_cpus(labels)), int(cluster_gpus(labels))
     named = joined and (request.device != "auto" or not (cpus or gpus))
-    device = device_of_cluster(request.device, before=before)
+    device = device_of_cluster(request.device, before=before, labels=labels)
     if before not in (None, device):
         raise InputError(
             f"{request.out}: was begun on {before}, and this is {device}; give --device {before}, or another --out"
@@ -436,11 +437,12 @@ def _place(request: TrainRequest, config: TrainConfig, *, joined: bool, before: 
     workers = sizes[-1]
     if device == "cpu" and request.gpus_per_worker < 1:
         raise InputError(
-            f"--gpus-per-worker {request.gpus_per_worker:g}: the cluster has no GPU; leave it out, or give --device "
+            f"--gpus-per-worker {request.gpus_per_worker:g}: {who_has(labels)} no GPU; leave it out, or give --device "
             "cuda on a cluster that grows"
         )
     share = request.gpus_per_worker if device == "cuda" else 0
-    place = _Place(device, sizes, request.cpus_per_worker or cpus_for_each(workers, gpus=share), share)
+    each = request.cpus_per_worker or cpus_for_each(workers, gpus=share, labels=labels)
+    place = _Place(device, sizes, each, share)
     if len(sizes) > 1 and not joined:
         raise InputError(
             f"--num-workers {sizes[0]}:{workers}: no nodes come to this machine; give a number, or join a cluster "
@@ -449,11 +451,11 @@ def _place(request: TrainRequest, config: TrainConfig, *, joined: bool, before: 
     if named or len(sizes) > 1:
         return place
     if place.gpus_per_worker * workers > gpus:
-        raise InputError(f"--num-workers {workers}: the cluster has {gpus} GPUs, and each worker takes one")
-    if room_for(cpus=place.cpus, gpus=place.gpus_per_worker) < workers:
+        raise InputError(f"--num-workers {workers}: {who_has(labels)} {gpus} GPUs, and each worker takes one")
+    if room_for(cpus=place.cpus, gpus=place.gpus_per_worker, labels=labels) < workers:
         split = ", too few on one node" if workers * place.cpus <= cpus else ""
         raise InputError(
-            f"--num-workers {workers} with {place.cpus} CPUs each: the cluster has {cpus} CPUs{split}; take fewer"
+            f"--num-workers {workers} with {place.cpus} CPUs each: {who_has(labels)} {cpus} CPUs{split}; take fewer"
         )
     return place
 

@@ -498,6 +498,23 @@ def test_worker_labels_need_a_cluster_and_reach_ray() -> None:
     assert trainer.scaling_config.label_selector == {"pcmnet.io/role": "training"}
 
 
+def test_only_nodes_with_the_label_count_for_the_device_and_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs that generation draws on are not training's: with them auto was cuda, and the group waited for ever."""
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 48.0, "GPU": 4.0}, "Labels": {"role": "generation"}},
+        {"Alive": True, "Resources": {"CPU": 8.0}, "Labels": {"role": "training"}},
+    ]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    request = TrainRequest(data="data", out="run", worker_labels={"role": "training"})
+    place = _place(request, TrainConfig(), joined=True)
+    assert (place.device, place.sizes, place.cpus) == ("cpu", (1,), 8)
+    assert _place(replace(request, worker_labels={}), TrainConfig(), joined=True).device == "cuda"
+    with pytest.raises(InputError, match="nodes with role=training have 8 CPUs; take fewer"):
+        _place(replace(request, num_workers=2, cpus_per_worker=6), TrainConfig(), joined=True)
+    with pytest.raises(InputError, match="--device auto: nodes with role=late have no CPUs and GPUs for work now"):
+        _place(replace(request, worker_labels={"role": "late"}), TrainConfig(), joined=True)
+
+
 @pytest.mark.parametrize("value", ["!training", "in(training,spare)", "-"])
 def test_a_label_is_no_expression(value: str) -> None:
     """Ray takes operators in a label's value, but what is counted is equal labels."""
