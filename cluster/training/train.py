@@ -25,7 +25,16 @@ from cluster.dataset.together import Vocabularies, common_vocabularies
 from cluster.generation.pinning import device_of_cluster
 from cluster.generation.reach import check_reach
 from cluster.ray_state import has_group
-from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, is_joined, room_for, start_ray, waiting_for, who_has
+from cluster.session import (
+    cluster_cpus,
+    cluster_gpus,
+    cpus_for_each,
+    is_joined,
+    room_for,
+    start_ray,
+    waiting_for,
+    who_has,
+)
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.pictures import check_source, source_anywhere
 from cluster.store.store import Store, join, open_store
