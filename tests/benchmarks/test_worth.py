@@ -13,7 +13,7 @@ import torch
 
 import pcm.torchvision_shim  # noqa: F401  - before diffusers
 from benchmarks.experiments.__main__ import ExperimentsRequest, run
-from benchmarks.experiments.worth import calibration, command, pictures, report, retrievers, runs
+from benchmarks.experiments.worth import archive, calibration, command, pictures, report, retrievers, runs
 from benchmarks.experiments.worth.dissection import by_kinds
 from benchmarks.experiments.worth.pictures import Pictures, said
 from benchmarks.experiments.worth.settings import DRAWN, PAINTERS, PARTS, STEPS_OF_DATA, Part, Setting
@@ -179,6 +179,7 @@ def out(tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     for name in ("test", "validation"):
         features = {"global_feature": rows.global_feature[:6], "patch_features": rows.patch_features[:6]}
         np.savez(folder / f"{name}.npz", **features, known=np.array(json.dumps(known)))
+    monkeypatch.setattr(archive, "ARCHIVE", tmp_path / "worth.json")
     monkeypatch.setattr(calibration, "LOOKS", (2, 3))
     monkeypatch.setattr(calibration, "SEEDS", range(1, 2))
     return tmp_path
@@ -239,6 +240,29 @@ def test_killed_in_the_middle_the_same_command_goes_on(out: Path, monkeypatch: p
     assert not list((pictures.worth_folder(out) / "results").glob("*.part"))
 
 
+def test_with_an_empty_folder_it_goes_on_where_the_archive_ends(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "PARTS", command.PARTS)
+    judged = pictures.judge_folder(out)
+    judged.mkdir()
+    (judged / "figures.json").write_text(json.dumps({"single": 0.9, "both": 0.8, "three": 0.7}))
+    monkeypatch.setattr(report, "_section", lambda out, scores: [str(scores.count(Setting("coarse")))])
+    first = {"results": out / "RESULTS.md", "runs": archive.ARCHIVE}
+    assert command.worth(out, art=None, seeds=1)["done_now"] == 2
+    assert report.write_worth(out, seeds=1, **first) == {"worth_runs": 2, "worth_missing": 0}
+    own = report.Scores(out, 1).matrix(Setting("coarse"), "CIDEr")
+    folder = pictures.worth_folder(out)
+    shutil.rmtree(folder / "results")
+    (folder / "calibration.json").unlink()
+    kept = report.Scores(out, 1)
+    assert kept.matrix(Setting("coarse"), "CIDEr") == pytest.approx(own, abs=0.05)
+    assert command.worth(out, art=None, seeds=2) == {"done_now": 2, "part": "4 of 4"}
+    assert not (folder / "calibration.json").exists()
+    shutil.rmtree(pictures.data_folder(out, "coarse"))
+    assert report.write_worth(out, seeds=2, **first)["worth_runs"] == 2, "without the data, what the archive has"
+    monkeypatch.setattr(archive, "VERSION", 0)
+    assert not archive.read_archive().records
+
+
 def test_one_seed_of_a_learning_rate_is_no_calibration(out: Path) -> None:
     path = pictures.worth_folder(out) / "calibration.json"
     rates = (*calibration.LR_FACTORS, 0.1, 0.2)
@@ -272,7 +296,7 @@ def test_parts_that_are_not_made_are_said(out: Path, tmp_path: Path) -> None:
     assert made == {"worth_runs": 0, "worth_missing": len(wanted)}
     text = results.read_text()
     assert text.count("not run") > 10 and "| fine | drawn | not made |" in text
-    assert json.loads(kept.read_text()) == []
+    assert json.loads(kept.read_text())["runs"] == []
 
 
 def test_a_noun_is_recognised_if_it_is_among_as_many_surest_as_the_picture_has(tmp_path: Path) -> None:

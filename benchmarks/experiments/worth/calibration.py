@@ -1,7 +1,8 @@
 """Learning rate and steps, fixed on validation pictures before any test picture is looked at.
 
 Rule: the learning rate with the highest mean CIDEr at the last look; then the fewest steps at which its mean is within
-NEAR of its highest. Kept, with the curves, in OUT/worth/calibration.json, which is written after every training.
+NEAR of its highest. Kept, with the curves, in OUT/worth/calibration.json, which is written after every training; of an
+earlier machine in worth.json.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.experiments.worth.archive import read_archive
 from benchmarks.experiments.worth.pictures import Pictures, worth_folder, write_whole
 from benchmarks.experiments.worth.runs import Training, planned
 from benchmarks.experiments.worth.settings import FIRST_SEED, Setting
@@ -42,11 +44,11 @@ def calibrate(out: Path, validation: Pictures, *, may_begin: Callable[[], bool] 
     found = curves(out)
     for seed in SEEDS:
         for factor in LR_FACTORS:
-            run = planned(SETTING, seed, out, steps=LOOKS[-1], lr_factor=factor)
-            if run.key in found:
+            if (factor, seed) in _done(found):
                 continue
             if not may_begin():
                 return False
+            run = planned(SETTING, seed, out, steps=LOOKS[-1], lr_factor=factor)
             training, curve = Training(run), {}
             for steps in LOOKS:
                 training.to_step(steps)
@@ -59,8 +61,12 @@ def calibrate(out: Path, validation: Pictures, *, may_begin: Callable[[], bool] 
 
 
 def is_calibrated(out: Path) -> bool:
-    found = {(each["lr_factor"], each["seed"]) for each in curves(out).values()}
-    return all((factor, seed) in found for factor in LR_FACTORS for seed in SEEDS)
+    done = _done(curves(out))
+    return all((factor, seed) in done for factor in LR_FACTORS for seed in SEEDS)
+
+
+def _done(found: Mapping[str, Mapping[str, Any]]) -> set[tuple[float, int]]:
+    return {(each["lr_factor"], each["seed"]) for each in found.values()}
 
 
 def chosen(out: Path) -> Chosen:
@@ -85,8 +91,8 @@ def choice(found: Sequence[Mapping[str, Any]]) -> Chosen:
 
 
 def curves(out: Path) -> dict[str, dict[str, Any]]:
-    """By run: lr_factor, seed, cider (by steps, times 100), loss."""
-    return json.loads(_path(out).read_text()) if _path(out).exists() else {}
+    """By run: lr_factor, seed, cider (by steps, times 100), loss. Those of the archive where OUT has none."""
+    return json.loads(_path(out).read_text()) if _path(out).exists() else read_archive().calibration
 
 
 def _path(out: Path) -> Path:

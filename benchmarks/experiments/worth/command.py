@@ -1,8 +1,10 @@
-"""The order of work: pictures, then part by part the data and the runs, seed by seed; whatever is there is kept."""
+"""The order of work: pictures, then part by part the data and the runs, seed by seed; whatever is there, in OUT or
+in the archive, is kept.
+"""
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiments.worth import retrievers
+from benchmarks.experiments.worth.archive import Archive, read_archive
 from benchmarks.experiments.worth.calibration import SETTING, calibrate, chosen
 from benchmarks.experiments.worth.datasets import data_figures, is_made, make_data
 from benchmarks.experiments.worth.pictures import (
@@ -50,7 +53,7 @@ def worth(
     if not calibrate(out, load_pictures(out, "validation"), may_begin=may_begin):
         return {"done_now": 0, "calibrated": False}
     how = asdict(chosen(out))
-    test = load_pictures(out, "test")
+    test, archive = load_pictures(out, "test"), read_archive()
     done = 0
     for name in parts or PARTS:
         settings = PARTS[name].settings
@@ -58,10 +61,9 @@ def worth(
             if not may_begin():
                 return {"done_now": done, **progress(out, seeds)}
             make_data([setting], out, folder)
-            run = planned(setting, seed, out, **how)
-            if read_result(out, run.key) is not None:
+            if found_result(setting, seed, out, how, archive) is not None:
                 continue
-            result = do_run(run, out, test)
+            result = do_run(planned(setting, seed, out, **how), out, test)
             done += 1
             log.info(
                 "%s: %s, seed %d: CIDEr %.3f, %.0f CPU seconds",
@@ -74,6 +76,17 @@ def worth(
     return {"done_now": done, **progress(out, seeds)}
 
 
+def found_result(
+    setting: Setting, seed: int, out: Path, how: Mapping[str, Any], archive: Archive
+) -> dict[str, Any] | None:
+    """Of this machine, or else of the archive; None where nobody has done it. `how`: what the calibration chose."""
+    if is_made(out, setting.painter, setting.data):
+        own = read_result(out, planned(setting, seed, out, **how).key)
+        if own is not None:
+            return own
+    return archive.result(setting, seed, steps=how["steps"] * setting.longer, lr_factor=how["lr_factor"])
+
+
 def by_seed(settings: Sequence[Setting], seeds: int) -> Iterator[tuple[Setting, int]]:
     """All settings with their first seed, then all with their second: stopped anywhere, rows have equal seeds."""
     for number in range(seeds):
@@ -84,11 +97,10 @@ def by_seed(settings: Sequence[Setting], seeds: int) -> Iterator[tuple[Setting, 
 def progress(out: Path, seeds: int) -> dict[str, Any]:
     """Runs of each part: done and wanted."""
     found: dict[str, Any] = {}
-    how = asdict(chosen(out))
+    how, archive = asdict(chosen(out)), read_archive()
     for name, part in PARTS.items():
         done = sum(
-            is_made(out, setting.painter, setting.data)
-            and read_result(out, planned(setting, seed, out, **how).key) is not None
+            found_result(setting, seed, out, how, archive) is not None
             for setting, seed in by_seed(part.settings, seeds)
         )
         found[name] = f"{done} of {len(part.settings) * seeds}"

@@ -1,4 +1,4 @@
-"""The section of RESULTS.md on what each step is worth, and worth.json with the figures of every run.
+"""The section of RESULTS.md on what each step is worth, and worth.json (archive.py).
 
 The section stands between two marks, before all others; the tables of the other experiments are not touched. What
 people read off it is written by hand in READING.md beside this file and taken in as it is.
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiments.worth import calibration
+from benchmarks.experiments.worth.archive import ARCHIVE, read_archive, record, write_archive
 from benchmarks.experiments.worth.calibration import LOOKS, LR_FACTORS, NEAR, chosen, curves, is_calibrated
-from benchmarks.experiments.worth.command import by_seed
+from benchmarks.experiments.worth.command import by_seed, found_result
 from benchmarks.experiments.worth.datasets import data_figures, is_made
 from benchmarks.experiments.worth.dissection import by_kinds, training_figures
 from benchmarks.experiments.worth.pictures import Pictures, judge_folder, load_pictures, worth_folder
 from benchmarks.experiments.worth.retrievers import kept_figures
-from benchmarks.experiments.worth.runs import planned, read_result
 from benchmarks.experiments.worth.settings import (
     BASE,
     CAPTIONS,
@@ -43,7 +43,6 @@ from pcm.errors import InputError
 
 _BENCHMARKS = Path(__file__).parents[2]
 RESULTS = _BENCHMARKS / "RESULTS.md"
-RUNS = _BENCHMARKS / "worth.json"
 READING = Path(__file__).parent / "READING.md"
 
 BEGIN, END = "<!-- worth: begin -->", "<!-- worth: end -->"
@@ -64,14 +63,13 @@ class Scores:
     def __init__(self, out: Path, seeds: int) -> None:
         self.test = load_pictures(out, "test")
         self.how = asdict(chosen(out)) if is_calibrated(out) else None  # without it there is no run yet
+        archive = read_archive()
         self.results: dict[Setting, dict[int, dict[str, Any]]] = {}
         self.wanted: dict[Setting, int] = {}
         for part in PARTS.values():
             for setting, seed in by_seed(part.settings, seeds):
                 self.wanted[setting] = seeds
-                if not is_made(out, setting.painter, setting.data):
-                    continue
-                if self.how and (result := read_result(out, planned(setting, seed, out, **self.how).key)):
+                if self.how and (result := found_result(setting, seed, out, self.how, archive)):
                     self.results.setdefault(setting, {})[seed] = result
 
     def count(self, setting: Setting) -> str:
@@ -107,7 +105,7 @@ def per_picture(result: Mapping[str, Any], test: Pictures, metric: str) -> np.nd
     return named[wanted > 0] / wanted[wanted > 0]
 
 
-def write_worth(out: Path, *, seeds: int = SEEDS, results: Path = RESULTS, runs: Path = RUNS) -> dict[str, Any]:
+def write_worth(out: Path, *, seeds: int = SEEDS, results: Path = RESULTS, runs: Path = ARCHIVE) -> dict[str, Any]:
     """Write the section and worth.json from what lies in OUT: how many runs they are of, and how many are missing."""
     if not (worth_folder(out) / "pictures" / "test.npz").exists():
         raise InputError(f"--out {out}: has no test pictures; run worth first")
@@ -115,7 +113,7 @@ def write_worth(out: Path, *, seeds: int = SEEDS, results: Path = RESULTS, runs:
     known = results.read_text() if results.exists() else "# The paper's experiments in small\n"
     results.write_text(with_section(known, "\n".join(_section(out, scores))))
     rows = [_record(result, scores.test) for found in scores.results.values() for _, result in sorted(found.items())]
-    runs.write_text("[\n" + ",\n".join(json.dumps(row, sort_keys=True) for row in rows) + "\n]\n")
+    write_archive(runs, calibration=curves(out), records=rows)
     return {"worth_runs": len(rows), "worth_missing": sum(scores.wanted.values()) - len(rows)}
 
 
@@ -137,8 +135,7 @@ def with_section(text: str, section: str) -> str:
 
 def _record(result: Mapping[str, Any], test: Pictures) -> dict[str, Any]:
     means = {metric: round(100 * float(per_picture(result, test, metric).mean()), 3) for metric in METRICS}
-    names = ("setting", "seed", "steps", "loss", "cpu_seconds", "train")
-    return {**{name: result[name] for name in names}, **means, "datasets": [d["sha256"] for d in result["datasets"]]}
+    return record(result, means)
 
 
 def _section(out: Path, scores: Scores) -> list[str]:

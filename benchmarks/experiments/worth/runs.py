@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.experiments.settings import PRESET
 from benchmarks.experiments.worth.pictures import Pictures, data_folder, load_pictures, said, worth_folder, write_whole
-from benchmarks.experiments.worth.settings import BASE, CLIP_FACTOR, DRAWN, NETWORKS, NO_CXE, Setting
+from benchmarks.experiments.worth.settings import BASE, CLIP_FACTOR, DRAWN, NETWORKS, NO_CXE, VERSION, Setting
 from cluster.dataset.layout import load_manifest
 from cluster.store.store import open_store
 from cluster.sweep.sweep import without_paths
@@ -41,8 +41,6 @@ from pcm.records import FeatureShape
 from pcm.text.metrics import cider_each
 from pcm.text.vocabulary import Vocabulary
 
-#: Changes when this file begins to make other numbers of the same settings.
-_VERSION = 1
 #: The loss is kept as means of so many steps.
 LOSS_STEPS = 50
 
@@ -77,7 +75,7 @@ def planned(setting: Setting, seed: int, out: Path, *, steps: int, lr_factor: fl
     )
     spec = planned_run(request, cpus=1)
     identity = {
-        "version": _VERSION,
+        "version": VERSION,
         "steps": steps,
         "train": spec.document["train"],
         "datasets": without_paths(spec.document["datasets"]),

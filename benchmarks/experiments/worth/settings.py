@@ -11,6 +11,9 @@ from typing import Any
 
 from pcm import embedded
 
+#: Changes when runs.py begins to make other numbers of the same settings.
+VERSION = 1
+
 
 @dataclass(frozen=True)
 class Painter:
