@@ -85,7 +85,7 @@ class BatchShape:
 
     @property
     def slice(self) -> range:
-        """PublishedFolders in the global batch."""
+        """Places in the global batch."""
         share = self.batch_size // self.num_workers
         return range(self.rank * share, (self.rank + 1) * share)
 
