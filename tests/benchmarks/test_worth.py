@@ -68,6 +68,18 @@ def test_one_seed_alone_tells_no_interval() -> None:
     assert report.interval(found) == "+1.0 (one seed)"
 
 
+def test_runs_of_which_only_means_were_kept_have_an_interval_over_seeds_alone() -> None:
+    found = estimate(np.array([[1.0], [2.0], [3.0]]))
+    assert found.mean == 2.0 and found.half == pytest.approx(t_quantile(2) / np.sqrt(3))
+    assert report.interval(found) == "+2.0 ± 2.5 °"
+    base, other = Setting("coarse"), Setting("coarse", network="base + CXE")
+    whole = some_scores({}).with_means(a_result([1.0, 2.0], [1, 1]))
+    assert whole["CIDEr"] == 150.0
+    alone = {"CIDEr": 160.0, "noun recall": 1.0, "of recognised nouns": 1.0}
+    mixed = some_scores({base: {1: whole}, other: {1: alone}})
+    assert mixed.difference(other, base, "CIDEr").tolist() == [[10.0]]
+
+
 def test_a_clear_difference_is_bold() -> None:
     assert report.interval(replace(estimate(np.ones((2, 50))), half=0.5)) == "**+1.0 ± 0.5**"
     assert report.interval(replace(estimate(np.ones((2, 50))), half=1.5)) == "+1.0 ± 1.5"
@@ -253,6 +265,7 @@ def test_with_an_empty_folder_it_goes_on_where_the_archive_ends(out: Path, monke
     folder = pictures.worth_folder(out)
     shutil.rmtree(folder / "results")
     (folder / "calibration.json").unlink()
+    assert archive.read_archive().calibration is not None
     kept = report.Scores(out, 1)
     assert kept.matrix(Setting("coarse"), "CIDEr") == pytest.approx(own, abs=0.05)
     assert command.worth(out, art=None, seeds=2) == {"done_now": 2, "part": "4 of 4"}

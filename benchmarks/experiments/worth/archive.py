@@ -1,8 +1,9 @@
 """benchmarks/worth.json: the calibration and every run that is in RESULTS.md, with the scores of each test picture.
 
-OUT is on one machine, and this file is in the repository: with an empty OUT, `worth` goes on where the file ends. A run
-is known here by its setting, seed, steps and learning rate. On a processor of another kind the drawn pictures differ in
-their last bits, so their digests would match nothing.
+OUT is on one machine, and this file is in the repository: with an empty OUT, `worth` goes on where the file ends, with
+the learning rate and the steps that were chosen before. A run is known here by its setting, seed, steps and learning
+rate: on a processor of another kind the drawn pictures differ in their last bits, so digests would match nothing. The
+first 95 runs have no scores by picture ("pictures"), only their means.
 """
 
 import base64
@@ -24,19 +25,14 @@ _BY_PICTURE = {"cider": np.dtype("<u2"), "said": np.dtype("u1"), "seen_said": np
 _KEPT = ("setting", "seed", "steps", "loss", "cpu_seconds", "train")
 
 
-def record(result: Mapping[str, Any], means: Mapping[str, float]) -> dict[str, Any]:
-    """A result as the file has it, with the mean of each metric for readers."""
-    digests = [each["sha256"] for each in result["datasets"]]
-    return {
-        **{name: result[name] for name in _KEPT},
-        **means,
-        "version": VERSION,
-        "datasets": digests,
-        "pictures": _packed(result),
-    }
+def record(result: Mapping[str, Any], metrics: Iterable[str]) -> dict[str, Any]:
+    """A result with its means as the file has it."""
+    found = {name: result[name] for name in (*_KEPT, *metrics)} | {"version": VERSION}
+    found["datasets"] = [each["sha256"] for each in result["datasets"]]
+    return found | ({"pictures": _packed(result)} if "cider" in result else {})
 
 
-def write_archive(path: Path, *, calibration: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> None:
+def write_archive(path: Path, *, calibration: Mapping[str, Any] | None, records: Iterable[Mapping[str, Any]]) -> None:
     """One run a line."""
     lines = ",\n".join(json.dumps(each, sort_keys=True) for each in records)
     path.write_text(f'{{"calibration": {json.dumps(calibration, sort_keys=True)},\n"runs": [\n{lines}\n]}}\n')
@@ -44,24 +40,24 @@ def write_archive(path: Path, *, calibration: Mapping[str, Any], records: Iterab
 
 @dataclass(frozen=True)
 class Archive:
-    """What the file has. calibration: as calibration.curves has it; {} where there is none."""
+    """What the file has. calibration: as calibration.kept makes it."""
 
-    calibration: dict[str, dict[str, Any]]
+    calibration: dict[str, Any] | None
     records: dict[tuple[Setting, int, int, float], dict[str, Any]]
 
     def result(self, setting: Setting, seed: int, *, steps: int, lr_factor: float) -> dict[str, Any] | None:
-        """As `do_run` made it, but for its captions; None where there is no such run. `steps`: that it was trained."""
+        """As `do_run` made it but for its captions, and the means; None where there is no such run. `steps`: that it
+        was trained."""
         found = self.records.get((setting, seed, steps, lr_factor))
         if found is None:
             return None
-        kept = {name: found[name] for name in _KEPT}
-        return {**kept, "datasets": [{"sha256": each} for each in found["datasets"]], **_unpacked(found["pictures"])}
+        by_picture = _unpacked(found["pictures"]) if "pictures" in found else {}
+        return {**found, "datasets": [{"sha256": each} for each in found["datasets"]], **by_picture}
 
 
-def read_archive(path: Path | None = None) -> Archive:
-    """Nothing is in a file that is not there; runs of another VERSION are left out. `path`: ARCHIVE."""
-    path = path or ARCHIVE
-    kept = json.loads(path.read_text()) if path.exists() else {"calibration": {}, "runs": []}
+def read_archive() -> Archive:
+    """Nothing is in a file that is not there; runs of another VERSION are left out."""
+    kept = json.loads(ARCHIVE.read_text()) if ARCHIVE.exists() else {"calibration": None, "runs": []}
     known = {
         (Setting(**each["setting"]), each["seed"], each["steps"], each["train"]["lr_factor"]): each
         for each in kept["runs"]

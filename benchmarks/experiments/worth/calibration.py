@@ -1,14 +1,14 @@
 """Learning rate and steps, fixed on validation pictures before any test picture is looked at.
 
 Rule: the learning rate with the highest mean CIDEr at the last look; then the fewest steps at which its mean is within
-NEAR of its highest. Kept, with the curves, in OUT/worth/calibration.json, which is written after every training; of an
-earlier machine in worth.json.
+NEAR of its highest. Kept, with the curves, in OUT/worth/calibration.json, which is written after every
+training; once it is reported it is in worth.json, and not done again elsewhere.
 """
 
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,18 @@ class Chosen:
 
 
 def calibrate(out: Path, validation: Pictures, *, may_begin: Callable[[], bool] = lambda: True) -> bool:
-    """Do the trainings that are missing, seed by seed; whether all are done. Asks `may_begin` before each."""
+    """Do the trainings that are missing, seed by seed; whether all are done. Asks `may_begin` before each. None is
+    missing where the archive has the choice."""
+    if read_archive().calibration is not None:
+        return True
     found = curves(out)
     for seed in SEEDS:
         for factor in LR_FACTORS:
-            if (factor, seed) in _done(found):
+            run = planned(SETTING, seed, out, steps=LOOKS[-1], lr_factor=factor)
+            if run.key in found:
                 continue
             if not may_begin():
                 return False
-            run = planned(SETTING, seed, out, steps=LOOKS[-1], lr_factor=factor)
             training, curve = Training(run), {}
             for steps in LOOKS:
                 training.to_step(steps)
@@ -61,16 +64,16 @@ def calibrate(out: Path, validation: Pictures, *, may_begin: Callable[[], bool] 
 
 
 def is_calibrated(out: Path) -> bool:
-    done = _done(curves(out))
-    return all((factor, seed) in done for factor in LR_FACTORS for seed in SEEDS)
-
-
-def _done(found: Mapping[str, Mapping[str, Any]]) -> set[tuple[float, int]]:
-    return {(each["lr_factor"], each["seed"]) for each in found.values()}
+    if read_archive().calibration is not None:
+        return True
+    found = {(each["lr_factor"], each["seed"]) for each in curves(out).values()}
+    return all((factor, seed) in found for factor in LR_FACTORS for seed in SEEDS)
 
 
 def chosen(out: Path) -> Chosen:
-    """By the rule above. Raises InputError where trainings are missing."""
+    """By the rule above: that of the archive, else of OUT. Raises InputError where trainings are missing."""
+    if (kept := read_archive().calibration) is not None:
+        return Chosen(**kept["chosen"])
     if not is_calibrated(out):
         raise InputError(f"--out {out}: the calibration is not done; run worth")
     return choice(list(curves(out).values()))
@@ -90,9 +93,33 @@ def choice(found: Sequence[Mapping[str, Any]]) -> Chosen:
     return Chosen(factor, min(look for look in LOOKS if means[factor][look] >= best - NEAR))
 
 
+def table(out: Path) -> list[dict[str, Any]]:
+    """By learning rate, of the archive, else of OUT: lr_factor, seeds, and cider, its mean and standard deviation over
+    seeds in words, by steps."""
+    if (kept := read_archive().calibration) is not None:
+        return kept["table"]
+    found = list(curves(out).values())
+    rows = []
+    for factor in sorted({each["lr_factor"] for each in found} | set(LR_FACTORS)):
+        ciders = [each["cider"] for each in found if each["lr_factor"] == factor]
+        cells = {str(look): _mean_std([each[str(look)] for each in ciders]) for look in LOOKS if ciders}
+        rows.append({"lr_factor": factor, "seeds": len(ciders), "cider": cells})
+    return rows
+
+
+def kept(out: Path) -> dict[str, Any] | None:
+    """As the archive has it; None before it is done."""
+    return {"chosen": asdict(chosen(out)), "table": table(out)} if is_calibrated(out) else None
+
+
+def _mean_std(values: Sequence[float]) -> str:
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
 def curves(out: Path) -> dict[str, dict[str, Any]]:
-    """By run: lr_factor, seed, cider (by steps, times 100), loss. Those of the archive where OUT has none."""
-    return json.loads(_path(out).read_text()) if _path(out).exists() else read_archive().calibration
+    """By run: lr_factor, seed, cider (by steps, times 100), loss."""
+    return json.loads(_path(out).read_text()) if _path(out).exists() else {}
 
 
 def _path(out: Path) -> Path:

@@ -7,6 +7,8 @@ the drawn rows and columns is taken; the standard deviation of these means is th
 are: drawing all S would make the variance too small by (S - 1) / S.) Half the 95 % interval is t(0.975, S - 1) standard
 errors, because a few seeds tell their own spread badly. What a seed does to one picture alone counts in both draws, so
 the interval is rather too wide than too narrow.
+
+Of runs of which only the mean over the pictures was kept the matrix is (S, 1), and seeds alone count.
 """
 
 import math
@@ -30,6 +32,7 @@ class Estimate:
     mean: float
     half: float
     seeds: int
+    by_picture: bool = True  # whether the noise of the pictures counts
 
     @property
     def is_clear(self) -> bool:
@@ -38,12 +41,14 @@ class Estimate:
 
 
 def estimate(scores: np.ndarray) -> Estimate:
-    """Of one setting (S, n), or of the difference of two, paired by seed and picture."""
+    """Of one setting (S, n) or (S, 1), or of the difference of two, paired by seed and picture."""
     seeds, pictures = scores.shape
     mean = float(scores.mean())
-    if seeds < 2 or pictures < 2:
+    if seeds < 2:
         return Estimate(mean, math.inf, seeds)
-    return Estimate(mean, t_quantile(seeds - 1) * standard_error(scores), seeds)
+    by_picture = pictures > 1
+    error = standard_error(scores) if by_picture else seed_spread(scores) / math.sqrt(seeds)
+    return Estimate(mean, t_quantile(seeds - 1) * error, seeds, by_picture)
 
 
 def standard_error(scores: np.ndarray) -> float:
