@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from pcm.clip.names import LOCAL_PREFIX, folder_revision, resolve_clip_name
+from pcm.clip.names import revision_here
 from pcm.clip.truncation import count_tokens
 from pcm.errors import InputError, first_line
 from pcm.images import to_uint8
@@ -129,12 +128,11 @@ class ClipEncoder:
         """
         pinned = spec.revision
         if model in (None, spec.model) and pinned.startswith("sha256:"):
-            architecture, pretrained = resolve_clip_name(spec.model)
-            now = folder_revision(Path(pretrained or architecture.removeprefix(LOCAL_PREFIX)))
+            now = revision_here(spec.model)
             if now != pinned:
                 raise InputError(
-                    f"CLIP {spec.model!r}: its files are {now}, but {pinned} were pinned; put the same files there, or "
-                    "begin another dataset"
+                    f"CLIP {spec.model!r}: its files are {now or 'not there'}, but {pinned} were pinned; put the same "
+                    "files there, or begin another dataset"
                 )
         return cls(
             model or spec.model,
