@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from cluster.store.paths import inside
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store, join, open_store
@@ -81,6 +83,14 @@ def _stage_one(request: StageModelsRequest, kind: str, place: str) -> dict[str, 
         else:
             assert request.clip is not None
             source = _link_clip(request.clip, request.revision, folder)
+        for file in folder.rglob("*.safetensors"):
+            try:
+                with safe_open(file, "np"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise InputError(
+                    f"{source}: {file.relative_to(folder)} cannot be read ({first_line(error)}); get it again whole"
+                ) from None
         manifest = _manifest(folder, source)
         store = open_store(place)
         missing = _missing(store, manifest)

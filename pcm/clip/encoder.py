@@ -18,8 +18,9 @@ from PIL import Image
 
 from pcm.clip.names import revision_here
 from pcm.clip.truncation import count_tokens
-from pcm.errors import InputError, first_line
+from pcm.errors import InputError
 from pcm.images import to_uint8
+from pcm.model_faults import is_out_of_memory, is_sticky, why_unusable
 from pcm.precision import whole_float32
 from pcm.records import FeatureShape
 from pcm.spec import ClipSpec
@@ -93,18 +94,20 @@ class ClipEncoder:
             model: Any = files.load(self.device)
             self._tokenizer = files.tokenizer()
             self.embed_dim: int = files.config["embed_dim"]
+            self._preprocess = open_clip.transform.image_transform_v2(
+                open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg), is_train=False
+            )
         except InputError:
             raise
-        except (RuntimeError, OSError, ValueError, FileNotFoundError) as error:
+        except Exception as error:  # whatever a library says of files that are damaged or none
+            if is_out_of_memory(error) or is_sticky(error):
+                raise
             raise InputError(
-                f"CLIP model {name!r} cannot be loaded: {first_line(error)}; "
-                "give ARCHITECTURE/PRETRAINED (see open_clip.list_pretrained()), a folder, or 'embedded'"
+                f"CLIP model {name!r} cannot be loaded: {why_unusable(error)}; get its files again if they may "
+                "be damaged, or give ARCHITECTURE/PRETRAINED (see open_clip.list_pretrained()), a folder or 'embedded'"
             ) from error
         self._model: Any = model.eval().requires_grad_(False).to(dtype=self._dtype)
         self._visual: Any = model.visual
-        self._preprocess = open_clip.transform.image_transform_v2(
-            open_clip.transform.PreprocessCfg(**self._visual.preprocess_cfg), is_train=False
-        )
         self.resolution: int = min(open_clip.transform.to_2tuple(self._visual.image_size))
         self.context_length: int = self._tokenizer.context_length
         self._grid = token_grid(self._visual)

@@ -16,7 +16,8 @@ import torch
 from pcm.clip.configuration import CONFIG_FILE, model_config, open_tokenizer
 from pcm.clip.names import HUB_PREFIX, LOCAL_PREFIX, activation_of, is_commit, resolve_clip_name
 from pcm.clip.towers import feature_shape, token_grid
-from pcm.errors import InputError, first_line
+from pcm.errors import InputError
+from pcm.model_faults import why_unusable
 from pcm.records import FeatureShape
 from pcm.safe_pickle.torch_files import check_archive
 
@@ -141,8 +142,8 @@ def tower_facts(name: str) -> TowerFacts:
             visual = open_clip.model._build_vision_tower(config["embed_dim"], vision)
     except InputError:
         raise
-    except (OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
-        raise InputError(f"CLIP model {name!r}: its configuration cannot be used ({first_line(error)})") from None
+    except Exception as error:  # whatever open_clip and timm say of a configuration that is none
+        raise InputError(f"CLIP model {name!r}: its configuration cannot be used ({why_unusable(error)})") from None
     grid = token_grid(visual)
     return TowerFacts(feature_shape(config["embed_dim"], grid), grid is not None and grid.has_head)
 

@@ -125,7 +125,7 @@ class FeaturiseShard:
         self, drawn: pa.Table, rows: list[int], bad: list[int]
     ) -> "Iterator[tuple[list[int], ImageFeatures, np.ndarray]]":
         """(rows, features, text features) batch by batch; rows on which CLIP raises alone go to `bad`."""
-        from pcm.generation.model_faults import free_memory, is_out_of_memory, is_sticky
+        from pcm.model_faults import free_memory, is_out_of_memory, is_sticky
 
         assert self._encoder is not None
         waiting = [rows]

@@ -1,6 +1,9 @@
 """The frozen CLIP: its features are open_clip's own, and a row does not depend on its neighbours."""
 
+import argparse
 import json
+import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +20,7 @@ import open_clip
 from pcm.clip.encoder import ClipEncoder
 from pcm.clip.names import folder_revision
 from pcm.clip.truncation import truncation_check
+from pcm.clip.weights import tower_facts
 from pcm.errors import InputError
 from pcm.images import open_image
 
@@ -161,6 +165,90 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, tiny
     (tmp_path / "no_weights").mkdir()
     (tmp_path / "no_weights/open_clip_config.json").write_text((tiny_clip / "open_clip_config.json").read_text())
     assert "cannot be loaded" in refused(str(tmp_path / "no_weights"))
+
+
+def spoil_safetensors(folder: Path) -> None:
+    file = folder / "open_clip_model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def as_pickle(content: object) -> Callable[[Path], None]:
+    """Weights as torch.save has them, or these bytes."""
+
+    def replace_weights(folder: Path) -> None:
+        (folder / "open_clip_model.safetensors").unlink()
+        file = folder / "open_clip_pytorch_model.bin"
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            torch.save(content, file)
+
+    return replace_weights
+
+
+def configured(part: str, **values: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        (config if part == "preprocess_cfg" else config["model_cfg"])[part].update(values)
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_safetensors, "SafetensorError: .*incomplete metadata.*; get its files again if they may be damaged"),
+        (as_pickle(b"garbage" * 99), "its file of weights is damaged, or holds more than tensors"),
+        (as_pickle({"weights": {}, "options": argparse.Namespace()}), "is damaged, or holds more than tensors"),
+        (as_pickle(b""), "its file of weights is damaged"),
+        (as_pickle([1, 2]), "AttributeError: 'list' object"),
+        (as_pickle({"model": {}}), r"state_dict for CLIP: Missing key\(s\) in state_dict: .positional_embedding"),
+        (configured("text_cfg", width="16"), "TypeError: .*got str"),
+        (configured("text_cfg", pool_type="other"), "assert pool_type in "),
+        (configured("text_cfg", tokenizer_kwargs={"strip_sep_token": True}), "TypeError: .*strip_sep_token"),
+        (configured("vision_cfg", patch_size=0), "ZeroDivisionError"),
+        (configured("vision_cfg", timm_model_name="vit_tiny_patch16_224", timm_proj="other"), "assert proj in "),
+        (configured("preprocess_cfg", interpolation="other"), "assert interpolation in "),
+    ],
+)  # fmt: skip
+def test_what_a_library_says_of_damaged_files_is_one_line(
+    tmp_path: Path, tiny_clip: Path, spoil: Callable[[Path], None], said: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_clip, tmp_path / "clip"))
+    spoil(folder)
+    line = refused(str(folder))
+    assert re.search(f"cannot be loaded: .*{said}", line) and "weights_only" not in line, line
+
+
+def test_a_tower_of_a_configuration_that_is_none_is_refused_before_weights_are_there(
+    tmp_path: Path, tiny_clip: Path
+) -> None:
+    for number, spoil in enumerate(
+        (
+            configured("vision_cfg", patch_size=0),
+            configured("vision_cfg", timm_model_name="vit_tiny_patch16_224", timm_proj="other"),
+        )
+    ):
+        folder = Path(shutil.copytree(tiny_clip, tmp_path / f"clip{number}"))
+        spoil(folder)
+        with pytest.raises(InputError, match="its configuration cannot be used"):
+            tower_facts(str(folder))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: device-side assert triggered")]
+)
+def test_what_the_device_says_passes_unchanged(
+    tiny_clip: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(open_clip, "create_model", fails)
+    with pytest.raises(type(error)) as raised:
+        ClipEncoder(str(tiny_clip))
+    assert raised.value is error
 
 
 def test_a_tower_that_pools_by_attention_gives_tokens_without_a_head(tmp_path: Path, images: list[Image.Image]) -> None:
