@@ -13,13 +13,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import pcm.torchvision_shim  # noqa: F401  isort: skip
 import open_clip
+import transformers
 
 from pcm.clip.encoder import ClipEncoder
 from pcm.clip.names import folder_revision
-from pcm.clip.truncation import truncation_check
+from pcm.clip.truncation import count_tokens, truncation_check
 from pcm.clip.weights import tower_facts
 from pcm.errors import InputError
 from pcm.images import open_image
@@ -143,6 +145,17 @@ def test_tokens_are_counted_with_start_and_end_before_truncation(encoder: ClipEn
     too_long = truncation_check(str(tiny_clip))
     assert not too_long(" ".join(["cat"] * 75)) and too_long(" ".join(["cat"] * 76))
     assert not truncation_check("null")("cat " * 500)
+    chinese = "一只棕色的狗在绿色的草地上奔跑旁边有两个孩子在玩"  # 24 characters of up to three tokens
+    assert too_long(chinese * 2) and encoder.count_tokens(chinese * 2) > 77 and not too_long(chinese[:8])
+
+
+def test_tokens_are_counted_of_the_text_that_the_tokenizer_cleans(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "dog": 2}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    as_siglip = open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=64, clean="canonicalize")
+    assert count_tokens(as_siglip, "A dog!!!") == 2
 
 
 def test_a_text_over_the_context_is_cut_and_still_encoded(encoder: ClipEncoder) -> None:
