@@ -167,6 +167,18 @@ def test_weights_whose_header_cannot_be_read_are_refused_before_anything_is_put(
         assert not (tmp_path / "out").exists()
 
 
+def test_a_clip_whose_text_tower_needs_the_hub_is_refused(tmp_path: Path, tiny_clip: Path) -> None:
+    folder = Path(shutil.copytree(tiny_clip, tmp_path / "clip"))
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"] |= {"hf_model_name": "roberta-base", "hf_tokenizer_name": "roberta-base"}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    weights = next(tiny_clip.glob("*.safetensors"))
+    for name in (str(folder), f"roberta-ViT-B-32/{weights}"):
+        with pytest.raises(InputError, match="reads the configuration of roberta-base from the hub"):
+            stage(StageModelsRequest(clip=name, out=str(tmp_path / "out")))
+
+
 def test_a_folder_has_no_revision(tmp_path: Path, tiny_t2i: Path, tiny_clip: Path) -> None:
     for given in ({"t2i": str(tiny_t2i)}, {"clip": str(tiny_clip)}):
         with pytest.raises(InputError, match="is no repo"):
