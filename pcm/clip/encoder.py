@@ -106,7 +106,12 @@ class ClipEncoder:
                 f"CLIP model {name!r} cannot be loaded: {why_unusable(error)}; get its files again if they may "
                 "be damaged, or give ARCHITECTURE/PRETRAINED (see open_clip.list_pretrained()), a folder or 'embedded'"
             ) from error
-        self._model: Any = model.eval().requires_grad_(False).to(dtype=self._dtype)
+        model.eval().requires_grad_(False)
+        #: How the model turns a cosine into a logit: cosine * logit_scale, plus logit_bias of a SigLIP.
+        self.logits: dict[str, float] = {"logit_scale": model.logit_scale.float().exp().item()}
+        if getattr(model, "logit_bias", None) is not None:
+            self.logits["logit_bias"] = model.logit_bias.float().item()
+        self._model: Any = model.to(dtype=self._dtype)
         self._visual: Any = model.visual
         self.resolution: int = min(open_clip.transform.to_2tuple(self._visual.image_size))
         self.context_length: int = self._tokenizer.context_length
@@ -235,13 +240,6 @@ class ClipEncoder:
         from pcm.clip.weights import sha256_of
 
         return sha256_of(self._files.weights)
-
-    @property
-    def logits(self) -> dict[str, float]:
-        """How the model turns a cosine into a logit: cosine * logit_scale, plus logit_bias of a SigLIP."""
-        found = {"logit_scale": self._model.logit_scale.float().exp().item()}
-        bias = getattr(self._model, "logit_bias", None)
-        return found if bias is None else found | {"logit_bias": bias.float().item()}
 
     def _on_device(self, batch: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import pcm.torchvision_shim  # noqa: F401  isort: skip
@@ -202,7 +202,7 @@ def as_pickle(content: object) -> Callable[[Path], None]:
 def configured(part: str, **values: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         config = json.loads((folder / "open_clip_config.json").read_text())
-        (config if part == "preprocess_cfg" else config["model_cfg"])[part].update(values)
+        (config if part in config else config["model_cfg"])[part].update(values)
         (folder / "open_clip_config.json").write_text(json.dumps(config))
 
     return change
@@ -269,6 +269,20 @@ def test_a_tower_that_pools_by_attention_gives_tokens_without_a_head(tmp_path: P
     encoder = ClipEncoder(str(folder), batch_size=4)
     assert encoder.features.has_patches and encoder.head() == {}
     assert encoder.encode_images(images).patch_features.shape == (5, 16, 32)
+
+
+def test_logits_are_those_of_the_weights_in_any_precision(tmp_path: Path) -> None:
+    folder = save_clip(tmp_path / "clip", image_size=32, patch_size=8)
+    configured("model_cfg", init_logit_bias=-10)(folder)
+    weights = load_file(folder / "open_clip_model.safetensors")
+    weights |= {"logit_scale": torch.tensor(4.7188), "logit_bias": torch.tensor(-16.7788)}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    for dtype in ("float32", "bfloat16", "float16"):
+        logits = ClipEncoder(str(folder), dtype=dtype).logits
+        assert logits == {
+            "logit_scale": torch.tensor(4.7188).exp().item(),
+            "logit_bias": torch.tensor(-16.7788).item(),
+        }
 
 
 def test_a_folders_revision_is_its_content(tmp_path: Path) -> None:
