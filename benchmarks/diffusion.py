@@ -31,7 +31,7 @@ import transformers
 
 from pcm.generation.diffusers_pipeline import DiffusersTextToImage
 from pcm.generation.drawing import Request
-from pcm.generation.model_faults import free_memory, is_out_of_memory
+from pcm.model_faults import free_memory, is_out_of_memory
 from pcm.spec import DTYPES, GeneratorSpec
 
 #: What is compared with the plain pipeline.

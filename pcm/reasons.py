@@ -107,7 +107,10 @@ _ROWS = (
         NSFW_FLAGGED, "picture", "next seeds",
         "the model's safety checker blanked the picture with each of --max-attempts seeds",
     ),
-    Reason(CLIP_ERROR, "clip", "same seed", "CLIP raised on the picture; the error is in the shard's stats"),
+    Reason(
+        CLIP_ERROR, "clip", "same seed",
+        "CLIP raised on the picture, or gave a feature that float16 does not hold; the error is in the shard's stats",
+    ),
     Reason(MISSING_IMAGE, "import", "none", "the caption's picture is not there, or the caption names none"),
     Reason(BAD_IMAGE, "import", "none", "the picture cannot be decoded, or is no JPEG, PNG or WebP"),
     Reason(

@@ -198,7 +198,7 @@ def load_captioner(
     concepts = None if asked.concepts is None else read_concepts(asked.concepts)
     return _load(
         checkpoints,
-        clip=clip or (asked.clip and local_name(asked.clip)),
+        clip=clip or asked.clip,
         device=asked.device,
         beam_size=asked.beam_size,
         concepts=concepts,
@@ -421,7 +421,7 @@ def _load_whole(source: CaptionerSource, *, device: str) -> Captioner:
     """The captioner, with its CLIP where pictures need one."""
     captioner = _load(
         source.checkpoints,
-        clip=source.clip and local_name(source.clip),
+        clip=source.clip,
         device=device,
         beam_size=source.beam_size,
         concepts=source.concepts,

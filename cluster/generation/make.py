@@ -142,7 +142,7 @@ def prepare(
     noun_finder(asked.nouns)  # a model that is not installed is told now
     concepts = None
     if asked.concepts is not None:
-        concepts = fitting_concepts(asked.concepts, embed_dim=joint_dimensions(spec.clip.model))
+        concepts = fitting_concepts(asked.concepts, embed_dim=joint_dimensions(spec.clip.model, spec.clip.revision))
 
     start_ray()
     before = planned.spec.generator.device if planned else None

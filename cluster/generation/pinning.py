@@ -103,7 +103,7 @@ def clip_spec(
     pinned, weights = pin_clip(model, revision)
     activation = None if model == "null" else activation_of(*resolve_clip_name(local_name(model)))
     if model not in ("null", "embedded"):
-        log.info("CLIP %s: %s", model, describe_tower(model))
+        log.info("CLIP %s: %s", model, describe_tower(model, pinned))
     return ClipSpec(
         model=model,
         revision=pinned,
@@ -116,28 +116,28 @@ def clip_spec(
     )
 
 
-def require_joint_patches(model: str) -> None:
+def require_joint_patches(model: str, revision: str | None = None) -> None:
     """Raises InputError where a CLIP gives no patches in the joint space, which PCM-Net needs. At most the model's
     configuration is downloaded.
     """
-    if model not in ("null", "embedded") and not (tower := describe_tower(model)).has_head:
+    if model not in ("null", "embedded") and not (tower := describe_tower(model, revision)).has_head:
         raise InputError(
             f"--clip {model}: gives {tower}; PCM-Net needs patches in the joint space: give a CLIP that pools a token "
             "or their mean, such as ViT-L-14/openai"
         )
 
 
-def joint_dimensions(model: str) -> int:
+def joint_dimensions(model: str, revision: str | None = None) -> int:
     """D of a CLIP's joint space. Raises InputError for the null CLIP, which has none."""
     if model == "null":
         raise InputError("--concepts: without effect with --clip null, which has no features; leave it out")
-    return describe_tower(model).features.embed_dim
+    return describe_tower(model, revision).features.embed_dim
 
 
-def describe_tower(model: str) -> "TowerFacts":
+def describe_tower(model: str, revision: str | None = None) -> "TowerFacts":
     from pcm.clip.weights import tower_facts  # seconds to import
 
-    return tower_facts(local_name(model))
+    return tower_facts(local_name(model, revision), revision)
 
 
 def clip_of_given_features(model: str) -> ClipSpec:

@@ -5,6 +5,8 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator
 
+import pyarrow as pa
+
 from cluster.dataset.layout import (
     MANIFEST_KEY,
     PLAN_KEY,
@@ -30,6 +32,7 @@ from cluster.weights.node_copy import local_spec
 from pcm import embedded
 from pcm.errors import InputError
 from pcm.generation.prompt_length import truncation_check
+from pcm.reasons import USABLE
 from pcm.spec import DatasetSpec
 from pcm.text.formats import ReadOptions
 
@@ -130,7 +133,8 @@ def _rebuild_plan_parts(
         parts = plan_parts(captions, plan.spec, plan.shard_size, is_truncated, segment.first_record, fingerprint)
         for shard, part in enumerate(parts, segment.first_shard):
             try:
-                intact = read_table(store, plan.part_key(shard)).equals(part)
+                stored = read_table(store, plan.part_key(shard))
+                intact = stored.schema == part.schema and _without_remarks(stored).equals(_without_remarks(part))
             except UNREADABLE:
                 intact = False
             if not intact:
@@ -143,3 +147,10 @@ def _rebuild_plan_parts(
     for shard, part in differ.items():
         write_plan_part(store, plan.part_key(shard), part)
     return len(differ)
+
+
+def _without_remarks(part: pa.Table) -> pa.Table:
+    """Whether a prompt is too long may have been judged by an earlier release's rule, and is not worth a new part."""
+    reasons = ["" if reason in USABLE else reason for reason in part["reason"].to_pylist()]
+    at = part.schema.get_field_index("reason")
+    return part.set_column(at, part.schema.field(at), pa.array(reasons, part.schema.field(at).type))

@@ -84,7 +84,7 @@ def featurise_photos(request: FeaturiseRequest) -> PhotoResult:
     spec = _spec(request)
     concepts = None
     if request.concepts is not None:
-        concepts = fitting_concepts(request.concepts, embed_dim=joint_dimensions(request.clip))
+        concepts = fitting_concepts(request.concepts, embed_dim=joint_dimensions(request.clip, spec.clip.revision))
     captions = read_corpus(resolved(request.captions), split=request.split)
     corpus = PhotoCorpus(captions, limit=request.limit)
     files = find_pictures(request.images)

@@ -25,7 +25,7 @@ from cluster.training.run_spec import RunSpec
 from pcm.captioners.captioner import MODEL_FILE, captioner_files
 from pcm.captioners.pcmnet.model import PCMNet
 from pcm.errors import InputError, OneLineError, one_line
-from pcm.generation.model_faults import is_out_of_memory
+from pcm.model_faults import is_out_of_memory
 
 log = logging.getLogger(__name__)
 

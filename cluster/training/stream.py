@@ -58,7 +58,7 @@ def stream(request: StreamRequest) -> dict[str, Any]:
         )
     check_settings(training)
     require_metrics()
-    require_joint_patches(asked.clip or "embedded")
+    require_joint_patches(asked.clip or "embedded", asked.clip_revision)
     prepared = prepare(open_store(request.dataset), asked)
     device = prepared.plan.spec.generator.device
     workers, cpus, gpus = _training_share(request, device=device)

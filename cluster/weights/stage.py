@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from cluster.store.paths import inside
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store, join, open_store
@@ -81,6 +83,14 @@ def _stage_one(request: StageModelsRequest, kind: str, place: str) -> dict[str, 
         else:
             assert request.clip is not None
             source = _link_clip(request.clip, request.revision, folder)
+        for file in folder.rglob("*.safetensors"):
+            try:
+                with safe_open(file, "np"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise InputError(
+                    f"{source}: {file.relative_to(folder)} cannot be read ({first_line(error)}); get it again whole"
+                ) from None
         manifest = _manifest(folder, source)
         store = open_store(place)
         missing = _missing(store, manifest)
@@ -175,7 +185,8 @@ def _link_clip(name: str, revision: str | None, folder: Path) -> str:
         found = Path(architecture.removeprefix("local-dir:"))
         source = found.absolute().name
         _link(found, (file for file in found.rglob("*") if file.is_file()), folder)
-    text = read_config(folder / CONFIG_FILE).get("text_cfg") or {}
+    text = read_config(folder / CONFIG_FILE)["text_cfg"]
+    _refuse_text_tower_of_the_hub(name, text)
     if text.get("hf_tokenizer_name") and not any(folder.glob("*token*")) and not any(folder.glob("*.model")):
         raise InputError(f"--clip {name}: asks for a tokenizer that is not with it; give a model with its own")
     if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
@@ -200,7 +211,8 @@ def _link_named_clip(name: str, architecture: str, pretrained: str, revision: st
         source = f"{name} of {repo}@{commit}"
     files = load_with_retries(lambda: clip_files(name, commit), model=name)
     config = files.config
-    if (config.get("text_cfg") or {}).get("hf_tokenizer_name"):
+    _refuse_text_tower_of_the_hub(name, config["text_cfg"])
+    if config["text_cfg"].get("hf_tokenizer_name"):
         raise InputError(
             f"--clip {name}: its tokenizer lies in a repo of its own; stage a repo that has both, as hf-hub:ORG/REPO"
         )
@@ -210,6 +222,14 @@ def _link_named_clip(name: str, architecture: str, pretrained: str, revision: st
     kind = "open_clip_model.safetensors" if weights.suffix == ".safetensors" else "open_clip_pytorch_model.bin"
     (folder / kind).symlink_to(weights.resolve())
     return source
+
+
+def _refuse_text_tower_of_the_hub(name: str, text: dict[str, Any]) -> None:
+    if model := text.get("hf_model_name"):
+        raise InputError(
+            f"--clip {name}: its text tower is of Transformers, which reads the configuration of {model} from the hub; "
+            "give a CLIP whose text tower is open_clip's own"
+        )
 
 
 def _download(repo: str, commit: str, patterns: list[str]) -> Path:

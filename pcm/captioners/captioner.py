@@ -25,13 +25,13 @@ from pcm.captioners.pcmnet.decoding import EOS
 from pcm.captioners.pcmnet.method import PCMNET
 from pcm.captioners.pcmnet.model import PCMNet
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
-from pcm.clip.names import refuse_place
+from pcm.clip.names import clip_anywhere, refuse_place, revision_here
 from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError, first_line
 from pcm.images import open_image
 from pcm.kernels.packed_linear import for_decoding
 from pcm.records import FeatureShape
-from pcm.spec import QUICK_GELU_SUFFIX
+from pcm.spec import DIGEST, QUICK_GELU_SUFFIX
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
 
@@ -137,11 +137,12 @@ class Captioner:
         """The captioner in a checkpoint folder (a run's own folder means its `best`), or an ensemble of several.
 
         `clip` replaces the encoder that the checkpoint names, such as a folder that has moved, `concepts` those beside
-        it. `find_clip` says where the CLIP that the checkpoint names (its name, its revision) is on this machine, where
-        that is elsewhere. The CLIP is loaded when the first picture comes. A checkpoint alone may name only a CLIP that
+        it. `find_clip` says where a CLIP (its name, the revision that was recorded) is on this machine, where that is
+        elsewhere. The CLIP is loaded when the first picture comes. A checkpoint alone may name only a CLIP that
         is known here; a folder, file or hub repo must be named by `clip` or by the record of the run that the
         checkpoint lies in.
-        Raises InputError when files are missing or do not belong together.
+        Raises InputError when files are missing or do not belong together, and when the recorded CLIP has other files
+        now. Where `clip` is another folder or file, the log says so.
         """
         folders = [checkpoint_folder(Path(each)) for each in ([path] if isinstance(path, (str, Path)) else path)]
         if device == "auto":
@@ -162,12 +163,21 @@ class Captioner:
         named_by_run = _clip_of_run(folder)  # read now: the folder may be a copy that does not stay
 
         def load_clip() -> ClipEncoder:
-            name, revision = (clip, None) if clip else (trained_on["model"], trained_on.get("revision"))
+            name = clip or trained_on["model"]
             assert isinstance(name, str)
             if not clip and name != named_by_run:
                 refuse_place(name, source=str(folder / CONFIG_FILE))
-            if not clip and find_clip:
+            is_recorded = clip_anywhere(name) == clip_anywhere(trained_on["model"])
+            revision = trained_on.get("revision") if is_recorded else None
+            if find_clip:
                 name = find_clip(name, revision)
+            pinned = trained_on.get("revision") or ""
+            now = revision_here(name) if pinned.startswith(DIGEST) else None
+            if now and now != pinned:
+                said = f"its files are {now}, but the captioner {folder} was trained with {pinned}"
+                if is_recorded:
+                    raise InputError(f"CLIP {name!r}: {said}; put the same files there, or name others with --clip")
+                log.warning("--clip %s: %s (%s)", name, said, trained_on["model"])
             # Nobody stores these features: one picture need not cost a batch of 32.
             found = ClipEncoder(
                 name, device=device, dtype=trained_on["dtype"], revision=revision, exact=False, **recorded

@@ -73,6 +73,10 @@ def read_config(path: Path) -> dict[str, Any]:
         for name in ("hf_model_name", "hf_tokenizer_name"):
             _named(path, f"text_cfg.{name}", part.get(name), _REPO, "a repo of the hub")
     _named(path, "vision_cfg.timm_model_name", vision.get("timm_model_name"), _TIMM_NAME, "a model of timm's own")
+    if vision.get("pool_type") == "none":
+        raise InputError(
+            f"{path}: vision_cfg.pool_type 'none' leaves a picture without one feature; give a CLIP with 'tok' or 'avg'"
+        )
     _refuse_code(path.parent)
     return model
 
@@ -80,7 +84,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def open_tokenizer(architecture: str, *, repo: str | None = None, commit: str | None = None) -> Any:
     """The tokenizer of a name, folder or repo, none of whose Python runs.
 
-    repo, commit: where a `local-dir:FOLDER` came from; its tokenizer is then looked up there, at the same commit.
+    repo, commit: where a `local-dir:FOLDER` or a name's weights came from; a tokenizer of that repo is of that commit.
     Raises InputError for a configuration that is not allowed.
     """
     text = model_config(architecture, commit=commit).get("text_cfg", {})

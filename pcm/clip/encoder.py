@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from pcm.clip.names import LOCAL_PREFIX, folder_revision, resolve_clip_name
+from pcm.clip.names import revision_here
 from pcm.clip.truncation import count_tokens
-from pcm.errors import InputError, first_line
+from pcm.errors import InputError
 from pcm.images import to_uint8
+from pcm.model_faults import is_out_of_memory, is_sticky, why_unusable
 from pcm.precision import whole_float32
 from pcm.records import FeatureShape
 from pcm.spec import ClipSpec
@@ -94,18 +94,25 @@ class ClipEncoder:
             model: Any = files.load(self.device)
             self._tokenizer = files.tokenizer()
             self.embed_dim: int = files.config["embed_dim"]
+            self._preprocess = open_clip.transform.image_transform_v2(
+                open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg), is_train=False
+            )
         except InputError:
             raise
-        except (RuntimeError, OSError, ValueError, FileNotFoundError) as error:
+        except Exception as error:  # whatever a library says of files that are damaged or none
+            if is_out_of_memory(error) or is_sticky(error):
+                raise
             raise InputError(
-                f"CLIP model {name!r} cannot be loaded: {first_line(error)}; "
-                "give ARCHITECTURE/PRETRAINED (see open_clip.list_pretrained()), a folder, or 'embedded'"
+                f"CLIP model {name!r} cannot be loaded: {why_unusable(error)}; get its files again if they may "
+                "be damaged, or give ARCHITECTURE/PRETRAINED (see open_clip.list_pretrained()), a folder or 'embedded'"
             ) from error
-        self._model: Any = model.eval().requires_grad_(False).to(dtype=self._dtype)
+        model.eval().requires_grad_(False)
+        #: How the model turns a cosine into a logit: cosine * logit_scale, plus logit_bias of a SigLIP.
+        self.logits: dict[str, float] = {"logit_scale": model.logit_scale.float().exp().item()}
+        if getattr(model, "logit_bias", None) is not None:
+            self.logits["logit_bias"] = model.logit_bias.float().item()
+        self._model: Any = model.to(dtype=self._dtype)
         self._visual: Any = model.visual
-        self._preprocess = open_clip.transform.image_transform_v2(
-            open_clip.transform.PreprocessCfg(**self._visual.preprocess_cfg), is_train=False
-        )
         self.resolution: int = min(open_clip.transform.to_2tuple(self._visual.image_size))
         self.context_length: int = self._tokenizer.context_length
         self._grid = token_grid(self._visual)
@@ -129,12 +136,11 @@ class ClipEncoder:
         """
         pinned = spec.revision
         if model in (None, spec.model) and pinned.startswith("sha256:"):
-            architecture, pretrained = resolve_clip_name(spec.model)
-            now = folder_revision(Path(pretrained or architecture.removeprefix(LOCAL_PREFIX)))
+            now = revision_here(spec.model)
             if now != pinned:
                 raise InputError(
-                    f"CLIP {spec.model!r}: its files are {now}, but {pinned} were pinned; put the same files there, or "
-                    "begin another dataset"
+                    f"CLIP {spec.model!r}: its files are {now or 'not there'}, but {pinned} were pinned; put the same "
+                    "files there, or begin another dataset"
                 )
         return cls(
             model or spec.model,
@@ -234,13 +240,6 @@ class ClipEncoder:
         from pcm.clip.weights import sha256_of
 
         return sha256_of(self._files.weights)
-
-    @property
-    def logits(self) -> dict[str, float]:
-        """How the model turns a cosine into a logit: cosine * logit_scale, plus logit_bias of a SigLIP."""
-        found = {"logit_scale": self._model.logit_scale.float().exp().item()}
-        bias = getattr(self._model, "logit_bias", None)
-        return found if bias is None else found | {"logit_bias": bias.float().item()}
 
     def _on_device(self, batch: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":

@@ -104,6 +104,14 @@ def folder_revision(path: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def revision_here(name: str) -> str | None:
+    """`folder_revision` of a NAME that stands for a folder or a file; None for a tag or a hub repo."""
+    architecture, pretrained = resolve_clip_name(name)
+    if architecture.startswith(LOCAL_PREFIX):
+        return folder_revision(Path(architecture.removeprefix(LOCAL_PREFIX)))
+    return folder_revision(Path(pretrained)) if pretrained and Path(pretrained).is_file() else None
+
+
 def _open_clip() -> ModuleType:
     import pcm.torchvision_shim  # noqa: F401  isort: skip
     import open_clip

@@ -26,8 +26,8 @@ def truncation_check(name: str) -> Callable[[str], bool]:
 
     def is_truncated(text: str) -> bool:
         made, context_length = tokenizer()
-        # A token is at least one character, so short prompts need no tokenising.
-        return len(text) + 2 > context_length and count_tokens(made, text) > context_length
+        # A token is at least one byte of UTF-8, so short prompts need no tokenising.
+        return len(text.encode()) + 2 > context_length and count_tokens(made, text) > context_length
 
     return is_truncated
 
@@ -35,5 +35,5 @@ def truncation_check(name: str) -> Callable[[str], bool]:
 def count_tokens(tokenizer: Any, text: str) -> int:
     """CLIP tokens of `text` by one of open_clip's tokenizers, start and end included."""
     if hasattr(tokenizer, "tokenizer"):  # a Hugging Face tokenizer inside open_clip's wrapper
-        return len(tokenizer.tokenizer(text, truncation=False)["input_ids"])
+        return len(tokenizer.tokenizer(tokenizer.clean_fn(text), truncation=False)["input_ids"])
     return len(tokenizer.encode(text)) + 2  # start and end

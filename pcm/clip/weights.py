@@ -16,7 +16,8 @@ import torch
 from pcm.clip.configuration import CONFIG_FILE, model_config, open_tokenizer
 from pcm.clip.names import HUB_PREFIX, LOCAL_PREFIX, activation_of, is_commit, resolve_clip_name
 from pcm.clip.towers import feature_shape, token_grid
-from pcm.errors import InputError, first_line
+from pcm.errors import InputError
+from pcm.model_faults import why_unusable
 from pcm.records import FeatureShape
 from pcm.safe_pickle.torch_files import check_archive
 
@@ -25,8 +26,8 @@ from pcm.safe_pickle.torch_files import check_archive
 class ClipFiles:
     """What is loaded. architecture: open_clip's name, or local-dir:FOLDER, which holds the weights and settles all.
 
-    checkpoint: a file of weights, for a name. repo and commit: where a folder came from. preprocess: of a tag, over
-    open_clip's defaults.
+    checkpoint: a file of weights, for a name. repo and commit: where a folder or a tag's weights came from. preprocess:
+    of a tag, over open_clip's defaults.
     """
 
     architecture: str
@@ -63,7 +64,7 @@ class ClipFiles:
         return open_clip.create_model(self.architecture, device=device, require_pretrained=True, **settings)
 
     def tokenizer(self) -> Any:
-        """The model's own; of a repo, at the same commit."""
+        """The model's own; of the repo that the weights came from, at the same commit."""
         return open_tokenizer(self.architecture, repo=self.repo, commit=self.commit)
 
 
@@ -95,7 +96,7 @@ def clip_files(name: str, revision: str | None = None) -> ClipFiles:
         checkpoint = open_clip.pretrained.download_pretrained(tag)
     # The size is the architecture's own, as in open_clip.
     preprocess = {key: value for key, value in tag.items() if key in _PREPROCESS_FIELDS}
-    return ClipFiles(architecture, activation, str(checkpoint), preprocess=preprocess)
+    return ClipFiles(architecture, activation, str(checkpoint), repo=repo or None, commit=commit, preprocess=preprocess)
 
 
 def hub_place(architecture: str, tag: str) -> tuple[str, str | None]:
@@ -127,22 +128,23 @@ class TowerFacts:
         return f"a global feature of {shape.embed_dim} and {patches}, {shape.bytes_per_row:,} bytes a row"
 
 
-def tower_facts(name: str) -> TowerFacts:
-    """Of a NAME, whose configuration file is all that is downloaded. The tower is built without memory for weights.
+def tower_facts(name: str, revision: str | None = None) -> TowerFacts:
+    """Of a NAME (a hub repo's at a revision), whose configuration file is all that is downloaded. The tower
+    is built without memory for weights.
 
     Raises InputError when there is no such model, or its configuration is none.
     """
     architecture, _ = resolve_clip_name(name)
     try:
-        config = model_config(architecture)
+        config = model_config(architecture, commit=revision)
         vision = {**config["vision_cfg"], "timm_model_pretrained": False}
         with torch.device("meta"):
             # The image tower alone: the text tower may need a configuration of another repo.
             visual = open_clip.model._build_vision_tower(config["embed_dim"], vision)
     except InputError:
         raise
-    except (OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
-        raise InputError(f"CLIP model {name!r}: its configuration cannot be used ({first_line(error)})") from None
+    except Exception as error:  # whatever open_clip and timm say of a configuration that is none
+        raise InputError(f"CLIP model {name!r}: its configuration cannot be used ({why_unusable(error)})") from None
     grid = token_grid(visual)
     return TowerFacts(feature_shape(config["embed_dim"], grid), grid is not None and grid.has_head)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pcm.generation.drawing import Request
-from pcm.generation.model_faults import free_memory, is_out_of_memory
+from pcm.model_faults import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     from pcm.generation.diffusers_pipeline import DiffusersTextToImage

@@ -16,13 +16,13 @@ from pcm.errors import InputError, typed_first_line
 from pcm.generation.blank_pictures import why_blank
 from pcm.generation.drawing import UNGUARDED, Drawing, Guard, Request
 from pcm.generation.isolation import IsolatedDrawing
-from pcm.generation.model_faults import free_memory, is_out_of_memory, is_sticky
 from pcm.generation.neighbour_test import STEPS, Found, find_dependence
 from pcm.generation.pipeline_call import call_pipeline
 from pcm.generation.pipeline_loading import load_pipeline
 from pcm.generation.pixels import as_floats, to_host
 from pcm.generation.seeds import attempt_seed
 from pcm.images import encode_image
+from pcm.model_faults import free_memory, is_out_of_memory, is_sticky
 from pcm.reasons import NSFW_FLAGGED
 from pcm.spec import GeneratorSpec
 

@@ -13,7 +13,7 @@ from pcm.generation.drawing import (
     Request,
     refused,
 )
-from pcm.generation.model_faults import free_memory, is_out_of_memory, is_sticky
+from pcm.model_faults import free_memory, is_out_of_memory, is_sticky
 from pcm.reasons import GENERATOR_ERROR, OUT_OF_MEMORY
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch.utils._pytree import tree_map_only
 
 from pcm.errors import InputError, first_line
-from pcm.generation.model_faults import is_out_of_memory
 from pcm.generation.model_memory import available_here, refuse_too_large
 from pcm.generation.names import model_source, split_repo_file
 from pcm.generation.neighbour_test import LONG, SHORT
@@ -22,6 +21,7 @@ from pcm.generation.own_code import refuse_own_code
 from pcm.generation.pipeline_call import call_pipeline
 from pcm.generation.pipeline_signature import absent_parts, check_scheduler_options, pipeline_class, scheduler_class
 from pcm.generation.prompt_cache import cache_prompts
+from pcm.model_faults import is_out_of_memory
 from pcm.precision import whole_float32
 from pcm.spec import GeneratorSpec
 

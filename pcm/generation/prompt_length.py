@@ -45,8 +45,8 @@ def truncation_check(dataset: DatasetSpec) -> Callable[[str], bool]:
             raise InputError(f"text-to-image model {spec.model!r}: its tokenizer: {first_line(error)}") from None
 
     def is_truncated(text: str) -> bool:
-        # A token is at least one character, and no model reads fewer than 77: short prompts need no tokenizing.
-        return len(text) + 2 > 77 and all(len(each(text)["input_ids"]) > most for each, most in tokenizers())
+        # A token is at least one byte of UTF-8, and no model reads fewer than 77: short prompts need no tokenizing.
+        return len(text.encode()) + 2 > 77 and all(len(each(text)["input_ids"]) > most for each, most in tokenizers())
 
     return is_truncated
 

@@ -124,7 +124,12 @@ class ConceptVocabulary:
         names, embeddings = value
         if not all(isinstance(name, str) for name in names):
             raise InputError("a concept name is no string")
-        array = embeddings if isinstance(embeddings, np.ndarray) else embeddings.float().numpy()
+        array = embeddings.float().numpy() if hasattr(embeddings, "float") else embeddings
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fi" or array.ndim != 2:
+            raise InputError(
+                "not a published concept vocabulary: wanted (list of names, tensor of a row a name), got "
+                f"{type(embeddings).__name__} in its second place"
+            )
         return cls(tuple(names), _unit_rows(array), "published")
 
     def save(self, path: str | Path) -> None:

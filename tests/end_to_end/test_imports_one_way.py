@@ -26,6 +26,7 @@ FORBIDDEN = {
 ORDER = {
     "pcm": (
         "errors",
+        "model_faults",
         "reasons",
         "credentials",
         "documents",

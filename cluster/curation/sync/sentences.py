@@ -14,7 +14,8 @@ from cluster.store.retries import load_with_retries
 from cluster.weights.hub import pin_repo
 from pcm.clip.names import folder_revision, is_commit
 from pcm.documents import read_document
-from pcm.errors import InputError, first_line
+from pcm.errors import InputError
+from pcm.model_faults import is_out_of_memory, is_sticky, why_unusable
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +133,13 @@ class _SentenceTransformer:
             self._model = SentenceTransformer(
                 str(folder), device=device, local_files_only=True, trust_remote_code=False, model_kwargs=settings
             ).float()
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise InputError(f"--sentences {spec.model}: cannot be loaded ({first_line(error)})") from None
+        except Exception as error:  # whatever a library says of files that are damaged or none
+            if is_out_of_memory(error) or is_sticky(error):
+                raise
+            raise InputError(
+                f"--sentences {spec.model}: cannot be loaded ({why_unusable(error)}); get its files again if they may "
+                f"be damaged, or give another, or {CLIP}"
+            ) from error
 
     def encode(self, captions: list[str]) -> np.ndarray:
         if not captions:

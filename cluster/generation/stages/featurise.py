@@ -92,7 +92,8 @@ class FeaturiseShard:
             self._concepts = None
 
     def featurise(self, drawn: pa.Table) -> pa.Table:
-        """The samples with their features; one on which CLIP raises loses its picture and gets a reason.
+        """The samples with their features; one on which CLIP raises, or with features that are not finite, loses its
+        picture and gets a reason.
 
         After CLIP has run out of memory, this actor's later batches are half as large; the stats say how large.
         """
@@ -105,9 +106,16 @@ class FeaturiseShard:
         bad: list[int] = []
         if self._encoder and has_image:
             for rows, encoded, texts in self._encode(drawn, has_image, bad):
-                global_feature[rows] = encoded.global_feature
-                patch_features[rows] = encoded.patch_features
+                with np.errstate(over="ignore"):  # told apart below
+                    global_feature[rows] = encoded.global_feature
+                    patch_features[rows] = encoded.patch_features
                 clip_score[rows] = (encoded.global_feature * texts).sum(axis=1)
+                for row in rows:
+                    stored = (global_feature[row], patch_features[row], clip_score[row])
+                    if not all(np.isfinite(values).all() for values in stored):
+                        for column in (global_feature, patch_features, clip_score):
+                            column[row] = 0
+                        self._refuse(drawn, row, bad, "a feature is not finite as float16")
         if bad:
             drawn = _without_images(drawn, bad)
         drawn = drawn.append_column("clip_score", pa.array(clip_score))
@@ -117,7 +125,7 @@ class FeaturiseShard:
         self, drawn: pa.Table, rows: list[int], bad: list[int]
     ) -> "Iterator[tuple[list[int], ImageFeatures, np.ndarray]]":
         """(rows, features, text features) batch by batch; rows on which CLIP raises alone go to `bad`."""
-        from pcm.generation.model_faults import free_memory, is_out_of_memory, is_sticky
+        from pcm.model_faults import free_memory, is_out_of_memory, is_sticky
 
         assert self._encoder is not None
         waiting = [rows]
@@ -144,11 +152,15 @@ class FeaturiseShard:
             elif len(batch) > 1:
                 waiting[:0] = [[row] for row in batch]
             else:
-                bad += batch
-                sample = drawn["sample_id"][batch[0]].as_py()
-                self._errors = [*self._errors, {"sample_id": sample, "error": f"{CLIP_ERROR}: {said}"}][:ERRORS_KEPT]
-                if self._monitor is not None:
-                    self._monitor.failed.remote(1, said)
+                self._refuse(drawn, batch[0], bad, said)
+
+    def _refuse(self, drawn: pa.Table, row: int, bad: list[int], said: str) -> None:
+        """Add a row to `bad`, and count it."""
+        bad.append(row)
+        sample = drawn["sample_id"][row].as_py()
+        self._errors = [*self._errors, {"sample_id": sample, "error": f"{CLIP_ERROR}: {said}"}][:ERRORS_KEPT]
+        if self._monitor is not None:
+            self._monitor.failed.remote(1, said)
 
     def _time_limit(self, pictures: int) -> AbstractContextManager[None]:
         """What ends this process when CLIP takes too long over so many pictures."""

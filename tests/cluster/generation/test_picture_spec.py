@@ -98,6 +98,7 @@ def test_a_prompt_is_too_long_by_the_drawing_models_own_tokenizer(tiny_t2i: Path
     spec = dataset_spec(GenerateRequest(corpus="embedded", out="out", t2i=str(tiny_t2i), clip="null"), gpus=0)
     is_truncated = truncation_check(spec)
     assert not is_truncated("a" * 75) and is_truncated("a" * 76), "a letter is a token here, and start and end"
+    assert not is_truncated("é" * 37) and is_truncated("é" * 38), "a token is a byte here"
     assert not truncation_check(dataset_spec(GenerateRequest(corpus="embedded", out="out", t2i="null"), gpus=0))(
         "a" * 999
     )

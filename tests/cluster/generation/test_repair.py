@@ -53,7 +53,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def repaired(folder: Path, corpus: Path | None = None) -> tuple[dict, list[int]]:
+def repaired(
+    folder: Path, corpus: Path | None = None, is_truncated: Callable[[str], bool] = lambda prompt: False
+) -> tuple[dict, list[int]]:
     """(what the repair says, the shards it drew)."""
     store = open_store(folder)
     drawn: list[int] = []
@@ -67,9 +69,7 @@ def repaired(folder: Path, corpus: Path | None = None) -> tuple[dict, list[int]]
     def read_records(plan: Plan) -> Iterator[CorpusRecord]:
         return read_corpus(str(corpus or plan.corpus), limit=plan.records)
 
-    return repair(
-        store, draw=draw, read_records=read_records, truncation_check=lambda model: lambda prompt: False
-    ), drawn
+    return repair(store, draw=draw, read_records=read_records, truncation_check=lambda model: is_truncated), drawn
 
 
 def rewritten(folder: Path, key: str, alter: Callable[[pa.Table], pa.Table]) -> None:
@@ -203,6 +203,15 @@ def test_a_plan_is_rebuilt_from_the_corpus_alone_that_it_was_made_from(
         repaired(data, tmp_path / "nowhere.txt")
     longer = write_corpus(tmp_path, [*CORPUS, "A new one."])
     assert repaired(data, longer)[0]["ok"] and contents(data) == contents(healthy / "data")
+
+
+def test_a_plan_whose_remarks_are_of_an_earlier_rule_is_repaired_and_its_other_parts_stay(data: Path) -> None:
+    before = contents(data)
+    (data / part_key(data, 1)).write_bytes(b"PAR1")
+    report, drawn = repaired(data, is_truncated=lambda prompt: True)
+    assert report["ok"] and drawn == []
+    changed = {key for key, content in contents(data).items() if content != before[key]}
+    assert changed == {part_key(data, 1)}
 
 
 def test_a_dataset_that_grew_is_repaired_in_its_own_shards(data: Path, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cluster.evaluation.captioning import load_captioner
+from cluster.evaluation.request import CaptionerOptions
 from cluster.generation.picture_spec import pin_t2i
 from cluster.generation.pinning import clip_spec
 from cluster.store.store import open_store
@@ -30,6 +32,7 @@ from pcm.generation.seeds import sample_seeds
 from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
 from tests.helpers.paths import ROOT
 from tests.helpers.seaweedfs import S3Server
+from tests.helpers.tiny_dataset import write_checkpoint, write_dataset
 from tests.helpers.tiny_models import save_tiny_clip
 
 #: Copies what is pinned, and dies of kill -9 when it comes to a function of cluster.weights.node_copy.
@@ -113,6 +116,23 @@ def test_a_clip_at_a_uri_gives_the_features_of_its_folder(place: str, tiny_clip:
         for encoder in (ClipEncoder.from_spec(local_clip(spec)), ClipEncoder(str(tiny_clip)))
     ]
     np.testing.assert_array_equal(*features)
+
+
+def test_a_captioner_whose_clip_lies_at_a_uri_takes_no_other_weights_that_are_staged_there(
+    tmp_path: Path, tiny_clip: Path, cache: Path
+) -> None:
+    uri = f"file://{tmp_path}/clip"
+    stage(StageModelsRequest(clip=str(tiny_clip), out=uri))
+    spec = clip_spec(uri, device="cpu", dtype="float32")
+    checkpoint = write_checkpoint(tmp_path / "run/best", write_dataset(tmp_path / "data", tiny_clip, rows=30))
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"clip": spec.identity()}))
+    asked = CaptionerOptions(clip=uri, device="cpu")
+    assert load_captioner([str(checkpoint)], asked).clip.name == local_name(uri)
+    shutil.rmtree(local_name(uri))
+    stage(StageModelsRequest(clip=str(save_tiny_clip(tmp_path / "other", seed=5)), out=uri))
+    with pytest.raises(InputError, match=f"holds sha256:.*, but {spec.revision} was pinned"):
+        _ = load_captioner([str(checkpoint)], asked).clip
 
 
 def test_names_that_are_no_uris_stay_as_they_are() -> None:

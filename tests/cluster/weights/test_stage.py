@@ -1,6 +1,7 @@
 """What is staged is what its name stands for, once, and without what nobody loads."""
 
 import json
+import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -37,11 +38,10 @@ def names(uri: str) -> set[str]:
 def test_a_repo_is_staged_at_its_commit_without_what_is_not_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_t2i: Path
 ) -> None:
-    import shutil
-
     folder = Path(shutil.copytree(tiny_t2i, tmp_path / "repo"))
     (folder / "unet/diffusion_pytorch_model.bin").write_bytes(b"a pickle")
-    (folder / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"a variant")
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     (folder / "README.md").write_text("of the repo")
     hub_with(monkeypatch, tmp_path, "somebody/tiny", folder)
     out = str(tmp_path / "out")
@@ -153,6 +153,30 @@ def test_the_token_of_a_hub_is_in_no_output(
 def test_what_cannot_be_is_refused(given: dict, said: str) -> None:
     with pytest.raises(InputError, match=said):
         StageModelsRequest(**given, out="s3://b/x")
+
+
+def test_weights_whose_header_cannot_be_read_are_refused_before_anything_is_put(
+    tmp_path: Path, tiny_t2i: Path, tiny_clip: Path
+) -> None:
+    for kind, source in {"t2i": tiny_t2i, "clip": tiny_clip}.items():
+        folder = Path(shutil.copytree(source, tmp_path / kind))
+        file = next(folder.rglob("*.safetensors"))
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        with pytest.raises(InputError, match=rf"{kind}: .*{file.name} cannot be read .*get it again"):
+            stage(StageModelsRequest(**{kind: str(folder)}, out=str(tmp_path / "out")))
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_clip_whose_text_tower_needs_the_hub_is_refused(tmp_path: Path, tiny_clip: Path) -> None:
+    folder = Path(shutil.copytree(tiny_clip, tmp_path / "clip"))
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"] |= {"hf_model_name": "roberta-base", "hf_tokenizer_name": "roberta-base"}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    weights = next(tiny_clip.glob("*.safetensors"))
+    for name in (str(folder), f"roberta-ViT-B-32/{weights}"):
+        with pytest.raises(InputError, match="reads the configuration of roberta-base from the hub"):
+            stage(StageModelsRequest(clip=name, out=str(tmp_path / "out")))
 
 
 def test_a_folder_has_no_revision(tmp_path: Path, tiny_t2i: Path, tiny_clip: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import os
 import shutil
 import struct
 import zlib
@@ -19,9 +20,11 @@ from benchmarks.shrunk_clips import shrunk
 from pcm.captioners.captioner import Captioner, checkpoint_folder, decode_captions
 from pcm.captioners.interface import CONFIG_FILE
 from pcm.captioners.pcmnet.decoding import greedy_search
+from pcm.clip.names import folder_revision
 from pcm.errors import InputError
 from pcm.images import MAX_PIXELS
 from tests.helpers.tiny_dataset import png, scene, write_checkpoint, write_dataset
+from tests.helpers.tiny_models import save_tiny_clip
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +220,27 @@ def test_a_checkpoint_that_does_not_say_its_activation_is_named_with_what_was_as
     lines = [record.getMessage() for record in caplog.records if "does not say which activation" in record.getMessage()]
     assert len(lines) == said
     assert all("assumed is quick_gelu" in line and "To state it" in line and "\n" not in line for line in lines)
+
+
+def test_a_clip_folder_that_changed_since_it_was_recorded_is_refused_and_another_folder_is_said(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clip = save_tiny_clip(tmp_path / "clip")
+    moved = shutil.copytree(clip, tmp_path / "moved")
+    recorded = {"model": str(clip), "dtype": "float32", "revision": folder_revision(clip)}
+    mine = changed_config(checkpoint, tmp_path / "run/best", lambda document: document.update(clip=recorded))
+    (mine.parent / CONFIG_FILE).write_text(json.dumps({"clip_option": str(clip)}))
+    for given in (None, clip, moved):
+        assert Captioner.load(mine, clip=given and str(given), device="cpu").clip
+    assert not [record for record in caplog.records if "its files are" in record.getMessage()]
+    save_tiny_clip(clip, seed=5)
+    for given in (None, str(clip), os.path.relpath(clip)):
+        with pytest.raises(InputError, match=r"its files are sha256:.* was trained with sha256:.*; put the same files"):
+            _ = Captioner.load(mine, clip=given, device="cpu").clip
+    other = save_tiny_clip(tmp_path / "other", seed=5)
+    assert Captioner.load(mine, clip=str(other), device="cpu").clip.name == str(other)
+    (said,) = [record.getMessage() for record in caplog.records if "its files are" in record.getMessage()]
+    assert said.startswith(f"--clip {other}: its files are sha256:")
 
 
 def test_a_checkpoint_names_its_method_and_one_without_a_name_is_a_pcm_net(

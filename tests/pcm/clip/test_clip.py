@@ -1,6 +1,9 @@
 """The frozen CLIP: its features are open_clip's own, and a row does not depend on its neighbours."""
 
+import argparse
 import json
+import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import pcm.torchvision_shim  # noqa: F401  isort: skip
 import open_clip
+import transformers
 
 from pcm.clip.encoder import ClipEncoder
 from pcm.clip.names import folder_revision
-from pcm.clip.truncation import truncation_check
+from pcm.clip.truncation import count_tokens, truncation_check
+from pcm.clip.weights import tower_facts
 from pcm.errors import InputError
 from pcm.images import open_image
 
@@ -139,6 +145,17 @@ def test_tokens_are_counted_with_start_and_end_before_truncation(encoder: ClipEn
     too_long = truncation_check(str(tiny_clip))
     assert not too_long(" ".join(["cat"] * 75)) and too_long(" ".join(["cat"] * 76))
     assert not truncation_check("null")("cat " * 500)
+    chinese = "一只棕色的狗在绿色的草地上奔跑旁边有两个孩子在玩"  # 24 characters of up to three tokens
+    assert too_long(chinese * 2) and encoder.count_tokens(chinese * 2) > 77 and not too_long(chinese[:8])
+
+
+def test_tokens_are_counted_of_the_text_that_the_tokenizer_cleans(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "dog": 2}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    as_siglip = open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=64, clean="canonicalize")
+    assert count_tokens(as_siglip, "A dog!!!") == 2
 
 
 def test_a_text_over_the_context_is_cut_and_still_encoded(encoder: ClipEncoder) -> None:
@@ -163,11 +180,109 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, tiny
     assert "cannot be loaded" in refused(str(tmp_path / "no_weights"))
 
 
+def spoil_safetensors(folder: Path) -> None:
+    file = folder / "open_clip_model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def as_pickle(content: object) -> Callable[[Path], None]:
+    """Weights as torch.save has them, or these bytes."""
+
+    def replace_weights(folder: Path) -> None:
+        (folder / "open_clip_model.safetensors").unlink()
+        file = folder / "open_clip_pytorch_model.bin"
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            torch.save(content, file)
+
+    return replace_weights
+
+
+def configured(part: str, **values: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        (config if part in config else config["model_cfg"])[part].update(values)
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_safetensors, "SafetensorError: .*incomplete metadata.*; get its files again if they may be damaged"),
+        (as_pickle(b"garbage" * 99), "its file of weights is damaged, or holds more than tensors"),
+        (as_pickle({"weights": {}, "options": argparse.Namespace()}), "is damaged, or holds more than tensors"),
+        (as_pickle(b""), "its file of weights is damaged"),
+        (as_pickle([1, 2]), "AttributeError: 'list' object"),
+        (as_pickle({"model": {}}), r"state_dict for CLIP: Missing key\(s\) in state_dict: .positional_embedding"),
+        (configured("text_cfg", width="16"), "TypeError: .*got str"),
+        (configured("text_cfg", pool_type="other"), "assert pool_type in "),
+        (configured("text_cfg", tokenizer_kwargs={"strip_sep_token": True}), "TypeError: .*strip_sep_token"),
+        (configured("vision_cfg", patch_size=0), "ZeroDivisionError"),
+        (configured("vision_cfg", timm_model_name="vit_tiny_patch16_224", timm_proj="other"), "assert proj in "),
+        (configured("preprocess_cfg", interpolation="other"), "assert interpolation in "),
+    ],
+)  # fmt: skip
+def test_what_a_library_says_of_damaged_files_is_one_line(
+    tmp_path: Path, tiny_clip: Path, spoil: Callable[[Path], None], said: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_clip, tmp_path / "clip"))
+    spoil(folder)
+    line = refused(str(folder))
+    assert re.search(f"cannot be loaded: .*{said}", line) and "weights_only" not in line, line
+
+
+def test_a_tower_of_a_configuration_that_is_none_is_refused_before_weights_are_there(
+    tmp_path: Path, tiny_clip: Path
+) -> None:
+    for number, spoil in enumerate(
+        (
+            configured("vision_cfg", patch_size=0),
+            configured("vision_cfg", timm_model_name="vit_tiny_patch16_224", timm_proj="other"),
+        )
+    ):
+        folder = Path(shutil.copytree(tiny_clip, tmp_path / f"clip{number}"))
+        spoil(folder)
+        with pytest.raises(InputError, match="its configuration cannot be used"):
+            tower_facts(str(folder))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: device-side assert triggered")]
+)
+def test_what_the_device_says_passes_unchanged(
+    tiny_clip: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(open_clip, "create_model", fails)
+    with pytest.raises(type(error)) as raised:
+        ClipEncoder(str(tiny_clip))
+    assert raised.value is error
+
+
 def test_a_tower_that_pools_by_attention_gives_tokens_without_a_head(tmp_path: Path, images: list[Image.Image]) -> None:
     folder = save_clip(tmp_path / "clip", image_size=32, patch_size=8, attentional_pool=True, attn_pooler_heads=2)
     encoder = ClipEncoder(str(folder), batch_size=4)
     assert encoder.features.has_patches and encoder.head() == {}
     assert encoder.encode_images(images).patch_features.shape == (5, 16, 32)
+
+
+def test_logits_are_those_of_the_weights_in_any_precision(tmp_path: Path) -> None:
+    folder = save_clip(tmp_path / "clip", image_size=32, patch_size=8)
+    configured("model_cfg", init_logit_bias=-10)(folder)
+    weights = load_file(folder / "open_clip_model.safetensors")
+    weights |= {"logit_scale": torch.tensor(4.7188), "logit_bias": torch.tensor(-16.7788)}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    for dtype in ("float32", "bfloat16", "float16"):
+        logits = ClipEncoder(str(folder), dtype=dtype).logits
+        assert logits == {
+            "logit_scale": torch.tensor(4.7188).exp().item(),
+            "logit_bias": torch.tensor(-16.7788).item(),
+        }
 
 
 def test_a_folders_revision_is_its_content(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def test_the_case_of_the_collection_is_refused() -> None:
         ("text_cfg", {"tokenizer_kwargs": {"code_revision": "x"}}, "tokenizer_kwargs.code_revision is not allowed"),
         ("text_cfg", {"tokenizer_kwargs": [1]}, "tokenizer_kwargs must be an object"),
         ("text_cfg", "text", "text_cfg must be an object"),
+        ("vision_cfg", {"pool_type": "none"}, "pool_type 'none' leaves .*; give a CLIP with 'tok' or 'avg'"),
     ],
 )
 def test_what_is_not_on_the_list_is_refused_by_name(where: str, what: Any, said: str, tmp_path: Path) -> None:

@@ -8,8 +8,13 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from cluster.generation.pinning import clip_spec
+import pcm.torchvision_shim  # noqa: F401  isort: skip
+import open_clip
+import transformers
+
+from cluster.generation.pinning import clip_spec, joint_dimensions, require_joint_patches
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from tests.helpers.tiny_models import save_tiny_clip
@@ -52,6 +57,49 @@ def test_the_commit_that_is_pinned_is_loaded(repo: Path) -> None:
         encoder = ClipEncoder.from_spec(spec)
         np.testing.assert_array_equal(global_feature(encoder), global_feature(ClipEncoder(str(repo / commit))))
         assert spec.weights == encoder.weights
+
+
+def test_what_is_said_of_a_clip_beforehand_is_of_the_commit_that_is_pinned(
+    repo: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = repo / "hub/models--somebody--tiny-clip/snapshots" / COMMITS[1]
+    config = json.loads((place / "open_clip_config.json").read_text())
+    config["model_cfg"] |= {"embed_dim": 48}
+    (place / "open_clip_config.json").unlink()
+    (place / "open_clip_config.json").write_text(json.dumps(config))
+    with caplog.at_level("INFO"):
+        clip_spec(REPO, device="cpu", dtype="float32", revision=COMMITS[0])
+    assert "a global feature of 32 and" in caplog.text
+    assert [joint_dimensions(REPO, commit) for commit in (*COMMITS, None)] == [32, 48, 48]
+    config["model_cfg"]["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2}
+    (place / "open_clip_config.json").write_text(json.dumps(config))
+    require_joint_patches(REPO, COMMITS[0])
+    with pytest.raises(InputError, match="PCM-Net needs patches"):
+        require_joint_patches(REPO, COMMITS[1])
+
+
+def test_the_tokenizer_of_a_tag_is_of_the_commit_of_its_weights(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its configuration is open_clip's own, and names the repo of the weights for the tokenizer."""
+    name = REPO.removeprefix("hf-hub:")
+    for commit, words in zip(COMMITS, (["a", "dog"], ["dog", "a"]), strict=True):
+        tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(["<pad>", "<unk>", *words])}, "<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        found = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+        place = repo / "hub/models--somebody--tiny-clip/snapshots" / commit
+        found.save_pretrained(place)
+        (place / "config.json").write_text('{"model_type": "bert"}')
+    config = json.loads((repo / COMMITS[0] / "open_clip_config.json").read_text())["model_cfg"]
+    config["text_cfg"]["hf_tokenizer_name"] = name
+    (tmp_path / "Tiny-Tag.json").write_text(json.dumps(config))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [*open_clip.factory._MODEL_CONFIG_PATHS])
+    open_clip.add_model_config(tmp_path / "Tiny-Tag.json")
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "Tiny-Tag", {"own": {"hf_hub": f"{name}/"}})
+    for commit, ids in zip(COMMITS, ([2, 3], [3, 2]), strict=True):
+        spec = clip_spec("Tiny-Tag/own", device="cpu", dtype="float32", revision=commit)
+        assert ClipEncoder.from_spec(spec)._tokenizer(["a dog"])[0, :2].tolist() == ids
 
 
 def test_weights_of_another_digest_than_pinned_are_refused(repo: Path) -> None:

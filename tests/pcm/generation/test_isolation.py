@@ -8,7 +8,7 @@ import torch
 from pcm.generation.diffusers_pipeline import DiffusersTextToImage
 from pcm.generation.drawing import Drawing, Guard, Request
 from pcm.generation.isolation import IsolatedDrawing
-from pcm.generation.model_faults import is_out_of_memory, is_sticky
+from pcm.model_faults import is_out_of_memory, is_sticky
 from pcm.spec import GeneratorSpec
 from tests.helpers.faulty_generators import BREAKS, NEEDS_MEMORY, NEEDS_TOO_MUCH, RAISES
 from tests.helpers.faulty_pipeline import FaultyTextToImage

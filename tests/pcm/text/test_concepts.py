@@ -124,8 +124,13 @@ def test_published_pickle_loads_as_unit_rows(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "value", [["dog"], (["dog"], np.ones((2, 4), np.float32)), (["dog"], np.zeros((1, 4))), 7, ([1], np.ones((1, 4)))]
-)
+    "value",
+    [
+        ["dog"], (["dog"], np.ones((2, 4), np.float32)), (["dog"], np.zeros((1, 4))), 7, ([1], np.ones((1, 4))),
+        (["dog"], [[1.0]]), (["dog"], 3), (["dog"], 3.0), (["dog"], None), (["dog"], np.array([["x"]])),
+        (["dog"], np.ones(1)), (["dog"], np.array(1.0)), (["dog"], np.array([[1j, 2]])), (["dog"], torch.ones(1)),
+    ],
+)  # fmt: skip
 def test_pickles_that_are_no_concepts_are_refused(tmp_path, value):
     (tmp_path / "concepts.pkl").write_bytes(pickle.dumps(value))
     with pytest.raises(InputError, match=r"concepts\.pkl"):

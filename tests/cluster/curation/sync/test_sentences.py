@@ -78,3 +78,10 @@ def test_another_model_in_the_folder_is_noticed(tmp_path: Path) -> None:
     (folder / "README.md").write_text("changed")
     with pytest.raises(InputError, match=r"its files are sha256:.* on this machine"):
         load_sentences(spec, "cpu")
+
+
+def test_damaged_weights_are_said_in_one_line(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(minilm_folder(), tmp_path / "model"))
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(InputError, match=r"cannot be loaded .*SafetensorError.*; get its files again"):
+        load_sentences(resolve_sentences(str(folder)), "cpu")

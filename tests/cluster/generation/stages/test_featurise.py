@@ -40,6 +40,23 @@ class FeaturiseGreedily(FeaturiseShard):
         return GreedyEncoder(spec.model, batch_size=spec.batch_size)
 
 
+class OverflowingEncoder(ClipEncoder):
+    """Its second picture has a token that float16 does not hold, its fourth a feature that is no number."""
+
+    def encode_images(self, images: list[Image.Image]) -> ImageFeatures:
+        encoded = super().encode_images(images)
+        encoded.patch_features[1, 0, 0] = 1e5
+        if len(images) > 3:
+            encoded.global_feature[3, 0] = np.nan
+        return encoded
+
+
+class FeaturiseOverflowing(FeaturiseShard):
+    @staticmethod
+    def load(spec: ClipSpec) -> ClipEncoder:
+        return OverflowingEncoder(spec.model, batch_size=spec.batch_size)
+
+
 @pytest.fixture(scope="module")
 def drawn(
     tiny_t2i: Path, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory
@@ -69,6 +86,23 @@ def test_a_picture_on_which_clip_raises_is_quarantined_alone(drawn: tuple[Store,
     assert featurised.stats["errors"][0]["sample_id"] == "000000002-00"
     stats = json.loads(WriteShard(store, SCHEMA_VERSION)(featurised.to_block())["stats"][0].as_py())
     assert (stats["successes"], stats["quarantined_by_reason"]) == (5, {"clip_error": 1})
+
+
+def test_a_picture_whose_features_are_not_finite_is_quarantined_alone(
+    drawn: tuple[Store, DatasetSpec, pa.Table],
+) -> None:
+    store, spec, block = drawn
+    healthy = ShardRow.from_block(FeaturiseShard(spec.clip)(block)).samples.to_pylist()
+    featurised = ShardRow.from_block(FeaturiseOverflowing(spec.clip)(block))
+    for index, (one, two) in enumerate(zip(healthy, featurised.samples.to_pylist(), strict=True)):
+        if index in (1, 3):
+            assert (two["image"], two["reason"], two["clip_score"]) == (b"", "clip_error", 0)
+        else:
+            assert one == two
+    said = "clip_error: a feature is not finite as float16"
+    assert featurised.stats["errors"] == [{"sample_id": f"00000000{k}-00", "error": said} for k in (1, 3)]
+    stats = json.loads(WriteShard(store, SCHEMA_VERSION)(featurised.to_block())["stats"][0].as_py())
+    assert (stats["successes"], stats["quarantined_by_reason"]) == (4, {"clip_error": 2})
 
 
 def test_too_little_memory_halves_clips_batches_and_the_stats_say_so(

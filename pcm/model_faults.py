@@ -1,7 +1,13 @@
-"""What an exception from a model means: too little memory, a process that is past saving, or this one input."""
+"""What an exception from a model means: too little memory, a process that is past saving, unusable
+files, or this one input.
+"""
 
 import gc
+import pickle
 import re
+import traceback
+
+from pcm.errors import one_line
 
 #: torch's allocators, cuBLAS, cuDNN and the CUDA runtime say it in these words. None of them harms the process.
 _OUT_OF_MEMORY = re.compile(
@@ -31,6 +37,16 @@ def is_sticky(error: BaseException) -> bool:
     import torch
 
     return isinstance(error, torch.AcceleratorError) or bool(_STICKY.search(str(error)))
+
+
+def why_unusable(error: Exception) -> str:
+    """What a library says of a model's files that it cannot use, in one line."""
+    if isinstance(error, (pickle.UnpicklingError, EOFError)):  # torch's text says how to run what a pickle names
+        return "its file of weights is damaged, or holds more than tensors"
+    if isinstance(error, AssertionError) and not error.args and error.__traceback__:
+        return traceback.extract_tb(error.__traceback__)[-1].line or "AssertionError"
+    said = one_line(error, longest=300)
+    return said if isinstance(error, (OSError, RuntimeError, ValueError)) else f"{type(error).__name__}: {said}"
 
 
 def free_memory() -> None:
