@@ -333,7 +333,7 @@ def test_dataset_and_report_may_lie_on_an_object_store(world: Path, s3: S3Server
         ({"run": None}, "needs --run"),
         ({"price_per_hour": float("nan")}, "--price-per-hour nan"),
         ({"out": "."}, "is a folder"),
-        ({"out": "captions.jsonl/report.html"}, "cannot be written"),
+        ({"out": "captions.jsonl/report.html"}, "captions.jsonl is a file, not a folder"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(
