@@ -239,7 +239,7 @@ def _evaluate_results(request: EvaluateRequest, results: str, *, spice_folder: P
     read = picture_references(request.pictures)
     references, known = read.by_image, coco_pictures(request.pictures)
     matched = _matched(given, references, known, source=results)
-    captions = dict(list(matched.items())[: request.limit])
+    captions = {image_id: matched[image_id] for image_id in sorted(matched)[: request.limit]}
     if not captions:
         raise InputError(
             f"{results}: none of its {len(given)} image ids (such as {next(iter(given))!r}) is among the "
@@ -253,7 +253,7 @@ def _evaluate_results(request: EvaluateRequest, results: str, *, spice_folder: P
     summary |= {
         "n": len(captions),
         "without_references": len(given) - len(matched),
-        "without_picture": len(references) - len(captions),
+        "without_picture": len(references) - len(matched),
         "bad_references": read.left_out.total(),
         "seconds": round(time.monotonic() - started, 2),
     }
