@@ -41,7 +41,15 @@ def test_a_pause_between_two_runs_does_not_count() -> None:
 
 @pytest.mark.parametrize(
     ("generators", "seconds", "every", "runs"),
-    [(1, 60, 2, 1), (1, 60, 2, 5), (1, 300, 25, 1), (2, 300, 10, 6), (8, 300, 10, 4), (64, 300, 10, 3), (16, 40, 25, 7)],
+    [
+        (1, 60, 2, 1),
+        (1, 60, 2, 5),
+        (1, 300, 25, 1),
+        (2, 300, 10, 6),
+        (8, 300, 10, 4),
+        (64, 300, 10, 3),
+        (16, 40, 25, 7),
+    ],
 )
 def test_every_nth_shard_says_the_same_as_all_of_them(generators: int, seconds: float, every: int, runs: int) -> None:
     """Shards between those that are read leave no pauses; real ones stay."""
