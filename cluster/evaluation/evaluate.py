@@ -54,6 +54,11 @@ METRICS_KEY = "metrics.json"
 EPOCHS_KEY = "epochs.json"  # of --every-epoch, beside a folder an epoch
 
 
+def epoch_folder(epoch: int) -> str:
+    """Under OUT of --every-epoch."""
+    return f"epoch-{epoch:03d}"
+
+
 def evaluate(request: EvaluateRequest) -> dict[str, Any]:
     """Metrics as fractions (CIDEr 1.138 is "113.8"), and n, the number of pictures they are over.
 
@@ -179,7 +184,7 @@ def _evaluate_every_epoch(request: EvaluateRequest, *, spice_folder: Path | None
     clip = None
     for epoch, checkpoint in checkpoints.items():
         begun = time.monotonic()
-        out = None if request.out is None else join(request.out, f"epoch-{epoch:03d}")
+        out = None if request.out is None else join(request.out, epoch_folder(epoch))
         asked = replace(request, checkpoint=checkpoint, every_epoch=False, out=out)
         try:
             captioner = load_captioner(asked.checkpoints, _here(asked), clip=clip)

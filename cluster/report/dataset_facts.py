@@ -29,6 +29,7 @@ from cluster.dataset.verify import verify
 from cluster.numbers import size
 from cluster.store.store import Store
 from pcm.errors import InputError, one_line
+from pcm.generation.names import UNDRAWN
 
 #: Of a shard's statistics, what the report computes with beside what the manifest needs.
 _TIMES = frozenset({"start_time", "end_time", "draw_seconds", "featurise_seconds", "encode_seconds"})
@@ -83,6 +84,11 @@ class DatasetFacts:
     def scored(self) -> bool:
         """Whether a CLIP scored the pictures: the null CLIP's scores are all zero."""
         return self.manifest.spec.clip.model != "null"
+
+    @property
+    def drawn_here(self) -> bool:
+        """Whether its pictures were drawn for it: they are no photos, nor imported, nor those of another dataset."""
+        return self.manifest.spec.generator.model not in UNDRAWN and self.manifest.lineage is None
 
     @property
     def complete_sample(self) -> bool:
