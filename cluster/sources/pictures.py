@@ -188,7 +188,13 @@ def reference_names(image_ids: Iterable[str]) -> dict[str, str]:
 
 
 def _reference_file(source: PictureSource) -> AbstractContextManager[Path]:
-    return local_copy(resolved(source.references or source.images))
+    uri = resolved(source.references or source.images)
+    if source.references is None and not open_store(uri).is_file():
+        raise InputError(
+            f"references are missing: {uri} is no single Parquet file with a column of them; give a file of captions "
+            "as --references, or --val-references"
+        )
+    return local_copy(uri)
 
 
 def resolved(uri: str) -> str:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,6 +209,26 @@ def test_a_folder_is_the_pictures_in_it_and_any_file_name_goes_into_the_results(
     assert json.loads(results_json({odd.name: "a picture"})) == [{"image_id": odd.name, "caption": "a picture"}]
     with pytest.raises(InputError, match=r"empty: no pictures; give a folder of \.jpg"):
         caption(replace(asked, images=(str(tmp_path / "empty"),)))
+
+
+def test_remote_pictures_are_copied_a_batch_at_a_time(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[int] = [0]
+
+    @contextmanager
+    def counted(uri: str) -> Iterator[Path]:
+        there.append(there[-1] + 1)
+        yield Path(uri.removeprefix("file://"))
+        there.append(there[-1] - 1)
+
+    images = tuple(f"file://{world}/pictures/scene{number}.png" for number in (1000, 1001, 1002, 1004, 1005))
+    asked = CaptionRequest(images=images, checkpoint=str(world / "checkpoint"), device="cpu")
+    whole = _captions(asked)
+    monkeypatch.setattr("cluster.evaluation.captioning.local_copy", counted)
+    monkeypatch.setattr("cluster.evaluation.captioning.local_checkpoint", lambda uri: nullcontext(Path(uri)))
+    monkeypatch.setattr("cluster.evaluation.captioning.BATCH_SIZE", 2)
+    found = _captions(asked)
+    assert [each.caption for each in found.values()] == [each.caption for each in whole.values()]
+    assert list(found) == list(images) and there[-1] == 0 and max(there) == 2 and len(there) == 11
 
 
 def test_batches_depend_on_the_number_of_pictures_alone() -> None:
