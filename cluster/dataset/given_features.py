@@ -21,7 +21,7 @@ from cluster.store.store import Store, open_store
 from pcm.clip.encoder import ImageFeatures
 from pcm.errors import InputError
 from pcm.generation.names import UNDRAWN
-from pcm.official.files import features_from_npz
+from pcm.official.files import UNUSABLE_FEATURES, features_from_npz
 from pcm.records import FeatureShape
 from pcm.spec import ClipSpec
 from pcm.text.references import References
@@ -197,7 +197,7 @@ def _of_dataset(store: Store) -> GivenFeatures:
         raise InputError(f"--features {store.root}: the dataset holds no stored pair")
 
     def read(positions: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray] | str]:
-        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        found: dict[int, tuple[np.ndarray, np.ndarray] | str] = {}
         by_shard: dict[int, list[int]] = {}
         for position in positions:
             by_shard.setdefault(places[position][0], []).append(position)
@@ -205,7 +205,9 @@ def _of_dataset(store: Store) -> GivenFeatures:
             some = sorted(some, key=lambda position: places[position][1])
             numbers = np.array([places[position][1] for position in some])
             rows = read_rows(store, shards[shard], numbers, manifest.features)
-            found |= dict(zip(some, zip(rows.global_feature, rows.patch_features, strict=True), strict=True))
+            for position, image, patches in zip(some, rows.global_feature, rows.patch_features, strict=True):
+                usable = np.isfinite(image).all() and np.isfinite(patches).all() and image.any()
+                found[position] = (image, patches) if usable else UNUSABLE_FEATURES
         return [found[position] for position in positions]
 
     return GivenFeatures(store.root, list(captions), read, captions, manifest.spec.clip)

@@ -118,9 +118,12 @@ def _captions(request: CaptionRequest) -> dict[str, CaptionResult]:
     captioner = load_captioner(request.checkpoints, request)
     if request.features is not None:
         return _described(captioner, all_features(request.features, limit=request.limit))
-    with contextlib.ExitStack() as copies:
-        found = captioner.caption([_local(image, copies) for image in request.images])
-    return dict(zip(request.images, found, strict=True))
+    results: dict[str, CaptionResult] = {}
+    for batch in batches(len(request.images), BATCH_SIZE):
+        images = request.images[batch.start : batch.stop]
+        with contextlib.ExitStack() as copies:  # of these alone: a disk need not hold all
+            results |= zip(images, captioner.caption([_local(image, copies) for image in images]), strict=True)
+    return results
 
 
 def _captions_of_worker(request: CaptionRequest) -> dict[str, CaptionResult]:

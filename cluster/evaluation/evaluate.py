@@ -54,6 +54,11 @@ METRICS_KEY = "metrics.json"
 EPOCHS_KEY = "epochs.json"  # of --every-epoch, beside a folder an epoch
 
 
+def epoch_folder(epoch: int) -> str:
+    """Under OUT of --every-epoch."""
+    return f"epoch-{epoch:03d}"
+
+
 def evaluate(request: EvaluateRequest) -> dict[str, Any]:
     """Metrics as fractions (CIDEr 1.138 is "113.8"), and n, the number of pictures they are over.
 
@@ -98,13 +103,17 @@ def _evaluate(
     captioned = time.monotonic()
     references = {image_id: pictures.references[image_id] for image_id in captions}
     known = {} if request.pictures.references is None and request.features else coco_pictures(request.pictures)
-    summary, reasons = scored(captions, references, _domains(known), spice_folder=spice_folder)
-    if request.features is None or request.clip is not None:
-        summary |= _clip_metrics(captioner.clip, found.global_feature, captions, references)
-    else:
-        for name in ("CLIPScore", "RefCLIPScore"):
-            summary[name] = None
-            reasons[name] = "needs CLIP's text tower, which is not loaded with --features; name it with --clip"
+    _store_captions(request, captions, known)
+    with _captions_kept(request):
+        summary, reasons = scored(captions, references, _domains(known), spice_folder=spice_folder)
+        if request.features is None or request.clip is not None:
+            summary |= _clip_metrics(captioner.clip, found.global_feature, captions, references)
+        else:
+            for name in ("CLIPScore", "RefCLIPScore"):
+                summary[name] = None
+                reasons[name] = "needs CLIP's text tower, which is not loaded with --features; name it with --clip"
+        if request.shuffled_baseline:
+            _shuffled(summary, reasons, captions, references, seed=request.seed)
     summary |= {
         "n": len(captions),
         "unreadable": len(found.unreadable),
@@ -114,12 +123,44 @@ def _evaluate(
         "captions_per_second": round(len(captions) / (captioned - loaded), 2),
         "seconds": round(time.monotonic() - started, 2),
     }
-    if request.shuffled_baseline:
-        shuffled = deranged(captions, seed=request.seed)
-        summary["CIDEr_shuffled"] = cider_only(shuffled, references) if shuffled else None
-        if not shuffled:
-            reasons["CIDEr_shuffled"] = "one picture cannot take another's caption"
-    return _finished(summary, reasons, request, captions=captions, known=known, unreadable=found.unreadable)
+    return _finished(summary, reasons, request, unreadable=found.unreadable)
+
+
+def _shuffled(
+    summary: dict[str, Any],
+    reasons: dict[str, str],
+    captions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    *,
+    seed: int,
+) -> None:
+    """Put the CIDEr of the captions given to other pictures into the summary, or the reason why there is none."""
+    shuffled = deranged(captions, seed=seed)
+    summary["CIDEr_shuffled"] = cider_only(shuffled, references) if shuffled else None
+    if not shuffled:
+        reasons["CIDEr_shuffled"] = "one picture cannot take another's caption"
+
+
+def _store_captions(request: EvaluateRequest, captions: Mapping[str, str], known: Mapping[str, CocoPicture]) -> None:
+    """Under OUT, where one is given, in place of an earlier evaluation's: its metrics go, for they are of others."""
+    if request.out is None:
+        return
+    store = open_store(request.out)
+    if store.exists(METRICS_KEY):
+        store.delete(METRICS_KEY)
+    store.write_bytes(RESULTS_KEY, results_json(captions, known))
+
+
+@contextmanager
+def _captions_kept(request: EvaluateRequest) -> Iterator[None]:
+    """An InputError of the metrics says where the captions are, which took most of the time."""
+    try:
+        yield
+    except InputError as error:
+        kept = "the captions are not kept without --out"
+        if request.out is not None:
+            kept = f"the captions are there: score {join(open_store(request.out).root, RESULTS_KEY)} with --results"
+        raise InputError(f"{error}; {kept}") from None
 
 
 def _here(request: EvaluateRequest) -> EvaluateRequest:
@@ -143,7 +184,7 @@ def _evaluate_every_epoch(request: EvaluateRequest, *, spice_folder: Path | None
     clip = None
     for epoch, checkpoint in checkpoints.items():
         begun = time.monotonic()
-        out = None if request.out is None else join(request.out, f"epoch-{epoch:03d}")
+        out = None if request.out is None else join(request.out, epoch_folder(epoch))
         asked = replace(request, checkpoint=checkpoint, every_epoch=False, out=out)
         try:
             captioner = load_captioner(asked.checkpoints, _here(asked), clip=clip)
@@ -203,7 +244,7 @@ def _evaluate_results(request: EvaluateRequest, results: str, *, spice_folder: P
     read = picture_references(request.pictures)
     references, known = read.by_image, coco_pictures(request.pictures)
     matched = _matched(given, references, known, source=results)
-    captions = dict(list(matched.items())[: request.limit])
+    captions = {image_id: matched[image_id] for image_id in sorted(matched)[: request.limit]}
     if not captions:
         raise InputError(
             f"{results}: none of its {len(given)} image ids (such as {next(iter(given))!r}) is among the "
@@ -217,14 +258,14 @@ def _evaluate_results(request: EvaluateRequest, results: str, *, spice_folder: P
     summary |= {
         "n": len(captions),
         "without_references": len(given) - len(matched),
-        "without_picture": len(references) - len(captions),
+        "without_picture": len(references) - len(matched),
         "bad_references": read.left_out.total(),
         "seconds": round(time.monotonic() - started, 2),
     }
     if request.shuffled_baseline:
-        shuffled = deranged(captions, seed=request.seed)
-        summary["CIDEr_shuffled"] = cider_only(shuffled, kept) if shuffled else None
-    return _finished(summary, reasons, request, captions=captions, known=known, unreadable={})
+        _shuffled(summary, reasons, captions, kept, seed=request.seed)
+    _store_captions(request, captions, known)
+    return _finished(summary, reasons, request, unreadable={})
 
 
 def _matched(
@@ -286,15 +327,9 @@ def _source(request: EvaluateRequest) -> CaptionerSource:
 
 
 def _finished(
-    summary: dict[str, Any],
-    reasons: dict[str, str],
-    request: EvaluateRequest,
-    *,
-    captions: Mapping[str, str],
-    known: Mapping[str, CocoPicture],
-    unreadable: Mapping[str, str],
+    summary: dict[str, Any], reasons: dict[str, str], request: EvaluateRequest, *, unreadable: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The summary with the experiment's comparison, written under OUT where one is given."""
+    """The summary with the experiment's comparison, written under OUT, beside its captions, where one is given."""
     if reasons:
         summary["reasons"] = reasons
     if request.experiment is not None:
@@ -302,7 +337,6 @@ def _finished(
         log.info("%s", comparison_table(request.experiment, summary["paper"]))
     if request.out is not None:
         store = open_store(request.out)
-        store.write_bytes(RESULTS_KEY, results_json(captions, known))
         asked = {**asdict(request), "pictures": asdict(request.pictures)}
         document = {"metrics": summary, "request": asked, "unreadable": unreadable}
         store.write_bytes(METRICS_KEY, document_bytes(document))

@@ -46,8 +46,9 @@ class CaptionRequest(CaptionerOptions):
     )
     limit: int | None = option(None, help="the first features only", unset="all")
     out: str | None = option(
-        None, metavar="FILE", help="write captions and concepts there, as a COCO results file", unset="in the summary"
-    )
+        None, metavar="FILE", writes="file", help="write captions and concepts there, as a COCO results file",
+        unset="in the summary",
+    )  # fmt: skip
     gpus_per_worker: float | None = option(
         None, metavar="SHARE", help="caption in a worker of a cluster, which takes so much GPU and sees the same files",
         unset="in this process, without Ray",

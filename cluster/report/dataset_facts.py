@@ -29,6 +29,7 @@ from cluster.dataset.verify import verify
 from cluster.numbers import size
 from cluster.store.store import Store
 from pcm.errors import InputError, one_line
+from pcm.generation.names import UNDRAWN
 
 #: Of a shard's statistics, what the report computes with beside what the manifest needs.
 _TIMES = frozenset({"start_time", "end_time", "draw_seconds", "featurise_seconds", "encode_seconds"})
@@ -85,6 +86,11 @@ class DatasetFacts:
         return self.manifest.spec.clip.model != "null"
 
     @property
+    def drawn_here(self) -> bool:
+        """Whether its pictures were drawn for it: they are no photos, nor imported, nor those of another dataset."""
+        return self.manifest.spec.generator.model not in UNDRAWN and self.manifest.lineage is None
+
+    @property
     def complete_sample(self) -> bool:
         return len(self.rows) == self.manifest.stored
 
@@ -128,7 +134,7 @@ def in_parallel(work: Callable[[T], U], items: Sequence[T]) -> list[U]:
 
 def _rows(store: Store, manifest: Manifest, place: int) -> list[Row]:
     shard = manifest.stored_shards[place]
-    table = read_shard(store, shard, ["sample_id", "caption", "seed", "clip_score"])
+    table = read_shard(store, shard, ["sample_id", "caption", "seed", "clip_score"], checksum=False)
     if not np.isfinite(scores_of(store, shard, table)).all() or table["seed"].null_count:
         raise InputError(
             f"{store.root}/{shard.key}: a clip score or a seed is not a number; run jobs.verify on the dataset"

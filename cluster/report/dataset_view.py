@@ -40,11 +40,17 @@ def overview(data: DatasetFacts, speed: Throughput | None, *, hourly: float | No
         ("Spec digest", code(spec.digest())),
         ("Verified", _verification(data)),
     ]
+    title, lead = "What it holds, and with what it was made", ""
+    if data.drawn_here:
+        title = "What was drawn, and with what"
+        lead = (
+            "Every picture is a function of its caption, this specification and its seed, and can be drawn again alone."
+        )
     return section(
         "dataset",
         "Dataset",
-        "What was drawn, and with what",
-        "Every picture is a function of its caption, this specification and its seed, and can be drawn again alone.",
+        title,
+        lead,
         facts(pairs),
         details(
             "The whole specification",
@@ -54,8 +60,7 @@ def overview(data: DatasetFacts, speed: Throughput | None, *, hourly: float | No
 
 
 def gallery(data: DatasetFacts, found: Gallery) -> Html:
-    drawn_here = data.manifest.spec.generator.model not in UNDRAWN and data.manifest.lineage is None
-    redraw = f"python -m jobs.generate --out {shlex.quote(data.root)} --only" if drawn_here else ""
+    redraw = f"python -m jobs.generate --out {shlex.quote(data.root)} --only" if data.drawn_here else ""
 
     def cards(pictures: Sequence[Picture]) -> Html:
         return tag(
@@ -128,6 +133,8 @@ def _reason(reason: str, number: int, most: int, data: DatasetFacts) -> Html:
 
 def _generator(spec: DatasetSpec) -> str:
     generator = spec.generator
+    if (job := UNDRAWN.get(generator.model)) is not None:
+        return f"{generator.model}: nothing was drawn by {job}"
     scale = generator.guidance_scale
     parts = [
         generator.model,

@@ -56,7 +56,8 @@ def _dataset(facts: Facts, hourly: float | None) -> tuple[str, list[Number]]:
     if facts.data.scored and manifest.clip_score_mean is not None:
         numbers.append((score(manifest.clip_score_mean), "mean CLIP score", "raw cosine"))
     if speed is not None:
-        numbers.append((short(speed.images_per_second), "images a second", "while drawing"))
+        while_made = "while drawing" if facts.data.drawn_here else "while it was made"
+        numbers.append((short(speed.images_per_second), "images a second", while_made))
         spent = cost(speed, facts.data, hourly)
         if spent is not None:
             thousand = short(1000 * spent / max(1, manifest.stored))
@@ -66,11 +67,17 @@ def _dataset(facts: Facts, hourly: float | None) -> tuple[str, list[Number]]:
             f"{count(manifest.stored)} of {count(manifest.lineage.rows_in)} pairs stayed, by {manifest.lineage.method}."
         )
         return said, numbers
-    sentence = (
-        f"{count(manifest.expected)} captions became {count(manifest.stored)} pictures, drawn by "
-        f"{'the embedded model' if generator.model == 'embedded' else generator.model} in "
-        f"{generator.num_inference_steps} steps."
-    )
+    if facts.data.drawn_here:
+        sentence = (
+            f"{count(manifest.expected)} captions became {count(manifest.stored)} pictures, drawn by "
+            f"{'the embedded model' if generator.model == 'embedded' else generator.model} in "
+            f"{generator.num_inference_steps} step{'s' if generator.num_inference_steps != 1 else ''}."
+        )
+    else:
+        sentence = (
+            f"{count(manifest.stored)} of {count(manifest.expected)} pairs of a picture and a caption are stored; the "
+            "pictures were not drawn here."
+        )
     if facts.data.extent:
         sentence += f" The dataset is unfinished: {facts.data.extent}."
     return sentence, numbers
@@ -104,10 +111,10 @@ def _sweep(facts: Facts) -> tuple[str, list[Number]]:
 
 
 def _title(facts: Facts) -> str:
-    if facts.data is not None and facts.run is not None:
+    if facts.data is not None and facts.run is not None and facts.data.drawn_here:
         return "From captions to pictures to a captioner"
     if facts.data is not None:
-        return "From captions to pictures"
+        return "From captions to pictures" if facts.data.drawn_here else "Pictures and their captions"
     if facts.run is not None or facts.evaluation is not None:
         return "A captioner and how good it is"
     return "A sweep of settings"

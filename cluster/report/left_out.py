@@ -10,7 +10,7 @@ from cluster.dataset.rows import read_shard
 from cluster.report.dataset_facts import Row, in_parallel
 from cluster.report.gallery import Picture, thumbnail
 from cluster.store.store import open_store
-from pcm.errors import InputError, one_line
+from pcm.errors import InputError, StoreFailure, one_line
 from pcm.images import open_image
 
 #: The fact of a lineage that says how far two CLIPs' scores agree (cluster.ingest.another_clip).
@@ -52,9 +52,8 @@ def _by_rule(lineage: Lineage, dataset: str) -> dict[str, list[LeftOut]]:
     by_shard: dict[tuple, list[int]] = {}
     for *shard, row in rows:
         by_shard.setdefault(tuple(shard), []).append(row)
-    found = dict(
-        pair for pairs in in_parallel(lambda item: list(_read(*item)), list(by_shard.items())) for pair in pairs
-    )
+    read = in_parallel(lambda item: list(_read(*item, dataset)), list(by_shard.items()))
+    found = dict(pair for pairs in read for pair in pairs)
 
     def picture(shown: dict[str, Any]) -> Picture:
         row = Row(
@@ -89,12 +88,18 @@ def _place(shown: dict[str, Any], dataset: str) -> tuple:
     )
 
 
-def _read(shard: tuple, rows: Iterable[int]) -> Iterable[tuple[tuple, tuple[bytes | str, int]]]:
-    """(place, (picture, or why there is none, seed)) of some rows of a shard."""
+def _read(shard: tuple, rows: Iterable[int], dataset: str) -> Iterable[tuple[tuple, tuple[bytes | str, int]]]:
+    """(place, (picture, or why there is none, seed)) of some rows of a shard.
+
+    Raises StoreFailure where the dataset itself cannot be read; where another one cannot, that is why.
+    """
     path, key, count, size, sha256 = shard
     try:
-        table = read_shard(open_store(path), StoredShard(key, count, size, sha256), ["image", "seed"])
-    except InputError as error:
+        stored = StoredShard(key, count, size, sha256)
+        table = read_shard(open_store(path), stored, ["image", "seed"], checksum=False)
+    except (InputError, StoreFailure) as error:
+        if isinstance(error, StoreFailure) and path == dataset:
+            raise
         yield from (((*shard, row), (str(error), 0)) for row in rows)
         return
     for row in rows:

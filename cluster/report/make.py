@@ -1,7 +1,6 @@
 """jobs.report's work: gather what there is, show it, write one file."""
 
 import shlex
-from pathlib import Path
 from typing import Any
 
 from cluster.options import flag, given
@@ -16,6 +15,7 @@ from cluster.report.request import ReportRequest
 from cluster.report.run_facts import gather_evaluation, gather_run
 from cluster.report.sweep_facts import gather_sweep
 from cluster.report.throughput import throughput
+from cluster.store.outputs import check_output
 from cluster.store.store import open_store
 from pcm.errors import InputError
 
@@ -26,7 +26,7 @@ def make_report(request: ReportRequest) -> dict[str, Any]:
     The same stores and the same request give the same bytes. Raises InputError for what cannot be read, and for an OUT
     that cannot be written.
     """
-    _check(request)
+    check_output(request.out, "file", shown="--out")
     facts = gather(request)
     entries = _entries(facts, request)
     top = headline(facts, title=request.title, hourly=request.price_per_hour)
@@ -69,14 +69,6 @@ def gather(request: ReportRequest) -> Facts:
         captions=captions,
         sweep=sweep,
     )
-
-
-def _check(request: ReportRequest) -> None:
-    out = open_store(request.out)
-    if out.is_local and Path(out.prefix).is_dir():
-        raise InputError(
-            f"--out {request.out}: is a folder; give a file, such as {request.out.rstrip('/')}/report.html"
-        )
 
 
 def _entries(facts: Facts, request: ReportRequest) -> list[Entry]:

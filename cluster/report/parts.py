@@ -71,7 +71,7 @@ def picture_card(picture: Picture, *, scored: bool, redraw: str) -> Html:
     if picture.uri:
         small = max(picture.width, picture.height) <= PIXEL_ART_SIDE
         shown = tag(
-            "img", src=picture.uri, alt=f"drawn for: {row.caption}", width=picture.width, height=picture.height,
+            "img", src=picture.uri, alt=f"picture of: {row.caption}", width=picture.width, height=picture.height,
             decoding="async", class_="pixels" if small else None,
         )  # fmt: skip
     return tag(

@@ -1,22 +1,26 @@
 """What a report knows of a training run: its settings, its epochs, its losses, and what an evaluation found."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from cluster.evaluation.evaluate import EPOCHS_KEY, epoch_folder
 from cluster.evaluation.evaluate import METRICS_KEY as EVALUATION_KEY
 from cluster.report.dataset_facts import in_parallel
-from cluster.store.store import Store
+from cluster.store.store import Store, join, open_store
 from cluster.training.config import DATASET_SIZES, TRAINING_PRESETS, TrainConfig
 from cluster.training.reporting import METRICS_KEY
 from cluster.training.train import CONFIG_KEY
 from pcm.documents import read_document
-from pcm.errors import InputError, one_line
+from pcm.errors import InputError, one_line, typed_first_line
 
 #: Points of a curve.
 CURVE_POINTS = 300
+#: In what is known of an evaluation of every epoch: which one it is of.
+BEST_EPOCH = "best_epoch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +44,17 @@ def gather_run(store: Store) -> RunFacts:
     try:
         document = read_document(store.read_bytes(CONFIG_KEY))
         config = TrainConfig.from_dict(document["train"])
-        history = _lines(store, METRICS_KEY)
+        _ = document["clip"]["model"], [(each["path"], each["weight"]) for each in document.get("datasets", [])]
     except FileNotFoundError:
         raise InputError(f"{store.root}: not a training run (no {CONFIG_KEY}); give the --out of jobs.train") from None
     except (ValueError, LookupError, TypeError) as error:
-        said = one_line(error)
-        raise InputError(f"{store.root}/{CONFIG_KEY}: damaged ({said}); give the --out of jobs.train") from None
+        raise _damaged(store, CONFIG_KEY, error) from None
+    try:
+        history = _lines(store, METRICS_KEY, ("epoch", "step", "loss", "lr", "CIDEr"))
+    except FileNotFoundError:
+        history = ()
     keys = [key for key in store.list("losses/") if PurePosixPath(key).suffix == ".jsonl"]
-    steps = [row for rows in in_parallel(lambda key: _lines(store, key), keys) for row in rows]
+    steps = [row for rows in in_parallel(lambda key: _lines(store, key, ("step", "loss", "lr")), keys) for row in rows]
     return RunFacts(
         root=store.root,
         document=document,
@@ -59,18 +66,30 @@ def gather_run(store: Store) -> RunFacts:
 
 
 def gather_evaluation(store: Store) -> dict[str, Any]:
-    """metrics.json of jobs.evaluate: {"metrics", "request", ...}. Raises InputError where there is none."""
+    """metrics.json of jobs.evaluate: {"metrics", "request", ...}; of --every-epoch that of the best epoch, with
+    BEST_EPOCH. Raises InputError where there is none, or it is damaged.
+    """
+    if not store.exists(EVALUATION_KEY) and store.exists(EPOCHS_KEY):
+        try:
+            epoch = int(read_document(store.read_bytes(EPOCHS_KEY))["metrics"]["best"]["epoch"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise _damaged(store, EPOCHS_KEY, error) from None
+        return {**_evaluation(open_store(join(store.root, epoch_folder(epoch)))), BEST_EPOCH: epoch}
+    return _evaluation(store)
+
+
+def _evaluation(store: Store) -> dict[str, Any]:
     try:
         document = read_document(store.read_bytes(EVALUATION_KEY))
-        if isinstance(document["metrics"], dict) and isinstance(document["request"], dict):
-            return document
+        _ = document["request"]["pictures"]["images"], document["request"]["beam_size"], document["metrics"]["n"]
+        _ = document["metrics"]["CIDEr"]
+        return document
     except FileNotFoundError:
         raise InputError(
             f"{store.root}: not an evaluation (no {EVALUATION_KEY}); give the --out of jobs.evaluate"
         ) from None
-    except (ValueError, LookupError, TypeError):
-        pass
-    raise InputError(f"{store.root}/{EVALUATION_KEY}: damaged; run jobs.evaluate again")
+    except (ValueError, LookupError, TypeError) as error:
+        raise _damaged(store, EVALUATION_KEY, error) from None
 
 
 def settings(config: TrainConfig) -> list[tuple[str, Any]]:
@@ -92,13 +111,23 @@ def nearest_preset(config: TrainConfig) -> tuple[str, dict[str, str]]:
     return min(found.items(), key=lambda item: len(item[1]))
 
 
-def _lines(store: Store, key: str) -> tuple[dict[str, Any], ...]:
+def _lines(store: Store, key: str, numbers: Sequence[str]) -> tuple[dict[str, Any], ...]:
+    """Rows that have these numbers. Raises InputError where one has not."""
+    data = store.read_bytes(key)
     try:
-        return tuple(read_document(line) for line in store.read_bytes(key).splitlines())
-    except FileNotFoundError:
-        if key == METRICS_KEY:
-            return ()
-        raise
+        rows = tuple(read_document(line) for line in data.splitlines())
+        for row in rows:
+            for name in numbers:
+                if not isinstance(row[name], int | float):
+                    raise TypeError(f"{name} is {row[name]!r}")
+    except (ValueError, LookupError, TypeError) as error:
+        raise _damaged(store, key, error) from None
+    return rows
+
+
+def _damaged(store: Store, key: str, error: Exception) -> InputError:
+    said = typed_first_line(error) if isinstance(error, LookupError) else one_line(error, longest=200)
+    return InputError(f"{store.root}/{key}: damaged ({said}); restore it, or make it again")
 
 
 def _curve(points: list[tuple[float, float]]) -> np.ndarray:

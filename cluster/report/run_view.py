@@ -9,7 +9,7 @@ from cluster.evaluation.experiments import experiment
 from cluster.numbers import count, duration, percent, short, times_100
 from cluster.report.captions import CaptionedPicture, CaptionSamples
 from cluster.report.parts import absent, caption_text, code, details, facts, section, table
-from cluster.report.run_facts import RunFacts, nearest_preset, settings
+from cluster.report.run_facts import BEST_EPOCH, RunFacts, nearest_preset, settings
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE", "CLIPScore", "RefCLIPScore")
 #: Colours that tell concepts apart on a picture.
@@ -95,18 +95,18 @@ def metrics(document: Mapping[str, Any]) -> Html:
                 title="Beside the paper's", description=f"Experiment {name}. {experiment(name).note}".strip(),
             ).figure()
         )  # fmt: skip
-    if domains := found.get("domains"):
-        charts.append(
-            bars(
-                [Bar(domain, 100 * each["CIDEr"], f"{times_100(each['CIDEr'])} ({each['n']})")
-                 for domain, each in domains.items()],
-                title="CIDEr by domain", description="Pictures in brackets.",
-            ).figure()
-        )  # fmt: skip
-    said = (
-        f"CIDEr {times_100(found['CIDEr'])} on {count(found['n'])} pictures of {source['images']}, beam search "
-        f"{request['beam_size']}."
-    )
+    domains = [
+        Bar(domain, 100 * each["CIDEr"], f"{times_100(each['CIDEr'])} ({each['n']})")
+        for domain, each in found.get("domains", {}).items()
+        if each["CIDEr"] is not None  # of a single picture
+    ]
+    if domains:
+        charts.append(bars(domains, title="CIDEr by domain", description="Pictures in brackets.").figure())
+    what = f"pictures of {source['images']}, beam search {request['beam_size']}"
+    if request.get("results"):
+        what = f"captions of {request['results']}"
+    epoch = f"The best epoch by CIDEr is {document[BEST_EPOCH]}. " if BEST_EPOCH in document else ""
+    said = f"{epoch}CIDEr {times_100(found['CIDEr'])} on {count(found['n'])} {what}."
     none = (
         "No experiment of the paper (arXiv 2501.00437) was named, so none of its figures stands beside these: they are "
         "for COCO, Flickr30k and NoCaps (jobs.evaluate --experiment)."

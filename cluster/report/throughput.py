@@ -16,6 +16,10 @@ STAGES = ("draw", "featurise", "encode")
 BINS = 60
 #: Without a shard in hand for this long, a run has ended and another one begun.
 PAUSE_SECONDS = 30.0
+#: Of some shards alone: how many times the usual time to the next of them may be work on those between them.
+USUAL_GAPS = 3.0
+#: So many gaps on either side say what is usual: a run that grows has other ones later.
+_NEIGHBOURS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,7 @@ def throughput(stats: Sequence[Mapping[str, Any]], *, stored: int) -> Throughput
     drawing = np.array([max(shard["draw_seconds"], 1e-6) for shard in timed])
     weights = np.array([shard["successes"] for shard in timed]) * stored / pictures
     scale = stored / pictures
-    working = _WorkingTime(starts, ends)
+    working = _WorkingTime(starts, ends, usual=_usual_gaps(starts) if round(scale) > 1 else np.zeros(len(starts)))
     seconds = np.linspace(0.0, working.total, BINS + 1)
     begin, end = working(starts), working(ends)
     drawn = np.minimum(begin + drawing, end)
@@ -74,16 +78,34 @@ def throughput(stats: Sequence[Mapping[str, Any]], *, stored: int) -> Throughput
     )
 
 
-class _WorkingTime:
-    """From timestamps to seconds of work before them."""
+def _usual_gaps(starts: np.ndarray) -> np.ndarray:
+    """(n,) of each start, how long it usually is from one start to the next around it."""
+    if len(starts) < 2:
+        return np.zeros(len(starts))
+    order = np.argsort(starts)
+    gaps = np.diff(starts[order], append=np.nan)  # (n,), the last has no next one
+    around = np.pad(gaps, _NEIGHBOURS, constant_values=np.nan)
+    usual = np.empty(len(starts))
+    usual[order] = np.nanmedian(np.lib.stride_tricks.sliding_window_view(around, 2 * _NEIGHBOURS + 1), axis=1)
+    return usual
 
-    def __init__(self, starts: np.ndarray, ends: np.ndarray) -> None:
+
+class _WorkingTime:
+    """From timestamps to seconds of work before them.
+
+    usual: of each shard, how long those are worked on for which it stands, beside itself; 0 where all are given.
+    """
+
+    def __init__(self, starts: np.ndarray, ends: np.ndarray, usual: np.ndarray) -> None:
         spans: list[list[float]] = []
-        for start, end in sorted(zip(starts.tolist(), ends.tolist(), strict=True)):
-            if spans and start <= spans[-1][1] + PAUSE_SECONDS:
+        until = -np.inf  # when the next shard begins at the latest, of the same run
+        for start, end, gap in sorted(zip(starts.tolist(), ends.tolist(), usual.tolist(), strict=True)):
+            end = max(end, start + gap)
+            if start <= until:
                 spans[-1][1] = max(spans[-1][1], end)
             else:
                 spans.append([start, end])
+            until = max(until, spans[-1][1] + PAUSE_SECONDS, start + USUAL_GAPS * gap)
         self.runs = len(spans)
         self._begin = np.array([span[0] for span in spans])
         lengths = np.array([span[1] - span[0] for span in spans])

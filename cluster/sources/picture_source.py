@@ -12,8 +12,9 @@ class PictureSource:
     """Where pictures and references are; what --images, --references and --split say.
 
     `images`: a folder of picture files (image id = file name), a Parquet file or folder of them (columns image_id and
-    image), or `embedded:val` / `embedded:test`. `references`: any file that pcm.text.references reads; None where the
-    Parquet file itself has a `references` column. Paths or URIs; raises InputError for one that carries a credential.
+    image), or `embedded:val` / `embedded:test`. `references`: any file that pcm.text.references reads; None where
+    `images` is a single Parquet file with a `references` column. Paths or URIs; raises InputError for one that carries
+    a credential.
     """
 
     images: str

@@ -1,7 +1,6 @@
 """Real pictures with their reference captions: what a captioner is validated and evaluated on."""
 
 import logging
-import re
 import unicodedata
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -18,6 +17,7 @@ from pcm import embedded
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
 from pcm.errors import InputError, first_line
 from pcm.images import PICTURE_ENDINGS, open_image
+from pcm.text.json_documents import picture_number
 from pcm.text.references import CocoPicture, References, load_coco_pictures, load_references
 
 log = logging.getLogger(__name__)
@@ -168,8 +168,8 @@ def candidate_ids(name: str) -> list[str]:
     """
     path = PurePosixPath(name)
     candidates = [name, path.name, str(path.with_suffix("")) if path.name else name, path.stem]
-    if number := re.fullmatch(r"(?:.*_)?([0-9]+)", path.stem):
-        candidates.append(number[1].lstrip("0") or "0")
+    if (number := picture_number(name)) is not None:
+        candidates.append(number)
     # File systems differ in how they write accents (macOS: in two characters), and readers strip blanks.
     forms = [candidates, *([unicodedata.normalize(form, each) for each in candidates] for form in ("NFC", "NFD"))]
     return list(dict.fromkeys(text for form in forms for each in form for text in (each, each.strip())))
@@ -188,7 +188,13 @@ def reference_names(image_ids: Iterable[str]) -> dict[str, str]:
 
 
 def _reference_file(source: PictureSource) -> AbstractContextManager[Path]:
-    return local_copy(resolved(source.references or source.images))
+    uri = resolved(source.references or source.images)
+    if source.references is None and not open_store(uri).is_file():
+        raise InputError(
+            f"references are missing: {uri} is no single Parquet file with a column of them; give a file of captions "
+            "as --references, or --val-references"
+        )
+    return local_copy(uri)
 
 
 def resolved(uri: str) -> str:

@@ -1,5 +1,6 @@
 """Where a job may write: checked before anything is put, so that a place that cannot hold its result costs no work."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,8 @@ def check_output(uri: str, kind: Literal["folder", "file"], *, shown: str) -> No
     """Whether a folder or a file can be made at a path or URI, as far as that can be told without writing there.
 
     `shown`: the option, for the error. Raises InputError for a protocol that takes no output, and, on a local disk,
-    where a file stands in the way or a link that leads nowhere.
+    where a file stands in the way, a folder in that of a file, or a link that leads nowhere, and where the user may not
+    write.
     """
     store = open_store(uri)
     protocol = uri.partition("://")[0] if "://" in uri else "file"
@@ -37,12 +39,17 @@ def _check_local(store: Store, uri: str, kind: Literal["folder", "file"], *, sho
     path = Path(store.prefix)
     if kind == "folder" and path.exists() and not path.is_dir():
         raise InputError(f"{shown} {uri}: is a file; give a folder, or a name that is not taken")
+    if kind == "file" and path.is_dir():
+        raise InputError(f"{shown} {uri}: is a folder; give a file in it, or a name that is not taken")
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
             raise InputError(f"{shown} {uri}: {place} is a link that leads nowhere; remove it, or give another place")
         if place != path and place.exists():
             if not place.is_dir():
                 raise InputError(f"{shown} {uri}: {place} is a file, not a folder; give another place")
+            is_made = kind == "file" or not path.exists()
+            if is_made and not os.access(place, os.W_OK | os.X_OK):
+                raise InputError(f"{shown} {uri}: nothing can be written in {place}; check its owner and permissions")
             return
 
 

@@ -188,6 +188,9 @@ def features_to_npz(patch_features: np.ndarray, global_feature: np.ndarray) -> b
     return buffer.getvalue()
 
 
+UNUSABLE_FEATURES = "features that are not finite, or zero"
+
+
 def features_from_npz(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     """(features (N, D_v), g_feature (D,)), float32, of one `.npz`; g_feature is L2-normalised where it was not.
 
@@ -205,7 +208,7 @@ def features_from_npz(data: bytes) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"features of shape {patches.shape}: must be (patches, width)")
     norm = float(np.linalg.norm(image))
     if not (np.isfinite(patches).all() and math.isfinite(norm) and norm > 0):
-        raise InputError("features that are not finite, or zero")
+        raise InputError(UNUSABLE_FEATURES)
     return patches, image if abs(norm - 1) <= _UNIT else image / np.float32(norm)
 
 

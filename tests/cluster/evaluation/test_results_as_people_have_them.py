@@ -42,6 +42,19 @@ def test_cider_of_one_picture_is_null_with_its_reason():
     assert "no document frequencies" in summary["reasons"]["CIDEr"]
 
 
+def test_a_limit_takes_the_first_by_image_id_and_counts_no_more_as_missing(tmp_path):
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps([{"image_id": f"p{i}", "caption": f"a thing number {i}"} for i in (4, 0, 3, 1)]))
+    references = tmp_path / "references.csv"
+    references.write_text("image,caption\n" + "".join(f"p{i}.jpg,a thing number {i}\n" for i in range(6)))
+    asked = {"results": str(results), "references": str(references), "shuffled_baseline": True}
+    summary = evaluate(EvaluateRequest(**asked, limit=1, out=str(tmp_path)))
+    assert (summary["n"], summary["without_picture"], summary["without_references"]) == (1, 2, 0)
+    assert [row["image_id"] for row in json.loads((tmp_path / "captions.json").read_text())] == ["p0.jpg"]
+    assert summary["CIDEr_shuffled"] is None
+    assert summary["reasons"]["CIDEr_shuffled"] == "one picture cannot take another's caption"
+
+
 @pytest.mark.parametrize("references", ["refs_c1_control.json", "refs_too_long.json"])
 def test_one_bad_reference_is_left_out_and_counted(references):
     summary = scored("results_zero_padded_ids.json", f"evaluation/{references}")

@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cluster.dataset.layout import load_manifest, stats_key
+from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, load_manifest, stats_key
 from cluster.evaluation.evaluate import METRICS_KEY as METRICS_FILE
 from cluster.evaluation.experiments import comparison
 from cluster.evaluation.request import EvaluateRequest
 from cluster.report import dataset_facts
+from cluster.report.gallery import make_gallery
 from cluster.report.make import gather, make_report
 from cluster.report.request import ReportRequest
+from cluster.store.object_file import ObjectFile
 from cluster.store.store import Store, open_store, read_uri
 from cluster.sweep.results import TrialResult
 from cluster.sweep.sweep import SWEEP_KEY
@@ -254,6 +256,69 @@ def test_metrics_stand_beside_the_papers_where_an_experiment_applies(whole: Page
     assert "No experiment of the paper" in text and "103.8" not in text
 
 
+def evaluation_page(folder: Path, tmp_path: Path) -> str:
+    make_report(ReportRequest(out=str(tmp_path / "r.html"), evaluation=str(folder)))
+    return Page((tmp_path / "r.html").read_text()).text
+
+
+def test_metrics_are_said_to_be_of_what_was_scored(world: Path, tmp_path: Path) -> None:
+    document = json.loads((world / "evaluation" / METRICS_FILE).read_text())
+    document["metrics"]["domains"] = {"in-domain": {"CIDEr": None, "n": 1}, "near-domain": {"CIDEr": 0.875, "n": 4}}
+    (tmp_path / METRICS_FILE).write_text(json.dumps(document))
+    text = evaluation_page(tmp_path, tmp_path)
+    assert "87.5 (4)" in text and "in-domain" not in text and "beam search 3" in text
+    document["request"] |= {"results": "theirs.json"}
+    document["metrics"]["domains"] = {"in-domain": {"CIDEr": None, "n": 1}}
+    (tmp_path / METRICS_FILE).write_text(json.dumps(document))
+    text = evaluation_page(tmp_path, tmp_path)
+    assert "on 5 captions of theirs.json." in text and "beam search" not in text and "by domain" not in text
+
+
+def test_of_an_evaluation_of_every_epoch_the_best_is_shown(world: Path, tmp_path: Path) -> None:
+    for epoch, cider in ((1, 0.5), (3, 0.75)):
+        document = json.loads((world / "evaluation" / METRICS_FILE).read_text())
+        document["metrics"]["CIDEr"] = cider
+        open_store(tmp_path / f"epoch-{epoch:03d}").write_bytes(METRICS_FILE, json.dumps(document).encode())
+    (tmp_path / "epochs.json").write_text(json.dumps({"metrics": {"best": {"epoch": 3}}}))
+    assert "The best epoch by CIDEr is 3. CIDEr 75.0 on 5 pictures" in evaluation_page(tmp_path, tmp_path)
+    (tmp_path / "epochs.json").write_text(json.dumps({"metrics": {"best": None}}))
+    with pytest.raises(InputError, match=r"epochs\.json: damaged"):
+        evaluation_page(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "line", "said"),
+    [
+        ("config.json", '{"train": {}}', "config.json: damaged (KeyError: 'clip')"),
+        ("config.json", "{", "config.json: damaged"),
+        ("metrics.jsonl", '{"epoch": 1, "step": 2', "metrics.jsonl: damaged"),
+        ("metrics.jsonl", '{"epoch": 1, "step": 2, "loss": 1, "lr": 1}', "metrics.jsonl: damaged (KeyError: 'CIDEr')"),
+        ("metrics.jsonl", "7", "metrics.jsonl: damaged"),
+        ("losses/epoch-002.jsonl", '{"step": 1, "loss": 2.0}', "losses/epoch-002.jsonl: damaged (KeyError: 'lr')"),
+        ("losses/epoch-002.jsonl", '{"step": 1, "loss": "x"}', "losses/epoch-002.jsonl: damaged (loss is 'x')"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(world: Path, tmp_path: Path, key: str, line: str, said: str) -> None:
+    shutil.copytree(world / "run", tmp_path / "run")
+    (tmp_path / "run" / key).write_text(line + "\n")
+    with pytest.raises(InputError, match=re.escape(said)):
+        gather(ReportRequest(out="unused", run=str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("model", ["photos", "imported"])
+def test_pictures_that_were_not_drawn_are_not_said_to_be(world: Path, tmp_path: Path, model: str) -> None:
+    shutil.copytree(world / "data", tmp_path / "data")
+    manifest = json.loads((tmp_path / "data" / MANIFEST_KEY).read_text())
+    manifest["spec"]["generator"] |= {"model": model, "num_inference_steps": 1}
+    (tmp_path / "data" / MANIFEST_KEY).write_text(json.dumps(manifest))
+    (tmp_path / "data" / PLAN_KEY).unlink()  # which is of another specification now
+    make_report(ReportRequest(out=str(tmp_path / "r.html"), data=str(tmp_path / "data")))
+    text = Page((tmp_path / "r.html").read_text()).text
+    assert "7 of 8 pairs of a picture and a caption are stored; the pictures were not drawn here." in text
+    assert f"{model}: nothing was drawn by jobs." in text
+    assert not any(said in text for said in ("drawn by photos", "can be drawn again", "1 steps", "while drawing"))
+
+
 def test_captions_of_real_pictures_stand_with_concepts_and_patches(whole: Page, world: Path) -> None:
     shown = part(whole, world, "captions")
     found = gather(everything(world, world / "unused.html", **NO_DATA)).captions
@@ -322,6 +387,25 @@ def test_dataset_and_report_may_lie_on_an_object_store(world: Path, s3: S3Server
     assert made["path"] == f"{bucket}/pages/report.html" and SCRIPT in page.text and len(page.all("script")) == 1
 
 
+def test_of_an_object_store_the_columns_alone_are_read_that_are_shown(
+    tmp_path: Path, tiny_clip: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not every shard whole, for its checksum: to verify is another job's work where a dataset is large."""
+    write_dataset(tmp_path / "data", tiny_clip, rows=1200, shard_size=600)
+    store, local = open_store(f"{s3.uri}/columns"), open_store(tmp_path / "data")
+    for key in local.list():
+        store.write_bytes(key, local.read_bytes(key))
+    read: list[int] = []
+    real = ObjectFile._next
+    monkeypatch.setattr(ObjectFile, "_next", lambda file, count: read.append(count) or real(file, count))
+    monkeypatch.setattr(dataset_facts, "VERIFIED_BYTES", 0)
+    facts = dataset_facts.gather_dataset(store, seed=0)
+    of_rows = sum(read)
+    assert make_gallery(store, facts, seed=0).best
+    whole = sum(shard.bytes for shard in facts.manifest.stored_shards)
+    assert 0 < of_rows < whole / 8 and of_rows < sum(read) < whole / 2
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -333,7 +417,7 @@ def test_dataset_and_report_may_lie_on_an_object_store(world: Path, s3: S3Server
         ({"run": None}, "needs --run"),
         ({"price_per_hour": float("nan")}, "--price-per-hour nan"),
         ({"out": "."}, "is a folder"),
-        ({"out": "captions.jsonl/report.html"}, "cannot be written"),
+        ({"out": "captions.jsonl/report.html"}, "captions.jsonl is a file, not a folder"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(

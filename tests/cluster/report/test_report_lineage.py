@@ -8,10 +8,11 @@ import pytest
 from cluster.curation.curate import curate
 from cluster.curation.request import CurateRequest
 from cluster.dataset.layout import load_manifest
+from cluster.report import left_out
 from cluster.report.make import make_report
 from cluster.report.request import ReportRequest
-from cluster.store.store import open_store
-from pcm.errors import InputError
+from cluster.store.store import Store, open_store
+from pcm.errors import InputError, StoreFailure
 from tests.helpers.tiny_dataset import write_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
@@ -38,6 +39,29 @@ def test_a_view_shows_how_many_rows_each_rule_left_out_and_some_of_them(tmp_path
     curate(CurateRequest(data=(str(tmp_path / "view"),), dry_run=True))
     with pytest.raises(InputError, match="a view, whose pictures are there"):
         report(tmp_path / "view", tmp_path / "report.html")
+
+
+def test_a_dataset_of_its_own_stands_where_its_source_is_refused(
+    tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(tmp_path / "data", tiny_clip, rows=ROWS, shard_size=9)
+    asked = CurateRequest(data=(str(tmp_path / "data"),), out=str(tmp_path / "own"), drop_lowest=0.2, materialise=True)
+    curate(asked)
+    real = left_out.read_shard
+    refused = tmp_path / "data"
+
+    def refuse(store: Store, *arguments: object, **options: object) -> object:
+        if store.prefix == str(refused):
+            raise StoreFailure(f"{refused}: access refused (AccessDenied 403)")
+        return real(store, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(left_out, "read_shard", refuse)
+    text = report(tmp_path / "own", tmp_path / "report.html")
+    assert "access refused (AccessDenied 403)" in text and "by curate" in text
+    lineage = load_manifest(open_store(tmp_path / "own")).lineage
+    assert lineage is not None
+    with pytest.raises(StoreFailure, match="access refused"):
+        left_out.left_out_pictures(lineage, of=str(refused))
 
 
 def test_a_view_is_verified_where_it_and_the_shards_of_its_pictures_are_small(

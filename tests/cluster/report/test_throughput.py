@@ -39,6 +39,53 @@ def test_a_pause_between_two_runs_does_not_count() -> None:
     np.testing.assert_allclose(found.rate, 16, rtol=0.05)
 
 
+@pytest.mark.parametrize(
+    ("generators", "seconds", "every", "runs"),
+    [
+        (1, 60, 2, 1),
+        (1, 60, 2, 5),
+        (1, 300, 25, 1),
+        (2, 300, 10, 6),
+        (8, 300, 10, 4),
+        (64, 300, 10, 3),
+        (16, 40, 25, 7),
+    ],
+)
+def test_every_nth_shard_says_the_same_as_all_of_them(generators: int, seconds: float, every: int, runs: int) -> None:
+    """Shards between those that are read leave no pauses; real ones stay."""
+    rng = np.random.default_rng(0)
+    stats: list[dict] = []
+    begin = 0.0
+    for run in range(runs):
+        free = np.full(generators, begin)
+        for _ in range(400 * every // runs):
+            place = int(free.argmin())
+            took = seconds * rng.uniform(0.9, 1.1) * (1 + run % 2)
+            stats.append(shard(free[place], free[place] + took, draw=0.8 * took) | {"featurise_seconds": 0.1 * took})
+            free[place] += took
+        begin = free.max() + 40_000
+    stored = 16 * len(stats)
+    whole, sample = throughput(stats, stored=stored), throughput(stats[::every], stored=stored)
+    assert whole is not None and sample is not None and whole.runs == sample.runs == runs
+    assert sample.images_per_second == pytest.approx(whole.images_per_second, rel=0.03)
+    assert sample.machine_hours[-1] == pytest.approx(whole.machine_hours[-1], rel=0.03)
+    assert sample.generator_hours[-1] == pytest.approx(whole.generator_hours[-1], rel=0.03)
+    assert sample.stage_seconds["featurise"] == pytest.approx(whole.stage_seconds["featurise"], rel=0.03)
+    np.testing.assert_allclose(sample.stored, whole.stored, atol=0.03 * stored)
+
+
+def test_generators_that_come_and_go_are_no_pauses() -> None:
+    stats, now = [], 0.0
+    for number in range(8_000):
+        apart = 2.0 if 2_000 <= number < 6_000 else 120.0
+        stats.append(shard(now, now + 100, draw=90.0))
+        now += apart
+    stored = 16 * len(stats)
+    sample, first = throughput(stats[::10], stored=stored), throughput(stats[::10][:1], stored=160)
+    assert sample is not None and sample.working_seconds == pytest.approx(now, rel=0.03) and sample.runs <= 3
+    assert first is not None and first.working_seconds == pytest.approx(100)
+
+
 def test_no_times_no_throughput() -> None:
     assert throughput([{"start_time": 0, "end_time": 0, "successes": 3}], stored=3) is None
 

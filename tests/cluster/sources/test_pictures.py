@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from cluster.sources.corpus import read_corpus
-from cluster.sources.pictures import PictureSource, candidate_ids, find_pictures, load_picture_set
+from cluster.sources.pictures import (
+    PictureSource,
+    candidate_ids,
+    check_source,
+    find_pictures,
+    load_picture_set,
+    picture_references,
+)
 from pcm.errors import InputError
 from tests.helpers.paths import DATA
 
@@ -91,6 +98,16 @@ def test_captions_beside_pictures_in_lists_are_a_corpus():
     records = list(read_corpus(str(TABLES / "hf_flickr30k.parquet")))
     assert [record.image_id for record in records] == ["42.jpg", "42.jpg", "43.jpg", "43.jpg", "44.jpg", "44.jpg"]
     assert records[1].caption == "House on a hill." and not any(record.reason for record in records)
+
+
+def test_forgotten_references_are_one_line_before_any_picture_is_copied(tmp_path, monkeypatch):
+    copy("upright.jpe", tmp_path, "pictures", "a.jpe")
+    monkeypatch.setattr("cluster.sources.pictures.local_copy", lambda uri: pytest.fail("copied"))
+    for images in (tmp_path / "pictures", TABLES / "mixed"):  # a folder of Parquet, too
+        source = PictureSource(images=str(images))
+        for read in (load_picture_set, check_source, picture_references):
+            with pytest.raises(InputError, match=r"references are missing: .* give a file of captions as --references"):
+                read(source)
 
 
 def test_a_picture_that_is_null_is_one_unreadable_picture():

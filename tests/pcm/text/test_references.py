@@ -129,6 +129,18 @@ def test_nocaps_domains_go_by_the_same_ids_as_its_references(tmp_path):
     assert load_references(path).by_image.keys() == known.keys()
 
 
+def test_a_hash_that_happens_to_end_in_the_pictures_number_stays_a_name(tmp_path):
+    names = {7: "0a1b2c3d4e5f0007.jpg", 8: "VizWiz_val_00000008.jpg", 42: "000000000042.jpg", 0: "a/COCO_0000.jpg"}
+    document = {
+        "images": [{"id": number, "file_name": name} for number, name in names.items()],
+        "annotations": [{"image_id": number, "id": number, "caption": "a dog"} for number in names],
+    }
+    path = tmp_path / "nocaps_val.json"
+    path.write_text(json.dumps(document))
+    assert list(load_references(path).by_image) == ["0a1b2c3d4e5f0007.jpg", "8", "42", "0"]
+    assert list(load_coco_pictures(path)) == ["0a1b2c3d4e5f0007.jpg", "8", "42", "0"]
+
+
 def test_files_without_domains_have_none(tmp_path):
     for path in write_all(tmp_path):
         assert not any(picture.domain for picture in load_coco_pictures(path).values())
