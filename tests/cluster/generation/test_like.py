@@ -249,3 +249,13 @@ def test_concepts_that_were_given_are_taken_from_beside_it(tmp_path: Path, karpa
     store.write_bytes(CONCEPTS_KEY, b"others")
     with pytest.raises(InputError, match=r"are not at .*concepts.safetensors; give the same --concepts"):
         with_settings(asked_of(karpathy), wanted, uri=uri)
+
+
+def test_repos_are_taken_at_the_commits_of_the_dataset(spec: DatasetSpec) -> None:
+    """None is looked up; there is no hub here."""
+    old = "a" * 40
+    loras = (("org/lora", old, 1.0), ("org/loras/one.safetensors", old, 0.5))
+    wanted = replace(spec, generator=replace(spec.generator, loras=loras, vae="org/vae", vae_revision=old))
+    assert dataset_spec(with_spec(asked(), wanted), gpus=0) == wanted
+    single = replace(spec, generator=replace(spec.generator, config="org/config", config_revision=old))
+    assert with_spec(asked(), single).t2i_config == f"org/config@{old}"
