@@ -54,7 +54,7 @@ def generator_spec(
     revision = pin_t2i(model, asked.t2i_revision, version=version, begun=commits.get(model))
     config, config_revision = _pinned_config(asked, model, commits)
     signature = _signature(asked, config or local_name(model, revision), config_revision or revision)
-    steps, guidance_scale = _steps_and_guidance(asked, model, signature, version, begun)
+    steps, guidance_scale = _steps_and_guidance(asked, model, config, signature, version, begun)
     if signature is not None and version > 1:
         _check(asked, signature, guidance_scale)
     return GeneratorSpec(
@@ -244,6 +244,7 @@ def _signature(asked: GenerationOptions, model: str, revision: str) -> "Pipeline
 def _steps_and_guidance(
     asked: GenerationOptions,
     model: str,
+    config: str | None,
     signature: "PipelineSignature | None",
     version: int,
     begun: GeneratorSpec | None,
@@ -257,9 +258,10 @@ def _steps_and_guidance(
     elif signature is not None and version > 1:
         steps = signature.defaults.get("num_inference_steps") or steps
         guidance_scale = signature.defaults.get("guidance_scale")
-        if found := few_steps(model, tuple(name for name, _ in asked.lora)):
+        if found := few_steps(model, tuple(name for name, _ in asked.lora), config):
             steps = found.steps
-            guidance_scale = found.guidance_scale if signature.takes("guidance_scale") else None
+            if guidance_scale is not None and found.guidance_scale is not None:
+                guidance_scale = found.guidance_scale
         scale = "its own" if guidance_scale is None else f"{guidance_scale:g}"
         log.info("%s (%s): %d steps and guidance %s unless asked otherwise", model, signature.name, steps, scale)
     return (

@@ -58,6 +58,10 @@ def test_steps_and_guidance_are_the_first_that_is_said(tiny_t2i: Path, tmp_path:
     shutil.copytree(tiny_t2i, turbo)
     few = spec_for(t2i=str(turbo))
     assert (few.num_inference_steps, few.guidance_scale, few.revision) == (1, 0.0, own.revision)
+    keeps = tmp_path / "Hyper-SD15-8steps-CFG-lora.safetensors"
+    save_file({}, keeps)
+    fused = spec_for(t2i=str(tiny_t2i), lora=((str(keeps), 1.0),))
+    assert (fused.num_inference_steps, fused.guidance_scale) == (8, 7.5), "this one keeps the pipeline's guidance"
     given = spec_for(t2i=str(turbo), steps=3)
     assert (given.num_inference_steps, given.guidance_scale) == (3, 0.0)
 
@@ -118,6 +122,7 @@ def test_a_single_files_configuration_is_pinned_likewise(
     newest = spec_for(t2i=str(file))
     assert (newest.config, newest.config_revision) == ("org/config", NEW)
     assert spec_for(t2i=str(file), t2i_config=f"org/config@{OLD}") == replace(newest, config_revision=OLD)
+    assert newest.num_inference_steps == 50
     begun = replace(newest, config_revision=OLD, num_inference_steps=3)
     request = GenerateRequest(corpus="embedded", out="out", t2i=str(file))
     assert generator_spec(request, device="cpu", dtype="float32", begun=begun) == begun
