@@ -262,6 +262,8 @@ def _steps_and_guidance(
             steps = found.steps
             if guidance_scale is not None and found.guidance_scale is not None:
                 guidance_scale = found.guidance_scale
+        if asked.guidance_scale != guidance_scale:  # what holds anyway may be given, and --spec gives it
+            signature.check_guidance(asked.guidance_scale)
         scale = "its own" if guidance_scale is None else f"{guidance_scale:g}"
         log.info("%s (%s): %d steps and guidance %s unless asked otherwise", model, signature.name, steps, scale)
     return (
@@ -273,7 +275,6 @@ def _steps_and_guidance(
 def _check(asked: GenerationOptions, signature: "PipelineSignature", guidance_scale: float | None) -> None:
     options: Mapping[str, Any] = asked.pipeline_options
     signature.check_options(options)
-    signature.check_guidance(asked.guidance_scale)
     signature.check_negative_prompt(asked.negative_prompt, guidance_scale, options)
     signature.check_size(asked.width, asked.height)
     if asked.scheduler or asked.scheduler_options:
