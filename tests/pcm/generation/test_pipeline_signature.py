@@ -102,6 +102,15 @@ def test_true_guidance_without_a_negative_prompt_is_refused(signature_of) -> Non
         signature_of("QwenImagePipeline").check_negative_prompt(None, None, {"true_cfg_scale": 4.0})
 
 
+def test_a_second_negative_prompt_alone_is_refused(signature_of) -> None:
+    signature, options = signature_of("StableDiffusionXLPipeline"), {"negative_prompt_2": "ugly"}
+    signature.check_negative_prompt("ugly", 5.0, options)
+    with pytest.raises(InputError, match="--pipeline-option negative_prompt_2: goes with --negative-prompt"):
+        signature.check_negative_prompt(None, 5.0, options)
+    with pytest.raises(InputError, match="without effect at guidance 1"):
+        signature.check_negative_prompt("ugly", 1.0, options)
+
+
 def test_pipeline_options_are_checked_by_name_and_type(signature_of) -> None:
     signature = signature_of("StableDiffusionPipeline")
     signature.check_options({"clip_skip": 1, "eta": 1, "guidance_rescale": 0.7})
