@@ -262,6 +262,13 @@ def _steps_and_guidance(
             steps = found.steps
             if guidance_scale is not None and found.guidance_scale is not None:
                 guidance_scale = found.guidance_scale
+        elif (signature.defaults.get("true_cfg_scale") or 0) > 1 and asked.negative_prompt is None:
+            log.warning(
+                "%s (%s): drawn without guidance, which it has only beside a negative prompt; give --negative-prompt "
+                "' ' to be guided with an empty one",
+                model,
+                signature.name,
+            )
         if asked.guidance_scale != guidance_scale:  # what holds anyway may be given, and --spec gives it
             signature.check_guidance(asked.guidance_scale)
         scale = "its own" if guidance_scale is None else f"{guidance_scale:g}"

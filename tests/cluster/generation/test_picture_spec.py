@@ -22,6 +22,7 @@ from pcm.errors import InputError
 from pcm.generation.prompt_length import truncation_check
 from pcm.spec import GeneratorSpec
 from tests.helpers.tiny_generation import CAPTIONS, plan_dataset, write_corpus
+from tests.pcm.generation.test_pipeline_signature import pipeline_of
 
 
 def spec_for(**asked: object) -> GeneratorSpec:
@@ -64,6 +65,16 @@ def test_steps_and_guidance_are_the_first_that_is_said(tiny_t2i: Path, tmp_path:
     assert (fused.num_inference_steps, fused.guidance_scale) == (8, 7.5), "this one keeps the pipeline's guidance"
     given = spec_for(t2i=str(turbo), steps=3)
     assert (given.num_inference_steps, given.guidance_scale) == (3, 0.0)
+
+
+def test_a_model_that_is_guided_beside_a_negative_prompt_alone_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    qwen = str(pipeline_of(tmp_path / "qwen", "QwenImagePipeline"))
+    assert spec_for(t2i=qwen, negative_prompt=" ").negative_prompt == " " and not caplog.messages
+    spec_for(t2i=qwen)
+    (said,) = caplog.messages
+    assert "(QwenImagePipeline): drawn without guidance" in said and "give --negative-prompt ' '" in said
 
 
 def test_what_the_pipeline_lacks_is_refused(tiny_t2i: Path, tmp_path: Path) -> None:
