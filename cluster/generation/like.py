@@ -22,7 +22,7 @@ from cluster.store.store import read_uri
 from pcm import embedded
 from pcm.clip.names import HUB_PREFIX, is_commit
 from pcm.errors import InputError
-from pcm.generation.names import TEXT_ONLY, UNDRAWN, model_source
+from pcm.generation.names import TEXT_ONLY, UNDRAWN, at_revision, model_source
 from pcm.spec import DatasetSpec
 from pcm.text.concepts import noun_versions
 
@@ -37,13 +37,14 @@ OF_CORPUS = tuple(name for name in options_of(CorpusOptions) if name != "corpus"
 _DECIDED_BY = {
     "generator.model": ("t2i",),
     "generator.revision": ("t2i", "t2i_revision"),
-    "generator.variant": ("t2i_variant",),
-    "generator.without": ("t2i_without",),
+    "generator.variant": ("t2i", "t2i_variant"),
+    "generator.without": ("t2i", "t2i_without"),
     "generator.config": ("t2i", "t2i_config"),
     "generator.config_revision": ("t2i", "t2i_config"),
     "generator.loras": ("lora",),
     "generator.vae_revision": ("vae",),
     "generator.num_inference_steps": ("steps",),
+    "generator.offload": ("device", "offload"),
     "clip.model": ("clip",),
     "clip.revision": ("clip", "clip_revision"),
     "clip.weights": ("clip", "clip_revision"),
@@ -143,15 +144,19 @@ def _named(versions: dict[str, str]) -> str:
 
 
 def with_spec(request: AnyOptions, spec: DatasetSpec) -> AnyOptions:
-    """The request, what was not given as the spec has it."""
+    """The request, what was not given as the spec has it, but for what has no place beside what was given."""
     own = set(given(request))
     values = settings_of(spec)
     if "t2i" in own:  # of another model
-        values.pop("t2i_revision")
+        useless = ("t2i_variant", "t2i_without") if Path(str(request.t2i)).is_file() else ("t2i_config",)
+        for name in ("t2i_revision", *useless):
+            values.pop(name, None)
         if request.t2i == "null":
             values = {name: value for name, value in values.items() if name not in DRAWING_FIELDS}
     if "clip" in own:
         values.pop("clip_revision")
+    if request.device == "cpu" and (offload := values.pop("offload", "none")) != "none" and "offload" not in own:
+        log.info("--spec: its --offload %s is for GPUs, and not taken beside --device cpu", offload)
     return replace(request, **{name: value for name, value in values.items() if name not in own})
 
 
@@ -164,9 +169,9 @@ def settings_of(spec: DatasetSpec) -> dict[str, Any]:
         "t2i_revision": generator.revision if is_repo else None,
         "t2i_variant": generator.variant,
         "t2i_without": generator.without,
-        "t2i_config": generator.config,
-        "lora": tuple((name, weight) for name, _, weight in generator.loras),
-        "vae": generator.vae,
+        "t2i_config": _at_commit(generator.config, generator.config_revision),
+        "lora": tuple((_at_commit(name, revision), weight) for name, revision, weight in generator.loras),
+        "vae": _at_commit(generator.vae, generator.vae_revision),
         "pipeline_options": dict(generator.pipeline_options),
         "scheduler_options": dict(generator.scheduler_options),
         "steps": generator.num_inference_steps,
@@ -185,6 +190,12 @@ def settings_of(spec: DatasetSpec) -> dict[str, Any]:
     if generator.model == "null":
         values = {name: value for name, value in values.items() if name not in DRAWING_FIELDS}
     return values
+
+
+def _at_commit(name: str | None, revision: str | None) -> str | None:
+    """The name with its commit, of a repo; the name alone of a folder or a file."""
+    is_repo = name is not None and is_commit(revision or "") and not Path(name).exists()
+    return at_revision(str(name), str(revision)) if is_repo else name
 
 
 def check_alike(found: DatasetSpec, wanted: DatasetSpec, own: set[str], *, uri: str) -> None:

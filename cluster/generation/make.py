@@ -108,7 +108,8 @@ def prepare(
         raise InputError("--corpus: missing; give a path or URI of captions, or 'embedded'")
     planned = load_plan(store)
     version = planned.spec.generator_version if planned else version
-    spec = dataset_spec(asked, gpus=0, version=version)  # the device is known when Ray is
+    begun = planned.spec if planned else None
+    spec = dataset_spec(asked, gpus=0, version=version, begun=begun)  # the device is known when Ray is
     check(spec)
     if spec.clip.model == "null" and asked.stop_below_clip_score is not None:
         raise InputError("--stop-below-clip-score: --clip null gives no scores; name a CLIP")

@@ -18,7 +18,7 @@ from pcm.clip.names import folder_revision, is_commit
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, first_line, not_known
 from pcm.generation.few_step_models import few_steps
-from pcm.generation.names import model_source, split_repo_file
+from pcm.generation.names import at_revision, model_source, split_repo_file, split_revision
 from pcm.generation.pipeline_files import named_files, pipeline_revision
 from pcm.generation.pipeline_index import INDEX, UnreachableIndex
 from pcm.spec import GENERATOR_VERSION, GeneratorSpec
@@ -28,23 +28,33 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Of repos whose commit is not known yet.
+_NO_COMMITS: Mapping[str, str] = {}
+
 
 def generator_spec(
-    asked: GenerationOptions, *, device: str, dtype: str, version: int = GENERATOR_VERSION
+    asked: GenerationOptions,
+    *,
+    device: str,
+    dtype: str,
+    version: int = GENERATOR_VERSION,
+    begun: GeneratorSpec | None = None,
 ) -> GeneratorSpec:
     """The spec of the pictures, by the rules of a generator version (`pcm.spec.GENERATOR_VERSION`).
 
     Steps and guidance: what is asked for (a preset is in it already), then the embedded pack's own, the table of
-    few-step models, and what the pipeline's call does. Raises InputError for an option that this pipeline lacks or that
-    would have no effect, before anything is planned or started.
+    few-step models, and what the pipeline's call does. `begun`: what a dataset that is gone on with was begun with; its
+    steps and guidance come before these, and its commits before a repo's newest. Raises InputError for an option that
+    this pipeline lacks or that would have no effect, before anything is planned or started.
     """
     model = asked.t2i or "embedded"
     if model == "null":
         _refuse_for_null(asked)
-    revision = pin_t2i(model, asked.t2i_revision, version=version)
-    config, config_revision = _pinned_config(asked, model)
+    commits = {} if begun is None else _commits(begun)
+    revision = pin_t2i(model, asked.t2i_revision, version=version, begun=commits.get(model))
+    config, config_revision = _pinned_config(asked, model, commits)
     signature = _signature(asked, config or local_name(model, revision), config_revision or revision)
-    steps, guidance_scale = _steps_and_guidance(asked, model, signature, version)
+    steps, guidance_scale = _steps_and_guidance(asked, model, config, signature, version, begun)
     if signature is not None and version > 1:
         _check(asked, signature, guidance_scale)
     return GeneratorSpec(
@@ -65,9 +75,9 @@ def generator_spec(
         image_quality=asked.image_quality,
         scheduler_options=tuple(asked.scheduler_options.items()),
         pipeline_options=tuple(asked.pipeline_options.items()),
-        loras=tuple((name, _lora_revision(name), weight) for name, weight in asked.lora),
-        vae=asked.vae,
-        vae_revision=None if asked.vae is None else _pin_vae(asked.vae),
+        loras=tuple((split_revision(name)[0], _pin_lora(name, commits), weight) for name, weight in asked.lora),
+        vae=None if asked.vae is None else split_revision(asked.vae)[0],
+        vae_revision=None if asked.vae is None else _pin_vae(asked.vae, commits),
         variant=asked.t2i_variant,
         without=asked.t2i_without,
         config=config,
@@ -82,8 +92,10 @@ def generator_spec(
     )
 
 
-def pin_t2i(model: str, revision: str | None, *, version: int = GENERATOR_VERSION) -> str:
+def pin_t2i(model: str, revision: str | None, *, version: int = GENERATOR_VERSION, begun: str | None = None) -> str:
     """The revision of a text-to-image NAME: sha256 of a folder, staged folder or file, commit of a repo, "" of null.
+
+    begun: the commit that counts where no revision is asked for; None: the newest.
 
     Raises InputError when the repo cannot be reached to look a branch up; a full commit hash needs no look-up.
     """
@@ -103,7 +115,7 @@ def pin_t2i(model: str, revision: str | None, *, version: int = GENERATOR_VERSIO
         if not (source / INDEX).is_file():
             raise InputError(f"text-to-image folder {model!r}: has no {INDEX}; give a diffusers folder")
         return folder_revision(source) if model == "embedded" or version == 1 else pipeline_revision(source)
-    return pin_repo(model, revision)
+    return pin_repo(model, revision or begun, option="--t2i-revision COMMIT")
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,7 @@ def other_models(spec: GeneratorSpec, *, version: int) -> list[OtherModel]:
         ("t2i", spec.model, spec.revision, lambda name: pin_t2i(name, None, version=version)),
         ("t2i-config", spec.config, spec.config_revision, _pin_config),
         ("vae", spec.vae, spec.vae_revision, _pin_vae),
-        *(("lora", name, revision, _lora_revision) for name, revision, _ in spec.loras),
+        *(("lora", name, revision, _pin_lora) for name, revision, _ in spec.loras),
     ]
     found = []
     for option, name, pinned, pin in parts:
@@ -149,7 +161,14 @@ def _refuse_for_null(asked: GenerationOptions) -> None:
         raise InputError(f"{flags}: without effect with --t2i null, which draws no prompts; leave it out")
 
 
-def _pinned_config(asked: GenerationOptions, model: str) -> tuple[str | None, str | None]:
+def _commits(spec: GeneratorSpec) -> dict[str, str]:
+    """The commit of each repo that the spec names."""
+    named = [(spec.model, spec.revision), (spec.config, spec.config_revision), (spec.vae, spec.vae_revision)]
+    named += [(name, revision) for name, revision, _ in spec.loras]
+    return {name: revision for name, revision in named if name and revision and is_commit(revision)}
+
+
+def _pinned_config(asked: GenerationOptions, model: str, commits: Mapping[str, str]) -> tuple[str | None, str | None]:
     """(where the configuration of a single file comes from, its revision); both None of anything but a file."""
     if not Path(model).is_file():
         if asked.t2i_config is not None:
@@ -164,38 +183,48 @@ def _pinned_config(asked: GenerationOptions, model: str) -> tuple[str | None, st
         config = inferred_config(Path(model))
         log.info("%s: configured as %s (--t2i-config)", model, config)
         try:
-            return config, pin_repo(config, None)
+            return config, _pin_config(config, commits)
         except InputError as error:
             raise InputError(
                 f"text-to-image file {model!r}: holds weights alone; its configuration is that of {config}, which "
                 f"cannot be had ({first_line(error)}); give --t2i-config FOLDER, a diffusers folder of "
                 "the same kind of model"
             ) from None
-    return config, _pin_config(config)
+    return split_revision(config)[0], _pin_config(config, commits)
 
 
-def _pin_config(name: str) -> str:
-    return pipeline_revision(Path(name), weights=False) if Path(name).is_dir() else pin_repo(name, None)
+def _pin_config(name: str, commits: Mapping[str, str] = _NO_COMMITS) -> str:
+    if Path(name).is_dir():
+        return pipeline_revision(Path(name), weights=False)
+    return _pin_repo("--t2i-config", *split_revision(name), commits)
 
 
-def _lora_revision(name: str) -> str:
+def _pin_lora(name: str, commits: Mapping[str, str] = _NO_COMMITS) -> str:
     path = Path(name)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise InputError(f"--lora {name}: give a .safetensors file; pickles are not read")
         return folder_revision(path)
-    repo, _ = split_repo_file(name)
-    if path.is_absolute() or repo.count("/") != 1:
+    plain, revision = split_revision(name)
+    if path.is_absolute() or split_repo_file(plain)[0].count("/") != 1:
         raise InputError(f"--lora {name}: no such file; give one, or a repo ORG/NAME or ORG/NAME/FILE.safetensors")
-    return pin_repo(repo, None)
+    return _pin_repo("--lora", plain, revision, commits)
 
 
-def _pin_vae(name: str) -> str:
+def _pin_vae(name: str, commits: Mapping[str, str] = _NO_COMMITS) -> str:
+    if name.endswith(".safetensors") or Path(name).is_file():
+        raise InputError(f"--vae {name}: is a file; give the folder of a decoder, with its config.json, or a repo id")
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise InputError(f"--vae {name}: has no config.json; give the folder of a decoder, or a repo id")
         return folder_revision(Path(name))
-    return pin_repo(name, None)
+    return _pin_repo("--vae", *split_revision(name), commits)
+
+
+def _pin_repo(option: str, name: str, revision: str | None, commits: Mapping[str, str]) -> str:
+    """The commit of a repo, or of the repo of a LoRA's file: the one asked for, the one begun with, or the newest."""
+    repo = split_repo_file(name)[0] if option == "--lora" else name
+    return pin_repo(repo, revision or commits.get(name), option=f"{option} {at_revision(name, 'COMMIT')}")
 
 
 def _signature(asked: GenerationOptions, model: str, revision: str) -> "PipelineSignature | None":
@@ -213,18 +242,35 @@ def _signature(asked: GenerationOptions, model: str, revision: str) -> "Pipeline
 
 
 def _steps_and_guidance(
-    asked: GenerationOptions, model: str, signature: "PipelineSignature | None", version: int
+    asked: GenerationOptions,
+    model: str,
+    config: str | None,
+    signature: "PipelineSignature | None",
+    version: int,
+    begun: GeneratorSpec | None,
 ) -> tuple[int, float | None]:
     steps: int = GeneratorSpec.num_inference_steps
     guidance_scale: float | None = GeneratorSpec.guidance_scale
-    if model == "embedded":
+    if begun is not None:
+        steps, guidance_scale = begun.num_inference_steps, begun.guidance_scale
+    elif model == "embedded":
         steps, guidance_scale = embedded.STEPS, embedded.GUIDANCE_SCALE
     elif signature is not None and version > 1:
         steps = signature.defaults.get("num_inference_steps") or steps
         guidance_scale = signature.defaults.get("guidance_scale")
-        if found := few_steps(model, tuple(name for name, _ in asked.lora)):
+        if found := few_steps(model, tuple(name for name, _ in asked.lora), config):
             steps = found.steps
-            guidance_scale = found.guidance_scale if signature.takes("guidance_scale") else None
+            if guidance_scale is not None and found.guidance_scale is not None:
+                guidance_scale = found.guidance_scale
+        elif (signature.defaults.get("true_cfg_scale") or 0) > 1 and asked.negative_prompt is None:
+            log.warning(
+                "%s (%s): drawn without guidance, which it has only beside a negative prompt; give --negative-prompt "
+                "' ' to be guided with an empty one",
+                model,
+                signature.name,
+            )
+        if asked.guidance_scale != guidance_scale:  # what holds anyway may be given, and --spec gives it
+            signature.check_guidance(asked.guidance_scale)
         scale = "its own" if guidance_scale is None else f"{guidance_scale:g}"
         log.info("%s (%s): %d steps and guidance %s unless asked otherwise", model, signature.name, steps, scale)
     return (
@@ -236,7 +282,6 @@ def _steps_and_guidance(
 def _check(asked: GenerationOptions, signature: "PipelineSignature", guidance_scale: float | None) -> None:
     options: Mapping[str, Any] = asked.pipeline_options
     signature.check_options(options)
-    signature.check_guidance(asked.guidance_scale)
     signature.check_negative_prompt(asked.negative_prompt, guidance_scale, options)
     signature.check_size(asked.width, asked.height)
     if asked.scheduler or asked.scheduler_options:

@@ -22,17 +22,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def dataset_spec(asked: GenerationOptions, *, gpus: float, version: int = GENERATOR_VERSION) -> DatasetSpec:
+def dataset_spec(
+    asked: GenerationOptions, *, gpus: float, version: int = GENERATOR_VERSION, begun: DatasetSpec | None = None
+) -> DatasetSpec:
     """The spec that a request means, with every default resolved and every revision pinned; `gpus`: the cluster's.
 
     With batch_size auto its batch size is a placeholder. `version`: by whose rules (`pcm.spec.GENERATOR_VERSION`).
-    Raises InputError.
+    `begun`: what a dataset that is gone on with was begun with. Raises InputError.
     """
     device = resolve_device(asked.device, cluster_gpus=gpus)
     dtype = resolve_dtype(asked.dtype, device=device)
     clip = asked.clip or ("null" if asked.t2i == "null" else "embedded")
     return DatasetSpec(
-        generator=generator_spec(asked, device=device, dtype=dtype, version=version),
+        generator=generator_spec(
+            asked, device=device, dtype=dtype, version=version, begun=None if begun is None else begun.generator
+        ),
         clip=clip_spec(
             clip,
             revision=asked.clip_revision,
@@ -162,7 +166,7 @@ def _pin_weights(repo: str, filename: str | None, revision: str | None) -> tuple
     if revision and is_commit(revision):
         return revision, _cached(repo, names, revision)[1]
     try:
-        found = look_up(repo, revision)
+        found = look_up(repo, revision, option="--clip-revision COMMIT")
     except InputError:
         commit, digest = _cached(repo, names, revision or "main")
         if commit is None:

@@ -107,16 +107,19 @@ class PictureOptions(Request):
     t2i_config: str | None = option(
         None,
         metavar="NAME",
-        help="of a single file of weights: the repo or folder that says what is in it",
+        help="of a single file of weights: the repo (or ORG/REPO@COMMIT) or folder that says what is in it",
         unset="told from its weights",
     )
     lora: tuple[tuple[str, float], ...] = option(
         (),
         metavar="REPO_OR_FILE[=WEIGHT]",
         parse=parse_lora,
-        help="fused into the model, with weight 1 by default: a .safetensors file, ORG/REPO or ORG/REPO/FILE",
+        help="fused into the model, with weight 1 by default: a .safetensors file, ORG/REPO or ORG/REPO/FILE, at its "
+        "newest commit or at that of ORG/REPO@COMMIT",
     )
-    vae: str | None = option(None, metavar="NAME", help="another decoder: repo id or folder", unset="the model's own")
+    vae: str | None = option(
+        None, metavar="NAME", help="another decoder: repo id (or ORG/REPO@COMMIT) or folder", unset="the model's own"
+    )
     pipeline_options: Mapping[str, str | int | float | bool] = option(
         {},
         flag="pipeline-option",

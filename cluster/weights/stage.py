@@ -143,7 +143,7 @@ def _link_pipeline(name: str, revision: str | None, variant: str | None, folder:
             raise InputError(f"--t2i {name}: has no {INDEX}; give a diffusers folder or a repo id")
         found, source, of_hub = Path(name), Path(name).absolute().name, False
     else:
-        commit = pin_repo(name, revision)
+        commit = pin_repo(name, revision, option="--revision COMMIT")
         found, source, of_hub = _download(name, commit, _pipeline_patterns(name, commit)), f"{name}@{commit}", True
     refuse_own_code(found)
     files = named_files(found, variant=variant)
@@ -177,7 +177,7 @@ def _link_clip(name: str, revision: str | None, folder: Path) -> str:
         source = _link_named_clip(name, architecture, pretrained, revision, folder)
     elif architecture.startswith(HUB_PREFIX):
         repo = architecture.removeprefix(HUB_PREFIX)
-        commit = pin_repo(repo, revision)
+        commit = pin_repo(repo, revision, option="--revision COMMIT")
         found, source = _download(repo, commit, list(_CLIP_FILES)), f"{repo}@{commit}"
         _link(found, (file for pattern in _CLIP_FILES for file in found.glob(pattern)), folder)
     else:
@@ -207,7 +207,7 @@ def _link_named_clip(name: str, architecture: str, pretrained: str, revision: st
         repo, _ = hub_place(architecture, pretrained)
         if not repo:
             raise InputError(f"--clip {name}: its weights are in no repo, and cannot be pinned; give a checkpoint file")
-        commit = pin_repo(repo, revision)
+        commit = pin_repo(repo, revision, option="--revision COMMIT")
         source = f"{name} of {repo}@{commit}"
     files = load_with_retries(lambda: clip_files(name, commit), model=name)
     config = files.config

@@ -1,5 +1,8 @@
 """What a text-to-image NAME stands for; diffusers and torch are not imported."""
 
+import re
+from pathlib import Path
+
 from pcm import embedded
 
 #: Names the generator of a dataset whose pictures were drawn elsewhere.
@@ -25,3 +28,17 @@ def split_repo_file(name: str) -> tuple[str, str | None]:
     """("ORG/REPO", "folder/file.safetensors") of the two joined by a slash; None where no file is named."""
     parts = name.split("/", 2)
     return "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """("ORG/REPO", "COMMIT") of "ORG/REPO@COMMIT", ("ORG/REPO/FILE", "COMMIT") of "ORG/REPO@COMMIT/FILE"; None of a
+    name that says no revision, and of a path that is there.
+    """
+    said = None if Path(name).exists() else re.fullmatch(r"([^/@]+/[^/@]+)@([^/@]+)(/.+)?", name)
+    return (said[1] + (said[3] or ""), said[2]) if said else (name, None)
+
+
+def at_revision(name: str, revision: str) -> str:
+    """What split_revision takes apart."""
+    repo, file = split_repo_file(name)
+    return f"{repo}@{revision}" if file is None else f"{repo}@{revision}/{file}"

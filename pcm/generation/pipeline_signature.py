@@ -71,6 +71,11 @@ class PipelineSignature:
         """Raises InputError for a negative prompt without effect; `guidance_scale`: the one that is drawn with."""
         true_scale = options.get("true_cfg_scale", self.defaults.get("true_cfg_scale"))
         if negative_prompt is None:
+            if further := [name for name in options if name.startswith("negative_prompt")]:
+                raise InputError(
+                    f"--pipeline-option {further[0]}: goes with --negative-prompt, which {self.name} needs to heed it; "
+                    "give both (--negative-prompt ' ' is an empty one)"
+                )
             if "true_cfg_scale" in options and self.takes("negative_prompt"):
                 raise InputError(
                     f"--pipeline-option true_cfg_scale={true_scale}: without effect on {self.name} that has no "

@@ -10,7 +10,7 @@ from cluster.options import flag
 from cluster.store.store import is_uri
 from pcm.clip.names import is_commit
 from pcm.errors import InputError
-from pcm.generation.names import TEXT_ONLY, UNDRAWN, model_source
+from pcm.generation.names import TEXT_ONLY, UNDRAWN, model_source, split_revision
 from pcm.spec import GeneratorSpec
 
 
@@ -58,11 +58,14 @@ def _at_named_places(spec: GeneratorSpec, request: RefineRequest, *, data: str) 
             f"--lora: {data} was drawn with {len(own['lora'])}; give each of these, in this order: "
             + ", ".join(own["lora"])
         )
+    config = _without_commit(request.t2i_config, spec.config_revision)
+    vae = _without_commit(request.vae, spec.vae_revision)
+    loras = [_without_commit(place, pin) for place, (_, pin, _) in zip(request.lora, spec.loras, strict=True)]
     pins = [
         ("--t2i", request.t2i, spec.model, spec.revision),
-        ("--t2i-config", request.t2i_config, spec.config, spec.config_revision),
-        ("--vae", request.vae, spec.vae, spec.vae_revision),
-        *(("--lora", place, name, pin) for place, (name, pin, _) in zip(request.lora, spec.loras, strict=True)),
+        ("--t2i-config", config, spec.config, spec.config_revision),
+        ("--vae", vae, spec.vae, spec.vae_revision),
+        *(("--lora", place, name, pin) for place, (name, pin, _) in zip(loras, spec.loras, strict=True)),
     ]
     for option, place, name, pin in pins:
         if place is not None and place != name and is_commit(pin or "") and _is_repo(place):  # it has no such commit
@@ -72,10 +75,18 @@ def _at_named_places(spec: GeneratorSpec, request: RefineRequest, *, data: str) 
     return dataclasses.replace(
         spec,
         model=request.t2i or spec.model,
-        config=request.t2i_config,
-        vae=request.vae,
-        loras=tuple((place, *of[1:]) for place, of in zip(request.lora, spec.loras, strict=True)),
+        config=config,
+        vae=vae,
+        loras=tuple((str(place), *of[1:]) for place, of in zip(loras, spec.loras, strict=True)),
     )
+
+
+def _without_commit(place: str | None, pin: str | None) -> str | None:
+    """ORG/REPO of ORG/REPO@COMMIT where the dataset was drawn with that commit."""
+    if place is None:
+        return None
+    name, revision = split_revision(place)
+    return name if revision == pin else place
 
 
 def _is_repo(place: str) -> bool:

@@ -36,6 +36,7 @@ from pcm.records import NULL_FEATURES
 from pcm.spec import ClipSpec, DatasetSpec
 from pcm.text.concepts import ConceptVocabulary
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
+from tests.pcm.generation.test_pipeline_signature import pipeline_of
 
 
 def asked(**options: object) -> GenerateRequest:
@@ -249,3 +250,44 @@ def test_concepts_that_were_given_are_taken_from_beside_it(tmp_path: Path, karpa
     store.write_bytes(CONCEPTS_KEY, b"others")
     with pytest.raises(InputError, match=r"are not at .*concepts.safetensors; give the same --concepts"):
         with_settings(asked_of(karpathy), wanted, uri=uri)
+
+
+def test_repos_are_taken_at_the_commits_of_the_dataset(spec: DatasetSpec) -> None:
+    """None is looked up; there is no hub here."""
+    old = "a" * 40
+    loras = (("org/lora", old, 1.0), ("org/loras/one.safetensors", old, 0.5))
+    wanted = replace(spec, generator=replace(spec.generator, loras=loras, vae="org/vae", vae_revision=old))
+    assert dataset_spec(with_spec(asked(), wanted), gpus=0) == wanted
+    single = replace(spec, generator=replace(spec.generator, config="org/config", config_revision=old))
+    assert with_spec(asked(), single).t2i_config == f"org/config@{old}"
+
+
+def test_what_has_no_place_beside_what_is_given_is_not_taken(
+    spec: DatasetSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_gpu = replace(spec, generator=replace(spec.generator, device="cuda", offload="model"))
+    request = asked(device="cpu")
+    with caplog.at_level("INFO", logger="cluster.generation.like"):
+        found = dataset_spec(with_spec(request, on_gpu), gpus=0)
+    assert (found.generator.device, found.generator.offload) == ("cpu", "none")
+    assert caplog.messages == ["--spec: its --offload model is for GPUs, and not taken beside --device cpu"]
+    wanted = replace(on_gpu, clip=replace(on_gpu.clip, device="cuda"))
+    check_alike(found, wanted, set(given(request)), uri="dataset.json")
+    assert with_spec(asked(), on_gpu).offload == "model"
+    single = replace(spec, generator=replace(spec.generator, config="/config", config_revision="sha256:0"))
+    assert with_spec(asked(t2i="org/repo"), single).t2i_config is None
+    folder = replace(spec, generator=replace(spec.generator, variant="fp16", without=("safety_checker",)))
+    (tmp_path / "one.safetensors").write_bytes(b"")
+    of_file = with_spec(asked(t2i=str(tmp_path / "one.safetensors")), folder)
+    assert (of_file.t2i_variant, of_file.t2i_without) == (None, ())
+
+
+def test_guidance_that_holds_anyway_is_taken(tmp_path: Path) -> None:
+    """Of FLUX.1-schnell, which has none: to give another is refused."""
+    folder = pipeline_of(tmp_path / "FLUX.1-schnell", "FluxPipeline", transformer={"guidance_embeds": False})
+    request = GenerateRequest(corpus="captions.txt", out="out", t2i=str(folder), clip="null")
+    spec = dataset_spec(request, gpus=0)
+    assert (spec.generator.num_inference_steps, spec.generator.guidance_scale) == (4, 0.0)
+    assert dataset_spec(with_spec(asked(), spec), gpus=0) == spec
+    with pytest.raises(InputError, match="--guidance-scale 3: without effect on this FluxPipeline"):
+        dataset_spec(with_spec(asked(guidance_scale=3.0), spec), gpus=0)

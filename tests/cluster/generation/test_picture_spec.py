@@ -1,23 +1,28 @@
 """What a request means for the pictures: options that would have no effect are refused before Ray is started."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from cluster.dataset.layout import load_manifest
 from cluster.dataset.plan import make_plan
+from cluster.generation import make
 from cluster.generation.make import generate
 from cluster.generation.picture_spec import generator_spec
 from cluster.generation.pinning import dataset_spec
 from cluster.generation.request import GenerateRequest, parse_lora, parse_pipeline_option
 from cluster.sources.corpus import read_corpus
 from cluster.store.store import open_store
+from cluster.weights import hub
 from pcm.errors import InputError
 from pcm.generation.prompt_length import truncation_check
 from pcm.spec import GeneratorSpec
-from tests.helpers.tiny_generation import CAPTIONS, write_corpus
+from tests.helpers.tiny_generation import CAPTIONS, plan_dataset, write_corpus
+from tests.pcm.generation.test_pipeline_signature import pipeline_of
 
 
 def spec_for(**asked: object) -> GeneratorSpec:
@@ -54,8 +59,22 @@ def test_steps_and_guidance_are_the_first_that_is_said(tiny_t2i: Path, tmp_path:
     shutil.copytree(tiny_t2i, turbo)
     few = spec_for(t2i=str(turbo))
     assert (few.num_inference_steps, few.guidance_scale, few.revision) == (1, 0.0, own.revision)
+    keeps = tmp_path / "Hyper-SD15-8steps-CFG-lora.safetensors"
+    save_file({}, keeps)
+    fused = spec_for(t2i=str(tiny_t2i), lora=((str(keeps), 1.0),))
+    assert (fused.num_inference_steps, fused.guidance_scale) == (8, 7.5), "this one keeps the pipeline's guidance"
     given = spec_for(t2i=str(turbo), steps=3)
     assert (given.num_inference_steps, given.guidance_scale) == (3, 0.0)
+
+
+def test_a_model_that_is_guided_beside_a_negative_prompt_alone_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    qwen = str(pipeline_of(tmp_path / "qwen", "QwenImagePipeline"))
+    assert spec_for(t2i=qwen, negative_prompt=" ").negative_prompt == " " and not caplog.messages
+    spec_for(t2i=qwen)
+    (said,) = caplog.messages
+    assert "(QwenImagePipeline): drawn without guidance" in said and "give --negative-prompt ' '" in said
 
 
 def test_what_the_pipeline_lacks_is_refused(tiny_t2i: Path, tmp_path: Path) -> None:
@@ -68,6 +87,7 @@ def test_what_the_pipeline_lacks_is_refused(tiny_t2i: Path, tmp_path: Path) -> N
         ({"t2i_without": ("text_encoder_3",)}, "did you mean 'text_encoder'"),
         ({"t2i_config": "org/repo"}, "is for a single file"),
         ({"vae": str(tmp_path)}, "has no config.json"),
+        ({"vae": "vae/model.safetensors"}, "--vae vae/model.safetensors: is a file; give the folder of a decoder"),
         ({"lora": ((str(tmp_path / "none.bin"), 1.0),)}, "no such file"),
     ):
         with pytest.raises(InputError, match=said):
@@ -82,6 +102,74 @@ def test_a_lora_is_named_by_the_digest_of_its_bytes(tiny_t2i: Path, tmp_path: Pa
     shutil.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     ((name, digest, weight),) = spec_for(t2i=str(tiny_t2i), lora=((str(tmp_path / "a.safetensors"), 0.5),)).loras
     assert (name, weight) == (str(tmp_path / "a.safetensors"), 0.5) and digest.startswith("sha256:")
+
+
+OLD, NEW = "a" * 40, "b" * 40
+REPOS = {"lora": (("org/lora", 1.0), ("org/loras/one.safetensors", 0.5)), "vae": "org/vae"}
+
+
+@pytest.fixture
+def moved_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every repo has another commit than any dataset was begun with."""
+    monkeypatch.setattr(hub, "look_up", lambda repo, revision, *, option: SimpleNamespace(sha=NEW))
+
+
+def test_a_repo_is_pinned_at_its_newest_commit_or_the_one_that_is_named(tiny_t2i: Path, moved_hub: None) -> None:
+    newest = spec_for(t2i=str(tiny_t2i), **REPOS)
+    assert newest.loras == (("org/lora", NEW, 1.0), ("org/loras/one.safetensors", NEW, 0.5))
+    assert (newest.vae, newest.vae_revision) == ("org/vae", NEW)
+    loras = ((f"org/lora@{OLD}", 1.0), (f"org/loras@{OLD}/one.safetensors", 0.5))
+    named = spec_for(t2i=str(tiny_t2i), lora=loras, vae=f"org/vae@{OLD}")
+    assert named.loras == (("org/lora", OLD, 1.0), ("org/loras/one.safetensors", OLD, 0.5))
+    assert (named.vae, named.vae_revision) == ("org/vae", OLD)
+
+
+def test_a_single_files_configuration_is_pinned_likewise(
+    tmp_path: Path, moved_hub: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pcm.generation.single_file.inferred_config", lambda file: "org/config")
+    file = tmp_path / "one.safetensors"
+    save_file({}, file)
+    newest = spec_for(t2i=str(file))
+    assert (newest.config, newest.config_revision) == ("org/config", NEW)
+    assert spec_for(t2i=str(file), t2i_config=f"org/config@{OLD}") == replace(newest, config_revision=OLD)
+    assert newest.num_inference_steps == 50
+    begun = replace(newest, config_revision=OLD, num_inference_steps=3)
+    request = GenerateRequest(corpus="embedded", out="out", t2i=str(file))
+    assert generator_spec(request, device="cpu", dtype="float32", begun=begun) == begun
+
+
+def test_what_is_gone_on_with_keeps_its_commits_steps_and_guidance(
+    tiny_t2i: Path, tmp_path: Path, moved_hub: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_corpus(tmp_path, CAPTIONS[:3])
+    asked = GenerateRequest(corpus=str(corpus), out=str(tmp_path / "out"), t2i=str(tiny_t2i), clip="null", **REPOS)
+    spec = dataset_spec(asked, gpus=0)
+    loras = tuple((name, OLD, weight) for name, _, weight in spec.generator.loras)
+    begun = replace(spec.generator, loras=loras, vae_revision=OLD, num_inference_steps=3, guidance_scale=2.0)
+    plan_dataset(tmp_path / "out", corpus, replace(spec, generator=begun))
+
+    def ray_starts() -> None:
+        raise RuntimeError("Ray starts")
+
+    monkeypatch.setattr(make, "start_ray", ray_starts)
+    with pytest.raises(RuntimeError, match="Ray starts"):
+        generate(asked)
+    with pytest.raises(InputError, match=rf"generator.vae_revision: '{OLD}' -> '{NEW}'\); use the same arguments"):
+        generate(replace(asked, vae=f"org/vae@{NEW}"))
+    model = replace(begun, model="org/t2i", revision=OLD, loras=(), vae=None, vae_revision=None)
+    request = GenerateRequest(corpus="embedded", out="out", t2i="org/t2i")
+    assert generator_spec(request, device="cpu", dtype="float32", begun=model) == model
+
+
+def test_a_repo_that_cannot_be_looked_up_is_told_how_its_commit_is_given(tiny_t2i: Path) -> None:
+    for asked, said in (
+        ({"vae": "org/vae"}, "--vae org/vae@COMMIT"),
+        ({"lora": (("org/loras/one.safetensors", 1.0),)}, "--lora org/loras@COMMIT/one.safetensors"),
+        ({"t2i": "org/t2i"}, "--t2i-revision COMMIT"),
+    ):
+        with pytest.raises(InputError, match=rf"give a 40-digit commit \({said}\), or a local copy"):
+            spec_for(**{"t2i": str(tiny_t2i), **asked})
 
 
 def test_texts_of_options() -> None:

@@ -102,6 +102,15 @@ def test_true_guidance_without_a_negative_prompt_is_refused(signature_of) -> Non
         signature_of("QwenImagePipeline").check_negative_prompt(None, None, {"true_cfg_scale": 4.0})
 
 
+def test_a_second_negative_prompt_alone_is_refused(signature_of) -> None:
+    signature, options = signature_of("StableDiffusionXLPipeline"), {"negative_prompt_2": "ugly"}
+    signature.check_negative_prompt("ugly", 5.0, options)
+    with pytest.raises(InputError, match="--pipeline-option negative_prompt_2: goes with --negative-prompt"):
+        signature.check_negative_prompt(None, 5.0, options)
+    with pytest.raises(InputError, match="without effect at guidance 1"):
+        signature.check_negative_prompt("ugly", 1.0, options)
+
+
 def test_pipeline_options_are_checked_by_name_and_type(signature_of) -> None:
     signature = signature_of("StableDiffusionPipeline")
     signature.check_options({"clip_skip": 1, "eta": 1, "guidance_rescale": 0.7})
@@ -153,6 +162,10 @@ def test_few_step_models_are_known_by_name() -> None:
     for name, steps, guidance_scale in (
         ("stabilityai/sd-turbo", 1, 0.0), ("stabilityai/sdxl-turbo", 1, 0.0), ("/models/sdxl-turbo/", 1, 0.0),
         ("black-forest-labs/FLUX.1-schnell", 4, 0.0), ("Tongyi-MAI/Z-Image-Turbo", 9, 0.0),
+        ("stabilityai/stable-diffusion-3.5-large-turbo", 4, 0.0), ("black-forest-labs/FLUX.2-klein-4B", 4, 1.0),
+        ("/m/sd_xl_turbo_1.0_fp16.safetensors", 1, 0.0), ("/m/sd_turbo.safetensors", 1, 0.0),
+        ("/m/flux1-schnell.safetensors", 4, 0.0), ("/m/sd3.5_large_turbo.safetensors", 4, 0.0),
+        ("/m/z_image_turbo_bf16.safetensors", 9, 0.0),
     ):  # fmt: skip
         found = few_steps(name)
         assert found is not None and (found.steps, found.guidance_scale) == (steps, guidance_scale), name
@@ -160,12 +173,37 @@ def test_few_step_models_are_known_by_name() -> None:
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "turbo-lovers/realistic",
         "black-forest-labs/FLUX.1-dev",
+        "black-forest-labs/FLUX.2-klein-base-4B",
+        "/m/flux1-dev.safetensors",
+        "/m/sd3.5_large.safetensors",
     ):
         assert few_steps(name) is None, name
-    fused = few_steps("stable-diffusion-v1-5/stable-diffusion-v1-5", ("latent-consistency/lcm-lora-sdv1-5",))
-    assert fused is not None and (fused.steps, fused.guidance_scale) == (4, 1.0)
-    eight = few_steps("org/sdxl", ("ByteDance/Hyper-SD/Hyper-SDXL-8steps-lora.safetensors",))
-    assert eight is not None and eight.steps == 8
+    by_config = few_steps("/m/own.safetensors", config="black-forest-labs/FLUX.1-schnell")
+    assert by_config is not None and (by_config.steps, by_config.guidance_scale) == (4, 0.0)
+    assert few_steps("/m/z_image_bf16.safetensors", config="Tongyi-MAI/Z-Image-Turbo") is None, "all are configured so"
+
+
+@pytest.mark.parametrize(
+    ("lora", "steps", "guidance_scale"),
+    [
+        ("latent-consistency/lcm-lora-sdv1-5", 4, 1.0),
+        ("latent-consistency/lcm-lora-sdv1-5/pytorch_lora_weights.safetensors", 4, 1.0),
+        ("ByteDance/SDXL-Lightning/sdxl_lightning_4step_lora.safetensors", 4, 0.0),
+        ("lightx2v/Qwen-Image-Lightning/Qwen-Image-Lightning-8steps-V1.0.safetensors", 8, 0.0),
+        ("ByteDance/Hyper-SD/Hyper-SDXL-1step-lora.safetensors", 1, 0.0),
+        ("ByteDance/Hyper-SD/Hyper-SDXL-8steps-lora.safetensors", 8, 0.0),
+        ("ByteDance/Hyper-SD/Hyper-SDXL-8steps-CFG-lora.safetensors", 8, None),
+        ("ByteDance/Hyper-SD/Hyper-SD15-12steps-CFG-lora.safetensors", 12, None),
+        ("ByteDance/Hyper-SD/Hyper-SD3-4steps-CFG-lora.safetensors", 4, 3.0),
+        ("ByteDance/Hyper-SD/Hyper-SD3-16steps-CFG-lora.safetensors", 16, 7.0),
+        ("ByteDance/Hyper-SD/Hyper-FLUX.1-dev-8steps-lora.safetensors", 8, None),
+        ("/m/Hyper-FLUX.1-dev-16steps-lora.safetensors", 16, None),
+    ],
+)
+def test_few_step_loras_are_known_by_name(lora: str, steps: int, guidance_scale: float | None) -> None:
+    found = few_steps("stabilityai/sd-turbo", (lora,))
+    assert found is not None and (found.steps, found.guidance_scale) == (steps, guidance_scale)
+    assert few_steps("org/model", ("org/style/watercolour.safetensors",)) is None
 
 
 def test_a_folders_revision_is_of_what_its_index_names(tiny_t2i: Path, tmp_path: Path) -> None:

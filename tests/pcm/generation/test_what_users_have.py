@@ -1,6 +1,7 @@
 """A single file of weights, LoRAs and another decoder give the pictures that the same weights give in a folder."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,15 @@ def lora(tiny_t2i: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_single_file_draws_what_its_folder_draws(single: GeneratorSpec, plain: list[Drawing]) -> None:
     assert single.revision.startswith("sha256:") and single.config_revision.startswith("sha256:")
     assert drawn(single) == plain
+
+
+def test_a_single_file_is_a_few_step_model_by_its_configuration(
+    single: GeneratorSpec, tiny_t2i: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_t2i, tmp_path / "sd-turbo")
+    asked = GenerateRequest(corpus="embedded", out="out", t2i=single.model, t2i_config=str(tmp_path / "sd-turbo"))
+    found = generator_spec(asked, device="cpu", dtype="float32")
+    assert (found.num_inference_steps, found.guidance_scale) == (1, 0.0)
 
 
 def test_a_single_file_without_hub_or_configuration_is_one_line(single: GeneratorSpec) -> None:

@@ -159,3 +159,9 @@ def test_a_repos_commit_needs_no_look_up(data: OpenDataset) -> None:
     )  # fmt: skip
     given = asked(t2i="org/t2i", vae="org/vae", lora=("org/lora/file.safetensors",))
     assert own_generator(drawn_by(data, spec), given) == spec
+    pinned = {"vae": f"org/vae@{COMMIT}", "lora": (f"org/lora@{COMMIT}/file.safetensors",)}
+    assert own_generator(drawn_by(data, spec), asked(t2i="org/t2i", **pinned)) == spec
+    with pytest.raises(
+        InputError, match=rf"--vae org/vae@{'b' * 40}: .* was drawn with org/vae at {COMMIT}; give that"
+    ):
+        own_generator(drawn_by(data, spec), asked(t2i="org/t2i", **{**pinned, "vae": f"org/vae@{'b' * 40}"}))
