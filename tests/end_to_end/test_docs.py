@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.options import options_of
 from jobs.__main__ import job_names, load_job
 from pcm.reasons import markdown_table
 from tests.helpers.markdown import Block, Page, read_page
@@ -143,6 +144,31 @@ def test_options_in_the_text_are_of_some_job() -> None:
         if code.startswith("--") and not set(OPTION.findall(code)) <= known
     ]
     assert unknown == []
+
+
+#: Without a request of their own in cluster/: they run other jobs, or make what is stored in the repository.
+NO_CALL = {"demo", "pretrain_embedded"}
+
+
+def test_every_job_stands_among_the_calls_with_its_request() -> None:
+    rows = re.findall(r"^\| `jobs\.(\w+)` \| `([\w.]+)` \|", (DOCS / "python.md").read_text(), re.MULTILINE)
+    assert {job for job, _ in rows} == set(job_names()) - NO_CALL
+    assert [job for job, request in rows if pkgutil.resolve_name(request) is not load_job(job).request] == []
+
+
+def test_every_field_with_another_name_than_its_option_is_named() -> None:
+    others = {
+        (field, f"--{described.flag}")
+        for job in set(job_names()) - NO_CALL
+        for field, described in options_of(load_job(job).request).items()
+        if described.flag is not None
+    }
+    text = (DOCS / "python.md").read_text().partition("fields have another name than their option: ")[2]
+    sentence = text.partition(". A value")[0]
+    assert set(re.findall(r"`(\w+)`|`(--[\w-]+)`", sentence)) == {
+        found for field, shown in others for found in ((field, ""), ("", shown))
+    }
+    assert f"{['Five', 'Six', 'Seven'][len(others) - 5]} fields have another name" in (DOCS / "python.md").read_text()
 
 
 def test_reasons_are_those_of_the_code() -> None:
