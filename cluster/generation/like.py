@@ -21,6 +21,7 @@ from cluster.sources.corpus import source_digest
 from cluster.store.store import read_uri
 from pcm import embedded
 from pcm.clip.names import HUB_PREFIX, is_commit
+from pcm.documents import read_document
 from pcm.errors import InputError
 from pcm.generation.names import TEXT_ONLY, UNDRAWN, at_revision, model_source
 from pcm.spec import DatasetSpec
@@ -55,13 +56,27 @@ _DECIDED_BY = {
 
 def read_manifest(uri: str) -> Manifest:
     """A dataset.json. Raises InputError for anything else, and for a dataset that no one generator drew here."""
+    if Path(uri).is_dir():
+        raise InputError(f"--spec {uri}: is a folder; give its {MANIFEST_KEY}")
     try:
-        found = Manifest.from_json(read_uri(uri), lambda key: read_uri(_beside(uri, key)))
+        data = read_uri(uri)
+        if _is_another_document(data):
+            raise InputError(f"--spec {uri}: is no {MANIFEST_KEY}; give that of a dataset")
+        found = Manifest.from_json(data, lambda key: read_uri(_beside(uri, key)))
     except InputError as error:
         raise InputError(f"--spec {uri}: {error}") from None
     if (model := found.spec.generator.model) in (*UNDRAWN, TEXT_ONLY):
         raise InputError(f"--spec {uri}: its pictures were not drawn by one generator here ({model})")
     return found
+
+
+def _is_another_document(data: bytes) -> bool:
+    """Whether it is whole JSON without what every dataset.json has."""
+    try:
+        document = read_document(data)
+    except ValueError:
+        return False
+    return not isinstance(document, dict) or not {"schema_version", "spec", "shards"} <= document.keys()
 
 
 def _beside(uri: str, key: str) -> str:

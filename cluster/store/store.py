@@ -20,7 +20,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from errno import ELOOP, ENAMETOOLONG
+from errno import ELOOP, ENAMETOOLONG, ENOENT
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -87,7 +87,7 @@ class Store:
 
     def read_bytes(self, key: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError."""
-        return self._with_retries(key, lambda: self._single.cat_file(self.path(key)))
+        return self._read(key, lambda: self._single.cat_file(self.path(key)))
 
     def open(self, key: str = "", *, buffered: bool = True) -> BinaryIO:
         """One object as a file to read, from any place and in little memory.
@@ -98,7 +98,7 @@ class Store:
         while reading InputError when a remote object is changed meanwhile.
         """
         if self.is_local:
-            return self._with_retries(key, lambda: open(self.path(key), "rb", LOCAL_BUFFER if buffered else 0))
+            return self._read(key, lambda: open(self.path(key), "rb", LOCAL_BUFFER if buffered else 0))
         if not self.gives_ranges:
             return self._with_retries(key, lambda: self._copied(key))
         raw = self._open_remote(key)
@@ -153,15 +153,22 @@ class Store:
     def _with_retries(self, key: str, operation: Callable[[], T]) -> T:
         return with_retries(operation, place=f"{self.root}/{key}" if key else self.root)
 
+    def _read(self, key: str, operation: Callable[[], T]) -> T:
+        """As `_with_retries`. What would lie below a file, or has a name that no file can have, is not there."""
+        try:
+            return self._with_retries(key, operation)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) or not _is_absent(error):
+                raise
+            raise FileNotFoundError(ENOENT, os.strerror(ENOENT), self.path(key)) from None
+
     def _info(self, key: str) -> dict[str, Any]:
-        return self._with_retries(key, lambda: self._single.info(self.path(key)))
+        return self._read(key, lambda: self._single.info(self.path(key)))
 
     def _info_if_there(self, key: str) -> dict[str, Any] | None:
         try:
             return self._info(key)
-        except OSError as error:
-            if not _is_absent(error):
-                raise
+        except FileNotFoundError:
             return None
 
     def _open_remote(self, key: str) -> ObjectFile:
@@ -391,9 +398,9 @@ def read_uri(uri: str | os.PathLike) -> bytes:
     store = open_store(uri)
     try:
         return store.read_bytes("")
-    except OSError as error:
-        if not (_is_absent(error) or isinstance(error, IsADirectoryError)):
-            raise
+    except IsADirectoryError:
+        raise InputError(f"{os.fspath(uri)}: is a folder; give a file") from None
+    except FileNotFoundError:
         raise InputError(f"{os.fspath(uri)}: no such file; give an existing path or URI") from None
 
 

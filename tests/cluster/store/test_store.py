@@ -65,6 +65,16 @@ def test_what_is_not_there_raises_file_not_found(store: Store) -> None:
     assert store.list() == [] and store.list("shards") == []
 
 
+def test_below_a_file_nothing_is_there(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text("{}")
+    store = open_store(tmp_path / "dataset.json")
+    for read in (store.read_bytes, store.size, store.open):
+        with pytest.raises(FileNotFoundError):
+            read("plan.json")
+    assert not store.exists("plan.json") and not store.is_file("plan.json")
+    assert store.list("shards/") == []
+
+
 def test_a_list_is_sorted_and_holds_the_prefix_alone(store: Store) -> None:
     keys = sorted(["shards/part-1", "shards/part-0", "shards/deep/x", "shards-old/part-0", "top"])
     for key in keys:
