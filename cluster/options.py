@@ -7,7 +7,7 @@ group in --help. The modules that define requests import neither torch nor Ray, 
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -60,6 +60,11 @@ class Request:
             value = getattr(self, name)
             if described.choices and value is not None and value not in described.choices:
                 raise not_known(flag(type(self), name), value, described.choices)
+
+    @classmethod
+    def settable(cls) -> Collection[str]:
+        """Names that --set takes, where the job has it and they are known."""
+        return ()
 
     @classmethod
     def file_fields(cls, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class Job:
                 groups[owner] = parser.add_argument_group(title.strip(), described_as)
             _add(groups[owner], self.request, name, described)
         parser.add_argument(
-            _CONFIG, dest=_CONFIG, metavar="FILE", default=argparse.SUPPRESS,
+            _CONFIG, dest=_CONFIG, metavar="FILE", action=_Once, default=argparse.SUPPRESS,
             help="YAML or JSON file, path or URI, of these options by name, with _ for -; the command line wins. "
             f"{self.request.FILE_HELP}(default: none)",
         )  # fmt: skip
@@ -149,6 +149,28 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message.removeprefix("argument "))
+
+
+class _Once(argparse.Action):
+    """Keeps the one value of an option: of two, the first would be lost silently."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            raise InputError(f"{option}: is given twice; give it once")
+        setattr(namespace, self.dest, values)
+
+
+class _OnOrOffOnce(argparse.BooleanOptionalAction):
+    """--loud or --no-loud, once."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            raise InputError(f"{' or '.join(self.option_strings)}: is given twice; give it once")
+        super().__call__(parser, namespace, values, option)
 
 
 def end_with_error(message: str) -> NoReturn:
@@ -185,11 +207,10 @@ def _add(group: Any, request: type[Request], name: str, described: Option) -> No
         group.add_argument(name, nargs=nargs, metavar=flag(request, name), help=text, default=argparse.SUPPRESS)
         return
     if shape.item is bool:
-        group.add_argument(flag(request, name), dest=name, action=argparse.BooleanOptionalAction, **settings)
+        group.add_argument(flag(request, name), dest=name, action=_OnOrOffOnce, **settings)
         return
     settings["metavar"] = _metavar(request, name)
-    if shape.repeated or shape.pairs:
-        settings["action"] = "append"
+    settings["action"] = "append" if shape.repeated or shape.pairs else _Once
     if described.bare is not None:
         settings |= {"nargs": "?", "const": described.bare}
     group.add_argument(flag(request, name), dest=name, **settings)
@@ -215,8 +236,11 @@ def _unknown_argument(unknown: list[str], request: type[Request]) -> InputError:
         return InputError(f"{shown}: not known; it belongs to no option")
     name = shown.partition("=")[0]
     flags = [_CONFIG, *(flag(request, field) for field in options_of(request))]
-    near = difflib.get_close_matches(name, flags, n=1)
-    return InputError(f"{name}: not known" + (f"; did you mean {near[0]}?" if near else ""))
+    if (setting := name.removeprefix("--").replace("-", "_")) in request.settable():
+        return InputError(f"{name}: not known; it is a setting: use --set {setting}=VALUE")
+    # Of two short names half of the letters are the same by chance: --lr and --clip.
+    near = difflib.get_close_matches(name.removeprefix("--"), [each.removeprefix("--") for each in flags], n=1)
+    return InputError(f"{name}: not known" + (f"; did you mean --{near[0]}?" if near else ""))
 
 
 def _file_values(request: type[Request], place: str) -> dict[str, Any]:
@@ -231,6 +255,8 @@ def _file_values(request: type[Request], place: str) -> dict[str, Any]:
             near = difflib.get_close_matches(str(key), [*names, *by_flag], n=1)
             guess = f"; did you mean {near[0]!r}?" if near else f"; allowed are {', '.join(by_flag)}"
             raise InputError(f"{place}: {key!r} is not known{guess}")
+        if name in values:
+            raise InputError(f"{place}: {key!r} is given twice, under two names; give it once")
         if value is None:
             continue
         values[name] = _read(request, name, _as_arguments(value), f"{place}: {key}")
@@ -242,17 +268,38 @@ def _load(place: str) -> dict[str, Any]:
 
     from cluster.store.store import read_uri
 
+    class LoaderOfKeysOnce(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            _refuse_twice([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)], place)
+            return node
+
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _refuse_twice([key for key, _ in pairs], place)
+        return dict(pairs)
+
     data = read_uri(place)
     try:
-        found = read_document(data)  # first: YAML takes 1e-8, which JSON writes, for a text
+        # First: YAML takes 1e-8, which JSON writes, for a text.
+        found = read_document(data, object_pairs_hook=object_of)
+    except InputError:
+        raise
     except ValueError:
         try:
-            found = yaml.safe_load(data)
+            found = yaml.load(data, LoaderOfKeysOnce)
+        except InputError:
+            raise
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(f"{place}: neither JSON nor YAML ({one_line(error)})") from None
     if not isinstance(found, dict):
         raise InputError(f"{place}: must hold NAME: value, an object in JSON")
     return found
+
+
+def _refuse_twice(keys: list[str], place: str) -> None:
+    """Raises InputError for a key that stands twice in an object of a --config file: the first would be lost."""
+    if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
+        raise InputError(f"{place}: {twice[0]!r} is given twice; give it once")
 
 
 def _check_outputs(request: Request) -> None:
@@ -262,7 +309,7 @@ def _check_outputs(request: Request) -> None:
     kind = type(request)
     for name, described in options_of(kind).items():
         if described.writes and (uri := getattr(request, name)) is not None:
-            check_output(uri, described.writes, shown=flag(kind, name))
+            check_output(os.fspath(uri), described.writes, shown=flag(kind, name))
 
 
 def _as_arguments(value: Any) -> Any:

@@ -34,7 +34,7 @@ SHARD_SIZE = 125  # small enough that two cores have something to share
 class DemoRequest(Request):
     """What the demo is asked for."""
 
-    out: str = option("demo", metavar="DIR", help="local folder; run again to resume")
+    out: str = option("demo", metavar="DIR", writes="folder", help="local folder; run again to resume")
     captions: int = option(2000, help="captions to draw and train on")
     epochs: int | None = option(None, help="training epochs", unset="the embedded preset's")
     seed: int = option(GenerateRequest.seed, help="of drawing and of training")

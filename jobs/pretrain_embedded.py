@@ -23,7 +23,7 @@ class PretrainRequest(Request):
     """What is to be drawn and trained; local folders."""
 
     stage: str = option("all", choices=(*STAGES, "all"), help="what to do; all = every stage in order")
-    out: Path = option(parse=Path, metavar="DIR", help="work folder: training sets and checkpoints")
+    out: Path = option(parse=Path, metavar="DIR", writes="folder", help="work folder: training sets and checkpoints")
     art: Path | None = option(
         None, parse=Path, metavar="DIR", help="where the icon packages are kept", unset="in ~/.cache"
     )

@@ -2,18 +2,18 @@
 
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pcm.errors import InputError, not_known
 
 
-def read_document(data: bytes | str) -> Any:
+def read_document(data: bytes | str, *, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """What a JSON document says. Raises ValueError with one line where it is none, also where it is nested so deeply,
-    or has numbers of so many digits, that Python does not read it.
+    or has numbers of so many digits, that Python does not read it. `object_pairs_hook` is json.loads'.
     """
     try:
-        return json.loads(data)
+        return json.loads(data, object_pairs_hook=object_pairs_hook)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cluster.evaluation.experiments import EXPERIMENTS, SPLIT, experiment
-from cluster.options import Request, check_at_least, check_gpu_share, flag, option, refuse_others, refuse_without
+from cluster.options import Request, check_at_least, check_gpu_share, flag, given, option, refuse_others, refuse_without
 from cluster.sources.picture_source import FeatureSource, PictureSource
 from pcm.captioners.pcmnet.config import BEAM_SIZE
 from pcm.errors import InputError
@@ -35,7 +35,8 @@ class CaptionRequest(CaptionerOptions):
     """Picture files and folders to caption, or features; paths or URIs. Raises InputError for both, or neither."""
 
     images: tuple[str, ...] = option(
-        (), positional=True, metavar="IMAGE_OR_FOLDER", help="JPEG, PNG, WebP, GIF or BMP files, or folders of them",
+        (), positional=True, metavar="IMAGE_OR_FOLDER",
+        help="JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF files, or folders of them",
         unset="with --features, none",
     )  # fmt: skip
     checkpoint: str | tuple[str, ...] = option(
@@ -149,8 +150,11 @@ class EvaluateRequest(CaptionerOptions):
                         f"{flag(EvaluateRequest, name)} {value}: without effect beside --results, which holds captions "
                         "already; leave it out"
                     )
-            if self.beam_size != BEAM_SIZE or self.device != "auto":
-                raise InputError("--beam-size, --device: without effect beside --results; leave them out")
+            if useless := [name for name in ("beam_size", "device") if name in given(self)]:
+                flags = ", ".join(flag(EvaluateRequest, name) for name in useless)
+                raise InputError(
+                    f"{flags}: without effect beside --results, which holds captions already; leave it out"
+                )
             if self.references is None:
                 raise InputError("--references is missing: what --results is scored with")
         else:

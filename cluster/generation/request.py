@@ -339,7 +339,9 @@ class GenerateRequest(GenerationOptions):
         "speed, and how the same corpus is read; what is given beside it wins",
     )
     only: str | None = option(None, metavar="SAMPLE_ID", help="regenerate one sample of --out alone and compare")
-    image_out: str | None = option(None, metavar="FILE", help="with --only: write the regenerated picture here")
+    image_out: str | None = option(
+        None, metavar="FILE", writes="file", help="with --only: write the regenerated picture here"
+    )
     pilot: str | None = option(
         None,
         metavar="1%|N",

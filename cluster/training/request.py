@@ -1,6 +1,6 @@
 """What a user asks of training: `TrainRequest`, `StreamRequest`, and the options that jobs.sweep shares with them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -129,6 +129,10 @@ class SettingsOptions(ValidationOptions):
         """Fields of TrainConfig that replace the preset's; an option of its own wins over `overrides`."""
         own = {name: getattr(self, name, None) for name in self.OF_CONFIG}
         return {**self.overrides, **{name: value for name, value in own.items() if value is not None}}
+
+    @classmethod
+    def settable(cls) -> Collection[str]:
+        return settable_fields()
 
     @classmethod
     def file_fields(cls, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,6 +75,14 @@ def test_every_option_has_a_text_and_a_default(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", JOBS)
+def test_every_output_is_checked_before_the_job_begins(name: str) -> None:
+    request = load_job(name).request
+    outputs = {field: described for field, described in options_of(request).items() if re.search("(^|_)out$", field)}
+    assert outputs or name == "verify"
+    assert [field for field, described in outputs.items() if described.writes is None] == []
+
+
+@pytest.mark.parametrize("name", JOBS)
 def test_every_job_refuses_an_unknown_argument_in_one_line(name: str, capsys: pytest.CaptureFixture) -> None:
     assert "--no-such-argument: not known" in refused(capsys, load_job(name), "--no-such-argument", "x")
 
@@ -189,6 +197,11 @@ def test_what_is_given_reaches_the_request() -> None:
         (["--kind", "fanzy"], "--kind 'fanzy': not known; did you mean 'fancy'? allowed are plain, fancy"),
         (["--label", "x=1", "--label", "x=2"], "--label x: is given twice"),
         (["stray"], "stray: not known"),
+        (["--number", "1", "--kind", "fancy", "--number", "1"], "--number: is given twice; give it once"),
+        (["--loud", "--no-loud"], "--loud or --no-loud: is given twice; give it once"),
+        (["--config", "a", "--config", "b"], "--config: is given twice; give it once"),
+        (["--ki", "1"], "--ki: not known; did you mean --kind?"),
+        (["--lr", "1"], "--lr: not known (see"),  # nothing is like it but for the hyphens
     ],
 )
 def test_what_cannot_be_read_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
@@ -232,6 +245,10 @@ def test_a_config_is_read_as_the_command_line_is_and_the_command_line_wins(write
         ("kind: fanzy", "did you mean 'fancy'?"),
         ("- number", "must hold NAME: value"),
         ("{number: ", "neither JSON nor YAML"),
+        ("number: 1\nloud: true\nnumber: 2", "config.yaml: 'number' is given twice; give it once"),
+        ('{"number": 1, "number": 2}', "config.yaml: 'number' is given twice; give it once"),
+        ("label: {x: 1, x: 2}", "config.yaml: 'x' is given twice; give it once"),
+        ("name: [a]\nnames: [b]", "'names' is given twice, under two names; give it once"),
     ],
 )
 def test_a_config_that_cannot_be_read_is_one_line(
@@ -241,8 +258,9 @@ def test_a_config_that_cannot_be_read_is_one_line(
     assert said in refused(capsys, example(), "--config", tmp_path / "config.yaml")
 
 
-def test_a_config_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture) -> None:
+def test_a_config_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "no such file" in refused(capsys, example(), "--config", "nowhere.yaml")
+    assert f"{tmp_path}: is a folder; give a file" in refused(capsys, example(), "--config", tmp_path)
 
 
 def test_command_line_over_set_over_config(tmp_path: Path) -> None:
@@ -290,6 +308,7 @@ def test_a_name_that_generation_and_training_share_is_generations_in_a_stream(tm
         ("train --data A --out B --set nonsense=3", "concept_threshold"),
         ("train --data A --out B --set vocab_size=3", "comes from the dataset"),
         ("train --data A --out B --set tau=x", "must be of type float"),
+        ("train --data A --out B --batch-size 16", "--batch-size: not known; it is a setting: use --set batch_size="),
         ("train --data A=0 --out B", "a weight above 0"),
         ("train --data A --out B --val-references x", "--val-references x: needs --val-images"),
         ("train --data A --out B --num-workers 0", "--num-workers 0: write a number such as 8, or MIN:MAX such as 2:8"),
@@ -330,6 +349,11 @@ def test_a_name_that_generation_and_training_share_is_generations_in_a_stream(tm
         ("evaluate --checkpoint A --images B --experiment coco_b23", "did you mean 'coco_b32'?"),
         ("evaluate --checkpoint A --images B --seed 3", "--seed 3: needs --shuffled-baseline"),
         ("evaluate --results r.json --references x --checkpoint A", "without effect beside --results"),
+        (
+            "evaluate --results r.json --references x --beam-size 5",
+            "error: --beam-size: without effect beside",
+        ),
+        ("evaluate --results r.json --references x --device cpu", "error: --device: without effect beside"),
         ("evaluate --list-experiments --out B", "--out: without effect beside --list-experiments"),
         ("caption --checkpoint A", "IMAGE_OR_FOLDER: missing"),
         ("caption --checkpoint /no/such/run a.jpg", "/no/such/run"),

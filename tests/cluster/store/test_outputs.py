@@ -72,6 +72,18 @@ def test_objects_of_somebody_else_are_not_counted_as_ours(key: str, tmp_path: Pa
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == [place.name]
 
 
+def test_outputs_besides_out_are_checked_before_the_job_begins(tmp_path: Path, call_job) -> None:
+    (tmp_path / "file").write_text("")
+    for job, *given, said in (
+        ("generate", "--out", tmp_path, "--only", "000000001-00", "--image-out", tmp_path, "--image-out"),
+        ("demo", "--out", tmp_path / "file", "--out"),
+        ("pretrain_embedded", "--out", tmp_path / "file", "--out"),
+    ):
+        run = call_job(job, *given)
+        assert run.returncode == 2 and run.stderr.startswith(f"error: {said} {tmp_path}")
+        assert ": is a f" in run.stderr and run.stderr.count("\n") == 1
+
+
 OUTS = {
     "generate": ["--corpus", "{captions}", "--t2i", "null"],
     "featurise": ["--images", "{folder}", "--captions", "{captions}"],
