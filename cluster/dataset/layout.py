@@ -476,6 +476,12 @@ def load_manifest(store: Store) -> Manifest:
     )
 
 
+def refuse_dataset(store: Store, *, shown: str) -> None:
+    """Raises InputError where a dataset, finished or not, lies at a place for something else."""
+    if found := next((key for key in (MANIFEST_KEY, PLAN_KEY, LINEAGE_KEY) if store.exists(key)), None):
+        raise InputError(f"{shown} {store.root}: holds a dataset ({found}); give another place")
+
+
 def refuse_interrupted(store: Store) -> None:
     """Raises InputError where a derived dataset was begun and not finished."""
     if store.exists(LINEAGE_KEY) and not store.exists(MANIFEST_KEY):

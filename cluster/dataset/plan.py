@@ -136,7 +136,7 @@ def make_plan(
     counted = chunks.next_record
     if not usable:
         raise InputError(
-            f"corpus {corpus}: no usable caption among {counted} records; check the file, --corpus-format and --split"
+            f"corpus {corpus}: no usable caption among {counted} records; check the file, its format and its split"
         )
     segment = Segment(first_record, counted - first_record, first_shard, num_parts, fingerprint.hexdigest(), parts)
     plan = Plan(

@@ -41,7 +41,6 @@ from pcm.clip.encoder import ClipEncoder
 from pcm.clip.names import clip_anywhere
 from pcm.documents import json_bytes
 from pcm.errors import InputError
-from pcm.images import PICTURE_ENDINGS
 from pcm.line_timer import LineTimer
 from pcm.text.concepts import ConceptVocabulary
 
@@ -109,7 +108,7 @@ def _pictures_at(image: str) -> Sequence[str]:
     except InputError:  # told of this picture alone, when it is opened
         return [image]
     if not keys and not is_remote:
-        raise InputError(f"{image}: no pictures; give a folder of {', '.join(PICTURE_ENDINGS)} files")
+        raise InputError(f"{image}: no pictures; give a folder of JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF files")
     return [join(image, key) for key in keys] or [image]
 
 

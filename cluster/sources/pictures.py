@@ -216,8 +216,8 @@ def find_pictures(images: str) -> PictureFiles:
         return PictureFiles(uri, *_parquet_pictures(store, tables))
     if not names:
         raise InputError(
-            f"{uri}: no pictures; give a folder of {', '.join(PICTURE_ENDINGS)} files, a Parquet file with columns "
-            "image_id and image, embedded:val or embedded:test"
+            f"{uri}: no pictures; give a folder of JPEG, PNG or WebP files (.jpg, .png, .webp), a Parquet file with "
+            "columns image_id and image, embedded:val or embedded:test"
         )
     return PictureFiles(uri, names, lambda position: store.read_bytes(names[position]))
 

@@ -59,7 +59,10 @@ def detect_format(name: str, head: bytes) -> str:
             return "jsonl"
         if extension or b"\x00" not in head:
             return "text"
-    raise InputError(f"{name}: cannot tell its caption format; name it (--corpus-format), one of {', '.join(FORMATS)}")
+    raise InputError(
+        f"{name}: cannot tell its caption format, one of {', '.join(FORMATS)}; give the file the ending of its format, "
+        "such as .csv, or the option for it where the job has one"
+    )
 
 
 def refuse_packed(name: str, head: bytes) -> None:

@@ -207,7 +207,7 @@ def test_a_folder_is_the_pictures_in_it_and_any_file_name_goes_into_the_results(
     rows = json.loads((tmp_path / "captions.json").read_text())
     assert [row["image_id"] for row in rows] == [alone, *sorted([*below, str(odd)])]
     assert json.loads(results_json({odd.name: "a picture"})) == [{"image_id": odd.name, "caption": "a picture"}]
-    with pytest.raises(InputError, match=r"empty: no pictures; give a folder of \.jpg"):
+    with pytest.raises(InputError, match=r"empty: no pictures; give a folder of JPEG, .* or AVIF files"):
         caption(replace(asked, images=(str(tmp_path / "empty"),)))
 
 

@@ -81,7 +81,7 @@ def test_references_that_cannot_be_used_are_left_out_and_counted(tmp_path, caplo
         ("r.csv", "image,caption\na.jpg,\n", "no references in split 'all'"),
         ("r.json", "[]", "neither Karpathy's JSON"),
         ("r.csv.gz", "not gzip", "cannot be read"),
-        ("r.pkl", "x", "cannot tell its caption format"),
+        ("r.pkl", "x", "cannot tell its caption format, one of .*; give the file the ending of its format"),
     ],
 )
 def test_unusable_references_are_one_clear_line(tmp_path, name, content, message):
