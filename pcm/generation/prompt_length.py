@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,14 @@ def _load(index: PipelineIndex, spec: GeneratorSpec) -> list[tuple[Any, int]]:
     source = model_source(index.model)
     where = {"local_files_only": True} if Path(source).is_dir() else {"revision": index.revision}
     longest = _longest_sequence(index, spec)
-    found = []
+    found: list[tuple[Any, int]] = []
     for part, (library, kind) in index.components.items():
         if part.startswith("tokenizer") and library == "transformers" and part not in spec.without:
             tokenizer = getattr(transformers, kind).from_pretrained(source, subfolder=part, **where)
             own = tokenizer.model_max_length
             if longest is not None and kind not in ("CLIPTokenizer", "CLIPTokenizerFast"):
                 own = min(own, longest) if own < LONGEST else longest
-            found.append((tokenizer, own))
+            found.append((partial(tokenizer, verbose=False), own))  # else it says itself that a prompt is too long
     return found or [(lambda text: {"input_ids": ()}, LONGEST)]
 
 

@@ -1,5 +1,6 @@
 """What a request means for the pictures: options that would have no effect are refused before Ray is started."""
 
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -182,7 +183,10 @@ def test_texts_of_options() -> None:
             parse_lora(text)
 
 
-def test_a_prompt_is_too_long_by_the_drawing_models_own_tokenizer(tiny_t2i: Path) -> None:
+def test_a_prompt_is_too_long_by_the_drawing_models_own_tokenizer(
+    tiny_t2i: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers.tokenization_utils_base"), "handlers", [caplog.handler])
     spec = dataset_spec(GenerateRequest(corpus="embedded", out="out", t2i=str(tiny_t2i), clip="null"), gpus=0)
     is_truncated = truncation_check(spec)
     assert not is_truncated("a" * 75) and is_truncated("a" * 76), "a letter is a token here, and start and end"
@@ -190,6 +194,7 @@ def test_a_prompt_is_too_long_by_the_drawing_models_own_tokenizer(tiny_t2i: Path
     assert not truncation_check(dataset_spec(GenerateRequest(corpus="embedded", out="out", t2i="null"), gpus=0))(
         "a" * 999
     )
+    assert "sequence length is longer" not in caplog.text
 
 
 @pytest.mark.slow

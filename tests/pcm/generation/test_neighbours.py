@@ -63,8 +63,13 @@ def test_compiling_is_refused_where_prompts_have_no_fixed_length(cogview4: Path)
         load_pipeline(small(cogview4, compile="default"))
 
 
-def test_a_pipeline_of_fixed_length_keeps_its_batch_size(tiny_t2i: Path) -> None:
+def test_a_pipeline_of_fixed_length_keeps_its_batch_size(
+    tiny_t2i: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizing = logging.getLogger("transformers.tokenization_utils_base")
+    monkeypatch.setattr(tokenizing, "handlers", [caplog.handler])
     generator = DiffusersTextToImage(spec_of(tiny_t2i))
+    assert "sequence length is longer" not in caplog.text and not tokenizing.disabled, "of the test's own prompt"
     assert not generator.one_at_a_time
     assert {drawing.batch_size for drawing in generator.draw(REQUESTS)} == {4}
 
