@@ -18,6 +18,7 @@ from typing import Any
 
 import ray.train
 import safetensors.torch
+import torch
 
 import pcm
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, GIVEN_CONCEPTS_KEY, PLAN_KEY
@@ -104,6 +105,11 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
         check_checkpoints(out, done=done)
 
     joined = is_joined()
+    if request.device == "cuda" and not (joined or ray.is_initialized() or torch.cuda.is_available()):
+        raise InputError(
+            "--device cuda: torch finds no GPU on this machine; leave --device out, or join a cluster that has one "
+            "(RAY_ADDRESS)"
+        )
     check_labels(request.worker_labels, joined=joined)
     if not joined:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes a node of this machine away

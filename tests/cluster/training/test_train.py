@@ -488,6 +488,18 @@ def test_an_error_of_the_users_is_not_tried_again() -> None:
     assert policy.make_decision(WorkerGroupError("failed", {0: OSError("gone")})) == FailureDecision.RETRY
 
 
+def test_a_gpu_that_this_machine_lacks_is_one_line_before_ray(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("cluster.training.train.start_ray", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(InputError, match=r"^--device cuda: torch finds no GPU on this machine; leave --device out"):
+        train(request(world, tmp_path / "run", device="cuda"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_worker_labels_need_a_cluster_and_reach_ray() -> None:
     with pytest.raises(InputError, match=r"--worker-label pcmnet\.io/role=training: only on a cluster"):
         check_labels({"pcmnet.io/role": "training"}, joined=False)
