@@ -7,8 +7,11 @@ from jobs.command_line import Job
 
 
 def run(request: StageModelsRequest) -> dict[str, Any]:
+    from cluster.dataset.layout import refuse_dataset
+    from cluster.store.store import open_store
     from cluster.weights.stage import stage
 
+    refuse_dataset(open_store(request.out), shown="--out")
     return stage(request)
 
 

@@ -41,6 +41,8 @@ def export(request: ExportRequest) -> dict:
     out = open_store(request.out)
     if request.data is not None:
         store = open_store(request.data)
+        if out.address.startswith(f"{store.address}/"):
+            raise InputError(f"--out {request.out}: is inside the dataset {request.data}; give another place")
         if request.to == DATASET:
             return {**export_as_dataset(store, out, request), "out": request.out}
         return {**export_dataset(store, out, request), "out": request.out}

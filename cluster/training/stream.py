@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from ray.data import DataContext, ExecutionResources
 
-from cluster.dataset.layout import Plan
+from cluster.dataset.layout import Plan, refuse_dataset
 from cluster.dataset.vocabularies import stored_features, vocabularies_stored
 from cluster.generation.make import prepare
 from cluster.generation.pinning import require_joint_patches
@@ -59,6 +59,7 @@ def stream(request: StreamRequest) -> dict[str, Any]:
     check_settings(training)
     require_metrics()
     require_joint_patches(asked.clip or "embedded", asked.clip_revision)
+    refuse_dataset(open_store(request.out), shown="--out")
     prepared = prepare(open_store(request.dataset), asked)
     device = prepared.plan.spec.generator.device
     workers, cpus, gpus = _training_share(request, device=device)

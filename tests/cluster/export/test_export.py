@@ -372,6 +372,15 @@ def test_what_cannot_be_exported_is_one_clear_line(dataset, tmp_path, call_job):
     assert result.returncode == 0 and result.summary["exported"] == 24
 
 
+def test_an_export_does_not_go_into_its_dataset(dataset, call_job):
+    store, _, _ = dataset
+    there = store.list()
+    for out, said in ((f"{store.root}/export", "is inside the dataset"), (store.root, "give an empty place")):
+        run = call_job("export", "--data", store.root, "--out", out, "--to", "webdataset")
+        assert run.returncode == 2 and said in run.stderr
+    assert store.list() == there
+
+
 def test_several_pictures_of_a_caption_have_ids_of_their_own(tmp_path, tiny_t2i, tiny_clip):
     store, _, _ = make_complete_dataset(
         tmp_path / "dataset", t2i=tiny_t2i, clip=tiny_clip, images_per_caption=2, num_inference_steps=1

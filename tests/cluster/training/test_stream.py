@@ -82,6 +82,14 @@ def test_every_selected_row_comes_once_and_the_last_batch_says_so(made: tuple[St
     assert seen != sorted(seen), "permuted inside a shard"
 
 
+def test_a_run_does_not_go_into_a_dataset(made: tuple[Store, Plan], tmp_path: Path, call_job) -> None:
+    store, _ = made
+    there = store.list()
+    run = call_job("stream", "--corpus", write_corpus(tmp_path), "--out", store.root)
+    assert run.returncode == 2 and "holds a dataset (dataset.json); give another place" in run.stderr
+    assert store.list() == there
+
+
 def test_a_full_batch_at_the_very_end_is_the_last(made: tuple[Store, Plan], tmp_path: Path) -> None:
     store, plan = made
     features = finished_manifest(store, plan).features

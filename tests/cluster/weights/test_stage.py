@@ -179,6 +179,13 @@ def test_a_clip_whose_text_tower_needs_the_hub_is_refused(tmp_path: Path, tiny_c
             stage(StageModelsRequest(clip=name, out=str(tmp_path / "out")))
 
 
+def test_weights_are_not_put_into_a_dataset(tmp_path: Path, tiny_t2i: Path, call_job) -> None:
+    (tmp_path / "dataset.json").write_text("{}")
+    run = call_job("stage_models", "--t2i", tiny_t2i, "--out", tmp_path)
+    assert run.returncode == 2 and "holds a dataset (dataset.json); give another place" in run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
+
+
 def test_a_folder_has_no_revision(tmp_path: Path, tiny_t2i: Path, tiny_clip: Path) -> None:
     for given in ({"t2i": str(tiny_t2i)}, {"clip": str(tiny_clip)}):
         with pytest.raises(InputError, match="is no repo"):
