@@ -61,7 +61,7 @@ def read_manifest(uri: str) -> Manifest:
     try:
         data = read_uri(uri)
         if _is_another_document(data):
-            raise InputError(f"--spec {uri}: is no {MANIFEST_KEY}; give that of a dataset")
+            raise InputError(f"is no {MANIFEST_KEY}; give that of a dataset")
         found = Manifest.from_json(data, lambda key: read_uri(_beside(uri, key)))
     except InputError as error:
         raise InputError(f"--spec {uri}: {error}") from None
