@@ -1,5 +1,7 @@
 """A diffusers pipeline from a spec: weights of a pinned revision, scheduler, dtype, device, and what makes it fast."""
 
+import copy
+import inspect
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from pcm.generation.names import model_source, split_repo_file
 from pcm.generation.neighbour_test import LONG, SHORT
 from pcm.generation.own_code import refuse_own_code
 from pcm.generation.pipeline_call import call_pipeline
-from pcm.generation.pipeline_signature import absent_parts, check_scheduler_options, pipeline_class, scheduler_class
+from pcm.generation.pipeline_signature import absent_parts, pipeline_class
 from pcm.generation.prompt_cache import cache_prompts
+from pcm.generation.scheduler import build_scheduler, check_steps
 from pcm.model_faults import is_out_of_memory
 from pcm.precision import whole_float32
 from pcm.spec import GeneratorSpec
@@ -113,10 +116,7 @@ def _too_large(spec: GeneratorSpec, error: BaseException) -> InputError:
 
 def prepare_pipeline(pipeline: Any, spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
     """Put the spec's scheduler, device and speed options on a pipeline that is loaded. Raises InputError."""
-    if spec.scheduler is not None or spec.scheduler_options:
-        kind = type(pipeline.scheduler) if spec.scheduler is None else scheduler_class(spec.scheduler)
-        check_scheduler_options(kind, (name for name, _ in spec.scheduler_options))
-        pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **dict(spec.scheduler_options))
+    _set_scheduler(pipeline, spec)
     pipeline.set_progress_bar_config(disable=True)
     _place(pipeline, spec)
     denoiser = _denoiser(pipeline, spec)
@@ -150,6 +150,21 @@ def prepare_pipeline(pipeline: Any, spec: GeneratorSpec) -> diffusers.DiffusionP
             if spec.compile == "reduce-overhead":
                 keep_outputs(part)
     return pipeline
+
+
+def _set_scheduler(pipeline: Any, spec: GeneratorSpec) -> None:
+    """Put the spec's scheduler on a pipeline and on the pipelines that it is made of. Raises InputError."""
+    own, options = pipeline.scheduler, dict(spec.scheduler_options)
+    if spec.scheduler is not None or options:
+        chosen = build_scheduler(type(own).__name__, own.config, spec.scheduler, options)
+        for part in (pipeline, *vars(pipeline).values()):
+            if isinstance(part, diffusers.DiffusionPipeline) and getattr(part, "scheduler", None) is own:
+                part.scheduler = chosen  # type: ignore[attr-defined]  # of the classes below it
+    defaults = {each.name: each.default for each in inspect.signature(type(pipeline).__call__).parameters.values()}
+    call = {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty}
+    check_steps(
+        copy.deepcopy(pipeline.scheduler), spec.num_inference_steps, call | dict(spec.pipeline_options), options
+    )
 
 
 def decoding_part(decoder: Any) -> list[torch.nn.Module]:

@@ -99,6 +99,16 @@ def test_a_scheduler_option_that_does_not_exist_is_refused(tiny_t2i: Path) -> No
         loaded(tiny_t2i, scheduler="LCMScheduler", scheduler_options={"karras": True})
 
 
+def test_a_value_or_steps_that_the_scheduler_cannot_do_are_refused_in_one_line(tiny_t2i: Path) -> None:
+    for values, said in (
+        ({"scheduler_options": {"beta_schedule": "cosine"}}, "DDIMScheduler with beta_schedule=cosine: cosine is not"),
+        ({"scheduler": "LCMScheduler", "num_inference_steps": 60}, "--steps 60: LCMScheduler cannot do so"),
+    ):
+        with pytest.raises(InputError, match=said) as caught:
+            loaded(tiny_t2i, **values)
+        assert "\n" not in str(caught.value)
+
+
 def test_denoiser_and_decoder_are_compiled_and_a_tiled_decoder_is_not(tiny_t2i: Path) -> None:
     pipeline = loaded(tiny_t2i, compile="default")
     assert pipeline.unet._compiled_call_impl is not None
