@@ -12,7 +12,7 @@ import pcm.torchvision_shim  # noqa: F401  isort: skip
 import diffusers
 import transformers
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import ADDED_KV_ATTENTION_PROCESSORS, AttnProcessor, AttnProcessor2_0
 from torch.utils._pytree import tree_map_only
 
 from pcm.errors import InputError, first_line
@@ -244,6 +244,9 @@ def _set_attention(denoiser: Any, attention: str) -> None:
     if attention == "default":
         return
     if isinstance(denoiser, diffusers.UNet2DConditionModel):
+        processors: Any = denoiser.attn_processors
+        if any(isinstance(each, ADDED_KV_ATTENTION_PROCESSORS) for each in processors.values()):
+            raise InputError(f"attention {attention!r}: this {type(denoiser).__name__} has default alone; leave it out")
         processor = AttnProcessor2_0() if attention == "sdpa" else AttnProcessor()
         denoiser.set_attn_processor(processor)  # type: ignore[attr-defined]  # of a mixin that mypy cannot see
     elif attention == "sdpa":

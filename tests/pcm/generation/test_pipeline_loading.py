@@ -15,6 +15,7 @@ from pcm.generation.pipeline_loading import keep_outputs, load_pipeline
 from pcm.generation.seeds import SPEED_FIELDS
 from pcm.images import open_image
 from pcm.spec import GeneratorSpec
+from tests.helpers.tiny_pipelines import save_pipeline
 from tests.pcm.generation.test_diffusers_pipeline import REQUESTS, save_with_safety_checker, spec_of
 
 #: Every option that a CPU can run, with the few-step schedulers that draw noise at every step.
@@ -92,6 +93,19 @@ def test_scheduler_options_reach_the_scheduler(tiny_t2i: Path) -> None:
         config = loaded(tiny_t2i, **values).scheduler.config
         assert config.timestep_spacing == "trailing"
         assert config.num_train_timesteps == 100, "the rest stays the model's"
+
+
+def test_a_scheduler_reaches_the_pipeline_that_draws_within_another(tmp_path: Path) -> None:
+    pipeline = loaded(save_pipeline("kandinsky22", tmp_path / "t2i"), scheduler="EulerAncestralDiscreteScheduler")
+    assert type(pipeline.decoder_pipe.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
+    assert type(pipeline.prior_pipe.scheduler).__name__ == "UnCLIPScheduler"
+
+
+def test_attention_with_keys_and_values_of_its_own_is_left_as_it_is(tmp_path: Path) -> None:
+    folder = save_pipeline("kandinsky22", tmp_path / "t2i")
+    for attention in ("sdpa", "eager"):
+        with pytest.raises(InputError, match=f"attention '{attention}': this UNet2DConditionModel has default alone"):
+            loaded(folder, attention=attention)
 
 
 def test_a_scheduler_option_that_does_not_exist_is_refused(tiny_t2i: Path) -> None:
