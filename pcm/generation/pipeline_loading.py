@@ -103,7 +103,9 @@ def _fuse_loras(pipeline: Any, spec: GeneratorSpec) -> None:
         wanted = ", ".join(spec.loras[int(name.rpartition("_")[2])][0] for name in sorted(missing))
         raise InputError(f"--lora {wanted}: has no weights for a {type(pipeline).__name__}; give one made for it")
     pipeline.set_adapters(names, [weight for *_, weight in spec.loras])
-    pipeline.fuse_lora(adapter_names=names)
+    # Its default leaves out parts that were loaded into: FLUX's text encoder.
+    parts = [part for part in pipeline._lora_loadable_modules if getattr(pipeline, part, None) is not None]
+    pipeline.fuse_lora(components=parts, adapter_names=names)
     pipeline.unload_lora_weights()
 
 
