@@ -120,7 +120,6 @@ def prepare_pipeline(pipeline: Any, spec: GeneratorSpec) -> diffusers.DiffusionP
     """Put the spec's scheduler, device and speed options on a pipeline that is loaded. Raises InputError."""
     _set_scheduler(pipeline, spec)
     pipeline.set_progress_bar_config(disable=True)
-    _place(pipeline, spec)
     denoiser = _denoiser(pipeline, spec)
     _set_attention(denoiser, spec.attention)
     decoder: Any = getattr(pipeline, "vae", None)
@@ -133,12 +132,14 @@ def prepare_pipeline(pipeline: Any, spec: GeneratorSpec) -> diffusers.DiffusionP
                         "which have no such order; leave it out"
                     )
                 module.to(memory_format=torch.channels_last)
+    # A part that is offloaded comes back to the forward that it has now, and a layer to the weights that it has now.
+    cache_prompts(pipeline, each_alone=spec.prompt_cache)
+    _place(pipeline, spec)
     for name, wanted in (("slicing", spec.vae_slicing), ("tiling", spec.vae_tiling)):
         if wanted:
             if not hasattr(decoder, f"enable_{name}"):
                 raise InputError(f"vae_{name}: the decoder of {spec.model} has none; leave the option out")
             getattr(decoder, f"enable_{name}")()
-    cache_prompts(pipeline, each_alone=spec.prompt_cache)
     if spec.compile != "none":
         refuse_varying_shapes(pipeline, spec)
         from torch._inductor import config as inductor  # seconds to import, and few need it

@@ -1,17 +1,21 @@
 """Each way to make a pipeline fast does what its name says, and leaves a picture independent of its neighbours."""
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 
 import pytest
 import torch
+
+import pcm.torchvision_shim  # noqa: F401  isort: skip
+import diffusers
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from pcm.errors import InputError
 from pcm.generation.diffusers_pipeline import DiffusersTextToImage
 from pcm.generation.pipeline_call import call_pipeline
-from pcm.generation.pipeline_loading import keep_outputs, load_pipeline
+from pcm.generation.pipeline_loading import _load_parts, keep_outputs, load_pipeline, prepare_pipeline
 from pcm.generation.seeds import SPEED_FIELDS
 from pcm.images import open_image
 from pcm.spec import GeneratorSpec
@@ -66,6 +70,15 @@ def loaded(folder: Path, **values: object) -> object:
     return load_pipeline(spec_of(folder, **values))
 
 
+def offloaded(folder: Path, monkeypatch: pytest.MonkeyPatch, **values: object) -> object:
+    """The pipeline as on a GPU that it is brought to in parts; the CPU stands for the GPU."""
+    pipeline = _load_parts(spec_of(folder))
+    for name in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        bring = functools.partialmethod(getattr(diffusers.DiffusionPipeline, name), device="cpu")
+        monkeypatch.setattr(diffusers.DiffusionPipeline, name, bring)
+    return prepare_pipeline(pipeline, spec_of(folder, device="cuda", **values))
+
+
 def test_attention_is_what_the_spec_says(tiny_t2i: Path) -> None:
     for attention, kind in (("sdpa", AttnProcessor2_0), ("eager", AttnProcessor)):
         processors = loaded(tiny_t2i, attention=attention).unet.attn_processors.values()
@@ -78,6 +91,16 @@ def test_convolutions_of_denoiser_and_decoder_are_channels_last(tiny_t2i: Path) 
         weights = [part.weight for part in module.modules() if isinstance(part, torch.nn.Conv2d)]
         assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
         assert any(not weight.is_contiguous() for weight in weights), "1x1 convolutions alone would be both"
+
+
+def test_convolutions_of_a_model_that_waits_for_its_turn_are_channels_last(
+    tiny_t2i: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = offloaded(
+        tiny_t2i, monkeypatch, offload="sequential", channels_last=True
+    ).unet.conv_in._hf_hook.weights_map
+    assert weights["weight"].is_contiguous(memory_format=torch.channels_last)
+    assert not weights["weight"].is_contiguous()
 
 
 def test_slicing_and_tiling_reach_the_decoder(tiny_t2i: Path) -> None:
