@@ -57,6 +57,7 @@ def generator_spec(
     steps, guidance_scale = _steps_and_guidance(asked, model, config, signature, version, begun)
     if signature is not None and version > 1:
         _check(asked, signature, guidance_scale)
+        signature.check_steps(steps, asked.scheduler, asked.scheduler_options, asked.pipeline_options)
     return GeneratorSpec(
         model=model,
         revision=revision,

@@ -119,6 +119,12 @@ class DiffusersTextToImage:
                     f"--{name} {asked}: {spec.model} draws pictures of {found.size[0]}x{found.size[1]} then; ask for a "
                     "size that it has, or give --pipeline-option use_resolution_binning=false where it takes that"
                 )
+        if not found.same_twice:
+            raise InputError(
+                f"text-to-image model {spec.model!r}: {type(self._pipeline).__name__} with this "
+                f"{type(self._pipeline.scheduler).__name__} draws noise that no seed decides, so no picture can be "
+                "drawn again; choose another --scheduler or --scheduler-option"
+            )
         if found.independent:
             return size
         if spec.compile != "none":

@@ -1,5 +1,7 @@
 """A diffusers pipeline from a spec: weights of a pinned revision, scheduler, dtype, device, and what makes it fast."""
 
+import copy
+import inspect
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pcm.torchvision_shim  # noqa: F401  isort: skip
 import diffusers
 import transformers
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import ADDED_KV_ATTENTION_PROCESSORS, AttnProcessor, AttnProcessor2_0
 from torch.utils._pytree import tree_map_only
 
 from pcm.errors import InputError, first_line
@@ -19,8 +21,9 @@ from pcm.generation.names import model_source, split_repo_file
 from pcm.generation.neighbour_test import LONG, SHORT
 from pcm.generation.own_code import refuse_own_code
 from pcm.generation.pipeline_call import call_pipeline
-from pcm.generation.pipeline_signature import absent_parts, check_scheduler_options, pipeline_class, scheduler_class
+from pcm.generation.pipeline_signature import absent_parts, pipeline_class
 from pcm.generation.prompt_cache import cache_prompts
+from pcm.generation.scheduler import build_scheduler, check_steps
 from pcm.model_faults import is_out_of_memory
 from pcm.precision import whole_float32
 from pcm.spec import GeneratorSpec
@@ -100,7 +103,9 @@ def _fuse_loras(pipeline: Any, spec: GeneratorSpec) -> None:
         wanted = ", ".join(spec.loras[int(name.rpartition("_")[2])][0] for name in sorted(missing))
         raise InputError(f"--lora {wanted}: has no weights for a {type(pipeline).__name__}; give one made for it")
     pipeline.set_adapters(names, [weight for *_, weight in spec.loras])
-    pipeline.fuse_lora(adapter_names=names)
+    # Its default leaves out parts that were loaded into: FLUX's text encoder.
+    parts = [part for part in pipeline._lora_loadable_modules if getattr(pipeline, part, None) is not None]
+    pipeline.fuse_lora(components=parts, adapter_names=names)
     pipeline.unload_lora_weights()
 
 
@@ -113,12 +118,8 @@ def _too_large(spec: GeneratorSpec, error: BaseException) -> InputError:
 
 def prepare_pipeline(pipeline: Any, spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
     """Put the spec's scheduler, device and speed options on a pipeline that is loaded. Raises InputError."""
-    if spec.scheduler is not None or spec.scheduler_options:
-        kind = type(pipeline.scheduler) if spec.scheduler is None else scheduler_class(spec.scheduler)
-        check_scheduler_options(kind, (name for name, _ in spec.scheduler_options))
-        pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **dict(spec.scheduler_options))
+    _set_scheduler(pipeline, spec)
     pipeline.set_progress_bar_config(disable=True)
-    _place(pipeline, spec)
     denoiser = _denoiser(pipeline, spec)
     _set_attention(denoiser, spec.attention)
     decoder: Any = getattr(pipeline, "vae", None)
@@ -131,12 +132,14 @@ def prepare_pipeline(pipeline: Any, spec: GeneratorSpec) -> diffusers.DiffusionP
                         "which have no such order; leave it out"
                     )
                 module.to(memory_format=torch.channels_last)
+    # A part that is offloaded comes back to the forward that it has now, and a layer to the weights that it has now.
+    cache_prompts(pipeline, each_alone=spec.prompt_cache)
+    _place(pipeline, spec)
     for name, wanted in (("slicing", spec.vae_slicing), ("tiling", spec.vae_tiling)):
         if wanted:
             if not hasattr(decoder, f"enable_{name}"):
                 raise InputError(f"vae_{name}: the decoder of {spec.model} has none; leave the option out")
             getattr(decoder, f"enable_{name}")()
-    cache_prompts(pipeline, each_alone=spec.prompt_cache)
     if spec.compile != "none":
         refuse_varying_shapes(pipeline, spec)
         from torch._inductor import config as inductor  # seconds to import, and few need it
@@ -150,6 +153,21 @@ def prepare_pipeline(pipeline: Any, spec: GeneratorSpec) -> diffusers.DiffusionP
             if spec.compile == "reduce-overhead":
                 keep_outputs(part)
     return pipeline
+
+
+def _set_scheduler(pipeline: Any, spec: GeneratorSpec) -> None:
+    """Put the spec's scheduler on a pipeline and on the pipelines that it is made of. Raises InputError."""
+    own, options = pipeline.scheduler, dict(spec.scheduler_options)
+    if spec.scheduler is not None or options:
+        chosen = build_scheduler(type(own).__name__, own.config, spec.scheduler, options)
+        for part in (pipeline, *vars(pipeline).values()):
+            if isinstance(part, diffusers.DiffusionPipeline) and getattr(part, "scheduler", None) is own:
+                part.scheduler = chosen  # type: ignore[attr-defined]  # of the classes below it
+    defaults = {each.name: each.default for each in inspect.signature(type(pipeline).__call__).parameters.values()}
+    call = {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty}
+    check_steps(
+        copy.deepcopy(pipeline.scheduler), spec.num_inference_steps, call | dict(spec.pipeline_options), options
+    )
 
 
 def decoding_part(decoder: Any) -> list[torch.nn.Module]:
@@ -229,6 +247,9 @@ def _set_attention(denoiser: Any, attention: str) -> None:
     if attention == "default":
         return
     if isinstance(denoiser, diffusers.UNet2DConditionModel):
+        processors: Any = denoiser.attn_processors
+        if any(isinstance(each, ADDED_KV_ATTENTION_PROCESSORS) for each in processors.values()):
+            raise InputError(f"attention {attention!r}: this {type(denoiser).__name__} has default alone; leave it out")
         processor = AttnProcessor2_0() if attention == "sdpa" else AttnProcessor()
         denoiser.set_attn_processor(processor)  # type: ignore[attr-defined]  # of a mixin that mypy cannot see
     elif attention == "sdpa":

@@ -16,6 +16,7 @@ from pcm.generation.names import model_source
 from pcm.generation.own_code import refuse_own_code
 from pcm.generation.pipeline_index import PipelineIndex, read_index
 from pcm.generation.prompt_cache import PURE_ENCODERS
+from pcm.generation.scheduler import build_scheduler, check_scheduler_options, check_steps, scheduler_class
 
 import pcm.torchvision_shim  # noqa: F401  isort: skip
 import diffusers
@@ -137,14 +138,14 @@ class PipelineSignature:
         check_scheduler_options(scheduler_class(name or own), options)
         if name is None:
             return
-        flow = _is_flow(own, self.index.config("scheduler", "scheduler_config.json"))
+        flow = _is_flow(own, self._scheduler_config())
         kind = scheduler_class(name)
         sigmas = "sigmas" in inspect.signature(kind.set_timesteps).parameters  # type: ignore[attr-defined]
         if flow and not ((name.startswith("FlowMatch") and sigmas) or options.get("use_flow_sigmas") is True):
+            solvers = "UniPCMultistepScheduler" + ("" if self.takes("sigmas") else " and DPMSolverMultistepScheduler")
             raise InputError(
                 f"--scheduler {name}: {self.name} is a flow-matching model; allowed are FlowMatchEulerDiscrete"
-                "Scheduler, or UniPCMultistepScheduler and DPMSolverMultistepScheduler with --scheduler-option "
-                "use_flow_sigmas=true"
+                f"Scheduler, or {solvers} with --scheduler-option use_flow_sigmas=true"
             )
         if flow and not sigmas and self.takes("sigmas"):
             raise InputError(f"--scheduler {name}: {self.name} sets sigmas, which it cannot take; choose another")
@@ -153,6 +154,18 @@ class PipelineSignature:
         asks = "original_inference_steps"
         if self.takes(asks) and asks not in inspect.signature(kind.set_timesteps).parameters:  # type: ignore[attr-defined]
             raise InputError(f"--scheduler {name}: {self.name} needs LCMScheduler; leave it out")
+
+    def check_steps(
+        self, steps: int, name: str | None, options: Mapping[str, Any], pipeline_options: Mapping[str, Any]
+    ) -> None:
+        """Raises InputError for steps that the scheduler cannot do, and for a value that it does not take."""
+        own, config = self.index.components.get("scheduler", ("", ""))[1], self._scheduler_config()
+        if config:  # else it is built, and checked so, where the model is loaded
+            scheduler = build_scheduler(own, config, name, options)
+            check_steps(scheduler, steps, {**self.defaults, **pipeline_options}, options)
+
+    def _scheduler_config(self) -> dict[str, Any]:
+        return self.index.config("scheduler", "scheduler_config.json")
 
 
 def read_signature(model: str, revision: str | None) -> PipelineSignature:
@@ -235,22 +248,3 @@ def _same_kind(value: Any, default: Any) -> bool:
     if isinstance(default, float):
         return isinstance(value, (int, float))
     return isinstance(value, type(default))
-
-
-def scheduler_class(name: str) -> type[diffusers.SchedulerMixin]:
-    """The diffusers scheduler of that class name. Raises InputError."""
-    scheduler = getattr(diffusers, name, None)
-    if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
-        raise InputError(
-            f"scheduler {name!r}: not a diffusers scheduler; allowed are class names such as "
-            "DPMSolverMultistepScheduler, EulerDiscreteScheduler, DDIMScheduler, LCMScheduler"
-        )
-    return scheduler
-
-
-def check_scheduler_options(scheduler: type[diffusers.SchedulerMixin], names: Iterable[str]) -> None:
-    """Raises InputError for a name that this scheduler does not know: diffusers itself would ignore it."""
-    allowed = [name for name in inspect.signature(scheduler.__init__).parameters if name != "self"]
-    for name in names:
-        if name not in allowed:
-            raise InputError(f"{scheduler.__name__} option {name!r}: allowed are {', '.join(allowed)}")

@@ -272,6 +272,26 @@ def test_with_an_empty_folder_it_goes_on_where_the_archive_ends(out: Path, monke
     assert not (folder / "calibration.json").exists()
     shutil.rmtree(pictures.data_folder(out, "coarse"))
     assert report.write_worth(out, seeds=2, **first)["worth_runs"] == 2, "without the data, what the archive has"
+    monkeypatch.setattr(command, "make_data", lambda *asked: pytest.fail("all runs are in the archive"))
+    assert command.worth(out, art=None, seeds=1) == {"done_now": 0, "part": "2 of 2"}
+
+
+def test_what_is_known_of_the_data_stays_in_the_archive(out: Path) -> None:
+    archive.keep_figures(out, "coarse/drawn.json", {"rows": 40})
+    archive.write_archive(archive.ARCHIVE, calibration=None, figures=archive.all_figures(out), records=[])
+    shutil.rmtree(pictures.worth_folder(out) / "figures")
+    assert archive.known_figures(out, "coarse/drawn.json") == {"rows": 40}
+    assert archive.known_figures(out, "fine/drawn.json") is None
+    archive.keep_figures(out, "coarse/drawn.json", {"rows": 41})
+    assert (
+        archive.known_figures(out, "coarse/drawn.json") == {"rows": 41} == archive.all_figures(out)["coarse/drawn.json"]
+    )
+
+
+def test_an_archive_of_another_version_is_not_gone_on_with(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = {"setting": {"painter": "coarse"}, "seed": 1, "steps": 3, "train": {"lr_factor": 0.8}, "version": 1}
+    archive.write_archive(archive.ARCHIVE, calibration=None, figures={}, records=[run])
+    assert len(archive.read_archive().records) == 1
     monkeypatch.setattr(archive, "VERSION", 0)
     assert not archive.read_archive().records
 

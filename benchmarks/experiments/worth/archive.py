@@ -3,7 +3,8 @@
 OUT is on one machine, and this file is in the repository: with an empty OUT, `worth` goes on where the file ends, with
 the learning rate and the steps that were chosen before. A run is known here by its setting, seed, steps and learning
 rate: on a processor of another kind the drawn pictures differ in their last bits, so digests would match nothing. The
-first 95 runs have no scores by picture ("pictures"), only their means.
+first 95 runs have no scores by picture ("pictures"), only their means. "figures": what was found of the data of each
+painter.
 """
 
 import base64
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.experiments.worth.pictures import worth_folder, write_whole
 from benchmarks.experiments.worth.settings import VERSION, Setting
 
 ARCHIVE = Path(__file__).parents[2] / "worth.json"
@@ -32,10 +34,41 @@ def record(result: Mapping[str, Any], metrics: Iterable[str]) -> dict[str, Any]:
     return found | ({"pictures": _packed(result)} if "cider" in result else {})
 
 
-def write_archive(path: Path, *, calibration: Mapping[str, Any] | None, records: Iterable[Mapping[str, Any]]) -> None:
+def known_figures(out: Path, name: str) -> dict[str, Any] | None:
+    """Of a painter's data, such as "coarse/SynC.json": in OUT, or else in the archive, or None."""
+    path = _figures_folder(out) / name
+    return json.loads(path.read_text()) if path.exists() else read_archive().figures.get(name)
+
+
+def keep_figures(out: Path, name: str, found: Mapping[str, Any]) -> None:
+    write_whole(_figures_folder(out) / name, json.dumps(found, indent=1) + "\n")
+
+
+def all_figures(out: Path) -> dict[str, dict[str, Any]]:
+    """By name, of OUT and of the archive."""
+    folder = _figures_folder(out)
+    own = {str(path.relative_to(folder)): json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))}
+    return {**read_archive().figures, **own}
+
+
+def _figures_folder(out: Path) -> Path:
+    return worth_folder(out) / "figures"
+
+
+def write_archive(
+    path: Path,
+    *,
+    calibration: Mapping[str, Any] | None,
+    figures: Mapping[str, Any],
+    records: Iterable[Mapping[str, Any]],
+) -> None:
     """One run a line."""
     lines = ",\n".join(json.dumps(each, sort_keys=True) for each in records)
-    path.write_text(f'{{"calibration": {json.dumps(calibration, sort_keys=True)},\n"runs": [\n{lines}\n]}}\n')
+    head = "".join(
+        f"{json.dumps(name)}: {json.dumps(found, sort_keys=True)},\n"
+        for name, found in (("calibration", calibration), ("figures", figures))
+    )
+    path.write_text(f'{{{head}"runs": [\n{lines}\n]}}\n')
 
 
 @dataclass(frozen=True)
@@ -43,6 +76,7 @@ class Archive:
     """What the file has. calibration: as calibration.kept makes it."""
 
     calibration: dict[str, Any] | None
+    figures: dict[str, dict[str, Any]]
     records: dict[tuple[Setting, int, int, float], dict[str, Any]]
 
     def result(self, setting: Setting, seed: int, *, steps: int, lr_factor: float) -> dict[str, Any] | None:
@@ -57,13 +91,13 @@ class Archive:
 
 def read_archive() -> Archive:
     """Nothing is in a file that is not there; runs of another VERSION are left out."""
-    kept = json.loads(ARCHIVE.read_text()) if ARCHIVE.exists() else {"calibration": None, "runs": []}
+    kept = json.loads(ARCHIVE.read_text()) if ARCHIVE.exists() else {}
     known = {
         (Setting(**each["setting"]), each["seed"], each["steps"], each["train"]["lr_factor"]): each
-        for each in kept["runs"]
+        for each in kept.get("runs", ())
         if each["version"] == VERSION
     }
-    return Archive(kept["calibration"], known)
+    return Archive(kept.get("calibration"), kept.get("figures", {}), known)
 
 
 def _packed(result: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.experiments.worth import retrievers
 from benchmarks.experiments.worth.archive import Archive, read_archive
-from benchmarks.experiments.worth.calibration import SETTING, calibrate, chosen
+from benchmarks.experiments.worth.calibration import SETTING, calibrate, chosen, is_calibrated
 from benchmarks.experiments.worth.datasets import data_figures, is_made, make_data
 from benchmarks.experiments.worth.pictures import (
     load_pictures,
@@ -49,7 +49,8 @@ def worth(
         return minutes is None or time.monotonic() - started < 60 * minutes
 
     folder = prepare_worth(out, art=art)
-    make_data([SETTING], out, folder)
+    if not is_calibrated(out):
+        make_data([SETTING], out, folder)
     if not calibrate(out, load_pictures(out, "validation"), may_begin=may_begin):
         return {"done_now": 0, "calibrated": False}
     how = asdict(chosen(out))
@@ -60,9 +61,9 @@ def worth(
         for setting, seed in by_seed(settings, seeds):
             if not may_begin():
                 return {"done_now": done, **progress(out, seeds)}
-            make_data([setting], out, folder)
             if found_result(setting, seed, out, how, archive) is not None:
                 continue
+            make_data([setting], out, folder)
             result = do_run(planned(setting, seed, out, **how), out, test)
             done += 1
             log.info(
@@ -70,9 +71,10 @@ def worth(
                 name, setting, seed, np.mean(result["cider"]), sum(result["cpu_seconds"].values()),
             )  # fmt: skip
         for setting in settings:
-            data_figures(out, setting.painter, setting.data)
-            if setting.data == SYNC:
-                retrievers.make_figures(out, setting.painter, folder)
+            if is_made(out, setting.painter, setting.data):
+                data_figures(out, setting.painter, setting.data)
+                if setting.data == SYNC:
+                    retrievers.make_figures(out, setting.painter, folder)
     return {"done_now": done, **progress(out, seeds)}
 
 

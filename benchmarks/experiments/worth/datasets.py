@@ -3,7 +3,6 @@
 Everything here is resumable as these jobs are; what is complete is not touched again.
 """
 
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ import ray
 from benchmarks.experiments.dissect import auc
 from benchmarks.experiments.scenes import render, scenes_of
 from benchmarks.experiments.settings import DOMAINS, MAIN
+from benchmarks.experiments.worth.archive import keep_figures, known_figures
 from benchmarks.experiments.worth.pictures import (
     data_folder,
     dataset_pictures,
@@ -22,7 +22,6 @@ from benchmarks.experiments.worth.pictures import (
     recognised,
     record_of,
     worth_folder,
-    write_whole,
 )
 from benchmarks.experiments.worth.retrievers import make_view
 from benchmarks.experiments.worth.settings import (
@@ -98,9 +97,9 @@ def data_figures(out: Path, painter: str, data: str) -> dict[str, Any]:
     of pictures that do not show the place; and how well the score tells right pairs from wrong ones (score_auc).
     Computed once, kept beside the data.
     """
-    kept = worth_folder(out) / "figures" / painter / f"{data_folder(out, painter, data).name}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
+    name = figures_name(painter, data)
+    if (kept := known_figures(out, name)) is not None:
+        return kept
     store = open_store(data_folder(out, painter, data))
     manifest = load_manifest(store)
     pairs = scenes_of(DOMAINS[MAIN], CAPTIONS)
@@ -123,5 +122,9 @@ def data_figures(out: Path, painter: str, data: str) -> dict[str, Any]:
         "wrong_places": round(float((judge(judge_folder(out), pictures).places != np.array(places)).mean()), 4),
         "score_auc": auc(score[right], score[~right]),
     }
-    write_whole(kept, json.dumps(figures, indent=1) + "\n")
+    keep_figures(out, name, figures)
     return figures
+
+
+def figures_name(painter: str, data: str) -> str:
+    return f"{painter}/{data_folder(Path(), painter, data).name}.json"

@@ -2,7 +2,6 @@
 and on which test pictures captions get better or worse.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ import numpy as np
 from benchmarks.experiments.dissect import found_pairs, patch_figures
 from benchmarks.experiments.scenes import scenes_of
 from benchmarks.experiments.settings import DOMAINS, MAIN
+from benchmarks.experiments.worth.archive import keep_figures, known_figures
 from benchmarks.experiments.worth.pictures import (
     data_folder,
     dataset_pictures,
     recognised,
     record_of,
-    worth_folder,
-    write_whole,
 )
 from benchmarks.experiments.worth.runs import planned
 from benchmarks.experiments.worth.settings import CAPTIONS, DRAWN, FIRST_SEED, PCM_NET, Setting
@@ -37,9 +35,9 @@ def training_figures(out: Path, painter: str) -> dict[str, Any]:
     weight: c_I of eq. 11, mean of right pairs, of wrong pairs, and the standard deviation of all; patches: as
     benchmarks.experiments.dissect tells them, of things that are shown and of things that are not. Kept once computed.
     """
-    kept = worth_folder(out) / "figures" / painter / "dissection.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
+    name = f"{painter}/dissection.json"
+    if (kept := known_figures(out, name)) is not None:
+        return kept
     run = planned(Setting(painter, DRAWN, PCM_NET), FIRST_SEED, out, steps=1, lr_factor=1.0).spec
     store = open_store(data_folder(out, painter))
     manifest = load_manifest(store)
@@ -59,7 +57,7 @@ def training_figures(out: Path, painter: str) -> dict[str, Any]:
         "weight_std": round(float(weight.std()), 3),
         "patches": patch_figures(found_pairs(run, rows), scenes, fates, names),
     }
-    write_whole(kept, json.dumps(found, indent=1) + "\n")
+    keep_figures(out, name, found)
     return found
 
 

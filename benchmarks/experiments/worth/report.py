@@ -14,10 +14,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiments.worth import calibration
-from benchmarks.experiments.worth.archive import ARCHIVE, read_archive, record, write_archive
+from benchmarks.experiments.worth.archive import (
+    ARCHIVE,
+    all_figures,
+    known_figures,
+    read_archive,
+    record,
+    write_archive,
+)
 from benchmarks.experiments.worth.calibration import LOOKS, LR_FACTORS, NEAR, chosen, is_calibrated
 from benchmarks.experiments.worth.command import by_seed, found_result
-from benchmarks.experiments.worth.datasets import data_figures, is_made
+from benchmarks.experiments.worth.datasets import data_figures, figures_name, is_made
 from benchmarks.experiments.worth.dissection import by_kinds, training_figures
 from benchmarks.experiments.worth.pictures import Pictures, judge_folder, load_pictures, worth_folder
 from benchmarks.experiments.worth.retrievers import kept_figures
@@ -130,7 +137,7 @@ def write_worth(out: Path, *, seeds: int = SEEDS, results: Path = RESULTS, runs:
         for found in scores.results.values()
         for _, result in sorted(found.items())
     ]
-    write_archive(runs, calibration=calibration.kept(out), records=rows)
+    write_archive(runs, calibration=calibration.kept(out), figures=all_figures(out), records=rows)
     return {"worth_runs": len(rows), "worth_missing": sum(scores.wanted.values()) - len(rows)}
 
 
@@ -216,7 +223,7 @@ def _data_table(out: Path, scores: Scores) -> list[str]:
     ]
     for painter in (*PAINTERS, RENDERED):
         for data in (DRAWN, *_steps_of(scores, painter)):
-            if not is_made(out, painter, data):
+            if not is_made(out, painter, data) and known_figures(out, figures_name(painter, data)) is None:
                 lines.append(f"| {painter} | {data} | not made |" + " |" * 6)
                 continue
             found = data_figures(out, painter, data)
@@ -420,7 +427,7 @@ def _per_picture(scores: Scores, setting: Setting, base: Setting) -> str:
 
 
 def _dissection(out: Path, scores: Scores, painter: str) -> list[str]:
-    if not is_made(out, painter, DRAWN):
+    if not is_made(out, painter, DRAWN) and known_figures(out, f"{painter}/dissection.json") is None:
         return []
     found = training_figures(out, painter)
     things = found["patches"]["things"]

@@ -5,7 +5,6 @@ once more by the nouns and the place that a second classifier sees in each pictu
 has learned from other scenes, than the classifier that judges the result.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import pyarrow as pa
 
 from benchmarks.experiments.scenes import scenes_of
 from benchmarks.experiments.settings import DOMAINS, MAIN
+from benchmarks.experiments.worth.archive import keep_figures, known_figures
 from benchmarks.experiments.worth.pictures import (
     data_folder,
     dataset_pictures,
@@ -22,7 +22,6 @@ from benchmarks.experiments.worth.pictures import (
     record_of,
     train_judge,
     worth_folder,
-    write_whole,
 )
 from benchmarks.experiments.worth.settings import CAPTIONS, KEEP
 from cluster.curation.refine import refined_rows, view_rows
@@ -49,8 +48,7 @@ SETTINGS = SyncSettings(keep=KEEP)
 
 def kept_figures(out: Path, painter: str) -> dict[str, dict[str, float]] | None:
     """What `make_figures` found, if it was there."""
-    kept = _place(out, painter)
-    return json.loads(kept.read_text()) if kept.exists() else None
+    return known_figures(out, _figures_name(painter))
 
 
 def make_figures(out: Path, painter: str, art: Path) -> None:
@@ -67,7 +65,7 @@ def make_figures(out: Path, painter: str, art: Path) -> None:
         "a second classifier, which compares the captions too": figures(words, sight, words, said, shown),
         "a second classifier, by nouns alone": figures(nouns_of_words, nouns_of_sight, pairs.captions, said, shown),
     }
-    write_whole(_place(out, painter), json.dumps(found, indent=1) + "\n")
+    keep_figures(out, _figures_name(painter), found)
 
 
 def make_view(out: Path, painter: str, folder: Path, art: Path) -> None:
@@ -154,8 +152,8 @@ def _vectors(nouns: np.ndarray, places: np.ndarray) -> np.ndarray:
     return unit(np.concatenate([unit(nouns), np.eye(len(PLACES), dtype=np.float32)[places]], axis=1))
 
 
-def _place(out: Path, painter: str) -> Path:
-    return worth_folder(out) / "figures" / painter / "retrievers.json"
+def _figures_name(painter: str) -> str:
+    return f"{painter}/retrievers.json"
 
 
 def figures(

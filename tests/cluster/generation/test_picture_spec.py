@@ -105,6 +105,12 @@ def test_a_lora_is_named_by_the_digest_of_its_bytes(tiny_t2i: Path, tmp_path: Pa
     assert (name, weight) == (str(tmp_path / "a.safetensors"), 0.5) and digest.startswith("sha256:")
 
 
+def test_steps_that_the_scheduler_cannot_do_are_refused(tiny_t2i: Path) -> None:
+    assert spec_for(t2i=str(tiny_t2i), steps=100).num_inference_steps == 100
+    with pytest.raises(InputError, match="--steps 101: DDIMScheduler cannot do so"):
+        spec_for(t2i=str(tiny_t2i), steps=101)
+
+
 OLD, NEW = "a" * 40, "b" * 40
 REPOS = {"lora": (("org/lora", 1.0), ("org/loras/one.safetensors", 0.5)), "vae": "org/vae"}
 

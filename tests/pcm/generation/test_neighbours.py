@@ -36,6 +36,11 @@ def lumina2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pipeline("lumina2", tmp_path_factory.mktemp("pipelines") / "lumina2")
 
 
+@pytest.fixture(scope="session")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline("sd3", tmp_path_factory.mktemp("pipelines") / "sd3")
+
+
 def small(folder: Path, **values: object) -> GeneratorSpec:
     return spec_of(folder, **({"width": 64, "height": 64, "guidance_scale": 5.0} | values))
 
@@ -90,6 +95,38 @@ def test_the_test_notices_a_neighbour_of_any_batch_size(batch_size: int) -> None
     assert leaking.independent == (batch_size == 1), "a difference far below a byte counts"
     assert leaking.size == (6, 4)
     assert len(LONG) > 77 * 3 > len(PROMPT)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 4, 8])
+def test_the_test_notices_what_the_first_pictures_seed_decides_for_all(batch_size: int) -> None:
+    def draw(prompts: list[str], seeds: list[int]) -> np.ndarray:
+        return np.stack([np.full((4, 6, 3), float(seed + 1000 * seeds[0])) for seed in seeds])
+
+    assert not find_dependence(draw, batch_size).independent
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_noise_that_no_seed_decides_is_refused(batch_size: int, sd3: Path) -> None:
+    """Stable Diffusion 3 hands its scheduler no generator."""
+    for values in (
+        {"scheduler": "FlowMatchLCMScheduler"},
+        {"scheduler_options": {"stochastic_sampling": True}},
+    ):
+        with pytest.raises(InputError, match=r"FlowMatch\w+ draws noise that no seed decides") as caught:
+            DiffusersTextToImage(small(sd3, batch_size=batch_size, **values))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_batch_is_drawn_twice_only_where_it_may_have_drawn_noise_of_its_own() -> None:
+    calls: list[list[str]] = []
+
+    def draw(prompts: list[str], seeds: range, noise: bool) -> np.ndarray:
+        calls.append(prompts)
+        return np.zeros((1, 4, 6, 3)) + float(torch.rand(1) if noise else 0.0)
+
+    assert find_dependence(lambda prompts, seeds: draw(prompts, seeds, False), 1).same_twice
+    assert len(calls) == 1
+    assert not find_dependence(lambda prompts, seeds: draw(prompts, seeds, True), 1).same_twice
 
 
 def test_a_size_that_the_pipeline_does_not_draw_is_refused_with_the_one_it_does(lumina2: Path) -> None:

@@ -1,20 +1,25 @@
 """Each way to make a pipeline fast does what its name says, and leaves a picture independent of its neighbours."""
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 
 import pytest
 import torch
+
+import pcm.torchvision_shim  # noqa: F401  isort: skip
+import diffusers
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from pcm.errors import InputError
 from pcm.generation.diffusers_pipeline import DiffusersTextToImage
 from pcm.generation.pipeline_call import call_pipeline
-from pcm.generation.pipeline_loading import keep_outputs, load_pipeline
+from pcm.generation.pipeline_loading import _load_parts, keep_outputs, load_pipeline, prepare_pipeline
 from pcm.generation.seeds import SPEED_FIELDS
 from pcm.images import open_image
 from pcm.spec import GeneratorSpec
+from tests.helpers.tiny_pipelines import save_pipeline
 from tests.pcm.generation.test_diffusers_pipeline import REQUESTS, save_with_safety_checker, spec_of
 
 #: Every option that a CPU can run, with the few-step schedulers that draw noise at every step.
@@ -65,6 +70,15 @@ def loaded(folder: Path, **values: object) -> object:
     return load_pipeline(spec_of(folder, **values))
 
 
+def offloaded(folder: Path, monkeypatch: pytest.MonkeyPatch, **values: object) -> object:
+    """The pipeline as on a GPU that it is brought to in parts; the CPU stands for the GPU."""
+    pipeline = _load_parts(spec_of(folder))
+    for name in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        bring = functools.partialmethod(getattr(diffusers.DiffusionPipeline, name), device="cpu")
+        monkeypatch.setattr(diffusers.DiffusionPipeline, name, bring)
+    return prepare_pipeline(pipeline, spec_of(folder, device="cuda", **values))
+
+
 def test_attention_is_what_the_spec_says(tiny_t2i: Path) -> None:
     for attention, kind in (("sdpa", AttnProcessor2_0), ("eager", AttnProcessor)):
         processors = loaded(tiny_t2i, attention=attention).unet.attn_processors.values()
@@ -77,6 +91,16 @@ def test_convolutions_of_denoiser_and_decoder_are_channels_last(tiny_t2i: Path) 
         weights = [part.weight for part in module.modules() if isinstance(part, torch.nn.Conv2d)]
         assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
         assert any(not weight.is_contiguous() for weight in weights), "1x1 convolutions alone would be both"
+
+
+def test_convolutions_of_a_model_that_waits_for_its_turn_are_channels_last(
+    tiny_t2i: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = offloaded(
+        tiny_t2i, monkeypatch, offload="sequential", channels_last=True
+    ).unet.conv_in._hf_hook.weights_map
+    assert weights["weight"].is_contiguous(memory_format=torch.channels_last)
+    assert not weights["weight"].is_contiguous()
 
 
 def test_slicing_and_tiling_reach_the_decoder(tiny_t2i: Path) -> None:
@@ -94,9 +118,32 @@ def test_scheduler_options_reach_the_scheduler(tiny_t2i: Path) -> None:
         assert config.num_train_timesteps == 100, "the rest stays the model's"
 
 
+def test_a_scheduler_reaches_the_pipeline_that_draws_within_another(tmp_path: Path) -> None:
+    pipeline = loaded(save_pipeline("kandinsky22", tmp_path / "t2i"), scheduler="EulerAncestralDiscreteScheduler")
+    assert type(pipeline.decoder_pipe.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
+    assert type(pipeline.prior_pipe.scheduler).__name__ == "UnCLIPScheduler"
+
+
+def test_attention_with_keys_and_values_of_its_own_is_left_as_it_is(tmp_path: Path) -> None:
+    folder = save_pipeline("kandinsky22", tmp_path / "t2i")
+    for attention in ("sdpa", "eager"):
+        with pytest.raises(InputError, match=f"attention '{attention}': this UNet2DConditionModel has default alone"):
+            loaded(folder, attention=attention)
+
+
 def test_a_scheduler_option_that_does_not_exist_is_refused(tiny_t2i: Path) -> None:
     with pytest.raises(InputError, match=r"LCMScheduler option 'karras': allowed are .*timestep_spacing"):
         loaded(tiny_t2i, scheduler="LCMScheduler", scheduler_options={"karras": True})
+
+
+def test_a_value_or_steps_that_the_scheduler_cannot_do_are_refused_in_one_line(tiny_t2i: Path) -> None:
+    for values, said in (
+        ({"scheduler_options": {"beta_schedule": "cosine"}}, "DDIMScheduler with beta_schedule=cosine: cosine is not"),
+        ({"scheduler": "LCMScheduler", "num_inference_steps": 60}, "--steps 60: LCMScheduler cannot do so"),
+    ):
+        with pytest.raises(InputError, match=said) as caught:
+            loaded(tiny_t2i, **values)
+        assert "\n" not in str(caught.value)
 
 
 def test_denoiser_and_decoder_are_compiled_and_a_tiled_decoder_is_not(tiny_t2i: Path) -> None:

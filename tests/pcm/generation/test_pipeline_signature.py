@@ -5,11 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+
+import pcm.torchvision_shim  # noqa: F401  isort: skip
+import diffusers
 
 from pcm.errors import InputError
 from pcm.generation.few_step_models import few_steps
 from pcm.generation.pipeline_files import named_files, pipeline_revision
 from pcm.generation.pipeline_signature import PipelineSignature, absent_parts, read_signature
+from pcm.generation.scheduler import build_scheduler
 
 
 def pipeline_of(folder: Path, name: object, *, scheduler: str = "DDIMScheduler", **configs: dict) -> Path:
@@ -133,12 +138,76 @@ def test_a_scheduler_that_the_model_cannot_take_is_refused(signature_of) -> None
     )
     for name, values, scheduler, said in (
         ("StableDiffusionXLPipeline", {}, "FlowMatchEulerDiscreteScheduler", "is no flow-matching model"),
-        ("FluxPipeline", flow, "DDIMScheduler", "is a flow-matching model"),
+        ("FluxPipeline", flow, "DDIMScheduler", "FlowMatchEulerDiscreteScheduler, or UniPCMultistepScheduler with"),
         ("LatentConsistencyModelPipeline", {"scheduler": "LCMScheduler"}, "DDIMScheduler", "needs LCMScheduler"),
         ("PixArtSigmaPipeline", {}, "NoScheduler", "not a diffusers scheduler"),
     ):
         with pytest.raises(InputError, match=said):
             signature_of(name, **values).check_scheduler(scheduler, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "prediction_type", "shift"),
+    [({}, "flow_prediction", 3.0), ({"flow_shift": 2.0, "prediction_type": "epsilon"}, "epsilon", 2.0)],
+)
+def test_a_solver_in_place_of_a_flow_models_own_scheduler_is_told_that_it_is_one(
+    options: dict, prediction_type: str, shift: float
+) -> None:
+    own = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow = {"use_flow_sigmas": True} | options
+    solver = build_scheduler(type(own).__name__, own.config, "UniPCMultistepScheduler", flow)
+    assert (solver.config.prediction_type, solver.config.flow_shift) == (prediction_type, shift)
+    if options:
+        return
+    picture, noise = torch.full((1, 4, 8, 8), 0.7), torch.randn((1, 4, 8, 8), generator=torch.manual_seed(0))
+    solver.set_timesteps(20)
+    latents = noise
+    for time in solver.timesteps:
+        latents = solver.step(noise - picture, time, latents, return_dict=False)[0]  # what an ideal model says
+    torch.testing.assert_close(latents, picture, atol=1e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "asked", "said"),
+    [
+        ("StableDiffusionPipeline", "DDIMScheduler", {"name": "LCMScheduler", "steps": 60}, "--steps 60: LCMScheduler"),
+        ("StableDiffusionPipeline", "DDIMScheduler", {"steps": 1001}, "--steps 1001: DDIMScheduler cannot do so"),
+        ("StableDiffusionPipeline", "DDIMScheduler", {"steps": 1000}, None),
+        ("LatentConsistencyModelPipeline", "LCMScheduler", {"steps": 60}, "--steps 60: LCMScheduler"),
+        (
+            "LatentConsistencyModelPipeline", "LCMScheduler",
+            {"steps": 60, "pipeline_options": {"original_inference_steps": 60}}, None,
+        ),
+        ("SanaSprintPipeline", "SCMScheduler", {"steps": 2}, None),
+        ("SanaSprintPipeline", "SCMScheduler", {"steps": 3}, "--steps 3: SCMScheduler"),
+        ("StableDiffusionPipeline", "DDIMScheduler", {"options": {"beta_schedule": "cosine"}}, "cosine is not impl"),
+        ("StableDiffusionPipeline", "DDIMScheduler", {"options": {"num_train_timesteps": "abc"}}, "abc: "),
+        (
+            "StableDiffusionPipeline", "DDIMScheduler",
+            {"name": "DPMSolverMultistepScheduler", "options": {"algorithm_type": "foo"}}, "algorithm_type=foo: ",
+        ),
+        ("StableDiffusionPipeline", "DDIMScheduler", {"options": {"timestep_spacing": "foo"}}, "timestep_spacing=foo"),
+    ],
+)  # fmt: skip
+def test_steps_and_values_that_a_scheduler_cannot_do_are_refused_in_one_line(
+    name: str, own: str, asked: dict, said: str | None, tmp_path: Path
+) -> None:
+    folder = pipeline_of(tmp_path / "t2i", name, scheduler=own)
+    getattr(diffusers, own)().save_pretrained(folder / "scheduler")
+    values = {"steps": 4, "name": None, "options": {}, "pipeline_options": {}} | asked
+    if said is None:
+        read_signature(str(folder), None).check_steps(**values)
+        return
+    with pytest.raises(InputError, match=said) as caught:
+        read_signature(str(folder), None).check_steps(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_steps_of_a_model_that_shifts_them_by_the_pictures_size_are_checked(tmp_path: Path) -> None:
+    folder = pipeline_of(tmp_path / "flux", "FluxPipeline", scheduler="FlowMatchEulerDiscreteScheduler")
+    diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
+    for scheduler, options in ((None, {}), ("UniPCMultistepScheduler", {"use_flow_sigmas": True})):
+        read_signature(str(folder), None).check_steps(28, scheduler, options, {})
 
 
 def test_a_prompt_cache_that_could_remember_nothing_is_refused(signature_of, tmp_path: Path) -> None:

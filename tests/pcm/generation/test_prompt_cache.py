@@ -9,9 +9,11 @@ import torch
 from pcm.generation import prompt_cache
 from pcm.generation.diffusers_pipeline import DiffusersTextToImage
 from pcm.generation.drawing import Drawing, Request
+from pcm.generation.pipeline_call import call_pipeline
 from pcm.generation.pipeline_loading import load_pipeline
 from pcm.generation.prompt_cache import cache_prompts
 from tests.pcm.generation.test_diffusers_pipeline import spec_of
+from tests.pcm.generation.test_pipeline_loading import offloaded
 
 CAPTIONS = ["a cat", "a cat", "a dog", "two cows", "a cat", "a dog", "rain", "a red bus", "rain"]
 REQUESTS = [Request(position=index, caption=text, seed=100 + index) for index, text in enumerate(CAPTIONS)]
@@ -68,6 +70,29 @@ def test_each_distinct_prompt_is_encoded_alone_and_once(make: Callable[..., Diff
     assert [shape[0] for shape in shapes] == [1] * distinct
     for request, drawing in zip(REQUESTS, drawn, strict=True):
         assert make(prompt_cache=True).draw([request]) == [drawing], "alone, in a process that remembers nothing"
+
+
+@pytest.mark.parametrize("each_alone", [False, True])
+def test_a_model_that_waits_for_its_turn_remembers_from_call_to_call(
+    each_alone: bool, tiny_t2i: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = spec_of(tiny_t2i, batch_size=3, prompt_cache=each_alone)
+    expected, _ = call_pipeline(load_pipeline(plain), plain, CAPTIONS[:3], range(3))
+    pipeline = offloaded(tiny_t2i, monkeypatch, offload="model", prompt_cache=each_alone)
+    encoded: list[int] = []
+    pipeline.text_encoder.embeddings.register_forward_pre_hook(lambda *_: encoded.append(1))
+    first, _ = call_pipeline(pipeline, plain, CAPTIONS[:3], range(3))
+    before = len(encoded)
+    again, _ = call_pipeline(pipeline, plain, CAPTIONS[:3], range(3))
+    assert torch.equal(first, expected) and torch.equal(again, expected)
+    assert before > 0 and len(encoded) == before, "nothing is encoded a second time"
+
+
+def test_a_model_whose_layers_wait_for_their_turn_remembers_too(
+    tiny_t2i: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = offloaded(tiny_t2i, monkeypatch, offload="sequential", prompt_cache=True).text_encoder
+    assert isinstance(encoder._old_forward, prompt_cache._EachAlone), "what the offload calls, and puts back"
 
 
 def test_memory_is_bounded_and_forgetting_changes_nothing(

@@ -1,5 +1,6 @@
 """A single file of weights, LoRAs and another decoder give the pictures that the same weights give in a folder."""
 
+import copy
 import dataclasses
 import shutil
 from pathlib import Path
@@ -11,14 +12,17 @@ import pcm.torchvision_shim  # noqa: F401  isort: skip
 import diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 
 from cluster.generation.picture_spec import generator_spec
 from cluster.generation.request import GenerateRequest
 from pcm.errors import InputError
 from pcm.generation.diffusers_pipeline import DiffusersTextToImage
 from pcm.generation.drawing import Drawing
+from pcm.generation.pipeline_loading import load_pipeline
 from pcm.spec import GeneratorSpec
 from tests.helpers.original_checkpoint import save_original
+from tests.helpers.tiny_pipelines import save_pipeline
 from tests.pcm.generation.test_diffusers_pipeline import REQUESTS, spec_of
 
 
@@ -92,6 +96,24 @@ def test_a_lora_is_fused_with_its_weight(
     assert with_loras(folder, 0.0) == plain
     assert with_loras(folder, 0.5, 0.5) == whole, "two are added"
     assert with_loras(single, 1.0) == whole
+
+
+def test_a_lora_is_fused_into_every_part_that_it_has_weights_for(tmp_path: Path) -> None:
+    folder = save_pipeline("flux", tmp_path / "flux")
+    whole = load_pipeline(spec_of(folder))
+    before = {part: copy.deepcopy(getattr(whole, part).state_dict()) for part in ("transformer", "text_encoder")}
+    weights = {}
+    for part, layers in (("transformer", ["to_q", "to_k"]), ("text_encoder", ["q_proj", "v_proj"])):
+        module = getattr(whole, part)
+        module.add_adapter(LoraConfig(r=2, target_modules=layers, init_lora_weights=False), adapter_name="one")
+        found = get_peft_model_state_dict(module, adapter_name="one")
+        weights |= {f"{part}.{name}": weight.contiguous() for name, weight in found.items()}
+    save_file(weights, tmp_path / "lora.safetensors")
+    fused = load_pipeline(spec_of(folder, loras=((str(tmp_path / "lora.safetensors"), "sha256:x", 1.0),)))
+    for part, old in before.items():
+        new = getattr(fused, part).state_dict()
+        assert new.keys() == old.keys(), "no layer of its own is left"
+        assert any(not torch.equal(new[name], old[name]) for name in old), part
 
 
 def test_a_file_that_is_no_lora_of_the_model_is_refused(tiny_t2i: Path, single: GeneratorSpec) -> None:
