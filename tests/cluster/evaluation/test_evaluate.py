@@ -388,6 +388,23 @@ def test_captions_are_stored_also_where_an_earlier_evaluation_cannot_be_deleted(
     assert [record.getMessage() for record in caplog.records] == (said if str(refusal) else [])
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("CUDA error: ECC")]
+)
+def test_a_clip_that_does_not_fit_into_memory_is_one_line(
+    world: Path, tiny_clip: Path, call_job, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*values: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("open_clip.create_model", fails)
+    given = ("--images", world / "pictures", "--references", world / "references.csv", "--device", "cpu")
+    failed = call_job("evaluate", "--checkpoint", world / "checkpoint", *given, "--clip", tiny_clip)
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    said = failed.stderr.strip().splitlines()[-1]
+    assert f"CLIP {tiny_clip}: cannot be loaded on cpu ({error}); end what else uses it" in said
+
+
 def test_job_evaluate_prints_its_summary(world: Path, call_job, monkeypatch: pytest.MonkeyPatch) -> None:
     def left_out(*captions: object) -> float:
         raise RuntimeError("its Java takes ten seconds to start, and other tests start it")
