@@ -6,8 +6,10 @@ import gc
 import pickle
 import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from pcm.errors import one_line
+from pcm.errors import InputError, first_line, one_line
 
 #: torch's allocators, cuBLAS, cuDNN and the CUDA runtime say it in these words. None of them harms the process.
 _OUT_OF_MEMORY = re.compile(
@@ -37,6 +39,21 @@ def is_sticky(error: BaseException) -> bool:
     import torch
 
     return isinstance(error, torch.AcceleratorError) or bool(_STICKY.search(str(error)))
+
+
+@contextmanager
+def room_for_model(what: str, device: str) -> Iterator[None]:
+    """Around the loading of a model by who has no other try: raises InputError where memory is too small for `what`, or
+    the accelerator fails.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (is_out_of_memory(error) or is_sticky(error)):
+            raise
+        raise InputError(
+            f"{what}: cannot be loaded on {device} ({first_line(error)}); end what else uses it, or take another device"
+        ) from error
 
 
 def why_unusable(error: Exception) -> str:

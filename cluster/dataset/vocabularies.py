@@ -34,6 +34,7 @@ from cluster.weights.node_copy import local_clip
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.line_timer import LineTimer
+from pcm.model_faults import room_for_model
 from pcm.reasons import USABLE
 from pcm.records import NULL_FEATURES, FeatureShape
 from pcm.spec import ClipSpec
@@ -316,7 +317,8 @@ def _load_and_store_clip_files(store: Store, plan: Plan, words: CorpusWords) -> 
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
     clip = plan.spec.clip
-    encoder = load_with_retries(lambda: ClipEncoder.from_spec(local_clip(clip)), model=clip.model)
+    with room_for_model(f"CLIP {clip.model}", clip.device):
+        encoder = load_with_retries(lambda: ClipEncoder.from_spec(local_clip(clip)), model=clip.model)
     _store_clip_files(store, plan, words, encoder)
 
 

@@ -29,10 +29,11 @@ from cluster.sources.concept_file import read_concepts
 from cluster.sources.picture_source import FeatureSource
 from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set, picture_keys
 from cluster.store.retries import load_with_retries
-from cluster.store.store import join, local_copy, open_store
+from cluster.store.store import is_uri, join, local_copy, open_store
 from cluster.training.checkpoints import AGAIN, STATE_FILE
 from cluster.training.ray_trainer import CHECKPOINTS
 from cluster.training.reporting import METRICS_KEY
+from cluster.weights.manifest import read_manifest
 from cluster.weights.node_copy import local_name
 from pcm.captioners.captioner import BATCH_SIZE, MODEL_FILE, Captioner, CaptionResult, no_captioner
 from pcm.captioners.interface import CONFIG_FILE
@@ -190,13 +191,16 @@ def load_captioner(
 ) -> Captioner:
     """The captioner in one checkpoint, or an ensemble of several. `clip`: one that is loaded already.
 
-    Raises InputError for a GPU that this machine does not have, and as `Captioner.load` does.
+    Raises InputError for a GPU that this machine does not have, a URI where no CLIP is staged, and as `Captioner.load`
+    does.
     """
     if asked.device == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "--device cuda: torch finds no GPU on this machine; leave --device out, or caption on a cluster's GPUs "
             "(jobs.evaluate --num-workers, jobs.caption --gpus-per-worker)"
         )
+    if clip is None and asked.clip is not None and is_uri(asked.clip):
+        read_manifest(open_store(asked.clip))  # the CLIP itself is fetched when the first picture comes
     concepts = None if asked.concepts is None else read_concepts(asked.concepts)
     return _load(
         checkpoints,

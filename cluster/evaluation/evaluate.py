@@ -42,8 +42,16 @@ from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder
 from pcm.clip.names import clip_anywhere
 from pcm.documents import document_bytes, json_bytes, read_document
-from pcm.errors import InputError
-from pcm.text.metrics import cider_only, clip_scores, clipscore_text, coco_metrics, require_metrics, require_spice
+from pcm.errors import InputError, StoreFailure, first_line
+from pcm.text.metrics import (
+    JavaFailed,
+    cider_only,
+    clip_scores,
+    clipscore_text,
+    coco_metrics,
+    require_metrics,
+    require_spice,
+)
 from pcm.text.references import CocoPicture
 from pcm.text.spice import SPICE_HOME_VARIABLE, SPICE_MODELS
 
@@ -146,17 +154,25 @@ def _store_captions(request: EvaluateRequest, captions: Mapping[str, str], known
     if request.out is None:
         return
     store = open_store(request.out)
-    if store.exists(METRICS_KEY):
-        store.delete(METRICS_KEY)
     store.write_bytes(RESULTS_KEY, results_json(captions, known))
+    try:
+        if store.exists(METRICS_KEY):
+            store.delete(METRICS_KEY)
+    except FileNotFoundError:  # another job was faster
+        pass
+    except (OSError, StoreFailure) as error:
+        place = join(store.root, METRICS_KEY)
+        log.warning("%s: is of an earlier evaluation and cannot be deleted (%s)", place, first_line(error))
 
 
 @contextmanager
 def _captions_kept(request: EvaluateRequest) -> Iterator[None]:
-    """An InputError of the metrics says where the captions are, which took most of the time."""
+    """What ends the metrics is one line, which says where the captions are: they took most of the time."""
     try:
         yield
-    except InputError as error:
+    except (InputError, JavaFailed) as error:
+        if request.results is not None:
+            raise InputError(str(error)) from None
         kept = "the captions are not kept without --out"
         if request.out is not None:
             kept = f"the captions are there: score {join(open_store(request.out).root, RESULTS_KEY)} with --results"
@@ -251,7 +267,10 @@ def _evaluate_results(request: EvaluateRequest, results: str, *, spice_folder: P
             f"{len(references)} of the references (such as {next(iter(references))!r}); check --references and --split"
         )
     kept = {image_id: references[image_id] for image_id in captions}
-    summary, reasons = scored(captions, kept, _domains(known), spice_folder=spice_folder)
+    with _captions_kept(request):
+        summary, reasons = scored(captions, kept, _domains(known), spice_folder=spice_folder)
+        if request.shuffled_baseline:
+            _shuffled(summary, reasons, captions, kept, seed=request.seed)
     for name in ("CLIPScore", "RefCLIPScore"):
         summary[name] = None
         reasons[name] = "needs --checkpoint and --images"
@@ -262,8 +281,6 @@ def _evaluate_results(request: EvaluateRequest, results: str, *, spice_folder: P
         "bad_references": read.left_out.total(),
         "seconds": round(time.monotonic() - started, 2),
     }
-    if request.shuffled_baseline:
-        _shuffled(summary, reasons, captions, kept, seed=request.seed)
     _store_captions(request, captions, known)
     return _finished(summary, reasons, request, unreadable={})
 

@@ -68,6 +68,7 @@ from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.generation.names import TEXT_ONLY
 from pcm.line_timer import LineTimer
+from pcm.model_faults import room_for_model
 from pcm.reasons import CLIP_ERROR
 from pcm.records import SCHEMA_VERSION
 from pcm.spec import ClipSpec
@@ -290,7 +291,8 @@ def store_vocabularies_of(source: Store, out: Store, spec: ClipSpec, concepts: C
     source has none of them (its CLIP was null), both are of the captions. Runs where CLIP may be loaded."""
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
-    encoder = load_with_retries(lambda: ClipEncoder.from_spec(local_clip(spec)), model=spec.model)
+    with room_for_model(f"CLIP {spec.model}", spec.device):
+        encoder = load_with_retries(lambda: ClipEncoder.from_spec(local_clip(spec)), model=spec.model)
     tell_encoder(out, spec)
     if source.exists(VOCABULARY_KEY):
         words = source.read_bytes(VOCABULARY_KEY)

@@ -22,6 +22,7 @@ from cluster.generation.stages.overlap import Overlap
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.store.store import Store
 from pcm.errors import InputError
+from pcm.model_faults import room_for_model
 from pcm.records import STORED, feature_shape, shard_schema
 from pcm.spec import ClipSpec
 
@@ -57,7 +58,8 @@ class FeaturiseAgain:
         self._read = ReadPictures(source)
         self._overlap = Overlap(WriteFeaturised(out))
         load = partial(featurise, spec, watched_by, before_again=self._overlap.wait)
-        self._featurise = self._overlap.in_work_thread(load)
+        with room_for_model(f"CLIP {spec.model}", spec.device):
+            self._featurise = self._overlap.in_work_thread(load)
         tell_encoder(out, spec)
 
     def __call__(self, block: pa.Table) -> pa.Table:

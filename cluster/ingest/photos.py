@@ -40,6 +40,7 @@ from pcm.clip.encoder import ClipEncoder, ImageFeatures
 from pcm.errors import InputError
 from pcm.generation.names import PHOTOS
 from pcm.images import open_image
+from pcm.model_faults import room_for_model
 from pcm.reasons import BAD_IMAGE, MISSING_IMAGE, USABLE
 from pcm.spec import DatasetSpec
 
@@ -105,7 +106,8 @@ def featurise_photos(request: FeaturiseRequest) -> PhotoResult:
     )
     if concepts is not None:
         store_given_concepts(store, concepts)
-    featuriser = FeaturisePhotos(spec.clip)
+    with room_for_model(f"CLIP {spec.clip.model}", spec.clip.device):
+        featuriser = FeaturisePhotos(spec.clip)
     features = store_vocabularies(store, plan, encoder=featuriser.encoder)
     tell_encoder(store, spec.clip)
     made = committed(store, plan)

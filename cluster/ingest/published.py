@@ -49,6 +49,7 @@ from pcm.captioners.captioner import MODEL_FILE
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from pcm.generation.names import IMPORTED
+from pcm.model_faults import room_for_model
 from pcm.official.checkpoint import import_checkpoint
 from pcm.official.settings import CLIP_SCORE_SCALE
 from pcm.official.state_dict import read_tensors
@@ -225,7 +226,8 @@ def _store_clip_files(store: Store, plan: Plan, request: ImportRequest, found: F
     spec = plan.spec.clip
     encoder = None
     if found is None or request.concepts is None or request.clip_head is None:
-        encoder = ClipEncoder.from_spec(local_clip(spec))
+        with room_for_model(f"CLIP {spec.model}", spec.device):
+            encoder = ClipEncoder.from_spec(local_clip(spec))
     shape = found or (encoder.features if encoder else None)
     assert shape is not None
     head = _published_head(request.clip_head) if request.clip_head else encoder.head() if encoder else {}

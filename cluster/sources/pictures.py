@@ -1,6 +1,7 @@
 """Real pictures with their reference captions: what a captioner is validated and evaluated on."""
 
 import logging
+import re
 import unicodedata
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -53,7 +54,9 @@ class PictureFiles:
         """Image id -> position of its picture. Raises InputError when two pictures have one image id."""
         matched: dict[str, int] = {}
         for position, name in enumerate(self.names):
-            key = next((candidate for candidate in candidate_ids(name) if candidate in image_ids), None)
+            # References of COCO's form know a picture by the number that its name ends in, also "img42.jpg".
+            candidates = (*candidate_ids(name), picture_number(name))
+            key = next((each for each in candidates if each is not None and each in image_ids), None)
             if key in matched:
                 found = f"{self.names[matched[key]]}, {name}"
                 raise InputError(f"{self.place}: two pictures for image id {key!r} ({found}); keep one")
@@ -168,8 +171,8 @@ def candidate_ids(name: str) -> list[str]:
     """
     path = PurePosixPath(name)
     candidates = [name, path.name, str(path.with_suffix("")) if path.name else name, path.stem]
-    if (number := picture_number(name)) is not None:
-        candidates.append(number)
+    if number := re.fullmatch(r"(?:.*_)?([0-9]+)", path.stem):
+        candidates.append(number[1].lstrip("0") or "0")
     # File systems differ in how they write accents (macOS: in two characters), and readers strip blanks.
     forms = [candidates, *([unicodedata.normalize(form, each) for each in candidates] for form in ("NFC", "NFD"))]
     return list(dict.fromkeys(text for form in forms for each in form for text in (each, each.strip())))

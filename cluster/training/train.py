@@ -53,9 +53,10 @@ from cluster.training.step import check_compile
 from cluster.training.worker import build_network
 from cluster.weights.node_copy import local_name
 from pcm.captioners.interface import CLIP_OPTION
-from pcm.clip.names import clip_anywhere, refuse_place, resolve_clip_name
+from pcm.clip.names import clip_anywhere, refuse_place, resolve_clip_name, revision_here
 from pcm.documents import document_bytes
 from pcm.errors import InputError, one_line
+from pcm.spec import DIGEST, ClipSpec
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.metrics import require_metrics
 from pcm.text.vocabulary import Vocabulary
@@ -316,19 +317,42 @@ def _document(
         given = clip_anywhere(given)  # Ray starts its workers elsewhere
     elif request.validation is not None:
         refuse_place(clip.model, source=sets[0].store.root)
+    identity = clip.identity()
+    if given not in (None, clip.model):
+        identity |= {"model": given, "revision": _revision_of_given(request, clip, given, previous)}
     concepts = {"path": request.concepts, "sha256": hashlib.sha256(vocabularies.concepts).hexdigest()}
     return {
         **({} if request.concepts is None else {"concepts": concepts}),
         **({} if initial is None else {"init_from": {"path": request.init_from, "sha256": initial.sha256}}),
         "train": config.to_dict(),
         "row_order": ROW_ORDER,
-        "clip": clip.identity() | {"model": given or clip.model},
+        "clip": identity,
         CLIP_OPTION: given,
         "datasets": [each.description() for each in sets],
         "validation": asdict(request.validation) if request.validation else None,
         # Of this code, not of an installed package's metadata: a submitted job brings its own.
         "versions": {"pcmnet-ray": pcm.__version__, "torch": version("torch"), "ray": version("ray")},
     }
+
+
+def _revision_of_given(
+    request: TrainRequest, clip: ClipSpec, given: str, previous: dict[str, Any] | None
+) -> str | None:
+    """What a captioner records of `given`, the place of a CLIP other than the dataset's: the digest of a folder or
+    file. Says where it differs from the dataset's.
+    """
+    if request.clip is None and previous is not None:
+        return previous.get("clip", {}).get("revision", clip.revision)
+    found = revision_here(local_name(given))
+    if found is None:  # of a hub repo or a tag: no hub is asked
+        return clip.revision
+    if clip.revision.startswith(DIGEST) and found != clip.revision:
+        log.warning(
+            "--clip %s: its files are %s, but the CLIP of the dataset (%s) had %s; give the same one, unless you mean "
+            "another",
+            given, found, clip.model, clip.revision,
+        )  # fmt: skip
+    return found
 
 
 def _refuse_other_run(out: Store, previous: dict[str, Any], document: dict[str, Any]) -> None:

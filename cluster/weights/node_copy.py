@@ -120,7 +120,7 @@ def _fetch(store: Store, manifest: WeightsManifest, revision: str, folder: Path)
     if manifest.revision != revision:
         raise InputError(
             f"{store.root}: holds {manifest.revision}, but {revision} was pinned; stage the same weights there again, "
-            "or begin another dataset"
+            "or give another place"
         )
     log.info("%s: fetching %.2f GB to %s", store.root, manifest.size / 1e9, folder)
     started, part = time.monotonic(), folder.with_suffix(".part")

@@ -30,6 +30,7 @@ from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError, first_line
 from pcm.images import open_image
 from pcm.kernels.packed_linear import for_decoding
+from pcm.model_faults import room_for_model
 from pcm.records import FeatureShape
 from pcm.spec import DIGEST, QUICK_GELU_SUFFIX
 from pcm.text.concepts import ConceptVocabulary
@@ -142,7 +143,7 @@ class Captioner:
         is known here; a folder, file or hub repo must be named by `clip` or by the record of the run that the
         checkpoint lies in.
         Raises InputError when files are missing or do not belong together, and when the recorded CLIP has other files
-        now. Where `clip` is another folder or file, the log says so.
+        now. Where those of `clip` are others, the log says so.
         """
         folders = [checkpoint_folder(Path(each)) for each in ([path] if isinstance(path, (str, Path)) else path)]
         if device == "auto":
@@ -169,19 +170,21 @@ class Captioner:
                 refuse_place(name, source=str(folder / CONFIG_FILE))
             is_recorded = clip_anywhere(name) == clip_anywhere(trained_on["model"])
             revision = trained_on.get("revision") if is_recorded else None
-            if find_clip:
-                name = find_clip(name, revision)
+            place = find_clip(name, revision) if find_clip else name
             pinned = trained_on.get("revision") or ""
-            now = revision_here(name) if pinned.startswith(DIGEST) else None
+            was_compared = is_recorded and place != name  # by find_clip
+            now = revision_here(place) if pinned.startswith(DIGEST) and not was_compared else None
             if now and now != pinned:
-                said = f"its files are {now}, but the captioner {folder} was trained with {pinned}"
-                if is_recorded:
-                    raise InputError(f"CLIP {name!r}: {said}; put the same files there, or name others with --clip")
-                log.warning("--clip %s: %s (%s)", name, said, trained_on["model"])
+                mend = "install the release that trained it" if name == "embedded" else "put the same files there"
+                said = f"its files are {now}, but the captioner {folder} was trained with {pinned}; {mend}"
+                if not clip:
+                    raise InputError(f"CLIP {name!r}: {said}, or take these with --clip {name}")
+                log.warning("--clip %s: %s, unless you mean these", name, said)
             # Nobody stores these features: one picture need not cost a batch of 32.
-            found = ClipEncoder(
-                name, device=device, dtype=trained_on["dtype"], revision=revision, exact=False, **recorded
-            )
+            with room_for_model(f"CLIP {name}", device):
+                found = ClipEncoder(
+                    place, device=device, dtype=trained_on["dtype"], revision=revision, exact=False, **recorded
+                )
             own = name.partition("/")[0].endswith(QUICK_GELU_SUFFIX)  # then it was quick_gelu before, too
             if recorded["activation"] is None and found.activation == "quick_gelu" and not own:
                 log.warning(UNRECORDED_ACTIVATION, folder, name)

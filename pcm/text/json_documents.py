@@ -167,18 +167,21 @@ def _picture_key(number: str | None, file_name: str | None) -> str | None:
     """COCO's number if the picture's file name ends in it, else the file name: another number would find no picture."""
     if number is None or file_name is None:
         return number
-    ending = picture_number(file_name)
-    same = ending is not None and number.isdecimal() and ending == (number.lstrip("0") or "0")
+    same = number.isdecimal() and picture_number(file_name) == (number.lstrip("0") or "0")
     return number if same else file_name
 
 
-def picture_number(file_name: str) -> str | None:
-    """COCO's number of a picture in its file name, without leading zeros: "42" of "COCO_val2014_000000000042.jpg".
+#: The name of a picture in Open Images, of which NoCaps is made, and longer hashes: their last digits are no number.
+_HASH = re.compile(r"(?=.*[a-f])[0-9a-f]{16,}", re.IGNORECASE)
 
-    None of a name that merely ends in digits, such as a hash.
+
+def picture_number(file_name: str) -> str | None:
+    """The number that a picture's file name ends in, without leading zeros: "42" of "COCO_val2014_000000000042.jpg" and
+    of "val2014\\img42.jpg". None of a hash, and of a name without an ending such as ".jpg".
     """
-    found = re.fullmatch(r"(?:.*_)?([0-9]+)", PurePosixPath(file_name).stem)
-    return None if found is None else found[1].lstrip("0") or "0"
+    stem = re.split(r"[/\\]", file_name)[-1].rpartition(".")[0]
+    found = re.search(r"[0-9]+$", stem)
+    return None if found is None or _HASH.fullmatch(stem) else found[0].lstrip("0") or "0"
 
 
 def _shape(document: Any) -> str:

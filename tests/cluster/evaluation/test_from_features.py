@@ -124,6 +124,14 @@ def test_features_of_another_clip_than_the_captioners_are_refused(world: Path, t
         evaluate(asked(world, features=str(tmp_path / "data"), references=None))
 
 
+def test_a_uri_where_no_clip_is_staged_is_told_before_anything_is_captioned(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Captioner, "describe", lambda *_: pytest.fail("it captions"))
+    with pytest.raises(InputError, match="no weights are staged there"):
+        evaluate(asked(world, features=str(world / "img"), clip=f"file://{tmp_path}/clip"))
+
+
 def test_captions_go_into_a_results_file(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "captions.json"
     request = CaptionRequest(checkpoint=str(world / "no-clip"), features=str(world / "img"), out=str(out), device="cpu")

@@ -1,5 +1,6 @@
 """Folders and tables of pictures as people have them: every picture is found, and what is none is one line."""
 
+import json
 import shutil
 import unicodedata
 from pathlib import Path
@@ -67,6 +68,18 @@ def test_names_match_however_accents_and_blanks_are_written(tmp_path, name):
     references.write_text("image,caption\n" + unicodedata.normalize("NFC", "café.jpg") + ",a house\n")
     found = load_picture_set(PictureSource(images=str(tmp_path / "pictures"), references=str(references)))
     assert len(found) == 1 and found.open(0).size == (320, 240)
+
+
+@pytest.mark.parametrize("name", ["img42.jpg", "image-42.jpg", "COCO_000042.jpg", "0a1b2c3d4e5f0042.jpg"])
+def test_the_picture_of_a_coco_entry_is_found_by_its_own_name(tmp_path, name):
+    copy("upright.jpe", tmp_path, "pictures", name)
+    document = {
+        "images": [{"id": 42, "file_name": name}],
+        "annotations": [{"image_id": 42, "id": 1, "caption": "a house"}],
+    }
+    references = tmp_path / "captions.json"
+    references.write_text(json.dumps(document))
+    assert len(load_picture_set(PictureSource(images=str(tmp_path / "pictures"), references=str(references)))) == 1
 
 
 def test_a_number_of_any_length_is_an_id():

@@ -37,6 +37,7 @@ from cluster.training.request import TrainRequest, parse_worker_label
 from cluster.training.train import TrainingFailed, _place, _summary, group_sizes, planned_run, train
 from pcm.captioners.captioner import Captioner
 from pcm.captioners.interface import MODEL_FILE
+from pcm.clip.names import folder_revision
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
@@ -430,6 +431,28 @@ def test_a_run_resumes_on_an_object_store_from_several_datasets(
     document = json.loads(open_store(out).read_bytes("config.json"))
     assert [each["weight"] for each in document["datasets"]] == [1.0, 0.5] and document["train"]["fraction"] == 0.5
     assert load_captioner(str(out), clip=None, device="cpu").caption([scene(0)[1]])[0].caption
+
+
+def test_a_captioner_records_the_clip_that_was_given_and_is_told_where_it_is_another(
+    world: Path, tiny_clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(world / "data", tmp_path / "data")
+    manifest = json.loads((tmp_path / "data" / MANIFEST_KEY).read_text())
+    manifest["spec"]["clip"]["revision"] = folder_revision(tiny_clip)
+    (tmp_path / "data" / MANIFEST_KEY).write_text(json.dumps(manifest))
+
+    def recorded(clip: str) -> tuple[str, str]:
+        caplog.clear()
+        document = planned_run(request(tmp_path, tmp_path / "run", clip=clip), cpus=1).document
+        return document["clip"]["model"], document["clip"]["revision"]
+
+    moved = shutil.copytree(tiny_clip, tmp_path / "moved")
+    assert recorded(str(moved)) == (str(moved), folder_revision(tiny_clip))
+    assert recorded("hf-hub:no/such") == ("hf-hub:no/such", folder_revision(tiny_clip))  # no hub is asked
+    assert "its files are" not in caplog.text
+    (moved / "README.md").write_text("how it was exported")
+    assert recorded(str(moved)) == (str(moved), folder_revision(moved)) != (str(moved), folder_revision(tiny_clip))
+    assert f"--clip {moved}: its files are {folder_revision(moved)}, but the CLIP of the dataset" in caplog.text
 
 
 @pytest.mark.slow

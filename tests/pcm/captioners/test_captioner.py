@@ -234,13 +234,25 @@ def test_a_clip_folder_that_changed_since_it_was_recorded_is_refused_and_another
         assert Captioner.load(mine, clip=given and str(given), device="cpu").clip
     assert not [record for record in caplog.records if "its files are" in record.getMessage()]
     save_tiny_clip(clip, seed=5)
-    for given in (None, str(clip), os.path.relpath(clip)):
-        with pytest.raises(InputError, match=r"its files are sha256:.* was trained with sha256:.*; put the same files"):
-            _ = Captioner.load(mine, clip=given, device="cpu").clip
+    with pytest.raises(
+        InputError, match=r"its files are sha256:.* trained with sha256:.*; put the same files there, or"
+    ):
+        _ = Captioner.load(mine, device="cpu").clip
     other = save_tiny_clip(tmp_path / "other", seed=5)
-    assert Captioner.load(mine, clip=str(other), device="cpu").clip.name == str(other)
-    (said,) = [record.getMessage() for record in caplog.records if "its files are" in record.getMessage()]
-    assert said.startswith(f"--clip {other}: its files are sha256:")
+    copies = {str(other): str(other), "s3://bucket/other": str(other)}  # what is said names what was given
+    for given in (str(clip), os.path.relpath(clip), *copies):
+        caplog.clear()
+        loaded = Captioner.load(mine, clip=given, device="cpu", find_clip=lambda name, _: copies.get(name, name)).clip
+        assert loaded.name == copies.get(given, given)
+        (said,) = [record.getMessage() for record in caplog.records if "its files are" in record.getMessage()]
+        assert said.startswith(f"--clip {given}: its files are sha256:")
+
+
+def test_the_embedded_clip_of_another_release_is_refused_with_what_helps(checkpoint: Path, tmp_path: Path) -> None:
+    recorded = {"model": "embedded", "dtype": "float32", "revision": "sha256:" + "0" * 64}
+    mine = changed_config(checkpoint, tmp_path / "best", lambda document: document.update(clip=recorded))
+    with pytest.raises(InputError, match="install the release that trained it, or take these with --clip embedded"):
+        _ = Captioner.load(mine, device="cpu").clip
 
 
 def test_a_checkpoint_names_its_method_and_one_without_a_name_is_a_pcm_net(

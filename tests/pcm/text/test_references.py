@@ -129,16 +129,35 @@ def test_nocaps_domains_go_by_the_same_ids_as_its_references(tmp_path):
     assert load_references(path).by_image.keys() == known.keys()
 
 
-def test_a_hash_that_happens_to_end_in_the_pictures_number_stays_a_name(tmp_path):
-    names = {7: "0a1b2c3d4e5f0007.jpg", 8: "VizWiz_val_00000008.jpg", 42: "000000000042.jpg", 0: "a/COCO_0000.jpg"}
+@pytest.mark.parametrize(
+    ("number", "file_name", "image_id"),
+    [
+        (42, "000000000042.jpg", "42"),
+        (42, "val2014/COCO_val2014_000000000042.jpg", "42"),
+        (42, "val2014\\42.jpg", "42"),
+        (42, "val2014\\COCO_val2014_000000000042.jpg", "42"),
+        (42, "img42.jpg", "42"),
+        (42, "image-42.jpg", "42"),
+        (42, "cafe42.jpg", "42"),
+        (0, "a/COCO_0000.jpg", "0"),
+        (2, "img42.jpg", "img42.jpg"),
+        (42, "COCO_val2014_000000000042", "COCO_val2014_000000000042"),
+        (42, "val.2014/42", "val.2014/42"),
+        (7, "0a1b2c3d4e5f0007.jpg", "0a1b2c3d4e5f0007.jpg"),
+        (7, "val\\0A1B2C3D4E5F0007.jpg", "val\\0A1B2C3D4E5F0007.jpg"),
+        (7, "d41d8cd98f00b204e9800998ecf80007.jpg", "d41d8cd98f00b204e9800998ecf80007.jpg"),
+    ],
+)
+def test_a_picture_is_known_by_its_number_where_its_file_name_ends_in_it_and_is_no_hash(
+    tmp_path, number, file_name, image_id
+):
     document = {
-        "images": [{"id": number, "file_name": name} for number, name in names.items()],
-        "annotations": [{"image_id": number, "id": number, "caption": "a dog"} for number in names],
+        "images": [{"id": number, "file_name": file_name}],
+        "annotations": [{"image_id": number, "id": 1, "caption": "a dog"}],
     }
-    path = tmp_path / "nocaps_val.json"
+    path = tmp_path / "captions.json"
     path.write_text(json.dumps(document))
-    assert list(load_references(path).by_image) == ["0a1b2c3d4e5f0007.jpg", "8", "42", "0"]
-    assert list(load_coco_pictures(path)) == ["0a1b2c3d4e5f0007.jpg", "8", "42", "0"]
+    assert list(load_references(path).by_image) == list(load_coco_pictures(path)) == [image_id]
 
 
 def test_files_without_domains_have_none(tmp_path):

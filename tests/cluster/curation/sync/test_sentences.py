@@ -51,6 +51,15 @@ def test_a_repo_that_cannot_be_looked_up_is_said_in_one_line() -> None:
         resolve_sentences("no/such")
 
 
+def test_a_model_that_does_not_fit_into_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*values: object, **options: object) -> None:
+        raise MemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "_SentenceTransformer", fails)
+    with pytest.raises(InputError, match=r"--sentences some/model: cannot be loaded on cpu \(CUDA out of memory\)"):
+        load_sentences(SentenceSpec(model="some/model"), "cpu")
+
+
 def test_a_missing_folder_is_said() -> None:
     with pytest.raises(InputError, match=r"--sentences /no/such: no such folder"):
         resolve_sentences("/no/such")
