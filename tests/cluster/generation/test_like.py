@@ -14,6 +14,7 @@ from cluster.curation.curate import curate
 from cluster.curation.request import CurateRequest
 from cluster.dataset.layout import CONCEPTS_KEY, MANIFEST_KEY, CorpusSource, MadeWith, Manifest, load_manifest
 from cluster.dataset.vocabularies import store_given_concepts
+from cluster.generation import make
 from cluster.generation.like import (
     OF_CORPUS,
     check_alike,
@@ -305,7 +306,9 @@ def drawn_like(wanted: DatasetSpec, **options: object) -> GeneratorSpec:
     return found.generator
 
 
-def test_guidance_without_effect_is_refused_only_where_it_is_given(tmp_path: Path) -> None:
+def test_guidance_without_effect_is_refused_only_where_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not where an older dataset has it, nor beside another model."""
     flux = {"name": "FluxPipeline", "transformer": {"guidance_embeds": False}}
     schnell = pipeline_of(tmp_path / "FLUX.1-schnell", **flux)  # type: ignore[arg-type]
@@ -314,6 +317,14 @@ def test_guidance_without_effect_is_refused_only_where_it_is_given(tmp_path: Pat
     assert drawn_like(older) == older.generator
     with pytest.raises(InputError, match="--guidance-scale 3: without effect on this FluxPipeline"):
         drawn_like(older, guidance_scale=3.0)
+
+    def spec_is_checked(found: DatasetSpec, *rest: object, **options: object) -> None:
+        raise RuntimeError(f"{found == older}")
+
+    monkeypatch.setattr(make, "check_alike", spec_is_checked)
+    (tmp_path / MANIFEST_KEY).write_bytes(replace(TINY_MANIFEST, spec=older).to_json())
+    with pytest.raises(RuntimeError, match="True"):
+        generate(GenerateRequest(corpus="embedded", out=str(tmp_path / "out"), spec=str(tmp_path / MANIFEST_KEY)))
     moved = shutil.copytree(schnell, tmp_path / "copy")
     assert drawn_like(spec, t2i=str(moved)).num_inference_steps == 4
 
