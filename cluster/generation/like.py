@@ -45,6 +45,7 @@ _DECIDED_BY = {
     "generator.loras": ("lora",),
     "generator.vae_revision": ("vae",),
     "generator.num_inference_steps": ("steps",),
+    "generator.guidance_scale": ("t2i", "guidance_scale"),
     "generator.offload": ("device", "offload"),
     "clip.model": ("clip",),
     "clip.revision": ("clip", "clip_revision"),

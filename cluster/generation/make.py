@@ -4,7 +4,7 @@ import functools
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,7 +73,7 @@ def _prepare_like(store: Store, request: GenerateRequest, uri: str) -> "Prepared
     def check(spec: DatasetSpec) -> None:
         check_alike(spec, wanted.spec, own, uri=uri)
 
-    return prepare(store, asked, version=wanted.spec.generator_version, check=check)
+    return prepare(store, asked, version=wanted.spec.generator_version, own=own, check=check)
 
 
 @dataclass(frozen=True)
@@ -98,18 +98,20 @@ def prepare(
     asked: GenerationOptions,
     *,
     version: int = GENERATOR_VERSION,
+    own: Collection[str] | None = None,
     check: Callable[[DatasetSpec], None] = lambda spec: None,
 ) -> Prepared:
     """Check the request, start Ray and write the plan. Raises InputError, before Ray is started where that can be.
 
-    `version`: by whose rules a new dataset is drawn. `check` sees the spec before anything is started.
+    `version`: by whose rules a new dataset is drawn. `own`: as in `dataset_spec`. `check` sees the spec before anything
+    is started.
     """
     if not asked.corpus:
         raise InputError("--corpus: missing; give a path or URI of captions, or 'embedded'")
     planned = load_plan(store)
     version = planned.spec.generator_version if planned else version
     begun = planned.spec if planned else None
-    spec = dataset_spec(asked, gpus=0, version=version, begun=begun)  # the device is known when Ray is
+    spec = dataset_spec(asked, gpus=0, version=version, begun=begun, own=own)  # the device is known when Ray is
     check(spec)
     if spec.clip.model == "null" and asked.stop_below_clip_score is not None:
         raise InputError("--stop-below-clip-score: --clip null gives no scores; name a CLIP")

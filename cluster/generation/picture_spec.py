@@ -1,7 +1,7 @@
 """From what a user asks of the pictures to a GeneratorSpec: everything pinned, nothing without effect."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Of repos whose commit is not known yet.
-_NO_COMMITS: Mapping[str, str] = {}
+#: What a repo is to a spec, of a LoRA with its number, and the repo's name -> its commit.
+_Commits = Mapping[tuple[str, str | None], str]
 
 
 def generator_spec(
@@ -39,24 +39,28 @@ def generator_spec(
     dtype: str,
     version: int = GENERATOR_VERSION,
     begun: GeneratorSpec | None = None,
+    own: Collection[str] | None = None,
 ) -> GeneratorSpec:
     """The spec of the pictures, by the rules of a generator version (`pcm.spec.GENERATOR_VERSION`).
 
     Steps and guidance: what is asked for (a preset is in it already), then the embedded pack's own, the table of
     few-step models, and what the pipeline's call does. `begun`: what a dataset that is gone on with was begun with; its
-    steps and guidance come before these, and its commits before a repo's newest. Raises InputError for an option that
-    this pipeline lacks or that would have no effect, before anything is planned or started.
+    steps and guidance come before these, and its commits before a repo's newest. `own`: the options that the user gave,
+    where the others are those of another dataset, which may be of no effect; None: all. Raises InputError for an option
+    that this pipeline lacks or that would have no effect, before anything is planned or started.
     """
     model = asked.t2i or "embedded"
     if model == "null":
         _refuse_for_null(asked)
     commits = {} if begun is None else _commits(begun)
-    revision = pin_t2i(model, asked.t2i_revision, version=version, begun=commits.get(model))
+    revision = pin_t2i(model, asked.t2i_revision, version=version, begun=commits.get(("t2i", model)))
     config, config_revision = _pinned_config(asked, model, commits)
     signature = _signature(asked, config or local_name(model, revision), config_revision or revision)
-    steps, guidance_scale = _steps_and_guidance(asked, model, config, signature, version, begun)
+    steps, guidance_scale = _steps_and_guidance(asked, model, signature, version, begun, own)
     if signature is not None and version > 1:
         _check(asked, signature, guidance_scale)
+        if begun is None and (own is None or "pipeline_options" in own):
+            signature.check_further_negative_prompts(asked.negative_prompt, asked.pipeline_options)
         signature.check_steps(steps, asked.scheduler, asked.scheduler_options, asked.pipeline_options)
     return GeneratorSpec(
         model=model,
@@ -76,7 +80,7 @@ def generator_spec(
         image_quality=asked.image_quality,
         scheduler_options=tuple(asked.scheduler_options.items()),
         pipeline_options=tuple(asked.pipeline_options.items()),
-        loras=tuple((split_revision(name)[0], _pin_lora(name, commits), weight) for name, weight in asked.lora),
+        loras=_pinned_loras(asked, commits),
         vae=None if asked.vae is None else split_revision(asked.vae)[0],
         vae_revision=None if asked.vae is None else _pin_vae(asked.vae, commits),
         variant=asked.t2i_variant,
@@ -162,14 +166,24 @@ def _refuse_for_null(asked: GenerationOptions) -> None:
         raise InputError(f"{flags}: without effect with --t2i null, which draws no prompts; leave it out")
 
 
-def _commits(spec: GeneratorSpec) -> dict[str, str]:
-    """The commit of each repo that the spec names."""
-    named = [(spec.model, spec.revision), (spec.config, spec.config_revision), (spec.vae, spec.vae_revision)]
-    named += [(name, revision) for name, revision, _ in spec.loras]
-    return {name: revision for name, revision in named if name and revision and is_commit(revision)}
+def _commits(spec: GeneratorSpec) -> _Commits:
+    named = [
+        ("t2i", spec.model, spec.revision),
+        ("t2i-config", spec.config, spec.config_revision),
+        ("vae", spec.vae, spec.vae_revision),
+        *((f"lora {number}", name, revision) for number, (name, revision, _) in enumerate(spec.loras)),
+    ]
+    return {(role, name): revision for role, name, revision in named if revision and is_commit(revision)}
 
 
-def _pinned_config(asked: GenerationOptions, model: str, commits: Mapping[str, str]) -> tuple[str | None, str | None]:
+def _pinned_loras(asked: GenerationOptions, commits: _Commits) -> tuple[tuple[str, str, float], ...]:
+    return tuple(
+        (split_revision(name)[0], _pin_lora(name, commits, f"lora {number}"), weight)
+        for number, (name, weight) in enumerate(asked.lora)
+    )
+
+
+def _pinned_config(asked: GenerationOptions, model: str, commits: _Commits) -> tuple[str | None, str | None]:
     """(where the configuration of a single file comes from, its revision); both None of anything but a file."""
     if not Path(model).is_file():
         if asked.t2i_config is not None:
@@ -194,38 +208,42 @@ def _pinned_config(asked: GenerationOptions, model: str, commits: Mapping[str, s
     return split_revision(config)[0], _pin_config(config, commits)
 
 
-def _pin_config(name: str, commits: Mapping[str, str] = _NO_COMMITS) -> str:
+def _pin_config(name: str, commits: _Commits | None = None) -> str:
     if Path(name).is_dir():
         return pipeline_revision(Path(name), weights=False)
-    return _pin_repo("--t2i-config", *split_revision(name), commits)
+    return _pin_repo("t2i-config", name, commits)
 
 
-def _pin_lora(name: str, commits: Mapping[str, str] = _NO_COMMITS) -> str:
+def _pin_lora(name: str, commits: _Commits | None = None, role: str = "lora") -> str:
     path = Path(name)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise InputError(f"--lora {name}: give a .safetensors file; pickles are not read")
         return folder_revision(path)
-    plain, revision = split_revision(name)
-    if path.is_absolute() or split_repo_file(plain)[0].count("/") != 1:
+    if path.is_absolute() or split_repo_file(name)[0].count("/") != 1:
         raise InputError(f"--lora {name}: no such file; give one, or a repo ORG/NAME or ORG/NAME/FILE.safetensors")
-    return _pin_repo("--lora", plain, revision, commits)
+    return _pin_repo(role, name, commits)
 
 
-def _pin_vae(name: str, commits: Mapping[str, str] = _NO_COMMITS) -> str:
+def _pin_vae(name: str, commits: _Commits | None = None) -> str:
     if name.endswith(".safetensors") or Path(name).is_file():
         raise InputError(f"--vae {name}: is a file; give the folder of a decoder, with its config.json, or a repo id")
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise InputError(f"--vae {name}: has no config.json; give the folder of a decoder, or a repo id")
         return folder_revision(Path(name))
-    return _pin_repo("--vae", *split_revision(name), commits)
+    return _pin_repo("vae", name, commits)
 
 
-def _pin_repo(option: str, name: str, revision: str | None, commits: Mapping[str, str]) -> str:
+def _pin_repo(role: str, name: str, commits: _Commits | None) -> str:
     """The commit of a repo, or of the repo of a LoRA's file: the one asked for, the one begun with, or the newest."""
-    repo = split_repo_file(name)[0] if option == "--lora" else name
-    return pin_repo(repo, revision or commits.get(name), option=f"{option} {at_revision(name, 'COMMIT')}")
+    plain, revision = split_revision(name)
+    option = f"--{role.partition(' ')[0]}"
+    repo = split_repo_file(plain)[0] if option == "--lora" else plain
+    if "@" in repo:
+        raise InputError(f"{option} {name}: not there, and no repo at a commit; after '@' give all its 40 digits")
+    begun = (commits or {}).get((role, plain))
+    return pin_repo(repo, revision or begun, option=f"{option} {at_revision(plain, 'COMMIT')}")
 
 
 def _signature(asked: GenerationOptions, model: str, revision: str) -> "PipelineSignature | None":
@@ -245,13 +263,16 @@ def _signature(asked: GenerationOptions, model: str, revision: str) -> "Pipeline
 def _steps_and_guidance(
     asked: GenerationOptions,
     model: str,
-    config: str | None,
     signature: "PipelineSignature | None",
     version: int,
     begun: GeneratorSpec | None,
+    own: Collection[str] | None,
 ) -> tuple[int, float | None]:
     steps: int = GeneratorSpec.num_inference_steps
     guidance_scale: float | None = GeneratorSpec.guidance_scale
+    asked_scale, is_own = asked.guidance_scale, own is None or "guidance_scale" in own
+    if own and "t2i" in own and not is_own and signature is not None and not signature.heeds_guidance():
+        asked_scale = None  # that was another model's
     if begun is not None:
         steps, guidance_scale = begun.num_inference_steps, begun.guidance_scale
     elif model == "embedded":
@@ -259,7 +280,7 @@ def _steps_and_guidance(
     elif signature is not None and version > 1:
         steps = signature.defaults.get("num_inference_steps") or steps
         guidance_scale = signature.defaults.get("guidance_scale")
-        if found := few_steps(model, tuple(name for name, _ in asked.lora), config):
+        if found := few_steps(model, tuple(name for name, _ in asked.lora), asked.t2i_config):
             steps = found.steps
             if guidance_scale is not None and found.guidance_scale is not None:
                 guidance_scale = found.guidance_scale
@@ -270,13 +291,13 @@ def _steps_and_guidance(
                 model,
                 signature.name,
             )
-        if asked.guidance_scale != guidance_scale:  # what holds anyway may be given, and --spec gives it
-            signature.check_guidance(asked.guidance_scale)
+        if is_own and asked_scale != guidance_scale:  # what holds anyway may be given
+            signature.check_guidance(asked_scale)
         scale = "its own" if guidance_scale is None else f"{guidance_scale:g}"
         log.info("%s (%s): %d steps and guidance %s unless asked otherwise", model, signature.name, steps, scale)
     return (
         steps if asked.steps is None else asked.steps,
-        guidance_scale if asked.guidance_scale is None else asked.guidance_scale,
+        guidance_scale if asked_scale is None else asked_scale,
     )
 
 

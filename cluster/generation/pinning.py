@@ -1,7 +1,7 @@
 """From the names a user gives to a spec that pins everything: revisions, device, dtype, defaults."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,19 +23,30 @@ log = logging.getLogger(__name__)
 
 
 def dataset_spec(
-    asked: GenerationOptions, *, gpus: float, version: int = GENERATOR_VERSION, begun: DatasetSpec | None = None
+    asked: GenerationOptions,
+    *,
+    gpus: float,
+    version: int = GENERATOR_VERSION,
+    begun: DatasetSpec | None = None,
+    own: Collection[str] | None = None,
 ) -> DatasetSpec:
     """The spec that a request means, with every default resolved and every revision pinned; `gpus`: the cluster's.
 
     With batch_size auto its batch size is a placeholder. `version`: by whose rules (`pcm.spec.GENERATOR_VERSION`).
-    `begun`: what a dataset that is gone on with was begun with. Raises InputError.
+    `begun`: what a dataset that is gone on with was begun with. `own`: the options that the user gave, where the others
+    are those of another dataset (--spec); None: all. Raises InputError.
     """
     device = resolve_device(asked.device, cluster_gpus=gpus)
     dtype = resolve_dtype(asked.dtype, device=device)
     clip = asked.clip or ("null" if asked.t2i == "null" else "embedded")
     return DatasetSpec(
         generator=generator_spec(
-            asked, device=device, dtype=dtype, version=version, begun=None if begun is None else begun.generator
+            asked,
+            device=device,
+            dtype=dtype,
+            version=version,
+            begun=None if begun is None else begun.generator,
+            own=own,
         ),
         clip=clip_spec(
             clip,

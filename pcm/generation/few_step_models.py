@@ -6,6 +6,7 @@ spoil them. The values are those of the model cards.
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,22 @@ FEW_STEP_LORAS: _Table = (
 def few_steps(model: str, loras: tuple[str, ...] = (), config: str | None = None) -> FewSteps | None:
     """What the table has for a model with these LoRAs, by their names; None: the pipeline's own defaults.
 
-    Of a LoRA the last two parts count: ORG/REPO, or REPO/FILE of ORG/REPO/FILE, where either may say what it is.
-    config: the name of a single file's configuration, which counts after the file's own.
+    Of a LoRA the last two parts count: ORG/REPO, or REPO/FILE of ORG/REPO/FILE, where either may say what it is; of a
+    file on disk its own name alone. config: the name of a single file's configuration, which counts after the file's
+    own.
     """
-    parts = [(part, FEW_STEP_LORAS) for name in loras for part in reversed(_parts(name)[-2:])]
+    parts = [(part, FEW_STEP_LORAS) for name in loras for part in _lora_parts(name)]
     parts += [(_parts(name)[-1], FEW_STEP_MODELS) for name in (model, config) if name]
     for part, table in parts:
         for pattern, found in table:
             if pattern.search(part):
                 return found
     return None
+
+
+def _lora_parts(name: str) -> list[str]:
+    file, *folders = reversed(_parts(name))
+    return [file] if Path(name).exists() else [file, *folders[:1]]
 
 
 def _parts(name: str) -> list[str]:

@@ -32,9 +32,9 @@ def split_repo_file(name: str) -> tuple[str, str | None]:
 
 def split_revision(name: str) -> tuple[str, str | None]:
     """("ORG/REPO", "COMMIT") of "ORG/REPO@COMMIT", ("ORG/REPO/FILE", "COMMIT") of "ORG/REPO@COMMIT/FILE"; None of a
-    name that says no revision, and of a path that is there.
+    name that says no commit of 40 digits, and of a path that is there.
     """
-    said = None if Path(name).exists() else re.fullmatch(r"([^/@]+/[^/@]+)@([^/@]+)(/.+)?", name)
+    said = None if Path(name).exists() else re.fullmatch(r"([^/@]+/[^/@]+)@([0-9a-f]{40})(/.+)?", name)
     return (said[1] + (said[3] or ""), said[2]) if said else (name, None)
 
 

@@ -25,6 +25,7 @@ class PipelineIndex:
     class_name: str
     components: Mapping[str, tuple[str, str]]  # part -> (library, class), of the parts that are there
     absent: tuple[str, ...]  # parts that it was saved without
+    zeros_for_empty_prompt: bool  # force_zeros_for_empty_prompt, of Stable Diffusion XL
 
     def config(self, part: str, file: str = "config.json") -> dict[str, Any]:
         """A part's configuration; empty where it has none."""
@@ -54,7 +55,8 @@ def read_index(model: str, revision: str | None) -> PipelineIndex:
         if isinstance(value, list) and len(value) == 2 and all(isinstance(side, str) for side in value)
     }
     absent = tuple(part for part, value in values.items() if value == [None, None])
-    return PipelineIndex(model, revision, name, parts, absent)
+    zeros = values.get("force_zeros_for_empty_prompt") is not False
+    return PipelineIndex(model, revision, name, parts, absent, zeros)
 
 
 def _file(model: str, revision: str | None, name: str) -> Path:

@@ -55,16 +55,20 @@ class PipelineSignature:
     def takes(self, option: str) -> bool:
         return option in self.defaults
 
+    def heeds_guidance(self) -> bool:
+        """Whether a guidance scale has an effect."""
+        if self.defaults.get("guidance_scale") is None:
+            return False
+        return not self.takes("true_cfg_scale") or self.index.config("transformer").get("guidance_embeds", True)
+
     def check_guidance(self, guidance_scale: float | None) -> None:
         """Raises InputError for a guidance scale that was given and has no effect."""
-        if guidance_scale is None:
+        if guidance_scale is None or self.heeds_guidance():
             return
         other = "; --pipeline-option true_cfg_scale=X guides it" if self.takes("true_cfg_scale") else "; leave it out"
-        if not self.takes("guidance_scale"):
-            raise InputError(f"--guidance-scale {guidance_scale:g}: {self.name} has no guidance scale{other}")
-        distilled = self.takes("true_cfg_scale") and not self.index.config("transformer").get("guidance_embeds", True)
-        if distilled or self.defaults["guidance_scale"] is None:
-            raise InputError(f"--guidance-scale {guidance_scale:g}: without effect on this {self.name}{other}")
+        has_none = not self.takes("guidance_scale")
+        why = f"{self.name} has no guidance scale" if has_none else f"without effect on this {self.name}"
+        raise InputError(f"--guidance-scale {guidance_scale:g}: {why}{other}")
 
     def check_negative_prompt(
         self, negative_prompt: str | None, guidance_scale: float | None, options: Mapping[str, Any]
@@ -72,11 +76,6 @@ class PipelineSignature:
         """Raises InputError for a negative prompt without effect; `guidance_scale`: the one that is drawn with."""
         true_scale = options.get("true_cfg_scale", self.defaults.get("true_cfg_scale"))
         if negative_prompt is None:
-            if further := [name for name in options if name.startswith("negative_prompt")]:
-                raise InputError(
-                    f"--pipeline-option {further[0]}: goes with --negative-prompt, which {self.name} needs to heed it; "
-                    "give both (--negative-prompt ' ' is an empty one)"
-                )
             if "true_cfg_scale" in options and self.takes("negative_prompt"):
                 raise InputError(
                     f"--pipeline-option true_cfg_scale={true_scale}: without effect on {self.name} that has no "
@@ -96,6 +95,16 @@ class PipelineSignature:
             raise InputError(
                 f"--negative-prompt: without effect at guidance {guidance_scale:g}; give a --guidance-scale above "
                 f"{least}, or leave it out"
+            )
+
+    def check_further_negative_prompts(self, negative_prompt: str | None, options: Mapping[str, Any]) -> None:
+        """Raises InputError for a negative_prompt_2 that is ignored without the first."""
+        further = [name for name in options if name.startswith("negative_prompt")]
+        zeros = self.name.startswith("StableDiffusionXL") and self.index.zeros_for_empty_prompt
+        if further and negative_prompt is None and (zeros or self.takes("true_cfg_scale")):
+            raise InputError(
+                f"--pipeline-option {further[0]}: goes with --negative-prompt, which {self.name} needs to heed it; "
+                "give both (--negative-prompt ' ' is an empty one)"
             )
 
     def check_size(self, width: int | None, height: int | None) -> None:

@@ -37,10 +37,12 @@ def build_scheduler(own: str, config: Mapping[str, Any], name: str | None, optio
     """
     kind: Any = scheduler_class(name or own)
     check_scheduler_options(kind, options)
-    changes = dict(options)
-    if own.startswith("FlowMatch") and "flow_shift" in inspect.signature(kind.__init__).parameters:
+    changes, takes = dict(options), inspect.signature(kind.__init__).parameters
+    if own.startswith("FlowMatch") and "flow_shift" in takes:
         # A solver of flows and of noise alike, which takes the model for one that predicts noise unless it is told so.
         changes = {"prediction_type": "flow_prediction", "flow_shift": config.get("shift", 1.0)} | changes
+    elif not own.startswith("FlowMatch") and "shift" in takes and "flow_shift" in config:
+        changes = {"shift": config["flow_shift"]} | changes  # the same, by its other name
     try:
         return kind.from_config(config, **changes)
     except Exception as error:  # whatever its constructor makes of a wrong value

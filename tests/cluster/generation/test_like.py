@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from cluster.curation.curate import curate
 from cluster.curation.request import CurateRequest
 from cluster.dataset.layout import CONCEPTS_KEY, MANIFEST_KEY, CorpusSource, MadeWith, Manifest, load_manifest
 from cluster.dataset.vocabularies import store_given_concepts
+from cluster.generation import make
 from cluster.generation.like import (
     OF_CORPUS,
     check_alike,
@@ -33,7 +36,7 @@ from cluster.options import given, options_of
 from cluster.store.store import open_store
 from pcm.errors import InputError
 from pcm.records import NULL_FEATURES
-from pcm.spec import ClipSpec, DatasetSpec
+from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
 from pcm.text.concepts import ConceptVocabulary
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 from tests.pcm.generation.test_pipeline_signature import pipeline_of
@@ -296,3 +299,51 @@ def test_guidance_that_holds_anyway_is_taken(tmp_path: Path) -> None:
     assert dataset_spec(with_spec(asked(), spec), gpus=0) == spec
     with pytest.raises(InputError, match="--guidance-scale 3: without effect on this FluxPipeline"):
         dataset_spec(with_spec(asked(guidance_scale=3.0), spec), gpus=0)
+
+
+def drawn_like(wanted: DatasetSpec, **options: object) -> GeneratorSpec:
+    """What --spec makes of a dataset beside these options."""
+    request = asked(**options)
+    own = set(given(request))
+    found = dataset_spec(with_spec(request, wanted), gpus=0, own=own)
+    check_alike(found, wanted, own, uri="dataset.json")
+    assert dataset_spec(with_spec(request, wanted), gpus=0, own=own, begun=found) == found, "resumed"
+    return found.generator
+
+
+def test_guidance_without_effect_is_refused_only_where_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where an older dataset has it, nor beside another model."""
+    flux = {"name": "FluxPipeline", "transformer": {"guidance_embeds": False}}
+    schnell = pipeline_of(tmp_path / "FLUX.1-schnell", **flux)  # type: ignore[arg-type]
+    spec = dataset_spec(GenerateRequest(corpus="captions.txt", out="out", t2i=str(schnell), clip="null"), gpus=0)
+    older = replace(spec, generator=replace(spec.generator, num_inference_steps=28, guidance_scale=3.5))
+    assert drawn_like(older) == older.generator
+    with pytest.raises(InputError, match="--guidance-scale 3: without effect on this FluxPipeline"):
+        drawn_like(older, guidance_scale=3.0)
+
+    def spec_is_checked(found: DatasetSpec, *rest: object, **options: object) -> None:
+        raise RuntimeError(f"{found == older}")
+
+    monkeypatch.setattr(make, "check_alike", spec_is_checked)
+    (tmp_path / MANIFEST_KEY).write_bytes(replace(TINY_MANIFEST, spec=older).to_json())
+    with pytest.raises(RuntimeError, match="True"):
+        generate(GenerateRequest(corpus="embedded", out=str(tmp_path / "out"), spec=str(tmp_path / MANIFEST_KEY)))
+    moved = shutil.copytree(schnell, tmp_path / "copy")
+    assert drawn_like(spec, t2i=str(moved)).num_inference_steps == 4
+
+    lightning = tmp_path / "Qwen-Image-Lightning-4steps.safetensors"
+    save_file({}, lightning)
+    qwen = str(pipeline_of(tmp_path / "qwen", "QwenImagePipeline"))
+    request = GenerateRequest(corpus="captions.txt", out="out", t2i=qwen, clip="null", lora=((str(lightning), 1.0),))
+    now = dataset_spec(request, gpus=0)
+    assert now.generator.guidance_scale is None
+    older = replace(now, generator=replace(now.generator, guidance_scale=0.0))
+    assert drawn_like(older) == older.generator
+
+    sdxl = str(pipeline_of(tmp_path / "sdxl", "StableDiffusionXLPipeline"))
+    wanted = dataset_spec(GenerateRequest(corpus="captions.txt", out="out", t2i=sdxl, clip="null"), gpus=0)
+    assert wanted.generator.guidance_scale == 5.0
+    assert drawn_like(wanted, t2i=str(schnell)).guidance_scale == 0.0
+    assert drawn_like(wanted, t2i=qwen).guidance_scale is None

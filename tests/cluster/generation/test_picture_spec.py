@@ -169,6 +169,52 @@ def test_what_is_gone_on_with_keeps_its_commits_steps_and_guidance(
     assert generator_spec(request, device="cpu", dtype="float32", begun=model) == model
 
 
+def test_one_repo_that_is_several_things_keeps_a_commit_of_each(
+    moved_hub: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.generation.picture_spec._signature", lambda *asked: None)
+    loras = ((f"org/x@{OLD}", 1.0), ("org/x", 0.5))
+    asked = GenerateRequest(corpus="embedded", out="out", t2i="org/x", lora=loras, vae="org/x")
+    now = generator_spec(asked, device="cpu", dtype="float32")
+    assert (now.revision, now.vae_revision, [pin for _, pin, _ in now.loras]) == (NEW, NEW, [OLD, NEW])
+    older = "c" * 40
+    begun = replace(now, revision=older, loras=(("org/x", OLD, 1.0), ("org/x", older, 0.5)))
+    assert generator_spec(asked, device="cpu", dtype="float32", begun=begun) == begun
+
+
+def test_a_branch_or_a_file_that_is_not_there_is_no_repo_at_a_commit(tiny_t2i: Path, moved_hub: None) -> None:
+    for asked, said in (
+        ({"vae": "org/vae@main"}, "--vae org/vae@main: not there"),
+        ({"lora": (("loras/style@v2.safetensors", 1.0),)}, "--lora loras/style@v2.safetensors: not there"),
+    ):
+        with pytest.raises(InputError, match=f"{said}, and no repo at a commit; after '@' give all its 40 digits"):
+            spec_for(t2i=str(tiny_t2i), **asked)
+
+
+def test_a_configuration_makes_a_file_a_few_step_model_only_where_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Diffusers takes FLUX.1-schnell's for every FLUX file without weights of guidance."""
+    schnell = str(pipeline_of(tmp_path / "FLUX.1-schnell", "FluxPipeline", transformer={"guidance_embeds": False}))
+    monkeypatch.setattr("pcm.generation.single_file.inferred_config", lambda file: schnell)
+    file = tmp_path / "openflux.safetensors"
+    save_file({}, file)
+    assert spec_for(t2i=str(file)).num_inference_steps == 28
+    assert spec_for(t2i=str(file), t2i_config=schnell).num_inference_steps == 4
+
+
+def test_what_was_begun_with_a_second_negative_prompt_alone_is_gone_on_with(tmp_path: Path) -> None:
+    sdxl = str(pipeline_of(tmp_path / "sdxl", "StableDiffusionXLPipeline"))
+    asked = GenerateRequest(corpus="embedded", out="out", t2i=sdxl, negative_prompt="")
+    asked = replace(asked, pipeline_options={"negative_prompt_2": "ugly"})
+    begun = replace(generator_spec(asked, device="cpu", dtype="float32"), negative_prompt=None)
+    asked = replace(asked, negative_prompt=None)
+    assert generator_spec(asked, device="cpu", dtype="float32", begun=begun) == begun
+    assert generator_spec(asked, device="cpu", dtype="float32", own={"seed"}) == begun, "it is another dataset's"
+    with pytest.raises(InputError, match="negative_prompt_2: goes with --negative-prompt"):
+        generator_spec(asked, device="cpu", dtype="float32")
+
+
 def test_a_repo_that_cannot_be_looked_up_is_told_how_its_commit_is_given(tiny_t2i: Path) -> None:
     for asked, said in (
         ({"vae": "org/vae"}, "--vae org/vae@COMMIT"),

@@ -107,11 +107,20 @@ def test_true_guidance_without_a_negative_prompt_is_refused(signature_of) -> Non
         signature_of("QwenImagePipeline").check_negative_prompt(None, None, {"true_cfg_scale": 4.0})
 
 
-def test_a_second_negative_prompt_alone_is_refused(signature_of) -> None:
-    signature, options = signature_of("StableDiffusionXLPipeline"), {"negative_prompt_2": "ugly"}
+def test_a_second_negative_prompt_alone_is_refused_where_it_is_ignored(signature_of, tmp_path: Path) -> None:
+    options = {"negative_prompt_2": "ugly"}
+    for name in ("StableDiffusionXLPipeline", "FluxPipeline"):
+        signature_of(name).check_further_negative_prompts("ugly", options)
+        with pytest.raises(InputError, match="--pipeline-option negative_prompt_2: goes with --negative-prompt"):
+            signature_of(name).check_further_negative_prompts(None, options)
+    for name in ("StableDiffusion3Pipeline", "HiDreamImagePipeline"):
+        signature_of(name).check_further_negative_prompts(None, options)
+    folder = pipeline_of(tmp_path / "heeds", "StableDiffusionXLPipeline")
+    index = json.loads((folder / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": False}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    read_signature(str(folder), None).check_further_negative_prompts(None, options)
+    signature = signature_of("StableDiffusionXLPipeline")
     signature.check_negative_prompt("ugly", 5.0, options)
-    with pytest.raises(InputError, match="--pipeline-option negative_prompt_2: goes with --negative-prompt"):
-        signature.check_negative_prompt(None, 5.0, options)
     with pytest.raises(InputError, match="without effect at guidance 1"):
         signature.check_negative_prompt("ugly", 1.0, options)
 
@@ -165,6 +174,14 @@ def test_a_solver_in_place_of_a_flow_models_own_scheduler_is_told_that_it_is_one
     for time in solver.timesteps:
         latents = solver.step(noise - picture, time, latents, return_dict=False)[0]  # what an ideal model says
     torch.testing.assert_close(latents, picture, atol=1e-5, rtol=0.0)
+
+
+def test_a_flow_models_scheduler_in_place_of_its_own_solver_keeps_the_shift() -> None:
+    """Of Sana."""
+    own = {"flow_shift": 3.0, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    for options, shift in (({}, 3.0), ({"shift": 2.0}, 2.0)):
+        found = build_scheduler("DPMSolverMultistepScheduler", own, "FlowMatchEulerDiscreteScheduler", options)
+        assert found.config.shift == shift
 
 
 @pytest.mark.parametrize(
@@ -273,6 +290,17 @@ def test_few_step_loras_are_known_by_name(lora: str, steps: int, guidance_scale:
     found = few_steps("stabilityai/sd-turbo", (lora,))
     assert found is not None and (found.steps, found.guidance_scale) == (steps, guidance_scale)
     assert few_steps("org/model", ("org/style/watercolour.safetensors",)) is None
+
+
+def test_of_a_lora_on_disk_its_folder_does_not_count(tmp_path: Path) -> None:
+    for folder, name, steps in (
+        ("lcm-lora", "style", None), ("hyper-8steps", "pokemon", None), ("style", "Hyper-SDXL-8steps-lora", 8),
+    ):  # fmt: skip
+        file = tmp_path / folder / f"{name}.safetensors"
+        file.parent.mkdir()
+        file.touch()
+        found = few_steps("org/model", (str(file),))
+        assert (found and found.steps) == steps, file
 
 
 def test_a_folders_revision_is_of_what_its_index_names(tiny_t2i: Path, tmp_path: Path) -> None:
