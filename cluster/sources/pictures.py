@@ -18,7 +18,6 @@ from pcm import embedded
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
 from pcm.errors import InputError, first_line
 from pcm.images import PICTURE_ENDINGS, open_image
-from pcm.text.json_documents import picture_number
 from pcm.text.references import CocoPicture, References, load_coco_pictures, load_references
 
 log = logging.getLogger(__name__)
@@ -54,9 +53,7 @@ class PictureFiles:
         """Image id -> position of its picture. Raises InputError when two pictures have one image id."""
         matched: dict[str, int] = {}
         for position, name in enumerate(self.names):
-            # References of COCO's form know a picture by the number that its name ends in, also "img42.jpg".
-            candidates = (*candidate_ids(name), picture_number(name))
-            key = next((each for each in candidates if each is not None and each in image_ids), None)
+            key = next((candidate for candidate in candidate_ids(name) if candidate in image_ids), None)
             if key in matched:
                 found = f"{self.names[matched[key]]}, {name}"
                 raise InputError(f"{self.place}: two pictures for image id {key!r} ({found}); keep one")

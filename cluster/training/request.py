@@ -145,6 +145,8 @@ class SettingsOptions(ValidationOptions):
             names -= set(options) - set(cls.OF_CONFIG)
         found = {name: value for name, value in values.items() if name in names}
         rest = {name: value for name, value in values.items() if name not in names}
+        if {"overrides", "set"} <= set(rest):
+            raise InputError("--config: 'overrides' and 'set' are one option; give it once")
         given = rest.pop("overrides", rest.pop("set", None)) or {}
         return {**rest, "overrides": {**file_overrides(found, source="--config"), **given}}
 

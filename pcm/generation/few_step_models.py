@@ -41,12 +41,16 @@ FEW_STEP_LORAS: _Table = (
 )
 
 
+#: The stem of the file as which diffusers saves any LoRA.
+_ANY_LORA = "pytorch_lora_weights"
+
+
 def few_steps(model: str, loras: tuple[str, ...] = (), config: str | None = None) -> FewSteps | None:
     """What the table has for a model with these LoRAs, by their names; None: the pipeline's own defaults.
 
     Of a LoRA the last two parts count: ORG/REPO, or REPO/FILE of ORG/REPO/FILE, where either may say what it is; of a
-    file on disk its own name alone. config: the name of a single file's configuration, which counts after the file's
-    own.
+    file on disk its own name, or its folder's where it has the name that diffusers gives to all. config: the name of a
+    single file's configuration, which counts after the file's own.
     """
     parts = [(part, FEW_STEP_LORAS) for name in loras for part in _lora_parts(name)]
     parts += [(_parts(name)[-1], FEW_STEP_MODELS) for name in (model, config) if name]
@@ -59,7 +63,8 @@ def few_steps(model: str, loras: tuple[str, ...] = (), config: str | None = None
 
 def _lora_parts(name: str) -> list[str]:
     file, *folders = reversed(_parts(name))
-    return [file] if Path(name).exists() else [file, *folders[:1]]
+    says_itself = Path(name).exists() and Path(name).stem != _ANY_LORA
+    return [file] if says_itself else [file, *folders[:1]]
 
 
 def _parts(name: str) -> list[str]:

@@ -15,6 +15,7 @@ import yaml
 
 from cluster.options import Request, flag, option, options_of
 from cluster.training.config import TRAINING_PRESETS, TrainConfig
+from cluster.training.request import TrainRequest
 from jobs.__main__ import job_names, load_job, main
 from jobs.command_line import Job
 from pcm.errors import InputError
@@ -256,6 +257,12 @@ def test_a_config_that_cannot_be_read_is_one_line(
 ) -> None:
     (tmp_path / "config.yaml").write_text(text)
     assert said in refused(capsys, example(), "--config", tmp_path / "config.yaml")
+
+
+def test_overrides_under_both_names_in_a_config_are_refused(tmp_path: Path) -> None:
+    values = {"data": "a", "out": "b", "set": {"batch_size": 16}, "overrides": {"word_dropout": 0.1}}
+    with pytest.raises(InputError, match="'overrides' and 'set' are one option; give it once"):
+        TrainRequest.file_fields(values)
 
 
 def test_a_config_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

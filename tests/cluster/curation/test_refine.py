@@ -164,7 +164,9 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_is_refused_in_one_line_before_ray_starts(
     dataset: Path, tmp_path: Path, call_job: CALL, no_ray: None, of_clip: tuple, arguments: tuple[str, ...], said: str
 ) -> None:
-    ended = call_job("refine", "--data", dataset, "--out", tmp_path / "out", *of_clip, *arguments)
+    settings = {name: value for each in (of_clip, arguments) for name, value in zip(each[::2], each[1::2], strict=True)}
+    given = [part for setting in settings.items() for part in setting]
+    ended = call_job("refine", "--data", dataset, "--out", tmp_path / "out", *given)
     assert ended.returncode == 2 and ended.stderr.splitlines()[-1].startswith(f"error: {said}")
     assert not (tmp_path / "out").exists()
 

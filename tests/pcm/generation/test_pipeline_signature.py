@@ -292,9 +292,10 @@ def test_few_step_loras_are_known_by_name(lora: str, steps: int, guidance_scale:
     assert few_steps("org/model", ("org/style/watercolour.safetensors",)) is None
 
 
-def test_of_a_lora_on_disk_its_folder_does_not_count(tmp_path: Path) -> None:
+def test_of_a_lora_on_disk_its_folder_counts_only_where_the_file_has_the_name_of_all(tmp_path: Path) -> None:
     for folder, name, steps in (
         ("lcm-lora", "style", None), ("hyper-8steps", "pokemon", None), ("style", "Hyper-SDXL-8steps-lora", 8),
+        ("lcm-lora-sdxl", "pytorch_lora_weights", 4),
     ):  # fmt: skip
         file = tmp_path / folder / f"{name}.safetensors"
         file.parent.mkdir()
