@@ -65,7 +65,8 @@ def token_grid(visual: nn.Module) -> TokenGrid | None:
     trunk: Any = _timm_vit(visual)
     if trunk is None:
         return None
-    rows, columns = trunk.patch_embed.grid_size
+    # Not `grid_size`: ViTamin-XL-384 is given pictures of 256 pixels, and takes any size.
+    rows, columns = trunk.patch_embed.dynamic_feat_size(visual.image_size)
     return TokenGrid(rows, columns, trunk.embed_dim, has_head)
 
 
