@@ -75,9 +75,11 @@ def test_runs_of_which_only_means_were_kept_have_an_interval_over_seeds_alone() 
     base, other = Setting("coarse"), Setting("coarse", network="base + CXE")
     whole = some_scores({}).with_means(a_result([1.0, 2.0], [1, 1]))
     assert whole["CIDEr"] == 150.0
-    alone = {"CIDEr": 160.0, "noun recall": 1.0, "of recognised nouns": 1.0}
+    alone = {"CIDEr": 160.0, "noun recall": 1.0, "of recognised nouns": 1.0, "recognised_by": "first"}
     mixed = some_scores({base: {1: whole}, other: {1: alone}})
     assert mixed.difference(other, base, "CIDEr").tolist() == [[10.0]]
+    assert mixed.difference(other, base, "of recognised nouns") is None, "another classifier found these nouns"
+    assert report._change(mixed, other, base)[-1] == "-"
 
 
 def test_a_clear_difference_is_bold() -> None:

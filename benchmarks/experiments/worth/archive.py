@@ -8,9 +8,10 @@ painter.
 """
 
 import base64
+import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,14 @@ _KEPT = ("setting", "seed", "steps", "loss", "cpu_seconds", "train")
 
 def record(result: Mapping[str, Any], metrics: Iterable[str]) -> dict[str, Any]:
     """A result with its means as the file has it."""
-    found = {name: result[name] for name in (*_KEPT, *metrics)} | {"version": VERSION}
+    found = {name: result[name] for name in (*_KEPT, *metrics, "recognised_by")} | {"version": VERSION}
     found["datasets"] = [each["sha256"] for each in result["datasets"]]
     return found | ({"pictures": _packed(result)} if "cider" in result else {})
+
+
+def digest_of(recognised: Sequence[Sequence[str]]) -> str:
+    """Of the nouns of the test pictures that a classifier recognises: tells one classifier from another."""
+    return hashlib.sha256(json.dumps(recognised).encode()).hexdigest()[:16]
 
 
 def known_figures(out: Path, name: str) -> dict[str, Any] | None:

@@ -1,8 +1,8 @@
 """Learning rate and steps, fixed on validation pictures before any test picture is looked at.
 
 Rule: the learning rate with the highest mean CIDEr at the last look; then the fewest steps at which its mean is within
-NEAR of its highest. Kept, with the curves, in OUT/worth/calibration.json, which is written after every
-training; once it is reported it is in worth.json, and not done again elsewhere.
+NEAR of its highest. Kept, with the curves, in OUT/worth/calibration.json, which is written after every training. Once
+it is reported it is in worth.json, and is not done again elsewhere.
 """
 
 import json

@@ -17,6 +17,7 @@ from benchmarks.experiments.worth import calibration
 from benchmarks.experiments.worth.archive import (
     ARCHIVE,
     all_figures,
+    digest_of,
     known_figures,
     read_archive,
     record,
@@ -64,7 +65,8 @@ WANTED_DIFFERENCE = 2.0
 #: Marks an interval that counts no noise of the pictures.
 SEEDS_ALONE = " °"
 
-METRICS = ("CIDEr", "noun recall", "of recognised nouns")
+RECOGNISED = "of recognised nouns"
+METRICS = ("CIDEr", "noun recall", RECOGNISED)
 
 
 class Scores:
@@ -99,20 +101,26 @@ class Scores:
         ]
         if not pairs:
             return None
+        runs = [run for pair in pairs for run in pair]
+        if metric == RECOGNISED and len({self.with_means(run)["recognised_by"] for run in runs}) > 1:
+            return None  # each classifier recognises other nouns
         rows = self._rows([run for runs in zip(*pairs, strict=True) for run in runs], metric)
         return rows[: len(pairs)] - rows[len(pairs) :]
 
     def _rows(self, results: Sequence[dict[str, Any]], metric: str) -> np.ndarray:
-        """(S, n), or (S, 1), the means, where one of them has no scores by picture."""
-        if not all("cider" in result for result in results):
+        """(S, n), or (S, 1), the means, where one of them has no scores by picture, or none of this test's nouns."""
+        own = metric != RECOGNISED or all("recognised_by" not in result for result in results)
+        if not own or not all("cider" in result for result in results):
             return np.array([[result[metric]] for result in map(self.with_means, results)])
         return 100 * np.stack([per_picture(result, self.test, metric) for result in results])
 
     def with_means(self, result: dict[str, Any]) -> dict[str, Any]:
-        """And the mean of each metric, in hundredths; of a run of the archive those that it has."""
+        """And the mean of each metric, in hundredths, and by what classifier the nouns were recognised; of a run of the
+        archive what it has."""
         if METRICS[0] in result:
             return result
-        return result | {name: round(100 * float(per_picture(result, self.test, name).mean()), 3) for name in METRICS}
+        means = {name: round(100 * float(per_picture(result, self.test, name).mean()), 3) for name in METRICS}
+        return result | means | {"recognised_by": digest_of(self.test.recognised)}
 
 
 def per_picture(result: Mapping[str, Any], test: Pictures, metric: str) -> np.ndarray:
@@ -190,7 +198,7 @@ def _method(out: Path, scores: Scores) -> list[str]:
         f"drew). Learning rate and steps were chosen on {VALIDATION_PICTURES} validation pictures of other scenes. "
         "CIDEr is times 100. Noun recall: which share of the kinds of things in the scene the caption names; the "
         "second column counts only those that the independent classifier finds in the test picture "
-        f"({100 * recognised:.0f} %).",
+        f"({100 * recognised:.0f} %), and is compared only where one and the same classifier found them.",
         "",
         "Differences are paired: the same seeds (initial weights, order of rows, dropout) and the same pictures. The "
         "interval is 95 %: t(0.975, S - 1) standard errors, which a bootstrap over seeds and pictures gives: S - 1 of "
@@ -349,7 +357,7 @@ def _change(scores: Scores, setting: Setting, base: Setting) -> list[str]:
     found = [scores.difference(setting, base, metric) for metric in METRICS]
     if found[0] is None:
         return ["0", "not run", "", ""]
-    return [f"{len(found[0])}", *(interval(estimate(each)) for each in found if each is not None)]
+    return [f"{len(found[0])}", *("-" if each is None else interval(estimate(each)) for each in found)]
 
 
 def interval(found: Estimate) -> str:
