@@ -18,12 +18,14 @@ from ray.train.v2._internal.execution.failure_handling import DefaultFailurePoli
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
+from ray.train.v2._internal.util import logger as LOOP_ERRORS  # a worker says there what its training loop raises
 from ray.train.v2.api.exceptions import (
     TrainingFailedError,  # ray.train's at run time, which a type checker does not know
 )
 
 __all__ = [
     "CHECKPOINT_RECORD",
+    "LOOP_ERRORS",
     "DefaultFailurePolicy",
     "ElasticScalingPolicy",
     "FailureDecision",

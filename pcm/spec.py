@@ -210,7 +210,7 @@ class DatasetSpec:
         """Fields in which `other` differs, as "generator.guidance_scale: 7.5 -> 2.0".
 
         A younger field that this spec, the recorded one, does not have is not compared; neither is the revision of a
-        CLIP of which only the tag was recorded.
+        CLIP of which only the tag was recorded, nor the digest of weights that a commit tells as well.
         """
         mine, theirs = _flatten(self.to_dict()), _flatten(other.to_dict())
         for name in LATER_FIELDS:  # left out means the default
@@ -222,6 +222,8 @@ class DatasetSpec:
                 mine[f"generator.{name}"], theirs[f"generator.{name}"] = getattr(one, name), getattr(two, name)
         if self.clip.revision.startswith(TAG_REVISION) and self.clip.model == other.clip.model:
             del mine["clip.revision"]
+        if self.clip.revision == other.clip.revision and other.clip.weights is None:  # not known without the hub
+            mine.pop("clip.weights", None)
         return [f"{key}: {mine.get(key)!r} -> {theirs.get(key)!r}" for key in mine if mine.get(key) != theirs.get(key)]
 
 

@@ -22,7 +22,7 @@ from cluster.curation.sync.settings import UNIT, WORK
 from cluster.dataset.layout import LINEAGE_KEY, Manifest, Plan
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset
-from cluster.dataset.view import ViewRows, claim, lineage_source, open_source, write_view
+from cluster.dataset.view import ViewRows, begun_settings, claim, lineage_source, open_source, write_view
 from cluster.generation.made_by import made_by
 from cluster.store.store import Store, open_store
 from cluster.weights.node_copy import local_name
@@ -97,7 +97,7 @@ def _by_sync(source: OpenDataset, out: Store, request: RefineRequest) -> dict[st
     clip = _clip(source, request.clip, request.data, "clip")
     retrieval = _retrieval(source, request)
     _check_keep(request.keep, (retrieval.data if retrieval is not None else source).manifest.stored)
-    sentences = resolve_sentences(request.sentences)
+    sentences = resolve_sentences(request.sentences, begun_settings(out).get("sentences"))
     lineage = lineage_of(source, sentences, request, retrieval)
     read = [*source.places, *(retrieval.data.places if retrieval is not None else ())]
     manifest = claim(out, lineage, materialise=request.materialise, check=lambda: _join(out, read))

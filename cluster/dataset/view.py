@@ -113,6 +113,15 @@ def open_source(uri: str, out: str | None, *, unfinished: bool = False) -> OpenD
     return found
 
 
+def begun_settings(out: Store) -> dict[str, Any]:
+    """The settings of the derived dataset that was begun at `out`; empty where there is none, or its record is damaged,
+    which is named when it is compared."""
+    try:
+        return dict(json.loads(out.read_bytes(LINEAGE_KEY))["settings"])
+    except (FileNotFoundError, ValueError, TypeError, LookupError):
+        return {}
+
+
 def _begun_with(out: Store, source: Store) -> list[int] | None:
     """The numbers of the shards; None where nothing was begun of this unfinished dataset, or all is done."""
     if out.exists(MANIFEST_KEY):

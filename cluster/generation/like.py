@@ -20,7 +20,7 @@ from cluster.options import flag, given, options_of
 from cluster.sources.corpus import source_digest
 from cluster.store.store import read_uri
 from pcm import embedded
-from pcm.clip.names import HUB_PREFIX, is_commit
+from pcm.clip.names import is_commit
 from pcm.documents import read_document
 from pcm.errors import InputError
 from pcm.generation.names import TEXT_ONLY, UNDRAWN, at_revision, model_source
@@ -194,7 +194,7 @@ def settings_of(spec: DatasetSpec) -> dict[str, Any]:
         "images_per_caption": spec.images_per_caption,
         "seed": spec.seed,
         "clip": clip.model,
-        "clip_revision": clip.revision if clip.model.startswith(HUB_PREFIX) and is_commit(clip.revision) else None,
+        "clip_revision": clip.revision if is_commit(clip.revision) else None,
         "clip_batch_size": clip.batch_size,
     }
     alike = (

@@ -51,6 +51,7 @@ def dataset_spec(
         clip=clip_spec(
             clip,
             revision=asked.clip_revision,
+            begun=None if begun is None else begun.clip,
             dtype=dtype,
             device=device,
             batch_size=asked.clip_batch_size,
@@ -71,12 +72,15 @@ def on_device(spec: DatasetSpec, *, device: str, dtype: str) -> DatasetSpec:
     )
 
 
-def pin_clip(model: str, revision: str | None) -> tuple[str, str | None]:
+def pin_clip(model: str, revision: str | None, begun: ClipSpec | None = None) -> tuple[str, str | None]:
     """(revision, sha256 of the weights or None) of a CLIP NAME.
 
     A folder, checkpoint file or staged folder: sha256 of what is there. A hub repo, also a tag's: the commit, and the
-    digest that the hub has of the weights. A tag whose repo can neither be reached nor is in the local cache:
-    "open_clip:TAG", which is said, because it pins nothing.
+    digest that the hub has of the weights. Of a repo that a dataset was `begun` with these are what it recorded, unless
+    another revision is asked for: by now the newest commit may be another. A tag whose repo can neither be reached nor
+    is in the local cache: "open_clip:TAG", which is said, because it pins nothing.
+
+    Raises InputError when there is no such model, or its revision cannot be looked up.
     """
     if model == "null":
         return "", None
@@ -87,6 +91,8 @@ def pin_clip(model: str, revision: str | None) -> tuple[str, str | None]:
         if revision is not None:
             raise InputError(f"--clip-revision {revision}: {model!r} is not on the hub; leave it out")
         return folder_revision(Path(local)), None
+    if begun is not None and begun.model == model and is_commit(begun.revision) and revision in (None, begun.revision):
+        return begun.revision, begun.weights
     from pcm.clip.weights import hub_place
 
     if pretrained is None:
@@ -104,18 +110,27 @@ def pin_clip(model: str, revision: str | None) -> tuple[str, str | None]:
         if revision is not None:
             raise
         log.warning("CLIP %s: not pinned (%s); every process loads what the hub has then", model, error)
+    if revision is not None:
+        raise InputError(f"--clip-revision {revision}: the weights of {model} are in no repo of the hub; leave it out")
     return f"{TAG_REVISION}{pretrained}", None
 
 
 def clip_spec(
-    model: str, *, device: str, dtype: str, revision: str | None = None, compile: str | None = None, **sizes: int
+    model: str,
+    *,
+    device: str,
+    dtype: str,
+    revision: str | None = None,
+    begun: ClipSpec | None = None,
+    compile: str | None = None,
+    **sizes: int,
 ) -> ClipSpec:
-    """The spec of a CLIP NAME with everything about its weights pinned; `sizes`: batch_size, cpu_threads.
+    """The spec of a CLIP NAME with everything about its weights pinned; `begun`: as in `pin_clip`; `sizes`: batch_size,
+    cpu_threads.
 
-    Says what it gives and how large a row is. Raises InputError when there is no such model, or its revision cannot be
-    looked up.
+    Says what it gives and how large a row is. Raises InputError as pin_clip does.
     """
-    pinned, weights = pin_clip(model, revision)
+    pinned, weights = pin_clip(model, revision, begun)
     activation = None if model == "null" else activation_of(*resolve_clip_name(local_name(model)))
     if model not in ("null", "embedded"):
         log.info("CLIP %s: %s", model, describe_tower(model, pinned))
@@ -169,20 +184,22 @@ def clip_of_given_features(model: str) -> ClipSpec:
 def _pin_weights(repo: str, filename: str | None, revision: str | None) -> tuple[str, str | None]:
     """The commit of a repo with open_clip weights, and the sha256 that the hub has of the file that is loaded.
 
-    Of a repo in the local cache neither needs the hub.
+    Of a repo in the local cache neither needs the hub. The digest of a commit that is asked for, and is neither there
+    nor on a hub in reach, is None.
     """
     from pcm.clip.weights import loaded_names
 
     names = loaded_names(filename)
-    if revision and is_commit(revision):
-        return revision, _cached(repo, names, revision)[1]
+    asked = revision if revision and is_commit(revision) else None
+    if asked and (digest := _cached(repo, names, asked)[1]):
+        return asked, digest
     try:
         found = look_up(repo, revision, option="--clip-revision COMMIT")
     except InputError:
         commit, digest = _cached(repo, names, revision or "main")
-        if commit is None:
-            raise
-        return commit, digest
+        if commit or asked:
+            return commit or str(asked), digest
+        raise
     digests = {file.rfilename: file.lfs.sha256 for file in found.siblings or () if file.lfs}
     weights = next((digests[name] for name in names if name in digests), None)
     return found.sha or "", f"sha256:{weights}" if weights else None

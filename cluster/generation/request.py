@@ -168,7 +168,7 @@ class ClipOptions(Request):
         help="open_clip NAME, URI of staged weights, 'embedded' or 'null'",
         unset="embedded, or null with --t2i null",
     )
-    clip_revision: str | None = option(None, metavar="COMMIT", help="for hf-hub: names", unset="the newest commit")
+    clip_revision: str | None = option(None, metavar="COMMIT", help="of its repo on the hub", unset="the newest")
     clip_batch_size: int = option(ClipSpec.batch_size, help="pictures that CLIP encodes at once")
     concepts: str | None = option(
         None, metavar="P",
@@ -294,8 +294,8 @@ class GenerationOptions(
         check_at_least(self, 0, "clip_gpus")
         if self.image_format == "png" and self.image_quality != GeneratorSpec.image_quality:
             raise InputError(f"--image-quality {self.image_quality}: without effect on PNG; leave it out")
-        if self.clip_revision is not None and not (self.clip or "").startswith("hf-hub:"):
-            raise InputError(f"--clip-revision {self.clip_revision}: is for hf-hub: names; leave it out")
+        if self.clip_revision is not None and self.clip in (None, "embedded", "null"):
+            raise InputError(f"--clip-revision {self.clip_revision}: is for a CLIP of the hub; leave it out")
         if self.offload != "none" and self.device == "cpu":
             raise InputError(f"--offload {self.offload}: is for GPUs, and this draws on the CPU; leave it out")
         refuse_without(self, "price_per_hour", "spot")

@@ -38,7 +38,7 @@ from cluster.dataset.layout import (
 )
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset
-from cluster.dataset.view import claim, lineage_source, open_source, view_fingerprint
+from cluster.dataset.view import begun_settings, claim, lineage_source, open_source, view_fingerprint
 from cluster.dataset.vocabularies import (
     CONCEPTS,
     MIN_WORD_COUNT,
@@ -102,7 +102,7 @@ def featurise_dataset(request: FeaturiseRequest) -> dict[str, Any]:
     if request.concepts is not None:
         concepts = fitting_concepts(request.concepts, embed_dim=joint_dimensions(request.clip))
     out = open_store(request.out)
-    lineage = lineage_of(source, request, concepts)
+    lineage = lineage_of(source, request, concepts, begun=begun_clip(out))
     manifest = claim(out, lineage, check=lambda: _join(source, out))
     skipped = 0
     if manifest is not None:
@@ -128,10 +128,24 @@ def featurise_dataset(request: FeaturiseRequest) -> dict[str, Any]:
     }
 
 
-def lineage_of(source: OpenDataset, request: FeaturiseRequest, concepts: ConceptVocabulary | None) -> Lineage:
+def begun_clip(out: Store) -> ClipSpec | None:
+    """The CLIP of the repo with which the dataset at `out` was begun; None where there is none."""
+    named = begun_settings(out).get("clip")
+    if not isinstance(named, dict) or not {"model", "revision"} <= named.keys():
+        return None
+    return ClipSpec(model=named["model"], revision=named["revision"], weights=named.get("weights"))
+
+
+def lineage_of(
+    source: OpenDataset,
+    request: FeaturiseRequest,
+    concepts: ConceptVocabulary | None,
+    *,
+    begun: ClipSpec | None = None,
+) -> Lineage:
     """What decides the dataset, before any of it is made. Device and precision as they were asked for: what they are on
-    this cluster stands in featurising/spec.json, and in the manifest's spec."""
-    clip = clip_spec(request.clip, device="cpu", dtype="float32")
+    this cluster stands in featurising/spec.json, and in the manifest's spec. `begun`: as in pin_clip."""
+    clip = clip_spec(request.clip, device="cpu", dtype="float32", begun=begun)
     named = {name: value for name, value in clip.identity().items() if name != "dtype"}
     if str(clip.revision).startswith("sha256:") and request.clip != "embedded":
         del named["model"]  # where a folder lies does not matter
@@ -154,7 +168,8 @@ def _make(
 ) -> tuple[Manifest, int]:
     """The manifest, and how many rows were there already."""
     device = device_of_cluster(request.device)
-    spec = clip_spec(request.clip, device=device, dtype=resolve_dtype(request.dtype, device=device))
+    dtype = resolve_dtype(request.dtype, device=device)
+    spec = clip_spec(request.clip, device=device, dtype=dtype, begun=begun_clip(out))
     keep_spec(out, spec)
     missing = missing_shards(source, out)
     skipped = source.manifest.stored - sum(source.shards[number].rows for number in missing)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from cluster.dataset.committed import committed
-from cluster.dataset.layout import Manifest, Plan, read_table
+from cluster.dataset.layout import Manifest, Plan, load_plan, read_table
 from cluster.dataset.plan import make_plan
 from cluster.dataset.vocabularies import store_given_concepts, store_vocabularies
 from cluster.generation.made_by import tell_encoder
@@ -42,7 +42,7 @@ from pcm.generation.names import PHOTOS
 from pcm.images import open_image
 from pcm.model_faults import room_for_model
 from pcm.reasons import BAD_IMAGE, MISSING_IMAGE, USABLE
-from pcm.spec import DatasetSpec
+from pcm.spec import ClipSpec, DatasetSpec
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,8 @@ def featurise_photos(request: FeaturiseRequest) -> PhotoResult:
     assert request.images is not None and request.captions is not None
     started = time.monotonic()
     store = open_store(request.out)
-    spec = _spec(request)
+    planned = load_plan(store)
+    spec = _spec(request, begun=planned.spec.clip if planned else None)
     concepts = None
     if request.concepts is not None:
         concepts = fitting_concepts(request.concepts, embed_dim=joint_dimensions(request.clip, spec.clip.revision))
@@ -125,11 +126,11 @@ def featurise_photos(request: FeaturiseRequest) -> PhotoResult:
     )
 
 
-def _spec(request: FeaturiseRequest) -> DatasetSpec:
+def _spec(request: FeaturiseRequest, *, begun: ClipSpec | None) -> DatasetSpec:
     device = resolve_device(request.device, cluster_gpus=torch.cuda.device_count())
+    dtype = resolve_dtype(request.dtype, device=device)
     return DatasetSpec(
-        generator=undrawn(PHOTOS, revision=""),
-        clip=clip_spec(request.clip, dtype=resolve_dtype(request.dtype, device=device), device=device),
+        generator=undrawn(PHOTOS, revision=""), clip=clip_spec(request.clip, dtype=dtype, device=device, begun=begun)
     )
 
 

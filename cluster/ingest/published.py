@@ -26,6 +26,7 @@ from cluster.dataset.layout import (
     VOCABULARY_KEY,
     Manifest,
     Plan,
+    load_plan,
     read_table,
 )
 from cluster.dataset.plan import make_plan
@@ -135,7 +136,8 @@ def import_dataset(request: ImportRequest) -> ImportResult:
     assert request.annotations is not None and request.images is not None
     store = open_store(request.out)
     raw = read_uri(request.annotations)
-    spec = _spec(request, hashlib.sha256(raw).hexdigest())
+    planned = load_plan(store)
+    spec = _spec(request, hashlib.sha256(raw).hexdigest(), begun=planned.spec.clip if planned else None)
     vocabulary = read_vocabulary(request.vocabulary)
     annotations = safe_pickle.load(raw, name=request.annotations)
     del raw
@@ -200,20 +202,21 @@ def _caption_file(request: ImportRequest) -> CaptionFile:
     return CaptionFile.read(request.captions, format=request.captions_format, split=request.captions_split)
 
 
-def _spec(request: ImportRequest, digest: str) -> DatasetSpec:
+def _spec(request: ImportRequest, digest: str, *, begun: ClipSpec | None) -> DatasetSpec:
     """What is true of imported pictures: nobody here knows how they were drawn, so they cannot be drawn again."""
     given = request.features is not None
     if request.clip_score_scale != CLIP_SCORE_SCALE:  # read otherwise, the same file is other data
         digest += f" clipscore / {request.clip_score_scale:g}"
     return DatasetSpec(
         generator=undrawn(IMPORTED, f"sha256:{digest}"),
-        clip=clip_of_given_features(request.clip) if given else _clip_to_load(request),
+        clip=clip_of_given_features(request.clip) if given else _clip_to_load(request, begun),
     )
 
 
-def _clip_to_load(request: ImportRequest) -> ClipSpec:
+def _clip_to_load(request: ImportRequest, begun: ClipSpec | None) -> ClipSpec:
     device = resolve_device(request.device, cluster_gpus=torch.cuda.device_count())
-    return clip_spec(request.clip, dtype=resolve_dtype(request.dtype, device=device), device=device)
+    dtype = resolve_dtype(request.dtype, device=device)
+    return clip_spec(request.clip, dtype=dtype, device=device, begun=begun)
 
 
 def _store_clip_files(store: Store, plan: Plan, request: ImportRequest, found: FeatureShape | None) -> FeatureShape:

@@ -10,6 +10,8 @@ import safetensors.torch
 import torch
 
 from cluster.gpu_share import keep_to_shared_gpu, worker_has_gpu
+from cluster.ray_internals import LOOP_ERRORS
+from cluster.session import is_no_user_error
 from cluster.store.store import Store, open_store
 from cluster.training.checkpoints import Checkpoints, TrainingState
 from cluster.training.config import TrainConfig
@@ -165,7 +167,7 @@ def resolved_precision(precision: str, device_type: str) -> str:
 
 
 def _log_to_stderr() -> None:
-    """Our own lines only: Ray forwards a worker's stderr to the driver's."""
+    """Our own lines only: Ray forwards a worker's stderr to the driver's, which says the user's errors in one line."""
     for package in ("cluster", "pcm"):
         logger = logging.getLogger(package)
         if not logger.handlers:
@@ -175,3 +177,4 @@ def _log_to_stderr() -> None:
         logger.setLevel(logging.INFO)
         logger.propagate = False
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train logs every report of every worker through the root
+    LOOP_ERRORS.addFilter(is_no_user_error)

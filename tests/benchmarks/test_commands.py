@@ -40,6 +40,8 @@ QUICK = [
         ["pairs_per_second", "own_picture", "peak_mb", "gflops", "hours", "cpu_hours"],
     ),
     ("refine --pairs 300 --block-size 128 --blocks 1", ["queries", "peak_mb", "cpu_seconds_by_stage.candidates"]),
+]
+SLOW = [
     (
         "write_path --rows 4 --shards 2 --rounds 1 --image-kb 10",
         ["disk.stage_mb_per_second", "disk.ratio", "s3.bare_mb_per_second", "s3.ratio"],
@@ -48,8 +50,6 @@ QUICK = [
         "diffusion --size tiny --steps 1 --batch-size 1 --repeats 1 --options channels_last",
         ["options.channels_last.ratio", "options.channels_last.images_per_second"],
     ),
-]
-SLOW = [
     ("training_step --repeats 1 --batch 2", ["float32.seconds", "float32.gflop", "float32.share_of_matmul_rate"]),
     (
         "training_step --repeats 1 --batch 2 --compare --threads 1",

@@ -26,13 +26,16 @@ from ray.train.v2._internal.execution import train_fn_utils
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2._internal.util import construct_user_exception_with_traceback
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from cluster import ray_internals
 from cluster.ray_autoscaler_internals import nodes_are_coming
 from cluster.ray_data_internals import RowsOf, row_by_row
-from cluster.ray_internals import LocalReports, PolicyTrainer, train_in_this_process
+from cluster.ray_internals import LOOP_ERRORS, LocalReports, PolicyTrainer, train_in_this_process
 from cluster.ray_state import actors_are_placed, free_resources, has_group
+from cluster.session import is_no_user_error
+from pcm.errors import InputError
 from tests.helpers.waiting import Holds, wait_until
 
 
@@ -92,6 +95,21 @@ def test_a_failure_policy_is_asked_about_the_errors_of_workers() -> None:
     assert isinstance(failed, ray_internals.TrainingFailedError)
     assert ray_internals.TrainingFailedError is ray.train.TrainingFailedError
     assert list(failed.worker_failures) == [0] and FailureDecision.RAISE != FailureDecision.RETRY
+
+
+def test_of_a_loops_errors_the_users_are_shown_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(LOOP_ERRORS, "filters", [is_no_user_error])
+    monkeypatch.setattr(LOOP_ERRORS, "propagate", True)
+    shown = []
+    for raised in (InputError("no rows"), RuntimeError("a defect")):
+        try:
+            raise raised
+        except Exception as error:
+            construct_user_exception_with_traceback(error)
+        shown.append("\n".join(record.getMessage() for record in caplog.records))
+    assert shown[0] == "" and shown[1].endswith("RuntimeError: a defect\n")
 
 
 def test_a_trainer_gives_its_controller_our_policy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,14 @@ from cluster.dataset.opened import open_dataset
 from cluster.dataset.view import claim
 from cluster.generation.pinning import clip_spec
 from cluster.generation.stages.featurise import FeaturiseShard
-from cluster.ingest.another_clip import finish, keep_spec, lineage_of, missing_shards, store_vocabularies_of
+from cluster.ingest.another_clip import (
+    begun_clip,
+    finish,
+    keep_spec,
+    lineage_of,
+    missing_shards,
+    store_vocabularies_of,
+)
 from cluster.ingest.featurise_again import WORK, ReadPictures, WriteFeaturised
 from cluster.ingest.request import FeaturiseRequest
 from cluster.store.store import Store, open_store
@@ -27,7 +34,7 @@ class FailsOnOne(FeaturiseShard):
 def featurise_in_process(
     data: Path,
     out: Path,
-    clip: Path,
+    clip: Path | str,
     *,
     shards: int | None = None,
     featurise: type[FeaturiseShard] = FeaturiseShard,
@@ -37,10 +44,10 @@ def featurise_in_process(
     `clean` the work is deleted in the end, as the job does."""
     request = FeaturiseRequest(data=str(data), out=str(out), clip=str(clip))
     source, store = open_dataset(open_store(data)), open_store(out)
-    lineage = lineage_of(source, request, None)
+    lineage = lineage_of(source, request, None, begun=begun_clip(store))
     if (found := claim(store, lineage)) is not None:
         return _cleaned(store, found) if clean else found
-    spec = clip_spec(str(clip), device="cpu", dtype="float32")
+    spec = clip_spec(str(clip), device="cpu", dtype="float32", begun=begun_clip(store))
     keep_spec(store, spec)
     read, score, write = ReadPictures(source), featurise(spec), WriteFeaturised(store)
     for number in missing_shards(source, store)[:shards]:

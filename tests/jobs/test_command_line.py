@@ -371,7 +371,7 @@ def test_a_name_that_generation_and_training_share_is_generations_in_a_stream(tm
         ("export --data A --out B --to webdataset --name x", "--name: is for a dataset --to official"),
         ("generate --out B --corpus embedded --image-format png --image-quality 90", "without effect on PNG"),
         ("generate --out B --corpus embedded --t2i-revision main", "is no repo"),
-        ("generate --out B --corpus embedded --clip-revision main", "is for hf-hub: names"),
+        ("generate --out B --corpus embedded --clip-revision main", "is for a CLIP of the hub"),
         ("stream --out B --corpus embedded --t2i null", "--clip null: gives no features"),
         ("featurise --images A --captions B --out C --clip null", "--clip null"),
         ("import_official --out B --vocabulary v --clip c", "give one of the two"),

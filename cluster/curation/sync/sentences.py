@@ -59,8 +59,9 @@ class SentenceEncoder(Protocol):
         """(B, E) float32."""
 
 
-def resolve_sentences(name: str | None) -> SentenceSpec:
-    """The encoder that a NAME stands for; None is the published one where its package is installed, else CLIP.
+def resolve_sentences(name: str | None, begun: object = None) -> SentenceSpec:
+    """The encoder that a NAME stands for; None is the published one where its package is installed, else CLIP. A repo
+    with which a view was begun (`begun`: what its lineage says of its sentences) stays at its commit.
 
     Raises InputError for a name whose package is missing, a folder that is no sentence-transformers model, and a repo
     that cannot be looked up and is not in the local cache.
@@ -83,7 +84,8 @@ def resolve_sentences(name: str | None) -> SentenceSpec:
         return SentenceSpec(model=name, revision=folder_revision(Path(name)), library=library)
     if name.startswith(("/", ".")):
         raise InputError(f"--sentences {name}: no such folder; give a folder, a repo id ORG/NAME, or {CLIP}")
-    return SentenceSpec(model=name, revision=_commit(name), library=library)
+    before = str(begun.get("revision")) if isinstance(begun, dict) and begun.get("model") == name else ""
+    return SentenceSpec(model=name, revision=before if is_commit(before) else _commit(name), library=library)
 
 
 def refuse_own_code(folder: Path) -> None:

@@ -263,6 +263,7 @@ def test_on_ray_the_dataset_is_the_same_and_a_rerun_finds_it(
     assert again.summary["fingerprint"] == ended.summary["fingerprint"]
 
 
+@pytest.mark.slow
 def test_a_wait_for_what_another_job_has_is_said(
     dataset: Path, other_clip: Path, tmp_path: Path, ray_session: None
 ) -> None:

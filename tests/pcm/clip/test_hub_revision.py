@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -14,9 +15,15 @@ import pcm.torchvision_shim  # noqa: F401  isort: skip
 import open_clip
 import transformers
 
-from cluster.generation.pinning import clip_spec, joint_dimensions, require_joint_patches
+from cluster.generation.like import with_spec
+from cluster.generation.pinning import clip_spec, dataset_spec, joint_dimensions, require_joint_patches
+from cluster.generation.request import GenerateRequest
+from cluster.ingest.photos import featurise_photos
+from cluster.ingest.request import FeaturiseRequest
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
+from tests.helpers.featurised import featurise_in_process
+from tests.helpers.tiny_dataset import write_dataset
 from tests.helpers.tiny_models import save_tiny_clip
 
 REPO = "hf-hub:somebody/tiny-clip"
@@ -76,6 +83,65 @@ def test_what_is_said_of_a_clip_beforehand_is_of_the_commit_that_is_pinned(
     require_joint_patches(REPO, COMMITS[0])
     with pytest.raises(InputError, match="PCM-Net needs patches"):
         require_joint_patches(REPO, COMMITS[1])
+
+
+def move_main(repo: Path, commit: str) -> None:
+    (repo / "hub/models--somebody--tiny-clip/refs/main").write_text(commit)
+
+
+def test_a_dataset_goes_on_with_the_commit_of_its_clip(repo: Path) -> None:
+    asked = GenerateRequest(corpus="embedded", out="out", t2i="null", clip=REPO)
+    move_main(repo, COMMITS[0])
+    begun = dataset_spec(asked, gpus=0)
+    move_main(repo, COMMITS[1])
+    assert begun.clip.revision == COMMITS[0] and dataset_spec(asked, gpus=0).clip.revision == COMMITS[1]
+    assert dataset_spec(asked, gpus=0, begun=begun) == begun
+    other = replace(asked, clip_revision=COMMITS[1])
+    assert dataset_spec(other, gpus=0, begun=begun).clip.revision == COMMITS[1], "which is then refused"
+
+
+def test_a_tag_stays_at_the_commit_with_which_a_dataset_was_begun(caplog: pytest.LogCaptureFixture) -> None:
+    """No hub is in reach and nothing in the cache: without the record nothing would be pinned."""
+    asked = GenerateRequest(corpus="embedded", out="out", t2i="null", clip="ViT-B-32/openai")
+    loose = dataset_spec(asked, gpus=0)
+    assert loose.clip.revision == "open_clip:openai" and "not pinned" in caplog.text
+    pinned = replace(loose.clip, revision=COMMITS[0], weights=f"sha256:{'0' * 64}")
+    begun = replace(loose, clip=pinned)
+    assert dataset_spec(asked, gpus=0, begun=begun) == begun
+    again = dataset_spec(with_spec(GenerateRequest(corpus="embedded", out="out"), begun), gpus=0)
+    assert again.clip.revision == COMMITS[0] and begun.differences(again) == []
+
+
+def test_a_tag_without_a_repo_has_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "RN50", {"own": {"url": "https://example.org/own.pt"}})
+    assert clip_spec("RN50/own", device="cpu", dtype="float32").revision == "open_clip:own"
+    with pytest.raises(InputError, match="the weights of RN50/own are in no repo of the hub; leave it out"):
+        clip_spec("RN50/own", device="cpu", dtype="float32", revision=COMMITS[0])
+
+
+def test_another_clips_dataset_goes_on_with_its_commit(repo: Path, tmp_path: Path, tiny_clip: Path) -> None:
+    data = write_dataset(tmp_path / "drawn", tiny_clip, rows=8, shard_size=4)
+    move_main(repo, COMMITS[0])
+    assert featurise_in_process(data, tmp_path / "again", REPO, shards=1) is None
+    move_main(repo, COMMITS[1])
+    manifest = featurise_in_process(data, tmp_path / "again", REPO)
+    assert manifest is not None and manifest.spec.clip.revision == COMMITS[0]
+    assert featurise_in_process(data, tmp_path / "again", REPO) == manifest
+
+
+def test_photos_go_on_with_their_commit(repo: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    IMAGE.save(tmp_path / "photos/one.png")
+    (tmp_path / "captions.csv").write_text("image,caption\none.png,a dog\n")
+    request = FeaturiseRequest(
+        images=str(tmp_path / "photos"), captions=str(tmp_path / "captions.csv"), out=str(tmp_path / "out"), clip=REPO
+    )
+    move_main(repo, COMMITS[0])
+    first = featurise_photos(request)
+    move_main(repo, COMMITS[1])
+    again = featurise_photos(request)
+    assert first.manifest.spec.clip.revision == COMMITS[0]
+    assert again.manifest.fingerprint == first.manifest.fingerprint and again.skipped == 1
 
 
 def test_the_tokenizer_of_a_tag_is_of_the_commit_of_its_weights(

@@ -44,6 +44,9 @@ def test_the_published_one_is_taken_where_it_can_be(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "pin_repo", lambda repo, revision: "a" * 40)
     spec = resolve_sentences(None)
     assert (spec.model, spec.revision) == (PUBLISHED, "a" * 40)
+    begun = SentenceSpec(model=PUBLISHED, revision="b" * 40).decides()
+    assert resolve_sentences(None, begun).revision == "b" * 40, "a view that was begun goes on with its commit"
+    assert resolve_sentences("some/other", begun).revision == "a" * 40
 
 
 def test_a_repo_that_cannot_be_looked_up_is_said_in_one_line() -> None:

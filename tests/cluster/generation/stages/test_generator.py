@@ -121,6 +121,7 @@ def test_a_model_that_no_generator_can_load_is_one_line(tmp_path: Path, tiny_t2i
     assert not (tmp_path / "data/dataset.json").exists()
 
 
+@pytest.mark.slow
 def test_a_caption_that_kills_takes_the_shard_that_is_being_stored_along_at_most_once(
     tmp_path: Path, tiny_t2i: Path, ray_session: None
 ) -> None:
