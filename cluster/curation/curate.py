@@ -18,6 +18,7 @@ from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset
 from cluster.dataset.rows import read_view_part
 from cluster.dataset.view import ViewRows, lineage_source, open_source, write_view
+from cluster.dataset.vocabulary_files import stored_concepts
 from cluster.generation.made_by import made_by
 from cluster.store.store import open_store, read_uri
 from pcm.errors import InputError
@@ -186,7 +187,7 @@ def _plain(value: Any) -> Any:
 def _concepts(sources: list[OpenDataset]) -> ConceptVocabulary | None:
     if not all(source.store.exists(CONCEPTS_KEY) for source in sources):
         return None
-    found = [ConceptVocabulary.from_bytes(source.store.read_bytes(CONCEPTS_KEY)) for source in sources]
+    found = [stored_concepts(source.store) for source in sources]
     if len(found) == 1:
         return found[0]
     from cluster.dataset.together import merged_concepts

@@ -423,7 +423,8 @@ _OF_DERIVED = ("kind", "pictures", "fingerprint", "lineage")
 
 def load_plan(store: Store) -> Plan | None:
     try:
-        return Plan.from_json(store.read_bytes(PLAN_KEY))
+        with _in(store):
+            return Plan.from_json(store.read_bytes(PLAN_KEY))
     except FileNotFoundError:
         return None
 
@@ -434,7 +435,8 @@ def find_manifest(store: Store) -> Manifest | None:
     A view's names the datasets of its pictures where they are now (cluster.dataset.beside).
     """
     try:
-        found = Manifest.from_json(store.read_bytes(MANIFEST_KEY), store.read_bytes)
+        with _in(store):
+            found = Manifest.from_json(store.read_bytes(MANIFEST_KEY), store.read_bytes)
     except FileNotFoundError:
         return None
     pictures = tuple(located(store, each, documents=(MANIFEST_KEY, PLAN_KEY)) for each in found.pictures)
@@ -573,6 +575,15 @@ _MENDED = {
         "run jobs.verify DATASET --repair, which writes it anew (of a derived dataset: rerun the command that made it)"
     ),
 }
+
+
+@contextlib.contextmanager
+def _in(store: Store) -> Iterator[None]:
+    """An InputError that begins with a document's key says whose it is."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"{store.root}/{error}") from None
 
 
 @contextlib.contextmanager

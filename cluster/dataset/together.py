@@ -14,6 +14,7 @@ import torch
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY, Manifest, StoredShard
 from cluster.dataset.rows import read_shard
 from cluster.dataset.vocabularies import MIN_WORD_COUNT, SMALL_CORPUS
+from cluster.dataset.vocabulary_files import stored_concepts
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.records import FeatureShape
@@ -94,7 +95,7 @@ def vocabularies_of(sets: Sequence[Dataset], captions: Iterable[str], *, rows: i
     head = first.read_bytes(CLIP_HEAD_KEY)
     if len(sets) == 1:
         return Vocabularies(first.read_bytes(VOCABULARY_KEY), first.read_bytes(CONCEPTS_KEY), head)
-    concepts = [ConceptVocabulary.from_bytes(each.store.read_bytes(CONCEPTS_KEY)) for each in sets]
+    concepts = [stored_concepts(each.store) for each in sets]
     vocabulary = Vocabulary.build(captions, min_count=MIN_WORD_COUNT if rows >= SMALL_CORPUS else 1)
     merged = merged_concepts(concepts)
     log.info("%d datasets: %d words, %d concepts in common", len(sets), len(vocabulary), len(merged))

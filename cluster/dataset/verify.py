@@ -2,8 +2,8 @@
 
 Shards are read once, a few at a time, so memory does not grow with their number; where they are many, by tasks on Ray,
 which send back what the fingerprint is made of. What is checked of each: `cluster.dataset.shard_check`. Beyond that:
-the plan parts are the captions that plan.json speaks of, the manifest is the sum of the shards, no group object says
-what is not so, and no shard is there that nobody planned.
+the plan parts are the captions that plan.json speaks of, the manifest is the sum of the shards, words, concepts and
+CLIP head are as they were stored, no group object says what is not so, and no shard is there that nobody planned.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from cluster.dataset.layout import (
 from cluster.dataset.request import VerifyRequest
 from cluster.dataset.shard_check import FINISH_UPGRADE, PROBLEMS_SHOWN, ShardChecks, ShardReport
 from cluster.dataset.verify_derived import verify_derived
+from cluster.dataset.vocabulary_files import vocabulary_problems
 from cluster.shard_work import ShardWork, shard_work
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
@@ -54,6 +55,7 @@ class Inspection:
     absent_shards: list[int] = field(default_factory=list)  # of the damaged ones
     damaged_plan_parts: list[int] = field(default_factory=list)
     wrong_groups: list[int] = field(default_factory=list)
+    vocabularies_damaged: bool = False
     captions_differ: bool = False  # plan parts against plan.json
     problems: list[str] = field(default_factory=list)
 
@@ -129,6 +131,9 @@ def inspect(store: Store, *, run_on: str = VerifyRequest.run_on) -> Inspection:
     if not result.damaged_plan_parts and corpus.hexdigest() != plan.corpus_fingerprint:
         result.captions_differ = True
         result.tell([f"{PLAN_KEY}: its corpus fingerprint is not that of the captions in the plan parts"])
+    if wrong := vocabulary_problems(store, plan):
+        result.vocabularies_damaged = True
+        result.tell(wrong)
     result.tell(_foreign_objects(store, plan))
     result.tell(_manifest_disagrees(result))
     for problem in result.problems:

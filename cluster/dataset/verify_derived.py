@@ -24,6 +24,7 @@ from cluster.dataset.shard_check import (
     picture_sha256,
 )
 from cluster.dataset.view_part import PictureShard
+from cluster.dataset.vocabulary_files import unreadable_vocabularies
 from cluster.shard_work import ShardWork
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError, first_line
@@ -68,7 +69,7 @@ def verify_derived(store: Store, manifest: Manifest, workers: ShardWork) -> dict
     seen: set[str] = set()
     entries: list[str] = []
     counts = {"stored": 0, "missing": 0, "duplicated": 0, "corrupt": 0}
-    problems = _foreign_objects(store, manifest)
+    problems = [*_foreign_objects(store, manifest), *unreadable_vocabularies(store)]
     timer = LineTimer()
     for done, report in enumerate(workers.in_order(check, shards), start=1):
         for name in ("stored", "missing", "corrupt"):

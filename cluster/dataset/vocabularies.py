@@ -26,6 +26,7 @@ from cluster.dataset.layout import (
     Plan,
     read_plan_part,
 )
+from cluster.dataset.vocabulary_files import vocabulary_keys
 from cluster.session import user_error, waiting_for
 from cluster.shard_work import AUTO, MANY_SAMPLES, PROCESS, shard_work
 from cluster.store.retries import load_with_retries
@@ -80,10 +81,10 @@ def store_vocabularies(
     """Make sure that vocabulary, concepts and CLIP head are on the store; the shape of the dataset's features.
 
     Done before generation, so that training can start while pictures are still being made. When the corpus has grown
-    they are built again; `vocabularies.json`, written last, says of which captions they are. With `encoder`, the
-    plan's CLIP, everything is done in this process; else a Ray task loads it, on a node with `node_label`. A run that
-    draws has no such task: its first generator does this on the device that it has. `words`: those that were counted
-    before.
+    they are built again; `vocabularies.json`, written last, says of which captions they are, and their sha256. With
+    `encoder`, the plan's CLIP, everything is done in this process; else a Ray task loads it, on a node with
+    `node_label`. A run that draws has no such task: its first generator does this on the device that it has. `words`:
+    those that were counted before.
     """
     min_count = _min_count(plan)
     if not vocabularies_stored(store, plan):
@@ -94,8 +95,10 @@ def store_vocabularies(
             _store_clip_files(store, plan, words, encoder)
         elif plan.spec.clip.model != "null":
             run_with_clip(_load_and_store_clip_files, store, plan, words, clip=plan.spec.clip, node_label=node_label)
-        document = json.dumps({"corpus_fingerprint": plan.corpus_fingerprint, "min_count": min_count})
-        store.write_bytes(VOCABULARIES_KEY, f"{document}\n".encode())
+        keys = vocabulary_keys(plan)
+        digests = {key: hashlib.sha256(store.read_bytes(key)).hexdigest() for key in keys}
+        said = {"corpus_fingerprint": plan.corpus_fingerprint, "min_count": min_count, "sha256": digests}
+        store.write_bytes(VOCABULARIES_KEY, document_bytes(said))
     return stored_features(store, plan)
 
 
@@ -191,7 +194,8 @@ def _min_count(plan: Plan) -> int:
 
 
 def store_given_concepts(store: Store, concepts: ConceptVocabulary) -> None:
-    """Put a user's concepts beside the shards, in place of those that `store_vocabularies` would build.
+    """Put a user's concepts beside the shards, in place of those that `store_vocabularies` would build; those that were
+    given before again where they are damaged.
 
     Raises InputError where the dataset has others, its own or given ones.
     """
@@ -203,6 +207,8 @@ def store_given_concepts(store: Store, concepts: ConceptVocabulary) -> None:
                 f"{store.root}: was begun with other --concepts; give the same file, leave the option out, or begin "
                 "another dataset"
             )
+        if not store.exists(CONCEPTS_KEY) or store.read_bytes(CONCEPTS_KEY) != data:
+            store.write_bytes(CONCEPTS_KEY, data)
         return
     if store.exists(CONCEPTS_KEY) and store.exists(VOCABULARIES_KEY) and store.read_bytes(CONCEPTS_KEY) != data:
         raise InputError(
@@ -285,8 +291,7 @@ def vocabularies_stored(store: Store, plan: Plan) -> bool:
         fingerprint = json.loads(store.read_bytes(VOCABULARIES_KEY))["corpus_fingerprint"]
     except (FileNotFoundError, ValueError, TypeError, LookupError):
         return False
-    keys = (VOCABULARY_KEY,) if plan.spec.clip.model == "null" else (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY)
-    return fingerprint == plan.corpus_fingerprint and all(map(store.exists, keys))
+    return fingerprint == plan.corpus_fingerprint and all(map(store.exists, vocabulary_keys(plan)))
 
 
 def planned_captions(store: Store, plan: Plan) -> Iterator[str]:

@@ -21,6 +21,7 @@ import numpy as np
 import safetensors.torch
 
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY
+from cluster.dataset.vocabulary_files import check_vocabularies, stored_concepts
 from cluster.export.published_ids import PublishedIds, published_ids
 from cluster.export.source import Source
 from cluster.store.store import Store
@@ -36,7 +37,6 @@ from pcm.official.files import (
     features_to_npz,
 )
 from pcm.records import feature_matrix
-from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
 
 #: The published code builds the name from its data set class: MSCoCoDataset or Flickr30kCapDataset.
@@ -87,11 +87,12 @@ class Official:
                     f"{self._source.store.root}: has no {key}, as the null CLIP leaves none; "
                     "export a dataset with features, or --to webdataset"
                 )
+        check_vocabularies(self._source.store)
         self._ids, self._photo_ids = published_ids(self._source, self._photos)
         text = self._source.store.read_bytes(VOCABULARY_KEY)
         self._vocabulary = Vocabulary.from_text(text.decode())
         self._out.write_bytes(VOCABULARY_KEY, text)
-        concepts = ConceptVocabulary.from_bytes(self._source.store.read_bytes(CONCEPTS_KEY))
+        concepts = stored_concepts(self._source.store)
         self._out.write_bytes(OFFICIAL_CONCEPTS_KEY, concepts_to_pickle(concepts))
         head = safetensors.torch.load(self._source.store.read_bytes(CLIP_HEAD_KEY))
         official = {f"visual_embed.{name}": head[name] for name in sorted(head)}

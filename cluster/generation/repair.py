@@ -11,6 +11,7 @@ from cluster.dataset.layout import (
     MANIFEST_KEY,
     PLAN_KEY,
     UNREADABLE,
+    VOCABULARIES_KEY,
     OtherSchema,
     Plan,
     find_manifest,
@@ -68,6 +69,8 @@ def repair(
         return found.to_dict() | {"repaired": 0}
     for group in found.wrong_groups:
         store.delete(group_key(group))
+    if found.vocabularies_damaged:
+        store.delete(VOCABULARIES_KEY)  # they are stored again
     log.info("shards to be made again: %d of %d", len(found.damaged_shards), found.plan.num_shards)
     draw(found)
     return inspect(store, run_on=run_on).to_dict() | {"repaired": len(found.damaged_shards)}

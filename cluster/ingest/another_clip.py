@@ -47,6 +47,7 @@ from cluster.dataset.vocabularies import (
     features_of_head,
     run_with_clip,
 )
+from cluster.dataset.vocabulary_files import stored_concepts
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.made_by import made_by, tell_encoder
 from cluster.generation.pinning import clip_spec, device_of_cluster, joint_dimensions, resolve_dtype
@@ -322,7 +323,7 @@ def store_vocabularies_of(source: Store, out: Store, spec: ClipSpec, concepts: C
 
 def _concepts(source: Store, out: Store, encoder: "ClipEncoder") -> ConceptVocabulary:
     if source.exists(CONCEPTS_KEY):
-        found = ConceptVocabulary.from_bytes(source.read_bytes(CONCEPTS_KEY))
+        found = stored_concepts(source)
         return ConceptVocabulary(found.names, embed(found.names, encoder.encode_texts), found.source)
     captions = _captions(out)
     least = MIN_WORD_COUNT if len(captions) >= SMALL_CORPUS else 1

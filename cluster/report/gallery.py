@@ -9,13 +9,13 @@ import numpy as np
 from PIL import Image
 
 from cluster.charts.markup import data_uri
-from cluster.dataset.layout import CONCEPTS_KEY
 from cluster.dataset.rows import read_shard
+from cluster.dataset.vocabulary_files import stored_concepts
 from cluster.report.dataset_facts import DatasetFacts, Row, in_parallel
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.images import open_image
-from pcm.text.concepts import ConceptVocabulary, lexicon_nouns
+from pcm.text.concepts import lexicon_nouns
 
 GROUP_SIZE = 12
 WALL_SIZE = 24
@@ -110,14 +110,9 @@ def thumbnail(image: Image.Image, *, side: int = THUMBNAIL_SIDE) -> str:
 def _concept_names(store: Store) -> frozenset[str] | None:
     """The concepts that training retrieves; None where the dataset has none yet, and every noun counts."""
     try:
-        return frozenset(ConceptVocabulary.from_bytes(store.read_bytes(CONCEPTS_KEY)).names)
+        return frozenset(stored_concepts(store).names)
     except FileNotFoundError:
         return None
-    except InputError as error:
-        raise InputError(
-            f"{store.root}/{CONCEPTS_KEY}: {error}; delete it and rerun the same jobs.generate command, which builds "
-            "it again"
-        ) from None
 
 
 def _by_concept(rows: Sequence[Row], names: frozenset[str] | None) -> dict[str, list[Row]]:

@@ -1,10 +1,7 @@
 """Several datasets as one training set: what --data says, and that each can be trained on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import safetensors
-import safetensors.torch
 
 from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
@@ -19,12 +16,11 @@ from cluster.dataset.layout import (
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.state import state_digest
 from cluster.dataset.together import check_same_clip
+from cluster.dataset.vocabulary_files import check_vocabularies
 from cluster.store.store import Store, open_store
 from cluster.training.request import DataSource
-from pcm.errors import InputError, one_line
+from pcm.errors import InputError
 from pcm.records import FeatureShape
-from pcm.text.concepts import ConceptVocabulary
-from pcm.text.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ def open_training_sets(sources: Sequence[DataSource], *, unfinished: bool = Fals
                     " (a dataset of the null generator has no features)" if manifest.spec.clip.model == "null" else ""
                 )
                 raise InputError(f"{store.root}: has no {key}; it cannot be trained on{null}")
-        _check_vocabularies(store)
+        check_vocabularies(store)
         sets.append(found)
     if len({training_set.store.prefix for training_set in sets}) < len(sets):
         raise InputError(f"--data {' '.join(source.uri for source in sources)}: a dataset twice; give it a weight")
@@ -86,23 +82,6 @@ def _opened(store: Store, source: DataSource, *, unfinished: bool) -> TrainingSe
     found = open_dataset(store, unfinished=unfinished)
     pinned = found.manifest.to_json() if found.is_unfinished else None
     return TrainingSet(store, found.manifest, source.weight, pinned=pinned, extent=found.extent)
-
-
-def _check_vocabularies(store: Store) -> None:
-    """Raises InputError where words, concepts or CLIP head cannot be read."""
-    readers: dict[str, Callable[[bytes], object]] = {
-        VOCABULARY_KEY: lambda data: Vocabulary.from_text(data.decode()),
-        CONCEPTS_KEY: ConceptVocabulary.from_bytes,
-        CLIP_HEAD_KEY: safetensors.torch.load,
-    }
-    for key, read in readers.items():
-        try:
-            read(store.read_bytes(key))
-        except (ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
-            raise InputError(
-                f"{store.root}/{key}: damaged ({one_line(error, longest=200)}); delete it and rerun the same "
-                "jobs.generate command, which builds it again"
-            ) from None
 
 
 def arriving_set(store: Store, plan: Plan, features: FeatureShape) -> TrainingSet:

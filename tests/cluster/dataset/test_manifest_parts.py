@@ -128,7 +128,9 @@ def test_a_part_that_is_damaged_or_missing_is_named_in_one_line_and_repaired(
     before = {path: path.read_bytes() for path in (in_parts / MANIFEST_KEY, *parts(in_parts))}
     victim = parts(in_parts)[1]
     DAMAGES[said](victim)
-    line = f"^dataset.json: damaged \\(manifest/{victim.name}: {said}\\); run jobs.verify DATASET --repair.*$"
+    line = (
+        f"^{in_parts}/dataset.json: damaged \\(manifest/{victim.name}: {said}\\); run jobs.verify DATASET --repair.*$"
+    )
     for read in (verify, find_manifest, open_dataset):
         with pytest.raises(InputError, match=line) as raised:
             read(open_store(in_parts))
@@ -163,7 +165,7 @@ def test_other_things_in_place_of_parts_are_refused(in_parts: Path) -> None:
     for each in wrong:
         changed = {**document, "shards": {**document["shards"], "parts": each}}
         (in_parts / MANIFEST_KEY).write_text(json.dumps(changed))
-        with pytest.raises(InputError, match=r"^dataset\.json: damaged"):
+        with pytest.raises(InputError, match=r"/dataset\.json: damaged"):
             load_manifest(open_store(in_parts))
 
 

@@ -247,3 +247,11 @@ def test_the_job_repairs_with_the_real_pipeline(data: Path, healthy: Path, call_
     assert json.loads((data / MANIFEST_KEY).read_text()) == json.loads((healthy / "data" / MANIFEST_KEY).read_text())
     again = call_job("verify", data, "--repair")
     assert again.returncode == 0 and again.summary is not None and again.summary["repaired"] == 0
+    words = (data / "vocabulary.txt").read_bytes()
+    for damage in (lambda: (data / "vocabulary.txt").write_bytes(words[:-20]), (data / "vocabulary.txt").unlink):
+        damage()
+        found = call_job("verify", data)
+        assert found.returncode == 1 and "vocabulary.txt: " in found.summary["problems"][0]
+        mended = call_job("verify", data, "--repair")
+        assert mended.returncode == 0 and mended.summary["repaired"] == 0
+        assert (data / "vocabulary.txt").read_bytes() == words

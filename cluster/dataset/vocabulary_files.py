@@ -1,0 +1,94 @@
+"""Vocabulary, concepts and CLIP head as they lie beside the shards: whether they are whole."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARIES_KEY, VOCABULARY_KEY, Plan
+from cluster.store.store import Store
+from pcm.errors import InputError, one_line
+
+if TYPE_CHECKING:
+    from pcm.text.concepts import ConceptVocabulary
+
+_ALL = (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY)
+
+
+def vocabulary_keys(plan: Plan) -> tuple[str, ...]:
+    """Those that a dataset has once its first shard is scored."""
+    return (VOCABULARY_KEY,) if plan.spec.clip.model == "null" else _ALL
+
+
+def vocabulary_problems(store: Store, plan: Plan) -> list[str]:
+    """What is wrong with them, a line each. Before they are stored of the captions that are planned now nothing is
+    missing; of an earlier release's, which have no sha256, it is seen only that they can be read.
+    """
+    try:
+        said = dict(json.loads(store.read_bytes(VOCABULARIES_KEY)))
+        is_current = said.get("corpus_fingerprint") == plan.corpus_fingerprint
+        digests = dict(said.get("sha256", {})) if is_current else {}
+    except (FileNotFoundError, ValueError, TypeError):
+        is_current, digests = False, {}
+    problems = []
+    for key in vocabulary_keys(plan):
+        try:
+            data = store.read_bytes(key)
+        except FileNotFoundError:
+            problems += [f"{key}: missing"] * is_current
+            continue
+        if (digest := digests.get(key)) is not None:
+            if digest != hashlib.sha256(data).hexdigest():
+                problems.append(f"{key}: its sha256 is not the one in {VOCABULARIES_KEY}")
+        elif why := _why_unreadable(key, data):
+            problems.append(f"{key}: damaged ({why})")
+    return problems
+
+
+def unreadable_vocabularies(store: Store) -> list[str]:
+    """Of those that are there what is wrong with the ones that cannot be read, a line each."""
+    there = {key: store.read_bytes(key) for key in _ALL if store.exists(key)}
+    return [f"{key}: damaged ({why})" for key, data in there.items() if (why := _why_unreadable(key, data))]
+
+
+def check_vocabularies(store: Store) -> None:
+    """Raises InputError where one cannot be read, and FileNotFoundError where it is not there."""
+    for key in _ALL:
+        if why := _why_unreadable(key, store.read_bytes(key)):
+            raise _damaged(store, key, why)
+
+
+def stored_concepts(store: Store) -> "ConceptVocabulary":
+    """The concepts of a dataset. Raises InputError where they cannot be read, and FileNotFoundError where there are
+    none."""
+    from pcm.text.concepts import ConceptVocabulary
+
+    data = store.read_bytes(CONCEPTS_KEY)
+    try:
+        return ConceptVocabulary.from_bytes(data)
+    except InputError as error:
+        raise _damaged(store, CONCEPTS_KEY, str(error)) from None
+
+
+def _damaged(store: Store, key: str, why: str) -> InputError:
+    mend = "delete it and rerun the same jobs.generate command, which builds it again"
+    return InputError(f"{store.root}/{key}: damaged ({why}); {mend}")
+
+
+def _why_unreadable(key: str, data: bytes) -> str:
+    """What is wrong with an object's bytes; "" where they can be read."""
+    import safetensors  # with numpy half a second, which a short job has no need of
+
+    from pcm.text.concepts import ConceptVocabulary
+    from pcm.text.vocabulary import Vocabulary
+
+    readers: dict[str, Callable[[bytes], object]] = {
+        VOCABULARY_KEY: lambda data: Vocabulary.from_text(data.decode()),
+        CONCEPTS_KEY: ConceptVocabulary.from_bytes,
+        CLIP_HEAD_KEY: safetensors.deserialize,
+    }
+    try:
+        readers[key](data)
+    except (ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
+        return one_line(error, longest=200)
+    return ""
