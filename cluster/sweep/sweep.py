@@ -8,6 +8,7 @@ scheduler as they went, and trains only the others, from their last checkpoint; 
 is pickled, is read back.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -28,7 +29,7 @@ from cluster.generation.pinning import device_of_cluster
 from cluster.generation.reach import check_reach
 from cluster.ray_state import has_group
 from cluster.session import cluster_cpus, cluster_gpus, is_joined, is_no_user_error, start_ray, waiting_for
-from cluster.store.store import Store, open_store
+from cluster.store.store import Store, join, open_store
 from cluster.sweep.request import SweepRequest
 from cluster.sweep.results import TrialResult
 from cluster.sweep.search_space import grid, optuna_distributions, random_settings, search_space
@@ -54,8 +55,8 @@ from cluster.training.reporting import write_metrics
 from cluster.training.request import TrainRequest
 from cluster.training.trackers import flattened
 from cluster.training.train import check_first_epoch, check_settings, planned_run, ray_storage
-from pcm.documents import document_bytes
-from pcm.errors import InputError
+from pcm.documents import document_bytes, read_document
+from pcm.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -183,14 +184,20 @@ def _parameters(overrides: Mapping[str, Any]) -> dict[str, Any]:
 def _recorded(out: Store) -> list[dict[str, Any]]:
     """result.json of every finished trial, in the order of their ends."""
     keys = [key for key in out.list(TRIALS) if key.endswith(f"/{RESULT_FILE}") and key.count("/") == 2]
-    return sorted((json.loads(out.read_bytes(key)) for key in keys), key=lambda result: result["ended"])
+    found = [read_result(open_store(join(out.root, key.removesuffix(f"/{RESULT_FILE}")))) for key in keys]
+    return sorted((result for result in found if result is not None), key=lambda result: result["ended"])
 
 
 def _begun(out: Store) -> list[dict[str, Any]]:
-    """Overrides of every trial that was begun and has no result."""
+    """Overrides of every trial that was begun and has no result. One whose record is damaged is not known."""
     keys = set(out.list(TRIALS))
     folders = sorted(key.removesuffix(OVERRIDES_FILE) for key in keys if key.endswith(f"/{OVERRIDES_FILE}"))
-    return [json.loads(out.read_bytes(f + OVERRIDES_FILE)) for f in folders if f + RESULT_FILE not in keys]
+    begun = []
+    for folder in folders:
+        if folder + RESULT_FILE not in keys:
+            with contextlib.suppress(ValueError, TypeError):
+                begun.append(dict(read_document(out.read_bytes(folder + OVERRIDES_FILE))))
+    return begun
 
 
 def _document(request: SweepRequest, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,7 +215,11 @@ def _document(request: SweepRequest, run: Mapping[str, Any]) -> dict[str, Any]:
 def _check_out(out: Store, document: dict[str, Any], *, resume: bool) -> None:
     """Raises InputError where OUT holds something else, or a sweep and `resume` is not set."""
     try:
-        previous = json.loads(out.read_bytes(SWEEP_KEY))
+        previous = dict(read_document(out.read_bytes(SWEEP_KEY)))
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{out.root}/{SWEEP_KEY}: damaged ({first_line(error)}); restore it, or give another --out"
+        ) from None
     except FileNotFoundError:
         if out.list():
             raise InputError(f"{out.root}: not empty and not a sweep; give another --out") from None

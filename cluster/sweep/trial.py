@@ -27,8 +27,8 @@ from cluster.store.store import Store, join, local_copy, open_store
 from cluster.training.checkpoints import SCORE, STATE_FILE
 from cluster.training.loop import train_loop
 from cluster.training.run_spec import RunSpec
-from pcm.documents import document_bytes
-from pcm.errors import InputError
+from pcm.documents import document_bytes, read_document
+from pcm.errors import InputError, first_line
 
 TRIALS = "trials"
 #: Settings and seed of a trial, from its beginning: Optuna's are known from nowhere else before there is a result.
@@ -104,11 +104,18 @@ def _report(row: dict[str, Any]) -> None:
 
 
 def read_result(store: Store) -> dict[str, Any] | None:
-    """What is recorded of the trial in a folder: overrides, status, reason, history; None while it is not done."""
+    """What is recorded of the trial in a folder: overrides, status, reason, history; None while it is not done. Raises
+    InputError where that is damaged."""
     try:
-        return json.loads(store.read_bytes(RESULT_FILE))
+        result = read_document(store.read_bytes(RESULT_FILE))
+        names = ("overrides", "status", "reason", "history", "seconds", "ended")
+        return {name: result[name] for name in names}
     except FileNotFoundError:
         return None
+    except (ValueError, TypeError, LookupError) as error:
+        raise InputError(
+            f"{store.root}/{RESULT_FILE}: damaged ({first_line(error)}); delete it, and this trial is trained again"
+        ) from None
 
 
 def shared_tables(store: Store, shards: Sequence[StoredShard]) -> dict[str, ray.ObjectRef]:
@@ -167,7 +174,13 @@ def _newest_checkpoint(store: Store) -> Iterator[ray.train.Checkpoint | None]:
 
 
 def _history(checkpoint: ray.train.Checkpoint | None) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl of the epochs before a local checkpoint."""
+    """Rows of metrics.jsonl of the epochs before a local checkpoint. Raises InputError where it is damaged."""
     if checkpoint is None:
         return []
-    return json.loads(Path(checkpoint.path, STATE_FILE).read_text())["history"]
+    try:
+        return read_document(Path(checkpoint.path, STATE_FILE).read_bytes())["history"]
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise InputError(
+            f"{checkpoint.path}/{STATE_FILE}: damaged ({first_line(error)}); delete {CHECKPOINT}/ in the trial's folder, "
+            "and the trial begins anew"
+        ) from None

@@ -118,6 +118,13 @@ def test_a_sweep_that_cannot_be_is_refused_in_one_line(
         sweep(request(data, resume=resume, **settings))
 
 
+@pytest.mark.parametrize("content", [b"", b"[1]", b"[" * 200_000])
+def test_a_damaged_record_of_a_sweep_is_one_line(data: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / SWEEP_KEY).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{tmp_path}/{SWEEP_KEY}: damaged \(.*restore it, or give another --out"):
+        sweep(replace(request(data, resume=True), out=str(tmp_path)))
+
+
 def test_a_sweep_goes_on_on_the_device_on_which_it_began(tmp_path: Path) -> None:
     out = open_store(tmp_path)
     _check_device(out, "cuda")  # nothing is there yet

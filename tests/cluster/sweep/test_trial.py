@@ -15,7 +15,8 @@ import ray.tune
 from cluster.store.store import open_store
 from cluster.sweep.search_space import Choice, Range
 from cluster.sweep.sweep import _optuna, _Recorder
-from cluster.sweep.trial import OVERRIDES, RESULT_FILE, SweepRun, run_trial, trial_folder
+from cluster.sweep.trial import CHECKPOINT, OVERRIDES, RESULT_FILE, SweepRun, run_trial, trial_folder
+from cluster.training.checkpoints import STATE_FILE
 from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
 from cluster.training.train import planned_run
@@ -146,6 +147,24 @@ def test_what_may_be_mended_is_no_failure_of_the_settings(data: Path, tune: Tune
     assert tune.result()["status"] == "finished"
 
 
+@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 200_000])
+def test_a_damaged_record_of_a_trial_is_one_line_and_is_made_again_without_it(
+    tune: Tune, undisturbed: list[tuple], content: bytes
+) -> None:
+    tune.run(until=1)
+    (state,) = (tune.folder / CHECKPOINT).glob(f"*/{STATE_FILE}")
+    state.write_bytes(content)
+    with pytest.raises(InputError, match=rf"/{STATE_FILE}: damaged \(.*delete last/ in the trial's folder"):
+        tune.run()
+    shutil.rmtree(tune.folder / CHECKPOINT)
+    tune.run()
+    tune.end()
+    assert science(tune.result()["history"]) == undisturbed
+    (tune.folder / RESULT_FILE).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{tune.folder}/{RESULT_FILE}: damaged \(.*delete it"):
+        tune.run()
+
+
 def test_why_a_trial_crashed_is_the_users_error_in_one_line(
     tune: Tune, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -169,6 +188,9 @@ def test_optuna_suggests_again_what_was_finished_and_then_what_was_begun(tune: T
     for tune.settings, until in (({"lr_factor": 0.25}, 1), ({"lr_factor": 0.5}, EPOCHS + 1)):
         tune.run(until=until)
     tune.end()
+    begun = Path(tune.sweep.out, "trials/of-a-damaged-record/overrides.json")
+    begun.parent.mkdir()
+    begun.write_bytes(b"{")
     first, second, third = _suggested(tune, space, count=3)
     assert (first, second) == ({"lr_factor": 0.5}, {"lr_factor": 0.25}) and third not in (first, second)
 
