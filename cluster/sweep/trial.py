@@ -181,6 +181,6 @@ def _history(checkpoint: ray.train.Checkpoint | None) -> list[dict[str, Any]]:
         return read_document(Path(checkpoint.path, STATE_FILE).read_bytes())["history"]
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise InputError(
-            f"{checkpoint.path}/{STATE_FILE}: damaged ({first_line(error)}); delete {CHECKPOINT}/ in the trial's folder, "
-            "and the trial begins anew"
+            f"{checkpoint.path}/{STATE_FILE}: damaged ({first_line(error)}); delete {CHECKPOINT}/ in the trial's "
+            "folder, and the trial begins anew"
         ) from None
