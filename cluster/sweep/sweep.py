@@ -54,7 +54,7 @@ from cluster.training.ray_trainer import MEMORY_KEPT
 from cluster.training.reporting import write_metrics
 from cluster.training.request import TrainRequest
 from cluster.training.trackers import flattened
-from cluster.training.train import check_first_epoch, check_settings, planned_run, ray_storage
+from cluster.training.train import check_first_epoch, check_gpu_here, check_settings, planned_run, ray_storage
 from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError, first_line
 
@@ -86,6 +86,7 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     settings = _settings(request, space, run.config)
     document = _document(request, run.document)
     _check_out(out, document, resume=request.resume)
+    check_gpu_here(request.device)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's folder has its numbers already
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other prints boxes however quiet it is told to be
     logging.getLogger("ray.tune.execution.tune_controller").addFilter(is_no_user_error)

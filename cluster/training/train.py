@@ -106,11 +106,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
         check_checkpoints(out, done=done)
 
     joined = is_joined()
-    if request.device == "cuda" and not (joined or ray.is_initialized() or torch.cuda.is_available()):
-        raise InputError(
-            "--device cuda: torch finds no GPU on this machine; leave --device out, or join a cluster that has one "
-            "(RAY_ADDRESS)"
-        )
+    check_gpu_here(request.device)
     check_labels(request.worker_labels, joined=joined)
     if not joined:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes a node of this machine away
@@ -402,6 +398,15 @@ def check_first_epoch(config: TrainConfig, sets: Sequence[TrainingSet]) -> None:
         raise InputError(f"first_epoch plan: takes no {what} dataset ({sets[0].store.root}); use first_epoch shuffled")
     if not sets[0].store.exists(PLAN_KEY):
         raise InputError(f"first_epoch plan: {sets[0].store.root} has no {PLAN_KEY}; use first_epoch shuffled")
+
+
+def check_gpu_here(device: str) -> None:
+    """Raises InputError where a GPU is asked for and this machine, which is to start Ray alone, has none."""
+    if device == "cuda" and not (is_joined() or ray.is_initialized() or torch.cuda.is_available()):
+        raise InputError(
+            "--device cuda: torch finds no GPU on this machine; leave --device out, or join a cluster that has one "
+            "(RAY_ADDRESS)"
+        )
 
 
 def check_settings(request: TrainRequest) -> None:

@@ -157,6 +157,18 @@ def test_more_than_the_cluster_has_is_refused(data: Path, ray_session: None) -> 
         request(data, gpus_per_trial=0.5, device="cpu")
 
 
+def test_a_gpu_that_this_machine_lacks_is_one_line_before_ray(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("cluster.sweep.sweep.start_ray", lambda **_: pytest.fail("Ray was started"))
+    with pytest.raises(InputError, match=r"^--device cuda: torch finds no GPU on this machine; leave --device out"):
+        sweep(request(data, out=str(tmp_path / "out"), device="cuda"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("search", ["grid", "optuna"])
 def test_a_first_epoch_that_the_data_has_not_is_refused_before_the_first_trial(
     data: Path, tmp_path: Path, search: str
