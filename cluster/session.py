@@ -36,6 +36,7 @@ SECONDS_TO_START = 10.0
 SECONDS_TO_BE_FREED = 2.0
 #: Actors of one pool that may die as they start, in a row.
 MAX_FAILED_ACTORS = 3
+_TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 _AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 #: Where Ray's own commands keep the token of a cluster that is joined.
 _TOKEN_FILE = Path("~/.ray/auth_token")
@@ -70,6 +71,9 @@ def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | No
     from ray.data import DataContext
 
     logging.getLogger("ray.data.exceptions").addFilter(is_no_user_error)
+    # The jobs say themselves how far they are, and that they have ended.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -91,6 +95,7 @@ def _start_local(num_cpus: int | None, runtime_env: dict | None) -> None:
     if not any(name in os.environ for name in _AUTHENTICATION):
         # Of this run alone. Ray's own would lie in ~/.ray, readable by all; and there may be no home to write to.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    logging.getLogger(_TOKEN_LOGGER).addFilter(_is_no_word_of_tokens)
     _raise_file_limit()
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
@@ -111,6 +116,11 @@ def _start_local(num_cpus: int | None, runtime_env: dict | None) -> None:
                     "work on it end, or look into /tmp/ray/session_latest/logs, and run the same command again"
                 ) from error
             log.warning("Ray did not start; trying again (%d of %d)", attempt + 1, START_ATTEMPTS)
+
+
+def _is_no_word_of_tokens(record: logging.LogRecord) -> bool:
+    """False of Ray's warning that a local cluster wants a token, and of how to do without."""
+    return "authentication is enabled" not in record.getMessage()
 
 
 def _wait_for_resources() -> None:

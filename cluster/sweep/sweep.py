@@ -90,6 +90,8 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's folder has its numbers already
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other prints boxes however quiet it is told to be
     logging.getLogger("ray.tune.execution.tune_controller").addFilter(is_no_user_error)
+    # It warns of every trial that it has no file of Ray Tune's own.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     start_ray(worker_env=MEMORY_KEPT)
     run = replace(run, device=device_of_cluster(request.device))
     document["device"] = run.device
