@@ -264,7 +264,10 @@ def _config_for(
     else:
         features = sets[0].manifest.features
         name = default_preset(features)
-        log.info("preset %s, chosen by the dataset's features %s; another with --preset", name, features)
+        log.info(
+            "preset %s, chosen by the dataset's features (D %d, D_v %d, N %d); another with --preset",
+            name, features.embed_dim, features.patch_dim, features.num_patches,
+        )  # fmt: skip
         config = preset(name)
     return _fitted(config, request.settings, sets, vocabularies)
 
