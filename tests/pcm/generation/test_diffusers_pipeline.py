@@ -59,6 +59,7 @@ def test_pictures_are_pictures_of_the_models_size(drawn: list[Drawing]) -> None:
 def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(
     generator: DiffusersTextToImage, drawn: list[Drawing]
 ) -> None:
+    assert {drawing.batch_size for drawing in drawn} == {4}, "they are not drawn alone"
     assert generator.draw(REQUESTS[::-1]) == drawn[::-1], "another order"
     assert generator.draw([REQUESTS[5], REQUESTS[1]]) == [drawn[5], drawn[1]], "the same slot in two batches"
     for request, drawing in zip(REQUESTS[:2], drawn[:2], strict=True):
