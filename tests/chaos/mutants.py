@@ -264,7 +264,7 @@ MUTANTS = (
     Mutant(
         "a local Ray listens on the loopback alone",
         "cluster/__init__.py", 'os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")', "pass",
-        ("tests/cluster/test_session.py::test_a_local_ray_listens_on_the_loopback_alone_and_writes_no_token",),
+        ("tests/cluster/test_session.py::test_a_local_ray_listens_on_the_loopback_alone_writes_no_token_and_is_silent",),
     ),
     Mutant(
         "parts of a corpus are in the order of their names, whatever a listing's is",
