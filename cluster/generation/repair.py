@@ -69,7 +69,7 @@ def repair(
         return found.to_dict() | {"repaired": 0}
     for group in found.wrong_groups:
         store.delete(group_key(group))
-    if found.vocabularies_damaged:
+    if found.vocabularies_damaged and store.exists(VOCABULARIES_KEY):  # an earlier release may not have written it
         store.delete(VOCABULARIES_KEY)  # they are stored again
     log.info("shards to be made again: %d of %d", len(found.damaged_shards), found.plan.num_shards)
     draw(found)
