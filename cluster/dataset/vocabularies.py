@@ -26,7 +26,7 @@ from cluster.dataset.layout import (
     Plan,
     read_plan_part,
 )
-from cluster.dataset.vocabulary_files import check_given_concepts, stored_document, vocabulary_keys
+from cluster.dataset.vocabulary_files import refuse_rebuilding, stored_document, vocabulary_keys
 from cluster.session import user_error, waiting_for
 from cluster.shard_work import AUTO, MANY_SAMPLES, PROCESS, shard_work
 from cluster.store.retries import load_with_retries
@@ -34,6 +34,7 @@ from cluster.store.store import Store
 from cluster.weights.node_copy import local_clip
 from pcm.documents import document_bytes
 from pcm.errors import InputError
+from pcm.generation.names import IMPORTED
 from pcm.line_timer import LineTimer
 from pcm.model_faults import room_for_model
 from pcm.reasons import USABLE
@@ -84,11 +85,12 @@ def store_vocabularies(
     they are built again; `vocabularies.json`, written last, says of which captions they are, and their sha256. With
     `encoder`, the plan's CLIP, everything is done in this process; else a Ray task loads it, on a node with
     `node_label`. A run that draws has no such task: its first generator does this on the device that it has. `words`:
-    those that were counted before. Raises InputError where concepts that a user gave are not there any more.
+    those that were counted before. Raises InputError where they were imported, and where concepts that a user gave are
+    not there any more.
     """
     min_count = _min_count(plan)
     if not vocabularies_stored(store, plan):
-        check_given_concepts(store)
+        refuse_rebuilding(store, plan)
         words = words or count_corpus_words(store, plan, run_on=AUTO if encoder is None else PROCESS)
         store.write_bytes(VOCABULARY_KEY, words.vocabulary.to_text().encode())
         log.info("vocabulary: %d words with at least %d occurrences", len(words.vocabulary), min_count)
@@ -122,7 +124,7 @@ class ConceptsOfShard:
         Raises InputError as `store_vocabularies` does, and as `count_corpus_words`."""
         if vocabularies_stored(dataset, plan):
             return None
-        check_given_concepts(dataset)
+        refuse_rebuilding(dataset, plan)
         words = count_corpus_words(dataset, plan, run_on=AUTO) if plan.expected >= MANY_SAMPLES else None
         return ConceptsOfShard(dataset, plan, shard, words)
 
@@ -278,12 +280,15 @@ def features_of_head(store: Store) -> FeatureShape:
 
 
 def vocabularies_stored(store: Store, plan: Plan) -> bool:
-    """Whether vocabulary, concepts and head are there, and of the captions that are planned now."""
+    """Whether vocabulary, concepts and head are there, and of the captions that are planned now, or were imported."""
+    there = all(map(store.exists, vocabulary_keys(plan)))
+    if plan.spec.generator.model == IMPORTED:  # which writes no vocabularies.json
+        return there
     try:
         fingerprint = json.loads(store.read_bytes(VOCABULARIES_KEY))["corpus_fingerprint"]
     except (FileNotFoundError, ValueError, TypeError, LookupError):
         return False
-    return fingerprint == plan.corpus_fingerprint and all(map(store.exists, vocabulary_keys(plan)))
+    return there and fingerprint == plan.corpus_fingerprint
 
 
 def planned_captions(store: Store, plan: Plan) -> Iterator[str]:

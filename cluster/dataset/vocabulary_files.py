@@ -15,6 +15,7 @@ from cluster.dataset.layout import (
 )
 from cluster.store.store import Store
 from pcm.errors import InputError, one_line
+from pcm.generation.names import IMPORTED, UNDRAWN
 
 if TYPE_CHECKING:
     from pcm.text.concepts import ConceptVocabulary
@@ -29,9 +30,10 @@ def vocabulary_keys(plan: Plan) -> tuple[str, ...]:
 
 def vocabulary_problems(store: Store, plan: Plan) -> list[str]:
     """What is wrong with them, a line each. Before they are stored of the captions that are planned now nothing is
-    missing but concepts that a user gave; of an earlier release's, which have no sha256, it is seen only that they can
-    be read.
+    missing but what was imported, and concepts that a user gave; of imported ones and of an earlier release's, which
+    have no sha256, it is seen only that they can be read.
     """
+    was_imported = plan.spec.generator.model == IMPORTED
     try:
         said = dict(json.loads(store.read_bytes(VOCABULARIES_KEY)))
         is_current = said.get("corpus_fingerprint") == plan.corpus_fingerprint
@@ -46,7 +48,7 @@ def vocabulary_problems(store: Store, plan: Plan) -> list[str]:
         try:
             data = store.read_bytes(key)
         except FileNotFoundError:
-            problems += [f"{key}: missing"] * (is_current or key in digests)
+            problems += [f"{key}: missing"] * (is_current or was_imported or key in digests)
             continue
         if (digest := digests.get(key)) is not None:
             if digest != hashlib.sha256(data).hexdigest():
@@ -56,9 +58,14 @@ def vocabulary_problems(store: Store, plan: Plan) -> list[str]:
     return problems
 
 
-def check_given_concepts(store: Store) -> None:
-    """Raises InputError where a dataset lacks the concepts that a user gave it, or holds others: nothing here can build
-    them."""
+def refuse_rebuilding(store: Store, plan: Plan) -> None:
+    """Called where something of the three is to be built of the captions. Raises InputError where they were imported,
+    and where concepts that a user gave are missing or damaged: nothing here can build these."""
+    if plan.spec.generator.model == IMPORTED:
+        raise InputError(
+            f"{store.root}: its vocabulary, concepts and CLIP head were imported, and they are damaged or missing; "
+            f"rerun the same {UNDRAWN[IMPORTED]}, which puts them there again"
+        )
     given = _document_of_given(store)
     if given is None:
         return

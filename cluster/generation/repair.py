@@ -23,7 +23,7 @@ from cluster.dataset.plan import plan_parts, write_plan_part
 from cluster.dataset.request import VerifyRequest
 from cluster.dataset.verify import Inspection, inspect
 from cluster.dataset.vocabularies import vocabularies_stored
-from cluster.dataset.vocabulary_files import check_given_concepts
+from cluster.dataset.vocabulary_files import refuse_rebuilding
 from cluster.generation.pipeline import run_pipeline
 from cluster.generation.places import pools_of_cluster
 from cluster.generation.pools import Pools
@@ -58,7 +58,7 @@ def repair(
 
     Returns what `verify` does, and `repaired`, how many shards were damaged or absent. Objects that nobody planned are
     told of and stay. Raises InputError when there is no dataset, when its plan is damaged and the corpus cannot rebuild
-    it, and when the concepts that a user gave are damaged.
+    it, and when imported words, concepts or head, or concepts that a user gave, are damaged.
     """
     _drop_damaged_manifest(store)
     found = inspect(store, run_on=run_on)
@@ -69,7 +69,7 @@ def repair(
     if found.ok:
         return found.to_dict() | {"repaired": 0}
     if found.vocabularies_damaged:
-        check_given_concepts(store)
+        refuse_rebuilding(store, found.plan)
     for group in found.wrong_groups:
         store.delete(group_key(group))
     if found.vocabularies_damaged and store.exists(VOCABULARIES_KEY):  # an earlier release may not have written it
