@@ -50,7 +50,7 @@ from cluster.dataset.vocabularies import (
 from cluster.dataset.vocabulary_files import stored_concepts
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.made_by import made_by, tell_encoder
-from cluster.generation.pinning import clip_spec, device_of_cluster, joint_dimensions, resolve_dtype
+from cluster.generation.pinning import clip_spec, device_of_cluster, joint_dimensions, pin_clip, resolve_dtype
 from cluster.generation.places import pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.generation.reach import check_places
@@ -99,11 +99,13 @@ def featurise_dataset(request: FeaturiseRequest) -> dict[str, Any]:
     source = open_source(request.data, request.out, unfinished=request.unfinished)
     if source.manifest.spec.generator.model == TEXT_ONLY:
         raise InputError(f"--data {request.data}: has no pictures, only texts; give a dataset of pictures")
+    out = open_store(request.out)
+    begun = begun_clip(out)
     concepts = None
     if request.concepts is not None:
-        concepts = fitting_concepts(request.concepts, embed_dim=joint_dimensions(request.clip))
-    out = open_store(request.out)
-    lineage = lineage_of(source, as_begun(request, out), concepts, begun=begun_clip(out))
+        revision, _ = pin_clip(request.clip, None, begun)
+        concepts = fitting_concepts(request.concepts, embed_dim=joint_dimensions(request.clip, revision))
+    lineage = lineage_of(source, as_begun(request, out), concepts, begun=begun)
     manifest = claim(out, lineage, check=lambda: _join(source, out))
     skipped = 0
     if manifest is not None:
