@@ -65,11 +65,11 @@ def _art_folder(request: PretrainRequest) -> Path:
 
 
 def _art(request: PretrainRequest) -> dict:
-    """Fetches the art and draws the training sets and the check sets, those that are missing."""
+    """Fetches the art and draws the training sets and the check sets, those that are missing. Raises InputError where
+    one is there that another --scenes asked for."""
     from pcm.embedded.making.art import fetch_art
-    from pcm.embedded.making.scenes import draw_scenes, sample_scenes
+    from pcm.embedded.making.scenes import SceneSet, draw_scenes, sample_scenes
 
-    folder = fetch_art(_art_folder(request))
     both, painter = (FIRST, SECOND), PAINTER_STYLE
     wild = ("plain", "varied", "wild", "wild", "wild")
     half = request.scenes // 2
@@ -82,6 +82,14 @@ def _art(request: PretrainRequest) -> dict:
         "check_unseen": dict(seed=4, count=768, style=FIRST.unseen_style, varieties=("varied",)),
         "check_second": dict(seed=7, count=768, style=SECOND.unseen_style, varieties=("varied",), domains=(SECOND,)),
     }
+    for name, plan in plans.items():
+        path = _data(request, name)
+        if path.exists() and (there := SceneSet.size(path)) != plan["count"]:
+            raise InputError(
+                f"--scenes {request.scenes}: {path} holds {there} pictures, and would hold {plan['count']}; give the "
+                "--scenes that it was drawn with, or another --out"
+            )
+    folder = fetch_art(_art_folder(request))
     drawn = {}
     for name, plan in plans.items():
         path = _data(request, name)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,7 +26,7 @@ from cluster.dataset.layout import (
     Plan,
     read_plan_part,
 )
-from cluster.dataset.vocabulary_files import vocabulary_keys
+from cluster.dataset.vocabulary_files import refuse_rebuilding, stored_document, vocabulary_keys
 from cluster.session import user_error, waiting_for
 from cluster.shard_work import AUTO, MANY_SAMPLES, PROCESS, shard_work
 from cluster.store.retries import load_with_retries
@@ -34,6 +34,7 @@ from cluster.store.store import Store
 from cluster.weights.node_copy import local_clip
 from pcm.documents import document_bytes
 from pcm.errors import InputError
+from pcm.generation.names import IMPORTED
 from pcm.line_timer import LineTimer
 from pcm.model_faults import room_for_model
 from pcm.reasons import USABLE
@@ -84,10 +85,12 @@ def store_vocabularies(
     they are built again; `vocabularies.json`, written last, says of which captions they are, and their sha256. With
     `encoder`, the plan's CLIP, everything is done in this process; else a Ray task loads it, on a node with
     `node_label`. A run that draws has no such task: its first generator does this on the device that it has. `words`:
-    those that were counted before.
+    those that were counted before. Raises InputError where they were imported, and where concepts that a user gave are
+    not there any more.
     """
     min_count = _min_count(plan)
     if not vocabularies_stored(store, plan):
+        refuse_rebuilding(store, plan)
         words = words or count_corpus_words(store, plan, run_on=AUTO if encoder is None else PROCESS)
         store.write_bytes(VOCABULARY_KEY, words.vocabulary.to_text().encode())
         log.info("vocabulary: %d words with at least %d occurrences", len(words.vocabulary), min_count)
@@ -118,9 +121,10 @@ class ConceptsOfShard:
     @staticmethod
     def of(dataset: Store, plan: Plan, shard: int) -> "ConceptsOfShard | None":
         """None where the vocabularies are there. Counts the words on Ray if they are many, before pools take its CPUs.
-        Raises InputError as `count_corpus_words` does."""
+        Raises InputError as `store_vocabularies` does, and as `count_corpus_words`."""
         if vocabularies_stored(dataset, plan):
             return None
+        refuse_rebuilding(dataset, plan)
         words = count_corpus_words(dataset, plan, run_on=AUTO) if plan.expected >= MANY_SAMPLES else None
         return ConceptsOfShard(dataset, plan, shard, words)
 
@@ -237,32 +241,22 @@ def store_noun_finder(store: Store, nouns: str) -> None:
 
 def stored_nouns(store: Store) -> str | None:
     """The spaCy model that finds a dataset's nouns; None: the lexicon. Raises InputError for a damaged object."""
-    found = _document(store, NOUNS_KEY, "nouns")
+    found = stored_document(store, NOUNS_KEY, "nouns")
     return None if found is None else str(found["nouns"])
 
 
 def made_with(store: Store, plan: Plan) -> MadeWith:
     """What a plan was asked for with, and where its concepts come from. Raises InputError for a damaged object."""
-    given = _document(store, GIVEN_CONCEPTS_KEY, "sha256")
+    given = stored_document(store, GIVEN_CONCEPTS_KEY, "sha256")
     if given is not None:
         return MadeWith(shard_size=plan.shard_size, source=plan.source, concepts=given["sha256"])
-    found = _document(store, NOUNS_KEY, "nouns") or {"nouns": LEXICON_NOUNS}
+    found = stored_document(store, NOUNS_KEY, "nouns") or {"nouns": LEXICON_NOUNS}
     return MadeWith(
         shard_size=plan.shard_size,
         source=plan.source,
         nouns=found["nouns"],
         noun_versions=found.get("versions", {}),
     )
-
-
-def _document(store: Store, key: str, needed: str) -> dict[str, Any] | None:
-    try:
-        found = dict(json.loads(store.read_bytes(key)))
-        return {**found, needed: str(found[needed])}
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, LookupError):
-        raise InputError(f"{store.root}/{key}: damaged; delete it and run the same command again") from None
 
 
 def stored_features(store: Store, plan: Plan) -> FeatureShape:
@@ -286,12 +280,15 @@ def features_of_head(store: Store) -> FeatureShape:
 
 
 def vocabularies_stored(store: Store, plan: Plan) -> bool:
-    """Whether vocabulary, concepts and head are there, and of the captions that are planned now."""
+    """Whether vocabulary, concepts and head are there, and of the captions that are planned now, or were imported."""
+    there = all(map(store.exists, vocabulary_keys(plan)))
+    if plan.spec.generator.model == IMPORTED:  # which writes no vocabularies.json
+        return there
     try:
         fingerprint = json.loads(store.read_bytes(VOCABULARIES_KEY))["corpus_fingerprint"]
     except (FileNotFoundError, ValueError, TypeError, LookupError):
         return False
-    return fingerprint == plan.corpus_fingerprint and all(map(store.exists, vocabulary_keys(plan)))
+    return there and fingerprint == plan.corpus_fingerprint
 
 
 def planned_captions(store: Store, plan: Plan) -> Iterator[str]:

@@ -3,11 +3,19 @@
 import hashlib
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARIES_KEY, VOCABULARY_KEY, Plan
+from cluster.dataset.layout import (
+    CLIP_HEAD_KEY,
+    CONCEPTS_KEY,
+    GIVEN_CONCEPTS_KEY,
+    VOCABULARIES_KEY,
+    VOCABULARY_KEY,
+    Plan,
+)
 from cluster.store.store import Store
 from pcm.errors import InputError, one_line
+from pcm.generation.names import IMPORTED, UNDRAWN
 
 if TYPE_CHECKING:
     from pcm.text.concepts import ConceptVocabulary
@@ -22,27 +30,69 @@ def vocabulary_keys(plan: Plan) -> tuple[str, ...]:
 
 def vocabulary_problems(store: Store, plan: Plan) -> list[str]:
     """What is wrong with them, a line each. Before they are stored of the captions that are planned now nothing is
-    missing; of an earlier release's, which have no sha256, it is seen only that they can be read.
+    missing but what was imported, and concepts that a user gave; of imported ones and of an earlier release's, which
+    have no sha256, it is seen only that they can be read.
     """
+    was_imported = plan.spec.generator.model == IMPORTED
     try:
         said = dict(json.loads(store.read_bytes(VOCABULARIES_KEY)))
         is_current = said.get("corpus_fingerprint") == plan.corpus_fingerprint
         digests = dict(said.get("sha256", {})) if is_current else {}
     except (FileNotFoundError, ValueError, TypeError):
         is_current, digests = False, {}
+    said_in = dict.fromkeys(digests, VOCABULARIES_KEY)
+    if (given := _document_of_given(store)) is not None:
+        digests[CONCEPTS_KEY], said_in[CONCEPTS_KEY] = given["sha256"], GIVEN_CONCEPTS_KEY
     problems = []
     for key in vocabulary_keys(plan):
         try:
             data = store.read_bytes(key)
         except FileNotFoundError:
-            problems += [f"{key}: missing"] * is_current
+            problems += [f"{key}: missing"] * (is_current or was_imported or key in digests)
             continue
         if (digest := digests.get(key)) is not None:
             if digest != hashlib.sha256(data).hexdigest():
-                problems.append(f"{key}: its sha256 is not the one in {VOCABULARIES_KEY}")
+                problems.append(f"{key}: its sha256 is not the one in {said_in[key]}")
         elif why := _why_unreadable(key, data):
             problems.append(f"{key}: damaged ({why})")
     return problems
+
+
+def refuse_rebuilding(store: Store, plan: Plan) -> None:
+    """Called where something of the three is to be built of the captions. Raises InputError where they were imported,
+    and where concepts that a user gave are missing or damaged: nothing here can build these."""
+    if plan.spec.generator.model == IMPORTED:
+        raise InputError(
+            f"{store.root}: its vocabulary, concepts and CLIP head were imported, and they are damaged or missing; "
+            f"rerun the same {UNDRAWN[IMPORTED]}, which puts them there again"
+        )
+    given = _document_of_given(store)
+    if given is None:
+        return
+    wrong = "missing"
+    if store.exists(CONCEPTS_KEY):
+        if hashlib.sha256(store.read_bytes(CONCEPTS_KEY)).hexdigest() == given["sha256"]:
+            return
+        wrong = "not the concepts that were given"
+    raise InputError(
+        f"{store.root}/{CONCEPTS_KEY}: {wrong}; rerun the command that made this dataset, with the same --concepts"
+    )
+
+
+def stored_document(store: Store, key: str, needed: str) -> dict[str, Any] | None:
+    """A small JSON object beside the shards, whose value `needed` is a string; None where there is none. Raises
+    InputError for a damaged one."""
+    try:
+        found = dict(json.loads(store.read_bytes(key)))
+        return {**found, needed: str(found[needed])}
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, LookupError):
+        raise InputError(f"{store.root}/{key}: damaged; delete it and run the same command again") from None
+
+
+def _document_of_given(store: Store) -> dict[str, Any] | None:
+    return stored_document(store, GIVEN_CONCEPTS_KEY, "sha256")
 
 
 def unreadable_vocabularies(store: Store) -> list[str]:

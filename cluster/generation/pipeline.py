@@ -19,6 +19,7 @@ from cluster.dataset.layout import (
     MANIFEST_KEY,
     Manifest,
     Plan,
+    find_manifest,
     load_plan,
     store_manifest,
 )
@@ -320,8 +321,9 @@ def _let_turns_end(rows: Iterator[dict], monitor: ActorHandle) -> None:
 def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest:
     """Collect every shard's counts into dataset.json, the last object of a dataset.
 
-    It is not written where the plan has grown meanwhile: that is left to the run that grew it. Raises InputError when
-    the stats of a shard are damaged or missing.
+    It is not written where the plan has grown meanwhile: that is left to the run that grew it. Where nobody said by
+    what the rows were made, one that is there already keeps its `versions`: this process made nothing. Raises
+    InputError when the stats of a shard are damaged or missing.
     """
     environments = stored_environments(store)
     manifest = replace(
@@ -330,8 +332,18 @@ def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest
         environments=environments,
         made_with=made_with(store, plan),
     )
+    before = None if environments else _whole_manifest(store)
+    if before is not None and replace(before, versions=manifest.versions) == manifest:
+        return before
     if (found := load_plan(store)) is not None and found.asked() == plan.asked():
         store_manifest(store, manifest)
     else:
         log.warning("the corpus has grown meanwhile; %s is left to the run that planned it", MANIFEST_KEY)
     return manifest
+
+
+def _whole_manifest(store: Store) -> Manifest | None:
+    try:
+        return find_manifest(store)
+    except InputError:  # a damaged one is written again
+        return None

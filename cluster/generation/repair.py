@@ -23,6 +23,7 @@ from cluster.dataset.plan import plan_parts, write_plan_part
 from cluster.dataset.request import VerifyRequest
 from cluster.dataset.verify import Inspection, inspect
 from cluster.dataset.vocabularies import vocabularies_stored
+from cluster.dataset.vocabulary_files import refuse_rebuilding
 from cluster.generation.pipeline import run_pipeline
 from cluster.generation.places import pools_of_cluster
 from cluster.generation.pools import Pools
@@ -56,8 +57,8 @@ def repair(
     run_on: who reads the shards (cluster.shard_work.RUN_ON).
 
     Returns what `verify` does, and `repaired`, how many shards were damaged or absent. Objects that nobody planned are
-    told of and stay. Raises InputError when there is no dataset, or when its plan is damaged and the corpus cannot
-    rebuild it.
+    told of and stay. Raises InputError when there is no dataset, when its plan is damaged and the corpus cannot rebuild
+    it, and when imported words, concepts or head, or concepts that a user gave, are damaged.
     """
     _drop_damaged_manifest(store)
     found = inspect(store, run_on=run_on)
@@ -67,9 +68,11 @@ def repair(
         found = inspect(store, run_on=run_on)
     if found.ok:
         return found.to_dict() | {"repaired": 0}
+    if found.vocabularies_damaged:
+        refuse_rebuilding(store, found.plan)
     for group in found.wrong_groups:
         store.delete(group_key(group))
-    if found.vocabularies_damaged:
+    if found.vocabularies_damaged and store.exists(VOCABULARIES_KEY):  # an earlier release may not have written it
         store.delete(VOCABULARIES_KEY)  # they are stored again
     log.info("shards to be made again: %d of %d", len(found.damaged_shards), found.plan.num_shards)
     draw(found)

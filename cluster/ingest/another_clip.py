@@ -50,7 +50,7 @@ from cluster.dataset.vocabularies import (
 from cluster.dataset.vocabulary_files import stored_concepts
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.made_by import made_by, tell_encoder
-from cluster.generation.pinning import clip_spec, device_of_cluster, joint_dimensions, resolve_dtype
+from cluster.generation.pinning import clip_spec, device_of_cluster, joint_dimensions, pin_clip, resolve_dtype
 from cluster.generation.places import pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.generation.reach import check_places
@@ -99,14 +99,19 @@ def featurise_dataset(request: FeaturiseRequest) -> dict[str, Any]:
     source = open_source(request.data, request.out, unfinished=request.unfinished)
     if source.manifest.spec.generator.model == TEXT_ONLY:
         raise InputError(f"--data {request.data}: has no pictures, only texts; give a dataset of pictures")
+    out = open_store(request.out)
+    begun = begun_clip(out)
     concepts = None
     if request.concepts is not None:
-        concepts = fitting_concepts(request.concepts, embed_dim=joint_dimensions(request.clip))
-    out = open_store(request.out)
-    lineage = lineage_of(source, request, concepts, begun=begun_clip(out))
+        revision, _ = pin_clip(request.clip, None, begun)
+        concepts = fitting_concepts(request.concepts, embed_dim=joint_dimensions(request.clip, revision))
+    lineage = lineage_of(source, as_begun(request, out), concepts, begun=begun)
     manifest = claim(out, lineage, check=lambda: _join(source, out))
     skipped = 0
     if manifest is not None:
+        made = manifest.spec.clip
+        if request.device not in ("auto", made.device) or request.dtype not in ("auto", made.dtype):
+            raise _made_elsewhere(out, made, "is asked for otherwise")
         log.info("%s: is complete", out.root)
         skipped = manifest.stored
     else:
@@ -135,6 +140,13 @@ def begun_clip(out: Store) -> ClipSpec | None:
     if not isinstance(named, dict) or not {"model", "revision"} <= named.keys():
         return None
     return ClipSpec(model=named["model"], revision=named["revision"], weights=named.get("weights"))
+
+
+def as_begun(request: FeaturiseRequest, out: Store) -> FeaturiseRequest:
+    """The request with device and precision as they were asked for when the dataset at `out` was begun. Whether these
+    are the same now shows where they are known: `keep_spec`."""
+    begun = begun_settings(out)
+    return replace(request, **{name: begun[name] for name in ("device", "dtype") if name in begun})
 
 
 def lineage_of(
@@ -168,7 +180,8 @@ def _make(
     source: OpenDataset, out: Store, lineage: Lineage, request: FeaturiseRequest, concepts: ConceptVocabulary | None
 ) -> tuple[Manifest, int]:
     """The manifest, and how many rows were there already."""
-    device = device_of_cluster(request.device)
+    begun = _begun_spec(out)
+    device = device_of_cluster(request.device, before=begun.device if begun else None)
     dtype = resolve_dtype(request.dtype, device=device)
     spec = clip_spec(request.clip, device=device, dtype=dtype, begun=begun_clip(out))
     keep_spec(out, spec)
@@ -184,17 +197,28 @@ def _make(
 def keep_spec(out: Store, spec: ClipSpec) -> None:
     """Say how CLIP runs, the first time. Raises InputError where the dataset was begun with another device or
     precision, whose last bits would be others."""
-    try:
-        begun = ClipSpec.from_dict(json.loads(out.read_bytes(_SPEC_KEY)))
-    except FileNotFoundError:
+    begun = _begun_spec(out)
+    if begun is None:
         out.write_bytes(_SPEC_KEY, document_bytes(spec.to_dict()))
         return
     mine = (spec.device, spec.dtype, spec.batch_size, spec.cpu_threads)
     if (begun.device, begun.dtype, begun.batch_size, begun.cpu_threads) != mine:
-        raise InputError(
-            f"--out {out.root}: was begun on {begun.device} in {begun.dtype}, and this is {spec.device} in "
-            f"{spec.dtype}; run it where it was begun, or give another --out"
-        )
+        raise _made_elsewhere(out, begun, f"this is {spec.device} in {spec.dtype}")
+
+
+def _begun_spec(out: Store) -> ClipSpec | None:
+    """The CLIP as it runs for the dataset that was begun at `out`; None before `keep_spec`."""
+    try:
+        return ClipSpec.from_dict(json.loads(out.read_bytes(_SPEC_KEY)))
+    except FileNotFoundError:
+        return None
+
+
+def _made_elsewhere(out: Store, begun: ClipSpec, now: str) -> InputError:
+    return InputError(
+        f"--out {out.root}: was begun on {begun.device} in {begun.dtype}, and {now}; give --device {begun.device} "
+        f"--dtype {begun.dtype}, or another --out"
+    )
 
 
 def missing_shards(source: OpenDataset, out: Store) -> list[int]:

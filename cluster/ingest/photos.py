@@ -110,9 +110,10 @@ def featurise_photos(request: FeaturiseRequest) -> PhotoResult:
     with room_for_model(f"CLIP {spec.clip.model}", spec.clip.device):
         featuriser = FeaturisePhotos(spec.clip)
     features = store_vocabularies(store, plan, encoder=featuriser.encoder)
-    tell_encoder(store, spec.clip)
     made = committed(store, plan)
     missing = [shard for shard in range(plan.num_shards) if shard not in made]
+    if missing:
+        tell_encoder(store, spec.clip)
     making = time.monotonic()
     by_number = {corpus.numbers[image_id]: position for image_id, position in photos.items()}
     shards = PhotoShards(store, plan, featuriser, corpus, files, by_number)

@@ -159,7 +159,7 @@ def import_dataset(request: ImportRequest) -> ImportResult:
     features = _store_clip_files(store, plan, request, found)
     made = committed(store, plan)
     missing = [shard for shard in range(plan.num_shards) if shard not in made]
-    if places.features is None:
+    if missing and places.features is None:
         tell_encoder(store, plan.spec.clip)
     importer = ShardImporter(store, plan, features, places, corpus)
     importing = time.monotonic()

@@ -32,6 +32,7 @@ from cluster.training.reporting import FIRST_STEP_KEY
 from cluster.training.request import StreamRequest, TrainRequest
 from cluster.training.train import CONFIG_KEY, check_settings, train
 from pcm.errors import InputError
+from pcm.spec import DatasetSpec
 from pcm.text.metrics import require_metrics
 
 log = logging.getLogger(__name__)
@@ -58,9 +59,8 @@ def stream(request: StreamRequest) -> dict[str, Any]:
         )
     check_settings(training)
     require_metrics()
-    require_joint_patches(asked.clip or "embedded", asked.clip_revision)
     refuse_dataset(open_store(request.out), shown="--out")
-    prepared = prepare(open_store(request.dataset), asked)
+    prepared = prepare(open_store(request.dataset), asked, check=_check_clip)
     device = prepared.plan.spec.generator.device
     workers, cpus, gpus = _training_share(request, device=device)
     pools = _pools(request, device=device, cpus=workers * cpus, gpus=workers * gpus)
@@ -73,6 +73,10 @@ def stream(request: StreamRequest) -> dict[str, Any]:
         gpus=workers * gpus,
     )
     return {**summary, "dataset": request.dataset}
+
+
+def _check_clip(spec: DatasetSpec) -> None:
+    require_joint_patches(spec.clip.model, spec.clip.revision)
 
 
 def _training_share(request: StreamRequest, *, device: str) -> tuple[int, int, float]:

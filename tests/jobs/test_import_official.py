@@ -320,6 +320,29 @@ def test_imported_pictures_can_not_be_drawn_again(exported, tmp_path, tiny_clip,
     assert "shard_size: 3 -> 2" in call_job("import_official", *changed).stderr
 
 
+def test_repair_leaves_imported_words_concepts_and_head_as_they_are(
+    published, tmp_path, tiny_clip, call_job, monkeypatch
+):
+    monkeypatch.setattr("cluster.generation.repair.start_ray", lambda: pytest.fail("Ray was started"))
+    words = (published / "vocabulary.txt").read_text().rstrip("\n")
+    (published / "vocabulary.txt").write_text(f"{words}\nzyzzyva\n")  # a word of the published list, of no caption
+    out = tmp_path / "out"
+    given = arguments(published, out, tiny_clip)
+    assert call_job("import_official", *given).returncode == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    (out / "dataset.json").write_bytes(b"{")
+    mended = call_job("verify", out, "--repair")
+    assert mended.returncode == 0 and mended.summary["ok"], mended.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    for key, damage in ((VOCABULARY_KEY, Path.unlink), (CONCEPTS_KEY, lambda path: path.write_bytes(b"no tensors"))):
+        damage(out / key)
+        assert f"{key}: " in call_job("verify", out).summary["problems"][0]
+        refused = call_job("verify", out, "--repair")
+        assert refused.returncode == 2 and "rerun the same jobs.import_official" in refused.stderr.splitlines()[-1]
+        assert call_job("import_official", *given).returncode == 0
+        assert verify(open_store(out))["ok"] and (out / VOCABULARY_KEY).read_bytes() == before[VOCABULARY_KEY]
+
+
 def test_an_import_from_and_to_an_object_store(exported, tmp_path, tiny_clip, call_job, s3):
     bucket = f"s3://{BUCKET}/published"
     store = open_store(bucket)

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.dataset.verify import verify
 from cluster.generation.make import generate
+from cluster.generation.repair import repair_dataset
 from cluster.generation.request import GenerateRequest
 from cluster.ingest.photos import featurise_photos
 from cluster.ingest.request import FeaturiseRequest
@@ -55,6 +57,29 @@ def test_a_dataset_keeps_the_concepts_that_it_was_given(world: Path, tiny_clip: 
     with pytest.raises(InputError, match="was begun with other --concepts"):
         featurise_photos(asked(world, tiny_clip, out, "other.pickle"))
     assert (out / "concepts.safetensors").read_bytes() == stored
+
+
+def test_given_concepts_that_are_damaged_are_given_again(world: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    featurise_photos(asked(world, tiny_clip, out, "coco.pickle"))
+    concepts, said = out / "concepts.safetensors", (out / "vocabularies.json").read_bytes()
+    whole = concepts.read_bytes()
+    others = ConceptVocabulary(NAMES[::-1], ConceptVocabulary.from_bytes(whole).embeddings).to_bytes()
+    for damage, found, why in (
+        (lambda: concepts.write_bytes(others), "its sha256 is not the one in concepts.json", "not the concepts"),
+        (concepts.unlink, "missing", "missing"),
+    ):
+        damage()
+        before = sorted(out.rglob("*"))
+        assert verify(open_store(out))["problems"] == [f"concepts.safetensors: {found}"]
+        with pytest.raises(InputError, match=rf"concepts.safetensors: {why}.*with the same --concepts$"):
+            repair_dataset(str(out))
+        assert sorted(out.rglob("*")) == before and (out / "vocabularies.json").read_bytes() == said
+        (out / "vocabularies.json").unlink()  # as when the run that began it was killed
+        with pytest.raises(InputError, match=rf"concepts.safetensors: {why}.*with the same --concepts$"):
+            featurise_photos(asked(world, tiny_clip, out, None))
+        featurise_photos(asked(world, tiny_clip, out, "coco.pickle"))
+        assert verify(open_store(out))["ok"] and concepts.read_bytes() == whole
 
 
 def test_a_dataset_with_its_own_concepts_does_not_change_them(world: Path, tiny_clip: Path, tmp_path: Path) -> None:

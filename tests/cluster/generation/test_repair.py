@@ -232,6 +232,13 @@ def test_without_a_plan_there_is_nothing_to_repair(data: Path) -> None:
     assert (data / MANIFEST_KEY).exists()
 
 
+def test_a_damaged_vocabulary_without_its_sha256_is_made_again(data: Path) -> None:
+    (data / "vocabulary.txt").write_bytes(b"\xff")
+    assert not (data / "vocabularies.json").exists()
+    _, drawn = repaired(data)
+    assert drawn == []
+
+
 def test_the_job_repairs_with_the_real_pipeline(data: Path, healthy: Path, call_job, ray_session: None) -> None:
     (data / shard_key(1)).unlink()
     flipped(data, shard_key(2))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from cluster.generation.pinning import clip_spec
 from cluster.generation.pools import Pools
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.monitor import RunMonitor
-from cluster.ingest.another_clip import _FAULTS, _featurise_on_ray, keep_spec
+from cluster.ingest.another_clip import _FAULTS, _featurise_on_ray, featurise_dataset, keep_spec
 from cluster.ingest.featurise_again import WORK, ReadPictures, WriteFeaturised
+from cluster.ingest.request import FeaturiseRequest
 from cluster.report.make import make_report
 from cluster.report.request import ReportRequest
 from cluster.store.store import Store, open_store
@@ -195,6 +197,53 @@ def test_another_clip_or_source_is_not_mixed_with_what_was_begun(
     on_gpu = ClipSpec(**{**clip_spec(str(other_clip), device="cpu", dtype="float32").to_dict(), "dtype": "bfloat16"})
     with pytest.raises(InputError, match="was begun on cpu in float32, and this is cpu in bfloat16"):
         keep_spec(open_store(tmp_path / "out"), on_gpu)
+
+
+@pytest.mark.parametrize(("begun", "now"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_device_that_was_auto_is_named_on_another_cluster_and_can_be_given(
+    dataset: Path, other_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: str, now: str
+) -> None:
+    def goes_on(device: str, cluster: str, dtype: str = "auto") -> None:
+        """Until CLIP would run."""
+
+        def found(asked: str, *, before: str | None = None) -> str:
+            return cluster if asked == "auto" else asked
+
+        monkeypatch.setattr("cluster.ingest.another_clip.device_of_cluster", found)
+        request = FeaturiseRequest(
+            data=str(dataset), out=str(tmp_path / "out"), clip=str(other_clip), device=device, dtype=dtype
+        )
+        with pytest.raises(Reached):
+            featurise_dataset(request)
+
+    class Reached(Exception):
+        pass
+
+    def reached(*_: object) -> None:
+        raise Reached
+
+    monkeypatch.setattr("cluster.ingest.another_clip._join", lambda *_: None)
+    monkeypatch.setattr("cluster.ingest.another_clip.missing_shards", reached)
+    precision = {"cpu": "float32", "cuda": "bfloat16"}
+    goes_on("auto", cluster=begun)
+    with pytest.raises(InputError, match=rf"this is {now} .*give --device {begun} --dtype {precision[begun]}, or"):
+        goes_on("auto", cluster=now)
+    for dtype in ("auto", precision[begun]):
+        goes_on(begun, cluster=now, dtype=dtype)
+    goes_on("auto", cluster=begun)
+    with pytest.raises(InputError, match=f"was begun on {begun} in {precision[begun]}, and this is {now}"):
+        goes_on(now, cluster=begun)
+
+
+def test_a_dataset_that_is_complete_is_not_given_for_one_of_another_device(
+    dataset: Path, other_clip: Path, tmp_path: Path
+) -> None:
+    featurise_in_process(dataset, tmp_path / "out", other_clip)
+    asked = FeaturiseRequest(data=str(dataset), out=str(tmp_path / "out"), clip=str(other_clip))
+    assert featurise_dataset(replace(asked, device="cpu", dtype="float32"))["skipped"] == 40
+    for other in ({"device": "cuda"}, {"dtype": "bfloat16"}):
+        with pytest.raises(InputError, match=r"was begun on cpu in float32, .*give --device cpu --dtype float32"):
+            featurise_dataset(replace(asked, **other))
 
 
 def test_a_damaged_source_is_named(tiny_clip: Path, other_clip: Path, tmp_path: Path) -> None:

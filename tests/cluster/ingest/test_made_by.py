@@ -11,14 +11,17 @@ from cluster.curation.request import CurateRequest
 from cluster.curation.sync.sentences import SentenceSpec
 from cluster.dataset.layout import MANIFEST_KEY, load_manifest
 from cluster.export.as_dataset import export_as_dataset
+from cluster.export.export import export_dataset
 from cluster.export.request import ExportRequest
 from cluster.generation.environment import versions
 from cluster.ingest.photos import featurise_photos
-from cluster.ingest.request import FeaturiseRequest
+from cluster.ingest.published import import_dataset
+from cluster.ingest.request import FeaturiseRequest, ImportRequest
 from cluster.ingest.text_only import text_only_dataset
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
 from tests.helpers.featurised import featurise_in_process
+from tests.helpers.published import make_complete_dataset
 from tests.helpers.refined import redraw_in_process, sync_in_process
 from tests.helpers.tiny_dataset import write_dataset, write_pictures
 from tests.helpers.tiny_models import save_tiny_clip
@@ -88,3 +91,40 @@ def test_a_manifest_says_what_made_it(
         assert environment["processor"] and (environment["instructions"] is not None) == encodes
         documents.append((tmp_path / name / MANIFEST_KEY).read_text().replace(f"{tmp_path / name}", "OUT"))
     assert make in (_exported, _photos) or documents[0] == documents[1], "the same bytes"
+
+
+@pytest.mark.parametrize("features", [True, False])
+def test_a_rerun_on_another_machine_leaves_a_complete_import_as_it_is(
+    tmp_path: Path, tiny_t2i: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch, features: bool
+) -> None:
+    drawn, _, _ = make_complete_dataset(tmp_path / "data", t2i=tiny_t2i, clip=tiny_clip)
+    files = tmp_path / "official"
+    export_dataset(
+        drawn, open_store(files), ExportRequest(data="it", out="there", to="official", name="sd", max_length=12)
+    )
+    request = ImportRequest(
+        annotations=f"{files}/mscoco_caption_anno_train.pkl", images=f"{files}/images/sd_sp{{split_id}}",
+        features=f"{files}/features/sd_sp{{split_id}}" if features else None, vocabulary=f"{files}/vocabulary.txt",
+        concepts=f"{files}/concepts.pickle", clip_head=f"{files}/clip_head.pth", clip=str(tiny_clip),
+        out=str(tmp_path / "out"), shard_size=3, workers=2,
+    )  # fmt: skip
+    assert_stays(tmp_path / "out", lambda: import_dataset(request), monkeypatch)
+
+
+def test_a_rerun_on_another_machine_leaves_complete_photos_as_they_are(
+    tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_stays(tmp_path / "out", lambda: _photos(tmp_path, tmp_path / "out", tiny_clip), monkeypatch)
+
+
+def assert_stays(out: Path, make: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called once more with another processor and another release."""
+    make()
+    before = (out / MANIFEST_KEY).read_bytes()
+    monkeypatch.setattr("cluster.generation.environment.processor", lambda: "another CPU")
+    monkeypatch.setattr("pcm.__version__", "9.9")
+    make()
+    assert (out / MANIFEST_KEY).read_bytes() == before
+    (out / MANIFEST_KEY).write_bytes(b"{")
+    make()
+    assert load_manifest(open_store(out)).expected

@@ -18,12 +18,16 @@ import transformers
 from cluster.generation.like import with_spec
 from cluster.generation.pinning import clip_spec, dataset_spec, joint_dimensions, require_joint_patches
 from cluster.generation.request import GenerateRequest
+from cluster.ingest.another_clip import featurise_dataset
 from cluster.ingest.photos import featurise_photos
 from cluster.ingest.request import FeaturiseRequest
+from cluster.training.request import StreamRequest
+from cluster.training.stream import stream
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from tests.helpers.featurised import featurise_in_process
 from tests.helpers.tiny_dataset import write_dataset
+from tests.helpers.tiny_generation import plan_dataset, write_corpus
 from tests.helpers.tiny_models import save_tiny_clip
 
 REPO = "hf-hub:somebody/tiny-clip"
@@ -127,6 +131,58 @@ def test_another_clips_dataset_goes_on_with_its_commit(repo: Path, tmp_path: Pat
     manifest = featurise_in_process(data, tmp_path / "again", REPO)
     assert manifest is not None and manifest.spec.clip.revision == COMMITS[0]
     assert featurise_in_process(data, tmp_path / "again", REPO) == manifest
+
+
+class Reached(Exception):
+    """What is checked of a CLIP beforehand has passed."""
+
+
+def reached(*_: object) -> None:
+    raise Reached
+
+
+def change_newest(repo: Path, **changes: object) -> None:
+    """Another configuration in the later commit."""
+    path = repo / "hub/models--somebody--tiny-clip/snapshots" / COMMITS[1] / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"] |= changes
+    path.unlink()
+    path.write_text(json.dumps(config))
+
+
+def test_concepts_are_compared_with_the_clip_that_a_dataset_was_begun_with(
+    repo: Path, tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_newest(repo, embed_dim=48)
+    data = write_dataset(tmp_path / "drawn", tiny_clip, rows=8, shard_size=4)
+    request = FeaturiseRequest(
+        data=str(data), out=str(tmp_path / "out"), clip=REPO, concepts=str(data / "concepts.safetensors")
+    )
+    monkeypatch.setattr("cluster.ingest.another_clip._join", reached)
+    for main in COMMITS:
+        move_main(repo, main)
+        with pytest.raises(Reached):
+            featurise_dataset(request)
+
+
+def test_a_stream_goes_on_with_the_commit_of_its_clip(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vision = json.loads((repo / COMMITS[1] / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]
+    change_newest(repo, vision_cfg=vision | {"attentional_pool": True, "attn_pooler_heads": 2})
+    request = StreamRequest(
+        corpus=str(write_corpus(tmp_path)), t2i="null", clip=REPO, data=str(tmp_path / "data"),
+        out=str(tmp_path / "run"), shard_size=5,
+    )  # fmt: skip
+    monkeypatch.setattr("cluster.generation.make.start_ray", reached)
+    with pytest.raises(InputError, match="PCM-Net needs patches"):
+        stream(request)
+    move_main(repo, COMMITS[0])
+    spec = dataset_spec(request, gpus=0)
+    plan_dataset(tmp_path / "data", Path(request.corpus), spec, shard_size=5)
+    move_main(repo, COMMITS[1])
+    with pytest.raises(Reached):
+        stream(request)
 
 
 def test_photos_go_on_with_their_commit(repo: Path, tmp_path: Path) -> None:
