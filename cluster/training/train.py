@@ -37,7 +37,8 @@ from cluster.session import (
     who_has,
 )
 from cluster.sources.concept_file import fitting_concepts
-from cluster.sources.pictures import check_source, source_anywhere
+from cluster.sources.picture_source import PictureSource
+from cluster.sources.pictures import check_source, references_sha256, source_anywhere
 from cluster.store.store import Store, join, open_store
 from cluster.training.checkpoints import BEST, SCORE, check_checkpoints
 from cluster.training.config import TrainConfig, default_preset, preset
@@ -68,6 +69,8 @@ log = logging.getLogger(__name__)
 CONFIG_KEY = "config.json"
 #: In config.json: where the run is trained, cpu or cuda. Runs of releases that did not record it have none.
 _DEVICE = "device"
+#: In config.json: of the file of references of validation. Runs of releases that did not record it have none.
+REFERENCES_SHA256 = "references_sha256"
 
 
 class TrainingFailed(InputError):
@@ -223,7 +226,7 @@ def _previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
         previous = json.loads(out.read_bytes(CONFIG_KEY))
         order = previous.get("row_order", 1)  # of releases that recorded none
         TrainConfig.from_dict(previous["train"])
-        previous["validation"], _rows(previous)
+        _validation(previous), _rows(previous)
     except FileNotFoundError:
         if out.list():
             raise InputError(f"{out.root}: not empty and not a training run; give another --out") from None
@@ -328,7 +331,8 @@ def _document(
         "clip": identity,
         CLIP_OPTION: given,
         "datasets": [each.description() for each in sets],
-        "validation": asdict(request.validation) if request.validation else None,
+        "validation": asdict(source_anywhere(request.validation)) if request.validation else None,
+        REFERENCES_SHA256: references_sha256(request.validation) if request.validation else None,
         # Of this code, not of an installed package's metadata: a submitted job brings its own.
         "versions": {"pcmnet-ray": pcm.__version__, "torch": version("torch"), "ray": version("ray")},
     }
@@ -370,11 +374,26 @@ def _refuse_other_run(out: Store, previous: dict[str, Any], document: dict[str, 
     begun = [each.get("init_from", {}).get("sha256", "random weights") for each in (previous, document)]
     if begun[0] != begun[1]:
         differences["init_from"] = f"{begun[0][:17]} -> {begun[1][:17]}"
-    if previous["validation"] != document["validation"]:
+    if not same_validation(previous, document):
         differences["validation"] = f"{previous['validation']} -> {document['validation']}"
     if differences:
         listed = "; ".join(f"{name}: {change}" for name, change in differences.items())
         raise InputError(f"{out.root}: was begun otherwise ({listed}); resume with the same settings, or another --out")
+
+
+def same_validation(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two runs are validated on the same pictures: those of one place, or of one file of references, for they
+    may move. Raises TypeError or LookupError for a document that is no run's."""
+    was, here = _validation(before), _validation(now)
+    if was == here:
+        return True
+    sha256 = before.get(REFERENCES_SHA256)
+    return bool(was and here and was.split == here.split and sha256 and sha256 == now.get(REFERENCES_SHA256))
+
+
+def _validation(document: Mapping[str, Any]) -> PictureSource | None:
+    recorded = document["validation"]
+    return source_anywhere(PictureSource(**recorded)) if recorded else None
 
 
 def _rows(document: dict[str, Any]) -> list[tuple[str, float]]:

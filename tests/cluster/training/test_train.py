@@ -34,7 +34,7 @@ from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
 from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer
 from cluster.training.request import TrainRequest, parse_worker_label
-from cluster.training.train import TrainingFailed, _place, _summary, group_sizes, planned_run, train
+from cluster.training.train import TrainingFailed, _place, _summary, group_sizes, planned_run, same_validation, train
 from pcm.captioners.captioner import Captioner
 from pcm.captioners.interface import MODEL_FILE
 from pcm.clip.names import folder_revision
@@ -230,6 +230,20 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(trained: Pa
     wider = request(world, trained, resume=True, **real_pictures(world), overrides={"hidden_size": 64})
     with pytest.raises(InputError, match=r"begun otherwise \(hidden_size: 32 -> 64\); resume with the same"):
         train(wider)
+
+
+def test_validation_pictures_may_move(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = planned_run(request(world, world / "other", **real_pictures(world)), cpus=1).document
+    monkeypatch.chdir(world)
+    named = {"images": "pictures", "references": "references.csv", "split": None}
+    assert same_validation(begun, {**begun, "validation": named})
+    moved = {**begun, "validation": {**named, "images": "moved"}}
+    assert same_validation(begun, moved)
+    assert not same_validation(begun, {**moved, "references_sha256": "another"})
+    assert not same_validation(begun, {**begun, "validation": {**named, "split": "val"}})
+    assert not same_validation(begun, {**begun, "validation": None})
+    earlier = {name: value for name, value in begun.items() if name != "references_sha256"}
+    assert same_validation(earlier, begun) and not same_validation(earlier, moved)
 
 
 @pytest.mark.parametrize("order", [None, 1, 3])  # none is recorded by releases before the second
