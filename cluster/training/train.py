@@ -342,9 +342,9 @@ def _revision_of_given(
     request: TrainRequest, clip: ClipSpec, given: str, previous: dict[str, Any] | None
 ) -> str | None:
     """What a captioner records of `given`, the place of a CLIP other than the dataset's: the digest of a folder or
-    file. Says where it differs from the dataset's.
+    file. Says where it differs from the dataset's. A run that goes on without pictures of validation has no use for it.
     """
-    if request.clip is None and previous is not None:
+    if request.clip is None and request.validation is None and previous is not None:
         return previous.get("clip", {}).get("revision", clip.revision)
     found = revision_here(local_name(given))
     if found is None:  # of a hub repo or a tag: no hub is asked
@@ -374,6 +374,12 @@ def _refuse_other_run(out: Store, previous: dict[str, Any], document: dict[str, 
     begun = [each.get("init_from", {}).get("sha256", "random weights") for each in (previous, document)]
     if begun[0] != begun[1]:
         differences["init_from"] = f"{begun[0][:17]} -> {begun[1][:17]}"
+    clip, clip_now = previous.get("clip", {}), document["clip"]
+    was = str(clip.get("revision") or "")
+    # Earlier releases did not look at the place that was named, and recorded the commit of the dataset's.
+    looked_at = was.startswith(DIGEST) or bool(was and clip.get("model") != clip_now["model"])
+    if document["validation"] and looked_at and was != clip_now["revision"]:
+        differences["clip"] = f"{clip['model']} ({was[:17]}) -> {clip_now['model']} ({clip_now['revision'][:17]})"
     if not same_validation(previous, document):
         differences["validation"] = f"{previous['validation']} -> {document['validation']}"
     if differences:

@@ -28,7 +28,7 @@ from cluster.dataset.together import common_vocabularies, merged_concepts
 from cluster.evaluation.captioning import load_captioner
 from cluster.generation.request import parse_node_label
 from cluster.ray_internals import FailureDecision
-from cluster.store.store import open_store
+from cluster.store.store import Store, open_store
 from cluster.training.config import TrainConfig, preset, settable_fields
 from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
@@ -244,6 +244,39 @@ def test_validation_pictures_may_move(world: Path, monkeypatch: pytest.MonkeyPat
     assert not same_validation(begun, {**begun, "validation": None})
     earlier = {name: value for name, value in begun.items() if name != "references_sha256"}
     assert same_validation(earlier, begun) and not same_validation(earlier, moved)
+
+
+def test_a_run_goes_on_with_the_clip_of_its_validation_alone(
+    world: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class GoesOn(Exception):
+        pass
+
+    def goes_on(out: Store, *, done: int) -> None:
+        raise GoesOn
+
+    monkeypatch.setattr("cluster.training.train.check_checkpoints", goes_on)
+    place, out = shutil.copytree(tiny_clip, tmp_path / "clip"), tmp_path / "run"
+    pictures = real_pictures(world) | {"clip": str(place)}
+    begun = planned_run(request(world, out, **pictures), cpus=1).document
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(begun))
+
+    def resume(**settings: str | None) -> None:
+        train(request(world, out, resume=True, **(pictures | settings)))
+
+    with pytest.raises(GoesOn):
+        resume(clip=None)
+    moved = shutil.copytree(place, tmp_path / "moved")
+    with pytest.raises(GoesOn):
+        resume(clip=str(moved))
+    (place / "README.md").write_text("other files")
+    for clip in (None, str(place)):
+        with pytest.raises(InputError, match=rf"clip: {place} \(sha256:\w+\) -> {place} \(sha256:"):
+            resume(clip=clip)
+    (out / "config.json").write_text(json.dumps(begun | {"clip": begun["clip"] | {"revision": "a" * 40}}))
+    with pytest.raises(GoesOn):  # of a release that did not look at the place
+        resume(clip=None)
 
 
 @pytest.mark.parametrize("order", [None, 1, 3])  # none is recorded by releases before the second
