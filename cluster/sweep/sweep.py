@@ -56,6 +56,7 @@ from cluster.training.request import TrainRequest
 from cluster.training.trackers import flattened
 from cluster.training.train import (
     REFERENCES_SHA256,
+    VOCABULARIES,
     check_first_epoch,
     check_gpu_here,
     check_settings,
@@ -239,6 +240,8 @@ def _check_out(out: Store, document: dict[str, Any], *, resume: bool) -> None:
         if not resume:
             raise InputError(f"{out.root}: holds a sweep; add --resume to continue it, or give another --out")
         was, now = _comparable(previous), _comparable(document)
+        if VOCABULARIES not in previous["run"]:  # of a release that did not record them
+            now = {name: value for name, value in now.items() if not name.startswith(f"run.{VOCABULARIES}.")}
         changed = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
         if not same_pictures:
             changed.append("run.validation")

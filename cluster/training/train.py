@@ -71,6 +71,8 @@ CONFIG_KEY = "config.json"
 _DEVICE = "device"
 #: In config.json: of the file of references of validation. Runs of releases that did not record it have none.
 REFERENCES_SHA256 = "references_sha256"
+#: In config.json: the sha256 of words and concepts. Runs of releases that did not record it have none.
+VOCABULARIES = "vocabularies"
 
 
 class TrainingFailed(InputError):
@@ -226,7 +228,7 @@ def _previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
         previous = json.loads(out.read_bytes(CONFIG_KEY))
         order = previous.get("row_order", 1)  # of releases that recorded none
         TrainConfig.from_dict(previous["train"])
-        _validation(previous), _rows(previous)
+        _validation(previous), _rows(previous), _versions(previous), dict(previous.get(VOCABULARIES, {}))
     except FileNotFoundError:
         if out.list():
             raise InputError(f"{out.root}: not empty and not a training run; give another --out") from None
@@ -333,8 +335,22 @@ def _document(
         "datasets": [each.description() for each in sets],
         "validation": asdict(source_anywhere(request.validation)) if request.validation else None,
         REFERENCES_SHA256: references_sha256(request.validation) if request.validation else None,
-        # Of this code, not of an installed package's metadata: a submitted job brings its own.
-        "versions": {"pcmnet-ray": pcm.__version__, "torch": version("torch"), "ray": version("ray")},
+        VOCABULARIES: {
+            "words": hashlib.sha256(vocabularies.words).hexdigest(),
+            "concepts": hashlib.sha256(vocabularies.concepts).hexdigest(),
+        },
+        "versions": _versions(previous or {}),
+    }
+
+
+def _versions(previous: Mapping[str, Any]) -> dict[str, str]:
+    """Those at hand, after those with which the run was made so far: "2.10.0 and 2.11.0"."""
+    # Of this code, not of an installed package's metadata: a submitted job brings its own.
+    found = {"pcmnet-ray": pcm.__version__, "torch": version("torch"), "ray": version("ray")}
+    before = dict(previous.get("versions", {}))
+    return {
+        name: " and ".join(dict.fromkeys([*before[name].split(" and "), number] if name in before else [number]))
+        for name, number in found.items()
     }
 
 
@@ -371,15 +387,20 @@ def _refuse_other_run(out: Store, previous: dict[str, Any], document: dict[str, 
     concepts = [each.get("concepts", {}).get("sha256", "the dataset's own") for each in (previous, document)]
     if concepts[0] != concepts[1]:
         differences["concepts"] = f"{concepts[0][:17]} -> {concepts[1][:17]}"
+    for name, sha256 in document[VOCABULARIES].items():
+        if (was := previous.get(VOCABULARIES, {}).get(name, sha256)) != sha256:
+            differences.setdefault(name, f"{was[:17]} -> {sha256[:17]}")
     begun = [each.get("init_from", {}).get("sha256", "random weights") for each in (previous, document)]
     if begun[0] != begun[1]:
         differences["init_from"] = f"{begun[0][:17]} -> {begun[1][:17]}"
     clip, clip_now = previous.get("clip", {}), document["clip"]
-    was = str(clip.get("revision") or "")
+    revision = str(clip.get("revision") or "")
     # Earlier releases did not look at the place that was named, and recorded the commit of the dataset's.
-    looked_at = was.startswith(DIGEST) or bool(was and clip.get("model") != clip_now["model"])
-    if document["validation"] and looked_at and was != clip_now["revision"]:
-        differences["clip"] = f"{clip['model']} ({was[:17]}) -> {clip_now['model']} ({clip_now['revision'][:17]})"
+    looked_at = revision.startswith(DIGEST) or bool(revision and clip.get("model") != clip_now["model"])
+    if document["validation"] and looked_at and revision != clip_now["revision"]:
+        differences["clip"] = (
+            f"{clip.get('model')} ({revision[:17]}) -> {clip_now['model']} ({clip_now['revision'][:17]})"
+        )
     if not same_validation(previous, document):
         differences["validation"] = f"{previous['validation']} -> {document['validation']}"
     if differences:

@@ -133,14 +133,18 @@ def test_pictures_and_concepts_of_a_sweep_may_move(tmp_path: Path) -> None:
     }
     out.write_bytes(SWEEP_KEY, document_bytes({"run": begun}))
     moved = {**begun, "concepts": {"path": "/b/concepts", "sha256": "1"}, "references_sha256": "2"}
+    moved["vocabularies"] = {"words": "1"}
     _check_out(out, {"run": moved}, resume=True)
     moved["validation"] = {**begun["validation"], "images": "/b/pictures"}
     with pytest.raises(InputError, match=r"begun with another run\.validation \("):  # of an earlier release
         _check_out(out, {"run": moved}, resume=True)
-    out.write_bytes(SWEEP_KEY, document_bytes({"run": {**begun, "references_sha256": "2"}}))
+    recorded = {"references_sha256": "2", "vocabularies": {"words": "1"}}
+    out.write_bytes(SWEEP_KEY, document_bytes({"run": {**begun, **recorded}}))
     _check_out(out, {"run": moved}, resume=True)
     with pytest.raises(InputError, match=r"begun with another run\.concepts\.sha256 \("):
         _check_out(out, {"run": {**moved, "concepts": {"path": "/b/concepts", "sha256": "3"}}}, resume=True)
+    with pytest.raises(InputError, match=r"begun with another run\.vocabularies\.words \("):
+        _check_out(out, {"run": {**moved, "vocabularies": {"words": "3"}}}, resume=True)
 
 
 def test_a_sweep_goes_on_on_the_device_on_which_it_began(tmp_path: Path) -> None:

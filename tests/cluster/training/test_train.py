@@ -34,7 +34,17 @@ from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
 from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer
 from cluster.training.request import TrainRequest, parse_worker_label
-from cluster.training.train import TrainingFailed, _place, _summary, group_sizes, planned_run, same_validation, train
+from cluster.training.train import (
+    TrainingFailed,
+    _place,
+    _refuse_other_run,
+    _summary,
+    _versions,
+    group_sizes,
+    planned_run,
+    same_validation,
+    train,
+)
 from pcm.captioners.captioner import Captioner
 from pcm.captioners.interface import MODEL_FILE
 from pcm.clip.names import folder_revision
@@ -277,6 +287,20 @@ def test_a_run_goes_on_with_the_clip_of_its_validation_alone(
     (out / "config.json").write_text(json.dumps(begun | {"clip": begun["clip"] | {"revision": "a" * 40}}))
     with pytest.raises(GoesOn):  # of a release that did not look at the place
         resume(clip=None)
+
+
+def test_a_run_goes_on_with_its_words_and_concepts_alone_and_keeps_its_versions(world: Path, tmp_path: Path) -> None:
+    document = planned_run(request(world, tmp_path / "run"), cpus=1).document
+    now = document["versions"]["torch"]
+    assert [_versions({"versions": {"torch": torch}})["torch"] for torch in ("1.0", f"1.0 and {now}", now)] == [
+        f"1.0 and {now}", f"1.0 and {now}", now,
+    ]  # fmt: skip
+    out = open_store(tmp_path)
+    _refuse_other_run(out, {name: value for name, value in document.items() if name != "vocabularies"}, document)
+    for name in ("words", "concepts"):
+        begun = {**document, "vocabularies": {**document["vocabularies"], name: "a" * 64}}
+        with pytest.raises(InputError, match=rf"begun otherwise \({name}: a{{17}} -> \w{{17}}\)"):
+            _refuse_other_run(out, begun, document)
 
 
 @pytest.mark.parametrize("order", [None, 1, 3])  # none is recorded by releases before the second
