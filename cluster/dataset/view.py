@@ -241,14 +241,17 @@ def begun(out: Store, document: dict) -> Manifest | None:
         return None
     except ValueError:
         raise InputError(f"--out {out.root}: {LINEAGE_KEY} is damaged; give another --out") from None
-    document = json.loads(document_bytes(document))
+    document = _without_paths(json.loads(document_bytes(document)))
+    found = _without_paths(found)
     if found != document:
         named = next(
             (name for name in document if not isinstance(found, dict) or found.get(name) != document[name]), ""
         )
         other_data = "of other data, or of the data in another state"
         said = {"sources": other_data, "unfinished": other_data, "settings": "with other settings"}
-        what = said.get(named, f"with another {named}".replace("another settings", "other settings"))
+        what = said.get(named, f"with another {named}")
+        if named == "settings":
+            what += f" ({'; '.join(_changes(found.get('settings'), document['settings']))})"
         raise InputError(
             f"--out {out.root}: was begun {what}; use the same arguments and data to finish it, or another --out"
         )
@@ -257,6 +260,23 @@ def begun(out: Store, document: dict) -> Manifest | None:
     except InputError as error:
         log.warning("%s; it is written again", error)
         return None
+
+
+def _without_paths(document: Any) -> Any:
+    """Files that were given, such as lists of marks, without where they lie: their sha256 tells them apart."""
+    if not isinstance(document, dict):
+        return document
+    known = document.keys() - {"path"} if "sha256" in document else document.keys()
+    return {name: _without_paths(value) for name, value in document.items() if name in known}
+
+
+def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """The settings that differ, as "sentences.model: 'a' -> 'b'"."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            yield from _changes(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield f"{name or 'settings'}: {before!r:.100} -> {now!r:.100}"
 
 
 def _check(rows: ViewRows, sources: Sequence[OpenDataset]) -> None:

@@ -37,7 +37,7 @@ from cluster.sources.pictures import (
     reference_names,
     source_anywhere,
 )
-from cluster.store.store import join, open_store, read_uri
+from cluster.store.store import Store, join, open_store, read_uri
 from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder
 from pcm.clip.names import clip_anywhere
@@ -155,13 +155,18 @@ def _store_captions(request: EvaluateRequest, captions: Mapping[str, str], known
         return
     store = open_store(request.out)
     store.write_bytes(RESULTS_KEY, results_json(captions, known))
+    _delete_earlier(store, METRICS_KEY)
+
+
+def _delete_earlier(store: Store, key: str) -> None:
+    """An object of an earlier evaluation under the same OUT."""
     try:
-        if store.exists(METRICS_KEY):
-            store.delete(METRICS_KEY)
+        if store.exists(key):
+            store.delete(key)
     except FileNotFoundError:  # another job was faster
         pass
     except (OSError, StoreFailure) as error:
-        place = join(store.root, METRICS_KEY)
+        place = join(store.root, key)
         log.warning("%s: is of an earlier evaluation and cannot be deleted (%s)", place, first_line(error))
 
 
@@ -228,7 +233,10 @@ def _evaluate_every_epoch(request: EvaluateRequest, *, spice_folder: Path | None
     }
     if request.out is not None:
         document = {"metrics": summary, "request": asdict(request)}
-        open_store(request.out).write_bytes(EPOCHS_KEY, document_bytes(document))
+        store = open_store(request.out)
+        store.write_bytes(EPOCHS_KEY, document_bytes(document))
+        for key in (METRICS_KEY, RESULTS_KEY):  # of one checkpoint; reports would show it
+            _delete_earlier(store, key)
     return summary
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.dataset.layout import shard_number
 from cluster.evaluation.captioning import local_checkpoint
 from cluster.export.as_dataset import export_as_dataset
 from cluster.export.huggingface import HuggingFace
@@ -31,6 +32,8 @@ from pcm.official.checkpoint import export_checkpoint
 log = logging.getLogger(__name__)
 
 EXPORT_KEY = "export.json"
+#: In export.json: of an unfinished dataset, the numbers of the shards that are exported.
+_SHARDS = "unfinished_shards"
 
 
 def export(request: ExportRequest) -> dict:
@@ -59,7 +62,7 @@ def export_dataset(data: Store, out: Store, asked: ExportRequest) -> dict:
     Raises InputError for a dataset that is unfinished or that the format cannot hold, and where
     `out` holds anything but this very export.
     """
-    source = Source.open(data, unfinished=asked.unfinished)
+    source = Source.open(data, unfinished=asked.unfinished, shards=_begun_with(out) if asked.unfinished else None)
     photos = {stage: _photos(uri, f"--{stage}") for stage in ("val", "test") if (uri := getattr(asked, stage))}
     makers: dict[str, Callable[[], Format]] = {
         "official": lambda: Official(
@@ -73,7 +76,7 @@ def export_dataset(data: Store, out: Store, asked: ExportRequest) -> dict:
     if asked.to == "official":
         settings = {"name": asked.name, "max_length": asked.max_length, "corpus": asked.corpus}
         settings |= {f"{stage}_sha256": other.sha256 for stage, other in photos.items()}
-    document = {"to": asked.to, "dataset_sha256": source.sha256, "complete": False, **settings}
+    document: dict[str, Any] = {"to": asked.to, "dataset_sha256": source.sha256, "complete": False, **settings}
     shards = list(range(source.num_shards))
     counts: dict[str, Any] = {
         "exported": source.manifest.stored,
@@ -86,8 +89,12 @@ def export_dataset(data: Store, out: Store, asked: ExportRequest) -> dict:
         log.info("%s: is complete", out.root)
         return counts | {"shards": len(shards), "skipped_shards": len(shards), "seconds": 0.0}
     started = time.monotonic()
-    exporter.prepare()
+    objects = exporter.prepare()
+    if source.opened.is_unfinished:
+        document[_SHARDS] = [shard_number(shard.key) for shard in source.opened.shards]
     out.write_bytes(EXPORT_KEY, document_bytes(document))
+    for key, content in objects.items():
+        out.write_bytes(key, content)
     present = set(out.list())
     calls = [(shard, exporter.marker(shard) in present) for shard in shards]
     skipped = sum(there for _, there in calls)
@@ -105,6 +112,15 @@ def _photos(uri: str, option: str) -> Source:
     if source.manifest.spec.generator.model not in UNDRAWN:
         raise InputError(f"{option} {uri}: holds drawn pictures; give real photos, a dataset of jobs.featurise")
     return source
+
+
+def _begun_with(out: Store) -> list[int] | None:
+    """The shards of an unfinished dataset with which an export was begun; None where none was, or it is complete."""
+    try:
+        found = json.loads(out.read_bytes(EXPORT_KEY))
+        return None if found["complete"] else [int(number) for number in found[_SHARDS]]
+    except (FileNotFoundError, ValueError, TypeError, LookupError):  # a damaged one is named when it is compared
+        return None
 
 
 def _begun(out: Store, document: dict) -> bool:

@@ -31,8 +31,8 @@ class HuggingFace:
         self._source = source
         self._out = out
 
-    def prepare(self) -> None:
-        pass
+    def prepare(self) -> dict[str, bytes]:
+        return {}
 
     def marker(self, shard: int) -> str:
         return f"data/train-{shard:05d}-of-{self._source.num_shards:05d}.parquet"

@@ -80,7 +80,7 @@ class Official:
         self._corpus = corpus
         self._photos = photos
 
-    def prepare(self) -> None:
+    def prepare(self) -> dict[str, bytes]:
         for key in (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY):
             if not self._source.store.exists(key):
                 raise InputError(
@@ -91,13 +91,14 @@ class Official:
         self._ids, self._photo_ids = published_ids(self._source, self._photos)
         text = self._source.store.read_bytes(VOCABULARY_KEY)
         self._vocabulary = Vocabulary.from_text(text.decode())
-        self._out.write_bytes(VOCABULARY_KEY, text)
-        concepts = stored_concepts(self._source.store)
-        self._out.write_bytes(OFFICIAL_CONCEPTS_KEY, concepts_to_pickle(concepts))
         head = safetensors.torch.load(self._source.store.read_bytes(CLIP_HEAD_KEY))
         official = {f"visual_embed.{name}": head[name] for name in sorted(head)}
-        self._out.write_bytes(OFFICIAL_HEAD_KEY, checkpoint_to_pth(official))
-        self._out.write_bytes(SETTINGS_KEY, self._settings().encode())
+        return {
+            VOCABULARY_KEY: text,
+            OFFICIAL_CONCEPTS_KEY: concepts_to_pickle(stored_concepts(self._source.store)),
+            OFFICIAL_HEAD_KEY: checkpoint_to_pth(official),
+            SETTINGS_KEY: self._settings().encode(),
+        }
 
     def marker(self, shard: int) -> str:
         return f"{_PARTS}/{shard:06d}.annotations"

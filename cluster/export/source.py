@@ -31,9 +31,11 @@ class Source:
     opened: OpenDataset
 
     @staticmethod
-    def open(store: Store, *, unfinished: bool = False) -> "Source":
-        """Raises InputError when there is no finished dataset and, with `unfinished`, none that has a shard."""
-        found = open_dataset(store, unfinished=unfinished)
+    def open(store: Store, *, unfinished: bool = False, shards: Sequence[int] | None = None) -> "Source":
+        """shards: as in open_dataset. Raises InputError when there is no finished dataset and, with `unfinished`, none
+        that has a shard.
+        """
+        found = open_dataset(store, unfinished=unfinished, shards=shards)
         if found.plan is None and found.manifest.lineage is None:
             raise InputError(f"{store.root}: has no plan.json; run jobs.verify on the dataset")
         return Source(found)
@@ -153,8 +155,8 @@ class Format(Protocol):
     Once it is prepared it may travel to other processes, which write the shards.
     """
 
-    def prepare(self) -> None:
-        """Write what does not depend on the shards. Raises InputError for a dataset that the format cannot hold."""
+    def prepare(self) -> dict[str, bytes]:
+        """The objects that do not depend on the shards. Raises InputError for a dataset that the format cannot hold."""
 
     def marker(self, shard: int) -> str:
         """The object of a shard that is written last: its presence says that the others are there."""

@@ -33,12 +33,13 @@ class WebDataset:
         shards = source.num_shards if source.plan is None else source.plan.num_shards  # an unfinished one grows
         self._digits = max(LEAST_DIGITS, len(str(shards - 1)))
 
-    def prepare(self) -> None:
+    def prepare(self) -> dict[str, bytes]:
         if (size := self._source.largest_shard) > MAX_ROWS:
             raise InputError(
                 f"{self._source.store.root}: a shard of {size}; WebDataset keys have room for {MAX_ROWS:,} in each; "
                 "export --to huggingface"
             )
+        return {}
 
     def marker(self, shard: int) -> str:
         return f"{self._name(shard)}_stats.json"

@@ -1,5 +1,6 @@
 """Real pictures with their reference captions: what a captioner is validated and evaluated on."""
 
+import hashlib
 import logging
 import re
 import unicodedata
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from cluster.sources.picture_source import EMBEDDED_PREFIX, PictureSource
-from cluster.store.store import Store, local_copy, open_store
+from cluster.store.store import Store, local_copy, open_store, read_uri
 from pcm import embedded
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
 from pcm.errors import InputError, first_line
@@ -132,6 +133,11 @@ def source_anywhere(source: PictureSource) -> PictureSource:
         images=address(source.images),
         references=None if source.references is None else address(source.references),
     )
+
+
+def references_sha256(source: PictureSource) -> str | None:
+    """Of the file of references; None where there is none beside the pictures."""
+    return None if source.references is None else hashlib.sha256(read_uri(resolved(source.references))).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,16 @@ from cluster.training.ray_trainer import MEMORY_KEPT
 from cluster.training.reporting import write_metrics
 from cluster.training.request import TrainRequest
 from cluster.training.trackers import flattened
-from cluster.training.train import check_first_epoch, check_gpu_here, check_settings, planned_run, ray_storage
+from cluster.training.train import (
+    REFERENCES_SHA256,
+    VOCABULARIES,
+    check_first_epoch,
+    check_gpu_here,
+    check_settings,
+    planned_run,
+    ray_storage,
+    same_validation,
+)
 from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError, first_line
 
@@ -219,7 +228,8 @@ def _check_out(out: Store, document: dict[str, Any], *, resume: bool) -> None:
     """Raises InputError where OUT holds something else, or a sweep and `resume` is not set."""
     try:
         previous = dict(read_document(out.read_bytes(SWEEP_KEY)))
-    except (ValueError, TypeError) as error:
+        same_pictures = same_validation(previous["run"], document["run"])
+    except (ValueError, TypeError, LookupError) as error:
         raise InputError(
             f"{out.root}/{SWEEP_KEY}: damaged ({first_line(error)}); restore it, or give another --out"
         ) from None
@@ -230,7 +240,11 @@ def _check_out(out: Store, document: dict[str, Any], *, resume: bool) -> None:
         if not resume:
             raise InputError(f"{out.root}: holds a sweep; add --resume to continue it, or give another --out")
         was, now = _comparable(previous), _comparable(document)
+        if VOCABULARIES not in previous["run"]:  # of a release that did not record them
+            now = {name: value for name, value in now.items() if not name.startswith(f"run.{VOCABULARIES}.")}
         changed = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+        if not same_pictures:
+            changed.append("run.validation")
         if changed:
             raise InputError(
                 f"{out.root}: its sweep was begun with another {', '.join(changed)} (see its {SWEEP_KEY}); resume with "
@@ -249,7 +263,9 @@ def _comparable(document: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed sweep must share; it may be longer, lie elsewhere and be stopped otherwise."""
     flat = flattened(json.loads(json.dumps(document)))
     # The CLIP of validation pictures is told apart by its revision, and may lie elsewhere too.
-    free = ("trials", "scheduler", "device", "run.versions.", "run.clip.model", "run.clip_option")
+    free: tuple[str, ...] = ("trials", "scheduler", "device", "run.versions.", "run.clip.model", "run.clip_option")
+    # Pictures and concepts too; pictures are compared by themselves.
+    free += ("run.concepts.path", "run.validation", f"run.{REFERENCES_SHA256}")
     return {name: without_paths(value) for name, value in flat.items() if not name.startswith(free)}
 
 

@@ -37,7 +37,8 @@ from cluster.session import (
     who_has,
 )
 from cluster.sources.concept_file import fitting_concepts
-from cluster.sources.pictures import check_source, source_anywhere
+from cluster.sources.picture_source import PictureSource
+from cluster.sources.pictures import check_source, references_sha256, source_anywhere
 from cluster.store.store import Store, join, open_store
 from cluster.training.checkpoints import BEST, SCORE, check_checkpoints
 from cluster.training.config import TrainConfig, default_preset, preset
@@ -68,6 +69,10 @@ log = logging.getLogger(__name__)
 CONFIG_KEY = "config.json"
 #: In config.json: where the run is trained, cpu or cuda. Runs of releases that did not record it have none.
 _DEVICE = "device"
+#: In config.json: of the file of references of validation. Runs of releases that did not record it have none.
+REFERENCES_SHA256 = "references_sha256"
+#: In config.json: the sha256 of words and concepts. Runs of releases that did not record it have none.
+VOCABULARIES = "vocabularies"
 
 
 class TrainingFailed(InputError):
@@ -223,7 +228,7 @@ def _previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
         previous = json.loads(out.read_bytes(CONFIG_KEY))
         order = previous.get("row_order", 1)  # of releases that recorded none
         TrainConfig.from_dict(previous["train"])
-        previous["validation"], _rows(previous)
+        _validation(previous), _rows(previous), _versions(previous), dict(previous.get(VOCABULARIES, {}))
     except FileNotFoundError:
         if out.list():
             raise InputError(f"{out.root}: not empty and not a training run; give another --out") from None
@@ -328,9 +333,24 @@ def _document(
         "clip": identity,
         CLIP_OPTION: given,
         "datasets": [each.description() for each in sets],
-        "validation": asdict(request.validation) if request.validation else None,
-        # Of this code, not of an installed package's metadata: a submitted job brings its own.
-        "versions": {"pcmnet-ray": pcm.__version__, "torch": version("torch"), "ray": version("ray")},
+        "validation": asdict(source_anywhere(request.validation)) if request.validation else None,
+        REFERENCES_SHA256: references_sha256(request.validation) if request.validation else None,
+        VOCABULARIES: {
+            "words": hashlib.sha256(vocabularies.words).hexdigest(),
+            "concepts": hashlib.sha256(vocabularies.concepts).hexdigest(),
+        },
+        "versions": _versions(previous or {}),
+    }
+
+
+def _versions(previous: Mapping[str, Any]) -> dict[str, str]:
+    """Those at hand, after those with which the run was made so far: "2.10.0 and 2.11.0"."""
+    # Of this code, not of an installed package's metadata: a submitted job brings its own.
+    found = {"pcmnet-ray": pcm.__version__, "torch": version("torch"), "ray": version("ray")}
+    before = dict(previous.get("versions", {}))
+    return {
+        name: " and ".join(dict.fromkeys([*before[name].split(" and "), number] if name in before else [number]))
+        for name, number in found.items()
     }
 
 
@@ -338,9 +358,9 @@ def _revision_of_given(
     request: TrainRequest, clip: ClipSpec, given: str, previous: dict[str, Any] | None
 ) -> str | None:
     """What a captioner records of `given`, the place of a CLIP other than the dataset's: the digest of a folder or
-    file. Says where it differs from the dataset's.
+    file. Says where it differs from the dataset's. A run that goes on without pictures of validation has no use for it.
     """
-    if request.clip is None and previous is not None:
+    if request.clip is None and request.validation is None and previous is not None:
         return previous.get("clip", {}).get("revision", clip.revision)
     found = revision_here(local_name(given))
     if found is None:  # of a hub repo or a tag: no hub is asked
@@ -367,14 +387,40 @@ def _refuse_other_run(out: Store, previous: dict[str, Any], document: dict[str, 
     concepts = [each.get("concepts", {}).get("sha256", "the dataset's own") for each in (previous, document)]
     if concepts[0] != concepts[1]:
         differences["concepts"] = f"{concepts[0][:17]} -> {concepts[1][:17]}"
+    for name, sha256 in document[VOCABULARIES].items():
+        if (was := previous.get(VOCABULARIES, {}).get(name, sha256)) != sha256:
+            differences.setdefault(name, f"{was[:17]} -> {sha256[:17]}")
     begun = [each.get("init_from", {}).get("sha256", "random weights") for each in (previous, document)]
     if begun[0] != begun[1]:
         differences["init_from"] = f"{begun[0][:17]} -> {begun[1][:17]}"
-    if previous["validation"] != document["validation"]:
+    clip, clip_now = previous.get("clip", {}), document["clip"]
+    revision = str(clip.get("revision") or "")
+    # Earlier releases did not look at the place that was named, and recorded the commit of the dataset's.
+    looked_at = revision.startswith(DIGEST) or bool(revision and clip.get("model") != clip_now["model"])
+    if document["validation"] and looked_at and revision != clip_now["revision"]:
+        differences["clip"] = (
+            f"{clip.get('model')} ({revision[:17]}) -> {clip_now['model']} ({clip_now['revision'][:17]})"
+        )
+    if not same_validation(previous, document):
         differences["validation"] = f"{previous['validation']} -> {document['validation']}"
     if differences:
         listed = "; ".join(f"{name}: {change}" for name, change in differences.items())
         raise InputError(f"{out.root}: was begun otherwise ({listed}); resume with the same settings, or another --out")
+
+
+def same_validation(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two runs are validated on the same pictures: those of one place, or of one file of references, for they
+    may move. Raises TypeError or LookupError for a document that is no run's."""
+    was, here = _validation(before), _validation(now)
+    if was == here:
+        return True
+    sha256 = before.get(REFERENCES_SHA256)
+    return bool(was and here and was.split == here.split and sha256 and sha256 == now.get(REFERENCES_SHA256))
+
+
+def _validation(document: Mapping[str, Any]) -> PictureSource | None:
+    recorded = document["validation"]
+    return source_anywhere(PictureSource(**recorded)) if recorded else None
 
 
 def _rows(document: dict[str, Any]) -> list[tuple[str, float]]:

@@ -60,13 +60,17 @@ class SentenceEncoder(Protocol):
 
 
 def resolve_sentences(name: str | None, begun: object = None) -> SentenceSpec:
-    """The encoder that a NAME stands for; None is the published one where its package is installed, else CLIP. A repo
-    with which a view was begun (`begun`: what its lineage says of its sentences) stays at its commit.
+    """The encoder that a NAME stands for; None is the published one where its package is installed, else CLIP. A view
+    that was begun (`begun`: what its lineage says of its sentences) goes on with that of the two that it has, and with
+    the commit of its repo.
 
     Raises InputError for a name whose package is missing, a folder that is no sentence-transformers model, and a repo
     that cannot be looked up and is not in the local cache.
     """
     installed = importlib.util.find_spec(_PACKAGE) is not None
+    was = begun.get("model") if isinstance(begun, dict) else None
+    if name is None and was in (PUBLISHED, CLIP):
+        name = str(was)
     if name is None:
         name = PUBLISHED if installed else CLIP
         why = "" if installed else f", for sentence-transformers is not installed ({_INSTALL})"
@@ -84,7 +88,7 @@ def resolve_sentences(name: str | None, begun: object = None) -> SentenceSpec:
         return SentenceSpec(model=name, revision=folder_revision(Path(name)), library=library)
     if name.startswith(("/", ".")):
         raise InputError(f"--sentences {name}: no such folder; give a folder, a repo id ORG/NAME, or {CLIP}")
-    before = str(begun.get("revision")) if isinstance(begun, dict) and begun.get("model") == name else ""
+    before = str(begun.get("revision")) if isinstance(begun, dict) and was == name else ""
     return SentenceSpec(model=name, revision=before if is_commit(before) else _commit(name), library=library)
 
 

@@ -276,6 +276,19 @@ def test_what_was_interrupted_is_finished_by_the_same_rows_alone(tmp_path: Path,
         make_view(tmp_path / "view", [source], SHUFFLED)
 
 
+def test_other_settings_are_named_and_a_list_that_moved_is_the_same(tmp_path: Path, source: Path) -> None:
+    def go_on(*, count: int, path: str = "/a/marks.jsonl", sha256: str = "1") -> None:
+        settings = {"subset": {"count": count, "seed": 7}, "keep_list": {"path": path, "sha256": sha256}}
+        claim(open_store(tmp_path / "view"), lineage(opened(source), **settings))
+
+    go_on(count=3)
+    go_on(count=3, path="/b/marks.jsonl")
+    with pytest.raises(InputError, match=r"begun with other settings \(subset\.count: 3 -> 4\); use the same"):
+        go_on(count=4)
+    with pytest.raises(InputError, match=r"\(keep_list\.sha256: '1' -> '2'\)"):
+        go_on(count=3, path="/b/marks.jsonl", sha256="2")
+
+
 def test_training_takes_a_row_as_often_as_its_weight_says(tmp_path: Path, source: Path) -> None:
     weight = np.array([1 + number % 3 for number in range(len(SHUFFLED))])
     make_view(tmp_path / "view", [source], SHUFFLED, weight=weight)

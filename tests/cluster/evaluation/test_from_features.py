@@ -203,6 +203,9 @@ def test_every_epoch_that_the_run_kept_is_evaluated(world: Path, tmp_path: Path)
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n" * 3)
     assert list(epoch_checkpoints(str(tmp_path / "run"))[0]) == [2, 3]
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch-003")
+    (tmp_path / "out").mkdir()
+    for name in ("metrics.json", "captions.json"):  # of an earlier evaluation of one checkpoint
+        (tmp_path / "out" / name).write_text("{}")
     summary = evaluate(
         asked(
             world,
@@ -218,6 +221,7 @@ def test_every_epoch_that_the_run_kept_is_evaluated(world: Path, tmp_path: Path)
     assert (tmp_path / "out" / "epoch-002" / "captions.json").is_file()
     assert json.loads((tmp_path / "out" / "epochs.json").read_text())["metrics"]["not_kept"] == [1, 3]
     assert not (tmp_path / "out" / "metrics.json").exists()  # which jobs.report would take for one evaluation
+    assert not (tmp_path / "out" / "captions.json").exists()
     with pytest.raises(InputError, match="has no checkpoints of epochs"):
         evaluate(asked(world, features=str(world / "img"), every_epoch=True))
 

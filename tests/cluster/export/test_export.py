@@ -443,6 +443,39 @@ def test_what_is_there_of_an_unfinished_dataset_is_exported_when_told_so(tmp_pat
     assert verify(open_store(tmp_path / "dataset"))["ok"]
 
 
+@pytest.mark.parametrize("to", ["webdataset", "huggingface"])
+def test_an_export_of_an_unfinished_dataset_goes_on_with_its_shards(tmp_path: Path, to: str) -> None:
+    make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path), null_spec(), shard_size=5, finish=False)
+    shard = tmp_path / "data" / shard_key(1)
+    data = shard.read_bytes()
+    shard.unlink()
+    request = ExportRequest(data=str(tmp_path / "data"), out=str(tmp_path / "out"), to=to, unfinished=True)
+    export(request)
+    expected, document = files(tmp_path / "out"), json.loads((tmp_path / "out/export.json").read_text())
+    assert document["unfinished_shards"] == [0, 2, 3, 4]
+    shard.write_bytes(data)
+    with pytest.raises(InputError, match=r"holds another export \(dataset_sha256"):  # it was complete
+        export(request)
+    (tmp_path / "out/export.json").write_text(json.dumps(document | {"complete": False}))
+    assert (export(request)["exported"], files(tmp_path / "out")) == (19, expected)
+
+
+def test_an_export_says_whose_it_is_before_its_first_object(dataset, tmp_path, monkeypatch) -> None:
+    store, _, _ = dataset
+    out, real = open_store(tmp_path / "out"), Store.write_bytes
+
+    def fails_at_the_concepts(self: Store, key: str, data: bytes) -> None:
+        if key == "concepts.pickle":
+            raise OSError("no more")
+        real(self, key, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_bytes", fails_at_the_concepts)
+        with pytest.raises(OSError, match="no more"):
+            export_dataset(store, out, asked("official"))
+    assert export_dataset(store, out, asked("official"))["skipped_shards"] == 0
+
+
 @pytest.mark.parametrize("to", FORMATS)
 def test_ray_writes_the_export_of_one_process(ray_session: None, dataset, tmp_path: Path, to: str) -> None:
     """Whole, and when it goes on with what an earlier run left."""

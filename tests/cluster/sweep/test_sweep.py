@@ -20,7 +20,7 @@ from cluster.dataset.layout import load_manifest
 from cluster.dataset.rows import preload, read_shard
 from cluster.store.store import open_store
 from cluster.sweep.request import SweepRequest
-from cluster.sweep.sweep import SWEEP_KEY, _check_device, sweep
+from cluster.sweep.sweep import SWEEP_KEY, _check_device, _check_out, sweep
 from cluster.sweep.trial import shared_tables
 from cluster.training.train import train
 from jobs.train import JOB
@@ -123,6 +123,28 @@ def test_a_damaged_record_of_a_sweep_is_one_line(data: Path, tmp_path: Path, con
     (tmp_path / SWEEP_KEY).write_bytes(content)
     with pytest.raises(InputError, match=rf"{tmp_path}/{SWEEP_KEY}: damaged \(.*restore it, or give another --out"):
         sweep(replace(request(data, resume=True), out=str(tmp_path)))
+
+
+def test_pictures_and_concepts_of_a_sweep_may_move(tmp_path: Path) -> None:
+    out = open_store(tmp_path)
+    begun = {
+        "validation": {"images": "/a/pictures", "references": "/a/r.json", "split": "val"},
+        "concepts": {"path": "/a/concepts", "sha256": "1"},
+    }
+    out.write_bytes(SWEEP_KEY, document_bytes({"run": begun}))
+    moved = {**begun, "concepts": {"path": "/b/concepts", "sha256": "1"}, "references_sha256": "2"}
+    moved["vocabularies"] = {"words": "1"}
+    _check_out(out, {"run": moved}, resume=True)
+    moved["validation"] = {**begun["validation"], "images": "/b/pictures"}
+    with pytest.raises(InputError, match=r"begun with another run\.validation \("):  # of an earlier release
+        _check_out(out, {"run": moved}, resume=True)
+    recorded = {"references_sha256": "2", "vocabularies": {"words": "1"}}
+    out.write_bytes(SWEEP_KEY, document_bytes({"run": {**begun, **recorded}}))
+    _check_out(out, {"run": moved}, resume=True)
+    with pytest.raises(InputError, match=r"begun with another run\.concepts\.sha256 \("):
+        _check_out(out, {"run": {**moved, "concepts": {"path": "/b/concepts", "sha256": "3"}}}, resume=True)
+    with pytest.raises(InputError, match=r"begun with another run\.vocabularies\.words \("):
+        _check_out(out, {"run": {**moved, "vocabularies": {"words": "3"}}}, resume=True)
 
 
 def test_a_sweep_goes_on_on_the_device_on_which_it_began(tmp_path: Path) -> None:

@@ -28,13 +28,23 @@ from cluster.dataset.together import common_vocabularies, merged_concepts
 from cluster.evaluation.captioning import load_captioner
 from cluster.generation.request import parse_node_label
 from cluster.ray_internals import FailureDecision
-from cluster.store.store import open_store
+from cluster.store.store import Store, open_store
 from cluster.training.config import TrainConfig, preset, settable_fields
 from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
 from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer
 from cluster.training.request import TrainRequest, parse_worker_label
-from cluster.training.train import TrainingFailed, _place, _summary, group_sizes, planned_run, train
+from cluster.training.train import (
+    TrainingFailed,
+    _place,
+    _refuse_other_run,
+    _summary,
+    _versions,
+    group_sizes,
+    planned_run,
+    same_validation,
+    train,
+)
 from pcm.captioners.captioner import Captioner
 from pcm.captioners.interface import MODEL_FILE
 from pcm.clip.names import folder_revision
@@ -230,6 +240,67 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(trained: Pa
     wider = request(world, trained, resume=True, **real_pictures(world), overrides={"hidden_size": 64})
     with pytest.raises(InputError, match=r"begun otherwise \(hidden_size: 32 -> 64\); resume with the same"):
         train(wider)
+
+
+def test_validation_pictures_may_move(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = planned_run(request(world, world / "other", **real_pictures(world)), cpus=1).document
+    monkeypatch.chdir(world)
+    named = {"images": "pictures", "references": "references.csv", "split": None}
+    assert same_validation(begun, {**begun, "validation": named})
+    moved = {**begun, "validation": {**named, "images": "moved"}}
+    assert same_validation(begun, moved)
+    assert not same_validation(begun, {**moved, "references_sha256": "another"})
+    assert not same_validation(begun, {**begun, "validation": {**named, "split": "val"}})
+    assert not same_validation(begun, {**begun, "validation": None})
+    earlier = {name: value for name, value in begun.items() if name != "references_sha256"}
+    assert same_validation(earlier, begun) and not same_validation(earlier, moved)
+
+
+def test_a_run_goes_on_with_the_clip_of_its_validation_alone(
+    world: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class GoesOn(Exception):
+        pass
+
+    def goes_on(out: Store, *, done: int) -> None:
+        raise GoesOn
+
+    monkeypatch.setattr("cluster.training.train.check_checkpoints", goes_on)
+    place, out = shutil.copytree(tiny_clip, tmp_path / "clip"), tmp_path / "run"
+    pictures = real_pictures(world) | {"clip": str(place)}
+    begun = planned_run(request(world, out, **pictures), cpus=1).document
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(begun))
+
+    def resume(**settings: str | None) -> None:
+        train(request(world, out, resume=True, **(pictures | settings)))
+
+    with pytest.raises(GoesOn):
+        resume(clip=None)
+    moved = shutil.copytree(place, tmp_path / "moved")
+    with pytest.raises(GoesOn):
+        resume(clip=str(moved))
+    (place / "README.md").write_text("other files")
+    for clip in (None, str(place)):
+        with pytest.raises(InputError, match=rf"clip: {place} \(sha256:\w+\) -> {place} \(sha256:"):
+            resume(clip=clip)
+    (out / "config.json").write_text(json.dumps(begun | {"clip": begun["clip"] | {"revision": "a" * 40}}))
+    with pytest.raises(GoesOn):  # of a release that did not look at the place
+        resume(clip=None)
+
+
+def test_a_run_goes_on_with_its_words_and_concepts_alone_and_keeps_its_versions(world: Path, tmp_path: Path) -> None:
+    document = planned_run(request(world, tmp_path / "run"), cpus=1).document
+    now = document["versions"]["torch"]
+    assert [_versions({"versions": {"torch": torch}})["torch"] for torch in ("1.0", f"1.0 and {now}", now)] == [
+        f"1.0 and {now}", f"1.0 and {now}", now,
+    ]  # fmt: skip
+    out = open_store(tmp_path)
+    _refuse_other_run(out, {name: value for name, value in document.items() if name != "vocabularies"}, document)
+    for name in ("words", "concepts"):
+        begun = {**document, "vocabularies": {**document["vocabularies"], name: "a" * 64}}
+        with pytest.raises(InputError, match=rf"begun otherwise \({name}: a{{17}} -> \w{{17}}\)"):
+            _refuse_other_run(out, begun, document)
 
 
 @pytest.mark.parametrize("order", [None, 1, 3])  # none is recorded by releases before the second

@@ -47,6 +47,8 @@ def test_the_published_one_is_taken_where_it_can_be(monkeypatch: pytest.MonkeyPa
     begun = SentenceSpec(model=PUBLISHED, revision="b" * 40).decides()
     assert resolve_sentences(None, begun).revision == "b" * 40, "a view that was begun goes on with its commit"
     assert resolve_sentences("some/other", begun).revision == "a" * 40
+    by_clip = SentenceSpec(model=CLIP)  # begun before the package was installed
+    assert resolve_sentences(None, by_clip.decides()) == by_clip
 
 
 def test_a_repo_that_cannot_be_looked_up_is_said_in_one_line() -> None:
