@@ -94,6 +94,9 @@ def make_plan(
     cluster.shard_work.RUN_ON; on Ray the captions are read here, and the parts made and written by tasks, to which
     `is_truncated` travels. The plan is the same.
 
+    What is stored names the models where they were when the dataset was begun. The plan that is returned loads them
+    from where they are in `spec`.
+
     Raises InputError when the corpus has no usable caption, or when another spec, corpus or shard size was begun at
     this place.
     """
@@ -102,6 +105,7 @@ def make_plan(
     if spec.images_per_caption > 100:
         raise InputError(f"images per caption {spec.images_per_caption}: at most 100")
     refuse_credentials(corpus)  # it goes into the plan and the manifest
+    here = spec
     planned = load_plan(store)
     if planned is None:
         _refuse_foreign_objects(store)
@@ -109,8 +113,9 @@ def make_plan(
     fingerprint = hashlib.sha256()
     if planned is not None:
         refuse_other_spec(store, planned, spec, shard_size)
+        spec = planned.spec
         if source is not None and source == planned.source:
-            return planned
+            return planned.at_places_of(here)
         _refuse_other_corpus(store, planned, records, corpus, fingerprint)
     first_record, first_shard = (planned.records, planned.num_shards) if planned else (0, 0)
     parts = _parts_folder(spec, shard_size, planned, source)
@@ -131,7 +136,7 @@ def make_plan(
             if timer.due():
                 log.info("%d samples planned, %.0f samples/s", new_samples, new_samples / timer.elapsed)
     if planned is not None and not num_parts:
-        return planned
+        return planned.at_places_of(here)
     usable = new_usable + (planned.usable if planned else 0)
     counted = chunks.next_record
     if not usable:
@@ -154,7 +159,7 @@ def make_plan(
     plan = _put_plan(store, planned, plan)
     added = f" (new: {segment.records} captions in {segment.num_shards} shards)" if planned else ""
     log.info("planned %d samples of %d captions in %d shards%s", plan.expected, counted, plan.num_shards, added)
-    return plan
+    return plan.at_places_of(here)
 
 
 def corpus_lines(corpus_ids: Iterable[str], captions: Iterable[str], reasons: Iterable[str]) -> bytes:
