@@ -16,6 +16,7 @@ from cluster.generation.fit import check_memory
 from cluster.generation.like import check_alike, read_manifest, with_settings
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.measured import measured
+from cluster.generation.moved_models import ModelPlaces
 from cluster.generation.pilot import Prediction, run_pilot
 from cluster.generation.pilot import summary as pilot_summary
 from cluster.generation.pinning import dataset_spec, device_of_cluster, joint_dimensions, on_device, resolve_dtype
@@ -54,7 +55,7 @@ def generate(request: GenerateRequest) -> dict[str, Any]:
     """
     store = open_store(request.out)
     if request.only is not None:
-        return regenerate(store, request.only, image_out=request.image_out)
+        return regenerate(store, request.only, image_out=request.image_out, places=_places(request))
     if request.retry_quarantined is not None:
         return {**_retry(store, request, request.retry_quarantined), "dataset": request.out}
     if request.spec is not None:
@@ -220,12 +221,19 @@ def _begun(records: Iterator[CorpusRecord]) -> Iterator[CorpusRecord]:
     return itertools.chain(first, records)
 
 
+def _places(request: GenerateRequest) -> ModelPlaces:
+    return ModelPlaces(
+        t2i=request.t2i, t2i_config=request.t2i_config, vae=request.vae, lora=request.lora, clip=request.clip
+    )
+
+
 def _retry(store: Store, request: GenerateRequest, reason: str) -> dict[str, Any]:
     parse_reason(reason)
     plan = load_plan(store)
     if plan is None:
         raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
     require_finished(store, plan)
+    plan = _places(request).plan_at(store, plan)
     start_ray()
     pools = pools_of_cluster(request, device=plan.spec.generator.device)
     return retry_quarantined(store, plan, reason, pools, faults=request.faults)
