@@ -59,6 +59,8 @@ MAX_SHARDS = 10**6
 MAX_RECORDS = 10**9
 
 _RECORDS_AT_ONCE = 4096
+#: Fields of a spec that --device auto decides by what the cluster has now.
+_OF_DEVICE = ("generator.device", "generator.dtype", "clip.device", "clip.dtype")
 #: Samples that are planned in one go (whole shards, so they may be more), such goes at once, and writers of each.
 _SAMPLES_A_CHUNK, _CHUNKS_AT_ONCE, _WRITERS = 8192, 2, 8
 
@@ -339,6 +341,11 @@ def refuse_other_spec(store: Store, planned: Plan, spec: DatasetSpec, shard_size
     differences = planned.spec.differences(spec)
     if planned.shard_size != shard_size:
         differences.append(f"shard_size: {planned.shard_size} -> {shard_size}")
+    before, now = planned.spec.clip.device, spec.clip.device
+    if before != now and all(line.partition(":")[0] in _OF_DEVICE for line in differences):
+        raise InputError(
+            f"{store.root}: was begun on {before}, and this is {now}; give --device {before}, or another --out"
+        )
     if differences:
         raise InputError(
             f"{store.root}: was begun with another spec ({'; '.join(differences)}); "

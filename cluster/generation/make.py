@@ -153,6 +153,10 @@ def prepare(
     device = device_of_cluster(asked.device, before=before, labels=asked.node_labels)
     check_reach(store)
     spec = on_device(spec, device=device, dtype=resolve_dtype(asked.dtype, device=device))
+    if planned is not None:
+        if asked.batch_size == AUTO:
+            spec = replace(spec, generator=replace(spec.generator, batch_size=planned.spec.generator.batch_size))
+        refuse_other_spec(store, planned, spec, shard_size)  # the cluster may have another device than it had
     if asked.offload != "none" and device != "cuda":
         raise InputError(f"--offload {asked.offload}: is for GPUs, and this cluster has none now; give --device cuda")
     if memory is not None:
@@ -164,8 +168,6 @@ def prepare(
         if asked.shard_size is None and (enough := least(shard_size)) > shard_size:
             log.info("shards of %d samples instead, as a plan has at most %s of them", enough, f"{MAX_SHARDS:,}")
             shard_size = enough
-    elif asked.batch_size == AUTO:
-        spec = replace(spec, generator=replace(spec.generator, batch_size=planned.spec.generator.batch_size))
     check_reach(store)  # once more: the first machine may have come above
     plan = make_plan(
         store,
