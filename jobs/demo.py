@@ -18,6 +18,7 @@ from jobs.command_line import Job
 from jobs.endings import print_text
 from pcm import embedded
 from pcm.errors import InputError
+from pcm.spec import DEVICES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,6 +39,9 @@ class DemoRequest(Request):
     captions: int = option(2000, help="captions to draw and train on")
     epochs: int | None = option(None, help="training epochs", unset="the embedded preset's")
     seed: int = option(GenerateRequest.seed, help="of drawing and of training")
+    device: str = option(
+        "auto", choices=DEVICES, help="where to draw, train and evaluate; auto is cuda where there is a GPU"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,7 +71,12 @@ def run(request: DemoRequest) -> dict[str, Any]:
         "generate",
         generate,
         GenerateRequest(
-            corpus="embedded", out=dataset, limit=request.captions, shard_size=SHARD_SIZE, seed=request.seed
+            corpus="embedded",
+            out=dataset,
+            limit=request.captions,
+            shard_size=SHARD_SIZE,
+            seed=request.seed,
+            device=request.device,
         ),
     )
     verified = stage("verify", lambda asked: verify(open_store(asked.dataset)), VerifyRequest(dataset=dataset))
@@ -82,6 +91,7 @@ def run(request: DemoRequest) -> dict[str, Any]:
             preset="embedded",
             seed=request.seed,
             epochs=request.epochs,
+            device=request.device,
             val_images="embedded:val",
             val_references="embedded:val",
             resume=(Path(captioner) / "config.json").exists(),
@@ -89,7 +99,9 @@ def run(request: DemoRequest) -> dict[str, Any]:
     )
     test: dict[str, Any] = {"images": "embedded:test", "references": "embedded:test"}
     metrics = stage(
-        "evaluate", evaluate, EvaluateRequest(checkpoint=captioner, out=results, shuffled_baseline=True, **test)
+        "evaluate",
+        evaluate,
+        EvaluateRequest(checkpoint=captioner, out=results, shuffled_baseline=True, device=request.device, **test),
     )
     sheet = out / "contact_sheet.png"
     pictures_sheet(open_store(dataset)).save(sheet)

@@ -8,9 +8,14 @@ from jobs.command_line import Job
 
 def run(request: VerifyRequest) -> dict[str, Any]:
     if request.repair:
+        from cluster.generation.moved_models import ModelPlaces
         from cluster.generation.repair import repair_dataset
 
-        return repair_dataset(request.dataset, corpus=request.corpus, run_on=request.run_on)
+        lora = tuple((name, None) for name in request.lora)
+        places = ModelPlaces(
+            t2i=request.t2i, t2i_config=request.t2i_config, vae=request.vae, lora=lora, clip=request.clip
+        )
+        return repair_dataset(request.dataset, corpus=request.corpus, run_on=request.run_on, places=places)
     from cluster.dataset.verify import verify
     from cluster.store.store import open_store
 

@@ -171,6 +171,11 @@ class ClipSpec:
         names = ("model", "revision", "dtype", *_OF_WEIGHTS)
         return {name: value for name, value in self.to_dict().items() if name in names}
 
+    @property
+    def architecture(self) -> str:
+        """What the NAME of a tag or a checkpoint file says besides the weights; "" of a folder or a hub repo."""
+        return self.model.partition("/")[0] if self.activation else ""
+
     def conflicts(self, other: "ClipSpec") -> list[str]:
         """What proves that `other` makes other features, as "activation: gelu -> quick_gelu". A name proves nothing:
         a model may move. What one of the two did not record is not compared.
@@ -220,11 +225,25 @@ class DatasetSpec:
             one, two = self.generator.without_places(), other.generator.without_places()
             for name in ("model", "vae", "config", "loras"):  # where a folder lies does not matter
                 mine[f"generator.{name}"], theirs[f"generator.{name}"] = getattr(one, name), getattr(two, name)
+        one_clip, two_clip = [(clip.revision, clip.architecture) for clip in (self.clip, other.clip)]
+        if one_clip == two_clip and self.clip.revision.startswith(DIGEST):
+            del mine["clip.model"]  # likewise
         if self.clip.revision.startswith(TAG_REVISION) and self.clip.model == other.clip.model:
             del mine["clip.revision"]
         if self.clip.revision == other.clip.revision and other.clip.weights is None:  # not known without the hub
             mine.pop("clip.weights", None)
         return [f"{key}: {mine.get(key)!r} -> {theirs.get(key)!r}" for key in mine if mine.get(key) != theirs.get(key)]
+
+    def at_places_of(self, other: "DatasetSpec") -> "DatasetSpec":
+        """The same, its models where those of `other` lie, which has no `differences`: for loading, never for
+        recording."""
+        places = other.generator
+        generator = dataclasses.replace(
+            self.generator, model=places.model, vae=places.vae, config=places.config, loras=places.loras
+        )
+        return dataclasses.replace(
+            self, generator=generator, clip=dataclasses.replace(self.clip, model=other.clip.model)
+        )
 
 
 #: Fields of a GeneratorSpec younger than the first datasets: at their default they enter neither digest nor seeds.

@@ -199,6 +199,17 @@ class Plan:
     schema_version: int = SCHEMA_VERSION
     #: Its samples are redraws of another dataset's: corpus id and caption give the seed (pcm.generation.seeds).
     redraws: bool = False
+    #: The spec with its models where they are now, if they may have moved: neither stored nor compared.
+    spec_here: DatasetSpec | None = field(default=None, compare=False)
+
+    @property
+    def spec_to_load(self) -> DatasetSpec:
+        """For whoever loads its models. What is recorded is `spec`."""
+        return self.spec_here or self.spec
+
+    def at_places_of(self, spec: DatasetSpec) -> "Plan":
+        """The same, its models to be loaded from where those of `spec` lie, which has no differences."""
+        return replace(self, spec_here=self.spec.at_places_of(spec))
 
     @property
     def num_shards(self) -> int:
@@ -239,6 +250,7 @@ class Plan:
 
     def to_json(self) -> bytes:
         values = {**asdict(self), "spec": self.spec.to_dict()}
+        del values["spec_here"]
         if not self.redraws:
             del values["redraws"]
         return document_bytes(values)
@@ -250,7 +262,9 @@ class Plan:
             segments = tuple(Segment(**_known(Segment, segment)) for segment in values["segments"])
             source = CorpusSource(**_known(CorpusSource, values["source"])) if values["source"] else None
             spec = DatasetSpec.from_dict(values["spec"])
-            found = Plan(**{**_known(Plan, values), "spec": spec, "segments": segments, "source": source})
+            found = Plan(
+                **{**_known(Plan, values), "spec": spec, "segments": segments, "source": source, "spec_here": None}
+            )
             _check_numbers(found, "records", "expected", "usable", "shard_size")
             for segment in segments:
                 _check_numbers(segment, "first_record", "records", "first_shard", "num_shards")

@@ -59,6 +59,8 @@ MAX_SHARDS = 10**6
 MAX_RECORDS = 10**9
 
 _RECORDS_AT_ONCE = 4096
+#: Fields of a spec that --device auto decides by what the cluster has now.
+_OF_DEVICE = ("generator.device", "generator.dtype", "clip.device", "clip.dtype")
 #: Samples that are planned in one go (whole shards, so they may be more), such goes at once, and writers of each.
 _SAMPLES_A_CHUNK, _CHUNKS_AT_ONCE, _WRITERS = 8192, 2, 8
 
@@ -94,6 +96,9 @@ def make_plan(
     cluster.shard_work.RUN_ON; on Ray the captions are read here, and the parts made and written by tasks, to which
     `is_truncated` travels. The plan is the same.
 
+    What is stored names the models where they were when the dataset was begun. The plan that is returned loads them
+    from where they are in `spec`.
+
     Raises InputError when the corpus has no usable caption, or when another spec, corpus or shard size was begun at
     this place.
     """
@@ -102,6 +107,7 @@ def make_plan(
     if spec.images_per_caption > 100:
         raise InputError(f"images per caption {spec.images_per_caption}: at most 100")
     refuse_credentials(corpus)  # it goes into the plan and the manifest
+    here = spec
     planned = load_plan(store)
     if planned is None:
         _refuse_foreign_objects(store)
@@ -109,8 +115,9 @@ def make_plan(
     fingerprint = hashlib.sha256()
     if planned is not None:
         refuse_other_spec(store, planned, spec, shard_size)
+        spec = planned.spec
         if source is not None and source == planned.source:
-            return planned
+            return planned.at_places_of(here)
         _refuse_other_corpus(store, planned, records, corpus, fingerprint)
     first_record, first_shard = (planned.records, planned.num_shards) if planned else (0, 0)
     parts = _parts_folder(spec, shard_size, planned, source)
@@ -131,7 +138,7 @@ def make_plan(
             if timer.due():
                 log.info("%d samples planned, %.0f samples/s", new_samples, new_samples / timer.elapsed)
     if planned is not None and not num_parts:
-        return planned
+        return planned.at_places_of(here)
     usable = new_usable + (planned.usable if planned else 0)
     counted = chunks.next_record
     if not usable:
@@ -154,7 +161,7 @@ def make_plan(
     plan = _put_plan(store, planned, plan)
     added = f" (new: {segment.records} captions in {segment.num_shards} shards)" if planned else ""
     log.info("planned %d samples of %d captions in %d shards%s", plan.expected, counted, plan.num_shards, added)
-    return plan
+    return plan.at_places_of(here)
 
 
 def corpus_lines(corpus_ids: Iterable[str], captions: Iterable[str], reasons: Iterable[str]) -> bytes:
@@ -334,6 +341,11 @@ def refuse_other_spec(store: Store, planned: Plan, spec: DatasetSpec, shard_size
     differences = planned.spec.differences(spec)
     if planned.shard_size != shard_size:
         differences.append(f"shard_size: {planned.shard_size} -> {shard_size}")
+    before, now = planned.spec.clip.device, spec.clip.device
+    if before != now and all(line.partition(":")[0] in _OF_DEVICE for line in differences):
+        raise InputError(
+            f"{store.root}: was begun on {before}, and this is {now}; give --device {before}, or another --out"
+        )
     if differences:
         raise InputError(
             f"{store.root}: was begun with another spec ({'; '.join(differences)}); "

@@ -25,6 +25,9 @@ class RunOnOption(Request):
     )
 
 
+_MOVED = "with --repair: where the dataset's {} is now, should it have moved"
+
+
 @dataclass(frozen=True, kw_only=True)
 class VerifyRequest(RunOnOption):
     """A dataset to prove, or with `repair` to make whole; paths or URIs."""
@@ -36,7 +39,16 @@ class VerifyRequest(RunOnOption):
         help="with --repair: where the captions are now, should the plan be damaged",
         unset="where they were",
     )
-
+    t2i: str | None = option(None, metavar="NAME", help=_MOVED.format("generator"), unset="where it was")
+    t2i_config: str | None = option(
+        None, metavar="NAME", help=_MOVED.format("--t2i-config of jobs.generate"), unset="where it was"
+    )
+    vae: str | None = option(None, metavar="NAME", help=_MOVED.format("--vae"), unset="where it was")
+    lora: tuple[str, ...] = option(
+        (), metavar="REPO_OR_FILE", help="with --repair: where each LoRA is now, all of them in their order",
+        unset="where they were",
+    )  # fmt: skip
+    clip: str | None = option(None, metavar="NAME", help=_MOVED.format("CLIP"), unset="where it was")
     upgrade: bool = option(False, help="rewrite a dataset of an older schema version in place")
     redraw: int | None = option(
         None, metavar="N",
@@ -47,7 +59,7 @@ class VerifyRequest(RunOnOption):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_without(self, "repair", "corpus")
+        refuse_without(self, "repair", "corpus", "t2i", "t2i_config", "vae", "lora", "clip")
         refuse_without(self, "redraw", "seed")
         check_at_least(self, 1, "redraw")
         if self.redraw is not None and (self.repair or self.upgrade):

@@ -318,7 +318,7 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
 def _load_and_store_clip_files(store: Store, plan: Plan, words: CorpusWords) -> None:
     from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
 
-    clip = plan.spec.clip
+    clip = plan.spec_to_load.clip
     with room_for_model(f"CLIP {clip.model}", clip.device):
         encoder = load_with_retries(lambda: ClipEncoder.from_spec(local_clip(clip)), model=clip.model)
     _store_clip_files(store, plan, words, encoder)

@@ -16,6 +16,7 @@ from cluster.generation.fit import check_memory
 from cluster.generation.like import check_alike, read_manifest, with_settings
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.measured import measured
+from cluster.generation.moved_models import ModelPlaces
 from cluster.generation.pilot import Prediction, run_pilot
 from cluster.generation.pilot import summary as pilot_summary
 from cluster.generation.pinning import dataset_spec, device_of_cluster, joint_dimensions, on_device, resolve_dtype
@@ -54,7 +55,7 @@ def generate(request: GenerateRequest) -> dict[str, Any]:
     """
     store = open_store(request.out)
     if request.only is not None:
-        return regenerate(store, request.only, image_out=request.image_out)
+        return regenerate(store, request.only, image_out=request.image_out, places=_places(request))
     if request.retry_quarantined is not None:
         return {**_retry(store, request, request.retry_quarantined), "dataset": request.out}
     if request.spec is not None:
@@ -152,6 +153,10 @@ def prepare(
     device = device_of_cluster(asked.device, before=before, labels=asked.node_labels)
     check_reach(store)
     spec = on_device(spec, device=device, dtype=resolve_dtype(asked.dtype, device=device))
+    if planned is not None:
+        if asked.batch_size == AUTO:
+            spec = replace(spec, generator=replace(spec.generator, batch_size=planned.spec.generator.batch_size))
+        refuse_other_spec(store, planned, spec, shard_size)  # the cluster may have another device than it had
     if asked.offload != "none" and device != "cuda":
         raise InputError(f"--offload {asked.offload}: is for GPUs, and this cluster has none now; give --device cuda")
     if memory is not None:
@@ -163,8 +168,6 @@ def prepare(
         if asked.shard_size is None and (enough := least(shard_size)) > shard_size:
             log.info("shards of %d samples instead, as a plan has at most %s of them", enough, f"{MAX_SHARDS:,}")
             shard_size = enough
-    elif asked.batch_size == AUTO:
-        spec = replace(spec, generator=replace(spec.generator, batch_size=planned.spec.generator.batch_size))
     check_reach(store)  # once more: the first machine may have come above
     plan = make_plan(
         store,
@@ -220,12 +223,19 @@ def _begun(records: Iterator[CorpusRecord]) -> Iterator[CorpusRecord]:
     return itertools.chain(first, records)
 
 
+def _places(request: GenerateRequest) -> ModelPlaces:
+    return ModelPlaces(
+        t2i=request.t2i, t2i_config=request.t2i_config, vae=request.vae, lora=request.lora, clip=request.clip
+    )
+
+
 def _retry(store: Store, request: GenerateRequest, reason: str) -> dict[str, Any]:
     parse_reason(reason)
     plan = load_plan(store)
     if plan is None:
         raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
     require_finished(store, plan)
+    plan = _places(request).plan_at(store, plan)
     start_ray()
     pools = pools_of_cluster(request, device=plan.spec.generator.device)
     return retry_quarantined(store, plan, reason, pools, faults=request.faults)

@@ -8,13 +8,15 @@ import pyarrow as pa
 
 from cluster.dataset.layout import load_plan, quarantine_key, read_plan_part, read_table, shard_key
 from cluster.dataset.plan import parse_sample_id
+from cluster.generation.moved_models import NOT_MOVED, ModelPlaces
 from cluster.generation.stages.draw import DrawShard
 from cluster.store.store import Store
 from pcm.errors import InputError
 
 
-def regenerate(store: Store, sample_id: str, *, image_out: str | None = None) -> dict:
-    """Draw `sample_id` from the dataset's own plan and spec; nothing on the store is changed.
+def regenerate(store: Store, sample_id: str, *, image_out: str | None = None, places: ModelPlaces = NOT_MOVED) -> dict:
+    """Draw `sample_id` from the dataset's own plan and spec; nothing on the store is changed. `places`: of what has
+    moved.
 
     Returns sample_id, caption, seed, sha256 of the drawn image bytes, that of the stored ones, and whether they match
     (`ok` too). Raises InputError when the dataset or the sample does not exist.
@@ -32,7 +34,7 @@ def regenerate(store: Store, sample_id: str, *, image_out: str | None = None) ->
     part = read_plan_part(store, plan.part_key(shard))
     row = part.slice(offset, 1)
     kept = _stored_row(store, shard, sample_id)
-    spec = plan.spec
+    spec = places.plan_at(store, plan).spec_to_load
     if kept:
         # As it was drawn then: perhaps in a smaller batch, perhaps with a seed that only a retry came to.
         row = row.append_column("attempts", pa.array([kept["attempts"] - 1], pa.int32()))

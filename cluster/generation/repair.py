@@ -24,6 +24,7 @@ from cluster.dataset.request import VerifyRequest
 from cluster.dataset.verify import Inspection, inspect
 from cluster.dataset.vocabularies import vocabularies_stored
 from cluster.dataset.vocabulary_files import refuse_rebuilding
+from cluster.generation.moved_models import NOT_MOVED, ModelPlaces
 from cluster.generation.pipeline import run_pipeline
 from cluster.generation.places import pools_of_cluster
 from cluster.generation.pools import Pools
@@ -79,12 +80,21 @@ def repair(
     return inspect(store, run_on=run_on).to_dict() | {"repaired": len(found.damaged_shards)}
 
 
-def repair_dataset(dataset: str, *, corpus: str | None = None, run_on: str = VerifyRequest.run_on) -> dict:
-    """`repair` of the dataset at a path or URI; `corpus`: where its captions are now, where they were by default.
+def repair_dataset(
+    dataset: str,
+    *,
+    corpus: str | None = None,
+    run_on: str = VerifyRequest.run_on,
+    places: ModelPlaces = NOT_MOVED,
+) -> dict:
+    """`repair` of the dataset at a path or URI; `corpus`: where its captions are now, where they were by default, and
+    `places` where its models are.
 
     Ray is started only where there is something to draw, or where the shards are many.
     """
     store = open_store(dataset)
+    planned = load_plan(store)
+    here = places.plan_at(store, planned).spec_to_load if planned else None  # another model is told of at once
 
     def read_records(plan: Plan) -> Iterator[CorpusRecord]:
         uri = embedded.caption_file(corpus or plan.corpus)
@@ -94,7 +104,7 @@ def repair_dataset(dataset: str, *, corpus: str | None = None, run_on: str = Ver
         return read_corpus(uri, format=plan.source.format, split=plan.source.split, limit=plan.records, options=options)
 
     def draw(found: Inspection) -> None:
-        plan = found.plan
+        plan = found.plan.at_places_of(here or found.plan.spec)
         device = plan.spec.generator.device
         if found.damaged_shards or not vocabularies_stored(store, plan):
             start_ray()
@@ -104,7 +114,10 @@ def repair_dataset(dataset: str, *, corpus: str | None = None, run_on: str = Ver
         # What is absent still is made anyway; what another run has stored meanwhile stays.
         run_pipeline(store, plan, pools, redo=sorted(set(found.damaged_shards) - set(found.absent_shards)))
 
-    return repair(store, draw=draw, read_records=read_records, truncation_check=truncation_check, run_on=run_on)
+    def check_prompts(spec: DatasetSpec) -> Callable[[str], bool]:
+        return truncation_check(local_spec(here or spec))
+
+    return repair(store, draw=draw, read_records=read_records, truncation_check=check_prompts, run_on=run_on)
 
 
 def _drop_damaged_manifest(store: Store) -> None:
@@ -131,7 +144,7 @@ def _rebuild_plan_parts(
 ) -> int:
     """Write the parts that differ from what the corpus says, once the whole corpus proved to be the planned one."""
     records = read_records(plan)
-    is_truncated = truncation_check(local_spec(plan.spec))
+    is_truncated = truncation_check(plan.spec)
     fingerprint = hashlib.sha256()
     differ = {}
     for segment in plan.segments:

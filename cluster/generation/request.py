@@ -314,8 +314,10 @@ class GenerationOptions(
         )
 
 
+#: What of a dataset may lie elsewhere now.
+_OF_DRAWING = ("t2i", "t2i_config", "vae", "lora")
 #: What --retry-quarantined listens to; the rest stands in the dataset.
-_OF_RETRY = ("out", *MachineOptions.__annotations__, *FaultOptions.__annotations__)
+_OF_RETRY = ("out", "clip", *_OF_DRAWING, *MachineOptions.__annotations__, *FaultOptions.__annotations__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,7 +363,9 @@ class GenerateRequest(GenerationOptions):
         if self.image_out and not os.path.isdir(os.path.dirname(self.image_out) or "."):
             raise InputError(f"--image-out {self.image_out}: its folder is not there; make it first")
         if self.only is not None:
-            refuse_others(self, "only", ("out", "image_out"), why="which takes everything from the dataset")
+            refuse_others(
+                self, "only", ("out", "image_out", *_OF_DRAWING), why="which takes everything from the dataset"
+            )
         elif self.retry_quarantined is not None:
             refuse_others(self, "retry_quarantined", _OF_RETRY, why="which takes the rest from the dataset")
         elif self.corpus is None and self.preset is None:

@@ -229,8 +229,9 @@ def _store_clip_files(store: Store, plan: Plan, request: ImportRequest, found: F
     spec = plan.spec.clip
     encoder = None
     if found is None or request.concepts is None or request.clip_head is None:
-        with room_for_model(f"CLIP {spec.model}", spec.device):
-            encoder = ClipEncoder.from_spec(local_clip(spec))
+        here = plan.spec_to_load.clip
+        with room_for_model(f"CLIP {here.model}", here.device):
+            encoder = ClipEncoder.from_spec(local_clip(here))
     shape = found or (encoder.features if encoder else None)
     assert shape is not None
     head = _published_head(request.clip_head) if request.clip_head else encoder.head() if encoder else {}
@@ -309,7 +310,7 @@ class ShardImporter:
         self._places = places
         self._corpus = corpus
         self._writer = WriteShard(store, plan.schema_version)
-        self._featuriser = None if places.features else FeaturiseShard(plan.spec.clip)
+        self._featuriser = None if places.features else FeaturiseShard(plan.spec_to_load.clip)
         self._model = threading.Lock()  # one forward pass at a time; pictures are read and decoded beside it
 
     def __call__(self, shard: int) -> dict:

@@ -16,9 +16,9 @@ from cluster.store.paths import inside
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store, join, open_store
 from cluster.weights.hub import pin_repo
-from cluster.weights.manifest import MANIFEST, StagedFile, WeightsManifest, digits, revision_of
+from cluster.weights.manifest import MANIFEST, StagedFile, WeightsManifest, digits, read_manifest, revision_of
 from cluster.weights.request import StageModelsRequest
-from pcm.clip.names import HUB_PREFIX, LOCAL_PREFIX, resolve_clip_name
+from pcm.clip.names import HUB_PREFIX, LOCAL_PREFIX, is_commit, resolve_clip_name
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, first_line
 from pcm.generation.model_memory import loaded_files
@@ -38,7 +38,7 @@ _CLIP_FILES = ("*.json", "*.txt", "*.model", "open_clip_*.safetensors")
 
 def stage(request: StageModelsRequest) -> dict[str, Any]:
     """Put a model's folder at --out, or two below it, and return the job's summary. Run again, it puts what is not
-    there yet.
+    there yet; of a repo without a revision that is the commit that is staged there.
 
     The summary: weights (what a job is given), source, revision, files, bytes, put, digests (by file). Of two models
     `t2i` and `clip` have the first three, the rest is of both, with names of files below --out. Raises InputError for a
@@ -75,14 +75,17 @@ def places_of(request: StageModelsRequest) -> dict[str, str]:
 
 
 def _stage_one(request: StageModelsRequest, kind: str, place: str) -> dict[str, Any]:
+    store = open_store(place)
+    before = _staged(store)
+    there = before.source if before else ""
     with tempfile.TemporaryDirectory(prefix="pcm-") as scratch:
         folder = Path(scratch)
         if kind == "t2i":
             assert request.t2i is not None
-            source = _link_pipeline(request.t2i, request.revision, request.t2i_variant, folder)
+            source = _link_pipeline(request.t2i, request.revision, request.t2i_variant, folder, there)
         else:
             assert request.clip is not None
-            source = _link_clip(request.clip, request.revision, folder)
+            source = _link_clip(request.clip, request.revision, folder, there)
         for file in folder.rglob("*.safetensors"):
             try:
                 with safe_open(file, "np"):
@@ -92,7 +95,11 @@ def _stage_one(request: StageModelsRequest, kind: str, place: str) -> dict[str, 
                     f"{source}: {file.relative_to(folder)} cannot be read ({first_line(error)}); get it again whole"
                 ) from None
         manifest = _manifest(folder, source)
-        store = open_store(place)
+        if before is not None and before.revision != manifest.revision:
+            log.warning(
+                "%s: %s (%s) replaces %s (%s); what was begun with those weights needs them there to go on",
+                place, source, manifest.revision, before.source, before.revision,
+            )  # fmt: skip
         missing = _missing(store, manifest)
         log.info("%s: putting %d of %d files at %s", source, len(missing), len(manifest.files), place)
         with ThreadPoolExecutor(WORKERS, thread_name_prefix="stage") as pool:
@@ -107,6 +114,14 @@ def _stage_one(request: StageModelsRequest, kind: str, place: str) -> dict[str, 
         "put": len(missing),
         "digests": {file.name: file.sha256 for file in manifest.files},
     }
+
+
+def _staged(store: Store) -> WeightsManifest | None:
+    """What lies there; None of nothing, and of a damaged manifest, which is replaced."""
+    try:
+        return read_manifest(store)
+    except InputError:
+        return None
 
 
 def _manifest(folder: Path, source: str) -> WeightsManifest:
@@ -132,8 +147,18 @@ def _missing(store: Store, manifest: WeightsManifest) -> list[StagedFile]:
     ]
 
 
-def _link_pipeline(name: str, revision: str | None, variant: str | None, folder: Path) -> str:
-    """Make the folder of a pipeline's files; what they are, for people."""
+def _commit(repo: str, revision: str | None, there: str, source: str) -> str:
+    """Of a repo: the one asked for, that of what is staged `there` if it is of the same `source` (which ends before the
+    commit), or the newest."""
+    staged = there.removeprefix(source)
+    if revision is None and there.startswith(source) and is_commit(staged):
+        log.info("%s: at the commit that is staged there, %s; --revision main takes the newest", repo, staged)
+        return staged
+    return pin_repo(repo, revision, option="--revision COMMIT")
+
+
+def _link_pipeline(name: str, revision: str | None, variant: str | None, folder: Path, there: str) -> str:
+    """Make the folder of a pipeline's files; what they are, for people. there: the same of what is staged already."""
     from pcm.generation.own_code import refuse_own_code  # diffusers takes seconds to import
 
     refuse_credentials(name)
@@ -143,7 +168,7 @@ def _link_pipeline(name: str, revision: str | None, variant: str | None, folder:
             raise InputError(f"--t2i {name}: has no {INDEX}; give a diffusers folder or a repo id")
         found, source, of_hub = Path(name), Path(name).absolute().name, False
     else:
-        commit = pin_repo(name, revision, option="--revision COMMIT")
+        commit = _commit(name, revision, there, f"{name}@")
         found, source, of_hub = _download(name, commit, _pipeline_patterns(name, commit)), f"{name}@{commit}", True
     refuse_own_code(found)
     files = named_files(found, variant=variant)
@@ -167,17 +192,17 @@ def _chosen(folder: Path, files: Iterable[Path], variant: str | None) -> list[Pa
     return [file for name, file in names.items() if name in loaded or file.suffix not in WEIGHTS]
 
 
-def _link_clip(name: str, revision: str | None, folder: Path) -> str:
-    """Make the folder of a CLIP's files; what they are, for people."""
+def _link_clip(name: str, revision: str | None, folder: Path, there: str) -> str:
+    """Make the folder of a CLIP's files; what they are, for people. there: the same of what is staged already."""
     import pcm.torchvision_shim  # noqa: F401  isort: skip
     from pcm.clip.configuration import CONFIG_FILE, read_config  # seconds to import
 
     architecture, pretrained = resolve_clip_name(name)
     if pretrained is not None:
-        source = _link_named_clip(name, architecture, pretrained, revision, folder)
+        source = _link_named_clip(name, architecture, pretrained, revision, folder, there)
     elif architecture.startswith(HUB_PREFIX):
         repo = architecture.removeprefix(HUB_PREFIX)
-        commit = pin_repo(repo, revision, option="--revision COMMIT")
+        commit = _commit(repo, revision, there, f"{repo}@")
         found, source = _download(repo, commit, list(_CLIP_FILES)), f"{repo}@{commit}"
         _link(found, (file for pattern in _CLIP_FILES for file in found.glob(pattern)), folder)
     else:
@@ -194,7 +219,9 @@ def _link_clip(name: str, revision: str | None, folder: Path) -> str:
     return source
 
 
-def _link_named_clip(name: str, architecture: str, pretrained: str, revision: str | None, folder: Path) -> str:
+def _link_named_clip(
+    name: str, architecture: str, pretrained: str, revision: str | None, folder: Path, there: str
+) -> str:
     """Of ARCHITECTURE/PRETRAINED: its weights, and a configuration that says the same as the two names."""
     from pcm.clip.configuration import CONFIG_FILE
     from pcm.clip.weights import clip_files, hub_place
@@ -207,7 +234,7 @@ def _link_named_clip(name: str, architecture: str, pretrained: str, revision: st
         repo, _ = hub_place(architecture, pretrained)
         if not repo:
             raise InputError(f"--clip {name}: its weights are in no repo, and cannot be pinned; give a checkpoint file")
-        commit = pin_repo(repo, revision, option="--revision COMMIT")
+        commit = _commit(repo, revision, there, f"{name} of {repo}@")
         source = f"{name} of {repo}@{commit}"
     files = load_with_retries(lambda: clip_files(name, commit), model=name)
     config = files.config

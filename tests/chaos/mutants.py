@@ -96,7 +96,7 @@ MUTANTS = (
     ),
     Mutant(
         "redraw: a round of other redraws is not taken for this one",
-        "cluster/curation/redraw/rounds.py", "if found.asked() != plan.asked():", "if False:",
+        "cluster/curation/redraw/rounds.py", "if found.spec.differences(plan.spec) or found.asked() != replace(plan, spec=found.spec).asked():", "if False:",
         ("tests/cluster/curation/test_redraw.py::test_a_round_that_was_changed_from_outside_is_named",),
     ),
     Mutant(

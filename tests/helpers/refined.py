@@ -17,6 +17,7 @@ from cluster.generation.pipeline import write_manifest
 from cluster.generation.stages.draw import DrawShard
 from cluster.store.store import Store, open_store
 from pcm.clip.encoder import ClipEncoder
+from pcm.spec import DatasetSpec
 from tests.helpers.tiny_generation import draw_in_process
 
 
@@ -52,9 +53,11 @@ def redraw_in_process(
     *,
     draw: type[DrawShard] = DrawShard,
     rounds_until_killed: int | None = None,
+    spec: DatasetSpec | None = None,
     **options: object,
 ) -> Manifest:
-    """Best-of-n and redraw. Killed in the middle of the round of that number: one shard of it is there."""
+    """Best-of-n and redraw. Killed in the middle of the round of that number: one shard of it is there. `spec`: with
+    the models where they are now."""
     request = RefineRequest(data=str(data), out=str(out), **options)  # type: ignore[arg-type]
     source, store = open_dataset(open_store(data)), open_store(out)
     planned = keep_plan(source, store, request, source.manifest.stored)
@@ -71,7 +74,7 @@ def redraw_in_process(
             raise Killed
         draw_in_process(at, plan, missing, draw=draw)
         done.append(at)
-        encoder = ClipEncoder.from_spec(plan.spec.clip)
+        encoder = ClipEncoder.from_spec(plan.spec_to_load.clip)
         write_manifest(at, plan, store_vocabularies(at, plan, encoder=encoder))
 
-    return redraw_view(source, store, lineage, request, source.manifest.spec, planned, draw_all)
+    return redraw_view(source, store, lineage, request, spec or source.manifest.spec, planned, draw_all)

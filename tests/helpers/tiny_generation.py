@@ -101,7 +101,8 @@ def draw_in_process(
     retry: frozenset[str] = frozenset(),
 ) -> FeatureShape:
     """Put these shards on the store, whatever is there; with `retry`, only what was quarantined for these reasons."""
-    drawing, featurise = draw(store, plan.spec, None, retry), FeaturiseShard(plan.spec.clip)
+    here = plan.spec_to_load
+    drawing, featurise = draw(store, here, None, retry), FeaturiseShard(here.clip)
     write = WriteShard(store, plan.schema_version)
     for shard in shards:
         write(featurise(drawing(pa.table({"shard": [shard], "part": [plan.part_key(shard)]}))))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cluster.dataset.layout import load_plan, quarantine_key, shard_key
+from cluster.dataset.layout import load_manifest, load_plan, quarantine_key, shard_key
 from cluster.dataset.verify import verify
 from cluster.dataset.vocabularies import store_vocabularies
 from cluster.ingest.photos import in_slots
@@ -141,6 +142,20 @@ def test_neither_shard_size_nor_resume_nor_growth_changes_a_bit(featurise, tmp_p
     assert columns(stores[0]) == columns(stores[1]) == columns(stores[2])
     vocabularies = [[store.read_bytes(key) for key in ("vocabulary.txt", "concepts.safetensors")] for store in stores]
     assert vocabularies[0] == vocabularies[1] == vocabularies[2]
+
+
+def test_photos_are_finished_and_grow_where_their_clip_is_now(featurise, tiny_clip, tmp_path):
+    whole, out = open_store(tmp_path / "whole"), open_store(tmp_path / "out")
+    clip = Path(shutil.copytree(tiny_clip, tmp_path / "old"))
+    featurise(tmp_path / "whole")
+    featurise(tmp_path / "out", clip=clip, limit=3)
+    out.delete(shard_key(0))
+    clip.rename(tmp_path / "new")
+    grown = featurise(tmp_path / "out", clip=tmp_path / "new")
+    assert grown.returncode == 0, grown.stderr
+    assert load_plan(out).spec.clip.model == load_manifest(out).spec.clip.model == str(clip)
+    assert verify(out)["ok"] and verify(out)["fingerprint"] == verify(whole)["fingerprint"]
+    assert columns(out) == columns(whole)
 
 
 def test_clip_sees_a_photo_once_for_all_its_captions(featurise, world, tmp_path, monkeypatch):

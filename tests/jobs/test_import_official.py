@@ -18,7 +18,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY, Manifest, Plan, load_manifest, shard_key
+from cluster.dataset.layout import (
+    CLIP_HEAD_KEY,
+    CONCEPTS_KEY,
+    MANIFEST_KEY,
+    PLAN_KEY,
+    VOCABULARY_KEY,
+    Manifest,
+    Plan,
+    load_manifest,
+    shard_key,
+    stats_key,
+)
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.together import check_same_clip
 from cluster.dataset.verify import verify
@@ -259,6 +270,21 @@ def test_features_are_computed_where_none_are_given(dataset, exported, tmp_path,
         np.testing.assert_allclose(new["global_feature"], old["global_feature"], atol=1e-3)
         assert new["clip_score"] == old["clip_score"]  # the annotation's, though the caption is spelled otherwise
     assert verify(open_store(tmp_path / "out"))["ok"]
+
+
+def test_an_import_is_finished_where_its_clip_is_now(exported, tmp_path, tiny_clip, call_job):
+    out, clip = tmp_path / "out", Path(shutil.copytree(tiny_clip, tmp_path / "old"))
+    computed = {"features": None, "clip_head": None, "concepts": None, "shard_size": 1}
+    whole = call_job("import_official", *arguments(exported, out, clip, **computed))
+    assert whole.returncode == 0, whole.stderr
+    plan, made = (out / PLAN_KEY).read_bytes(), load_manifest(open_store(out))
+    for key in (shard_key(0), stats_key(0), MANIFEST_KEY):
+        (out / key).unlink()
+    clip.rename(tmp_path / "new")
+    done = call_job("import_official", *arguments(exported, out, tmp_path / "new", **computed))
+    assert done.returncode == 0, done.stderr
+    found = load_manifest(open_store(out))
+    assert (found.fingerprint, found.spec) == (made.fingerprint, made.spec) and (out / PLAN_KEY).read_bytes() == plan
 
 
 def test_imported_features_are_mixed_with_those_of_the_same_clip_alone(

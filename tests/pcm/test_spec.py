@@ -83,3 +83,38 @@ def test_an_older_spec_without_activation_keeps_its_digest_and_can_be_resumed() 
     assert DatasetSpec.from_dict(spec.to_dict()) == spec
     known = dataclasses.replace(spec, clip=dataclasses.replace(spec.clip, activation="gelu"))
     assert not spec.differences(known), "what was not recorded is not compared"
+
+
+def moved(spec: DatasetSpec, clip: str) -> DatasetSpec:
+    return dataclasses.replace(spec, clip=dataclasses.replace(spec.clip, model=clip))
+
+
+def test_where_a_folder_or_a_file_lies_is_no_difference() -> None:
+    generator = dataclasses.replace(
+        GENERATOR, vae="/a/vae", vae_revision="sha256:1", loras=(("/a/lora", "sha256:2", 0.5),)
+    )
+    clip = ClipSpec(model="/a/clip", revision="sha256:3")
+    spec = DatasetSpec(generator=generator, clip=clip)
+    places = dataclasses.replace(generator, model="s3://b/t2i", vae="/b/vae", loras=(("/b/lora", "sha256:2", 0.5),))
+    now = DatasetSpec(generator=places, clip=dataclasses.replace(clip, model="s3://b/clip"))
+    assert not spec.differences(now) and spec.at_places_of(now) == now
+    other = moved(dataclasses.replace(spec, clip=dataclasses.replace(clip, revision="sha256:4")), "/b/clip")
+    assert spec.differences(other) == [
+        "clip.model: '/a/clip' -> '/b/clip'",
+        "clip.revision: 'sha256:3' -> 'sha256:4'",
+    ]
+
+
+def test_a_checkpoint_file_may_move_and_keeps_its_architecture() -> None:
+    clip = ClipSpec(model="ViT-B-32//a/own.pt", revision="sha256:3", activation="gelu")
+    spec = DatasetSpec(generator=GENERATOR, clip=clip)
+    assert not spec.differences(moved(spec, "ViT-B-32//b/own.pt"))
+    assert spec.differences(moved(spec, "ViT-B-16//b/own.pt")) == [
+        "clip.model: 'ViT-B-32//a/own.pt' -> 'ViT-B-16//b/own.pt'"
+    ]
+
+
+def test_a_repo_or_a_tag_is_its_name() -> None:
+    repo = dataclasses.replace(SPEC, clip=ClipSpec(model="hf-hub:org/one", revision="a" * 40))
+    for spec, name in ((SPEC, "ViT-B-32/openai"), (repo, "hf-hub:org/two")):
+        assert spec.differences(moved(spec, name)) == [f"clip.model: {spec.clip.model!r} -> {name!r}"]

@@ -122,12 +122,12 @@ def _plan(
     )
     found = load_plan(store)
     if found is not None:
-        if found.asked() != plan.asked():
+        if found.spec.differences(plan.spec) or found.asked() != replace(plan, spec=found.spec).asked():
             raise InputError(
                 f"{store.root}: holds a round of other redraws (changed from outside, or begun by an earlier release); "
                 "give another --out"
             )
-        return found
+        return found.at_places_of(plan.spec)
     table = pa.table(columns, schema=PLAN_SCHEMA)
     folder = plan.segments[0].parts
     for shard in range(shards):

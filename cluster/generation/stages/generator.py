@@ -60,10 +60,10 @@ class Generator:
     ) -> None:
         import ray  # the stages are usable without it
 
-        self._make_draw = partial(draw, store, plan.spec, watched_by, retry)
+        self._make_draw = partial(draw, store, plan.spec_to_load, watched_by, retry)
         self._store = store
         self._plan = plan
-        self._scoring = (plan.spec.clip, watched_by, concepts) if scores else None
+        self._scoring = (plan.spec_to_load.clip, watched_by, concepts) if scores else None
         self._monitor = watched_by[0]
         self._overlap = Overlap(WriteShard(store, plan.schema_version, self._monitor) if scores else _hand_on)
         self._nothing = (STORED_SCHEMA if scores else SHARD_ROW_SCHEMA).empty_table()

@@ -47,9 +47,8 @@ class Scorer:
         context = ray.get_runtime_context()
         self._name, self._node = context.get_actor_id() or "driver", context.get_node_id()
         self._overlap = Overlap(WriteShard(store, plan.schema_version, self._monitor))
-        self._make_score = partial(
-            FeaturiseShard, plan.spec.clip, watched_by, concepts, before_again=self._overlap.wait
-        )
+        clip = plan.spec_to_load.clip
+        self._make_score = partial(FeaturiseShard, clip, watched_by, concepts, before_again=self._overlap.wait)
         self._score: FeaturiseShard | None = None
         self._models = Models(self._monitor, self._name, self._load, scores=True)
         self._overlap.begin(self._models.load)

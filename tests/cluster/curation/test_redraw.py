@@ -1,5 +1,6 @@
 """jobs.refine --method best-of-n and redraw: real pictures drawn again, the best kept, the old ones untouched."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -213,6 +214,32 @@ def test_a_round_that_was_changed_from_outside_is_named(dataset: Path, tmp_path:
     plan.write_text(json.dumps(document))
     with pytest.raises(InputError, match="round-000: holds a round of other redraws"):
         redraw_in_process(dataset, tmp_path / "out", **REDRAW)
+
+
+def test_a_round_is_finished_where_the_models_are_now(
+    dataset: Path, tmp_path: Path, tiny_t2i: Path, tiny_clip: Path
+) -> None:
+    loaded = set()
+
+    class Watched(DrawShard):
+        @staticmethod
+        def load(spec: GeneratorSpec) -> TextToImage:
+            loaded.add(spec.model)
+            return load_generator(spec)
+
+    alone = redraw_in_process(dataset, tmp_path / "alone", **REDRAW)
+    with pytest.raises(Killed):
+        redraw_in_process(dataset, tmp_path / "out", rounds_until_killed=1, **REDRAW)
+    moved = tiny_spec(
+        Path(shutil.copytree(tiny_t2i, tmp_path / "t2i")), Path(shutil.copytree(tiny_clip, tmp_path / "clip"))
+    )
+    made = redraw_in_process(dataset, tmp_path / "out", draw=Watched, spec=moved, **REDRAW)
+    assert made.fingerprint == alone.fingerprint and loaded == {str(tmp_path / "t2i")}
+    with pytest.raises(Killed):
+        redraw_in_process(dataset, tmp_path / "other", rounds_until_killed=0, **REDRAW)
+    other = dataclasses.replace(moved, generator=dataclasses.replace(moved.generator, num_inference_steps=3))
+    with pytest.raises(InputError, match="round-000: holds a round of other redraws"):
+        redraw_in_process(dataset, tmp_path / "other", spec=other, **REDRAW)
 
 
 def test_verify_finds_another_seed_in_a_rounds_plan(dataset: Path, tmp_path: Path) -> None:

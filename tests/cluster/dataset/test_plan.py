@@ -211,6 +211,40 @@ def test_captions_that_were_appended_are_planned_in_shards_of_their_own(tmp_path
     assert load_plan(store) == plan
 
 
+def test_models_that_moved_are_loaded_where_they_are_and_recorded_where_they_were(tmp_path: Path) -> None:
+    def at(place: str) -> DatasetSpec:
+        generator = dataclasses.replace(SPEC.generator, model=f"{place}/t2i", revision="sha256:1")
+        return DatasetSpec(generator=generator, clip=ClipSpec(model=f"{place}/clip", revision="sha256:2"))
+
+    old, new = at("/old"), at("/new")
+    store, begun = plan_dataset(tmp_path / "data", write_corpus(tmp_path), old)
+    stored = store.read_bytes("plan.json")
+    assert begun.spec_to_load == old and load_plan(store).spec_to_load == old
+    _, again = plan_dataset(tmp_path / "data", write_corpus(tmp_path), new)
+    assert (again.spec, again.spec_to_load) == (old, new) and again == begun
+    assert store.read_bytes("plan.json") == stored == again.to_json()
+    _, grown = plan_dataset(tmp_path / "data", write_corpus(tmp_path, [*CAPTIONS, "A zebra."]), new)
+    assert (grown.spec, grown.spec_to_load) == (old, new) and load_plan(store) == grown
+    plan_dataset(tmp_path / "whole", write_corpus(tmp_path, [*CAPTIONS, "A zebra."]), new, shard_size=30)
+    assert [row["seed"] for row in planned(store)] == [row["seed"] for row in planned(open_store(tmp_path / "whole"))]
+
+
+@pytest.mark.parametrize(("before", "now"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_another_device_of_the_cluster_is_told_of_with_the_option_that_names_the_first(
+    tmp_path: Path, before: str, now: str
+) -> None:
+    def on(device: str, **clip: object) -> DatasetSpec:
+        dtype = "bfloat16" if device == "cuda" else "float32"
+        parts = dataclasses.replace(SPEC.generator, device=device, dtype=dtype)
+        return DatasetSpec(generator=parts, clip=dataclasses.replace(SPEC.clip, device=device, dtype=dtype, **clip))
+
+    plan_dataset(tmp_path / "data", write_corpus(tmp_path), on(before))
+    with pytest.raises(InputError, match=f"was begun on {before}, and this is {now}; give --device {before}, or ano"):
+        plan_dataset(tmp_path / "data", write_corpus(tmp_path), on(now))
+    with pytest.raises(InputError, match=r"clip.batch_size: 32 -> 4\); use the same arguments"):
+        plan_dataset(tmp_path / "data", write_corpus(tmp_path), on(now, batch_size=4))
+
+
 def test_a_larger_limit_is_growth(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path)
     store = open_store(tmp_path / "out")

@@ -28,9 +28,11 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny_generation import (
     CAPTIONS,
     Dataset,
+    draw_in_process,
     make_dataset,
     make_dataset_in_process,
     null_spec,
+    plan_dataset,
     tiny_spec,
     write_corpus,
 )
@@ -125,6 +127,29 @@ def test_a_rerun_skips_everything(made: Dataset, ray_session: None) -> None:
     assert (again.result.skipped, again.result.generated) == (16, 0)
     assert {path: path.stat().st_mtime_ns for path in Path(made.store.prefix, "shards").iterdir()} == before
     assert again.result.manifest == made.result.manifest
+
+
+def test_what_was_begun_is_finished_where_its_models_are_now(
+    made: Dataset, tiny_t2i: Path, tiny_clip: Path, tmp_path: Path, ray_session: None
+) -> None:
+    old = [Path(shutil.copytree(model, tmp_path / "old" / model.name)) for model in (tiny_t2i, tiny_clip)]
+    store, plan = plan_dataset(tmp_path / "data", made.corpus, tiny_spec(*old))
+    draw_in_process(store, plan, [1])
+    begun = store.read_bytes("plan.json")
+    (tmp_path / "old").rename(tmp_path / "new")
+    t2i, clip = (str(tmp_path / "new" / model.name) for model in old)
+    done = generate(
+        GenerateRequest(
+            corpus=str(made.corpus), out=store.root, t2i=t2i, clip=clip, steps=2, guidance_scale=2.0, batch_size=4,
+            clip_batch_size=4, device="cpu",
+        )
+    )  # fmt: skip
+    assert (done["generated"], done["skipped"], done["stored"]) == (10, 5, 14)
+    assert store.read_bytes("plan.json") == begun and load_manifest(store).spec == plan.spec
+    assert proven(store.root) == proven(made.store.root)
+    assert str(tmp_path / "old" / tiny_clip.name).encode() in store.read_bytes("clip_head.safetensors")
+    for key in ("vocabulary.txt", "concepts.safetensors", *store.list("shards")):
+        assert store.read_bytes(key) == made.store.read_bytes(key), key
 
 
 @pytest.mark.slow  # test_repair.py shows the same in less time

@@ -169,6 +169,30 @@ def test_what_is_gone_on_with_keeps_its_commits_steps_and_guidance(
     assert generator_spec(request, device="cpu", dtype="float32", begun=model) == model
 
 
+def test_a_dataset_meets_another_device_before_anything_is_asked_of_the_cluster(
+    tiny_t2i: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_corpus(tmp_path, CAPTIONS[:3])
+    asked = GenerateRequest(
+        corpus=str(corpus), out=str(tmp_path / "out"), t2i=str(tiny_t2i), clip="null", batch_size="auto"
+    )
+    begun = dataset_spec(asked, gpus=0)
+    plan_dataset(asked.out, corpus, replace(begun, generator=replace(begun.generator, batch_size=3)))
+
+    def pools(*asked: object, **named: object) -> None:
+        raise RuntimeError("machines are asked for")
+
+    monkeypatch.setattr(make, "start_ray", lambda: None)
+    monkeypatch.setattr(make, "check_reach", lambda store: None)
+    monkeypatch.setattr(make, "pools_of_cluster", pools)
+    monkeypatch.setattr(make, "device_of_cluster", lambda *asked, **named: "cuda")
+    with pytest.raises(InputError, match="was begun on cpu, and this is cuda; give --device cpu, or another --out"):
+        generate(replace(asked, shard_size=5))
+    monkeypatch.setattr(make, "device_of_cluster", lambda *asked, **named: "cpu")
+    with pytest.raises(RuntimeError, match="machines are asked for"):
+        generate(replace(asked, shard_size=5))
+
+
 def test_one_repo_that_is_several_things_keeps_a_commit_of_each(
     moved_hub: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import numpy as np
@@ -13,12 +15,12 @@ from cluster.store.store import open_store
 from cluster.weights.manifest import read_manifest
 from cluster.weights.node_copy import CACHE_VARIABLE, local_name
 from cluster.weights.request import StageModelsRequest
-from cluster.weights.stage import places_of, stage
+from cluster.weights.stage import _commit, places_of, stage
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from tests.helpers.seaweedfs import S3Server
 
-COMMIT = "a" * 40
+COMMIT, NEWER = "a" * 40, "b" * 40
 
 
 def hub_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repo: str, folder: Path) -> None:
@@ -60,6 +62,37 @@ def test_staging_again_puts_nothing(tmp_path: Path, tiny_t2i: Path) -> None:
     first = stage(request)
     assert first["put"] == first["files"] > 0
     assert stage(request)["put"] == 0
+
+
+def test_a_repo_is_staged_again_at_the_commit_that_lies_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_t2i: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub_with(monkeypatch, tmp_path, "somebody/tiny", tiny_t2i)
+    monkeypatch.setattr("cluster.weights.hub.look_up", lambda *asked, **option: SimpleNamespace(sha=NEWER))
+    newer = Path(shutil.copytree(tiny_t2i, tmp_path / "newer"))
+    with (newer / "model_index.json").open("a") as index:
+        index.write(" ")
+    (tmp_path / "hub/models--somebody--tiny/snapshots" / NEWER).symlink_to(newer)
+    asked = StageModelsRequest(t2i="somebody/tiny", out=str(tmp_path / "out"))
+    first = stage(replace(asked, revision=COMMIT))
+    again = stage(asked)
+    assert (again["source"], again["revision"], again["put"]) == (f"somebody/tiny@{COMMIT}", first["revision"], 0)
+    assert "replaces" not in caplog.text
+    (tmp_path / "out/weights.json").write_bytes(b"damaged")
+    assert stage(replace(asked, revision=COMMIT))["revision"] == first["revision"]
+    assert stage(replace(asked, revision="main"))["source"] == f"somebody/tiny@{NEWER}"
+    assert f"replaces somebody/tiny@{COMMIT} ({first['revision']})" in caplog.text
+    assert stage(asked)["source"] == f"somebody/tiny@{NEWER}"
+    assert stage(StageModelsRequest(t2i="somebody/tiny", out=str(tmp_path / "other")))["source"].endswith(NEWER)
+
+
+@pytest.mark.parametrize("source", ["org/repo@", "ViT-L-14/openai of org/repo@"])
+def test_what_is_staged_of_another_source_says_no_commit(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setattr("cluster.weights.hub.look_up", lambda *asked, **option: SimpleNamespace(sha=NEWER))
+    assert _commit("org/repo", None, f"{source}{COMMIT}", source) == COMMIT
+    for there in ("", "tiny", f"org/another@{COMMIT}", f"{source}main", f"x{source}{COMMIT}"):
+        assert _commit("org/repo", None, there, source) == NEWER
+    assert _commit("org/repo", "d" * 40, f"{source}{COMMIT}", source) == "d" * 40
 
 
 def test_both_models_are_staged_together_below_their_names(tmp_path: Path, tiny_t2i: Path, tiny_clip: Path) -> None:

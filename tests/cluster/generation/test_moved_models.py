@@ -1,0 +1,112 @@
+"""Models of a dataset that lie elsewhere now: repairs and retries are told where, and record where they were."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.dataset.layout import PLAN_KEY, Plan, load_manifest, load_plan, shard_key
+from cluster.dataset.request import VerifyRequest
+from cluster.generation import make
+from cluster.generation.make import generate
+from cluster.generation.moved_models import ModelPlaces
+from cluster.generation.pipeline import write_manifest
+from cluster.generation.request import GenerateRequest
+from cluster.store.store import Store, open_store
+from jobs.verify import run as verify_job
+from pcm.errors import InputError
+from tests.helpers.tiny_generation import CAPTIONS, draw_in_process, plan_dataset, tiny_spec, write_corpus
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory, tiny_t2i: Path) -> Path:
+    """Five captions in two shards, drawn by a model that has gone from where it was."""
+    folder = tmp_path_factory.mktemp("moved")
+    spec = tiny_spec(Path(shutil.copytree(tiny_t2i, folder / "old")), num_inference_steps=1)
+    store, plan = plan_dataset(folder / "data", write_corpus(folder, CAPTIONS[:5]), spec, shard_size=3)
+    write_manifest(store, plan, draw_in_process(store, plan, [0, 1]))
+    (folder / "old").rename(folder / "new")
+    return folder
+
+
+@pytest.fixture
+def data(drawn: Path, tmp_path: Path) -> Store:
+    """A copy to damage."""
+    return open_store(shutil.copytree(drawn / "data", tmp_path / "data"))
+
+
+def test_a_repair_draws_with_the_model_where_it_is_now(
+    drawn: Path, data: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_pipeline(store: Store, plan: Plan, pools: object, *, redo: list[int]) -> None:
+        write_manifest(store, plan, draw_in_process(store, plan, redo))
+
+    monkeypatch.setattr("cluster.generation.repair.start_ray", lambda: None)
+    monkeypatch.setattr("cluster.generation.repair.pools_of_cluster", lambda *, device: None)
+    monkeypatch.setattr("cluster.generation.repair.run_pipeline", run_pipeline)
+    before, manifest, plan = data.read_bytes(shard_key(1)), load_manifest(data), data.read_bytes(PLAN_KEY)
+    Path(data.path(shard_key(1))).write_bytes(b"damaged")
+    Path(data.path(load_plan(data).part_key(1))).write_bytes(b"damaged")
+    with pytest.raises(InputError, match="was begun with another spec"):
+        verify_job(VerifyRequest(dataset=data.root, repair=True, t2i="embedded"))
+    found = verify_job(VerifyRequest(dataset=data.root, repair=True, t2i=str(drawn / "new")))
+    assert found["ok"] and found["repaired"] == 1 and data.read_bytes(shard_key(1)) == before
+    assert data.read_bytes(PLAN_KEY) == plan and load_manifest(data).fingerprint == manifest.fingerprint
+    assert load_manifest(data).spec == manifest.spec
+
+
+def test_a_place_needs_a_repair() -> None:
+    with pytest.raises(InputError, match="--t2i a: needs --repair"):
+        VerifyRequest(dataset="data", t2i="a")
+
+
+def test_one_sample_and_quarantined_ones_are_drawn_with_the_model_where_it_is_now(
+    drawn: Path, data: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = str(drawn / "new")
+    assert generate(GenerateRequest(out=data.root, only="000000001-00", t2i=here))["matches"]
+    tried: list[Plan] = []
+    monkeypatch.setattr(make, "start_ray", lambda: None)
+    monkeypatch.setattr(make, "pools_of_cluster", lambda request, *, device: None)
+    monkeypatch.setattr(make, "retry_quarantined", lambda store, plan, *rest, **named: tried.append(plan) or {})
+    generate(GenerateRequest(out=data.root, retry_quarantined="nan_image", t2i=here))
+    (plan,) = tried
+    assert plan == load_plan(data) and plan.spec_to_load.generator.model == here
+    with pytest.raises(InputError, match=r"generator.model: 'sha256:.*' -> 'embedded'"):
+        generate(GenerateRequest(out=data.root, retry_quarantined="nan_image", t2i="embedded"))
+
+
+def test_each_part_is_compared_by_its_digest(tmp_path: Path, tiny_t2i: Path, tiny_clip: Path) -> None:
+    def copied(place: str) -> tuple[Path, ...]:
+        folder = tmp_path / place
+        shutil.copytree(tiny_t2i, folder / "t2i")
+        shutil.copytree(tiny_t2i / "vae", folder / "vae")
+        shutil.copytree(tiny_clip, folder / "clip")
+        shutil.copy(tiny_t2i / "unet/diffusion_pytorch_model.safetensors", folder / "lora.safetensors")
+        return folder / "t2i", folder / "clip", folder / "vae", folder / "lora.safetensors"
+
+    t2i, clip, vae, lora = copied("old")
+    spec = tiny_spec(t2i, clip)
+    asked = GenerateRequest(
+        corpus="embedded", out="out", t2i=str(t2i), clip=str(clip), vae=str(vae), lora=((str(lora), 0.5),)
+    )
+    generator = make.dataset_spec(asked, gpus=0).generator
+    names = {name: getattr(generator, name) for name in ("vae", "vae_revision", "loras")}
+    store, plan = plan_dataset(
+        tmp_path / "data", write_corpus(tmp_path), replace(spec, generator=replace(spec.generator, **names))
+    )
+    new = [str(path) for path in copied("new")]
+    shutil.rmtree(tmp_path / "old")
+    places = ModelPlaces(t2i=new[0], clip=new[1], vae=new[2], lora=((new[3], None),))
+    moved = places.plan_at(store, plan).spec_to_load
+    assert (moved.generator.model, moved.clip.model, moved.generator.vae) == tuple(new[:3])
+    assert moved.generator.loras == ((new[3], plan.spec.generator.loras[0][1], 0.5),)
+    for wrong, said in (
+        (replace(places, lora=((new[3], 1.0),)), "generator.loras"),
+        (replace(places, lora=((new[3], None), (new[3], None))), "--lora: the dataset was drawn with 1; give each"),
+        (replace(places, vae=str(tiny_t2i)), "has no config.json"),
+        (replace(places, clip="embedded"), "clip.revision"),
+    ):
+        with pytest.raises(InputError, match=said):
+            wrong.plan_at(store, plan)
