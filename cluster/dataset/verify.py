@@ -55,7 +55,7 @@ class Inspection:
     absent_shards: list[int] = field(default_factory=list)  # of the damaged ones
     damaged_plan_parts: list[int] = field(default_factory=list)
     wrong_groups: list[int] = field(default_factory=list)
-    vocabularies_damaged: bool = False
+    damaged_vocabularies: list[str] = field(default_factory=list)  # keys
     captions_differ: bool = False  # plan parts against plan.json
     problems: list[str] = field(default_factory=list)
 
@@ -131,9 +131,9 @@ def inspect(store: Store, *, run_on: str = VerifyRequest.run_on) -> Inspection:
     if not result.damaged_plan_parts and corpus.hexdigest() != plan.corpus_fingerprint:
         result.captions_differ = True
         result.tell([f"{PLAN_KEY}: its corpus fingerprint is not that of the captions in the plan parts"])
-    if wrong := vocabulary_problems(store, plan):
-        result.vocabularies_damaged = True
-        result.tell(wrong)
+    wrong = vocabulary_problems(store, plan)
+    result.damaged_vocabularies = list(wrong)
+    result.tell(list(wrong.values()))
     result.tell(_foreign_objects(store, plan))
     result.tell(_manifest_disagrees(result))
     for problem in result.problems:

@@ -26,7 +26,12 @@ from cluster.dataset.layout import (
     Plan,
     read_plan_part,
 )
-from cluster.dataset.vocabulary_files import refuse_rebuilding, stored_document, vocabulary_keys
+from cluster.dataset.vocabulary_files import (
+    intact_vocabularies,
+    refuse_rebuilding,
+    stored_document,
+    vocabulary_keys,
+)
 from cluster.session import user_error, waiting_for
 from cluster.shard_work import AUTO, MANY_SAMPLES, PROCESS, shard_work
 from cluster.store.retries import load_with_retries
@@ -82,8 +87,8 @@ def store_vocabularies(
     """Make sure that vocabulary, concepts and CLIP head are on the store; the shape of the dataset's features.
 
     Done before generation, so that training can start while pictures are still being made. When the corpus has grown
-    they are built again; `vocabularies.json`, written last, says of which captions they are, and their sha256. With
-    `encoder`, the plan's CLIP, everything is done in this process; else a Ray task loads it, on a node with
+    they are built again; `vocabularies.json`, written last, says of which captions they are, and their sha256. Of
+    the same captions those that are intact stay, for another device or spaCy would make others. With `encoder`, the plan's CLIP, everything is done in this process; else a Ray task loads it, on a node with
     `node_label`. A run that draws has no such task: its first generator does this on the device that it has. `words`:
     those that were counted before. Raises InputError where they were imported, and where concepts that a user gave are
     not there any more.
@@ -91,12 +96,14 @@ def store_vocabularies(
     min_count = _min_count(plan)
     if not vocabularies_stored(store, plan):
         refuse_rebuilding(store, plan)
+        intact = intact_vocabularies(store, plan)
         words = words or count_corpus_words(store, plan, run_on=AUTO if encoder is None else PROCESS)
-        store.write_bytes(VOCABULARY_KEY, words.vocabulary.to_text().encode())
-        log.info("vocabulary: %d words with at least %d occurrences", len(words.vocabulary), min_count)
+        if VOCABULARY_KEY not in intact:
+            store.write_bytes(VOCABULARY_KEY, words.vocabulary.to_text().encode())
+            log.info("vocabulary: %d words with at least %d occurrences", len(words.vocabulary), min_count)
         if encoder is not None:
             _store_clip_files(store, plan, words, encoder)
-        elif plan.spec.clip.model != "null":
+        elif not intact >= set(vocabulary_keys(plan)) - {VOCABULARY_KEY}:
             run_with_clip(_load_and_store_clip_files, store, plan, words, clip=plan.spec.clip, node_label=node_label)
         keys = vocabulary_keys(plan)
         digests = {key: hashlib.sha256(store.read_bytes(key)).hexdigest() for key in keys}
@@ -151,7 +158,8 @@ def count_corpus_words(store: Store, plan: Plan, *, run_on: str) -> CorpusWords:
 
     Raises InputError where no word is frequent enough.
     """
-    needs_nouns = plan.spec.clip.model != "null" and not store.exists(GIVEN_CONCEPTS_KEY)
+    has_concepts = store.exists(GIVEN_CONCEPTS_KEY) or CONCEPTS_KEY in intact_vocabularies(store, plan)
+    needs_nouns = plan.spec.clip.model != "null" and not has_concepts
     finder = (stored_nouns(store) or LEXICON_NOUNS) if needs_nouns else None
     work = shard_work(run_on, samples=plan.expected, places=[(store, PLAN_KEY)], threads=_READERS)
     timer = LineTimer()
@@ -325,14 +333,16 @@ def _load_and_store_clip_files(store: Store, plan: Plan, words: CorpusWords) -> 
 
 
 def _store_clip_files(store: Store, plan: Plan, words: CorpusWords, encoder: "ClipEncoder") -> None:
-    if not store.exists(GIVEN_CONCEPTS_KEY):
+    intact = intact_vocabularies(store, plan)
+    if not (store.exists(GIVEN_CONCEPTS_KEY) or CONCEPTS_KEY in intact):
         embeddings = embed(words.nouns, encoder.encode_texts)
         concepts = ConceptVocabulary(words.nouns, embeddings, words.noun_source)
         store.write_bytes(CONCEPTS_KEY, concepts.to_bytes())
         if words.noun_versions:
             found = {"nouns": stored_nouns(store), "versions": words.noun_versions}
             store.write_bytes(NOUNS_KEY, document_bytes(found))
-    store.write_bytes(CLIP_HEAD_KEY, clip_head_bytes(encoder, plan.spec.clip.model))
+    if CLIP_HEAD_KEY not in intact:
+        store.write_bytes(CLIP_HEAD_KEY, clip_head_bytes(encoder, plan.spec.clip.model))
 
 
 def clip_head_bytes(encoder: "ClipEncoder", model: str) -> bytes:

@@ -28,34 +28,48 @@ def vocabulary_keys(plan: Plan) -> tuple[str, ...]:
     return (VOCABULARY_KEY,) if plan.spec.clip.model == "null" else _ALL
 
 
-def vocabulary_problems(store: Store, plan: Plan) -> list[str]:
-    """What is wrong with them, a line each. Before they are stored of the captions that are planned now nothing is
+def vocabulary_problems(store: Store, plan: Plan) -> dict[str, str]:
+    """What is wrong with them: key -> a line. Before they are stored of the captions that are planned now nothing is
     missing but what was imported, and concepts that a user gave; of imported ones and of an earlier release's, which
     have no sha256, it is seen only that they can be read.
     """
     was_imported = plan.spec.generator.model == IMPORTED
-    try:
-        said = dict(json.loads(store.read_bytes(VOCABULARIES_KEY)))
-        is_current = said.get("corpus_fingerprint") == plan.corpus_fingerprint
-        digests = dict(said.get("sha256", {})) if is_current else {}
-    except (FileNotFoundError, ValueError, TypeError):
-        is_current, digests = False, {}
+    recorded = _recorded(store, plan)
+    digests = dict(recorded or {})
     said_in = dict.fromkeys(digests, VOCABULARIES_KEY)
     if (given := _document_of_given(store)) is not None:
         digests[CONCEPTS_KEY], said_in[CONCEPTS_KEY] = given["sha256"], GIVEN_CONCEPTS_KEY
-    problems = []
+    problems = {}
     for key in vocabulary_keys(plan):
         try:
             data = store.read_bytes(key)
         except FileNotFoundError:
-            problems += [f"{key}: missing"] * (is_current or was_imported or key in digests)
+            if recorded is not None or was_imported or key in digests:
+                problems[key] = f"{key}: missing"
             continue
         if (digest := digests.get(key)) is not None:
             if digest != hashlib.sha256(data).hexdigest():
-                problems.append(f"{key}: its sha256 is not the one in {said_in[key]}")
+                problems[key] = f"{key}: its sha256 is not the one in {said_in[key]}"
         elif why := _why_unreadable(key, data):
-            problems.append(f"{key}: damaged ({why})")
+            problems[key] = f"{key}: damaged ({why})"
     return problems
+
+
+def intact_vocabularies(store: Store, plan: Plan) -> set[str]:
+    """The keys of those that are there, of the captions that are planned now, and as they were stored."""
+    if _recorded(store, plan) is None:
+        return set()
+    return set(vocabulary_keys(plan)) - vocabulary_problems(store, plan).keys()
+
+
+def _recorded(store: Store, plan: Plan) -> dict[str, str] | None:
+    """The sha256 of each, of an earlier release's of none; None where none are stored of the captions of now."""
+    try:
+        said = dict(json.loads(store.read_bytes(VOCABULARIES_KEY)))
+        digests = dict(said.get("sha256", {}))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return digests if said.get("corpus_fingerprint") == plan.corpus_fingerprint else None
 
 
 def refuse_rebuilding(store: Store, plan: Plan) -> None:
@@ -121,7 +135,7 @@ def stored_concepts(store: Store) -> "ConceptVocabulary":
 
 
 def _damaged(store: Store, key: str, why: str) -> InputError:
-    mend = "delete it and rerun the same jobs.generate command, which builds it again"
+    mend = "run jobs.verify --repair on the dataset; a derived one must be made again, into another --out"
     return InputError(f"{store.root}/{key}: damaged ({why}); {mend}")
 
 

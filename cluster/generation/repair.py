@@ -11,7 +11,6 @@ from cluster.dataset.layout import (
     MANIFEST_KEY,
     PLAN_KEY,
     UNREADABLE,
-    VOCABULARIES_KEY,
     OtherSchema,
     Plan,
     find_manifest,
@@ -69,12 +68,12 @@ def repair(
         found = inspect(store, run_on=run_on)
     if found.ok:
         return found.to_dict() | {"repaired": 0}
-    if found.vocabularies_damaged:
+    if found.damaged_vocabularies:
         refuse_rebuilding(store, found.plan)
     for group in found.wrong_groups:
         store.delete(group_key(group))
-    if found.vocabularies_damaged and store.exists(VOCABULARIES_KEY):  # an earlier release may not have written it
-        store.delete(VOCABULARIES_KEY)  # they are stored again
+    for key in filter(store.exists, found.damaged_vocabularies):
+        store.delete(key)  # missing until it is stored again
     log.info("shards to be made again: %d of %d", len(found.damaged_shards), found.plan.num_shards)
     draw(found)
     return inspect(store, run_on=run_on).to_dict() | {"repaired": len(found.damaged_shards)}

@@ -20,6 +20,7 @@ from cluster.dataset.layout import (
     PLAN_KEY,
     VOCABULARY_KEY,
     load_manifest,
+    load_plan,
     shard_key,
     stats_key,
 )
@@ -38,6 +39,7 @@ from pcm.text.vocabulary import Vocabulary
 from tests.helpers.shards import describe_anew
 from tests.helpers.tiny_dataset import TINY
 from tests.helpers.tiny_generation import CAPTIONS, make_dataset_in_process, tiny_spec, write_corpus
+from tests.helpers.tiny_models import save_tiny_clip
 
 SHARD = shard_key(0)
 DEEP = b"[" * 200_000
@@ -128,6 +130,20 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 #: One of these is in every error; a schema of a later release is nothing to judge.
 ADVICE = ("jobs.verify", "jobs.generate", "schema version 99")
+
+
+@pytest.mark.parametrize("key", [VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY])
+def test_of_words_concepts_and_head_those_that_are_intact_stay(key: str, whole: Path, tmp_path: Path) -> None:
+    """Another device, or another release of what finds nouns, would make others, and runs go on only with the same."""
+    folder = Path(shutil.copytree(whole, tmp_path / "data"))
+    store, keys = open_store(folder), (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY)
+    before = {each: (folder / each).read_bytes() for each in keys}
+    (folder / key).unlink()
+    plan = load_plan(store)
+    assert plan is not None
+    store_vocabularies(store, plan, encoder=ClipEncoder(str(save_tiny_clip(tmp_path / "other", seed=5))))
+    changed = [each for each in keys if (folder / each).read_bytes() != before[each]]
+    assert changed == ([] if key == VOCABULARY_KEY else [key])
 
 
 def train(folder: Path, _: Path) -> None:

@@ -14,12 +14,14 @@ from cluster.dataset.layout import (
     PLAN_KEY,
     Plan,
     group_key,
+    load_plan,
     parquet_bytes,
     quarantine_key,
     shard_key,
     stats_key,
 )
 from cluster.dataset.verify import Inspection, verify
+from cluster.dataset.vocabularies import store_vocabularies
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.repair import repair
 from cluster.sources.corpus import CorpusRecord, read_corpus
@@ -237,6 +239,23 @@ def test_a_damaged_vocabulary_without_its_sha256_is_made_again(data: Path) -> No
     assert not (data / "vocabularies.json").exists()
     _, drawn = repaired(data)
     assert drawn == []
+
+
+def test_a_repair_that_is_interrupted_forgets_no_damage(data: Path) -> None:
+    store = open_store(data)
+    plan = load_plan(store)
+    assert plan is not None
+    store_vocabularies(store, plan)
+    assert verify(store)["ok"]
+    (data / "vocabulary.txt").write_bytes(b"cat\n")
+
+    def fails(found: Inspection) -> None:
+        raise InputError("no room")
+
+    for problem in ("vocabulary.txt: its sha256 is not the one in vocabularies.json", "vocabulary.txt: missing"):
+        assert verify(store)["problems"] == [problem]
+        with pytest.raises(InputError, match="no room"):
+            repair(store, draw=fails, read_records=lambda plan: iter(()), truncation_check=lambda spec: bool)
 
 
 def test_the_job_repairs_with_the_real_pipeline(data: Path, healthy: Path, call_job, ray_session: None) -> None:
