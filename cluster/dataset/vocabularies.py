@@ -87,11 +87,11 @@ def store_vocabularies(
     """Make sure that vocabulary, concepts and CLIP head are on the store; the shape of the dataset's features.
 
     Done before generation, so that training can start while pictures are still being made. When the corpus has grown
-    they are built again; `vocabularies.json`, written last, says of which captions they are, and their sha256. Of
-    the same captions those that are intact stay, for another device or spaCy would make others. With `encoder`, the plan's CLIP, everything is done in this process; else a Ray task loads it, on a node with
-    `node_label`. A run that draws has no such task: its first generator does this on the device that it has. `words`:
-    those that were counted before. Raises InputError where they were imported, and where concepts that a user gave are
-    not there any more.
+    they are built again; `vocabularies.json`, written last, says of which captions they are, and their sha256. Of the
+    same captions those that are intact stay, for another device or spaCy would make others. With `encoder`, the plan's
+    CLIP, everything is done in this process; else a Ray task loads it, on a node with `node_label`. A run that draws
+    has no such task: its first generator does this on the device that it has. `words`: those that were counted before.
+    Raises InputError where they were imported, and where concepts that a user gave are not there any more.
     """
     min_count = _min_count(plan)
     if not vocabularies_stored(store, plan):
