@@ -1016,8 +1016,24 @@ MUTANTS = (
     ),
     Mutant(
         "given concepts stay when words are counted again",
-        "cluster/dataset/vocabularies.py", "if not store.exists(GIVEN_CONCEPTS_KEY):", "if True:",
+        "cluster/dataset/vocabularies.py",
+        "if not (store.exists(GIVEN_CONCEPTS_KEY) or CONCEPTS_KEY in intact):", "if True:",
         ("tests/cluster/dataset/test_given_concepts.py::test_a_dataset_keeps_the_concepts_that_it_was_given",),
+    ),
+    Mutant(
+        "a dataset goes on with the commit of its CLIP",
+        "cluster/generation/pinning.py", "if begun is not None and begun.model == model and", "if False and",
+        ("tests/pcm/clip/test_hub_revision.py::test_a_dataset_goes_on_with_the_commit_of_its_clip",),
+    ),
+    Mutant(
+        "of vocabulary, concepts and head the intact ones stay",
+        "cluster/dataset/vocabularies.py", "if CLIP_HEAD_KEY not in intact:", "if True:",
+        ("tests/cluster/dataset/test_damaged.py::test_of_words_concepts_and_head_those_that_are_intact_stay",),
+    ),
+    Mutant(
+        "a repair that is interrupted forgets no damage",
+        "cluster/generation/repair.py", "store.delete(key)  # missing", 'store.delete("vocabularies.json")  # missing',
+        ("tests/cluster/generation/test_repair.py::test_a_repair_that_is_interrupted_forgets_no_damage",),
     ),
     Mutant(
         "a run is not resumed with other concepts",
