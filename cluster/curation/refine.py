@@ -4,6 +4,7 @@ A method finds rows and hands them to cluster.dataset.view; `--method` names it:
 in cluster.curation.redraw_view. Another method is a function like these, and a name in `METHODS`.
 """
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -19,7 +20,7 @@ from cluster.curation.curate import EXAMPLES, shown
 from cluster.curation.refine_request import SYNC, RefineRequest
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import UNIT, WORK
-from cluster.dataset.layout import LINEAGE_KEY, Manifest, Plan
+from cluster.dataset.layout import LINEAGE_KEY, Manifest, Plan, find_manifest
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset
 from cluster.dataset.view import ViewRows, begun_settings, claim, lineage_source, open_source, write_view
@@ -97,7 +98,8 @@ def _by_sync(source: OpenDataset, out: Store, request: RefineRequest) -> dict[st
     clip = _clip(source, request.clip, request.data, "clip")
     retrieval = _retrieval(source, request)
     _check_keep(request.keep, (retrieval.data if retrieval is not None else source).manifest.stored)
-    sentences = resolve_sentences(request.sentences, begun_settings(out).get("sentences"))
+    before = begun_settings(out).get("sentences")
+    sentences = _by_its_release(resolve_sentences(request.sentences, before), before, out)
     lineage = lineage_of(source, sentences, request, retrieval)
     read = [*source.places, *(retrieval.data.places if retrieval is not None else ())]
     manifest = claim(out, lineage, materialise=request.materialise, check=lambda: _join(out, read))
@@ -117,6 +119,25 @@ def _by_sync(source: OpenDataset, out: Store, request: RefineRequest) -> dict[st
         "sentences": facts["sentences"],
         "fingerprint": manifest.fingerprint,
     }
+
+
+def _by_its_release(sentences: SentenceSpec, begun: object, out: Store) -> SentenceSpec:
+    """The encoder; of a finished view, for which nothing is encoded any more, by the release that made it.
+
+    Raises InputError where an unfinished view was begun with another release of the same encoder (`begun`: what its
+    lineage says of its sentences).
+    """
+    library = begun.get("library") if isinstance(begun, dict) else None
+    of_begun = dataclasses.replace(sentences, library=str(library))
+    if library == sentences.library or of_begun.decides() != begun:
+        return sentences  # the same, or more than the release differs, which is named when it is compared
+    with contextlib.suppress(InputError):  # a damaged manifest is written again
+        if find_manifest(out) is not None:
+            return of_begun
+    raise InputError(
+        f"--out {out.root}: was begun with {library}, and {sentences.library} is installed; install {library} to "
+        "finish it, or give another --out"
+    )
 
 
 def _dry_run(source: OpenDataset, request: RefineRequest) -> dict[str, Any]:

@@ -343,8 +343,9 @@ def refuse_other_spec(store: Store, planned: Plan, spec: DatasetSpec, shard_size
         differences.append(f"shard_size: {planned.shard_size} -> {shard_size}")
     before, now = planned.spec.clip.device, spec.clip.device
     if before != now and all(line.partition(":")[0] in _OF_DEVICE for line in differences):
+        where = " where there is a GPU" if before == "cuda" else ""
         raise InputError(
-            f"{store.root}: was begun on {before}, and this is {now}; give --device {before}, or another --out"
+            f"{store.root}: was begun on {before}, and this is {now}; give --device {before}{where}, or another --out"
         )
     if differences:
         raise InputError(

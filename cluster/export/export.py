@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 EXPORT_KEY = "export.json"
 #: In export.json: of an unfinished dataset, the numbers of the shards that are exported.
 _SHARDS = "unfinished_shards"
+#: In export.json: of an unfinished dataset, the fingerprint of the captions that were planned.
+_CAPTIONS = "unfinished_corpus_fingerprint"
 
 
 def export(request: ExportRequest) -> dict:
@@ -85,13 +87,14 @@ def export_dataset(data: Store, out: Store, asked: ExportRequest) -> dict:
     }
     if source.opened.is_unfinished:
         counts["unfinished"] = source.opened.extent
-    if _begun(out, document):
+    if _begun(out, document, source):
         log.info("%s: is complete", out.root)
         return counts | {"shards": len(shards), "skipped_shards": len(shards), "seconds": 0.0}
     started = time.monotonic()
     objects = exporter.prepare()
     if source.opened.is_unfinished:
         document[_SHARDS] = [shard_number(shard.key) for shard in source.opened.shards]
+        document[_CAPTIONS] = source.manifest.corpus_fingerprint
     out.write_bytes(EXPORT_KEY, document_bytes(document))
     for key, content in objects.items():
         out.write_bytes(key, content)
@@ -123,7 +126,7 @@ def _begun_with(out: Store) -> list[int] | None:
         return None
 
 
-def _begun(out: Store, document: dict) -> bool:
+def _begun(out: Store, document: dict, source: Source) -> bool:
     """Whether this export is complete already. Raises InputError where OUT holds something else."""
     try:
         found = json.loads(out.read_bytes(EXPORT_KEY))
@@ -137,6 +140,12 @@ def _begun(out: Store, document: dict) -> bool:
         raise InputError(f"--out {out.root}: its {EXPORT_KEY} is damaged or no export's; give an empty place")
     for name, value in document.items():
         if name != "complete" and found.get(name) != value:
+            captions = source.manifest.corpus_fingerprint
+            if name == "dataset_sha256" and found.get(_CAPTIONS, captions) != captions and not found.get("complete"):
+                raise InputError(
+                    f"--out {out.root}: was begun with other captions than {source.store.root} has now (its corpus has "
+                    "grown, or it is another dataset) and cannot be finished; give another --out"
+                )
             raise InputError(
                 f"--out {out.root}: holds another export ({name}: {found.get(name)!r} -> {value!r}); "
                 "use the same arguments to resume, or another --out"

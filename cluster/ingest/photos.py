@@ -22,7 +22,12 @@ from PIL import Image
 from cluster.dataset.committed import committed
 from cluster.dataset.layout import Manifest, Plan, load_plan, read_table
 from cluster.dataset.plan import make_plan
-from cluster.dataset.vocabularies import store_given_concepts, store_vocabularies
+from cluster.dataset.vocabularies import (
+    store_given_concepts,
+    store_vocabularies,
+    stored_features,
+    vocabularies_stored,
+)
 from cluster.generation.made_by import tell_encoder
 from cluster.generation.pinning import clip_spec, joint_dimensions, resolve_device, resolve_dtype
 from cluster.generation.pipeline import write_manifest
@@ -31,7 +36,7 @@ from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard
 from cluster.ingest.request import FeaturiseRequest
-from cluster.ingest.shards import counts, import_shards, picture_size, sample_row, undrawn
+from cluster.ingest.shards import check_gpu, counts, import_shards, picture_size, sample_row, undrawn
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.sources.pictures import PictureFiles, find_pictures, resolved
@@ -107,19 +112,22 @@ def featurise_photos(request: FeaturiseRequest) -> PhotoResult:
     )
     if concepts is not None:
         store_given_concepts(store, concepts)
-    with room_for_model(f"CLIP {spec.clip.model}", spec.clip.device):
-        featuriser = FeaturisePhotos(spec.clip)
-    features = store_vocabularies(store, plan, encoder=featuriser.encoder)
     made = committed(store, plan)
     missing = [shard for shard in range(plan.num_shards) if shard not in made]
-    if missing:
-        tell_encoder(store, spec.clip)
-    making = time.monotonic()
-    by_number = {corpus.numbers[image_id]: position for image_id, position in photos.items()}
-    shards = PhotoShards(store, plan, featuriser, corpus, files, by_number)
-    rows = import_shards(shards, made, plan, missing, workers=request.workers)
+    making, rows = time.monotonic(), 0
+    if missing or not vocabularies_stored(store, plan):  # else there is nothing to do for CLIP, nor for its GPU
+        check_gpu(spec.clip.device)
+        with room_for_model(f"CLIP {spec.clip.model}", spec.clip.device):
+            featuriser = FeaturisePhotos(spec.clip)
+        store_vocabularies(store, plan, encoder=featuriser.encoder)
+        if missing:
+            tell_encoder(store, spec.clip)
+        making = time.monotonic()
+        by_number = {corpus.numbers[image_id]: position for image_id, position in photos.items()}
+        shards = PhotoShards(store, plan, featuriser, corpus, files, by_number)
+        rows = import_shards(shards, made, plan, missing, workers=request.workers)
     return PhotoResult(
-        manifest=write_manifest(store, plan, features),
+        manifest=write_manifest(store, plan, stored_features(store, plan)),
         photos=len(corpus.numbers),
         skipped=plan.expected - rows,
         seconds=time.monotonic() - started,
@@ -130,6 +138,8 @@ def featurise_photos(request: FeaturiseRequest) -> PhotoResult:
 def _spec(request: FeaturiseRequest, *, begun: ClipSpec | None) -> DatasetSpec:
     device = resolve_device(request.device, cluster_gpus=torch.cuda.device_count())
     dtype = resolve_dtype(request.dtype, device=device)
+    if begun is None:
+        check_gpu(device)
     return DatasetSpec(
         generator=undrawn(PHOTOS, revision=""), clip=clip_spec(request.clip, dtype=dtype, device=device, begun=begun)
     )

@@ -30,7 +30,7 @@ from cluster.dataset.layout import (
     read_table,
 )
 from cluster.dataset.plan import make_plan
-from cluster.dataset.vocabularies import planned_captions, safetensors_metadata
+from cluster.dataset.vocabularies import features_of_head, planned_captions, safetensors_metadata
 from cluster.generation.made_by import tell_encoder
 from cluster.generation.pinning import clip_of_given_features, clip_spec, resolve_device, resolve_dtype
 from cluster.generation.pipeline import write_manifest
@@ -39,7 +39,7 @@ from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import IMAGE_PATH, WriteShard
 from cluster.ingest.request import ImportRequest
-from cluster.ingest.shards import counts, import_shards, picture_size, sample_row, undrawn
+from cluster.ingest.shards import check_gpu, counts, import_shards, picture_size, sample_row, undrawn
 from cluster.sources.concept_file import read_concepts
 from cluster.sources.published_annotations import AnnotationCorpus, CaptionFile
 from cluster.sources.published_folders import PublishedFolders
@@ -156,14 +156,16 @@ def import_dataset(request: ImportRequest) -> ImportResult:
     )
     _warn_of_scale(corpus, plan, request)
     store.write_bytes(VOCABULARY_KEY, vocabulary.to_text().encode())
-    features = _store_clip_files(store, plan, request, found)
     made = committed(store, plan)
     missing = [shard for shard in range(plan.num_shards) if shard not in made]
+    features = _store_clip_files(store, plan, request, found, are_shards_missing=bool(missing))
     if missing and places.features is None:
         tell_encoder(store, plan.spec.clip)
-    importer = ShardImporter(store, plan, features, places, corpus)
-    importing = time.monotonic()
-    rows = import_shards(importer, made, plan, missing, workers=request.workers)
+    importing, rows = time.monotonic(), 0
+    if missing:
+        importer = ShardImporter(store, plan, features, places, corpus)
+        importing = time.monotonic()
+        rows = import_shards(importer, made, plan, missing, workers=request.workers)
     return ImportResult(
         manifest=write_manifest(store, plan, features),
         skipped=plan.expected - rows,
@@ -216,30 +218,38 @@ def _spec(request: ImportRequest, digest: str, *, begun: ClipSpec | None) -> Dat
 def _clip_to_load(request: ImportRequest, begun: ClipSpec | None) -> ClipSpec:
     device = resolve_device(request.device, cluster_gpus=torch.cuda.device_count())
     dtype = resolve_dtype(request.dtype, device=device)
+    if begun is None:
+        check_gpu(device)
     return clip_spec(request.clip, dtype=dtype, device=device, begun=begun)
 
 
-def _store_clip_files(store: Store, plan: Plan, request: ImportRequest, found: FeatureShape | None) -> FeatureShape:
+def _store_clip_files(
+    store: Store, plan: Plan, request: ImportRequest, found: FeatureShape | None, *, are_shards_missing: bool
+) -> FeatureShape:
     """Put concepts and CLIP head on the store; the shape of the dataset's features.
 
-    The CLIP itself is loaded only where one of them, or the features, are not given. Concepts that are not given are
-    those that the dataset was begun with. Raises InputError when the parts do not belong together, or the dataset was
-    begun with others.
+    The CLIP itself is loaded only where one of them, or the features, are not given, and not where all is there
+    already. Concepts that are not given are those that the dataset was begun with. Raises InputError when the parts do
+    not belong together, or the dataset was begun with others.
     """
     spec = plan.spec.clip
+    begun = _begun_with(store)
+    is_all_there = not are_shards_missing and len(begun) == 2
     encoder = None
-    if found is None or request.concepts is None or request.clip_head is None:
+    if not is_all_there and (found is None or request.concepts is None or request.clip_head is None):
         here = plan.spec_to_load.clip
+        check_gpu(here.device)
         with room_for_model(f"CLIP {here.model}", here.device):
             encoder = ClipEncoder.from_spec(local_clip(here))
-    shape = found or (encoder.features if encoder else None)
-    assert shape is not None
-    head = _published_head(request.clip_head) if request.clip_head else encoder.head() if encoder else {}
+    shape = found or (encoder.features if encoder else features_of_head(store))
+    if request.clip_head:
+        head = _published_head(request.clip_head)
+    else:
+        head = encoder.head() if encoder else safetensors.torch.load(begun[CLIP_HEAD_KEY])
     if not head:
         raise InputError(
             f"--clip {request.clip}: gives no patches in the joint space; give the CLIP that made the features"
         )
-    begun = _begun_with(store)
     if request.concepts is not None:
         concepts = read_concepts(request.concepts)
     elif CONCEPTS_KEY in begun:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 from cluster.dataset.committed import CommittedShards
 from cluster.dataset.layout import Manifest, Plan
 from pcm.errors import InputError
@@ -29,6 +31,15 @@ def picture_size(picture: bytes) -> tuple[int, int]:
     if image_format_of(picture) is None:
         raise InputError("not a JPEG, PNG or WebP file")
     return open_image(picture).size
+
+
+def check_gpu(device: str) -> None:
+    """Raises InputError where CLIP is to be loaded on a GPU and this machine, which alone does the work, has none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "--device cuda: torch finds no GPU on this machine; run the job on a machine that has one, or leave "
+            "--device out and give a new --out"
+        )
 
 
 def sample_row(planned: dict, reason: str, picture: bytes, size: tuple[int, int]) -> dict:

@@ -20,7 +20,7 @@ from cluster.curation.rows import read_index
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import WORK
 from cluster.dataset import read_dataset
-from cluster.dataset.layout import MANIFEST_KEY, load_manifest
+from cluster.dataset.layout import LINEAGE_KEY, MANIFEST_KEY, load_manifest
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.rows import read_shard, read_weights
@@ -221,6 +221,23 @@ def test_a_place_with_something_else_is_refused(
     sync_in_process(dataset, tmp_path / "view", SentenceSpec(model="clip"))
     ended = call_job("refine", "--data", dataset, "--out", tmp_path / "view", *of_clip, "--keep", "0.8")
     assert ended.returncode == 2 and "was begun with other settings" in ended.stderr
+
+
+def test_another_release_of_the_encoder_finds_a_finished_view_and_is_named_for_an_unfinished_one(
+    dataset: Path, tmp_path: Path, tiny_clip: Path, call_job: CALL, no_ray: None
+) -> None:
+    out, sentences = tmp_path / "view", resolve_sentences(str(minilm_folder()))
+    made = sync_in_process(dataset, out, sentences)
+    lineage = (out / LINEAGE_KEY).read_text()
+    (out / LINEAGE_KEY).write_text(lineage.replace(sentences.library, "sentence-transformers 1.0"))
+    options = ("--method", "sync", "--sentences", minilm_folder(), "--clip", tiny_clip)
+    arguments = ("refine", "--data", dataset, "--out", out, *options)
+    told = call_job(*arguments).summary
+    assert told is not None and told["fingerprint"] == made.fingerprint
+    for damaged in (True, False):
+        (out / MANIFEST_KEY).write_text("{") if damaged else (out / MANIFEST_KEY).unlink()
+        ended = call_job(*arguments)
+        assert ended.returncode == 2 and "install sentence-transformers 1.0 to finish it, or give" in ended.stderr
 
 
 def test_a_view_by_probes_says_so_and_what_was_found(

@@ -460,6 +460,21 @@ def test_an_export_of_an_unfinished_dataset_goes_on_with_its_shards(tmp_path: Pa
     assert (export(request)["exported"], files(tmp_path / "out")) == (19, expected)
 
 
+def test_an_export_of_an_unfinished_dataset_whose_corpus_grew_is_refused_with_that(tmp_path: Path) -> None:
+    data, corpus = tmp_path / "data", write_corpus(tmp_path)
+    make_dataset_in_process(data, corpus, null_spec(), shard_size=5, finish=False)
+    request = ExportRequest(data=str(data), out=str(tmp_path / "out"), to="webdataset", unfinished=True)
+    export(request)
+    document = json.loads((tmp_path / "out/export.json").read_text())
+    (tmp_path / "out/export.json").write_text(json.dumps(document | {"complete": False}))
+    corpus.write_text(f"{corpus.read_text()}a dog more\n")
+    make_dataset_in_process(data, corpus, null_spec(), shard_size=5, finish=False)
+    with pytest.raises(InputError, match=r"begun with other captions than .* has now .*grown.* give another --out"):
+        export(request)
+    with pytest.raises(InputError, match=r"holds another export \(to"):
+        export(replace(request, to="huggingface"))
+
+
 def test_an_export_says_whose_it_is_before_its_first_object(dataset, tmp_path, monkeypatch) -> None:
     store, _, _ = dataset
     out, real = open_store(tmp_path / "out"), Store.write_bytes

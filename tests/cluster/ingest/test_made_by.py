@@ -1,6 +1,8 @@
 """dataset.json of what is derived or imported says by which releases, and on which machine, and the same each time."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pcm
 from cluster.curation.curate import curate
 from cluster.curation.request import CurateRequest
 from cluster.curation.sync.sentences import SentenceSpec
-from cluster.dataset.layout import MANIFEST_KEY, load_manifest
+from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, load_manifest, shard_key
 from cluster.export.as_dataset import export_as_dataset
 from cluster.export.export import export_dataset
 from cluster.export.request import ExportRequest
@@ -20,6 +22,7 @@ from cluster.ingest.request import FeaturiseRequest, ImportRequest
 from cluster.ingest.text_only import text_only_dataset
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
+from pcm.errors import InputError
 from tests.helpers.featurised import featurise_in_process
 from tests.helpers.published import make_complete_dataset
 from tests.helpers.refined import redraw_in_process, sync_in_process
@@ -109,12 +112,42 @@ def test_a_rerun_on_another_machine_leaves_a_complete_import_as_it_is(
         out=str(tmp_path / "out"), shard_size=3, workers=2,
     )  # fmt: skip
     assert_stays(tmp_path / "out", lambda: import_dataset(request), monkeypatch)
+    monkeypatch.setattr("cluster.ingest.published.ClipEncoder.from_spec", None)  # which would be a TypeError
+    monkeypatch.setattr("cluster.ingest.published.FeaturiseShard", None)
+    for asked in (request, replace(request, concepts=None, clip_head=None)):
+        assert import_dataset(asked).skipped == load_manifest(open_store(tmp_path / "out")).expected
 
 
 def test_a_rerun_on_another_machine_leaves_complete_photos_as_they_are(
     tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert_stays(tmp_path / "out", lambda: _photos(tmp_path, tmp_path / "out", tiny_clip), monkeypatch)
+
+
+def test_clip_and_its_gpu_are_needed_only_where_something_is_missing(
+    tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    pictures = write_pictures(tmp_path / "pictures", count=3)
+    request = FeaturiseRequest(
+        images=str(pictures), captions=str(tmp_path / "references.csv"), out=str(tmp_path / "out"), clip=str(tiny_clip)
+    )
+    on_gpu = replace(request, device="cuda", dtype="float32")
+    with pytest.raises(InputError, match="--device cuda: torch finds no GPU on this machine; run the job on a machine"):
+        featurise_photos(on_gpu)
+    assert not (tmp_path / "out").exists()
+    featurise_photos(request)
+    plan = tmp_path / "out" / PLAN_KEY
+    document = json.loads(plan.read_text())
+    document["spec"]["clip"]["device"] = "cuda"  # as if it were begun on a GPU
+    plan.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="and this is cpu; give --device cuda where there is a GPU, or another"):
+        featurise_photos(replace(request, device="cpu"))
+    again = featurise_photos(on_gpu)
+    assert again.skipped == again.manifest.expected > 0
+    (tmp_path / "out" / shard_key(0)).unlink()
+    with pytest.raises(InputError, match="--device cuda: torch finds no GPU on this machine"):
+        featurise_photos(on_gpu)
 
 
 def assert_stays(out: Path, make: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
