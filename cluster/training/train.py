@@ -402,20 +402,24 @@ def _refuse_other_run(out: Store, previous: dict[str, Any], document: dict[str, 
             f"{clip.get('model')} ({revision[:17]}) -> {clip_now['model']} ({clip_now['revision'][:17]})"
         )
     if not same_validation(previous, document):
-        differences["validation"] = f"{previous['validation']} -> {document['validation']}"
+        was, here = (
+            f"{each['validation']}, references {(each.get(REFERENCES_SHA256) or 'not recorded')[:12]}"
+            for each in (previous, document)
+        )
+        differences["validation"] = f"{was} -> {here}"
     if differences:
         listed = "; ".join(f"{name}: {change}" for name, change in differences.items())
         raise InputError(f"{out.root}: was begun otherwise ({listed}); resume with the same settings, or another --out")
 
 
 def same_validation(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two runs are validated on the same pictures: those of one place, or of one file of references, for they
-    may move. Raises TypeError or LookupError for a document that is no run's."""
+    """Whether two runs are validated alike: by the same bytes of references, or by those of one place where a run did
+    not record them. Pictures may move. Raises TypeError or LookupError for a document that is no run's."""
     was, here = _validation(before), _validation(now)
-    if was == here:
-        return True
-    sha256 = before.get(REFERENCES_SHA256)
-    return bool(was and here and was.split == here.split and sha256 and sha256 == now.get(REFERENCES_SHA256))
+    if was is None or here is None or was.split != here.split:
+        return was == here
+    sha256 = [each.get(REFERENCES_SHA256) for each in (before, now)]
+    return sha256[0] == sha256[1] if all(sha256) else was == here
 
 
 def _validation(document: Mapping[str, Any]) -> PictureSource | None:

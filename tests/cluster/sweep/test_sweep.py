@@ -141,6 +141,9 @@ def test_pictures_and_concepts_of_a_sweep_may_move(tmp_path: Path) -> None:
     recorded = {"references_sha256": "2", "vocabularies": {"words": "1"}}
     out.write_bytes(SWEEP_KEY, document_bytes({"run": {**begun, **recorded}}))
     _check_out(out, {"run": moved}, resume=True)
+    with pytest.raises(InputError, match=r"begun with another run\.validation \("):
+        edited = {"validation": begun["validation"], "references_sha256": "3"}
+        _check_out(out, {"run": moved | edited}, resume=True)
     with pytest.raises(InputError, match=r"begun with another run\.concepts\.sha256 \("):
         _check_out(out, {"run": {**moved, "concepts": {"path": "/b/concepts", "sha256": "3"}}}, resume=True)
     with pytest.raises(InputError, match=r"begun with another run\.vocabularies\.words \("):
