@@ -63,6 +63,7 @@ from cluster.training.train import (
     planned_run,
     ray_storage,
     same_validation,
+    warn_of_moved_pictures,
 )
 from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError, first_line
@@ -250,6 +251,7 @@ def _check_out(out: Store, document: dict[str, Any], *, resume: bool) -> None:
                 f"{out.root}: its sweep was begun with another {', '.join(changed)} (see its {SWEEP_KEY}); resume with "
                 "the same settings, or give another --out"
             )
+        warn_of_moved_pictures(previous["run"], document["run"])
 
 
 def _check_device(out: Store, device: str) -> None:

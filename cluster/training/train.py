@@ -108,6 +108,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
         if done >= config.epochs:
             log.info("%s: all %d epochs are done", out.root, done)
             return _summary(out, sets, started)
+        warn_of_moved_pictures(previous, document)
         check_checkpoints(out, done=done)
 
     joined = is_joined()
@@ -422,9 +423,21 @@ def same_validation(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return sha256[0] == sha256[1] if all(sha256) else was == here
 
 
+def warn_of_moved_pictures(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Nothing proves that pictures at another place are the same: only their references are compared."""
+    was, here = _validation(before), _validation(now)
+    if was and here and was.images != here.images:
+        log.warning("validation pictures are taken from %s, they were at %s", here.images, was.images)
+
+
 def _validation(document: Mapping[str, Any]) -> PictureSource | None:
-    recorded = document["validation"]
-    return source_anywhere(PictureSource(**recorded)) if recorded else None
+    if not document["validation"]:
+        return None
+    recorded = PictureSource(**document["validation"])
+    try:
+        return source_anywhere(recorded)
+    except InputError:  # of a store whose package is not installed here: nothing is read from it
+        return recorded
 
 
 def _rows(document: dict[str, Any]) -> list[tuple[str, float]]:

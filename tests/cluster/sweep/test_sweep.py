@@ -125,7 +125,7 @@ def test_a_damaged_record_of_a_sweep_is_one_line(data: Path, tmp_path: Path, con
         sweep(replace(request(data, resume=True), out=str(tmp_path)))
 
 
-def test_pictures_and_concepts_of_a_sweep_may_move(tmp_path: Path) -> None:
+def test_pictures_and_concepts_of_a_sweep_may_move(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = open_store(tmp_path)
     begun = {
         "validation": {"images": "/a/pictures", "references": "/a/r.json", "split": "val"},
@@ -140,7 +140,9 @@ def test_pictures_and_concepts_of_a_sweep_may_move(tmp_path: Path) -> None:
         _check_out(out, {"run": moved}, resume=True)
     recorded = {"references_sha256": "2", "vocabularies": {"words": "1"}}
     out.write_bytes(SWEEP_KEY, document_bytes({"run": {**begun, **recorded}}))
+    assert not caplog.messages
     _check_out(out, {"run": moved}, resume=True)
+    assert caplog.messages == ["validation pictures are taken from /b/pictures, they were at /a/pictures"]
     with pytest.raises(InputError, match=r"begun with another run\.validation \("):
         edited = {"validation": begun["validation"], "references_sha256": "3"}
         _check_out(out, {"run": moved | edited}, resume=True)

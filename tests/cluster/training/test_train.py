@@ -37,6 +37,7 @@ from cluster.training.request import TrainRequest, parse_worker_label
 from cluster.training.train import (
     TrainingFailed,
     _place,
+    _previous_run,
     _refuse_other_run,
     _summary,
     _versions,
@@ -44,6 +45,7 @@ from cluster.training.train import (
     planned_run,
     same_validation,
     train,
+    warn_of_moved_pictures,
 )
 from pcm.captioners.captioner import Captioner
 from pcm.captioners.interface import MODEL_FILE
@@ -255,6 +257,29 @@ def test_validation_pictures_may_move(world: Path, monkeypatch: pytest.MonkeyPat
     assert not same_validation(begun, {**begun, "validation": None})
     earlier = {name: value for name, value in begun.items() if name != "references_sha256"}
     assert same_validation(earlier, begun) and not same_validation(earlier, moved)
+
+
+def test_validation_pictures_that_have_moved_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    begun = {"validation": {"images": "/a/pictures", "references": "/a/r.json", "split": None}}
+    moved = {"validation": begun["validation"] | {"images": "/b/pictures"}}
+    warn_of_moved_pictures(begun, begun)
+    assert not caplog.messages
+    warn_of_moved_pictures(begun, moved)
+    assert caplog.messages == ["validation pictures are taken from /b/pictures, they were at /a/pictures"]
+
+
+def test_a_recorded_store_whose_package_is_missing_is_no_damage(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    at_store = {"images": "gs://b/v", "references": "gs://b/r.json", "split": None}
+    document = planned_run(request(world, tmp_path), cpus=1).document | {"validation": at_store}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert _previous_run(open_store(tmp_path), resume=True) == document
+    here = at_store | {"images": "/v", "references": "/r.json"}
+    recorded = document | {"references_sha256": "1"}
+    assert same_validation(recorded, recorded | {"validation": here})
+    assert not same_validation(document, document | {"validation": here})
 
 
 def test_a_run_goes_on_with_the_clip_of_its_validation_alone(
