@@ -152,6 +152,19 @@ def test_pictures_and_concepts_of_a_sweep_may_move(tmp_path: Path, caplog: pytes
         _check_out(out, {"run": {**moved, "vocabularies": {"words": "3"}}}, resume=True)
 
 
+def test_the_clip_of_a_sweeps_pictures_may_lie_elsewhere_and_is_no_other(tmp_path: Path) -> None:
+    out = open_store(tmp_path)
+
+    def swept_with(model: str, revision: str) -> dict:
+        clip = {"model": model, "revision": revision, "weights": "sha256:w"}
+        return {"run": {"validation": {"images": "/v"}, "references_sha256": "1", "clip": clip}}
+
+    out.write_bytes(SWEEP_KEY, document_bytes(swept_with("ViT-L-14/openai", "a" * 40)))
+    _check_out(out, swept_with("s3://bucket/clip", "sha256:1"), resume=True)
+    with pytest.raises(InputError, match=r"begun with another run\.clip \("):
+        _check_out(out, swept_with("ViT-B-32/openai", "a" * 40), resume=True)
+
+
 def test_a_sweep_goes_on_on_the_device_on_which_it_began(tmp_path: Path) -> None:
     out = open_store(tmp_path)
     _check_device(out, "cuda")  # nothing is there yet
