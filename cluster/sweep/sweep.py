@@ -62,7 +62,9 @@ from cluster.training.train import (
     check_settings,
     planned_run,
     ray_storage,
+    same_clip,
     same_validation,
+    warn_of_moved_pictures,
 )
 from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError, first_line
@@ -228,7 +230,8 @@ def _check_out(out: Store, document: dict[str, Any], *, resume: bool) -> None:
     """Raises InputError where OUT holds something else, or a sweep and `resume` is not set."""
     try:
         previous = dict(read_document(out.read_bytes(SWEEP_KEY)))
-        same_pictures = same_validation(previous["run"], document["run"])
+        runs = previous["run"], document["run"]
+        others = {"run.validation": not same_validation(*runs), "run.clip": not same_clip(*runs)}
     except (ValueError, TypeError, LookupError) as error:
         raise InputError(
             f"{out.root}/{SWEEP_KEY}: damaged ({first_line(error)}); restore it, or give another --out"
@@ -243,13 +246,13 @@ def _check_out(out: Store, document: dict[str, Any], *, resume: bool) -> None:
         if VOCABULARIES not in previous["run"]:  # of a release that did not record them
             now = {name: value for name, value in now.items() if not name.startswith(f"run.{VOCABULARIES}.")}
         changed = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
-        if not same_pictures:
-            changed.append("run.validation")
+        changed += [name for name, is_other in others.items() if is_other]
         if changed:
             raise InputError(
                 f"{out.root}: its sweep was begun with another {', '.join(changed)} (see its {SWEEP_KEY}); resume with "
                 "the same settings, or give another --out"
             )
+        warn_of_moved_pictures(*runs)
 
 
 def _check_device(out: Store, device: str) -> None:
@@ -262,10 +265,10 @@ def _check_device(out: Store, device: str) -> None:
 def _comparable(document: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed sweep must share; it may be longer, lie elsewhere and be stopped otherwise."""
     flat = flattened(json.loads(json.dumps(document)))
-    # The CLIP of validation pictures is told apart by its revision, and may lie elsewhere too.
-    free: tuple[str, ...] = ("trials", "scheduler", "device", "run.versions.", "run.clip.model", "run.clip_option")
-    # Pictures and concepts too; pictures are compared by themselves.
-    free += ("run.concepts.path", "run.validation", f"run.{REFERENCES_SHA256}")
+    free: tuple[str, ...] = ("trials", "scheduler", "device", "run.versions.", "run.concepts.path")
+    # Pictures of validation and their CLIP are compared by themselves.
+    free += ("run.clip.model", "run.clip.revision", "run.clip_option")
+    free += ("run.validation", f"run.{REFERENCES_SHA256}")
     return {name: without_paths(value) for name, value in flat.items() if not name.startswith(free)}
 
 

@@ -39,7 +39,7 @@ from cluster.session import (
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.picture_source import PictureSource
 from cluster.sources.pictures import check_source, references_sha256, source_anywhere
-from cluster.store.store import Store, join, open_store
+from cluster.store.store import Store, is_uri, join, open_store
 from cluster.training.checkpoints import BEST, SCORE, check_checkpoints
 from cluster.training.config import TrainConfig, default_preset, preset
 from cluster.training.data.mixture import TrainingSet, open_training_sets
@@ -52,12 +52,13 @@ from cluster.training.request import TrainRequest
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import check_compile
 from cluster.training.worker import build_network
+from cluster.weights.manifest import read_manifest
 from cluster.weights.node_copy import local_name
 from pcm.captioners.interface import CLIP_OPTION
-from pcm.clip.names import clip_anywhere, refuse_place, resolve_clip_name, revision_here
+from pcm.clip.names import HUB_PREFIX, clip_anywhere, is_known, refuse_place, resolve_clip_name, revision_here
 from pcm.documents import document_bytes
 from pcm.errors import InputError, one_line
-from pcm.spec import DIGEST, ClipSpec
+from pcm.spec import DIGEST, QUICK_GELU_SUFFIX, ClipSpec
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.metrics import require_metrics
 from pcm.text.vocabulary import Vocabulary
@@ -97,17 +98,19 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
     config = _config_for(request, sets, vocabularies, previous, initial)
     check_first_epoch(config, sets)
     _check_request(request, config)
-    document = _document(request, sets, config, vocabularies, previous, initial)
+    done = 0 if previous is None else len(_history(out))
+    finished = previous is not None and done >= config.epochs
+    document = _document(request, sets, config, vocabularies, previous, initial, finished=finished)
     run = _run(request, sets, vocabularies, config, document, cpus=1, device=request.device)
     if initial is not None:
         run = replace(run, init_from=initial.folder)
         build_network(run)  # weights that do not fit are told of before Ray is started
     if previous is not None:
         _refuse_other_run(out, previous, document)
-        done = len(_history(out))
-        if done >= config.epochs:
+        if finished:
             log.info("%s: all %d epochs are done", out.root, done)
             return _summary(out, sets, started)
+        warn_of_moved_pictures(previous, document)
         check_checkpoints(out, done=done)
 
     joined = is_joined()
@@ -229,6 +232,7 @@ def _previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
         order = previous.get("row_order", 1)  # of releases that recorded none
         TrainConfig.from_dict(previous["train"])
         _validation(previous), _rows(previous), _versions(previous), dict(previous.get(VOCABULARIES, {}))
+        dict(previous.get("clip", {}))
     except FileNotFoundError:
         if out.list():
             raise InputError(f"{out.root}: not empty and not a training run; give another --out") from None
@@ -310,8 +314,12 @@ def _document(
     vocabularies: Vocabularies,
     previous: dict[str, Any] | None,
     initial: InitialCaptioner | None = None,
+    *,
+    finished: bool = False,
 ) -> dict[str, Any]:
     """config.json: everything that the run's numbers depend on.
+
+    What a resumed run recorded of its CLIP is kept where it reads no more pictures with it, for it may be gone.
 
     Raises InputError where pictures must be read by a CLIP that the dataset alone names, and not as one known here.
     """
@@ -323,7 +331,9 @@ def _document(
         refuse_place(clip.model, source=sets[0].store.root)
     identity = clip.identity()
     if given not in (None, clip.model):
-        identity |= {"model": given, "revision": _revision_of_given(request, clip, given, previous)}
+        kept = not request.clip and (finished or request.validation is None)
+        revision = (previous or {})["clip"]["revision"] if kept else _revision_of_given(clip, given)
+        identity |= {"model": given, "revision": revision}
     concepts = {"path": request.concepts, "sha256": hashlib.sha256(vocabularies.concepts).hexdigest()}
     return {
         **({} if request.concepts is None else {"concepts": concepts}),
@@ -354,16 +364,11 @@ def _versions(previous: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _revision_of_given(
-    request: TrainRequest, clip: ClipSpec, given: str, previous: dict[str, Any] | None
-) -> str | None:
-    """What a captioner records of `given`, the place of a CLIP other than the dataset's: the digest of a folder or
-    file. Says where it differs from the dataset's. A run that goes on without pictures of validation has no use for it.
-    """
-    if request.clip is None and request.validation is None and previous is not None:
-        return previous.get("clip", {}).get("revision", clip.revision)
-    found = revision_here(local_name(given))
-    if found is None:  # of a hub repo or a tag: no hub is asked
+def _revision_of_given(clip: ClipSpec, given: str) -> str:
+    """The digest of `given`, the place of a CLIP other than the dataset's `clip`, or that one's revision for a hub repo
+    or a tag: no hub is asked. Says where the digests differ."""
+    found = read_manifest(open_store(given)).revision if is_uri(given) else revision_here(given)
+    if found is None:
         return clip.revision
     if clip.revision.startswith(DIGEST) and found != clip.revision:
         log.warning(
@@ -393,34 +398,69 @@ def _refuse_other_run(out: Store, previous: dict[str, Any], document: dict[str, 
     begun = [each.get("init_from", {}).get("sha256", "random weights") for each in (previous, document)]
     if begun[0] != begun[1]:
         differences["init_from"] = f"{begun[0][:17]} -> {begun[1][:17]}"
-    clip, clip_now = previous.get("clip", {}), document["clip"]
-    revision = str(clip.get("revision") or "")
-    # Earlier releases did not look at the place that was named, and recorded the commit of the dataset's.
-    looked_at = revision.startswith(DIGEST) or bool(revision and clip.get("model") != clip_now["model"])
-    if document["validation"] and looked_at and revision != clip_now["revision"]:
-        differences["clip"] = (
-            f"{clip.get('model')} ({revision[:17]}) -> {clip_now['model']} ({clip_now['revision'][:17]})"
-        )
+    if not same_clip(previous, document):
+        clips = (f"{each['clip']['model']} ({each['clip']['revision'][:17]})" for each in (previous, document))
+        differences["clip"] = " -> ".join(clips)
     if not same_validation(previous, document):
-        differences["validation"] = f"{previous['validation']} -> {document['validation']}"
+        was, here = (
+            f"{each['validation']}, references {(each.get(REFERENCES_SHA256) or 'not recorded')[:12]}"
+            for each in (previous, document)
+        )
+        differences["validation"] = f"{was} -> {here}"
     if differences:
         listed = "; ".join(f"{name}: {change}" for name, change in differences.items())
         raise InputError(f"{out.root}: was begun otherwise ({listed}); resume with the same settings, or another --out")
 
 
-def same_validation(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two runs are validated on the same pictures: those of one place, or of one file of references, for they
-    may move. Raises TypeError or LookupError for a document that is no run's."""
-    was, here = _validation(before), _validation(now)
-    if was == here:
+def same_clip(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two runs read pictures of validation with the same CLIP: by name on the hub, by digest at a place. One of
+    each is taken for the same where weights are recorded: they are compared when it is loaded."""
+    was, here = dict(before.get("clip", {})), now.get("clip", {})
+    if not now["validation"] or not was.get("revision") or was == here:
         return True
-    sha256 = before.get(REFERENCES_SHA256)
-    return bool(was and here and was.split == here.split and sha256 and sha256 == now.get(REFERENCES_SHA256))
+    hub = [_hub_name(each["model"]) for each in (was, here)]
+    if all(hub):
+        return hub[0] == hub[1]
+    if not any(hub) and all(each["revision"].startswith(DIGEST) for each in (was, here)):
+        return was["revision"] == here["revision"]
+    # An earlier release did not look at the place that was named, and recorded the commit of the dataset's.
+    return was["model"] == here["model"] or bool(here.get("weights"))
+
+
+def _hub_name(name: str) -> str | None:
+    """A repo or tag of the hub, in one spelling; None for a folder, a file, a URI and "embedded"."""
+    if name.startswith(HUB_PREFIX):
+        return name
+    architecture, _, tag = name.partition("/")
+    known = tag and is_known(name)
+    return f"{architecture.removesuffix(QUICK_GELU_SUFFIX)}/{tag}" if known else None
+
+
+def same_validation(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two runs are validated alike: by the same bytes of references, or by those of one place where a run did
+    not record them. Pictures may move. Raises TypeError or LookupError for a document that is no run's."""
+    was, here = _validation(before), _validation(now)
+    if was is None or here is None or was.split != here.split:
+        return was == here
+    sha256 = [each.get(REFERENCES_SHA256) for each in (before, now)]
+    return sha256[0] == sha256[1] if all(sha256) else was == here
+
+
+def warn_of_moved_pictures(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Nothing proves that pictures at another place are the same: only their references are compared."""
+    was, here = _validation(before), _validation(now)
+    if was and here and was.images != here.images:
+        log.warning("validation pictures are taken from %s, they were at %s", here.images, was.images)
 
 
 def _validation(document: Mapping[str, Any]) -> PictureSource | None:
-    recorded = document["validation"]
-    return source_anywhere(PictureSource(**recorded)) if recorded else None
+    if not document["validation"]:
+        return None
+    recorded = PictureSource(**document["validation"])
+    try:
+        return source_anywhere(recorded)
+    except InputError:  # of a store whose package is not installed here: nothing is read from it
+        return recorded
 
 
 def _rows(document: dict[str, Any]) -> list[tuple[str, float]]:

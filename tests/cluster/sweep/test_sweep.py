@@ -125,7 +125,7 @@ def test_a_damaged_record_of_a_sweep_is_one_line(data: Path, tmp_path: Path, con
         sweep(replace(request(data, resume=True), out=str(tmp_path)))
 
 
-def test_pictures_and_concepts_of_a_sweep_may_move(tmp_path: Path) -> None:
+def test_pictures_and_concepts_of_a_sweep_may_move(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = open_store(tmp_path)
     begun = {
         "validation": {"images": "/a/pictures", "references": "/a/r.json", "split": "val"},
@@ -140,11 +140,29 @@ def test_pictures_and_concepts_of_a_sweep_may_move(tmp_path: Path) -> None:
         _check_out(out, {"run": moved}, resume=True)
     recorded = {"references_sha256": "2", "vocabularies": {"words": "1"}}
     out.write_bytes(SWEEP_KEY, document_bytes({"run": {**begun, **recorded}}))
+    assert not caplog.messages
     _check_out(out, {"run": moved}, resume=True)
+    assert caplog.messages == ["validation pictures are taken from /b/pictures, they were at /a/pictures"]
+    with pytest.raises(InputError, match=r"begun with another run\.validation \("):
+        edited = {"validation": begun["validation"], "references_sha256": "3"}
+        _check_out(out, {"run": moved | edited}, resume=True)
     with pytest.raises(InputError, match=r"begun with another run\.concepts\.sha256 \("):
         _check_out(out, {"run": {**moved, "concepts": {"path": "/b/concepts", "sha256": "3"}}}, resume=True)
     with pytest.raises(InputError, match=r"begun with another run\.vocabularies\.words \("):
         _check_out(out, {"run": {**moved, "vocabularies": {"words": "3"}}}, resume=True)
+
+
+def test_the_clip_of_a_sweeps_pictures_may_lie_elsewhere_and_is_no_other(tmp_path: Path) -> None:
+    out = open_store(tmp_path)
+
+    def swept_with(model: str, revision: str) -> dict:
+        clip = {"model": model, "revision": revision, "weights": "sha256:w"}
+        return {"run": {"validation": {"images": "/v"}, "references_sha256": "1", "clip": clip}}
+
+    out.write_bytes(SWEEP_KEY, document_bytes(swept_with("ViT-L-14/openai", "a" * 40)))
+    _check_out(out, swept_with("s3://bucket/clip", "sha256:1"), resume=True)
+    with pytest.raises(InputError, match=r"begun with another run\.clip \("):
+        _check_out(out, swept_with("ViT-B-32/openai", "a" * 40), resume=True)
 
 
 def test_a_sweep_goes_on_on_the_device_on_which_it_began(tmp_path: Path) -> None:

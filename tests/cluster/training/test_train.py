@@ -37,14 +37,19 @@ from cluster.training.request import TrainRequest, parse_worker_label
 from cluster.training.train import (
     TrainingFailed,
     _place,
+    _previous_run,
     _refuse_other_run,
     _summary,
     _versions,
     group_sizes,
     planned_run,
+    same_clip,
     same_validation,
     train,
+    warn_of_moved_pictures,
 )
+from cluster.weights.request import StageModelsRequest
+from cluster.weights.stage import stage
 from pcm.captioners.captioner import Captioner
 from pcm.captioners.interface import MODEL_FILE
 from pcm.clip.names import folder_revision
@@ -249,11 +254,35 @@ def test_validation_pictures_may_move(world: Path, monkeypatch: pytest.MonkeyPat
     assert same_validation(begun, {**begun, "validation": named})
     moved = {**begun, "validation": {**named, "images": "moved"}}
     assert same_validation(begun, moved)
-    assert not same_validation(begun, {**moved, "references_sha256": "another"})
+    for place in (begun, moved):
+        assert not same_validation(begun, {**place, "references_sha256": "another"})
     assert not same_validation(begun, {**begun, "validation": {**named, "split": "val"}})
     assert not same_validation(begun, {**begun, "validation": None})
     earlier = {name: value for name, value in begun.items() if name != "references_sha256"}
     assert same_validation(earlier, begun) and not same_validation(earlier, moved)
+
+
+def test_validation_pictures_that_have_moved_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    begun = {"validation": {"images": "/a/pictures", "references": "/a/r.json", "split": None}}
+    moved = {"validation": begun["validation"] | {"images": "/b/pictures"}}
+    warn_of_moved_pictures(begun, begun)
+    assert not caplog.messages
+    warn_of_moved_pictures(begun, moved)
+    assert caplog.messages == ["validation pictures are taken from /b/pictures, they were at /a/pictures"]
+
+
+def test_a_recorded_store_whose_package_is_missing_is_no_damage(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    at_store = {"images": "gs://b/v", "references": "gs://b/r.json", "split": None}
+    document = planned_run(request(world, tmp_path), cpus=1).document | {"validation": at_store}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert _previous_run(open_store(tmp_path), resume=True) == document
+    here = at_store | {"images": "/v", "references": "/r.json"}
+    recorded = document | {"references_sha256": "1"}
+    assert same_validation(recorded, recorded | {"validation": here})
+    assert not same_validation(document, document | {"validation": here})
 
 
 def test_a_run_goes_on_with_the_clip_of_its_validation_alone(
@@ -287,6 +316,58 @@ def test_a_run_goes_on_with_the_clip_of_its_validation_alone(
     (out / "config.json").write_text(json.dumps(begun | {"clip": begun["clip"] | {"revision": "a" * 40}}))
     with pytest.raises(GoesOn):  # of a release that did not look at the place
         resume(clip=None)
+
+
+TAG, COMMIT, DIGESTS, WEIGHTS = "ViT-L-14/openai", "a" * 40, ("sha256:1", "sha256:2"), {"weights": "sha256:w"}
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "recorded", "same"),
+    [
+        ((TAG, COMMIT), ("ViT-B-32/openai", COMMIT), WEIGHTS, False),
+        ((TAG, COMMIT), ("hf-hub:org/repo", COMMIT), {}, False),
+        ((TAG, COMMIT), ("ViT-L-14-quickgelu/openai", COMMIT), {}, True),
+        ((TAG, DIGESTS[0]), ("ViT-B-32/openai", DIGESTS[0]), {}, False),  # the dataset's CLIP is a folder
+        ((TAG, DIGESTS[0]), ("/clip", DIGESTS[0]), {}, False),
+        ((TAG, COMMIT), ("s3://bucket/clip", DIGESTS[0]), WEIGHTS, True),
+        (("s3://bucket/clip", DIGESTS[0]), (TAG, COMMIT), WEIGHTS, True),
+        ((TAG, COMMIT), ("s3://bucket/clip", DIGESTS[0]), {}, False),
+        (("/clip", DIGESTS[0]), ("/moved", DIGESTS[0]), {}, True),
+        (("/clip", DIGESTS[0]), ("/clip", DIGESTS[1]), WEIGHTS, False),
+        (("/clip", COMMIT), ("/clip", DIGESTS[0]), {}, True),  # of a release that did not look at the place
+        (("/clip", ""), ("/moved", DIGESTS[0]), {}, True),
+    ],
+)
+def test_the_clip_of_a_resumed_run_is_proved_by_name_by_digest_or_when_it_is_loaded(
+    was: tuple[str, str], now: tuple[str, str], recorded: dict[str, str], same: bool
+) -> None:
+    before, after = (
+        {"clip": {"model": model, "revision": revision, **recorded}, "validation": {"images": "/v"}}
+        for model, revision in (was, now)
+    )
+    assert same_clip(before, after) is same
+    assert same_clip(before, after | {"validation": None})
+
+
+def test_a_resume_fetches_no_staged_clip_to_compare_it_and_a_finished_run_needs_none(
+    world: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PCM_WEIGHTS_CACHE", str(tmp_path / "cache"))
+    uri, out = f"file://{tmp_path}/clip", tmp_path / "run"
+    stage(StageModelsRequest(clip=str(tiny_clip), out=uri))
+    pictures = real_pictures(world)
+    document = planned_run(request(world, out, **pictures | {"clip": uri}), cpus=1).document
+    assert document["clip"]["revision"] == folder_revision(tiny_clip)
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(document))
+    shutil.rmtree(tmp_path / "clip")
+    resumed = request(world, out, resume=True, **pictures | {"clip": None})
+    with pytest.raises(InputError, match="so no weights are staged there"):
+        train(resumed)
+    rows = [{"epoch": epoch, "step": epoch, "CIDEr": 1.0} for epoch in range(1, EPOCHS + 1)]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train(resumed)["epochs"] == EPOCHS
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_run_goes_on_with_its_words_and_concepts_alone_and_keeps_its_versions(world: Path, tmp_path: Path) -> None:
