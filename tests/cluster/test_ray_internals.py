@@ -182,6 +182,7 @@ def test_every_row_is_handed_to_an_actor_alone_and_once(ray_session: None, monke
     assert {row["rows"] for row in given} == {1}
 
 
+@pytest.mark.slow
 def test_rows_come_without_the_statistics_of_all_blocks_before(
     ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -296,6 +296,7 @@ def test_a_corpus_must_be_named(call_job, tmp_path: Path) -> None:
     refused(call_job("generate", "--out", tmp_path / "out"), "--corpus")
 
 
+@pytest.mark.slow
 def test_what_only_a_worker_can_find_wrong_ends_in_one_line_too(
     tiny_t2i: Path, small: list[object], call_job, ray_session: None, tmp_path: Path
 ) -> None:

@@ -75,7 +75,7 @@ def test_a_gpu_machine_with_a_cpu_for_each_gpu_has_room_for_scorers() -> None:
     assert 8 * pools.generator_cpus + pools.scorers * pools.score_options(9)["num_cpus"] < 8
 
 
-@pytest.mark.parametrize("scorers", [None, 1])
+@pytest.mark.parametrize("scorers", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_generators_leave_a_place_for_what_comes_after_them_however_many_cpus_are_lost(
     tmp_path, ray_session: None, scorers: int | None
 ) -> None:  # type: ignore[no-untyped-def]
