@@ -26,6 +26,7 @@ from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollSt
 from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, Plan, Segment, load_manifest
 from cluster.dataset.together import common_vocabularies, merged_concepts
 from cluster.evaluation.captioning import load_captioner
+from cluster.evaluation.request import CaptionerOptions
 from cluster.generation.request import parse_node_label
 from cluster.ray_internals import FailureDecision
 from cluster.store.store import Store, open_store
@@ -584,7 +585,8 @@ def test_a_run_resumes_on_an_object_store_from_several_datasets(
     assert {"config.json", "metrics.jsonl", "losses/epoch-002.jsonl", "checkpoints/epoch-002/optimizer.pt"} <= set(keys)
     document = json.loads(open_store(out).read_bytes("config.json"))
     assert [each["weight"] for each in document["datasets"]] == [1.0, 0.5] and document["train"]["fraction"] == 0.5
-    assert load_captioner(str(out), clip=None, device="cpu").caption([scene(0)[1]])[0].caption
+    captioner = load_captioner([out], CaptionerOptions(device="cpu", clip=str(tiny_clip)))
+    assert captioner.caption([scene(0)[1]])[0].caption
 
 
 def test_a_captioner_records_the_clip_that_was_given_and_is_told_where_it_is_another(
