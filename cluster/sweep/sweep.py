@@ -53,19 +53,15 @@ from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.ray_trainer import MEMORY_KEPT
 from cluster.training.reporting import write_metrics
 from cluster.training.request import TrainRequest
-from cluster.training.trackers import flattened
-from cluster.training.train import (
+from cluster.training.run_record import (
     REFERENCES_SHA256,
     VOCABULARIES,
-    check_first_epoch,
-    check_gpu_here,
-    check_settings,
-    planned_run,
-    ray_storage,
     same_clip,
     same_validation,
     warn_of_moved_pictures,
 )
+from cluster.training.trackers import flattened
+from cluster.training.train import check_first_epoch, check_gpu_here, check_settings, planned_run, ray_storage
 from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError, first_line
 

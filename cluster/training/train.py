@@ -13,14 +13,12 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 import ray.train
 import safetensors.torch
 import torch
 
-import pcm
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, GIVEN_CONCEPTS_KEY, PLAN_KEY
 from cluster.dataset.together import Vocabularies, common_vocabularies
 from cluster.generation.pinning import device_of_cluster
@@ -37,7 +35,6 @@ from cluster.session import (
     who_has,
 )
 from cluster.sources.concept_file import fitting_concepts
-from cluster.sources.picture_source import PictureSource
 from cluster.sources.pictures import check_source, references_sha256, source_anywhere
 from cluster.store.store import Store, is_uri, join, open_store
 from cluster.training.checkpoints import BEST, SCORE, check_checkpoints
@@ -49,16 +46,25 @@ from cluster.training.loop import train_loop
 from cluster.training.ray_trainer import check_labels, make_trainer, ray_storage, worker_input_error
 from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
+from cluster.training.run_record import (
+    REFERENCES_SHA256,
+    VOCABULARIES,
+    joined_versions,
+    recorded_validation,
+    same_clip,
+    same_validation,
+    warn_of_moved_pictures,
+)
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import check_compile
 from cluster.training.worker import build_network
 from cluster.weights.manifest import read_manifest
 from cluster.weights.node_copy import local_name
 from pcm.captioners.interface import CLIP_OPTION
-from pcm.clip.names import HUB_PREFIX, clip_anywhere, is_known, refuse_place, resolve_clip_name, revision_here
+from pcm.clip.names import clip_anywhere, refuse_place, resolve_clip_name, revision_here
 from pcm.documents import document_bytes
 from pcm.errors import InputError, one_line
-from pcm.spec import DIGEST, QUICK_GELU_SUFFIX, ClipSpec
+from pcm.spec import DIGEST, ClipSpec
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.metrics import require_metrics
 from pcm.text.vocabulary import Vocabulary
@@ -70,10 +76,6 @@ log = logging.getLogger(__name__)
 CONFIG_KEY = "config.json"
 #: In config.json: where the run is trained, cpu or cuda. Runs of releases that did not record it have none.
 _DEVICE = "device"
-#: In config.json: of the file of references of validation. Runs of releases that did not record it have none.
-REFERENCES_SHA256 = "references_sha256"
-#: In config.json: the sha256 of words and concepts. Runs of releases that did not record it have none.
-VOCABULARIES = "vocabularies"
 
 
 class TrainingFailed(InputError):
@@ -231,7 +233,7 @@ def _previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
         previous = json.loads(out.read_bytes(CONFIG_KEY))
         order = previous.get("row_order", 1)  # of releases that recorded none
         TrainConfig.from_dict(previous["train"])
-        _validation(previous), _rows(previous), _versions(previous), dict(previous.get(VOCABULARIES, {}))
+        recorded_validation(previous), _rows(previous), joined_versions(previous), dict(previous.get(VOCABULARIES, {}))
         dict(previous.get("clip", {}))
     except FileNotFoundError:
         if out.list():
@@ -349,18 +351,7 @@ def _document(
             "words": hashlib.sha256(vocabularies.words).hexdigest(),
             "concepts": hashlib.sha256(vocabularies.concepts).hexdigest(),
         },
-        "versions": _versions(previous or {}),
-    }
-
-
-def _versions(previous: Mapping[str, Any]) -> dict[str, str]:
-    """Those at hand, after those with which the run was made so far: "2.10.0 and 2.11.0"."""
-    # Of this code, not of an installed package's metadata: a submitted job brings its own.
-    found = {"pcmnet-ray": pcm.__version__, "torch": version("torch"), "ray": version("ray")}
-    before = dict(previous.get("versions", {}))
-    return {
-        name: " and ".join(dict.fromkeys([*before[name].split(" and "), number] if name in before else [number]))
-        for name, number in found.items()
+        "versions": joined_versions(previous or {}),
     }
 
 
@@ -410,57 +401,6 @@ def _refuse_other_run(out: Store, previous: dict[str, Any], document: dict[str, 
     if differences:
         listed = "; ".join(f"{name}: {change}" for name, change in differences.items())
         raise InputError(f"{out.root}: was begun otherwise ({listed}); resume with the same settings, or another --out")
-
-
-def same_clip(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two runs read pictures of validation with the same CLIP: by name on the hub, by digest at a place. One of
-    each is taken for the same where weights are recorded: they are compared when it is loaded."""
-    was, here = dict(before.get("clip", {})), now.get("clip", {})
-    if not now["validation"] or not was.get("revision") or was == here:
-        return True
-    hub = [_hub_name(each["model"]) for each in (was, here)]
-    if all(hub):
-        return hub[0] == hub[1]
-    if not any(hub) and all(each["revision"].startswith(DIGEST) for each in (was, here)):
-        return was["revision"] == here["revision"]
-    # An earlier release did not look at the place that was named, and recorded the commit of the dataset's.
-    return was["model"] == here["model"] or bool(here.get("weights"))
-
-
-def _hub_name(name: str) -> str | None:
-    """A repo or tag of the hub, in one spelling; None for a folder, a file, a URI and "embedded"."""
-    if name.startswith(HUB_PREFIX):
-        return name
-    architecture, _, tag = name.partition("/")
-    known = tag and is_known(name)
-    return f"{architecture.removesuffix(QUICK_GELU_SUFFIX)}/{tag}" if known else None
-
-
-def same_validation(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two runs are validated alike: by the same bytes of references, or by those of one place where a run did
-    not record them. Pictures may move. Raises TypeError or LookupError for a document that is no run's."""
-    was, here = _validation(before), _validation(now)
-    if was is None or here is None or was.split != here.split:
-        return was == here
-    sha256 = [each.get(REFERENCES_SHA256) for each in (before, now)]
-    return sha256[0] == sha256[1] if all(sha256) else was == here
-
-
-def warn_of_moved_pictures(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Nothing proves that pictures at another place are the same: only their references are compared."""
-    was, here = _validation(before), _validation(now)
-    if was and here and was.images != here.images:
-        log.warning("validation pictures are taken from %s, they were at %s", here.images, was.images)
-
-
-def _validation(document: Mapping[str, Any]) -> PictureSource | None:
-    if not document["validation"]:
-        return None
-    recorded = PictureSource(**document["validation"])
-    try:
-        return source_anywhere(recorded)
-    except InputError:  # of a store whose package is not installed here: nothing is read from it
-        return recorded
 
 
 def _rows(document: dict[str, Any]) -> list[tuple[str, float]]:

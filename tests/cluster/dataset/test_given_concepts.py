@@ -15,7 +15,8 @@ from cluster.ingest.photos import featurise_photos
 from cluster.ingest.request import FeaturiseRequest
 from cluster.store.store import open_store
 from cluster.training.request import TrainRequest
-from cluster.training.train import VOCABULARIES, _refuse_other_run, planned_run
+from cluster.training.run_record import VOCABULARIES
+from cluster.training.train import _refuse_other_run, planned_run
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from pcm.official.files import concepts_to_pickle

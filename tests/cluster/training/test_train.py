@@ -35,19 +35,16 @@ from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
 from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer
 from cluster.training.request import TrainRequest, parse_worker_label
+from cluster.training.run_record import joined_versions, same_clip, same_validation, warn_of_moved_pictures
 from cluster.training.train import (
     TrainingFailed,
     _place,
     _previous_run,
     _refuse_other_run,
     _summary,
-    _versions,
     group_sizes,
     planned_run,
-    same_clip,
-    same_validation,
     train,
-    warn_of_moved_pictures,
 )
 from cluster.weights.request import StageModelsRequest
 from cluster.weights.stage import stage
@@ -374,7 +371,7 @@ def test_a_resume_fetches_no_staged_clip_to_compare_it_and_a_finished_run_needs_
 def test_a_run_goes_on_with_its_words_and_concepts_alone_and_keeps_its_versions(world: Path, tmp_path: Path) -> None:
     document = planned_run(request(world, tmp_path / "run"), cpus=1).document
     now = document["versions"]["torch"]
-    assert [_versions({"versions": {"torch": torch}})["torch"] for torch in ("1.0", f"1.0 and {now}", now)] == [
+    assert [joined_versions({"versions": {"torch": torch}})["torch"] for torch in ("1.0", f"1.0 and {now}", now)] == [
         f"1.0 and {now}", f"1.0 and {now}", now,
     ]  # fmt: skip
     out = open_store(tmp_path)
