@@ -25,7 +25,7 @@ class RunOnOption(Request):
     )
 
 
-_MOVED = "with --repair: where the dataset's {} is now, should it have moved"
+_MOVED = "with --repair or --redraw: where the dataset's {} is now, should it have moved"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,14 @@ class VerifyRequest(RunOnOption):
     )
     vae: str | None = option(None, metavar="NAME", help=_MOVED.format("--vae"), unset="where it was")
     lora: tuple[str, ...] = option(
-        (), metavar="REPO_OR_FILE", help="with --repair: where each LoRA is now, all of them in their order",
+        (), metavar="REPO_OR_FILE",
+        help="with --repair or --redraw: where each LoRA is now, all of them in their order",
         unset="where they were",
     )  # fmt: skip
-    clip: str | None = option(None, metavar="NAME", help=_MOVED.format("CLIP"), unset="where it was")
+    clip: str | None = option(
+        None, metavar="NAME", help="with --repair: where the dataset's CLIP is now, should it have moved",
+        unset="where it was",
+    )  # fmt: skip
     upgrade: bool = option(False, help="rewrite a dataset of an older schema version in place")
     redraw: int | None = option(
         None, metavar="N",
@@ -59,7 +63,9 @@ class VerifyRequest(RunOnOption):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_without(self, "repair", "corpus", "t2i", "t2i_config", "vae", "lora", "clip")
+        refuse_without(self, "repair", "corpus", "clip")
+        if self.redraw is None:
+            refuse_without(self, "repair", "t2i", "t2i_config", "vae", "lora")
         refuse_without(self, "redraw", "seed")
         check_at_least(self, 1, "redraw")
         if self.redraw is not None and (self.repair or self.upgrade):

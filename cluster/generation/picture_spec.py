@@ -1,8 +1,8 @@
 """From what a user asks of the pictures to a GeneratorSpec: everything pinned, nothing without effect."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,43 +158,6 @@ def other_models(spec: GeneratorSpec, *, version: int) -> list[OtherModel]:
         if now != pinned:
             found.append(OtherModel(option, name, pinned, now or "no model"))
     return found
-
-
-def at_other_places(
-    spec: GeneratorSpec,
-    *,
-    version: int,
-    t2i: str | None,
-    t2i_config: str | None,
-    vae: str | None,
-    lora: Sequence[tuple[str, float | None]],
-) -> GeneratorSpec:
-    """A recorded spec with what lies at other places now, pinned as it is there; weights of LoRAs where they are said.
-    `version`: pcm.spec.GENERATOR_VERSION of the spec. Raises InputError for what is no model, and for too few LoRAs."""
-    commits = _commits(spec)
-    if t2i is not None:
-        revision = pin_t2i(t2i, None, version=version, begun=commits.get(("t2i", t2i)))
-        spec = replace(spec, model=t2i, revision=revision)
-    if t2i_config is not None:
-        name, revision = split_revision(t2i_config)[0], _pin_config(t2i_config, commits)
-        spec = replace(spec, config=name, config_revision=revision)
-    if vae is not None:
-        spec = replace(spec, vae=split_revision(vae)[0], vae_revision=_pin_vae(vae, commits))
-    if lora:
-        if len(lora) != len(spec.loras):
-            raise InputError(f"--lora: the dataset was drawn with {len(spec.loras)}; give each of them, in its order")
-        spec = replace(
-            spec,
-            loras=tuple(
-                (
-                    split_revision(name)[0],
-                    _pin_lora(name, commits, f"lora {number}"),
-                    before if weight is None else weight,
-                )
-                for number, ((name, weight), (_, _, before)) in enumerate(zip(lora, spec.loras, strict=True))
-            ),
-        )
-    return spec
 
 
 def _refuse_for_null(asked: GenerationOptions) -> None:

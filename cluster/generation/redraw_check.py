@@ -28,6 +28,7 @@ from cluster.dataset.layout import (
 from cluster.dataset.rows import read_shard, read_view_part
 from cluster.dataset.verify import refuse_derived
 from cluster.generation.environment import drawn_in, environment, load_environment
+from cluster.generation.moved_models import NOT_MOVED, ModelPlaces
 from cluster.generation.picture_spec import other_models
 from cluster.generation.places import pools_of_cluster
 from cluster.generation.redraw_compare import compare, paired
@@ -93,8 +94,9 @@ def _on_ray(work: Sequence[tuple[Chosen, DatasetSpec, pa.Table]]) -> list[tuple[
         return list(ray.get(answers))
 
 
-def plans_of(store: Store) -> dict[str, Plan]:
-    """Where pictures of a finished dataset or view lie that were drawn here: address -> the plan there.
+def plans_of(store: Store, places: ModelPlaces = NOT_MOVED) -> dict[str, Plan]:
+    """Where pictures of a finished dataset or view lie that were drawn here: address -> the plan there. `places`: of
+    what has moved, the same for all of them.
 
     Raises InputError where there are none, and where a model that drew them is not there or another now.
     """
@@ -106,12 +108,16 @@ def plans_of(store: Store) -> dict[str, Plan]:
         drawn = {path: plan for path, plan in plans.items() if plan is not None and _is_drawn(plan)}
     if not drawn:
         raise InputError(f"--redraw: no pictures of {store.root} were drawn here; leave it out")
+    if places != NOT_MOVED:
+        return {path: places.plan_at(open_store(path), plan) for path, plan in drawn.items()}
     # A dataset and its redraws have the same generator, whose files are read once.
     specs = {(plan.spec.generator, plan.spec.generator_version): path for path, plan in drawn.items()}
     for (generator, version), path in specs.items():
         for other in other_models(generator, version=version):
             what = (
-                "only the release that drew it has that one" if other.name == "embedded" else "put that one there again"
+                "only the release that drew it has that one"
+                if other.name == "embedded"
+                else f"put that one there again, or give --{other.option} with its place"
             )
             raise InputError(
                 f"--redraw: {path} was drawn with --{other.option} {other.name} at {other.pinned}, which is "
@@ -149,7 +155,7 @@ def choose(store: Store, plans: Mapping[str, Plan], *, count: int, seed: int) ->
             rows = pa.concat_tables(tables).combine_chunks()
             digests = {digest for each in rows["environments"].to_pylist() for digest in each}
             found = ((digest, load_environment(source, digest)) for digest in sorted(digests))
-            chosen.append(Chosen(source, plan.spec, rows, {digest: each for digest, each in found if each}))
+            chosen.append(Chosen(source, plan.spec_to_load, rows, {digest: each for digest, each in found if each}))
     if not chosen:
         none = "none of the chosen pictures was drawn here; choose more" if others else "holds no stored picture"
         raise InputError(f"--redraw: {store.root}: {none}")

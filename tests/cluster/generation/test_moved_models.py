@@ -12,10 +12,12 @@ from cluster.generation import make
 from cluster.generation.make import generate
 from cluster.generation.moved_models import ModelPlaces
 from cluster.generation.pipeline import write_manifest
+from cluster.generation.redraw_check import batches, choose, draw_again, plans_of
 from cluster.generation.request import GenerateRequest
 from cluster.store.store import Store, open_store
 from jobs.verify import run as verify_job
 from pcm.errors import InputError
+from tests.cluster.dataset.test_view import make_view
 from tests.helpers.tiny_generation import CAPTIONS, draw_in_process, plan_dataset, tiny_spec, write_corpus
 
 
@@ -48,7 +50,7 @@ def test_a_repair_draws_with_the_model_where_it_is_now(
     before, manifest, plan = data.read_bytes(shard_key(1)), load_manifest(data), data.read_bytes(PLAN_KEY)
     Path(data.path(shard_key(1))).write_bytes(b"damaged")
     Path(data.path(load_plan(data).part_key(1))).write_bytes(b"damaged")
-    with pytest.raises(InputError, match="was begun with another spec"):
+    with pytest.raises(InputError, match=r"^--t2i embedded: is .*, but .*data was drawn with sha256:.*; give that"):
         verify_job(VerifyRequest(dataset=data.root, repair=True, t2i="embedded"))
     found = verify_job(VerifyRequest(dataset=data.root, repair=True, t2i=str(drawn / "new")))
     assert found["ok"] and found["repaired"] == 1 and data.read_bytes(shard_key(1)) == before
@@ -59,6 +61,25 @@ def test_a_repair_draws_with_the_model_where_it_is_now(
 def test_a_place_needs_a_repair() -> None:
     with pytest.raises(InputError, match="--t2i a: needs --repair"):
         VerifyRequest(dataset="data", t2i="a")
+    with pytest.raises(InputError, match="--clip a: needs --repair"):
+        VerifyRequest(dataset="data", redraw=1, clip="a")
+
+
+def test_verify_redraws_with_the_model_where_it_is_now(drawn: Path, data: Store, tmp_path: Path) -> None:
+    """Of a dataset, and of a view of it."""
+    make_view(tmp_path / "view", [Path(data.prefix)], [(0, 0), (0, 4)])
+    view = open_store(tmp_path / "view")
+    here = ModelPlaces(t2i=str(drawn / "new"))
+    for shown, count in ((data, 5), (view, 2)):
+        with pytest.raises(InputError, match=r"which is not there now; .* give --t2i with its place"):
+            plans_of(shown)
+        with pytest.raises(InputError, match=r"^--t2i embedded: is .* was drawn with .*; give that one"):
+            plans_of(shown, ModelPlaces(t2i="embedded"))
+        chosen, others = choose(shown, plans_of(shown, here), count=9, seed=0)
+        assert others == 0 and sum(len(each.rows) for each in chosen) == count
+        for each in chosen:
+            for spec, rows in batches(each.spec, each.rows):
+                assert draw_again(each.store, spec, rows)[0] == rows["image"].to_pylist()
 
 
 def test_one_sample_and_quarantined_ones_are_drawn_with_the_model_where_it_is_now(
@@ -73,7 +94,7 @@ def test_one_sample_and_quarantined_ones_are_drawn_with_the_model_where_it_is_no
     generate(GenerateRequest(out=data.root, retry_quarantined="nan_image", t2i=here))
     (plan,) = tried
     assert plan == load_plan(data) and plan.spec_to_load.generator.model == here
-    with pytest.raises(InputError, match=r"generator.model: 'sha256:.*' -> 'embedded'"):
+    with pytest.raises(InputError, match=r"^--t2i embedded: is .* was drawn with .*; give that one"):
         generate(GenerateRequest(out=data.root, retry_quarantined="nan_image", t2i="embedded"))
 
 
@@ -103,8 +124,10 @@ def test_each_part_is_compared_by_its_digest(tmp_path: Path, tiny_t2i: Path, tin
     assert (moved.generator.model, moved.clip.model, moved.generator.vae) == tuple(new[:3])
     assert moved.generator.loras == ((new[3], plan.spec.generator.loras[0][1], 0.5),)
     for wrong, said in (
-        (replace(places, lora=((new[3], 1.0),)), "generator.loras"),
-        (replace(places, lora=((new[3], None), (new[3], None))), "--lora: the dataset was drawn with 1; give each"),
+        (replace(places, lora=((new[3], 1.0),)), r"^--lora .*=1: .* was drawn with weight 0.5; give .*=0.5$"),
+        (replace(places, lora=((new[3], None), (new[3], None))), "^--lora: .* was drawn with 1; give each of these"),
+        (replace(places, t2i_config="a"), "^--t2i-config: .* was drawn without; leave it out"),
+        (ModelPlaces(t2i=new[0]), r"^--vae .*old/vae: is not there, but .* was drawn with"),
         (replace(places, vae=str(tiny_t2i)), "has no config.json"),
         (replace(places, clip="embedded"), "clip.revision"),
     ):

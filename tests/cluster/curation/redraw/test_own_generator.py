@@ -146,7 +146,7 @@ def test_a_place_that_the_dataset_alone_names_is_not_opened(data: OpenDataset, m
 def test_what_the_dataset_was_drawn_without_is_refused(data: OpenDataset, models: dict) -> None:
     given = places(models)
     assert own_generator(data, asked()).model == "null"
-    with pytest.raises(InputError, match=r"^--vae, --lora: .*data was drawn without; leave it out"):
+    with pytest.raises(InputError, match=r"^--vae, --lora: DATA was drawn without; leave it out"):
         own_generator(data, asked(vae=given["vae"], lora=given["lora"]))
     with pytest.raises(InputError, match=r"^--lora: .* was drawn with 2; give each of these, in this order: "):
         own_generator(drawn_by(data, spec_of(models)), asked(**{**given, "lora": given["lora"][:1]}))
