@@ -27,7 +27,7 @@ from pcm.spec import DatasetSpec
 
 PLAN_KEY = "plan.json"
 MANIFEST_KEY = "dataset.json"
-CLAIMS = "planning/"
+PARTS, CLAIMS = "plan/", "planning/"
 VOCABULARY_KEY = "vocabulary.txt"
 CONCEPTS_KEY = "concepts.safetensors"
 CLIP_HEAD_KEY = "clip_head.safetensors"

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pcm
 from cluster.dataset.layout import (
     CLAIMS,
-    MANIFEST_KEY,
+    PARTS,
     PLAN_KEY,
     CorpusSource,
     Plan,
@@ -42,6 +42,7 @@ from cluster.dataset.layout import (
 )
 from cluster.shard_work import AUTO, MANY_SAMPLES, PROCESS, shard_work
 from cluster.sources.corpus import CorpusRecord
+from cluster.store.outputs import refuse_other_things
 from cluster.store.reach import marker
 from cluster.store.store import Store
 from pcm.credentials import refuse_credentials
@@ -78,6 +79,14 @@ def parse_sample_id(value: str) -> tuple[int, int]:
     return int(record), int(image)
 
 
+def begun_plan(store: Store) -> Plan | None:
+    """The plan of the dataset that was begun in OUT; None where nothing was, or only its planning. Raises InputError
+    where OUT holds anything else."""
+    if (planned := load_plan(store)) is None:
+        refuse_other_things(store, f"no dataset that was begun here (no {PLAN_KEY})", own=(PLAN_KEY, PARTS, CLAIMS))
+    return planned
+
+
 def make_plan(
     store: Store,
     records: Iterable[CorpusRecord],
@@ -108,9 +117,7 @@ def make_plan(
         raise InputError(f"images per caption {spec.images_per_caption}: at most 100")
     refuse_credentials(corpus)  # it goes into the plan and the manifest
     here = spec
-    planned = load_plan(store)
-    if planned is None:
-        _refuse_foreign_objects(store)
+    planned = begun_plan(store)
     records = iter(records)
     fingerprint = hashlib.sha256()
     if planned is not None:
@@ -312,10 +319,10 @@ def _parts_folder(spec: DatasetSpec, shard_size: int, planned: Plan | None, sour
     Where the source of the captions is not known, by chance.
     """
     if source is None:
-        return f"plan/{uuid.uuid4().hex[:16]}"
+        return f"{PARTS}{uuid.uuid4().hex[:16]}"
     before = (planned.records, planned.corpus_fingerprint) if planned else None
     decides = [pcm.__version__, spec.digest(), shard_size, before, asdict(source)]
-    return f"plan/{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}"
+    return f"{PARTS}{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}"
 
 
 def _lines(records: list[CorpusRecord]) -> bytes:
@@ -324,16 +331,6 @@ def _lines(records: list[CorpusRecord]) -> bytes:
         (record.caption for record in records),
         (record.reason for record in records),
     )
-
-
-def _refuse_foreign_objects(store: Store) -> None:
-    """Raises InputError where something that looks like ours lies at a place that nothing was planned for."""
-    for place in (MANIFEST_KEY, "shards/", "stats/", "quarantine/"):
-        if found := store.list(place):
-            raise InputError(
-                f"{store.root}: holds {found[0]} but no {PLAN_KEY}, so it is not a dataset that was begun here; "
-                "give another --out"
-            )
 
 
 def refuse_other_spec(store: Store, planned: Plan, spec: DatasetSpec, shard_size: int) -> None:

@@ -48,6 +48,7 @@ from cluster.dataset.rows import part_columns, read_shard, read_view_part
 from cluster.dataset.shard_check import fingerprint_entry, picture_sha256
 from cluster.dataset.view_part import PictureShard, ViewPart, part_table
 from cluster.shard_work import PROCESS, ShardWork, shard_work
+from cluster.store.outputs import refuse_other_things
 from cluster.store.store import Store, open_store
 from pcm.documents import document_bytes
 from pcm.errors import InputError, OneLineError
@@ -234,10 +235,7 @@ def begun(out: Store, document: dict) -> Manifest | None:
     try:
         found = json.loads(out.read_bytes(LINEAGE_KEY))
     except FileNotFoundError:
-        if there := out.list():
-            raise InputError(
-                f"--out {out.root}: not empty and no derived dataset (it holds {there[0]}); give an empty place"
-            ) from None
+        refuse_other_things(out, "no derived dataset")
         return None
     except ValueError:
         raise InputError(f"--out {out.root}: {LINEAGE_KEY} is damaged; give another --out") from None

@@ -21,7 +21,7 @@ from cluster.export.request import DATASET, ExportRequest
 from cluster.export.source import Format, Source
 from cluster.export.webdataset import WebDataset
 from cluster.shard_work import ShardWork, shard_work
-from cluster.store.outputs import put_captioner
+from cluster.store.outputs import put_captioner, refuse_other_things
 from cluster.store.store import Store, open_store
 from pcm.documents import document_bytes
 from pcm.errors import InputError
@@ -131,8 +131,7 @@ def _begun(out: Store, document: dict, source: Source) -> bool:
     try:
         found = json.loads(out.read_bytes(EXPORT_KEY))
     except FileNotFoundError:
-        if out.list():
-            raise InputError(f"--out {out.root}: not empty and no export; give an empty place") from None
+        refuse_other_things(out, "no export")
         return False
     except ValueError:
         found = None

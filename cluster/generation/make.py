@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster import shard_work
 from cluster.dataset.layout import CorpusSource, Plan, load_plan
-from cluster.dataset.plan import MAX_SHARDS, make_plan, refuse_other_spec
+from cluster.dataset.plan import MAX_SHARDS, begun_plan, make_plan, refuse_other_spec
 from cluster.dataset.vocabularies import store_given_concepts, store_noun_finder
 from cluster.generation.fit import check_memory
 from cluster.generation.like import check_alike, read_manifest, with_settings
@@ -109,7 +109,7 @@ def prepare(
     """
     if not asked.corpus:
         raise InputError("--corpus: missing; give a path or URI of captions, or 'embedded'")
-    planned = load_plan(store)
+    planned = begun_plan(store)
     version = planned.spec.generator_version if planned else version
     begun = planned.spec if planned else None
     spec = dataset_spec(asked, gpus=0, version=version, begun=begun, own=own)  # the device is known when Ray is

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from cluster.dataset.committed import committed
-from cluster.dataset.layout import Manifest, Plan, load_plan, read_table
-from cluster.dataset.plan import make_plan
+from cluster.dataset.layout import Manifest, Plan, read_table
+from cluster.dataset.plan import begun_plan, make_plan
 from cluster.dataset.vocabularies import (
     store_given_concepts,
     store_vocabularies,
@@ -87,7 +87,7 @@ def featurise_photos(request: FeaturiseRequest) -> PhotoResult:
     assert request.images is not None and request.captions is not None
     started = time.monotonic()
     store = open_store(request.out)
-    planned = load_plan(store)
+    planned = begun_plan(store)
     spec = _spec(request, begun=planned.spec.clip if planned else None)
     concepts = None
     if request.concepts is not None:

@@ -26,10 +26,9 @@ from cluster.dataset.layout import (
     VOCABULARY_KEY,
     Manifest,
     Plan,
-    load_plan,
     read_table,
 )
-from cluster.dataset.plan import make_plan
+from cluster.dataset.plan import begun_plan, make_plan
 from cluster.dataset.vocabularies import features_of_head, planned_captions, safetensors_metadata
 from cluster.generation.made_by import tell_encoder
 from cluster.generation.pinning import clip_of_given_features, clip_spec, resolve_device, resolve_dtype
@@ -136,7 +135,7 @@ def import_dataset(request: ImportRequest) -> ImportResult:
     assert request.annotations is not None and request.images is not None
     store = open_store(request.out)
     raw = read_uri(request.annotations)
-    planned = load_plan(store)
+    planned = begun_plan(store)
     spec = _spec(request, hashlib.sha256(raw).hexdigest(), begun=planned.spec.clip if planned else None)
     vocabulary = read_vocabulary(request.vocabulary)
     annotations = safe_pickle.load(raw, name=request.annotations)

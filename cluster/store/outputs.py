@@ -53,6 +53,13 @@ def _check_local(store: Store, uri: str, kind: Literal["folder", "file"], *, sho
             return
 
 
+def refuse_other_things(out: Store, what: str, *, own: tuple[str, ...] = ()) -> None:
+    """For a job that has not found its own document in OUT. `what`: such as "no export". `own`: beginnings of keys that
+    it may have left. Raises InputError where OUT holds anything else."""
+    if there := next((key for key in out.list() if not key.startswith(own)), None):
+        raise InputError(f"--out {out.root}: not empty and {what}: it holds {there}; give an empty place") from None
+
+
 def put_captioner(out: Store, files: Mapping[str, bytes]) -> None:
     """Put the files of a captioner where nothing is, or where some of them are already.
 

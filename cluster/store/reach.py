@@ -24,8 +24,11 @@ def of_one_machine(store: Store, blind: Sequence[str]) -> str:
 
 @contextmanager
 def marker(store: Store) -> Iterator[Place]:
-    """A place of a store that holds nothing yet. Of a local one it is an empty object, deleted at the end."""
-    key = f"seen-by-all-{uuid.uuid4().hex}"
+    """A place of a store that holds nothing yet. Of a local one it is an empty file, deleted at the end.
+
+    Its name is that of a temporary file: one that a killed process leaves behind is no object of the store.
+    """
+    key = f"seen-by-all-{uuid.uuid4().hex}.tmp"
     if store.is_local:
         store.write_bytes(key, b"")
     try:

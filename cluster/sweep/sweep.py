@@ -29,6 +29,7 @@ from cluster.generation.pinning import device_of_cluster
 from cluster.generation.reach import check_reach
 from cluster.ray_state import has_group
 from cluster.session import cluster_cpus, cluster_gpus, is_joined, is_no_user_error, start_ray, waiting_for
+from cluster.store.outputs import refuse_other_things
 from cluster.store.store import Store, join, open_store
 from cluster.sweep.request import SweepRequest
 from cluster.sweep.results import TrialResult
@@ -233,8 +234,7 @@ def _check_out(out: Store, document: dict[str, Any], *, resume: bool) -> None:
             f"{out.root}/{SWEEP_KEY}: damaged ({first_line(error)}); restore it, or give another --out"
         ) from None
     except FileNotFoundError:
-        if out.list():
-            raise InputError(f"{out.root}: not empty and not a sweep; give another --out") from None
+        refuse_other_things(out, "not a sweep")
     else:
         if not resume:
             raise InputError(f"{out.root}: holds a sweep; add --resume to continue it, or give another --out")

@@ -36,6 +36,7 @@ from cluster.session import (
 )
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.pictures import check_source, references_sha256, source_anywhere
+from cluster.store.outputs import refuse_other_things
 from cluster.store.store import Store, is_uri, join, open_store
 from cluster.training.checkpoints import BEST, SCORE, check_checkpoints
 from cluster.training.config import TrainConfig, default_preset, preset
@@ -236,8 +237,7 @@ def _previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
         recorded_validation(previous), _rows(previous), joined_versions(previous), dict(previous.get(VOCABULARIES, {}))
         dict(previous.get("clip", {}))
     except FileNotFoundError:
-        if out.list():
-            raise InputError(f"{out.root}: not empty and not a training run; give another --out") from None
+        refuse_other_things(out, "not a training run")
         return None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         said = one_line(error, longest=200)

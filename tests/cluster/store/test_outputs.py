@@ -1,13 +1,17 @@
 """Places that cannot hold what a job makes, and names that fsspec would read in another way."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cluster.dataset.layout import shard_key
-from cluster.store.outputs import check_output
+from cluster.store.outputs import check_output, refuse_other_things
+from cluster.store.reach import marker
 from cluster.store.store import open_store
 from pcm.errors import InputError
+from tests.helpers.job_runs import JobRun
 from tests.helpers.tiny_generation import null_spec, plan_dataset, write_corpus
 
 
@@ -62,14 +66,31 @@ def test_a_path_goes_where_it_says(name: str, tmp_path: Path, monkeypatch: pytes
         assert open_store(f"{root}/k").read_bytes("") == b"1"
 
 
-@pytest.mark.parametrize("key", ["dataset.json", shard_key(0), "stats/part-000000.json"])
-def test_objects_of_somebody_else_are_not_counted_as_ours(key: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["dataset.json", shard_key(0), "stats/part-000000.json", "config.json", "a/photo.jpg"])
+def test_a_dataset_is_not_begun_among_other_things(key: str, tmp_path: Path, call_job: Callable[..., JobRun]) -> None:
     place = tmp_path / "out" / key
     place.parent.mkdir(parents=True)
     place.write_bytes(b"somebody else's")
-    with pytest.raises(InputError, match=rf"holds {key} but no plan.json.*another --out"):
-        plan_dataset(tmp_path / "out", write_corpus(tmp_path), null_spec())
+    said = f"not empty and no dataset that was begun here (no plan.json): it holds {key}; give an empty place"
+    corpus = write_corpus(tmp_path)
+    with pytest.raises(InputError, match=re.escape(said)):
+        plan_dataset(tmp_path / "out", corpus, null_spec())
+    ended = call_job("generate", "--corpus", corpus, "--t2i", "null", "--clip", "null", "--out", tmp_path / "out")
+    assert ended.returncode == 2 and said in ended.stderr
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == [place.name]
+
+
+def test_what_a_killed_job_has_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    """A file that all nodes should see, and parts of a plan that was not finished."""
+    store = open_store(tmp_path / "out")
+    with marker(store) as (_, seen):
+        left = (tmp_path / "out" / seen).read_bytes()
+    store.write_bytes(seen, left)
+    refuse_other_things(store, "no export")
+    store.write_bytes("plan/0/part-000000.parquet", b"")
+    assert plan_dataset(tmp_path / "out", write_corpus(tmp_path), null_spec())[1].records
+    with pytest.raises(InputError, match=r"^--out .*: not empty and no export: it holds plan"):
+        refuse_other_things(store, "no export")
 
 
 def test_outputs_besides_out_are_checked_before_the_job_begins(tmp_path: Path, call_job) -> None:
