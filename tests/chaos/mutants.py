@@ -683,7 +683,7 @@ MUTANTS = (
     ),
     Mutant(
         "plan parts of another run lie elsewhere",
-        "cluster/dataset/plan.py", 'return f"plan/{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}"',
+        "cluster/dataset/plan.py", 'return f"{PARTS}{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}"',
         'return "plan"',
         (
             "tests/cluster/dataset/test_plan.py::"
@@ -738,8 +738,8 @@ MUTANTS = (
     ),
     Mutant(
         "shards of somebody else are not counted as ours",
-        "cluster/dataset/plan.py", "        _refuse_foreign_objects(store)\n", "        pass\n",
-        ("tests/cluster/store/test_outputs.py::test_objects_of_somebody_else_are_not_counted_as_ours",),
+        "cluster/store/outputs.py", "if not key.startswith(own)), None)", "if False), None)",
+        ("tests/cluster/store/test_outputs.py::test_a_dataset_is_not_begun_among_other_things",),
     ),
     Mutant(
         "a URI with a double colon does not go elsewhere",
