@@ -53,7 +53,7 @@ class Job:
         """
         use_utf8()
         open_streams()
-        stop = StopSignals()
+        stop = StopSignals(self.request.AGAIN)
         try:
             with stop.watched():
                 try:

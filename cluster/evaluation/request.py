@@ -1,9 +1,20 @@
 """What a user asks of captioning: `EvaluateRequest` and `CaptionRequest`, and the options that both have."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from cluster.evaluation.experiments import EXPERIMENTS, SPLIT, experiment
-from cluster.options import Request, check_at_least, check_gpu_share, flag, given, option, refuse_others, refuse_without
+from cluster.options import (
+    BEGINS_ANEW,
+    Request,
+    check_at_least,
+    check_gpu_share,
+    flag,
+    given,
+    option,
+    refuse_others,
+    refuse_without,
+)
 from cluster.sources.picture_source import FeatureSource, PictureSource
 from pcm.captioners.pcmnet.config import BEAM_SIZE
 from pcm.errors import InputError
@@ -14,6 +25,8 @@ from pcm.text.spice import SPICE_HOME_VARIABLE, SPICE_MODELS
 @dataclass(frozen=True, kw_only=True)
 class CaptionerOptions(Request):
     """Captioner."""
+
+    AGAIN: ClassVar[str] = BEGINS_ANEW
 
     beam_size: int = option(BEAM_SIZE, help="hypotheses of beam search; 1 = greedy")
     clip: str | None = option(

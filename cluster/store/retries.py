@@ -25,6 +25,8 @@ T = TypeVar("T")
 Kind = Literal["transient", "full", "refused", "no bucket", "other"]
 
 RETRY_SECONDS = 300.0
+#: A store does not know the job that uses it.
+RERUN = "run the same command again (training and sweeps with --resume)"
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0  # seconds
 
 _TRANSIENT_CODES = frozenset(
@@ -115,7 +117,7 @@ def with_retries(operation: Callable[[], T], *, place: str) -> T:
             if (left := patience.left()) <= 0:
                 raise StoreFailure(
                     f"{place}: the store did not answer properly for {patience.spent:.0f} s ({fault.what}); "
-                    "rerun the same command when it does: it resumes",
+                    f"{RERUN} when it does",
                     passes=True,
                 ) from None
             if _lines.due():
@@ -185,7 +187,7 @@ def no_bucket(place: str) -> StoreFailure:
 
 def _advice(fault: Fault, place: str) -> str:
     if fault.kind == "full":
-        return f"disk full at {place} ({fault.what}): free space and rerun the same command; nothing is half-written"
+        return f"disk full at {place} ({fault.what}): free space and {RERUN}; nothing is half-written"
     if fault.kind == "no bucket":
         return str(no_bucket(place))
     if fault.what in _REFUSED_BY_SYSTEM:

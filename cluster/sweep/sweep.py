@@ -158,7 +158,8 @@ def _settings(request: SweepRequest, space: Mapping[str, Any], base: TrainConfig
             import optuna
         except ImportError:
             raise InputError(
-                "--search optuna: optuna is not installed; install it with pip install -c constraints.txt -e '.[optuna]'"
+                "--search optuna: optuna is not installed; install it with "
+                "pip install -c constraints.txt -e '.[optuna]'"
             ) from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         return []

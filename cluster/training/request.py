@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from cluster.generation.presets import GENERATION_PRESETS
 from cluster.generation.request import GenerationOptions
 from cluster.options import (
+    WITH_RESUME,
     Request,
     check_at_least,
     check_gpu_share,
@@ -222,6 +223,8 @@ class TrainRequest(TrainingOptions):
 
     `overrides`: fields of TrainConfig that replace the preset's.
     """
+
+    AGAIN: ClassVar[str] = WITH_RESUME
 
     data: str | tuple[str, ...] = option(
         metavar="DATASET[=WEIGHT]",

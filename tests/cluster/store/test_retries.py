@@ -289,7 +289,7 @@ def test_a_disk_that_is_full_or_read_only_at_the_manifest_costs_no_shard(tmp_pat
         with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
             while True:
                 ballast.write(bytes(4096))
-        refused(r"disk full at .*/disk/data/.* \(ENOSPC\): free space and rerun the same command")
+        refused(r"disk full at .*/disk/data/.* \(ENOSPC\): free space and run .* \(training and sweeps with --resume\)")
         (disk / "ballast").unlink()
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         refused(r"/disk/data/.*: access refused \(EROFS\); check its owner .* not mounted read-only")
