@@ -12,11 +12,11 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from pcm.errors import StoreFailure
+from pcm.errors import InputError, StoreFailure
 from pcm.line_timer import LineTimer
 
 log = logging.getLogger(__name__)
@@ -144,6 +144,19 @@ def load_with_retries(load: Callable[[], T], *, model: str) -> T:
         patience.sleep(left)
 
 
+def retry_seconds() -> float:
+    return seconds_of("PCM_STORE_RETRY_SECONDS", RETRY_SECONDS)
+
+
+def seconds_of(variable: str, default: float) -> float:
+    """What a variable of the environment says. Raises InputError for what is no number of seconds."""
+    given = os.environ.get(variable) or default
+    with suppress(ValueError):
+        if (seconds := float(given)) >= 0:
+            return seconds
+    raise InputError(f"{variable} {given}: must be a number of seconds, at least 0, such as {default:g}")
+
+
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     """Loading a model imports thousands of modules, and each collection looks through all that are there: 1 s of 9."""
@@ -172,7 +185,7 @@ class _Patience:
         """Seconds for which it may be tried again; the first call says that it failed."""
         if self._failed_at is None:
             self._failed_at = time.monotonic()
-        return float(os.environ.get("PCM_STORE_RETRY_SECONDS", RETRY_SECONDS)) - self.spent
+        return retry_seconds() - self.spent
 
     def sleep(self, left: float) -> None:
         time.sleep(min(self._pause * random.uniform(0.5, 1.0), left))

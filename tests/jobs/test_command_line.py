@@ -174,6 +174,27 @@ def test_an_input_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture) 
     assert refused(capsys, example(run)) == "error: the value, what is allowed\n"
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("PCM_LOG_LEVEL", "loud", "PCM_LOG_LEVEL 'loud': not known; allowed are DEBUG, INFO"),
+        ("PCM_STORE_RETRY_SECONDS", "5m", "PCM_STORE_RETRY_SECONDS 5m: must be a number of seconds"),
+        ("PCM_STORE_RETRY_SECONDS", "nan", "PCM_STORE_RETRY_SECONDS nan: must be a number of seconds"),
+    ],
+)
+def test_a_variable_that_cannot_be_is_one_line(
+    variable: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert said in refused(capsys, example())
+
+
+def test_a_log_level_may_be_in_small_letters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("PCM_LOG_LEVEL", "debug")
+    example().main([])
+    assert json.loads(capsys.readouterr().out)["number"] == 3
+
+
 def test_a_check_that_fails_prints_its_summary_and_ends_with_1(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as end:
         example(lambda asked: {"ok": False}).main([])
