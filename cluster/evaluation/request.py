@@ -29,10 +29,7 @@ class CaptionerOptions(Request):
     AGAIN: ClassVar[str] = BEGINS_ANEW
 
     beam_size: int = option(BEAM_SIZE, help="hypotheses of beam search; 1 = greedy")
-    clip: str | None = option(
-        None, metavar="NAME", help="CLIP to use, if it has moved; with --features, for CLIPScore alone",
-        unset="the checkpoint's",
-    )  # fmt: skip
+    clip: str | None = option(None, metavar="NAME", help="CLIP to use, if it has moved", unset="the checkpoint's")
     concepts: str | None = option(
         None, metavar="P", help="concept pickle as published, or concepts.safetensors", unset="the checkpoint's own"
     )
@@ -114,7 +111,8 @@ class EvaluateRequest(CaptionerOptions):
     )  # fmt: skip
     features: str | None = option(
         None, metavar="P",
-        help="CLIP features in place of pictures: folder of IMAGE_ID.npz as published, or a dataset; no CLIP is loaded",
+        help="CLIP features in place of pictures: folder of IMAGE_ID.npz as published, or a dataset; --clip is then "
+        "for CLIPScore alone",
     )  # fmt: skip
     references: str | None = option(
         None, metavar="P", help="Karpathy or COCO JSON, Flickr token, CSV, JSONL, Parquet",

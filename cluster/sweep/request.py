@@ -45,7 +45,10 @@ class SweepRequest(SettingsOptions):
     preset: str | None = option(
         None, choices=tuple(TRAINING_PRESETS), metavar="NAME", help=PRESET_HELP, unset="by the dataset's feature sizes"
     )
-    clip: str | None = option(None, metavar="NAME", help="CLIP for --val-images", unset="the dataset's")
+    clip: str | None = option(
+        None, metavar="NAME", help="the dataset's CLIP, if it has moved: for --val-images, and recorded for captioning",
+        unset="the dataset's",
+    )  # fmt: skip
     concurrent: int | None = option(None, help="trials at a time", unset="as many as fit")
     cpus_per_trial: int = option(1, help="CPUs a trial reserves and uses")
     device: str = option(
