@@ -265,7 +265,11 @@ class WatchOptions(Request):
 class FaultOptions(Request):
     """Faults."""
 
-    batch_timeout: float = option(FaultPolicy.batch_timeout, metavar="S", help="seconds a batch may take")
+    batch_timeout: float = option(
+        FaultPolicy.batch_timeout,
+        metavar="S",
+        help="seconds a batch may take; four times that where --compile compiles it",
+    )
     max_error_share: float = option(
         FaultPolicy.max_error_share, 
         help="stop once more than this share of at least 64 samples has failed in the generator",
