@@ -47,10 +47,17 @@ def option(default: Any = dataclasses.MISSING, **described: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+#: `Request.AGAIN` of jobs that take --resume, and of those that keep nothing to go on with.
+WITH_RESUME = "run the same command again with --resume to go on"
+BEGINS_ANEW = "run the same command again; it begins anew"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """Base of all requests. Raises InputError for a value that is none of an option's choices, or has a credential."""
 
+    #: What a job that was stopped says of how it goes on.
+    AGAIN: ClassVar[str] = "run the same command again to go on"
     #: What a --config file of this request may hold besides its fields.
     FILE_HELP: ClassVar[str] = ""
 

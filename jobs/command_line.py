@@ -23,9 +23,10 @@ from cluster.options import Option, Request, flag, options_of
 from jobs.endings import STDOUT, StopSignals, flush_streams, open_streams, print_summary, say, use_utf8
 from pcm.credentials import refuse_credentials
 from pcm.documents import read_document
-from pcm.errors import InputError, OneLineError, StoreFailure, one_line
+from pcm.errors import InputError, OneLineError, StoreFailure, not_known, one_line
 
 _CONFIG = "--config"
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _WIDTH = 78  # of paragraphs in --help
 _KINDS = {int: "a whole number", float: "a number"}
 
@@ -53,7 +54,7 @@ class Job:
         """
         use_utf8()
         open_streams()
-        stop = StopSignals()
+        stop = StopSignals(self.request.AGAIN)
         try:
             with stop.watched():
                 try:
@@ -75,9 +76,9 @@ class Job:
             end_with_error(str(error))
         except InputError as error:
             end_with_error(f"{error} (see `{self.command} --help`)")
-        set_up_logging()
         with STDOUT.kept(to_the_end=argv is None):
             try:
+                set_up_logging()
                 _check_outputs(request)
                 summary = self.run(request)
             except OneLineError as error:
@@ -180,8 +181,12 @@ def end_with_error(message: str) -> NoReturn:
 
 
 def set_up_logging() -> None:
+    """Raises InputError for a level that is none."""
+    level = os.environ.get("PCM_LOG_LEVEL") or "INFO"
+    if level.upper() not in _LOG_LEVELS:
+        raise not_known("PCM_LOG_LEVEL", level, _LOG_LEVELS)
     logging.basicConfig(
-        level=os.environ.get("PCM_LOG_LEVEL", "INFO"),
+        level=level.upper(),
         format="%(asctime)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
@@ -303,9 +308,11 @@ def _refuse_twice(keys: list[str], place: str) -> None:
 
 
 def _check_outputs(request: Request) -> None:
-    """Raises InputError for a place that cannot hold what the job makes."""
+    """Raises InputError for a place that cannot hold what the job makes, and for no number of seconds of patience."""
     from cluster.store.outputs import check_output  # --help needs no file systems
+    from cluster.store.retries import retry_seconds
 
+    retry_seconds()
     kind = type(request)
     for name, described in options_of(kind).items():
         if described.writes and (uri := getattr(request, name)) is not None:

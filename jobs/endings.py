@@ -28,13 +28,15 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """Watches for SIGINT and SIGTERM while a job runs; `end_if_received` gives the job their status.
+    """Watches for SIGINT and SIGTERM while a job runs; `end_if_received` gives the job their status. `again`: how the
+    job goes on, for its one line.
 
     A thread does it, to which Python hands each signal as it comes: Ray and Ray Train put handlers of their own in
     place of ours, and the main thread may be deep in a computation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, again: str) -> None:
+        self._again = again
         self._first: int | None = None
         self._said = threading.Event()
 
@@ -87,7 +89,7 @@ class StopSignals:
         self._first = number
         name = signal.Signals(number).name
         logging.disable()
-        say(f"stopped by {name}: what is written is whole; run the same command again to go on")
+        say(f"stopped by {name}: what is written is whole; {self._again}")
         # Whatever still writes there has nothing to tell: Ray's processes, threads that are cut off.
         with contextlib.suppress(OSError):
             nowhere = os.open(os.devnull, os.O_WRONLY)

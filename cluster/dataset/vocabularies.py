@@ -29,6 +29,7 @@ from cluster.dataset.layout import (
 from cluster.dataset.vocabulary_files import (
     intact_vocabularies,
     refuse_rebuilding,
+    stored_concepts,
     stored_document,
     vocabulary_keys,
 )
@@ -238,13 +239,20 @@ def store_noun_finder(store: Store, nouns: str) -> None:
     """
     noun_finder(nouns)
     begun = stored_nouns(store)
-    if begun is None and not store.exists(VOCABULARIES_KEY):
-        if nouns != LEXICON_NOUNS:
-            store.write_bytes(NOUNS_KEY, document_bytes({"nouns": nouns}))
-    elif (begun or LEXICON_NOUNS) != nouns:
-        raise InputError(
-            f"{store.root}: was begun with --nouns {begun or LEXICON_NOUNS}; give the same, or another --out"
-        )
+    if begun is None and store.exists(VOCABULARIES_KEY):
+        begun = LEXICON_NOUNS if nouns == LEXICON_NOUNS else _finder_of_concepts(store)
+    if begun not in (None, nouns):
+        raise InputError(f"{store.root}: was begun with --nouns {begun}; give the same, or another --out")
+    if nouns != LEXICON_NOUNS and not store.exists(NOUNS_KEY):
+        store.write_bytes(NOUNS_KEY, document_bytes({"nouns": nouns}))
+
+
+def _finder_of_concepts(store: Store) -> str:
+    """What found a dataset's own concepts: a nouns.json that was damaged may have been deleted."""
+    if store.exists(GIVEN_CONCEPTS_KEY) or not store.exists(CONCEPTS_KEY):
+        return LEXICON_NOUNS
+    found, _, model = stored_concepts(store).source.partition(":")
+    return model if found == "spacy" else LEXICON_NOUNS
 
 
 def stored_nouns(store: Store) -> str | None:

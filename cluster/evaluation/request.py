@@ -1,9 +1,20 @@
 """What a user asks of captioning: `EvaluateRequest` and `CaptionRequest`, and the options that both have."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from cluster.evaluation.experiments import EXPERIMENTS, SPLIT, experiment
-from cluster.options import Request, check_at_least, check_gpu_share, flag, given, option, refuse_others, refuse_without
+from cluster.options import (
+    BEGINS_ANEW,
+    Request,
+    check_at_least,
+    check_gpu_share,
+    flag,
+    given,
+    option,
+    refuse_others,
+    refuse_without,
+)
 from cluster.sources.picture_source import FeatureSource, PictureSource
 from pcm.captioners.pcmnet.config import BEAM_SIZE
 from pcm.errors import InputError
@@ -15,11 +26,10 @@ from pcm.text.spice import SPICE_HOME_VARIABLE, SPICE_MODELS
 class CaptionerOptions(Request):
     """Captioner."""
 
+    AGAIN: ClassVar[str] = BEGINS_ANEW
+
     beam_size: int = option(BEAM_SIZE, help="hypotheses of beam search; 1 = greedy")
-    clip: str | None = option(
-        None, metavar="NAME", help="CLIP to use, if it has moved; with --features, for CLIPScore alone",
-        unset="the checkpoint's",
-    )  # fmt: skip
+    clip: str | None = option(None, metavar="NAME", help="CLIP to use, if it has moved", unset="the checkpoint's")
     concepts: str | None = option(
         None, metavar="P", help="concept pickle as published, or concepts.safetensors", unset="the checkpoint's own"
     )
@@ -101,7 +111,8 @@ class EvaluateRequest(CaptionerOptions):
     )  # fmt: skip
     features: str | None = option(
         None, metavar="P",
-        help="CLIP features in place of pictures: folder of IMAGE_ID.npz as published, or a dataset; no CLIP is loaded",
+        help="CLIP features in place of pictures: folder of IMAGE_ID.npz as published, or a dataset; --clip is then "
+        "for CLIPScore alone",
     )  # fmt: skip
     references: str | None = option(
         None, metavar="P", help="Karpathy or COCO JSON, Flickr token, CSV, JSONL, Parquet",

@@ -8,14 +8,16 @@ pictures are shown among it.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+from cluster.curation.refine_request import SYNC
 from cluster.dataset.layout import DATASET, Manifest, parquet_bytes, store_manifest
 from cluster.export.source import Source
 from cluster.store.store import Store
 from pcm.generation.names import PHOTOS, SEVERAL, UNDRAWN
-from pcm.reasons import PROMPT_TRUNCATED
+from pcm.reasons import MARKS, PROMPT_TRUNCATED
 from pcm.records import in_version
 
 #: In which patch features are lists.
@@ -79,10 +81,10 @@ def card(source: Source) -> str:
     drawn = _is_drawn(manifest)
     others = "Real photos with captions" if spec.generator.model == PHOTOS else "Image-caption pairs"
     title = "Synthetic image-caption pairs" if drawn else others
-    reason = f"; `{PROMPT_TRUNCATED}` where the caption was longer than CLIP's context" if drawn else ""
+    reason = f", or `{PROMPT_TRUNCATED}` ({MARKS[PROMPT_TRUNCATED].text})" if drawn else ""
     rows = [
         ("sample_id", "place in the plan: nine digits of caption, two of picture"),
-        ("caption", "the text that the picture was drawn from" if drawn else "a text about the picture"),
+        ("caption", _caption_is(manifest, drawn)),
         ("image", "the picture"),
         ("width, height", "pixels"),
         ("seed", "of the random numbers that the picture was drawn with" + ("" if drawn else ", if it was drawn")),
@@ -93,7 +95,8 @@ def card(source: Source) -> str:
             "patch_features",
             f"({features.num_patches} * {features.patch_dim},) float16, CLIP's last tokens before ln_post, row-major",
         ),
-        ("status, reason", f"`stored`{reason}"),
+        ("status", "`stored`"),
+        ("reason", f"empty{reason}"),
     ]
     yaml = [
         "---",
@@ -142,6 +145,21 @@ def _is_drawn(manifest: Manifest) -> bool:
     if model == SEVERAL and manifest.lineage is not None:
         return all(source.generator not in UNDRAWN for source in manifest.lineage.sources)
     return model not in UNDRAWN
+
+
+def _caption_is(manifest: Manifest, drawn: bool) -> str:
+    if not drawn:
+        return "a text about the picture"
+    if manifest.lineage is not None and _is_by_sync(manifest.lineage.to_dict()):
+        return "a text that fits the picture, which may have been drawn from another one"
+    return "the text that the picture was drawn from"
+
+
+def _is_by_sync(lineage: Mapping[str, Any]) -> bool:
+    """Whether SynC gave the captions other pictures, here or in a dataset that this one was derived from."""
+    if lineage["method"] == "refine" and lineage["settings"].get("method") == SYNC:
+        return True
+    return any(_is_by_sync(source["lineage"]) for source in lineage["sources"] if source.get("lineage"))
 
 
 def _made_of(source: Source) -> str:

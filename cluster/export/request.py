@@ -27,7 +27,7 @@ class ExportRequest(RunOnOption):
     checkpoint: str | None = option(
         None, metavar="P", help="captioner or training run: path or URI", unset="none; or --data"
     )
-    out: str = option(metavar="P", writes="folder", help="an empty place: path or URI")
+    out: str = option(metavar="P", writes="folder", help="an empty place, or that of this very export: path or URI")
     to: str = option(
         choices=(*FORMATS, DATASET),
         help="a captioner: official only; dataset: a view, or what is there, with pictures",

@@ -131,7 +131,7 @@ def _flags(request: GenerationOptions, names: Collection[str]) -> str:
 
 def _concepts(made_with: MadeWith, own: Collection[str], clip: str | None, *, uri: str) -> dict[str, Any]:
     """The options that mean where its concepts come from."""
-    if not {"concepts", "nouns"}.isdisjoint(own):
+    if not {"concepts", "nouns"}.isdisjoint(own) or clip == "null":  # which has none
         return {}
     if made_with.nouns is not None:
         before, now = made_with.noun_versions, noun_versions(made_with.nouns)
@@ -141,8 +141,6 @@ def _concepts(made_with: MadeWith, own: Collection[str], clip: str | None, *, ur
                 f"{_named(now)}); install the same, or give --nouns {made_with.nouns}"
             )
         return {"nouns": made_with.nouns}
-    if clip == "null":  # has none
-        return {}
     if "clip" in own:
         raise InputError(f"--spec {uri}: its concepts were given, for its own CLIP; give --concepts beside --clip")
     path = _beside(uri, CONCEPTS_KEY)
@@ -171,6 +169,8 @@ def with_spec(request: AnyOptions, spec: DatasetSpec) -> AnyOptions:
             values = {name: value for name, value in values.items() if name not in DRAWING_FIELDS}
     if "clip" in own:
         values.pop("clip_revision")
+        if request.clip == "null":
+            values.pop("clip_batch_size")
     if request.device == "cpu" and (offload := values.pop("offload", "none")) != "none" and "offload" not in own:
         log.info("--spec: its --offload %s is for GPUs, and not taken beside --device cpu", offload)
     return replace(request, **{name: value for name, value in values.items() if name not in own})

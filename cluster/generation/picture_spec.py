@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Options that `_check` looks at and the embedded pipeline need not have.
+_OF_PIPELINE = (
+    "t2i_variant", "t2i_without", "lora", "vae", "pipeline_options", "scheduler", "scheduler_options",
+    "negative_prompt", "prompt_cache",
+)  # fmt: skip
+
 #: What a repo is to a spec, of a LoRA with its number, and the repo's name -> its commit.
 _Commits = Mapping[tuple[str, str | None], str]
 
@@ -248,8 +254,7 @@ def _pin_repo(role: str, name: str, commits: _Commits | None) -> str:
 
 def _signature(asked: GenerationOptions, model: str, revision: str) -> "PipelineSignature | None":
     """The pipeline's; None of null, and of the embedded one where nothing asked for depends on it."""
-    plain = not (asked.pipeline_options or asked.scheduler or asked.scheduler_options or asked.negative_prompt)
-    if model == "null" or (model == "embedded" and plain):
+    if model == "null" or (model == "embedded" and not any(getattr(asked, name) for name in _OF_PIPELINE)):
         return None
     from pcm.generation.pipeline_signature import read_signature  # diffusers takes seconds to import
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cluster.generation.picture_spec import generator_spec
 from cluster.generation.request import GenerationOptions
+from cluster.options import flag, given
 from cluster.session import cluster_cpus, cluster_gpus, who_has
 from cluster.weights.hub import look_up
 from cluster.weights.node_copy import local_name
@@ -39,6 +40,9 @@ def dataset_spec(
     device = resolve_device(asked.device, cluster_gpus=gpus)
     dtype = resolve_dtype(asked.dtype, device=device)
     clip = asked.clip or ("null" if asked.t2i == "null" else "embedded")
+    if clip == "null" and (useless := [name for name in ("clip_batch_size", "nouns") if name in given(asked)]):
+        flags = ", ".join(flag(type(asked), name) for name in useless)
+        raise InputError(f"{flags}: without effect with --clip null, which has no features; leave it out")
     return DatasetSpec(
         generator=generator_spec(
             asked,

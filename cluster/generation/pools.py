@@ -72,7 +72,8 @@ class Pools:
             )  # fmt: skip
         if scorers or clip_gpus:
             clip_gpus = clip_gpus or 1
-            scorers = scorers or max(1, math.ceil((most or gpus) / (GENERATORS_PER_SCORER + clip_gpus)))
+            served = most / GENERATORS_PER_SCORER if most else gpus / (GENERATORS_PER_SCORER + clip_gpus)
+            scorers = scorers or max(1, math.ceil(served))
         count = most or max(1, int(gpus - (scorers or 0) * clip_gpus))
         return Pools(
             generators=count, min_generators=least, scorers=scorers or 0,

@@ -265,7 +265,11 @@ class WatchOptions(Request):
 class FaultOptions(Request):
     """Faults."""
 
-    batch_timeout: float = option(FaultPolicy.batch_timeout, metavar="S", help="seconds a batch may take")
+    batch_timeout: float = option(
+        FaultPolicy.batch_timeout,
+        metavar="S",
+        help="seconds a batch may take; four times that where --compile compiles it",
+    )
     max_error_share: float = option(
         FaultPolicy.max_error_share, 
         help="stop once more than this share of at least 64 samples has failed in the generator",
@@ -342,7 +346,7 @@ class GenerateRequest(GenerationOptions):
     )
     only: str | None = option(None, metavar="SAMPLE_ID", help="regenerate one sample of --out alone and compare")
     image_out: str | None = option(
-        None, metavar="FILE", writes="file", help="with --only: write the regenerated picture here"
+        None, metavar="FILE", writes="file", help="with --only: write the regenerated picture here, a local file"
     )
     pilot: str | None = option(
         None,
@@ -360,6 +364,8 @@ class GenerateRequest(GenerationOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_without(self, "only", "image_out")
+        if self.image_out and "://" in self.image_out:
+            raise InputError(f"--image-out {self.image_out}: must be a local file, such as picture.png")
         if self.image_out and not os.path.isdir(os.path.dirname(self.image_out) or "."):
             raise InputError(f"--image-out {self.image_out}: its folder is not there; make it first")
         if self.only is not None:

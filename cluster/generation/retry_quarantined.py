@@ -51,7 +51,7 @@ def retry_quarantined(
     is tried with the seed at which it failed. What is stored keeps its bytes. Killed midway, the same call ends what
     it began; until then the dataset has no manifest, and verification sees samples that are stored and quarantined.
 
-    Returns the summary of a run, and `retried`: how many samples were tried again. Raises InputError when the
+    Returns the summary of a run, and `tried_again`: how many samples were tried again. Raises InputError when the
     dataset is unfinished.
     """
     reasons = parse_reason(reason)
@@ -61,7 +61,7 @@ def retry_quarantined(
         for part in summaries(store, plan)
     }
     shards = [shard for shard, count in counts.items() if count]
-    retried = sum(counts.values())
-    log.info("%d samples in %d shards are tried again", retried, len(shards))
+    tried_again = sum(counts.values())
+    log.info("%d samples in %d shards are tried again", tried_again, len(shards))
     result = run_pipeline(store, plan, pools, faults=faults, redo=shards, retry=reasons, draw=draw)
-    return {**result.summary(), "retried": retried}
+    return {**result.summary(), "tried_again": tried_again}

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a generation run, through Ray's own: every node's metrics port serves them.
+"""Prometheus metrics of a generation run, through Ray's own: the metrics port of the driver's node serves them.
 
 Ray puts `ray_` before each name and adds labels of its own (the driver's WorkerId among them). All carry `dataset`, the
 place that is generated into:
@@ -10,7 +10,7 @@ place that is generated into:
     ray_pcm_cost_total                     cost so far, in the currency of --price-per-hour
     ray_pcm_clip_score                     histogram of raw cosines, to 0.05; those below 0 are counted as 0
     ray_pcm_images_per_second              stored pictures a second over the last minute, else since the first
-    ray_pcm_eta_seconds                    until the last sample, at that rate
+    ray_pcm_eta_seconds                    until the last sample, at the rate of the last ten minutes, else of the run
     ray_pcm_missing_samples                neither committed nor drawn
 
 Counters begin at 0 with the driver's process, as Prometheus expects of a restart.

@@ -2,7 +2,7 @@
 
 Sample ids, captions, seeds and picture bytes stay, so the fingerprint is that of the rows that it was made of. The
 pictures are copied: features cannot be read without the shard that holds them, and they are the larger part of it (a
-picture of 512 pixels has some 60 kB, its ViT-L/14 features 0.5 MB). Nothing is drawn.
+picture of 512 pixels has some 60 kB as JPEG, its ViT-L/14 features 133 kB). Nothing is drawn.
 
 On the store, in this order: lineage.json, which says what is made; featurising/spec.json, the CLIP as it runs; for each
 shard of the source first featurising/part-000000.parquet, what the manifest needs of its rows, then the shard;

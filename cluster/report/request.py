@@ -1,8 +1,9 @@
 """What a user asks of a report."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from cluster.options import Request, check_at_least, option, refuse_without
+from cluster.options import BEGINS_ANEW, Request, check_at_least, option, refuse_without
 from cluster.sources.picture_source import PictureSource
 from pcm.errors import InputError
 from pcm.spec import DEVICES
@@ -14,6 +15,8 @@ class ReportRequest(Request):
 
     Raises InputError for values that cannot be, and for a request of nothing.
     """
+
+    AGAIN: ClassVar[str] = BEGINS_ANEW
 
     data: str | None = option(None, metavar="P", help="dataset or view")
     unfinished: bool = option(False, help="report on the shards that are there of a dataset that is not finished")

@@ -12,11 +12,11 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from pcm.errors import StoreFailure
+from pcm.errors import InputError, StoreFailure
 from pcm.line_timer import LineTimer
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ T = TypeVar("T")
 Kind = Literal["transient", "full", "refused", "no bucket", "other"]
 
 RETRY_SECONDS = 300.0
+#: A store does not know the job that uses it.
+RERUN = "run the same command again (training and sweeps with --resume)"
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0  # seconds
 
 _TRANSIENT_CODES = frozenset(
@@ -115,7 +117,7 @@ def with_retries(operation: Callable[[], T], *, place: str) -> T:
             if (left := patience.left()) <= 0:
                 raise StoreFailure(
                     f"{place}: the store did not answer properly for {patience.spent:.0f} s ({fault.what}); "
-                    "rerun the same command when it does: it resumes",
+                    f"{RERUN} when it does",
                     passes=True,
                 ) from None
             if _lines.due():
@@ -140,6 +142,19 @@ def load_with_retries(load: Callable[[], T], *, model: str) -> T:
                 raise
             log.warning("%s: not loaded (%s); trying again for up to %.0f s", model, fault.what, left)
         patience.sleep(left)
+
+
+def retry_seconds() -> float:
+    return seconds_of("PCM_STORE_RETRY_SECONDS", RETRY_SECONDS)
+
+
+def seconds_of(variable: str, default: float) -> float:
+    """What a variable of the environment says. Raises InputError for what is no number of seconds."""
+    given = os.environ.get(variable) or default
+    with suppress(ValueError):
+        if (seconds := float(given)) >= 0:
+            return seconds
+    raise InputError(f"{variable} {given}: must be a number of seconds, at least 0, such as {default:g}")
 
 
 @contextmanager
@@ -170,7 +185,7 @@ class _Patience:
         """Seconds for which it may be tried again; the first call says that it failed."""
         if self._failed_at is None:
             self._failed_at = time.monotonic()
-        return float(os.environ.get("PCM_STORE_RETRY_SECONDS", RETRY_SECONDS)) - self.spent
+        return retry_seconds() - self.spent
 
     def sleep(self, left: float) -> None:
         time.sleep(min(self._pause * random.uniform(0.5, 1.0), left))
@@ -185,7 +200,7 @@ def no_bucket(place: str) -> StoreFailure:
 
 def _advice(fault: Fault, place: str) -> str:
     if fault.kind == "full":
-        return f"disk full at {place} ({fault.what}): free space and rerun the same command; nothing is half-written"
+        return f"disk full at {place} ({fault.what}): free space and {RERUN}; nothing is half-written"
     if fault.kind == "no bucket":
         return str(no_bucket(place))
     if fault.what in _REFUSED_BY_SYSTEM:

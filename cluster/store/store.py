@@ -30,7 +30,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cluster.store.object_file import ObjectFile
 from cluster.store.paths import inside, outside
-from cluster.store.retries import no_bucket, with_retries
+from cluster.store.retries import no_bucket, seconds_of, with_retries
 from cluster.store.temporary import named_temporary_folder
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, first_line
@@ -298,7 +298,7 @@ def _http_config() -> dict:
 
 
 def _timeout_seconds() -> float:
-    return float(os.environ.get("PCM_STORE_TIMEOUT_SECONDS", TIMEOUT_SECONDS))
+    return seconds_of("PCM_STORE_TIMEOUT_SECONDS", TIMEOUT_SECONDS)
 
 
 def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cluster.store.retries import RERUN
 from pcm.errors import StoreFailure
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -29,7 +30,7 @@ def named_temporary_folder() -> Iterator[None]:
             raise
         raise StoreFailure(
             f"{folder}: the disk for temporary files is full; free space there, or name another folder with TMPDIR, "
-            "and run the same command again"
+            f"and {RERUN}"
         ) from None
 
 

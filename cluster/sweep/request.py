@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import ClassVar
 
-from cluster.options import check_at_least, check_gpu_share, option, shared
+from cluster.options import WITH_RESUME, check_at_least, check_gpu_share, option, shared
 from cluster.sweep.search_space import ABLATIONS, DEFAULT_SPACE, SPEC_HELP, parse_domain, parse_param
 from cluster.training.config import DATASET_SIZES, TRAINING_PRESETS, settable_fields
 from cluster.training.request import PRESET_HELP, SettingsOptions, TrainRequest, parse_sources
@@ -21,6 +22,8 @@ class SweepRequest(SettingsOptions):
 
     `params`: FIELD -> SPEC; empty: DEFAULT_SPACE, or the ablation's. `search` and `scheduler`: None chooses.
     """
+
+    AGAIN: ClassVar[str] = WITH_RESUME
 
     data: str | tuple[str, ...] = option(metavar="DATASET[=WEIGHT]", help="dataset: local path or URI")
     out: str = option(writes="folder", help="where the sweep goes: local path or URI")
@@ -42,7 +45,10 @@ class SweepRequest(SettingsOptions):
     preset: str | None = option(
         None, choices=tuple(TRAINING_PRESETS), metavar="NAME", help=PRESET_HELP, unset="by the dataset's feature sizes"
     )
-    clip: str | None = option(None, metavar="NAME", help="CLIP for --val-images", unset="the dataset's")
+    clip: str | None = option(
+        None, metavar="NAME", help="the dataset's CLIP, if it has moved: for --val-images, and recorded for captioning",
+        unset="the dataset's",
+    )  # fmt: skip
     concurrent: int | None = option(None, help="trials at a time", unset="as many as fit")
     cpus_per_trial: int = option(1, help="CPUs a trial reserves and uses")
     device: str = option(

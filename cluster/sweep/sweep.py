@@ -158,7 +158,10 @@ def _settings(request: SweepRequest, space: Mapping[str, Any], base: TrainConfig
         try:
             import optuna
         except ImportError:
-            raise InputError("--search optuna: optuna is not installed; pip install 'pcmnet-ray[optuna]'") from None
+            raise InputError(
+                "--search optuna: optuna is not installed; install it with "
+                "pip install -c constraints.txt -e '.[optuna]'"
+            ) from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         return []
     for point in points:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from cluster.generation.presets import GENERATION_PRESETS
 from cluster.generation.request import GenerationOptions
 from cluster.options import (
+    WITH_RESUME,
     Request,
     check_at_least,
     check_gpu_share,
@@ -173,7 +174,9 @@ class TrainingOptions(SettingsOptions):
         unset="one a GPU, or one",
     )  # fmt: skip
     cpus_per_worker: int | None = option(
-        None, help="CPUs a worker reserves and uses", unset="all of the cluster, divided; one where it has none yet"
+        None,
+        help="CPUs a worker reserves and uses",
+        unset="as many as the nodes have for each; one where there are none yet",
     )
     gpus_per_worker: float = option(
         1.0, metavar="SHARE", help="GPU a worker takes; a share, such as 0.5, lets several runs use one GPU and is for "
@@ -223,6 +226,8 @@ class TrainRequest(TrainingOptions):
     `overrides`: fields of TrainConfig that replace the preset's.
     """
 
+    AGAIN: ClassVar[str] = WITH_RESUME
+
     data: str | tuple[str, ...] = option(
         metavar="DATASET[=WEIGHT]",
         help="dataset: local path or URI. WEIGHT: how often each of its rows comes in an epoch (1)",
@@ -242,7 +247,10 @@ class TrainRequest(TrainingOptions):
     unfinished: bool = option(
         False, help="train on the shards that are there of a dataset that is being made or was piloted"
     )
-    clip: str | None = option(None, metavar="NAME", help="CLIP for --val-images", unset="the dataset's")
+    clip: str | None = option(
+        None, metavar="NAME", help="the dataset's CLIP, if it has moved: for --val-images, and recorded for captioning",
+        unset="the dataset's",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -280,9 +288,17 @@ class StreamRequest(GenerationOptions, TrainingOptions):
         (), metavar="NAME",
         help=f"of generation ({', '.join(GENERATION_PRESETS)}), of training ({PRESET_HELP}), or both",
     )  # fmt: skip
+    num_workers: int | tuple[int, int] | None = option(
+        None, metavar="N", parse=parse_count, help="DDP workers of training", unset="one"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.num_workers, tuple):
+            raise InputError(
+                f"--num-workers {self.num_workers[0]}:{self.num_workers[1]}: a stream's workers are as many from its "
+                "beginning to its end, for generation takes what they leave; give one number"
+            )
         for name in self.preset:
             if name not in GENERATION_PRESETS and name not in TRAINING_PRESETS:
                 raise not_known("preset", name, [*GENERATION_PRESETS, *TRAINING_PRESETS])

@@ -52,11 +52,6 @@ def stream(request: StreamRequest) -> dict[str, Any]:
     if (asked.clip or asked.t2i) == "null":
         raise InputError("--clip null: gives no features to train on; name an open_clip model")
     training = request.training
-    if isinstance(request.num_workers, tuple):
-        raise InputError(
-            "--num-workers MIN:MAX: a stream's workers are as many from its beginning to its end, for generation takes "
-            "what they leave; give one number"
-        )
     check_settings(training)
     require_metrics()
     refuse_dataset(open_store(request.out), shown="--out")

@@ -53,6 +53,8 @@ def load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
         hint = "give a diffusers repo id, a folder saved by save_pretrained(), 'embedded' or 'null'"
         if "variant" in str(error) or "no file named" in str(error):
             hint = "where its files are named *.fp16.safetensors, give --t2i-variant fp16; pickles (.bin) are not read"
+            if spec.variant is not None:
+                hint = f"if it has no files *.{spec.variant}.safetensors, leave --t2i-variant out"
         if Path(spec.model).is_file():
             hint = f"its weights must be those of {spec.config}: give the --t2i-config that fits them"
         raise InputError(f"text-to-image model {spec.model!r} cannot be loaded: {first_line(error)}; {hint}") from error

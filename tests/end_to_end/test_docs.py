@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,16 @@ def test_every_job_stands_among_the_calls_with_its_request() -> None:
     rows = re.findall(r"^\| `jobs\.(\w+)` \| `([\w.]+)` \|", (DOCS / "python.md").read_text(), re.MULTILINE)
     assert {job for job, _ in rows} == set(job_names()) - NO_CALL
     assert [job for job, request in rows if pkgutil.resolve_name(request) is not load_job(job).request] == []
+
+
+def test_every_call_takes_its_request_and_returns_a_summary() -> None:
+    row = r"^\| `jobs\.\w+` \| `([\w.]+)` \| `([\w.]+)` \|$"
+    rows = re.findall(row, (DOCS / "python.md").read_text(), re.MULTILINE)
+    assert len(rows) == len(set(job_names()) - NO_CALL)
+    for request, function in rows:
+        takes, *_, (name, returned) = typing.get_type_hints(pkgutil.resolve_name(function)).items()
+        assert issubclass(pkgutil.resolve_name(request), takes[1]), function
+        assert name == "return" and dict in (returned, typing.get_origin(returned)), function
 
 
 def test_every_field_with_another_name_than_its_option_is_named() -> None:

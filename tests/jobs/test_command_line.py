@@ -75,6 +75,11 @@ def test_every_option_has_a_text_and_a_default(name: str) -> None:
         assert said and (f"{said}(default:" in text or f"{said}(required" in text), f"{field}: no text or no default"
 
 
+def test_help_promises_nothing_that_is_refused() -> None:
+    assert "--num-workers N " in load_job("stream").help()
+    assert "CLIPScore" not in load_job("caption").help()
+
+
 @pytest.mark.parametrize("name", JOBS)
 def test_every_output_is_checked_before_the_job_begins(name: str) -> None:
     request = load_job(name).request
@@ -172,6 +177,27 @@ def test_an_input_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture) 
         raise InputError("the value,\n  what is allowed")
 
     assert refused(capsys, example(run)) == "error: the value, what is allowed\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("PCM_LOG_LEVEL", "loud", "PCM_LOG_LEVEL 'loud': not known; allowed are DEBUG, INFO"),
+        ("PCM_STORE_RETRY_SECONDS", "5m", "PCM_STORE_RETRY_SECONDS 5m: must be a number of seconds"),
+        ("PCM_STORE_RETRY_SECONDS", "nan", "PCM_STORE_RETRY_SECONDS nan: must be a number of seconds"),
+    ],
+)
+def test_a_variable_that_cannot_be_is_one_line(
+    variable: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert said in refused(capsys, example())
+
+
+def test_a_log_level_may_be_in_small_letters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("PCM_LOG_LEVEL", "debug")
+    example().main([])
+    assert json.loads(capsys.readouterr().out)["number"] == 3
 
 
 def test_a_check_that_fails_prints_its_summary_and_ends_with_1(capsys: pytest.CaptureFixture) -> None:
@@ -335,6 +361,10 @@ def test_a_name_that_generation_and_training_share_is_generations_in_a_stream(tm
         ("generate --out B --only 000000001-00 --corpus embedded", "--corpus: without effect beside --only"),
         ("generate --out B --only 000000001-00", "not a dataset"),
         (
+            "generate --out B --only 000000001-00 --image-out s3://b/x.png",
+            "--image-out s3://b/x.png: must be a local file",
+        ),
+        (
             "generate --out B --retry-quarantined nan_image --seed 3",
             "--seed: without effect beside --retry-quarantined",
         ),
@@ -343,6 +373,10 @@ def test_a_name_that_generation_and_training_share_is_generations_in_a_stream(tm
         ("stream --out B --corpus /no/such.txt", "/no/such.txt: no such file"),
         ("stream --out B --corpus embedded --preset coco_l1", "did you mean 'coco_l14'?"),
         ("stream --out B --corpus embedded --preset coco_l14 --preset coco_b32", "give at most one of"),
+        (
+            "stream --out B --corpus embedded --num-workers 1:2",
+            "--num-workers 1:2: a stream's workers are as many from its beginning",
+        ),
         ("stream --out B --corpus embedded --set seed=3", "--seed sets that of both sides"),
         ("stream --out B --corpus embedded --preset embedded --set epochs=0", "must be at least 1"),
         ("sweep --data A --out B", "--search random: give --trials N"),

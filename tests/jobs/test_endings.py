@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.options import BEGINS_ANEW, WITH_RESUME, Request
 from jobs.__main__ import job_names
 from jobs.endings import descendants
 from tests.helpers.paths import ROOT
@@ -92,8 +93,12 @@ def test_every_job_ends_so(name: str) -> None:
     process = start("-c", program, stderr=subprocess.PIPE)
     assert process.stderr is not None and process.stderr.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 143
+    again = {"train": WITH_RESUME, "sweep": WITH_RESUME} | dict.fromkeys(
+        ("evaluate", "caption", "verify", "report"), BEGINS_ANEW
+    )
+    assert said == f"stopped by SIGTERM: what is written is whole; {again.get(name, Request.AGAIN)}\n"
 
 
 @pytest.mark.parametrize("stream", ["> /dev/full", "| true", ">&-", "2> /dev/full", "> /dev/full 2> /dev/full", "<&-"])

@@ -17,14 +17,16 @@ from cluster.dataset.layout import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     MANIFEST_KEY,
+    NOUNS_KEY,
     PLAN_KEY,
+    VOCABULARIES_KEY,
     VOCABULARY_KEY,
     load_manifest,
     load_plan,
     shard_key,
     stats_key,
 )
-from cluster.dataset.vocabularies import store_vocabularies
+from cluster.dataset.vocabularies import store_noun_finder, store_vocabularies, stored_nouns
 from cluster.ingest.text_only import text_only_dataset
 from cluster.store.store import open_store
 from cluster.sweep.trial import shared_tables
@@ -35,6 +37,7 @@ from cluster.training.request import DataSource, TrainRequest
 from cluster.training.train import planned_run
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
+from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
 from tests.helpers.shards import describe_anew
 from tests.helpers.tiny_dataset import TINY
@@ -144,6 +147,24 @@ def test_of_words_concepts_and_head_those_that_are_intact_stay(key: str, whole: 
     store_vocabularies(store, plan, encoder=ClipEncoder(str(save_tiny_clip(tmp_path / "other", seed=5))))
     changed = [each for each in keys if (folder / each).read_bytes() != before[each]]
     assert changed == ([] if key == VOCABULARY_KEY else [key])
+
+
+def test_what_found_the_nouns_is_told_by_the_concepts_where_its_object_was_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.dataset.vocabularies.noun_finder", lambda nouns: (f"spacy:{nouns}", None))
+    store = open_store(tmp_path)
+    store_noun_finder(store, "one")
+    store.write_bytes(VOCABULARIES_KEY, b"{}")
+    store.write_bytes(CONCEPTS_KEY, ConceptVocabulary(("cat",), np.eye(1, dtype=np.float32), "spacy:one").to_bytes())
+    store.write_bytes(NOUNS_KEY, b"{")
+    with pytest.raises(InputError, match=r"nouns.json: damaged; delete it and run the same command again"):
+        store_noun_finder(store, "one")
+    store.delete(NOUNS_KEY)
+    with pytest.raises(InputError, match="was begun with --nouns one; give the same"):
+        store_noun_finder(store, "another")
+    store_noun_finder(store, "one")
+    assert stored_nouns(store) == "one"
 
 
 def train(folder: Path, _: Path) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from cluster.curation.curate import curate
 from cluster.curation.request import CurateRequest, Subset
+from cluster.curation.sync.sentences import SentenceSpec
 from cluster.dataset import read_dataset
 from cluster.dataset.layout import CONCEPTS_KEY, Manifest, Plan, load_manifest, shard_key
 from cluster.dataset.verify import verify
@@ -33,9 +34,11 @@ from cluster.shard_work import PROCESS, RAY
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from pcm.official.files import SPLIT_SIZE, split_of
+from pcm.reasons import MARKS
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.references import load_references
 from tests.helpers.published import make_complete_dataset
+from tests.helpers.refined import sync_in_process
 from tests.helpers.shards import as_it_lies
 from tests.helpers.tiny_dataset import scene
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
@@ -285,6 +288,7 @@ def test_datasets_opens_a_hugging_face_export(dataset, tmp_path, monkeypatch):
     np.testing.assert_array_equal(as_arrays, patches(rows[0]))
     said = (tmp_path / "hf" / "README.md").read_text()
     assert "| `caption` | the text that the picture was drawn from |" in said
+    assert f"| `reason` | empty, or `prompt_truncated` ({MARKS['prompt_truncated'].text}) |" in said
     assert "- synthetic\n" in said and "# Synthetic image-caption pairs\n" in said
     exported = load_manifest(open_store(tmp_path / "hf"))
     for shard in exported.stored_shards:  # the manifest speaks of the export's own files
@@ -300,10 +304,20 @@ def test_the_card_of_real_photos_does_not_call_them_synthetic(dataset, tmp_path,
     mixed = card(Source.open(open_store(tmp_path / "mixed")))
     assert "# Image-caption pairs\n" in mixed
     for text in (said, mixed):
-        assert "ynthetic" not in text and "was drawn from" not in text and "CLIP's context" not in text
+        assert "ynthetic" not in text and "was drawn from" not in text and "prompt_truncated" not in text
     assert [size_category(count) for count in (0, 999, 1_000, 10_000_000, 10**9)] == [
         "n<1K", "n<1K", "1K<n<10K", "10M<n<100M", "1B<n<10B",
     ]  # fmt: skip
+
+
+def test_the_card_after_sync_does_not_say_that_pictures_were_drawn_from_their_captions(dataset, tmp_path):
+    data, refined, curated = Path(dataset[0].root), tmp_path / "refined", tmp_path / "curated"
+    sync_in_process(data, refined, SentenceSpec(model="clip"))
+    curate(CurateRequest(data=(str(refined),), out=str(curated), subset=Subset(count=3)))
+    for view in (refined, curated):
+        said = card(Source.open(open_store(view)))
+        assert "| `caption` | a text that fits the picture, which may have been drawn from another one |" in said
+        assert "# Synthetic image-caption pairs\n" in said
 
 
 @pytest.mark.parametrize("to", FORMATS)

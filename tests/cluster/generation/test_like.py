@@ -234,11 +234,14 @@ def test_a_view_says_what_it_was_made_of(karpathy: Path, tmp_path: Path, caplog:
 
 def test_what_found_the_nouns_is_taken_or_refused(karpathy: Path) -> None:
     assert with_settings(asked_of(karpathy), record(), uri="dataset.json").nouns == "lexicon"
-    spacy = record(nouns="xx_no_such_model", noun_versions={"spacy": "3.8.0", "xx_no_such_model": "1.0"})
+    versions = {"spacy": "3.8.0", "xx_no_such_model": "1.0"}
+    scored = replace(null_spec(), clip=ClipSpec(model="embedded", revision="sha256:0"))
+    spacy = replace(record(nouns="xx_no_such_model", noun_versions=versions), spec=scored)
     with pytest.raises(InputError, match="spaCy model 'xx_no_such_model' is not installed"):
         with_settings(asked_of(karpathy), spacy, uri="dataset.json")
     concepts = asked_of(karpathy, concepts="concepts.pkl")
     assert with_settings(concepts, spacy, uri="dataset.json").nouns == "lexicon", "of no effect beside these"
+    assert with_settings(asked_of(karpathy, clip="null"), spacy, uri="dataset.json").nouns == "lexicon", "none are made"
 
 
 def test_concepts_that_were_given_are_taken_from_beside_it(tmp_path: Path, karpathy: Path, tiny_clip: Path) -> None:

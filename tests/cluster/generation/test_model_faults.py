@@ -107,7 +107,7 @@ def test_captions_that_raise_crash_hang_or_break_are_quarantined_and_no_other(
     assert stats["batch_sizes"] == {"4": 6} and stats["device_name"]
     pools = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=1)
     summary = retry_quarantined(store, plan, "all-generator", pools, draw=DrawPixels)
-    assert (summary["retried"], summary["stored"], summary["quarantined"]) == (3, len(captions), 0)
+    assert (summary["tried_again"], summary["stored"], summary["quarantined"]) == (3, len(captions), 0)
     check(store, plan, {}, undisturbed(plan, tmp_path / "run", DrawPixels))
 
 

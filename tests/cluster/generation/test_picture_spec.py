@@ -44,6 +44,15 @@ def test_the_null_generator_refuses_what_only_a_model_listens_to(asked: dict, sa
         spec_for(t2i="null", **asked)
 
 
+def test_the_null_clip_refuses_what_only_a_clip_listens_to() -> None:
+    for asked, said in (
+        ({"t2i": "null", "clip_batch_size": 4}, "--clip-batch-size: without effect with --clip null"),
+        ({"clip": "null", "nouns": "en_core_web_sm"}, "--nouns: without effect with --clip null"),
+    ):
+        with pytest.raises(InputError, match=said):
+            dataset_spec(GenerateRequest(corpus="embedded", out="out", **asked), gpus=0)
+
+
 def test_a_preset_asks_the_null_generator_for_nothing() -> None:
     from cluster.generation.presets import with_preset
 
@@ -93,6 +102,12 @@ def test_what_the_pipeline_lacks_is_refused(tiny_t2i: Path, tmp_path: Path) -> N
     ):
         with pytest.raises(InputError, match=said):
             spec_for(t2i=model, **asked)
+    for asked, said in (
+        ({"t2i_without": ("text_encoder_3",)}, "did you mean 'text_encoder'"),
+        ({"t2i_variant": "fp16"}, "has no file of it"),
+    ):
+        with pytest.raises(InputError, match=said):
+            spec_for(**asked)  # of the embedded one
     with pytest.raises(InputError, match="--offload model: is for GPUs"):
         spec_for(t2i=model, offload="model", device="cpu")
 

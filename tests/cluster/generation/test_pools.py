@@ -39,6 +39,14 @@ def test_clip_may_have_gpus_of_its_own(gpus: int) -> None:
     assert (asked.generators, asked.scorers, asked.scorer_gpus) == (6, 2, 1)
 
 
+@pytest.mark.parametrize(("generators", "clip_gpus", "scorers"), [(16, 1, 1), (17, 1, 2), (33, 1, 3), ((2, 24), 8, 2)])
+def test_one_actor_of_clip_serves_sixteen_generators_that_were_named(
+    generators: int | tuple[int, int], clip_gpus: int, scorers: int
+) -> None:
+    pools = Pools.for_cluster(device="cuda", cpus=64, gpus=64, generators=generators, clip_gpus=clip_gpus)
+    assert pools.scorers == scorers
+
+
 def test_gpus_for_clip_are_refused_where_none_are_used() -> None:
     with pytest.raises(InputError, match="--clip-gpus 1: is for GPUs"):
         Pools.for_cluster(device="cpu", cpus=4, gpus=0, clip_gpus=1)

@@ -93,8 +93,8 @@ def test_answers_that_ask_for_patience(status: int, code: str, store: Store, pro
         (403, "AccessDenied", "access refused (AccessDenied 403); check the credentials"),
         (400, "ExpiredToken", "access refused (ExpiredToken 400); check the credentials"),
         (404, "NoSuchBucket", "no such bucket; create it"),
-        (507, "XMinioStorageFull", "(XMinioStorageFull 507): free space and rerun"),
-        (403, "QuotaExceeded", "(QuotaExceeded 403): free space and rerun"),
+        (507, "XMinioStorageFull", "(XMinioStorageFull 507): free space and run"),
+        (403, "QuotaExceeded", "(QuotaExceeded 403): free space and run"),
     ],
 )
 def test_what_only_the_user_can_mend_is_one_line_at_once(
@@ -260,7 +260,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_half_written(tmp_path: Path) -> 
     with small_disk(tmp_path / "disk") as free:
         store = open_store(tmp_path / "disk" / "data")
         store.write_bytes("small", b"1")
-        with pytest.raises(StoreFailure, match=r"disk full at .*data/large .*free space and rerun") as caught:
+        with pytest.raises(StoreFailure, match=r"disk full at .*data/large .*free space and run") as caught:
             store.write_bytes("large", bytes(1 << 20))
         assert "\n" not in str(caught.value)
         assert [path.name for path in Path(store.prefix).iterdir()] == ["small"]
@@ -289,7 +289,7 @@ def test_a_disk_that_is_full_or_read_only_at_the_manifest_costs_no_shard(tmp_pat
         with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
             while True:
                 ballast.write(bytes(4096))
-        refused(r"disk full at .*/disk/data/.* \(ENOSPC\): free space and rerun the same command")
+        refused(r"disk full at .*/disk/data/.* \(ENOSPC\): free space and run .* \(training and sweeps with --resume\)")
         (disk / "ballast").unlink()
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         refused(r"/disk/data/.*: access refused \(EROFS\); check its owner .* not mounted read-only")

@@ -20,8 +20,9 @@ from cluster.dataset.layout import load_manifest
 from cluster.dataset.rows import preload, read_shard
 from cluster.store.store import open_store
 from cluster.sweep.request import SweepRequest
-from cluster.sweep.sweep import SWEEP_KEY, _check_device, _check_out, sweep
+from cluster.sweep.sweep import SWEEP_KEY, _check_device, _check_out, _settings, sweep
 from cluster.sweep.trial import shared_tables
+from cluster.training.config import TrainConfig
 from cluster.training.train import train
 from jobs.train import JOB
 from pcm.documents import document_bytes
@@ -116,6 +117,15 @@ def test_a_sweep_that_cannot_be_is_refused_in_one_line(
 ) -> None:
     with pytest.raises(InputError, match=message):
         sweep(request(data, resume=resume, **settings))
+
+
+def test_optuna_that_is_not_installed_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    asked = request(tmp_path / "data", search="optuna", trials=3, seeds=1)
+    with pytest.raises(InputError, match=r"pip install -c constraints.txt -e '\.\[optuna\]'"):
+        _settings(asked, {}, TrainConfig())
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"[" * 200_000])

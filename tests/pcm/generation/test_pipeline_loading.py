@@ -39,6 +39,17 @@ OPTIONS = {
 }  # fmt: skip
 
 
+def test_a_variant_that_a_repo_lacks_is_not_advised_again(tiny_t2i: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(spec: GeneratorSpec) -> None:
+        raise ValueError("You are trying to load the model files of the `variant=fp16`, but there are none.")
+
+    monkeypatch.setattr("pcm.generation.pipeline_loading._load_parts", fails)
+    with pytest.raises(InputError, match=r"if it has no files \*.fp16.safetensors, leave --t2i-variant out"):
+        load_pipeline(spec_of(tiny_t2i, variant="fp16"))
+    with pytest.raises(InputError, match="give --t2i-variant fp16"):
+        load_pipeline(spec_of(tiny_t2i))
+
+
 def test_every_speed_option_is_tried_below() -> None:
     needs_a_gpu = {"offload"}
     assert {name for values in OPTIONS.values() for name in values} >= set(SPEED_FIELDS) - needs_a_gpu
