@@ -33,7 +33,8 @@ from cluster.store.store import Store, open_store
 from cluster.training.config import TrainConfig, preset, settable_fields
 from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
-from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer
+from cluster.training.loop import OutOfMemory
+from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer, worker_input_error
 from cluster.training.request import TrainRequest, parse_worker_label
 from cluster.training.run_record import joined_versions, same_clip, same_validation, warn_of_moved_pictures
 from cluster.training.train import (
@@ -661,8 +662,9 @@ def test_a_loss_that_is_no_number_stops_the_run(world: Path, ray_session: None, 
 
 def test_an_error_of_the_users_is_not_tried_again() -> None:
     policy = _FailurePolicy(FailureConfig(max_failures=3))
-    users = WorkerGroupError("failed", {1: InputError("shard 3: cannot be read")})
-    assert policy.make_decision(users) == FailureDecision.RAISE
+    for error in (InputError("shard 3: cannot be read"), OutOfMemory("out of memory; set batch_size lower")):
+        users = WorkerGroupError("failed", {1: error})
+        assert policy.make_decision(users) == FailureDecision.RAISE and worker_input_error(users) is error
     assert policy.make_decision(WorkerGroupError("failed", {0: OSError("gone")})) == FailureDecision.RETRY
 
 
