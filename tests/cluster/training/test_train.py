@@ -707,6 +707,18 @@ def test_only_nodes_with_the_label_count_for_the_device_and_the_cpus(monkeypatch
         _place(replace(request, worker_labels={"role": "late"}), TrainConfig(), joined=True)
 
 
+@pytest.mark.parametrize(("gpus", "workers"), [(4, 4), (6, 4), (12, 8), (64, 32)])
+def test_a_run_takes_as_many_gpus_as_can_share_its_batch(
+    gpus: int, workers: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="cluster.training.train")
+    node = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": float(gpus)}}
+    monkeypatch.setattr("ray.nodes", lambda: [node])
+    assert _place(TrainRequest(data="data", out="run"), TrainConfig(batch_size=32), joined=False).sizes == (workers,)
+    said = f"training on {workers} of {gpus} GPUs: batch size 32 with grad_accumulation 1 cannot be divided evenly"
+    assert (said in caplog.text) == (workers < gpus)
+
+
 @pytest.mark.parametrize("value", ["!training", "in(training,spare)", "-"])
 def test_a_label_is_no_expression(value: str) -> None:
     """Ray takes operators in a label's value, but what is counted is equal labels."""
