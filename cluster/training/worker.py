@@ -23,6 +23,7 @@ from cluster.training.reporting import Reporter
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import TrainStep
 from pcm.captioners.pcmnet.model import PCMNet
+from pcm.precision import whole_float32
 from pcm.records import FeatureShape
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
@@ -156,6 +157,7 @@ def worker_device(asked: str = "auto") -> torch.device:
     if asked == "cpu" or not worker_has_gpu("training"):
         return torch.device("cpu")
     keep_to_shared_gpu()
+    whole_float32()
     return ray.train.torch.get_device()
 
 
