@@ -93,6 +93,11 @@ def set_up_worker(run: RunSpec) -> TrainWorker:
     progress.begin_group(num_workers)
     if progress.step:
         reporter.say(f"resumed after epoch {progress.epoch}, step {progress.step}")
+    elif bfloat16 and is_slow_in_bfloat16(device):
+        reporter.say(
+            f"{torch.cuda.get_device_name()}: has no bfloat16 of its own, and is slow in it; begin with --set "
+            "precision=float32 instead"
+        )
     model = ray.train.torch.prepare_model(
         module,
         move_to_device=device,
@@ -166,6 +171,11 @@ def resolved_precision(precision: str, device_type: str) -> str:
     if precision != "auto":
         return precision
     return "bfloat16" if device_type == "cuda" else "float32"
+
+
+def is_slow_in_bfloat16(device: torch.device) -> bool:
+    """Whether it is a GPU that emulates it: one before compute capability 8."""
+    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _log_to_stderr() -> None:
