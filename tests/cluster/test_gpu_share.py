@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import ray
@@ -78,14 +79,15 @@ def test_a_worker_that_reserved_no_gpu_takes_none_of_those_that_it_sees(ray_with
     """Ray hides no GPU from a worker that has none."""
 
     @ray.remote(num_cpus=0)
-    class Worker:
-        def device(self) -> str:
-            torch.cuda.is_available = lambda: True
-            with ThreadPoolExecutor(1) as thread:  # as Ray Train's function
-                return thread.submit(_device_here, "auto").result()
+    def device() -> str:
+        with (
+            mock.patch.object(torch.cuda, "is_available", return_value=True),
+            ThreadPoolExecutor(1) as thread,  # as Ray Train's function
+        ):
+            return thread.submit(_device_here, "auto").result()
 
-    assert ray.get(Worker.remote().device.remote()) == "cpu"
-    assert ray.get(Worker.options(num_gpus=0.5).remote().device.remote()) == "auto"
+    assert ray.get(device.remote()) == "cpu"
+    assert ray.get(device.options(num_gpus=0.5).remote()) == "auto"
 
 
 ON_A_GPU = Pools.for_cluster(device="cuda", cpus=1, gpus=1)
@@ -109,7 +111,7 @@ def pid_of_a_redraw(folder: Path) -> int:
 
 
 def pid_of_concepts(folder: Path) -> int:
-    run_with_clip(lambda: (folder / "pid").write_text(f"{os.getpid()}"), clip=ClipSpec("any", "", device="cuda"))
+    run_with_clip(lambda: (folder / "pid").write_text(f"{os.getpid()}"), clip=ClipSpec(model="any", revision="", device="cuda"))
     return int((folder / "pid").read_text())
 
 
@@ -132,7 +134,7 @@ def test_the_process_of_a_task_with_a_gpu_ends_with_it(
 
 
 def test_the_process_of_a_task_without_a_gpu_does_the_next_one_too(ray_with_a_gpu: None) -> None:
-    task = gpu_task(os.getpid, num_cpus=1, num_gpus=0)
+    task = gpu_task(lambda: os.getpid(), num_cpus=1, num_gpus=0)
     assert ray.get(task.remote()) == ray.get(task.remote())
 
 
