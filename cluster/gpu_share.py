@@ -1,12 +1,14 @@
-"""A process that uses a GPU keeps to the share of it that it reserved.
+"""A process that uses a GPU keeps to the share of it that it reserved, and a task's gives it back as the task ends.
 
-All but one: the task that embeds a dataset's concepts (cluster.dataset.vocabularies.run_with_clip) reserves a fifth of
-a GPU and may take more. It loads a whole CLIP for some seconds, and a very large one does not fit into a fifth of a GPU
-of 24 GB.
+All keep to it but one: the task that embeds a dataset's concepts (cluster.dataset.vocabularies.run_with_clip) reserves
+a fifth of a GPU and may take more. It loads a whole CLIP for some seconds, and a very large one does not fit into a
+fifth of a GPU of 24 GB.
 """
 
 import logging
 import os
+from collections.abc import Callable
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +41,27 @@ def keep_to_shared_gpu() -> None:
 
 
 def worker_has_gpu(doing: str) -> bool:
-    """Whether torch finds a GPU. One that Ray gave this worker and torch does not find is said in a warning, with what
-    the worker is `doing` without it: a CPU is slow."""
+    """Whether Ray gave this worker a GPU that torch finds. One that torch does not find is said in a warning, with what
+    the worker is `doing` without it: a CPU is slow. From a worker that reserved none Ray does not hide the GPUs."""
     import torch
 
-    if torch.cuda.is_available():
-        return True
-    if gpu_share():
+    if not gpu_share():
+        return False
+    if not torch.cuda.is_available():
         log.warning("Ray gave this worker a GPU, but torch finds none: %s on the CPU", doing)
-    return False
+        return False
+    return True
+
+
+def gpu_task(work: Callable[..., Any], **options: Any) -> Any:
+    """A task of Ray with these options. One that takes a GPU has a process of its own, which ends with it: an idle one
+    would keep its CUDA context, and all that it loaded, beside whoever has that GPU next.
+
+    Ray does so where the GPUs are named in ray.remote(...), and does not where .options(...) names them.
+    """
+    import ray
+
+    return ray.remote(**options)(work)
 
 
 def gpu_share() -> float:

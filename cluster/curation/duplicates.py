@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pcm.errors import first_line
 from pcm.line_timer import LineTimer
+from pcm.model_faults import free_memory, is_out_of_memory, is_sticky
 
 if TYPE_CHECKING:
     import torch
@@ -40,14 +42,31 @@ def near_vectors(vectors: np.ndarray, threshold: float, *, block: int = _BLOCK) 
     """(partner, similarity) of each row of (n, D) by the cosine: partner -1 stays, else the first row that stays and
     whose cosine is the threshold or more.
 
-    All pairs are compared, block by block, on a GPU where there is one, else by all threads of torch. Of nearly all
-    pairs an eighth of the numbers proves that they are not near (`_bounding`): some n^2 D / 8 operations. Memory:
-    n D * 4.5 bytes, and of a block's products 32 MiB.
+    All pairs are compared, block by block, on a GPU where there is one, else, or where that fails, by all threads of
+    torch. Of nearly all pairs an eighth of the numbers proves that they are not near (`_bounding`): some n^2 D / 8
+    operations. Memory: n D * 4.5 bytes, and of a block's products 32 MiB.
     """
     import torch  # seconds to import
 
+    if torch.cuda.is_available():
+        from pcm.precision import whole_float32  # brings torch
+
+        whole_float32()
+        try:
+            return _near_vectors(vectors, threshold, block, "cuda")
+        except Exception as error:
+            if not ((is_short := is_out_of_memory(error)) or is_sticky(error)):
+                raise
+            log.warning("near duplicates: the GPU fails (%s); pictures are compared on the CPU", first_line(error))
+        if is_short:
+            free_memory()  # which others wait for
+    return _near_vectors(vectors, threshold, block, "cpu")
+
+
+def _near_vectors(vectors: np.ndarray, threshold: float, block: int, device: str) -> tuple[np.ndarray, np.ndarray]:
+    import torch
+
     count = len(vectors)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     unit = torch.from_numpy(_unit(vectors).astype(np.float32)).to(device)  # (n, D)
     short = _bounding(unit)  # (n, m)
     partner = np.full(count, _STAYS)

@@ -33,6 +33,7 @@ from cluster.dataset.vocabulary_files import (
     stored_document,
     vocabulary_keys,
 )
+from cluster.gpu_share import gpu_task
 from cluster.session import user_error, waiting_for
 from cluster.shard_work import AUTO, MANY_SAMPLES, PROCESS, shard_work
 from cluster.store.retries import load_with_retries
@@ -380,7 +381,7 @@ def run_with_clip(
     asked = clip_resources(clip, node_label)
     try:
         with waiting_for(cpus=asked["num_cpus"], gpus=asked["num_gpus"], labels=asked.get("label_selector")):
-            ray.get(ray.remote(work).options(**asked).remote(*arguments))
+            ray.get(gpu_task(work, **asked).remote(*arguments))
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
 

@@ -22,7 +22,7 @@ import torch
 from cluster.dataset.given_features import FeatureSet, all_features, load_feature_set
 from cluster.evaluation.request import CaptionerOptions, CaptionRequest
 from cluster.generation.pinning import resolve_device
-from cluster.gpu_share import keep_to_shared_gpu, worker_has_gpu
+from cluster.gpu_share import gpu_task, keep_to_shared_gpu, worker_has_gpu
 from cluster.ray_state import actors_are_placed
 from cluster.session import cluster_gpus, cpus_for_each, is_joined, room_for, start_ray, user_error, waiting_for
 from cluster.sources.concept_file import read_concepts
@@ -148,7 +148,7 @@ def _captions_of_worker(request: CaptionRequest) -> dict[str, CaptionResult]:
         concepts=request.concepts and _anywhere(request.concepts),
         clip=request.clip and clip_anywhere(request.clip),
     )
-    task: Any = ray.remote(_captions_on_gpu).options(num_cpus=0, num_gpus=request.gpus_per_worker, max_retries=3)
+    task = gpu_task(_captions_on_gpu, num_cpus=0, num_gpus=request.gpus_per_worker, max_retries=3)
     try:
         with waiting_for(cpus=0, gpus=request.gpus_per_worker):
             found = ray.get(task.remote(there))

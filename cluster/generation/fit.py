@@ -20,6 +20,8 @@ GPU_GIGABYTES = {
     "RTX-A6000": 48, "A100": 80, "A100-40G": 40, "A100-80G": 80, "H100": 94, "H200": 141, "H20": 96, "GH200": 144,
     "B200": 192, "B300": 288,
 }  # fmt: skip
+#: GPUs before compute capability 8: their bfloat16 is emulated.
+WITHOUT_BFLOAT16 = ("P100", "V100", "T4")
 _TYPE = "accelerator_type:"
 
 
@@ -61,14 +63,32 @@ def check_memory(
     )  # fmt: skip
 
 
+def tell_of_slow_bfloat16(spec: GeneratorSpec, *, labels: Mapping[str, str] | None = None) -> None:
+    """Warn where a new dataset is to be drawn in bfloat16 on GPUs, of nodes with these labels, that have none."""
+    if spec.device != "cuda" or spec.dtype != "bfloat16":
+        return
+    if slow := [kind for kind in WITHOUT_BFLOAT16 if kind in _kinds(ray.nodes(), labels or {})]:
+        log.warning(
+            "--dtype bfloat16: GPUs of the cluster (%s) have none of their own, and are slow in it; end this and give "
+            "--dtype float16, for a dataset keeps what it was begun with",
+            ", ".join(slow),
+        )
+
+
 def largest_gpu(nodes: Iterable[Mapping[str, Any]], labels: Mapping[str, str]) -> int | None:
     """GB of the largest GPU of the Ray nodes with these labels; None where they have none, or one that is not known by
     name."""
-    found = []
+    kinds = _kinds(nodes, labels)
+    if not kinds <= GPU_GIGABYTES.keys():
+        return None
+    return max((GPU_GIGABYTES[kind] for kind in kinds), default=None)
+
+
+def _kinds(nodes: Iterable[Mapping[str, Any]], labels: Mapping[str, str]) -> set[str]:
+    """The GPUs of the Ray nodes with these labels, as Ray names them; "" for one that it does not know."""
+    found = set()
     for node in nodes:
         if node["Alive"] and node["Resources"].get("GPU") and labels.items() <= (node.get("Labels") or {}).items():
             kinds = [name.removeprefix(_TYPE) for name in node["Resources"] if name.startswith(_TYPE)]
-            if not kinds or kinds[0] not in GPU_GIGABYTES:
-                return None
-            found.append(GPU_GIGABYTES[kinds[0]])
-    return max(found, default=None)
+            found.add(kinds[0] if kinds else "")
+    return found

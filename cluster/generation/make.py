@@ -12,7 +12,7 @@ from cluster import shard_work
 from cluster.dataset.layout import CorpusSource, Plan, load_plan
 from cluster.dataset.plan import MAX_SHARDS, begun_plan, make_plan, refuse_other_spec
 from cluster.dataset.vocabularies import store_given_concepts, store_noun_finder
-from cluster.generation.fit import check_memory
+from cluster.generation.fit import check_memory, tell_of_slow_bfloat16
 from cluster.generation.like import check_alike, read_manifest, with_settings
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.measured import measured
@@ -164,6 +164,7 @@ def prepare(
         check_memory(spec.generator, memory, labels=asked.node_labels, measures=measures)
     pools = pools_of_cluster(asked, device=device)
     if planned is None:
+        tell_of_slow_bfloat16(spec.generator, labels=asked.node_labels)  # the first machine has come
         spec, shard_size = measured(spec, pools, batch_size=asked.batch_size == AUTO, shard_size=asked.shard_size)
         if asked.shard_size is None and (enough := least(shard_size)) > shard_size:
             log.info("shards of %d samples instead, as a plan has at most %s of them", enough, f"{MAX_SHARDS:,}")

@@ -13,6 +13,7 @@ from cluster.generation.display import Room
 from cluster.generation.pools import Pools
 from cluster.generation.request import MachineOptions
 from cluster.generation.stages.monitor import MAX_FRUITLESS_STARTS
+from cluster.gpu_share import gpu_task
 from cluster.numbers import duration
 from cluster.session import (
     SECONDS_BETWEEN_WAITING_LINES,
@@ -92,7 +93,7 @@ def in_a_generators_place(
     options = pools.draw_options(1)
     del options["compute"]
     # Ray would begin it again without a word, and behind the texts that were read already.
-    task = ray.remote(work).options(**options, num_returns="streaming", max_retries=0)
+    task = gpu_task(work, **options, num_returns="streaming", max_retries=0)
     room, pause = Room(pools.generator_takes(), pools.node_labels), FIRST_PAUSE
     for tried in range(1, TRIES + 1):
         try:

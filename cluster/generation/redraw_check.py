@@ -33,6 +33,7 @@ from cluster.generation.picture_spec import other_models
 from cluster.generation.places import pools_of_cluster
 from cluster.generation.redraw_compare import compare, paired
 from cluster.generation.stages.draw import DrawShard
+from cluster.gpu_share import gpu_task
 from cluster.session import start_ray, user_error, waiting_for
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
@@ -82,15 +83,16 @@ def _on_ray(work: Sequence[tuple[Chosen, DatasetSpec, pa.Table]]) -> list[tuple[
     """What `draw_again` gives for each of these, in a generator's place. The log says what is waited for."""
     devices = {spec.generator.device for _, spec, _ in work}
     places = {device: pools_of_cluster(device=device) for device in devices}
-    task: Any = ray.remote(draw_again)
+    tasks = {
+        device: gpu_task(draw_again, num_cpus=pools.generator_cpus, num_gpus=pools.generator_gpus, max_retries=3)
+        for device, pools in places.items()
+    }
     answers = []
     with ExitStack() as waits:
         for pools in places.values():
             waits.enter_context(waiting_for(cpus=pools.generator_cpus, gpus=pools.generator_gpus))
         for each, spec, rows in work:
-            pools = places[spec.generator.device]
-            place = {"num_cpus": pools.generator_cpus, "num_gpus": pools.generator_gpus}
-            answers.append(task.options(**place, max_retries=3).remote(each.store, spec, rows))
+            answers.append(tasks[spec.generator.device].remote(each.store, spec, rows))
         return list(ray.get(answers))
 
 

@@ -19,16 +19,18 @@ from typing import Any
 import ray
 import ray.train
 import ray.tune
+import torch
 
 from cluster.dataset.layout import StoredShard
 from cluster.dataset.rows import COLUMNS, preload, read_shard
 from cluster.ray_internals import LocalReports, train_in_this_process
 from cluster.store.store import Store, join, local_copy, open_store
 from cluster.training.checkpoints import SCORE, STATE_FILE
-from cluster.training.loop import train_loop
+from cluster.training.loop import OutOfMemory, train_loop
 from cluster.training.run_spec import RunSpec
 from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError, first_line
+from pcm.model_faults import free_memory
 
 TRIALS = "trials"
 #: Settings and seed of a trial, from its beginning: Optuna's are known from nowhere else before there is a result.
@@ -88,8 +90,15 @@ def run_trial(parameters: dict[str, Any], *, sweep: SweepRun) -> None:
         for row in _history(checkpoint):  # a driver that was started again has not heard of these epochs
             _report(row)
         train_in_this_process(_TrialReports(store, checkpoint))
+        if config.compile != "none":
+            torch.compiler.reset()  # a process keeps few programs, and the trials before had others
         # An InputError is raised: of a full disk or a damaged shard, it is no fault of the settings and may be mended.
-        if reason := train_loop({"run": run}):
+        try:
+            reason = train_loop({"run": run})
+        except OutOfMemory as error:
+            reason = str(error)
+        if reason:
+            free_memory()  # for the next trial of this process
             _report_failure(sweep, reason)
 
 

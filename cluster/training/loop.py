@@ -12,17 +12,21 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import ray.train
 import torch
 import torch.distributed
 
 from cluster.dataset.rows import not_finite_error, share_checks
 from cluster.training.checkpoints import NO_SCORE, SCORE
+from cluster.training.config import TrainConfig
 from cluster.training.data.batches import Batch
 from cluster.training.reporting import LossLog
 from cluster.training.run_spec import RunSpec
 from cluster.training.validation import validation_cider
 from cluster.training.worker import TrainWorker, set_up_worker
+from pcm.errors import InputError, one_line
 from pcm.line_timer import LineTimer
+from pcm.model_faults import is_out_of_memory
 
 #: On a GPU the loss is read back, and checked, once in so many steps: reading it makes the GPU wait. Their batches are
 #: kept until then, to name the rows of a bad one; of large batches fewer, so many bytes together.
@@ -34,6 +38,10 @@ class NonFiniteLoss(Exception):
     """The loss became NaN or infinite; the message names the step and the rows."""
 
 
+class OutOfMemory(InputError):
+    """The network with its rows does not fit into the memory of the device; the message names what helps."""
+
+
 def train_loop(loop_config: dict[str, Any]) -> str:
     """train_loop_per_worker of Ray Train. Returns "" or, the same on every worker, why training was stopped."""
     run: RunSpec = loop_config["run"]
@@ -42,7 +50,22 @@ def train_loop(loop_config: dict[str, Any]) -> str:
             _train(set_up_worker(run))
     except NonFiniteLoss as error:
         return str(error)  # not raised: Ray would start the same arithmetic again
+    except RuntimeError as error:  # of torch: no file, nor Python's own memory
+        if not is_out_of_memory(error):
+            raise
+        # Raised, and not returned: the other workers wait for this one.
+        raise OutOfMemory(_too_little_memory(run.config, error)) from None
     return ""
+
+
+def _too_little_memory(config: TrainConfig, error: BaseException) -> str:
+    workers = ray.train.get_context().get_world_size()
+    rows = config.batch_size // workers // config.grad_accumulation
+    return (
+        f"out of memory ({one_line(error, longest=200)}) with {rows} rows at once on each of {workers} worker(s); "
+        f"set grad_accumulation higher (it is {config.grad_accumulation}) or batch_size lower ({config.batch_size}), "
+        "or train on more workers or larger GPUs"
+    )
 
 
 def _train(worker: TrainWorker) -> None:

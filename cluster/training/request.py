@@ -171,7 +171,7 @@ class TrainingOptions(SettingsOptions):
     num_workers: int | tuple[int, int] | None = option(
         None, metavar="N|MIN:MAX", parse=parse_count,
         help="DDP workers, or the least and most of a group that goes on as nodes come and go",
-        unset="one a GPU, or one",
+        unset="one a GPU, as far as they can share the batch, or one",
     )  # fmt: skip
     cpus_per_worker: int | None = option(
         None,

@@ -472,6 +472,18 @@ def group_sizes(config: TrainConfig, asked: int | tuple[int, int]) -> tuple[int,
     return tuple(found)
 
 
+def _most_workers(config: TrainConfig, *, gpus: int) -> int:
+    """One for each GPU, or as many fewer as can share a batch, which is said; one where there are no GPUs."""
+    workers = max((size for size in range(1, gpus + 1) if _shares_batch(config, size)), default=1)
+    if workers < gpus:
+        log.info(
+            "training on %d of %d GPUs: batch size %d with grad_accumulation %d cannot be divided evenly among more; "
+            "--set batch_size=N changes that",
+            workers, gpus, config.batch_size, config.grad_accumulation,
+        )  # fmt: skip
+    return workers
+
+
 def _shares_batch(config: TrainConfig, workers: int) -> bool:
     return config.batch_size % workers == 0 and config.batch_size // workers % config.grad_accumulation == 0
 
@@ -506,7 +518,7 @@ def _place(request: TrainRequest, config: TrainConfig, *, joined: bool, before: 
         raise InputError(
             f"{request.out}: was begun on {before}, and this is {device}; give --device {before}, or another --out"
         )
-    sizes = group_sizes(config, request.num_workers or max(gpus if device == "cuda" else 0, 1))
+    sizes = group_sizes(config, request.num_workers or _most_workers(config, gpus=gpus if device == "cuda" else 0))
     workers = sizes[-1]
     if device == "cpu" and request.gpus_per_worker < 1:
         raise InputError(

@@ -31,6 +31,7 @@ from pcm.errors import InputError, first_line
 from pcm.images import open_image
 from pcm.kernels.packed_linear import for_decoding
 from pcm.model_faults import room_for_model
+from pcm.precision import whole_float32
 from pcm.records import FeatureShape
 from pcm.spec import DIGEST, QUICK_GELU_SUFFIX
 from pcm.text.concepts import ConceptVocabulary
@@ -145,6 +146,7 @@ class Captioner:
         Raises InputError when files are missing or do not belong together, and when the recorded CLIP has other files
         now. Where those of `clip` are others, the log says so.
         """
+        whole_float32()
         folders = [checkpoint_folder(Path(each)) for each in ([path] if isinstance(path, (str, Path)) else path)]
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -180,11 +182,11 @@ class Captioner:
                 if not clip:
                     raise InputError(f"CLIP {name!r}: {said}, or take these with --clip {name}")
                 log.warning("--clip %s: %s, unless you mean these", name, said)
-            # Nobody stores these features: one picture need not cost a batch of 32.
+            # Nobody stores these features: one picture need not cost a batch of 32, nor on a CPU bfloat16, which there
+            # takes six times as long.
+            dtype = "float32" if device == "cpu" else trained_on["dtype"]
             with room_for_model(f"CLIP {name}", device):
-                found = ClipEncoder(
-                    place, device=device, dtype=trained_on["dtype"], revision=revision, exact=False, **recorded
-                )
+                found = ClipEncoder(place, device=device, dtype=dtype, revision=revision, exact=False, **recorded)
             own = name.partition("/")[0].endswith(QUICK_GELU_SUFFIX)  # then it was quick_gelu before, too
             if recorded["activation"] is None and found.activation == "quick_gelu" and not own:
                 log.warning(UNRECORDED_ACTIVATION, folder, name)

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import platform
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -56,7 +57,11 @@ class DiffusersTextToImage:
         self._dtypes = _dtypes(self._pipeline)
         self.one_at_a_time = False
         batch_size = self._tested_batch_size()
-        self._isolated = IsolatedDrawing(self.draw_batch, batch_size=batch_size, max_attempts=spec.max_attempts)
+        # Not the method itself, which holds this object: in such a cycle the weights would outlive it.
+        draw_batch: Any = weakref.WeakMethod(self.draw_batch)
+        self._isolated = IsolatedDrawing(
+            lambda slots, size: draw_batch()(slots, size), batch_size=batch_size, max_attempts=spec.max_attempts
+        )
 
     @property
     def batch_size(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cluster.curation.sync.settings import UNIT
+from pcm.precision import whole_float32
 
 #: Columns of a float32 product at once: with 4,096 queries, 64 MiB.
 TILE = 4096
@@ -44,6 +45,7 @@ def nearest(queries: np.ndarray, parts: Iterable[np.ndarray], k: int, *, device:
     A float32 product of D numbers is off by at most D * 2**-24 (times the vectors' lengths): what lies within that of
     the k-th best is a candidate, so none is missed. Candidates are few; float64 decides among them.
     """
+    whole_float32()
     given = _on(queries, device)  # (B, D)
     best = _Best.empty(len(given), device)
     seen = 0
@@ -69,6 +71,7 @@ def nearest_for_some(queries: np.ndarray, parts: Iterable[PartForSome], k: int, 
     A vector is compared with a query at most once. A query that is compared with fewer than k has the number -1 and a
     cosine of minus infinity in the places left.
     """
+    whole_float32()
     given = _on(queries, device)
     best = _Best.unknown(len(given), k, device)
     for part in parts:

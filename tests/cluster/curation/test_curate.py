@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cluster.curation.curate import curate
 from cluster.curation.duplicates import near_captions, near_vectors
@@ -247,6 +249,29 @@ def test_near_vectors_are_the_same_for_any_block() -> None:
     assert 20 < (first[0] == -1).sum() < 400
     for other in others:
         assert np.array_equal(first[0], other[0]) and np.array_equal(first[1], other[1])
+
+
+@pytest.mark.parametrize(
+    "said", ["CUDA out of memory. Tried to allocate 1.55 GiB.", "CUDA error: no kernel image is available"]
+)
+def test_near_vectors_are_found_on_the_cpu_where_the_gpu_fails(
+    said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    vectors = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    expected = near_vectors(vectors, 0.9)
+    to = torch.Tensor.to
+
+    def fails_on_a_gpu(self: torch.Tensor, *where: Any, **how: Any) -> torch.Tensor:
+        if where == ("cuda",):
+            raise torch.OutOfMemoryError(said) if "memory" in said else RuntimeError(said)
+        return to(self, *where, **how)
+
+    monkeypatch.setattr(torch.Tensor, "to", fails_on_a_gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    found = near_vectors(vectors, 0.9)
+    assert np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
+    assert caplog.messages == [f"near duplicates: the GPU fails ({said}); pictures are compared on the CPU"]
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.9, 0.97, 1.0])

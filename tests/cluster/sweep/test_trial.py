@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray.tune
+import torch
 
 from cluster.store.store import open_store
 from cluster.sweep.search_space import Choice, Range
@@ -20,8 +21,9 @@ from cluster.training.checkpoints import STATE_FILE
 from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
 from cluster.training.train import planned_run
+from pcm.captioners.pcmnet.model import PCMNet
 from pcm.errors import InputError
-from tests.helpers.tiny_dataset import TINY, write_dataset
+from tests.helpers.tiny_dataset import NO_NOISE, TINY, write_dataset
 
 SETTINGS = {"lr_factor": 0.4, "seed": 1}
 EPOCHS = TINY["epochs"]
@@ -129,6 +131,31 @@ def test_a_trial_whose_settings_exclude_each_other_has_failed(tune: Tune) -> Non
         "reason"
     ]
     assert tune.history() == []
+
+
+def test_a_trial_that_does_not_fit_into_memory_has_failed(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: PCMNet, *features: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(PCMNet, "forward", forward)
+    tune.run()
+    tune.end()
+    assert (result := tune.result())["status"] == "failed"
+    assert result["reason"] == (
+        "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.) with 8 rows at once on each of 1 worker(s); "
+        "set grad_accumulation higher (it is 1) or batch_size lower (8), or train on more workers or larger GPUs"
+    )
+
+
+def test_compiled_trials_of_one_process_are_as_many_as_it_gets(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps eight programs of a network, and with fullgraph a ninth is an error; here two."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode, **how: compiled(self, backend="eager", **how))
+    for number in range(4):
+        tune.settings = NO_NOISE | {"compile": "default", "tau": 0.01 * (number + 1), "epochs": 1, "seed": 1}
+        with torch._dynamo.config.patch(recompile_limit=2):
+            tune.run()
+        assert tune.history()
 
 
 def test_what_may_be_mended_is_no_failure_of_the_settings(data: Path, tune: Tune, tmp_path: Path) -> None:

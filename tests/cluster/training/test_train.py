@@ -33,7 +33,8 @@ from cluster.store.store import Store, open_store
 from cluster.training.config import TrainConfig, preset, settable_fields
 from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
-from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer
+from cluster.training.loop import OutOfMemory
+from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer, worker_input_error
 from cluster.training.request import TrainRequest, parse_worker_label
 from cluster.training.run_record import joined_versions, same_clip, same_validation, warn_of_moved_pictures
 from cluster.training.train import (
@@ -661,8 +662,9 @@ def test_a_loss_that_is_no_number_stops_the_run(world: Path, ray_session: None, 
 
 def test_an_error_of_the_users_is_not_tried_again() -> None:
     policy = _FailurePolicy(FailureConfig(max_failures=3))
-    users = WorkerGroupError("failed", {1: InputError("shard 3: cannot be read")})
-    assert policy.make_decision(users) == FailureDecision.RAISE
+    for error in (InputError("shard 3: cannot be read"), OutOfMemory("out of memory; set batch_size lower")):
+        users = WorkerGroupError("failed", {1: error})
+        assert policy.make_decision(users) == FailureDecision.RAISE and worker_input_error(users) is error
     assert policy.make_decision(WorkerGroupError("failed", {0: OSError("gone")})) == FailureDecision.RETRY
 
 
@@ -703,6 +705,18 @@ def test_only_nodes_with_the_label_count_for_the_device_and_the_cpus(monkeypatch
         _place(replace(request, num_workers=2, cpus_per_worker=6), TrainConfig(), joined=True)
     with pytest.raises(InputError, match="--device auto: nodes with role=late have no CPUs and GPUs for work now"):
         _place(replace(request, worker_labels={"role": "late"}), TrainConfig(), joined=True)
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(4, 4), (6, 4), (12, 8), (64, 32)])
+def test_a_run_takes_as_many_gpus_as_can_share_its_batch(
+    gpus: int, workers: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="cluster.training.train")
+    node = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": float(gpus)}}
+    monkeypatch.setattr("ray.nodes", lambda: [node])
+    assert _place(TrainRequest(data="data", out="run"), TrainConfig(batch_size=32), joined=False).sizes == (workers,)
+    said = f"training on {workers} of {gpus} GPUs: batch size 32 with grad_accumulation 1 cannot be divided evenly"
+    assert (said in caplog.text) == (workers < gpus)
 
 
 @pytest.mark.parametrize("value", ["!training", "in(training,spare)", "-"])

@@ -134,6 +134,32 @@ def test_no_pictures_give_no_results(captioner: Captioner) -> None:
     assert captioner.caption([]) == []
 
 
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
+def test_a_captioner_of_a_gpu_reads_pictures_in_float32_on_a_cpu(
+    device: str, dtype: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(checkpoint.parent, tmp_path / "run")
+    document = json.loads((run / "best" / CONFIG_FILE).read_text())
+    document["clip"]["dtype"] = "bfloat16"
+    (run / "best" / CONFIG_FILE).write_text(json.dumps(document))
+    seen: dict[str, Any] = {}
+
+    class Loaded(Exception):
+        """As far as it matters here."""
+
+    def encoder(place: str, **settings: Any) -> None:
+        seen.update(settings)
+        raise Loaded
+
+    monkeypatch.setattr(
+        "pcm.captioners.captioner.ClipEncoder.__init__", lambda self, *args, **named: encoder(*args, **named)
+    )
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)  # there may be no GPU
+    with pytest.raises(Loaded):
+        _ = Captioner.load(run / "best", device=device).clip
+    assert (seen["device"], seen["dtype"]) == (device, dtype)
+
+
 def test_a_run_folder_means_its_best_checkpoint(checkpoint: Path) -> None:
     assert checkpoint_folder(checkpoint.parent) == checkpoint_folder(checkpoint) == checkpoint
 

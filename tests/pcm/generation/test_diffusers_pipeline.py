@@ -1,6 +1,8 @@
 """A picture is a pure function of caption, spec and seed; one that shows nothing is drawn again, then refused."""
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 
 import diffusers
@@ -31,6 +33,19 @@ def spec_of(folder: Path, **values: object) -> GeneratorSpec:
 @pytest.fixture(scope="module")
 def generator(tiny_t2i: Path) -> DiffusersTextToImage:
     return DiffusersTextToImage(spec_of(tiny_t2i))
+
+
+def test_the_weights_go_with_their_generator(tiny_t2i: Path) -> None:
+    """At once, and not when Python next looks for cycles: an idle process does not, nor one that loads a model."""
+    generator = DiffusersTextToImage(spec_of(tiny_t2i))
+    generator.draw(REQUESTS[:1])
+    unet = weakref.ref(generator._pipeline.unet)
+    gc.disable()
+    try:
+        del generator
+        assert unet() is None
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="module")

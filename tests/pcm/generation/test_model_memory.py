@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cluster.generation.fit import check_memory, largest_gpu
+from cluster.generation.fit import check_memory, largest_gpu, tell_of_slow_bfloat16
 from pcm.errors import InputError
 from pcm.generation.model_memory import CONTEXT, LIVE_MAPS, ModelMemory, available_here, model_memory, refuse_too_large
 from pcm.generation.pipeline_loading import load_pipeline
@@ -87,6 +88,20 @@ def test_the_largest_gpu_is_known_by_its_name_or_not_at_all() -> None:
     assert largest_gpu([node(0)], {}) is None
     assert largest_gpu([node(1, "T4"), node(1, "H100", role="generation")], {"role": "training"}) == 16
     assert largest_gpu([node(1, "T4")], {"role": "generation"}) is None
+
+
+def test_gpus_without_bfloat16_are_named_before_a_dataset_is_begun(
+    tiny_t2i: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [node(1, "T4", role="generation"), node(1, "L4")])
+    slow = spec_of(tiny_t2i, device="cuda", dtype="bfloat16")
+    for quiet in (replace(slow, dtype="float16"), replace(slow, device="cpu")):
+        tell_of_slow_bfloat16(quiet)
+    tell_of_slow_bfloat16(slow, labels={"role": "training"})
+    assert caplog.messages == []
+    tell_of_slow_bfloat16(slow)
+    (said,) = caplog.messages
+    assert said.startswith("--dtype bfloat16: GPUs of the cluster (T4) have none of their own") and "float16" in said
 
 
 def test_a_cluster_to_which_larger_gpus_may_come_is_not_refused(

@@ -1,5 +1,7 @@
 """The nearest vectors are the exact ones, however the vectors are cut and however many are equal."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,22 @@ def vectors() -> np.ndarray:
         base = matrix[200 + group].astype(np.float64)
         matrix[240 + group] = unit(base[None] + 3e-8 * rng.standard_normal(32))[0]
     return matrix
+
+
+@pytest.fixture
+def own_precision() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_products_are_in_whole_float32_whatever_the_container_says(vectors: np.ndarray, own_precision: None) -> None:
+    """TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set in some: a GPU would round to ten bits, and miss neighbours."""
+    part = PartForSome(np.arange(5), np.arange(400), vectors)
+    for search in (lambda: nearest(vectors[:5], [vectors], 3), lambda: nearest_for_some(vectors[:5], [part], 3)):
+        torch.backends.cuda.matmul.allow_tf32 = True
+        search()
+        assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize("tile", [1, 16, 4096])
