@@ -111,7 +111,9 @@ def pid_of_a_redraw(folder: Path) -> int:
 
 
 def pid_of_concepts(folder: Path) -> int:
-    run_with_clip(lambda: (folder / "pid").write_text(f"{os.getpid()}"), clip=ClipSpec(model="any", revision="", device="cuda"))
+    run_with_clip(
+        lambda: (folder / "pid").write_text(f"{os.getpid()}"), clip=ClipSpec(model="any", revision="", device="cuda")
+    )
     return int((folder / "pid").read_text())
 
 
