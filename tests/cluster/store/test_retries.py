@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import subprocess
 import time
 import types
@@ -24,6 +23,7 @@ from pcm.line_timer import LineTimer
 from pcm.records import NULL_FEATURES
 from tests.helpers.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.helpers.seaweedfs import S3Server
+from tests.helpers.small_disk import small_disk
 from tests.helpers.tiny_generation import CAPTIONS, make_dataset, make_dataset_in_process, null_spec, write_corpus
 
 DATA = bytes(range(256)) * 1024  # 256 KiB: several segments, so that half of it can be cut off
@@ -197,7 +197,10 @@ def test_a_read_is_one_request_and_a_list_one_a_thousand_keys(store: Store, prox
     assert [method for method, _ in proxy.requests] == ["GET"]
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET])
+@pytest.mark.parametrize(
+    "number",
+    [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EMFILE, errno.ENOTCONN, errno.EREMOTEIO],
+)
 def test_a_network_disk_that_stutters_is_tried_again(number: int) -> None:
     failures = [OSError(number, os.strerror(number))] * 2
 
@@ -209,6 +212,30 @@ def test_a_network_disk_that_stutters_is_tried_again(number: int) -> None:
     assert with_retries(operation, place="/mnt/nfs/x") == "done"
 
 
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EKEYEXPIRED, errno.EINVAL, errno.ENODEV, None])
+def test_any_other_error_of_a_disk_is_one_line_and_no_missing_object(number: int | None) -> None:
+    error = OSError("Failure") if number is None else OSError(number, os.strerror(number))
+
+    def operation() -> None:
+        raise error
+
+    what = "OSError" if number is None else errno.errorcode[number]
+    with pytest.raises(StoreFailure, match=rf"/mnt/nfs/x: the store or disk failed \({what}\)"):
+        with_retries(operation, place="/mnt/nfs/x")
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG])
+def test_what_is_said_of_a_name_passes_unchanged(number: int) -> None:
+    error = OSError(number, os.strerror(number))
+
+    def operation() -> None:
+        raise error
+
+    with pytest.raises(OSError) as caught:
+        with_retries(operation, place="/mnt/nfs/x")
+    assert caught.value is error
+
+
 def test_errors_of_google_storage_are_told_apart_by_status() -> None:
     class HttpError(Exception):  # as gcsfs.retry has it
         def __init__(self, code: int) -> None:
@@ -216,7 +243,7 @@ def test_errors_of_google_storage_are_told_apart_by_status() -> None:
 
     kinds = {code: classify(HttpError(code)).kind for code in (400, 403, 404, 408, 429, 500, 503)}
     assert kinds == {
-        400: "other", 403: "refused", 404: "other", 408: "transient", 429: "transient", 500: "transient",
+        400: "refused", 403: "refused", 404: "other", 408: "transient", 429: "transient", 500: "transient",
         503: "transient",
     }  # fmt: skip
 
@@ -234,26 +261,6 @@ def test_errors_of_azure_are_told_apart_by_status_and_code() -> None:
         (500, "InternalError"): "transient",
     }
     assert {case: classify(HttpResponseError(*case)).kind for case in cases} == cases
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[Callable[[], None]]:
-    """A disk of 2 MB at `folder`, full but for 64 KB; yields what frees it. Without root: a limit on file sizes."""
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode == 0:
-        ballast = folder / "ballast"
-        try:
-            ballast.write_bytes(bytes((2 << 20) - (64 << 10)))
-            yield lambda: ballast.unlink()
-        finally:
-            subprocess.run(["umount", folder], check=True)
-    else:
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, limits[1]))
-        try:
-            yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_full_disk_is_one_line_and_nothing_is_half_written(tmp_path: Path) -> None:
