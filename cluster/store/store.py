@@ -52,7 +52,7 @@ class Store:
     """Objects under one prefix. Keys are relative, with forward slashes.
 
     Operations are tried again while the store fails in ways that pass (`cluster.store.retries.with_retries`, which says
-    what they raise when it does not). `fs` is for Ray Train alone; it has only its library's own retries.
+    what they raise when it does not). `fs` has only its library's own retries.
     """
 
     root: str  # the URI as the user wrote it
@@ -112,7 +112,9 @@ class Store:
         gets its name. Nothing is read back.
         """
         if self.is_local:
-            self._with_retries(key, lambda: _write_file(self.path(key), data))
+            # A link that the user names stays one; of a link in a folder, the target may be another dataset's.
+            path = self.path(key) if key else os.path.realpath(self.prefix)
+            self._with_retries(key, lambda: _write_file(path, data))
             return
         options = {"chunksize": LARGEST_PUT} if "s3" in _protocols(self._single) else {}
         self._upload(key, len(data), lambda wait: self._single.pipe_file(self.path(key), data, **wait, **options))
@@ -126,12 +128,19 @@ class Store:
         self._upload(key, size, lambda wait: self._single.put_file(str(path), self.path(key), **wait))
 
     def exists(self, key: str) -> bool:
-        return self._info_if_there(key) is not None
+        return self.info(key) is not None
 
     def is_file(self, key: str = "") -> bool:
         """Whether there is an object, and not only a folder, at a key; "" is the store's own path."""
-        info = self._info_if_there(key)
+        info = self.info(key)
         return info is not None and info["type"] == "file"
+
+    def info(self, key: str) -> dict[str, Any] | None:
+        """What the file system says of an object or a folder: its `type` and `size`; None where there is neither."""
+        try:
+            return self._info(key)
+        except FileNotFoundError:
+            return None
 
     def size(self, key: str) -> int:
         """Bytes of the object. Raises FileNotFoundError."""
@@ -150,6 +159,15 @@ class Store:
     def delete(self, key: str) -> None:
         self._with_retries(key, lambda: self._single.rm_file(self.path(key)))
 
+    def delete_folder(self, key: str) -> None:
+        """Delete a folder with all that is in it. No letter of its name is a pattern, as in `rm` of fsspec."""
+        if self.is_local:
+            self._with_retries(key, lambda: shutil.rmtree(self.path(key)))
+            return
+        for found in self.list(f"{key}/"):
+            with contextlib.suppress(FileNotFoundError):  # a try before, whose answer was lost
+                self.delete(found)
+
     def _with_retries(self, key: str, operation: Callable[[], T]) -> T:
         return with_retries(operation, place=f"{self.root}/{key}" if key else self.root)
 
@@ -164,12 +182,6 @@ class Store:
 
     def _info(self, key: str) -> dict[str, Any]:
         return self._read(key, lambda: self._single.info(self.path(key)))
-
-    def _info_if_there(self, key: str) -> dict[str, Any] | None:
-        try:
-            return self._info(key)
-        except FileNotFoundError:
-            return None
 
     def _open_remote(self, key: str) -> ObjectFile:
         path, info = self.path(key), self._info(key)
@@ -328,8 +340,9 @@ def _copy_file(source: Path, path: str) -> None:
 
 
 def _put_in_place(path: str, write: Callable[[BinaryIO], object]) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")  # a file may have as long a name as there can be
     try:
         with open(temporary, "wb") as file:
             write(file)
