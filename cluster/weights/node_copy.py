@@ -132,7 +132,7 @@ def _fetch(store: Store, manifest: WeightsManifest, revision: str, folder: Path)
         pieces = [piece for file in manifest.files for piece in _pieces(store, file)]
         _run(pool, lambda piece: _copy_piece(store, manifest, files, *piece), pieces)
         _run(pool, lambda file: _check(store, manifest, files, file), manifest.files)
-    if (found := revision_of(files)) != revision:
+    if (found := revision_of(files, revision)) != revision:
         raise InputError(f"{store.root}: its files together are {found}, not {revision}; {_AGAIN}")
     with_retries(lambda: _complete(part, folder, manifest), place=str(folder))
     log.info("%s: here after %.1f s", store.root, time.monotonic() - started)
