@@ -42,8 +42,8 @@ _FULL_CODES = frozenset(
 _REFUSED_CODES = frozenset(
     {
         "AccessDenied", "AccountProblem", "AllAccessDisabled", "AuthorizationHeaderMalformed", "ExpiredToken",
-        "ExpiredTokenException", "InvalidAccessKeyId", "InvalidSecurity", "InvalidToken", "NotSignedUp",
-        "RequestTimeTooSkewed", "SignatureDoesNotMatch", "UnauthorizedAccess",
+        "ExpiredTokenException", "InvalidAccessKeyId", "InvalidObjectState", "InvalidSecurity", "InvalidToken",
+        "NotSignedUp", "RequestTimeTooSkewed", "SignatureDoesNotMatch", "UnauthorizedAccess",
     }
 )  # fmt: skip
 #: Of botocore, aiohttp, urllib3, fsspec, gcsfs, google.auth and Python; a subclass counts as its base.
@@ -56,8 +56,9 @@ _TRANSIENT_TYPES = frozenset(
 )  # fmt: skip
 _REFUSED_TYPES = frozenset(
     {
-        "DefaultCredentialsError", "NoAuthTokenError", "NoCredentialsError", "PartialCredentialsError",
-        "PermissionError", "ProfileNotFound", "SSOError", "UnauthorizedSSOTokenError",
+        "ConfigNotFound", "ConfigParseError", "DefaultCredentialsError", "InvalidConfigError", "LoginError",
+        "NoAuthTokenError", "NoCredentialsError", "PartialCredentialsError", "PermissionError", "ProfileNotFound",
+        "SSOError", "TokenRetrievalError", "UnauthorizedSSOTokenError",
     }
 )  # fmt: skip
 _TRANSIENT_ERRNO = frozenset(
@@ -76,6 +77,9 @@ _REFUSED_BY_SYSTEM = frozenset(errno.errorcode[number] for number in _REFUSED_ER
 
 #: Answers that say something of the object that was asked for: that it is not there, is there, or is another.
 _OF_AN_OBJECT = frozenset({404, 409, 412, 416})
+
+
+_NO_ENDPOINT = "the endpoint is no URL"
 
 
 @dataclass(frozen=True)
@@ -206,6 +210,10 @@ def _advice(fault: Fault, place: str) -> str:
             f"{place}: the store or disk failed ({fault.what}); mend it and rerun the same command; of S3, EINVAL may "
             "be a token that has expired"
         )
+    if fault.what == _NO_ENDPOINT:
+        return f"{place}: {_NO_ENDPOINT}; give AWS_ENDPOINT_URL as https://HOST or http://HOST:PORT"
+    if fault.what.startswith("InvalidObjectState"):
+        return f"{place}: is in an archive of the store ({fault.what}); restore it there, and run again"
     if fault.what in _REFUSED_BY_SYSTEM:
         return (
             f"{place}: access refused ({fault.what}); check its owner and permissions, and that its disk is not "
@@ -213,9 +221,10 @@ def _advice(fault: Fault, place: str) -> str:
         )
     if fault.what.startswith("RequestTimeTooSkewed"):
         return f"{place}: the store says that this machine's clock is wrong ({fault.what}); set it, and run again"
+    public = "; for a public bucket set FSSPEC_S3_ANON=true" if fault.what == "NoCredentialsError" else ""
     return (
         f"{place}: access refused ({fault.what}); check the credentials in the environment, the profile or the role, "
-        "and its rights to list, get and put"
+        f"and its rights to list, get and put{public}"
     )
 
 
@@ -254,6 +263,8 @@ def _classify_link(error: BaseException) -> Fault:
         return Fault("refused", name)
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return Fault("refused", "the endpoint's certificate is not trusted")
+    if isinstance(error, ValueError) and str(error).startswith("Invalid endpoint"):  # botocore's
+        return Fault("refused", _NO_ENDPOINT)
     if names & _TRANSIENT_TYPES:
         return Fault("transient", name)
     return Fault("other", named)

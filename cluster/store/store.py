@@ -14,7 +14,9 @@ second and 1,000 GPUs make 23.
 
 import contextlib
 import io
+import math
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -33,7 +35,7 @@ from cluster.store.paths import inside, outside
 from cluster.store.retries import no_bucket, with_retries
 from cluster.store.temporary import named_temporary_folder
 from pcm.credentials import refuse_credentials
-from pcm.errors import InputError, first_line
+from pcm.errors import InputError, StoreFailure, first_line
 
 T = TypeVar("T")
 
@@ -264,6 +266,7 @@ def _reopen(root: str, uri: str) -> Store:
             fs, _ = fsspec.core.url_to_fs(uri, use_listings_cache=False, client_kwargs=_http_config())
             single = fs
         if "s3" in _protocols(fs):
+            _refuse_no_bucket(uri, prefix)
             fs, _ = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=_s3_config())
             # One connection an operation: s3fs would ask for the size before each read, and retry beneath our retries.
             config = _s3_config() | {"retries": {"total_max_attempts": 1, "mode": "standard"}}
@@ -273,7 +276,13 @@ def _reopen(root: str, uri: str) -> Store:
         extra = _EXTRAS.get(uri.partition("://")[0])
         install = f"; install it with pip install -c constraints.txt -e '.[{extra}]'" if extra else ""
         raise InputError(f"{uri}: needs a package that is not installed ({first_line(error)}){install}") from None
+    except OSError as error:  # of hdfs, ftp and others, which connect at once
+        raise StoreFailure(
+            f"{uri}: cannot be opened ({first_line(error)}); check that its server runs, and what its client needs"
+        ) from None
     except ValueError as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
             f"{uri}: cannot be opened ({first_line(error)}); allowed are local paths, file://, s3://, gs:// and other "
             "fsspec URIs"
@@ -299,6 +308,16 @@ def _refuse_unmeant_chain(uri: str) -> None:
         )
 
 
+#: What S3 and stores like it take for a bucket.
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:.+")
+
+
+def _refuse_no_bucket(uri: str, prefix: str) -> None:
+    bucket = prefix.partition("/")[0]
+    if not _BUCKET.fullmatch(bucket):
+        raise InputError(f"{uri}: {bucket!r} is no name of a bucket (letters, digits, . _ -); give s3://BUCKET/NAME")
+
+
 def _s3_config() -> dict:
     return {"connect_timeout": 10, "read_timeout": _timeout_seconds(), "max_pool_connections": 32}
 
@@ -310,7 +329,11 @@ def _http_config() -> dict:
 
 
 def _timeout_seconds() -> float:
-    return float(os.environ.get("PCM_STORE_TIMEOUT_SECONDS", TIMEOUT_SECONDS))
+    given = os.environ.get("PCM_STORE_TIMEOUT_SECONDS", str(TIMEOUT_SECONDS))
+    with contextlib.suppress(ValueError):
+        if 0 < float(given) < math.inf:
+            return float(given)
+    raise InputError(f"PCM_STORE_TIMEOUT_SECONDS {given!r}: is no number of seconds; give one over 0, or unset it")
 
 
 def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import botocore.exceptions
 import pytest
 import s3fs
 
@@ -138,6 +139,58 @@ def test_no_credentials_at_all_are_one_line(store: Store, tmp_path: Path, monkey
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(StoreFailure, match=r"access refused \(NoCredentialsError\)"):
         open_store(store.root).read_bytes("part")
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"AWS_ENDPOINT_URL": "minio:9000"}, "the endpoint is no URL; give AWS_ENDPOINT_URL as https://HOST or http"),
+        ({"AWS_CONFIG_FILE": "config"}, r"access refused \(ConfigParseError\); check the credentials"),
+        ({"AWS_PROFILE": "nobody"}, r"access refused \(ProfileNotFound\); check the credentials"),
+        ({"AWS_ACCESS_KEY_ID": None}, r"access refused \(NoCredentialsError\).*public bucket set FSSPEC_S3_ANON=true"),
+    ],
+)
+def test_what_is_wrong_in_the_environment_is_one_line(
+    environment: dict[str, str | None], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config").write_text("[profile me\nfoo")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    for name, value in environment.items():
+        if value is None:
+            monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+            monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        else:
+            monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(StoreFailure, match=line) as caught:
+        open_store("s3://bucket/x").exists("key")
+    assert "\n" not in str(caught.value)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    "name", ["TokenRetrievalError", "LoginRefreshRequired", "SSOTokenLoadError", "NoAuthTokenError"]
+)
+def test_a_sign_in_that_is_over_is_refused_at_once(name: str) -> None:
+    error = getattr(botocore.exceptions, name)(provider="sso", error_msg="over", msg="over")
+    assert classify(error).kind == "refused"
+
+
+def test_an_object_in_an_archive_is_to_be_restored() -> None:
+    error = botocore.exceptions.ClientError(
+        {"Error": {"Code": "InvalidObjectState"}, "ResponseMetadata": {"HTTPStatusCode": 403}}, "GetObject"
+    )
+
+    def operation() -> None:
+        raise error
+
+    with pytest.raises(StoreFailure, match=r"s3://b/k: is in an archive of the store .*; restore it there"):
+        with_retries(operation, place="s3://b/k")
 
 
 def test_a_store_that_restarts_is_waited_for(
