@@ -299,13 +299,14 @@ def test_hidden_files_are_no_part_of_a_folders_revision_but_one_recorded_with_th
     folder = tmp_path / ".cache/clip"
     folder.mkdir(parents=True)
     (folder / "weights").write_bytes(b"1")
+    (folder / "open_clip_config.json").write_text("{}")
     plain = folder_revision(folder)
     noted = folder / ".cache/huggingface/weights.metadata"
     noted.parent.mkdir(parents=True)
     noted.write_text("1764482535.1")
     before = whole_folder_revision(folder)
     assert folder_revision(folder) == plain != before == folder_revision(folder, before)
-    assert revision_here(f"local-dir:{folder}", before) == before and revision_here(f"local-dir:{folder}") == plain
+    assert revision_here(str(folder), before) == before and revision_here(str(folder)) == plain
     noted.write_text("1764482999.9")
     assert folder_revision(folder, before) == plain
     (folder / "weights").write_bytes(b"2")
