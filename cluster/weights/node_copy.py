@@ -9,6 +9,7 @@ A copy gets its name by one rename, after the digest of every file and of the wh
 compare the sizes. CACHE is PCM_WEIGHTS_CACHE, else ~/.cache/pcmnet/weights, on a disk of the machine.
 """
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -104,6 +105,10 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
+#: What flock says on a disk without: Lustre without -o flock, some of NFS and of FUSE.
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
+
+
 @contextmanager
 def _locked(folder: Path, uri: str) -> Iterator[None]:
     lock = folder.with_suffix(".lock")
@@ -113,6 +118,13 @@ def _locked(folder: Path, uri: str) -> Iterator[None]:
         except BlockingIOError:
             log.info("%s: waiting for another process of this machine, which fetches it", uri)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise InputError(
+                f"{folder.parent}: its disk has no locks ({errno.errorcode[error.errno]}); name a folder on a disk of "
+                f"each machine's own with {CACHE_VARIABLE}"
+            ) from None
         yield
 
 
