@@ -223,7 +223,7 @@ def _run(
         checkpoint_every_steps=request.checkpoint_every_steps,
         cache_bytes=request.cache_bytes,
         window_bytes=request.window_bytes,
-        cache_dir=os.path.abspath(request.cache_dir) if request.cache_dir else None,
+        cache_dir=os.path.abspath(os.path.expanduser(request.cache_dir)) if request.cache_dir else None,
     )
 
 
