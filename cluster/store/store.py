@@ -41,7 +41,9 @@ T = TypeVar("T")
 
 TIMEOUT_SECONDS = 30.0  # of silence, after which a connection is given up; PCM_STORE_TIMEOUT_SECONDS says otherwise
 SLOWEST_UPLOAD = 2**20  # bytes a second that an upload must reach
-#: Up to S3's limit for it, an object is one PUT: whole or not there, and nothing to clean up behind a writer that died.
+#: Up to S3's limit for it, bytes are one PUT: whole or not there, and nothing to clean up behind a writer that died.
+#: s3fs sends a file of 100 MB or more in parts, so that it is not in memory: whole or not there too, but the parts of a
+#: writer that died stay until the bucket's rule for incomplete uploads clears them.
 LARGEST_PUT = 5 * 2**30
 #: Bytes that a file asks for at once when it is read from one end to the other.
 LOCAL_BUFFER, REMOTE_BUFFER = 2**20, 8 * 2**20
@@ -229,6 +231,8 @@ class Store:
         folder, _, stem = prefix.rpartition("/")
         by_prefix = {"prefix": stem} if {"s3", "gs"} & set(_protocols(self.fs)) else {}
         found = self._single.find(self.path(folder), detail=True, **by_prefix)
+        if isinstance(found, list):  # adlfs, of one object: nothing is below it
+            return
         for path, entry in found.items():
             key = path[len(self.prefix) + 1 :]
             if entry["type"] == "file" and key.startswith(prefix):
@@ -273,9 +277,7 @@ def _reopen(root: str, uri: str) -> Store:
             single, _ = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=config, max_concurrency=1)
             single.retries = 1
     except ImportError as error:
-        extra = _EXTRAS.get(uri.partition("://")[0])
-        install = f"; install it with pip install -c constraints.txt -e '.[{extra}]'" if extra else ""
-        raise InputError(f"{uri}: needs a package that is not installed ({first_line(error)}){install}") from None
+        raise _not_installed(uri, error) from None
     except OSError as error:  # of hdfs, ftp and others, which connect at once
         raise StoreFailure(
             f"{uri}: cannot be opened ({first_line(error)}); check that its server runs, and what its client needs"
@@ -283,6 +285,8 @@ def _reopen(root: str, uri: str) -> Store:
     except ValueError as error:
         if isinstance(error, InputError):
             raise
+        if uri.startswith("abfss://"):  # fsspec knows it once adlfs is installed
+            raise _not_installed(uri, error) from None
         raise InputError(
             f"{uri}: cannot be opened ({first_line(error)}); allowed are local paths, file://, s3://, gs:// and other "
             "fsspec URIs"
@@ -290,6 +294,12 @@ def _reopen(root: str, uri: str) -> Store:
     if isinstance(fs, LocalFileSystem):
         prefix = os.path.abspath(prefix)
     return Store(root=root.rstrip("/"), fs=fs, prefix=prefix.rstrip("/"), _single=single)
+
+
+def _not_installed(uri: str, error: Exception) -> InputError:
+    extra = _EXTRAS.get(uri.partition("://")[0])
+    install = f"; install it with pip install -c constraints.txt -e '.[{extra}]'" if extra else ""
+    return InputError(f"{uri}: needs a package that is not installed ({first_line(error)}){install}")
 
 
 #: Protocols of fsspec that take what follows "::" for the place they work on.
@@ -325,7 +335,8 @@ def _s3_config() -> dict:
 def _http_config() -> dict:
     import aiohttp  # needed for this protocol alone
 
-    return {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_timeout_seconds())}
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_timeout_seconds())
+    return {"timeout": timeout, "trust_env": True}  # of the environment's proxies
 
 
 def _timeout_seconds() -> float:

@@ -1,6 +1,7 @@
 """One storage layer, one behaviour: every rule holds on a local disk and on a real S3 store."""
 
 import http.server
+import importlib.util
 import json
 import logging
 import pickle
@@ -10,6 +11,7 @@ import tempfile
 import threading
 import uuid
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -222,6 +224,27 @@ def test_a_store_that_cannot_be_connected_to_at_once_is_one_line(monkeypatch: py
     monkeypatch.setattr("fsspec.core.url_to_fs", connect)
     with pytest.raises(StoreFailure, match=r"^hdfs://host/x: cannot be opened \(Unable to load libjvm\); check"):
         open_store("hdfs://host/x")
+
+
+def test_a_protocol_of_azure_names_the_package_that_it_needs() -> None:
+    if importlib.util.find_spec("adlfs") is not None:
+        pytest.skip("adlfs is installed")
+    for protocol in ("abfss", "abfs", "az"):
+        with pytest.raises(InputError, match=r"needs a package that is not installed .*\[azure\]"):
+            open_store(f"{protocol}://container/x")
+
+
+def test_below_one_object_of_azure_nothing_is_listed() -> None:
+    class OneBlob:
+        """Its `find` as adlfs has it, of a blob."""
+
+        protocol = ("abfs", "az", "abfss")
+
+        def find(self, path: str, detail: bool = False, **options: object) -> list[str]:
+            return [path]
+
+    fs: Any = OneBlob()
+    assert Store(root="abfs://c/v.parquet", fs=fs, prefix="c/v.parquet", _single=fs).list() == []
 
 
 def test_refused_credentials_are_never_shown(
