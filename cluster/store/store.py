@@ -269,6 +269,9 @@ def _reopen(root: str, uri: str) -> Store:
         if {"http", "https"} & set(_protocols(fs)):
             fs, _ = fsspec.core.url_to_fs(uri, use_listings_cache=False, client_kwargs=_http_config())
             single = fs
+        if "gs" in _protocols(fs):
+            fs, _ = fsspec.core.url_to_fs(uri, use_listings_cache=False, session_kwargs={"trust_env": True})
+            single = fs
         if "s3" in _protocols(fs):
             _refuse_no_bucket(uri, prefix)
             fs, _ = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=_s3_config())
