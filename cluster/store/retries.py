@@ -206,10 +206,7 @@ def _advice(fault: Fault, place: str) -> str:
     if fault.kind == "no bucket":
         return str(no_bucket(place))
     if fault.kind == "other":
-        return (
-            f"{place}: the store or disk failed ({fault.what}); mend it and rerun the same command; of S3, EINVAL may "
-            "be a token that has expired"
-        )
+        return f"{place}: the store or disk failed ({fault.what}); mend it and rerun the same command"
     if fault.what == _NO_ENDPOINT:
         return f"{place}: {_NO_ENDPOINT}; give AWS_ENDPOINT_URL as https://HOST or http://HOST:PORT"
     if fault.what.startswith("InvalidObjectState"):
@@ -221,10 +218,11 @@ def _advice(fault: Fault, place: str) -> str:
         )
     if fault.what.startswith("RequestTimeTooSkewed"):
         return f"{place}: the store says that this machine's clock is wrong ({fault.what}); set it, and run again"
+    token = " (a token may have expired)" if fault.what == "400" else ""  # S3's answer to a HEAD has no reason
     public = "; for a public bucket set FSSPEC_S3_ANON=true" if fault.what == "NoCredentialsError" else ""
     return (
-        f"{place}: access refused ({fault.what}); check the credentials in the environment, the profile or the role, "
-        f"and its rights to list, get and put{public}"
+        f"{place}: access refused ({fault.what}); check the credentials in the environment, the profile or the role"
+        f"{token}, and its rights to list, get and put{public}"
     )
 
 
