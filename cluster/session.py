@@ -7,6 +7,7 @@ import re
 import resource
 import secrets
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,11 +110,17 @@ def _start_local(num_cpus: int | None, runtime_env: dict | None) -> None:
             return
         except Exception as error:  # Ray raises a bare Exception for this
             ray.shutdown()
+            folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+            if "AF_UNIX path length" in str(error):
+                raise InputError(
+                    f"Ray did not start on this machine: {folder} (TMPDIR) is too long a path for its sockets; set "
+                    "RAY_TMPDIR=/tmp and run the same command again"
+                ) from error
             if attempt == START_ATTEMPTS:
                 raise InputError(
                     f"Ray did not start on this machine, {START_ATTEMPTS} times tried ({first_line(error)}"
                     f"{_low_limits()}); let other "
-                    "work on it end, or look into /tmp/ray/session_latest/logs, and run the same command again"
+                    f"work on it end, or look into {folder}/ray/session_latest/logs, and run the same command again"
                 ) from error
             log.warning("Ray did not start; trying again (%d of %d)", attempt + 1, START_ATTEMPTS)
 

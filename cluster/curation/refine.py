@@ -235,7 +235,8 @@ def _clip(source: OpenDataset, given: str | None, data: str, option: str) -> str
         raise InputError(f"--{option} {given}: {data} was made with {spec.model}; give that, or leave the option out")
     architecture, pretrained = resolve_clip_name(local_name(given))
     place = Path(pretrained or architecture.removeprefix("local-dir:"))
-    if spec.revision.startswith(DIGEST) and place.exists() and (now := folder_revision(place)) != spec.revision:
+    now = folder_revision(place, spec.revision) if spec.revision.startswith(DIGEST) and place.exists() else None
+    if now not in (None, spec.revision):
         raise InputError(
             f"--{option} {given}: its files are {now}, but {data} was made with {spec.revision}; give the CLIP that "
             "made its features"

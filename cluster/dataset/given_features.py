@@ -168,7 +168,7 @@ def find_features(uri: str) -> GivenFeatures:
     def read_one(name: str) -> tuple[np.ndarray, np.ndarray] | str:
         try:
             patches, image = features_from_npz(store.read_bytes(name))
-        except (InputError, OSError) as error:
+        except (InputError, FileNotFoundError, IsADirectoryError) as error:
             return str(error) or type(error).__name__
         return image, patches
 

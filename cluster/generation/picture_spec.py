@@ -14,7 +14,7 @@ from cluster.weights.hub import pin_repo
 from cluster.weights.manifest import read_manifest
 from cluster.weights.node_copy import local_name
 from pcm import embedded
-from pcm.clip.names import folder_revision, is_commit
+from pcm.clip.names import folder_revision, is_commit, whole_folder_revision
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, first_line, not_known
 from pcm.generation.few_step_models import few_steps
@@ -125,7 +125,7 @@ def pin_t2i(model: str, revision: str | None, *, version: int = GENERATOR_VERSIO
     if source.is_dir():
         if not (source / INDEX).is_file():
             raise InputError(f"text-to-image folder {model!r}: has no {INDEX}; give a diffusers folder")
-        return folder_revision(source) if model == "embedded" or version == 1 else pipeline_revision(source)
+        return whole_folder_revision(source) if model == "embedded" or version == 1 else pipeline_revision(source)
     return pin_repo(model, revision or begun, option="--t2i-revision COMMIT")
 
 
@@ -237,7 +237,7 @@ def _pin_vae(name: str, commits: _Commits | None = None) -> str:
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise InputError(f"--vae {name}: has no config.json; give the folder of a decoder, or a repo id")
-        return folder_revision(Path(name))
+        return whole_folder_revision(Path(name))
     return _pin_repo("vae", name, commits)
 
 

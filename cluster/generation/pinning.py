@@ -94,7 +94,7 @@ def pin_clip(model: str, revision: str | None, begun: ClipSpec | None = None) ->
     if local := folder or file:
         if revision is not None:
             raise InputError(f"--clip-revision {revision}: {model!r} is not on the hub; leave it out")
-        return folder_revision(Path(local)), None
+        return folder_revision(Path(local), begun.revision if begun else None), None
     if begun is not None and begun.model == model and is_commit(begun.revision) and revision in (None, begun.revision):
         return begun.revision, begun.weights
     from pcm.clip.weights import hub_place

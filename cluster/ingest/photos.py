@@ -290,7 +290,7 @@ class PhotoShards:
         try:
             data = self._files.read(position)
             return Photo("", data, picture_size(data))
-        except OSError:  # a link that leads nowhere or to itself, a file that vanished
+        except (FileNotFoundError, IsADirectoryError):  # a link that leads nowhere or to itself, a file that vanished
             return Photo(MISSING_IMAGE)
         except InputError as error:
             log.warning("%s: %s", self._files.names[position], error)

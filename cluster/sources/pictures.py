@@ -43,7 +43,7 @@ class PictureSet:
 class PictureFiles:
     """Pictures as they lie at a place: their names, and `read(i)`, the bytes of one as they are, decoded or not.
 
-    `read` raises OSError for one that is not there any more, such as a link that leads nowhere.
+    `read` raises FileNotFoundError for one that is not there any more, such as a link that leads nowhere.
     """
 
     place: str
@@ -84,7 +84,7 @@ def load_picture_set(source: PictureSource, *, limit: int | None = None) -> Pict
         position = matched[image_ids[i]]
         try:
             return open_image(pictures.read(position), name=named[position])
-        except OSError as error:
+        except (FileNotFoundError, IsADirectoryError) as error:
             raise InputError(f"{named[position]}: cannot be read ({type(error).__name__})") from None
 
     unmatched = len(named) - len(matched)

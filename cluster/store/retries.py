@@ -44,8 +44,8 @@ _FULL_CODES = frozenset(
 _REFUSED_CODES = frozenset(
     {
         "AccessDenied", "AccountProblem", "AllAccessDisabled", "AuthorizationHeaderMalformed", "ExpiredToken",
-        "ExpiredTokenException", "InvalidAccessKeyId", "InvalidSecurity", "InvalidToken", "NotSignedUp",
-        "RequestTimeTooSkewed", "SignatureDoesNotMatch", "UnauthorizedAccess",
+        "ExpiredTokenException", "InvalidAccessKeyId", "InvalidObjectState", "InvalidSecurity", "InvalidToken",
+        "NotSignedUp", "RequestTimeTooSkewed", "SignatureDoesNotMatch", "UnauthorizedAccess",
     }
 )  # fmt: skip
 #: Of botocore, aiohttp, urllib3, fsspec, gcsfs, google.auth and Python; a subclass counts as its base.
@@ -58,19 +58,30 @@ _TRANSIENT_TYPES = frozenset(
 )  # fmt: skip
 _REFUSED_TYPES = frozenset(
     {
-        "DefaultCredentialsError", "NoAuthTokenError", "NoCredentialsError", "PartialCredentialsError",
-        "PermissionError", "ProfileNotFound", "SSOError", "UnauthorizedSSOTokenError",
+        "ConfigNotFound", "ConfigParseError", "DefaultCredentialsError", "InvalidConfigError", "LoginError",
+        "NoAuthTokenError", "NoCredentialsError", "PartialCredentialsError", "PermissionError", "ProfileNotFound",
+        "SSOError", "TokenRetrievalError", "UnauthorizedSSOTokenError",
     }
 )  # fmt: skip
 _TRANSIENT_ERRNO = frozenset(
     {
         errno.EAGAIN, errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH,
-        errno.EINTR, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.EPIPE, errno.ESTALE, errno.ETIMEDOUT,
+        errno.EINTR, errno.EIO, errno.EMFILE, errno.ENETDOWN, errno.ENETUNREACH, errno.ENFILE, errno.ENOTCONN,
+        errno.EPIPE, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT,
     }
 )  # fmt: skip
 _FULL_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _REFUSED_ERRNO = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+#: With FileNotFoundError and its kin: what says something of the name that was asked for, and nothing of the store.
+_OF_A_NAME = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP})
 _REFUSED_BY_SYSTEM = frozenset(errno.errorcode[number] for number in _REFUSED_ERRNO)
+
+
+#: Answers that say something of the object that was asked for: that it is not there, is there, or is another.
+_OF_AN_OBJECT = frozenset({404, 409, 412, 416})
+
+
+_NO_ENDPOINT = "the endpoint is no URL"
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ class Fault:
 
 def classify(error: BaseException) -> Fault:
     """What to do about an error of a store: what the server answered, else the innermost cause that says anything."""
-    fault = Fault("other", type(error).__name__)
+    fault = _classify_link(error)
     for link in _chain(error):
         response = getattr(link, "response", None)
         if isinstance(response, dict) and "Error" in response:  # botocore's ClientError; s3fs wraps it in an OSError
@@ -101,8 +112,9 @@ def with_retries(operation: Callable[[], T], *, place: str) -> T:
 
     Pauses double from 0.2 s to 15 s, with jitter, for up to PCM_STORE_RETRY_SECONDS (300) since the first failure;
     one line is logged at the first failure of a process and every 30 s. Raises StoreFailure when that time is over (one
-    that `passes`), when the disk or quota is full, when access is refused and when the bucket does not exist; whatever
-    else `operation` raises, FileNotFoundError too, passes unchanged.
+    that `passes`), when the disk or quota is full, when access is refused, when the bucket does not exist and at any
+    other OSError of the store. An OSError that says something of the name, as FileNotFoundError does, and whatever else
+    `operation` raises passes unchanged.
     """
     patience = _Patience()
     while True:
@@ -110,7 +122,7 @@ def with_retries(operation: Callable[[], T], *, place: str) -> T:
             return operation()
         except Exception as error:
             fault = classify(error)
-            if fault.kind == "other":
+            if fault.kind == "other" and not _is_of_the_store(error):
                 raise
             if fault.kind != "transient":
                 raise StoreFailure(_advice(fault, place)) from None
@@ -198,11 +210,22 @@ def no_bucket(place: str) -> StoreFailure:
     )
 
 
+def _is_of_the_store(error: Exception) -> bool:
+    absent = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
+    return isinstance(error, OSError) and not isinstance(error, absent) and error.errno not in _OF_A_NAME
+
+
 def _advice(fault: Fault, place: str) -> str:
     if fault.kind == "full":
         return f"disk full at {place} ({fault.what}): free space and {RERUN}; nothing is half-written"
     if fault.kind == "no bucket":
         return str(no_bucket(place))
+    if fault.kind == "other":
+        return f"{place}: the store or disk failed ({fault.what}); mend it and rerun the same command"
+    if fault.what == _NO_ENDPOINT:
+        return f"{place}: {_NO_ENDPOINT}; give AWS_ENDPOINT_URL as https://HOST or http://HOST:PORT"
+    if fault.what.startswith("InvalidObjectState"):
+        return f"{place}: is in an archive of the store ({fault.what}); restore it there, and run again"
     if fault.what in _REFUSED_BY_SYSTEM:
         return (
             f"{place}: access refused ({fault.what}); check its owner and permissions, and that its disk is not "
@@ -210,9 +233,11 @@ def _advice(fault: Fault, place: str) -> str:
         )
     if fault.what.startswith("RequestTimeTooSkewed"):
         return f"{place}: the store says that this machine's clock is wrong ({fault.what}); set it, and run again"
+    token = " (a token may have expired)" if fault.what == "400" else ""  # S3's answer to a HEAD has no reason
+    public = "; for a public bucket set FSSPEC_S3_ANON=true" if fault.what == "NoCredentialsError" else ""
     return (
-        f"{place}: access refused ({fault.what}); check the credentials in the environment, the profile or the role, "
-        "and its rights to list, get and put"
+        f"{place}: access refused ({fault.what}); check the credentials in the environment, the profile or the role"
+        f"{token}, and its rights to list, get and put{public}"
     )
 
 
@@ -237,6 +262,7 @@ def _classify_link(error: BaseException) -> Fault:
     if "ClientResponseError" in names or "HttpError" in names:  # aiohttp; gcsfs
         answered = getattr(error, "status", None) or getattr(error, "code", None) or 0
         return Fault(_kind_of_answer("", int(answered)), f"HTTP {answered}")
+    named = name
     if isinstance(error, OSError) and error.errno is not None and error.errno in errno.errorcode:
         code = errno.errorcode[error.errno]
         if error.errno in _FULL_ERRNO:
@@ -245,13 +271,16 @@ def _classify_link(error: BaseException) -> Fault:
             return Fault("refused", code)
         if error.errno in _TRANSIENT_ERRNO:
             return Fault("transient", code)
+        named = code
     if names & _REFUSED_TYPES:
         return Fault("refused", name)
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return Fault("refused", "the endpoint's certificate is not trusted")
+    if isinstance(error, ValueError) and str(error).startswith("Invalid endpoint"):  # botocore's
+        return Fault("refused", _NO_ENDPOINT)
     if names & _TRANSIENT_TYPES:
         return Fault("transient", name)
-    return Fault("other", name)
+    return Fault("other", named)
 
 
 def _kind_of_answer(code: str, status: int) -> Kind:
@@ -261,7 +290,9 @@ def _kind_of_answer(code: str, status: int) -> Kind:
         return "no bucket"
     if code in _TRANSIENT_CODES or status in (408, 429) or (status >= 500 and status != 501):
         return "transient"
-    return "refused" if code in _REFUSED_CODES or status in (401, 403) else "other"
+    if code in _REFUSED_CODES or (400 <= status < 500 and status not in _OF_AN_OBJECT):
+        return "refused"
+    return "other"
 
 
 #: One line for a store that fails sixteen threads at once, and one every 30 seconds.

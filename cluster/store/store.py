@@ -15,6 +15,7 @@ second and 1,000 GPUs make 23.
 import contextlib
 import io
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -33,13 +34,15 @@ from cluster.store.paths import inside, outside
 from cluster.store.retries import no_bucket, seconds_of, with_retries
 from cluster.store.temporary import named_temporary_folder
 from pcm.credentials import refuse_credentials
-from pcm.errors import InputError, first_line
+from pcm.errors import InputError, StoreFailure, first_line
 
 T = TypeVar("T")
 
 TIMEOUT_SECONDS = 30.0  # of silence, after which a connection is given up; PCM_STORE_TIMEOUT_SECONDS says otherwise
 SLOWEST_UPLOAD = 2**20  # bytes a second that an upload must reach
-#: Up to S3's limit for it, an object is one PUT: whole or not there, and nothing to clean up behind a writer that died.
+#: Up to S3's limit for it, bytes are one PUT: whole or not there, and nothing to clean up behind a writer that died.
+#: s3fs sends a file of 100 MB or more in parts, so that it is not in memory: whole or not there too, but the parts of a
+#: writer that died stay until the bucket's rule for incomplete uploads clears them.
 LARGEST_PUT = 5 * 2**30
 #: Bytes that a file asks for at once when it is read from one end to the other.
 LOCAL_BUFFER, REMOTE_BUFFER = 2**20, 8 * 2**20
@@ -52,7 +55,7 @@ class Store:
     """Objects under one prefix. Keys are relative, with forward slashes.
 
     Operations are tried again while the store fails in ways that pass (`cluster.store.retries.with_retries`, which says
-    what they raise when it does not). `fs` is for Ray Train alone; it has only its library's own retries.
+    what they raise when it does not). `fs` has only its library's own retries.
     """
 
     root: str  # the URI as the user wrote it
@@ -112,7 +115,9 @@ class Store:
         gets its name. Nothing is read back.
         """
         if self.is_local:
-            self._with_retries(key, lambda: _write_file(self.path(key), data))
+            # A link that the user names stays one; of a link in a folder, the target may be another dataset's.
+            path = self.path(key) if key else os.path.realpath(self.prefix)
+            self._with_retries(key, lambda: _write_file(path, data))
             return
         options = {"chunksize": LARGEST_PUT} if "s3" in _protocols(self._single) else {}
         self._upload(key, len(data), lambda wait: self._single.pipe_file(self.path(key), data, **wait, **options))
@@ -126,12 +131,19 @@ class Store:
         self._upload(key, size, lambda wait: self._single.put_file(str(path), self.path(key), **wait))
 
     def exists(self, key: str) -> bool:
-        return self._info_if_there(key) is not None
+        return self.info(key) is not None
 
     def is_file(self, key: str = "") -> bool:
         """Whether there is an object, and not only a folder, at a key; "" is the store's own path."""
-        info = self._info_if_there(key)
+        info = self.info(key)
         return info is not None and info["type"] == "file"
+
+    def info(self, key: str) -> dict[str, Any] | None:
+        """What the file system says of an object or a folder: its `type` and `size`; None where there is neither."""
+        try:
+            return self._info(key)
+        except FileNotFoundError:
+            return None
 
     def size(self, key: str) -> int:
         """Bytes of the object. Raises FileNotFoundError."""
@@ -150,6 +162,15 @@ class Store:
     def delete(self, key: str) -> None:
         self._with_retries(key, lambda: self._single.rm_file(self.path(key)))
 
+    def delete_folder(self, key: str) -> None:
+        """Delete a folder with all that is in it. No letter of its name is a pattern, as in `rm` of fsspec."""
+        if self.is_local:
+            self._with_retries(key, lambda: shutil.rmtree(self.path(key)))
+            return
+        for found in self.list(f"{key}/"):
+            with contextlib.suppress(FileNotFoundError):  # a try before, whose answer was lost
+                self.delete(found)
+
     def _with_retries(self, key: str, operation: Callable[[], T]) -> T:
         return with_retries(operation, place=f"{self.root}/{key}" if key else self.root)
 
@@ -164,12 +185,6 @@ class Store:
 
     def _info(self, key: str) -> dict[str, Any]:
         return self._read(key, lambda: self._single.info(self.path(key)))
-
-    def _info_if_there(self, key: str) -> dict[str, Any] | None:
-        try:
-            return self._info(key)
-        except FileNotFoundError:
-            return None
 
     def _open_remote(self, key: str) -> ObjectFile:
         path, info = self.path(key), self._info(key)
@@ -215,6 +230,8 @@ class Store:
         folder, _, stem = prefix.rpartition("/")
         by_prefix = {"prefix": stem} if {"s3", "gs"} & set(_protocols(self.fs)) else {}
         found = self._single.find(self.path(folder), detail=True, **by_prefix)
+        if isinstance(found, list):  # adlfs, of one object: nothing is below it
+            return
         for path, entry in found.items():
             key = path[len(self.prefix) + 1 :]
             if entry["type"] == "file" and key.startswith(prefix):
@@ -251,17 +268,27 @@ def _reopen(root: str, uri: str) -> Store:
         if {"http", "https"} & set(_protocols(fs)):
             fs, _ = fsspec.core.url_to_fs(uri, use_listings_cache=False, client_kwargs=_http_config())
             single = fs
+        if "gs" in _protocols(fs):
+            fs, _ = fsspec.core.url_to_fs(uri, use_listings_cache=False, session_kwargs={"trust_env": True})
+            single = fs
         if "s3" in _protocols(fs):
+            _refuse_no_bucket(uri, prefix)
             fs, _ = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=_s3_config())
             # One connection an operation: s3fs would ask for the size before each read, and retry beneath our retries.
             config = _s3_config() | {"retries": {"total_max_attempts": 1, "mode": "standard"}}
             single, _ = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=config, max_concurrency=1)
             single.retries = 1
     except ImportError as error:
-        extra = _EXTRAS.get(uri.partition("://")[0])
-        install = f"; install it with pip install -c constraints.txt -e '.[{extra}]'" if extra else ""
-        raise InputError(f"{uri}: needs a package that is not installed ({first_line(error)}){install}") from None
+        raise _not_installed(uri, error) from None
+    except OSError as error:  # of hdfs, ftp and others, which connect at once
+        raise StoreFailure(
+            f"{uri}: cannot be opened ({first_line(error)}); check that its server runs, and what its client needs"
+        ) from None
     except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        if uri.startswith("abfss://"):  # fsspec knows it once adlfs is installed
+            raise _not_installed(uri, error) from None
         raise InputError(
             f"{uri}: cannot be opened ({first_line(error)}); allowed are local paths, file://, s3://, gs:// and other "
             "fsspec URIs"
@@ -269,6 +296,12 @@ def _reopen(root: str, uri: str) -> Store:
     if isinstance(fs, LocalFileSystem):
         prefix = os.path.abspath(prefix)
     return Store(root=root.rstrip("/"), fs=fs, prefix=prefix.rstrip("/"), _single=single)
+
+
+def _not_installed(uri: str, error: Exception) -> InputError:
+    extra = _EXTRAS.get(uri.partition("://")[0])
+    install = f"; install it with pip install -c constraints.txt -e '.[{extra}]'" if extra else ""
+    return InputError(f"{uri}: needs a package that is not installed ({first_line(error)}){install}")
 
 
 #: Protocols of fsspec that take what follows "::" for the place they work on.
@@ -287,6 +320,16 @@ def _refuse_unmeant_chain(uri: str) -> None:
         )
 
 
+#: What S3 and stores like it take for a bucket.
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:.+")
+
+
+def _refuse_no_bucket(uri: str, prefix: str) -> None:
+    bucket = prefix.partition("/")[0]
+    if not _BUCKET.fullmatch(bucket):
+        raise InputError(f"{uri}: {bucket!r} is no name of a bucket (letters, digits, . _ -); give s3://BUCKET/NAME")
+
+
 def _s3_config() -> dict:
     return {"connect_timeout": 10, "read_timeout": _timeout_seconds(), "max_pool_connections": 32}
 
@@ -294,7 +337,8 @@ def _s3_config() -> dict:
 def _http_config() -> dict:
     import aiohttp  # needed for this protocol alone
 
-    return {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_timeout_seconds())}
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_timeout_seconds())
+    return {"timeout": timeout, "trust_env": True}  # of the environment's proxies
 
 
 def _timeout_seconds() -> float:
@@ -328,8 +372,9 @@ def _copy_file(source: Path, path: str) -> None:
 
 
 def _put_in_place(path: str, write: Callable[[BinaryIO], object]) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")  # a file may have as long a name as there can be
     try:
         with open(temporary, "wb") as file:
             write(file)

@@ -51,6 +51,7 @@ from cluster.sweep.trial import (
 )
 from cluster.training.config import TrainConfig
 from cluster.training.data.mixture import TrainingSet, open_training_sets
+from cluster.training.ray_storage import ray_storage
 from cluster.training.ray_trainer import MEMORY_KEPT
 from cluster.training.reporting import write_metrics
 from cluster.training.request import TrainRequest
@@ -62,7 +63,7 @@ from cluster.training.run_record import (
     warn_of_moved_pictures,
 )
 from cluster.training.trackers import flattened
-from cluster.training.train import check_first_epoch, check_gpu_here, check_settings, planned_run, ray_storage
+from cluster.training.train import check_first_epoch, check_gpu_here, check_settings, planned_run
 from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError, first_line
 

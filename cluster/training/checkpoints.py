@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from cluster.ray_internals import CHECKPOINT_RECORD
+from cluster.store.reach import check_here
 from cluster.store.retries import with_retries
 from cluster.store.store import Store, join, local_copy
 from cluster.store.temporary import named_temporary_folder
@@ -154,7 +155,21 @@ class Checkpoints:
                 metrics,
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
                 checkpoint_dir_name=self._free_name(at.checkpoint_name),
+                checkpoint_upload_fn=self._put,
             )
+
+    def _put(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Put the files of a local checkpoint, STATE_FILE last, without which it is none; for Ray Train, where it is.
+
+        Raises InputError where this machine does not see OUT, and StoreFailure where the store does not take them.
+        """
+        check_here([(self._out, CHECKPOINTS)])
+        for file in sorted(Path(checkpoint.path).iterdir(), key=lambda file: (file.name == STATE_FILE, file.name)):
+            self._out.put_file(f"{CHECKPOINTS}/{name}/{file.name}", file)
+        storage = ray.train.get_context().get_storage()
+        return ray.train.Checkpoint(
+            storage.build_checkpoint_path_from_name(name), filesystem=storage.storage_filesystem
+        )
 
     def restore(self) -> TrainingState:
         """Load the last checkpoint that this run reported, or, where that is damaged, the newest before it that is not;
@@ -166,7 +181,11 @@ class Checkpoints:
         if checkpoint is None:
             return TrainingState()
         name = Path(checkpoint.path).name
-        if (state := self._loaded(name, checkpoint.as_directory)) is not None:
+        # Ray's copy of an object store's is one for all workers of a machine.
+        copy: Callable[[], AbstractContextManager[str | Path]] = checkpoint.as_directory
+        if self._out.is_local:
+            copy = lambda: nullcontext(self._out.path(f"{CHECKPOINTS}/{name}"))  # noqa: E731  # mypy knows its type
+        if (state := self._loaded(name, copy)) is not None:
             return state
         for earlier in self._earlier_than(name):
             copy = partial(local_copy, join(self._out.root, CHECKPOINTS, earlier))

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow.fs
 import ray
 import ray.train
 from ray.train.torch import TorchConfig
@@ -22,6 +21,7 @@ from cluster.ray_internals import (
 )
 from cluster.session import free_room, room_for, user_error
 from cluster.store.store import Store
+from cluster.training.ray_storage import ray_storage
 from pcm.errors import InputError, OneLineError
 
 CHECKPOINTS = "checkpoints"
@@ -173,19 +173,13 @@ class _LocalTrainer(_Trainer):
     cleans_up = False
 
 
-def ray_storage(out: Store) -> dict[str, Any]:
-    """RunConfig's storage arguments for OUT, on the file system (endpoint, credentials) of our own objects."""
-    if out.is_local:
-        return {"storage_path": out.prefix}
-    return {
-        "storage_path": out.prefix,
-        "storage_filesystem": pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(out.fs)),
-    }
-
-
 def worker_input_error(error: BaseException) -> OneLineError | None:
-    """What a worker raised that ends a job in one line, if that is why training failed."""
-    failures = getattr(error, "worker_failures", {}).values()
+    """What a worker, or Ray's keeper of the checkpoints, raised that ends a job in one line, if that is why training
+    failed.
+    """
+    failures = [*getattr(error, "worker_failures", {}).values()]
+    if (of_controller := getattr(error, "controller_failure", None)) is not None:
+        failures.append(of_controller)
     return next((found for failure in failures if (found := user_error(failure))), None)
 
 

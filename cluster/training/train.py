@@ -44,7 +44,7 @@ from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.data.shuffled import ROW_ORDER
 from cluster.training.init_from import InitialCaptioner, read_initial
 from cluster.training.loop import train_loop
-from cluster.training.ray_trainer import check_labels, make_trainer, ray_storage, worker_input_error
+from cluster.training.ray_trainer import check_labels, make_trainer, worker_input_error
 from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
 from cluster.training.run_record import (
@@ -70,7 +70,7 @@ from pcm.text.concepts import ConceptVocabulary
 from pcm.text.metrics import require_metrics
 from pcm.text.vocabulary import Vocabulary
 
-__all__ = ["TrainRequest", "TrainingFailed", "planned_run", "ray_storage", "train"]
+__all__ = ["TrainRequest", "TrainingFailed", "planned_run", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ def _run(
         checkpoint_every_steps=request.checkpoint_every_steps,
         cache_bytes=request.cache_bytes,
         window_bytes=request.window_bytes,
-        cache_dir=os.path.abspath(request.cache_dir) if request.cache_dir else None,
+        cache_dir=os.path.abspath(os.path.expanduser(request.cache_dir)) if request.cache_dir else None,
     )
 
 
@@ -358,7 +358,7 @@ def _document(
 def _revision_of_given(clip: ClipSpec, given: str) -> str:
     """The digest of `given`, the place of a CLIP other than the dataset's `clip`, or that one's revision for a hub repo
     or a tag: no hub is asked. Says where the digests differ."""
-    found = read_manifest(open_store(given)).revision if is_uri(given) else revision_here(given)
+    found = read_manifest(open_store(given)).revision if is_uri(given) else revision_here(given, clip.revision)
     if found is None:
         return clip.revision
     if clip.revision.startswith(DIGEST) and found != clip.revision:

@@ -98,9 +98,9 @@ def read_manifest(store: Store) -> WeightsManifest:
     return WeightsManifest.from_bytes(data, place=place)
 
 
-def revision_of(folder: Path) -> str:
-    """The revision that `--t2i` and `--clip` record of a model's folder."""
-    return pipeline_revision(folder) if (folder / INDEX).is_file() else folder_revision(folder)
+def revision_of(folder: Path, recorded: str | None = None) -> str:
+    """The revision that `--t2i` and `--clip` record of a model's folder; `recorded`: as of `folder_revision`."""
+    return pipeline_revision(folder) if (folder / INDEX).is_file() else folder_revision(folder, recorded)
 
 
 def digits(revision: str) -> str:

@@ -9,6 +9,7 @@ A copy gets its name by one rename, after the digest of every file and of the wh
 compare the sizes. CACHE is PCM_WEIGHTS_CACHE, else ~/.cache/pcmnet/weights, on a disk of the machine.
 """
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -104,6 +105,10 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
+#: What flock says on a disk without: Lustre without -o flock, some of NFS and of FUSE.
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
+
+
 @contextmanager
 def _locked(folder: Path, uri: str) -> Iterator[None]:
     lock = folder.with_suffix(".lock")
@@ -113,6 +118,13 @@ def _locked(folder: Path, uri: str) -> Iterator[None]:
         except BlockingIOError:
             log.info("%s: waiting for another process of this machine, which fetches it", uri)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise InputError(
+                f"{folder.parent}: its disk has no locks ({errno.errorcode[error.errno]}); name a folder on a disk of "
+                f"each machine's own with {CACHE_VARIABLE}"
+            ) from None
         yield
 
 
@@ -132,7 +144,7 @@ def _fetch(store: Store, manifest: WeightsManifest, revision: str, folder: Path)
         pieces = [piece for file in manifest.files for piece in _pieces(store, file)]
         _run(pool, lambda piece: _copy_piece(store, manifest, files, *piece), pieces)
         _run(pool, lambda file: _check(store, manifest, files, file), manifest.files)
-    if (found := revision_of(files)) != revision:
+    if (found := revision_of(files, revision)) != revision:
         raise InputError(f"{store.root}: its files together are {found}, not {revision}; {_AGAIN}")
     with_retries(lambda: _complete(part, folder, manifest), place=str(folder))
     log.info("%s: here after %.1f s", store.root, time.monotonic() - started)

@@ -18,7 +18,7 @@ from cluster.store.store import Store, join, open_store
 from cluster.weights.hub import pin_repo
 from cluster.weights.manifest import MANIFEST, StagedFile, WeightsManifest, digits, read_manifest, revision_of
 from cluster.weights.request import StageModelsRequest
-from pcm.clip.names import HUB_PREFIX, LOCAL_PREFIX, is_commit, resolve_clip_name
+from pcm.clip.names import HUB_PREFIX, LOCAL_PREFIX, is_commit, is_hidden, resolve_clip_name
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, first_line
 from pcm.generation.model_memory import loaded_files
@@ -209,7 +209,7 @@ def _link_clip(name: str, revision: str | None, folder: Path, there: str) -> str
         _refuse_revision(name, revision)
         found = Path(architecture.removeprefix("local-dir:"))
         source = found.absolute().name
-        _link(found, (file for file in found.rglob("*") if file.is_file()), folder)
+        _link(found, (file for file in found.rglob("*") if file.is_file() and not is_hidden(file, found)), folder)
     text = read_config(folder / CONFIG_FILE)["text_cfg"]
     _refuse_text_tower_of_the_hub(name, text)
     if text.get("hf_tokenizer_name") and not any(folder.glob("*token*")) and not any(folder.glob("*.model")):

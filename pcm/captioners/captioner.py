@@ -175,7 +175,7 @@ class Captioner:
             place = find_clip(name, revision) if find_clip else name
             pinned = trained_on.get("revision") or ""
             was_compared = is_recorded and place != name  # by find_clip
-            now = revision_here(place) if pinned.startswith(DIGEST) and not was_compared else None
+            now = revision_here(place, pinned) if pinned.startswith(DIGEST) and not was_compared else None
             if now and now != pinned:
                 mend = "install the release that trained it" if name == "embedded" else "put the same files there"
                 said = f"its files are {now}, but the captioner {folder} was trained with {pinned}; {mend}"

@@ -136,7 +136,7 @@ class ClipEncoder:
         """
         pinned = spec.revision
         if model in (None, spec.model) and pinned.startswith("sha256:"):
-            now = revision_here(spec.model)
+            now = revision_here(spec.model, pinned)
             if now != pinned:
                 raise InputError(
                     f"CLIP {spec.model!r}: its files are {now or 'not there'}, but {pinned} were pinned; put the same "

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -92,23 +93,48 @@ def is_commit(revision: str) -> bool:
     return len(revision) == 40 and all(digit in "0123456789abcdef" for digit in revision)
 
 
-def folder_revision(path: Path) -> str:
-    """sha256 over a model's files (names and contents): what a folder has instead of a commit."""
+def folder_revision(path: Path, recorded: str | None = None) -> str:
+    """sha256 over a model's files (names and contents): what a folder has instead of a commit.
+
+    Hidden files are no part of it: a download notes its time in one. recorded: given back where it is the digest of the
+    same folder with them, as earlier releases made it.
+    """
+    if path.is_file():
+        return whole_folder_revision(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    plain = [file for file in files if not is_hidden(file, path)]
+    now = _digest(path, plain)
+    if recorded in (None, now) or len(plain) == len(files):
+        return now
+    return recorded if recorded == _digest(path, files) else now
+
+
+def whole_folder_revision(path: Path) -> str:
+    """The same with hidden files, or of one file."""
+    if path.is_file():
+        return _digest(path.parent, [path])
+    return _digest(path, sorted(file for file in path.rglob("*") if file.is_file()))
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _digest(folder: Path, files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     for file in files:
-        digest.update(file.relative_to(path.parent if path.is_file() else path).as_posix().encode() + b"\0")
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     return f"sha256:{digest.hexdigest()}"
 
 
-def revision_here(name: str) -> str | None:
+def revision_here(name: str, recorded: str | None = None) -> str | None:
     """`folder_revision` of a NAME that stands for a folder or a file; None for a tag or a hub repo."""
     architecture, pretrained = resolve_clip_name(name)
     if architecture.startswith(LOCAL_PREFIX):
-        return folder_revision(Path(architecture.removeprefix(LOCAL_PREFIX)))
+        return folder_revision(Path(architecture.removeprefix(LOCAL_PREFIX)), recorded)
     return folder_revision(Path(pretrained)) if pretrained and Path(pretrained).is_file() else None
 
 

@@ -699,6 +699,26 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "a disk's error that is not known is no missing object",
+        "cluster/store/retries.py", 'if fault.kind == "other" and not _is_of_the_store(error):',
+        'if fault.kind == "other":',
+        ("tests/cluster/store/test_retries.py::test_any_other_error_of_a_disk_is_one_line_and_no_missing_object",),
+    ),
+    Mutant(
+        "Ray deletes no other run's checkpoints",
+        "cluster/training/ray_storage.py", "self._store.delete_folder(self._key(path))",
+        "self.fs.rm(path, recursive=True)",
+        ("tests/cluster/training/test_ray_storage.py::test_checkpoints_of_no_other_run_are_deleted",),
+    ),
+    Mutant(
+        "the last file of a checkpoint says that it is whole",
+        "cluster/training/checkpoints.py", "(file.name == STATE_FILE, file.name)", "(file.name != STATE_FILE, file.name)",
+        (
+            "tests/cluster/training/test_checkpoints.py::"
+            "test_a_checkpoint_that_the_disk_does_not_take_is_one_line_and_none",
+        ),
+    ),
+    Mutant(
         "too little memory is no damaged checkpoint",
         "cluster/training/checkpoints.py", "if is_out_of_memory(error):", "if False:",
         ("tests/cluster/training/test_checkpoints.py::test_too_little_memory_is_no_damage",),

@@ -16,6 +16,7 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
+from cluster import session
 from cluster.dataset.layout import OtherSchema
 from cluster.ray_state import actors_are_placed
 from cluster.session import (
@@ -35,6 +36,35 @@ from tests.helpers.paths import ROOT
 from tests.helpers.waiting import Holds, wait_until
 
 RECORD = logging.LogRecord("ray.data.exceptions", logging.ERROR, "", 0, "a long traceback", None, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "tries"),
+    [
+        (
+            "AF_UNIX path length cannot exceed 107 bytes: /x",
+            r"/scratch/job \(TMPDIR\) is too long .*RAY_TMPDIR=/tmp",
+            1,
+        ),
+        ("no room", r"3 times tried .* look into /scratch/job/ray/session_latest/logs", 3),
+    ],
+)
+def test_a_ray_that_does_not_start_says_what_to_mend(
+    error: str, line: str, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def init(*arguments: object, **options: object) -> None:
+        tried.append(options)
+        raise OSError(error)
+
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/scratch/job")
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    with pytest.raises(InputError, match=line):
+        session._start_local(None, {})
+    assert len(tried) == tries
 
 
 def test_an_input_error_is_found_under_what_ray_wraps_around_it() -> None:

@@ -85,7 +85,8 @@ def resolve_sentences(name: str | None, begun: object = None) -> SentenceSpec:
     library = f"sentence-transformers {importlib.metadata.version('sentence-transformers')}"
     if Path(name).is_dir():
         refuse_own_code(Path(name))
-        return SentenceSpec(model=name, revision=folder_revision(Path(name)), library=library)
+        before = str(begun.get("revision")) if isinstance(begun, dict) else None
+        return SentenceSpec(model=name, revision=folder_revision(Path(name), before), library=library)
     if name.startswith(("/", ".")):
         raise InputError(f"--sentences {name}: no such folder; give a folder, a repo id ORG/NAME, or {CLIP}")
     before = str(begun.get("revision")) if isinstance(begun, dict) and was == name else ""
@@ -129,7 +130,7 @@ class _SentenceTransformer:
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(spec.model, revision=spec.revision, allow_patterns=_FILES))
-        elif (now := folder_revision(folder)) != spec.revision:
+        elif (now := folder_revision(folder, spec.revision)) != spec.revision:
             raise InputError(
                 f"--sentences {folder}: its files are {now} on this machine, but {spec.revision} were begun with; put "
                 "the same files there"

@@ -5,11 +5,12 @@ fetched and decoded once. A dataset of version 3 on a local disk is read faster 
 bits.
 """
 
+import errno
 import json
 import logging
 import os
 import shutil
-import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,8 +37,8 @@ class ShardCache:
     """`folder` belongs to one dataset in one state, and to `int8` features (pcm.kernels.quantised) or those as stored:
     whoever makes a cache names it by the manifest's digest and that.
 
-    A shard is there as a whole or not at all. Where it cannot be written (the disk is full), it is read as without a
-    cache and a warning logged.
+    A shard is there as a whole or not at all. Where it cannot be written (the disk is full) or read (it is another
+    user's, or is being deleted), it is read as without a cache and a warning logged.
     """
 
     folder: Path
@@ -46,22 +47,26 @@ class ShardCache:
     def read_rows(self, store: Store, shard: StoredShard, rows: np.ndarray, features: FeatureShape) -> Rows:
         """cluster.dataset.rows.read_rows by way of the cache."""
         place = inside(self.folder, shard.key)
-        if not place.exists():
-            decoded = read_rows(store, shard, None, features)
-            if self.int8:
-                decoded = decoded.in_8_bits()
-            try:
+        decoded = None
+        try:
+            if not place.exists():
+                decoded = self._decoded(store, shard, features)
                 _write(place, decoded)
-            except OSError as error:
-                log.warning("%s: not cached (%s)", place, error.strerror)
-                return decoded.select(rows)
-        return _read(place, rows)
+            return _read(place, rows)
+        except OSError as error:
+            log.warning("%s: not cached (%s)", place, error.strerror)
+        return (decoded or self._decoded(store, shard, features)).select(rows)
+
+    def _decoded(self, store: Store, shard: StoredShard, features: FeatureShape) -> Rows:
+        decoded = read_rows(store, shard, None, features)
+        return decoded.in_8_bits() if self.int8 else decoded
 
 
 def _write(place: Path, rows: Rows) -> None:
     """In another folder first: renaming it is one step, and whoever comes second finds the same there."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=place.parent))
+    temporary = place.parent / f".writing-{uuid.uuid4().hex}"  # to be read by whom the umask allows it
+    temporary.mkdir()
     try:
         for name in (*_ARRAYS, _SCALE) if rows.patch_scale.size else _ARRAYS:
             np.save(temporary / f"{name}.npy", getattr(rows, name))
@@ -69,8 +74,9 @@ def _write(place: Path, rows: Rows) -> None:
         (temporary / "texts.json").write_text(json.dumps(texts))
         if not place.exists():
             os.rename(temporary, place)
-    except FileExistsError:
-        pass
+    except OSError as failure:
+        if failure.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

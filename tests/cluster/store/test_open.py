@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from cluster.generation.picture_spec import pin_t2i
@@ -47,6 +48,35 @@ def test_an_object_is_read_from_any_place(place: str, buffered: bool) -> None:
         assert file.seek(1000) == 1000 and file.seek(24, os.SEEK_CUR) == 1024
         assert file.read(100_000) == DATA[1024:101_024]
         assert file.read() == DATA[101_024:]
+
+
+def test_a_web_address_is_read_by_way_of_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", "3")
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(b"one")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    monkeypatch.setenv("PCM_STORE_RETRY_SECONDS", "0")
+    for name in ("NO_PROXY", "no_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
+        fsspec.filesystem("http").clear_instance_cache()
+        assert read_uri("http://data.example.invalid/captions.json") == b"one"
+        server.shutdown()
+    assert set(asked) == {"http://data.example.invalid/captions.json"}
 
 
 def test_a_uri_is_the_object_itself(place: str) -> None:

@@ -1,6 +1,8 @@
 """Places that cannot hold what a job makes, and names that fsspec would read in another way."""
 
+import os
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +37,52 @@ def test_a_place_where_something_stands_in_the_way_is_refused(tmp_path: Path) ->
         check_output(str(place), "folder", shown="--out")
     check_output(str(tmp_path / "file"), "file", shown="--out")
     assert "is a folder; give a file in it" in said_of(tmp_path / "good", "file")
+
+
+def test_what_is_no_plain_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for place in (tmp_path / "pipe", tmp_path / "link", "/dev/null", "/dev/stdout"):
+        if not Path(os.path.realpath(place)).is_file():  # a test's standard output may be one
+            assert "is a device or a pipe, no file; give a file" in said_of(place, "file")
+
+
+def test_a_mounted_file_is_refused(tmp_path: Path) -> None:
+    for name in ("here", "a report.html"):
+        (tmp_path / name).write_text("")
+    place = tmp_path / "a report.html"
+    if subprocess.run(["mount", "--bind", tmp_path / "here", place], capture_output=True).returncode:
+        pytest.skip("may not mount a file")
+    try:
+        assert "is a mounted file, which cannot be replaced; mount its folder" in said_of(place, "file")
+    finally:
+        subprocess.run(["umount", place], check=True)
+    check_output(str(place), "file", shown="--out")
+
+
+def test_a_link_to_a_file_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("old")
+    (tmp_path / "link.html").symlink_to("report.html")
+    check_output(str(tmp_path / "link.html"), "file", shown="--out")
+    open_store(tmp_path / "link.html").write_bytes("", b"new")
+    assert (tmp_path / "link.html").is_symlink() and (tmp_path / "report.html").read_text() == "new"
+
+
+def test_a_link_in_a_folder_is_replaced_and_what_it_leads_to_is_not(tmp_path: Path) -> None:
+    (tmp_path / "shard").write_text("of another dataset")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/shard").symlink_to(tmp_path / "shard")
+    open_store(tmp_path / "data").write_bytes("shard", b"mine")
+    assert (tmp_path / "data/shard").read_text() == "mine" and (tmp_path / "shard").read_text() == "of another dataset"
+
+
+@pytest.mark.parametrize("name", ["n" * 250 + ".json", "снег" * 31 + ".json"])
+def test_a_name_may_be_as_long_as_a_disk_takes_it(name: str, tmp_path: Path) -> None:
+    check_output(str(tmp_path / name), "file", shown="--out")
+    open_store(tmp_path / name).write_bytes("", b"1")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    for place, kind in ((f"{name}xxx", "file"), (f"{name}xxx", "folder"), (f"{name}xxx/run", "folder")):
+        assert "is longer than 255 bytes; shorten it" in said_of(tmp_path / place, kind)
 
 
 def test_a_place_where_the_user_may_not_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

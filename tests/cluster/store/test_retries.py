@@ -4,13 +4,13 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import subprocess
 import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import botocore.exceptions
 import pytest
 import s3fs
 
@@ -24,6 +24,7 @@ from pcm.line_timer import LineTimer
 from pcm.records import NULL_FEATURES
 from tests.helpers.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.helpers.seaweedfs import S3Server
+from tests.helpers.small_disk import small_disk
 from tests.helpers.tiny_generation import CAPTIONS, make_dataset, make_dataset_in_process, null_spec, write_corpus
 
 DATA = bytes(range(256)) * 1024  # 256 KiB: several segments, so that half of it can be cut off
@@ -140,6 +141,58 @@ def test_no_credentials_at_all_are_one_line(store: Store, tmp_path: Path, monkey
         open_store(store.root).read_bytes("part")
 
 
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"AWS_ENDPOINT_URL": "minio:9000"}, "the endpoint is no URL; give AWS_ENDPOINT_URL as https://HOST or http"),
+        ({"AWS_CONFIG_FILE": "config"}, r"access refused \(ConfigParseError\); check the credentials"),
+        ({"AWS_PROFILE": "nobody"}, r"access refused \(ProfileNotFound\); check the credentials"),
+        ({"AWS_ACCESS_KEY_ID": None}, r"access refused \(NoCredentialsError\).*public bucket set FSSPEC_S3_ANON=true"),
+    ],
+)
+def test_what_is_wrong_in_the_environment_is_one_line(
+    environment: dict[str, str | None], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config").write_text("[profile me\nfoo")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    for name, value in environment.items():
+        if value is None:
+            monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+            monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        else:
+            monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(StoreFailure, match=line) as caught:
+        open_store("s3://bucket/x").exists("key")
+    assert "\n" not in str(caught.value)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    "name", ["TokenRetrievalError", "LoginRefreshRequired", "SSOTokenLoadError", "NoAuthTokenError"]
+)
+def test_a_sign_in_that_is_over_is_refused_at_once(name: str) -> None:
+    error = getattr(botocore.exceptions, name)(provider="sso", error_msg="over", msg="over")
+    assert classify(error).kind == "refused"
+
+
+def test_an_object_in_an_archive_is_to_be_restored() -> None:
+    error = botocore.exceptions.ClientError(
+        {"Error": {"Code": "InvalidObjectState"}, "ResponseMetadata": {"HTTPStatusCode": 403}}, "GetObject"
+    )
+
+    def operation() -> None:
+        raise error
+
+    with pytest.raises(StoreFailure, match=r"s3://b/k: is in an archive of the store .*; restore it there"):
+        with_retries(operation, place="s3://b/k")
+
+
 def test_a_store_that_restarts_is_waited_for(
     store: Store, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -197,7 +250,10 @@ def test_a_read_is_one_request_and_a_list_one_a_thousand_keys(store: Store, prox
     assert [method for method, _ in proxy.requests] == ["GET"]
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET])
+@pytest.mark.parametrize(
+    "number",
+    [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EMFILE, errno.ENOTCONN, errno.EREMOTEIO],
+)
 def test_a_network_disk_that_stutters_is_tried_again(number: int) -> None:
     failures = [OSError(number, os.strerror(number))] * 2
 
@@ -209,6 +265,30 @@ def test_a_network_disk_that_stutters_is_tried_again(number: int) -> None:
     assert with_retries(operation, place="/mnt/nfs/x") == "done"
 
 
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EKEYEXPIRED, errno.EINVAL, errno.ENODEV, None])
+def test_any_other_error_of_a_disk_is_one_line_and_no_missing_object(number: int | None) -> None:
+    error = OSError("Failure") if number is None else OSError(number, os.strerror(number))
+
+    def operation() -> None:
+        raise error
+
+    what = "OSError" if number is None else errno.errorcode[number]
+    with pytest.raises(StoreFailure, match=rf"/mnt/nfs/x: the store or disk failed \({what}\)"):
+        with_retries(operation, place="/mnt/nfs/x")
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG])
+def test_what_is_said_of_a_name_passes_unchanged(number: int) -> None:
+    error = OSError(number, os.strerror(number))
+
+    def operation() -> None:
+        raise error
+
+    with pytest.raises(OSError) as caught:
+        with_retries(operation, place="/mnt/nfs/x")
+    assert caught.value is error
+
+
 def test_errors_of_google_storage_are_told_apart_by_status() -> None:
     class HttpError(Exception):  # as gcsfs.retry has it
         def __init__(self, code: int) -> None:
@@ -216,7 +296,7 @@ def test_errors_of_google_storage_are_told_apart_by_status() -> None:
 
     kinds = {code: classify(HttpError(code)).kind for code in (400, 403, 404, 408, 429, 500, 503)}
     assert kinds == {
-        400: "other", 403: "refused", 404: "other", 408: "transient", 429: "transient", 500: "transient",
+        400: "refused", 403: "refused", 404: "other", 408: "transient", 429: "transient", 500: "transient",
         503: "transient",
     }  # fmt: skip
 
@@ -234,26 +314,6 @@ def test_errors_of_azure_are_told_apart_by_status_and_code() -> None:
         (500, "InternalError"): "transient",
     }
     assert {case: classify(HttpResponseError(*case)).kind for case in cases} == cases
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[Callable[[], None]]:
-    """A disk of 2 MB at `folder`, full but for 64 KB; yields what frees it. Without root: a limit on file sizes."""
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode == 0:
-        ballast = folder / "ballast"
-        try:
-            ballast.write_bytes(bytes((2 << 20) - (64 << 10)))
-            yield lambda: ballast.unlink()
-        finally:
-            subprocess.run(["umount", folder], check=True)
-    else:
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, limits[1]))
-        try:
-            yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_full_disk_is_one_line_and_nothing_is_half_written(tmp_path: Path) -> None:

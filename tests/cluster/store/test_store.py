@@ -1,6 +1,7 @@
 """One storage layer, one behaviour: every rule holds on a local disk and on a real S3 store."""
 
 import http.server
+import importlib.util
 import json
 import logging
 import pickle
@@ -10,6 +11,7 @@ import tempfile
 import threading
 import uuid
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -17,7 +19,7 @@ import pytest
 from cluster.sources.corpus import read_corpus
 from cluster.store.paths import inside
 from cluster.store.store import Store, join, local_copy, open_store, read_uri
-from pcm.errors import InputError
+from pcm.errors import InputError, StoreFailure
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -200,6 +202,49 @@ def test_an_unknown_protocol_is_refused_in_one_line() -> None:
     with pytest.raises(InputError) as caught:
         open_store("nfs4://server/x")
     assert "nfs4" in str(caught.value) and "s3://" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///a/b", "s3://my bucket/x", "s3://my%20bucket/x"])
+def test_what_is_no_bucket_is_refused_before_it_is_asked_for(uri: str) -> None:
+    with pytest.raises(InputError, match=r"is no name of a bucket .*; give s3://BUCKET/NAME"):
+        open_store(uri)
+
+
+@pytest.mark.parametrize("given", ["abc", "-1", "nan"])
+def test_a_timeout_that_is_no_number_of_seconds_is_named(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PCM_STORE_TIMEOUT_SECONDS", given)
+    with pytest.raises(InputError, match=rf"^PCM_STORE_TIMEOUT_SECONDS {given}: must be a number of seconds"):
+        open_store("s3://bucket/x")
+
+
+def test_a_store_that_cannot_be_connected_to_at_once_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*uri: object, **options: object) -> None:
+        raise OSError("Unable to load libjvm\nand more")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", connect)
+    with pytest.raises(StoreFailure, match=r"^hdfs://host/x: cannot be opened \(Unable to load libjvm\); check"):
+        open_store("hdfs://host/x")
+
+
+def test_a_protocol_of_azure_names_the_package_that_it_needs() -> None:
+    if importlib.util.find_spec("adlfs") is not None:
+        pytest.skip("adlfs is installed")
+    for protocol in ("abfss", "abfs", "az"):
+        with pytest.raises(InputError, match=r"needs a package that is not installed .*\[azure\]"):
+            open_store(f"{protocol}://container/x")
+
+
+def test_below_one_object_of_azure_nothing_is_listed() -> None:
+    class OneBlob:
+        """Its `find` as adlfs has it, of a blob."""
+
+        protocol = ("abfs", "az", "abfss")
+
+        def find(self, path: str, detail: bool = False, **options: object) -> list[str]:
+            return [path]
+
+    fs: Any = OneBlob()
+    assert Store(root="abfs://c/v.parquet", fs=fs, prefix="c/v.parquet", _single=fs).list() == []
 
 
 def test_refused_credentials_are_never_shown(

@@ -1,5 +1,7 @@
 """A store that refuses or does not answer says nothing of what lies there: no damage, no bad picture, no absence."""
 
+import errno
+import os
 import socketserver
 import threading
 from collections.abc import Callable, Iterator
@@ -26,7 +28,7 @@ from tests.helpers.seaweedfs import S3Server
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 PICTURE = DATA / "cases" / "images" / "upright.jpe"
-FAULTS = [("AccessDenied", 403), ("SlowDown", 503)]
+FAULTS = [("AccessDenied", 403), ("SlowDown", 503), ("", 400)]
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,36 @@ def test_features_are_not_left_out(code: str, status: int, place: str, proxy: Fa
     proxy.fail("status", method="GET", path="a.npz", status=status, code=code)
     with pytest.raises(StoreFailure, match=code):
         given.read([0])
+
+
+def test_a_head_that_is_refused_without_a_reason_is_one_line(place: str, proxy: FaultyProxy) -> None:
+    """What S3 answers to a HEAD with a token that has expired: there is no body that could say so."""
+    store = open_store(place)
+    proxy.fail("status", method="HEAD", status=400, code="ExpiredToken")
+    for ask in (store.exists, store.size, store.open):
+        with pytest.raises(StoreFailure, match=r"/a.npz: access refused \(400\); .*\(a token may have expired\)"):
+            ask("a.npz")
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOTCONN, errno.ENOMEM, errno.EREMOTEIO, errno.EKEYEXPIRED])
+def test_a_picture_that_a_disk_does_not_give_is_not_missing(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PCM_STORE_RETRY_SECONDS", "0")
+    (tmp_path / "a.jpg").write_bytes(PICTURE.read_bytes())
+    references = tmp_path / "references.csv"
+    references.write_text("image,caption\na.jpg,a house\n")
+    pictures = load_picture_set(PictureSource(images=str(tmp_path), references=str(references)))
+    shards = PhotoShards.__new__(PhotoShards)
+    shards._files, shards._positions = find_pictures(str(tmp_path)), {0: 0}
+
+    def failing(*args: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("builtins.open", failing)
+    for read in (lambda: pictures.open(0), lambda: shards._read(0)):
+        with pytest.raises(StoreFailure, match=errno.errorcode[number]):
+            read()
 
 
 def test_a_picture_to_caption_is_not_said_to_be_missing(place: str, proxy: FaultyProxy) -> None:

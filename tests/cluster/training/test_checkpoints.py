@@ -4,6 +4,7 @@ import errno
 import json
 import resource
 import shutil
+import types
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cluster.store.temporary import named_temporary_folder
 from cluster.training import checkpoints
 from cluster.training.checkpoints import (
     OPTIMIZER_FILE,
+    STATE_FILE,
     Checkpoints,
     TrainingState,
     check_checkpoints,
@@ -28,6 +30,7 @@ from cluster.training.checkpoints import (
 from cluster.training.ray_trainer import CHECKPOINTS
 from pcm.captioners.captioner import MODEL_FILE
 from pcm.errors import InputError, StoreFailure
+from tests.helpers.small_disk import small_disk
 
 NAMES = ("epoch-001", "epoch-002")
 
@@ -93,7 +96,6 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     [
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
-        OSError(errno.ENOMEM, "Cannot allocate memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     ],
 )
@@ -102,6 +104,13 @@ def test_too_little_memory_is_no_damage(error: Exception, run: Checkpoints, monk
     with pytest.raises(type(error)) as caught:
         run.restore()
     assert caught.value is error and read == [NAMES[1]]
+
+
+def test_a_system_without_memory_is_no_damage(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = failing(monkeypatch, OSError(errno.ENOMEM, "Cannot allocate memory"))
+    with pytest.raises(StoreFailure, match=r"checkpoints/epoch-002: .*\(ENOMEM\)"):
+        run.restore()
+    assert read == [NAMES[1]]
 
 
 def test_a_store_that_refuses_is_named_and_no_older_checkpoint_is_taken(
@@ -117,6 +126,41 @@ def test_a_store_that_stutters_is_tried_again(run: Checkpoints, monkeypatch: pyt
     read = failing(monkeypatch, OSError(errno.EIO, "Input/output error"), TimeoutError())
     assert run.restore() == TrainingState(epoch=2, step=20)
     assert read == [NAMES[1]] * 3
+
+
+def test_a_checkpoint_that_the_disk_does_not_take_is_one_line_and_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whole in the next try."""
+    with small_disk(tmp_path / "disk") as free:
+        out = open_store(tmp_path / "disk" / "run")
+        out.write_bytes(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}", b"")
+        storage = types.SimpleNamespace(
+            storage_filesystem=None, build_checkpoint_path_from_name=lambda name: f"{out.prefix}/{CHECKPOINTS}/{name}"
+        )
+        monkeypatch.setattr(ray.train, "get_context", lambda: types.SimpleNamespace(get_storage=lambda: storage))
+        (tmp_path / "made").mkdir()
+        for name, size in ((STATE_FILE, 10), (OPTIMIZER_FILE, 100), ("weights.safetensors", 1 << 20)):
+            (tmp_path / "made" / name).write_bytes(bytes(size))
+        made = ray.train.Checkpoint.from_directory(tmp_path / "made")
+        run = object.__new__(Checkpoints)
+        run._out = out
+        with pytest.raises(StoreFailure, match=r"disk full at .*/epoch-001/weights.safetensors .*free space"):
+            run._put(made, NAMES[0])
+        assert out.list(f"{CHECKPOINTS}/epoch") == [f"{CHECKPOINTS}/epoch-001/{OPTIMIZER_FILE}"]
+        free()
+        assert run._put(made, NAMES[0]).path == f"{out.prefix}/{CHECKPOINTS}/{NAMES[0]}"
+        assert {path.name: path.stat().st_size for path in Path(out.path(f"{CHECKPOINTS}/{NAMES[0]}")).iterdir()} == {
+            path.name: path.stat().st_size for path in (tmp_path / "made").iterdir()
+        }
+
+
+def test_a_machine_that_does_not_see_the_run_writes_no_checkpoint_there(tmp_path: Path) -> None:
+    run = object.__new__(Checkpoints)
+    run._out = open_store(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="elsewhere: a folder of one machine, which node"):
+        run._put(ray.train.Checkpoint.from_directory(tmp_path), NAMES[0])
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize("bytes_free", [0, 1000, 3000])

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
-from ray.train import FailureConfig, ScalingConfig, WorkerGroupError
+from ray.train import ControllerError, FailureConfig, ScalingConfig, WorkerGroupError
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 
@@ -52,7 +52,7 @@ from cluster.weights.stage import stage
 from pcm.captioners.captioner import Captioner
 from pcm.captioners.interface import MODEL_FILE
 from pcm.clip.names import folder_revision
-from pcm.errors import InputError
+from pcm.errors import InputError, StoreFailure
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
 from tests.helpers.job_runs import JobRun
@@ -666,6 +666,13 @@ def test_an_error_of_the_users_is_not_tried_again() -> None:
         users = WorkerGroupError("failed", {1: error})
         assert policy.make_decision(users) == FailureDecision.RAISE and worker_input_error(users) is error
     assert policy.make_decision(WorkerGroupError("failed", {0: OSError("gone")})) == FailureDecision.RETRY
+
+
+def test_a_record_of_checkpoints_that_cannot_be_written_ends_in_one_line() -> None:
+    full = StoreFailure("disk full at checkpoints/record.json")
+    failed = ControllerError(full)
+    assert _FailurePolicy(FailureConfig(max_failures=3)).make_decision(failed) == FailureDecision.RAISE
+    assert worker_input_error(failed) is full
 
 
 def test_a_gpu_that_this_machine_lacks_is_one_line_before_ray(

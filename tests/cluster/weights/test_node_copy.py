@@ -1,6 +1,7 @@
 """Weights on a store: copied once to a machine, whole and as they were pinned, or not at all."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -53,6 +54,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv(CACHE_VARIABLE, str(folder))
     return folder
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_one_line(number: int, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    cache.mkdir()
+    said = rf"cache: its disk has no locks \({errno.errorcode[number]}\); .*{CACHE_VARIABLE}"
+    with pytest.raises(InputError, match=said), node_copy._locked(cache / "digits", "s3://bucket/model"):
+        pass
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import open_clip
 import transformers
 
 from pcm.clip.encoder import ClipEncoder
-from pcm.clip.names import folder_revision
+from pcm.clip.names import folder_revision, revision_here, whole_folder_revision
 from pcm.clip.truncation import count_tokens, truncation_check
 from pcm.clip.weights import tower_facts
 from pcm.errors import InputError
@@ -293,6 +293,24 @@ def test_a_folders_revision_is_its_content(tmp_path: Path) -> None:
     assert revision["a"] == revision["b"]
     assert len({revision[name] for name in "acd"}) == 3
     assert folder_revision(tmp_path / "a/x") == folder_revision(tmp_path / "b/x") != folder_revision(tmp_path / "d/x")
+
+
+def test_hidden_files_are_no_part_of_a_folders_revision_but_one_recorded_with_them_holds(tmp_path: Path) -> None:
+    folder = tmp_path / ".cache/clip"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(b"1")
+    (folder / "open_clip_config.json").write_text("{}")
+    plain = folder_revision(folder)
+    noted = folder / ".cache/huggingface/weights.metadata"
+    noted.parent.mkdir(parents=True)
+    noted.write_text("1764482535.1")
+    before = whole_folder_revision(folder)
+    assert folder_revision(folder) == plain != before == folder_revision(folder, before)
+    assert revision_here(str(folder), before) == before and revision_here(str(folder)) == plain
+    noted.write_text("1764482999.9")
+    assert folder_revision(folder, before) == plain
+    (folder / "weights").write_bytes(b"2")
+    assert folder_revision(folder, plain) != plain
 
 
 def test_pictures_are_opened_a_batch_ahead_and_in_order(encoder: ClipEncoder, images: list[Image.Image]) -> None:

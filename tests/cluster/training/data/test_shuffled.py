@@ -1,5 +1,7 @@
 """The order and completeness of training batches."""
 
+import errno
+import os
 import shutil
 import threading
 import weakref
@@ -209,6 +211,44 @@ def test_a_cached_shard_is_not_read_again_and_a_cache_without_room_is_done_witho
     (tmp_path / "file").write_text("no folder can be made here")
     full = ShardCache(tmp_path / "file").read_rows(store, rows.shards[0], rows.rows[0], features)
     np.testing.assert_array_equal(first.patch_features, full.patch_features)
+
+
+def test_a_cache_that_cannot_be_read_is_done_without(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, rows = open_store(dataset), everything(dataset)
+    features, cache = load_manifest(store).features, ShardCache(tmp_path / "cache")
+    first = cache.read_rows(store, rows.shards[0], rows.rows[0], features)
+    (place,) = (tmp_path / "cache/shards").iterdir()
+    umask = os.umask(0)
+    os.umask(umask)
+    assert place.stat().st_mode & 0o777 == 0o777 & ~umask, "others may read what the umask lets them"
+
+    def refused(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:  # another user's: root may read all
+        patched.setattr(Path, "read_text", refused)
+        without = cache.read_rows(store, rows.shards[0], rows.rows[0], features)
+    np.testing.assert_array_equal(first.patch_features, without.patch_features)
+    (place / "texts.json").unlink()  # a disk that is tidied
+    without = cache.read_rows(store, rows.shards[0], rows.rows[0], features)
+    np.testing.assert_array_equal(first.patch_features, without.patch_features)
+
+
+def test_a_shard_that_another_worker_caches_meanwhile_is_no_failure(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, rows = open_store(dataset), everything(dataset)
+    features, rename = load_manifest(store).features, os.rename
+
+    def second(source: Path, target: Path) -> None:
+        shutil.copytree(source, target)
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", second)
+    ShardCache(tmp_path / "cache").read_rows(store, rows.shards[0], rows.rows[0], features)
+    assert "not cached" not in caplog.text
 
 
 def test_batches_hold_the_stored_values(dataset: Path) -> None:
