@@ -75,6 +75,9 @@ VIEW_SCHEMA = pa.schema(
 )
 VIEW_SHARDS_KEY = b"shards"
 
+#: What the pictures of a shard may have together: the offsets of an Arrow column have 32 bits.
+MAX_SHARD_BYTES = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class FeatureShape:

@@ -24,6 +24,7 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.dataset.layout import UPGRADED_FROM, StoredShard, shard_number, stats_key
@@ -31,7 +32,7 @@ from cluster.dataset.view_part import OWN_COLUMNS, PictureShard, ViewPart
 from cluster.store.object_file import ObjectFile
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError, first_line
-from pcm.records import VIEW_SCHEMA, FeatureShape, feature_column, feature_matrix
+from pcm.records import MAX_SHARD_BYTES, VIEW_SCHEMA, FeatureShape, feature_column, feature_matrix
 
 COLUMNS = ("sample_id", "caption", "clip_score", "global_feature", "patch_features")
 _FEATURES = ("global_feature", "patch_features")
@@ -290,6 +291,8 @@ def part_columns(
         back = np.argsort(np.concatenate(places)) if places else np.zeros(0, np.int64)
         for name in others:
             chunks = [table[name] for table in parts]
+            if name == "image":
+                _check_picture_bytes(view, chunks)
             if name in _FEATURES:  # of any version, all of the newest now
                 found[name] = pa.chunked_array(
                     [feature_column(name, np.concatenate([feature_matrix(chunk) for chunk in chunks])[back])]
@@ -297,6 +300,16 @@ def part_columns(
             else:
                 found[name] = pa.chunked_array([each for chunk in chunks for each in chunk.chunks]).take(back)
     return pa.table({name: found[name] for name in columns})
+
+
+def _check_picture_bytes(view: Store, images: Sequence[pa.ChunkedArray]) -> None:
+    lengths = (pc.binary_length(pc.struct_field(each, "bytes")).cast(pa.int64()) for each in images)
+    num_bytes = sum(pc.sum(each).as_py() or 0 for each in lengths)
+    if num_bytes > MAX_SHARD_BYTES:
+        raise InputError(
+            f"{view.root}: the pictures of one of its shards have {num_bytes:,} bytes, at most {MAX_SHARD_BYTES:,} can "
+            "be read together; derive it from each of its sources alone, or from datasets with smaller shards"
+        )
 
 
 def _read_view_rows(

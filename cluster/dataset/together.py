@@ -13,13 +13,13 @@ import torch
 
 from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY, Manifest, StoredShard
 from cluster.dataset.rows import read_shard
-from cluster.dataset.vocabularies import MIN_WORD_COUNT, SMALL_CORPUS
+from cluster.dataset.vocabularies import least_count
 from cluster.dataset.vocabulary_files import stored_concepts
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 from pcm.text.concepts import ConceptVocabulary
-from pcm.text.vocabulary import Vocabulary
+from pcm.text.vocabulary import Vocabulary, count_words
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,8 @@ def vocabularies_of(sets: Sequence[Dataset], captions: Iterable[str], *, rows: i
     if len(sets) == 1:
         return Vocabularies(first.read_bytes(VOCABULARY_KEY), first.read_bytes(CONCEPTS_KEY), head)
     concepts = [stored_concepts(each.store) for each in sets]
-    vocabulary = Vocabulary.build(captions, min_count=MIN_WORD_COUNT if rows >= SMALL_CORPUS else 1)
+    words = count_words(captions)
+    vocabulary = Vocabulary.of_counts(words, min_count=least_count(words, rows))
     merged = merged_concepts(concepts)
     log.info("%d datasets: %d words, %d concepts in common", len(sets), len(vocabulary), len(merged))
     return Vocabularies(vocabulary.to_text().encode(), merged.to_bytes(), head)

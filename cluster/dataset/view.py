@@ -34,6 +34,7 @@ from cluster.dataset.layout import (
     VIEW_VERSION,
     VOCABULARY_KEY,
     Manifest,
+    StoredShard,
     find_manifest,
     parquet_bytes,
     read_plan_part,
@@ -54,7 +55,7 @@ from pcm.documents import document_bytes
 from pcm.errors import InputError, OneLineError
 from pcm.generation.names import SEVERAL
 from pcm.line_timer import LineTimer
-from pcm.records import SCHEMA_VERSION, STORED, VIEW_SCHEMA, FeatureShape, shard_schema
+from pcm.records import MAX_SHARD_BYTES, SCHEMA_VERSION, STORED, VIEW_SCHEMA, FeatureShape, shard_schema
 from pcm.spec import GeneratorSpec
 
 log = logging.getLogger(__name__)
@@ -173,9 +174,9 @@ def write_view(
     places = [(out, LINEAGE_KEY), *(place for each in sources for place in each.places)]
     work = shard_work(run_on, samples=len(rows), places=places, threads=_THREADS)
     placed = _Placed.of(sources, rows, work)
-    view = ViewParts(placed.table, placed.shards, shard_rows)
-    pictures = [store.path for store in placed.stores]
     features = sources[0].manifest.features if materialise else None
+    view = ViewParts(placed.table, placed.shards, shard_rows, features)
+    pictures = [store.path for store in placed.stores]
     shards = _write_parts(view, _PartWriter(out, tuple(pictures), features), work)
     _write_vocabularies(out, sources[:1] if same_words else sources, rows)
     manifest = replace(_manifest(out, sources, placed, shards, lineage), **(made_by or {}))
@@ -430,22 +431,33 @@ def read_corpus_ids(source: OpenDataset, shard: int) -> list[str]:
 class ViewParts:
     """Rows cut into a view's shards: whole shards of pictures, up to `shard_rows` rows (None: as many as the largest of
     them has, so that reading one takes as much memory). Only where half as many again show pictures of one shard, its
-    rows are cut, evenly."""
+    rows are cut, evenly. features: of a view that gets its pictures, no more of them than a shard can hold."""
 
-    def __init__(self, table: pa.Table, shards: Sequence[PictureShard], shard_rows: int | None) -> None:
+    def __init__(
+        self,
+        table: pa.Table,
+        shards: Sequence[PictureShard],
+        shard_rows: int | None,
+        features: FeatureShape | None = None,
+    ) -> None:
         if shard_rows is None:
             shard_rows = max((shard.stored.rows for shard in shards), default=1)
         self._table, self._shards = table, shards
         where = table["shard"].to_numpy()
         ends = [*np.flatnonzero(np.diff(where)) + 1, len(where)] if len(where) else []
         self._cuts: list[int] = [0]
+        num_bytes = 0  # of the pictures since the last cut
         for start, end in itertools.pairwise([0, *map(int, ends)]):
             limit = max(shard_rows, shards[where[start]].stored.rows)
-            if start > self._cuts[-1] and end - self._cuts[-1] > limit:
+            more = (end - start) * _picture_bytes(shards[where[start]].stored, features)
+            num_bytes += more
+            if start > self._cuts[-1] and (end - self._cuts[-1] > limit or num_bytes > MAX_SHARD_BYTES):
                 self._cuts.append(start)
+                num_bytes = more
             if end - start > 1.5 * limit:
                 pieces = -(-(end - start) // limit)
                 self._cuts += [start + (end - start) * piece // pieces for piece in range(1, pieces)]
+                num_bytes = more // pieces
         if len(where):
             self._cuts.append(len(where))
 
@@ -459,6 +471,11 @@ class ViewParts:
         shards = tuple(self._shards[place] for place in used)
         columns = {name: rows[name] for name in rows.column_names} | {"shard": pa.array(numbers, pa.int32())}
         return ViewPart(part_table(columns, shards), shards)
+
+
+def _picture_bytes(shard: StoredShard, features: FeatureShape | None) -> int:
+    """Of a picture of a shard, about; 0 for a view without pictures."""
+    return max(0, shard.bytes // max(shard.rows, 1) - features.bytes_per_row) if features else 0
 
 
 @dataclass(frozen=True)

@@ -95,21 +95,20 @@ def store_vocabularies(
     has no such task: its first generator does this on the device that it has. `words`: those that were counted before.
     Raises InputError where they were imported, and where concepts that a user gave are not there any more.
     """
-    min_count = _min_count(plan)
     if not vocabularies_stored(store, plan):
         refuse_rebuilding(store, plan)
         intact = intact_vocabularies(store, plan)
         words = words or count_corpus_words(store, plan, run_on=AUTO if encoder is None else PROCESS)
         if VOCABULARY_KEY not in intact:
             store.write_bytes(VOCABULARY_KEY, words.vocabulary.to_text().encode())
-            log.info("vocabulary: %d words with at least %d occurrences", len(words.vocabulary), min_count)
+            log.info("vocabulary: %d words with at least %d occurrences", len(words.vocabulary), words.min_count)
         if encoder is not None:
             _store_clip_files(store, plan, words, encoder)
         elif not intact >= set(vocabulary_keys(plan)) - {VOCABULARY_KEY}:
             run_with_clip(_load_and_store_clip_files, store, plan, words, clip=plan.spec.clip, node_label=node_label)
         keys = vocabulary_keys(plan)
         digests = {key: hashlib.sha256(store.read_bytes(key)).hexdigest() for key in keys}
-        said = {"corpus_fingerprint": plan.corpus_fingerprint, "min_count": min_count, "sha256": digests}
+        said = {"corpus_fingerprint": plan.corpus_fingerprint, "min_count": words.min_count, "sha256": digests}
         store.write_bytes(VOCABULARIES_KEY, document_bytes(said))
     return stored_features(store, plan)
 
@@ -145,11 +144,13 @@ class ConceptsOfShard:
 class CorpusWords:
     """What the captions of a plan say.
 
+    min_count: how often a word, and a noun, occurs at least.
     nouns: of the concepts, most frequent first, what found them and which versions of it; none where the dataset needs
     none.
     """
 
     vocabulary: Vocabulary
+    min_count: int
     nouns: tuple[str, ...]
     noun_source: str
     noun_versions: dict[str, str]
@@ -158,7 +159,7 @@ class CorpusWords:
 def count_corpus_words(store: Store, plan: Plan, *, run_on: str) -> CorpusWords:
     """Count words and nouns of the planned captions; `run_on`: one of cluster.shard_work.RUN_ON, to the same result.
 
-    Raises InputError where no word is frequent enough.
+    Raises InputError where the captions have no word at all.
     """
     has_concepts = store.exists(GIVEN_CONCEPTS_KEY) or CONCEPTS_KEY in intact_vocabularies(store, plan)
     needs_nouns = plan.spec.clip.model != "null" and not has_concepts
@@ -175,10 +176,19 @@ def count_corpus_words(store: Store, plan: Plan, *, run_on: str) -> CorpusWords:
         if timer.due():
             left = (len(parts) - done) * timer.elapsed / done
             log.info("words of %d of %d plan parts counted, %.0f s left", parts[done - 1].stop, plan.num_shards, left)
+    min_count = least_count(words, plan.records)
+    if min_count < MIN_WORD_COUNT and plan.records >= SMALL_CORPUS:
+        log.warning(
+            "no word occurs %d times or more, so all %d different words are kept "
+            "(a caption without spaces is one word)",
+            MIN_WORD_COUNT,
+            len(words),
+        )
     return CorpusWords(
-        Vocabulary.of_counts(words, min_count=_min_count(plan)),
+        Vocabulary.of_counts(words, min_count=min_count),
+        min_count,
         # A corpus of few nouns can be generated all the same; training says so when it needs more of them.
-        frequent_nouns(nouns, CONCEPTS, min_count=_min_count(plan)),
+        frequent_nouns(nouns, CONCEPTS, min_count=min_count),
         noun_finder(finder)[0] if finder else "",
         noun_versions(finder) if finder else {},
     )
@@ -203,8 +213,14 @@ def _finder(nouns: str) -> Callable[[Iterable[str]], Iterable[str]]:
     return noun_finder(nouns)[1]
 
 
-def _min_count(plan: Plan) -> int:
-    return MIN_WORD_COUNT if plan.records >= SMALL_CORPUS else 1
+def least_count(words: Counter[str], captions: int) -> int:
+    """How often a word must occur to be in the vocabulary of so many captions.
+
+    Where no word is frequent each counts, or nothing would be left: captions written without spaces, such as Chinese
+    or Japanese ones, are each one word.
+    """
+    frequent = max(words.values(), default=0) >= MIN_WORD_COUNT
+    return MIN_WORD_COUNT if captions >= SMALL_CORPUS and frequent else 1
 
 
 def store_given_concepts(store: Store, concepts: ConceptVocabulary) -> None:

@@ -41,10 +41,9 @@ from cluster.dataset.opened import OpenDataset
 from cluster.dataset.view import begun_settings, claim, lineage_source, open_source, view_fingerprint
 from cluster.dataset.vocabularies import (
     CONCEPTS,
-    MIN_WORD_COUNT,
-    SMALL_CORPUS,
     clip_head_bytes,
     features_of_head,
+    least_count,
     run_with_clip,
 )
 from cluster.dataset.vocabulary_files import stored_concepts
@@ -74,7 +73,7 @@ from pcm.reasons import CLIP_ERROR
 from pcm.records import SCHEMA_VERSION
 from pcm.spec import ClipSpec
 from pcm.text.concepts import ConceptVocabulary, embed
-from pcm.text.vocabulary import Vocabulary
+from pcm.text.vocabulary import Vocabulary, count_words
 
 if TYPE_CHECKING:
     from pcm.clip.encoder import ClipEncoder
@@ -338,8 +337,8 @@ def store_vocabularies_of(source: Store, out: Store, spec: ClipSpec, concepts: C
         words = source.read_bytes(VOCABULARY_KEY)
     else:
         captions = _captions(out)
-        least = MIN_WORD_COUNT if len(captions) >= SMALL_CORPUS else 1
-        words = Vocabulary.build(captions, min_count=least).to_text().encode()
+        counts = count_words(captions)
+        words = Vocabulary.of_counts(counts, min_count=least_count(counts, len(captions))).to_text().encode()
     out.write_bytes(VOCABULARY_KEY, words)
     out.write_bytes(CONCEPTS_KEY, (concepts or _concepts(source, out, encoder)).to_bytes())
     out.write_bytes(CLIP_HEAD_KEY, clip_head_bytes(encoder, spec.model))
@@ -350,7 +349,7 @@ def _concepts(source: Store, out: Store, encoder: "ClipEncoder") -> ConceptVocab
         found = stored_concepts(source)
         return ConceptVocabulary(found.names, embed(found.names, encoder.encode_texts), found.source)
     captions = _captions(out)
-    least = MIN_WORD_COUNT if len(captions) >= SMALL_CORPUS else 1
+    least = least_count(count_words(captions), len(captions))
     return ConceptVocabulary.build(captions, encoder, size=CONCEPTS, at_least=0, min_count=least)
 
 

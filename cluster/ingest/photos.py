@@ -33,7 +33,7 @@ from cluster.generation.pinning import clip_spec, joint_dimensions, resolve_devi
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.stages.draw import DRAWN_SCHEMA
 from cluster.generation.stages.featurise import FeaturiseShard
-from cluster.generation.stages.shard_row import ShardRow
+from cluster.generation.stages.shard_row import ShardRow, check_picture_bytes
 from cluster.generation.stages.write import WriteShard
 from cluster.ingest.request import FeaturiseRequest
 from cluster.ingest.shards import check_gpu, counts, import_shards, picture_size, sample_row, undrawn
@@ -52,9 +52,6 @@ from pcm.spec import ClipSpec, DatasetSpec
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-#: What an Arrow column of photos may hold; more needs smaller shards.
-MAX_SHARD_BYTES = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -274,11 +271,7 @@ class PhotoShards:
             else:
                 rows.append(sample_row(row, row["reason"], b"", (0, 0)))
             num_bytes += len(rows[-1]["image"])
-        if num_bytes > MAX_SHARD_BYTES:
-            raise InputError(
-                f"shard {shard}: its photos are {num_bytes:,} bytes, at most {MAX_SHARD_BYTES:,} fit; "
-                "give a smaller --shard-size and another --out"
-            )
+        check_picture_bytes(num_bytes, shard, pictures="photos (each once a caption)")
         samples = pa.Table.from_pylist(rows, schema=DRAWN_SCHEMA)
         samples = samples.append_column("photo", pa.array(photos, pa.int64()))
         return samples.append_column("record", pa.array([row["record_index"] for row in planned], pa.int64()))

@@ -35,7 +35,7 @@ from cluster.generation.pinning import clip_of_given_features, clip_spec, resolv
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.stages.draw import DRAWN_SCHEMA
 from cluster.generation.stages.featurise import FeaturiseShard
-from cluster.generation.stages.shard_row import ShardRow
+from cluster.generation.stages.shard_row import ShardRow, check_picture_bytes
 from cluster.generation.stages.write import IMAGE_PATH, WriteShard
 from cluster.ingest.request import ImportRequest
 from cluster.ingest.shards import check_gpu, counts, import_shards, picture_size, sample_row, undrawn
@@ -333,6 +333,7 @@ class ShardImporter:
             self._row(row, patches=patches[number], image=images[number], score=scores[number])
             for number, row in enumerate(rows)
         ]
+        check_picture_bytes(sum(len(row["image"]) for row in read), shard)
         paths = pa.array([row.pop(IMAGE_PATH) for row in read], pa.string())
         samples = pa.Table.from_pylist(read, schema=DRAWN_SCHEMA)
         read_at = time.monotonic()

@@ -131,7 +131,10 @@ class TrainConfig:
         Both at once, because a setting may fit these sizes alone. Raises InputError where one does not fit them.
         """
         sizes = {"vocab_size": vocab_size, "num_concepts": num_concepts, **dataclasses.asdict(features)}
-        return self._replaced(overrides or {}, sizes)
+        found = self._replaced(overrides or {}, sizes)
+        fits = found.validation_beam_size <= vocab_size  # else the first epoch would end with it
+        _check(found, "validation_beam_size", fits, f"at most the size of the vocabulary, {vocab_size}")
+        return found
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
         """This config with some fields replaced, the network's by their plain names: {"top_concepts": 3}.

@@ -18,7 +18,7 @@ from cluster.training.data.selection import Ranks, RowFilter, holdout_share, sel
 from cluster.training.data.shard_cache import ShardCache
 from cluster.training.data.shuffled import Part, ShardLoader
 from cluster.training.run_spec import RunSpec
-from cluster.training.validation import LEAST_PICTURES, ValidationShare, held_out_share, picture_share
+from cluster.training.validation import LEAST_CAPTIONS, LEAST_PICTURES, ValidationShare, held_out_share, picture_share
 from cluster.weights.node_copy import local_name
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
@@ -69,6 +69,12 @@ class TrainingData:
                     f"validation: of {stored} pairs, holdout_fraction={run.config.holdout_fraction:g} leaves "
                     f"{count or 'none'} to choose the best epoch on, where {LEAST_PICTURES} are needed; give "
                     "--val-images, or --set holdout_fraction=0.5, more pairs or another --seed"
+                )
+            if len(frozenset().union(*(each.captions for each in held_out))) < LEAST_CAPTIONS:
+                raise InputError(
+                    f"validation: all {count} pairs that holdout_fraction={run.config.holdout_fraction:g} leaves to "
+                    "choose the best epoch on are of one caption, and their CIDEr is 0 whatever a model says; give "
+                    "--val-images, or --set holdout_fraction=0.5, more captions or another --seed"
                 )
             pairs = [(each.store, rows) for each, rows in zip(sets, held_out, strict=True)]
             # While the first epoch trains: of a large dataset they lie in up to a thousand shards.
@@ -143,14 +149,21 @@ class TrainingData:
         return arriving.batches(start_step=start_step)
 
     def _check_pictures(self, share: ValidationShare, images: str) -> None:
-        """Raises InputError, on every worker, where fewer pictures can be read than the best epoch is chosen by."""
-        shares = self._gather((len(share.references), share.unreadable))
-        count = sum(readable for readable, _ in shares)
+        """Raises InputError, on every worker, where fewer pictures can be read than the best epoch is chosen by, or
+        where all have the same references."""
+        different = list({frozenset(texts) for texts in share.references.values()})[:LEAST_CAPTIONS]
+        shares = self._gather((len(share.references), share.unreadable, different))
+        count = sum(readable for readable, *_ in shares)
         if count < LEAST_PICTURES:
-            why = next((line for _, unreadable in shares for line in unreadable.values()), "it has no others")
+            why = next((line for _, unreadable, _ in shares for line in unreadable.values()), "it has no others")
             raise InputError(
                 f"--val-images {images}: {count or 'none'} of its pictures can be read, where {LEAST_PICTURES} are "
                 f"needed to choose the best epoch ({why}); give more pictures with references"
+            )
+        if len({texts for *_, some in shares for texts in some}) < LEAST_CAPTIONS:
+            raise InputError(
+                f"--val-images {images}: all {count} pictures have the same references, and their CIDEr is 0 whatever "
+                "a model says; give pictures with references of their own"
             )
 
     def _gather(self, value: Any) -> list[Any]:

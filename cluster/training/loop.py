@@ -33,6 +33,9 @@ from pcm.model_faults import is_out_of_memory
 GPU_CHECK_STEPS = 50
 GPU_CHECK_BYTES = 512 * 2**20
 
+#: Of the batch whose loss is not finite: it may be thousands.
+_SAMPLES_NAMED = 3
+
 
 class NonFiniteLoss(Exception):
     """The loss became NaN or infinite; the message names the step and the rows."""
@@ -187,7 +190,9 @@ def _stop(worker: TrainWorker, batch: Batch, loss: float) -> None:
     if damaged := [place for _, share in shares for place in share]:
         raise not_finite_error(damaged)
     sample_ids = [sample_id for share, _ in shares for sample_id in share if sample_id]
+    others = len(sample_ids) - _SAMPLES_NAMED
+    more = f" and {others:,} others" if others > 0 else ""
     raise NonFiniteLoss(
         f"loss is {loss} in epoch {batch.epoch + 1}, step {batch.step + 1}, at the batch of samples "
-        f"{', '.join(sample_ids)}, whose features are finite; lower lr_factor"
+        f"{', '.join(sample_ids[:_SAMPLES_NAMED])}{more}, whose features are finite; lower lr_factor"
     )

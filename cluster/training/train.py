@@ -280,13 +280,22 @@ def _config_for(
             name, features.embed_dim, features.patch_dim, features.num_patches,
         )  # fmt: skip
         config = preset(name)
-    return _fitted(config, request.settings, sets, vocabularies)
+    concepts = request.concepts or f"the captions of {', '.join(each.store.root for each in sets)}"
+    return _fitted(config, request.settings, sets, vocabularies, concepts_of=concepts)
 
 
 def _fitted(
-    config: TrainConfig, overrides: Mapping[str, Any], sets: Sequence[TrainingSet], vocabularies: Vocabularies
+    config: TrainConfig,
+    overrides: Mapping[str, Any],
+    sets: Sequence[TrainingSet],
+    vocabularies: Vocabularies,
+    *,
+    concepts_of: str,
 ) -> TrainConfig:
-    """`config` with the overrides and the sizes of the data. Raises InputError when its parts do not fit together."""
+    """`config` with the overrides and the sizes of the data. Raises InputError when its parts do not fit together.
+
+    concepts_of: where the concepts come from.
+    """
     features = sets[0].manifest.features
     concepts = ConceptVocabulary.from_bytes(vocabularies.concepts)
     head = safetensors.torch.load(vocabularies.clip_head)
@@ -303,6 +312,13 @@ def _fitted(
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise InputError(f"{sets[0].store.root}: feature sizes (D_v, D) differ: {found}; generate the dataset again")
+    wanted, there = overrides.get("top_concepts", config.model.top_concepts), len(concepts)
+    if isinstance(wanted, int) and there < wanted:
+        fewer = f"--set top_concepts={there}, " if there else ""
+        raise InputError(
+            f"top_concepts {wanted}: {concepts_of} gave {there or 'no'} concepts ({concepts.source}); give {fewer}"
+            "--concepts FILE with more of them, or data that jobs.generate has made with --nouns MODEL"
+        )
     vocabulary = Vocabulary.from_text(vocabularies.words.decode())
     return config.for_dataset(
         vocab_size=len(vocabulary), features=features, num_concepts=len(concepts.names), overrides=overrides

@@ -21,8 +21,9 @@ from pcm.text.vocabulary import Vocabulary
 
 #: Shards that one worker reads at a time, beside those that it trains on.
 _READ_THREADS = 4
-#: Of one picture CIDEr is 0, whatever its caption: every word is in all references.
-LEAST_PICTURES = 2
+#: Of one picture CIDEr is 0, whatever its caption: every word is in all references. So it is of several pictures that
+#: have the same references.
+LEAST_PICTURES = LEAST_CAPTIONS = 2
 
 
 @dataclass(frozen=True)

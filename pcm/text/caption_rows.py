@@ -123,12 +123,26 @@ def lines_of(stream: BinaryIO) -> Iterator[str]:
 def raw_lines(stream: BinaryIO) -> Iterator[str]:
     """The lines of a file, their ends with them; one that is longer than MAX_LINE_BYTES is cut there."""
     first = stream.readline(MAX_LINE_BYTES)
-    if b"\r" in first and not first.endswith(b"\n") and len(first) < MAX_LINE_BYTES:  # as classic Macs wrote
-        yield from decode(first.removeprefix(b"\xef\xbb\xbf")).split("\r")
+    if b"\r" in first and not first.endswith(b"\n"):  # as classic Macs wrote
+        yield from map(decode, _between_returns(first.removeprefix(b"\xef\xbb\xbf"), stream))
         return
     yield decode(_whole(first, stream).removeprefix(b"\xef\xbb\xbf"))
     while line := stream.readline(MAX_LINE_BYTES):
         yield decode(_whole(line, stream))
+
+
+def _between_returns(piece: bytes, stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a stream that began with `piece`, without the carriage returns, or later line feeds, that end them;
+    one that is longer than MAX_LINE_BYTES is cut there."""
+    line = b""
+    while piece:
+        first, *others = piece.replace(b"\n", b"\r").split(b"\r")
+        line = (line + first)[:MAX_LINE_BYTES]
+        for other in others:
+            yield line
+            line = other
+        piece = stream.read(MAX_LINE_BYTES)
+    yield line
 
 
 def _whole(line: bytes, stream: BinaryIO) -> bytes:

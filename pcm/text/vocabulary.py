@@ -79,6 +79,8 @@ class Vocabulary:
     def of_counts(cls, counts: Counter[str], *, min_count: int) -> Vocabulary:
         """`build` where the words are counted."""
         words = sorted((word for word, n in counts.items() if n >= min_count), key=lambda word: (-counts[word], word))
+        if not counts:
+            raise InputError("the captions have no word, only punctuation; give captions with words")
         if not words:
             raise InputError(
                 f"no word occurs {min_count} times or more among {len(counts)} different words; "

@@ -220,9 +220,10 @@ def test_what_cannot_be_used_is_refused_in_one_line(featurise, world, tmp_path, 
     for said, changed in {"clip.revision": {"clip": other}, "shard_size: 7 -> 8": {"shard_size": 8}}.items():
         done = featurise(tmp_path / "out", limit=2, **changed)
         assert done.returncode == 2 and said in done.stderr
-    monkeypatch.setattr("cluster.ingest.photos.MAX_SHARD_BYTES", 1000)
+    monkeypatch.setattr("cluster.generation.stages.shard_row.MAX_SHARD_BYTES", 1000)
     done = featurise(tmp_path / "huge")
-    assert done.returncode == 2 and "give a smaller --shard-size" in done.stderr
+    assert done.returncode == 2 and "its photos (each once a caption) have" in done.stderr
+    assert "give a smaller --shard-size" in done.stderr
 
 
 def test_a_photo_is_not_drawn_again(featurise, tmp_path, call_job):

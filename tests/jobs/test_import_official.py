@@ -446,7 +446,9 @@ class Command:
         return os.system, (f"touch {self.target}",)
 
 
-def test_what_cannot_be_imported_is_one_clear_line_and_nothing_is_executed(published, tmp_path, tiny_clip, call_job):
+def test_what_cannot_be_imported_is_one_clear_line_and_nothing_is_executed(
+    published, tmp_path, tiny_clip, call_job, monkeypatch
+):
     victim = tmp_path / "executed"
     evil, words = tmp_path / "evil.pickle", tmp_path / "words.txt"
     evil.write_bytes(pickle.dumps([{"image_id": Command(victim)}]))
@@ -471,6 +473,9 @@ def test_what_cannot_be_imported_is_one_clear_line_and_nothing_is_executed(publi
         result = call_job("import_official", *arguments(published, tmp_path / "out", tiny_clip, **changed))
         assert result.returncode == 2 and message in result.stderr, (changed, result)
         assert len(result.stderr.strip().splitlines()[-1:]) == 1
+    monkeypatch.setattr("cluster.generation.stages.shard_row.MAX_SHARD_BYTES", 1000)
+    result = call_job("import_official", *arguments(published, tmp_path / "huge", tiny_clip))
+    assert result.returncode == 2 and "at most 1,000 fit; give a smaller --shard-size" in result.stderr
     assert not victim.exists()
 
 

@@ -47,13 +47,13 @@ def nearest(queries: np.ndarray, parts: Iterable[np.ndarray], k: int, *, device:
     """
     whole_float32()
     given = _on(queries, device)  # (B, D)
-    best = _Best.empty(len(given), device)
+    best = _Best.unknown(len(given), k, device)
     seen = 0
     for part in parts:
         numbers = torch.arange(seen, seen + len(part), device=device)
         best = _looked_through(best, given, _on(part, device), numbers, k)
         seen += len(part)
-    return Nearest(best.indices.cpu().numpy(), best.cosines.cpu().numpy())
+    return Nearest(best.indices[:, :seen].cpu().numpy(), best.cosines[:, :seen].cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,13 @@ def pair_cosines(queries: np.ndarray, parts: Iterable[np.ndarray], wanted: np.nd
 
 @dataclass(frozen=True)
 class _Best:
-    """The best so far of every query, as many of each, in order."""
+    """The best so far of every query, in order; -1 and minus infinity where fewer than k were seen.
 
-    indices: torch.Tensor  # (B, m) int64
-    cosines: torch.Tensor  # (B, m) float64
+    Every query has k places at any time: where a tile is looked at in pieces, one query may find more than another.
+    """
 
-    @staticmethod
-    def empty(rows: int, device: str) -> "_Best":
-        return _Best(
-            torch.zeros((rows, 0), dtype=torch.int64, device=device),
-            torch.zeros((rows, 0), dtype=torch.float64, device=device),
-        )
+    indices: torch.Tensor  # (B, k) int64
+    cosines: torch.Tensor  # (B, k) float64
 
     @staticmethod
     def unknown(rows: int, k: int, device: str) -> "_Best":
@@ -156,10 +152,11 @@ def _product_error(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def _floor(products: torch.Tensor, best: _Best, k: int, error: float) -> torch.Tensor:
     """(B, 1): a product below it is certainly not among the k best. One unit beside, for the rounding."""
-    if best.indices.shape[1] < k:
-        return _own_floor(products, k, error)
     floor = best.cosines[:, -1:].float() - (error + 2 * UNIT)
-    if bool((unknown := floor[:, 0].isneginf()).any()):  # fewer than k were seen
+    unknown = floor[:, 0].isneginf()  # fewer than k were seen
+    if bool(unknown.all()):  # without a copy of the products
+        return _own_floor(products, k, error)
+    if bool(unknown.any()):
         floor[unknown] = _own_floor(products[unknown], k, error)
     return floor
 
@@ -191,8 +188,8 @@ def _merged(
 
 def _sorted(best: _Best, rows: torch.Tensor, indices: torch.Tensor, cosines: torch.Tensor, k: int) -> _Best:
     """The k best of those so far and of others."""
-    count, held = best.indices.shape
-    of_row = torch.arange(count, device=rows.device).repeat_interleave(held)
+    count = len(best.indices)
+    of_row = torch.arange(count, device=rows.device).repeat_interleave(k)
     rows = torch.cat([of_row, rows])
     indices = torch.cat([best.indices.reshape(-1), indices])
     cosines = torch.cat([best.cosines.reshape(-1), cosines])
@@ -204,8 +201,7 @@ def _sorted(best: _Best, rows: torch.Tensor, indices: torch.Tensor, cosines: tor
     starts = of_each.cumsum(0) - of_each
     rank = torch.arange(len(rows), device=rows.device) - starts[rows[order]]
     kept = order[rank < k]
-    shape = (count, len(kept) // max(count, 1))
-    return _Best(indices[kept].reshape(shape), cosines[kept].reshape(shape))
+    return _Best(indices[kept].reshape(count, k), cosines[kept].reshape(count, k))
 
 
 def _cosines(one: torch.Tensor, other: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from cluster.dataset.layout import read_plan_part
 from cluster.dataset.plan import sample_id
 from cluster.generation.environment import DRAWN_IN, environment, store_environment
 from cluster.generation.stages.merge import to_retry
-from cluster.generation.stages.shard_row import ShardRow
+from cluster.generation.stages.shard_row import ShardRow, check_picture_bytes, picture_bytes
 from cluster.gpu_share import keep_to_gpu_share
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
@@ -68,6 +68,7 @@ class DrawShard:
         drawn = self.draw(to_retry(self._store, shard, planned, self._retry) if self._retry else planned)
         if self._guard:
             self._guard.end_shard()
+        check_picture_bytes(picture_bytes(drawn["image"]), shard)  # before they are scored
         stats: dict = {"start_time": started, "draw_seconds": time.time() - started}
         if self._retry:
             stats["retry"] = sorted(self._retry)

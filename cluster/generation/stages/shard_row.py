@@ -9,11 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+
+from pcm.errors import InputError
+from pcm.records import MAX_SHARD_BYTES
 
 #: Errors that a shard's stats keep.
 ERRORS_KEPT = 3
 
-#: What travels between stages. large_binary: a shard of pictures and features may exceed 2 GB.
+#: What travels between stages. large_binary: pictures and features of a shard together may exceed 2 GB.
 SHARD_ROW_SCHEMA = pa.schema(
     [("shard", pa.int64()), ("payload", pa.large_binary()), ("stats", pa.string()), ("turn", pa.int64())]
 )
@@ -49,3 +53,16 @@ class ShardRow:
             samples = reader.read_all()
         shard, stats, turn = (block[name][0].as_py() for name in ("shard", "stats", "turn"))
         return ShardRow(shard, samples, json.loads(stats), turn)
+
+
+def check_picture_bytes(num_bytes: int, shard: int, *, pictures: str = "pictures") -> None:
+    """Raises InputError where the pictures of a shard have more bytes than it can hold."""
+    if num_bytes > MAX_SHARD_BYTES:
+        raise InputError(
+            f"shard {shard}: its {pictures} have {num_bytes:,} bytes, at most {MAX_SHARD_BYTES:,} fit; "
+            "give a smaller --shard-size and another --out"
+        )
+
+
+def picture_bytes(pictures: pa.ChunkedArray) -> int:
+    return pc.sum(pc.binary_length(pictures).cast(pa.int64())).as_py() or 0

@@ -15,7 +15,7 @@ from cluster.dataset.layout import parquet_bytes, shard_key, stats_key
 from cluster.dataset.row_index import index_text
 from cluster.generation.stages.asking import ask
 from cluster.generation.stages.merge import drawn_before, merge_retried, replace_shard, store_quarantine
-from cluster.generation.stages.shard_row import ShardRow
+from cluster.generation.stages.shard_row import ShardRow, check_picture_bytes, picture_bytes
 from cluster.store.store import Store
 from pcm.documents import document_bytes
 from pcm.images import FORMAT_BYTES, image_ending
@@ -59,11 +59,14 @@ class WriteShard:
         return pa.table({"stats": [json.dumps(self.write(row))]}, schema=STORED_SCHEMA)
 
     def write(self, row: ShardRow) -> dict:
+        """The stats of the shard. Raises InputError where its pictures are too many bytes."""
         started = time.time()
+        check_picture_bytes(picture_bytes(row.samples["image"]), row.shard)
         stored, quarantined = split_samples(row.samples)
         retry = row.stats.get("retry", [])
         if retry:
             stored, quarantined = merge_retried(self._store, row.shard, stored, quarantined, retry)
+            check_picture_bytes(picture_bytes(pc.struct_field(stored["image"], "bytes")), row.shard)
         shard_data = parquet_bytes(in_version(stored, feature_shape(stored.schema), self._version))
         encoded_at = time.time()
         stats = _shard_stats(row, stored, quarantined, shard_data)

@@ -28,11 +28,13 @@ class Selection:
     """Which rows of which shards are read: `rows[i]` are the ascending row numbers used of `shards[i]`.
 
     weights: how often each of these rows comes in an epoch; None: once.
+    captions: of held-out rows the digests of two of their captions, or of the only one.
     """
 
     shards: Sequence[StoredShard]
     rows: Sequence[np.ndarray]
     weights: Sequence[np.ndarray] | None = None
+    captions: frozenset[int] = frozenset()
 
     @cached_property
     def sizes(self) -> np.ndarray:
@@ -172,7 +174,7 @@ def select_rows(
     )
     return (
         Selection(shards, PackedRows(training, sizes), Ragged(weights, counts) if is_weighted else None),
-        Selection(shards, PackedRows(held_out, sizes)),
+        Selection(shards, PackedRows(held_out, sizes), captions=frozenset().union(*(each.captions for each in found))),
     )
 
 
@@ -184,10 +186,12 @@ class _Chosen:
     held_out: np.ndarray  # the same
     weights: np.ndarray  # of the training rows; empty where no row has one
     counts: np.ndarray  # (shards,) training rows of each
+    captions: frozenset[int]  # of held-out rows the digests of two captions, or of the only one
 
     @staticmethod
     def of(index: pa.Table, shards: Sequence[StoredShard], row_filter: RowFilter, *, is_weighted: bool) -> "_Chosen":
-        training, held_out = row_filter.masks_of(index["caption"].to_numpy(), index["clip_score"].to_numpy())
+        captions = index["caption"].to_numpy()
+        training, held_out = row_filter.masks_of(captions, index["clip_score"].to_numpy())
         cuts = np.cumsum([shard.rows for shard in shards])[:-1]
         weights = index["weight"].to_numpy()[training] if is_weighted else np.zeros(0, np.int32)
         by_shard = np.split(training, cuts)
@@ -196,6 +200,7 @@ class _Chosen:
             np.concatenate([np.packbits(mask) for mask in np.split(held_out, cuts)]),
             weights.astype(np.min_scalar_type(weights.max(initial=0))),
             np.array([np.count_nonzero(mask) for mask in by_shard], np.int64),
+            frozenset(np.unique(captions[held_out])[:2].tolist()),
         )
 
 

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from cluster.dataset.layout import CorpusSource, Plan, claim_key, load_manifest, load_plan, read_plan_part, read_table
+from cluster.dataset.layout import (
+    VOCABULARIES_KEY,
+    VOCABULARY_KEY,
+    CorpusSource,
+    Plan,
+    claim_key,
+    load_manifest,
+    load_plan,
+    read_plan_part,
+    read_table,
+)
 from cluster.dataset.plan import make_plan, parse_sample_id, sample_id
 from cluster.dataset.verify import verify
 from cluster.dataset.vocabularies import (
@@ -611,6 +621,31 @@ def test_a_part_of_the_plan_that_is_damaged_is_told_in_one_line(tmp_path: Path) 
             told += 1
             assert "a part of the plan is damaged" in str(error) and "\n" not in str(error)
     assert told > 10
+
+
+@pytest.mark.parametrize("times, least, words", [(4, 1, 11), (5, 5, 2)])
+def test_where_no_word_of_a_large_corpus_is_frequent_all_are_kept(
+    times: int,
+    least: int,
+    words: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Captions without spaces are one word each, and cannot be given a smaller count."""
+    monkeypatch.setattr("cluster.dataset.vocabularies.SMALL_CORPUS", 10)
+    captions = [f"一只狗在草地上奔跑{number}" for number in range(9)]
+    store, plan = plan_dataset(tmp_path / "out", corpus_of(tmp_path, [*captions, *["a"] * times]), SPEC)
+    store_vocabularies(store, plan)
+    assert len(Vocabulary.from_text(store.read_bytes(VOCABULARY_KEY).decode()).words) == words
+    assert json.loads(store.read_bytes(VOCABULARIES_KEY))["min_count"] == least
+    assert ("so all 10 different words are kept" in caplog.text) == (least == 1)
+
+
+def test_captions_without_any_word_have_no_vocabulary(tmp_path: Path) -> None:
+    store, plan = plan_dataset(tmp_path / "out", corpus_of(tmp_path, ["...", "?!"]), SPEC)
+    with pytest.raises(InputError, match="the captions have no word, only punctuation"):
+        store_vocabularies(store, plan)
 
 
 def test_ray_counts_the_words_that_one_process_counts(ray_session: None, tmp_path: Path) -> None:

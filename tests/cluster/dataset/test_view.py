@@ -204,6 +204,25 @@ def test_a_view_written_out_is_a_dataset_of_its_own_with_the_same_rows(
         assert all(np.array_equal(one, two) for one, two in zip(row, theirs[sample], strict=True))
 
 
+def test_a_view_written_out_has_no_more_pictures_a_shard_than_it_can_hold(
+    tmp_path: Path, source: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many rows as the largest shard has may be large pictures of another source. Views without them stay."""
+    both = [(0, number) for number in range(ROWS)] + [(1, number) for number in range(10)]
+    view = make_view(tmp_path / "view", [source, other], both)
+    assert [shard.rows for shard in view.stored_shards] == [12, 12, 12, 12, 2]
+    monkeypatch.setattr("cluster.dataset.view.MAX_SHARD_BYTES", 1)
+    assert make_view(tmp_path / "again", [source, other], both).stored_shards == view.stored_shards
+    written = make_view(tmp_path / "written", [source, other], both, materialise=True)
+    assert [shard.rows for shard in written.stored_shards] == [12, 12, 12, 4, 4, 4, 2]
+    assert written.fingerprint == view.fingerprint == verify(open_store(tmp_path / "written"))["fingerprint"]
+    monkeypatch.setattr("cluster.dataset.rows.MAX_SHARD_BYTES", 100)
+    with pytest.raises(
+        InputError, match=r"the pictures of one of its shards have [\d,]+ bytes, at most 100 can be read"
+    ):
+        make_view(tmp_path / "more", [source, other], both, materialise=True)
+
+
 def test_a_view_is_written_without_reading_features(tmp_path: Path, tiny_clip: Path) -> None:
     """They are nearly all of a dataset's bytes. That they are no longer what was stored is seen where they are read."""
     mine = write_dataset(tmp_path / "mine", tiny_clip, rows=10, shard_size=5)

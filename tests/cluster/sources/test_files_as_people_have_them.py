@@ -207,6 +207,19 @@ def test_a_lone_carriage_return_ends_a_line_where_no_line_feed_does(name):
     assert found[:2] == ["a man at a table", "the big playground"]
 
 
+@pytest.mark.parametrize("size", [7, 64, 1000])
+@pytest.mark.parametrize("name, head", [("c.txt", ""), ("c.csv", "id,caption\r")])
+def test_lone_carriage_returns_end_the_lines_of_a_file_of_any_size(name, head, size, tmp_path, monkeypatch):
+    """It was one line where it is longer than the longest line that is read."""
+    told = [f"a dog number {number}" for number in range(100)]
+    rows = [f"{number},{caption}" if head else caption for number, caption in enumerate(told)]
+    path = write(tmp_path / name, head + "\r".join(rows) + "\r")
+    monkeypatch.setattr("pcm.text.caption_rows.MAX_LINE_BYTES", max(size, 30))
+    assert captions(path) == told
+    monkeypatch.setattr("pcm.text.caption_rows.MAX_LINE_BYTES", 12 + size)
+    assert len(captions(path)) == 100
+
+
 def test_a_carriage_return_inside_a_line_ends_nothing(tmp_path):
     assert captions(write(tmp_path / "c.txt", "a dog\rruns\na cat\n")) == ["a dog runs", "a cat"]
 

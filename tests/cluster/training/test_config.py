@@ -84,6 +84,9 @@ def test_for_dataset_fills_in_every_size_of_the_data() -> None:
     assert (model.embed_dim, model.patch_dim, model.num_patches) == (192, 200, 64)
     with pytest.raises(InputError, match="top_concepts 5: at most num_concepts, 4"):
         preset("embedded").for_dataset(vocab_size=99, features=features, num_concepts=4)
+    wide = {"validation_beam_size": 100}
+    with pytest.raises(InputError, match="validation_beam_size = 100: must be at most the size of the vocabulary, 99"):
+        preset("embedded").for_dataset(vocab_size=99, features=features, num_concepts=30, overrides=wide)
 
 
 def test_default_preset_follows_the_feature_sizes() -> None:

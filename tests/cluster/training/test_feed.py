@@ -16,7 +16,7 @@ from cluster.training.run_spec import RunSpec
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 from pcm.text.vocabulary import Vocabulary
-from tests.helpers.tiny_dataset import write_dataset, write_pictures
+from tests.helpers.tiny_dataset import scene, write_dataset, write_pictures
 
 
 def data_of(
@@ -52,6 +52,20 @@ def test_a_dataset_so_small_that_nothing_is_held_out_is_refused_before_the_first
     assert "held-out synthetic pairs" in data_of(place, holdout_fraction=0.5, seed=3).open()
 
 
+def test_held_out_pairs_of_one_caption_are_refused_before_the_first_step(
+    tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several pictures of one caption are held out together, and where all references are equal CIDEr is 0, always."""
+    captions = ("A red square.", "A blue square.", "A red circle.")
+    scenes = [(captions[index % 3], scene(index)[1]) for index in range(9)]
+    monkeypatch.setattr("tests.helpers.tiny_dataset.scene", scenes.__getitem__)
+    place = write_dataset(tmp_path / "data", tiny_clip, rows=9, shard_size=2)
+    with pytest.raises(InputError, match=r"all 3 pairs that holdout_fraction=0\.5 .* are of one caption") as caught:
+        data_of(place, holdout_fraction=0.5, seed=1).open()
+    assert "--val-images" in str(caught.value) and "\n" not in str(caught.value)
+    assert "validation on 6 held-out synthetic pairs" in data_of(place, holdout_fraction=0.5, seed=2).open()
+
+
 def test_held_out_pairs_are_read_while_the_first_epoch_trains(tmp_path: Path, tiny_clip: Path) -> None:
     """Of a large dataset they lie in a thousand shards: nobody waits for them before the first step."""
     place = write_dataset(tmp_path / "data", tiny_clip, rows=24, shard_size=6, nan_row=5)
@@ -75,3 +89,16 @@ def test_validation_pictures_that_cannot_be_read_are_told_of_before_the_first_st
         with pytest.raises(InputError, match=rf"{left} of its pictures can be read, .*scene1000\.png") as caught:
             data_of(place, validation=source, clip=tiny_clip).open()
         assert "\n" not in str(caught.value)
+
+
+def test_validation_pictures_that_have_the_same_references_are_refused_before_the_first_step(
+    tmp_path: Path, tiny_clip: Path
+) -> None:
+    place = write_dataset(tmp_path / "data", tiny_clip, rows=4)
+    pictures = write_pictures(tmp_path / "pictures", count=2)
+    references = tmp_path / "references.csv"
+    references.write_text("image,caption\nscene1000.png,A cat.\nscene1001.png,A cat.\n")
+    source = PictureSource(images=str(pictures), references=str(references))
+    with pytest.raises(InputError, match="all 2 pictures have the same references") as caught:
+        data_of(place, validation=source, clip=tiny_clip).open()
+    assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -33,7 +34,7 @@ from cluster.store.store import Store, open_store
 from cluster.training.config import TrainConfig, preset, settable_fields
 from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
-from cluster.training.loop import OutOfMemory
+from cluster.training.loop import NonFiniteLoss, OutOfMemory, _stop
 from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer, worker_input_error
 from cluster.training.request import TrainRequest, parse_worker_label
 from cluster.training.run_record import joined_versions, same_clip, same_validation, warn_of_moved_pictures
@@ -660,6 +661,16 @@ def test_a_loss_that_is_no_number_stops_the_run(world: Path, ray_session: None, 
         train(request)
 
 
+def test_a_loss_that_is_no_number_names_three_samples_of_its_batch() -> None:
+    """A batch may have thousands, and the line goes into the log, the error and Ray's."""
+    batch = SimpleNamespace(sample_ids=[f"{k:09d}-00" for k in range(4096)], damaged=list, epoch=0, step=6)
+    named = "000000000-00, 000000001-00, 000000002-00"
+    for count, said in ((4096, f"{named} and 4,093 others"), (3, named)):
+        batch.sample_ids = batch.sample_ids[:count]
+        with pytest.raises(NonFiniteLoss, match=f"step 7, at the batch of samples {said}, whose"):
+            _stop(SimpleNamespace(num_workers=1), batch, math.nan)  # type: ignore[arg-type]
+
+
 def test_an_error_of_the_users_is_not_tried_again() -> None:
     policy = _FailurePolicy(FailureConfig(max_failures=3))
     for error in (InputError("shard 3: cannot be read"), OutOfMemory("out of memory; set batch_size lower")):
@@ -891,6 +902,19 @@ def test_a_dataset_without_its_vocabularies_is_refused(copied: Path, key: str) -
     (copied / "data" / key).unlink()
     with pytest.raises(InputError, match=f"has no {key}"):
         train(request(copied, copied / "out"))
+
+
+@pytest.mark.parametrize("count, fewer", [(0, ""), (3, "--set top_concepts=3, ")])
+def test_captions_of_too_few_concepts_are_one_line_that_says_what_to_give(copied: Path, count: int, fewer: str) -> None:
+    """Such as captions of another language than the lexicon's."""
+    names = ("zebra", "square", "tram")[:count]
+    ConceptVocabulary(names, np.eye(3, 32, dtype=np.float32)[:count], "lexicon").save(
+        copied / "data/concepts.safetensors"
+    )
+    said = rf"top_concepts 5: the captions of .*/data gave {count or 'no'} concepts \(lexicon\); give {fewer}--concepts"
+    with pytest.raises(InputError, match=said):
+        train(request(copied, copied / "out"))
+    assert not (copied / "out").exists()
 
 
 def test_features_of_another_size_are_refused(copied: Path) -> None:

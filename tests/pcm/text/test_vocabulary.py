@@ -30,6 +30,8 @@ def test_build_keeps_words_that_occur_often_enough_most_frequent_first():
 def test_build_without_a_frequent_word_says_so():
     with pytest.raises(InputError, match="no word occurs 5 times or more among 7 different words"):
         Vocabulary.build(CAPTIONS)
+    with pytest.raises(InputError, match="the captions have no word, only punctuation"):
+        Vocabulary.build(["...", "?!"], min_count=1)
 
 
 def test_inputs_start_with_zero_and_targets_are_the_next_words():

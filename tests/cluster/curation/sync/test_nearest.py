@@ -95,9 +95,22 @@ def test_equal_vectors_in_any_number_need_no_more_memory(vectors: np.ndarray, mo
     assert max(looked_at) <= 64
 
 
+@pytest.mark.parametrize("k", [15, 40])
+def test_where_half_the_vectors_are_equal_each_query_finds_its_own(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    """So many candidates that the first tile is looked at in pieces, in which one query finds many and another few."""
+    monkeypatch.setattr(module, "CANDIDATES_AT_ONCE", 1 << 14)
+    rng = np.random.default_rng(3)
+    vectors = unit(rng.standard_normal((2048, 16)))
+    vectors[rng.permutation(2048)[:1024]] = vectors[7]
+    queries = unit(rng.standard_normal((256, 16)))
+    for sizes in ((), (3, 0, 1000)):
+        found = nearest(queries, in_parts(vectors, *sizes), k)
+        np.testing.assert_array_equal(found.indices, brute_force(queries, vectors, k))
+
+
 def test_fewer_vectors_than_asked_for_are_all_there(vectors: np.ndarray) -> None:
     assert nearest(vectors[:3], [vectors[:2], vectors[2:4]], 9).indices.shape == (3, 4)
-    assert nearest(vectors[:0], [vectors], 9).indices.shape == (0, 0)
+    assert nearest(vectors[:0], [vectors], 9).indices.shape == (0, 9)
 
 
 @pytest.mark.parametrize("tile", [7, 4096])

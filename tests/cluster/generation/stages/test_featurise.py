@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.dataset.layout import shard_key
+from cluster.dataset.layout import load_plan, shard_key
 from cluster.dataset.rows import read_shard
 from cluster.generation.pinning import clip_spec
 from cluster.generation.stages.draw import DrawShard
@@ -18,6 +18,7 @@ from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard
 from cluster.store.store import Store
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
+from pcm.errors import InputError
 from pcm.records import SCHEMA_VERSION
 from pcm.spec import ClipSpec, DatasetSpec
 from tests.helpers.shards import as_it_lies
@@ -86,6 +87,20 @@ def test_a_picture_on_which_clip_raises_is_quarantined_alone(drawn: tuple[Store,
     assert featurised.stats["errors"][0]["sample_id"] == "000000002-00"
     stats = json.loads(WriteShard(store, SCHEMA_VERSION)(featurised.to_block())["stats"][0].as_py())
     assert (stats["successes"], stats["quarantined_by_reason"]) == (5, {"clip_error": 1})
+
+
+def test_a_shard_of_more_pictures_than_it_can_hold_is_one_line_before_it_is_scored(
+    drawn: tuple[Store, DatasetSpec, pa.Table], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, spec, block = drawn
+    plan = load_plan(store)
+    assert plan is not None
+    monkeypatch.setattr("cluster.generation.stages.shard_row.MAX_SHARD_BYTES", 1000)
+    said = r"shard 0: its pictures have [\d,]+ bytes, at most 1,000 fit; give a smaller --shard-size and another --out"
+    with pytest.raises(InputError, match=said):
+        DrawShard(store, spec)(pa.table({"shard": [0], "part": [plan.part_key(0)]}))
+    with pytest.raises(InputError, match=said):
+        WriteShard(store, SCHEMA_VERSION)(block)
 
 
 def test_a_picture_whose_features_are_not_finite_is_quarantined_alone(
