@@ -148,7 +148,9 @@ class Store:
             return []
 
     def delete(self, key: str) -> None:
-        self._with_retries(key, lambda: self._single.rm_file(self.path(key)))
+        """Delete the object; one that is gone already, as another job may have deleted it, is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            self._with_retries(key, lambda: self._single.rm_file(self.path(key)))
 
     def _with_retries(self, key: str, operation: Callable[[], T]) -> T:
         return with_retries(operation, place=f"{self.root}/{key}" if key else self.root)
