@@ -26,6 +26,8 @@ from cluster.dataset.layout import (
 )
 from cluster.dataset.vocabularies import (
     ConceptsOfShard,
+    GivenConcepts,
+    NounFinder,
     made_with,
     store_vocabularies,
     stored_features,
@@ -127,6 +129,7 @@ def run_pipeline(
     shards: Collection[int] | None = None,
     redo: Collection[int] = (),
     retry: frozenset[str] = frozenset(),
+    given: GivenConcepts | NounFinder | None = None,
     draw: type[DrawShard] = DrawShard,
 ) -> GenerationResult:
     """Make every shard that the plan asks for and the store lacks, then write the manifest.
@@ -134,10 +137,11 @@ def run_pipeline(
     With `shards`, only those of them that the store lacks, and no manifest. Shards in `redo` are made again and put in
     the place of those that are there; with `retry`, only their samples that are quarantined for one of these reasons,
     and the manifest is deleted first. Another run that makes the same dataset is waited for (cluster.only_job): also
-    where no shard is missing and there is no manifest, which is so while one retries.
+    where no shard is missing and there is no manifest, which is so while one retries. `given`: of what the concepts are
+    made, for a dataset that is begun; what another run was given stays.
 
-    Raises InputError when the scores fall below the watch's threshold, and where shards were to be made again that
-    another run may have changed.
+    Raises InputError when the scores fall below the watch's threshold, where shards were to be made again that another
+    run may have changed, and where the dataset was begun with other concepts than are `given`.
     """
     watch = watch or RunLimits()
     faults = faults or FaultPolicy()
@@ -160,6 +164,8 @@ def run_pipeline(
             on_store.forget(redo)
             if missing and retry and store.exists(MANIFEST_KEY):
                 store.delete(MANIFEST_KEY)
+        if given is not None:
+            given.store(store)
         total = sum(plan.shard_rows(shard) for shard in wanted)
         skipped = total - sum(plan.shard_rows(shard) for shard in missing)
         if skipped:
