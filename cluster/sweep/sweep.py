@@ -56,8 +56,10 @@ from cluster.training.ray_trainer import MEMORY_KEPT
 from cluster.training.reporting import write_metrics
 from cluster.training.request import TrainRequest
 from cluster.training.run_record import (
+    BEGINNING,
     REFERENCES_SHA256,
     VOCABULARIES,
+    beginning,
     same_clip,
     same_validation,
     warn_of_moved_pictures,
@@ -111,6 +113,9 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
         previous = _check_out(out, document, resume=request.resume)  # another job may just have ended
         if previous is not None:
             warn_of_moved_pictures(previous["run"], document["run"])
+            kept = {name: value for name, value in run.document.items() if name != BEGINNING}
+            run = replace(run, document={**kept, **beginning(previous["run"])})
+            document["run"] = dict(run.document)
         _check_device(out, run.device)
         check_reach(out)
         out.write_bytes(SWEEP_KEY, document_bytes(document))
@@ -282,7 +287,7 @@ def _check_device(out: Store, device: str) -> None:
 def _comparable(document: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed sweep must share; it may be longer, lie elsewhere and be stopped otherwise."""
     flat = flattened(json.loads(json.dumps(document)))
-    free: tuple[str, ...] = ("trials", "scheduler", "device", "run.versions.", "run.concepts.path")
+    free: tuple[str, ...] = ("trials", "scheduler", "device", "run.versions.", "run.concepts.path", f"run.{BEGINNING}")
     # Pictures of validation and their CLIP are compared by themselves.
     free += ("run.clip.model", "run.clip.revision", "run.clip_option")
     free += ("run.validation", f"run.{REFERENCES_SHA256}")

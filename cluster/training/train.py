@@ -52,6 +52,7 @@ from cluster.training.request import TrainRequest
 from cluster.training.run_record import (
     REFERENCES_SHA256,
     VOCABULARIES,
+    beginning,
     joined_versions,
     recorded_validation,
     same_clip,
@@ -370,6 +371,7 @@ def _document(
             "concepts": hashlib.sha256(vocabularies.concepts).hexdigest(),
         },
         "versions": joined_versions(previous or {}),
+        **beginning(previous),
     }
 
 
