@@ -104,16 +104,20 @@ def keep_plan(source: OpenDataset, out: Store, request: RefineRequest, rows: int
 
     Raises InputError for a budget that buys none or too many, or whose price nothing tells.
     """
+    return kept_plan(out) or _plan(source, request, rows)
+
+
+def kept_plan(out: Store) -> dict[str, Any] | None:
+    """What stands on the store; None before the first time. Raises InputError where that is damaged."""
     try:
         found = json.loads(out.read_bytes(PLAN_KEY))
         if type(found["pictures"]) is not int:
             raise TypeError(f"pictures is {found['pictures']!r}")
         return found
     except FileNotFoundError:
-        pass
+        return None
     except (ValueError, TypeError, LookupError):
         raise InputError(f"{out.root}/{PLAN_KEY}: damaged; give another --out") from None
-    return _plan(source, request, rows)
 
 
 def _plan(source: OpenDataset, request: RefineRequest, rows: int) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from cluster.curation.sync.settings import UNIT, WORK
 from cluster.dataset.layout import LINEAGE_KEY, Manifest, Plan, find_manifest
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset
-from cluster.dataset.view import ViewRows, begun_settings, claim, lineage_source, open_source, write_view
+from cluster.dataset.view import ViewRows, begun_settings, claimed_alone, lineage_source, open_source, write_view
 from cluster.generation.made_by import made_by
 from cluster.store.store import Store, open_store
 from cluster.weights.node_copy import local_name
@@ -102,13 +104,13 @@ def _by_sync(source: OpenDataset, out: Store, request: RefineRequest) -> dict[st
     sentences = _by_its_release(resolve_sentences(request.sentences, before), before, out)
     lineage = lineage_of(source, sentences, request, retrieval)
     read = [*source.places, *(retrieval.data.places if retrieval is not None else ())]
-    manifest = claim(out, lineage, materialise=request.materialise, check=lambda: _join(out, read))
-    if manifest is not None:
-        log.info("%s: is complete", out.root)
-    else:
-        manifest = _on_ray(source, out, lineage, sentences, request, clip, retrieval)
-    for key in out.list(f"{WORK}/"):
-        out.delete(key)
+    with _claimed(out, lineage, request, read) as manifest:
+        if manifest is not None:
+            log.info("%s: is complete", out.root)
+        else:
+            manifest = _on_ray(source, out, lineage, sentences, request, clip, retrieval)
+        for key in out.list(f"{WORK}/"):
+            out.delete(key)
     assert manifest.lineage is not None
     facts = manifest.lineage.facts
     return {
@@ -159,16 +161,17 @@ def _drawing_spec(source: OpenDataset, request: RefineRequest) -> DatasetSpec:
 
 
 def _by_redraws(source: OpenDataset, out: Store, request: RefineRequest) -> dict[str, Any]:
-    from cluster.curation.redraw_view import keep_plan, redraw_lineage
+    from cluster.curation.redraw_view import keep_plan, kept_plan, redraw_lineage
 
     spec = _drawing_spec(source, request)
     planned = keep_plan(source, out, request, source.manifest.stored)
     lineage = redraw_lineage(source, request)
-    manifest = claim(out, lineage, materialise=request.materialise, check=lambda: _join(out, ()))
-    if manifest is not None:
-        log.info("%s: is complete", out.root)
-    else:
-        manifest = _redraws_on_ray(source, out, lineage, request, spec, planned)
+    with _claimed(out, lineage, request, ()) as manifest:
+        if manifest is not None:
+            log.info("%s: is complete", out.root)
+        else:
+            planned = kept_plan(out) or planned  # of another job that was waited for, and was killed
+            manifest = _redraws_on_ray(source, out, lineage, request, spec, planned)
     assert manifest.lineage is not None
     return {
         "pairs": manifest.lineage.rows_in,
@@ -269,14 +272,16 @@ def _check_keep(keep: float, pairs: int) -> None:
         raise InputError(f"--keep {keep:g}: keeps none of {pairs} pairs; give more data or a larger share")
 
 
-def _join(out: Store, read: Sequence[tuple[Store, str]]) -> None:
-    """Start or join Ray. Raises InputError where a node does not see the folder that its tasks write to, or those that
-    they read (stores with an object of each)."""
+def _claimed(
+    out: Store, lineage: Lineage, request: RefineRequest, read: Sequence[tuple[Store, str]]
+) -> AbstractContextManager[Manifest | None]:
+    """`claimed_alone` on Ray. Raises InputError where a node does not see the folder that its tasks write to, or those
+    that they read (stores with an object of each)."""
     from cluster.generation.reach import check_places
     from cluster.session import start_ray
 
-    start_ray()
-    check_places((out, LINEAGE_KEY), read)
+    check = partial(check_places, (out, LINEAGE_KEY), read)
+    return claimed_alone(out, lineage, materialise=request.materialise, join=start_ray, check=check)
 
 
 def _on_ray(

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -191,7 +192,7 @@ def claim(
 ) -> Manifest | None:
     """Begin a view whose rows have still to be found: what `write_view` says first, for a method that puts work of its
     own below `out` meanwhile. The manifest where the view is there already. check: called where it is not, once
-    LINEAGE_KEY lies there; of a check that raises OneLineError nothing stays.
+    LINEAGE_KEY lies there; of a check that raises OneLineError nothing stays, unless another job has put more there.
 
     Raises InputError where `out` holds anything else.
     """
@@ -202,10 +203,31 @@ def claim(
         try:
             check()
         except OneLineError:
-            if is_new:
+            if is_new and out.list() == [LINEAGE_KEY]:
                 out.delete(LINEAGE_KEY)
             raise
     return found
+
+
+@contextmanager
+def claimed_alone(
+    out: Store,
+    lineage: Lineage,
+    *,
+    materialise: bool = False,
+    join: Callable[[], None],
+    check: Callable[[], None],
+) -> Iterator[Manifest | None]:
+    """`claim`, by the only job at `out` until the end of the context. Another one that is at work there is waited for,
+    and its manifest given. join: starts Ray, unless the view is there already."""
+    from cluster.only_job import MAKES, only_job  # brings Ray, which takes seconds
+
+    if (found := begun(out, _document(lineage, materialise=materialise, shard_rows=None))) is not None:
+        yield found
+        return
+    join()
+    with only_job(out, MAKES, waits=True):
+        yield claim(out, lineage, materialise=materialise, check=check)
 
 
 def _document(lineage: Lineage, *, materialise: bool, shard_rows: int | None) -> dict:

@@ -223,45 +223,62 @@ def least_count(words: Counter[str], captions: int) -> int:
     return MIN_WORD_COUNT if captions >= SMALL_CORPUS and frequent else 1
 
 
-def store_given_concepts(store: Store, concepts: ConceptVocabulary) -> None:
-    """Put a user's concepts beside the shards, in place of those that `store_vocabularies` would build; those that were
-    given before again where they are damaged.
+@dataclass(frozen=True)
+class GivenConcepts:
+    """A user's concepts, in place of those that `store_vocabularies` would build."""
 
-    Raises InputError where the dataset has others, its own or given ones.
-    """
-    data = concepts.to_bytes()
-    document = document_bytes({"sha256": hashlib.sha256(data).hexdigest(), "concepts": len(concepts)})
-    if store.exists(GIVEN_CONCEPTS_KEY):
-        if store.read_bytes(GIVEN_CONCEPTS_KEY) != document:
+    concepts: ConceptVocabulary
+
+    def check(self, store: Store) -> None:
+        """Raises InputError where the dataset has others, its own or given ones."""
+        if store.exists(GIVEN_CONCEPTS_KEY):
+            if store.read_bytes(GIVEN_CONCEPTS_KEY) != self._document():
+                raise InputError(
+                    f"{store.root}: was begun with other --concepts; give the same file, leave the option out, or "
+                    "begin another dataset"
+                )
+        elif store.exists(CONCEPTS_KEY) and store.exists(VOCABULARIES_KEY) and not self._are_stored(store):
             raise InputError(
-                f"{store.root}: was begun with other --concepts; give the same file, leave the option out, or begin "
-                "another dataset"
+                f"{store.root}: was begun with the concepts of its own captions; leave --concepts out, or begin "
+                "another dataset. jobs.train takes --concepts too"
             )
-        if not store.exists(CONCEPTS_KEY) or store.read_bytes(CONCEPTS_KEY) != data:
-            store.write_bytes(CONCEPTS_KEY, data)
-        return
-    if store.exists(CONCEPTS_KEY) and store.exists(VOCABULARIES_KEY) and store.read_bytes(CONCEPTS_KEY) != data:
-        raise InputError(
-            f"{store.root}: was begun with the concepts of its own captions; leave --concepts out, or begin another "
-            "dataset. jobs.train takes --concepts too"
-        )
-    store.write_bytes(CONCEPTS_KEY, data)
-    store.write_bytes(GIVEN_CONCEPTS_KEY, document)
+
+    def store(self, store: Store) -> None:
+        """Put them beside the shards; those that were given before again where they are damaged. Raises as `check`."""
+        self.check(store)
+        if not self._are_stored(store):
+            store.write_bytes(CONCEPTS_KEY, self.concepts.to_bytes())
+        if not store.exists(GIVEN_CONCEPTS_KEY):
+            store.write_bytes(GIVEN_CONCEPTS_KEY, self._document())
+
+    def _are_stored(self, store: Store) -> bool:
+        return store.exists(CONCEPTS_KEY) and store.read_bytes(CONCEPTS_KEY) == self.concepts.to_bytes()
+
+    def _document(self) -> bytes:
+        sha256 = hashlib.sha256(self.concepts.to_bytes()).hexdigest()
+        return document_bytes({"sha256": sha256, "concepts": len(self.concepts)})
 
 
-def store_noun_finder(store: Store, nouns: str) -> None:
-    """Say what finds the nouns of the concepts that `store_vocabularies` builds: "lexicon" or a spaCy model.
+@dataclass(frozen=True)
+class NounFinder:
+    """What finds the nouns of the concepts that `store_vocabularies` builds: "lexicon" or a spaCy model."""
 
-    Raises InputError where the model is not installed, or the dataset was begun with another finder.
-    """
-    noun_finder(nouns)
-    begun = stored_nouns(store)
-    if begun is None and store.exists(VOCABULARIES_KEY):
-        begun = LEXICON_NOUNS if nouns == LEXICON_NOUNS else _finder_of_concepts(store)
-    if begun not in (None, nouns):
-        raise InputError(f"{store.root}: was begun with --nouns {begun}; give the same, or another --out")
-    if nouns != LEXICON_NOUNS and not store.exists(NOUNS_KEY):
-        store.write_bytes(NOUNS_KEY, document_bytes({"nouns": nouns}))
+    nouns: str
+
+    def check(self, store: Store) -> None:
+        """Raises InputError where the model is not installed, or the dataset was begun with another finder."""
+        noun_finder(self.nouns)
+        begun = stored_nouns(store)
+        if begun is None and store.exists(VOCABULARIES_KEY):
+            begun = LEXICON_NOUNS if self.nouns == LEXICON_NOUNS else _finder_of_concepts(store)
+        if begun not in (None, self.nouns):
+            raise InputError(f"{store.root}: was begun with --nouns {begun}; give the same, or another --out")
+
+    def store(self, store: Store) -> None:
+        """Say it beside the shards. Raises as `check`."""
+        self.check(store)
+        if self.nouns != LEXICON_NOUNS and not store.exists(NOUNS_KEY):
+            store.write_bytes(NOUNS_KEY, document_bytes({"nouns": self.nouns}))
 
 
 def _finder_of_concepts(store: Store) -> str:

@@ -131,7 +131,7 @@ def _evaluate(
         "captions_per_second": round(len(captions) / (captioned - loaded), 2),
         "seconds": round(time.monotonic() - started, 2),
     }
-    return _finished(summary, reasons, request, unreadable=found.unreadable)
+    return _finished(summary, reasons, request, captions, known, unreadable=found.unreadable)
 
 
 def _shuffled(
@@ -163,8 +163,6 @@ def _delete_earlier(store: Store, key: str) -> None:
     try:
         if store.exists(key):
             store.delete(key)
-    except FileNotFoundError:  # another job was faster
-        pass
     except (OSError, StoreFailure) as error:
         place = join(store.root, key)
         log.warning("%s: is of an earlier evaluation and cannot be deleted (%s)", place, first_line(error))
@@ -289,8 +287,7 @@ def _evaluate_results(request: EvaluateRequest, results: str, *, spice_folder: P
         "bad_references": read.left_out.total(),
         "seconds": round(time.monotonic() - started, 2),
     }
-    _store_captions(request, captions, known)
-    return _finished(summary, reasons, request, unreadable={})
+    return _finished(summary, reasons, request, captions, known, unreadable={})
 
 
 def _matched(
@@ -352,9 +349,16 @@ def _source(request: EvaluateRequest) -> CaptionerSource:
 
 
 def _finished(
-    summary: dict[str, Any], reasons: dict[str, str], request: EvaluateRequest, *, unreadable: Mapping[str, str]
+    summary: dict[str, Any],
+    reasons: dict[str, str],
+    request: EvaluateRequest,
+    captions: Mapping[str, str],
+    known: Mapping[str, CocoPicture],
+    *,
+    unreadable: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The summary with the experiment's comparison, written under OUT, beside its captions, where one is given."""
+    """The summary with the experiment's comparison, written under OUT, where one is given, right after its captions:
+    while the metrics were computed, another evaluation may have put its own there."""
     if reasons:
         summary["reasons"] = reasons
     if request.experiment is not None:
@@ -362,6 +366,7 @@ def _finished(
         log.info("%s", comparison_table(request.experiment, summary["paper"]))
     if request.out is not None:
         store = open_store(request.out)
+        _store_captions(request, captions, known)
         asked = {**asdict(request), "pictures": asdict(request.pictures)}
         document = {"metrics": summary, "request": asked, "unreadable": unreadable}
         store.write_bytes(METRICS_KEY, document_bytes(document))

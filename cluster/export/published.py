@@ -139,14 +139,21 @@ class Official:
         pass
 
     def finish(self, shards: Sequence[None]) -> None:
-        """Join the parts. Holds the annotations in memory, as everything does that reads them."""
+        """Join the parts. Holds the annotations in memory, as everything does that reads them. Raises InputError where
+        another job has joined and deleted them meanwhile."""
         numbers = range(self._source.num_shards)
         captions = [f"{_PARTS}/{shard:06d}.captions" for shard in numbers]
         pieces = [self.marker(shard) for shard in numbers]
-        with ThreadPoolExecutor(16) as pool:
-            self._out.write_bytes(CAPTIONS_KEY, b"".join(pool.map(self._out.read_bytes, captions)))
-            joined = b"".join((ANNOTATIONS_START, *pool.map(self._out.read_bytes, pieces), ANNOTATIONS_END))
-            self._out.write_bytes(annotations_key(self._corpus, "train"), joined)
+        try:
+            with ThreadPoolExecutor(16) as pool:
+                lines = b"".join(pool.map(self._out.read_bytes, captions))
+                joined = b"".join((ANNOTATIONS_START, *pool.map(self._out.read_bytes, pieces), ANNOTATIONS_END))
+        except FileNotFoundError:
+            raise InputError(
+                f"--out {self._out.root}: another job has finished this export meanwhile; run the same command again"
+            ) from None
+        self._out.write_bytes(CAPTIONS_KEY, lines)
+        self._out.write_bytes(annotations_key(self._corpus, "train"), joined)
         for stage, source in self._photos.items():
             self._write_photos(stage, source)
 

@@ -11,7 +11,7 @@ from typing import Any
 from cluster import shard_work
 from cluster.dataset.layout import CorpusSource, Plan, load_plan
 from cluster.dataset.plan import MAX_SHARDS, begun_plan, make_plan, refuse_other_spec
-from cluster.dataset.vocabularies import store_given_concepts, store_noun_finder
+from cluster.dataset.vocabularies import GivenConcepts, NounFinder
 from cluster.generation.fit import check_memory, tell_of_slow_bfloat16
 from cluster.generation.like import check_alike, read_manifest, with_settings
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
@@ -86,12 +86,15 @@ class Prepared:
     pools: Pools
     faults: FaultPolicy
     watch: RunLimits
+    given: GivenConcepts | NounFinder
 
     def generate(self) -> GenerationResult:
-        return run_pipeline(self.store, self.plan, self.pools, faults=self.faults, watch=self.watch)
+        return run_pipeline(self.store, self.plan, self.pools, faults=self.faults, watch=self.watch, given=self.given)
 
     def pilot(self, size: PilotSize) -> tuple[Prediction, GenerationResult]:
-        return run_pilot(self.store, self.plan, self.pools, size, faults=self.faults, watch=self.watch)
+        return run_pilot(
+            self.store, self.plan, self.pools, size, faults=self.faults, watch=self.watch, given=self.given
+        )
 
 
 def prepare(
@@ -180,11 +183,9 @@ def prepare(
         source=source,
         run_on=shard_work.AUTO,
     )
-    if concepts is not None:
-        store_given_concepts(store, concepts)
-    else:
-        store_noun_finder(store, asked.nouns)
-    return Prepared(store, plan, pools, asked.faults, asked.limits)
+    given = NounFinder(asked.nouns) if concepts is None else GivenConcepts(concepts)
+    given.check(store)  # it is stored once no other run is at work, whose first generator would take it
+    return Prepared(store, plan, pools, asked.faults, asked.limits, given)
 
 
 def _resumed(spec: DatasetSpec, planned: Plan, asked: GenerationOptions) -> DatasetSpec:

@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.dataset.clip_scores import ClipScores
 from cluster.dataset.layout import Plan, stats_key
+from cluster.dataset.vocabularies import GivenConcepts, NounFinder
 from cluster.generation.cost import SECONDS_AN_HOUR, Billing
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.pipeline import GenerationResult, actors, run_pipeline
@@ -55,7 +56,14 @@ def pilot_shards(plan: Plan, samples: int, *, generators: int) -> list[int]:
 
 
 def run_pilot(
-    store: Store, plan: Plan, pools: Pools, asked: PilotSize, *, faults: FaultPolicy | None = None, watch: RunLimits
+    store: Store,
+    plan: Plan,
+    pools: Pools,
+    asked: PilotSize,
+    *,
+    faults: FaultPolicy | None = None,
+    watch: RunLimits,
+    given: GivenConcepts | NounFinder | None = None,
 ) -> tuple[Prediction, GenerationResult]:
     """Make the pilot's shards (those that the store lacks) and predict the whole; no manifest is written.
 
@@ -66,7 +74,7 @@ def run_pilot(
     rows = sum(plan.shard_rows(shard) for shard in shards)
     more = f", at least one for each of {pools.generators} generators" if rows > samples + plan.shard_size / 2 else ""
     log.info("pilot: %d samples in %d of %d shards%s", rows, len(shards), plan.num_shards, more)
-    result = run_pipeline(store, plan, pools, faults=faults, watch=watch, shards=shards)
+    result = run_pipeline(store, plan, pools, faults=faults, watch=watch, shards=shards, given=given)
     with ThreadPoolExecutor(16) as pool:
         stats = list(pool.map(lambda shard: json.loads(store.read_bytes(stats_key(shard))), shards))
     made = result.status.samples

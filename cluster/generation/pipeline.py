@@ -6,6 +6,7 @@ from collections import abc, deque
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Thread
 from typing import Any
 
@@ -25,6 +26,8 @@ from cluster.dataset.layout import (
 )
 from cluster.dataset.vocabularies import (
     ConceptsOfShard,
+    GivenConcepts,
+    NounFinder,
     made_with,
     store_vocabularies,
     stored_features,
@@ -34,14 +37,14 @@ from cluster.generation.cost import Billing
 from cluster.generation.display import Display, Room
 from cluster.generation.environment import joined_versions, stored_environments, versions
 from cluster.generation.limits import FaultPolicy, RunLimits
-from cluster.generation.one_run import monitor_of_run
 from cluster.generation.pools import Pools
 from cluster.generation.progress import RunProgress, Status
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.generator import Generator
-from cluster.generation.stages.monitor import shards_begun_again
+from cluster.generation.stages.monitor import shards_begun_again, start_monitor
 from cluster.generation.stages.scorer import Scorer
 from cluster.generation.telemetry import Telemetry
+from cluster.only_job import MAKES, only_job
 from cluster.session import user_error
 from cluster.store.store import Store
 from pcm.errors import InputError, OneLineError
@@ -126,16 +129,19 @@ def run_pipeline(
     shards: Collection[int] | None = None,
     redo: Collection[int] = (),
     retry: frozenset[str] = frozenset(),
+    given: GivenConcepts | NounFinder | None = None,
     draw: type[DrawShard] = DrawShard,
 ) -> GenerationResult:
     """Make every shard that the plan asks for and the store lacks, then write the manifest.
 
     With `shards`, only those of them that the store lacks, and no manifest. Shards in `redo` are made again and put in
     the place of those that are there; with `retry`, only their samples that are quarantined for one of these reasons,
-    and the manifest is deleted first. Another run on this cluster that makes the same dataset is waited for.
+    and the manifest is deleted first. Another run that makes the same dataset is waited for (cluster.only_job): also
+    where no shard is missing and there is no manifest, which is so while one retries. `given`: of what the concepts are
+    made, for a dataset that is begun; what another run was given stays.
 
-    Raises InputError when the scores fall below the watch's threshold, and where shards were to be made again that
-    another run may have changed.
+    Raises InputError when the scores fall below the watch's threshold, where shards were to be made again that another
+    run may have changed, and where the dataset was begun with other concepts than are `given`.
     """
     watch = watch or RunLimits()
     faults = faults or FaultPolicy()
@@ -149,14 +155,17 @@ def run_pipeline(
 
     on_store, missing = look()
     with ExitStack() as only_run:
-        if missing:
-            monitor, waited = only_run.enter_context(monitor_of_run(store, faults))
+        if missing or (shards is None and _whole_manifest(store) is None):
+            only = only_job(store, MAKES, waits=True, start=partial(start_monitor, faults))
+            monitor, waited = only_run.enter_context(only)
             if waited and redo:
                 raise InputError(f"{store.root}: another run has changed this dataset meanwhile; run the command again")
             on_store, missing = look()  # another run may just have ended
             on_store.forget(redo)
-            if retry and store.exists(MANIFEST_KEY):
+            if missing and retry and store.exists(MANIFEST_KEY):
                 store.delete(MANIFEST_KEY)
+        if given is not None:
+            given.store(store)
         total = sum(plan.shard_rows(shard) for shard in wanted)
         skipped = total - sum(plan.shard_rows(shard) for shard in missing)
         if skipped:

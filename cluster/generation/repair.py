@@ -89,7 +89,7 @@ def repair_dataset(
     """`repair` of the dataset at a path or URI; `corpus`: where its captions are now, where they were by default, and
     `places` where its models are.
 
-    Ray is started only where there is something to draw, or where the shards are many.
+    Ray is started only where there is something to mend, or where the shards are many.
     """
     store = open_store(dataset)
     planned = load_plan(store)
@@ -105,8 +105,8 @@ def repair_dataset(
     def draw(found: Inspection) -> None:
         plan = found.plan.at_places_of(here or found.plan.spec)
         device = plan.spec.generator.device
+        start_ray()  # another run may be at work, also where nothing is to be drawn
         if found.damaged_shards or not vocabularies_stored(store, plan):
-            start_ray()
             pools = pools_of_cluster(device=device)
         else:
             pools = Pools.for_cluster(device=device, cpus=1, gpus=0)  # nothing to draw

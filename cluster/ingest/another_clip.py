@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from cluster.dataset.layout import (
 )
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset
-from cluster.dataset.view import begun_settings, claim, lineage_source, open_source, view_fingerprint
+from cluster.dataset.view import begun_settings, claimed_alone, lineage_source, open_source, view_fingerprint
 from cluster.dataset.vocabularies import (
     CONCEPTS,
     clip_head_bytes,
@@ -105,18 +106,18 @@ def featurise_dataset(request: FeaturiseRequest) -> dict[str, Any]:
         revision, _ = pin_clip(request.clip, None, begun)
         concepts = fitting_concepts(request.concepts, embed_dim=joint_dimensions(request.clip, revision))
     lineage = lineage_of(source, as_begun(request, out), concepts, begun=begun)
-    manifest = claim(out, lineage, check=lambda: _join(source, out))
-    skipped = 0
-    if manifest is not None:
-        made = manifest.spec.clip
-        if request.device not in ("auto", made.device) or request.dtype not in ("auto", made.dtype):
-            raise _made_elsewhere(out, made, "is asked for otherwise")
-        log.info("%s: is complete", out.root)
-        skipped = manifest.stored
-    else:
-        manifest, skipped = _make(source, out, lineage, request, concepts)
-    for key in out.list(f"{WORK}/"):
-        out.delete(key)
+    check = partial(check_places, (out, LINEAGE_KEY), source.places)
+    with claimed_alone(out, lineage, join=start_ray, check=check) as manifest:
+        if manifest is not None:
+            made = manifest.spec.clip
+            if request.device not in ("auto", made.device) or request.dtype not in ("auto", made.dtype):
+                raise _made_elsewhere(out, made, "is asked for otherwise")
+            log.info("%s: is complete", out.root)
+            skipped = manifest.stored
+        else:
+            manifest, skipped = _make(source, out, lineage, request, concepts)
+        for key in out.list(f"{WORK}/"):
+            out.delete(key)
     assert manifest.lineage is not None
     facts = manifest.lineage.facts
     seconds = time.monotonic() - started
@@ -168,11 +169,6 @@ def lineage_of(
         sources=(lineage_source(source),),
         rows_in=source.manifest.stored,
     )
-
-
-def _join(source: OpenDataset, out: Store) -> None:
-    start_ray()
-    check_places((out, LINEAGE_KEY), source.places)
 
 
 def _make(

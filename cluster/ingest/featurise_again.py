@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cluster.dataset.layout import StoredShard, parquet_bytes, shard_key
+from cluster.dataset.layout import StoredShard, find_manifest, parquet_bytes, shard_key
 from cluster.dataset.opened import OpenDataset
 from cluster.dataset.rows import read_shard, read_weights
 from cluster.dataset.view import read_corpus_ids
@@ -153,14 +153,27 @@ class ShardFacts:
 
 
 def read_facts(out: Store, shard: int) -> ShardFacts:
-    """What WriteFeaturised stored beside a shard. Raises InputError where it is missing or damaged."""
+    """What WriteFeaturised stored beside a shard. Raises InputError where it is missing or damaged, also because a job
+    of another cluster has finished the dataset and deleted it."""
     try:
         table = pq.read_table(io.BytesIO(out.read_bytes(facts_key(shard))))
         told = json.loads(table.schema.metadata[_SHARD])
         StoredShard.of(told["entry"])
         return ShardFacts(table.replace_schema_metadata(None), told["entry"], told["refused"])
     except (FileNotFoundError, pa.ArrowException, ValueError, TypeError, LookupError):
+        if _is_finished(out):
+            raise InputError(
+                f"{out.root}: a job of another cluster has finished this dataset meanwhile; see with jobs.verify "
+                "whether this one has changed its shards, and make it in another --out where it has"
+            ) from None
         raise InputError(
             f"{out.root}/{facts_key(shard)}: missing or damaged; delete {shard_key(shard)} beside it and run the same "
             "command again"
         ) from None
+
+
+def _is_finished(out: Store) -> bool:
+    try:
+        return find_manifest(out) is not None
+    except InputError:  # a damaged one is written again
+        return False

@@ -23,7 +23,7 @@ from cluster.dataset.committed import committed
 from cluster.dataset.layout import Manifest, Plan, read_table
 from cluster.dataset.plan import begun_plan, make_plan
 from cluster.dataset.vocabularies import (
-    store_given_concepts,
+    GivenConcepts,
     store_vocabularies,
     stored_features,
     vocabularies_stored,
@@ -108,7 +108,7 @@ def featurise_photos(request: FeaturiseRequest) -> PhotoResult:
         is_truncated=lambda prompt: False,  # nothing is prompted
     )
     if concepts is not None:
-        store_given_concepts(store, concepts)
+        GivenConcepts(concepts).store(store)
     made = committed(store, plan)
     missing = [shard for shard in range(plan.num_shards) if shard not in made]
     making, rows = time.monotonic(), 0

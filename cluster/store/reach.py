@@ -3,7 +3,7 @@
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from cluster.store.store import Store
@@ -35,8 +35,7 @@ def marker(store: Store) -> Iterator[Place]:
         yield store, key
     finally:
         if store.is_local:
-            with suppress(FileNotFoundError):
-                store.delete(key)
+            store.delete(key)
 
 
 def local_places(places: Sequence[Place]) -> list[Place]:

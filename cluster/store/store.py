@@ -160,7 +160,9 @@ class Store:
             return []
 
     def delete(self, key: str) -> None:
-        self._with_retries(key, lambda: self._single.rm_file(self.path(key)))
+        """Delete the object; one that is gone already, as another job may have deleted it, is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            self._with_retries(key, lambda: self._single.rm_file(self.path(key)))
 
     def delete_folder(self, key: str) -> None:
         """Delete a folder with all that is in it. No letter of its name is a pattern, as in `rm` of fsspec."""

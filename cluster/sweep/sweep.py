@@ -27,6 +27,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from cluster.generation.pinning import device_of_cluster
 from cluster.generation.reach import check_reach
+from cluster.only_job import TRAINS, only_job
 from cluster.ray_state import has_group
 from cluster.session import cluster_cpus, cluster_gpus, is_joined, is_no_user_error, start_ray, waiting_for
 from cluster.store.outputs import refuse_other_things
@@ -56,12 +57,15 @@ from cluster.training.ray_trainer import MEMORY_KEPT
 from cluster.training.reporting import write_metrics
 from cluster.training.request import TrainRequest
 from cluster.training.run_record import (
+    BEGINNING,
     REFERENCES_SHA256,
     VOCABULARIES,
+    beginning,
     same_clip,
     same_validation,
     warn_of_moved_pictures,
 )
+from cluster.training.run_spec import RunSpec
 from cluster.training.trackers import flattened
 from cluster.training.train import check_first_epoch, check_gpu_here, check_settings, planned_run
 from pcm.documents import document_bytes, read_document
@@ -81,7 +85,8 @@ class SweepFailed(Exception):
 def sweep(request: SweepRequest) -> dict[str, Any]:
     """Run the sweep, or what is left of it, and summarise: best (settings, CIDEr), config, trials, results.
 
-    Raises InputError for a space, a search or an OUT that cannot be used; SweepFailed where every trial failed.
+    Raises InputError for a space, a search or an OUT that cannot be used, and where another job sweeps into OUT;
+    SweepFailed where every trial failed.
     """
     started = time.monotonic()
     out = open_store(request.out)
@@ -104,11 +109,35 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     start_ray(worker_env=MEMORY_KEPT)
     run = replace(run, device=device_of_cluster(request.device))
     document["device"] = run.device
-    _check_device(out, run.device)
-    gpus = request.gpus_per_trial if run.device == "cuda" else 0.0
     _check_place(request, device=run.device)
-    check_reach(out)
-    out.write_bytes(SWEEP_KEY, document_bytes(document))
+    with only_job(out, TRAINS, waits=False):
+        previous = _check_out(out, document, resume=request.resume)  # another job may just have ended
+        if previous is not None:
+            warn_of_moved_pictures(previous["run"], document["run"])
+            kept = {name: value for name, value in run.document.items() if name != BEGINNING}
+            run = replace(run, document={**kept, **beginning(previous["run"])})
+            document["run"] = dict(run.document)
+        _check_device(out, run.device)
+        check_reach(out)
+        out.write_bytes(SWEEP_KEY, document_bytes(document))
+        results = _sweep_on_ray(request, out, run, sets, space, settings)
+        report = write_report(out, results, params=tuple(space), base=run.config)
+    if report is None:
+        reasons = sorted({result.reason for result in results}) or ["no trial was run"]
+        raise SweepFailed(f"none of {len(results)} trials came to a result: {reasons[0]}")
+    return {**report, "seconds": round(time.monotonic() - started, 2)}
+
+
+def _sweep_on_ray(
+    request: SweepRequest,
+    out: Store,
+    run: RunSpec,
+    sets: Sequence[TrainingSet],
+    space: Mapping[str, Any],
+    settings: list[dict[str, Any]],
+) -> list[TrialResult]:
+    """The results of all trials."""
+    gpus = request.gpus_per_trial if run.device == "cuda" else 0.0
     shared = SweepRun(out=run.out, run=run, tables=_tables(sets))
     recorder = _Recorder(out, epochs=run.config.epochs, total=len(settings) or (request.trials or 0))
     trainable = ray.tune.with_resources(
@@ -138,12 +167,7 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     )
     with waiting_for(cpus=request.cpus_per_trial, gpus=gpus, placed=has_group):
         tuner.fit()
-    results = recorder.results()
-    report = write_report(out, results, params=tuple(space), base=run.config)
-    if report is None:
-        reasons = sorted({result.reason for result in results}) or ["no trial was run"]
-        raise SweepFailed(f"none of {len(results)} trials came to a result: {reasons[0]}")
-    return {**report, "seconds": round(time.monotonic() - started, 2)}
+    return recorder.results()
 
 
 def _settings(request: SweepRequest, space: Mapping[str, Any], base: TrainConfig) -> list[dict[str, Any]]:
@@ -227,8 +251,9 @@ def _document(request: SweepRequest, run: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_out(out: Store, document: dict[str, Any], *, resume: bool) -> None:
-    """Raises InputError where OUT holds something else, or a sweep and `resume` is not set."""
+def _check_out(out: Store, document: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
+    """sweep.json of the sweep in OUT, None for an empty OUT. Raises InputError where OUT holds something else, or a
+    sweep and `resume` is not set."""
     try:
         previous = dict(read_document(out.read_bytes(SWEEP_KEY)))
         runs = previous["run"], document["run"]
@@ -239,6 +264,7 @@ def _check_out(out: Store, document: dict[str, Any], *, resume: bool) -> None:
         ) from None
     except FileNotFoundError:
         refuse_other_things(out, "not a sweep")
+        return None
     else:
         if not resume:
             raise InputError(f"{out.root}: holds a sweep; add --resume to continue it, or give another --out")
@@ -252,7 +278,7 @@ def _check_out(out: Store, document: dict[str, Any], *, resume: bool) -> None:
                 f"{out.root}: its sweep was begun with another {', '.join(changed)} (see its {SWEEP_KEY}); resume with "
                 "the same settings, or give another --out"
             )
-        warn_of_moved_pictures(*runs)
+        return previous
 
 
 def _check_device(out: Store, device: str) -> None:
@@ -265,7 +291,7 @@ def _check_device(out: Store, device: str) -> None:
 def _comparable(document: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed sweep must share; it may be longer, lie elsewhere and be stopped otherwise."""
     flat = flattened(json.loads(json.dumps(document)))
-    free: tuple[str, ...] = ("trials", "scheduler", "device", "run.versions.", "run.concepts.path")
+    free: tuple[str, ...] = ("trials", "scheduler", "device", "run.versions.", "run.concepts.path", f"run.{BEGINNING}")
     # Pictures of validation and their CLIP are compared by themselves.
     free += ("run.clip.model", "run.clip.revision", "run.clip_option")
     free += ("run.validation", f"run.{REFERENCES_SHA256}")

@@ -1,6 +1,7 @@
 """What the config.json of a run says beside its settings, and whether a run that is resumed is the same by it."""
 
 import logging
+import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -18,6 +19,16 @@ log = logging.getLogger(__name__)
 REFERENCES_SHA256 = "references_sha256"
 #: In config.json: the sha256 of words and concepts. Runs of releases that did not record it have none.
 VOCABULARIES = "vocabularies"
+#: In config.json: of the beginning of a run, a random name by which trackers tell it from others that began at a place
+#: of the same name. Runs of releases that did not record it have none.
+BEGINNING = "beginning"
+
+
+def beginning(previous: Mapping[str, Any] | None) -> dict[str, str]:
+    """What config.json says of it: of a run that goes on what it said before."""
+    if previous is None:
+        return {BEGINNING: uuid.uuid4().hex}
+    return {BEGINNING: str(previous[BEGINNING])} if BEGINNING in previous else {}
 
 
 def joined_versions(previous: Mapping[str, Any]) -> dict[str, str]:

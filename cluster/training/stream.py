@@ -25,6 +25,7 @@ from cluster.generation.pinning import require_joint_patches
 from cluster.generation.pipeline import GenerationResult
 from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
+from cluster.only_job import TRAINS, only_job, place
 from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, is_joined, who_has
 from cluster.store.store import Store, open_store
 from cluster.training.data.mixture import arriving_set
@@ -54,19 +55,23 @@ def stream(request: StreamRequest) -> dict[str, Any]:
     training = request.training
     check_settings(training)
     require_metrics()
+    run = open_store(training.out)
     refuse_dataset(open_store(request.out), shown="--out")
+    if place(run) == place(open_store(request.dataset)):
+        raise InputError(f"--out {request.out}: is the place of the dataset too (--data); give two places")
     prepared = prepare(open_store(request.dataset), asked, check=_check_clip)
     device = prepared.plan.spec.generator.device
     workers, cpus, gpus = _training_share(request, device=device)
     pools = _pools(request, device=device, cpus=workers * cpus, gpus=workers * gpus)
-    summary = _generate_and_train(
-        prepared.store,
-        prepared.plan,
-        replace(training, device=device, num_workers=workers, cpus_per_worker=cpus),
-        replace(prepared, pools=pools).generate,
-        cpus=workers * cpus,
-        gpus=workers * gpus,
-    )
+    with only_job(run, TRAINS, waits=False):
+        summary = _generate_and_train(
+            prepared.store,
+            prepared.plan,
+            replace(training, device=device, num_workers=workers, cpus_per_worker=cpus),
+            replace(prepared, pools=pools).generate,
+            cpus=workers * cpus,
+            gpus=workers * gpus,
+        )
     return {**summary, "dataset": request.dataset}
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.store.store import Store, open_store
+from cluster.training.run_record import BEGINNING
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ class _WandB:
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=os.environ.get("WANDB_NAME", run_name(store)),
-            id=os.environ.get("WANDB_RUN_ID", run_id(store)),
+            id=os.environ.get("WANDB_RUN_ID", run_id(store, config)),
             resume="allow",
             dir=os.environ.get("WANDB_DIR", str(self._folder.path.parent)),
             config=dict(config),
@@ -215,7 +216,7 @@ class _MLflow:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self._client.create_experiment(name)
-        tag = run_id(store)
+        tag = run_id(store, config)
         previous = self._client.search_runs([experiment], filter_string=f"tags.pcm_run = '{tag}'", max_results=1)
         if previous:
             self._run = previous[0].info.run_id
@@ -240,9 +241,10 @@ def run_name(store: Store) -> str:
     return store.name
 
 
-def run_id(store: Store) -> str:
-    """The same for every start of a run, so that a resumed one goes on in its place."""
-    return hashlib.sha256(store.prefix.encode()).hexdigest()[:16]
+def run_id(store: Store, config: Mapping[str, Any]) -> str:
+    """The same for every start of a run, so that a resumed one goes on in its place; another for each run that begins,
+    wherever: other machines have folders of the same name."""
+    return hashlib.sha256(f"{store.prefix}{config.get(BEGINNING, '')}".encode()).hexdigest()[:16]
 
 
 def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, GIVEN_CONCEPTS_K
 from cluster.dataset.together import Vocabularies, common_vocabularies
 from cluster.generation.pinning import device_of_cluster
 from cluster.generation.reach import check_reach
+from cluster.only_job import TRAINS, only_job
 from cluster.ray_state import has_group
 from cluster.session import (
     cluster_cpus,
@@ -50,6 +52,7 @@ from cluster.training.request import TrainRequest
 from cluster.training.run_record import (
     REFERENCES_SHA256,
     VOCABULARIES,
+    beginning,
     joined_versions,
     recorded_validation,
     same_clip,
@@ -87,9 +90,9 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
     """Train, or go on training, and summarise: epochs, steps, best (its metrics), checkpoint, group_sizes (how many
     workers made the steps from which one on), and what there was of an unfinished dataset.
 
-    `arriving`: the one set of `data` while it is being made. Raises InputError when the dataset is unfinished or unfit,
-    when OUT already holds a run and `resume` is not set, or when what is resumed was begun otherwise; TrainingFailed
-    when the loss is no longer a number.
+    `arriving`: the one set of `data` while it is being made, by a caller that is the only job at OUT. Raises InputError
+    when the dataset is unfinished or unfit, when OUT already holds a run and `resume` is not set, when what is resumed
+    was begun otherwise, or when another job trains into OUT; TrainingFailed when the loss is no longer a number.
     """
     started = time.monotonic()
     require_metrics()
@@ -127,12 +130,29 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
     place = _place(request, config, joined=joined, before=before)
     if place.device == "cpu":
         check_compile(config, device_type="cpu")
-    check_reach(out)
-    document[_DEVICE] = place.device
-    out.write_bytes(CONFIG_KEY, document_bytes(document))
+    with nullcontext() if arriving else only_job(out, TRAINS, waits=False):
+        _refuse_what_changed(out, previous, resume=request.resume)
+        check_reach(out)
+        document[_DEVICE] = place.device
+        out.write_bytes(CONFIG_KEY, document_bytes(document))
+        run = replace(run, document=document, cpu_threads=place.cpus, device=place.device)
+        _train_on_ray(request, out, run, place, joined=joined)
+    return _summary(out, sets, started)
+
+
+def _refuse_what_changed(out: Store, previous: dict[str, Any] | None, *, resume: bool) -> None:
+    """Look again, as the only job at OUT: another one may have ended since, which went on with the run or began one."""
+    if _previous_run(out, resume=resume) != previous:
+        raise InputError(f"{out.root}: another job has changed this run meanwhile; run the same command again")
+    if previous is not None:
+        check_checkpoints(out, done=len(_history(out)))
+
+
+def _train_on_ray(request: TrainRequest, out: Store, run: RunSpec, place: "_Place", *, joined: bool) -> None:
+    """Raises InputError of a worker, and TrainingFailed."""
     trainer = make_trainer(
         train_loop,
-        {"run": replace(run, document=document, cpu_threads=place.cpus, device=place.device)},
+        {"run": run},
         out=out,
         score=SCORE,
         sizes=place.sizes,
@@ -157,7 +177,6 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
         raise worker_input_error(error) or error from None
     if result.return_value:  # type: ignore[attr-defined]
         raise TrainingFailed(result.return_value)  # type: ignore[attr-defined]
-    return _summary(out, sets, started)
 
 
 def planned_run(request: TrainRequest, *, cpus: int) -> RunSpec:
@@ -368,6 +387,7 @@ def _document(
             "concepts": hashlib.sha256(vocabularies.concepts).hexdigest(),
         },
         "versions": joined_versions(previous or {}),
+        **beginning(previous),
     }
 
 

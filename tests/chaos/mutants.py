@@ -586,8 +586,23 @@ MUTANTS = (
     ),
     Mutant(
         "a second run on the cluster waits for the first",
-        "cluster/generation/one_run.py", "name=_name(store), namespace=_NAMESPACE", "",
+        "cluster/only_job.py", "start(name=_name(store), namespace=_NAMESPACE)", "start()",
         ("tests/cluster/generation/test_one_run.py::test_a_second_run_waits_and_draws_nothing_again",),
+    ),
+    Mutant(
+        "a run waits for a retry that has taken the manifest away",
+        "cluster/generation/pipeline.py", " or (shards is None and _whole_manifest(store) is None)", "",
+        ("tests/cluster/generation/test_one_run.py::test_a_run_waits_for_a_retry_though_every_shard_is_there",),
+    ),
+    Mutant(
+        "jobs with a Ray of their own each meet at the folder",
+        "cluster/only_job.py", "fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+        ("tests/cluster/test_only_job.py::test_a_job_with_a_ray_of_its_own_is_met_at_the_folder",),
+    ),
+    Mutant(
+        "a run that another job has begun meanwhile is not begun anew",
+        "cluster/training/train.py", "        _refuse_what_changed(out, previous, resume=request.resume)\n", "",
+        ("tests/cluster/training/test_train.py::test_a_run_that_another_job_has_begun_meanwhile_is_not_begun_anew",),
     ),
     Mutant(
         "what another run has stored meanwhile is not drawn again",

@@ -61,6 +61,7 @@ ORDER = {
         "charts",
         "gpu_share",
         "store",
+        "only_job",
         "shard_work",
         "weights",
         "sources",

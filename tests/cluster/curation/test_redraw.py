@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 
 from cluster.curation.curate import curate
 from cluster.curation.redraw_view import ATTEMPTS_KEY, PLAN_KEY, check_attempts, dry_run
+from cluster.curation.refine import refine
 from cluster.curation.refine_request import RefineRequest
 from cluster.curation.request import CurateRequest
 from cluster.dataset import read_dataset
@@ -27,6 +29,7 @@ from cluster.dataset.opened import open_dataset
 from cluster.dataset.verify import verify
 from cluster.dataset.vocabularies import store_vocabularies
 from cluster.generation.stages.draw import DrawShard
+from cluster.only_job import MAKES, only_job
 from cluster.report.make import make_report
 from cluster.report.request import ReportRequest
 from cluster.store.store import open_store
@@ -40,6 +43,7 @@ from tests.helpers.job_runs import JobRun
 from tests.helpers.paths import ROOT
 from tests.helpers.refined import Killed, redraw_in_process
 from tests.helpers.tiny_generation import make_dataset_in_process, plan_dataset, tiny_spec, write_corpus
+from tests.helpers.waiting import wait_until
 
 CALL = Callable[..., JobRun]
 
@@ -382,6 +386,24 @@ def test_more_attempts_than_lie_between_two_redraws_are_refused() -> None:
     check_attempts(GeneratorSpec(model="null", revision="", max_attempts=4098), data="data")
     with pytest.raises(InputError, match="--max-attempts 4099; only with fewer than 4099"):
         check_attempts(GeneratorSpec(model="null", revision="", max_attempts=4099), data="data")
+
+
+def test_a_second_job_waits_and_finds_the_view(
+    dataset: Path, models: tuple, tmp_path: Path, ray_session: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    out = open_store(tmp_path / "out")
+    asked = RefineRequest(data=str(dataset), out=out.root, t2i=models[1], clip=models[3], **REDRAW)  # type: ignore[arg-type]
+    said: list[dict] = []
+    second = threading.Thread(target=lambda: said.append(refine(asked)))
+    with only_job(out, MAKES, waits=True):
+        second.start()
+        wait_until(lambda: "another job on this cluster makes this dataset" in caplog.text)
+        made = redraw_in_process(dataset, tmp_path / "out", **REDRAW)
+        before = objects(tmp_path / "out")
+    second.join(60)
+    assert [each["fingerprint"] for each in said] == [made.fingerprint] and "is complete" in caplog.text
+    assert objects(tmp_path / "out") == before
 
 
 @pytest.mark.slow

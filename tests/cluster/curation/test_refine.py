@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.curation.refine import FACTS, RECALL
+from cluster.curation.refine import FACTS, RECALL, refine
+from cluster.curation.refine_request import RefineRequest
 from cluster.curation.rows import read_index
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import WORK
@@ -26,6 +28,7 @@ from cluster.dataset.opened import open_dataset
 from cluster.dataset.rows import read_shard, read_weights
 from cluster.dataset.verify import verify
 from cluster.dataset.view import lineage_source, write_view
+from cluster.only_job import MAKES, only_job
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
 from tests.helpers.featurised import FailsOnOne, featurise_in_process
@@ -35,6 +38,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.refined import sync_in_process
 from tests.helpers.tiny_dataset import write_dataset
 from tests.helpers.tiny_models import save_tiny_clip
+from tests.helpers.waiting import wait_until
 
 CALL = Callable[..., JobRun]
 
@@ -298,6 +302,24 @@ def test_on_ray_the_view_is_the_same_and_a_rerun_finds_it(
         assert ended.summary.get(name) == alone.lineage.facts.get(name)
     for name in ("pairs", "kept", "fingerprint", *FACTS):
         assert again.summary[name] == ended.summary[name]
+
+
+def test_a_second_job_waits_and_finds_the_view(
+    dataset: Path, tiny_clip: Path, tmp_path: Path, ray_session: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whose work the first one deletes when it is done."""
+    caplog.set_level(logging.INFO)
+    out = open_store(tmp_path / "view")
+    asked = RefineRequest(data=str(dataset), out=out.root, method="sync", sentences="clip", clip=str(tiny_clip))
+    said: list[dict] = []
+    second = threading.Thread(target=lambda: said.append(refine(asked)))
+    with only_job(out, MAKES, waits=True):
+        second.start()
+        wait_until(lambda: "another job on this cluster makes this dataset" in caplog.text)
+        made = sync_in_process(dataset, tmp_path / "view", SentenceSpec(model="clip"), clean=True)
+    second.join(60)
+    assert [each["fingerprint"] for each in said] == [made.fingerprint] and "is complete" in caplog.text
+    assert not out.list(f"{WORK}/")
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from cluster.dataset.layout import (
     shard_key,
     stats_key,
 )
-from cluster.dataset.vocabularies import store_noun_finder, store_vocabularies, stored_nouns
+from cluster.dataset.vocabularies import NounFinder, store_vocabularies, stored_nouns
 from cluster.ingest.text_only import text_only_dataset
 from cluster.store.store import open_store
 from cluster.sweep.trial import shared_tables
@@ -154,16 +154,16 @@ def test_what_found_the_nouns_is_told_by_the_concepts_where_its_object_was_delet
 ) -> None:
     monkeypatch.setattr("cluster.dataset.vocabularies.noun_finder", lambda nouns: (f"spacy:{nouns}", None))
     store = open_store(tmp_path)
-    store_noun_finder(store, "one")
+    NounFinder("one").store(store)
     store.write_bytes(VOCABULARIES_KEY, b"{}")
     store.write_bytes(CONCEPTS_KEY, ConceptVocabulary(("cat",), np.eye(1, dtype=np.float32), "spacy:one").to_bytes())
     store.write_bytes(NOUNS_KEY, b"{")
     with pytest.raises(InputError, match=r"nouns.json: damaged; delete it and run the same command again"):
-        store_noun_finder(store, "one")
+        NounFinder("one").store(store)
     store.delete(NOUNS_KEY)
     with pytest.raises(InputError, match="was begun with --nouns one; give the same"):
-        store_noun_finder(store, "another")
-    store_noun_finder(store, "one")
+        NounFinder("another").store(store)
+    NounFinder("one").store(store)
     assert stored_nouns(store) == "one"
 
 

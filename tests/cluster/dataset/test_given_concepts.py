@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cluster.dataset.layout import CONCEPTS_KEY, GIVEN_CONCEPTS_KEY
 from cluster.dataset.verify import verify
-from cluster.generation.make import generate
+from cluster.dataset.vocabularies import store_vocabularies
+from cluster.generation.make import generate, prepare
 from cluster.generation.repair import repair_dataset
 from cluster.generation.request import GenerateRequest
 from cluster.ingest.photos import featurise_photos
 from cluster.ingest.request import FeaturiseRequest
+from cluster.only_job import MAKES, only_job
 from cluster.store.store import open_store
 from cluster.training.request import TrainRequest
 from cluster.training.run_record import VOCABULARIES
@@ -22,6 +26,8 @@ from pcm.errors import InputError
 from pcm.official.files import concepts_to_pickle
 from pcm.text.concepts import ConceptVocabulary
 from tests.helpers.tiny_dataset import TINY, write_dataset, write_pictures
+from tests.helpers.tiny_generation import write_corpus
+from tests.helpers.waiting import wait_until
 
 NAMES = ("sea", "sky", "dog", "street", "bird", "hat")
 
@@ -87,6 +93,34 @@ def test_a_dataset_with_its_own_concepts_does_not_change_them(world: Path, tiny_
     featurise_photos(asked(world, tiny_clip, tmp_path / "out", None))
     with pytest.raises(InputError, match="was begun with the concepts of its own captions"):
         featurise_photos(asked(world, tiny_clip, tmp_path / "out", "coco.pickle"))
+
+
+def test_a_job_that_waits_gives_the_one_at_work_no_concepts(
+    world: Path, tiny_clip: Path, tmp_path: Path, ray_session: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus, out = write_corpus(tmp_path), open_store(tmp_path / "data")
+    given = GenerateRequest(
+        corpus=str(corpus), out=out.root, t2i="null", clip=str(tiny_clip), concepts=str(world / "coco.pickle"),
+        shard_size=5,
+    )  # fmt: skip
+    planned = prepare(out, dataclasses.replace(given, concepts=None))
+    said: list[str] = []
+
+    def generates() -> None:
+        try:
+            generate(given)
+        except InputError as error:
+            said.append(str(error))
+
+    waiting = threading.Thread(target=generates)
+    with only_job(out, MAKES, waits=True):
+        waiting.start()
+        wait_until(lambda: "another job on this cluster makes this dataset" in caplog.text)
+        assert not out.exists(GIVEN_CONCEPTS_KEY) and not out.exists(CONCEPTS_KEY)
+        store_vocabularies(out, planned.plan, encoder=ClipEncoder(str(tiny_clip)))
+    waiting.join(60)
+    assert len(said) == 1 and "was begun with the concepts of its own captions; leave --concepts out" in said[0]
+    assert not out.exists(GIVEN_CONCEPTS_KEY)
 
 
 def test_concepts_of_another_clip_are_refused_before_anything_is_written(

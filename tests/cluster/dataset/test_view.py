@@ -25,7 +25,7 @@ from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.rows import read_rows, read_shard
 from cluster.dataset.upgrade import upgrade
 from cluster.dataset.verify import inspect, verify
-from cluster.dataset.view import ViewRows, claim, lineage_source, write_view
+from cluster.dataset.view import ViewRows, claim, claimed_alone, lineage_source, write_view
 from cluster.shard_work import PROCESS, RAY
 from cluster.store.store import open_store
 from cluster.training.data.batches import BatchShape
@@ -430,4 +430,32 @@ def test_of_a_view_whose_check_fails_nothing_stays_but_what_was_begun_before(tmp
     assert claim(out, asked) is None and out.list() == [LINEAGE_KEY]
     with pytest.raises(InputError, match="a folder of one machine"):
         claim(out, asked, check=refuse)
+    assert out.list() == [LINEAGE_KEY]
+
+
+def test_a_view_that_another_job_has_begun_meanwhile_is_left_to_it(tmp_path: Path, source: Path) -> None:
+    """One of another cluster, which found lineage.json there."""
+    asked, out = lineage(opened(source)), open_store(tmp_path / "view")
+
+    def refuse() -> None:
+        assert claim(out, asked) is None
+        out.write_bytes("refining/work", b"")
+        raise InputError("a folder of one machine")
+
+    with pytest.raises(InputError, match="a folder of one machine"):
+        claim(out, asked, check=refuse)
+    assert out.list() == [LINEAGE_KEY, "refining/work"] and claim(out, asked) is None
+
+
+def test_a_view_is_not_begun_where_ray_does_not_start(tmp_path: Path, source: Path) -> None:
+    """So another job that has begun it keeps what it began with."""
+    asked, out = lineage(opened(source)), open_store(tmp_path / "view")
+
+    def fail() -> None:
+        assert not out.list()
+        assert claim(out, asked) is None  # the other job
+        raise InputError("Ray did not start")
+
+    with pytest.raises(InputError, match="Ray did not start"), claimed_alone(out, asked, join=fail, check=fail):
+        pass
     assert out.list() == [LINEAGE_KEY]

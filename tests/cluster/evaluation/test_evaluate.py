@@ -371,21 +371,40 @@ def test_captions_are_kept_where_their_metrics_fail(
     assert scored.returncode == 0 and scored.summary["n"] == 3
 
 
-@pytest.mark.parametrize("refusal", [StoreFailure("refused (AccessDenied 403)"), FileNotFoundError()])
 def test_captions_are_stored_also_where_an_earlier_evaluation_cannot_be_deleted(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refusal: Exception
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refused(store: Store, key: str) -> None:
         assert json.loads((tmp_path / "captions.json").read_text())[0]["caption"] == "a dog"
-        raise refusal
+        raise StoreFailure("refused (AccessDenied 403)")
 
     monkeypatch.setattr(Store, "delete", refused)
     (tmp_path / "metrics.json").write_text("of an earlier evaluation")
     (tmp_path / "captions.json").write_text("of an earlier evaluation")
     request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), out=str(tmp_path))
     _store_captions(request, {"1": "a dog"}, {})
-    said = [f"{tmp_path / 'metrics.json'}: is of an earlier evaluation and cannot be deleted ({refusal})"]
-    assert [record.getMessage() for record in caplog.records] == (said if str(refusal) else [])
+    said = "is of an earlier evaluation and cannot be deleted (refused (AccessDenied 403))"
+    assert caplog.messages == [f"{tmp_path / 'metrics.json'}: {said}"]
+
+
+def test_metrics_lie_beside_the_captions_that_they_are_of(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another evaluation has put its own there meanwhile."""
+    request = EvaluateRequest(
+        checkpoint=str(world / "checkpoint"), **asked(world), out=str(tmp_path), device="cpu", limit=2
+    )
+    of_another = json.dumps([{"image_id": 1, "caption": "of another"}])
+
+    def scored(captions: dict[str, str], *others: object, **settings: object) -> tuple[dict, dict]:
+        (tmp_path / "captions.json").write_text(of_another)
+        (tmp_path / "metrics.json").write_text("of another")
+        return {"CIDEr": 1.0}, {}
+
+    monkeypatch.setattr("cluster.evaluation.evaluate.scored", scored)
+    assert evaluate(request)["n"] == 2
+    assert len(json.loads((tmp_path / "captions.json").read_text())) == 2
+    assert json.loads((tmp_path / "metrics.json").read_text())["metrics"]["CIDEr"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from cluster.dataset.layout import CONCEPTS_KEY, Manifest, Plan, load_manifest, 
 from cluster.dataset.verify import verify
 from cluster.export.export import export, export_dataset
 from cluster.export.huggingface import card, size_category
+from cluster.export.published import Official
 from cluster.export.published_ids import _numbers, _Photo
 from cluster.export.request import FORMATS, ExportRequest
 from cluster.export.source import Source
@@ -345,6 +346,21 @@ def test_an_export_gives_the_same_bytes_twice_and_goes_on_where_it_stopped(datas
     assert summary["skipped_shards"] > 0
     assert files(tmp_path / "broken") == expected
     assert export_dataset(store, broken, asked(to))["skipped_shards"] == plan.num_shards
+
+
+def test_an_export_that_another_job_has_finished_meanwhile_is_one_line(dataset, tmp_path, monkeypatch):
+    """It deletes the parts that only an unfinished export needs."""
+    out, join = open_store(tmp_path / "out"), Official.finish
+
+    def finish(self: Official, shards: list[None]) -> None:
+        monkeypatch.setattr(Official, "finish", join)
+        export_dataset(dataset[0], out, asked("official"))
+        join(self, shards)
+
+    monkeypatch.setattr(Official, "finish", finish)
+    with pytest.raises(InputError, match="another job has finished this export meanwhile; run the same command again"):
+        export_dataset(dataset[0], out, asked("official"))
+    assert export_dataset(dataset[0], out, asked("official"))["skipped_shards"] == len(dataset[2].shards)
 
 
 def test_a_damaged_shard_is_not_exported(dataset, tmp_path):

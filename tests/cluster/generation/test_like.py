@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from cluster.curation.curate import curate
 from cluster.curation.request import CurateRequest
 from cluster.dataset.layout import CONCEPTS_KEY, MANIFEST_KEY, CorpusSource, MadeWith, Manifest, load_manifest
-from cluster.dataset.vocabularies import store_given_concepts
+from cluster.dataset.vocabularies import GivenConcepts
 from cluster.generation import make
 from cluster.generation.like import (
     OF_CORPUS,
@@ -248,7 +248,7 @@ def test_concepts_that_were_given_are_taken_from_beside_it(tmp_path: Path, karpa
     folder = tmp_path / "one"
     store = open_store(folder)
     concepts = ConceptVocabulary(("dog", "table"), np.eye(2, 16, dtype=np.float32))
-    store_given_concepts(store, concepts)
+    GivenConcepts(concepts).store(store)
     digest = hashlib.sha256(concepts.to_bytes()).hexdigest()
     scored = replace(null_spec(), clip=ClipSpec(model="embedded", revision="sha256:0"))
     wanted, uri = replace(record(nouns=None, concepts=digest), spec=scored), str(folder / MANIFEST_KEY)

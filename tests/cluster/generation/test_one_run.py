@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from cluster.dataset.committed import committed
 from cluster.dataset.layout import MANIFEST_KEY, shard_key
-from cluster.generation.limits import FaultPolicy
-from cluster.generation.one_run import monitor_of_run
-from cluster.generation.pipeline import run_pipeline, write_manifest
+from cluster.dataset.verify import verify
+from cluster.generation.pipeline import GenerationResult, run_pipeline, write_manifest
 from cluster.generation.pools import Pools
 from cluster.generation.repair import repair_dataset
-from cluster.generation.retry_quarantined import ALL_GENERATOR, retry_quarantined
+from cluster.generation.retry_quarantined import ALL_GENERATOR, parse_reason, retry_quarantined
+from cluster.only_job import MAKES, only_job
 from cluster.store.store import open_store
 from pcm.errors import InputError
 from tests.helpers.faulty_generators import RAISES, DrawFaulty
@@ -36,10 +37,10 @@ def test_a_second_run_waits_and_draws_nothing_again(
     corpus, out = write_corpus(tmp_path), tmp_path / "data"
     made: list[Dataset] = []
     second = threading.Thread(target=lambda: made.append(make_dataset(out, corpus, null_spec())))
-    with monitor_of_run(open_store(out), FaultPolicy()) as (_, waited):
+    with only_job(open_store(out), MAKES, waits=True) as (_, waited):
         assert not waited
         second.start()
-        wait_until(lambda: "another run on this cluster makes this dataset" in caplog.text)
+        wait_until(lambda: "another job on this cluster makes this dataset" in caplog.text)
         make_dataset_in_process(out, corpus, null_spec(), finish=False)
         assert not made and second.is_alive()
     second.join(60)
@@ -64,9 +65,9 @@ def test_what_another_run_has_changed_is_not_repaired(
             said.append(str(error))
 
     repairing = threading.Thread(target=repair)
-    with monitor_of_run(store, FaultPolicy()):
+    with only_job(store, MAKES, waits=True):
         repairing.start()
-        wait_until(lambda: "another run on this cluster makes this dataset" in caplog.text)
+        wait_until(lambda: "another job on this cluster makes this dataset" in caplog.text)
     repairing.join(60)
     assert said == [f"{store.root}: another run has changed this dataset meanwhile; run the command again"]
 
@@ -81,9 +82,9 @@ def test_a_repair_waits_for_the_run_that_draws_what_is_missing(
     shard.unlink()
     reports: list[dict] = []
     repairing = threading.Thread(target=lambda: reports.append(repair_dataset(str(out))))
-    with monitor_of_run(open_store(out), FaultPolicy()):
+    with only_job(open_store(out), MAKES, waits=True):
         repairing.start()
-        wait_until(lambda: "another run on this cluster makes this dataset" in caplog.text)
+        wait_until(lambda: "another job on this cluster makes this dataset" in caplog.text)
         make_dataset_in_process(out, corpus, null_spec(), finish=False)
         stored = shard.stat().st_mtime_ns
     repairing.join(60)
@@ -107,9 +108,9 @@ def test_a_retry_that_is_refused_leaves_the_dataset_finished(
             said.append(str(error))
 
     retrying = threading.Thread(target=retry)
-    with monitor_of_run(store, FaultPolicy()):
+    with only_job(store, MAKES, waits=True):
         retrying.start()
-        wait_until(lambda: "another run on this cluster makes this dataset" in caplog.text)
+        wait_until(lambda: "another job on this cluster makes this dataset" in caplog.text)
         assert store.read_bytes(MANIFEST_KEY) == whole
     retrying.join(60)
     assert said == [f"{store.root}: another run has changed this dataset meanwhile; run the command again"]
@@ -118,15 +119,56 @@ def test_a_retry_that_is_refused_leaves_the_dataset_finished(
 
 def test_a_run_that_failed_and_one_of_another_dataset_are_not_waited_for(ray_session: None, tmp_path: Path) -> None:
     one, other = open_store(tmp_path / "one"), open_store(tmp_path / "other")
-    with pytest.raises(ZeroDivisionError), monitor_of_run(one, FaultPolicy()):
+    with pytest.raises(ZeroDivisionError), only_job(one, MAKES, waits=True):
         raise ZeroDivisionError
     found: list[bool] = []
 
     def begin() -> None:
-        with monitor_of_run(one, FaultPolicy()), monitor_of_run(other, FaultPolicy()) as (_, waited):
+        with only_job(one, MAKES, waits=True), only_job(other, MAKES, waits=True) as (_, waited):
             found.append(waited)
 
     beginning = threading.Thread(target=begin, daemon=True)
     beginning.start()
     beginning.join(60)
     assert found == [False]
+
+
+def test_a_run_waits_for_a_retry_though_every_shard_is_there(
+    ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A retry takes the manifest away before it draws: who wrote one of that moment would name shards that go."""
+    caplog.set_level(logging.WARNING)
+    corpus = write_corpus(tmp_path, [*CAPTIONS[:3], RAISES])
+    store, plan = plan_dataset(tmp_path / "data", corpus, null_spec())
+    write_manifest(store, plan, draw_in_process(store, plan, [0], draw=DrawFaulty))
+    reasons, pools = parse_reason(ALL_GENERATOR), Pools.for_cluster(device="cpu", cpus=2, gpus=0)
+    made: list[GenerationResult] = []
+    running = threading.Thread(target=lambda: made.append(run_pipeline(store, plan, pools)))
+    with only_job(store, MAKES, waits=True):
+        committed(store, plan).forget([0])
+        store.delete(MANIFEST_KEY)
+        running.start()
+        wait_until(lambda: "another job on this cluster makes this dataset" in caplog.text)
+        assert not store.exists(MANIFEST_KEY)
+        draw_in_process(store, plan, [0], retry=reasons)
+    running.join(60)
+    (result,) = made
+    assert result.manifest is not None and (result.manifest.stored, result.generated) == (4, 0)
+    assert verify(store)["ok"]
+
+
+def test_a_repair_waits_though_it_draws_nothing(
+    ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    out = tmp_path / "data"
+    make_dataset_in_process(out, write_corpus(tmp_path), null_spec())
+    (out / MANIFEST_KEY).unlink()
+    reports: list[dict] = []
+    repairing = threading.Thread(target=lambda: reports.append(repair_dataset(str(out))))
+    with only_job(open_store(out), MAKES, waits=True):
+        repairing.start()
+        wait_until(lambda: "another job on this cluster makes this dataset" in caplog.text)
+        assert not (out / MANIFEST_KEY).exists()
+    repairing.join(60)
+    assert [report["ok"] for report in reports] == [True]

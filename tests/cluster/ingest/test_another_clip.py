@@ -1,10 +1,12 @@
 """jobs.featurise --data: the pictures, ids, captions and seeds of a dataset, another CLIP's scores and features."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,8 +30,9 @@ from cluster.generation.pools import Pools
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.monitor import RunMonitor
 from cluster.ingest.another_clip import _FAULTS, _featurise_on_ray, featurise_dataset, keep_spec
-from cluster.ingest.featurise_again import WORK, ReadPictures, WriteFeaturised
+from cluster.ingest.featurise_again import WORK, ReadPictures, WriteFeaturised, read_facts
 from cluster.ingest.request import FeaturiseRequest
+from cluster.only_job import MAKES, only_job
 from cluster.report.make import make_report
 from cluster.report.request import ReportRequest
 from cluster.store.store import Store, open_store
@@ -44,7 +47,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import write_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 from tests.helpers.tiny_models import save_tiny_clip
-from tests.helpers.waiting import all_cpus_held_until
+from tests.helpers.waiting import all_cpus_held_until, wait_until
 
 CALL = Callable[..., JobRun]
 
@@ -185,6 +188,38 @@ def test_a_shard_without_its_facts_is_named(dataset: Path, other_clip: Path, tmp
         featurise_in_process(dataset, tmp_path / "out", other_clip)
 
 
+def test_a_second_job_waits_and_finds_the_dataset(
+    dataset: Path, other_clip: Path, tmp_path: Path, ray_session: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would store its own shards in the place of those that dataset.json speaks of."""
+    caplog.set_level(logging.INFO)
+    out = open_store(tmp_path / "out")
+    asked = FeaturiseRequest(data=str(dataset), out=out.root, clip=str(other_clip))
+    said: list[dict] = []
+    second = threading.Thread(target=lambda: said.append(featurise_dataset(asked)))
+    with only_job(out, MAKES, waits=True):
+        featurise_in_process(dataset, tmp_path / "out", other_clip, shards=1)
+        second.start()
+        wait_until(lambda: "another job on this cluster makes this dataset" in caplog.text)
+        featurise_in_process(dataset, tmp_path / "out", other_clip, clean=True)
+        made = {key: os.stat(out.path(key)).st_mtime_ns for key in out.list()}
+    second.join(60)
+    assert [(each["rows"], each["skipped"]) for each in said] == [(40, 40)] and "is complete" in caplog.text
+    assert {key: os.stat(out.path(key)).st_mtime_ns for key in out.list()} == made
+
+
+def test_a_job_of_another_cluster_that_has_finished_the_dataset_is_named(
+    dataset: Path, other_clip: Path, tmp_path: Path
+) -> None:
+    """Its facts are gone with that job's work, and none of its shards is to be deleted."""
+    featurise_in_process(dataset, tmp_path / "out", other_clip, clean=True)
+    with pytest.raises(InputError, match="out: a job of another cluster has finished this dataset meanwhile"):
+        read_facts(open_store(tmp_path / "out"), 0)
+    (tmp_path / "out" / MANIFEST_KEY).write_text("{")
+    with pytest.raises(InputError, match=r"delete shards/part-000000.parquet beside it and run the same"):
+        read_facts(open_store(tmp_path / "out"), 0)
+
+
 def test_another_clip_or_source_is_not_mixed_with_what_was_begun(
     dataset: Path, other_clip: Path, tiny_clip: Path, tmp_path: Path
 ) -> None:
@@ -201,7 +236,13 @@ def test_another_clip_or_source_is_not_mixed_with_what_was_begun(
 
 @pytest.mark.parametrize(("begun", "now"), [("cpu", "cuda"), ("cuda", "cpu")])
 def test_a_device_that_was_auto_is_named_on_another_cluster_and_can_be_given(
-    dataset: Path, other_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: str, now: str
+    dataset: Path,
+    other_clip: Path,
+    tmp_path: Path,
+    ray_session: None,
+    monkeypatch: pytest.MonkeyPatch,
+    begun: str,
+    now: str,
 ) -> None:
     def goes_on(device: str, cluster: str, dtype: str = "auto") -> None:
         """Until CLIP would run."""
@@ -222,7 +263,6 @@ def test_a_device_that_was_auto_is_named_on_another_cluster_and_can_be_given(
     def reached(*_: object) -> None:
         raise Reached
 
-    monkeypatch.setattr("cluster.ingest.another_clip._join", lambda *_: None)
     monkeypatch.setattr("cluster.ingest.another_clip.missing_shards", reached)
     precision = {"cpu": "float32", "cuda": "bfloat16"}
     goes_on("auto", cluster=begun)

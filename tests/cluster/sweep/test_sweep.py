@@ -18,6 +18,7 @@ import torch
 
 from cluster.dataset.layout import load_manifest
 from cluster.dataset.rows import preload, read_shard
+from cluster.only_job import TRAINS, only_job
 from cluster.store.store import open_store
 from cluster.sweep.request import SweepRequest
 from cluster.sweep.sweep import SWEEP_KEY, _check_device, _check_out, _settings, sweep
@@ -135,7 +136,7 @@ def test_a_damaged_record_of_a_sweep_is_one_line(data: Path, tmp_path: Path, con
         sweep(replace(request(data, resume=True), out=str(tmp_path)))
 
 
-def test_pictures_and_concepts_of_a_sweep_may_move(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pictures_and_concepts_of_a_sweep_may_move(tmp_path: Path) -> None:
     out = open_store(tmp_path)
     begun = {
         "validation": {"images": "/a/pictures", "references": "/a/r.json", "split": "val"},
@@ -150,9 +151,7 @@ def test_pictures_and_concepts_of_a_sweep_may_move(tmp_path: Path, caplog: pytes
         _check_out(out, {"run": moved}, resume=True)
     recorded = {"references_sha256": "2", "vocabularies": {"words": "1"}}
     out.write_bytes(SWEEP_KEY, document_bytes({"run": {**begun, **recorded}}))
-    assert not caplog.messages
-    _check_out(out, {"run": moved}, resume=True)
-    assert caplog.messages == ["validation pictures are taken from /b/pictures, they were at /a/pictures"]
+    assert _check_out(out, {"run": moved}, resume=True) == {"run": {**begun, **recorded}}
     with pytest.raises(InputError, match=r"begun with another run\.validation \("):
         edited = {"validation": begun["validation"], "references_sha256": "3"}
         _check_out(out, {"run": moved | edited}, resume=True)
@@ -290,6 +289,30 @@ def half_a_gpu_taken() -> Iterator[None]:
 def losses(run: Path) -> list[float]:
     rows = [json.loads(line) for file in sorted(run.glob("losses/*.jsonl")) for line in file.read_text().splitlines()]
     return [row["loss"] for row in rows]
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_second_sweep_into_one_place_is_refused(
+    swept: tuple[dict, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    monkeypatch.setattr("cluster.only_job.PATIENCE_SECONDS", 0.0)
+    out = open_store(swept[1] if begun else tmp_path / "fresh")
+    before = {key: out.read_bytes(key) for key in out.list()}
+    said = "another job on this cluster trains into it; wait for its end"
+    with only_job(out, TRAINS, waits=False), pytest.raises(InputError, match=said):
+        sweep(request(data, out=out.root, resume=begun))
+    assert {key: out.read_bytes(key) for key in out.list()} == before
+
+
+def test_a_sweep_that_another_job_has_begun_meanwhile_is_not_begun_anew(
+    data: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have looked at an empty place, and started Ray since."""
+    out, said = open_store(tmp_path), document_bytes({"run": {"validation": None}})
+    monkeypatch.setattr("cluster.sweep.sweep.start_ray", lambda **settings: out.write_bytes(SWEEP_KEY, said))
+    with pytest.raises(InputError, match="holds a sweep; add --resume"):
+        sweep(request(data, out=out.root))
+    assert out.list() == [SWEEP_KEY] and out.read_bytes(SWEEP_KEY) == said
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from cluster.dataset.layout import (
     shard_number,
     stats_key,
 )
+from cluster.only_job import TRAINS, only_job
 from cluster.store.store import Store, open_store
 from cluster.training.checkpoints import TrainingState
 from cluster.training.data.arriving import ArrivingShards, finished_manifest
@@ -182,6 +183,31 @@ def test_a_stream_is_not_gone_on_with_on_other_rows(tiny_clip: Path, tmp_path: P
     (place / MANIFEST_KEY).write_text(json.dumps(document))
     with pytest.raises(InputError, match="data: its rows are others than those that this run began on"):
         opened(progress)
+
+
+def test_a_second_stream_into_one_run_is_refused_before_it_draws(
+    tmp_path: Path, tiny_clip: Path, call_job: Callable[..., JobRun], ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would go on with the run, whether or not it was told to."""
+    monkeypatch.setattr("cluster.only_job.PATIENCE_SECONDS", 0.0)
+    run = open_store(tmp_path / "both/run")
+    run.write_bytes("config.json", b"of the first")
+    with only_job(run, TRAINS, waits=False):
+        done = call_job(
+            "stream", "--corpus", write_corpus(tmp_path, CAPTIONS), "--out", tmp_path / "both", "--t2i", "null",
+            "--clip", tiny_clip, "--shard-size", 8, "--cpus-per-worker", 1,
+        )  # fmt: skip
+    assert done.returncode == 2
+    said = f"error: {run.root}: another job on this cluster trains into it; wait for its end"
+    assert done.stderr.splitlines()[-1].startswith(said)
+    assert run.list() == ["config.json"] and not (tmp_path / "both/dataset/shards").exists()
+
+
+def test_one_place_for_dataset_and_run_is_refused(tmp_path: Path, call_job: Callable[..., JobRun]) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    done = call_job("stream", "--corpus", "x.txt", "--out", tmp_path / "a", "--data", tmp_path / "link/a")
+    assert done.returncode == 2 and "is the place of the dataset too (--data); give two places" in done.stderr
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.slow

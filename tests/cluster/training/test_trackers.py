@@ -1,6 +1,7 @@
 """Trackers: what they keep, and that a run never fails or waits because of one."""
 
 import glob
+import hashlib
 import importlib.util
 import logging
 import sys
@@ -13,10 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cluster.store.store import open_store
 from cluster.training import trackers
+from cluster.training.run_record import beginning
 from cluster.training.trackers import flattened, open_trackers, run_id, wandb_configured
 from tests.helpers.seaweedfs import S3Server
 
-CONFIG = {"train": {"seed": 1, "model": {"tau": 0.01}}}
+CONFIG = {"train": {"seed": 1, "model": {"tau": 0.01}}, **beginning(None)}
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +115,7 @@ def test_wandb_keeps_an_offline_run_in_the_runs_folder(tmp_path: Path, monkeypat
     track(str(tmp_path), steps=range(1, 4), loss=1.0)
     (file,) = glob.glob(str(tmp_path / "wandb/offline-run-*/*.wandb"))
     data = Path(file).read_bytes()
-    assert b"loss" in data and run_id(open_store(tmp_path)).encode() in data
+    assert b"loss" in data and run_id(open_store(tmp_path), CONFIG).encode() in data
 
 
 def test_mlflow_goes_on_in_the_run_that_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,4 +132,13 @@ def test_mlflow_goes_on_in_the_run_that_is_resumed(tmp_path: Path, monkeypatch: 
 
 
 def test_nested_settings_have_dotted_names() -> None:
-    assert flattened(CONFIG) == {"train.seed": 1, "train.model.tau": 0.01}
+    assert flattened({"train": CONFIG["train"]}) == {"train.seed": 1, "train.model.tau": 0.01}
+
+
+def test_a_run_that_begins_is_another_one_and_one_that_goes_on_the_same() -> None:
+    """At a place of the same name: on another machine, or where an earlier run was deleted."""
+    store, begun = open_store("/mnt/run"), beginning(None)
+    assert run_id(store, beginning(None)) != run_id(store, begun) == run_id(store, beginning(begun))
+    assert run_id(open_store("/mnt/run/trials/a"), begun) != run_id(store, begun), "the trials of one sweep"
+    of_earlier_release = beginning({"train": {}})
+    assert run_id(store, of_earlier_release) == hashlib.sha256(b"/mnt/run").hexdigest()[:16]

@@ -29,6 +29,7 @@ from cluster.dataset.together import common_vocabularies, merged_concepts
 from cluster.evaluation.captioning import load_captioner
 from cluster.evaluation.request import CaptionerOptions
 from cluster.generation.request import parse_node_label
+from cluster.only_job import TRAINS, only_job
 from cluster.ray_internals import FailureDecision
 from cluster.store.store import Store, open_store
 from cluster.training.config import TrainConfig, preset, settable_fields
@@ -194,6 +195,69 @@ def test_resuming_a_finished_run_changes_nothing(trained: Path, world: Path) -> 
     summary = train(request(world, trained, **real_pictures(world), resume=True))
     assert summary["best"] == json.loads((world / "summary.json").read_text())["best"]
     assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_second_job_into_one_place_is_refused(
+    trained: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """Its epochs would replace the first one's captioner and checkpoints."""
+    monkeypatch.setattr("cluster.only_job.PATIENCE_SECONDS", 0.0)
+    out = open_store(trained if begun else tmp_path / "fresh")
+    asked = request(world, Path(out.root), **real_pictures(world), resume=begun, overrides={"epochs": EPOCHS + 1})
+    before = {key: out.read_bytes(key) for key in out.list()}
+    said = "another job on this cluster trains into it; wait for its end, or end it"
+    with only_job(out, TRAINS, waits=False), pytest.raises(InputError, match=said):
+        train(asked)
+    assert {key: out.read_bytes(key) for key in out.list()} == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_another_job_has_begun_meanwhile_is_not_begun_anew(
+    world: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    """Both have looked at an empty place, and started Ray since."""
+    out = open_store(tmp_path)
+    asked = request(world, tmp_path, resume=resume)
+    said = json.dumps(planned_run(asked, cpus=1).document).encode()
+    monkeypatch.setattr("cluster.training.train.start_ray", lambda: out.write_bytes("config.json", said))
+    with pytest.raises(InputError, match="changed this run meanwhile" if resume else "holds a run .* add --resume"):
+        train(asked)
+    assert out.list() == ["config.json"] and out.read_bytes("config.json") == said
+
+
+@pytest.mark.slow
+def test_of_two_jobs_with_a_ray_of_their_own_one_trains_and_a_killed_one_is_gone_on_with(
+    world: Path, tmp_path: Path, run_job: Callable[..., JobRun]
+) -> None:
+    """On one machine, as on a laptop: the second comes to the folder while the first trains, and again once it has got
+    SIGKILL."""
+    out = tmp_path / "run"
+    arguments = ["--data", world / "data", "--out", out, "--cpus-per-worker", 1]
+    arguments += [f"--set={name}={value}" for name, value in (SHARED | {"epochs": 1000}).items()]
+
+    def started(*more: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "jobs.train", *map(str, arguments), *more]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    first = started()
+    try:
+        wait_for(lambda: (out / "metrics.jsonl").exists() and history(out), alive=lambda: first.poll() is None)
+        second = run_job("train", *arguments, "--resume")
+        assert second.returncode == 2, second.stderr
+        assert second.stderr.splitlines()[-1].startswith(f"error: {out}: another job on this machine trains into it;")
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    third = started("--resume")
+    try:
+        done = len(history(out))
+        wait_for(lambda: len(history(out)) > done + 1, alive=lambda: third.poll() is None)
+    finally:
+        third.kill()
+        third.wait()
+    assert [row["epoch"] for row in history(out)] == list(range(1, len(history(out)) + 1))
 
 
 @pytest.mark.slow
