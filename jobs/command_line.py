@@ -26,7 +26,6 @@ from pcm.documents import read_document
 from pcm.errors import InputError, OneLineError, StoreFailure, not_known, one_line
 
 _CONFIG = "--config"
-_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _WIDTH = 78  # of paragraphs in --help
 _KINDS = {int: "a whole number", float: "a number"}
 
@@ -183,8 +182,8 @@ def end_with_error(message: str) -> NoReturn:
 def set_up_logging() -> None:
     """Raises InputError for a level that is none."""
     level = os.environ.get("PCM_LOG_LEVEL") or "INFO"
-    if level.upper() not in _LOG_LEVELS:
-        raise not_known("PCM_LOG_LEVEL", level, _LOG_LEVELS)
+    if level.upper() not in (levels := logging.getLevelNamesMapping()):
+        raise not_known("PCM_LOG_LEVEL", level, tuple(levels))
     logging.basicConfig(
         level=level.upper(),
         format="%(asctime)s %(name)s: %(message)s",

@@ -50,8 +50,8 @@ class OnRay:
 
     def run(self, function: Callable[..., None], calls: Sequence[tuple], *, what: str, on_device: bool = False) -> None:
         gpus = 1 if self._gpus and on_device else 0
-        # A process does many pieces, so that it loads a text tower once. What it keeps of a GPU is little, until the
-        # job ends.
+        # A process does many pieces, so that it loads a text tower or a sentence model once. It keeps that on its GPU
+        # until the job ends.
         task: Any = ray.remote(function).options(num_cpus=1, num_gpus=gpus, max_retries=3)
         progress = _Progress(what, len(calls))
         waiting = iter(calls)

@@ -1,9 +1,8 @@
 """Options about datasets that several jobs share, and the request of jobs.verify."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from cluster.options import BEGINS_ANEW, Request, check_at_least, option, refuse_without
+from cluster.options import Request, check_at_least, option, refuse_without
 from cluster.shard_work import AUTO, MANY_SAMPLES, RUN_ON
 from pcm.errors import InputError
 
@@ -32,8 +31,6 @@ _MOVED = "with --repair or --redraw: where the dataset's {} is now, should it ha
 @dataclass(frozen=True, kw_only=True)
 class VerifyRequest(RunOnOption):
     """A dataset to prove, or with `repair` to make whole; paths or URIs."""
-
-    AGAIN: ClassVar[str] = BEGINS_ANEW
 
     dataset: str = option(positional=True, help="path or URI")
     repair: bool = option(False, help="make missing and corrupt shards again, and no others")

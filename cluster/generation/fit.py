@@ -21,7 +21,7 @@ GPU_GIGABYTES = {
     "B200": 192, "B300": 288,
 }  # fmt: skip
 #: GPUs before compute capability 8: their bfloat16 is emulated.
-WITHOUT_BFLOAT16 = ("P100", "V100", "T4")
+WITHOUT_BFLOAT16 = ("P4", "P100", "V100", "T4")
 _TYPE = "accelerator_type:"
 
 
@@ -69,7 +69,7 @@ def tell_of_slow_bfloat16(spec: GeneratorSpec, *, labels: Mapping[str, str] | No
         return
     if slow := [kind for kind in WITHOUT_BFLOAT16 if kind in _kinds(ray.nodes(), labels or {})]:
         log.warning(
-            "--dtype bfloat16: GPUs of the cluster (%s) have none of their own, and are slow in it; end this and give "
+            "GPUs of the cluster (%s) have no bfloat16 of their own, and are slow in it; end this and give "
             "--dtype float16, for a dataset keeps what it was begun with",
             ", ".join(slow),
         )

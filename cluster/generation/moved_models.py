@@ -30,7 +30,9 @@ class ModelPlaces:
         if self == NOT_MOVED:
             return plan
         spec = plan.spec
-        generator = self.generator_at(spec.generator, version=spec.generator_version, data=store.root)
+        generator = spec.generator
+        if replace(self, clip=None) != NOT_MOVED:  # a CLIP has work on pictures that no generator is here for
+            generator = self.generator_at(generator, version=spec.generator_version, data=store.root)
         clip = spec.clip
         if self.clip is not None:
             revision, weights = pin_clip(self.clip, None, clip)

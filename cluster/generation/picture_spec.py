@@ -64,7 +64,8 @@ def generator_spec(
     signature = _signature(asked, config or local_name(model, revision), config_revision or revision)
     steps, guidance_scale = _steps_and_guidance(asked, model, signature, version, begun, own)
     if signature is not None and version > 1:
-        _check(asked, signature, guidance_scale)
+        taken = asked.t2i_without if own is not None and "t2i_without" not in own else begun.without if begun else ()
+        _check(asked, signature, guidance_scale, taken=taken)
         if begun is None and (own is None or "pipeline_options" in own):
             signature.check_further_negative_prompts(asked.negative_prompt, asked.pipeline_options)
         signature.check_steps(steps, asked.scheduler, asked.scheduler_options, asked.pipeline_options)
@@ -306,7 +307,10 @@ def _steps_and_guidance(
     )
 
 
-def _check(asked: GenerationOptions, signature: "PipelineSignature", guidance_scale: float | None) -> None:
+def _check(
+    asked: GenerationOptions, signature: "PipelineSignature", guidance_scale: float | None, *, taken: Collection[str]
+) -> None:
+    """`taken`: parts of --t2i-without that another release took; of the dataset that is gone on with, or of --spec."""
     options: Mapping[str, Any] = asked.pipeline_options
     signature.check_options(options)
     signature.check_negative_prompt(asked.negative_prompt, guidance_scale, options)
@@ -318,7 +322,7 @@ def _check(asked: GenerationOptions, signature: "PipelineSignature", guidance_sc
     if asked.lora:
         signature.check_loras()
     for part in asked.t2i_without:
-        if part not in signature.index.components:
+        if part not in (*signature.index.components, *taken):
             raise not_known(f"--t2i-without of {signature.name}", part, signature.index.components)
     if asked.vae is not None and "vae" not in signature.index.components:
         raise InputError(f"--vae: {signature.name} has none to replace; leave it out")

@@ -40,7 +40,8 @@ def dataset_spec(
     device = resolve_device(asked.device, cluster_gpus=gpus)
     dtype = resolve_dtype(asked.dtype, device=device)
     clip = asked.clip or ("null" if asked.t2i == "null" else "embedded")
-    if clip == "null" and (useless := [name for name in ("clip_batch_size", "nouns") if name in given(asked)]):
+    named = given(asked) if own is None else own
+    if clip == "null" and begun is None and (useless := [n for n in ("clip_batch_size", "nouns") if n in named]):
         flags = ", ".join(flag(type(asked), name) for name in useless)
         raise InputError(f"{flags}: without effect with --clip null, which has no features; leave it out")
     return DatasetSpec(

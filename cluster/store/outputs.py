@@ -67,8 +67,9 @@ def _check_local(store: Store, uri: str, kind: Literal["folder", "file"], *, sho
 def refuse_other_things(out: Store, what: str, *, own: tuple[str, ...] = ()) -> None:
     """For a job that has not found its own document in OUT. `what`: such as "no export". `own`: beginnings of keys that
     it may have left. Raises InputError where OUT holds anything else."""
+    own = (*own, "seen-by-all-")  # which a killed job of an earlier release has left
     if there := next((key for key in out.list() if not key.startswith(own)), None):
-        raise InputError(f"--out {out.root}: not empty and {what}: it holds {there}; give an empty place") from None
+        raise InputError(f"{out.root}: not empty and {what}: it holds {there}; give an empty place") from None
 
 
 def _is_mounted(file: Path) -> bool:

@@ -8,6 +8,7 @@ may quote a request.
 import errno
 import gc
 import logging
+import math
 import os
 import random
 import time
@@ -164,9 +165,9 @@ def seconds_of(variable: str, default: float) -> float:
     """What a variable of the environment says. Raises InputError for what is no number of seconds."""
     given = os.environ.get(variable) or default
     with suppress(ValueError):
-        if (seconds := float(given)) >= 0:
-            return seconds
-    raise InputError(f"{variable} {given}: must be a number of seconds, at least 0, such as {default:g}")
+        if not math.isnan(seconds := float(given)):
+            return max(0.0, seconds)
+    raise InputError(f"{variable} {given}: must be a number of seconds, such as {default:g}")
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def run_trial(parameters: dict[str, Any], *, sweep: SweepRun) -> None:
         try:
             reason = train_loop({"run": run})
         except OutOfMemory as error:
-            reason = str(error)
+            reason = f"{error}; where there is more, delete {RESULT_FILE} of this trial to train it again"
         if reason:
             free_memory()  # for the next trial of this process
             _report_failure(sweep, reason)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs
 import ray.train
 import safetensors.torch
 import torch
@@ -181,9 +182,9 @@ class Checkpoints:
         if checkpoint is None:
             return TrainingState()
         name = Path(checkpoint.path).name
-        # Ray's copy of an object store's is one for all workers of a machine.
+        # Ray's copy of an object store's is one for all workers of a machine; a trial's is a folder here already.
         copy: Callable[[], AbstractContextManager[str | Path]] = checkpoint.as_directory
-        if self._out.is_local:
+        if self._out.is_local and not isinstance(checkpoint.filesystem, pyarrow.fs.LocalFileSystem):
             copy = lambda: nullcontext(self._out.path(f"{CHECKPOINTS}/{name}"))  # noqa: E731  # mypy knows its type
         if (state := self._loaded(name, copy)) is not None:
             return state

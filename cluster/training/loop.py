@@ -8,11 +8,11 @@ middle of an epoch too, as if it had not been.
 import math
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
 import torch.distributed
 
@@ -53,21 +53,26 @@ def train_loop(loop_config: dict[str, Any]) -> str:
             _train(set_up_worker(run))
     except NonFiniteLoss as error:
         return str(error)  # not raised: Ray would start the same arithmetic again
-    except RuntimeError as error:  # of torch: no file, nor Python's own memory
-        if not is_out_of_memory(error):
-            raise
-        # Raised, and not returned: the other workers wait for this one.
-        raise OutOfMemory(_too_little_memory(run.config, error)) from None
     return ""
 
 
-def _too_little_memory(config: TrainConfig, error: BaseException) -> str:
-    workers = ray.train.get_context().get_world_size()
+@contextmanager
+def _enough_memory(advice: str) -> Iterator[None]:
+    """Raises OutOfMemory where the device has too little. Raised, and not returned: the other workers wait for this
+    one."""
+    try:
+        yield
+    except RuntimeError as error:  # of torch: no file, nor Python's own memory
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory ({one_line(error, longest=200)}) {advice}") from None
+
+
+def _less_memory(config: TrainConfig, workers: int) -> str:
     rows = config.batch_size // workers // config.grad_accumulation
     return (
-        f"out of memory ({one_line(error, longest=200)}) with {rows} rows at once on each of {workers} worker(s); "
-        f"set grad_accumulation higher (it is {config.grad_accumulation}) or batch_size lower ({config.batch_size}), "
-        "or train on more workers or larger GPUs"
+        f"with {rows} rows at once on each of {workers} worker(s); set grad_accumulation higher (it is "
+        f"{config.grad_accumulation}) or batch_size lower ({config.batch_size}), or give it more or larger GPUs"
     )
 
 
@@ -90,7 +95,10 @@ def _train_and_validate(worker: TrainWorker) -> None:
     trained = time.monotonic()
     if not worker.data.is_open:
         worker.open_data()
-    with worker.average.applied() if worker.average else nullcontext():
+    less = (
+        f"in validation; set validation_beam_size lower (it is {config.validation_beam_size}), or give it larger GPUs"
+    )
+    with worker.average.applied() if worker.average else nullcontext(), _enough_memory(less):
         cider = validation_cider(
             worker.module, worker.vocabulary, worker.data.validation, beam_size=config.validation_beam_size
         )
@@ -131,8 +139,10 @@ def _train_epoch(worker: TrainWorker) -> list[dict[str, float]]:
     unchecked: list[tuple[Batch, torch.Tensor, float]] = []
     first = progress.step - (progress.history[-1]["step"] if progress.history else 0)  # of this epoch
     timer = LineTimer()
+    less = _less_memory(config, worker.num_workers)
     for batch in worker.data.batches(progress.epoch, start_step=first):
-        loss, lr = worker.step(batch, progress.step)
+        with _enough_memory(less):
+            loss, lr = worker.step(batch, progress.step)
         progress.step += 1
         if progress.step == 1 and worker.data.plan is not None:
             worker.reporter.write_first_step()

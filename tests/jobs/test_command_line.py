@@ -182,7 +182,7 @@ def test_an_input_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture) 
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
-        ("PCM_LOG_LEVEL", "loud", "PCM_LOG_LEVEL 'loud': not known; allowed are DEBUG, INFO"),
+        ("PCM_LOG_LEVEL", "loud", "PCM_LOG_LEVEL 'loud': not known; allowed are CRITICAL, FATAL"),
         ("PCM_STORE_RETRY_SECONDS", "5m", "PCM_STORE_RETRY_SECONDS 5m: must be a number of seconds"),
         ("PCM_STORE_RETRY_SECONDS", "nan", "PCM_STORE_RETRY_SECONDS nan: must be a number of seconds"),
     ],

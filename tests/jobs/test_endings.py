@@ -95,9 +95,7 @@ def test_every_job_ends_so(name: str) -> None:
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143
-    again = {"train": WITH_RESUME, "sweep": WITH_RESUME} | dict.fromkeys(
-        ("evaluate", "caption", "verify", "report"), BEGINS_ANEW
-    )
+    again = {"train": WITH_RESUME, "sweep": WITH_RESUME} | dict.fromkeys(("evaluate", "caption", "report"), BEGINS_ANEW)
     assert said == f"stopped by SIGTERM: what is written is whole; {again.get(name, Request.AGAIN)}\n"
 
 

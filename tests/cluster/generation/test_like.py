@@ -281,7 +281,8 @@ def test_what_has_no_place_beside_what_is_given_is_not_taken(
     with caplog.at_level("INFO", logger="cluster.generation.like"):
         found = dataset_spec(with_spec(request, on_gpu), gpus=0)
     assert (found.generator.device, found.generator.offload) == ("cpu", "none")
-    assert caplog.messages == ["--spec: its --offload model is for GPUs, and not taken beside --device cpu"]
+    said = [record.getMessage() for record in caplog.records if record.name == "cluster.generation.like"]
+    assert said == ["--spec: its --offload model is for GPUs, and not taken beside --device cpu"]
     wanted = replace(on_gpu, clip=replace(on_gpu.clip, device="cuda"))
     check_alike(found, wanted, set(given(request)), uri="dataset.json")
     assert with_spec(asked(), on_gpu).offload == "model"

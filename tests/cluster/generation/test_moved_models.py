@@ -82,6 +82,15 @@ def test_verify_redraws_with_the_model_where_it_is_now(drawn: Path, data: Store,
                 assert draw_again(each.store, spec, rows)[0] == rows["image"].to_pylist()
 
 
+def test_what_needs_no_generator_is_told_where_the_clip_is_without_one(data: Store) -> None:
+    """The generator is not where it was, and words and plan parts are made without it."""
+    plan = load_plan(data)
+    assert plan is not None
+    with pytest.raises(InputError, match=r"--t2i .*: is not there, but .* was drawn with"):
+        ModelPlaces().generator_at(plan.spec.generator, version=plan.spec.generator_version, data="data")
+    assert ModelPlaces(clip=plan.spec.clip.model).plan_at(data, plan) == plan
+
+
 def test_one_sample_and_quarantined_ones_are_drawn_with_the_model_where_it_is_now(
     drawn: Path, data: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -51,6 +52,22 @@ def test_the_null_clip_refuses_what_only_a_clip_listens_to() -> None:
     ):
         with pytest.raises(InputError, match=said):
             dataset_spec(GenerateRequest(corpus="embedded", out="out", **asked), gpus=0)
+
+
+def test_what_an_earlier_release_took_without_effect_is_gone_on_with() -> None:
+    """By the dataset's own command, and as the settings of another one (--spec)."""
+
+    def asked(**named: Any) -> GenerateRequest:
+        return GenerateRequest(corpus="embedded", out="out", **named)
+
+    of_clip = asked(t2i="null", clip_batch_size=4)
+    begun = dataset_spec(asked(t2i="null"), gpus=0)
+    begun = replace(begun, clip=replace(begun.clip, batch_size=4))
+    assert dataset_spec(of_clip, gpus=0, begun=begun) == dataset_spec(of_clip, gpus=0, own=()) == begun
+    of_parts = asked(t2i_without=("text_encoder_3",))
+    begun = dataset_spec(asked(), gpus=0)
+    begun = replace(begun, generator=replace(begun.generator, without=("text_encoder_3",)))
+    assert dataset_spec(of_parts, gpus=0, begun=begun) == dataset_spec(of_parts, gpus=0, own=()) == begun
 
 
 def test_a_preset_asks_the_null_generator_for_nothing() -> None:

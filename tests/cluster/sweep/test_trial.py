@@ -143,7 +143,8 @@ def test_a_trial_that_does_not_fit_into_memory_has_failed(tune: Tune, monkeypatc
     assert (result := tune.result())["status"] == "failed"
     assert result["reason"] == (
         "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.) with 8 rows at once on each of 1 worker(s); "
-        "set grad_accumulation higher (it is 1) or batch_size lower (8), or train on more workers or larger GPUs"
+        "set grad_accumulation higher (it is 1) or batch_size lower (8), or give it more or larger GPUs; where there "
+        "is more, delete result.json of this trial to train it again"
     )
 
 

@@ -101,7 +101,7 @@ def test_gpus_without_bfloat16_are_named_before_a_dataset_is_begun(
     assert caplog.messages == []
     tell_of_slow_bfloat16(slow)
     (said,) = caplog.messages
-    assert said.startswith("--dtype bfloat16: GPUs of the cluster (T4) have none of their own") and "float16" in said
+    assert said.startswith("GPUs of the cluster (T4) have no bfloat16 of their own") and "float16" in said
 
 
 def test_a_cluster_to_which_larger_gpus_may_come_is_not_refused(
