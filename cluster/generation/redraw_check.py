@@ -98,7 +98,7 @@ def _on_ray(work: Sequence[tuple[Chosen, DatasetSpec, pa.Table]]) -> list[tuple[
 
 def plans_of(store: Store, places: ModelPlaces = NOT_MOVED) -> dict[str, Plan]:
     """Where pictures of a finished dataset or view lie that were drawn here: address -> the plan there. `places`: of
-    what has moved, the same for all of them.
+    what has moved, for those whose generator is not where it was.
 
     Raises InputError where there are none, and where a model that drew them is not there or another now.
     """
@@ -110,12 +110,19 @@ def plans_of(store: Store, places: ModelPlaces = NOT_MOVED) -> dict[str, Plan]:
         drawn = {path: plan for path, plan in plans.items() if plan is not None and _is_drawn(plan)}
     if not drawn:
         raise InputError(f"--redraw: no pictures of {store.root} were drawn here; leave it out")
-    if places != NOT_MOVED:
-        return {path: places.plan_at(open_store(path), plan) for path, plan in drawn.items()}
     # A dataset and its redraws have the same generator, whose files are read once.
     specs = {(plan.spec.generator, plan.spec.generator_version): path for path, plan in drawn.items()}
-    for (generator, version), path in specs.items():
-        for other in other_models(generator, version=version):
+    off = {spec: other_models(spec[0], version=spec[1]) for spec in specs}
+    if places != NOT_MOVED:
+        moved = {spec for spec, others in off.items() if others} or specs.keys()
+        return {
+            path: places.plan_at(open_store(path), plan)
+            if (plan.spec.generator, plan.spec.generator_version) in moved
+            else plan
+            for path, plan in drawn.items()
+        }
+    for spec, path in specs.items():
+        for other in off[spec]:
             what = (
                 "only the release that drew it has that one"
                 if other.name == "embedded"

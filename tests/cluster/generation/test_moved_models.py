@@ -18,7 +18,15 @@ from cluster.store.store import Store, open_store
 from jobs.verify import run as verify_job
 from pcm.errors import InputError
 from tests.cluster.dataset.test_view import make_view
-from tests.helpers.tiny_generation import CAPTIONS, draw_in_process, plan_dataset, tiny_spec, write_corpus
+from tests.helpers.tiny_generation import (
+    CAPTIONS,
+    draw_in_process,
+    make_dataset_in_process,
+    null_spec,
+    plan_dataset,
+    tiny_spec,
+    write_corpus,
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +74,12 @@ def test_a_place_needs_a_repair() -> None:
 
 
 def test_verify_redraws_with_the_model_where_it_is_now(drawn: Path, data: Store, tmp_path: Path) -> None:
-    """Of a dataset, and of a view of it."""
-    make_view(tmp_path / "view", [Path(data.prefix)], [(0, 0), (0, 4)])
+    """Of a dataset, and of a view of it and of one whose generator has not moved."""
+    make_dataset_in_process(tmp_path / "null", write_corpus(tmp_path, CAPTIONS[:2]), null_spec())
+    make_view(tmp_path / "view", [Path(data.prefix), tmp_path / "null"], [(0, 0), (0, 4), (1, 0)])
     view = open_store(tmp_path / "view")
     here = ModelPlaces(t2i=str(drawn / "new"))
-    for shown, count in ((data, 5), (view, 2)):
+    for shown, count in ((data, 5), (view, 3)):
         with pytest.raises(InputError, match=r"which is not there now; .* give --t2i with its place"):
             plans_of(shown)
         with pytest.raises(InputError, match=r"^--t2i embedded: is .* was drawn with .*; give that one"):
