@@ -179,8 +179,8 @@ def count_corpus_words(store: Store, plan: Plan, *, run_on: str) -> CorpusWords:
     min_count = least_count(words, plan.records)
     if min_count < MIN_WORD_COUNT and plan.records >= SMALL_CORPUS:
         log.warning(
-            "no word occurs %d times or more, so all %d different words are kept "
-            "(a caption without spaces is one word)",
+            "words that occur %d times or more are less than half of the text, so all %d different words are kept (a "
+            "caption without spaces is one word)",
             MIN_WORD_COUNT,
             len(words),
         )
@@ -216,11 +216,11 @@ def _finder(nouns: str) -> Callable[[Iterable[str]], Iterable[str]]:
 def least_count(words: Counter[str], captions: int) -> int:
     """How often a word must occur to be in the vocabulary of so many captions.
 
-    Where no word is frequent each counts, or nothing would be left: captions written without spaces, such as Chinese
-    or Japanese ones, are each one word.
+    Where the frequent ones are less than half of what is said each counts, or hardly anything would be left: captions
+    written without spaces, such as Chinese or Japanese ones, are each one word.
     """
-    frequent = max(words.values(), default=0) >= MIN_WORD_COUNT
-    return MIN_WORD_COUNT if captions >= SMALL_CORPUS and frequent else 1
+    frequent = sum(count for count in words.values() if count >= MIN_WORD_COUNT)
+    return MIN_WORD_COUNT if captions >= SMALL_CORPUS and 2 * frequent >= words.total() else 1
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def generator_spec(
         pipeline_options=tuple(asked.pipeline_options.items()),
         loras=_pinned_loras(asked, commits),
         vae=None if asked.vae is None else split_revision(asked.vae)[0],
-        vae_revision=None if asked.vae is None else _pin_vae(asked.vae, commits),
+        vae_revision=None if asked.vae is None else _pin_vae(asked.vae, commits, begun.vae_revision if begun else None),
         variant=asked.t2i_variant,
         without=asked.t2i_without,
         config=config,
@@ -149,7 +149,7 @@ def other_models(spec: GeneratorSpec, *, version: int) -> list[OtherModel]:
     parts: list[tuple[str, str | None, str | None, Callable[[str], str]]] = [
         ("t2i", spec.model, spec.revision, lambda name: pin_t2i(name, None, version=version)),
         ("t2i-config", spec.config, spec.config_revision, _pin_config),
-        ("vae", spec.vae, spec.vae_revision, _pin_vae),
+        ("vae", spec.vae, spec.vae_revision, lambda name: _pin_vae(name, recorded=spec.vae_revision)),
         *(("lora", name, revision, _pin_lora) for name, revision, _ in spec.loras),
     ]
     found = []
@@ -232,13 +232,14 @@ def _pin_lora(name: str, commits: _Commits | None = None, role: str = "lora") ->
     return _pin_repo(role, name, commits)
 
 
-def _pin_vae(name: str, commits: _Commits | None = None) -> str:
+def _pin_vae(name: str, commits: _Commits | None = None, recorded: str | None = None) -> str:
+    """`recorded`: as in `folder_revision`."""
     if name.endswith(".safetensors") or Path(name).is_file():
         raise InputError(f"--vae {name}: is a file; give the folder of a decoder, with its config.json, or a repo id")
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise InputError(f"--vae {name}: has no config.json; give the folder of a decoder, or a repo id")
-        return whole_folder_revision(Path(name))
+        return folder_revision(Path(name), recorded)
     return _pin_repo("vae", name, commits)
 
 

@@ -23,7 +23,7 @@ from pcm.line_timer import LineTimer
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Kind = Literal["transient", "full", "refused", "no bucket", "other"]
+Kind = Literal["transient", "full", "refused", "no bucket", "bad request", "other"]
 
 RETRY_SECONDS = 300.0
 #: A store does not know the job that uses it.
@@ -128,11 +128,7 @@ def with_retries(operation: Callable[[], T], *, place: str) -> T:
             if fault.kind != "transient":
                 raise StoreFailure(_advice(fault, place)) from None
             if (left := patience.left()) <= 0:
-                raise StoreFailure(
-                    f"{place}: the store did not answer properly for {patience.spent:.0f} s ({fault.what}); "
-                    f"{RERUN} when it does",
-                    passes=True,
-                ) from None
+                raise StoreFailure(_given_up(fault, place, patience.spent), passes=True) from None
             if _lines.due():
                 log.warning("%s: %s; trying again for up to %.0f s", place, fault.what, left)
         patience.sleep(left)
@@ -216,24 +212,32 @@ def _is_of_the_store(error: Exception) -> bool:
     return isinstance(error, OSError) and not isinstance(error, absent) and error.errno not in _OF_A_NAME
 
 
+def _given_up(fault: Fault, place: str, seconds: float) -> str:
+    if fault.what in ("EMFILE", "ENFILE"):
+        return f"{place}: too many open files for {seconds:.0f} s ({fault.what}); raise `ulimit -n` and {RERUN}"
+    return f"{place}: the store did not answer properly for {seconds:.0f} s ({fault.what}); {RERUN} when it does"
+
+
 def _advice(fault: Fault, place: str) -> str:
     if fault.kind == "full":
         return f"disk full at {place} ({fault.what}): free space and {RERUN}; nothing is half-written"
     if fault.kind == "no bucket":
         return str(no_bucket(place))
     if fault.kind == "other":
-        return f"{place}: the store or disk failed ({fault.what}); mend it and rerun the same command"
+        return f"{place}: the store or disk failed ({fault.what}); mend it and {RERUN}"
+    if fault.kind == "bad request":
+        return f"{place}: the store does not take the request ({fault.what}); mend what it names and {RERUN}"
     if fault.what == _NO_ENDPOINT:
         return f"{place}: {_NO_ENDPOINT}; give AWS_ENDPOINT_URL as https://HOST or http://HOST:PORT"
     if fault.what.startswith("InvalidObjectState"):
-        return f"{place}: is in an archive of the store ({fault.what}); restore it there, and run again"
+        return f"{place}: is in an archive of the store ({fault.what}); restore it there, and {RERUN}"
     if fault.what in _REFUSED_BY_SYSTEM:
         return (
             f"{place}: access refused ({fault.what}); check its owner and permissions, and that its disk is not "
             "mounted read-only"
         )
     if fault.what.startswith("RequestTimeTooSkewed"):
-        return f"{place}: the store says that this machine's clock is wrong ({fault.what}); set it, and run again"
+        return f"{place}: the store says that this machine's clock is wrong ({fault.what}); set it, and {RERUN}"
     token = " (a token may have expired)" if fault.what == "400" else ""  # S3's answer to a HEAD has no reason
     public = "; for a public bucket set FSSPEC_S3_ANON=true" if fault.what == "NoCredentialsError" else ""
     return (
@@ -291,9 +295,9 @@ def _kind_of_answer(code: str, status: int) -> Kind:
         return "no bucket"
     if code in _TRANSIENT_CODES or status in (408, 429) or (status >= 500 and status != 501):
         return "transient"
-    if code in _REFUSED_CODES or (400 <= status < 500 and status not in _OF_AN_OBJECT):
+    if code in _REFUSED_CODES or status in (401, 402, 403) or (status == 400 and not code):
         return "refused"
-    return "other"
+    return "bad request" if 400 <= status < 500 and status not in _OF_AN_OBJECT else "other"
 
 
 #: One line for a store that fails sixteen threads at once, and one every 30 seconds.

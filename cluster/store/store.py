@@ -14,11 +14,14 @@ second and 1,000 GPUs make 23.
 
 import contextlib
 import io
+import math
 import os
 import re
 import shutil
+import tarfile
 import tempfile
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from errno import ELOOP, ENAMETOOLONG, ENOENT
@@ -282,6 +285,10 @@ def _reopen(root: str, uri: str) -> Store:
             single.retries = 1
     except ImportError as error:
         raise _not_installed(uri, error) from None
+    except FileNotFoundError:  # of an archive in a chain
+        raise InputError(f"{uri}: not there") from None
+    except (tarfile.TarError, zipfile.BadZipFile) as error:
+        raise InputError(f"{uri}: no archive, or a damaged one ({first_line(error)})") from None
     except OSError as error:  # of hdfs, ftp and others, which connect at once
         raise StoreFailure(
             f"{uri}: cannot be opened ({first_line(error)}); check that its server runs, and what its client needs"
@@ -344,7 +351,10 @@ def _http_config() -> dict:
 
 
 def _timeout_seconds() -> float:
-    return seconds_of("PCM_STORE_TIMEOUT_SECONDS", TIMEOUT_SECONDS)
+    seconds = seconds_of("PCM_STORE_TIMEOUT_SECONDS", TIMEOUT_SECONDS)
+    if not 0 < seconds < math.inf:
+        raise InputError(f"PCM_STORE_TIMEOUT_SECONDS {seconds:g}: must be more than 0, and a number such as 30")
+    return seconds
 
 
 def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
