@@ -41,8 +41,9 @@ from pcm.captioners.pcmnet.method import PCMNET
 from pcm.clip.encoder import ClipEncoder
 from pcm.clip.names import clip_anywhere
 from pcm.documents import json_bytes
-from pcm.errors import InputError
+from pcm.errors import InputError, one_line
 from pcm.line_timer import LineTimer
+from pcm.model_faults import is_out_of_memory
 from pcm.text.concepts import ConceptVocabulary
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,20 @@ class Captioned:
             np.concatenate([part.global_feature for part in parts]),
             {image_id: why for part in parts for image_id, why in part.unreadable.items()},
         )
+
+
+@contextlib.contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Raises InputError where the device has too little for a batch of pictures."""
+    try:
+        yield
+    except RuntimeError as error:  # of torch
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"out of memory while pictures are captioned ({one_line(error, longest=200)}); give a smaller --beam-size, "
+            "or --device cpu where it is a GPU's"
+        ) from None
 
 
 def caption(request: CaptionRequest) -> dict[str, Any]:
@@ -113,6 +128,7 @@ def _pictures_at(image: str) -> Sequence[str]:
     return [join(image, key) for key in keys] or [image]
 
 
+@_enough_memory()
 def _captions(request: CaptionRequest) -> dict[str, CaptionResult]:
     """One result for each picture, or each of the features, in order."""
     captioner = load_captioner(request.checkpoints, request)
@@ -319,6 +335,7 @@ def batches(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+@_enough_memory()
 def caption_batch(captioner: Captioner, pictures: PictureSet | FeatureSet, positions: Sequence[int]) -> Captioned:
     if isinstance(pictures, FeatureSet):
         encoded = [pictures.encoded(positions, captioner.features)]

@@ -1,5 +1,6 @@
 """The checkpoints of a training run: what is in one, and where and when it is written."""
 
+import errno
 import json
 import logging
 import tempfile
@@ -263,6 +264,17 @@ def load_training_state(
     if average is not None:
         average.load(state)
         module.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE), strict=False)
-    # By way of the CPU: all ranks of a machine would put a state of cuda:0 there, and without a GPU it cannot be read.
-    optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True))
+    optimizer.load_state_dict(_read_optimizer(folder / OPTIMIZER_FILE))
     return TrainingState(**json.loads((folder / STATE_FILE).read_text()))
+
+
+def _read_optimizer(file: Path) -> dict[str, Any]:
+    """Raises ValueError for some files that are cut, where torch raises what a disk that fails would raise."""
+    try:
+        # By way of the CPU: all ranks of a machine would put a state of cuda:0 there, and without a GPU it is not read.
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise ValueError(f"{file.name}: is cut") from None
+        raise
+    return state

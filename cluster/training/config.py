@@ -131,10 +131,7 @@ class TrainConfig:
         Both at once, because a setting may fit these sizes alone. Raises InputError where one does not fit them.
         """
         sizes = {"vocab_size": vocab_size, "num_concepts": num_concepts, **dataclasses.asdict(features)}
-        found = self._replaced(overrides or {}, sizes)
-        fits = found.validation_beam_size <= vocab_size  # else the first epoch would end with it
-        _check(found, "validation_beam_size", fits, f"at most the size of the vocabulary, {vocab_size}")
-        return found
+        return self._replaced(overrides or {}, sizes)
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
         """This config with some fields replaced, the network's by their plain names: {"top_concepts": 3}.
@@ -149,7 +146,11 @@ class TrainConfig:
         values["model"] |= sizes
         for name, value in overrides.items():
             (values["model"] if name in values["model"] else values)[name] = value
-        return type(self).from_dict(values)
+        found = type(self).from_dict(values)
+        words = found.model.vocab_size
+        fits = found.validation_beam_size <= words  # else the first epoch would end with it
+        _check(found, "validation_beam_size", fits, f"at most the size of the vocabulary, {words}")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

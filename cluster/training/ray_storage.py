@@ -67,7 +67,10 @@ class _StoreHandler(pyarrow.fs.FSSpecHandler):
 
 
 class _Record(io.BytesIO):
-    """An object that is put, whole, when it is closed."""
+    """An object that is put, whole, when it is closed; never by the garbage collector, which closes what was dropped.
+
+    Where nothing was written one that is there stays: Ray was stopped before it wrote, or it only marks the place.
+    """
 
     def __init__(self, store: Store, key: str) -> None:
         super().__init__()
@@ -77,4 +80,8 @@ class _Record(io.BytesIO):
         if not self.closed:
             data = self.getvalue()
             super().close()
-            self._store.write_bytes(self._key, data)
+            if data or not self._store.exists(self._key):
+                self._store.write_bytes(self._key, data)
+
+    def __del__(self) -> None:
+        pass

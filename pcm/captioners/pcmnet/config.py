@@ -84,7 +84,10 @@ class PCMNetConfig:
                 f"hidden_size {self.hidden_size}: must be even and a multiple of num_heads {self.num_heads}"
             )
         if self.top_concepts > self.num_concepts:
-            raise InputError(f"top_concepts {self.top_concepts}: at most num_concepts, {self.num_concepts}")
+            raise InputError(
+                f"top_concepts {self.top_concepts}: at most num_concepts, {self.num_concepts}, which comes from the "
+                "data"
+            )
         if not 0 <= self.num_pairs <= self.num_patches * self.top_concepts:
             raise InputError(
                 f"top_patches {self.top_patches}: from 0 to {self.num_patches * self.top_concepts} "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cluster.dataset.given_features import FeatureSet, load_feature_set
 from cluster.evaluation.captioning import caption, caption_pictures, epoch_checkpoints
@@ -17,7 +18,7 @@ from cluster.ingest.published import import_official
 from cluster.ingest.request import ImportRequest
 from cluster.sources.picture_source import FeatureSource
 from cluster.sources.pictures import PictureSource, load_picture_set
-from pcm.captioners.captioner import Captioner
+from pcm.captioners.captioner import Captioner, CaptionResult
 from pcm.clip.encoder import ClipEncoder, ImageFeatures
 from pcm.errors import InputError
 from pcm.official.files import features_to_npz
@@ -270,3 +271,19 @@ def test_the_published_files_alone_give_the_captions_and_cider_of_our_own(world:
     assert published.captions == ours.captions and len(ours.captions) == COUNT
     np.testing.assert_array_equal(published.global_feature, ours.global_feature)
     assert cider_only(published.captions, given.references) == cider_only(ours.captions, pictures.references)
+
+
+def test_too_little_memory_is_one_line_that_says_what_helps(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def describe(captioner: Captioner, features: ImageFeatures) -> list[CaptionResult]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Captioner, "describe", describe)
+    features, checkpoint = str(world / "img"), str(world / "no-clip")
+    for run in (
+        lambda: evaluate(asked(world, features=features, out=str(tmp_path / "out"))),
+        lambda: caption(CaptionRequest(features=features, checkpoint=(checkpoint,), device="cpu")),
+    ):
+        with pytest.raises(InputError, match=r"out of memory .*GiB\); give a smaller --beam-size, or --device cpu"):
+            run()

@@ -91,6 +91,19 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     assert "damaged checkpoints are passed over (epoch-002: " in caplog.text and "epoch-001 is used" in caplog.text
 
 
+def test_an_optimizer_of_many_kilobytes_that_is_cut_is_passed_over(
+    run: Checkpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a rest of 7 to 82 KB torch says EINVAL, as a disk may."""
+    file = tmp_path / CHECKPOINTS / NAMES[1] / OPTIMIZER_FILE
+    torch.save({"state": {number: {"step": torch.zeros(2500)} for number in range(4)}}, file)
+    data = file.read_bytes()
+    assert len(data) > 40_000
+    file.write_bytes(data[: len(data) // 2])
+    assert run.restore() == TrainingState(epoch=1, step=10)
+    assert "(epoch-002: optimizer.pt: is cut); epoch-001 is used" in caplog.text
+
+
 @pytest.mark.parametrize(
     "error",
     [

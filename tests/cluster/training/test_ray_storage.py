@@ -1,5 +1,6 @@
 """Ray's own records in our store: whole or not there, patient, one line where it fails, and nobody else's deleted."""
 
+import gc
 import pickle
 import socket
 from collections.abc import Callable
@@ -54,6 +55,26 @@ def test_a_record_is_found_read_replaced_and_deleted(store: Store) -> None:
     assert files.get_file_info(place).is_file and not files.get_file_info(f"{store.prefix}/checkpoints").is_file
     files.delete_file(place)
     assert store.list() == []
+
+
+def test_a_record_of_which_nothing_was_written_stays_as_it_was(store: Store) -> None:
+    files, place = files_of(store), f"{store.prefix}/{RECORD}"
+    with files.open_output_stream(place):
+        pass  # Ray's marker of a place that can be written
+    assert store.read_bytes(RECORD) == b""
+    put(store, b"whole")
+    with pytest.raises(SystemExit), files.open_output_stream(place):
+        raise SystemExit
+    assert store.read_bytes(RECORD) == b"whole"
+
+
+def test_a_record_that_is_dropped_half_written_is_not_put(store: Store) -> None:
+    put(store, b"whole")
+    half = ray_storage(store)["storage_filesystem"].handler.open_output_stream(f"{store.prefix}/{RECORD}", None)
+    half.write(b"wh")
+    del half
+    gc.collect()
+    assert store.read_bytes(RECORD) == b"whole"
 
 
 def test_it_travels_to_a_worker_and_is_the_same_there(store: Store) -> None:
