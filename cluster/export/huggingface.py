@@ -96,7 +96,7 @@ def card(source: Source) -> str:
             f"({features.num_patches} * {features.patch_dim},) float16, CLIP's last tokens before ln_post, row-major",
         ),
         ("status", "`stored`"),
-        ("reason", f"empty{reason}"),
+        ("reason", f"an empty text{reason}"),
     ]
     yaml = [
         "---",

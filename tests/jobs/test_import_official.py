@@ -347,9 +347,8 @@ def test_imported_pictures_can_not_be_drawn_again(exported, tmp_path, tiny_clip,
 
 
 def test_repair_leaves_imported_words_concepts_and_head_as_they_are(
-    published, tmp_path, tiny_clip, call_job, monkeypatch
+    published, tmp_path, tiny_clip, call_job, ray_session
 ):
-    monkeypatch.setattr("cluster.generation.repair.start_ray", lambda: pytest.fail("Ray was started"))
     words = (published / "vocabulary.txt").read_text().rstrip("\n")
     (published / "vocabulary.txt").write_text(f"{words}\nzyzzyva\n")  # a word of the published list, of no caption
     out = tmp_path / "out"

@@ -151,14 +151,14 @@ def change_newest(repo: Path, **changes: object) -> None:
 
 
 def test_concepts_are_compared_with_the_clip_that_a_dataset_was_begun_with(
-    repo: Path, tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+    repo: Path, tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
 ) -> None:
     change_newest(repo, embed_dim=48)
     data = write_dataset(tmp_path / "drawn", tiny_clip, rows=8, shard_size=4)
     request = FeaturiseRequest(
         data=str(data), out=str(tmp_path / "out"), clip=REPO, concepts=str(data / "concepts.safetensors")
     )
-    monkeypatch.setattr("cluster.ingest.another_clip._join", reached)
+    monkeypatch.setattr("cluster.ingest.another_clip._make", reached)
     for main in COMMITS:
         move_main(repo, main)
         with pytest.raises(Reached):
