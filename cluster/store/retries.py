@@ -295,7 +295,7 @@ def _kind_of_answer(code: str, status: int) -> Kind:
         return "no bucket"
     if code in _TRANSIENT_CODES or status in (408, 429) or (status >= 500 and status != 501):
         return "transient"
-    if code in _REFUSED_CODES or status in (401, 402, 403) or (status == 400 and not code):
+    if code in _REFUSED_CODES or status in (401, 402, 403) or (status == 400 and code in ("", "400")):
         return "refused"
     return "bad request" if 400 <= status < 500 and status not in _OF_AN_OBJECT else "other"
 

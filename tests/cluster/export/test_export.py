@@ -289,7 +289,7 @@ def test_datasets_opens_a_hugging_face_export(dataset, tmp_path, monkeypatch):
     np.testing.assert_array_equal(as_arrays, patches(rows[0]))
     said = (tmp_path / "hf" / "README.md").read_text()
     assert "| `caption` | the text that the picture was drawn from |" in said
-    assert f"| `reason` | empty, or `prompt_truncated` ({MARKS['prompt_truncated'].text}) |" in said
+    assert f"| `reason` | an empty text, or `prompt_truncated` ({MARKS['prompt_truncated'].text}) |" in said
     assert "- synthetic\n" in said and "# Synthetic image-caption pairs\n" in said
     exported = load_manifest(open_store(tmp_path / "hf"))
     for shard in exported.stored_shards:  # the manifest speaks of the export's own files
