@@ -60,7 +60,7 @@ def test_streaming_over_hosts_is_cut_off_from_one_and_loses_another(
 ) -> None:
     """The first is cut off while pictures are drawn, the second is lost while the captioner is trained."""
     rows, length = 60, 12
-    corpus = write_corpus(tmp_path, [f"A red circle on a green ground, number {number}." for number in range(rows)])
+    corpus = write_corpus(tmp_path, [f"A red circle on a blue ground, number {number}." for number in range(rows)])
     models = ["--t2i", str(tiny_t2i), "--clip", str(tiny_clip), "--steps=2", "--shard-size=5", "--set=top_concepts=2"]
 
     def stream(out: Path) -> Job:
