@@ -56,6 +56,21 @@ def room_for_model(what: str, device: str) -> Iterator[None]:
         ) from error
 
 
+class OutOfMemory(InputError):
+    """A device has too little memory for what is computed there; the message says what helps."""
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Around torch's work whose size a user's settings decide: raises OutOfMemory, with what the user can do."""
+    try:
+        yield
+    except RuntimeError as error:  # of torch: no file, nor Python's own memory
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory ({one_line(error, longest=200)}) {advice}") from None
+
+
 def why_unusable(error: Exception) -> str:
     """What a library says of a model's files that it cannot use, in one line."""
     if isinstance(error, (pickle.UnpicklingError, EOFError)):  # torch's text says how to run what a pickle names

@@ -4,7 +4,6 @@ A method finds rows and hands them to cluster.dataset.view; `--method` names it:
 in cluster.curation.redraw_view. Another method is a function like these, and a name in `METHODS`.
 """
 
-import contextlib
 import dataclasses
 import logging
 import time
@@ -22,7 +21,7 @@ from cluster.curation.curate import EXAMPLES, shown
 from cluster.curation.refine_request import SYNC, RefineRequest
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import UNIT, WORK
-from cluster.dataset.layout import LINEAGE_KEY, Manifest, Plan, find_manifest
+from cluster.dataset.layout import LINEAGE_KEY, Manifest, Plan, find_whole_manifest
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset
 from cluster.dataset.view import ViewRows, begun_settings, claimed_alone, lineage_source, open_source, write_view
@@ -133,9 +132,8 @@ def _by_its_release(sentences: SentenceSpec, begun: object, out: Store) -> Sente
     of_begun = dataclasses.replace(sentences, library=str(library))
     if library == sentences.library or of_begun.decides() != begun:
         return sentences  # the same, or more than the release differs, which is named when it is compared
-    with contextlib.suppress(InputError):  # a damaged manifest is written again
-        if find_manifest(out) is not None:
-            return of_begun
+    if find_whole_manifest(out) is not None:
+        return of_begun
     raise InputError(
         f"--out {out.root}: was begun with {library}, and {sentences.library} is installed; install {library} to "
         "finish it, or give another --out"

@@ -461,6 +461,14 @@ def find_manifest(store: Store) -> Manifest | None:
         return replace(found, pictures=pictures, lineage=found.lineage.moved(places) if found.lineage else None)
 
 
+def find_whole_manifest(store: Store) -> Manifest | None:
+    """The same; None for a damaged one too, which is written again."""
+    try:
+        return find_manifest(store)
+    except InputError:
+        return None
+
+
 def store_manifest(store: Store, manifest: Manifest) -> None:
     """Put dataset.json there, which makes the dataset complete; first the parts of its list where that is long.
 

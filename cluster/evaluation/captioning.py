@@ -41,9 +41,9 @@ from pcm.captioners.pcmnet.method import PCMNET
 from pcm.clip.encoder import ClipEncoder
 from pcm.clip.names import clip_anywhere
 from pcm.documents import json_bytes
-from pcm.errors import InputError, one_line
+from pcm.errors import InputError
 from pcm.line_timer import LineTimer
-from pcm.model_faults import is_out_of_memory
+from pcm.model_faults import enough_memory
 from pcm.text.concepts import ConceptVocabulary
 
 log = logging.getLogger(__name__)
@@ -66,18 +66,7 @@ class Captioned:
         )
 
 
-@contextlib.contextmanager
-def _enough_memory() -> Iterator[None]:
-    """Raises InputError where the device has too little for a batch of pictures."""
-    try:
-        yield
-    except RuntimeError as error:  # of torch
-        if not is_out_of_memory(error):
-            raise
-        raise InputError(
-            f"out of memory while pictures are captioned ({one_line(error, longest=200)}); give a smaller --beam-size, "
-            "or --device cpu where it is a GPU's"
-        ) from None
+_LESS_MEMORY = "while pictures are captioned; give a smaller --beam-size, or --device cpu where it is a GPU's"
 
 
 def caption(request: CaptionRequest) -> dict[str, Any]:
@@ -128,7 +117,7 @@ def _pictures_at(image: str) -> Sequence[str]:
     return [join(image, key) for key in keys] or [image]
 
 
-@_enough_memory()
+@enough_memory(_LESS_MEMORY)
 def _captions(request: CaptionRequest) -> dict[str, CaptionResult]:
     """One result for each picture, or each of the features, in order."""
     captioner = load_captioner(request.checkpoints, request)
@@ -335,7 +324,7 @@ def batches(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-@_enough_memory()
+@enough_memory(_LESS_MEMORY)
 def caption_batch(captioner: Captioner, pictures: PictureSet | FeatureSet, positions: Sequence[int]) -> Captioned:
     if isinstance(pictures, FeatureSet):
         encoded = [pictures.encoded(positions, captioner.features)]

@@ -20,7 +20,7 @@ from cluster.dataset.layout import (
     MANIFEST_KEY,
     Manifest,
     Plan,
-    find_manifest,
+    find_whole_manifest,
     load_plan,
     store_manifest,
 )
@@ -155,7 +155,7 @@ def run_pipeline(
 
     on_store, missing = look()
     with ExitStack() as only_run:
-        if missing or (shards is None and _whole_manifest(store) is None):
+        if missing or (shards is None and find_whole_manifest(store) is None):
             only = only_job(store, MAKES, waits=True, start=partial(start_monitor, faults))
             monitor, waited = only_run.enter_context(only)
             if waited and redo:
@@ -341,7 +341,7 @@ def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest
         environments=environments,
         made_with=made_with(store, plan),
     )
-    before = None if environments else _whole_manifest(store)
+    before = None if environments else find_whole_manifest(store)
     if before is not None and replace(before, versions=manifest.versions) == manifest:
         return before
     if (found := load_plan(store)) is not None and found.asked() == plan.asked():
@@ -349,10 +349,3 @@ def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest
     else:
         log.warning("the corpus has grown meanwhile; %s is left to the run that planned it", MANIFEST_KEY)
     return manifest
-
-
-def _whole_manifest(store: Store) -> Manifest | None:
-    try:
-        return find_manifest(store)
-    except InputError:  # a damaged one is written again
-        return None

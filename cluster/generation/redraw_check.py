@@ -111,18 +111,13 @@ def plans_of(store: Store, places: ModelPlaces = NOT_MOVED) -> dict[str, Plan]:
     if not drawn:
         raise InputError(f"--redraw: no pictures of {store.root} were drawn here; leave it out")
     # A dataset and its redraws have the same generator, whose files are read once.
-    specs = {(plan.spec.generator, plan.spec.generator_version): path for path, plan in drawn.items()}
-    off = {spec: other_models(spec[0], version=spec[1]) for spec in specs}
+    generators = {path: (plan.spec.generator, plan.spec.generator_version) for path, plan in drawn.items()}
+    others = {each: other_models(each[0], version=each[1]) for each in set(generators.values())}
     if places != NOT_MOVED:
-        moved = {spec for spec, others in off.items() if others} or specs.keys()
-        return {
-            path: places.plan_at(open_store(path), plan)
-            if (plan.spec.generator, plan.spec.generator_version) in moved
-            else plan
-            for path, plan in drawn.items()
-        }
-    for spec, path in specs.items():
-        for other in off[spec]:
+        moved = [path for path, each in generators.items() if others[each]] or list(drawn)
+        return drawn | {path: places.plan_at(open_store(path), drawn[path]) for path in moved}
+    for path, each in generators.items():
+        for other in others[each]:
             what = (
                 "only the release that drew it has that one"
                 if other.name == "embedded"

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cluster.dataset.layout import StoredShard, find_manifest, parquet_bytes, shard_key
+from cluster.dataset.layout import StoredShard, find_whole_manifest, parquet_bytes, shard_key
 from cluster.dataset.opened import OpenDataset
 from cluster.dataset.rows import read_shard, read_weights
 from cluster.dataset.view import read_corpus_ids
@@ -161,7 +161,7 @@ def read_facts(out: Store, shard: int) -> ShardFacts:
         StoredShard.of(told["entry"])
         return ShardFacts(table.replace_schema_metadata(None), told["entry"], told["refused"])
     except (FileNotFoundError, pa.ArrowException, ValueError, TypeError, LookupError):
-        if _is_finished(out):
+        if find_whole_manifest(out) is not None:
             raise InputError(
                 f"{out.root}: a job of another cluster has finished this dataset meanwhile; see with jobs.verify "
                 "whether this one has changed its shards, and make it in another --out where it has"
@@ -170,10 +170,3 @@ def read_facts(out: Store, shard: int) -> ShardFacts:
             f"{out.root}/{facts_key(shard)}: missing or damaged; delete {shard_key(shard)} beside it and run the same "
             "command again"
         ) from None
-
-
-def _is_finished(out: Store) -> bool:
-    try:
-        return find_manifest(out) is not None
-    except InputError:  # a damaged one is written again
-        return False

@@ -76,12 +76,8 @@ _REFUSED_ERRNO = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 #: With FileNotFoundError and its kin: what says something of the name that was asked for, and nothing of the store.
 _OF_A_NAME = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP})
 _REFUSED_BY_SYSTEM = frozenset(errno.errorcode[number] for number in _REFUSED_ERRNO)
-
-
 #: Answers that say something of the object that was asked for: that it is not there, is there, or is another.
 _OF_AN_OBJECT = frozenset({404, 409, 412, 416})
-
-
 _NO_ENDPOINT = "the endpoint is no URL"
 
 

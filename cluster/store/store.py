@@ -173,8 +173,7 @@ class Store:
             self._with_retries(key, lambda: shutil.rmtree(self.path(key)))
             return
         for found in self.list(f"{key}/"):
-            with contextlib.suppress(FileNotFoundError):  # a try before, whose answer was lost
-                self.delete(found)
+            self.delete(found)
 
     def _with_retries(self, key: str, operation: Callable[[], T]) -> T:
         return with_retries(operation, place=f"{self.root}/{key}" if key else self.root)

@@ -26,11 +26,11 @@ from cluster.dataset.rows import COLUMNS, preload, read_shard
 from cluster.ray_internals import LocalReports, train_in_this_process
 from cluster.store.store import Store, join, local_copy, open_store
 from cluster.training.checkpoints import SCORE, STATE_FILE
-from cluster.training.loop import OutOfMemory, train_loop
+from cluster.training.loop import train_loop
 from cluster.training.run_spec import RunSpec
 from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError, first_line
-from pcm.model_faults import free_memory
+from pcm.model_faults import OutOfMemory, free_memory
 
 TRIALS = "trials"
 #: Settings and seed of a trial, from its beginning: Optuna's are known from nowhere else before there is a result.

@@ -8,8 +8,7 @@ middle of an epoch too, as if it had not been.
 import math
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,8 @@ from cluster.training.reporting import LossLog
 from cluster.training.run_spec import RunSpec
 from cluster.training.validation import validation_cider
 from cluster.training.worker import TrainWorker, set_up_worker
-from pcm.errors import InputError, one_line
 from pcm.line_timer import LineTimer
-from pcm.model_faults import is_out_of_memory
+from pcm.model_faults import enough_memory
 
 #: On a GPU the loss is read back, and checked, once in so many steps: reading it makes the GPU wait. Their batches are
 #: kept until then, to name the rows of a bad one; of large batches fewer, so many bytes together.
@@ -41,10 +39,6 @@ class NonFiniteLoss(Exception):
     """The loss became NaN or infinite; the message names the step and the rows."""
 
 
-class OutOfMemory(InputError):
-    """The network with its rows does not fit into the memory of the device; the message names what helps."""
-
-
 def train_loop(loop_config: dict[str, Any]) -> str:
     """train_loop_per_worker of Ray Train. Returns "" or, the same on every worker, why training was stopped."""
     run: RunSpec = loop_config["run"]
@@ -54,18 +48,6 @@ def train_loop(loop_config: dict[str, Any]) -> str:
     except NonFiniteLoss as error:
         return str(error)  # not raised: Ray would start the same arithmetic again
     return ""
-
-
-@contextmanager
-def _enough_memory(advice: str) -> Iterator[None]:
-    """Raises OutOfMemory where the device has too little. Raised, and not returned: the other workers wait for this
-    one."""
-    try:
-        yield
-    except RuntimeError as error:  # of torch: no file, nor Python's own memory
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(f"out of memory ({one_line(error, longest=200)}) {advice}") from None
 
 
 def _less_memory(config: TrainConfig, workers: int) -> str:
@@ -98,7 +80,7 @@ def _train_and_validate(worker: TrainWorker) -> None:
     less = (
         f"in validation; set validation_beam_size lower (it is {config.validation_beam_size}), or give it larger GPUs"
     )
-    with worker.average.applied() if worker.average else nullcontext(), _enough_memory(less):
+    with worker.average.applied() if worker.average else nullcontext(), enough_memory(less):
         cider = validation_cider(
             worker.module, worker.vocabulary, worker.data.validation, beam_size=config.validation_beam_size
         )
@@ -141,7 +123,7 @@ def _train_epoch(worker: TrainWorker) -> list[dict[str, float]]:
     timer = LineTimer()
     less = _less_memory(config, worker.num_workers)
     for batch in worker.data.batches(progress.epoch, start_step=first):
-        with _enough_memory(less):
+        with enough_memory(less):  # raised, and not returned: the other workers wait for this one
             loss, lr = worker.step(batch, progress.step)
         progress.step += 1
         if progress.step == 1 and worker.data.plan is not None:

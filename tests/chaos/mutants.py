@@ -587,12 +587,12 @@ MUTANTS = (
     Mutant(
         "a second run on the cluster waits for the first",
         "cluster/only_job.py", "start(name=_name(store), namespace=_NAMESPACE)", "start()",
-        ("tests/cluster/generation/test_one_run.py::test_a_second_run_waits_and_draws_nothing_again",),
+        ("tests/cluster/generation/test_two_runs.py::test_a_second_run_waits_and_draws_nothing_again",),
     ),
     Mutant(
         "a run waits for a retry that has taken the manifest away",
-        "cluster/generation/pipeline.py", " or (shards is None and _whole_manifest(store) is None)", "",
-        ("tests/cluster/generation/test_one_run.py::test_a_run_waits_for_a_retry_though_every_shard_is_there",),
+        "cluster/generation/pipeline.py", " or (shards is None and find_whole_manifest(store) is None)", "",
+        ("tests/cluster/generation/test_two_runs.py::test_a_run_waits_for_a_retry_though_every_shard_is_there",),
     ),
     Mutant(
         "jobs with a Ray of their own each meet at the folder",
@@ -607,7 +607,7 @@ MUTANTS = (
     Mutant(
         "what another run has stored meanwhile is not drawn again",
         "cluster/generation/pipeline.py", "            on_store, missing = look()  # another run may just have ended\n", "",
-        ("tests/cluster/generation/test_one_run.py::test_a_second_run_waits_and_draws_nothing_again",),
+        ("tests/cluster/generation/test_two_runs.py::test_a_second_run_waits_and_draws_nothing_again",),
     ),
     Mutant(
         "a shard that was lost is made again",

@@ -285,5 +285,8 @@ def test_too_little_memory_is_one_line_that_says_what_helps(
         lambda: evaluate(asked(world, features=features, out=str(tmp_path / "out"))),
         lambda: caption(CaptionRequest(features=features, checkpoint=(checkpoint,), device="cpu")),
     ):
-        with pytest.raises(InputError, match=r"out of memory .*GiB\); give a smaller --beam-size, or --device cpu"):
+        with pytest.raises(
+            InputError,
+            match=r"^out of memory \(.*GiB\) while .* captioned; give a smaller --beam-size, or --device cpu",
+        ):
             run()

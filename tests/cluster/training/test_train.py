@@ -35,7 +35,7 @@ from cluster.store.store import Store, open_store
 from cluster.training.config import TrainConfig, preset, settable_fields
 from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
-from cluster.training.loop import NonFiniteLoss, OutOfMemory, _stop
+from cluster.training.loop import NonFiniteLoss, _stop
 from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer, worker_input_error
 from cluster.training.request import TrainRequest, parse_worker_label
 from cluster.training.run_record import joined_versions, same_clip, same_validation, warn_of_moved_pictures
@@ -55,6 +55,7 @@ from pcm.captioners.captioner import Captioner
 from pcm.captioners.interface import MODEL_FILE
 from pcm.clip.names import folder_revision
 from pcm.errors import InputError, StoreFailure
+from pcm.model_faults import OutOfMemory
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
 from tests.helpers.job_runs import JobRun

@@ -1,7 +1,8 @@
-"""One run at a time makes a dataset on a cluster."""
+"""Two runs of one dataset at the same moment: which waits, and which is refused (cluster.only_job)."""
 
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,19 @@ from tests.helpers.tiny_generation import (
 from tests.helpers.waiting import wait_until
 
 
+def refused(run: Callable[[], object]) -> tuple[threading.Thread, list[str]]:
+    """A thread that does it, and the lines with which it is refused."""
+    said: list[str] = []
+
+    def work() -> None:
+        try:
+            run()
+        except InputError as error:
+            said.append(str(error))
+
+    return threading.Thread(target=work), said
+
+
 def test_a_second_run_waits_and_draws_nothing_again(
     ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -56,15 +70,7 @@ def test_what_another_run_has_changed_is_not_repaired(
     caplog.set_level(logging.WARNING)
     store, plan, _ = make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path), null_spec())
     pools = Pools.for_cluster(device="cpu", cpus=2, gpus=0)
-    said: list[str] = []
-
-    def repair() -> None:
-        try:
-            run_pipeline(store, plan, pools, redo=[1])
-        except InputError as error:
-            said.append(str(error))
-
-    repairing = threading.Thread(target=repair)
+    repairing, said = refused(lambda: run_pipeline(store, plan, pools, redo=[1]))
     with only_job(store, MAKES, waits=True):
         repairing.start()
         wait_until(lambda: "another job on this cluster makes this dataset" in caplog.text)
@@ -99,15 +105,8 @@ def test_a_retry_that_is_refused_leaves_the_dataset_finished(
     store, plan = plan_dataset(tmp_path / "data", corpus, null_spec())
     write_manifest(store, plan, draw_in_process(store, plan, [0], draw=DrawFaulty))
     whole = store.read_bytes(MANIFEST_KEY)
-    said: list[str] = []
-
-    def retry() -> None:
-        try:
-            retry_quarantined(store, plan, ALL_GENERATOR, Pools.for_cluster(device="cpu", cpus=2, gpus=0))
-        except InputError as error:
-            said.append(str(error))
-
-    retrying = threading.Thread(target=retry)
+    pools = Pools.for_cluster(device="cpu", cpus=2, gpus=0)
+    retrying, said = refused(lambda: retry_quarantined(store, plan, ALL_GENERATOR, pools))
     with only_job(store, MAKES, waits=True):
         retrying.start()
         wait_until(lambda: "another job on this cluster makes this dataset" in caplog.text)
