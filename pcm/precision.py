@@ -1,4 +1,4 @@
-"""What float32 means on a GPU."""
+"""What float32 means on a GPU, and which GPUs are slow in bfloat16."""
 
 import torch
 
@@ -10,3 +10,8 @@ def whole_float32() -> None:
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+def is_slow_in_bfloat16(device: str) -> bool:
+    """Whether it is "cuda", and this machine's GPU emulates bfloat16: one before compute capability 8."""
+    return device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)

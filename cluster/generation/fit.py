@@ -63,9 +63,9 @@ def check_memory(
     )  # fmt: skip
 
 
-def tell_of_slow_bfloat16(spec: GeneratorSpec, *, labels: Mapping[str, str] | None = None) -> None:
-    """Warn where a new dataset is to be drawn in bfloat16 on GPUs, of nodes with these labels, that have none."""
-    if spec.device != "cuda" or spec.dtype != "bfloat16":
+def tell_of_slow_bfloat16(device: str, dtype: str, *, labels: Mapping[str, str] | None = None) -> None:
+    """Warn where a new dataset is to be made in bfloat16 on GPUs, of nodes with these labels, that have none."""
+    if device != "cuda" or dtype != "bfloat16":
         return
     if slow := [kind for kind in WITHOUT_BFLOAT16 if kind in _kinds(ray.nodes(), labels or {})]:
         log.warning(

@@ -167,7 +167,7 @@ def prepare(
         check_memory(spec.generator, memory, labels=asked.node_labels, measures=measures)
     pools = pools_of_cluster(asked, device=device)
     if planned is None:
-        tell_of_slow_bfloat16(spec.generator, labels=asked.node_labels)  # the first machine has come
+        tell_of_slow_bfloat16(device, spec.generator.dtype, labels=asked.node_labels)  # the first machine has come
         spec, shard_size = measured(spec, pools, batch_size=asked.batch_size == AUTO, shard_size=asked.shard_size)
         if asked.shard_size is None and (enough := least(shard_size)) > shard_size:
             log.info("shards of %d samples instead, as a plan has at most %s of them", enough, f"{MAX_SHARDS:,}")

@@ -48,6 +48,7 @@ from cluster.dataset.vocabularies import (
     run_with_clip,
 )
 from cluster.dataset.vocabulary_files import stored_concepts
+from cluster.generation.fit import tell_of_slow_bfloat16
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.made_by import made_by, tell_encoder
 from cluster.generation.pinning import clip_spec, device_of_cluster, joint_dimensions, pin_clip, resolve_dtype
@@ -184,6 +185,8 @@ def _make(
     skipped = source.manifest.stored - sum(source.shards[number].rows for number in missing)
     if missing:
         pools = pools_of_cluster(device=device)
+        if begun is None:
+            tell_of_slow_bfloat16(device, dtype)
         _featurise_on_ray(source, out, spec, missing, pools)
     run_with_clip(store_vocabularies_of, source.store, out, spec, concepts, clip=spec)
     return finish(source, out, spec, lineage), skipped

@@ -36,7 +36,15 @@ from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow, check_picture_bytes
 from cluster.generation.stages.write import WriteShard
 from cluster.ingest.request import FeaturiseRequest
-from cluster.ingest.shards import check_gpu, counts, import_shards, picture_size, sample_row, undrawn
+from cluster.ingest.shards import (
+    check_gpu,
+    counts,
+    import_shards,
+    picture_size,
+    sample_row,
+    tell_of_slow_bfloat16,
+    undrawn,
+)
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.sources.pictures import PictureFiles, find_pictures, resolved
@@ -137,6 +145,7 @@ def _spec(request: FeaturiseRequest, *, begun: ClipSpec | None) -> DatasetSpec:
     dtype = resolve_dtype(request.dtype, device=device)
     if begun is None:
         check_gpu(device)
+        tell_of_slow_bfloat16(device, dtype)
     return DatasetSpec(
         generator=undrawn(PHOTOS, revision=""), clip=clip_spec(request.clip, dtype=dtype, device=device, begun=begun)
     )

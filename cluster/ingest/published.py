@@ -38,7 +38,15 @@ from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow, check_picture_bytes
 from cluster.generation.stages.write import IMAGE_PATH, WriteShard
 from cluster.ingest.request import ImportRequest
-from cluster.ingest.shards import check_gpu, counts, import_shards, picture_size, sample_row, undrawn
+from cluster.ingest.shards import (
+    check_gpu,
+    counts,
+    import_shards,
+    picture_size,
+    sample_row,
+    tell_of_slow_bfloat16,
+    undrawn,
+)
 from cluster.sources.concept_file import read_concepts
 from cluster.sources.published_annotations import AnnotationCorpus, CaptionFile
 from cluster.sources.published_folders import PublishedFolders
@@ -219,6 +227,7 @@ def _clip_to_load(request: ImportRequest, begun: ClipSpec | None) -> ClipSpec:
     dtype = resolve_dtype(request.dtype, device=device)
     if begun is None:
         check_gpu(device)
+        tell_of_slow_bfloat16(device, dtype)
     return clip_spec(request.clip, dtype=dtype, device=device, begun=begun)
 
 

@@ -14,6 +14,7 @@ from cluster.dataset.layout import Manifest, Plan
 from pcm.errors import InputError
 from pcm.images import image_format_of, open_image
 from pcm.line_timer import LineTimer
+from pcm.precision import is_slow_in_bfloat16
 from pcm.spec import GeneratorSpec
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,16 @@ def check_gpu(device: str) -> None:
         raise InputError(
             "--device cuda: torch finds no GPU on this machine; run the job on a machine that has one, or leave "
             "--device out and give a new --out"
+        )
+
+
+def tell_of_slow_bfloat16(device: str, dtype: str) -> None:
+    """Warn where CLIP of a new dataset is to run in bfloat16 on a GPU of this machine that has none."""
+    if dtype == "bfloat16" and is_slow_in_bfloat16(device):
+        log.warning(
+            "%s: has no bfloat16 of its own, and is slow in it; end this and give --dtype float16, for a dataset keeps "
+            "what it was begun with",
+            torch.cuda.get_device_name(),
         )
 
 

@@ -23,7 +23,7 @@ from cluster.training.reporting import Reporter
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import TrainStep
 from pcm.captioners.pcmnet.model import PCMNet
-from pcm.precision import whole_float32
+from pcm.precision import is_slow_in_bfloat16, whole_float32
 from pcm.records import FeatureShape
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
@@ -93,7 +93,7 @@ def set_up_worker(run: RunSpec) -> TrainWorker:
     progress.begin_group(num_workers)
     if progress.step:
         reporter.say(f"resumed after epoch {progress.epoch}, step {progress.step}")
-    elif bfloat16 and is_slow_in_bfloat16(device):
+    elif bfloat16 and is_slow_in_bfloat16(device.type):
         reporter.say(
             f"{torch.cuda.get_device_name()}: has no bfloat16 of its own, and is slow in it; begin with --set "
             "precision=float32 instead"
@@ -171,11 +171,6 @@ def resolved_precision(precision: str, device_type: str) -> str:
     if precision != "auto":
         return precision
     return "bfloat16" if device_type == "cuda" else "float32"
-
-
-def is_slow_in_bfloat16(device: torch.device) -> bool:
-    """Whether it is a GPU that emulates it: one before compute capability 8."""
-    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _log_to_stderr() -> None:

@@ -1,5 +1,6 @@
 """dataset.json of what is derived or imported says by which releases, and on which machine, and the same each time."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -148,6 +149,26 @@ def test_clip_and_its_gpu_are_needed_only_where_something_is_missing(
     (tmp_path / "out" / shard_key(0)).unlink()
     with pytest.raises(InputError, match="--device cuda: torch finds no GPU on this machine"):
         featurise_photos(on_gpu)
+
+
+def test_a_gpu_that_is_slow_in_bfloat16_is_named_before_a_dataset_is_begun(
+    tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = write_pictures(tmp_path / "pictures", count=3)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
+    request = FeaturiseRequest(
+        images=str(pictures), captions=str(tmp_path / "references.csv"), out=str(tmp_path / "out"), clip=str(tiny_clip),
+        device="cuda",
+    )  # fmt: skip
+    for dtype in ("float32", "bfloat16"):
+        with contextlib.suppress(Exception):  # there is no GPU for CLIP
+            featurise_photos(replace(request, out=str(tmp_path / dtype), dtype=dtype))
+        said = [message for message in caplog.messages if "bfloat16" in message]
+        assert [message.startswith("Tesla T4: has no bfloat16 of its own") for message in said] == (
+            [True] if dtype == "bfloat16" else []
+        )
 
 
 def assert_stays(out: Path, make: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import torch
 from cluster.training.config import TrainConfig
 from cluster.training.data.batches import Batch
 from cluster.training.step import TrainStep
-from cluster.training.worker import is_slow_in_bfloat16
 from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.captioners.pcmnet.model import PCMNet
 from tests.helpers.device_watch import DeviceWatch
@@ -32,11 +31,6 @@ def no_autocast_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
         return nullcontext() if device_type == "meta" else autocast(device_type, **settings)
 
     monkeypatch.setattr(torch, "autocast", on_real_devices)
-
-
-def test_a_gpu_that_emulates_bfloat16_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert is_slow_in_bfloat16(torch.device("cuda")) and not is_slow_in_bfloat16(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("settings", [{}, {"grad_accumulation": 2}, {"feature_dtype": "int8"}, {"clip_value": 0.0}])
