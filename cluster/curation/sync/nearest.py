@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cluster.curation.sync.settings import UNIT
+from pcm.model_faults import enough_memory
 from pcm.precision import whole_float32
 
 #: Columns of a float32 product at once: with 4,096 queries, 64 MiB.
@@ -21,6 +22,8 @@ PAIRS_AT_ONCE = 1 << 9
 CANDIDATES_AT_ONCE = 1 << 20
 #: A cosine has fewer units of 1e-6, and a row times this is an int64.
 _MOST_UNITS = 1 << 30
+
+_FITS = enough_memory("while vectors are compared; give a smaller --block-size, or --device cpu where it is a GPU")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ def rounded(scores: np.ndarray) -> np.ndarray:
     return np.rint(scores / UNIT).astype(np.int64)
 
 
+@_FITS
 def nearest(queries: np.ndarray, parts: Iterable[np.ndarray], k: int, *, device: str = "cpu") -> Nearest:
     """The k nearest of all vectors to each query.
 
@@ -65,6 +69,7 @@ class PartForSome:
     vectors: np.ndarray  # (n, D) float32
 
 
+@_FITS
 def nearest_for_some(queries: np.ndarray, parts: Iterable[PartForSome], k: int, *, device: str = "cpu") -> Nearest:
     """The k nearest to each query of the vectors that it is compared with: as `nearest`, and in any order.
 

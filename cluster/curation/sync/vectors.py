@@ -30,7 +30,7 @@ from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
 from cluster.weights.node_copy import local_name
 from pcm.errors import InputError
-from pcm.model_faults import room_for_model
+from pcm.model_faults import enough_memory, room_for_model
 from pcm.spec import ClipSpec
 
 if TYPE_CHECKING:
@@ -155,6 +155,7 @@ def caption_digests(out: Store, work: str, groups: Sequence[Group]) -> np.ndarra
     return found
 
 
+@enough_memory("while captions are encoded; end what else uses the device, or give --device cpu where it is a GPU")
 def store_captions(
     out: Store,
     work: str,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cluster.curation.sync import cells, stages, vectors
 from cluster.curation.sync.choice import refine_in_memory
@@ -24,6 +25,7 @@ from cluster.dataset.read import read_dataset
 from cluster.store.store import Store, open_store
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
+from pcm.model_faults import OutOfMemory
 from tests.helpers.tiny_dataset import write_dataset
 
 SETTINGS = SyncSettings(candidates=7, captions_per_picture=3, keep=0.8)
@@ -192,6 +194,25 @@ def test_features_that_are_no_direction_are_refused_by_name(dataset: Path, tiny_
     found = open_store(write_dataset(tmp_path / "zero", tiny_clip, rows=4, zero_row=2))
     with pytest.raises(InputError, match=r"part-000000.parquet: the features of 000000002-00 are zero or not finite"):
         refined(Path(found.prefix), tmp_path / "out")
+
+
+@pytest.mark.parametrize("probes", [None, 2])
+@pytest.mark.parametrize(
+    ("place", "advice"),
+    [
+        ("cluster.curation.sync.nearest._looked_through", "give a smaller --block-size"),
+        ("pcm.clip.encoder.ClipEncoder.encode_texts", "give --device cpu"),
+    ],
+)
+def test_a_device_that_is_too_small_is_said_in_one_line(
+    place: str, advice: str, probes: int | None, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(place, full)
+    with pytest.raises(OutOfMemory, match=rf"^out of memory \(CUDA .*\) while .*; .*{advice}"):
+        refined(dataset, tmp_path, settings=dataclasses.replace(SETTINGS, probes=probes))
 
 
 def test_a_damaged_object_is_named(dataset: Path, tmp_path: Path) -> None:
