@@ -332,7 +332,7 @@ def _as_arguments(value: Any) -> Any:
 def _text(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     refuse_credentials(text)
-    return text
+    return os.path.expanduser(text) if text.startswith("~/") else text  # as the shell does
 
 
 def _read(request: type[Request], name: str, given: Any, shown: str) -> Any:

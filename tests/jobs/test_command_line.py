@@ -308,6 +308,16 @@ def test_command_line_over_set_over_config(tmp_path: Path) -> None:
     assert (both.settings["epochs"], both.settings["tau"], both.data) == (5, 0.5, ("C",))
 
 
+def test_a_config_means_the_home_folder_by_a_tilde_as_the_shell_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    file = tmp_path / "config.yaml"
+    file.write_text("names: [~/models/clip, a~/b, '~']\nlabel: {x: ~/y}")
+    read = example().read(["--config", str(file)])
+    assert read.names == ("/home/ann/models/clip", "a~/b", "~") and read.labels == {"x": "/home/ann/y"}
+
+
 @pytest.mark.parametrize("name", ["train", "sweep", "stream"])
 def test_a_training_config_as_json_is_a_config_of_every_training_job(name: str, tmp_path: Path) -> None:
     """A sweep's best.json is one: everything but the dataset's sizes, and in a stream what is decided elsewhere."""
