@@ -70,7 +70,8 @@ class Captioner:
 
     The CLIP may be given as a function that loads it: it is called when the first picture comes, and never where
     features are described. `others`: more networks, whose word probabilities are averaged with the model's.
-    `recorded`: activation and weights (a sha256) of the CLIP that it was trained with, where they are known.
+    `recorded`: activation and weights (a sha256) of the CLIP that it was trained with, where they are known. `method`:
+    the captioning method that the networks are of.
 
     Raises InputError when the CLIP's feature sizes are not those the network was trained on.
     """
@@ -85,6 +86,7 @@ class Captioner:
         beam_size: int = BEAM_SIZE,
         others: Sequence[PCMNet] = (),
         recorded: Mapping[str, str | None] | None = None,
+        method: CaptioningMethod = PCMNET,
     ) -> None:
         if len(vocabulary) != model.config.vocab_size:
             raise InputError(
@@ -97,6 +99,7 @@ class Captioner:
         self.concepts = concepts
         self.beam_size = beam_size
         self.recorded = recorded or {}
+        self._method = method
         self._clip = clip
         if isinstance(clip, ClipEncoder):
             self._check_sizes(clip)
@@ -154,9 +157,9 @@ class Captioner:
         folder, document = folders[0], documents[0]
         for other, its in zip(folders[1:], documents[1:], strict=True):
             _check_same_kind(folder, document, other, its)
+        method = _method(folder, document)  # that of the others, too
         models = [
-            _method(each, its).load(each, its, concepts=concepts).to(device)
-            for each, its in zip(folders, documents, strict=True)
+            method.load(each, its, concepts=concepts).to(device) for each, its in zip(folders, documents, strict=True)
         ]
         trained_on = document["clip"]
         recorded = {name: trained_on.get(name) for name in ("activation", "weights")}
@@ -200,6 +203,7 @@ class Captioner:
             clip=clip if isinstance(clip, ClipEncoder) else load_clip,
             beam_size=beam_size,
             recorded=recorded,
+            method=method,
         )
 
     def caption(self, images: Sequence[Image.Image | str | Path]) -> list[CaptionResult]:
@@ -225,6 +229,7 @@ class Captioner:
             features.patch_features,
             beam_size=self.beam_size,
             others=self.others,
+            method=self._method,
         )
         concepts = self.salient_concepts(features)
         return [
@@ -234,10 +239,11 @@ class Captioner:
 
     @torch.inference_mode()
     def salient_concepts(self, features: ImageFeatures) -> list[tuple[tuple[str, float], ...]]:
-        """The concepts that the mix-up retrieves for each picture (top K above the threshold), with eq. 1's softmax."""
-        found = self.model.find_pairs(*_on_device(self.model, features.global_feature, features.patch_features))
-        rows = zip(found.top_concepts.tolist(), found.top_probabilities.tolist(), found.kept.tolist(), strict=True)
-        return [tuple((self.concepts.names[i], p) for i, p, kept in zip(*row, strict=True) if kept) for row in rows]
+        """(name, probability) of the concepts that the captioner finds in each picture, most probable first."""
+        found = self._method.salient(
+            self.model, *_on_device(self.model, features.global_feature, features.patch_features)
+        )
+        return [tuple((self.concepts.names[number], p) for number, p in each) for each in found]
 
 
 @torch.inference_mode()
@@ -250,10 +256,11 @@ def decode_captions(
     beam_size: int,
     batch_size: int = BATCH_SIZE,
     others: Sequence[PCMNet] = (),
+    method: CaptioningMethod = PCMNET,
 ) -> list[tuple[str, float]]:
     """(caption, summed log-probability) of each picture; beam_size 1 is greedy search. The model is in eval mode.
 
-    global_feature (n, D) and patch_features (n, N, D_v) of any float type. `others`: see Captioner.
+    global_feature (n, D) and patch_features (n, N, D_v) of any float type. `others`, `method`: see Captioner.
     """
     rows = min(batch_size, len(global_feature)) * beam_size
     network, *voters = (for_decoding(each, rows=rows) for each in (model, *others))
@@ -261,7 +268,7 @@ def decode_captions(
     for start in range(0, len(global_feature), batch_size):
         part = slice(start, start + batch_size)
         images, patches = _on_device(model, global_feature[part], patch_features[part])
-        found = PCMNET.decode(network, images, patches, beam_size=beam_size, others=voters)
+        found = method.decode(network, images, patches, beam_size=beam_size, others=voters)
         after_end = (found.token_ids == EOS).cumsum(dim=-1) > 1  # greedy search goes on there, for the others' sake
         log_probs = found.log_probs.masked_fill(after_end, 0.0).sum(dim=-1).tolist()
         token_ids = found.token_ids.tolist()
@@ -293,7 +300,9 @@ def checkpoint_folder(path: Path) -> Path:
     """The folder that holds the captioner: `path` itself or, for a run's folder, `path/best`."""
     for folder in (path, path / "best"):
         if (folder / MODEL_FILE).is_file():
-            missing = [name for name in PCMNET.files if not (folder / name).is_file()]
+            is_known = (folder / CONFIG_FILE).is_file()
+            files = _method(folder, _read_config(folder)).files if is_known else PCMNET.files
+            missing = [name for name in files if not (folder / name).is_file()]
             if missing:
                 raise InputError(
                     f"checkpoint {folder}: {', '.join(missing)} missing; give a complete checkpoint folder"

@@ -84,3 +84,10 @@ class CaptioningMethod(Protocol[Network]):
         """The best caption of each picture, (B, D) and (B, N, D_v); beam_size 1 is greedy search. `others`: networks
         that vote on each word too.
         """
+
+    def salient(
+        self, network: Network, global_feature: Tensor, patch_features: Tensor
+    ) -> list[list[tuple[int, float]]]:
+        """Of each picture the concepts that the network found there: (number, probability), most probable first. None
+        where the method looks for none.
+        """

@@ -62,5 +62,11 @@ class PCMNetMethod:
     ) -> Decoded:
         return beam_search(network, global_feature, patch_features, beam_size=beam_size, others=others)
 
+    def salient(self, network: PCMNet, global_feature: Tensor, patch_features: Tensor) -> list[list[tuple[int, float]]]:
+        """Those that the mix-up retrieves (top K above the threshold), with eq. 1's softmax."""
+        found = network.find_pairs(global_feature, patch_features)
+        rows = zip(found.top_concepts.tolist(), found.top_probabilities.tolist(), found.kept.tolist(), strict=True)
+        return [[(number, p) for number, p, kept in zip(*row, strict=True) if kept] for row in rows]
+
 
 PCMNET = PCMNetMethod()

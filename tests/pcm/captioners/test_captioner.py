@@ -18,8 +18,10 @@ from PIL import Image
 
 from benchmarks.shrunk_clips import shrunk
 from pcm.captioners.captioner import Captioner, checkpoint_folder, decode_captions
-from pcm.captioners.interface import CONFIG_FILE
+from pcm.captioners.interface import CONFIG_FILE, VOCABULARY_FILE, Decoded
+from pcm.captioners.methods import METHODS
 from pcm.captioners.pcmnet.decoding import greedy_search
+from pcm.captioners.pcmnet.method import PCMNetMethod
 from pcm.clip.names import folder_revision
 from pcm.errors import InputError
 from pcm.images import MAX_PIXELS
@@ -48,6 +50,37 @@ def huge_png(side: int) -> bytes:
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
     )
+
+
+class SaysNothing(PCMNetMethod):
+    """Another method: its captions end at once, and it finds no concepts."""
+
+    name = "nothing"
+    files = tuple(name for name in PCMNetMethod.files if name != VOCABULARY_FILE)
+
+    def decode(self, network: Any, global_feature: torch.Tensor, *_: Any, **__: Any) -> Decoded:
+        ids = torch.zeros(len(global_feature), 3, dtype=torch.int64)
+        return Decoded(ids, torch.full(ids.shape, -0.5))
+
+    def salient(self, network: Any, global_feature: torch.Tensor, patch_features: torch.Tensor) -> list:
+        return [[] for _ in global_feature]
+
+
+def test_a_checkpoint_is_read_and_decoded_by_the_method_that_it_names(
+    captioner: Captioner, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, SaysNothing.name, SaysNothing())
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    document = json.loads((other / CONFIG_FILE).read_text())
+    (other / CONFIG_FILE).write_text(json.dumps(document | {"captioner": SaysNothing.name}))
+    (found,) = Captioner.load(other, clip=document["clip"]["model"], device="cpu").caption([scene(0)[1]])
+    assert (found.caption, found.log_prob, found.concepts, found.error) == (".", -0.5, (), "")
+    assert captioner.caption([scene(0)[1]])[0].log_prob != -0.5
+    (other / VOCABULARY_FILE).unlink()
+    assert checkpoint_folder(other) == other
+    (other / CONFIG_FILE).write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"vocabulary\.txt missing; give a complete checkpoint folder"):
+        checkpoint_folder(other)
 
 
 def test_bad_files_get_one_line_and_the_others_are_captioned(captioner: Captioner, tmp_path: Path) -> None:
