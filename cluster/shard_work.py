@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 AUTO, PROCESS, RAY = "auto", "process", "ray"
 RUN_ON = (AUTO, PROCESS, RAY)
-#: With "auto", Ray from so many samples on: about a minute of one process, beside which Ray's start costs little.
+#: With "auto", Ray from so many samples on: about a minute of one process; Ray's start costs little against that.
 MANY_SAMPLES = 100_000
 
 #: Shards of one task, and how many it works on at once: the store answers one while the CPU is busy with the other.

@@ -51,7 +51,7 @@ class RedrawOptions(Request):
     )
     budget_in: str = option(
         PICTURES, choices=UNITS,
-        help="of --budget: pictures; seconds of a GPU (of a generator, where the dataset was drawn on CPUs); money, by "
+        help="unit of --budget: pictures; seconds of a GPU (or of a generator on CPUs); money, by "
         "--price-per-hour",
     )  # fmt: skip
     price_per_hour: float | None = option(None, help="with --budget-in money: of a GPU, or a generator on CPUs")

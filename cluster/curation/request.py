@@ -37,10 +37,12 @@ class RuleOptions(Request):
     """Rules, applied in this order; a row goes by the first that it breaks."""
 
     keep_list: str | None = option(
-        None, metavar="P", help="JSONL of sample_id, mark, tags: only these rows stay, but for those marked drop"
+        None, metavar="P", help="JSONL of sample_id, mark, tags: only these rows stay, except those marked drop"
     )
-    drop_list: str | None = option(None, metavar="P", help="the same: these rows go, but for those marked keep")
-    tag: tuple[str, ...] = option((), metavar="TAG", help="of the lists, only lines with this tag", unset="all")
+    drop_list: str | None = option(
+        None, metavar="P", help="JSONL as for --keep-list: these rows go, except those marked keep"
+    )
+    tag: tuple[str, ...] = option((), metavar="TAG", help="use only lines of the lists with this tag", unset="all")
     min_clip_score: float | None = option(None, help="a lower raw cosine of picture and caption goes")
     max_attempts: int | None = option(None, help="a picture that took more seeds than this goes")
     drop_reason: tuple[str, ...] = option(
@@ -58,7 +60,7 @@ class RuleOptions(Request):
     min_coverage: float = option(1.0, help="with --covered-by: the share of the caption's concepts that must be found")
     duplicate_captions: float | None = option(
         None, metavar="X",
-        help="of captions whose sets of words have a Jaccard index of X or more, the one with the best score stays; 1 "
+        help="where captions have sets of words with a Jaccard index of X or more, the best score stays; 1 "
         "is the same words",
     )  # fmt: skip
     duplicate_pictures: float | None = option(
@@ -77,7 +79,7 @@ class RuleOptions(Request):
         None, metavar="N|SHARE", parse=Subset.parse,
         help="a random subset by --seed; a smaller one is contained in a larger one", unset="all rows",
     )  # fmt: skip
-    seed: int = option(0, help="of --subset")
+    seed: int = option(0, help="seed of --subset")
 
     def __post_init__(self) -> None:
         super().__post_init__()

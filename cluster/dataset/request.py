@@ -59,7 +59,7 @@ class VerifyRequest(RunOnOption):
         help="draw N stored pictures again, of a view those of its sources, chosen at random by --seed, and compare",
         unset="none",
     )  # fmt: skip
-    seed: int = option(0, help="of --redraw")
+    seed: int = option(0, help="seed of --redraw")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -143,7 +143,7 @@ class EvaluateRequest(CaptionerOptions):
         unset=f"the environment variable {SPICE_HOME_VARIABLE}; without one SPICE is null",
     )  # fmt: skip
     shuffled_baseline: bool = option(False, help="also CIDEr of the same captions given to other pictures")
-    seed: int = option(0, help="of the shuffling")
+    seed: int = option(0, help="seed of the shuffling")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -70,7 +70,7 @@ class CorpusOptions(Request):
         unset="the preset's; required without one",
     )
     corpus_format: str = option(
-        AUTO, choices=(AUTO, *FORMATS), help="of the captions; auto tells it from name and content"
+        AUTO, choices=(AUTO, *FORMATS), help="format of the captions; auto detects it from name and content"
     )
     caption_column: str | None = option(
         None,
@@ -96,10 +96,10 @@ class PictureOptions(Request):
         unset="embedded",
     )
     t2i_revision: str | None = option(
-        None, metavar="COMMIT", help="of the repo; a branch is resolved to its commit", unset="the newest commit"
+        None, metavar="COMMIT", help="commit of the repo; a branch is resolved to its commit", unset="the newest"
     )
     t2i_variant: str | None = option(
-        None, metavar="NAME", help="of the files of weights: fp16 for *.fp16.safetensors", unset="the plain files"
+        None, metavar="NAME", help="variant of the weight files: fp16 for *.fp16.safetensors", unset="the plain files"
     )
     t2i_without: tuple[str, ...] = option(
         (), metavar="PART", help="a part not to load: text_encoder_3 is Stable Diffusion 3's T5; safety_checker"
@@ -107,7 +107,7 @@ class PictureOptions(Request):
     t2i_config: str | None = option(
         None,
         metavar="NAME",
-        help="of a single file of weights: the repo (or ORG/REPO@COMMIT) or folder that says what is in it",
+        help="for a single file of weights: the repo (or ORG/REPO@COMMIT) or folder that says what is in it",
         unset="told from its weights",
     )
     lora: tuple[tuple[str, float], ...] = option(
@@ -125,7 +125,7 @@ class PictureOptions(Request):
         flag="pipeline-option",
         metavar="NAME=VALUE",
         parse=parse_pipeline_option,
-        help="of the pipeline's call: true_cfg_scale=4, max_sequence_length=256, clip_skip=1, ...",
+        help="argument of the pipeline's call: true_cfg_scale=4, max_sequence_length=256, clip_skip=1, ...",
     )
     steps: int | None = option(
         None,
@@ -147,15 +147,15 @@ class PictureOptions(Request):
         flag="scheduler-option",
         metavar="NAME=VALUE",
         parse=parse_scheduler_option,
-        help="of the scheduler's configuration: timestep_spacing=trailing, use_karras_sigmas=true, ...",
+        help="value of the scheduler's configuration: timestep_spacing=trailing, use_karras_sigmas=true, ...",
     )
     negative_prompt: str | None = option(None, metavar="TEXT", help="what a picture should not show")
     prompt_template: str = option(GeneratorSpec.prompt_template, metavar="TEXT", help="the prompt of a caption")
     images_per_caption: int = option(DatasetSpec.images_per_caption, help="pictures of each caption")
-    seed: int = option(DatasetSpec.seed, help="with the caption's id, decides the noise of each picture")
+    seed: int = option(DatasetSpec.seed, help="seed of the pictures: their noise follows from it and the caption's id")
     max_attempts: int = option(GeneratorSpec.max_attempts, help="seeds tried before a bad picture is quarantined")
-    image_format: str = option(GeneratorSpec.image_format, choices=IMAGE_FORMATS, help="as which pictures are stored")
-    image_quality: int = option(GeneratorSpec.image_quality, metavar="Q", help="of JPEG and WebP, 1 to 100")
+    image_format: str = option(GeneratorSpec.image_format, choices=IMAGE_FORMATS, help="file format of stored pictures")
+    image_quality: int = option(GeneratorSpec.image_quality, metavar="Q", help="quality of JPEG and WebP, 1 to 100")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,7 @@ class ClipOptions(Request):
         help="open_clip NAME, URI of staged weights, 'embedded' or 'null'",
         unset="embedded, or null with --t2i null",
     )
-    clip_revision: str | None = option(None, metavar="COMMIT", help="of its repo on the hub", unset="the newest")
+    clip_revision: str | None = option(None, metavar="COMMIT", help="commit of the CLIP's hub repo", unset="the newest")
     clip_batch_size: int = option(ClipSpec.batch_size, help="pictures that CLIP encodes at once")
     concepts: str | None = option(
         None, metavar="P",
@@ -251,7 +251,7 @@ class WatchOptions(Request):
     it."""
 
     price_per_hour: float | None = option(
-        RunLimits.price_per_hour, help="of one GPU, or of one machine on CPUs", unset="no cost is given"
+        RunLimits.price_per_hour, help="price of one GPU, or of one machine on CPUs", unset="no cost is given"
     )
     spot: bool = option(RunLimits.spot, help="the price is of spot capacity: a label in the summary")
     stop_below_clip_score: float | None = option(
@@ -357,7 +357,7 @@ class GenerateRequest(GenerationOptions):
     retry_quarantined: str | None = option(
         None,
         metavar="REASON",
-        help=f"of the dataset --out, try the samples quarantined for REASON again; {ALL_GENERATOR}: whatever failed "
+        help=f"try the samples of --out that were quarantined for REASON again; {ALL_GENERATOR}: whatever failed "
         "through the generator",
     )
 

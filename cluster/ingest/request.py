@@ -19,7 +19,9 @@ class ReadingOptions(ShardOptions):
 
     workers: int = option(min(16, 2 * (os.cpu_count() or 4)), help="threads that read")
     device: str = option("auto", choices=DEVICES, help="where CLIP runs; auto is cuda where there is a GPU")
-    dtype: str = option("auto", choices=("auto", *DTYPES), help="of CLIP; auto is bfloat16 on GPUs, float32 on CPUs")
+    dtype: str = option(
+        "auto", choices=("auto", *DTYPES), help="precision of CLIP; auto is bfloat16 on GPUs, float32 on CPUs"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +58,11 @@ class FeaturiseRequest(ReadingOptions):
         False, help="with --data: use the shards that are there of a dataset that is being made or was piloted"
     )
     out: str = option(metavar="P", writes="folder", help="dataset: path or URI")
-    clip: str = option("embedded", metavar="NAME", help="open_clip NAME, such as ViT-L-14/openai; that of the mix")
+    clip: str = option(
+        "embedded",
+        metavar="NAME",
+        help="open_clip NAME, such as ViT-L-14/openai; to mix with another dataset, give its CLIP",
+    )
     split: str = option("train", help="split of a Karpathy file (train takes restval too), or all")
     limit: int | None = option(None, help="the captions of the first N photos of the file only", unset="all")
     concepts: str | None = option(
@@ -98,7 +104,7 @@ class DatasetFiles(ReadingOptions):
     captions: str | None = option(
         None, metavar="P", help="the sentences as written, any caption file", unset="from the word ids"
     )
-    captions_format: str = option("auto", choices=("auto", *FORMATS), help="of --captions; auto tells it")
+    captions_format: str = option("auto", choices=("auto", *FORMATS), help="format of --captions; auto detects it")
     captions_split: str = option("train", metavar="NAME", help="split of a Karpathy file")
     clip_score_scale: float = option(
         CLIP_SCORE_SCALE, metavar="X", help="what the cosine was multiplied by in clipscore: 2.5 in SynthImgCap, 5 in "
@@ -129,7 +135,7 @@ class ImportRequest(CaptionerFiles, DatasetFiles):
     vocabulary: str = option(metavar="P", help="vocabulary.txt")
     clip: str = option(metavar="NAME", help="the open_clip NAME of the features, such as ViT-L-14/openai")
     concepts: str | None = option(
-        None, metavar="P", help="concept pickle (or ours)", unset="of a dataset: built with --clip; else required"
+        None, metavar="P", help="concept pickle (or ours)", unset="built with --clip for a dataset; else required"
     )
 
     def __post_init__(self) -> None:

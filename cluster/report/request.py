@@ -33,8 +33,10 @@ class ReportRequest(Request):
     )
     out: str = option(metavar="FILE", writes="file", help="the HTML file: path or URI")
     title: str | None = option(None, metavar="TEXT", help="headline", unset="what is in the report")
-    price_per_hour: float | None = option(None, help="of one GPU, or of one machine on CPUs", unset="no cost is given")
-    seed: int = option(0, help="of the shards and pictures that are drawn at random")
+    price_per_hour: float | None = option(
+        None, help="price of one GPU, or of one machine on CPUs", unset="no cost is given"
+    )
+    seed: int = option(0, help="seed of the shards and pictures that are drawn at random")
     clip: str | None = option(None, metavar="NAME", help="CLIP to use, if the run's has moved", unset="the run's")
     device: str = option("auto", choices=DEVICES, help="where to caption; auto is cuda where there is a GPU")
 

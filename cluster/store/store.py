@@ -220,7 +220,7 @@ class Store:
         """Call `put`, which sends so many bytes, with the options that limit how long it may take."""
         wait: dict[str, float] = {}
         if isinstance(self._single, AsyncFileSystem):
-            # The client library waits for ever for a server that does not say 100 Continue, or stops reading the body.
+            # The client library never times out where a server does not say 100 Continue, or stops reading the body.
             wait["timeout"] = 2 * _timeout_seconds() + size / SLOWEST_UPLOAD
         try:
             self._with_retries(key, lambda: put(wait))

@@ -27,7 +27,7 @@ class SweepRequest(SettingsOptions):
 
     data: str | tuple[str, ...] = option(metavar="DATASET[=WEIGHT]", help="dataset: local path or URI")
     out: str = option(writes="folder", help="where the sweep goes: local path or URI")
-    trials: int | None = option(None, help="settings to try", unset="of a grid, all; else required")
+    trials: int | None = option(None, help="settings to try", unset="all of a grid; else required")
     params: Mapping[str, str] = option(
         {}, flag="param", metavar="FIELD=SPEC", parse=parse_param,
         help=f"vary this field of the config; SPEC: {SPEC_HELP}",

@@ -237,7 +237,7 @@ class TrainRequest(TrainingOptions):
         None, choices=tuple(TRAINING_PRESETS), metavar="NAME", help=PRESET_HELP,
         unset="by the dataset's feature sizes; of a resumed run, its own settings",
     )  # fmt: skip
-    seed: int | None = option(None, help="of weights, hold-out, order, dropout", unset="the preset's")
+    seed: int | None = option(None, help="seed of weights, hold-out, order and dropout", unset="the preset's")
     concepts: str | None = option(None, metavar="P", help=CONCEPTS_HELP, unset="the dataset's own")
     init_from: str | None = option(
         None, metavar="P", help="begin with the weights and words of this captioner, a run's or a checkpoint's, and "

@@ -32,7 +32,7 @@ def beginning(previous: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def joined_versions(previous: Mapping[str, Any]) -> dict[str, str]:
-    """Those at hand, after those with which the run was made so far: "2.10.0 and 2.11.0"."""
+    """The installed ones, after those with which the run was made so far: "2.10.0 and 2.11.0"."""
     # Of this code, not of an installed package's metadata: a submitted job brings its own.
     found = {"pcmnet-ray": pcm.__version__, "torch": version("torch"), "ray": version("ray")}
     before = dict(previous.get("versions", {}))

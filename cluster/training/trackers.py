@@ -51,7 +51,7 @@ class Tracker(Protocol):
 
 
 def open_trackers(out: str, *, config: Mapping[str, Any]) -> Tracker:
-    """All trackers that are at hand for the run at `out` (path or URI). `config` is shown beside the numbers."""
+    """All trackers that can be used for the run at `out` (path or URI). `config` is shown beside the numbers."""
     store = open_store(out)
     makers: dict[str, Callable[[], Tracker]] = {"TensorBoard": lambda: _TensorBoard(store, config)}
     if find_spec("wandb") and wandb_configured():

@@ -124,7 +124,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
     check_labels(request.worker_labels, joined=joined)
     if not joined:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes a node of this machine away
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # so soon is seen that training has ended
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # detects the end of training within it
     start_ray()
     before = previous.get(_DEVICE) if previous is not None else None
     place = _place(request, config, joined=joined, before=before)

@@ -111,7 +111,7 @@ class DrawShard:
 
 
 def _run_guard(monitor: "ActorHandle", policy: "FaultPolicy", spec: GeneratorSpec) -> "RunGuard":
-    from cluster.generation.stages.guard import RunGuard  # brings torch, which the null generator needs not
+    from cluster.generation.stages.guard import RunGuard  # imports torch, which the null generator does not need
 
     return RunGuard(monitor, policy, compiles=spec.compile != "none")
 

@@ -2,9 +2,9 @@
 
 A generator's process may vanish at any moment - a crash inside a kernel, the watchdog, a spot node taken away - and Ray
 restarts it where it can. Somebody must remember which samples it was drawing, or a caption that kills its process would
-do so for ever. And somebody must give its shards to others, at once: who reads the dataset in the plan's order waits
-for the first one that is missing. That is the monitor, a tiny actor beside the driver. Who has which shard is kept in
-`Claims`; here stands who can draw, which samples are suspects, and when a run is not worth going on with.
+do so again and again. And somebody must give its shards to others, at once: who reads the dataset in the plan's order
+waits for the first one that is missing. That is the monitor, a tiny actor beside the driver. Who has which shard is
+kept in `Claims`; here stands who can draw, which samples are suspects, and when a run is not worth going on with.
 """
 
 import time

@@ -35,7 +35,7 @@ _MAPPED_SHARE = 0.5
 @dataclass(frozen=True)
 class ShardCache:
     """`folder` belongs to one dataset in one state, and to `int8` features (pcm.kernels.quantised) or those as stored:
-    whoever makes a cache names it by the manifest's digest and that.
+    callers name the folder after the manifest's digest and `int8`.
 
     A shard is there as a whole or not at all. Where it cannot be written (the disk is full) or read (it is another
     user's, or is being deleted), it is read as without a cache and a warning logged.

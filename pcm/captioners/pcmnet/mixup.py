@@ -83,7 +83,8 @@ def select_pairs(similarity: Tensor, *, num_pairs: int, tau: float) -> tuple[Ten
     """The M largest of all N*K (patch, concept) affinities, and the patches that own one of them.
 
     Returns the softmax over all pairs (B, N*K), the selected pairs (B, M), best first, and the patch mask (B, N). The
-    softmax cannot change the order but far affinities underflow to ties; the published code ranks after it, so we do.
+    softmax keeps the order, except that very low affinities underflow to equal zeros. We rank after it, to break ties
+    as the published code does.
     """
     batch, num_patches, num_concepts = similarity.shape
     probabilities = F.softmax(similarity.flatten(1) / tau, dim=-1)  # (B, N*K)
