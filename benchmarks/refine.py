@@ -35,7 +35,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cluster.curation.refine import RECALL
 from cluster.curation.sync.cells import cells_of, store_cells
 from cluster.curation.sync.nearest import nearest
 from cluster.curation.sync.sentences import SentenceSpec
@@ -52,6 +51,7 @@ from cluster.curation.sync.vectors import (
     piece_key,
     unit,
 )
+from cluster.curation.sync.view import RECALL
 from cluster.curation.tasks import InThisProcess, OnRay, Tasks
 from cluster.dataset.read import read_dataset
 from cluster.store.store import Store, open_store

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cluster.curation.request import CurateRequest
+from cluster.curation.curate_request import CurateRequest
 from jobs.command_line import Job
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.curation.request import CurateRequest
+from cluster.curation.curate_request import CurateRequest
 from cluster.curation.rows import FindNouns, IndexRows, read_index
 from cluster.curation.rules import RULES, Context, Verdict, check_can_judge
 from cluster.dataset.beside import is_there

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from cluster.curation.curate_request import ONE_WORD, RuleOptions
 from cluster.curation.duplicates import DECIMALS, near_captions, near_vectors
 from cluster.curation.marks import DROP, KEEP, check_one_dataset, read_marks
-from cluster.curation.request import ONE_WORD, RuleOptions
 from cluster.curation.rows import ATTEMPTS, FEATURES, REASON, IndexRows
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary

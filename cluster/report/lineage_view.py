@@ -10,7 +10,7 @@ from cluster.report.dataset_facts import DatasetFacts
 from cluster.report.left_out import AGREEMENT, LeftOut
 from cluster.report.parts import absent, code, facts, picture_card, section, table
 
-#: The fact of a lineage that says what each round of redraws gained (cluster.curation.redraw_view).
+#: The fact of a lineage that says what each round of redraws gained (cluster.curation.redraw.view).
 CURVE = "curve"
 
 

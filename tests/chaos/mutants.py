@@ -74,7 +74,7 @@ MUTANTS = (
     ),
     Mutant(
         "redraw: what a budget buys is found once",
-        "cluster/curation/redraw_view.py", "found = json.loads(out.read_bytes(PLAN_KEY))", "raise FileNotFoundError",
+        "cluster/curation/redraw/view.py", "found = json.loads(out.read_bytes(PLAN_KEY))", "raise FileNotFoundError",
         ("tests/cluster/curation/test_redraw.py::test_what_a_budget_buys_is_found_once",),
     ),
     Mutant(
@@ -85,7 +85,7 @@ MUTANTS = (
     ),
     Mutant(
         "redraw: a picture that could not be made is not kept",
-        "cluster/curation/redraw_view.py", "for redraw in np.flatnonzero(np.isfinite(drawn.score)).tolist():\n"
+        "cluster/curation/redraw/view.py", "for redraw in np.flatnonzero(np.isfinite(drawn.score)).tolist():\n"
         "                row = int(drawn.redraws.row[redraw])\n"
         "                if drawn.score[redraw] > score[row]:",
         "for redraw in range(len(drawn.score)):\n"
@@ -101,7 +101,7 @@ MUTANTS = (
     ),
     Mutant(
         "redraw: a redrawn view is not given the pictures again that had lost",
-        "cluster/curation/redraw_view.py", "before = attempts_before(source.manifest.lineage)", "before = 0",
+        "cluster/curation/redraw/view.py", "before = attempts_before(source.manifest.lineage)", "before = 0",
         ("tests/cluster/curation/test_redraw.py::test_a_redraw_of_a_redraw_draws_other_pictures",),
     ),
     Mutant(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.curation.curate import curate
-from cluster.curation.request import CurateRequest
+from cluster.curation.curate_request import CurateRequest
 from cluster.curation.sync.sentences import SentenceSpec
 from cluster.dataset.verify import verify
 from cluster.dataset.vocabularies import store_vocabularies

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from cluster.curation.redraw_view import keep_plan, redraw_lineage, redraw_view
-from cluster.curation.refine import Retrieval, lineage_of, sync_view
+from cluster.curation.redraw.view import keep_plan, redraw_lineage, redraw_view
 from cluster.curation.refine_request import RefineRequest
 from cluster.curation.sync.sentences import SentenceSpec
 from cluster.curation.sync.settings import WORK
+from cluster.curation.sync.view import Retrieval, lineage_of, sync_view
 from cluster.curation.tasks import InThisProcess
 from cluster.dataset.committed import committed
 from cluster.dataset.layout import Manifest, Plan

@@ -34,9 +34,9 @@ from benchmarks.experiments.worth.settings import (
     Setting,
 )
 from cluster.curation.curate import curate
+from cluster.curation.curate_request import CurateRequest
 from cluster.curation.refine import refine
 from cluster.curation.refine_request import RefineRequest
-from cluster.curation.request import CurateRequest
 from cluster.dataset.layout import load_manifest
 from cluster.dataset.rows import read_shard
 from cluster.generation import GenerateRequest, generate

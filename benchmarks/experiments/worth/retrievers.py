@@ -24,12 +24,12 @@ from benchmarks.experiments.worth.pictures import (
     worth_folder,
 )
 from benchmarks.experiments.worth.settings import CAPTIONS, KEEP
-from cluster.curation.refine import refined_rows, view_rows
 from cluster.curation.sync.choice import Parts, refine_in_memory
 from cluster.curation.sync.nearest import nearest
 from cluster.curation.sync.settings import SyncSettings
 from cluster.curation.sync.stages import Refined
 from cluster.curation.sync.vectors import unit
+from cluster.curation.sync.view import refined_rows, view_rows
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.rows import read_rows, read_shard

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from cluster.curation.curate import curate
+from cluster.curation.curate_request import CurateRequest, Subset
 from cluster.curation.duplicates import near_captions, near_vectors
-from cluster.curation.request import CurateRequest, Subset
 from cluster.curation.rows import read_index
 from cluster.dataset import DatasetRow, read_dataset
 from cluster.dataset.layout import CONCEPTS_KEY, MANIFEST_KEY, load_manifest

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.curation.curate import curate
-from cluster.curation.redraw_view import ATTEMPTS_KEY, PLAN_KEY, check_attempts, dry_run
+from cluster.curation.curate_request import CurateRequest
+from cluster.curation.redraw.view import ATTEMPTS_KEY, PLAN_KEY, check_attempts, dry_run
 from cluster.curation.refine import refine
 from cluster.curation.refine_request import RefineRequest
-from cluster.curation.request import CurateRequest
 from cluster.dataset import read_dataset
 from cluster.dataset.layout import MANIFEST_KEY, load_manifest, parquet_bytes, stats_key
 from cluster.dataset.layout import PLAN_KEY as PLAN
@@ -202,7 +202,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_view(dataset: Path, tmp_path:
 def test_what_a_budget_buys_is_found_once(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"method": "redraw", "budget": 1e4, "budget_in": "gpu-seconds", "rounds": 2}
     seconds = iter([1e3, 2e3])
-    monkeypatch.setattr("cluster.curation.redraw_view.seconds_per_picture", lambda source: next(seconds))
+    monkeypatch.setattr("cluster.curation.redraw.view.seconds_per_picture", lambda source: next(seconds))
     with pytest.raises(Killed):
         redraw_in_process(dataset, tmp_path / "out", rounds_until_killed=1, **options)
     made = redraw_in_process(dataset, tmp_path / "out", **options)

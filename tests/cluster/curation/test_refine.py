@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.curation.refine import FACTS, RECALL, refine
+from cluster.curation.refine import refine
 from cluster.curation.refine_request import RefineRequest
 from cluster.curation.rows import read_index
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import WORK
+from cluster.curation.sync.view import FACTS, RECALL
 from cluster.dataset import read_dataset
 from cluster.dataset.layout import LINEAGE_KEY, MANIFEST_KEY, load_manifest
 from cluster.dataset.lineage import Lineage

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cluster.curation.curate import curate
-from cluster.curation.request import CurateRequest
+from cluster.curation.curate_request import CurateRequest
 from cluster.dataset.beside import check_way, way_to
 from cluster.dataset.layout import MANIFEST_KEY, load_manifest, shard_key
 from cluster.dataset.verify import verify

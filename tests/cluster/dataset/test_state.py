@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cluster.curation.curate import curate
-from cluster.curation.request import CurateRequest
+from cluster.curation.curate_request import CurateRequest
 from cluster.dataset.layout import MANIFEST_KEY, load_manifest
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import open_dataset

@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 from cluster.curation.curate import curate
-from cluster.curation.request import CurateRequest, Subset
+from cluster.curation.curate_request import CurateRequest, Subset
 from cluster.curation.sync.sentences import SentenceSpec
 from cluster.dataset import read_dataset
 from cluster.dataset.layout import CONCEPTS_KEY, Manifest, Plan, load_manifest, shard_key

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import save_file
 
 from cluster.curation.curate import curate
-from cluster.curation.request import CurateRequest
+from cluster.curation.curate_request import CurateRequest
 from cluster.dataset.layout import CONCEPTS_KEY, MANIFEST_KEY, CorpusSource, MadeWith, Manifest, load_manifest
 from cluster.dataset.vocabularies import GivenConcepts
 from cluster.generation import make

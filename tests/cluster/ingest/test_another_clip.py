@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.curation.curate import curate
-from cluster.curation.request import CurateRequest
+from cluster.curation.curate_request import CurateRequest
 from cluster.dataset import read_dataset
 from cluster.dataset.layout import MANIFEST_KEY, load_manifest, shard_key
 from cluster.dataset.opened import open_dataset

@@ -10,7 +10,7 @@ import pytest
 
 import pcm
 from cluster.curation.curate import curate
-from cluster.curation.request import CurateRequest
+from cluster.curation.curate_request import CurateRequest
 from cluster.curation.sync.sentences import SentenceSpec
 from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, load_manifest, shard_key
 from cluster.export.as_dataset import export_as_dataset

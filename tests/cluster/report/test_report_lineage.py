@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cluster.curation.curate import curate
-from cluster.curation.request import CurateRequest
+from cluster.curation.curate_request import CurateRequest
 from cluster.dataset.layout import load_manifest
 from cluster.report import left_out
 from cluster.report.make import make_report
