@@ -33,9 +33,15 @@ WORTH = "worth"
 STEPS = ("prepare", *EXPERIMENTS, "all", "try", "dissect", WORTH, "report")
 
 
-#: Options that only worth listens to, and others that it listens to as well.
-_OF_WORTH = ("parts", "minutes")
-_OF_WORTH_TOO = ("what", "out", "art", "seeds")
+#: Which options a step listens to besides --out; the experiments, and "all", to those of _OF_EXPERIMENTS.
+_OF_EXPERIMENTS = ("seeds", "processes")
+_OF_STEP = {
+    "prepare": ("captions", "art"),
+    "try": ("seeds", "processes", "settings", "clip_factor", "domain", "data"),
+    "dissect": ("judge",),
+    WORTH: ("seeds", "art", "parts", "minutes"),
+    "report": ("seeds",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +81,7 @@ class ExperimentsRequest(Request):
             if name not in PARTS:
                 raise not_known("--parts", name, PARTS)
         for name in given(self):
-            if (name in _OF_WORTH) if self.what != WORTH else (name not in (*_OF_WORTH, *_OF_WORTH_TOO)):
+            if name not in ("what", "out", *_OF_STEP.get(self.what, _OF_EXPERIMENTS)):
                 raise InputError(f"{flag(type(self), name)}: without effect with {self.what}; leave it out")
         if self.minutes is not None and self.minutes <= 0:
             raise InputError(f"--minutes {self.minutes:g}: must be above 0")

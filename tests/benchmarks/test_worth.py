@@ -378,6 +378,9 @@ def test_pictures_are_grouped_by_their_kinds_of_things() -> None:
         ({"what": "worth", "minutes": 0.0}, "--minutes"),
         ({"what": "worth", "captions": 5}, "--captions"),
         ({"what": "all", "minutes": 5.0}, "--minutes"),
+        ({"what": "ablation", "captions": 7}, "--captions"),
+        ({"what": "try", "judge": Path("/judge")}, "--judge"),
+        ({"what": "report", "processes": 99}, "--processes"),
     ],
 )
 def test_what_has_no_effect_is_refused(options: dict, named: str) -> None:
