@@ -48,6 +48,7 @@ from pcm.reasons import USABLE
 from pcm.records import NULL_FEATURES, FeatureShape
 from pcm.spec import ClipSpec
 from pcm.text.concepts import (
+    CONCEPTS,
     LEXICON_NOUNS,
     ConceptVocabulary,
     count_nouns,
@@ -67,7 +68,6 @@ log = logging.getLogger(__name__)
 MIN_WORD_COUNT = 5
 SMALL_CORPUS = 10_000  # captions; below it every word counts
 
-CONCEPTS = 400  # the corpus's most frequent nouns; the published runs all read one file of 446, see --concepts
 _FEATURES_FIELD = "features"
 
 #: Of a GPU, for some hundred texts: it finds a place beside whatever leaves a share of one. No cap on its memory

@@ -27,6 +27,7 @@ from cluster.export.source import Source
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.images import image_ending
+from pcm.official.checkpoint import OFFICIAL_CONCEPTS_FILE
 from pcm.official.files import (
     ANNOTATIONS_END,
     ANNOTATIONS_START,
@@ -42,7 +43,6 @@ from pcm.text.vocabulary import Vocabulary
 #: The published code builds the name from its data set class: MSCoCoDataset or Flickr30kCapDataset.
 CORPORA = {"mscoco": "MSCoCoDataset", "flickr30k": "Flickr30kCapDataset"}
 CAPTIONS_KEY = "captions.jsonl"
-OFFICIAL_CONCEPTS_KEY = "concepts.pickle"
 OFFICIAL_HEAD_KEY = "clip_head.pth"
 SETTINGS_KEY = "pcmnet.yaml"
 _PARTS = "parts"
@@ -95,7 +95,7 @@ class Official:
         official = {f"visual_embed.{name}": head[name] for name in sorted(head)}
         return {
             VOCABULARY_KEY: text,
-            OFFICIAL_CONCEPTS_KEY: concepts_to_pickle(stored_concepts(self._source.store)),
+            OFFICIAL_CONCEPTS_FILE: concepts_to_pickle(stored_concepts(self._source.store)),
             OFFICIAL_HEAD_KEY: checkpoint_to_pth(official),
             SETTINGS_KEY: self._settings().encode(),
         }
@@ -203,7 +203,7 @@ class Official:
                 f"    IN_DIM: {features.patch_dim}",
                 f"    G_IN_DIM: {features.embed_dim}",
                 "    CLIPTAG:",
-                f"      VOCAB_EMBED_PATH: '{OFFICIAL_CONCEPTS_KEY}'",
+                f"      VOCAB_EMBED_PATH: '{OFFICIAL_CONCEPTS_FILE}'",
                 "INFERENCE:",
                 f"  VOCAB: '{VOCABULARY_KEY}'",
                 f"  VAL_ANNFILE: '{files[0]}'",

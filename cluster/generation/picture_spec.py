@@ -19,8 +19,9 @@ from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, first_line, not_known
 from pcm.generation.few_step_models import few_steps
 from pcm.generation.names import at_revision, model_source, split_repo_file, split_revision
+from pcm.generation.own_code import MODEL_INDEX
 from pcm.generation.pipeline_files import named_files, pipeline_revision
-from pcm.generation.pipeline_index import INDEX, UnreachableIndex
+from pcm.generation.pipeline_index import UnreachableIndex
 from pcm.spec import GENERATOR_VERSION, GeneratorSpec
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ def pin_t2i(model: str, revision: str | None, *, version: int = GENERATOR_VERSIO
             raise InputError(f"text-to-image file {model!r}: give a .safetensors file; pickles are not read")
         return folder_revision(source)
     if source.is_dir():
-        if not (source / INDEX).is_file():
-            raise InputError(f"text-to-image folder {model!r}: has no {INDEX}; give a diffusers folder")
+        if not (source / MODEL_INDEX).is_file():
+            raise InputError(f"text-to-image folder {model!r}: has no {MODEL_INDEX}; give a diffusers folder")
         return whole_folder_revision(source) if model == "embedded" or version == 1 else pipeline_revision(source)
     return pin_repo(model, revision or begun, option="--t2i-revision COMMIT")
 

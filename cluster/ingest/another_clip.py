@@ -41,7 +41,6 @@ from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset
 from cluster.dataset.view import begun_settings, claimed_alone, lineage_source, open_source, view_fingerprint
 from cluster.dataset.vocabularies import (
-    CONCEPTS,
     clip_head_bytes,
     features_of_head,
     least_count,
@@ -349,7 +348,7 @@ def _concepts(source: Store, out: Store, encoder: "ClipEncoder") -> ConceptVocab
         return ConceptVocabulary(found.names, embed(found.names, encoder.encode_texts), found.source)
     captions = _captions(out)
     least = least_count(count_words(captions), len(captions))
-    return ConceptVocabulary.build(captions, encoder, size=CONCEPTS, at_least=0, min_count=least)
+    return ConceptVocabulary.build(captions, encoder, at_least=0, min_count=least)
 
 
 def _captions(out: Store) -> list[str]:

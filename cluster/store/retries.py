@@ -71,7 +71,7 @@ _TRANSIENT_ERRNO = frozenset(
         errno.EPIPE, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT,
     }
 )  # fmt: skip
-_FULL_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FULL_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _REFUSED_ERRNO = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 #: With FileNotFoundError and its kin: what says something of the name that was asked for, and nothing of the store.
 _OF_A_NAME = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP})
@@ -266,7 +266,7 @@ def _classify_link(error: BaseException) -> Fault:
     named = name
     if isinstance(error, OSError) and error.errno is not None and error.errno in errno.errorcode:
         code = errno.errorcode[error.errno]
-        if error.errno in _FULL_ERRNO:
+        if error.errno in FULL_ERRNO:
             return Fault("full", code)
         if error.errno in _REFUSED_ERRNO:
             return Fault("refused", code)

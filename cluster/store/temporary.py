@@ -1,14 +1,11 @@
 """Files that are gone once they have been used, in the machine's folder for such: what TMPDIR names, else /tmp."""
 
-import errno
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cluster.store.retries import RERUN
+from cluster.store.retries import FULL_ERRNO, RERUN
 from pcm.errors import StoreFailure
-
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextmanager
@@ -38,6 +35,6 @@ def _is_full(error: BaseException) -> bool:
     """Also of an error that a library raises in place of the system's: torch's while it handles that, safetensors'."""
     inner = error.__context__
     return any(
-        (isinstance(link, OSError) and link.errno in _NO_ROOM) or "No space left on device" in str(link)
+        (isinstance(link, OSError) and link.errno in FULL_ERRNO) or "No space left on device" in str(link)
         for link in (error, inner)
     )

@@ -18,8 +18,8 @@ from cluster.store.store import Store
 from pcm.clip.names import folder_revision
 from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError, first_line
+from pcm.generation.own_code import MODEL_INDEX
 from pcm.generation.pipeline_files import pipeline_revision
-from pcm.generation.pipeline_index import INDEX
 from pcm.spec import DIGEST
 
 MANIFEST = "weights.json"
@@ -100,7 +100,7 @@ def read_manifest(store: Store) -> WeightsManifest:
 
 def revision_of(folder: Path, recorded: str | None = None) -> str:
     """The revision that `--t2i` and `--clip` record of a model's folder; `recorded`: as of `folder_revision`."""
-    return pipeline_revision(folder) if (folder / INDEX).is_file() else folder_revision(folder, recorded)
+    return pipeline_revision(folder) if (folder / MODEL_INDEX).is_file() else folder_revision(folder, recorded)
 
 
 def digits(revision: str) -> str:

@@ -22,8 +22,9 @@ from pcm.clip.names import HUB_PREFIX, LOCAL_PREFIX, is_commit, is_hidden, resol
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, first_line
 from pcm.generation.model_memory import loaded_files
+from pcm.generation.own_code import MODEL_INDEX
 from pcm.generation.pipeline_files import WEIGHTS, named_files
-from pcm.generation.pipeline_index import INDEX, read_index
+from pcm.generation.pipeline_index import read_index
 from pcm.spec import DIGEST
 
 log = logging.getLogger(__name__)
@@ -164,8 +165,8 @@ def _link_pipeline(name: str, revision: str | None, variant: str | None, folder:
     refuse_credentials(name)
     if Path(name).is_dir():
         _refuse_revision(name, revision)
-        if not (Path(name) / INDEX).is_file():
-            raise InputError(f"--t2i {name}: has no {INDEX}; give a diffusers folder or a repo id")
+        if not (Path(name) / MODEL_INDEX).is_file():
+            raise InputError(f"--t2i {name}: has no {MODEL_INDEX}; give a diffusers folder or a repo id")
         found, source, of_hub = Path(name), Path(name).absolute().name, False
     else:
         commit = _commit(name, revision, there, f"{name}@")
@@ -181,7 +182,7 @@ def _link_pipeline(name: str, revision: str | None, variant: str | None, folder:
 def _pipeline_patterns(repo: str, commit: str) -> list[str]:
     """What is downloaded of a repo: the parts that its index names; of their weights those of safetensors."""
     parts = read_index(repo, commit).components
-    return [INDEX, *(f"{part}/{pattern}" for part in parts for pattern in _PART_FILES)]
+    return [MODEL_INDEX, *(f"{part}/{pattern}" for part in parts for pattern in _PART_FILES)]
 
 
 def _chosen(folder: Path, files: Iterable[Path], variant: str | None) -> list[Path]:

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pcm.errors import InputError
-from pcm.generation.pipeline_index import INDEX, read_index
+from pcm.generation.own_code import MODEL_INDEX
+from pcm.generation.pipeline_index import read_index
 from pcm.spec import DIGEST
 
 #: Files read at once. hashlib lets go of the interpreter lock.
@@ -19,7 +20,7 @@ def named_files(folder: Path, *, weights: bool = True, variant: str | None = Non
     Raises InputError where a variant is asked for that no part has.
     """
     index = read_index(str(folder), None)
-    found = [folder / INDEX]
+    found = [folder / MODEL_INDEX]
     for part in index.components:
         files = (file for file in (folder / part).rglob("*") if file.is_file())
         found += [file for file in files if not _is_hidden(file, folder) and (weights or file.suffix not in WEIGHTS)]

@@ -8,8 +8,7 @@ from typing import Any
 
 from pcm.errors import InputError, first_line
 from pcm.generation.names import model_source
-
-INDEX = "model_index.json"
+from pcm.generation.own_code import MODEL_INDEX
 
 
 class UnreachableIndex(InputError):
@@ -38,17 +37,17 @@ class PipelineIndex:
 def read_index(model: str, revision: str | None) -> PipelineIndex:
     """Raises InputError where there is none, or where it does not name a pipeline class."""
     try:
-        values = json.loads(_file(model, revision, INDEX).read_text())
+        values = json.loads(_file(model, revision, MODEL_INDEX).read_text())
     except (OSError, ValueError) as error:
         kind = InputError if Path(model_source(model)).is_dir() else UnreachableIndex
         raise kind(
-            f"text-to-image model {model!r}: its {INDEX} cannot be read ({first_line(error)}); "
+            f"text-to-image model {model!r}: its {MODEL_INDEX} cannot be read ({first_line(error)}); "
             "give a diffusers repo id, a folder saved by save_pretrained(), 'embedded' or 'null'"
         ) from None
     name = values.get("_class_name") if isinstance(values, dict) else None
     if not isinstance(name, str):
         said = "names no pipeline (_class_name)" if name is None else f"names a pipeline of its own code ({name})"
-        raise InputError(f"text-to-image model {model!r}: its {INDEX} {said}; give a pipeline that diffusers has")
+        raise InputError(f"text-to-image model {model!r}: its {MODEL_INDEX} {said}; give a pipeline that diffusers has")
     parts = {
         part: (value[0], value[1])
         for part, value in values.items()

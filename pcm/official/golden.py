@@ -24,14 +24,13 @@ from pcm.captioners.pcmnet.model import Encoded, PCMNet
 from pcm.captioners.pcmnet.schedule import noam_lr
 from pcm.errors import InputError, one_line
 from pcm.official.golden_file import INPUTS, Golden, read_golden
+from pcm.official.settings import CLIP_SCORE_SCALE
 from pcm.official.state_dict import POSITION_KEY, config_from_state, from_official, position_rounding, to_official
 
 #: Largest absolute difference allowed for float32 values. Ids and masks must be exact.
 TOLERANCE = 2e-5
 #: Learning rates are float64 and as small as 1e-8.
 LEARNING_RATE_TOLERANCE = 1e-12
-#: The published loader multiplies the cosine by this before its loss sees it.
-CLIP_SCORE_SCALE = 2.5
 #: What the published code adds to the scores of masked positions.
 MASKED = -10_000.0
 #: CapDec's variance, which golden files use where their training noise is off.

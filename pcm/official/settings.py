@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pcm.captioners.pcmnet.config import PCMNetConfig
 from pcm.errors import not_known
 
-#: Scores in published annotations are the cosine times this; in SynC's refined ones, times 5.
+#: Scores in published annotations are the cosine times this, as the published loss sees it; in SynC's refined ones,
+#: times 5.
 CLIP_SCORE_SCALE = 2.5
 
 #: What a published checkpoint shows itself, and what the concept file does.
