@@ -19,8 +19,6 @@ from cluster.dataset.layout import (
     MANIFEST_KEY,
     PLAN_KEY,
     Plan,
-    Segment,
-    load_manifest,
     shard_key,
     shard_number,
     stats_key,
@@ -38,7 +36,7 @@ from cluster.training.worker import TrainWorker
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 from pcm.text.vocabulary import Vocabulary
-from tests.cluster.training.test_feed import data_of
+from tests.cluster.training.test_feed import data_of, plan_of
 from tests.helpers.job_runs import JobRun
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import TINY, write_dataset
@@ -156,13 +154,7 @@ def test_the_manifest_is_waited_for_and_an_older_one_is_not_taken(made: tuple[St
 def test_a_stream_is_not_gone_on_with_on_other_rows(tiny_clip: Path, tmp_path: Path) -> None:
     """The plan stays the same when jobs.verify --repair or --retry-quarantined makes shards again."""
     place = write_dataset(tmp_path / "data", tiny_clip, rows=24, shard_size=6)
-    manifest = load_manifest(open_store(place))
-    rows, count = manifest.expected, len(manifest.shards)
-    plan = Plan(
-        spec=manifest.spec, corpus=manifest.corpus, corpus_fingerprint=manifest.corpus_fingerprint, records=rows,
-        expected=rows, usable=rows, shard_size=6, segments=(Segment(0, rows, 0, count, manifest.corpus_fingerprint),),
-    )  # fmt: skip
-    (place / PLAN_KEY).write_bytes(plan.to_json())
+    (place / PLAN_KEY).write_bytes(plan_of(place).to_json())
 
     def opened(progress: TrainingState) -> None:
         data = data_of(place, first_epoch="plan", holdout_fraction=0.5)
