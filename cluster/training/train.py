@@ -40,7 +40,7 @@ from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.pictures import check_source, references_sha256, source_anywhere
 from cluster.store.outputs import refuse_other_things
 from cluster.store.store import Store, is_uri, join, open_store
-from cluster.training.checkpoints import BEST, SCORE, check_checkpoints
+from cluster.training.checkpoints import BEST, SCORE, check_checkpoints, delete_unrecorded
 from cluster.training.config import TrainConfig, default_preset, preset
 from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.data.shuffled import ROW_ORDER
@@ -133,6 +133,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
     with nullcontext() if arriving else only_job(out, TRAINS, waits=False):
         _refuse_what_changed(out, previous, resume=request.resume)
         check_reach(out)
+        delete_unrecorded(out)
         document[_DEVICE] = place.device
         out.write_bytes(CONFIG_KEY, document_bytes(document))
         run = replace(run, document=document, cpu_threads=place.cpus, device=place.device)
