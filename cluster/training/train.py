@@ -42,7 +42,7 @@ from cluster.store.outputs import refuse_other_things
 from cluster.store.store import Store, is_uri, join, open_store
 from cluster.training.checkpoints import BEST, SCORE, check_checkpoints, delete_unrecorded
 from cluster.training.config import TrainConfig, default_preset, preset
-from cluster.training.data.mixture import TrainingSet, open_training_sets
+from cluster.training.data.mixture import TrainingSet, is_known_by, open_training_sets
 from cluster.training.data.shuffled import ROW_ORDER
 from cluster.training.init_from import InitialCaptioner, read_initial
 from cluster.training.loop import train_loop
@@ -380,7 +380,7 @@ def _document(
         "row_order": ROW_ORDER,
         "clip": identity,
         CLIP_OPTION: given,
-        "datasets": [each.description() for each in sets],
+        "datasets": _described(sets, config, previous),
         "validation": asdict(source_anywhere(request.validation)) if request.validation else None,
         REFERENCES_SHA256: references_sha256(request.validation) if request.validation else None,
         VOCABULARIES: {
@@ -390,6 +390,18 @@ def _document(
         "versions": joined_versions(previous or {}),
         **beginning(previous),
     }
+
+
+def _described(
+    sets: Sequence[TrainingSet], config: TrainConfig, previous: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """The datasets for config.json. One whose plan orders the first epoch stays known as it was when the run began:
+    with jobs.stream by the plan, with jobs.train by the manifest. Workers compare the rows."""
+    found = [each.description() for each in sets]
+    before = [sha256 for sha256, _ in _rows(previous or {})]
+    if config.first_epoch == "plan" and len(before) == 1 and is_known_by(sets[0].store, before[0], planned=True):
+        found[0]["sha256"] = before[0]
+    return found
 
 
 def _revision_of_given(clip: ClipSpec, given: str) -> str:
