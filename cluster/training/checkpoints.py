@@ -1,6 +1,7 @@
 """The checkpoints of a training run: what is in one, and where and when it is written."""
 
 import errno
+import hashlib
 import json
 import logging
 import re
@@ -27,6 +28,7 @@ from cluster.training.ema import WeightAverage
 from cluster.training.ray_trainer import CHECKPOINTS
 from cluster.training.run_spec import RunSpec
 from pcm.captioners.captioner import MODEL_FILE, captioner_files
+from pcm.captioners.interface import VOCABULARY_FILE
 from pcm.captioners.pcmnet.model import PCMNet
 from pcm.errors import InputError, OneLineError, one_line
 from pcm.model_faults import is_out_of_memory
@@ -126,6 +128,19 @@ def _recorded(out: Store) -> list[str]:
     """Names of the checkpoints in Ray Train's record. Raises FileNotFoundError without one, and what damage raises."""
     record = json.loads(out.read_bytes(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}"))
     return [result["checkpoint_dir_name"] for result in record["checkpoint_results"]]
+
+
+def kept_words(out: Store, *, sha256: str | None) -> bytes | None:
+    """vocabulary.txt of a captioner that a run has kept, None without any; with `sha256` only one that has it."""
+    for key in (f"{BEST}/{VOCABULARY_FILE}", *out.list(f"{CHECKPOINTS}/")):
+        if key.endswith(f"/{VOCABULARY_FILE}"):
+            try:
+                words = out.read_bytes(key)
+            except FileNotFoundError:
+                continue
+            if sha256 in (None, hashlib.sha256(words).hexdigest()):
+                return words
+    return None
 
 
 class Checkpoints:
