@@ -5,6 +5,7 @@ so a caption does not depend on how many workers there are, nor on which of them
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -223,13 +224,22 @@ def _load(
     device: str,
     beam_size: int,
     concepts: ConceptVocabulary | None,
+    weights: Sequence[str] | None = None,
 ) -> Captioner:
-    """`Captioner.load` of paths or URIs. Raises InputError as it does."""
+    """`Captioner.load` of paths or URIs. Raises InputError as it does, and where they have other weights (sha256)."""
     with contextlib.ExitStack() as copies:
         folders = [copies.enter_context(local_checkpoint(checkpoint)) for checkpoint in checkpoints]
-        return Captioner.load(
+        captioner = Captioner.load(
             folders, clip=clip, device=device, beam_size=beam_size, concepts=concepts, find_clip=local_name
         )
+        if weights is not None:  # compared when all is loaded: what was replaced meanwhile does not come back
+            for checkpoint, folder, sha256 in zip(checkpoints, folders, weights, strict=True):
+                if hashlib.sha256((folder / MODEL_FILE).read_bytes()).hexdigest() != sha256:
+                    raise InputError(
+                        f"checkpoint {checkpoint}: was replaced while it was evaluated, as by its run, which still "
+                        "trains; evaluate one under its checkpoints/, or run the same command again"
+                    )
+        return captioner
 
 
 def load_pictures(source: PictureSource, *, limit: int | None) -> PictureSet | FeatureSet:
@@ -268,6 +278,15 @@ def check_checkpoint(uri: str) -> None:
     store = open_store(uri)
     if not (store.exists(MODEL_FILE) or store.exists(f"best/{MODEL_FILE}")):
         raise no_captioner(uri)
+
+
+def weights_sha256(checkpoint: str) -> str:
+    """Of the captioner in a checkpoint, or of a run's best one. Raises InputError where there is none."""
+    store = open_store(checkpoint)
+    for key in (MODEL_FILE, f"best/{MODEL_FILE}"):
+        with contextlib.suppress(FileNotFoundError):
+            return hashlib.sha256(store.read_bytes(key)).hexdigest()
+    raise no_captioner(checkpoint)
 
 
 @contextlib.contextmanager
@@ -356,6 +375,7 @@ class CaptionerSource:
     limit: int | None
     concepts: ConceptVocabulary | None = None
     batch_size: int = BATCH_SIZE
+    weights: tuple[str, ...] | None = None  # sha256 of each checkpoint's; None of whatever lies there
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
@@ -437,6 +457,7 @@ def _load_whole(source: CaptionerSource, *, device: str) -> Captioner:
         device=device,
         beam_size=source.beam_size,
         concepts=source.concepts,
+        weights=source.weights,
     )
     if not isinstance(source.pictures, FeatureSource):
         _ = captioner.clip

@@ -26,6 +26,7 @@ from cluster.evaluation.captioning import (
     epoch_checkpoints,
     load_captioner,
     load_pictures,
+    weights_sha256,
 )
 from cluster.evaluation.experiments import EXPERIMENTS, comparison, comparison_table, experiments_table
 from cluster.evaluation.request import EvaluateRequest
@@ -345,6 +346,7 @@ def _source(request: EvaluateRequest) -> CaptionerSource:
         pictures=source_anywhere(request.pictures),
         limit=request.limit,
         concepts=None if request.concepts is None else read_concepts(request.concepts),
+        weights=tuple(map(weights_sha256, request.checkpoints)),
     )
 
 

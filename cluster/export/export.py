@@ -89,6 +89,7 @@ def export_dataset(data: Store, out: Store, asked: ExportRequest) -> dict:
         counts["unfinished"] = source.opened.extent
     if _begun(out, document, source):
         log.info("%s: is complete", out.root)
+        exporter.tidy()  # what a job that was killed at its very end has left
         return counts | {"shards": len(shards), "skipped_shards": len(shards), "seconds": 0.0}
     started = time.monotonic()
     objects = exporter.prepare()

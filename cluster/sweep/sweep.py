@@ -358,8 +358,8 @@ class _Recorder(ray.tune.Callback):
             # A trial that the scheduler stops, ASHA also after the last epoch, ends before it writes that epoch's row.
             write_metrics(store, [row for row in history if not row.get("reason")])
             store.write_bytes(RESULT_FILE, document_bytes(result))
-            for key in store.list(CHECKPOINT):
-                store.delete(key)
+        for key in store.list(CHECKPOINT):  # also what a driver that was killed here has left
+            store.delete(key)
         self._add(TrialResult.of(result))
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:

@@ -26,7 +26,9 @@ from cluster.dataset.rows import COLUMNS, preload, read_shard
 from cluster.ray_internals import LocalReports, train_in_this_process
 from cluster.store.store import Store, join, local_copy, open_store
 from cluster.training.checkpoints import SCORE, STATE_FILE
+from cluster.training.config import TrainConfig
 from cluster.training.loop import train_loop
+from cluster.training.run_record import BEGINNING
 from cluster.training.run_spec import RunSpec
 from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError, first_line
@@ -83,7 +85,7 @@ def run_trial(parameters: dict[str, Any], *, sweep: SweepRun) -> None:
         _report_failure(sweep, str(error))
         return
     store.write_bytes(OVERRIDES_FILE, document_bytes(overrides))
-    run = replace(sweep.run, out=out, config=config, document={**sweep.run.document, "train": config.to_dict()})
+    run = replace(sweep.run, out=out, config=config, document=_document(sweep, overrides, config))
     preload({key: ray.get(table) for key, table in sweep.tables.items()})
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     with _newest_checkpoint(store) as checkpoint:
@@ -100,6 +102,14 @@ def run_trial(parameters: dict[str, Any], *, sweep: SweepRun) -> None:
         if reason:
             free_memory()  # for the next trial of this process
             _report_failure(sweep, reason)
+
+
+def _document(sweep: SweepRun, overrides: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """config.json of a trial, which for trackers is a run of its own."""
+    document = {**sweep.run.document, "train": config.to_dict()}
+    if BEGINNING in document:
+        document[BEGINNING] += f"-{trial_id(overrides)}"
+    return document
 
 
 def _report_failure(sweep: SweepRun, reason: str) -> None:

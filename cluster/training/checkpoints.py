@@ -1,8 +1,10 @@
 """The checkpoints of a training run: what is in one, and where and when it is written."""
 
 import errno
+import hashlib
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -26,6 +28,7 @@ from cluster.training.ema import WeightAverage
 from cluster.training.ray_trainer import CHECKPOINTS
 from cluster.training.run_spec import RunSpec
 from pcm.captioners.captioner import MODEL_FILE, captioner_files
+from pcm.captioners.interface import VOCABULARY_FILE
 from pcm.captioners.pcmnet.model import PCMNet
 from pcm.errors import InputError, OneLineError, one_line
 from pcm.model_faults import is_out_of_memory
@@ -44,6 +47,7 @@ OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
 #: Behind the name of a checkpoint that was made once more, because the first one is damaged.
 AGAIN = "-again"
+_CHECKPOINT_NAME = re.compile(rf"epoch-\d+(?:-step-\d+)?(?:{AGAIN})*")
 
 
 @dataclass
@@ -93,8 +97,7 @@ def check_checkpoints(out: Store, *, done: int) -> None:
     elsewise = f"restore it, or train into another --out (with --init-from {out.root} from its best captioner on)"
     names = {key.split("/")[1] for key in out.list(f"{CHECKPOINTS}/") if key.count("/") > 1}
     try:
-        recorded = json.loads(out.read_bytes(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}"))["checkpoint_results"]
-        gone = [name for result in recorded if (name := result["checkpoint_dir_name"]) not in names]
+        gone = [name for name in _recorded(out) if name not in names]
     except FileNotFoundError:
         # Ray Train writes it right after the first checkpoint; a run that was killed before does that epoch again.
         if done > 1 or (done and not names):
@@ -105,6 +108,39 @@ def check_checkpoints(out: Store, *, done: int) -> None:
     else:
         if gone:
             raise InputError(f"{place}: {', '.join(gone)} gone; {elsewise}")
+
+
+def delete_unrecorded(out: Store) -> None:
+    """Delete the checkpoints that are not in Ray Train's record, after `check_checkpoints`: it strikes one from there
+    before it deletes it, and adds one after it was put, and may be killed in between. Nothing without a record: then
+    the first one is made again.
+    """
+    if not out.exists(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}"):
+        return
+    recorded = set(_recorded(out))
+    for key in out.list(f"{CHECKPOINTS}/"):
+        name, is_in_folder, _ = key.removeprefix(f"{CHECKPOINTS}/").partition("/")
+        if is_in_folder and _CHECKPOINT_NAME.fullmatch(name) and name not in recorded:
+            out.delete(key)
+
+
+def _recorded(out: Store) -> list[str]:
+    """Names of the checkpoints in Ray Train's record. Raises FileNotFoundError without one, and what damage raises."""
+    record = json.loads(out.read_bytes(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}"))
+    return [result["checkpoint_dir_name"] for result in record["checkpoint_results"]]
+
+
+def kept_words(out: Store, *, sha256: str | None) -> bytes | None:
+    """vocabulary.txt of a captioner that a run has kept, None without any; with `sha256` only one that has it."""
+    for key in (f"{BEST}/{VOCABULARY_FILE}", *out.list(f"{CHECKPOINTS}/")):
+        if key.endswith(f"/{VOCABULARY_FILE}"):
+            try:
+                words = out.read_bytes(key)
+            except FileNotFoundError:
+                continue
+            if sha256 in (None, hashlib.sha256(words).hexdigest()):
+                return words
+    return None
 
 
 class Checkpoints:

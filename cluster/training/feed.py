@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed
 
-from cluster.dataset.layout import Plan, load_plan
-from cluster.store.store import open_store
+from cluster.dataset.layout import Plan, load_manifest, load_plan
+from cluster.store.store import Store, open_store
 from cluster.training.data.arriving import ArrivingShards, finished_manifest
 from cluster.training.data.batches import Batch, BatchShape
-from cluster.training.data.mixture import TrainingSet, open_training_sets
+from cluster.training.data.mixture import TrainingSet, is_known_by, open_training_sets
 from cluster.training.data.selection import Ranks, RowFilter, holdout_share, select_rows
 from cluster.training.data.shard_cache import ShardCache
 from cluster.training.data.shuffled import Part, ShardLoader
@@ -42,12 +42,18 @@ class TrainingData:
 
     def open(self) -> str:
         """Loader and validation set of the finished data, which is waited for where it is still being made; says in
-        words what there is. Held-out pairs are read meanwhile. Raises InputError when there is nothing to train on.
+        words what there is. Held-out pairs are read meanwhile. Raises InputError when there is nothing to train on,
+        and where the data is not what config.json says.
         """
         run, place = self._run, {"rank": self._shape.rank, "num_workers": self._shape.num_workers}
         if self.plan is not None:
+            self._load_plan()  # of one that has changed the manifest would be waited for without end
             finished_manifest(open_store(run.data[0].uri), self.plan)
         sets = open_training_sets(run.data)
+        for each, recorded in zip(sets, run.document["datasets"], strict=True):
+            planned = self.plan is not None
+            if each.pinned is None and not is_known_by(each.store, recorded["sha256"], planned=planned):
+                raise _changed(each.store)
         manifest = sets[0].manifest
         if self.plan is not None:
             shards = "".join(shard["sha256"] for shard in manifest.shards)
@@ -174,8 +180,15 @@ class TrainingData:
         return said
 
     def _load_plan(self) -> Plan:
-        plan = load_plan(open_store(self._run.data[0].uri))
+        """Raises InputError where it is of other captions than the run began on."""
+        store, recorded = open_store(self._run.data[0].uri), self._run.document["datasets"][0]["sha256"]
+        plan = load_plan(store)
         assert plan is not None, "the driver read it"
+        if not is_known_by(store, recorded, planned=True):
+            raise _changed(store)
+        of_manifest = is_known_by(store, recorded, planned=False)
+        if of_manifest and load_manifest(store).corpus_fingerprint != plan.corpus_fingerprint:
+            raise _changed(store)  # the corpus grows, and its manifest is still that of before
         return plan
 
     def _row_filter(self, rows: int) -> RowFilter:
@@ -194,3 +207,10 @@ class TrainingData:
             return None
         name = training_set.description()["sha256"][:16] + ("-int8" if self._shape.int8 else "")
         return ShardCache(Path(self._run.cache_dir) / name, int8=self._shape.int8)
+
+
+def _changed(store: Store) -> InputError:
+    return InputError(
+        f"{store.root}: has changed since this run began (its corpus grew, or shards were made again); train into "
+        "another --out"
+    )

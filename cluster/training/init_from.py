@@ -9,7 +9,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from cluster.store.store import open_store
+from cluster.store.store import Store, open_store
 from cluster.training.config import TrainConfig
 from pcm.captioners.interface import CONFIG_FILE, MODEL_FILE, VOCABULARY_FILE
 from pcm.captioners.pcmnet.model import PCMNet
@@ -20,19 +20,20 @@ _HEAD = "visual_embedding.clip_head."
 
 @dataclass(frozen=True)
 class InitialCaptioner:
-    """folder: where its files are, from any worker. sha256: of the weights. config: of the run that made it."""
+    """named: as --init-from names it. folder: where its files are, from any worker. sha256: of the weights. config: of
+    the run that made it. is_read: not of one that a resumed run has recorded."""
 
+    named: str
     folder: str
     sha256: str
     words: bytes  # vocabulary.txt
     config: TrainConfig | None
+    is_read: bool = True
 
 
 def read_initial(uri: str) -> InitialCaptioner:
     """The captioner in a checkpoint's folder, or the best one of a run's. Raises InputError."""
-    store = open_store(uri)
-    if not store.exists(MODEL_FILE):
-        store = open_store(f"{store.address}/best")
+    store = _captioner_at(uri)
     try:
         weights, words, document = (store.read_bytes(name) for name in (MODEL_FILE, VOCABULARY_FILE, CONFIG_FILE))
         words.decode()
@@ -44,15 +45,28 @@ def read_initial(uri: str) -> InitialCaptioner:
         raise InputError(
             f"--init-from {uri}: its {CONFIG_FILE} or {VOCABULARY_FILE} is damaged; give another checkpoint"
         ) from None
-    return InitialCaptioner(store.address, hashlib.sha256(weights).hexdigest(), words, config)
+    return InitialCaptioner(uri, store.address, hashlib.sha256(weights).hexdigest(), words, config)
 
 
-def load_weights(module: PCMNet, folder: str) -> None:
-    """Begin with the weights there; CLIP's head stays the dataset's. Raises InputError where they do not fit."""
+def _captioner_at(uri: str) -> Store:
+    """Of a run its best one."""
+    store = open_store(uri)
+    return store if store.exists(MODEL_FILE) else open_store(f"{store.address}/best")
+
+
+def load_weights(module: PCMNet, folder: str, *, sha256: str) -> None:
+    """Begin with the weights there; CLIP's head stays the dataset's. Raises InputError where they do not fit, or are
+    not those with that digest."""
     try:
-        state = safetensors.torch.load(open_store(folder).read_bytes(MODEL_FILE))
-    except (FileNotFoundError, safetensors.SafetensorError):
+        data = _captioner_at(folder).read_bytes(MODEL_FILE)
+        state = safetensors.torch.load(data)
+    except (FileNotFoundError, NotADirectoryError, safetensors.SafetensorError):
         raise InputError(f"--init-from {folder}: its {MODEL_FILE} is missing or damaged") from None
+    if (now := hashlib.sha256(data).hexdigest()) != sha256:
+        raise InputError(
+            f"--init-from {folder}: its weights are others now ({now[:17]}) than those that this run began with "
+            f"({sha256[:17]}); give another --out, and a checkpoint's folder, which stays as it is"
+        )
     own: dict[str, Any] = module.state_dict()
     if found := _misfits(own, state):
         raise InputError(

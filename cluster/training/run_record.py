@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 REFERENCES_SHA256 = "references_sha256"
 #: In config.json: the sha256 of words and concepts. Runs of releases that did not record it have none.
 VOCABULARIES = "vocabularies"
+#: In config.json: of a run that began with the weights of a captioner, where that was and the sha256 of its weights.
+INIT_FROM = "init_from"
 #: In config.json: of the beginning of a run, a random name by which trackers tell it from others that began at a place
 #: of the same name. Runs of releases that did not record it have none.
 BEGINNING = "beginning"

@@ -242,9 +242,9 @@ def run_name(store: Store) -> str:
 
 
 def run_id(store: Store, config: Mapping[str, Any]) -> str:
-    """The same for every start of a run, so that a resumed one goes on in its place; another for each run that begins,
-    wherever: other machines have folders of the same name."""
-    return hashlib.sha256(f"{store.prefix}{config.get(BEGINNING, '')}".encode()).hexdigest()[:16]
+    """The same for every start of a run, wherever it lies by then; another for each run that begins: other machines
+    have folders of the same name."""
+    return hashlib.sha256(config.get(BEGINNING, store.prefix).encode()).hexdigest()[:16]
 
 
 def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

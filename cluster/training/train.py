@@ -40,9 +40,9 @@ from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.pictures import check_source, references_sha256, source_anywhere
 from cluster.store.outputs import refuse_other_things
 from cluster.store.store import Store, is_uri, join, open_store
-from cluster.training.checkpoints import BEST, SCORE, check_checkpoints
+from cluster.training.checkpoints import BEST, SCORE, check_checkpoints, delete_unrecorded, kept_words
 from cluster.training.config import TrainConfig, default_preset, preset
-from cluster.training.data.mixture import TrainingSet, open_training_sets
+from cluster.training.data.mixture import TrainingSet, is_known_by, open_training_sets
 from cluster.training.data.shuffled import ROW_ORDER
 from cluster.training.init_from import InitialCaptioner, read_initial
 from cluster.training.loop import train_loop
@@ -50,6 +50,7 @@ from cluster.training.ray_trainer import check_labels, make_trainer, worker_inpu
 from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
 from cluster.training.run_record import (
+    INIT_FROM,
     REFERENCES_SHA256,
     VOCABULARIES,
     beginning,
@@ -99,7 +100,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
     sets = arriving or open_training_sets(request.sources, unfinished=request.unfinished)
     out = open_store(request.out)
     previous = _previous_run(out, resume=request.resume)
-    initial = read_initial(request.init_from) if request.init_from is not None else None
+    initial = _initial(request, out, previous)
     vocabularies = _vocabularies(request, sets, initial)
     config = _config_for(request, sets, vocabularies, previous, initial)
     check_first_epoch(config, sets)
@@ -110,7 +111,8 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
     run = _run(request, sets, vocabularies, config, document, cpus=1, device=request.device)
     if initial is not None:
         run = replace(run, init_from=initial.folder)
-        build_network(run)  # weights that do not fit are told of before Ray is started
+        if initial.is_read:
+            build_network(run)  # weights that do not fit are told of before Ray is started
     if previous is not None:
         _refuse_other_run(out, previous, document)
         if finished:
@@ -133,6 +135,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
     with nullcontext() if arriving else only_job(out, TRAINS, waits=False):
         _refuse_what_changed(out, previous, resume=request.resume)
         check_reach(out)
+        delete_unrecorded(out)
         document[_DEVICE] = place.device
         out.write_bytes(CONFIG_KEY, document_bytes(document))
         run = replace(run, document=document, cpu_threads=place.cpus, device=place.device)
@@ -254,6 +257,7 @@ def _previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
         order = previous.get("row_order", 1)  # of releases that recorded none
         TrainConfig.from_dict(previous["train"])
         recorded_validation(previous), _rows(previous), joined_versions(previous), dict(previous.get(VOCABULARIES, {}))
+        _begun_from(previous)
         dict(previous.get("clip", {}))
     except FileNotFoundError:
         refuse_other_things(out, "not a training run")
@@ -271,6 +275,23 @@ def _previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
             "release that began it, or give another --out"
         )
     return previous
+
+
+def _initial(request: TrainRequest, out: Store, previous: dict[str, Any] | None) -> InitialCaptioner | None:
+    """The captioner that the run begins with. Of a run that has a captioner of its own, what it recorded: the one that
+    it began with may have been trained on, or be gone. One at another place is read, to be compared.
+
+    Raises InputError as `read_initial` does.
+    """
+    before, sha256 = _begun_from(previous or {})
+    named = request.init_from or before
+    if named is None:
+        return None
+    if sha256 is not None and before is not None and open_store(named).address == open_store(before).address:
+        words = kept_words(out, sha256=(previous or {}).get(VOCABULARIES, {}).get("words"))
+        if words is not None:
+            return InitialCaptioner(before, open_store(before).address, sha256, words, None, is_read=False)
+    return read_initial(named)
 
 
 def _config_for(
@@ -374,12 +395,12 @@ def _document(
     concepts = {"path": request.concepts, "sha256": hashlib.sha256(vocabularies.concepts).hexdigest()}
     return {
         **({} if request.concepts is None else {"concepts": concepts}),
-        **({} if initial is None else {"init_from": {"path": request.init_from, "sha256": initial.sha256}}),
+        **({} if initial is None else {INIT_FROM: {"path": initial.named, "sha256": initial.sha256}}),
         "train": config.to_dict(),
         "row_order": ROW_ORDER,
         "clip": identity,
         CLIP_OPTION: given,
-        "datasets": [each.description() for each in sets],
+        "datasets": _described(sets, config, previous),
         "validation": asdict(source_anywhere(request.validation)) if request.validation else None,
         REFERENCES_SHA256: references_sha256(request.validation) if request.validation else None,
         VOCABULARIES: {
@@ -389,6 +410,18 @@ def _document(
         "versions": joined_versions(previous or {}),
         **beginning(previous),
     }
+
+
+def _described(
+    sets: Sequence[TrainingSet], config: TrainConfig, previous: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """The datasets for config.json. One whose plan orders the first epoch stays known as it was when the run began:
+    with jobs.stream by the plan, with jobs.train by the manifest. Workers compare the rows."""
+    found = [each.description() for each in sets]
+    before = [sha256 for sha256, _ in _rows(previous or {})]
+    if config.first_epoch == "plan" and len(before) == 1 and is_known_by(sets[0].store, before[0], planned=True):
+        found[0]["sha256"] = before[0]
+    return found
 
 
 def _revision_of_given(clip: ClipSpec, given: str) -> str:
@@ -422,9 +455,9 @@ def _refuse_other_run(out: Store, previous: dict[str, Any], document: dict[str, 
     for name, sha256 in document[VOCABULARIES].items():
         if (was := previous.get(VOCABULARIES, {}).get(name, sha256)) != sha256:
             differences.setdefault(name, f"{was[:17]} -> {sha256[:17]}")
-    begun = [each.get("init_from", {}).get("sha256", "random weights") for each in (previous, document)]
+    begun = [_begun_from(each)[1] or "random weights" for each in (previous, document)]
     if begun[0] != begun[1]:
-        differences["init_from"] = f"{begun[0][:17]} -> {begun[1][:17]}"
+        differences[INIT_FROM] = f"{begun[0][:17]} -> {begun[1][:17]}"
     if not same_clip(previous, document):
         clips = (f"{each['clip']['model']} ({each['clip']['revision'][:17]})" for each in (previous, document))
         differences["clip"] = " -> ".join(clips)
@@ -437,6 +470,13 @@ def _refuse_other_run(out: Store, previous: dict[str, Any], document: dict[str, 
     if differences:
         listed = "; ".join(f"{name}: {change}" for name, change in differences.items())
         raise InputError(f"{out.root}: was begun otherwise ({listed}); resume with the same settings, or another --out")
+
+
+def _begun_from(document: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The captioner with whose weights a run began: where it was, and the sha256 of its weights. (None, None) of
+    random weights."""
+    recorded = document.get(INIT_FROM)
+    return (str(recorded["path"]), str(recorded["sha256"])) if recorded else (None, None)
 
 
 def _rows(document: dict[str, Any]) -> list[tuple[str, float]]:

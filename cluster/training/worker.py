@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray.train
 import ray.train.torch
@@ -20,6 +20,7 @@ from cluster.training.ema import WeightAverage
 from cluster.training.feed import TrainingData
 from cluster.training.init_from import load_weights
 from cluster.training.reporting import Reporter
+from cluster.training.run_record import INIT_FROM
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import TrainStep
 from pcm.captioners.pcmnet.model import PCMNet
@@ -85,7 +86,9 @@ def set_up_worker(run: RunSpec) -> TrainWorker:
     vocabulary = Vocabulary.from_text(run.vocabularies.words.decode())
 
     torch.manual_seed(config.seed)
-    module = build_network(run).to(device)
+    # What it began with may have been trained on, or be gone; a checkpoint has all weights.
+    goes_on = ray.train.get_checkpoint() is not None
+    module = build_network(replace(run, init_from=None) if goes_on else run).to(device)
     optimizer = build_optimizer(module, config)
     average = WeightAverage(module, decay=config.ema_decay) if config.ema_decay else None
     checkpoints = Checkpoints(run, out, module=module, optimizer=optimizer, average=average, is_first=rank == 0)
@@ -141,7 +144,7 @@ def build_network(run: RunSpec) -> PCMNet:
     model.set_concepts(torch.from_numpy(concepts.embeddings))
     model.set_clip_head(safetensors.torch.load(run.vocabularies.clip_head))
     if run.init_from is not None:
-        load_weights(model, run.init_from)
+        load_weights(model, run.init_from, sha256=run.document[INIT_FROM]["sha256"])
     return model
 
 

@@ -84,6 +84,14 @@ def _opened(store: Store, source: DataSource, *, unfinished: bool) -> TrainingSe
     return TrainingSet(store, found.manifest, source.weight, pinned=pinned, extent=found.extent)
 
 
+def is_known_by(store: Store, sha256: str, *, planned: bool) -> bool:
+    """Whether `sha256`, by which config.json knows a dataset, is of what lies there now: its manifest. Of a run whose
+    first epoch is in the order of the plan (`planned`) it may be of the plan, as where jobs.stream began it.
+    """
+    keys = (MANIFEST_KEY, PLAN_KEY) if planned else (MANIFEST_KEY,)
+    return any(store.exists(key) and state_digest(store.read_bytes(key)) == sha256 for key in keys)
+
+
 def arriving_set(store: Store, plan: Plan, features: FeatureShape) -> TrainingSet:
     """A dataset that is being made, as its plan describes it: no shards yet, and whatever is planned will be stored."""
     manifest = Manifest(

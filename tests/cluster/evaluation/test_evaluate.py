@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import torch
 
 from cluster.evaluation.captioning import (
@@ -30,7 +31,7 @@ from cluster.evaluation.evaluate import _here, _source, _store_captions, derange
 from cluster.evaluation.request import CaptionRequest, EvaluateRequest
 from cluster.sources.pictures import PictureSource, load_picture_set, source_anywhere
 from cluster.store.store import Store
-from pcm.captioners.captioner import Captioner
+from pcm.captioners.captioner import MODEL_FILE, Captioner
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError, StoreFailure
 from pcm.text.metrics import COCO_METRICS, cider_only, coco_metrics
@@ -143,6 +144,20 @@ def test_a_worker_loads_again_what_a_hub_did_not_give(world: Path, monkeypatch: 
         threads=torch.get_num_threads(),
     )
     assert not answers and isinstance(worker.captioner._clip, ClipEncoder), "loaded before the first picture comes"
+
+
+def test_a_worker_does_not_take_a_captioner_that_was_replaced_meanwhile(world: Path, tmp_path: Path) -> None:
+    """A run that still trains replaces its best one; a worker may start again, or wait for its GPU until then."""
+    shutil.copytree(world / "checkpoint", tmp_path / "run/best")
+    shutil.copy(world / "config.json", tmp_path / "run")
+    asked_for = _source(EvaluateRequest(checkpoint=str(tmp_path / "run"), **asked(world), device="cpu", num_workers=2))
+    _CaptionWorker(source=asked_for, threads=torch.get_num_threads())
+    weights = tmp_path / "run/best" / MODEL_FILE
+    state = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({name: tensor + 1 for name, tensor in state.items()}, weights)
+    with pytest.raises(InputError, match=f"checkpoint {tmp_path}/run: was replaced while it was evaluated") as caught:
+        _CaptionWorker(source=asked_for, threads=torch.get_num_threads())
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -363,6 +363,16 @@ def test_an_export_that_another_job_has_finished_meanwhile_is_one_line(dataset, 
     assert export_dataset(dataset[0], out, asked("official"))["skipped_shards"] == len(dataset[2].shards)
 
 
+def test_a_complete_export_is_tidied_after_a_job_that_was_killed_at_its_end(dataset, tmp_path, monkeypatch):
+    out = open_store(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Official, "tidy", lambda self: None)
+        export_dataset(dataset[0], out, asked("official"))
+    assert any(key.startswith("parts/") for key in out.list())
+    assert export_dataset(dataset[0], out, asked("official"))["skipped_shards"] == len(dataset[2].shards)
+    assert not any(key.startswith("parts/") for key in out.list())
+
+
 def test_a_damaged_shard_is_not_exported(dataset, tmp_path):
     store, _, _ = dataset
     copy = open_store(tmp_path / "copy")

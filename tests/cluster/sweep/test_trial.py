@@ -16,10 +16,11 @@ import torch
 from cluster.store.store import open_store
 from cluster.sweep.search_space import Choice, Range
 from cluster.sweep.sweep import _optuna, _Recorder
-from cluster.sweep.trial import CHECKPOINT, OVERRIDES, RESULT_FILE, SweepRun, run_trial, trial_folder
+from cluster.sweep.trial import CHECKPOINT, OVERRIDES, RESULT_FILE, SweepRun, _document, run_trial, trial_folder
 from cluster.training.checkpoints import STATE_FILE
 from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
+from cluster.training.trackers import run_id
 from cluster.training.train import planned_run
 from pcm.captioners.pcmnet.model import PCMNet
 from pcm.errors import InputError
@@ -121,6 +122,26 @@ def test_a_trial_that_the_scheduler_stops_keeps_its_last_epoch_in_its_metrics(tu
     assert len(tune.history()) < EPOCHS
     tune.end()
     assert tune.history() == tune.result()["history"] and len(tune.history()) == EPOCHS
+
+
+def test_a_trial_leaves_no_checkpoint_where_its_driver_was_killed_right_after_its_result(tune: Tune) -> None:
+    tune.run()
+    left = tune.folder / CHECKPOINT / "epoch-001/complete"
+    tune.end()
+    assert tune.result()["status"] == "finished" and not left.exists()
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_bytes(b"")
+    tune.start_driver()
+    tune.run()
+    tune.end()
+    assert not left.exists()
+
+
+def test_for_trackers_each_trial_is_a_run_of_its_own(tune: Tune) -> None:
+    def run(**overrides: Any) -> str:
+        return run_id(open_store("anywhere"), _document(tune.sweep, overrides, tune.sweep.run.config))
+
+    assert run(seed=1) == run(seed=1) != run(seed=2)
 
 
 def test_a_trial_whose_settings_exclude_each_other_has_failed(tune: Tune) -> None:

@@ -24,6 +24,7 @@ from cluster.training.checkpoints import (
     Checkpoints,
     TrainingState,
     check_checkpoints,
+    delete_unrecorded,
     load_training_state,
     save_training_state,
 )
@@ -248,6 +249,22 @@ def test_a_run_killed_before_its_first_checkpoint_was_recorded_begins_again(
     for name in gone:
         shutil.rmtree(tmp_path / CHECKPOINTS / name)
     check_checkpoints(open_store(tmp_path), done=done)
+
+
+def test_what_a_killed_run_has_left_of_checkpoints_is_deleted_before_it_goes_on(
+    run: Checkpoints, tmp_path: Path
+) -> None:
+    """Ray Train strikes one from its record before it deletes it, and adds one after it was put."""
+    out = open_store(tmp_path)
+    kept = set(out.list())
+    for name in ("epoch-000-step-000000003", "epoch-001-again", "notes"):
+        out.write_bytes(f"{CHECKPOINTS}/{name}/model.safetensors", b"of a part")
+    delete_unrecorded(out)
+    assert len(out.list()) == len(kept) + 3, "without a record Ray Train begins again"
+    out.write_bytes(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}", RECORD)
+    delete_unrecorded(out)
+    own = {f"{CHECKPOINTS}/{CHECKPOINT_RECORD}", f"{CHECKPOINTS}/notes/model.safetensors"}
+    assert set(out.list()) == kept | own
 
 
 def test_the_sizes_of_the_group_are_kept_with_the_steps_they_begin_at() -> None:

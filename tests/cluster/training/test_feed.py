@@ -1,13 +1,17 @@
 """What a worker is told of its rows before the first step."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, Plan, Segment, load_manifest
+from cluster.dataset.state import state_digest
 from cluster.sources.picture_source import PictureSource
+from cluster.store.store import open_store
 from cluster.training.config import TRAINING_PRESETS
 from cluster.training.data.batches import BatchShape
 from cluster.training.feed import TrainingData
@@ -18,12 +22,16 @@ from pcm.records import FeatureShape
 from pcm.text.vocabulary import Vocabulary
 from tests.helpers.tiny_dataset import scene, write_dataset, write_pictures
 
+SHAPE = BatchShape(features=FeatureShape(embed_dim=32, num_patches=16, patch_dim=64), batch_size=2, max_length=10)
+
 
 def data_of(
     place: Path, *, validation: PictureSource | None = None, clip: Path | None = None, **settings: Any
 ) -> TrainingData:
     config = dataclasses.replace(TRAINING_PRESETS["embedded"], batch_size=2, **settings)
-    nothing: dict[str, Any] = {"vocabularies": None, "document": {}, "checks": "checks"}
+    key = PLAN_KEY if config.first_epoch == "plan" else MANIFEST_KEY  # as jobs.stream records it
+    recorded = [{"sha256": state_digest((place / key).read_bytes())}]
+    nothing: dict[str, Any] = {"vocabularies": None, "document": {"datasets": recorded}, "checks": "checks"}
     run = RunSpec(
         data=(DataSource(str(place)),),
         out="out",
@@ -34,9 +42,8 @@ def data_of(
         device="cpu",
         **nothing,
     )
-    shape = BatchShape(features=FeatureShape(embed_dim=32, num_patches=16, patch_dim=64), batch_size=2, max_length=10)
     vocabulary = Vocabulary.from_text((place / "vocabulary.txt").read_text())
-    return TrainingData(run, shape, vocabulary, device=torch.device("cpu"))
+    return TrainingData(run, SHAPE, vocabulary, device=torch.device("cpu"))
 
 
 def test_a_dataset_so_small_that_nothing_is_held_out_is_refused_before_the_first_step(
@@ -102,3 +109,55 @@ def test_validation_pictures_that_have_the_same_references_are_refused_before_th
     with pytest.raises(InputError, match="all 2 pictures have the same references") as caught:
         data_of(place, validation=source, clip=tiny_clip).open()
     assert "\n" not in str(caught.value)
+
+
+def test_a_group_that_starts_again_does_not_train_on_other_data(tmp_path: Path, tiny_clip: Path) -> None:
+    """Days after the driver has looked: a corpus has grown meanwhile, or what was quarantined was tried again."""
+    place = write_dataset(tmp_path / "data", tiny_clip, rows=24, shard_size=6)
+    data = data_of(place, holdout_fraction=0.5)
+    data.open()
+    shutil.rmtree(place)
+    write_dataset(place, tiny_clip, rows=48, shard_size=6)
+    with pytest.raises(InputError, match=r"data: has changed since this run began .*another --out") as caught:
+        data.open()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("known_by", [PLAN_KEY, MANIFEST_KEY])
+def test_a_first_epoch_in_the_order_of_a_plan_does_not_go_on_with_another(
+    tmp_path: Path, tiny_clip: Path, known_by: str
+) -> None:
+    """jobs.stream knows it by its plan, jobs.train by its manifest, which stays until the grown dataset is finished."""
+    place = write_dataset(tmp_path / "data", tiny_clip, rows=24, shard_size=6)
+    plan = plan_of(place)
+    (place / PLAN_KEY).write_bytes(plan.to_json())
+    recorded = {"datasets": [{"sha256": state_digest((place / known_by).read_bytes())}]}
+    run = dataclasses.replace(data_of(place, first_epoch="plan", holdout_fraction=0.5)._run, document=recorded)
+
+    def started() -> TrainingData:
+        vocabulary = Vocabulary.from_text((place / "vocabulary.txt").read_text())
+        return TrainingData(run, SHAPE, vocabulary, device=torch.device("cpu"))
+
+    begun = started()
+    begun.open()
+    (place / PLAN_KEY).write_bytes(dataclasses.replace(plan, corpus_fingerprint="of more captions").to_json())
+    with pytest.raises(InputError, match="data: has changed since this run began"):
+        started()
+    with pytest.raises(InputError, match="data: has changed since this run began"):
+        begun.open()
+
+
+def plan_of(place: Path) -> Plan:
+    """Such as a finished dataset may have been made by, in one go."""
+    manifest = load_manifest(open_store(place))
+    rows, fingerprint = manifest.expected, manifest.corpus_fingerprint
+    return Plan(
+        spec=manifest.spec,
+        corpus=manifest.corpus,
+        corpus_fingerprint=fingerprint,
+        records=rows,
+        expected=rows,
+        usable=rows,
+        shard_size=6,
+        segments=(Segment(0, rows, 0, len(manifest.shards), fingerprint),),
+    )

@@ -19,26 +19,28 @@ from cluster.dataset.layout import (
     MANIFEST_KEY,
     PLAN_KEY,
     Plan,
-    Segment,
     load_manifest,
     shard_key,
     shard_number,
     stats_key,
 )
+from cluster.dataset.state import state_digest
 from cluster.only_job import TRAINS, only_job
 from cluster.store.store import Store, open_store
 from cluster.training.checkpoints import TrainingState
 from cluster.training.data.arriving import ArrivingShards, finished_manifest
 from cluster.training.data.batches import Batch, BatchShape
+from cluster.training.data.mixture import arriving_set
 from cluster.training.data.selection import RowFilter
 from cluster.training.reporting import Reporter
-from cluster.training.request import StreamRequest
+from cluster.training.request import StreamRequest, TrainRequest
 from cluster.training.stream import _pools
+from cluster.training.train import planned_run, train
 from cluster.training.worker import TrainWorker
 from pcm.errors import InputError
 from pcm.records import FeatureShape
 from pcm.text.vocabulary import Vocabulary
-from tests.cluster.training.test_feed import data_of
+from tests.cluster.training.test_feed import data_of, plan_of
 from tests.helpers.job_runs import JobRun
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import TINY, write_dataset
@@ -156,13 +158,7 @@ def test_the_manifest_is_waited_for_and_an_older_one_is_not_taken(made: tuple[St
 def test_a_stream_is_not_gone_on_with_on_other_rows(tiny_clip: Path, tmp_path: Path) -> None:
     """The plan stays the same when jobs.verify --repair or --retry-quarantined makes shards again."""
     place = write_dataset(tmp_path / "data", tiny_clip, rows=24, shard_size=6)
-    manifest = load_manifest(open_store(place))
-    rows, count = manifest.expected, len(manifest.shards)
-    plan = Plan(
-        spec=manifest.spec, corpus=manifest.corpus, corpus_fingerprint=manifest.corpus_fingerprint, records=rows,
-        expected=rows, usable=rows, shard_size=6, segments=(Segment(0, rows, 0, count, manifest.corpus_fingerprint),),
-    )  # fmt: skip
-    (place / PLAN_KEY).write_bytes(plan.to_json())
+    (place / PLAN_KEY).write_bytes(plan_of(place).to_json())
 
     def opened(progress: TrainingState) -> None:
         data = data_of(place, first_epoch="plan", holdout_fraction=0.5)
@@ -183,6 +179,30 @@ def test_a_stream_is_not_gone_on_with_on_other_rows(tiny_clip: Path, tmp_path: P
     (place / MANIFEST_KEY).write_text(json.dumps(document))
     with pytest.raises(InputError, match="data: its rows are others than those that this run began on"):
         opened(progress)
+
+
+@pytest.mark.parametrize("known_by", [PLAN_KEY, MANIFEST_KEY])
+def test_the_run_of_a_stream_is_gone_on_with_by_jobs_train_as_well(
+    tiny_clip: Path, tmp_path: Path, known_by: str
+) -> None:
+    """Its dataset is complete, and the corpus or the models may be gone. jobs.stream goes on with either's run, too."""
+    store = open_store(write_dataset(tmp_path / "data", tiny_clip, rows=24, shard_size=6))
+    plan = plan_of(Path(store.root))
+    store.write_bytes(PLAN_KEY, plan.to_json())
+    settings = TINY | {"epochs": 1, "first_epoch": "plan"}
+    asked = TrainRequest(data=store.root, out=str(tmp_path / "run"), overrides=settings, resume=True)
+    document = planned_run(asked, cpus=1).document
+    document["datasets"][0]["sha256"] = state_digest(store.read_bytes(known_by))
+    run = open_store(tmp_path / "run")
+    run.write_bytes("config.json", json.dumps(document).encode())
+    run.write_bytes("metrics.jsonl", b'{"epoch": 1, "step": 6, "CIDEr": 1.0}\n')
+    jobs_stream = arriving_set(store, plan, load_manifest(store).features)
+    assert train(asked)["epochs"] == train(asked, arriving=(jobs_stream,))["epochs"] == 1
+    for key in (PLAN_KEY, MANIFEST_KEY):
+        others = json.loads(store.read_bytes(key)) | {"corpus_fingerprint": "of other captions"}
+        store.write_bytes(key, json.dumps(others).encode())
+    with pytest.raises(InputError, match=r"was begun otherwise \(data: "):
+        train(asked)
 
 
 def test_a_second_stream_into_one_run_is_refused_before_it_draws(

@@ -35,10 +35,12 @@ from cluster.store.store import Store, open_store
 from cluster.training.config import TrainConfig, preset, settable_fields
 from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
+from cluster.training.init_from import read_initial
 from cluster.training.loop import NonFiniteLoss, _stop
 from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer, worker_input_error
 from cluster.training.request import TrainRequest, parse_worker_label
 from cluster.training.run_record import joined_versions, same_clip, same_validation, warn_of_moved_pictures
+from cluster.training.run_spec import RunSpec
 from cluster.training.train import (
     TrainingFailed,
     _place,
@@ -49,9 +51,10 @@ from cluster.training.train import (
     planned_run,
     train,
 )
+from cluster.training.worker import build_network, set_up_worker
 from cluster.weights.request import StageModelsRequest
 from cluster.weights.stage import stage
-from pcm.captioners.captioner import Captioner
+from pcm.captioners.captioner import Captioner, captioner_files
 from pcm.captioners.interface import MODEL_FILE
 from pcm.clip.names import folder_revision
 from pcm.errors import InputError, StoreFailure
@@ -276,8 +279,67 @@ def test_a_run_goes_on_from_a_captioner_on_a_view(
     vocabularies = [(folder / "best/vocabulary.txt").read_bytes() for folder in (trained, tmp_path / "begun")]
     assert vocabularies[0] == vocabularies[1]
     again = replace(request(world, tmp_path / "begun", overrides=one, resume=True), data=str(world / "view"))
-    with pytest.raises(InputError, match=r"was begun otherwise \(.*init_from: .* -> random weights"):
-        train(again)
+    assert train(again)["epochs"] == 1, "its record names the captioner"
+    with pytest.raises(InputError, match=r"was begun otherwise \(.*init_from: \w+ -> \w+\)"):
+        train(replace(again, init_from=str(tmp_path / "begun")))
+
+
+def captioner_at(folder: Path, run: RunSpec, *, seed: int) -> None:
+    torch.manual_seed(seed)
+    words, concepts = run.vocabularies.words, run.vocabularies.concepts
+    files = captioner_files(build_network(run), document=run.document, vocabulary=words, concepts=concepts)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def test_a_run_goes_on_without_the_captioner_that_it_began_with(world: Path, tmp_path: Path) -> None:
+    """It has weights of its own; the other run may have been trained on, or be gone."""
+    first, out = tmp_path / "first", tmp_path / "run"
+    asked = request(world, out, resume=True, overrides={"epochs": 1})
+    run = planned_run(asked, cpus=1)
+    captioner_at(first / "best", run, seed=1)
+    sha256 = read_initial(str(first)).sha256
+    out.mkdir()
+    document = {**run.document, "init_from": {"path": str(first), "sha256": sha256}}
+    (out / "config.json").write_text(json.dumps(document))
+    (out / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "step": 1, "CIDEr": 1.0}) + "\n")
+    assert train(replace(asked, init_from=str(first)))["epochs"] == 1
+    captioner_at(first / "best", run, seed=2)
+    with pytest.raises(InputError, match=r"was begun otherwise \(init_from: \w+ -> \w+\)"):
+        train(asked)  # nothing is kept of the run but its record
+    begins = replace(run, init_from=str(first), document=document)
+    with pytest.raises(InputError, match=rf"--init-from {first}: its weights are others now \(.* began with") as caught:
+        build_network(begins)
+    assert "\n" not in str(caught.value)
+
+    captioner_at(out / "checkpoints/epoch-001", run, seed=3)
+    for init_from in (str(first), f"{first}/", None):
+        assert train(replace(asked, init_from=init_from))["epochs"] == 1
+    with pytest.raises(InputError, match=r"was begun otherwise \(init_from: \w+ -> \w+\)"):
+        train(replace(asked, init_from=str(out / "checkpoints/epoch-001")))
+    shutil.rmtree(first)
+    assert train(asked)["epochs"] == 1
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_worker_reads_the_captioner_that_a_run_began_with_only_at_its_beginning(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goes_on: bool
+) -> None:
+    class Built(Exception):
+        pass
+
+    def build(run: RunSpec) -> None:
+        raise Built(f"from {run.init_from}")
+
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr("ray.train.get_context", lambda: context)
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: context if goes_on else None)
+    monkeypatch.setattr("cluster.training.worker._log_to_stderr", lambda: None)
+    monkeypatch.setattr("cluster.training.worker.build_network", build)
+    run = replace(planned_run(request(world, tmp_path), cpus=1), init_from="first", device="cpu")
+    with pytest.raises(Built, match="from None" if goes_on else "from first"):
+        set_up_worker(run)
 
 
 def test_a_captioner_that_does_not_fit_is_one_line(trained: Path, world: Path, tmp_path: Path) -> None:
