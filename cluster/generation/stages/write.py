@@ -14,7 +14,7 @@ from cluster.dataset.committed import ROW_INDEX
 from cluster.dataset.layout import parquet_bytes, shard_key, stats_key
 from cluster.dataset.row_index import index_text
 from cluster.generation.stages.asking import ask
-from cluster.generation.stages.merge import drawn_before, merge_retried, replace_shard, store_quarantine
+from cluster.generation.stages.merge import merge_retried, replace_shard, stats_before, store_quarantine, with_before
 from cluster.generation.stages.shard_row import ShardRow, check_picture_bytes, picture_bytes
 from cluster.store.store import Store
 from pcm.documents import document_bytes
@@ -70,9 +70,9 @@ class WriteShard:
         shard_data = parquet_bytes(in_version(stored, feature_shape(stored.schema), self._version))
         encoded_at = time.time()
         stats = _shard_stats(row, stored, quarantined, shard_data)
-        if retry:
-            stats |= drawn_before(self._store, row.shard, stats)
         stats |= {"encode_seconds": encoded_at - started, "end_time": time.time()}
+        if retry:
+            stats = with_before(stats, stats_before(self._store, row.shard))
         stats_data = document_bytes(stats)
         if retry:
             replace_shard(self._store, row.shard, shard_data, quarantined, stats_data)
