@@ -15,6 +15,7 @@ from cluster.generation.pipeline import write_manifest
 from cluster.generation.regenerate import regenerate
 from cluster.generation.retry_quarantined import parse_reason
 from cluster.generation.stages.draw import DrawShard
+from cluster.generation.stages.write import OF_THIS_RUN, WriteShard
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.records import NULL_FEATURES
@@ -104,6 +105,21 @@ def test_the_times_of_a_shard_are_those_of_all_its_pictures(faulty: tuple[Store,
     assert (stats["start_time"], stats["end_time"]) == (before["start_time"], before["end_time"])
     assert 550 / 5 <= seconds_per_picture(open_dataset(store)) < 670 / 5
 
+
+def test_what_the_run_did_is_told_of_the_retried_samples_alone(
+    faulty: tuple[Store, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, plan = faulty
+    before = json.loads(store.read_bytes(stats_key(0)))
+    told, write = [], WriteShard.write
+    monkeypatch.setattr(WriteShard, "write", lambda self, row: told.append(write(self, row)) or told[-1])
+    after = retry(store, plan, "generator_error")
+    assert (told[0]["count"], told[0]["successes"]) == (6, 5) and OF_THIS_RUN not in after
+    run = told[0][OF_THIS_RUN]
+    assert (run["count"], run["successes"], run["quarantined_by_reason"]) == (1, 1, {})
+    assert (sum(run["clip_score_histogram"]), run["bytes"]) == (1, after["bytes"] - before["bytes"])
+    assert run["draw_seconds"] == pytest.approx(after["draw_seconds"] - before["draw_seconds"])
+    assert run["start_time"] > before["end_time"] and run["store_seconds"] == told[0]["store_seconds"]
 
 def test_the_last_sample_to_leave_takes_the_quarantine_part_with_it(tiny_t2i: Path, tmp_path: Path) -> None:
     spec = tiny_spec(tiny_t2i, num_inference_steps=1)
