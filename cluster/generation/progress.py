@@ -164,7 +164,8 @@ class RunProgress:
             overall = self._overall(now, done)
             recent = self._recent(now, RECENT_SECONDS)
             per_sample = self._images / self._samples if self._samples else 1.0
-            pace = self._recent(now, ETA_SECONDS) or overall
+            lately = self._recent(now, ETA_SECONDS)
+            pace = overall if lately is None else lately
             eta = 0.0 if not missing else missing / pace if pace else None
             cost = self._billing.cost(self._unit_seconds)
             ahead = None if eta is None else self._billing.cost(eta * self._units())

@@ -256,6 +256,18 @@ def test_a_stall_is_said_once_it_is_longer_than_what_is_usual() -> None:
     assert said == "nothing finished for 3 min 32 s; 3 of 4 generators are drawing"
 
 
+def test_a_run_that_stands_still_has_a_rate_of_0_and_no_eta() -> None:
+    clock = Clock()
+    run = a_run(clock)
+    run.observe(MonitorSnapshot(drawn=0, in_flight=4, generators=4))
+    draw(clock, run, seconds=600, images_per_second=4.0)
+    draw(clock, run, seconds=120, images_per_second=0.0, already=2400)
+    assert run.status().recent_images_per_second == 0.0 and run.status().eta_seconds is not None
+    draw(clock, run, seconds=600, images_per_second=0.0, already=2400)
+    assert run.status().eta_seconds is None and run.status().images_per_second == pytest.approx(2400 / 1320, rel=0.01)
+    assert "0 images/s (1.818 overall), ETA unknown" in log_line(run.status(), "")
+
+
 def test_what_is_drawn_and_not_stored_is_a_stall_too() -> None:
     """CLIP hangs, say, or has no place; shards that are stored meanwhile are an advance."""
     clock = Clock()

@@ -121,6 +121,7 @@ def test_what_the_run_did_is_told_of_the_retried_samples_alone(
     assert run["draw_seconds"] == pytest.approx(after["draw_seconds"] - before["draw_seconds"])
     assert run["start_time"] > before["end_time"] and run["store_seconds"] == told[0]["store_seconds"]
 
+
 def test_the_last_sample_to_leave_takes_the_quarantine_part_with_it(tiny_t2i: Path, tmp_path: Path) -> None:
     spec = tiny_spec(tiny_t2i, num_inference_steps=1)
     store, plan = plan_dataset(tmp_path / "data", write_corpus(tmp_path, [RAISES, CAPTIONS[0]]), spec)
