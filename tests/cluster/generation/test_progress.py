@@ -72,7 +72,8 @@ def a_run(
     billing: Billing = FREE,
     scorers: int = 0,
 ) -> RunProgress:
-    actors = {"draw": generators, "featurise": 1, "encode": 1, "store": 1}
+    last = scorers or generators
+    actors = {"draw": generators, "featurise": last, "encode": last, "store": last}
     return RunProgress(total=total, skipped=skipped, actors=actors, billing=billing, scorers=scorers, clock=clock)
 
 
@@ -189,9 +190,27 @@ def test_utilisation_is_the_busy_share_of_each_pool() -> None:
     run.add(shard_stats(clock, seconds=100))
     busy = run.status().utilisation
     assert busy == {
-        "draw": pytest.approx(0.9), "featurise": pytest.approx(0.18), "encode": pytest.approx(0.036),
-        "store": pytest.approx(0.018),
+        "draw": pytest.approx(0.9), "featurise": pytest.approx(0.09), "encode": pytest.approx(0.018),
+        "store": pytest.approx(0.009),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("scorers", [0, 1])
+def test_generators_that_never_come_are_not_idle(scorers: int) -> None:
+    clock = Clock()
+    run = a_run(clock, total=512, generators=10, scorers=scorers)
+    clock.now += 100
+    run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=2, scorers=scorers))
+    clock.now += 100
+    run.add(shard_stats(clock, seconds=90) | {"start_time": clock.now - 100})
+    run.observe(MonitorSnapshot(drawn=256, in_flight=0, generators=2, scorers=scorers))
+    working = run.status().utilisation
+    run.add(shard_stats(clock, seconds=90))
+    clock.now += 50
+    run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=2, scorers=scorers))
+    ended = run.status().utilisation
+    assert (working["draw"], ended["draw"]) == (pytest.approx(0.9), pytest.approx(0.9))
+    assert ended["featurise"] == pytest.approx(18 / 100 if scorers else 18 / 200)
 
 
 def test_failures_are_counted_by_reason() -> None:
