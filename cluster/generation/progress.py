@@ -161,7 +161,7 @@ class RunProgress:
         with self._lock:
             now = self._clock()
             self._pay(now)
-            done, drawn = self._done(), self._live.drawn if self._live else 0
+            done, drawn = self._done(), self._drawn()
             missing = max(0, self._total - self._skipped - done)
             overall = self._overall(now, done)
             recent = self._recent(now, RECENT_SECONDS)
@@ -230,8 +230,13 @@ class RunProgress:
         """Whether samples are not stored; drawn ones too, which may wait for CLIP or for the store."""
         return self._total - self._skipped > self._samples
 
+    def _drawn(self) -> int:
+        """Not committed yet. What the monitor counts is more where a sample is drawn with several seeds, or by two, and
+        where it was asked before the last commit."""
+        return min(self._live.drawn, max(0, self._total - self._skipped - self._samples)) if self._live else 0
+
     def _done(self) -> int:
-        return self._samples + (self._live.drawn if self._live else 0)
+        return self._samples + self._drawn()
 
     def _generators(self) -> int:
         return self._live.generators if self._live else self._actors["draw"]

@@ -133,6 +133,21 @@ def test_a_committed_picture_is_not_counted_twice() -> None:
     assert run.status().missing == 10_000 - 256
 
 
+def test_no_more_is_drawn_than_there_is_to_draw() -> None:
+    """Pictures that show nothing are drawn several times; an answer of the monitor may be older than a commit."""
+    clock = Clock()
+    run = a_run(clock, total=600, skipped=88)
+    run.observe(MonitorSnapshot(drawn=0, in_flight=4, generators=4))
+    draw(clock, run, seconds=100, images_per_second=7.68)
+    assert (run.status().drawn, run.status().missing) == (512, 0)
+    assert log_line(run.status(), "").startswith("600/600 samples (100.0%)")
+    for _ in range(2):
+        run.add(shard_stats(clock))
+    run.observe(MonitorSnapshot(drawn=256, in_flight=0, generators=4))
+    status = run.status()
+    assert (status.samples, status.drawn) == (512, 0) and status.images_per_second == pytest.approx(5.12)
+
+
 def test_skipped_shards_neither_raise_the_rate_nor_lengthen_the_eta() -> None:
     clock = Clock()
     run = a_run(clock, total=10_000, skipped=9_000, generators=1)
