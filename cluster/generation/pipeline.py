@@ -91,6 +91,7 @@ class GenerationResult:
             "quarantined_by_reason": self.manifest.quarantined_by_reason,
             "clip_score_mean": self.manifest.clip_score_mean,
         }
+        rate, startup = status.images_per_second, self.startup_seconds
         per_1000 = 1000 * status.cost / status.images if status.cost is not None and status.images else None
         return {
             **(whole or {}),
@@ -98,9 +99,9 @@ class GenerationResult:
             "skipped": status.skipped,
             "generated": status.images,
             "retried": status.retried,
-            "images_per_second": round(status.images_per_second or 0.0, 3),
+            "images_per_second": None if rate is None else round(rate, 3),
             "seconds": round(status.seconds, 2),
-            "startup_seconds": None if self.startup_seconds is None else round(self.startup_seconds, 2),
+            "startup_seconds": None if startup is None else round(startup, 2),
             "stage_seconds": {stage: round(spent, 3) for stage, spent in self.stage_seconds.items()},
             "longest_pause_seconds": round(self.longest_pause_seconds, 2),
             "shards_begun_again": self.begun_again,
