@@ -169,9 +169,10 @@ def captions_sheet(results: Path) -> "Image.Image":
 
 
 def table(generated: dict, trained: dict, metrics: dict, stages: dict[str, float]) -> str:
+    rate = generated["images_per_second"]  # None: all were there
     lines = [
         f"{'images stored':24}{generated['stored']}  ({generated['quarantined']} quarantined)",
-        f"{'images per second':24}{generated['images_per_second']:.2f}",
+        f"{'images per second':24}{'-' if rate is None else f'{rate:.2f}'}",
         f"{'mean clip score':24}{generated['clip_score_mean']:.3f}",
         f"{'epochs, steps':24}{trained['epochs']}, {trained['steps']}",
     ]

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What the whole dataset will hold and take, at this number of generators. Hours and cost include one start-up."""
+    """What the whole dataset will hold and take, at this number of generators. Hours and cost include one start-up,
+    where it was measured."""
 
     pilot_samples: int
     pilot_shards: int
@@ -42,7 +43,7 @@ class Prediction:
     predicted_generator_hours: float
     predicted_gpu_hours: float | None  # None on CPUs
     predicted_cost: float | None  # None without a price
-    startup_seconds: float  # before the first picture
+    startup_seconds: float | None  # before the first picture; None: nothing was drawn now
     bottleneck: str  # the stage whose pool has most to do
     clip_score_mean: float | None
     clip_score_standard_error: float | None
@@ -85,7 +86,7 @@ def run_pilot(
         pools=actors(pools, plan.num_shards),
         generators_score=not pools.scorers,
         store_seconds=result.stage_seconds["store"] / made if made else 0.0,
-        startup_seconds=result.startup_seconds or 0.0,
+        startup_seconds=result.startup_seconds,
         billing=Billing.of(pools, device=plan.spec.generator.device, price_per_hour=watch.price_per_hour),
         machines=len(cluster_nodes()),
     )
@@ -102,7 +103,7 @@ def predict(
     pools: Mapping[str, int],
     generators_score: bool,
     store_seconds: float,
-    startup_seconds: float,
+    startup_seconds: float | None,
     billing: Billing,
     machines: int,
 ) -> Prediction:
@@ -129,7 +130,7 @@ def predict(
     bottleneck = max(pace, key=lambda stage: pace[stage])
     images = round(usable * stored / drawn)
     drawing_seconds = usable * pace[bottleneck]
-    total_seconds = startup_seconds + drawing_seconds
+    total_seconds = (startup_seconds or 0.0) + drawing_seconds
     units = billing.units(generators=pools["draw"], machines=machines)
     return Prediction(
         pilot_samples=samples,
@@ -162,11 +163,17 @@ def describe(prediction: Prediction, *, generators: int) -> list[str]:
     quarantined = (
         f"{prediction.predicted_quarantined:,} quarantined ({100 * prediction.predicted_quarantined_share:.2f}%)"
     )
+    startup = prediction.startup_seconds
+    said = (
+        "start-up and storing not measured (nothing was drawn now): they come on top"
+        if startup is None
+        else f"start-up {duration(startup)}"
+    )
     return [
         f"predicted for the whole, from {prediction.pilot_samples:,} samples in {prediction.pilot_shards} shards:",
         f"  {prediction.predicted_images:,} images, {quarantined}, {size(prediction.predicted_bytes)}",
         f"  {prediction.predicted_images_per_second:.4g} images/s with {generators} generators, limited by "
-        f"{prediction.bottleneck}; start-up {duration(prediction.startup_seconds)}",
+        f"{prediction.bottleneck}; {said}",
         f"  {duration(prediction.predicted_seconds)}, {hours}{cost}",
         f"  mean clip score {score}",
         "the same command without --pilot goes on from here",

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import abc, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,6 +43,7 @@ from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.generator import Generator
 from cluster.generation.stages.monitor import shards_begun_again, start_monitor
 from cluster.generation.stages.scorer import Scorer
+from cluster.generation.stages.write import OF_THIS_RUN
 from cluster.generation.telemetry import Telemetry
 from cluster.only_job import MAKES, only_job
 from cluster.session import user_error
@@ -90,6 +91,7 @@ class GenerationResult:
             "quarantined_by_reason": self.manifest.quarantined_by_reason,
             "clip_score_mean": self.manifest.clip_score_mean,
         }
+        rate, startup = status.images_per_second, self.startup_seconds
         per_1000 = 1000 * status.cost / status.images if status.cost is not None and status.images else None
         return {
             **(whole or {}),
@@ -97,9 +99,9 @@ class GenerationResult:
             "skipped": status.skipped,
             "generated": status.images,
             "retried": status.retried,
-            "images_per_second": round(status.images_per_second or 0.0, 3),
+            "images_per_second": None if rate is None else round(rate, 3),
             "seconds": round(status.seconds, 2),
-            "startup_seconds": None if self.startup_seconds is None else round(self.startup_seconds, 2),
+            "startup_seconds": None if startup is None else round(startup, 2),
             "stage_seconds": {stage: round(spent, 3) for stage, spent in self.stage_seconds.items()},
             "longest_pause_seconds": round(self.longest_pause_seconds, 2),
             "shards_begun_again": self.begun_again,
@@ -129,16 +131,17 @@ def run_pipeline(
     shards: Collection[int] | None = None,
     redo: Collection[int] = (),
     retry: frozenset[str] = frozenset(),
+    retried: Mapping[int, int] | None = None,
     given: GivenConcepts | NounFinder | None = None,
     draw: type[DrawShard] = DrawShard,
 ) -> GenerationResult:
     """Make every shard that the plan asks for and the store lacks, then write the manifest.
 
     With `shards`, only those of them that the store lacks, and no manifest. Shards in `redo` are made again and put in
-    the place of those that are there; with `retry`, only their samples that are quarantined for one of these reasons,
-    and the manifest is deleted first. Another run that makes the same dataset is waited for (cluster.only_job): also
-    where no shard is missing and there is no manifest, which is so while one retries. `given`: of what the concepts are
-    made, for a dataset that is begun; what another run was given stays.
+    the place of those that are there; with `retry`, only their samples that are quarantined for one of these reasons
+    (`retried`: how many, by shard), and the manifest is deleted first. Another run that makes the same dataset is
+    waited for (cluster.only_job): also where no shard is missing and there is no manifest, which is so while one
+    retries. `given`: of what the concepts are made, for a dataset that is begun; what another run was given stays.
 
     Raises InputError when the scores fall below the watch's threshold, where shards were to be made again that another
     run may have changed, and where the dataset was begun with other concepts than are `given`.
@@ -167,7 +170,7 @@ def run_pipeline(
         if given is not None:
             given.store(store)
         total = sum(plan.shard_rows(shard) for shard in wanted)
-        skipped = total - sum(plan.shard_rows(shard) for shard in missing)
+        skipped = total - sum((retried or {}).get(shard, plan.shard_rows(shard)) for shard in missing)
         if skipped:
             log.info("%d of %d samples are on the store already", skipped, total)
         billing = Billing.of(pools, device=plan.spec.generator.device, price_per_hour=watch.price_per_hour)
@@ -226,7 +229,7 @@ def _make_missing(
             with closing(made):  # at once, whatever is raised here: its actors hold CPUs and GPUs
                 for stats in made:
                     on_store.add(stats)
-                    display.add(stats)
+                    display.add(stats.get(OF_THIS_RUN, stats))
                     check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
             missing = _still_missing(missing, on_store)
 

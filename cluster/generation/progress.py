@@ -118,6 +118,7 @@ class RunProgress:
         self._stage_seconds = dict.fromkeys(STAGES, 0.0)
         self._scores = ClipScores()
         self._generator_seconds = self._drawing_generator_seconds = self._unit_seconds = 0.0
+        self._drawing_until_commit = 0.0  # of these seconds, those before the last commit
 
     def add(self, stats: Mapping[str, Any]) -> None:
         """One committed shard."""
@@ -134,8 +135,9 @@ class RunProgress:
                 self._stage_seconds[stage] += max(0.0, stats[f"{stage}_seconds"])  # a clock may have been set back
             # Workers' clocks may differ from this one: a shard was not drawn before the run, nor after its commit.
             began = min(max(stats["start_time"], self._started), now)
-            self._first_draw = began if self._first_draw is None else min(self._first_draw, began)
-            self._last_commit = now
+            self._drawing_began(began)
+            self._pay(now)
+            self._last_commit, self._drawing_until_commit = now, self._drawing_generator_seconds
             if self._live:  # the monitor was last asked when this shard was still one of those it counts
                 self._live = replace(self._live, drawn=max(0, self._live.drawn - stats["count"]))
             self._advance(now)
@@ -152,19 +154,20 @@ class RunProgress:
                 self._short_since = _since(self._short_since, live.generators, self._actors["draw"], now)
                 self._short_of_scorers_since = _since(self._short_of_scorers_since, live.scorers, self._scorers, now)
             if live and live.in_flight and self._first_draw is None:
-                self._first_draw = now
+                self._drawing_began(now)
             self._advance(now)
 
     def status(self) -> Status:
         with self._lock:
             now = self._clock()
             self._pay(now)
-            done, drawn = self._done(), self._live.drawn if self._live else 0
+            done, drawn = self._done(), self._drawn()
             missing = max(0, self._total - self._skipped - done)
             overall = self._overall(now, done)
             recent = self._recent(now, RECENT_SECONDS)
             per_sample = self._images / self._samples if self._samples else 1.0
-            pace = self._recent(now, ETA_SECONDS) or overall
+            lately = self._recent(now, ETA_SECONDS)
+            pace = overall if lately is None else lately
             eta = 0.0 if not missing else missing / pace if pace else None
             cost = self._billing.cost(self._unit_seconds)
             ahead = None if eta is None else self._billing.cost(eta * self._units())
@@ -227,14 +230,25 @@ class RunProgress:
         """Whether samples are not stored; drawn ones too, which may wait for CLIP or for the store."""
         return self._total - self._skipped > self._samples
 
+    def _drawn(self) -> int:
+        """Not committed yet. What the monitor counts is more where a sample is drawn with several seeds, or by two, and
+        where it was asked before the last commit."""
+        return min(self._live.drawn, max(0, self._total - self._skipped - self._samples)) if self._live else 0
+
     def _done(self) -> int:
-        return self._samples + (self._live.drawn if self._live else 0)
+        return self._samples + self._drawn()
 
     def _generators(self) -> int:
         return self._live.generators if self._live else self._actors["draw"]
 
     def _units(self) -> float:
         return self._billing.units(generators=self._generators(), machines=self._machines)
+
+    def _drawing_began(self, began: float) -> None:
+        """The first drawing began then, or earlier than was known: what is paid since is time of drawing."""
+        known = self._observed if self._first_draw is None else min(self._first_draw, self._observed)
+        self._drawing_generator_seconds += max(0.0, known - began) * self._generators()
+        self._first_draw = began if self._first_draw is None else min(self._first_draw, began)
 
     def _pay(self, now: float) -> None:
         spent = max(0.0, now - self._observed)
@@ -280,16 +294,20 @@ class RunProgress:
         return max(0.0, (since[-1][1] - since[0][1]) / (since[-1][0] - since[0][0]))
 
     def _utilisation(self, now: float) -> dict[str, float]:
-        """Busy seconds of committed shards over what their actors had; the draw pool also counts what it drew since."""
+        """Busy seconds of committed shards over what their actors had; the draw pool also counts what it drew since.
+
+        Generators have the time since they have started, whatever was asked for; where they score, for all stages.
+        """
         if self._first_draw is None or self._last_commit is None or not self._samples:
             return {}
         working = self._live is not None and self._is_unfinished()
-        wall = (now if working else self._last_commit) - self._first_draw
-        available = {stage: self._actors[stage] * wall for stage in STAGES}
+        available = dict.fromkeys(STAGES, self._drawing_generator_seconds if working else self._drawing_until_commit)
+        if self._scorers:
+            wall = (now if working else self._last_commit) - self._first_draw
+            available |= {stage: self._actors[stage] * wall for stage in STAGES if stage != "draw"}
         busy = dict(self._stage_seconds)
         if working:
             busy["draw"] *= self._done() / self._samples
-            available["draw"] = self._drawing_generator_seconds
         return {stage: min(1.0, busy[stage] / available[stage]) if available[stage] > 0 else 0.0 for stage in STAGES}
 
 

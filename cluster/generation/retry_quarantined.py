@@ -60,8 +60,8 @@ def retry_quarantined(
         part["shard"]: sum(part["quarantined_by_reason"].get(name, 0) for name in reasons)
         for part in summaries(store, plan)
     }
-    shards = [shard for shard, count in counts.items() if count]
-    tried_again = sum(counts.values())
-    log.info("%d samples in %d shards are tried again", tried_again, len(shards))
-    result = run_pipeline(store, plan, pools, faults=faults, redo=shards, retry=reasons, draw=draw)
+    retried = {shard: count for shard, count in counts.items() if count}
+    tried_again = sum(retried.values())
+    log.info("%d samples in %d shards are tried again", tried_again, len(retried))
+    result = run_pipeline(store, plan, pools, faults=faults, redo=retried, retry=reasons, retried=retried, draw=draw)
     return {**result.summary(), "tried_again": tried_again}

@@ -10,13 +10,15 @@ place that is generated into:
     ray_pcm_cost_total                     cost so far, in the currency of --price-per-hour
     ray_pcm_clip_score                     histogram of raw cosines, to 0.05; those below 0 are counted as 0
     ray_pcm_images_per_second              stored pictures a second over the last minute, else since the first
-    ray_pcm_eta_seconds                    until the last sample, at the rate of the last ten minutes, else of the run
+    ray_pcm_eta_seconds                    until the last sample, at the rate of the last ten minutes, else of the run;
+                                           no value while it is unknown
     ray_pcm_missing_samples                neither committed nor drawn
 
 Counters begin at 0 with the driver's process, as Prometheus expects of a restart.
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +41,7 @@ class Telemetry:
         self._has_clip_scores = has_clip_scores
         self._cost = 0.0
         self._failed = False
+        self._has_eta = False
         tags = ("dataset",)
         self._samples = Counter("pcm_samples_total", "Committed samples, quarantined ones included", tags)
         self._quarantined = Counter("pcm_quarantined_total", "Samples that could not be made", (*tags, "reason"))
@@ -78,10 +81,16 @@ class Telemetry:
                     self._clip_score.observe(middle, self._tags)
 
     def _update(self, status: Status) -> None:
-        rate = status.recent_images_per_second or status.images_per_second
-        for gauge, value in ((self._rate, rate), (self._eta, status.eta_seconds), (self._missing, status.missing)):
-            if value is not None:
-                gauge.set(value, self._tags)
+        recent = status.recent_images_per_second
+        rate = status.images_per_second if recent is None else recent
+        if rate is not None:
+            self._rate.set(rate, self._tags)
+        if status.eta_seconds is not None:
+            self._eta.set(status.eta_seconds, self._tags)
+            self._has_eta = True
+        elif self._has_eta:
+            self._eta.set(math.nan, self._tags)  # else it would keep its last value; Ray exports none then
+        self._missing.set(status.missing, self._tags)
         if status.cost is not None:
             _increase(self._cost_total, status.cost - self._cost, self._tags)
             self._cost = status.cost

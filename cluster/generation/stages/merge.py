@@ -12,6 +12,10 @@ from cluster.generation.environment import DRAWN_BEFORE_IN, DRAWN_IN, drawn_in
 from cluster.store.store import Store
 from pcm.records import SCHEMA_VERSION, feature_shape, in_version
 
+#: Of a shard's stats: when it was made, and how long that took.
+_TIMES = ("start_time", "end_time")
+_SECONDS = ("draw_seconds", "featurise_seconds", "encode_seconds")
+
 
 def to_retry(store: Store, shard: int, planned: pa.Table, reasons: Collection[str]) -> pa.Table:
     """The plan's rows of the samples that are quarantined for one of the reasons, with the `attempts` made so far."""
@@ -45,14 +49,22 @@ def merge_retried(
     return shard_table, quarantined.filter(pc.invert(in_shard))
 
 
-def drawn_before(store: Store, shard: int, stats: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What the stats of retried samples say of the machines that drew the others, if these were of another kind."""
+def stats_before(store: Store, shard: int) -> dict[str, Any]:
+    """The stats of a shard of which samples are tried again; empty where they are missing or damaged."""
     try:
-        before = drawn_in(json.loads(store.read_bytes(stats_key(shard))))
-    except (FileNotFoundError, ValueError, TypeError):
+        found = json.loads(store.read_bytes(stats_key(shard)))
+    except (FileNotFoundError, ValueError):
         return {}
-    others = [digest for digest in before if digest != stats.get(DRAWN_IN)]
-    return {DRAWN_BEFORE_IN: others} if others else {}
+    return found if isinstance(found, dict) else {}
+
+
+def with_before(stats: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """What the stats of a shard say once its retried samples have joined the others, of which `before` tells: the
+    seconds of all, when the others were made, and the machines that drew them, if these were of another kind."""
+    joined = {**stats, **{name: before[name] for name in _TIMES if name in before}}
+    joined |= {name: stats[name] + before.get(name, 0.0) for name in _SECONDS}
+    others = [digest for digest in drawn_in(before) if digest != stats.get(DRAWN_IN)]
+    return joined | ({DRAWN_BEFORE_IN: others} if others else {})
 
 
 def replace_shard(store: Store, shard: int, shard_data: bytes, quarantined: pa.Table, stats_data: bytes) -> None:

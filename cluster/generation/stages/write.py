@@ -14,7 +14,7 @@ from cluster.dataset.committed import ROW_INDEX
 from cluster.dataset.layout import parquet_bytes, shard_key, stats_key
 from cluster.dataset.row_index import index_text
 from cluster.generation.stages.asking import ask
-from cluster.generation.stages.merge import drawn_before, merge_retried, replace_shard, store_quarantine
+from cluster.generation.stages.merge import merge_retried, replace_shard, stats_before, store_quarantine, with_before
 from cluster.generation.stages.shard_row import ShardRow, check_picture_bytes, picture_bytes
 from cluster.store.store import Store
 from pcm.documents import document_bytes
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 #: What is given once a shard is stored.
 STORED_SCHEMA = pa.schema([("stats", pa.string())])
+
+#: In what a writer tells the driver of a shard with retried samples: stats of these alone, for what this run did.
+OF_THIS_RUN = "of_this_run"
 
 #: A column of samples whose pictures were drawn elsewhere: where each lay there. It becomes the picture's path.
 IMAGE_PATH = "image_path"
@@ -62,17 +65,23 @@ class WriteShard:
         """The stats of the shard. Raises InputError where its pictures are too many bytes."""
         started = time.time()
         check_picture_bytes(picture_bytes(row.samples["image"]), row.shard)
-        stored, quarantined = split_samples(row.samples)
+        made = split_samples(row.samples)
+        stored, quarantined = made
         retry = row.stats.get("retry", [])
         if retry:
-            stored, quarantined = merge_retried(self._store, row.shard, stored, quarantined, retry)
+            stored, quarantined = merge_retried(self._store, row.shard, *made, retry)
             check_picture_bytes(picture_bytes(pc.struct_field(stored["image"], "bytes")), row.shard)
         shard_data = parquet_bytes(in_version(stored, feature_shape(stored.schema), self._version))
         encoded_at = time.time()
-        stats = _shard_stats(row, stored, quarantined, shard_data)
+        ended = {"encode_seconds": encoded_at - started, "end_time": time.time()}
+        stats = _shard_stats(row, stored, quarantined, num_bytes=len(shard_data)) | ended
+        stats["sha256"] = hashlib.sha256(shard_data).hexdigest()
+        of_this_run = {}
         if retry:
-            stats |= drawn_before(self._store, row.shard, stats)
-        stats |= {"encode_seconds": encoded_at - started, "end_time": time.time()}
+            before = stats_before(self._store, row.shard)
+            more = max(0, len(shard_data) - before.get("bytes", 0))
+            of_this_run = _shard_stats(row, *made, num_bytes=more) | ended
+            stats = with_before(stats, before)
         stats_data = document_bytes(stats)
         if retry:
             replace_shard(self._store, row.shard, shard_data, quarantined, stats_data)
@@ -83,6 +92,8 @@ class WriteShard:
         # Not in the stats object: seconds that are known only after the shard is in place, for the driver's report, and
         # what the driver writes once for the whole group.
         told: dict[str, object] = {"store_seconds": time.time() - encoded_at}
+        if of_this_run:
+            told[OF_THIS_RUN] = of_this_run | told
         if feature_shape(stored.schema) != NULL_FEATURES:  # rows without features are never trained on
             told[ROW_INDEX] = index_text(stored["caption"].to_pylist(), stored["clip_score"].to_numpy())
         return stats | told
@@ -114,7 +125,7 @@ def _image_paths(stored: pa.Table) -> list[str]:
     return [f"{sample}.{image_ending(head)}" for sample, head in zip(samples, heads, strict=True)]
 
 
-def _shard_stats(row: ShardRow, stored: pa.Table, quarantined: pa.Table, shard_data: bytes) -> dict:
+def _shard_stats(row: ShardRow, stored: pa.Table, quarantined: pa.Table, *, num_bytes: int) -> dict:
     """img2dataset's convention (count, successes, failures by reason, times), and what the manifest needs."""
     scores = stored["clip_score"].to_numpy()
     reasons = _counted(quarantined["reason"])
@@ -131,8 +142,7 @@ def _shard_stats(row: ShardRow, stored: pa.Table, quarantined: pa.Table, shard_d
         "clip_score_sum": float(scores.sum(dtype=np.float64)),
         "clip_score_sum_of_squares": float(np.square(scores, dtype=np.float64).sum()),
         "clip_score_histogram": histogram.tolist(),  # 40 bins over -1..1
-        "sha256": hashlib.sha256(shard_data).hexdigest(),
-        "bytes": len(shard_data),
+        "bytes": num_bytes,
     }
 
 

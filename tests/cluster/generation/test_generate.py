@@ -318,6 +318,7 @@ def test_another_spec_on_a_finished_dataset_is_refused(small: list[object], call
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     again = call_job("generate", *small)
     assert (again.returncode, again.summary["skipped"]) == (0, len(CAPTIONS))
+    assert again.summary["images_per_second"] is None, "nothing was drawn"
     checked = call_job("verify", out)
     assert checked.returncode == 0 and checked.summary["stored"] == len(CAPTIONS)
     (out / shard_key(0)).unlink()

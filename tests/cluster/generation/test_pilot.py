@@ -12,7 +12,7 @@ from cluster.dataset.layout import Plan, stats_key
 from cluster.dataset.verify import verify
 from cluster.generation.cost import Billing
 from cluster.generation.limits import PilotSize
-from cluster.generation.pilot import Prediction, pilot_shards, predict
+from cluster.generation.pilot import Prediction, describe, pilot_shards, predict
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from tests.helpers.tiny_generation import (
@@ -133,6 +133,14 @@ def test_the_slowest_pool_sets_the_pace() -> None:
     assert (slow_clip.bottleneck, slow_clip.predicted_seconds) == ("featurise", pytest.approx(60 + 100_000 * 0.2))
 
 
+def test_a_start_up_that_was_not_measured_is_said_to_come_on_top() -> None:
+    prediction = predict_from([shard()], startup_seconds=None, store_seconds=0.0)
+    assert prediction.startup_seconds is None and prediction.predicted_seconds == pytest.approx(12_500)
+    line = next(line for line in describe(prediction, generators=4) if "images/s" in line)
+    assert line.endswith("; start-up and storing not measured (nothing was drawn now): they come on top")
+    assert describe(predict_from([shard()]), generators=4)[2].endswith("; start-up 1 min 00 s")
+
+
 def test_a_generator_that_scores_needs_the_time_of_both() -> None:
     pools = {"draw": 4, "featurise": 4, "encode": 1, "store": 1}
     both = predict_from([shard(featurise_seconds=20.0)], generators_score=True, pools=pools)
@@ -167,6 +175,9 @@ def test_a_pilot_on_ray_is_the_beginning_of_the_full_run(tmp_path: Path, ray_ses
     assert (said["pilot_samples"], said["pilot_shards"], said["generated"]) == (8, 2, 8)
     assert (said["predicted_images"], said["predicted_gpu_hours"]) == (24, None)
     assert said["predicted_cost"] > 0 and said["startup_seconds"] > 0 and said["cost"] > 0
+    again = call_job("generate", *arguments, "--pilot", "5%")
+    assert again.summary["startup_seconds"] is None and "they come on top" in again.stderr
+    assert again.summary["images_per_second"] is None, "nothing was drawn"
     store = open_store(str(tmp_path / "data"))
     assert len(store.list("shards")) == 2 and not store.exists("dataset.json")
     full = call_job("generate", *arguments)

@@ -72,7 +72,8 @@ def a_run(
     billing: Billing = FREE,
     scorers: int = 0,
 ) -> RunProgress:
-    actors = {"draw": generators, "featurise": 1, "encode": 1, "store": 1}
+    last = scorers or generators
+    actors = {"draw": generators, "featurise": last, "encode": last, "store": last}
     return RunProgress(total=total, skipped=skipped, actors=actors, billing=billing, scorers=scorers, clock=clock)
 
 
@@ -132,6 +133,21 @@ def test_a_committed_picture_is_not_counted_twice() -> None:
     assert run.status().missing == 10_000 - 256
 
 
+def test_no_more_is_drawn_than_there_is_to_draw() -> None:
+    """Pictures that show nothing are drawn several times; an answer of the monitor may be older than a commit."""
+    clock = Clock()
+    run = a_run(clock, total=600, skipped=88)
+    run.observe(MonitorSnapshot(drawn=0, in_flight=4, generators=4))
+    draw(clock, run, seconds=100, images_per_second=7.68)
+    assert (run.status().drawn, run.status().missing) == (512, 0)
+    assert log_line(run.status(), "").startswith("600/600 samples (100.0%)")
+    for _ in range(2):
+        run.add(shard_stats(clock))
+    run.observe(MonitorSnapshot(drawn=256, in_flight=0, generators=4))
+    status = run.status()
+    assert (status.samples, status.drawn) == (512, 0) and status.images_per_second == pytest.approx(5.12)
+
+
 def test_skipped_shards_neither_raise_the_rate_nor_lengthen_the_eta() -> None:
     clock = Clock()
     run = a_run(clock, total=10_000, skipped=9_000, generators=1)
@@ -189,9 +205,27 @@ def test_utilisation_is_the_busy_share_of_each_pool() -> None:
     run.add(shard_stats(clock, seconds=100))
     busy = run.status().utilisation
     assert busy == {
-        "draw": pytest.approx(0.9), "featurise": pytest.approx(0.18), "encode": pytest.approx(0.036),
-        "store": pytest.approx(0.018),
+        "draw": pytest.approx(0.9), "featurise": pytest.approx(0.09), "encode": pytest.approx(0.018),
+        "store": pytest.approx(0.009),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("scorers", [0, 1])
+def test_generators_that_never_come_are_not_idle(scorers: int) -> None:
+    clock = Clock()
+    run = a_run(clock, total=512, generators=10, scorers=scorers)
+    clock.now += 100
+    run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=2, scorers=scorers))
+    clock.now += 100
+    run.add(shard_stats(clock, seconds=90) | {"start_time": clock.now - 100})
+    run.observe(MonitorSnapshot(drawn=256, in_flight=0, generators=2, scorers=scorers))
+    working = run.status().utilisation
+    run.add(shard_stats(clock, seconds=90))
+    clock.now += 50
+    run.observe(MonitorSnapshot(drawn=0, in_flight=0, generators=2, scorers=scorers))
+    ended = run.status().utilisation
+    assert (working["draw"], ended["draw"]) == (pytest.approx(0.9), pytest.approx(0.9))
+    assert ended["featurise"] == pytest.approx(18 / 100 if scorers else 18 / 200)
 
 
 def test_failures_are_counted_by_reason() -> None:
@@ -254,6 +288,18 @@ def test_a_stall_is_said_once_it_is_longer_than_what_is_usual() -> None:
     said = trouble(run.status(), few_gpus="", no_room="")
     assert run.longest_pause_seconds == 40, "of what is over; the present one is in the line"
     assert said == "nothing finished for 3 min 32 s; 3 of 4 generators are drawing"
+
+
+def test_a_run_that_stands_still_has_a_rate_of_0_and_no_eta() -> None:
+    clock = Clock()
+    run = a_run(clock)
+    run.observe(MonitorSnapshot(drawn=0, in_flight=4, generators=4))
+    draw(clock, run, seconds=600, images_per_second=4.0)
+    draw(clock, run, seconds=120, images_per_second=0.0, already=2400)
+    assert run.status().recent_images_per_second == 0.0 and run.status().eta_seconds is not None
+    draw(clock, run, seconds=600, images_per_second=0.0, already=2400)
+    assert run.status().eta_seconds is None and run.status().images_per_second == pytest.approx(2400 / 1320, rel=0.01)
+    assert "0 images/s (1.818 overall), ETA unknown" in log_line(run.status(), "")
 
 
 def test_what_is_drawn_and_not_stored_is_a_stall_too() -> None:

@@ -6,13 +6,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.curation.redraw.budget import seconds_per_picture
 from cluster.dataset.committed import committed
 from cluster.dataset.layout import MANIFEST_KEY, Plan, quarantine_key, shard_key, stats_key
+from cluster.dataset.opened import open_dataset
 from cluster.dataset.verify import verify
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.regenerate import regenerate
 from cluster.generation.retry_quarantined import parse_reason
 from cluster.generation.stages.draw import DrawShard
+from cluster.generation.stages.write import OF_THIS_RUN, WriteShard
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.records import NULL_FEATURES
@@ -87,6 +90,36 @@ def test_a_sample_that_fails_again_stays_quarantined(faulty: tuple[Store, Plan])
     assert store.read_bytes(shard_key(0)) == before
     assert reasons(store)["000000003-00"] == "generator_error"
     proven(store)
+
+
+def test_the_times_of_a_shard_are_those_of_all_its_pictures(faulty: tuple[Store, Plan]) -> None:
+    """What a redraw budget, a pilot and a report go by."""
+    store, plan = faulty
+    before = json.loads(store.read_bytes(stats_key(0)))
+    slow = before | {"draw_seconds": 500.0, "featurise_seconds": 50.0, "encode_seconds": 5.0}
+    store.write_bytes(stats_key(0), json.dumps(slow).encode())
+    assert seconds_per_picture(open_dataset(store)) == pytest.approx(550 / 4)
+    stats = retry(store, plan, "generator_error")
+    for name, seconds in (("draw_seconds", 500.0), ("featurise_seconds", 50.0), ("encode_seconds", 5.0)):
+        assert seconds <= stats[name] < seconds + 60, name
+    assert (stats["start_time"], stats["end_time"]) == (before["start_time"], before["end_time"])
+    assert 550 / 5 <= seconds_per_picture(open_dataset(store)) < 670 / 5
+
+
+def test_what_the_run_did_is_told_of_the_retried_samples_alone(
+    faulty: tuple[Store, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, plan = faulty
+    before = json.loads(store.read_bytes(stats_key(0)))
+    told, write = [], WriteShard.write
+    monkeypatch.setattr(WriteShard, "write", lambda self, row: told.append(write(self, row)) or told[-1])
+    after = retry(store, plan, "generator_error")
+    assert (told[0]["count"], told[0]["successes"]) == (6, 5) and OF_THIS_RUN not in after
+    run = told[0][OF_THIS_RUN]
+    assert (run["count"], run["successes"], run["quarantined_by_reason"]) == (1, 1, {})
+    assert (sum(run["clip_score_histogram"]), run["bytes"]) == (1, after["bytes"] - before["bytes"])
+    assert run["draw_seconds"] == pytest.approx(after["draw_seconds"] - before["draw_seconds"])
+    assert run["start_time"] > before["end_time"] and run["store_seconds"] == told[0]["store_seconds"]
 
 
 def test_the_last_sample_to_leave_takes_the_quarantine_part_with_it(tiny_t2i: Path, tmp_path: Path) -> None:

@@ -1,17 +1,20 @@
 """What Prometheus scrapes from a Ray node is what a run did."""
 
+import math
 import re
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
 
 from cluster.dataset.layout import load_manifest
+from cluster.generation.cost import Billing
 from cluster.generation.display import Room, ask_cluster
 from cluster.generation.limits import FaultPolicy
-from cluster.generation.progress import MonitorSnapshot
+from cluster.generation.progress import MonitorSnapshot, RunProgress
 from cluster.generation.stages.monitor import start_monitor
 from cluster.generation.telemetry import Telemetry
 from cluster.store.store import open_store
@@ -62,6 +65,30 @@ def test_a_scrape_after_a_run_says_what_it_made(tmp_path: Path, tiny_clip: Path,
         assert found["pcm_stage_seconds_total", stage] == pytest.approx(seconds, abs=0.002)
     assert found["pcm_clip_score_count", ""] == 24 == sum(run.summary["clip_score_histogram"])
     assert found["pcm_clip_score_bucket", "0.1"] == sum(run.summary["clip_score_histogram"][:22]), "bins end at 0.1"
+
+
+class Recorded:
+    """A gauge that remembers."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self.values.append(value)
+
+
+def test_gauges_of_a_run_that_stands_still_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    telemetry, rate, eta = Telemetry("test", has_clip_scores=True), Recorded(), Recorded()
+    monkeypatch.setattr(telemetry, "_rate", rate)
+    monkeypatch.setattr(telemetry, "_eta", eta)
+    run = RunProgress(total=9, skipped=0, actors={"draw": 1}, billing=Billing(price_per_hour=None, unit="machine"))
+    known = run.status()
+    moves = replace(known, images_per_second=2.0, recent_images_per_second=None, eta_seconds=60.0)
+    still = replace(known, images_per_second=1.6, recent_images_per_second=0.0, eta_seconds=None)
+    for status in (known, moves, still):
+        telemetry.update(status)
+    assert rate.values == [2.0, 0.0]
+    assert eta.values == [60.0, pytest.approx(math.nan, nan_ok=True)], "none before it is known"
 
 
 def test_metrics_that_cannot_be_recorded_stop_nothing(caplog: pytest.LogCaptureFixture) -> None:
