@@ -12,7 +12,7 @@ from cluster.dataset.layout import Plan, stats_key
 from cluster.dataset.verify import verify
 from cluster.generation.cost import Billing
 from cluster.generation.limits import PilotSize
-from cluster.generation.pilot import Prediction, pilot_shards, predict
+from cluster.generation.pilot import Prediction, describe, pilot_shards, predict
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from tests.helpers.tiny_generation import (
@@ -131,6 +131,21 @@ def test_the_slowest_pool_sets_the_pace() -> None:
     assert predict_from([shard()], store_seconds=0.3).bottleneck == "write"
     slow_clip = predict_from([shard(featurise_seconds=20.0)])
     assert (slow_clip.bottleneck, slow_clip.predicted_seconds) == ("featurise", pytest.approx(60 + 100_000 * 0.2))
+
+
+def test_the_seconds_a_picture_are_those_of_one_generator() -> None:
+    prediction = predict_from([shard()])
+    assert prediction.predicted_seconds_an_image == pytest.approx(0.5 / 0.98)
+    said = describe(prediction, generators=4)
+    assert any("with 4 generators (0.5102 s a picture and generator), limited by draw" in line for line in said)
+    nothing = predict_from([shard(successes=0, quarantined_by_reason={"black_image": 100})])
+    assert nothing.predicted_seconds_an_image is None
+
+
+def test_the_null_clips_scores_are_none() -> None:
+    prediction = predict_from([shard(clip_score_sum=0.0, clip_score_sum_of_squares=0.0)], scored=False)
+    assert prediction.clip_score_mean is None and prediction.clip_score_standard_error is None
+    assert "  mean clip score none" in describe(prediction, generators=4)
 
 
 def test_a_generator_that_scores_needs_the_time_of_both() -> None:
