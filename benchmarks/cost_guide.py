@@ -4,7 +4,8 @@
 
     python -m benchmarks.cost_guide --published --prices L4=1 A100=2 H100=4
 
-The seconds are your pilot's (`jobs.generate --pilot 1%` prints them, and its own forecast). --published prints a table
+The seconds are those of one generator, as your pilot prints them (`jobs.generate --pilot 1%`: "s a picture and
+generator", `predicted_seconds_an_image`). --published prints a table
 of the published ones, each with its source. The price is yours to look up. Idle time, loading and restarts are a share
 of the GPU hours (`benchmarks.schedule`).
 """

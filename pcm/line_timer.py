@@ -16,6 +16,7 @@ class LineTimer:
         self._seconds = seconds
         self._started = time.monotonic()
         self._last = float("-inf") if at_once else self._started
+        self._worked = False
         self._lock = threading.Lock()
 
     def due(self) -> bool:
@@ -29,5 +30,13 @@ class LineTimer:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the loop began, when this timer was made."""
+        """Seconds since the loop began, when this timer was made, or since its work began."""
         return time.monotonic() - self._started
+
+    def began(self, seconds_ago: float) -> None:
+        """A piece of work began so long ago. `elapsed` then counts from the first one's beginning: the time before, in
+        which workers are waited for and load their models, says nothing of what is left."""
+        with self._lock:
+            began = time.monotonic() - seconds_ago
+            self._started = min(self._started, began) if self._worked else began
+            self._worked = True

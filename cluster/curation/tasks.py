@@ -1,6 +1,7 @@
 """Work in pieces, each of which puts its result on the store: in this process, or as tasks on Ray."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -52,20 +53,26 @@ class OnRay:
         gpus = 1 if self._gpus and on_device else 0
         # A process does many pieces, so that it loads a text tower or a sentence model once. It keeps that on its GPU
         # until the job ends.
-        task: Any = ray.remote(function).options(num_cpus=1, num_gpus=gpus, max_retries=3)
+        task: Any = ray.remote(_seconds_of).options(name=what, num_cpus=1, num_gpus=gpus, max_retries=3)
         progress = _Progress(what, len(calls))
         waiting = iter(calls)
-        running: list[Any] = [task.remote(*call) for call, _ in zip(waiting, range(_SUBMITTED), strict=False)]
+        running: list[Any] = [task.remote(function, *call) for call, _ in zip(waiting, range(_SUBMITTED), strict=False)]
         try:
             while running:
                 finished, running = ray.wait(running, num_returns=1)
-                ray.get(finished)
+                progress.began(ray.get(finished[0]))
                 progress.done()
-                running += [task.remote(*call) for call, _ in zip(waiting, range(1), strict=False)]
+                running += [task.remote(function, *call) for call, _ in zip(waiting, range(1), strict=False)]
         except ray.exceptions.RayError as error:
             for reference in running:
                 ray.cancel(reference, force=True)
             raise user_error(error) or error from None
+
+
+def _seconds_of(function: Callable[..., None], *call: Any) -> float:
+    started = time.monotonic()
+    function(*call)
+    return time.monotonic() - started
 
 
 class _Progress:
@@ -74,6 +81,10 @@ class _Progress:
         self._timer = LineTimer()
         if total:
             log.info("%s: %d pieces", what, total)
+
+    def began(self, seconds_ago: float) -> None:
+        """A piece that is done now: the wait for machines before the first one says nothing of what is left."""
+        self._timer.began(seconds_ago)
 
     def done(self) -> None:
         self._made += 1

@@ -149,7 +149,7 @@ def manifest_of(plan: Plan, features: FeatureShape, made: Iterable[dict]) -> Man
         stored=stored,
         quarantined=sum(reasons.values()),
         quarantined_by_reason=dict(sorted(reasons.items())),
-        clip_score_mean=score_sum / stored if stored else None,
+        clip_score_mean=score_sum / stored if stored and plan.spec.clip.model != "null" else None,
         shard_bytes=sum(shard["bytes"] for shard in shards),
         shards=tuple(shards),
         schema_version=plan.schema_version,

@@ -306,7 +306,7 @@ class Manifest:
     stored: int
     quarantined: int
     quarantined_by_reason: dict[str, int]
-    clip_score_mean: float | None
+    clip_score_mean: float | None  # None: no rows, or no scores (the null CLIP's are all zero)
     shard_bytes: int  # of all shards
     shards: Sequence[dict]  # {"key", "rows", "quarantined", "sha256", "bytes"} in shard order
     schema_version: int = SCHEMA_VERSION
@@ -391,7 +391,8 @@ class Manifest:
                 StoredShard.of(shard)
                 if type(shard["quarantined"]) is not int:
                     raise TypeError(f"quarantined of {shard['key']} is {shard['quarantined']!r}")
-            return found
+            # An earlier release wrote 0.0.
+            return replace(found, clip_score_mean=None) if found.spec.clip.model == "null" else found
 
 
 def _with_parts(values: dict, read: Callable[[str], bytes]) -> dict:

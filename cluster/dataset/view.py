@@ -609,7 +609,7 @@ def _manifest(
         stored=stored,
         quarantined=0,
         quarantined_by_reason={},
-        clip_score_mean=score_sum / stored if stored else None,
+        clip_score_mean=score_sum / stored if stored and spec.clip.model != "null" else None,
         shard_bytes=sum(shard["bytes"] for shard in shards),
         shards=shards,
         schema_version=VIEW_VERSION,

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +58,7 @@ class Captioned:
     captions: dict[str, str]  # by image id
     global_feature: np.ndarray  # (n, D) float32, in their order
     unreadable: dict[str, str]  # image id -> why it has no caption
+    seconds: float = 0.0  # since the first batch was begun, with the models loaded
 
     @staticmethod
     def concatenate(parts: Sequence["Captioned"]) -> "Captioned":
@@ -334,8 +336,12 @@ def caption_pictures(
     captioner: Captioner, pictures: PictureSet | FeatureSet, *, batch_size: int = BATCH_SIZE
 ) -> Captioned:
     """All pictures, in this process."""
-    said = _with_progress_lines(batches(len(pictures), batch_size), pictures=len(pictures), batch_size=batch_size)
-    return Captioned.concatenate([caption_batch(captioner, pictures, batch) for batch in said])
+    if not isinstance(pictures, FeatureSet):
+        _ = captioner.clip  # loaded before time is taken
+    timer, every = LineTimer(), batches(len(pictures), batch_size)
+    said = _with_progress_lines(every, timer, pictures=len(pictures), batch_size=batch_size)
+    found = Captioned.concatenate([caption_batch(captioner, pictures, batch) for batch in said])
+    return replace(found, seconds=timer.elapsed)
 
 
 def batches(count: int, size: int) -> list[range]:
@@ -414,13 +420,16 @@ def caption_on_cluster(
         num_cpus=cpus,
         num_gpus=gpus,
     )
+    parts, timer = {}, LineTimer()
     try:
         with waiting_for(cpus=cpus, gpus=gpus, workers=num_workers, placed=actors_are_placed):
-            rows = list(_with_progress_lines(captioned.iter_rows(), pictures=pictures, batch_size=source.batch_size))
+            rows = _with_progress_lines(captioned.iter_rows(), timer, pictures=pictures, batch_size=source.batch_size)
+            for row in rows:
+                timer.began(row["seconds"])
+                parts[row["batch"]] = _unpacked(row)
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
-    parts = {row["batch"]: _unpacked(row) for row in rows}
-    return Captioned.concatenate([parts[number] for number in numbers])
+    return replace(Captioned.concatenate([parts[number] for number in numbers]), seconds=timer.elapsed)
 
 
 class _CaptionWorker:
@@ -438,7 +447,7 @@ class _CaptionWorker:
         self.batches = batches(len(self.pictures), source.batch_size)
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
-        number = int(rows["batch"][0])
+        number, started = int(rows["batch"][0]), time.monotonic()
         found = caption_batch(self.captioner, self.pictures, self.batches[number])
         return {
             "batch": [number],
@@ -446,6 +455,7 @@ class _CaptionWorker:
             "unreadable": [json.dumps(found.unreadable)],
             "global_feature": [found.global_feature.astype(np.float32).tobytes()],
             "embed_dim": [self.captioner.features.embed_dim],
+            "seconds": [time.monotonic() - started],
         }
 
 
@@ -469,9 +479,8 @@ def _unpacked(row: dict[str, Any]) -> Captioned:
     return Captioned(json.loads(row["captions"]), features, json.loads(row["unreadable"]))
 
 
-def _with_progress_lines(items: Any, *, pictures: int, batch_size: int) -> Iterator[Any]:
+def _with_progress_lines(items: Any, timer: LineTimer, *, pictures: int, batch_size: int) -> Iterator[Any]:
     """The items, with a line about how far they are every so often."""
-    timer = LineTimer()
     for done, item in enumerate(items):
         yield item
         if timer.due():

@@ -97,7 +97,6 @@ def _evaluate(
     """The metrics of one captioner, that of the request's checkpoints; `started`: when its loading began."""
     pictures = load_pictures(request.pictures, limit=request.limit)
     check_clip(captioner, pictures)
-    loaded = time.monotonic()
     if request.num_workers is None:
         found = caption_pictures(captioner, pictures)
     else:
@@ -109,7 +108,6 @@ def _evaluate(
     if not captions:
         first = next(iter(found.unreadable.values()), "")
         raise InputError(f"{request.pictures.images}: none of its {len(pictures)} pictures can be read ({first})")
-    captioned = time.monotonic()
     references = {image_id: pictures.references[image_id] for image_id in captions}
     known = {} if request.pictures.references is None and request.features else coco_pictures(request.pictures)
     _store_captions(request, captions, known)
@@ -129,7 +127,7 @@ def _evaluate(
         "without_references": pictures.without_references,
         "without_picture": pictures.without_picture,
         "bad_references": pictures.bad_references,
-        "captions_per_second": round(len(captions) / (captioned - loaded), 2),
+        "captions_per_second": round(len(captions) / found.seconds, 2),
         "seconds": round(time.monotonic() - started, 2),
     }
     return _finished(summary, reasons, request, captions, known, unreadable=found.unreadable)

@@ -155,21 +155,26 @@ def _begun(out: Store, document: dict, source: Source) -> bool:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Called with (shard, whether an earlier run wrote it)."""
+    """Called with (shard, whether an earlier run wrote it): what the shard is said to be, and the seconds it took."""
 
     exporter: Format
 
-    def __call__(self, call: tuple[int, bool]) -> Any:
+    def __call__(self, call: tuple[int, bool]) -> tuple[Any, float]:
         shard, there = call
-        return self.exporter.written(shard) if there else self.exporter.write(shard)
+        started = time.monotonic()
+        said = self.exporter.written(shard) if there else self.exporter.write(shard)
+        return said, time.monotonic() - started
 
 
 def _said_of_each(work: ShardWork, exporter: Format, calls: Sequence[tuple[int, bool]]) -> list[Any]:
-    timer = LineTimer()
-    said = []
-    for each in work.in_order(_Writer(exporter), calls):
+    timer, said = LineTimer(), []
+    to_write, written = sum(not there for _, there in calls), 0
+    for (_, there), (each, seconds) in zip(calls, work.in_order(_Writer(exporter), calls), strict=True):
         said.append(each)
+        if not there:  # those of an earlier run take no time, and say nothing of what is left
+            written += 1
+            timer.began(seconds)
         if timer.due():
-            left = (len(calls) - len(said)) * timer.elapsed / len(said)
-            log.info("%d of %d shards exported, %.0f s left", len(said), len(calls), left)
+            left = f", {(to_write - written) * timer.elapsed / written:.0f} s left" if written else ""
+            log.info("%d of %d shards exported%s", len(said), len(calls), left)
     return said

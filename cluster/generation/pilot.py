@@ -39,6 +39,7 @@ class Prediction:
     predicted_quarantined_share: float  # of all samples
     predicted_bytes: int  # of all shards
     predicted_images_per_second: float  # with models loaded
+    predicted_seconds_an_image: float | None  # of one generator, with models loaded; None where none is predicted
     predicted_seconds: float
     predicted_generator_hours: float
     predicted_gpu_hours: float | None  # None on CPUs
@@ -85,12 +86,13 @@ def run_pilot(
         usable=plan.usable,
         pools=actors(pools, plan.num_shards),
         generators_score=not pools.scorers,
+        scored=plan.spec.clip.model != "null",
         store_seconds=result.stage_seconds["store"] / made if made else 0.0,
         startup_seconds=result.startup_seconds,
         billing=Billing.of(pools, device=plan.spec.generator.device, price_per_hour=watch.price_per_hour),
         machines=len(cluster_nodes()),
     )
-    for line in describe(prediction, generators=pools.generators):
+    for line in describe(prediction, generators=actors(pools, plan.num_shards)["draw"]):
         log.info("%s", line)
     return prediction, result
 
@@ -106,13 +108,15 @@ def predict(
     startup_seconds: float | None,
     billing: Billing,
     machines: int,
+    scored: bool = True,
 ) -> Prediction:
     """From the stats of some shards to the whole plan of `expected` samples, `usable` of which can be drawn.
 
     `pools`: actors by stage. Each stage's seconds a drawn sample, over its actors, is the time the stage needs; the
     slowest sets the pace, because the stages overlap, but for drawing and scoring by turns in one process
     (`generators_score`). `store_seconds` a sample come from the driver: a shard's own
-    stats are written before it is. Raises InputError when no sample was drawn.
+    stats are written before it is. `scored`: by a CLIP, and not the null one. Raises InputError when no sample was
+    drawn.
     """
     samples = sum(part["count"] for part in stats)
     stored = sum(part["successes"] for part in stats)
@@ -120,7 +124,7 @@ def predict(
     drawn = samples - sum(count for reason, count in _reasons(stats) if reason in unusable)
     if not drawn:
         raise InputError(f"pilot: none of its {samples} captions is usable; give a larger --pilot")
-    scores = sum((ClipScores.of_shard(dict(part)) for part in stats), ClipScores())
+    scores = sum((ClipScores.of_shard(dict(part)) for part in stats if scored), ClipScores())
     seconds = {stage: sum(part[f"{stage}_seconds"] for part in stats) / drawn for stage in ("draw", "featurise")}
     seconds["write"] = sum(part["encode_seconds"] for part in stats) / drawn + store_seconds
     if generators_score:
@@ -140,6 +144,7 @@ def predict(
         predicted_quarantined_share=(expected - images) / expected,
         predicted_bytes=round(sum(part["bytes"] for part in stats) * usable / drawn),
         predicted_images_per_second=images / drawing_seconds if drawing_seconds else 0.0,
+        predicted_seconds_an_image=pools["draw"] * drawing_seconds / images if images else None,
         predicted_seconds=total_seconds,
         predicted_generator_hours=pools["draw"] * total_seconds / SECONDS_AN_HOUR,
         predicted_gpu_hours=units * total_seconds / SECONDS_AN_HOUR if billing.unit == "GPU" else None,
@@ -159,6 +164,8 @@ def describe(prediction: Prediction, *, generators: int) -> list[str]:
     hours = f"{prediction.predicted_generator_hours:.3g} generator-hours"
     if prediction.predicted_gpu_hours is not None:
         hours += f", {prediction.predicted_gpu_hours:.3g} GPU-hours"
+    each = prediction.predicted_seconds_an_image
+    seconds = "" if each is None else f" ({each:.4g} s a picture and generator)"
     cost = "" if prediction.predicted_cost is None else f", cost {prediction.predicted_cost:.4g}"
     quarantined = (
         f"{prediction.predicted_quarantined:,} quarantined ({100 * prediction.predicted_quarantined_share:.2f}%)"
@@ -172,7 +179,7 @@ def describe(prediction: Prediction, *, generators: int) -> list[str]:
     return [
         f"predicted for the whole, from {prediction.pilot_samples:,} samples in {prediction.pilot_shards} shards:",
         f"  {prediction.predicted_images:,} images, {quarantined}, {size(prediction.predicted_bytes)}",
-        f"  {prediction.predicted_images_per_second:.4g} images/s with {generators} generators, limited by "
+        f"  {prediction.predicted_images_per_second:.4g} images/s with {generators} generators{seconds}, limited by "
         f"{prediction.bottleneck}; {said}",
         f"  {duration(prediction.predicted_seconds)}, {hours}{cost}",
         f"  mean clip score {score}",

@@ -109,7 +109,7 @@ class GenerationResult:
             "bytes": status.bytes,
             "clip_score_histogram": list(scores.histogram),
             "clip_score_percentiles": {
-                f"p{percent}": None if value is None else round(value, 4)
+                f"p{percent}": None if value is None else round(value, 2)  # right to 0.05
                 for percent in (5, 25, 50, 75, 95)
                 for value in (scores.percentile(percent),)
             },
@@ -180,6 +180,7 @@ def run_pipeline(
             actors=actors(pools, len(missing)),
             billing=billing,
             scorers=min(pools.scorers, len(missing)),
+            scored=plan.spec.clip.model != "null",
         )
         if not missing or plan.spec.clip.model == "null":
             store_vocabularies(store, plan, node_label=pools.node_label)

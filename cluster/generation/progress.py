@@ -95,11 +95,13 @@ class RunProgress:
         actors: Mapping[str, int],
         billing: Billing,
         scorers: int = 0,
+        scored: bool = True,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        """`scorers`: actors of CLIP alone. `clock`: seconds since 1970 that never go back (steady_clock)."""
+        """`scorers`: actors of CLIP alone. `scored`: by a CLIP, and not the null one. `clock`: seconds since 1970 that
+        never go back (steady_clock)."""
         self._total, self._skipped, self._actors, self._billing = total, skipped, actors, billing
-        self._scorers = scorers
+        self._scorers, self._scored = scorers, scored
         self._clock = clock or steady_clock()
         self._lock = threading.Lock()
         self._started = self._observed = self._advanced = self._clock()
@@ -128,7 +130,8 @@ class RunProgress:
             self._images += stats["successes"]
             self._bytes += stats["bytes"]
             self._retried += stats["retried"]
-            self._scores += ClipScores.of_shard(dict(stats))
+            if self._scored:
+                self._scores += ClipScores.of_shard(dict(stats))
             for reason, count in stats["quarantined_by_reason"].items():
                 self._reasons[reason] = self._reasons.get(reason, 0) + count
             for stage in STAGES:

@@ -113,14 +113,14 @@ def featurise_dataset(request: FeaturiseRequest) -> dict[str, Any]:
             if request.device not in ("auto", made.device) or request.dtype not in ("auto", made.dtype):
                 raise _made_elsewhere(out, made, "is asked for otherwise")
             log.info("%s: is complete", out.root)
-            skipped = manifest.stored
+            skipped, working = manifest.stored, 0.0
         else:
-            manifest, skipped = _make(source, out, lineage, request, concepts)
+            manifest, skipped, working = _make(source, out, lineage, request, concepts)
         for key in out.list(f"{WORK}/"):
             out.delete(key)
     assert manifest.lineage is not None
     facts = manifest.lineage.facts
-    seconds = time.monotonic() - started
+    made_now = manifest.stored - skipped
     return {
         "rows": manifest.stored,
         "quarantined": manifest.lineage.dropped[CLIP_ERROR],
@@ -128,8 +128,8 @@ def featurise_dataset(request: FeaturiseRequest) -> dict[str, Any]:
         "clip_score_mean": manifest.clip_score_mean,
         "agreement": facts["agreement"] and {key: facts["agreement"][key] for key in ("rows", "pearson", "spearman")},
         "fingerprint": manifest.fingerprint,
-        "rows_per_second": round((manifest.stored - skipped) / seconds, 1),
-        "seconds": round(seconds, 2),
+        "rows_per_second": round(made_now / working, 1) if made_now else 0.0,
+        "seconds": round(time.monotonic() - started, 2),
         "dataset": request.out,
     }
 
@@ -173,22 +173,25 @@ def lineage_of(
 
 def _make(
     source: OpenDataset, out: Store, lineage: Lineage, request: FeaturiseRequest, concepts: ConceptVocabulary | None
-) -> tuple[Manifest, int]:
-    """The manifest, and how many rows were there already."""
+) -> tuple[Manifest, int, float]:
+    """The manifest, how many rows were there already, and the seconds in which the others were made."""
     begun = _begun_spec(out)
     device = device_of_cluster(request.device, before=begun.device if begun else None)
     dtype = resolve_dtype(request.dtype, device=device)
     spec = clip_spec(request.clip, device=device, dtype=dtype, begun=begun_clip(out))
     keep_spec(out, spec)
     missing = missing_shards(source, out)
-    skipped = source.manifest.stored - sum(source.shards[number].rows for number in missing)
+    working = 0.0
     if missing:
         pools = pools_of_cluster(device=device)
         if begun is None:
             tell_of_slow_bfloat16(device, dtype)
-        _featurise_on_ray(source, out, spec, missing, pools)
+        working = _featurise_on_ray(source, out, spec, missing, pools)
     run_with_clip(store_vocabularies_of, source.store, out, spec, concepts, clip=spec)
-    return finish(source, out, spec, lineage), skipped
+    manifest = finish(source, out, spec, lineage)
+    made_now = set(missing)
+    skipped = sum(shard["rows"] for number, shard in enumerate(manifest.shards) if number not in made_now)
+    return manifest, skipped, working
 
 
 def keep_spec(out: Store, spec: ClipSpec) -> None:
@@ -233,7 +236,8 @@ def _featurise_on_ray(
     *,
     faults: FaultPolicy = _FAULTS,
     featurise: type[FeaturiseShard] = FeaturiseShard,
-) -> None:
+) -> float:
+    """Make these shards; the seconds since work on the first of them began, with CLIP loaded."""
     from cluster.ray_data_internals import RowsOf  # Ray Data is loaded after the start of Ray
 
     block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
@@ -252,6 +256,7 @@ def _featurise_on_ray(
         with waiting, closing(RowsOf(pipeline)) as made:
             for stored in made:
                 done, rows = done + 1, rows + stored["rows"]
+                timer.began(stored["seconds"])
                 if timer.due():
                     left = (total - rows) * timer.elapsed / max(rows, 1)
                     log.info(
@@ -259,6 +264,7 @@ def _featurise_on_ray(
                     )
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
+    return timer.elapsed
 
 
 def finish(source: OpenDataset, out: Store, spec: ClipSpec, lineage: Lineage) -> Manifest:

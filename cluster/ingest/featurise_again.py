@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ _KEPT = ("sample_id", "caption", "image", "width", "height", "seed", "attempts",
 
 
 class FeaturiseAgain:
-    """A shard's number in; one row out, once the shard is featurised and stored: shard and rows.
+    """A shard's number in; one row out, once the shard is featurised and stored: shard, rows and the seconds it took.
 
     While one shard is featurised, another one is read or stored. A CLIP that takes too long over a batch ends this
     process, and Ray starts the next one. Raises InputError as read_shard does, and for a shard over which process after
@@ -63,9 +64,10 @@ class FeaturiseAgain:
         tell_encoder(out, spec)
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        began = time.monotonic()
         stored = self._overlap.run(partial(self._featurise, self._read(block)))
         assert stored is not None
-        return stored
+        return stored.append_column("seconds", pa.array([time.monotonic() - began]))
 
 
 class ReadPictures:

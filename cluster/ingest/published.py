@@ -345,17 +345,18 @@ class ShardImporter:
         check_picture_bytes(sum(len(row["image"]) for row in read), shard)
         paths = pa.array([row.pop(IMAGE_PATH) for row in read], pa.string())
         samples = pa.Table.from_pylist(read, schema=DRAWN_SCHEMA)
-        read_at = time.monotonic()
+        read_at, featurised = time.monotonic(), 0.0
         if self._featuriser is not None:
             with self._model:
+                has_model = time.monotonic()
                 samples = self._featuriser.featurise(samples)
+                featurised = time.monotonic() - has_model
             computed = samples["clip_score"].to_numpy()
             scores = np.where(np.isnan(scores), computed, scores)
             samples = samples.drop_columns(["clip_score"])
         else:
             samples = with_features(samples, images, patches)
         samples = samples.append_column("clip_score", pa.array(scores)).append_column(IMAGE_PATH, paths)
-        featurised = time.monotonic() - read_at
         times = {"start_time": began, "draw_seconds": read_at - started, "featurise_seconds": featurised}
         return self._writer.write(ShardRow(shard, samples, times))
 

@@ -68,8 +68,12 @@ def _dataset(facts: Facts, hourly: float | None) -> tuple[str, list[Number]]:
         )
         return said, numbers
     if facts.data.drawn_here:
+        each = manifest.spec.images_per_caption
+        asked = f"{count(manifest.expected // each)} captions"
+        if each > 1 and facts.data.extent:  # its shards may end between the pictures of a caption
+            asked = f"{count(manifest.expected)} samples, {each} a caption,"
         sentence = (
-            f"{count(manifest.expected)} captions became {count(manifest.stored)} pictures, drawn by "
+            f"{asked} became {count(manifest.stored)} pictures, drawn by "
             f"{'the embedded model' if generator.model == 'embedded' else generator.model} in "
             f"{generator.num_inference_steps} step{'s' if generator.num_inference_steps != 1 else ''}."
         )

@@ -182,12 +182,14 @@ def _rate_chart(run: RunFacts) -> Html:
 
 
 def _speed_chart(run: RunFacts) -> Html:
-    seconds = sum(row.get("seconds", 0.0) for row in run.history)
+    training, validation = (
+        duration(sum(row.get(name, 0.0) for row in run.history)) for name in ("seconds", "validation_seconds")
+    )
     return line_chart(
         [Line(name="samples a second", series=4, dots=True,
               points=[(row["epoch"], row.get("samples_per_second", 0.0)) for row in run.history])],
-        title="Speed", description=f"Samples a second; {duration(seconds)} of training in all.", x_label="epoch",
-        from_zero=True, whole_x=True,
+        title="Speed", x_label="epoch", from_zero=True, whole_x=True,
+        description=f"Samples a second; {training} of training and {validation} of validation in all.",
     ).figure()  # fmt: skip
 
 

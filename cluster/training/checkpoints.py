@@ -57,6 +57,7 @@ class TrainingState:
     epoch: int = 0  # epochs finished
     step: int = 0  # optimiser steps made, over the whole run
     history: list[dict[str, Any]] = field(default_factory=list)  # one row of metrics.jsonl an epoch
+    seconds: float = 0.0  # of training in the epoch that has begun, those of earlier attempts too
     #: {"from_step", "workers"} of each size that the group of workers has had; steps count from 1, as in losses/.
     group_sizes: list[dict[str, int]] = field(default_factory=list)
     #: Of a run that began before its dataset was finished: TrainingData.rows_digest of what it then was.

@@ -73,7 +73,8 @@ def _train_and_validate(worker: TrainWorker) -> None:
     progress, config = worker.progress, worker.config
     started = time.monotonic()
     first_step = progress.step
-    rows = _train_epoch(worker)
+    began = started - progress.seconds
+    rows = _train_epoch(worker, began=began)
     trained = time.monotonic()
     if not worker.data.is_open:
         worker.open_data()
@@ -85,6 +86,7 @@ def _train_and_validate(worker: TrainWorker) -> None:
             worker.module, worker.vocabulary, worker.data.validation, beam_size=config.validation_beam_size
         )
     progress.epoch += 1
+    progress.seconds = 0.0
     is_best = cider > progress.best_cider
     samples = (progress.step - first_step) * config.batch_size
     metrics: dict[str, Any] = {
@@ -93,7 +95,7 @@ def _train_and_validate(worker: TrainWorker) -> None:
         "loss": math.fsum(row["loss"] for row in rows) / len(rows),
         "lr": rows[-1]["lr"],
         "CIDEr": cider,
-        "seconds": round(trained - started, 3),
+        "seconds": round(trained - began, 3),
         "validation_seconds": round(time.monotonic() - trained, 3),
         "samples_per_second": round(samples / (trained - started), 2),
         "group_sizes": list(progress.group_sizes),
@@ -110,8 +112,9 @@ def _train_and_validate(worker: TrainWorker) -> None:
     worker.reporter.write_metrics(progress.history)
 
 
-def _train_epoch(worker: TrainWorker) -> list[dict[str, float]]:
-    """Train to the end of the epoch; step, loss and learning rate of all its steps."""
+def _train_epoch(worker: TrainWorker, *, began: float) -> list[dict[str, float]]:
+    """Train to the end of the epoch; step, loss and learning rate of all its steps. `began`: when the epoch would have
+    begun, had it not been interrupted."""
     progress, config = worker.progress, worker.config
     if progress.epoch > 0 and not worker.data.is_open:
         worker.open_data()
@@ -140,15 +143,19 @@ def _train_epoch(worker: TrainWorker) -> list[dict[str, float]]:
         if at_end or due:
             worker.reporter.write_losses(losses)
         if due:
+            progress.seconds = time.monotonic() - began
             worker.checkpoints.save({"step": progress.step, SCORE: NO_SCORE}, progress, is_best=False)
         if timer.due():
             done = batch.step + 1
             seconds_a_step = timer.elapsed / (done - first)
-            left = (config.epochs - progress.epoch) * steps - done
+            epochs_left = config.epochs - progress.epoch
+            left, without = (epochs_left * steps - done) * seconds_a_step, " without validation"
+            if progress.history:
+                left, without = left + epochs_left * progress.history[-1].get("validation_seconds", 0.0), ""
             worker.reporter.say(
                 f"epoch {progress.epoch + 1}/{config.epochs} step {done}/{steps}: "
                 f"loss {float(loss):.4f}, lr {lr:.2e}, {config.batch_size / seconds_a_step:.1f} samples/s, "
-                f"ETA {left * seconds_a_step:.0f} s"
+                f"ETA {left:.0f} s{without}"
             )
     if not losses.rows:
         worker.open_data()  # says why there is nothing to train on

@@ -92,3 +92,12 @@ def test_panels_have_their_own_numbers_and_do_not_overlap(dashboard: dict) -> No
         assert place["x"] + place["w"] <= 24 and not taken & cells, panel["title"]
         taken |= cells
         assert panel["description"]
+
+
+def test_lines_of_several_datasets_are_told_apart(dashboard: dict) -> None:
+    """A figure that is grouped by dataset names it, and so does each other figure beside it."""
+    for panel in dashboard["panels"]:
+        named = ["{{dataset}}" in target["legendFormat"] for target in panel["targets"]]
+        grouped = [bool(re.search(r"by \([^)]*dataset", target["expr"])) for target in panel["targets"]]
+        if any(grouped):
+            assert all(named) and all(grouped), panel["title"]

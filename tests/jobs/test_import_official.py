@@ -35,6 +35,7 @@ from cluster.dataset.together import check_same_clip
 from cluster.dataset.verify import verify
 from cluster.export.export import export_dataset
 from cluster.export.request import ExportRequest
+from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.store.store import Store, open_store
 from pcm.captioners.captioner import CONCEPTS_FILE, MODEL_FILE, VOCABULARY_FILE, Captioner
 from pcm.clip.encoder import ImageFeatures
@@ -270,6 +271,26 @@ def test_features_are_computed_where_none_are_given(dataset, exported, tmp_path,
         np.testing.assert_allclose(new["global_feature"], old["global_feature"], atol=1e-3)
         assert new["clip_score"] == old["clip_score"]  # the annotation's, though the caption is spelled otherwise
     assert verify(open_store(tmp_path / "out"))["ok"]
+
+
+def test_seconds_of_featurising_do_not_count_the_wait_for_the_model(
+    exported, tmp_path, tiny_clip, call_job, monkeypatch
+):
+    real, busy = FeaturiseShard.featurise, []
+
+    def slow(self, samples):
+        began = time.monotonic()
+        time.sleep(1)
+        found = real(self, samples)
+        busy.append(time.monotonic() - began)
+        return found
+
+    monkeypatch.setattr(FeaturiseShard, "featurise", slow)
+    given = arguments(exported, tmp_path / "back", tiny_clip, features=None, clip_head=None, shard_size=2, workers=4)
+    assert call_job("import_official", *given).returncode == 0
+    store = open_store(tmp_path / "back")
+    said = [json.loads(store.read_bytes(stats_key(shard)))["featurise_seconds"] for shard in range(4)]
+    assert len(busy) == 4 and sum(said) == pytest.approx(sum(busy), rel=0.2)
 
 
 def test_an_import_is_finished_where_its_clip_is_now(exported, tmp_path, tiny_clip, call_job):

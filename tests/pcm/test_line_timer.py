@@ -41,3 +41,16 @@ def test_many_threads_are_given_one_line(clock: list[float]) -> None:
     clock[0] = 105.0
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(lambda _: timer.due(), range(200))) == 1
+
+
+def test_elapsed_counts_from_the_first_work_and_not_from_the_wait_for_it(clock: list[float]) -> None:
+    timer = LineTimer(5)
+    clock[0] = 700.0
+    timer.began(4)
+    assert timer.elapsed == 4 and timer.due()
+    clock[0] = 701.0
+    timer.began(7)  # ended later, begun earlier
+    assert timer.elapsed == 7
+    clock[0] = 710.0
+    timer.began(2)
+    assert timer.elapsed == 16

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +18,14 @@ import safetensors.torch
 import torch
 
 from cluster.evaluation.captioning import (
+    Captioned,
     CaptionerSource,
     _captions,
     _captions_on_gpu,
     _CaptionWorker,
     batches,
     caption,
+    caption_batch,
     caption_on_cluster,
     caption_pictures,
     load_captioner,
@@ -109,8 +113,33 @@ def test_any_number_of_workers_makes_the_same_captions(world: Path, ray_session:
         CaptionerSource(**settings, batch_size=2, pictures=source(world)), pictures=len(pictures), num_workers=2
     )
     assert list(shared.captions.items()) == list(alone.captions.items()) and len(alone.captions) == COUNT - 1
+    assert shared.seconds > 0 and alone.seconds > 0
     assert shared.unreadable == alone.unreadable and list(alone.unreadable) == ["scene1003.png"]
     np.testing.assert_allclose(shared.global_feature, alone.global_feature, atol=1e-6)
+
+
+def test_captions_a_second_count_no_loading_of_clip(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    for module in ("pcm.line_timer", "cluster.evaluation.captioning", "cluster.evaluation.evaluate"):
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: now[0]))
+    captioner = Captioner.load(world / "checkpoint", device="cpu")
+    load = captioner._clip
+    assert not isinstance(load, ClipEncoder)
+
+    def slow_load() -> ClipEncoder:
+        now[0] += 30
+        return load()
+
+    def slow_batch(*given: Any) -> Captioned:
+        now[0] += 2
+        return caption_batch(*given)
+
+    captioner._clip = slow_load
+    monkeypatch.setattr("cluster.evaluation.captioning.caption_batch", slow_batch)
+    monkeypatch.setattr("cluster.evaluation.evaluate.load_captioner", lambda *given: captioner)
+    request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), device="cpu")
+    summary = evaluate(request)
+    assert (summary["captions_per_second"], summary["seconds"]) == ((COUNT - 1) / 2, 32)
 
 
 def test_relative_paths_mean_the_same_in_a_worker(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,21 @@ def test_a_start_up_that_was_not_measured_is_said_to_come_on_top() -> None:
     assert describe(predict_from([shard()]), generators=4)[2].endswith("; start-up 1 min 00 s")
 
 
+def test_the_seconds_a_picture_are_those_of_one_generator() -> None:
+    prediction = predict_from([shard()])
+    assert prediction.predicted_seconds_an_image == pytest.approx(0.5 / 0.98)
+    said = describe(prediction, generators=4)
+    assert any("with 4 generators (0.5102 s a picture and generator), limited by draw" in line for line in said)
+    nothing = predict_from([shard(successes=0, quarantined_by_reason={"black_image": 100})])
+    assert nothing.predicted_seconds_an_image is None
+
+
+def test_the_null_clips_scores_are_none() -> None:
+    prediction = predict_from([shard(clip_score_sum=0.0, clip_score_sum_of_squares=0.0)], scored=False)
+    assert prediction.clip_score_mean is None and prediction.clip_score_standard_error is None
+    assert "  mean clip score none" in describe(prediction, generators=4)
+
+
 def test_a_generator_that_scores_needs_the_time_of_both() -> None:
     pools = {"draw": 4, "featurise": 4, "encode": 1, "store": 1}
     both = predict_from([shard(featurise_seconds=20.0)], generators_score=True, pools=pools)

@@ -25,6 +25,7 @@ from cluster.generation.display import (
     trouble,
 )
 from cluster.generation.limits import FaultPolicy, RunLimits
+from cluster.generation.pipeline import GenerationResult
 from cluster.generation.pools import Pools
 from cluster.generation.progress import MonitorSnapshot, RunProgress
 from cluster.generation.stages.monitor import start_monitor
@@ -536,6 +537,34 @@ def test_scores_of_shards_add_up_to_those_of_the_whole() -> None:
         assert whole.percentile(percent) == pytest.approx(np.percentile(values, percent), abs=0.05)
     assert whole.percentile(50) == pytest.approx(np.percentile(values, 50), abs=0.01), "interpolated inside a bin"
     assert ClipScores().mean is None and ClipScores().percentile(50) is None
+
+
+def summary_of(run: RunProgress) -> dict:
+    return GenerationResult(
+        manifest=None, shard_size=256, status=run.status(), startup_seconds=None, stage_seconds={},
+        longest_pause_seconds=0.0, begun_again=None, billing=FREE, watch=RunLimits(),
+    ).summary()  # fmt: skip
+
+
+def test_percentiles_have_no_more_places_than_the_histogram_gives() -> None:
+    clock = Clock()
+    run = a_run(clock)
+    clock.now += 100
+    run.add(shard_stats(clock, images=255, score=0.262))
+    found = summary_of(run)["clip_score_percentiles"]
+    assert found == {"p5": 0.25, "p25": 0.26, "p50": 0.27, "p75": 0.29, "p95": 0.3}
+
+
+def test_the_null_clips_zeros_are_no_scores() -> None:
+    clock = Clock()
+    actors = {"draw": 1, "featurise": 1, "encode": 1, "store": 1}
+    run = RunProgress(total=512, skipped=0, actors=actors, billing=FREE, scored=False, clock=clock)
+    clock.now += 100
+    run.add(shard_stats(clock, score=0.0))
+    assert run.scores.mean is None
+    summary = summary_of(run)
+    assert not any(summary["clip_score_histogram"])
+    assert set(summary["clip_score_percentiles"].values()) == {None}
 
 
 def test_the_gate_closes_only_beyond_doubt_and_shows_an_example(tmp_path) -> None:

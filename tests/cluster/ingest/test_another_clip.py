@@ -342,6 +342,8 @@ def test_on_ray_the_dataset_is_the_same_and_a_rerun_finds_it(
     assert ended.summary is not None and alone is not None
     assert ended.summary["fingerprint"] == alone.fingerprint
     assert (ended.summary["rows"], ended.summary["quarantined"], ended.summary["skipped"]) == (40, 0, 0)
+    whole_job = 40 / ended.summary["seconds"]
+    assert ended.summary["rows_per_second"] > 1.2 * whole_job, "without the start of actors and the loading of CLIP"
     for number in range(len(alone.shards)):
         assert (tmp_path / "out" / shard_key(number)).read_bytes() == (
             tmp_path / "alone" / shard_key(number)
@@ -350,6 +352,16 @@ def test_on_ray_the_dataset_is_the_same_and_a_rerun_finds_it(
     again = call_job("featurise", *arguments)
     assert again.summary is not None and again.summary["skipped"] == 40
     assert again.summary["fingerprint"] == ended.summary["fingerprint"]
+
+
+def test_a_run_killed_after_its_last_shard_goes_on_with_counts_of_what_is_stored(
+    dataset: Path, other_clip: Path, tmp_path: Path, call_job: CALL, ray_session: None
+) -> None:
+    featurise_in_process(dataset, tmp_path / "out", other_clip, shards=6, featurise=FailsOnOne)
+    ended = call_job("featurise", "--data", dataset, "--clip", other_clip, "--out", tmp_path / "out")
+    assert ended.summary is not None, ended.stderr
+    found = [ended.summary[name] for name in ("rows", "quarantined", "skipped", "rows_per_second")]
+    assert found == [39, 1, 39, 0.0], "the row that CLIP refused was never stored"
 
 
 @pytest.mark.slow

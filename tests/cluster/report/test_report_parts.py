@@ -2,18 +2,22 @@
 
 import shlex
 from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from cluster.report.dataset_facts import sample_shards
+from cluster.report.headline import Facts, headline
 from cluster.report.make import command
 from cluster.report.request import ReportRequest
 from cluster.report.throughput import throughput
 from jobs.report import JOB
 from pcm.captioners.pcmnet.mixup import MixUpFindings
 from pcm.captioners.pcmnet.patch_overlay import textual_patches
+from tests.helpers.tiny_generation import null_spec
 
 
 def test_a_sample_of_shards_is_drawn_by_the_seed_and_bounded() -> None:
@@ -37,6 +41,26 @@ def test_the_command_of_a_report_asks_for_the_same_again() -> None:
     for request in (least, other):
         words = shlex.split(command(request))
         assert words[:3] == ["python", "-m", "jobs.report"] and JOB.read(words[3:]) == request
+
+
+@pytest.mark.parametrize(
+    ("each", "extent", "said"),
+    [
+        (1, "", "96 captions became 90 pictures, drawn by"),
+        (4, "", "24 captions became 90 pictures, drawn by"),
+        (4, "3 of 9 shards", "96 samples, 4 a caption, became 90 pictures, drawn by"),
+    ],
+)
+def test_the_headline_counts_captions_and_not_their_pictures(each: int, extent: str, said: str) -> None:
+    manifest = SimpleNamespace(
+        spec=replace(null_spec(), images_per_caption=each), expected=96, stored=90, quarantined=6, clip_score_mean=None,
+        lineage=None,
+    )  # fmt: skip
+    data: Any = SimpleNamespace(manifest=manifest, scored=False, drawn_here=True, extent=extent)
+    facts = Facts(
+        data=data, gallery=None, left_out={}, speed=None, run=None, evaluation=None, captions=None, sweep=None
+    )
+    assert headline(facts, title=None, hourly=None).lead.startswith(said)
 
 
 def _shard(start: float, end: float, *, successes: int = 10, draw: float | None = None) -> dict:

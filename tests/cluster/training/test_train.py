@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -32,12 +33,14 @@ from cluster.generation.request import parse_node_label
 from cluster.only_job import TRAINS, only_job
 from cluster.ray_internals import FailureDecision
 from cluster.store.store import Store, open_store
+from cluster.training.checkpoints import TrainingState
 from cluster.training.config import TrainConfig, preset, settable_fields
 from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
 from cluster.training.init_from import read_initial
-from cluster.training.loop import NonFiniteLoss, _stop
+from cluster.training.loop import NonFiniteLoss, _stop, _train_and_validate
 from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer, worker_input_error
+from cluster.training.reporting import LossLog
 from cluster.training.request import TrainRequest, parse_worker_label
 from cluster.training.run_record import joined_versions, same_clip, same_validation, warn_of_moved_pictures
 from cluster.training.run_spec import RunSpec
@@ -1139,3 +1142,58 @@ def test_features_of_another_activation_are_not_mixed(world: Path, copied: Path,
     with pytest.raises(InputError, match=r"another CLIP.*activation: gelu -> quick_gelu"):
         open_training_sets([DataSource(str(folder)) for folder in folders])
     open_training_sets([DataSource(str(copied / "data")), DataSource(str(folders[0]))])  # one did not record it
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+def test_times_are_of_all_attempts_of_an_epoch_and_the_time_left_counts_validations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 s a step, 10 steps an epoch, 100 s a validation, a checkpoint every 4 steps; killed after step 6."""
+    now, made, saved, said, rows = [0.0], [0], [], [], []
+    for module in ("pcm.line_timer", "cluster.training.loop"):
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def step(batch: object, number: int) -> tuple[torch.Tensor, float]:
+        if made[0] == 6 and not said.count("killed"):
+            said.append("killed")
+            raise Interrupted
+        made[0] += 1
+        now[0] += 5
+        return torch.tensor(1.0), 0.1
+
+    def validate(*given: object, **options: object) -> float:
+        now[0] += 100
+        return 0.5
+
+    def batches(epoch: int, start_step: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(step=k, last=k == 9, epoch=epoch, nbytes=1) for k in range(start_step, 10)]
+
+    monkeypatch.setattr("cluster.training.loop.validation_cider", validate)
+    nothing = lambda *given, **options: None  # noqa: E731
+    worker: Any = SimpleNamespace(
+        progress=TrainingState(), num_workers=1, out=open_store(tmp_path), average=None, vocabulary=None, step=step,
+        config=SimpleNamespace(epochs=2, batch_size=8, grad_accumulation=1, validation_beam_size=1),
+        run=SimpleNamespace(checkpoint_every_steps=4), module=SimpleNamespace(train=nothing),
+        device=torch.device("cpu"),
+        data=SimpleNamespace(
+            is_open=True, plan=None, validation=None, steps_per_epoch=lambda: 10, batches=batches, open=nothing
+        ),
+        checkpoints=SimpleNamespace(save=lambda metrics, at, is_best: saved.append(json.dumps(vars(at)))),
+        reporter=SimpleNamespace(
+            say=said.append, track=nothing, write_losses=LossLog.write, write_metrics=rows.append
+        ),
+    )  # fmt: skip
+    with pytest.raises(Interrupted):
+        _train_and_validate(worker)
+    assert said[0].endswith("1.6 samples/s, ETA 90 s without validation")
+    worker.progress = TrainingState(**json.loads(saved[-1]))
+    assert (worker.progress.step, worker.progress.seconds) == (4, 20)
+    _train_and_validate(worker)
+    assert rows[-1][0] | {"seconds": 50.0, "validation_seconds": 100.0, "samples_per_second": 1.6} == rows[-1][0]
+    said.clear()
+    _train_and_validate(worker)
+    assert said[0].endswith("ETA 140 s"), "eight steps and a validation"
+    assert rows[-1][1]["seconds"] == 50.0
