@@ -43,7 +43,7 @@ MUTANTS = (
     ),
     Mutant(
         "a run is gone on with in the order in which it began",
-        "cluster/training/train.py", "if order != ROW_ORDER:", "if False:",
+        "cluster/training/train.py", "if resume and order != ROW_ORDER:", "if False:",
         ("tests/cluster/training/test_train.py::test_a_run_of_another_row_order_is_refused",),
     ),
     Mutant(
@@ -114,6 +114,12 @@ MUTANTS = (
         "redraw, verify --redraw: another model draws nothing",
         "cluster/generation/picture_spec.py", "        if now != pinned:", "        if False:",
         ("tests/cluster/curation/redraw/test_own_generator.py::test_a_model_that_is_another_now_is_refused",),
+    ),
+    Mutant(
+        "a generator that starts again refuses a model that was replaced",
+        "cluster/generation/stages/draw.py", "        refuse_other_models(self._spec)\n", "",
+        ("tests/cluster/generation/test_moved_models.py::"
+         "test_a_process_that_starts_again_refuses_a_model_that_was_replaced",),
     ),
     Mutant(
         "verify: the seeds of redraws follow from their ids and captions",

@@ -27,6 +27,7 @@ from cluster.dataset.upgrade import upgrade
 from cluster.dataset.verify import Inspection, verify
 from cluster.export.export import export_dataset
 from cluster.export.request import FORMATS, ExportRequest
+from cluster.generation.environment import store_environment
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.regenerate import regenerate
 from cluster.generation.repair import repair
@@ -41,12 +42,13 @@ from cluster.training.data.selection import RowFilter, all_rows
 from cluster.training.data.shard_cache import ShardCache
 from cluster.training.data.shuffled import Part, ShardLoader
 from pcm.clip.encoder import ClipEncoder
+from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.text.vocabulary import Vocabulary
 from tests.helpers.faulty_generators import RAISES
 from tests.helpers.paths import ROOT
 from tests.helpers.shards import describe_anew
-from tests.helpers.tiny_generation import CAPTIONS, draw_in_process, write_corpus
+from tests.helpers.tiny_generation import CAPTIONS, draw_in_process, make_dataset_in_process, null_spec, write_corpus
 
 VERSION_2 = ROOT / "tests" / "data" / "dataset_v2"
 FINGERPRINT = "945d28007c4a913ba25e25fa7213cc2ded112f52b92323387fe6b2838f1d22be"
@@ -105,6 +107,24 @@ def test_version_2_is_proven_as_it_was(old: Store) -> None:
     assert proven(old)["fingerprint"] == FINGERPRINT
 
 
+@pytest.mark.parametrize("lacking", [(), ("made_with",), ("made_with", "environments", "versions")])
+def test_a_complete_dataset_stays_as_it_is_when_its_command_runs_again(
+    lacking: tuple[str, ...], old: Store, tmp_path: Path
+) -> None:
+    """One of an earlier release says less of how it was made, and a retry that was killed may have left a machine."""
+    new, _, _ = make_dataset_in_process(tmp_path / "null", write_corpus(tmp_path, CORPUS[:2]), null_spec())
+    document = json.loads(new.read_bytes(MANIFEST_KEY))
+    new.write_bytes(MANIFEST_KEY, document_bytes({key: value for key, value in document.items() if key not in lacking}))
+    store_environment(new, {"versions": {"torch": "0"}})
+    for store in (old, new):
+        before, plan = store.read_bytes(MANIFEST_KEY), load_plan(store)
+        assert plan is not None
+        assert write_manifest(store, plan, load_manifest(store).features) == load_manifest(store)
+        assert store.read_bytes(MANIFEST_KEY) == before
+    changed(new, MANIFEST_KEY, quarantined=1)
+    assert write_manifest(new, plan, load_manifest(new).features).quarantined == load_manifest(new).quarantined == 0
+
+
 def test_an_upgrade_keeps_every_row_bit_for_bit_and_the_fingerprint(old: Store) -> None:
     before = list(read_dataset(old.prefix))
     assert upgrade(old) == {"schema_version": 3, "upgraded": 2}
@@ -123,8 +143,12 @@ def test_an_upgrade_keeps_every_row_bit_for_bit_and_the_fingerprint(old: Store) 
     assert proven(old)["fingerprint"] == FINGERPRINT
 
 
-def test_an_upgrade_may_be_killed_at_any_write_and_run_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows can be read all the while, verification says what is the matter, and the second run ends it."""
+@pytest.mark.parametrize("generated", [False, True])
+def test_an_upgrade_may_be_killed_at_any_write_and_run_again(
+    generated: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows can be read all the while, verification says what is the matter, and the second run ends it: also where
+    a run of jobs.generate came between, which writes what belongs to the old shards."""
     write_bytes = Store.write_bytes
     captions = [row.caption for row in read_dataset(VERSION_2)]
     deaths = 0
@@ -153,8 +177,14 @@ def test_an_upgrade_may_be_killed_at_any_write_and_run_again(folder: Path, monke
         assert report["fingerprint"] == FINGERPRINT and report["corrupt"] == report["missing"] == 0
         if allowed:
             assert not report["ok"] and any("jobs.verify DATASET --upgrade" in said for said in report["problems"])
+        if generated:  # which finds all shards
+            plan = load_plan(store)
+            assert plan is not None
+            write_manifest(store, plan, load_manifest(store).features)
         upgrade(store)
         assert proven(store)["fingerprint"] == FINGERPRINT and patch_types(store) == {"bytes"}
+        before = store.read_bytes(MANIFEST_KEY)
+        assert upgrade(store)["upgraded"] == 0 and store.read_bytes(MANIFEST_KEY) == before
     assert deaths == 6  # plan.json, twice stats and shard, dataset.json
 
 
@@ -347,6 +377,26 @@ def test_another_version_is_refused_in_one_line_and_nothing_is_touched(key: str,
         assert f"{key}: dataset schema version {version}, but this package reads versions 2 and 3; use" in said
         assert "\n" not in said
     assert {name: new.read_bytes(name) for name in new.list()} == before
+
+
+@pytest.mark.parametrize("key", [PLAN_KEY, MANIFEST_KEY])
+@pytest.mark.parametrize("later", [{"generator_version": 3}, {"refiner": "a"}])
+def test_a_spec_of_a_later_release_is_refused_and_not_written_anew(key: str, later: dict, new: Store) -> None:
+    plan, features = load_plan(new), load_manifest(new).features
+    assert plan is not None
+    changed(new, key, spec=json.loads(new.read_bytes(key))["spec"] | later)
+    before = new.read_bytes(key)
+    attempts: list[Callable[[], object]] = [
+        lambda: verify(new),
+        lambda: upgrade(new),
+        lambda: repair(new, draw=draw(new), read_records=lambda plan: iter([]), truncation_check=lambda model: len),
+    ]
+    if key == MANIFEST_KEY:
+        attempts.append(lambda: write_manifest(new, plan, features))
+    for attempt in attempts:
+        with pytest.raises(InputError, match=rf"{key}: .* not known to this release.*; use the release that wrote it"):
+            attempt()
+    assert new.read_bytes(key) == before
 
 
 @pytest.mark.parametrize("version", ["3", None, True, 3.0])
