@@ -48,18 +48,14 @@ MUTANTS = (
     ),
     Mutant(
         "featurise --data: a shard that is there is not made again",
-        "cluster/ingest/another_clip.py", "if shard_key(number) not in there]", "]",
+        "cluster/ingest/another_clip.py", "        if shard_key(number) not in there or facts_key(number) not in facts\n", "",
         ("tests/cluster/ingest/test_another_clip.py::"
          "test_what_is_there_is_not_made_again_and_the_result_is_the_same",),
     ),
     Mutant(
-        "featurise --data: a shard comes after its facts, so that a kill between the two leaves none without",
-        "cluster/ingest/featurise_again.py",
-        "        self._out.write_bytes(facts_key(row.shard), parquet_bytes(facts.replace_schema_metadata({_SHARD: told})))\n"
-        "        self._out.write_bytes(shard_key(row.shard), data)\n",
-        "        self._out.write_bytes(shard_key(row.shard), data)\n"
-        "        self._out.write_bytes(facts_key(row.shard), parquet_bytes(facts.replace_schema_metadata({_SHARD: told})))\n",
-        ("tests/cluster/ingest/test_another_clip.py::test_a_kill_between_facts_and_shard_is_made_good",),
+        "featurise --data: a shard whose facts are gone is made again",
+        "cluster/ingest/another_clip.py", " or facts_key(number) not in facts", "",
+        ("tests/cluster/ingest/test_another_clip.py::test_a_damaged_manifest_is_mended_by_the_same_command",),
     ),
     Mutant(
         "featurise --data: another device or precision is not mixed with what was begun",
