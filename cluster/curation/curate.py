@@ -46,7 +46,10 @@ def curate(request: CurateRequest) -> dict[str, Any]:
     for what cannot be read or judged, for datasets of different CLIPs, and where no row is left.
     """
     started = time.monotonic()
-    sources = [open_source(uri, request.out, unfinished=request.unfinished) for uri in request.data]
+    sources = [
+        open_source(uri, request.out, unfinished=request.unfinished, number=number)
+        for number, uri in enumerate(request.data)
+    ]
     if len({source.store.prefix for source in sources}) < len(sources):
         raise InputError(f"--data {' '.join(request.data)}: a dataset twice; give each once")
     for source in sources:

@@ -64,11 +64,13 @@ class Lineage:
         return {rule.rule: rule.dropped for rule in self.rules}
 
     def decides(self) -> dict[str, Any]:
-        """What the rows are a function of, without counts: equal for the same command on the same data."""
+        """What the rows are a function of, without counts: equal for the same command on the same data, wherever that
+        lies. unfinished: of each source in its place the shards that were there, None for a finished one."""
         sources = [source.sha256 for source in self.sources]
         decides: dict[str, Any] = {"method": self.method, "settings": self.settings, "sources": sources}
-        if unfinished := {each.path: list(each.committed) for each in self.sources if each.committed is not None}:
-            decides["unfinished"] = unfinished
+        committed = [None if each.committed is None else list(each.committed) for each in self.sources]
+        if any(numbers is not None for numbers in committed):
+            decides["unfinished"] = committed
         return decides
 
     def moved(self, places: dict[str, str]) -> "Lineage":

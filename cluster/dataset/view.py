@@ -102,14 +102,14 @@ def lineage_source(found: OpenDataset) -> LineageSource:
     )
 
 
-def open_source(uri: str, out: str | None, *, unfinished: bool = False) -> OpenDataset:
+def open_source(uri: str, out: str | None, *, unfinished: bool = False, number: int = 0) -> OpenDataset:
     """A dataset that rows of a view at `out` are to be taken from: of an unfinished one the shards with which the view
-    was begun, whatever has come since.
+    was begun, whatever has come since. number: which of the view's sources it is.
 
     Raises InputError as open_dataset does, and for an `out` in this dataset or in one that holds its pictures.
     """
     store = open_store(uri)
-    shards = _begun_with(open_store(out), store) if unfinished and out is not None else None
+    shards = _begun_with(open_store(out), store, number) if unfinished and out is not None else None
     found = open_dataset(store, unfinished=unfinished, shards=shards)
     if out is not None:
         _refuse_inside(open_store(out), found)
@@ -125,13 +125,18 @@ def begun_settings(out: Store) -> dict[str, Any]:
         return {}
 
 
-def _begun_with(out: Store, source: Store) -> list[int] | None:
+def _begun_with(out: Store, source: Store, number: int) -> list[int] | None:
     """The numbers of the shards; None where nothing was begun of this unfinished dataset, or all is done."""
     if out.exists(MANIFEST_KEY):
         return None
     try:
-        numbers = json.loads(out.read_bytes(LINEAGE_KEY))["unfinished"][source.address]
-        return [int(number) for number in numbers]
+        record = json.loads(out.read_bytes(LINEAGE_KEY))
+        committed = record["unfinished"]
+        if isinstance(committed, dict):  # an earlier release named them by where they lay
+            shards = next(iter(committed.values())) if len(record["sources"]) == 1 else committed[source.address]
+        else:
+            shards = committed[number]
+        return None if shards is None else [int(shard) for shard in shards]
     except (FileNotFoundError, ValueError, TypeError, LookupError):  # a damaged one is named when it is compared
         return None
 
@@ -262,14 +267,14 @@ def begun(out: Store, document: dict) -> Manifest | None:
         return None
     except ValueError:
         raise InputError(f"--out {out.root}: {LINEAGE_KEY} is damaged; give another --out") from None
-    document = _without_paths(json.loads(document_bytes(document)))
-    found = _without_paths(found)
+    document = _as_compared(json.loads(document_bytes(document)))
+    found = _as_compared(found)
     if found != document:
         named = next(
             (name for name in document if not isinstance(found, dict) or found.get(name) != document[name]), ""
         )
         other_data = "of other data, or of the data in another state"
-        said = {"sources": other_data, "unfinished": other_data, "settings": "with other settings"}
+        said = {"sources": other_data, "settings": "with other settings"}
         what = said.get(named, f"with another {named}")
         if named == "settings":
             what += f" ({'; '.join(_changes(found.get('settings'), document['settings']))})"
@@ -281,6 +286,12 @@ def begun(out: Store, document: dict) -> Manifest | None:
     except InputError as error:
         log.warning("%s; it is written again", error)
         return None
+
+
+def _as_compared(document: Any) -> Any:
+    """Without the shards of unfinished sources too: the state of a source is that of these shards."""
+    without = _without_paths(document)
+    return {name: without[name] for name in without if name != "unfinished"} if isinstance(without, dict) else without
 
 
 def _without_paths(document: Any) -> Any:

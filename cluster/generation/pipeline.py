@@ -39,6 +39,7 @@ from cluster.generation.environment import joined_versions, stored_environments,
 from cluster.generation.limits import FaultPolicy, RunLimits
 from cluster.generation.pools import Pools
 from cluster.generation.progress import RunProgress, Status
+from cluster.generation.retrying import Retry, interrupted_retry, samples_left
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.generator import Generator
 from cluster.generation.stages.monitor import shards_begun_again, start_monitor
@@ -130,7 +131,7 @@ def run_pipeline(
     watch: RunLimits | None = None,
     shards: Collection[int] | None = None,
     redo: Collection[int] = (),
-    retry: frozenset[str] = frozenset(),
+    retry: Retry | None = None,
     retried: Mapping[int, int] | None = None,
     given: GivenConcepts | NounFinder | None = None,
     draw: type[DrawShard] = DrawShard,
@@ -138,10 +139,11 @@ def run_pipeline(
     """Make every shard that the plan asks for and the store lacks, then write the manifest.
 
     With `shards`, only those of them that the store lacks, and no manifest. Shards in `redo` are made again and put in
-    the place of those that are there; with `retry`, only their samples that are quarantined for one of these reasons
-    (`retried`: how many, by shard), and the manifest is deleted first. Another run that makes the same dataset is
-    waited for (cluster.only_job): also where no shard is missing and there is no manifest, which is so while one
-    retries. `given`: of what the concepts are made, for a dataset that is begun; what another run was given stays.
+    the place of those that are there; with `retry`, only their samples that are quarantined for one of its reasons
+    (`retried`: how many, by shard), and the manifest is deleted first. A run of all shards also ends a retry that was
+    interrupted. Another run that makes the same dataset is waited for (cluster.only_job): also where no shard is
+    missing and there is no manifest, which is so while one retries. `given`: of what the concepts are made, for a
+    dataset that is begun; what another run was given stays.
 
     Raises InputError when the scores fall below the watch's threshold, where shards were to be made again that another
     run may have changed, and where the dataset was begun with other concepts than are `given`.
@@ -152,21 +154,28 @@ def run_pipeline(
 
     again = set(redo)
 
-    def look() -> tuple[CommittedShards, list[int]]:
-        found = committed(store, plan)
-        return found, [shard for shard in wanted if shard in again or shard not in found]
+    def lacking(there: CommittedShards) -> list[int]:
+        return [shard for shard in wanted if shard in again or shard not in there]
 
-    on_store, missing = look()
+    on_store = committed(store, plan)
+    missing = lacking(on_store)
     with ExitStack() as only_run:
         if missing or (shards is None and find_whole_manifest(store) is None):
             only = only_job(store, MAKES, waits=True, start=partial(start_monitor, faults))
             monitor, waited = only_run.enter_context(only)
             if waited and redo:
                 raise InputError(f"{store.root}: another run has changed this dataset meanwhile; run the command again")
-            on_store, missing = look()  # another run may just have ended
-            on_store.forget(redo)
-            if missing and retry and store.exists(MANIFEST_KEY):
-                store.delete(MANIFEST_KEY)
+            on_store = committed(store, plan)  # another run may just have ended
+            if shards is None and not redo and retry is None and (retry := interrupted_retry(store)) is not None:
+                retried = samples_left(store, [shard for shard in wanted if shard in on_store], retry)
+                log.info("a retry was interrupted: %d samples are to be tried again", sum(retried.values()))
+                again.update(retried)
+            missing = lacking(on_store)
+            if missing and retry:
+                retry.begin(store)
+            on_store.forget(again)
+        else:
+            retry = None  # there is nothing to try again
         if given is not None:
             given.store(store)
         total = sum(plan.shard_rows(shard) for shard in wanted)
@@ -193,6 +202,8 @@ def run_pipeline(
             begun_again = shards_begun_again(monitor)
         status = progress.status()  # what costs something ends here
         manifest = write_manifest(store, plan, stored_features(store, plan)) if shards is None else None
+        if retry:
+            retry.end(store)
     return GenerationResult(
         shard_size=plan.shard_size,
         manifest=manifest,
@@ -217,7 +228,7 @@ def _make_missing(
     billing: Billing,
     watched_by: tuple[ActorHandle, FaultPolicy],
     watch: RunLimits,
-    retry: frozenset[str],
+    retry: Retry | None,
     draw: type[DrawShard],
 ) -> None:
     """Draw and store shards until none is missing; what is stored is added to `on_store` and `progress`."""
@@ -260,7 +271,7 @@ def shard_stream(
     pools: Pools,
     *,
     watched_by: tuple[ActorHandle, FaultPolicy],
-    retry: frozenset[str] = frozenset(),
+    retry: Retry | None = None,
     draw: type[DrawShard] = DrawShard,
 ) -> abc.Generator[dict, None, None]:
     """Run shards through the pools; yields each shard's stats once it is committed. A few may not come back.

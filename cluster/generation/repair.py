@@ -27,6 +27,7 @@ from cluster.generation.moved_models import NOT_MOVED, ModelPlaces
 from cluster.generation.pipeline import run_pipeline
 from cluster.generation.places import pools_of_cluster
 from cluster.generation.pools import Pools
+from cluster.generation.retrying import interrupted_retry
 from cluster.session import start_ray
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.store.store import Store, open_store
@@ -106,12 +107,17 @@ def repair_dataset(
         plan = found.plan.at_places_of(here or found.plan.spec)
         device = plan.spec.generator.device
         start_ray()  # another run may be at work, also where nothing is to be drawn
-        if found.damaged_shards or not vocabularies_stored(store, plan):
+        is_retried = interrupted_retry(store) is not None
+        if found.damaged_shards or is_retried or not vocabularies_stored(store, plan):
             pools = pools_of_cluster(device=device)
         else:
             pools = Pools.for_cluster(device=device, cpus=1, gpus=0)  # nothing to draw
         # What is absent still is made anyway; what another run has stored meanwhile stays.
-        run_pipeline(store, plan, pools, redo=sorted(set(found.damaged_shards) - set(found.absent_shards)))
+        redo = sorted(set(found.damaged_shards) - set(found.absent_shards))
+        if redo and is_retried:  # one may be damaged because the retry was killed: whole again, it is tried once more
+            run_pipeline(store, plan, pools, shards=redo, redo=redo)
+            redo = []
+        run_pipeline(store, plan, pools, redo=redo)
 
     def check_prompts(spec: DatasetSpec) -> Callable[[str], bool]:
         return truncation_check(local_spec(here or spec))

@@ -57,7 +57,7 @@ from cluster.generation.reach import check_places
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.monitor import start_monitor
 from cluster.ingest.agreement import agreement, most_different
-from cluster.ingest.featurise_again import WORK, FeaturiseAgain, is_scored, read_facts
+from cluster.ingest.featurise_again import WORK, FeaturiseAgain, facts_key, is_scored, read_facts, refuse_finished
 from cluster.ingest.request import FeaturiseRequest
 from cluster.ray_state import actors_are_placed
 from cluster.session import start_ray, user_error, waiting_for
@@ -222,9 +222,15 @@ def _made_elsewhere(out: Store, begun: ClipSpec, now: str) -> InputError:
 
 
 def missing_shards(source: OpenDataset, out: Store) -> list[int]:
-    """Shards that are not there yet. The facts of one come first, so a shard that is there has them."""
-    there = set(out.list("shards/"))
-    return [number for number in range(len(source.shards)) if shard_key(number) not in there]
+    """Shards that are not there yet, or whose facts are not: those of a dataset that was finished are deleted, and its
+    dataset.json may have been damaged since. Raises InputError where a job of another cluster has just finished it."""
+    facts, there = set(out.list(f"{WORK}/")), set(out.list("shards/"))
+    refuse_finished(out)
+    return [
+        number
+        for number in range(len(source.shards))
+        if shard_key(number) not in there or facts_key(number) not in facts
+    ]
 
 
 def _featurise_on_ray(

@@ -154,6 +154,15 @@ class ShardFacts:
     refused: list[str]
 
 
+def refuse_finished(out: Store) -> None:
+    """Raises InputError where a job of another cluster has finished the dataset, and deleted the facts."""
+    if find_whole_manifest(out) is not None:
+        raise InputError(
+            f"{out.root}: a job of another cluster has finished this dataset meanwhile; see with jobs.verify "
+            "whether this one has changed its shards, and make it in another --out where it has"
+        )
+
+
 def read_facts(out: Store, shard: int) -> ShardFacts:
     """What WriteFeaturised stored beside a shard. Raises InputError where it is missing or damaged, also because a job
     of another cluster has finished the dataset and deleted it."""
@@ -163,11 +172,7 @@ def read_facts(out: Store, shard: int) -> ShardFacts:
         StoredShard.of(told["entry"])
         return ShardFacts(table.replace_schema_metadata(None), told["entry"], told["refused"])
     except (FileNotFoundError, pa.ArrowException, ValueError, TypeError, LookupError):
-        if find_whole_manifest(out) is not None:
-            raise InputError(
-                f"{out.root}: a job of another cluster has finished this dataset meanwhile; see with jobs.verify "
-                "whether this one has changed its shards, and make it in another --out where it has"
-            ) from None
+        refuse_finished(out)
         raise InputError(
             f"{out.root}/{facts_key(shard)}: missing or damaged; delete {shard_key(shard)} beside it and run the same "
             "command again"

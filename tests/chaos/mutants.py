@@ -48,18 +48,14 @@ MUTANTS = (
     ),
     Mutant(
         "featurise --data: a shard that is there is not made again",
-        "cluster/ingest/another_clip.py", "if shard_key(number) not in there]", "]",
+        "cluster/ingest/another_clip.py", "        if shard_key(number) not in there or facts_key(number) not in facts\n", "",
         ("tests/cluster/ingest/test_another_clip.py::"
          "test_what_is_there_is_not_made_again_and_the_result_is_the_same",),
     ),
     Mutant(
-        "featurise --data: a shard comes after its facts, so that a kill between the two leaves none without",
-        "cluster/ingest/featurise_again.py",
-        "        self._out.write_bytes(facts_key(row.shard), parquet_bytes(facts.replace_schema_metadata({_SHARD: told})))\n"
-        "        self._out.write_bytes(shard_key(row.shard), data)\n",
-        "        self._out.write_bytes(shard_key(row.shard), data)\n"
-        "        self._out.write_bytes(facts_key(row.shard), parquet_bytes(facts.replace_schema_metadata({_SHARD: told})))\n",
-        ("tests/cluster/ingest/test_another_clip.py::test_a_kill_between_facts_and_shard_is_made_good",),
+        "featurise --data: a shard whose facts are gone is made again",
+        "cluster/ingest/another_clip.py", " or facts_key(number) not in facts", "",
+        ("tests/cluster/ingest/test_another_clip.py::test_a_damaged_manifest_is_mended_by_the_same_command",),
     ),
     Mutant(
         "featurise --data: another device or precision is not mixed with what was begun",
@@ -581,8 +577,8 @@ MUTANTS = (
     ),
     Mutant(
         "what is on the store is not drawn again",
-        "cluster/generation/pipeline.py", "return found, [shard for shard in wanted if shard in again or shard not in found]",
-        "return found, list(wanted)",
+        "cluster/generation/pipeline.py", "return [shard for shard in wanted if shard in again or shard not in there]",
+        "return list(wanted)",
         ("tests/cluster/generation/test_generate.py::test_a_rerun_skips_everything",),
     ),
     Mutant(
@@ -612,7 +608,7 @@ MUTANTS = (
     ),
     Mutant(
         "what another run has stored meanwhile is not drawn again",
-        "cluster/generation/pipeline.py", "            on_store, missing = look()  # another run may just have ended\n", "",
+        "cluster/generation/pipeline.py", "            on_store = committed(store, plan)  # another run may just have ended\n", "",
         ("tests/cluster/generation/test_two_runs.py::test_a_second_run_waits_and_draws_nothing_again",),
     ),
     Mutant(
@@ -930,6 +926,16 @@ MUTANTS = (
         "cluster/generation/stages/merge.py", "    store.write_bytes(shard_key(shard), shard_data)\n    store_quarantine(",
         "    store_quarantine(",
         ("tests/cluster/generation/test_retry_quarantined.py::test_killed_between_its_puts_it_is_seen_and_ended_by_the_same_command",),
+    ),
+    Mutant(
+        "--retry-quarantined, killed, tries nothing twice",
+        "cluster/generation/retrying.py", ".get(RETRIED_BY) == retry.id", ".get(RETRIED_BY) is retry",
+        ("tests/cluster/generation/test_retry_quarantined.py::test_a_retry_that_was_killed_is_ended_and_tries_nothing_twice",),
+    ),
+    Mutant(
+        "a run ends a retry that was killed",
+        "cluster/generation/pipeline.py", "                again.update(left)\n", "",
+        ("tests/cluster/generation/test_retry_quarantined.py::test_a_run_ends_a_retry_that_was_killed",),
     ),
     Mutant(
         "a node that does not see a local folder works on nothing there",

@@ -13,6 +13,7 @@ from cluster.generation.picture_spec import pin_t2i
 from cluster.generation.pinning import clip_spec
 from cluster.generation.pipeline import GenerationResult, run_pipeline, write_manifest
 from cluster.generation.pools import Pools
+from cluster.generation.retrying import Retry
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.write import WriteShard
@@ -98,10 +99,12 @@ def draw_in_process(
     shards: Sequence[int],
     *,
     draw: type[DrawShard] = DrawShard,
-    retry: frozenset[str] = frozenset(),
+    retry: Retry | frozenset[str] | None = None,
 ) -> FeatureShape:
-    """Put these shards on the store, whatever is there; with `retry`, only what was quarantined for these reasons."""
+    """Put these shards on the store, whatever is there; with `retry`, or the reasons of one, as it does."""
     here = plan.spec_to_load
+    if isinstance(retry, frozenset):
+        retry = Retry(retry, "a retry")
     drawing, featurise = draw(store, here, None, retry), FeaturiseShard(here.clip)
     write = WriteShard(store, plan.schema_version)
     for shard in shards:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from cluster.dataset.layout import read_plan_part
+from cluster.dataset.layout import read_plan_part, shard_key
 from cluster.dataset.plan import sample_id
 from cluster.generation.environment import DRAWN_IN, environment, store_environment
 from cluster.generation.picture_spec import refuse_other_models
+from cluster.generation.retrying import RETRIED_BY, Retry
 from cluster.generation.stages.merge import to_retry
 from cluster.generation.stages.shard_row import ShardRow, check_picture_bytes, picture_bytes
 from cluster.gpu_share import keep_to_gpu_share
@@ -32,7 +33,7 @@ class DrawShard:
     """Generator pool: plan part in, drawings (or the reasons why there are none) out.
 
     With a monitor (and the run's policy) the drawing is watched; the null generator has nothing to watch. With
-    `retry`, of a shard that is on the store only the samples quarantined for one of these reasons are drawn.
+    `retry`, of a shard that is on the store only the samples quarantined for one of its reasons are drawn.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class DrawShard:
         store: Store,
         spec: DatasetSpec,
         watched_by: "tuple[ActorHandle, FaultPolicy] | None" = None,
-        retry: frozenset[str] = frozenset(),
+        retry: Retry | None = None,
     ) -> None:
         self._store = store
         self._spec = spec
@@ -66,7 +67,8 @@ class DrawShard:
         if self._guard:
             self._guard.begin_shard(shard)
         planned = read_plan_part(self._store, block["part"][0].as_py())
-        drawn = self.draw(to_retry(self._store, shard, planned, self._retry) if self._retry else planned)
+        retry = self._retry if self._retry and self._store.exists(shard_key(shard)) else None
+        drawn = self.draw(to_retry(self._store, shard, planned, retry.reasons) if retry else planned)
         if self._guard:
             self._guard.end_shard()
         if not self._environment:  # a machine that has drawn nothing is no part of the dataset
@@ -75,8 +77,8 @@ class DrawShard:
             self._environment = store_environment(self._store, found)
         check_picture_bytes(picture_bytes(drawn["image"]), shard)  # before they are scored
         stats: dict = {"start_time": started, "draw_seconds": time.time() - started}
-        if self._retry:
-            stats["retry"] = sorted(self._retry)
+        if retry:
+            stats |= {"retry": sorted(retry.reasons), RETRIED_BY: retry.id}
         turn = block["turn"][0].as_py() if "turn" in block.column_names else None
         return ShardRow(shard, drawn, stats | self._faults_seen(), turn).to_block()
 

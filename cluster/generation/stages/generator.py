@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from cluster.dataset.vocabularies import ConceptsOfShard
     from cluster.generation.limits import FaultPolicy
+    from cluster.generation.retrying import Retry
 
 #: Seconds that a generator waits for its shards to be stored before it draws the next all the same: a shard that was
 #: lost with its node, and is waited for, may be queued behind this turn.
@@ -53,7 +54,7 @@ class Generator:
         store: Store,
         plan: Plan,
         watched_by: "tuple[ActorHandle, FaultPolicy]",
-        retry: frozenset[str],
+        retry: "Retry | None",
         *,
         scores: bool,
         concepts: "ConceptsOfShard | None" = None,

@@ -32,7 +32,14 @@ from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary, lexicon_nouns
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import write_dataset
-from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, plan_dataset, tiny_spec, write_corpus
+from tests.helpers.tiny_generation import (
+    CAPTIONS,
+    make_dataset_in_process,
+    null_spec,
+    plan_dataset,
+    tiny_spec,
+    write_corpus,
+)
 
 ROWS = 60
 #: Some of them equal.
@@ -516,6 +523,54 @@ def test_a_view_of_an_unfinished_dataset_is_finished_with_the_shards_it_was_begu
             )  # it is done: what has come asks for another --out
         (tmp_path / "out" / MANIFEST_KEY).unlink()
     assert run(tmp_path / "data", tmp_path / "new", unfinished=True)["rows_in"] == 24
+
+
+@pytest.mark.parametrize("by", ["another place", "a link"])
+@pytest.mark.parametrize("has_grown", [False, True])
+@pytest.mark.parametrize("is_old", [False, True], ids=["", "a record of 0.1.0"])
+def test_a_view_of_an_unfinished_dataset_is_finished_wherever_that_lies_now(
+    by: str, has_grown: bool, is_old: bool, tmp_path: Path
+) -> None:
+    data, out, lineage = tmp_path / "data", tmp_path / "out", tmp_path / "out" / "lineage.json"
+    make_dataset_in_process(data, write_corpus(tmp_path), null_spec(), shard_size=5, finish=False)
+    shard = data / "shards" / "part-000002.parquet"
+    late = shard.read_bytes()
+    shard.unlink()
+    before = run(data, out, unfinished=True)
+    (out / MANIFEST_KEY).unlink()  # as if it had been killed
+    record = json.loads(lineage.read_bytes())
+    assert record["unfinished"] == [[0, 1, 3, 4]]
+    if is_old:
+        lineage.write_text(json.dumps({**record, "unfinished": {str(data): [0, 1, 3, 4]}}))
+    if has_grown:
+        shard.write_bytes(late)
+    data.rename(tmp_path / "moved")
+    if by == "a link":
+        data.symlink_to("moved")
+    again = run(data if by == "a link" else tmp_path / "moved", out, unfinished=True)
+    assert (again["fingerprint"], again["rows_in"]) == (before["fingerprint"], 19)
+
+
+def test_each_of_two_unfinished_datasets_is_known_by_its_place_in_the_list(tmp_path: Path) -> None:
+    late = {}
+    for name, captions, lost in (("b", CAPTIONS, 2), ("a", CAPTIONS[::-1], 3)):
+        corpus = write_corpus(tmp_path, captions)
+        make_dataset_in_process(tmp_path / name, corpus, null_spec(), shard_size=5, finish=False)
+        shard = tmp_path / name / "shards" / f"part-{lost:06d}.parquet"
+        late[shard] = shard.read_bytes()
+        shard.unlink()
+
+    def curated(*names: str) -> str:
+        data = tuple(str(tmp_path / name) for name in names)
+        return curate(CurateRequest(data=data, out=str(tmp_path / "out"), unfinished=True))["fingerprint"]
+
+    before = curated("b", "a")
+    (tmp_path / "out" / MANIFEST_KEY).unlink()
+    for shard, data in late.items():
+        shard.write_bytes(data)
+    for name in "ab":
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+    assert curated("moved-b", "moved-a") == before
 
 
 def test_an_unfinished_dataset_without_its_clip_head_is_refused_in_one_line(

@@ -144,7 +144,7 @@ def test_the_driver_writes_the_index_of_a_group_that_it_has_made(
     for shard in range(plan.num_shards):
         store.delete(shard_key(shard))
     on_store = committed(store, plan)
-    drawing, featurise = DrawShard(store, plan.spec, None, frozenset()), FeaturiseShard(plan.spec.clip)
+    drawing, featurise = DrawShard(store, plan.spec), FeaturiseShard(plan.spec.clip)
     write = WriteShard(store, plan.schema_version)
     for shard in reversed(range(plan.num_shards)):
         assert not store.exists(row_index_key(0))

@@ -1,27 +1,32 @@
 """Quarantined samples tried again: those that can be drawn now join their shards, and nothing else changes."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from cluster.curation.redraw.budget import seconds_per_picture
-from cluster.dataset.committed import committed
+from cluster.dataset.committed import CommittedShards, committed
 from cluster.dataset.layout import MANIFEST_KEY, Plan, quarantine_key, shard_key, stats_key
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.verify import verify
-from cluster.generation.pipeline import write_manifest
+from cluster.generation.pipeline import run_pipeline, write_manifest
+from cluster.generation.pools import Pools
 from cluster.generation.regenerate import regenerate
-from cluster.generation.retry_quarantined import parse_reason
+from cluster.generation.repair import repair_dataset
+from cluster.generation.retry_quarantined import parse_reason, retry_quarantined
+from cluster.generation.retrying import RETRIED_BY, Retry
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.write import OF_THIS_RUN, WriteShard
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.records import NULL_FEATURES
-from tests.helpers.faulty_generators import RAISES
+from tests.helpers.faulty_generators import RAISES, DrawFaulty
 from tests.helpers.faulty_pipeline import DrawFaultyPipeline
-from tests.helpers.tiny_generation import CAPTIONS, draw_in_process, plan_dataset, tiny_spec, write_corpus
+from tests.helpers.tiny_generation import CAPTIONS, draw_in_process, null_spec, plan_dataset, tiny_spec, write_corpus
 
 CORPUS = [*CAPTIONS[:3], RAISES, "\x00", CAPTIONS[4]]
 
@@ -50,6 +55,22 @@ def stored(store: Store) -> list[dict]:
 def reasons(store: Store) -> dict[str, str]:
     rows = pq.read_table(f"{store.prefix}/{quarantine_key(0)}").to_pylist()
     return {row["sample_id"]: row["reason"] for row in rows}
+
+
+@contextmanager
+def killed_after(puts: int) -> Iterator[None]:
+    """Whoever puts more is ended."""
+    done, original = [], Store.write_bytes
+
+    def write_bytes(self: Store, key: str, data: bytes) -> None:
+        if len(done) == puts:
+            raise KeyboardInterrupt
+        done.append(key)
+        original(self, key, data)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Store, "write_bytes", write_bytes)
+        yield
 
 
 def proven(store: Store) -> dict:
@@ -135,29 +156,86 @@ def test_the_last_sample_to_leave_takes_the_quarantine_part_with_it(tiny_t2i: Pa
     ("puts", "then"), [(1, DrawShard), (2, DrawShard), (1, DrawFaultyPipeline)], ids=["1", "2", "1, then it fails"]
 )
 def test_killed_between_its_puts_it_is_seen_and_ended_by_the_same_command(
-    puts: int, then: type[DrawShard], faulty: tuple[Store, Plan], monkeypatch: pytest.MonkeyPatch
+    puts: int, then: type[DrawShard], faulty: tuple[Store, Plan]
 ) -> None:
     store, plan = faulty
-    done = []
-
-    def write_bytes(self: Store, key: str, data: bytes) -> None:
-        if len(done) == puts:
-            raise KeyboardInterrupt
-        done.append(key)
-        original(self, key, data)
-
-    original = Store.write_bytes
     store.delete(MANIFEST_KEY)
-    monkeypatch.setattr(Store, "write_bytes", write_bytes)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(puts):
         draw_in_process(store, plan, [0], retry=parse_reason("generator_error"))
-    monkeypatch.undo()
     report = verify(store)
     assert not report["ok"] and report["missing"] == 0, "nothing is lost meanwhile"
     assert report["duplicated"] == (1 if puts == 1 else 0)
     assert json.loads(store.read_bytes(stats_key(0)))["quarantined_by_reason"]["generator_error"] == 1, "found again"
     retry(store, plan, "generator_error", draw=then)
     assert (proven(store)["stored"], list(reasons(store).values())) == (5, ["control_characters"])
+
+
+def retry_is_killed(folder: Path) -> tuple[Store, Plan]:
+    """Of three shards with a sample each to try again the first was tried, in vain, and the second is half replaced."""
+    corpus = write_corpus(folder, [CAPTIONS[0], RAISES, CAPTIONS[1], RAISES, CAPTIONS[2], RAISES])
+    store, plan = plan_dataset(folder / "data", corpus, null_spec(), shard_size=2)
+    write_manifest(store, plan, draw_in_process(store, plan, [0, 1, 2], draw=DrawFaulty))
+    committed(store, plan).forget([0, 1, 2])
+    retry = Retry(parse_reason("generator_error"), "killed")
+    retry.begin(store)
+    assert not store.exists(MANIFEST_KEY)
+    draw_in_process(store, plan, [0], draw=DrawFaulty, retry=retry)
+    with killed_after(1):
+        draw_in_process(store, plan, [1], retry=retry)
+    return store, plan
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole runs in this process: what they make and in which order, one shard after another."""
+
+    def make_missing(store: Store, plan: Plan, pools: Pools, missing: list[int], made: CommittedShards, *_, **how):
+        draw_in_process(store, plan, missing, draw=how["draw"], retry=how["retry"])
+        for shard in missing:
+            made.add(json.loads(store.read_bytes(stats_key(shard))))
+
+    monkeypatch.setattr("cluster.generation.pipeline._make_missing", make_missing)
+    monkeypatch.setattr("cluster.generation.pipeline.only_job", lambda *_, **how: nullcontext((None, False)))
+    monkeypatch.setattr("cluster.generation.pipeline.shards_begun_again", lambda monitor: 0)
+    monkeypatch.setattr("cluster.generation.repair.start_ray", lambda: None)
+    monkeypatch.setattr("cluster.generation.repair.pools_of_cluster", lambda **how: ONE)
+
+
+ONE = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=1)
+
+
+def test_a_retry_that_was_killed_is_ended_and_tries_nothing_twice(without_ray: None, tmp_path: Path) -> None:
+    store, plan = retry_is_killed(tmp_path)
+    tried = store.read_bytes(stats_key(0))
+    with pytest.raises(InputError, match="a retry of generator_error was interrupted; finish it first"):
+        retry_quarantined(store, plan, "nan_image", ONE)
+    again = retry_quarantined(store, plan, "generator_error", ONE)
+    assert (again["tried_again"], again["stored"]) == (2, 5)
+    assert store.read_bytes(stats_key(0)) == tried
+    assert [json.loads(store.read_bytes(stats_key(shard)))[RETRIED_BY] for shard in (1, 2)] == ["killed"] * 2
+    assert proven(store)["stored"] == 5 and not store.exists("retrying.json")
+    again = retry_quarantined(store, plan, "generator_error", ONE)
+    assert (again["tried_again"], again["stored"]) == (1, 6), "the next retry is another one"
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_run_ends_a_retry_that_was_killed(grows: bool, without_ray: None, tmp_path: Path) -> None:
+    store, plan = retry_is_killed(tmp_path)
+    if grows:
+        corpus = write_corpus(tmp_path, [*(tmp_path / "captions.txt").read_text().splitlines(), *CAPTIONS[3:6]])
+        store, plan = plan_dataset(tmp_path / "data", corpus, plan.spec, shard_size=2)
+    result = run_pipeline(store, plan, ONE)
+    assert result.manifest is not None
+    assert (result.manifest.stored, result.manifest.quarantined) == (8 if grows else 5, 1)
+    proven(store)
+    assert not store.exists("retrying.json")
+
+
+def test_a_repair_ends_a_retry_that_was_killed(without_ray: None, tmp_path: Path) -> None:
+    store, _ = retry_is_killed(tmp_path)
+    report = repair_dataset(store.root)
+    assert (report["ok"], report["repaired"], report["stored"]) == (True, 1, 5), report["problems"]
+    assert not store.exists("retrying.json")
 
 
 def test_defects_go_on_with_the_next_seeds(tiny_t2i: Path, tmp_path: Path) -> None:

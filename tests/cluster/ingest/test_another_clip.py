@@ -29,7 +29,7 @@ from cluster.generation.pinning import clip_spec
 from cluster.generation.pools import Pools
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.monitor import RunMonitor
-from cluster.ingest.another_clip import _FAULTS, _featurise_on_ray, featurise_dataset, keep_spec
+from cluster.ingest.another_clip import _FAULTS, _featurise_on_ray, featurise_dataset, keep_spec, missing_shards
 from cluster.ingest.featurise_again import WORK, ReadPictures, WriteFeaturised, read_facts
 from cluster.ingest.request import FeaturiseRequest
 from cluster.only_job import MAKES, only_job
@@ -186,6 +186,16 @@ def test_a_shard_without_its_facts_is_named(dataset: Path, other_clip: Path, tmp
     (tmp_path / "out" / WORK / "part-000001.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"part-000001.parquet: missing or damaged; delete shards/part-000001.parquet"):
         featurise_in_process(dataset, tmp_path / "out", other_clip)
+
+
+def test_a_damaged_manifest_is_mended_by_the_same_command(dataset: Path, other_clip: Path, tmp_path: Path) -> None:
+    """The facts of its shards were deleted when it was finished."""
+    out = tmp_path / "out"
+    whole = featurise_in_process(dataset, out, other_clip, clean=True)
+    said = (out / MANIFEST_KEY).read_bytes()
+    (out / MANIFEST_KEY).write_bytes(said[:100])
+    assert missing_shards(open_dataset(open_store(dataset)), open_store(out)) == list(range(len(whole.shards)))
+    assert featurise_in_process(dataset, out, other_clip) == whole and (out / MANIFEST_KEY).read_bytes() == said
 
 
 def test_a_second_job_waits_and_finds_the_dataset(
