@@ -934,7 +934,7 @@ MUTANTS = (
     ),
     Mutant(
         "a run ends a retry that was killed",
-        "cluster/generation/pipeline.py", "                again.update(left)\n", "",
+        "cluster/generation/pipeline.py", "                again.update(retried)\n", "",
         ("tests/cluster/generation/test_retry_quarantined.py::test_a_run_ends_a_retry_that_was_killed",),
     ),
     Mutant(
