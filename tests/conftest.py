@@ -25,6 +25,12 @@ os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # every 10 s ot
 os.environ.pop("RAY_ADDRESS", None)  # never a cluster that the machine happens to have
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _weights_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What a machine knows of its models stays out of the home directory."""
+    os.environ["PCM_WEIGHTS_CACHE"] = str(tmp_path_factory.mktemp("weights-cache"))
+
+
 @pytest.fixture(scope="session")
 def run_job() -> Callable[..., JobRun]:
     """run_job("generate", "--out", path, ...) -> JobRun. Costs a process and, for most jobs, a start of Ray."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from cluster.dataset.request import ShardOptions
+from cluster.generation.picture_spec import refuse_other_models
 from cluster.generation.places import Result, in_a_generators_place
 from cluster.generation.pools import Pools
 from cluster.gpu_share import keep_to_gpu_share
@@ -74,7 +75,10 @@ def _try_generator(spec: DatasetSpec, memory: float, *, search: bool) -> Iterato
     from pcm.generation.batch_search import try_generator
     from pcm.generation.diffusers_pipeline import DiffusersTextToImage
 
-    name = spec.generator.model
-    generator = load_with_retries(lambda: DiffusersTextToImage(local_generator(spec.generator)), model=name)
+    def load() -> DiffusersTextToImage:
+        refuse_other_models(spec)
+        return DiffusersTextToImage(local_generator(spec.generator))
+
+    generator = load_with_retries(load, model=spec.generator.model)
     yield "drawing batches of several sizes" if search else f"drawing two batches of {generator.batch_size}"
     yield Result(try_generator(generator, search=search))

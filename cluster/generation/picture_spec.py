@@ -1,8 +1,9 @@
 """From what a user asks of the pictures to a GeneratorSpec: everything pinned, nothing without effect."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from cluster.generation.drawing_fields import DRAWING_FIELDS
 from cluster.generation.request import AUTO, GenerationOptions
 from cluster.options import flag, given
 from cluster.store.store import is_uri, open_store
+from cluster.weights.compared import revision_once
 from cluster.weights.hub import pin_repo
 from cluster.weights.manifest import read_manifest
 from cluster.weights.node_copy import local_name
@@ -21,7 +23,7 @@ from pcm.generation.few_step_models import few_steps
 from pcm.generation.names import at_revision, model_source, split_repo_file, split_revision
 from pcm.generation.pipeline_files import named_files, pipeline_revision
 from pcm.generation.pipeline_index import INDEX, UnreachableIndex
-from pcm.spec import GENERATOR_VERSION, GeneratorSpec
+from pcm.spec import DIGEST, GENERATOR_VERSION, DatasetSpec, GeneratorSpec
 
 if TYPE_CHECKING:
     from pcm.generation.pipeline_signature import PipelineSignature
@@ -146,16 +148,8 @@ def other_models(spec: GeneratorSpec, *, version: int) -> list[OtherModel]:
 
     Raises InputError for what is no model at all.
     """
-    parts: list[tuple[str, str | None, str | None, Callable[[str], str]]] = [
-        ("t2i", spec.model, spec.revision, lambda name: pin_t2i(name, None, version=version)),
-        ("t2i-config", spec.config, spec.config_revision, _pin_config),
-        ("vae", spec.vae, spec.vae_revision, lambda name: _pin_vae(name, recorded=spec.vae_revision)),
-        *(("lora", name, revision, _pin_lora) for name, revision, _ in spec.loras),
-    ]
     found = []
-    for option, name, pinned, pin in parts:
-        if name is None or pinned is None:
-            continue
+    for option, name, pinned, pin in _pins(spec, version):
         if is_uri(name) and version > 1:
             now = read_manifest(open_store(name)).revision  # nothing is fetched to be compared
         elif Path(model_source(name)).exists() or is_uri(name) or name == "null":
@@ -165,6 +159,34 @@ def other_models(spec: GeneratorSpec, *, version: int) -> list[OtherModel]:
         if now != pinned:
             found.append(OtherModel(option, name, pinned, now or "no model"))
     return found
+
+
+def refuse_other_models(spec: DatasetSpec) -> None:
+    """For a process that is about to load the generator: raises InputError where a folder or file of it is another than
+    the one that was pinned. What comes from a hub or a URI is known by its commit or digest.
+    """
+    for option, name, pinned, pin in _pins(spec.generator, spec.generator_version):
+        place = Path(model_source(name))
+        if is_uri(name) or not pinned.startswith(DIGEST) or not place.exists():  # loading says that it is not there
+            continue
+        if (now := revision_once(place, pinned, partial(pin, name))) != pinned:
+            hint = "go on with the release that began it" if name == "embedded" else "put the same files there"
+            raise InputError(
+                f"--{option} {name}: its files are {now}, but {pinned} were pinned; {hint}, or begin another dataset"
+            )
+
+
+def _pins(spec: GeneratorSpec, version: int) -> Iterator[tuple[str, str, str, Callable[[str], str]]]:
+    """(option, name, what was pinned, what says that of a name now) of each model that a spec names."""
+    parts: list[tuple[str, str | None, str | None, Callable[[str], str]]] = [
+        ("t2i", spec.model, spec.revision, lambda name: pin_t2i(name, None, version=version)),
+        ("t2i-config", spec.config, spec.config_revision, _pin_config),
+        ("vae", spec.vae, spec.vae_revision, lambda name: _pin_vae(name, recorded=spec.vae_revision)),
+        *(("lora", name, revision, _pin_lora) for name, revision, _ in spec.loras),
+    ]
+    for option, name, pinned, pin in parts:
+        if name is not None and pinned is not None:
+            yield option, name, pinned, pin
 
 
 def _refuse_for_null(asked: GenerationOptions) -> None:

@@ -116,6 +116,12 @@ MUTANTS = (
         ("tests/cluster/curation/redraw/test_own_generator.py::test_a_model_that_is_another_now_is_refused",),
     ),
     Mutant(
+        "a generator that starts again refuses a model that was replaced",
+        "cluster/generation/stages/draw.py", "        refuse_other_models(self._spec)\n", "",
+        ("tests/cluster/generation/test_moved_models.py::"
+         "test_a_process_that_starts_again_refuses_a_model_that_was_replaced",),
+    ),
+    Mutant(
         "verify: the seeds of redraws follow from their ids and captions",
         "cluster/dataset/shard_check.py",
         "if part[\"seed\"].to_pylist() != [redraw_seed(corpus_id, caption) for corpus_id, caption in named]:", "if False:",

@@ -9,6 +9,7 @@ import pyarrow as pa
 from cluster.dataset.layout import read_plan_part
 from cluster.dataset.plan import sample_id
 from cluster.generation.environment import DRAWN_IN, environment, store_environment
+from cluster.generation.picture_spec import refuse_other_models
 from cluster.generation.stages.merge import to_retry
 from cluster.generation.stages.shard_row import ShardRow, check_picture_bytes, picture_bytes
 from cluster.gpu_share import keep_to_gpu_share
@@ -47,8 +48,12 @@ class DrawShard:
         keep_to_gpu_share(spec.generator.device)
         # Before the model is loaded, because a process may die of that too.
         self._guard = _run_guard(*watched_by, spec.generator) if watched_by and spec.generator.model != "null" else None
-        self._generator = load_with_retries(lambda: self.load(spec.generator), model=spec.generator.model)
+        self._generator = load_with_retries(self._load_pinned, model=spec.generator.model)
         self._environment = ""  # its digest, once this process has said where it draws
+
+    def _load_pinned(self) -> TextToImage:
+        refuse_other_models(self._spec)
+        return self.load(self._spec.generator)
 
     @staticmethod
     def load(spec: GeneratorSpec) -> TextToImage:

@@ -10,13 +10,17 @@ from cluster.dataset.layout import PLAN_KEY, Plan, load_manifest, load_plan, sha
 from cluster.dataset.request import VerifyRequest
 from cluster.generation import make
 from cluster.generation.make import generate
+from cluster.generation.measured import _try_generator
 from cluster.generation.moved_models import ModelPlaces
+from cluster.generation.picture_spec import _pin_config, pin_t2i
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.redraw_check import batches, choose, draw_again, plans_of
 from cluster.generation.request import GenerateRequest
+from cluster.generation.stages.draw import DrawShard
 from cluster.store.store import Store, open_store
 from jobs.verify import run as verify_job
 from pcm.errors import InputError
+from pcm.spec import GeneratorSpec
 from tests.cluster.dataset.test_view import make_view
 from tests.helpers.tiny_generation import (
     CAPTIONS,
@@ -151,3 +155,52 @@ def test_each_part_is_compared_by_its_digest(tmp_path: Path, tiny_t2i: Path, tin
     ):
         with pytest.raises(InputError, match=said):
             wrong.plan_at(store, plan)
+
+
+def test_a_process_that_starts_again_refuses_a_model_that_was_replaced(
+    tmp_path: Path, tiny_t2i: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part of a generator alike."""
+    place = Path(shutil.copytree(tiny_t2i, tmp_path / "t2i"))
+    vae = Path(shutil.copytree(tiny_t2i / "vae", tmp_path / "vae"))
+    lora, single = tmp_path / "lora.safetensors", tmp_path / "one.safetensors"
+    weights = place / "unet/diffusion_pytorch_model.safetensors"
+    for name in (lora, single):
+        shutil.copy(weights, name)
+    asked = {"t2i": str(place), "clip": "null", "vae": str(vae), "lora": ((str(lora), 0.5),)}
+    whole = make.dataset_spec(GenerateRequest(corpus="embedded", out="out", **asked), gpus=0)
+    file = GeneratorSpec(
+        model=str(single),
+        revision=pin_t2i(str(single), None),
+        config=str(place),
+        config_revision=_pin_config(str(place)),
+    )
+    loaded: list[GeneratorSpec] = []
+    monkeypatch.setattr("cluster.generation.stages.draw.load_generator", loaded.append)
+    store = open_store(tmp_path)
+    cases = [
+        (whole, "t2i", weights),
+        (whole, "vae", vae / "config.json"),
+        (whole, "lora", lora),
+        (replace(whole, generator=file), "t2i", Path(file.model)),
+        (replace(whole, generator=file), "t2i-config", place / "scheduler/scheduler_config.json"),
+    ]
+    for spec, option, changed in cases:
+        DrawShard(store, spec)
+        before = changed.read_bytes()
+        changed.write_bytes(before + b" ")
+        with pytest.raises(InputError, match=rf"^--{option} .*: its files are sha256:\w+, but sha256:\w+ were pinned"):
+            DrawShard(store, spec)
+        changed.write_bytes(before)
+        DrawShard(store, spec)
+    assert len(loaded) == 2 * len(cases)
+    old = replace(whole.generator, model="embedded", vae=None, vae_revision=None, loras=())
+    with pytest.raises(InputError, match=r"^--t2i embedded: .* go on with the release that began it, or begin another"):
+        DrawShard(store, replace(whole, generator=old))
+
+
+def test_so_does_a_measurement(tmp_path: Path, tiny_t2i: Path) -> None:
+    spec = tiny_spec(Path(shutil.copytree(tiny_t2i, tmp_path / "t2i")))
+    (tmp_path / "t2i/unet/config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"^--t2i .*: its files are .* were pinned"):
+        list(_try_generator(spec, 1.0, search=False))

@@ -1,0 +1,52 @@
+"""Files that were found to be what was pinned are not read again by the next process, and are where they changed."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cluster.weights.compared import revision_once
+from cluster.weights.node_copy import CACHE_VARIABLE
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What `revision` was asked for, in a cache of its own."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return []
+
+
+def revision(place: Path, asked: list[str], *, pinned: str = "a", now: str = "a") -> str:
+    def ask() -> str:
+        asked.append(now)
+        return now
+
+    return revision_once(place, pinned, ask)
+
+
+@pytest.mark.parametrize("part", ["weights", "unet/weights", "vae/deeper/weights", ""])
+def test_a_folder_or_file_is_read_once_in_each_state(part: str, tmp_path: Path, asked: list[str]) -> None:
+    """A part may be a link."""
+    place = tmp_path / "model"
+    (tmp_path / "elsewhere" / "deeper").mkdir(parents=True)
+    file = place / part
+    if part:
+        (place / "unet").mkdir(parents=True)
+        (place / "vae").symlink_to(tmp_path / "elsewhere")
+    file.write_bytes(b"one")
+    assert [revision(place, asked) for _ in range(3)] == ["a"] * 3 and asked == ["a"]
+    stat = file.stat()
+    file.write_bytes(b"two")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as `cp -p` leaves it
+    assert revision(place, asked, now="b") == "b" and asked == ["a", "b"]
+    assert revision(place, asked, now="b") == "b" and len(asked) == 3, "what is not what was pinned is never known"
+    assert revision(place, asked, pinned="b", now="b") == "b" and len(asked) == 4
+    assert revision(place, asked, pinned="b") == "b" and len(asked) == 4
+
+
+def test_a_machine_without_a_cache_reads_each_time(
+    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "no-folder"))
+    assert [revision(tmp_path / "file", asked) for _ in range(2)] == asked == ["a", "a"]
