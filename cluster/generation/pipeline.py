@@ -330,9 +330,9 @@ def _let_turns_end(rows: Iterator[dict], monitor: ActorHandle) -> None:
 def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest:
     """Collect every shard's counts into dataset.json, the last object of a dataset.
 
-    It is not written where the plan has grown meanwhile: that is left to the run that grew it. Where nobody said by
-    what the rows were made, one that is there already keeps its `versions`: this process made nothing. Raises
-    InputError when the stats of a shard are damaged or missing.
+    It is not written where the plan has grown meanwhile: that is left to the run that grew it. One that is there and
+    says the same of the rows stays as it is, with what it says of how they were made: by its bytes runs, views and
+    exports know the data again. Raises InputError when the stats of a shard are damaged or missing.
     """
     environments = stored_environments(store)
     manifest = replace(
@@ -341,9 +341,13 @@ def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest
         environments=environments,
         made_with=made_with(store, plan),
     )
-    before = None if environments else find_whole_manifest(store)
-    if before is not None and replace(before, versions=manifest.versions) == manifest:
-        return before
+    before = find_whole_manifest(store)
+    if before is not None:
+        same_making = replace(manifest, versions=before.versions, environments=before.environments)
+        if before.made_with is None:  # of an earlier release
+            same_making = replace(same_making, made_with=None)
+        if before == same_making:
+            return before
     if (found := load_plan(store)) is not None and found.asked() == plan.asked():
         store_manifest(store, manifest)
     else:

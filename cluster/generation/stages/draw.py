@@ -65,14 +65,14 @@ class DrawShard:
         started = time.time()
         if self._guard:
             self._guard.begin_shard(shard)
-        if not self._environment:
-            generator = self._spec.generator
-            found = environment(device=generator.device, loads_models=generator.model != "null")
-            self._environment = store_environment(self._store, found)
         planned = read_plan_part(self._store, block["part"][0].as_py())
         drawn = self.draw(to_retry(self._store, shard, planned, self._retry) if self._retry else planned)
         if self._guard:
             self._guard.end_shard()
+        if not self._environment:  # a machine that has drawn nothing is no part of the dataset
+            generator = self._spec.generator
+            found = environment(device=generator.device, loads_models=generator.model != "null")
+            self._environment = store_environment(self._store, found)
         check_picture_bytes(picture_bytes(drawn["image"]), shard)  # before they are scored
         stats: dict = {"start_time": started, "draw_seconds": time.time() - started}
         if self._retry:

@@ -27,6 +27,7 @@ from cluster.dataset.upgrade import upgrade
 from cluster.dataset.verify import Inspection, verify
 from cluster.export.export import export_dataset
 from cluster.export.request import FORMATS, ExportRequest
+from cluster.generation.environment import store_environment
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.regenerate import regenerate
 from cluster.generation.repair import repair
@@ -41,12 +42,13 @@ from cluster.training.data.selection import RowFilter, all_rows
 from cluster.training.data.shard_cache import ShardCache
 from cluster.training.data.shuffled import Part, ShardLoader
 from pcm.clip.encoder import ClipEncoder
+from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.text.vocabulary import Vocabulary
 from tests.helpers.faulty_generators import RAISES
 from tests.helpers.paths import ROOT
 from tests.helpers.shards import describe_anew
-from tests.helpers.tiny_generation import CAPTIONS, draw_in_process, write_corpus
+from tests.helpers.tiny_generation import CAPTIONS, draw_in_process, make_dataset_in_process, null_spec, write_corpus
 
 VERSION_2 = ROOT / "tests" / "data" / "dataset_v2"
 FINGERPRINT = "945d28007c4a913ba25e25fa7213cc2ded112f52b92323387fe6b2838f1d22be"
@@ -103,6 +105,24 @@ def draw(store: Store) -> Callable[[Inspection], None]:
 def test_version_2_is_proven_as_it_was(old: Store) -> None:
     assert patch_types(old) == {"lists"} and load_manifest(old).schema_version == 2
     assert proven(old)["fingerprint"] == FINGERPRINT
+
+
+@pytest.mark.parametrize("lacking", [(), ("made_with",), ("made_with", "environments", "versions")])
+def test_a_complete_dataset_stays_as_it_is_when_its_command_runs_again(
+    lacking: tuple[str, ...], old: Store, tmp_path: Path
+) -> None:
+    """One of an earlier release says less of how it was made, and a retry that was killed may have left a machine."""
+    new, _, _ = make_dataset_in_process(tmp_path / "null", write_corpus(tmp_path, CORPUS[:2]), null_spec())
+    document = json.loads(new.read_bytes(MANIFEST_KEY))
+    new.write_bytes(MANIFEST_KEY, document_bytes({key: value for key, value in document.items() if key not in lacking}))
+    store_environment(new, {"versions": {"torch": "0"}})
+    for store in (old, new):
+        before, plan = store.read_bytes(MANIFEST_KEY), load_plan(store)
+        assert plan is not None
+        assert write_manifest(store, plan, load_manifest(store).features) == load_manifest(store)
+        assert store.read_bytes(MANIFEST_KEY) == before
+    changed(new, MANIFEST_KEY, quarantined=1)
+    assert write_manifest(new, plan, load_manifest(new).features).quarantined == load_manifest(new).quarantined == 0
 
 
 def test_an_upgrade_keeps_every_row_bit_for_bit_and_the_fingerprint(old: Store) -> None:

@@ -36,6 +36,7 @@ from tests.helpers.tiny_generation import (
     draw_in_process,
     make_dataset_in_process,
     null_spec,
+    plan_dataset,
     tiny_spec,
     write_corpus,
 )
@@ -248,6 +249,19 @@ def test_the_manifest_says_where_it_was_drawn_and_by_what(drawn: Path) -> None:
     assert found == environment.environment(device="cpu", loads_models=True)
     assert {"pcmnet-ray", "torch", "diffusers", "transformers", "open_clip_torch", "pillow"} <= manifest.versions.keys()
     assert found["instructions"] and found["processor"] and found["gpu"] is None
+
+
+def test_a_machine_that_dies_before_it_has_drawn_a_shard_is_no_part_of_the_dataset(tmp_path: Path) -> None:
+    class Dies(DrawShard):
+        def draw(self, plan: pa.Table) -> pa.Table:
+            raise KeyboardInterrupt
+
+    store, plan = plan_dataset(tmp_path / "data", write_corpus(tmp_path, CAPTIONS[:2]), null_spec())
+    with pytest.raises(KeyboardInterrupt):
+        draw_in_process(store, plan, [0], draw=Dies)
+    assert environment.stored_environments(store) == ()
+    draw_in_process(store, plan, [0])
+    assert len(environment.stored_environments(store)) == 1
 
 
 def test_environments_of_two_kinds_are_both_said() -> None:
