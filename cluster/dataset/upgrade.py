@@ -7,7 +7,9 @@ The order of writes makes it safe to be killed at any moment, and to be run agai
    not believed any more, and made anew when somebody needs them.
 2. Each shard: its stats first, with the new checksum and, as `upgraded_from`, that of the shard that lies there; then
    the shard, in one put. A shard of the old version is rewritten if it has either checksum.
-3. dataset.json, last. Until then jobs.verify says that an upgrade was interrupted.
+3. The groups' objects go: a run between two upgrades may have made them anew, of the old checksums.
+4. dataset.json, last. Until then jobs.verify says that an upgrade was interrupted, or, where such a run wrote it, that
+   the checksums are others.
 
 Rows, captions, seeds and pictures stay, and with them the dataset's fingerprint.
 """
@@ -65,14 +67,15 @@ def upgrade(store: Store) -> dict:
     shards = [shard for shard in range(plan.num_shards) if shard in made]
     with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
         outcomes = list(pool.map(lambda shard: _upgrade_shard(store, shard, features), shards))
+    made.forget(shards)
     damaged = [shard for shard, outcome in zip(shards, outcomes, strict=True) if outcome is None]
     if damaged:
         raise InputError(
             f"{store.root}: {len(damaged)} shards are damaged (such as {shard_key(damaged[0])}) and were not upgraded; "
             "run jobs.verify DATASET --repair, then --upgrade again"
         )
-    if manifest and manifest.schema_version < SCHEMA_VERSION:
-        store_manifest(store, _upgraded(store, manifest))
+    if manifest and (upgraded := _upgraded(store, manifest)) != manifest:
+        store_manifest(store, upgraded)
     return {"schema_version": SCHEMA_VERSION, "upgraded": outcomes.count(True)}
 
 

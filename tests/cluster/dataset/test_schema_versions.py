@@ -143,8 +143,12 @@ def test_an_upgrade_keeps_every_row_bit_for_bit_and_the_fingerprint(old: Store) 
     assert proven(old)["fingerprint"] == FINGERPRINT
 
 
-def test_an_upgrade_may_be_killed_at_any_write_and_run_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows can be read all the while, verification says what is the matter, and the second run ends it."""
+@pytest.mark.parametrize("generated", [False, True])
+def test_an_upgrade_may_be_killed_at_any_write_and_run_again(
+    generated: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows can be read all the while, verification says what is the matter, and the second run ends it: also where
+    a run of jobs.generate came between, which writes what belongs to the old shards."""
     write_bytes = Store.write_bytes
     captions = [row.caption for row in read_dataset(VERSION_2)]
     deaths = 0
@@ -173,8 +177,14 @@ def test_an_upgrade_may_be_killed_at_any_write_and_run_again(folder: Path, monke
         assert report["fingerprint"] == FINGERPRINT and report["corrupt"] == report["missing"] == 0
         if allowed:
             assert not report["ok"] and any("jobs.verify DATASET --upgrade" in said for said in report["problems"])
+        if generated:  # which finds all shards
+            plan = load_plan(store)
+            assert plan is not None
+            write_manifest(store, plan, load_manifest(store).features)
         upgrade(store)
         assert proven(store)["fingerprint"] == FINGERPRINT and patch_types(store) == {"bytes"}
+        before = store.read_bytes(MANIFEST_KEY)
+        assert upgrade(store)["upgraded"] == 0 and store.read_bytes(MANIFEST_KEY) == before
     assert deaths == 6  # plan.json, twice stats and shard, dataset.json
 
 
