@@ -162,7 +162,7 @@ def import_dataset(request: ImportRequest) -> ImportResult:
         is_truncated=lambda prompt: False,
     )
     _warn_of_scale(corpus, plan, request)
-    store.write_bytes(VOCABULARY_KEY, vocabulary.to_text().encode())
+    _store_vocabulary(store, vocabulary)
     made = committed(store, plan)
     missing = [shard for shard in range(plan.num_shards) if shard not in made]
     features = _store_clip_files(store, plan, request, found, are_shards_missing=bool(missing))
@@ -279,10 +279,24 @@ def _store_clip_files(
         if key not in begun:
             store.write_bytes(key, made[key])
         elif not _same_tensors(made[key], begun[key]):
-            raise InputError(
-                f"{store.root}: was begun with another {key}; give the same {option} as then, or another --out"
-            )
+            raise _begun_with_another(store, key, option)
     return shape
+
+
+def _store_vocabulary(store: Store, vocabulary: Vocabulary) -> None:
+    """Raises InputError where another one lies there; a damaged one is put there again."""
+    try:
+        begun = Vocabulary.from_text(store.read_bytes(VOCABULARY_KEY).decode())
+    except (FileNotFoundError, ValueError):
+        begun = None
+    if begun is None:
+        store.write_bytes(VOCABULARY_KEY, vocabulary.to_text().encode())
+    elif begun.to_text() != vocabulary.to_text():
+        raise _begun_with_another(store, VOCABULARY_KEY, "--vocabulary")
+
+
+def _begun_with_another(store: Store, key: str, option: str) -> InputError:
+    return InputError(f"{store.root}: was begun with another {key}; give the same {option} as then, or another --out")
 
 
 def _begun_with(store: Store) -> dict[str, bytes]:

@@ -387,16 +387,18 @@ def test_an_import_from_and_to_an_object_store(exported, tmp_path, tiny_clip, ca
     )
 
 
-def test_an_import_goes_on_with_the_concepts_and_the_head_that_it_began_with(exported, tmp_path, tiny_clip, call_job):
+def test_an_import_goes_on_with_words_concepts_and_head_that_it_began_with(exported, tmp_path, tiny_clip, call_job):
     out = tmp_path / "out"
     assert call_job("import_official", *arguments(exported, out, tiny_clip)).returncode == 0
-    before = {key: (out / key).read_bytes() for key in (CONCEPTS_KEY, CLIP_HEAD_KEY)}
+    before = {key: (out / key).read_bytes() for key in (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY)}
     names, embeddings = pickle.loads((exported / "concepts.pickle").read_bytes())
     (tmp_path / "concepts.pickle").write_bytes(pickle.dumps((names, embeddings.flip(0))))
     head = torch.load(exported / "clip_head.pth", weights_only=True)
     head["model"]["visual_embed.proj"] += 1
     torch.save(head, tmp_path / "head.pth")
+    (tmp_path / "words.txt").write_bytes((exported / "vocabulary.txt").read_bytes() + b"zebra\n")  # the same captions
     for changed, said in (
+        ({"vocabulary": tmp_path / "words.txt"}, f"begun with another {VOCABULARY_KEY}; give the same --vocabulary"),
         ({"concepts": tmp_path / "concepts.pickle"}, rf"begun with another {CONCEPTS_KEY}; give the same --concepts"),
         ({"clip_head": tmp_path / "head.pth"}, rf"begun with another {CLIP_HEAD_KEY}; give the same --clip-head"),
     ):
@@ -407,10 +409,12 @@ def test_an_import_goes_on_with_the_concepts_and_the_head_that_it_began_with(exp
         result = call_job("import_official", *arguments(exported, out, tiny_clip, **changed))
         assert result.returncode == 0 and result.summary["skipped"] == 7, result.stderr
         assert {key: (out / key).read_bytes() for key in before} == before
+    (out / VOCABULARY_KEY).write_bytes(b"a\na\n")
     (out / CONCEPTS_KEY).write_bytes(before[CONCEPTS_KEY][:100])
     (out / CLIP_HEAD_KEY).write_bytes(b"\x02" + bytes(7) + b"[]")
     result = call_job("import_official", *arguments(exported, out, tiny_clip))
     assert result.returncode == 0, result.stderr
+    assert (out / VOCABULARY_KEY).read_bytes() == before.pop(VOCABULARY_KEY)
     for key in before:  # the damaged ones are made again
         made, once = safetensors.torch.load((out / key).read_bytes()), safetensors.torch.load(before[key])
         assert made.keys() == once.keys() and all(torch.equal(made[name], once[name]) for name in once)
