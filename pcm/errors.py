@@ -19,6 +19,10 @@ class InputError(OneLineError, ValueError):
     """A value the user gave cannot be used. The message is the value, what is allowed, what to do."""
 
 
+class NotKnown(InputError):
+    """A name that is none of those allowed: misspelt or, in what a job has written, of a later release."""
+
+
 class StoreFailure(OneLineError):
     """A store or a disk refuses, is full or does not answer: nothing is known of what lies there.
 
@@ -26,12 +30,12 @@ class StoreFailure(OneLineError):
     """
 
 
-def not_known(what: str, value: object, allowed: Iterable[str], *, why: str = "not known") -> InputError:
+def not_known(what: str, value: object, allowed: Iterable[str], *, why: str = "not known") -> NotKnown:
     """The error for a name that is none of those allowed, with the nearest one. `what`: "preset", "--dtype", ..."""
     names = list(allowed)
     near = difflib.get_close_matches(str(value), names, n=1)
     guess = f"did you mean {near[0]!r}? " if near else ""
-    return InputError(f"{what} {value!r}: {why}; {guess}allowed are {', '.join(names)}")
+    return NotKnown(f"{what} {value!r}: {why}; {guess}allowed are {', '.join(names)}")
 
 
 def one_line(error: BaseException, *, longest: int | None = None) -> str:

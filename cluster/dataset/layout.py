@@ -21,7 +21,7 @@ from cluster.dataset.lineage import Lineage, PictureStore
 from cluster.dataset.shard_entries import ShardEntries
 from cluster.store.store import Store
 from pcm.documents import document_bytes
-from pcm.errors import InputError, one_line
+from pcm.errors import InputError, NotKnown, one_line
 from pcm.records import READABLE_VERSIONS, SCHEMA_VERSION, FeatureShape
 from pcm.spec import DatasetSpec
 
@@ -462,9 +462,11 @@ def find_manifest(store: Store) -> Manifest | None:
 
 
 def find_whole_manifest(store: Store) -> Manifest | None:
-    """The same; None for a damaged one too, which is written again."""
+    """The same; None for a damaged one too, which is written again. Raises OtherSchema."""
     try:
         return find_manifest(store)
+    except OtherSchema:
+        raise
     except InputError:
         return None
 
@@ -557,7 +559,7 @@ def read_plan_part(store: Store, key: str, columns: list[str] | None = None) -> 
 
 
 class OtherSchema(InputError):
-    """A dataset of a schema that this package does not read: nothing in it may be judged or touched."""
+    """A dataset of a schema or a spec that this package does not know: nothing in it may be judged or touched."""
 
 
 def _document(data: bytes, key: str) -> dict:
@@ -610,9 +612,13 @@ def _in(store: Store) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _intact(key: str) -> Iterator[None]:
-    """What goes wrong in reading a document is that it is damaged. Raises InputError."""
+    """What goes wrong in reading a document is that it is damaged. Raises InputError; OtherSchema for what a later
+    release has written.
+    """
     try:
         yield
+    except NotKnown as error:
+        raise OtherSchema(f"{key}: {error}; use the release that wrote it, or generate into another --out") from None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, pa.ArrowException) as error:
         said = one_line(error, longest=200)
         raise InputError(f"{key}: damaged ({said}); {_MENDED[key]}, or generate into another --out") from None

@@ -11,8 +11,8 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -67,7 +67,7 @@ from cluster.weights.node_copy import local_name
 from pcm.captioners.interface import CLIP_OPTION
 from pcm.clip.names import clip_anywhere, refuse_place, resolve_clip_name, revision_here
 from pcm.documents import document_bytes
-from pcm.errors import InputError, one_line
+from pcm.errors import InputError, NotKnown, one_line
 from pcm.spec import DIGEST, ClipSpec
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.metrics import require_metrics
@@ -250,27 +250,44 @@ def _run(
 def _previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
     """config.json of the run in OUT, or None for an empty OUT."""
     try:
-        previous = json.loads(out.read_bytes(CONFIG_KEY))
-        order = previous.get("row_order", 1)  # of releases that recorded none
-        TrainConfig.from_dict(previous["train"])
-        recorded_validation(previous), _rows(previous), joined_versions(previous), dict(previous.get(VOCABULARIES, {}))
-        dict(previous.get("clip", {}))
+        data = out.read_bytes(CONFIG_KEY)
     except FileNotFoundError:
         refuse_other_things(out, "not a training run")
         return None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        said = one_line(error, longest=200)
-        raise InputError(f"{out.root}/{CONFIG_KEY}: damaged ({said}); restore it, or give another --out") from None
-    if not resume:
-        done, wanted = len(_history(out)), previous["train"]["epochs"]
-        state = "a finished run" if done >= wanted else f"a run with {done} of {wanted} epochs done"
-        raise InputError(f"{out.root}: holds {state}; add --resume to continue it, or give another --out")
-    if order != ROW_ORDER:
+    with _intact_config(out):
+        previous = json.loads(data)
+        dict(previous["train"])
+        order = previous.get("row_order", 1)  # of releases that recorded none
+    if resume and order != ROW_ORDER:  # before all else that another release may say otherwise
         raise InputError(
             f"{out.root}: takes its rows in order {order}, this release in order {ROW_ORDER}; finish it with the "
             "release that began it, or give another --out"
         )
+    with _intact_config(out):
+        TrainConfig.from_dict(previous["train"])
+        recorded_validation(previous), _rows(previous), joined_versions(previous), dict(previous.get(VOCABULARIES, {}))
+        dict(previous.get("clip", {}))
+    if not resume:
+        done, wanted = len(_history(out)), previous["train"]["epochs"]
+        state = "a finished run" if done >= wanted else f"a run with {done} of {wanted} epochs done"
+        raise InputError(f"{out.root}: holds {state}; add --resume to continue it, or give another --out")
     return previous
+
+
+@contextmanager
+def _intact_config(out: Store) -> Iterator[None]:
+    """What goes wrong in reading config.json is that it is damaged, or of a later release. Raises InputError."""
+    try:
+        yield
+    except NotKnown as error:
+        field = str(error).partition(": ")[0]
+        raise InputError(
+            f"{out.root}/{CONFIG_KEY}: {field}: not known to this release; finish the run with the release that began "
+            "it, or give another --out"
+        ) from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        said = one_line(error, longest=200)
+        raise InputError(f"{out.root}/{CONFIG_KEY}: damaged ({said}); restore it, or give another --out") from None
 
 
 def _config_for(

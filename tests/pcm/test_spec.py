@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from pcm.errors import InputError
+from pcm.errors import InputError, NotKnown
 from pcm.generation.seeds import SPEED_FIELDS
 from pcm.spec import LATER_FIELDS, ClipSpec, DatasetSpec, GeneratorSpec
 
@@ -118,3 +118,18 @@ def test_a_repo_or_a_tag_is_its_name() -> None:
     repo = dataclasses.replace(SPEC, clip=ClipSpec(model="hf-hub:org/one", revision="a" * 40))
     for spec, name in ((SPEC, "ViT-B-32/openai"), (repo, "hf-hub:org/two")):
         assert spec.differences(moved(spec, name)) == [f"clip.model: {spec.clip.model!r} -> {name!r}"]
+
+
+@pytest.mark.parametrize(
+    ("later", "said"),
+    [
+        ({"generator_version": 3}, "generator version 3: not known to this release, which has 2"),
+        ({"refiner": None}, "spec field 'refiner': not known to this release"),
+        ({"generator": GENERATOR.to_dict() | {"refiner": None}}, "generator field 'refiner': not known"),
+        ({"clip": CLIP.to_dict() | {"crop": 1}}, "CLIP field 'crop': not known to this release"),
+    ],
+)
+def test_a_spec_of_a_later_release_is_not_drawn_by_the_rules_of_this_one(later: dict, said: str) -> None:
+    with pytest.raises(NotKnown, match=said):
+        DatasetSpec.from_dict(SPEC.to_dict() | later)
+    assert DatasetSpec.from_dict(SPEC.to_dict() | {"generator_version": 1}).generator_version == 1

@@ -379,6 +379,26 @@ def test_another_version_is_refused_in_one_line_and_nothing_is_touched(key: str,
     assert {name: new.read_bytes(name) for name in new.list()} == before
 
 
+@pytest.mark.parametrize("key", [PLAN_KEY, MANIFEST_KEY])
+@pytest.mark.parametrize("later", [{"generator_version": 3}, {"refiner": "a"}])
+def test_a_spec_of_a_later_release_is_refused_and_not_written_anew(key: str, later: dict, new: Store) -> None:
+    plan, features = load_plan(new), load_manifest(new).features
+    assert plan is not None
+    changed(new, key, spec=json.loads(new.read_bytes(key))["spec"] | later)
+    before = new.read_bytes(key)
+    attempts: list[Callable[[], object]] = [
+        lambda: verify(new),
+        lambda: upgrade(new),
+        lambda: repair(new, draw=draw(new), read_records=lambda plan: iter([]), truncation_check=lambda model: len),
+    ]
+    if key == MANIFEST_KEY:
+        attempts.append(lambda: write_manifest(new, plan, features))
+    for attempt in attempts:
+        with pytest.raises(InputError, match=rf"{key}: .* not known to this release.*; use the release that wrote it"):
+            attempt()
+    assert new.read_bytes(key) == before
+
+
 @pytest.mark.parametrize("version", ["3", None, True, 3.0])
 def test_a_version_that_is_no_number_is_damage(version: object, new: Store) -> None:
     changed(new, MANIFEST_KEY, schema_version=version)

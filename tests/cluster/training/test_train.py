@@ -460,6 +460,16 @@ def test_a_run_of_another_row_order_is_refused(world: Path, tmp_path: Path, orde
         train(request(world, tmp_path, resume=True))
 
 
+def test_a_run_of_a_later_release_is_not_called_damaged(world: Path, tmp_path: Path) -> None:
+    document = planned_run(request(world, tmp_path / "run"), cpus=1).document
+    document["train"]["warm_restarts"] = 3
+    for order, said in ((2, "config.json: training config field 'warm_restarts': not known"), (3, "in order 3")):
+        (tmp_path / "config.json").write_text(json.dumps(document | {"row_order": order}))
+        with pytest.raises(InputError, match=f"{said}.*; finish .* the release that began it") as caught:
+            _previous_run(open_store(tmp_path), resume=True)
+        assert "damaged" not in str(caught.value)
+
+
 @pytest.mark.parametrize("of_earlier_release", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_goes_on_only_on_the_device_that_it_was_begun_on(
     trained: Path, world: Path, ray_session: None, tmp_path: Path, of_earlier_release: bool
