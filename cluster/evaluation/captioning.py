@@ -420,16 +420,17 @@ def caption_on_cluster(
         num_cpus=cpus,
         num_gpus=gpus,
     )
-    parts, timer = {}, LineTimer()
+    parts, seconds, timer = {}, 0.0, LineTimer()
     try:
         with waiting_for(cpus=cpus, gpus=gpus, workers=num_workers, placed=actors_are_placed):
             rows = _with_progress_lines(captioned.iter_rows(), timer, pictures=pictures, batch_size=source.batch_size)
             for row in rows:
                 timer.began(row["seconds"])
+                seconds = timer.elapsed
                 parts[row["batch"]] = _unpacked(row)
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
-    return replace(Captioned.concatenate([parts[number] for number in numbers]), seconds=timer.elapsed)
+    return replace(Captioned.concatenate([parts[number] for number in numbers]), seconds=seconds)
 
 
 class _CaptionWorker:

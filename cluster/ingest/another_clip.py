@@ -258,11 +258,13 @@ def _featurise_on_ray(
     )
     waiting = waiting_for(cpus=pools.generator_cpus, gpus=pools.generator_gpus, placed=actors_are_placed)
     done, rows, total, timer = 0, 0, sum(source.shards[number].rows for number in missing), LineTimer()
+    working = 0.0
     try:
         with waiting, closing(RowsOf(pipeline)) as made:
             for stored in made:
                 done, rows = done + 1, rows + stored["rows"]
                 timer.began(stored["seconds"])
+                working = timer.elapsed
                 if timer.due():
                     left = (total - rows) * timer.elapsed / max(rows, 1)
                     log.info(
@@ -270,7 +272,7 @@ def _featurise_on_ray(
                     )
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
-    return timer.elapsed
+    return working
 
 
 def finish(source: OpenDataset, out: Store, spec: ClipSpec, lineage: Lineage) -> Manifest:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from cluster.dataset import read_dataset
 from cluster.dataset.layout import MANIFEST_KEY, load_manifest, shard_key
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.verify import verify
+from cluster.dataset.view import claim
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.pinning import clip_spec
 from cluster.generation.pools import Pools
@@ -365,12 +367,16 @@ def test_on_ray_the_dataset_is_the_same_and_a_rerun_finds_it(
 
 
 def test_a_run_killed_after_its_last_shard_goes_on_with_counts_of_what_is_stored(
-    dataset: Path, other_clip: Path, tmp_path: Path, call_job: CALL, ray_session: None
+    dataset: Path, other_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     featurise_in_process(dataset, tmp_path / "out", other_clip, shards=6, featurise=FailsOnOne)
-    ended = call_job("featurise", "--data", dataset, "--clip", other_clip, "--out", tmp_path / "out")
-    assert ended.summary is not None, ended.stderr
-    found = [ended.summary[name] for name in ("rows", "quarantined", "skipped", "rows_per_second")]
+    place = "cluster.ingest.another_clip"
+    monkeypatch.setattr(f"{place}.claimed_alone", lambda out, lineage, **options: nullcontext(claim(out, lineage)))
+    monkeypatch.setattr(f"{place}.device_of_cluster", lambda *given, **options: "cpu")
+    monkeypatch.setattr(f"{place}.run_with_clip", lambda run, *given, clip: run(*given))
+    request = FeaturiseRequest(data=str(dataset), out=str(tmp_path / "out"), clip=str(other_clip))
+    summary = featurise_dataset(request)
+    found = [summary[name] for name in ("rows", "quarantined", "skipped", "rows_per_second")]
     assert found == [39, 1, 39, 0.0], "the row that CLIP refused was never stored"
 
 
