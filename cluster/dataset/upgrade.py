@@ -31,13 +31,12 @@ from cluster.dataset.layout import (
     Manifest,
     Plan,
     find_manifest,
-    load_plan,
     parquet_bytes,
     shard_key,
     stats_key,
     store_manifest,
 )
-from cluster.dataset.verify import refuse_derived
+from cluster.dataset.verify import require_plan
 from cluster.store.store import Store
 from pcm.documents import document_bytes
 from pcm.errors import InputError
@@ -54,10 +53,7 @@ def upgrade(store: Store) -> dict:
     Returns schema_version and upgraded, a number of shards. A shard that is not the one that its stats describe is left
     as it is. Raises InputError when there is no dataset, and, after all other shards, when there were such ones.
     """
-    plan = load_plan(store)
-    if plan is None:
-        refuse_derived(store, "upgraded")
-        raise InputError(f"{store.root}: not a dataset (no {PLAN_KEY}); give the --out of a jobs.generate run")
+    plan = require_plan(store, "upgraded")
     if plan.schema_version < SCHEMA_VERSION:
         plan = replace(plan, schema_version=SCHEMA_VERSION)
         store.write_bytes(PLAN_KEY, plan.to_json())

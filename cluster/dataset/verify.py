@@ -101,10 +101,7 @@ def verify(store: Store, *, run_on: str = VerifyRequest.run_on) -> dict:
 
 def inspect(store: Store, *, run_on: str = VerifyRequest.run_on) -> Inspection:
     """`verify`, with the places of what was found."""
-    plan = load_plan(store)
-    if plan is None:
-        refuse_derived(store, "repaired")
-        raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
+    plan = require_plan(store, "repaired")
     result = Inspection(plan, find_manifest(store))
     fingerprint, corpus = hashlib.sha256(), hashlib.sha256()
     group: list[ShardReport] = []
@@ -141,8 +138,12 @@ def inspect(store: Store, *, run_on: str = VerifyRequest.run_on) -> Inspection:
     return result
 
 
-def refuse_derived(store: Store, what: str) -> None:
-    """Raises InputError where a derived dataset lies: it has no plan by which it could be made whole."""
+def require_plan(store: Store, what: str) -> Plan:
+    """The plan of a dataset. Raises InputError where there is none: a derived dataset has no plan by which it could be
+    `what`."""
+    plan = load_plan(store)
+    if plan is not None:
+        return plan
     refuse_interrupted(store)
     manifest = find_manifest(store)
     if manifest is not None and manifest.lineage is not None:
@@ -150,6 +151,7 @@ def refuse_derived(store: Store, what: str) -> None:
             f"{store.root}: a derived dataset cannot be {what}; do that with its sources, then make it again with "
             f"jobs.{manifest.lineage.method} into another --out"
         )
+    raise InputError(f"{store.root}: not a dataset (no {PLAN_KEY}); give the --out of a jobs.generate run")
 
 
 def _workers(places: list[tuple[Store, str]], samples: int, run_on: str) -> ShardWork:

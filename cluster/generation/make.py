@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster import shard_work
-from cluster.dataset.layout import CorpusSource, Plan, load_plan
+from cluster.dataset.layout import CorpusSource, Plan
 from cluster.dataset.plan import MAX_SHARDS, begun_plan, make_plan, refuse_other_spec
+from cluster.dataset.verify import require_plan
 from cluster.dataset.vocabularies import GivenConcepts, NounFinder
 from cluster.generation.fit import check_memory, tell_of_slow_bfloat16
 from cluster.generation.like import check_alike, read_manifest, with_settings
@@ -233,9 +234,7 @@ def _places(request: GenerateRequest) -> ModelPlaces:
 
 def _retry(store: Store, request: GenerateRequest, reason: str) -> dict[str, Any]:
     parse_reason(reason)
-    plan = load_plan(store)
-    if plan is None:
-        raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
+    plan = require_plan(store, "retried")
     require_finished(store, plan)
     plan = _places(request).plan_at(store, plan)
     start_ray()

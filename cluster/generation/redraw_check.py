@@ -26,7 +26,7 @@ from cluster.dataset.layout import (
     stats_key,
 )
 from cluster.dataset.rows import read_shard, read_view_part
-from cluster.dataset.verify import refuse_derived
+from cluster.dataset.verify import require_plan
 from cluster.generation.environment import drawn_in, environment, load_environment
 from cluster.generation.moved_models import NOT_MOVED, ModelPlaces
 from cluster.generation.picture_spec import other_models
@@ -131,10 +131,7 @@ def plans_of(store: Store, places: ModelPlaces = NOT_MOVED) -> dict[str, Plan]:
 
 
 def _planned(store: Store) -> Plan:
-    plan = load_plan(store)
-    if plan is None:
-        refuse_derived(store, "drawn again")
-        raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
+    plan = require_plan(store, "drawn again")
     if not _is_drawn(plan):
         raise InputError(f"--redraw: the pictures of {store.root} were not drawn here; leave it out")
     return plan

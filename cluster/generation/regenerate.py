@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from cluster.dataset.layout import load_plan, quarantine_key, read_plan_part, read_table, shard_key
+from cluster.dataset.layout import quarantine_key, read_plan_part, read_table, shard_key
 from cluster.dataset.plan import parse_sample_id
+from cluster.dataset.verify import require_plan
 from cluster.generation.moved_models import NOT_MOVED, ModelPlaces
 from cluster.generation.stages.draw import DrawShard
 from cluster.store.store import Store
@@ -21,9 +22,7 @@ def regenerate(store: Store, sample_id: str, *, image_out: str | None = None, pl
     Returns sample_id, caption, seed, sha256 of the drawn image bytes, that of the stored ones, and whether they match
     (`ok` too). Raises InputError when the dataset or the sample does not exist.
     """
-    plan = load_plan(store)
-    if plan is None:
-        raise InputError(f"{store.root}: not a dataset (no plan.json); give the --out of a jobs.generate run")
+    plan = require_plan(store, "drawn again")
     record_index, image_index = parse_sample_id(sample_id)
     position = record_index * plan.spec.images_per_caption + image_index
     if position >= plan.expected or image_index >= plan.spec.images_per_caption:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from cluster.dataset.rows import read_rows, read_shard
 from cluster.dataset.upgrade import upgrade
 from cluster.dataset.verify import inspect, verify
 from cluster.dataset.view import ViewRows, claim, claimed_alone, lineage_source, write_view
+from cluster.generation.regenerate import regenerate
 from cluster.shard_work import PROCESS, RAY
 from cluster.store.store import open_store
 from cluster.training.data.batches import BatchShape
@@ -390,10 +392,16 @@ def test_given_features_are_a_views(tmp_path: Path, source: Path, materialise: b
         assert np.array_equal(found[1], whole[name][4])  # type: ignore[index]
 
 
-def test_a_view_can_be_neither_repaired_nor_upgraded(tmp_path: Path, source: Path) -> None:
+def test_a_view_can_be_neither_repaired_nor_upgraded_nor_drawn_again(tmp_path: Path, source: Path) -> None:
     make_view(tmp_path / "view", [source], SHUFFLED)
-    for act, what in ((inspect, "repaired"), (upgrade, "upgraded")):
+    again = partial(regenerate, sample_id="000000000-00")
+    acts = {"repaired": inspect, "upgraded": upgrade, "drawn again": again}
+    for what, act in acts.items():
         with pytest.raises(InputError, match=f"a derived dataset cannot be {what}"):
+            act(open_store(tmp_path / "view"))
+    (tmp_path / "view" / MANIFEST_KEY).unlink()
+    for act in acts.values():
+        with pytest.raises(InputError, match="a derived dataset that was interrupted"):
             act(open_store(tmp_path / "view"))
 
 
