@@ -176,7 +176,7 @@ def test_a_pilot_on_ray_is_the_beginning_of_the_full_run(tmp_path: Path, ray_ses
     assert (said["predicted_images"], said["predicted_gpu_hours"]) == (24, None)
     assert said["predicted_cost"] > 0 and said["startup_seconds"] > 0 and said["cost"] > 0
     again = call_job("generate", *arguments, "--pilot", "5%")
-    assert again.summary["startup_seconds"] is None and "they come on top" in again.stderr
+    assert again.returncode == 0 and again.summary["startup_seconds"] is None
     assert again.summary["images_per_second"] is None, "nothing was drawn"
     store = open_store(str(tmp_path / "data"))
     assert len(store.list("shards")) == 2 and not store.exists("dataset.json")
