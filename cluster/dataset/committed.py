@@ -21,7 +21,7 @@ import numpy as np
 from cluster.dataset.layout import Manifest, Plan, StoredShard, group_key, shard_key, stats_key
 from cluster.dataset.row_index import index_of_texts, store_row_index
 from cluster.store.store import Store
-from pcm.errors import InputError, OneLineError
+from pcm.errors import InputError, OneLineError, one_line
 from pcm.records import FeatureShape
 
 log = logging.getLogger(__name__)
@@ -192,16 +192,21 @@ def summary(stats: dict) -> dict:
     return found
 
 
+def read_stats(store: Store, shard: int) -> dict:
+    """The stats object of one shard. Raises InputError when it is missing, or lacks what the manifest needs."""
+    try:
+        stats = json.loads(store.read_bytes(stats_key(shard)))
+        if (number := summary(stats)["shard"]) != shard:
+            raise ValueError(f"of shard {number}")
+        return stats
+    except (FileNotFoundError, ValueError, TypeError, LookupError, RecursionError) as error:
+        what = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({one_line(error, longest=200)})"
+        raise InputError(f"{store.root}/{stats_key(shard)}: {what}; run jobs.verify --repair") from None
+
+
 def load_stats(store: Store, shard: int) -> dict:
     """The summary of one shard from its stats object. Raises InputError when that is damaged or missing."""
-    try:
-        found = summary(json.loads(store.read_bytes(stats_key(shard))))
-        if found["shard"] != shard:
-            raise ValueError(f"of shard {found['shard']}")
-        return found
-    except (FileNotFoundError, ValueError, TypeError, LookupError, RecursionError) as error:
-        what = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
-        raise InputError(f"{stats_key(shard)}: {what}; run jobs.verify --repair") from None
+    return summary(read_stats(store, shard))
 
 
 def stored_shard(store: Store, shard: int) -> StoredShard:

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +11,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.dataset.committed import load_stats
-from cluster.dataset.layout import UNREADABLE, Manifest, Plan, shard_number, stats_key
+from cluster.dataset.committed import read_stats
+from cluster.dataset.layout import UNREADABLE, Manifest, Plan, shard_number
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.plan import parse_sample_id
 from cluster.dataset.rows import read_shard, read_view_part
@@ -111,8 +110,7 @@ class Source:
                 "status_dict": {"success": rows},
             }  # fmt: skip
         number = shard_number(entry["key"])
-        load_stats(self.store, number)  # raises InputError where they are damaged
-        return json.loads(self.store.read_bytes(stats_key(number)))
+        return read_stats(self.store, number)
 
     def positions(self, shard: int, sample_ids: Sequence[str]) -> list[int]:
         """The places of a shard's rows among all that were planned; of a derived dataset, among all its rows."""

@@ -4,7 +4,6 @@ Nothing is thrown away: the full run skips the pilot's shards. They are spread e
 rarely shuffled.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.dataset.clip_scores import ClipScores
-from cluster.dataset.layout import Plan, stats_key
+from cluster.dataset.committed import read_stats
+from cluster.dataset.layout import Plan
 from cluster.dataset.vocabularies import GivenConcepts, NounFinder
 from cluster.generation.cost import SECONDS_AN_HOUR, Billing
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
@@ -78,7 +78,7 @@ def run_pilot(
     log.info("pilot: %d samples in %d of %d shards%s", rows, len(shards), plan.num_shards, more)
     result = run_pipeline(store, plan, pools, faults=faults, watch=watch, shards=shards, given=given)
     with ThreadPoolExecutor(16) as pool:
-        stats = list(pool.map(lambda shard: json.loads(store.read_bytes(stats_key(shard))), shards))
+        stats = list(pool.map(lambda shard: read_stats(store, shard), shards))
     made = result.status.samples
     prediction = predict(
         stats,

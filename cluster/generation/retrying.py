@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from cluster.dataset.committed import load_stats
-from cluster.dataset.layout import MANIFEST_KEY, stats_key
+from cluster.dataset.committed import read_stats
+from cluster.dataset.layout import MANIFEST_KEY
 from cluster.store.store import Store
 from pcm.documents import document_bytes
 from pcm.errors import InputError
@@ -67,10 +67,8 @@ def samples_left(store: Store, shards: Iterable[int], retry: Retry) -> dict[int,
 
 
 def _left(store: Store, retry: Retry, shard: int) -> int:
-    count = wanted(load_stats(store, shard), retry)
-    if count and json.loads(store.read_bytes(stats_key(shard))).get(RETRIED_BY) == retry.id:
-        return 0
-    return count
+    stats = read_stats(store, shard)
+    return 0 if stats.get(RETRIED_BY) == retry.id else wanted(stats, retry)
 
 
 def wanted(stats: dict, retry: Retry) -> int:
