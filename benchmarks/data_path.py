@@ -27,7 +27,9 @@ import torch
 from benchmarks.as_worker import as_worker
 from benchmarks.matmul_rate import machine, seconds
 from benchmarks.published_size import BATCH, published_model, random_batch
-from cluster.dataset.layout import StoredShard, parquet_bytes, shard_key
+from cluster.dataset.documents import StoredShard
+from cluster.dataset.keys import shard_key
+from cluster.dataset.parquet import parquet_bytes
 from cluster.store.store import open_store
 from cluster.training.data.batches import BatchShape
 from cluster.training.data.selection import Selection

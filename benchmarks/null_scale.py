@@ -26,7 +26,8 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks.synthetic_captions import write_captions
-from cluster.dataset.layout import load_plan, read_table
+from cluster.dataset.documents import load_plan
+from cluster.dataset.parquet import read_table
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow

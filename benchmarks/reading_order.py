@@ -25,7 +25,8 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.dataset.committed import GROUP
-from cluster.dataset.layout import Manifest, load_manifest, shard_key, store_manifest
+from cluster.dataset.documents import Manifest, load_manifest, store_manifest
+from cluster.dataset.keys import shard_key
 from cluster.dataset.row_index import store_row_index
 from cluster.store.store import open_store
 from cluster.training.data.batches import BatchShape

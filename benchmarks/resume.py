@@ -25,7 +25,9 @@ import fsspec
 
 from benchmarks.synthetic_captions import write_captions
 from cluster.dataset.committed import committed
-from cluster.dataset.layout import Plan, read_table, shard_key
+from cluster.dataset.documents import Plan
+from cluster.dataset.keys import shard_key
+from cluster.dataset.parquet import read_table
 from cluster.dataset.plan import make_plan
 from cluster.generation.pinning import dataset_spec
 from cluster.generation.stages.draw import DrawShard

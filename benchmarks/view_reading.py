@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.data_path import FEATURES, PICTURE_BYTES, _loader, drop_from_cache, read_shards, write_shards
 from benchmarks.matmul_rate import machine
-from cluster.dataset.layout import Manifest
+from cluster.dataset.documents import Manifest
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import OpenDataset
 from cluster.dataset.view import ViewRows, lineage_source, write_view

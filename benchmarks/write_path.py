@@ -20,7 +20,8 @@ from statistics import median
 import numpy as np
 import pyarrow as pa
 
-from cluster.dataset.layout import parquet_bytes, shard_key
+from cluster.dataset.keys import shard_key
+from cluster.dataset.parquet import parquet_bytes
 from cluster.generation.stages.draw import DRAWN_SCHEMA
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard, split_samples

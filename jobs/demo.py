@@ -131,7 +131,8 @@ def run(request: DemoRequest) -> dict[str, Any]:
 
 def pictures_sheet(store: "Store") -> "Image.Image":
     """The best, middle and worst pictures of a dataset by clip score, a third of the sheet each."""
-    from cluster.dataset.layout import load_manifest, read_table
+    from cluster.dataset.documents import load_manifest
+    from cluster.dataset.parquet import read_table
     from pcm.contact_sheet import Cell, contact_sheet
     from pcm.images import open_image
 
@@ -150,7 +151,7 @@ def pictures_sheet(store: "Store") -> "Image.Image":
 
 def captions_sheet(results: Path) -> "Image.Image":
     """Held-out real pictures with the caption made for each, and the first reference."""
-    from cluster.dataset.layout import read_table
+    from cluster.dataset.parquet import read_table
     from cluster.store.store import open_store
     from pcm.contact_sheet import Cell, contact_sheet
     from pcm.images import open_image

@@ -7,7 +7,7 @@ from jobs.command_line import Job
 
 
 def run(request: StageModelsRequest) -> dict[str, Any]:
-    from cluster.dataset.layout import refuse_dataset
+    from cluster.dataset.documents import refuse_dataset
     from cluster.store.store import open_store
     from cluster.weights.stage import stage
 

@@ -20,7 +20,7 @@ from PIL import Image
 from benchmarks.experiments.runs import data_path, planned
 from benchmarks.experiments.scenes import scenes_of, thing_masks
 from benchmarks.experiments.settings import DOMAINS, EXPERIMENTS, MAIN
-from cluster.dataset.layout import StoredShard, load_manifest
+from cluster.dataset.documents import StoredShard, load_manifest
 from cluster.dataset.rows import Rows, read_rows, read_shard
 from cluster.store.store import Store, open_store
 from cluster.training.run_spec import RunSpec

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.experiments.runs import data_path
 from benchmarks.experiments.scenes import render, scenes_of
 from benchmarks.experiments.settings import DOMAINS, MAIN, SHARD_SIZE, Domain
-from cluster.dataset.layout import load_manifest
+from cluster.dataset.documents import load_manifest
 from cluster.generation import GenerateRequest, generate
 from cluster.ingest.photos import featurise_photos
 from cluster.ingest.request import FeaturiseRequest

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.experiments.runs import data_path, planned, read_result
 from benchmarks.experiments.settings import BASE, DOMAINS, EXPERIMENTS, PASSES, SEEDS, Experiment, Variant
 from benchmarks.experiments.worth.report import BEGIN, END, section_of, with_section
-from cluster.dataset.layout import load_manifest
+from cluster.dataset.documents import load_manifest
 from cluster.store.store import open_store
 from pcm.errors import InputError
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments.settings import BASE, DOMAINS, FIRST_SEED, NO_CXE, PRESET, Variant
-from cluster.dataset.layout import load_manifest
+from cluster.dataset.documents import load_manifest
 from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.request import EvaluateRequest
 from cluster.sources.pictures import PictureSource, resolved

@@ -13,7 +13,7 @@ from cluster.curation.curate_request import CurateRequest
 from cluster.curation.rows import FindNouns, IndexRows, read_index
 from cluster.curation.rules import RULES, Context, Verdict, check_can_judge
 from cluster.dataset.beside import is_there
-from cluster.dataset.layout import CONCEPTS_KEY, MANIFEST_KEY, PLAN_KEY
+from cluster.dataset.keys import CONCEPTS_KEY, MANIFEST_KEY, PLAN_KEY
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset
 from cluster.dataset.rows import read_view_part

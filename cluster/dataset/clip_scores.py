@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.dataset.layout import read_table, shard_key
+from cluster.dataset.keys import shard_key
+from cluster.dataset.parquet import read_table
 from cluster.store.store import Store
 from pcm.errors import InputError
 

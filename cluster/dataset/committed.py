@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from cluster.dataset.layout import Manifest, Plan, StoredShard, group_key, shard_key, stats_key
+from cluster.dataset.documents import Manifest, Plan, StoredShard
+from cluster.dataset.keys import group_key, shard_key, stats_key
 from cluster.dataset.row_index import index_of_texts, store_row_index
 from cluster.store.store import Store
 from pcm.errors import InputError, OneLineError, one_line

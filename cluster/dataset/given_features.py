@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from cluster.dataset.layout import MANIFEST_KEY
+from cluster.dataset.keys import MANIFEST_KEY
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.rows import read_rows, read_shard
 from cluster.dataset.view import read_corpus_ids

@@ -6,16 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cluster.dataset.committed import committed, load_stats, manifest_of
-from cluster.dataset.layout import (
-    MANIFEST_KEY,
-    PLAN_KEY,
-    Manifest,
-    Plan,
-    StoredShard,
-    find_manifest,
-    load_manifest,
-    load_plan,
-)
+from cluster.dataset.documents import Manifest, Plan, StoredShard, find_manifest, load_manifest, load_plan
+from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY
 from cluster.dataset.state import state_digest
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError

@@ -28,18 +28,9 @@ from json.encoder import encode_basestring_ascii as json_string
 import pyarrow as pa
 
 import pcm
-from cluster.dataset.layout import (
-    CLAIMS,
-    PARTS,
-    PLAN_KEY,
-    CorpusSource,
-    Plan,
-    Segment,
-    claim_key,
-    load_plan,
-    parquet_bytes,
-    plan_part_key,
-)
+from cluster.dataset.documents import CorpusSource, Plan, Segment, load_plan
+from cluster.dataset.keys import CLAIMS, PARTS, PLAN_KEY, claim_key, plan_part_key
+from cluster.dataset.parquet import parquet_bytes
 from cluster.shard_work import AUTO, MANY_SAMPLES, PROCESS, shard_work
 from cluster.sources.corpus import CorpusRecord
 from cluster.store.outputs import refuse_other_things

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from cluster.dataset.committed import committed, stored_shard
-from cluster.dataset.layout import StoredShard, load_manifest, load_plan
+from cluster.dataset.documents import StoredShard, load_manifest, load_plan
 from cluster.dataset.rows import features_of, read_shard
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError

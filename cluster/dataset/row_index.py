@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.dataset.layout import StoredShard, row_index_key
+from cluster.dataset.documents import StoredShard
+from cluster.dataset.keys import row_index_key
 from cluster.dataset.rows import read_shard, scores_of
 from cluster.store.store import Store
 from pcm.errors import StoreFailure, first_line

@@ -27,7 +27,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cluster.dataset.layout import UPGRADED_FROM, StoredShard, shard_number, stats_key
+from cluster.dataset.documents import UPGRADED_FROM, StoredShard
+from cluster.dataset.keys import shard_number, stats_key
 from cluster.dataset.view_part import OWN_COLUMNS, PictureShard, ViewPart
 from cluster.store.object_file import ObjectFile
 from cluster.store.store import Store, open_store

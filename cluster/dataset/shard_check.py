@@ -11,16 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.dataset.committed import load_stats
-from cluster.dataset.layout import (
-    MANIFEST_KEY,
-    UNREADABLE,
-    UPGRADED_FROM,
-    Plan,
-    quarantine_key,
-    read_table,
-    shard_key,
-    stats_key,
-)
+from cluster.dataset.documents import UPGRADED_FROM, Plan
+from cluster.dataset.keys import MANIFEST_KEY, quarantine_key, shard_key, stats_key
+from cluster.dataset.parquet import UNREADABLE, read_table
 from cluster.dataset.plan import corpus_lines, sample_id
 from cluster.store.store import Store
 from pcm.errors import InputError, first_line

@@ -11,7 +11,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY, Manifest, StoredShard
+from cluster.dataset.documents import Manifest, StoredShard
+from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY
 from cluster.dataset.rows import read_shard
 from cluster.dataset.vocabularies import least_count
 from cluster.dataset.vocabulary_files import stored_concepts

@@ -24,18 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.dataset.committed import committed, load_stats
-from cluster.dataset.layout import (
-    PLAN_KEY,
-    UNREADABLE,
-    UPGRADED_FROM,
-    Manifest,
-    Plan,
-    find_manifest,
-    parquet_bytes,
-    shard_key,
-    stats_key,
-    store_manifest,
-)
+from cluster.dataset.documents import UPGRADED_FROM, Manifest, Plan, find_manifest, store_manifest
+from cluster.dataset.keys import PLAN_KEY, shard_key, stats_key
+from cluster.dataset.parquet import UNREADABLE, parquet_bytes
 from cluster.dataset.verify import require_plan
 from cluster.store.store import Store
 from pcm.documents import document_bytes

@@ -13,18 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from cluster.dataset.committed import GROUP, load_group
-from cluster.dataset.layout import (
-    MANIFEST_KEY,
-    PLAN_KEY,
-    Manifest,
-    Plan,
-    find_manifest,
-    group_key,
-    load_plan,
-    quarantine_key,
-    refuse_interrupted,
-    shard_key,
-)
+from cluster.dataset.documents import Manifest, Plan, find_manifest, load_plan, refuse_interrupted
+from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, group_key, quarantine_key, shard_key
 from cluster.dataset.request import VerifyRequest
 from cluster.dataset.shard_check import FINISH_UPGRADE, PROBLEMS_SHOWN, ShardChecks, ShardReport
 from cluster.dataset.verify_derived import verify_derived

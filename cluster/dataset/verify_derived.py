@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from cluster.dataset.layout import MANIFEST_KEY, UNREADABLE, Manifest, StoredShard
+from cluster.dataset.documents import Manifest, StoredShard
+from cluster.dataset.keys import MANIFEST_KEY
+from cluster.dataset.parquet import UNREADABLE
 from cluster.dataset.rows import read_shard, read_view_part
 from cluster.dataset.shard_check import (
     PROBLEMS_SHOWN,

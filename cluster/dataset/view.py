@@ -25,27 +25,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.dataset.beside import way_to
-from cluster.dataset.layout import (
-    CLIP_HEAD_KEY,
-    CONCEPTS_KEY,
+from cluster.dataset.documents import (
     DATASET,
-    LINEAGE_KEY,
-    MANIFEST_KEY,
     VIEW,
     VIEW_VERSION,
-    VOCABULARY_KEY,
     Manifest,
     StoredShard,
     find_manifest,
-    parquet_bytes,
     read_plan_part,
+    store_manifest,
+)
+from cluster.dataset.keys import (
+    CLIP_HEAD_KEY,
+    CONCEPTS_KEY,
+    LINEAGE_KEY,
+    MANIFEST_KEY,
+    VOCABULARY_KEY,
     rows_key,
     shard_key,
     shard_number,
-    store_manifest,
 )
 from cluster.dataset.lineage import Lineage, LineageSource, PictureStore
 from cluster.dataset.opened import OpenDataset, open_dataset
+from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.rows import part_columns, read_shard, read_view_part
 from cluster.dataset.shard_check import fingerprint_entry, picture_sha256
 from cluster.dataset.view_part import PictureShard, ViewPart, part_table

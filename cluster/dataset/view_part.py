@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from cluster.dataset.layout import StoredShard
+from cluster.dataset.documents import StoredShard
 from pcm.records import VIEW_SCHEMA, VIEW_SHARDS_KEY
 
 #: What a view's rows say themselves, in place of the shards that hold their pictures.

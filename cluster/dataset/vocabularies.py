@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from cluster.dataset.layout import (
+from cluster.dataset.documents import MadeWith, Plan, read_plan_part
+from cluster.dataset.keys import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     GIVEN_CONCEPTS_KEY,
@@ -22,9 +23,6 @@ from cluster.dataset.layout import (
     PLAN_KEY,
     VOCABULARIES_KEY,
     VOCABULARY_KEY,
-    MadeWith,
-    Plan,
-    read_plan_part,
 )
 from cluster.dataset.vocabulary_files import (
     intact_vocabularies,

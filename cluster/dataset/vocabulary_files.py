@@ -5,14 +5,8 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cluster.dataset.layout import (
-    CLIP_HEAD_KEY,
-    CONCEPTS_KEY,
-    GIVEN_CONCEPTS_KEY,
-    VOCABULARIES_KEY,
-    VOCABULARY_KEY,
-    Plan,
-)
+from cluster.dataset.documents import Plan
+from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, GIVEN_CONCEPTS_KEY, VOCABULARIES_KEY, VOCABULARY_KEY
 from cluster.store.store import Store
 from pcm.errors import InputError, one_line
 from pcm.generation.names import IMPORTED, UNDRAWN

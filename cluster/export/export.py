@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.dataset.layout import shard_number
+from cluster.dataset.keys import shard_number
 from cluster.evaluation.captioning import local_checkpoint
 from cluster.export.as_dataset import export_as_dataset
 from cluster.export.huggingface import HuggingFace

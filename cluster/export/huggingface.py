@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.curation.refine_request import SYNC
-from cluster.dataset.layout import DATASET, Manifest, parquet_bytes, store_manifest
+from cluster.dataset.documents import DATASET, Manifest, store_manifest
+from cluster.dataset.parquet import parquet_bytes
 from cluster.export.source import Source
 from cluster.store.store import Store
 from pcm.generation.names import PHOTOS, SEVERAL, UNDRAWN

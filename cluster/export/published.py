@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 
-from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY
+from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY
 from cluster.dataset.vocabulary_files import check_vocabularies, stored_concepts
 from cluster.export.published_ids import PublishedIds, published_ids
 from cluster.export.source import Source

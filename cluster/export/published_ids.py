@@ -6,7 +6,7 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.dataset.layout import read_plan_part
+from cluster.dataset.documents import read_plan_part
 from cluster.export.source import Source
 from cluster.sources.pictures import candidate_ids
 from pcm.generation.names import IMPORTED, PHOTOS

@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.dataset.committed import read_stats
-from cluster.dataset.layout import UNREADABLE, Manifest, Plan, shard_number
+from cluster.dataset.documents import Manifest, Plan
+from cluster.dataset.keys import shard_number
 from cluster.dataset.opened import OpenDataset, open_dataset
+from cluster.dataset.parquet import UNREADABLE
 from cluster.dataset.plan import parse_sample_id
 from cluster.dataset.rows import read_shard, read_view_part
 from cluster.dataset.shard_check import check_schema, check_values, picture_sha256

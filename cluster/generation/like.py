@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster.dataset.layout import CONCEPTS_KEY, MANIFEST_KEY, CorpusSource, MadeWith, Manifest
+from cluster.dataset.documents import CorpusSource, MadeWith, Manifest
+from cluster.dataset.keys import CONCEPTS_KEY, MANIFEST_KEY
 from cluster.generation.drawing_fields import DRAWING_FIELDS
 from cluster.generation.request import CorpusOptions, GenerationOptions
 from cluster.options import flag, given, options_of

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster import shard_work
-from cluster.dataset.layout import CorpusSource, Plan
+from cluster.dataset.documents import CorpusSource, Plan
 from cluster.dataset.plan import MAX_SHARDS, begun_plan, make_plan, refuse_other_spec
 from cluster.dataset.verify import require_plan
 from cluster.dataset.vocabularies import GivenConcepts, NounFinder

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.dataset.layout import Plan
+from cluster.dataset.documents import Plan
 from cluster.dataset.plan import refuse_other_spec
 from cluster.generation.picture_spec import other_models
 from cluster.generation.pinning import pin_clip

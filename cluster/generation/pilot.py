@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.dataset.clip_scores import ClipScores
 from cluster.dataset.committed import read_stats
-from cluster.dataset.layout import Plan
+from cluster.dataset.documents import Plan
 from cluster.dataset.vocabularies import GivenConcepts, NounFinder
 from cluster.generation.cost import SECONDS_AN_HOUR, Billing
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits

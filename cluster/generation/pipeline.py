@@ -16,14 +16,8 @@ from ray.actor import ActorHandle
 
 from cluster.dataset.clip_scores import check_gate
 from cluster.dataset.committed import CommittedShards, committed, manifest_of, summaries
-from cluster.dataset.layout import (
-    MANIFEST_KEY,
-    Manifest,
-    Plan,
-    find_whole_manifest,
-    load_plan,
-    store_manifest,
-)
+from cluster.dataset.documents import Manifest, Plan, find_whole_manifest, load_plan, store_manifest
+from cluster.dataset.keys import MANIFEST_KEY
 from cluster.dataset.vocabularies import (
     ConceptsOfShard,
     GivenConcepts,

@@ -15,16 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from cluster.dataset.layout import (
-    Manifest,
-    Plan,
-    StoredShard,
-    load_manifest,
-    load_plan,
-    read_plan_part,
-    shard_number,
-    stats_key,
-)
+from cluster.dataset.documents import Manifest, Plan, StoredShard, load_manifest, load_plan, read_plan_part
+from cluster.dataset.keys import shard_number, stats_key
 from cluster.dataset.rows import read_shard, read_view_part
 from cluster.dataset.verify import require_plan
 from cluster.generation.environment import drawn_in, environment, load_environment

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from cluster.dataset.layout import quarantine_key, read_plan_part, read_table, shard_key
+from cluster.dataset.documents import read_plan_part
+from cluster.dataset.keys import quarantine_key, shard_key
+from cluster.dataset.parquet import read_table
 from cluster.dataset.plan import parse_sample_id
 from cluster.dataset.verify import require_plan
 from cluster.generation.moved_models import NOT_MOVED, ModelPlaces

@@ -7,17 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 
-from cluster.dataset.layout import (
-    MANIFEST_KEY,
-    PLAN_KEY,
-    UNREADABLE,
-    OtherSchema,
-    Plan,
-    find_manifest,
-    group_key,
-    load_plan,
-    read_table,
-)
+from cluster.dataset.documents import OtherSchema, Plan, find_manifest, load_plan
+from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, group_key
+from cluster.dataset.parquet import UNREADABLE, read_table
 from cluster.dataset.plan import plan_parts, write_plan_part
 from cluster.dataset.request import VerifyRequest
 from cluster.dataset.verify import Inspection, inspect

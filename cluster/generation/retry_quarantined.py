@@ -4,7 +4,7 @@ import logging
 import secrets
 
 from cluster.dataset.committed import committed, summaries
-from cluster.dataset.layout import Plan
+from cluster.dataset.documents import Plan
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.pipeline import run_pipeline
 from cluster.generation.pools import Pools

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from cluster.dataset.committed import read_stats
-from cluster.dataset.layout import MANIFEST_KEY
+from cluster.dataset.keys import MANIFEST_KEY
 from cluster.store.store import Store
 from pcm.documents import document_bytes
 from pcm.errors import InputError

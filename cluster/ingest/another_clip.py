@@ -26,17 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from cluster.dataset.layout import (
-    CLIP_HEAD_KEY,
-    CONCEPTS_KEY,
-    DATASET,
-    LINEAGE_KEY,
-    VOCABULARY_KEY,
-    Manifest,
-    StoredShard,
-    shard_key,
-    store_manifest,
-)
+from cluster.dataset.documents import DATASET, Manifest, StoredShard, store_manifest
+from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, LINEAGE_KEY, VOCABULARY_KEY, shard_key
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset
 from cluster.dataset.view import begun_settings, claimed_alone, lineage_source, open_source, view_fingerprint

@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cluster.dataset.layout import StoredShard, find_whole_manifest, parquet_bytes, shard_key
+from cluster.dataset.documents import StoredShard, find_whole_manifest
+from cluster.dataset.keys import shard_key
 from cluster.dataset.opened import OpenDataset
+from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.rows import read_shard, read_weights
 from cluster.dataset.view import read_corpus_ids
 from cluster.generation.made_by import tell_encoder

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from cluster.dataset.committed import committed
-from cluster.dataset.layout import Manifest, Plan, read_table
+from cluster.dataset.documents import Manifest, Plan
+from cluster.dataset.parquet import read_table
 from cluster.dataset.plan import begun_plan, make_plan
 from cluster.dataset.vocabularies import (
     GivenConcepts,

@@ -20,14 +20,9 @@ import safetensors.torch
 import torch
 
 from cluster.dataset.committed import committed
-from cluster.dataset.layout import (
-    CLIP_HEAD_KEY,
-    CONCEPTS_KEY,
-    VOCABULARY_KEY,
-    Manifest,
-    Plan,
-    read_table,
-)
+from cluster.dataset.documents import Manifest, Plan
+from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY
+from cluster.dataset.parquet import read_table
 from cluster.dataset.plan import begun_plan, make_plan
 from cluster.dataset.vocabularies import features_of_head, planned_captions, safetensors_metadata
 from cluster.generation.made_by import tell_encoder

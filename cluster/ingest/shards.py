@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cluster.dataset.committed import CommittedShards
-from cluster.dataset.layout import Manifest, Plan
+from cluster.dataset.documents import Manifest, Plan
 from pcm.errors import InputError
 from pcm.images import image_format_of, open_image
 from pcm.line_timer import LineTimer

@@ -15,15 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cluster.dataset.committed import summary
-from cluster.dataset.layout import (
-    PLAN_KEY,
-    Manifest,
-    quarantine_key,
-    read_table,
-    shard_number,
-    stats_key,
-)
+from cluster.dataset.documents import Manifest
+from cluster.dataset.keys import PLAN_KEY, quarantine_key, shard_number, stats_key
 from cluster.dataset.opened import OpenDataset, open_dataset
+from cluster.dataset.parquet import read_table
 from cluster.dataset.rows import read_shard, read_view_part, scores_of
 from cluster.dataset.verify import verify
 from cluster.numbers import size

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.dataset.layout import MANIFEST_KEY, StoredShard
+from cluster.dataset.documents import StoredShard
+from cluster.dataset.keys import MANIFEST_KEY
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.rows import read_shard
 from cluster.report.dataset_facts import Row, in_parallel

@@ -21,7 +21,7 @@ import ray.train
 import ray.tune
 import torch
 
-from cluster.dataset.layout import StoredShard
+from cluster.dataset.documents import StoredShard
 from cluster.dataset.rows import COLUMNS, preload, read_shard
 from cluster.ray_internals import LocalReports, train_in_this_process
 from cluster.store.store import Store, join, local_copy, open_store

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from cluster.dataset.layout import Plan, load_manifest, load_plan
+from cluster.dataset.documents import Plan, load_manifest, load_plan
 from cluster.store.store import Store, open_store
 from cluster.training.data.arriving import ArrivingShards, finished_manifest
 from cluster.training.data.batches import Batch, BatchShape

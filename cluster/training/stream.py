@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from ray.data import DataContext, ExecutionResources
 
-from cluster.dataset.layout import Plan, refuse_dataset
+from cluster.dataset.documents import Plan, refuse_dataset
 from cluster.dataset.vocabularies import stored_features, vocabularies_stored
 from cluster.generation.make import prepare
 from cluster.generation.pinning import require_joint_patches

@@ -20,7 +20,7 @@ import ray.train
 import safetensors.torch
 import torch
 
-from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, GIVEN_CONCEPTS_KEY, PLAN_KEY
+from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, GIVEN_CONCEPTS_KEY, PLAN_KEY
 from cluster.dataset.together import Vocabularies, common_vocabularies
 from cluster.generation.pinning import device_of_cluster
 from cluster.generation.reach import check_reach

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch.distributed
 
-from cluster.dataset.layout import StoredShard
+from cluster.dataset.documents import StoredShard
 from cluster.dataset.rows import Rows, not_finite, not_finite_error, read_rows
 from cluster.sources.pictures import PictureSource, encode_pictures, load_picture_set
 from cluster.store.store import Store

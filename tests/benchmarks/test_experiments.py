@@ -14,7 +14,7 @@ from benchmarks.experiments import dissect, report, runs
 from benchmarks.experiments.scenes import thing_masks
 from benchmarks.experiments.settings import EXPERIMENTS, PASSES, Domain, Variant
 from benchmarks.experiments.worth import report as worth_report
-from cluster.dataset.layout import MANIFEST_KEY
+from cluster.dataset.keys import MANIFEST_KEY
 from pcm.embedded.making.world import Scene, Thing
 from pcm.errors import InputError
 from tests.helpers.tiny_dataset import TINY, png, scene, write_dataset

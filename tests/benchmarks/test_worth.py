@@ -200,7 +200,7 @@ def out(tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def _rows_of(out: Path):
-    from cluster.dataset.layout import load_manifest
+    from cluster.dataset.documents import load_manifest
     from cluster.dataset.rows import Rows, read_rows
     from cluster.store.store import open_store
 

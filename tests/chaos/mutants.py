@@ -222,7 +222,7 @@ MUTANTS = (
     ),
     Mutant(
         "a view that moved with its source finds it",
-        "cluster/dataset/layout.py", "located(store, each, documents=(MANIFEST_KEY, PLAN_KEY)) for each", "each for each",
+        "cluster/dataset/documents.py", "located(store, each, documents=(MANIFEST_KEY, PLAN_KEY)) for each", "each for each",
         ("tests/cluster/dataset/test_beside.py",),
     ),
     Mutant(
@@ -354,7 +354,7 @@ MUTANTS = (
     ),
     Mutant(
         "a damaged part of the list of shards is not believed",
-        "cluster/dataset/layout.py", 'if hashlib.sha256(data).hexdigest() != part["sha256"]:', "if False:",
+        "cluster/dataset/documents.py", 'if hashlib.sha256(data).hexdigest() != part["sha256"]:', "if False:",
         (
             "tests/cluster/dataset/test_manifest_parts.py"
             "::test_a_part_that_is_damaged_or_missing_is_named_in_one_line_and_repaired",
@@ -362,7 +362,7 @@ MUTANTS = (
     ),
     Mutant(
         "the parts of a manifest are there before it",
-        "cluster/dataset/layout.py", "    parts = []\n    for start", "    store.write_bytes(MANIFEST_KEY, manifest.to_json())\n    parts = []\n    for start",
+        "cluster/dataset/documents.py", "    parts = []\n    for start", "    store.write_bytes(MANIFEST_KEY, manifest.to_json())\n    parts = []\n    for start",
         (
             "tests/cluster/dataset/test_manifest_parts.py"
             "::test_a_driver_killed_while_it_writes_the_manifest_leaves_an_unfinished_dataset_that_is_finished",
@@ -764,7 +764,7 @@ MUTANTS = (
     ),
     Mutant(
         "deep JSON in a dataset's documents is damage",
-        "cluster/dataset/layout.py", "LookupError, AttributeError, RecursionError, pa.ArrowException) as error:",
+        "cluster/dataset/documents.py", "LookupError, AttributeError, RecursionError, pa.ArrowException) as error:",
         "LookupError, AttributeError, pa.ArrowException) as error:",
         ("tests/cluster/dataset/test_damaged.py",),
     ),

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from cluster import session
-from cluster.dataset.layout import OtherSchema
+from cluster.dataset.documents import OtherSchema
 from cluster.ray_state import actors_are_placed
 from cluster.session import (
     _resources,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.dataset.layout import MANIFEST_KEY
+from cluster.dataset.keys import MANIFEST_KEY
 from cluster.generation.like import read_manifest, with_spec
 from cluster.generation.pinning import dataset_spec
 from cluster.generation.request import GenerateRequest

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from cluster.dataset.layout import Manifest
+from cluster.dataset.documents import Manifest
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.view import claim
 from cluster.generation.pinning import clip_spec

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import safetensors.torch
 
-from cluster.dataset.layout import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY, Manifest, Plan
+from cluster.dataset.documents import Manifest, Plan
+from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY
 from cluster.dataset.vocabularies import planned_captions
 from cluster.store.store import Store
 from pcm.clip.encoder import ClipEncoder

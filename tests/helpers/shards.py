@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from cluster.dataset.layout import MANIFEST_KEY, StoredShard, load_plan
+from cluster.dataset.documents import StoredShard, load_plan
+from cluster.dataset.keys import MANIFEST_KEY
 from cluster.store.store import Store, open_store
 
 

@@ -11,16 +11,9 @@ import safetensors.torch
 import torch
 from PIL import Image, ImageDraw
 
-from cluster.dataset.layout import (
-    CLIP_HEAD_KEY,
-    CONCEPTS_KEY,
-    MANIFEST_KEY,
-    VOCABULARY_KEY,
-    Manifest,
-    load_manifest,
-    parquet_bytes,
-    shard_key,
-)
+from cluster.dataset.documents import Manifest, load_manifest
+from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, MANIFEST_KEY, VOCABULARY_KEY, shard_key
+from cluster.dataset.parquet import parquet_bytes
 from cluster.store.store import open_store
 from cluster.training.config import preset
 from pcm.captioners.captioner import captioner_files

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from cluster.dataset.committed import committed
-from cluster.dataset.layout import CorpusSource, Manifest, Plan
+from cluster.dataset.documents import CorpusSource, Manifest, Plan
 from cluster.dataset.plan import make_plan
 from cluster.generation.picture_spec import pin_t2i
 from cluster.generation.pinning import clip_spec

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cluster.dataset.layout import load_manifest, load_plan, quarantine_key, shard_key
+from cluster.dataset.documents import load_manifest, load_plan
+from cluster.dataset.keys import quarantine_key, shard_key
 from cluster.dataset.verify import verify
 from cluster.dataset.vocabularies import store_vocabularies
 from cluster.ingest.photos import in_slots

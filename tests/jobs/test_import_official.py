@@ -18,15 +18,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cluster.dataset.layout import (
+from cluster.dataset.documents import Manifest, Plan, load_manifest
+from cluster.dataset.keys import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     MANIFEST_KEY,
     PLAN_KEY,
     VOCABULARY_KEY,
-    Manifest,
-    Plan,
-    load_manifest,
     shard_key,
     stats_key,
 )

@@ -37,7 +37,7 @@ from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest
 from cluster.curation.refine import refine
 from cluster.curation.refine_request import RefineRequest
-from cluster.dataset.layout import load_manifest
+from cluster.dataset.documents import load_manifest
 from cluster.dataset.rows import read_shard
 from cluster.generation import GenerateRequest, generate
 from cluster.ingest.photos import featurise_photos

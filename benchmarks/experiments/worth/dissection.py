@@ -20,7 +20,7 @@ from benchmarks.experiments.worth.pictures import (
 )
 from benchmarks.experiments.worth.runs import planned
 from benchmarks.experiments.worth.settings import CAPTIONS, DRAWN, FIRST_SEED, PCM_NET, Setting
-from cluster.dataset.layout import load_manifest
+from cluster.dataset.documents import load_manifest
 from cluster.dataset.rows import Rows, read_rows
 from cluster.store.store import open_store
 from pcm.text.concepts import ConceptVocabulary

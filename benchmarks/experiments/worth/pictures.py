@@ -24,7 +24,7 @@ from benchmarks.experiments.worth.settings import (
     TEST_PICTURES,
     VALIDATION_PICTURES,
 )
-from cluster.dataset.layout import Manifest
+from cluster.dataset.documents import Manifest
 from cluster.dataset.rows import read_shard
 from cluster.store.store import Store
 from pcm.clip.encoder import ClipEncoder

@@ -21,7 +21,7 @@ import torch
 from benchmarks.experiments.settings import PRESET
 from benchmarks.experiments.worth.pictures import Pictures, data_folder, load_pictures, said, worth_folder, write_whole
 from benchmarks.experiments.worth.settings import BASE, CLIP_FACTOR, DRAWN, NETWORKS, NO_CXE, VERSION, Setting
-from cluster.dataset.layout import load_manifest
+from cluster.dataset.documents import load_manifest
 from cluster.store.store import open_store
 from cluster.sweep.sweep import without_paths
 from cluster.training.data.batches import Batch, BatchShape

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from cluster.curation.redraw.settings import GPU_SECONDS, PICTURES
-from cluster.dataset.layout import shard_number, stats_key
+from cluster.dataset.keys import shard_number, stats_key
 from cluster.dataset.lineage import Lineage, LineageSource
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.generation.cost import SECONDS_AN_HOUR

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.curation.rows import IndexRows
-from cluster.dataset.layout import PLAN_KEY, Plan, Segment, find_manifest, load_plan, plan_part_key
+from cluster.dataset.documents import Plan, Segment, find_manifest, load_plan
+from cluster.dataset.keys import PLAN_KEY, plan_part_key
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.plan import corpus_lines, sample_id, write_plan_part
 from cluster.dataset.rows import read_shard, scores_of

@@ -27,9 +27,11 @@ from cluster.curation.redraw.scores import Scores
 from cluster.curation.redraw.settings import LOWEST, MOST_REDRAWS, PICTURES, Policy
 from cluster.curation.refine_request import BEST_OF_N, RefineRequest
 from cluster.curation.rows import IndexRows, read_index
-from cluster.dataset.layout import MANIFEST_KEY, Manifest, parquet_bytes
+from cluster.dataset.documents import Manifest
+from cluster.dataset.keys import MANIFEST_KEY
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import OpenDataset
+from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.request import ShardOptions
 from cluster.dataset.rows import read_shard
 from cluster.dataset.view import ViewRows, lineage_source, write_view

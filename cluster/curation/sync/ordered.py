@@ -12,7 +12,7 @@ import pyarrow as pa
 from cluster.curation.sync.objects import run_missing
 from cluster.curation.sync.vectors import GROUP_ROWS, PICTURES, Group, StoredParts, array_bytes, piece_key, rows_key
 from cluster.curation.tasks import Tasks
-from cluster.dataset.layout import parquet_bytes, read_table
+from cluster.dataset.parquet import parquet_bytes, read_table
 from cluster.store.store import Store
 
 #: Groups that a task writes. It reads all pictures for them.

@@ -57,7 +57,8 @@ from cluster.curation.sync.vectors import (
     store_pictures,
 )
 from cluster.curation.tasks import Tasks
-from cluster.dataset.layout import Manifest, read_table
+from cluster.dataset.documents import Manifest
+from cluster.dataset.parquet import read_table
 from cluster.store.store import Store
 
 #: Part of a key: changes when the code begins to make other numbers of the same data.

@@ -12,7 +12,7 @@ from cluster.curation.curate import EXAMPLES, shown
 from cluster.curation.refine_request import RefineRequest
 from cluster.curation.sync.sentences import SentenceSpec
 from cluster.curation.sync.settings import UNIT
-from cluster.dataset.layout import Manifest
+from cluster.dataset.documents import Manifest
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset
 from cluster.dataset.view import ViewRows, lineage_source, write_view

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from cluster.dataset.layout import read_plan_part, shard_key
+from cluster.dataset.documents import read_plan_part
+from cluster.dataset.keys import shard_key
 from cluster.dataset.plan import sample_id
 from cluster.generation.environment import DRAWN_IN, environment, store_environment
 from cluster.generation.picture_spec import refuse_other_models

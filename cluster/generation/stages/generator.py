@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from cluster.dataset.layout import PLAN_KEY, Plan
+from cluster.dataset.documents import Plan
+from cluster.dataset.keys import PLAN_KEY
 from cluster.generation.stages.asking import ask
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from cluster.dataset.layout import Plan
+from cluster.dataset.documents import Plan
 from cluster.generation.stages.asking import ask
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.loading import Models, this_place

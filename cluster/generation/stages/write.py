@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.dataset.committed import ROW_INDEX
-from cluster.dataset.layout import parquet_bytes, shard_key, stats_key
+from cluster.dataset.keys import shard_key, stats_key
+from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.row_index import index_text
 from cluster.generation.stages.asking import ask
 from cluster.generation.stages.merge import merge_retried, replace_shard, stats_before, store_quarantine, with_before

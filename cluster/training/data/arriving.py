@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from cluster.dataset.committed import stored_shard
-from cluster.dataset.layout import Manifest, Plan, load_manifest, shard_key
+from cluster.dataset.documents import Manifest, Plan, load_manifest
+from cluster.dataset.keys import shard_key
 from cluster.dataset.rows import read_rows, read_shard, scores_of
 from cluster.store.store import Store
 from cluster.training.data.batches import Batch, BatchShape, Decoded, OpenBatch, in_background

@@ -3,16 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.dataset.layout import (
-    CLIP_HEAD_KEY,
-    CONCEPTS_KEY,
-    MANIFEST_KEY,
-    PLAN_KEY,
-    VOCABULARY_KEY,
-    Manifest,
-    Plan,
-    StoredShard,
-)
+from cluster.dataset.documents import Manifest, Plan, StoredShard
+from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, MANIFEST_KEY, PLAN_KEY, VOCABULARY_KEY
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.state import state_digest
 from cluster.dataset.together import check_same_clip

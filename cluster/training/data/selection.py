@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.dataset.committed import GROUP
-from cluster.dataset.layout import Manifest, StoredShard
+from cluster.dataset.documents import Manifest, StoredShard
 from cluster.dataset.row_index import caption_digests, row_index
 from cluster.store.store import Store
 from pcm.errors import OneLineError

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from cluster.dataset.layout import StoredShard
+from cluster.dataset.documents import StoredShard
 from cluster.dataset.rows import Rows, no_scale, read_rows
 from cluster.store.paths import inside
 from cluster.store.store import Store

@@ -21,7 +21,8 @@ from cluster.curation.curate_request import CurateRequest, Subset
 from cluster.curation.duplicates import near_captions, near_vectors
 from cluster.curation.rows import read_index
 from cluster.dataset import DatasetRow, read_dataset
-from cluster.dataset.layout import CONCEPTS_KEY, MANIFEST_KEY, load_manifest
+from cluster.dataset.documents import load_manifest
+from cluster.dataset.keys import CONCEPTS_KEY, MANIFEST_KEY
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.verify import verify

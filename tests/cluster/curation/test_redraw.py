@@ -23,9 +23,11 @@ from cluster.curation.redraw.view import ATTEMPTS_KEY, PLAN_KEY, check_attempts,
 from cluster.curation.refine import refine
 from cluster.curation.refine_request import RefineRequest
 from cluster.dataset import read_dataset
-from cluster.dataset.layout import MANIFEST_KEY, load_manifest, parquet_bytes, stats_key
-from cluster.dataset.layout import PLAN_KEY as PLAN
+from cluster.dataset.documents import load_manifest
+from cluster.dataset.keys import MANIFEST_KEY, stats_key
+from cluster.dataset.keys import PLAN_KEY as PLAN
 from cluster.dataset.opened import open_dataset
+from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.verify import verify
 from cluster.dataset.vocabularies import store_vocabularies
 from cluster.generation.stages.draw import DrawShard

@@ -23,7 +23,8 @@ from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import WORK
 from cluster.curation.sync.view import FACTS, RECALL
 from cluster.dataset import read_dataset
-from cluster.dataset.layout import LINEAGE_KEY, MANIFEST_KEY, load_manifest
+from cluster.dataset.documents import load_manifest
+from cluster.dataset.keys import LINEAGE_KEY, MANIFEST_KEY
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.rows import read_shard, read_weights

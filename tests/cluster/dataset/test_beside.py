@@ -10,7 +10,8 @@ import pytest
 from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest
 from cluster.dataset.beside import check_way, way_to
-from cluster.dataset.layout import MANIFEST_KEY, load_manifest, shard_key
+from cluster.dataset.documents import load_manifest
+from cluster.dataset.keys import MANIFEST_KEY, shard_key
 from cluster.dataset.verify import verify
 from cluster.report.make import make_report
 from cluster.report.request import ReportRequest

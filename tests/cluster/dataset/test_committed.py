@@ -11,7 +11,8 @@ import pytest
 
 from cluster.dataset import committed as committed_module
 from cluster.dataset.committed import committed, load_group, num_groups
-from cluster.dataset.layout import MANIFEST_KEY, Plan, group_key, load_manifest, shard_key, stats_key
+from cluster.dataset.documents import Plan, load_manifest
+from cluster.dataset.keys import MANIFEST_KEY, group_key, shard_key, stats_key
 from cluster.dataset.verify import verify
 from cluster.generation.pipeline import write_manifest
 from cluster.store.store import Store, open_store

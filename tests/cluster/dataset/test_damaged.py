@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from cluster.dataset import read_dataset
-from cluster.dataset.layout import (
+from cluster.dataset.documents import load_manifest, load_plan
+from cluster.dataset.keys import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     MANIFEST_KEY,
@@ -21,8 +22,6 @@ from cluster.dataset.layout import (
     PLAN_KEY,
     VOCABULARIES_KEY,
     VOCABULARY_KEY,
-    load_manifest,
-    load_plan,
     shard_key,
     stats_key,
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.dataset.layout import CONCEPTS_KEY, GIVEN_CONCEPTS_KEY
+from cluster.dataset.keys import CONCEPTS_KEY, GIVEN_CONCEPTS_KEY
 from cluster.dataset.verify import verify
 from cluster.dataset.vocabularies import store_vocabularies
 from cluster.generation.make import generate, prepare

@@ -12,15 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.dataset import layout, read_dataset
-from cluster.dataset.layout import (
-    MANIFEST_KEY,
-    PARTS_VERSION,
-    find_manifest,
-    load_manifest,
-    shard_key,
-    store_manifest,
-)
+from cluster.dataset import documents, read_dataset
+from cluster.dataset.documents import PARTS_VERSION, find_manifest, load_manifest, store_manifest
+from cluster.dataset.keys import MANIFEST_KEY, shard_key
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.shard_entries import ShardEntries
 from cluster.dataset.verify import Inspection, verify
@@ -50,8 +44,8 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "MOST_LISTED", SHARDS - 1)
-    monkeypatch.setattr(layout, "SHARDS_A_PART", 4)
+    monkeypatch.setattr(documents, "MOST_LISTED", SHARDS - 1)
+    monkeypatch.setattr(documents, "SHARDS_A_PART", 4)
 
 
 @pytest.fixture
@@ -172,24 +166,24 @@ def test_other_things_in_place_of_parts_are_refused(in_parts: Path) -> None:
 #: Kills itself, as kill -9 does, when it has put so many of the objects of a manifest.
 DYING = """
 import os, signal, sys
-from cluster.dataset import layout
+from cluster.dataset import documents
 from cluster.dataset.committed import manifest_of, summaries
 from cluster.store.store import Store, open_store
 from pcm.records import NULL_FEATURES
-layout.MOST_LISTED, layout.SHARDS_A_PART = 5, 4
+documents.MOST_LISTED, documents.SHARDS_A_PART = 5, 4
 folder, left = sys.argv[1], int(sys.argv[2])
 put = Store.write_bytes
 def write_bytes(self, key, data):
     global left
-    if key.startswith("manifest/") or key == layout.MANIFEST_KEY:
+    if key.startswith("manifest/") or key == documents.MANIFEST_KEY:
         if not left:
             os.kill(os.getpid(), signal.SIGKILL)
         left -= 1
     put(self, key, data)
 Store.write_bytes = write_bytes
 store = open_store(folder)
-plan = layout.load_plan(store)
-layout.store_manifest(store, manifest_of(plan, NULL_FEATURES, summaries(store, plan)))
+plan = documents.load_plan(store)
+documents.store_manifest(store, manifest_of(plan, NULL_FEATURES, summaries(store, plan)))
 """
 
 

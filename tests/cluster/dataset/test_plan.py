@@ -10,17 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.dataset.layout import (
-    VOCABULARIES_KEY,
-    VOCABULARY_KEY,
-    CorpusSource,
-    Plan,
-    claim_key,
-    load_manifest,
-    load_plan,
-    read_plan_part,
-    read_table,
-)
+from cluster.dataset.documents import CorpusSource, Plan, load_manifest, load_plan, read_plan_part
+from cluster.dataset.keys import VOCABULARIES_KEY, VOCABULARY_KEY, claim_key
+from cluster.dataset.parquet import read_table
 from cluster.dataset.plan import make_plan, parse_sample_id, sample_id
 from cluster.dataset.verify import verify
 from cluster.dataset.vocabularies import (

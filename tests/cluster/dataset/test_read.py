@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.dataset import DatasetRow, read_dataset
-from cluster.dataset.layout import MANIFEST_KEY, load_manifest, shard_key
+from cluster.dataset.documents import load_manifest
+from cluster.dataset.keys import MANIFEST_KEY, shard_key
 from cluster.store.store import open_store
 from pcm.errors import InputError
 from tests.helpers.paths import ROOT

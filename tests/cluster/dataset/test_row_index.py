@@ -13,7 +13,8 @@ import pyarrow as pa
 import pytest
 
 from cluster.dataset.committed import committed
-from cluster.dataset.layout import StoredShard, load_manifest, load_plan, row_index_key, shard_key
+from cluster.dataset.documents import StoredShard, load_manifest, load_plan
+from cluster.dataset.keys import row_index_key, shard_key
 from cluster.dataset.row_index import caption_digests, row_index, store_row_index
 from cluster.dataset.rows import read_shard
 from cluster.generation.stages.draw import DrawShard

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.dataset.layout import StoredShard, parquet_bytes
+from cluster.dataset.documents import StoredShard
+from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.rows import COLUMNS, Rows, _Checks, read_rows, read_shard, share_checks
 from cluster.store.store import open_store
 from pcm.errors import InputError

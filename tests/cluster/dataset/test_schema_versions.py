@@ -13,15 +13,9 @@ import pytest
 
 from cluster.dataset import read_dataset
 from cluster.dataset.committed import committed
-from cluster.dataset.layout import (
-    MANIFEST_KEY,
-    PLAN_KEY,
-    VOCABULARY_KEY,
-    load_manifest,
-    load_plan,
-    parquet_bytes,
-    shard_key,
-)
+from cluster.dataset.documents import load_manifest, load_plan
+from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, VOCABULARY_KEY, shard_key
+from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.plan import make_plan
 from cluster.dataset.upgrade import upgrade
 from cluster.dataset.verify import Inspection, verify

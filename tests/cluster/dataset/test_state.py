@@ -12,7 +12,8 @@ import pytest
 
 from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest
-from cluster.dataset.layout import MANIFEST_KEY, load_manifest
+from cluster.dataset.documents import load_manifest
+from cluster.dataset.keys import MANIFEST_KEY
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.state import state_digest

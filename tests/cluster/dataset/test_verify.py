@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, parquet_bytes, quarantine_key, shard_key
+from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, quarantine_key, shard_key
+from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.verify import verify
 from cluster.shard_work import PROCESS, RAY
 from cluster.store.store import open_store

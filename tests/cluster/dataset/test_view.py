@@ -11,18 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.dataset import read_dataset
+from cluster.dataset.documents import Manifest, load_manifest
 from cluster.dataset.given_features import find_features
-from cluster.dataset.layout import (
-    LINEAGE_KEY,
-    MANIFEST_KEY,
-    Manifest,
-    load_manifest,
-    parquet_bytes,
-    rows_key,
-    shard_key,
-)
+from cluster.dataset.keys import LINEAGE_KEY, MANIFEST_KEY, rows_key, shard_key
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import OpenDataset, open_dataset
+from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.rows import read_rows, read_shard
 from cluster.dataset.upgrade import upgrade
 from cluster.dataset.verify import inspect, verify

@@ -23,7 +23,8 @@ from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest, Subset
 from cluster.curation.sync.sentences import SentenceSpec
 from cluster.dataset import read_dataset
-from cluster.dataset.layout import CONCEPTS_KEY, MANIFEST_KEY, Manifest, Plan, load_manifest, shard_key
+from cluster.dataset.documents import Manifest, Plan, load_manifest
+from cluster.dataset.keys import CONCEPTS_KEY, MANIFEST_KEY, shard_key
 from cluster.dataset.verify import verify
 from cluster.export.export import _said_of_each, export, export_dataset
 from cluster.export.huggingface import card, size_category

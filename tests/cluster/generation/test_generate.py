@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cluster.dataset.layout import load_manifest, shard_key
+from cluster.dataset.documents import load_manifest
+from cluster.dataset.keys import shard_key
 from cluster.dataset.verify import verify
 from cluster.generation import GenerateRequest, generate
 from cluster.generation.regenerate import regenerate

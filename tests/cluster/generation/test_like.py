@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest
-from cluster.dataset.layout import CONCEPTS_KEY, MANIFEST_KEY, CorpusSource, MadeWith, Manifest, load_manifest
+from cluster.dataset.documents import CorpusSource, MadeWith, Manifest, load_manifest
+from cluster.dataset.keys import CONCEPTS_KEY, MANIFEST_KEY
 from cluster.dataset.vocabularies import GivenConcepts
 from cluster.generation import make
 from cluster.generation.like import (

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from ray.cloudpickle import register_pickle_by_value
 
-from cluster.dataset.layout import Plan
+from cluster.dataset.documents import Plan
 from cluster.dataset.verify import verify
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.pipeline import GenerationResult, run_pipeline, write_manifest

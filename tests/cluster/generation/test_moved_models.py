@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.dataset.layout import PLAN_KEY, Plan, load_manifest, load_plan, shard_key
+from cluster.dataset.documents import Plan, load_manifest, load_plan
+from cluster.dataset.keys import PLAN_KEY, shard_key
 from cluster.dataset.request import VerifyRequest
 from cluster.generation import make
 from cluster.generation.make import generate

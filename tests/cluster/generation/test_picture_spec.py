@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cluster.dataset.layout import load_manifest
+from cluster.dataset.documents import load_manifest
 from cluster.dataset.plan import make_plan
 from cluster.generation import make
 from cluster.generation.make import generate

@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.dataset.layout import Plan, stats_key
+from cluster.dataset.documents import Plan
+from cluster.dataset.keys import stats_key
 from cluster.dataset.verify import verify
 from cluster.generation.cost import Billing
 from cluster.generation.limits import PilotSize

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.dataset.layout import MANIFEST_KEY, load_manifest, parquet_bytes, stats_key
+from cluster.dataset.documents import load_manifest
+from cluster.dataset.keys import MANIFEST_KEY, stats_key
+from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.request import VerifyRequest
 from cluster.generation import environment
 from cluster.generation.environment import (

@@ -9,17 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.dataset.layout import (
-    MANIFEST_KEY,
-    PLAN_KEY,
-    Plan,
-    group_key,
-    load_plan,
-    parquet_bytes,
-    quarantine_key,
-    shard_key,
-    stats_key,
-)
+from cluster.dataset.documents import Plan, load_plan
+from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, group_key, quarantine_key, shard_key, stats_key
+from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.verify import Inspection, verify
 from cluster.dataset.vocabularies import store_vocabularies
 from cluster.generation.pipeline import write_manifest

@@ -11,7 +11,8 @@ import pytest
 
 from cluster.curation.redraw.budget import seconds_per_picture
 from cluster.dataset.committed import CommittedShards, committed
-from cluster.dataset.layout import MANIFEST_KEY, Plan, quarantine_key, shard_key, stats_key
+from cluster.dataset.documents import Plan
+from cluster.dataset.keys import MANIFEST_KEY, quarantine_key, shard_key, stats_key
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.verify import verify
 from cluster.generation.pipeline import run_pipeline, write_manifest

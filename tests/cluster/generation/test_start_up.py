@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from cluster.dataset.layout import shard_key
+from cluster.dataset.keys import shard_key
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
 from tests.helpers.paths import ROOT

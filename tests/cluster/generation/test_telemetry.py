@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.dataset.layout import load_manifest
+from cluster.dataset.documents import load_manifest
 from cluster.generation.cost import Billing
 from cluster.generation.display import Room, ask_cluster
 from cluster.generation.limits import FaultPolicy

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.dataset.committed import committed
-from cluster.dataset.layout import MANIFEST_KEY, shard_key
+from cluster.dataset.keys import MANIFEST_KEY, shard_key
 from cluster.dataset.verify import verify
 from cluster.generation.pipeline import GenerationResult, run_pipeline, write_manifest
 from cluster.generation.pools import Pools

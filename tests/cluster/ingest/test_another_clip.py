@@ -22,7 +22,8 @@ import pytest
 from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest
 from cluster.dataset import read_dataset
-from cluster.dataset.layout import MANIFEST_KEY, load_manifest, shard_key
+from cluster.dataset.documents import load_manifest
+from cluster.dataset.keys import MANIFEST_KEY, shard_key
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.verify import verify
 from cluster.dataset.view import claim

@@ -12,7 +12,8 @@ import pcm
 from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest
 from cluster.curation.sync.sentences import SentenceSpec
-from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, load_manifest, shard_key
+from cluster.dataset.documents import load_manifest
+from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, shard_key
 from cluster.export.as_dataset import export_as_dataset
 from cluster.export.export import export_dataset
 from cluster.export.request import ExportRequest

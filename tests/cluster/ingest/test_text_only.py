@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.dataset.layout import MANIFEST_KEY, load_manifest, store_manifest
+from cluster.dataset.documents import load_manifest, store_manifest
+from cluster.dataset.keys import MANIFEST_KEY
 from cluster.dataset.rows import read_rows
 from cluster.ingest.text_only import TEXT_ONLY_SETTINGS, text_only_dataset
 from cluster.store.store import open_store

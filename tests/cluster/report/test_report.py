@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, load_manifest, stats_key
+from cluster.dataset.documents import load_manifest
+from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, stats_key
 from cluster.evaluation.evaluate import METRICS_KEY as METRICS_FILE
 from cluster.evaluation.experiments import comparison
 from cluster.evaluation.request import EvaluateRequest

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest
-from cluster.dataset.layout import load_manifest
+from cluster.dataset.documents import load_manifest
 from cluster.report import left_out
 from cluster.report.make import make_report
 from cluster.report.request import ReportRequest

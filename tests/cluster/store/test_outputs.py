@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.dataset.layout import shard_key
+from cluster.dataset.keys import shard_key
 from cluster.store.outputs import check_output, refuse_other_things
 from cluster.store.reach import marker
 from cluster.store.store import open_store

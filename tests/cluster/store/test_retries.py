@@ -14,7 +14,8 @@ import botocore.exceptions
 import pytest
 import s3fs
 
-from cluster.dataset.layout import MANIFEST_KEY, load_manifest, shard_key
+from cluster.dataset.documents import load_manifest
+from cluster.dataset.keys import MANIFEST_KEY, shard_key
 from cluster.dataset.verify import verify
 from cluster.generation.pipeline import write_manifest
 from cluster.store.retries import classify, with_retries

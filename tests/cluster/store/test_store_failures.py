@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.dataset.documents import load_plan
 from cluster.dataset.given_features import find_features
-from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, load_plan, shard_key
+from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, shard_key
 from cluster.dataset.upgrade import upgrade
 from cluster.dataset.verify import verify
 from cluster.evaluation.captioning import _local

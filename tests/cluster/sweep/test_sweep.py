@@ -16,7 +16,7 @@ import pytest
 import ray
 import torch
 
-from cluster.dataset.layout import load_manifest
+from cluster.dataset.documents import load_manifest
 from cluster.dataset.rows import preload, read_shard
 from cluster.only_job import TRAINS, only_job
 from cluster.store.store import open_store

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, Plan, Segment, load_manifest
+from cluster.dataset.documents import Plan, Segment, load_manifest
+from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY
 from cluster.dataset.state import state_digest
 from cluster.sources.picture_source import PictureSource
 from cluster.store.store import open_store

@@ -7,7 +7,8 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from cluster.dataset.layout import VOCABULARY_KEY, load_manifest
+from cluster.dataset.documents import load_manifest
+from cluster.dataset.keys import VOCABULARY_KEY
 from cluster.store.store import open_store
 from cluster.training.config import TrainConfig
 from cluster.training.data.batches import BatchShape

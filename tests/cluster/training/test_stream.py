@@ -15,15 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.dataset.layout import (
-    MANIFEST_KEY,
-    PLAN_KEY,
-    Plan,
-    load_manifest,
-    shard_key,
-    shard_number,
-    stats_key,
-)
+from cluster.dataset.documents import Plan, load_manifest
+from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, shard_key, shard_number, stats_key
 from cluster.dataset.state import state_digest
 from cluster.only_job import TRAINS, only_job
 from cluster.store.store import Store, open_store

@@ -25,7 +25,8 @@ from ray.train import ControllerError, FailureConfig, ScalingConfig, WorkerGroup
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 
-from cluster.dataset.layout import MANIFEST_KEY, PLAN_KEY, Plan, Segment, load_manifest
+from cluster.dataset.documents import Plan, Segment, load_manifest
+from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY
 from cluster.dataset.together import common_vocabularies, merged_concepts
 from cluster.evaluation.captioning import load_captioner
 from cluster.evaluation.request import CaptionerOptions

@@ -10,7 +10,7 @@ from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest
 from cluster.curation.redraw.budget import pictures_of, seconds_per_picture
 from cluster.curation.redraw.settings import GPU_SECONDS, MONEY, PICTURES
-from cluster.dataset.layout import MANIFEST_KEY
+from cluster.dataset.keys import MANIFEST_KEY
 from cluster.dataset.opened import open_dataset
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError

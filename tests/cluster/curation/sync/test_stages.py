@@ -20,7 +20,8 @@ from cluster.curation.sync.settings import WORK, SyncSettings
 from cluster.curation.sync.stages import Recall, Refined, refine_pairs, work_folder
 from cluster.curation.sync.vectors import Captions, groups_of, read_array, unit
 from cluster.curation.tasks import InThisProcess
-from cluster.dataset.layout import MANIFEST_KEY, load_manifest
+from cluster.dataset.documents import load_manifest
+from cluster.dataset.keys import MANIFEST_KEY
 from cluster.dataset.read import read_dataset
 from cluster.store.store import Store, open_store
 from pcm.clip.encoder import ClipEncoder

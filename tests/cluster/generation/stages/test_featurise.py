@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.dataset.layout import load_plan, shard_key
+from cluster.dataset.documents import load_plan
+from cluster.dataset.keys import shard_key
 from cluster.dataset.rows import read_shard
 from cluster.generation.pinning import clip_spec
 from cluster.generation.stages.draw import DrawShard

@@ -10,7 +10,7 @@ import pytest
 import ray
 from ray.cloudpickle import register_pickle_by_value
 
-from cluster.dataset.layout import quarantine_key, shard_key, stats_key
+from cluster.dataset.keys import quarantine_key, shard_key, stats_key
 from cluster.dataset.verify import verify
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.pipeline import run_pipeline, write_manifest

@@ -11,7 +11,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.cloudpickle import register_pickle_by_value
 
-from cluster.dataset.layout import Plan
+from cluster.dataset.documents import Plan
 from cluster.dataset.verify import verify
 from cluster.dataset.vocabularies import ConceptsOfShard
 from cluster.generation.limits import FaultPolicy

@@ -17,7 +17,8 @@ import torch
 
 import cluster.training.data.selection
 import cluster.training.data.shuffled
-from cluster.dataset.layout import VOCABULARY_KEY, StoredShard, load_manifest
+from cluster.dataset.documents import StoredShard, load_manifest
+from cluster.dataset.keys import VOCABULARY_KEY
 from cluster.dataset.rows import read_shard
 from cluster.store.store import open_store
 from cluster.training.data import shuffled

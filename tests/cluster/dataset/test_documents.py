@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from cluster.dataset.layout import plan_part_key, quarantine_key, shard_key, shard_number, stats_key
+from cluster.dataset.keys import plan_part_key, quarantine_key, shard_key, shard_number, stats_key
 
 #: Of datasets that were planned by one run at a time; a segment has its own folder now.
 plan_part = partial(plan_part_key, "plan")

@@ -1,4 +1,4 @@
-"""Where a dataset's objects lie on the store, and its two documents: plan.json (first) and dataset.json (last).
+"""The two documents of a dataset: plan.json, its first object, and dataset.json, its last.
 
 Of more than MOST_LISTED shards dataset.json does not hold the list: it names parts of it, `manifest/DIGEST.parquet`, by
 their content. They are written before it, and are never changed.
@@ -6,7 +6,6 @@ their content. They are written before it, and are never changed.
 
 import contextlib
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,29 +13,17 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import overload
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster.dataset.beside import check_way, located
+from cluster.dataset.keys import LINEAGE_KEY, MANIFEST_KEY, PLAN_KEY, manifest_part_key, plan_part_key
 from cluster.dataset.lineage import Lineage, PictureStore
+from cluster.dataset.parquet import UNREADABLE, read_table
 from cluster.dataset.shard_entries import ShardEntries
 from cluster.store.store import Store
 from pcm.documents import document_bytes
 from pcm.errors import InputError, NotKnown, one_line
 from pcm.records import READABLE_VERSIONS, SCHEMA_VERSION, FeatureShape
 from pcm.spec import DatasetSpec
-
-PLAN_KEY = "plan.json"
-MANIFEST_KEY = "dataset.json"
-PARTS, CLAIMS = "plan/", "planning/"
-VOCABULARY_KEY = "vocabulary.txt"
-CONCEPTS_KEY = "concepts.safetensors"
-CLIP_HEAD_KEY = "clip_head.safetensors"
-VOCABULARIES_KEY = "vocabularies.json"  # of which captions the three are
-#: First object of a derived dataset: what decides its rows, so that a run that was interrupted is finished by the same
-#: command and by no other.
-LINEAGE_KEY = "lineage.json"
-GIVEN_CONCEPTS_KEY = "concepts.json"  # where the concepts are a user's: which
-NOUNS_KEY = "nouns.json"  # where a spaCy model finds the nouns: which
 
 #: What dataset.json says of itself: rows with their pictures, or rows that point at pictures of other datasets.
 DATASET, VIEW = "dataset", "view"
@@ -51,51 +38,6 @@ MOST_LISTED, SHARDS_A_PART = 20_000, 10_000
 
 #: In the stats of a shard that cluster.dataset.upgrade rewrote: the sha256 of the shard before.
 UPGRADED_FROM = "upgraded_from"
-
-
-def plan_part_key(folder: str, shard: int) -> str:
-    """`folder`: of a segment; see Plan.part_key."""
-    return f"{folder}/part-{shard:06d}.parquet"
-
-
-def shard_key(shard: int) -> str:
-    return f"shards/part-{shard:06d}.parquet"
-
-
-def rows_key(shard: int) -> str:
-    """Of a view's shard: rows without pictures."""
-    return f"rows/part-{shard:06d}.parquet"
-
-
-def quarantine_key(shard: int) -> str:
-    return f"quarantine/part-{shard:06d}.parquet"
-
-
-def stats_key(shard: int) -> str:
-    return f"stats/part-{shard:06d}.json"
-
-
-def shard_number(key: str) -> int:
-    """The shard of a key of a shard, or of what belongs to one."""
-    return int(key.rpartition("/part-")[2].partition(".")[0])
-
-
-def claim_key(digest: str, claimant: str) -> str:
-    """Of what a run writes while it puts plan.json there: see cluster.dataset.plan."""
-    return f"{CLAIMS}{digest}-{claimant}.json"
-
-
-def group_key(group: int) -> str:
-    return f"progress/group-{group:06d}.json"
-
-
-def manifest_part_key(digest: str) -> str:
-    """Of a part of the list of shards; `digest`: the sha256 of its bytes."""
-    return f"manifest/{digest}.parquet"
-
-
-def row_index_key(group: int) -> str:
-    return f"progress/rows-{group:06d}.parquet"
 
 
 @dataclass(frozen=True, slots=True)  # there may be hundreds of thousands
@@ -515,39 +457,6 @@ def refuse_interrupted(store: Store) -> None:
         raise InputError(
             f"{store.root}: a derived dataset that was interrupted (no {MANIFEST_KEY}); rerun the command that made it"
         )
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as one Parquet file in memory; the same table gives the same bytes with the pinned pyarrow.
-
-    Pictures are compressed already and features are noise to a compressor: left as they are, they take a tenth more
-    room, and Arrow reads the patch features by copying their bytes. The other columns win from zstd; level 1 costs
-    nothing measurable.
-    """
-    buffer = io.BytesIO()
-    compressed = [field.name for field in table.schema if not _is_noise(field.type)]
-    pq.write_table(
-        table,
-        buffer,
-        compression=dict.fromkeys(compressed, "zstd"),
-        compression_level=dict.fromkeys(compressed, 1),
-        use_dictionary=["caption", "status", "reason"] if "caption" in table.column_names else False,
-        write_statistics=["sample_id"],
-    )
-    return buffer.getvalue()
-
-
-def _is_noise(kind: pa.DataType) -> bool:
-    """Pictures and features."""
-    return pa.types.is_nested(kind) or pa.types.is_fixed_size_binary(kind)
-
-
-#: What reading a damaged Parquet object raises: gone, no Parquet, broken pages, text that is no UTF-8, another schema.
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, pa.ArrowException)
-
-
-def read_table(store: Store, key: str, columns: list[str] | None = None) -> pa.Table:
-    return pq.read_table(io.BytesIO(store.read_bytes(key)), columns=columns)
 
 
 def read_plan_part(store: Store, key: str, columns: list[str] | None = None) -> pa.Table:
