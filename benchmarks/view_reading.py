@@ -22,10 +22,11 @@ import numpy as np
 
 from benchmarks.data_path import FEATURES, PICTURE_BYTES, _loader, drop_from_cache, read_shards, write_shards
 from benchmarks.matmul_rate import machine
+from cluster.dataset.derived import lineage_source
 from cluster.dataset.documents import Manifest
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import OpenDataset
-from cluster.dataset.view import ViewRows, lineage_source, write_view
+from cluster.dataset.view import ViewRows, write_view
 from cluster.store.store import open_store
 from cluster.training.data.selection import Selection, all_rows
 from pcm.records import FeatureShape

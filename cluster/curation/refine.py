@@ -18,11 +18,11 @@ from cluster.curation.refine_request import SYNC, RefineRequest
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import WORK
 from cluster.curation.sync.view import FACTS, RECALL, Retrieval, lineage_of, sync_view
+from cluster.dataset.derived import begun_settings, claimed_alone, open_source
 from cluster.dataset.documents import Manifest, Plan, find_whole_manifest
 from cluster.dataset.keys import LINEAGE_KEY
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import OpenDataset
-from cluster.dataset.view import begun_settings, claimed_alone, open_source
 from cluster.store.store import Store, open_store
 from cluster.weights.node_copy import local_name
 from pcm.clip.names import folder_revision, is_known, refuse_place, resolve_clip_name

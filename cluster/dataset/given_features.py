@@ -12,9 +12,8 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from cluster.dataset.keys import MANIFEST_KEY
-from cluster.dataset.opened import open_dataset
+from cluster.dataset.opened import open_dataset, read_corpus_ids
 from cluster.dataset.rows import read_rows, read_shard
-from cluster.dataset.view import read_corpus_ids
 from cluster.sources.picture_source import FeatureSource
 from cluster.sources.pictures import EncodedPictures, candidate_ids, picture_references, reference_names
 from cluster.store.store import Store, open_store

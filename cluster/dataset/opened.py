@@ -6,8 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cluster.dataset.committed import committed, load_stats, manifest_of
-from cluster.dataset.documents import Manifest, Plan, StoredShard, find_manifest, load_manifest, load_plan
-from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY
+from cluster.dataset.documents import (
+    Manifest,
+    Plan,
+    StoredShard,
+    find_manifest,
+    load_manifest,
+    load_plan,
+    read_plan_part,
+)
+from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, shard_number
+from cluster.dataset.rows import read_shard, read_view_part
 from cluster.dataset.state import state_digest
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
@@ -90,3 +99,21 @@ def _what_is_there(store: Store, plan: Plan, shards: Sequence[int] | None) -> Op
     found = OpenDataset(store, manifest, plan, digest, is_unfinished=True)
     log.info("%s: unfinished, %s are used", store.root, found.extent)
     return found
+
+
+def read_corpus_ids(source: OpenDataset, shard: int) -> list[str]:
+    """What the corpus calls the captions of a shard's rows; their sample ids where nothing tells.
+
+    Raises InputError as read_shard does.
+    """
+    stored = source.shards[shard]
+    if source.manifest.is_view:
+        return read_view_part(source.store, stored).rows["corpus_id"].to_pylist()
+    if source.plan is None:
+        name = "corpus_id" if source.manifest.lineage is not None else "sample_id"
+        return read_shard(source.store, stored, [name], checksum=False)[name].to_pylist()
+    sample_ids = read_shard(source.store, stored, ["sample_id"], checksum=False)["sample_id"].to_pylist()
+    part = source.plan.part_key(shard_number(stored.key))
+    planned = read_plan_part(source.store, part, ["sample_id", "corpus_id"]).to_pylist()
+    named = {row["sample_id"]: row["corpus_id"] for row in planned}
+    return [named.get(sample_id, sample_id) for sample_id in sample_ids]

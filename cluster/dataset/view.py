@@ -12,11 +12,9 @@ reading a view reads each of them once. What decides a view is written first (li
 import hashlib
 import io
 import itertools
-import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,37 +23,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.dataset.beside import way_to
+from cluster.dataset.derived import begun, lineage_record
 from cluster.dataset.documents import (
     DATASET,
     VIEW,
     VIEW_VERSION,
     Manifest,
     StoredShard,
-    find_manifest,
-    read_plan_part,
     store_manifest,
 )
 from cluster.dataset.keys import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     LINEAGE_KEY,
-    MANIFEST_KEY,
     VOCABULARY_KEY,
     rows_key,
     shard_key,
-    shard_number,
 )
-from cluster.dataset.lineage import Lineage, LineageSource, PictureStore
-from cluster.dataset.opened import OpenDataset, open_dataset
+from cluster.dataset.lineage import Lineage, PictureStore
+from cluster.dataset.opened import OpenDataset, read_corpus_ids
 from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.rows import part_columns, read_shard, read_view_part
 from cluster.dataset.shard_check import fingerprint_entry, picture_sha256
 from cluster.dataset.view_part import PictureShard, ViewPart, part_table
 from cluster.shard_work import PROCESS, ShardWork, shard_work
-from cluster.store.outputs import refuse_other_things
-from cluster.store.store import Store, open_store
+from cluster.store.store import Store
 from pcm.documents import document_bytes
-from pcm.errors import InputError, OneLineError
 from pcm.generation.names import SEVERAL
 from pcm.line_timer import LineTimer
 from pcm.records import MAX_SHARD_BYTES, SCHEMA_VERSION, STORED, VIEW_SCHEMA, FeatureShape, shard_schema
@@ -89,60 +82,6 @@ class ViewRows:
         return len(self.sample_id)
 
 
-def lineage_source(found: OpenDataset) -> LineageSource:
-    """How a lineage names a dataset that rows were taken from."""
-    manifest = found.manifest
-    return LineageSource(
-        path=found.store.address,
-        sha256=found.sha256,
-        rows=manifest.stored,
-        shards=len(manifest.shards),
-        planned_shards=found.planned_shards,
-        generator=manifest.spec.generator.model,
-        committed=tuple(shard_number(shard.key) for shard in found.shards) if found.is_unfinished else None,
-        lineage=manifest.lineage.without_examples() if manifest.lineage else None,
-    )
-
-
-def open_source(uri: str, out: str | None, *, unfinished: bool = False, number: int = 0) -> OpenDataset:
-    """A dataset that rows of a view at `out` are to be taken from: of an unfinished one the shards with which the view
-    was begun, whatever has come since. number: which of the view's sources it is.
-
-    Raises InputError as open_dataset does, and for an `out` in this dataset or in one that holds its pictures.
-    """
-    store = open_store(uri)
-    shards = _begun_with(open_store(out), store, number) if unfinished and out is not None else None
-    found = open_dataset(store, unfinished=unfinished, shards=shards)
-    if out is not None:
-        _refuse_inside(open_store(out), found)
-    return found
-
-
-def begun_settings(out: Store) -> dict[str, Any]:
-    """The settings of the derived dataset that was begun at `out`; empty where there is none, or its record is damaged,
-    which is named when it is compared."""
-    try:
-        return dict(json.loads(out.read_bytes(LINEAGE_KEY))["settings"])
-    except (FileNotFoundError, ValueError, TypeError, LookupError):
-        return {}
-
-
-def _begun_with(out: Store, source: Store, number: int) -> list[int] | None:
-    """The numbers of the shards; None where nothing was begun of this unfinished dataset, or all is done."""
-    if out.exists(MANIFEST_KEY):
-        return None
-    try:
-        record = json.loads(out.read_bytes(LINEAGE_KEY))
-        committed = record["unfinished"]
-        if isinstance(committed, dict):  # an earlier release named them by where they lay
-            shards = next(iter(committed.values())) if len(record["sources"]) == 1 else committed[source.address]
-        else:
-            shards = committed[number]
-        return None if shards is None else [int(shard) for shard in shards]
-    except (FileNotFoundError, ValueError, TypeError, LookupError):  # a damaged one is named when it is compared
-        return None
-
-
 def write_view(
     out: Store,
     sources: Sequence[OpenDataset],
@@ -171,7 +110,7 @@ def write_view(
     be: a sample id twice, a place that is not there, a weight below 1.
     """
     _check(rows, sources)
-    document = _document(lineage, materialise=materialise, shard_rows=shard_rows)
+    document = lineage_record(lineage, materialise=materialise, shard_rows=shard_rows)
     if (found := begun(out, document)) is not None:
         return found
     if len(sources) > 1:
@@ -194,53 +133,6 @@ def write_view(
     return manifest
 
 
-def claim(
-    out: Store, lineage: Lineage, *, materialise: bool = False, check: Callable[[], None] = lambda: None
-) -> Manifest | None:
-    """Begin a view whose rows have still to be found: what `write_view` says first, for a method that puts work of its
-    own below `out` meanwhile. The manifest where the view is there already. check: called where it is not, once
-    LINEAGE_KEY lies there; of a check that raises OneLineError nothing stays, unless another job has put more there.
-
-    Raises InputError where `out` holds anything else.
-    """
-    document = _document(lineage, materialise=materialise, shard_rows=None)
-    if (found := begun(out, document)) is None:
-        is_new = not out.exists(LINEAGE_KEY)
-        out.write_bytes(LINEAGE_KEY, document_bytes(document))
-        try:
-            check()
-        except OneLineError:
-            if is_new and out.list() == [LINEAGE_KEY]:
-                out.delete(LINEAGE_KEY)
-            raise
-    return found
-
-
-@contextmanager
-def claimed_alone(
-    out: Store,
-    lineage: Lineage,
-    *,
-    materialise: bool = False,
-    join: Callable[[], None],
-    check: Callable[[], None],
-) -> Iterator[Manifest | None]:
-    """`claim`, by the only job at `out` until the end of the context. Another one that is at work there is waited for,
-    and its manifest given. join: starts Ray, unless the view is there already."""
-    from cluster.only_job import MAKES, only_job  # brings Ray, which takes seconds
-
-    if (found := begun(out, _document(lineage, materialise=materialise, shard_rows=None))) is not None:
-        yield found
-        return
-    join()
-    with only_job(out, MAKES, waits=True):
-        yield claim(out, lineage, materialise=materialise, check=check)
-
-
-def _document(lineage: Lineage, *, materialise: bool, shard_rows: int | None) -> dict:
-    return {**lineage.decides(), "materialise": materialise, "shard_rows": shard_rows}
-
-
 def with_pictures(view: Store, part: ViewPart, pictures: Sequence[str], features: FeatureShape) -> pa.Table:
     """A view's shard as one that holds its pictures: of the newest version, with the columns corpus_id and, where a row
     comes more than once, weight. Raises InputError as read_shard does."""
@@ -251,66 +143,6 @@ def with_pictures(view: Store, part: ViewPart, pictures: Sequence[str], features
     if (part.rows["weight"].to_numpy() != 1).any():
         table = table.append_column("weight", part.rows["weight"])
     return table
-
-
-def _refuse_inside(out: Store, source: OpenDataset) -> None:
-    """Raises InputError for a place that would be deleted and moved with a dataset."""
-    for place in (source.store.address, *(each.path for each in source.manifest.pictures)):
-        if out.address.startswith(f"{place}/"):
-            raise InputError(f"--out {out.root}: lies in the dataset {place}; give a place beside it")
-
-
-def begun(out: Store, document: dict) -> Manifest | None:
-    """The manifest where this very thing is done already. Raises InputError where OUT holds anything else."""
-    try:
-        found = json.loads(out.read_bytes(LINEAGE_KEY))
-    except FileNotFoundError:
-        refuse_other_things(out, "no derived dataset")
-        return None
-    except ValueError:
-        raise InputError(f"--out {out.root}: {LINEAGE_KEY} is damaged; give another --out") from None
-    document = _as_compared(json.loads(document_bytes(document)))
-    found = _as_compared(found)
-    if found != document:
-        named = next(
-            (name for name in document if not isinstance(found, dict) or found.get(name) != document[name]), ""
-        )
-        other_data = "of other data, or of the data in another state"
-        said = {"sources": other_data, "settings": "with other settings"}
-        what = said.get(named, f"with another {named}")
-        if named == "settings":
-            what += f" ({'; '.join(_changes(found.get('settings'), document['settings']))})"
-        raise InputError(
-            f"--out {out.root}: was begun {what}; use the same arguments and data to finish it, or another --out"
-        )
-    try:
-        return find_manifest(out)
-    except InputError as error:
-        log.warning("%s; it is written again", error)
-        return None
-
-
-def _as_compared(document: Any) -> Any:
-    """Without the shards of unfinished sources too: the state of a source is that of these shards."""
-    without = _without_paths(document)
-    return {name: without[name] for name in without if name != "unfinished"} if isinstance(without, dict) else without
-
-
-def _without_paths(document: Any) -> Any:
-    """Files that were given, such as lists of marks, without where they lie: their sha256 tells them apart."""
-    if not isinstance(document, dict):
-        return document
-    known = document.keys() - {"path"} if "sha256" in document else document.keys()
-    return {name: _without_paths(value) for name, value in document.items() if name in known}
-
-
-def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """The settings that differ, as "sentences.model: 'a' -> 'b'"."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in dict.fromkeys([*before, *now]):
-            yield from _changes(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
-        yield f"{name or 'settings'}: {before!r:.100} -> {now!r:.100}"
 
 
 def _check(rows: ViewRows, sources: Sequence[OpenDataset]) -> None:
@@ -443,24 +275,6 @@ def _resolve(source: OpenDataset, shard: int, numbers: np.ndarray, stores: Seque
             "picture_id": light["sample_id"].to_pylist(),
         },
     )
-
-
-def read_corpus_ids(source: OpenDataset, shard: int) -> list[str]:
-    """What the corpus calls the captions of a shard's rows; their sample ids where nothing tells.
-
-    Raises InputError as read_shard does.
-    """
-    stored = source.shards[shard]
-    if source.manifest.is_view:
-        return read_view_part(source.store, stored).rows["corpus_id"].to_pylist()
-    if source.plan is None:
-        name = "corpus_id" if source.manifest.lineage is not None else "sample_id"
-        return read_shard(source.store, stored, [name], checksum=False)[name].to_pylist()
-    sample_ids = read_shard(source.store, stored, ["sample_id"], checksum=False)["sample_id"].to_pylist()
-    part = source.plan.part_key(int(stored.key.rpartition("-")[2].partition(".")[0]))
-    planned = read_plan_part(source.store, part, ["sample_id", "corpus_id"]).to_pylist()
-    named = {row["sample_id"]: row["corpus_id"] for row in planned}
-    return [named.get(sample_id, sample_id) for sample_id in sample_ids]
 
 
 class ViewParts:

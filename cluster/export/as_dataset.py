@@ -4,8 +4,9 @@ import time
 from typing import Any
 
 from cluster.curation.rows import read_index
+from cluster.dataset.derived import lineage_source, open_source
 from cluster.dataset.lineage import Lineage
-from cluster.dataset.view import lineage_source, open_source, write_view
+from cluster.dataset.view import write_view
 from cluster.export.request import ExportRequest
 from cluster.generation.made_by import made_by
 from cluster.store.store import Store

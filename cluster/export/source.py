@@ -14,12 +14,11 @@ import pyarrow.parquet as pq
 from cluster.dataset.committed import read_stats
 from cluster.dataset.documents import Manifest, Plan
 from cluster.dataset.keys import shard_number
-from cluster.dataset.opened import OpenDataset, open_dataset
+from cluster.dataset.opened import OpenDataset, open_dataset, read_corpus_ids
 from cluster.dataset.parquet import UNREADABLE
 from cluster.dataset.plan import parse_sample_id
 from cluster.dataset.rows import read_shard, read_view_part
 from cluster.dataset.shard_check import check_schema, check_values, picture_sha256
-from cluster.dataset.view import read_corpus_ids
 from cluster.store.store import Store
 from pcm.errors import InputError, first_line
 from pcm.records import shard_schema

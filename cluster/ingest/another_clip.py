@@ -26,11 +26,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from cluster.dataset.derived import begun_settings, claimed_alone, lineage_source, open_source
 from cluster.dataset.documents import DATASET, Manifest, StoredShard, store_manifest
 from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, LINEAGE_KEY, VOCABULARY_KEY, shard_key
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset
-from cluster.dataset.view import begun_settings, claimed_alone, lineage_source, open_source, view_fingerprint
+from cluster.dataset.view import view_fingerprint
 from cluster.dataset.vocabularies import (
     clip_head_bytes,
     features_of_head,

@@ -375,7 +375,7 @@ MUTANTS = (
     ),
     Mutant(
         "a view that was interrupted is finished by the command that began it, and by no other",
-        "cluster/dataset/view.py", "    if found != document:\n", "    if False:\n",
+        "cluster/dataset/derived.py", "    if found != document:\n", "    if False:\n",
         ("tests/cluster/dataset/test_view.py::test_what_was_interrupted_is_finished_by_the_same_rows_alone",),
     ),
     Mutant(

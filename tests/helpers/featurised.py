@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from cluster.dataset.derived import claim
 from cluster.dataset.documents import Manifest
 from cluster.dataset.opened import open_dataset
-from cluster.dataset.view import claim
 from cluster.generation.pinning import clip_spec
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.ingest.another_clip import (

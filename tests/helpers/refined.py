@@ -9,9 +9,9 @@ from cluster.curation.sync.settings import WORK
 from cluster.curation.sync.view import Retrieval, lineage_of, sync_view
 from cluster.curation.tasks import InThisProcess
 from cluster.dataset.committed import committed
+from cluster.dataset.derived import claim
 from cluster.dataset.documents import Manifest, Plan
 from cluster.dataset.opened import open_dataset
-from cluster.dataset.view import claim
 from cluster.dataset.vocabularies import store_vocabularies
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.stages.draw import DrawShard

@@ -30,10 +30,11 @@ from cluster.curation.sync.settings import SyncSettings
 from cluster.curation.sync.stages import Refined
 from cluster.curation.sync.vectors import unit
 from cluster.curation.sync.view import refined_rows, view_rows
+from cluster.dataset.derived import lineage_source
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.rows import read_rows, read_shard
-from cluster.dataset.view import lineage_source, write_view
+from cluster.dataset.view import write_view
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
 from pcm.embedded.making.classifier import Verdict, judge

@@ -12,10 +12,11 @@ from cluster.curation.curate import EXAMPLES, shown
 from cluster.curation.refine_request import RefineRequest
 from cluster.curation.sync.sentences import SentenceSpec
 from cluster.curation.sync.settings import UNIT
+from cluster.dataset.derived import lineage_source
 from cluster.dataset.documents import Manifest
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset
-from cluster.dataset.view import ViewRows, lineage_source, write_view
+from cluster.dataset.view import ViewRows, write_view
 from cluster.generation.made_by import made_by
 from cluster.store.store import Store
 from pcm.errors import InputError

@@ -21,12 +21,13 @@ from cluster.curation.curate_request import CurateRequest, Subset
 from cluster.curation.duplicates import near_captions, near_vectors
 from cluster.curation.rows import read_index
 from cluster.dataset import DatasetRow, read_dataset
+from cluster.dataset.derived import lineage_source
 from cluster.dataset.documents import load_manifest
 from cluster.dataset.keys import CONCEPTS_KEY, MANIFEST_KEY
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.verify import verify
-from cluster.dataset.view import lineage_source, write_view
+from cluster.dataset.view import write_view
 from cluster.store.store import open_store
 from jobs.curate import JOB
 from pcm.errors import InputError

@@ -23,13 +23,14 @@ from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
 from cluster.curation.sync.settings import WORK
 from cluster.curation.sync.view import FACTS, RECALL
 from cluster.dataset import read_dataset
+from cluster.dataset.derived import lineage_source
 from cluster.dataset.documents import load_manifest
 from cluster.dataset.keys import LINEAGE_KEY, MANIFEST_KEY
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.rows import read_shard, read_weights
 from cluster.dataset.verify import verify
-from cluster.dataset.view import lineage_source, write_view
+from cluster.dataset.view import write_view
 from cluster.only_job import MAKES, only_job
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder

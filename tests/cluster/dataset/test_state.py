@@ -12,13 +12,14 @@ import pytest
 
 from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest
+from cluster.dataset.derived import lineage_source
 from cluster.dataset.documents import load_manifest
 from cluster.dataset.keys import MANIFEST_KEY
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.state import state_digest
 from cluster.dataset.verify import verify
-from cluster.dataset.view import ViewRows, lineage_source, write_view
+from cluster.dataset.view import ViewRows, write_view
 from cluster.store.store import open_store
 from cluster.training.data.mixture import open_training_sets
 from cluster.training.request import DataSource

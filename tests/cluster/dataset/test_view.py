@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.dataset import read_dataset
+from cluster.dataset.derived import claim, claimed_alone, lineage_source
 from cluster.dataset.documents import Manifest, load_manifest
 from cluster.dataset.given_features import find_features
 from cluster.dataset.keys import LINEAGE_KEY, MANIFEST_KEY, rows_key, shard_key
@@ -20,7 +21,7 @@ from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.rows import read_rows, read_shard
 from cluster.dataset.upgrade import upgrade
 from cluster.dataset.verify import inspect, verify
-from cluster.dataset.view import ViewRows, claim, claimed_alone, lineage_source, write_view
+from cluster.dataset.view import ViewRows, write_view
 from cluster.generation.regenerate import regenerate
 from cluster.shard_work import PROCESS, RAY
 from cluster.store.store import open_store

@@ -22,11 +22,11 @@ import pytest
 from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest
 from cluster.dataset import read_dataset
+from cluster.dataset.derived import claim
 from cluster.dataset.documents import load_manifest
 from cluster.dataset.keys import MANIFEST_KEY, shard_key
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.verify import verify
-from cluster.dataset.view import claim
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.pinning import clip_spec
 from cluster.generation.pools import Pools
