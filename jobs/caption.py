@@ -7,7 +7,7 @@ from jobs.command_line import Job
 
 
 def run(request: CaptionRequest) -> dict[str, Any]:
-    from cluster.evaluation.captioning import caption
+    from cluster.evaluation.caption import caption
 
     return caption(request)
 

@@ -18,16 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from cluster.evaluation.captioning import (
-    CaptionerSource,
-    caption_on_cluster,
-    caption_pictures,
-    check_clip,
-    epoch_checkpoints,
-    load_captioner,
-    load_pictures,
-    weights_sha256,
-)
+from cluster.evaluation.captioners import check_clip, epoch_checkpoints, load_captioner, weights_sha256
+from cluster.evaluation.captioning import CaptionerSource, caption_on_cluster, caption_pictures, load_pictures
 from cluster.evaluation.experiments import EXPERIMENTS, comparison, comparison_table, experiments_table
 from cluster.evaluation.request import EvaluateRequest
 from cluster.sources.concept_file import read_concepts

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.dataset.keys import shard_number
-from cluster.evaluation.captioning import local_checkpoint
+from cluster.evaluation.captioners import local_checkpoint
 from cluster.export.as_dataset import export_as_dataset
 from cluster.export.huggingface import HuggingFace
 from cluster.export.published import Official

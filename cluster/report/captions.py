@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cluster.evaluation.captioning import load_captioner
+from cluster.evaluation.captioners import load_captioner
 from cluster.evaluation.request import CaptionerOptions
 from cluster.report.gallery import thumbnail
 from cluster.sources.pictures import PictureSet, PictureSource, load_picture_set

@@ -13,7 +13,7 @@ from cluster.report.dataset_facts import in_parallel
 from cluster.store.store import Store, join, open_store
 from cluster.training.config import DATASET_SIZES, TRAINING_PRESETS, TrainConfig
 from cluster.training.reporting import METRICS_KEY
-from cluster.training.train import CONFIG_KEY
+from cluster.training.run_document import CONFIG_KEY
 from pcm.documents import read_document
 from pcm.errors import InputError, one_line, typed_first_line
 

@@ -52,6 +52,7 @@ from cluster.sweep.trial import (
 )
 from cluster.training.config import TrainConfig
 from cluster.training.data.mixture import TrainingSet, open_training_sets
+from cluster.training.placement import check_gpu_here
 from cluster.training.ray_storage import ray_storage
 from cluster.training.ray_trainer import MEMORY_KEPT
 from cluster.training.reporting import write_metrics
@@ -67,7 +68,7 @@ from cluster.training.run_record import (
 )
 from cluster.training.run_spec import RunSpec
 from cluster.training.trackers import flattened
-from cluster.training.train import check_first_epoch, check_gpu_here, check_settings, planned_run
+from cluster.training.train import check_first_epoch, check_settings, planned_run
 from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError, first_line
 

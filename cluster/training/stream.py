@@ -31,7 +31,8 @@ from cluster.store.store import Store, open_store
 from cluster.training.data.mixture import arriving_set
 from cluster.training.reporting import FIRST_STEP_KEY
 from cluster.training.request import StreamRequest, TrainRequest
-from cluster.training.train import CONFIG_KEY, check_settings, train
+from cluster.training.run_document import CONFIG_KEY
+from cluster.training.train import check_settings, train
 from pcm.errors import InputError
 from pcm.spec import DatasetSpec
 from pcm.text.metrics import require_metrics

@@ -43,7 +43,7 @@ MUTANTS = (
     ),
     Mutant(
         "a run is gone on with in the order in which it began",
-        "cluster/training/train.py", "if resume and order != ROW_ORDER:", "if False:",
+        "cluster/training/run_document.py", "if resume and order != ROW_ORDER:", "if False:",
         ("tests/cluster/training/test_train.py::test_a_run_of_another_row_order_is_refused",),
     ),
     Mutant(
@@ -1045,7 +1045,7 @@ MUTANTS = (
     ),
     Mutant(
         "features that are recorded to be of another CLIP are refused",
-        "cluster/evaluation/captioning.py", "if wanted and given and wanted != given:", "if False:",
+        "cluster/evaluation/captioners.py", "if wanted and given and wanted != given:", "if False:",
         ("tests/cluster/evaluation/test_from_features.py::"
          "test_features_of_another_clip_than_the_captioners_are_refused",),
     ),
@@ -1084,7 +1084,7 @@ MUTANTS = (
     ),
     Mutant(
         "a run is not resumed with other concepts",
-        "cluster/training/train.py", "if concepts[0] != concepts[1]:", "if False:",
+        "cluster/training/run_document.py", "if concepts[0] != concepts[1]:", "if False:",
         ("tests/cluster/dataset/test_given_concepts.py::"
          "test_training_takes_concepts_of_a_file_and_says_so_in_its_config",),
     ),

@@ -15,7 +15,8 @@ import torch
 
 from cluster.dataset.vocabularies import run_with_clip
 from cluster.evaluation import captioning
-from cluster.evaluation.captioning import _captions_of_worker, _device_here
+from cluster.evaluation.caption import _captions_of_worker
+from cluster.evaluation.captioners import device_here
 from cluster.evaluation.request import CaptionRequest
 from cluster.generation import redraw_check
 from cluster.generation.places import Result, in_a_generators_place
@@ -68,7 +69,7 @@ def test_a_worker_with_a_gpu_that_torch_does_not_find_says_that_it_captions_on_t
         handler = logging.Handler()
         handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
         logging.getLogger("cluster.gpu_share").addHandler(handler)
-        return _device_here(asked), lines
+        return device_here(asked), lines
 
     device, (line,) = ray.get(said.options(num_gpus=0.5).remote("auto"))
     assert device == "cpu" and "captioning on the CPU" in line
@@ -84,7 +85,7 @@ def test_a_worker_that_reserved_no_gpu_takes_none_of_those_that_it_sees(ray_with
             mock.patch.object(torch.cuda, "is_available", return_value=True),
             ThreadPoolExecutor(1) as thread,  # as Ray Train's function
         ):
-            return thread.submit(_device_here, "auto").result()
+            return thread.submit(device_here, "auto").result()
 
     assert ray.get(device.remote()) == "cpu"
     assert ray.get(device.options(num_gpus=0.5).remote()) == "auto"

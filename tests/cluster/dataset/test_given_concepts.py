@@ -19,8 +19,9 @@ from cluster.ingest.request import FeaturiseRequest
 from cluster.only_job import MAKES, only_job
 from cluster.store.store import open_store
 from cluster.training.request import TrainRequest
+from cluster.training.run_document import refuse_other_run
 from cluster.training.run_record import VOCABULARIES
-from cluster.training.train import _refuse_other_run, planned_run
+from cluster.training.train import planned_run
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from pcm.official.files import concepts_to_pickle
@@ -150,5 +151,5 @@ def test_training_takes_concepts_of_a_file_and_says_so_in_its_config(world: Path
     for document, previous in ((run.document, own.document), (own.document, run.document)):
         of_earlier_release = {name: value for name, value in previous.items() if name != VOCABULARIES}
         with pytest.raises(InputError, match=r"was begun otherwise .*[( ]concepts: "):
-            _refuse_other_run(open_store(tmp_path), json.loads(json.dumps(of_earlier_release)), document)
-    _refuse_other_run(open_store(tmp_path), json.loads(json.dumps(run.document)), run.document)
+            refuse_other_run(open_store(tmp_path), json.loads(json.dumps(of_earlier_release)), document)
+    refuse_other_run(open_store(tmp_path), json.loads(json.dumps(run.document)), run.document)

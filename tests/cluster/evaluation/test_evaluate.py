@@ -17,19 +17,16 @@ import pytest
 import safetensors.torch
 import torch
 
+from cluster.evaluation.caption import _captions, _captions_on_gpu, caption
+from cluster.evaluation.captioners import load_captioner, local_checkpoint
 from cluster.evaluation.captioning import (
     Captioned,
     CaptionerSource,
-    _captions,
-    _captions_on_gpu,
     _CaptionWorker,
     batches,
-    caption,
     caption_batch,
     caption_on_cluster,
     caption_pictures,
-    load_captioner,
-    local_checkpoint,
 )
 from cluster.evaluation.evaluate import _here, _source, _store_captions, deranged, evaluate, read_results, results_json
 from cluster.evaluation.request import CaptionRequest, EvaluateRequest
@@ -166,7 +163,7 @@ def test_a_worker_loads_again_what_a_hub_did_not_give(world: Path, monkeypatch: 
             raise answers.pop()
         return name
 
-    monkeypatch.setattr("cluster.evaluation.captioning.local_name", busy_hub)
+    monkeypatch.setattr("cluster.evaluation.captioners.local_name", busy_hub)
     settings = {"clip": None, "device": "cpu", "beam_size": 1, "limit": None}
     worker = _CaptionWorker(
         source=CaptionerSource(checkpoint=str(world / "checkpoint"), **settings, pictures=source(world)),
@@ -268,9 +265,9 @@ def test_remote_pictures_are_copied_a_batch_at_a_time(world: Path, monkeypatch: 
     images = tuple(f"file://{world}/pictures/scene{number}.png" for number in (1000, 1001, 1002, 1004, 1005))
     asked = CaptionRequest(images=images, checkpoint=str(world / "checkpoint"), device="cpu")
     whole = _captions(asked)
-    monkeypatch.setattr("cluster.evaluation.captioning.local_copy", counted)
-    monkeypatch.setattr("cluster.evaluation.captioning.local_checkpoint", lambda uri: nullcontext(Path(uri)))
-    monkeypatch.setattr("cluster.evaluation.captioning.BATCH_SIZE", 2)
+    monkeypatch.setattr("cluster.evaluation.caption.local_copy", counted)
+    monkeypatch.setattr("cluster.evaluation.captioners.local_checkpoint", lambda uri: nullcontext(Path(uri)))
+    monkeypatch.setattr("cluster.evaluation.caption.BATCH_SIZE", 2)
     found = _captions(asked)
     assert [each.caption for each in found.values()] == [each.caption for each in whole.values()]
     assert list(found) == list(images) and there[-1] == 0 and max(there) == 2 and len(there) == 11

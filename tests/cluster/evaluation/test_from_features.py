@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from cluster.dataset.given_features import FeatureSet, load_feature_set
-from cluster.evaluation.captioning import caption, caption_pictures, epoch_checkpoints
+from cluster.evaluation.caption import caption
+from cluster.evaluation.captioners import epoch_checkpoints
+from cluster.evaluation.captioning import caption_pictures
 from cluster.evaluation.evaluate import _matched, evaluate, read_results
 from cluster.evaluation.request import CaptionRequest, EvaluateRequest
 from cluster.export.export import export

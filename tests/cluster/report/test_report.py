@@ -29,7 +29,7 @@ from cluster.sweep.sweep import SWEEP_KEY
 from cluster.sweep.trial import RESULT_FILE, TRIALS, trial_id
 from cluster.training.config import preset
 from cluster.training.reporting import METRICS_KEY, LossLog
-from cluster.training.train import CONFIG_KEY
+from cluster.training.run_document import CONFIG_KEY
 from pcm.errors import InputError
 from tests.helpers.page_reader import Page
 from tests.helpers.seaweedfs import S3Server

@@ -15,7 +15,7 @@ from cluster.dataset.given_features import find_features
 from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, shard_key
 from cluster.dataset.upgrade import upgrade
 from cluster.dataset.verify import verify
-from cluster.evaluation.captioning import _local
+from cluster.evaluation.caption import _local
 from cluster.generation.repair import _drop_damaged_manifest
 from cluster.ingest.photos import PhotoShards
 from cluster.sources.pictures import PictureSource, find_pictures, load_picture_set

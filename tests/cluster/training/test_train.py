@@ -28,7 +28,7 @@ from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollSt
 from cluster.dataset.documents import Plan, Segment, load_manifest
 from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY
 from cluster.dataset.together import common_vocabularies, merged_concepts
-from cluster.evaluation.captioning import load_captioner
+from cluster.evaluation.captioners import load_captioner
 from cluster.evaluation.request import CaptionerOptions
 from cluster.generation.request import parse_node_label
 from cluster.only_job import TRAINS, only_job
@@ -40,21 +40,14 @@ from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
 from cluster.training.init_from import read_initial
 from cluster.training.loop import NonFiniteLoss, _stop, _train_and_validate
+from cluster.training.placement import group_sizes, placement_of
 from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labels, make_trainer, worker_input_error
 from cluster.training.reporting import LossLog
 from cluster.training.request import TrainRequest, parse_worker_label
+from cluster.training.run_document import previous_run, refuse_other_run
 from cluster.training.run_record import joined_versions, same_clip, same_validation, warn_of_moved_pictures
 from cluster.training.run_spec import RunSpec
-from cluster.training.train import (
-    TrainingFailed,
-    _place,
-    _previous_run,
-    _refuse_other_run,
-    _summary,
-    group_sizes,
-    planned_run,
-    train,
-)
+from cluster.training.train import TrainingFailed, _summary, planned_run, train
 from cluster.training.worker import build_network, set_up_worker
 from cluster.weights.request import StageModelsRequest
 from cluster.weights.stage import stage
@@ -409,7 +402,7 @@ def test_a_recorded_store_whose_package_is_missing_is_no_damage(
     at_store = {"images": "gs://b/v", "references": "gs://b/r.json", "split": None}
     document = planned_run(request(world, tmp_path), cpus=1).document | {"validation": at_store}
     (tmp_path / "config.json").write_text(json.dumps(document))
-    assert _previous_run(open_store(tmp_path), resume=True) == document
+    assert previous_run(open_store(tmp_path), resume=True) == document
     here = at_store | {"images": "/v", "references": "/r.json"}
     recorded = document | {"references_sha256": "1"}
     assert same_validation(recorded, recorded | {"validation": here})
@@ -508,11 +501,11 @@ def test_a_run_goes_on_with_its_words_and_concepts_alone_and_keeps_its_versions(
         f"1.0 and {now}", f"1.0 and {now}", now,
     ]  # fmt: skip
     out = open_store(tmp_path)
-    _refuse_other_run(out, {name: value for name, value in document.items() if name != "vocabularies"}, document)
+    refuse_other_run(out, {name: value for name, value in document.items() if name != "vocabularies"}, document)
     for name in ("words", "concepts"):
         begun = {**document, "vocabularies": {**document["vocabularies"], name: "a" * 64}}
         with pytest.raises(InputError, match=rf"begun otherwise \({name}: a{{17}} -> \w{{17}}\)"):
-            _refuse_other_run(out, begun, document)
+            refuse_other_run(out, begun, document)
 
 
 @pytest.mark.parametrize("order", [None, 1, 3])  # none is recorded by releases before the second
@@ -532,7 +525,7 @@ def test_a_run_of_a_later_release_is_not_called_damaged(world: Path, tmp_path: P
     for order, said in ((2, "config.json: training config field 'warm_restarts': not known"), (3, "in order 3")):
         (tmp_path / "config.json").write_text(json.dumps(document | {"row_order": order}))
         with pytest.raises(InputError, match=f"{said}.*; finish .* the release that began it") as caught:
-            _previous_run(open_store(tmp_path), resume=True)
+            previous_run(open_store(tmp_path), resume=True)
         assert "damaged" not in str(caught.value)
 
 
@@ -565,10 +558,10 @@ def test_a_run_that_goes_on_waits_for_its_device_where_the_cluster_has_nothing_y
         monkeypatch.setattr(f"{name}.cluster_cpus", lambda labels=None: 0.0)
         monkeypatch.setattr(f"{name}.cluster_gpus", lambda labels=None: 0.0)
     config = preset("embedded").with_overrides(SHARED)
-    place = _place(request(world, tmp_path / "run", resume=True), config, joined=True, before="cuda")
+    place = placement_of(request(world, tmp_path / "run", resume=True), config, joined=True, before="cuda")
     assert (place.device, place.num_workers, place.gpus_per_worker) == ("cuda", 1, 1)
     with pytest.raises(InputError, match="--device auto: the cluster has no CPUs and GPUs for work now"):
-        _place(request(world, tmp_path / "run", resume=True), config, joined=True)
+        placement_of(request(world, tmp_path / "run", resume=True), config, joined=True)
 
 
 @pytest.mark.slow
@@ -857,13 +850,13 @@ def test_only_nodes_with_the_label_count_for_the_device_and_the_cpus(monkeypatch
     ]
     monkeypatch.setattr("ray.nodes", lambda: nodes)
     request = TrainRequest(data="data", out="run", worker_labels={"role": "training"})
-    place = _place(request, TrainConfig(), joined=True)
+    place = placement_of(request, TrainConfig(), joined=True)
     assert (place.device, place.sizes, place.cpus) == ("cpu", (1,), 8)
-    assert _place(replace(request, worker_labels={}), TrainConfig(), joined=True).device == "cuda"
+    assert placement_of(replace(request, worker_labels={}), TrainConfig(), joined=True).device == "cuda"
     with pytest.raises(InputError, match="nodes with role=training have 8 CPUs; take fewer"):
-        _place(replace(request, num_workers=2, cpus_per_worker=6), TrainConfig(), joined=True)
+        placement_of(replace(request, num_workers=2, cpus_per_worker=6), TrainConfig(), joined=True)
     with pytest.raises(InputError, match="--device auto: nodes with role=late have no CPUs and GPUs for work now"):
-        _place(replace(request, worker_labels={"role": "late"}), TrainConfig(), joined=True)
+        placement_of(replace(request, worker_labels={"role": "late"}), TrainConfig(), joined=True)
 
 
 @pytest.mark.parametrize(("gpus", "workers"), [(4, 4), (6, 4), (12, 8), (64, 32)])
@@ -873,7 +866,9 @@ def test_a_run_takes_as_many_gpus_as_can_share_its_batch(
     caplog.set_level("INFO", logger="cluster.training.train")
     node = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": float(gpus)}}
     monkeypatch.setattr("ray.nodes", lambda: [node])
-    assert _place(TrainRequest(data="data", out="run"), TrainConfig(batch_size=32), joined=False).sizes == (workers,)
+    assert placement_of(TrainRequest(data="data", out="run"), TrainConfig(batch_size=32), joined=False).sizes == (
+        workers,
+    )
     said = f"training on {workers} of {gpus} GPUs: batch size 32 with grad_accumulation 1 cannot be divided evenly"
     assert (said in caplog.text) == (workers < gpus)
 

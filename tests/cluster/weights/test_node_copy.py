@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.evaluation.captioning import load_captioner
+from cluster.evaluation.captioners import load_captioner
 from cluster.evaluation.request import CaptionerOptions
 from cluster.generation.picture_spec import pin_t2i
 from cluster.generation.pinning import clip_spec
