@@ -14,13 +14,13 @@ from cluster.curation.rows import FindNouns, IndexRows, read_index
 from cluster.curation.rules import RULES, Context, Verdict, check_can_judge
 from cluster.dataset.beside import is_there
 from cluster.dataset.derived import lineage_source, open_source
+from cluster.dataset.environment import made_by
 from cluster.dataset.keys import CONCEPTS_KEY, MANIFEST_KEY, PLAN_KEY
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset
 from cluster.dataset.rows import read_view_part
 from cluster.dataset.view import ViewRows, write_view
 from cluster.dataset.vocabulary_files import stored_concepts
-from cluster.generation.made_by import made_by
 from cluster.store.store import open_store, read_uri
 from pcm.errors import InputError
 from pcm.text.concepts import ConceptVocabulary, lexicon_nouns, noun_finder

@@ -229,8 +229,8 @@ def _claimed(
 ) -> AbstractContextManager[Manifest | None]:
     """`claimed_alone` on Ray. Raises InputError where a node does not see the folder that its tasks write to, or those
     that they read (stores with an object of each)."""
-    from cluster.generation.reach import check_places
     from cluster.session import start_ray
+    from cluster.store.reach import check_places
 
     check = partial(check_places, (out, LINEAGE_KEY), read)
     return claimed_alone(out, lineage, materialise=request.materialise, join=start_ray, check=check)
@@ -247,7 +247,7 @@ def _on_ray(
 ) -> Manifest:
     # Torch and Ray take seconds, and a user's mistake is told before them.
     from cluster.curation.tasks import OnRay
-    from cluster.generation.pinning import device_of_cluster
+    from cluster.device import device_of_cluster
     from cluster.session import waiting_for
 
     device = device_of_cluster(request.device)

@@ -258,7 +258,7 @@ class Manifest:
     lineage: Lineage | None = None  # of a derived dataset
     versions: dict[str, str] = field(default_factory=dict)  # of the packages that made it
     #: Where it was drawn, or of a derived or imported dataset where its rows were made: each kind of machine once
-    #: (cluster.generation.environment).
+    #: (cluster.dataset.environment).
     environments: tuple[dict, ...] = ()
     made_with: MadeWith | None = None  # None: it was not drawn here, or by an earlier release
 

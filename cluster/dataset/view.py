@@ -98,7 +98,7 @@ def write_view(
     dataset that needs no other. Run it again to finish what was interrupted: shards that are there stay if they are of
     the same rows. `same_words`: the captions are all the first source's, whose words and concepts stay. run_on: one of
     cluster.shard_work.RUN_ON; the bytes are the same. made_by: the manifest's `versions` and `environments`
-    (cluster.generation.made_by).
+    (cluster.dataset.environment).
 
     The fingerprint is that of any dataset: sha256 over the sorted (sample_id, caption, seed of the picture, status,
     sha256 of the picture's bytes); shards do not matter to it. The pictures of a shard are read once, to name their

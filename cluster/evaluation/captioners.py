@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from cluster.dataset.given_features import FeatureSet
+from cluster.device import require_gpu_here
 from cluster.evaluation.request import CaptionerOptions
 from cluster.gpu_share import worker_has_gpu
 from cluster.sources.concept_file import read_concepts
@@ -35,11 +34,11 @@ def load_captioner(
     Raises InputError for a GPU that this machine does not have, a URI where no CLIP is staged, and as `Captioner.load`
     does.
     """
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "--device cuda: torch finds no GPU on this machine; leave --device out, or caption on a cluster's GPUs "
-            "(jobs.evaluate --num-workers, jobs.caption --gpus-per-worker)"
-        )
+    require_gpu_here(
+        asked.device,
+        "leave --device out, or caption on a cluster's GPUs (jobs.evaluate --num-workers, jobs.caption "
+        "--gpus-per-worker)",
+    )
     if clip is None and asked.clip is not None and is_uri(asked.clip):
         read_manifest(open_store(asked.clip))  # the CLIP itself is fetched when the first picture comes
     concepts = None if asked.concepts is None else read_concepts(asked.concepts)

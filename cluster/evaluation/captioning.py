@@ -17,8 +17,8 @@ import ray.data
 import torch
 
 from cluster.dataset.given_features import FeatureSet, load_feature_set
+from cluster.device import resolve_device
 from cluster.evaluation.captioners import device_here, load_from
-from cluster.generation.pinning import resolve_device
 from cluster.gpu_share import keep_to_shared_gpu
 from cluster.ray_state import actors_are_placed
 from cluster.session import cluster_gpus, cpus_for_each, is_joined, room_for, start_ray, user_error, waiting_for

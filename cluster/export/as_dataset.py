@@ -5,10 +5,10 @@ from typing import Any
 
 from cluster.curation.rows import read_index
 from cluster.dataset.derived import lineage_source, open_source
+from cluster.dataset.environment import made_by
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.view import write_view
 from cluster.export.request import ExportRequest
-from cluster.generation.made_by import made_by
 from cluster.store.store import Store
 from pcm.errors import InputError
 

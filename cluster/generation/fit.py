@@ -63,7 +63,7 @@ def check_memory(
     )  # fmt: skip
 
 
-def tell_of_slow_bfloat16(device: str, dtype: str, *, labels: Mapping[str, str] | None = None) -> None:
+def warn_of_slow_bfloat16_on_cluster(device: str, dtype: str, *, labels: Mapping[str, str] | None = None) -> None:
     """Warn where a new dataset is to be made in bfloat16 on GPUs, of nodes with these labels, that have none."""
     if device != "cuda" or dtype != "bfloat16":
         return

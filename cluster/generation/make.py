@@ -13,19 +13,19 @@ from cluster.dataset.documents import CorpusSource, Plan
 from cluster.dataset.plan import MAX_SHARDS, begun_plan, make_plan, refuse_other_spec
 from cluster.dataset.verify import require_plan
 from cluster.dataset.vocabularies import GivenConcepts, NounFinder
-from cluster.generation.fit import check_memory, tell_of_slow_bfloat16
+from cluster.device import device_of_cluster, resolve_dtype
+from cluster.generation.fit import check_memory, warn_of_slow_bfloat16_on_cluster
 from cluster.generation.like import check_alike, read_manifest, with_settings
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.measured import measured
 from cluster.generation.moved_models import ModelPlaces
 from cluster.generation.pilot import Prediction, run_pilot
 from cluster.generation.pilot import summary as pilot_summary
-from cluster.generation.pinning import dataset_spec, device_of_cluster, joint_dimensions, on_device, resolve_dtype
+from cluster.generation.pinning import dataset_spec, joint_dimensions, on_device
 from cluster.generation.pipeline import GenerationResult, run_pipeline
 from cluster.generation.places import pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
-from cluster.generation.reach import check_reach
 from cluster.generation.regenerate import regenerate
 from cluster.generation.request import AUTO, GenerateRequest, GenerationOptions
 from cluster.generation.retry_quarantined import parse_reason, require_finished, retry_quarantined
@@ -34,6 +34,7 @@ from cluster.options import given
 from cluster.session import start_ray
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.corpus import CorpusRecord, read_corpus, source_digest
+from cluster.store.reach import check_reach
 from cluster.store.store import Store, open_store
 from cluster.weights.node_copy import local_generator, local_spec
 from pcm import embedded
@@ -168,7 +169,9 @@ def prepare(
         check_memory(spec.generator, memory, labels=asked.node_labels, measures=measures)
     pools = pools_of_cluster(asked, device=device)
     if planned is None:
-        tell_of_slow_bfloat16(device, spec.generator.dtype, labels=asked.node_labels)  # the first machine has come
+        warn_of_slow_bfloat16_on_cluster(
+            device, spec.generator.dtype, labels=asked.node_labels
+        )  # the first machine has come
         spec, shard_size = measured(spec, pools, batch_size=asked.batch_size == AUTO, shard_size=asked.shard_size)
         if asked.shard_size is None and (enough := least(shard_size)) > shard_size:
             log.info("shards of %d samples instead, as a plan has at most %s of them", enough, f"{MAX_SHARDS:,}")

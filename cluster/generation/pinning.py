@@ -1,15 +1,15 @@
 """From the names a user gives to a spec that pins everything: revisions, device, dtype, defaults."""
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.device import resolve_device, resolve_dtype
 from cluster.generation.picture_spec import generator_spec
 from cluster.generation.request import GenerationOptions
 from cluster.options import flag, given
-from cluster.session import cluster_cpus, cluster_gpus, who_has
 from cluster.weights.hub import look_up
 from cluster.weights.node_copy import local_name
 from pcm.clip.names import HUB_PREFIX, activation_of, folder_revision, is_commit, resolve_clip_name
@@ -220,34 +220,3 @@ def _cached(repo: str, names: list[str], revision: str) -> tuple[str | None, str
             blob = Path(cached).resolve().name
             return Path(cached).parent.name, f"sha256:{blob}" if len(blob) == 64 else None
     return None, None
-
-
-def device_of_cluster(asked: str, *, before: str | None = None, labels: Mapping[str, str] | None = None) -> str:
-    """'auto' is cuda where the cluster has a GPU now, else cpu. Where it has nothing for work yet nobody can say what
-    will come: it is what the dataset was begun with `before`. Raises InputError for one that was not.
-
-    `labels`: only nodes with these count.
-    """
-    gpus = cluster_gpus(labels)
-    if asked == "auto" and not (cluster_cpus(labels) or gpus):
-        if before is not None:
-            return before
-        raise InputError(
-            f"--device auto: {who_has(labels)} no CPUs and GPUs for work now; give --device cuda or --device cpu, and "
-            "they are waited for"
-        )
-    return resolve_device(asked, cluster_gpus=gpus)
-
-
-def resolve_device(device: str, *, cluster_gpus: float) -> str:
-    """'auto' is cuda where the cluster has a GPU now, else cpu."""
-    if device != "auto":
-        return device
-    return "cuda" if cluster_gpus else "cpu"
-
-
-def resolve_dtype(dtype: str, *, device: str) -> str:
-    """'auto' is bfloat16 on a GPU, float32 on a CPU."""
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if device == "cuda" else "float32"

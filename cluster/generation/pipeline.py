@@ -17,6 +17,7 @@ from ray.actor import ActorHandle
 from cluster.dataset.clip_scores import check_gate
 from cluster.dataset.committed import CommittedShards, committed, manifest_of, summaries
 from cluster.dataset.documents import Manifest, Plan, find_whole_manifest, load_plan, store_manifest
+from cluster.dataset.environment import joined_versions, stored_environments, versions
 from cluster.dataset.keys import MANIFEST_KEY
 from cluster.dataset.vocabularies import (
     ConceptsOfShard,
@@ -29,7 +30,6 @@ from cluster.dataset.vocabularies import (
 from cluster.generation.attendant import attended
 from cluster.generation.cost import Billing
 from cluster.generation.display import Display, Room
-from cluster.generation.environment import joined_versions, stored_environments, versions
 from cluster.generation.limits import FaultPolicy, RunLimits
 from cluster.generation.pools import Pools
 from cluster.generation.progress import RunProgress, Status

@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 import ray
 
 from cluster.dataset.documents import Manifest, Plan, StoredShard, load_manifest, load_plan, read_plan_part
+from cluster.dataset.environment import drawn_in, environment, load_environment
 from cluster.dataset.keys import shard_number, stats_key
 from cluster.dataset.rows import read_shard, read_view_part
 from cluster.dataset.verify import require_plan
-from cluster.generation.environment import drawn_in, environment, load_environment
 from cluster.generation.moved_models import NOT_MOVED, ModelPlaces
 from cluster.generation.picture_spec import other_models
 from cluster.generation.places import pools_of_cluster

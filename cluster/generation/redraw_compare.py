@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.generation.environment import OWN_VERSION, differences
+from cluster.dataset.environment import OWN_VERSION, differences
 from pcm.images import open_image
 
 log = logging.getLogger(__name__)

@@ -28,6 +28,7 @@ import ray
 
 from cluster.dataset.derived import begun_settings, claimed_alone, lineage_source, open_source
 from cluster.dataset.documents import DATASET, Manifest, StoredShard, store_manifest
+from cluster.dataset.environment import made_by, tell_encoder
 from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, LINEAGE_KEY, VOCABULARY_KEY, shard_key
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset
@@ -39,13 +40,12 @@ from cluster.dataset.vocabularies import (
     run_with_clip,
 )
 from cluster.dataset.vocabulary_files import stored_concepts
-from cluster.generation.fit import tell_of_slow_bfloat16
+from cluster.device import device_of_cluster, resolve_dtype
+from cluster.generation.fit import warn_of_slow_bfloat16_on_cluster
 from cluster.generation.limits import FaultPolicy
-from cluster.generation.made_by import made_by, tell_encoder
-from cluster.generation.pinning import clip_spec, device_of_cluster, joint_dimensions, pin_clip, resolve_dtype
+from cluster.generation.pinning import clip_spec, joint_dimensions, pin_clip
 from cluster.generation.places import pools_of_cluster
 from cluster.generation.pools import Pools
-from cluster.generation.reach import check_places
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.monitor import start_monitor
 from cluster.ingest.agreement import agreement, most_different
@@ -54,6 +54,7 @@ from cluster.ingest.request import FeaturiseRequest
 from cluster.ray_state import actors_are_placed
 from cluster.session import start_ray, user_error, waiting_for
 from cluster.sources.concept_file import fitting_concepts
+from cluster.store.reach import check_places
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store, open_store
 from cluster.weights.node_copy import local_clip
@@ -177,7 +178,7 @@ def _make(
     if missing:
         pools = pools_of_cluster(device=device)
         if begun is None:
-            tell_of_slow_bfloat16(device, dtype)
+            warn_of_slow_bfloat16_on_cluster(device, dtype)
         working = _featurise_on_ray(source, out, spec, missing, pools)
     run_with_clip(store_vocabularies_of, source.store, out, spec, concepts, clip=spec)
     manifest = finish(source, out, spec, lineage)

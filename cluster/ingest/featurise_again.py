@@ -14,11 +14,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.dataset.documents import StoredShard, find_whole_manifest
+from cluster.dataset.environment import tell_encoder
 from cluster.dataset.keys import shard_key
 from cluster.dataset.opened import OpenDataset, read_corpus_ids
 from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.rows import read_shard, read_weights
-from cluster.generation.made_by import tell_encoder
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.overlap import Overlap
 from cluster.generation.stages.shard_row import ShardRow

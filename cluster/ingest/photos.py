@@ -21,6 +21,7 @@ from PIL import Image
 
 from cluster.dataset.committed import committed
 from cluster.dataset.documents import Manifest, Plan
+from cluster.dataset.environment import tell_encoder
 from cluster.dataset.parquet import read_table
 from cluster.dataset.plan import begun_plan, make_plan
 from cluster.dataset.vocabularies import (
@@ -29,23 +30,15 @@ from cluster.dataset.vocabularies import (
     stored_features,
     vocabularies_stored,
 )
-from cluster.generation.made_by import tell_encoder
-from cluster.generation.pinning import clip_spec, joint_dimensions, resolve_device, resolve_dtype
+from cluster.device import resolve_device, resolve_dtype, warn_of_slow_bfloat16_here
+from cluster.generation.pinning import clip_spec, joint_dimensions
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.stages.draw import DRAWN_SCHEMA
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow, check_picture_bytes
 from cluster.generation.stages.write import WriteShard
 from cluster.ingest.request import FeaturiseRequest
-from cluster.ingest.shards import (
-    check_gpu,
-    counts,
-    import_shards,
-    picture_size,
-    sample_row,
-    tell_of_slow_bfloat16,
-    undrawn,
-)
+from cluster.ingest.shards import check_gpu, counts, import_shards, picture_size, sample_row, undrawn
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.sources.pictures import PictureFiles, find_pictures, resolved
@@ -146,7 +139,7 @@ def _spec(request: FeaturiseRequest, *, begun: ClipSpec | None) -> DatasetSpec:
     dtype = resolve_dtype(request.dtype, device=device)
     if begun is None:
         check_gpu(device)
-        tell_of_slow_bfloat16(device, dtype)
+        warn_of_slow_bfloat16_here(device, dtype)
     return DatasetSpec(
         generator=undrawn(PHOTOS, revision=""), clip=clip_spec(request.clip, dtype=dtype, device=device, begun=begun)
     )

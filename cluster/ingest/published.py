@@ -21,27 +21,20 @@ import torch
 
 from cluster.dataset.committed import committed
 from cluster.dataset.documents import Manifest, Plan
+from cluster.dataset.environment import tell_encoder
 from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY
 from cluster.dataset.parquet import read_table
 from cluster.dataset.plan import begun_plan, make_plan
 from cluster.dataset.vocabularies import features_of_head, planned_captions, safetensors_metadata
-from cluster.generation.made_by import tell_encoder
-from cluster.generation.pinning import clip_of_given_features, clip_spec, resolve_device, resolve_dtype
+from cluster.device import resolve_device, resolve_dtype, warn_of_slow_bfloat16_here
+from cluster.generation.pinning import clip_of_given_features, clip_spec
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.stages.draw import DRAWN_SCHEMA
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.shard_row import ShardRow, check_picture_bytes
 from cluster.generation.stages.write import IMAGE_PATH, WriteShard
 from cluster.ingest.request import ImportRequest
-from cluster.ingest.shards import (
-    check_gpu,
-    counts,
-    import_shards,
-    picture_size,
-    sample_row,
-    tell_of_slow_bfloat16,
-    undrawn,
-)
+from cluster.ingest.shards import check_gpu, counts, import_shards, picture_size, sample_row, undrawn
 from cluster.sources.concept_file import read_concepts
 from cluster.sources.published_annotations import AnnotationCorpus, CaptionFile
 from cluster.sources.published_folders import PublishedFolders
@@ -222,7 +215,7 @@ def _clip_to_load(request: ImportRequest, begun: ClipSpec | None) -> ClipSpec:
     dtype = resolve_dtype(request.dtype, device=device)
     if begun is None:
         check_gpu(device)
-        tell_of_slow_bfloat16(device, dtype)
+        warn_of_slow_bfloat16_here(device, dtype)
     return clip_spec(request.clip, dtype=dtype, device=device, begun=begun)
 
 

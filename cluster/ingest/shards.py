@@ -7,14 +7,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 from cluster.dataset.committed import CommittedShards
 from cluster.dataset.documents import Manifest, Plan
+from cluster.device import require_gpu_here
 from pcm.errors import InputError
 from pcm.images import image_format_of, open_image
 from pcm.line_timer import LineTimer
-from pcm.precision import is_slow_in_bfloat16
 from pcm.spec import GeneratorSpec
 
 log = logging.getLogger(__name__)
@@ -36,21 +34,7 @@ def picture_size(picture: bytes) -> tuple[int, int]:
 
 def check_gpu(device: str) -> None:
     """Raises InputError where CLIP is to be loaded on a GPU and this machine, which alone does the work, has none."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "--device cuda: torch finds no GPU on this machine; run the job on a machine that has one, or leave "
-            "--device out and give a new --out"
-        )
-
-
-def tell_of_slow_bfloat16(device: str, dtype: str) -> None:
-    """Warn where CLIP of a new dataset is to run in bfloat16 on a GPU of this machine that has none."""
-    if dtype == "bfloat16" and is_slow_in_bfloat16(device):
-        log.warning(
-            "%s: has no bfloat16 of its own, and is slow in it; end this and give --dtype float16, for a dataset keeps "
-            "what it was begun with",
-            torch.cuda.get_device_name(),
-        )
+    require_gpu_here(device, "run the job on a machine that has one, or leave --device out and give a new --out")
 
 
 def sample_row(planned: dict, reason: str, picture: bytes, size: tuple[int, int]) -> dict:

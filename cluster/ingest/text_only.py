@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.dataset.documents import DATASET, Manifest, load_manifest, store_manifest
+from cluster.dataset.environment import made_by, tell_encoder
 from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, MANIFEST_KEY, VOCABULARIES_KEY, VOCABULARY_KEY, shard_key
 from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.rows import read_shard
 from cluster.dataset.state import state_digest
-from cluster.generation.made_by import made_by, tell_encoder
 from cluster.ingest.shards import undrawn
 from cluster.store.store import Store
 from pcm.clip.encoder import ClipEncoder

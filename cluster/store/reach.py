@@ -88,3 +88,21 @@ def _on(node: dict[str, Any]) -> Any:
 
 def _sees(path: str) -> bool:
     return os.path.exists(path)
+
+
+def check_reach(store: Store) -> None:
+    """Raises InputError for a local folder that a node does not see: what it drew would be lost with its disk.
+
+    Asked are the nodes that are there now; what works on one that comes later looks itself.
+    """
+    with marker(store) as place:
+        blind = blind_nodes(*place)
+    if blind:
+        raise InputError(f"--out {of_one_machine(store, blind)}; {SHARE_IT}")
+
+
+def check_places(out: Place, sources: Sequence[Place] = ()) -> None:
+    """The same for the folders that tasks write to, and read from: stores with an object of each."""
+    for option, (store, key) in (("--out", out), *(("--data", each) for each in sources)):
+        if blind := blind_nodes(store, key):
+            raise InputError(f"{option} {of_one_machine(store, blind)}; {SHARE_IT}")

@@ -25,12 +25,12 @@ import ray
 import ray.tune
 from ray.tune.schedulers import ASHAScheduler
 
-from cluster.generation.pinning import device_of_cluster
-from cluster.generation.reach import check_reach
+from cluster.device import device_of_cluster
 from cluster.only_job import TRAINS, only_job
 from cluster.ray_state import has_group
 from cluster.session import cluster_cpus, cluster_gpus, is_joined, is_no_user_error, start_ray, waiting_for
 from cluster.store.outputs import refuse_other_things
+from cluster.store.reach import check_reach
 from cluster.store.store import Store, join, open_store
 from cluster.sweep.request import SweepRequest
 from cluster.sweep.results import TrialResult

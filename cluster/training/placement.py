@@ -4,24 +4,14 @@ import logging
 from dataclasses import dataclass
 
 import ray.train
-import torch
 
-from cluster.generation.pinning import device_of_cluster
+from cluster.device import device_of_cluster, require_gpu_here
 from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, is_joined, room_for, who_has
 from cluster.training.config import TrainConfig
 from cluster.training.request import TrainRequest
 from pcm.errors import InputError
 
 log = logging.getLogger(__name__)
-
-
-def check_gpu_here(device: str) -> None:
-    """Raises InputError where a GPU is asked for and this machine, which is to start Ray alone, has none."""
-    if device == "cuda" and not (is_joined() or ray.is_initialized() or torch.cuda.is_available()):
-        raise InputError(
-            "--device cuda: torch finds no GPU on this machine; leave --device out, or join a cluster that has one "
-            "(RAY_ADDRESS)"
-        )
 
 
 def group_sizes(config: TrainConfig, asked: int | tuple[int, int]) -> tuple[int, ...]:
@@ -112,3 +102,9 @@ def placement_of(request: TrainRequest, config: TrainConfig, *, joined: bool, be
             f"--num-workers {workers} with {place.cpus} CPUs each: {who_has(labels)} {cpus} CPUs{split}; take fewer"
         )
     return place
+
+
+def check_gpu_here(device: str) -> None:
+    """Raises InputError where a GPU is asked for and this machine, which is to start Ray alone, has none."""
+    if not (is_joined() or ray.is_initialized()):
+        require_gpu_here(device, "leave --device out, or join a cluster that has one (RAY_ADDRESS)")

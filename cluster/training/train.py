@@ -19,7 +19,6 @@ import safetensors.torch
 
 from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, GIVEN_CONCEPTS_KEY, PLAN_KEY
 from cluster.dataset.together import Vocabularies, common_vocabularies
-from cluster.generation.reach import check_reach
 from cluster.only_job import TRAINS, only_job
 from cluster.ray_state import has_group
 from cluster.session import (
@@ -29,6 +28,7 @@ from cluster.session import (
 )
 from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.pictures import check_source, source_anywhere
+from cluster.store.reach import check_reach
 from cluster.store.store import Store, join, open_store
 from cluster.training.checkpoints import BEST, SCORE, check_checkpoints, delete_unrecorded, kept_words
 from cluster.training.config import TrainConfig, default_preset, preset

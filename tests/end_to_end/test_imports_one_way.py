@@ -56,6 +56,7 @@ ORDER = {
         "ray_state",
         "submit_size",
         "session",
+        "device",
         "options",
         "numbers",
         "charts",

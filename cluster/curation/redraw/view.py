@@ -29,6 +29,7 @@ from cluster.curation.refine_request import BEST_OF_N, RefineRequest
 from cluster.curation.rows import IndexRows, read_index
 from cluster.dataset.derived import lineage_source
 from cluster.dataset.documents import Manifest
+from cluster.dataset.environment import made_by
 from cluster.dataset.keys import MANIFEST_KEY
 from cluster.dataset.lineage import Lineage
 from cluster.dataset.opened import OpenDataset
@@ -36,7 +37,6 @@ from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.request import ShardOptions
 from cluster.dataset.rows import read_shard
 from cluster.dataset.view import ViewRows, write_view
-from cluster.generation.made_by import made_by
 from cluster.store.store import Store
 from cluster.weights.node_copy import local_spec
 from pcm.documents import document_bytes

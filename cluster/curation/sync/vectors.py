@@ -24,9 +24,9 @@ import pyarrow as pa
 
 from cluster.curation.sync.sentences import SentenceSpec, load_sentences
 from cluster.dataset.documents import Manifest, StoredShard
+from cluster.dataset.environment import tell_encoder
 from cluster.dataset.parquet import parquet_bytes, read_table
 from cluster.dataset.rows import features_of, read_shard, read_weights, scores_of
-from cluster.generation.made_by import tell_encoder
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
 from cluster.weights.node_copy import local_name

@@ -14,10 +14,10 @@ from cluster.curation.sync.sentences import SentenceSpec
 from cluster.curation.sync.settings import UNIT
 from cluster.dataset.derived import lineage_source
 from cluster.dataset.documents import Manifest
+from cluster.dataset.environment import made_by
 from cluster.dataset.lineage import Lineage, RuleCount
 from cluster.dataset.opened import OpenDataset
 from cluster.dataset.view import ViewRows, write_view
-from cluster.generation.made_by import made_by
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.reasons import CLIP_ERROR

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from cluster.dataset.documents import read_plan_part
+from cluster.dataset.environment import DRAWN_IN, environment, store_environment
 from cluster.dataset.keys import shard_key
 from cluster.dataset.plan import sample_id
-from cluster.generation.environment import DRAWN_IN, environment, store_environment
 from cluster.generation.picture_spec import refuse_other_models
 from cluster.generation.retrying import RETRIED_BY, Retry
 from cluster.generation.stages.merge import to_retry

@@ -7,9 +7,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cluster.dataset.environment import DRAWN_BEFORE_IN, DRAWN_IN, drawn_in
 from cluster.dataset.keys import quarantine_key, shard_key, stats_key
 from cluster.dataset.parquet import parquet_bytes, read_table
-from cluster.generation.environment import DRAWN_BEFORE_IN, DRAWN_IN, drawn_in
 from cluster.store.store import Store
 from pcm.records import SCHEMA_VERSION, feature_shape, in_version
 

@@ -14,6 +14,7 @@ import pytest
 from cluster.dataset import read_dataset
 from cluster.dataset.committed import committed
 from cluster.dataset.documents import load_manifest, load_plan
+from cluster.dataset.environment import store_environment
 from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, VOCABULARY_KEY, shard_key
 from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.plan import make_plan
@@ -21,7 +22,6 @@ from cluster.dataset.upgrade import upgrade
 from cluster.dataset.verify import Inspection, verify
 from cluster.export.export import export_dataset
 from cluster.export.request import FORMATS, ExportRequest
-from cluster.generation.environment import store_environment
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.regenerate import regenerate
 from cluster.generation.repair import repair

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import ray
 
+from cluster.device import device_of_cluster
 from cluster.generation import places
 from cluster.generation.display import Room, ask_cluster
-from cluster.generation.pinning import device_of_cluster
 from cluster.generation.places import TRIES, Result, in_a_generators_place, pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.generation.request import MachineOptions

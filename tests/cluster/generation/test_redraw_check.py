@@ -11,18 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.dataset import environment
 from cluster.dataset.documents import load_manifest
-from cluster.dataset.keys import MANIFEST_KEY, stats_key
-from cluster.dataset.parquet import parquet_bytes
-from cluster.dataset.request import VerifyRequest
-from cluster.generation import environment
-from cluster.generation.environment import (
+from cluster.dataset.environment import (
     DRAWN_IN,
     differences,
     joined_versions,
     store_environment,
     stored_environments,
 )
+from cluster.dataset.keys import MANIFEST_KEY, stats_key
+from cluster.dataset.parquet import parquet_bytes
+from cluster.dataset.request import VerifyRequest
 from cluster.generation.redraw_check import Chosen, batches, choose, draw_again, plans_of
 from cluster.generation.redraw_compare import ROUNDING, Again, compare, paired, pixel_difference
 from cluster.generation.stages.draw import DrawShard

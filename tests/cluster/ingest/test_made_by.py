@@ -13,11 +13,11 @@ from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest
 from cluster.curation.sync.sentences import SentenceSpec
 from cluster.dataset.documents import load_manifest
+from cluster.dataset.environment import versions
 from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, shard_key
 from cluster.export.as_dataset import export_as_dataset
 from cluster.export.export import export_dataset
 from cluster.export.request import ExportRequest
-from cluster.generation.environment import versions
 from cluster.ingest.photos import featurise_photos
 from cluster.ingest.published import import_dataset
 from cluster.ingest.request import FeaturiseRequest, ImportRequest
@@ -176,7 +176,7 @@ def assert_stays(out: Path, make: Callable[[], object], monkeypatch: pytest.Monk
     """Called once more with another processor and another release."""
     make()
     before = (out / MANIFEST_KEY).read_bytes()
-    monkeypatch.setattr("cluster.generation.environment.processor", lambda: "another CPU")
+    monkeypatch.setattr("cluster.dataset.environment.processor", lambda: "another CPU")
     monkeypatch.setattr("pcm.__version__", "9.9")
     make()
     assert (out / MANIFEST_KEY).read_bytes() == before

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cluster.generation.fit import check_memory, largest_gpu, tell_of_slow_bfloat16
+from cluster.generation.fit import check_memory, largest_gpu, warn_of_slow_bfloat16_on_cluster
 from pcm.errors import InputError
 from pcm.generation.model_memory import CONTEXT, LIVE_MAPS, ModelMemory, available_here, model_memory, refuse_too_large
 from pcm.generation.pipeline_loading import load_pipeline
@@ -93,11 +93,11 @@ def test_gpus_without_bfloat16_are_named_before_a_dataset_is_begun(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("ray.nodes", lambda: [node(1, "T4", role="generation"), node(1, "L4")])
-    tell_of_slow_bfloat16("cuda", "float16")
-    tell_of_slow_bfloat16("cpu", "bfloat16")
-    tell_of_slow_bfloat16("cuda", "bfloat16", labels={"role": "training"})
+    warn_of_slow_bfloat16_on_cluster("cuda", "float16")
+    warn_of_slow_bfloat16_on_cluster("cpu", "bfloat16")
+    warn_of_slow_bfloat16_on_cluster("cuda", "bfloat16", labels={"role": "training"})
     assert caplog.messages == []
-    tell_of_slow_bfloat16("cuda", "bfloat16")
+    warn_of_slow_bfloat16_on_cluster("cuda", "bfloat16")
     (said,) = caplog.messages
     assert said.startswith("GPUs of the cluster (T4) have no bfloat16 of their own") and "float16" in said
 

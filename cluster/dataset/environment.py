@@ -15,6 +15,7 @@ import pcm
 from cluster.store.store import Store
 from pcm.documents import document_bytes
 from pcm.errors import InputError
+from pcm.spec import ClipSpec
 
 FOLDER = "environments/"
 
@@ -130,3 +131,17 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in dict.fromkeys([*one, *other])
         if one.get(name) != other.get(name)
     ]
+
+
+def tell_encoder(out: Store, clip: ClipSpec) -> None:
+    """Put beside the rows where this process computes their features or scores. clip: with the device that it uses."""
+    store_environment(out, environment(device=clip.device, loads_models=True))
+
+
+def made_by(out: Store) -> dict[str, Any]:
+    """A manifest's `versions` and `environments`: of the processes that encoded; else of this one, without a model.
+
+    Where pictures were drawn stands in the dataset that they were taken from. Raises InputError for a damaged object.
+    """
+    found = stored_environments(out) or (environment(device="cpu", loads_models=False),)
+    return {"versions": joined_versions(found), "environments": found}
