@@ -6,6 +6,7 @@ PARTS, CLAIMS = "plan/", "planning/"
 VOCABULARY_KEY = "vocabulary.txt"
 CONCEPTS_KEY = "concepts.safetensors"
 CLIP_HEAD_KEY = "clip_head.safetensors"
+VOCABULARY_KEYS = (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY)
 VOCABULARIES_KEY = "vocabularies.json"  # of which captions the three are
 #: First object of a derived dataset: what decides its rows, so that a run that was interrupted is finished by the same
 #: command and by no other.

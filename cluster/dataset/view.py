@@ -33,10 +33,8 @@ from cluster.dataset.documents import (
     store_manifest,
 )
 from cluster.dataset.keys import (
-    CLIP_HEAD_KEY,
-    CONCEPTS_KEY,
     LINEAGE_KEY,
-    VOCABULARY_KEY,
+    VOCABULARY_KEYS,
     rows_key,
     shard_key,
 )
@@ -55,8 +53,6 @@ from pcm.records import MAX_SHARD_BYTES, SCHEMA_VERSION, STORED, VIEW_SCHEMA, Fe
 from pcm.spec import GeneratorSpec
 
 log = logging.getLogger(__name__)
-
-VOCABULARIES = (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY)
 
 _THREADS = 8
 
@@ -401,15 +397,15 @@ def _write_parts(view: ViewParts, writer: _PartWriter, work: ShardWork) -> tuple
 
 def _write_vocabularies(out: Store, sources: Sequence[OpenDataset], rows: ViewRows) -> None:
     """Those of one source as they are, so that a view is trained with the same words; of several by their rule."""
-    keys = [key for key in VOCABULARIES if all(source.store.exists(key) for source in sources)]
+    keys = [key for key in VOCABULARY_KEYS if all(source.store.exists(key) for source in sources)]
     if len(sources) == 1:
         for key in keys:
             out.write_bytes(key, sources[0].store.read_bytes(key))
-    elif len(keys) == len(VOCABULARIES):
+    elif len(keys) == len(VOCABULARY_KEYS):
         from cluster.dataset.together import vocabularies_of
 
         found = vocabularies_of(sources, rows.caption, rows=len(rows))
-        for key, data in zip(VOCABULARIES, (found.words, found.concepts, found.clip_head), strict=True):
+        for key, data in zip(VOCABULARY_KEYS, (found.words, found.concepts, found.clip_head), strict=True):
             out.write_bytes(key, data)
 
 

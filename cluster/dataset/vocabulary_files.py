@@ -6,7 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cluster.dataset.documents import Plan
-from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, GIVEN_CONCEPTS_KEY, VOCABULARIES_KEY, VOCABULARY_KEY
+from cluster.dataset.keys import (
+    CLIP_HEAD_KEY,
+    CONCEPTS_KEY,
+    GIVEN_CONCEPTS_KEY,
+    VOCABULARIES_KEY,
+    VOCABULARY_KEY,
+    VOCABULARY_KEYS,
+)
 from cluster.store.store import Store
 from pcm.errors import InputError, one_line
 from pcm.generation.names import IMPORTED, UNDRAWN
@@ -14,12 +21,10 @@ from pcm.generation.names import IMPORTED, UNDRAWN
 if TYPE_CHECKING:
     from pcm.text.concepts import ConceptVocabulary
 
-_ALL = (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY)
-
 
 def vocabulary_keys(plan: Plan) -> tuple[str, ...]:
     """Those that a dataset has once its first shard is scored."""
-    return (VOCABULARY_KEY,) if plan.spec.clip.model == "null" else _ALL
+    return (VOCABULARY_KEY,) if plan.spec.clip.model == "null" else VOCABULARY_KEYS
 
 
 def vocabulary_problems(store: Store, plan: Plan) -> dict[str, str]:
@@ -105,13 +110,13 @@ def _document_of_given(store: Store) -> dict[str, Any] | None:
 
 def unreadable_vocabularies(store: Store) -> list[str]:
     """Of those that are there what is wrong with the ones that cannot be read, a line each."""
-    there = {key: store.read_bytes(key) for key in _ALL if store.exists(key)}
+    there = {key: store.read_bytes(key) for key in VOCABULARY_KEYS if store.exists(key)}
     return [f"{key}: damaged ({why})" for key, data in there.items() if (why := _why_unreadable(key, data))]
 
 
 def check_vocabularies(store: Store) -> None:
     """Raises InputError where one cannot be read, and FileNotFoundError where it is not there."""
-    for key in _ALL:
+    for key in VOCABULARY_KEYS:
         if why := _why_unreadable(key, store.read_bytes(key)):
             raise _damaged(store, key, why)
 

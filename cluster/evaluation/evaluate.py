@@ -51,7 +51,7 @@ from pcm.text.spice import SPICE_HOME_VARIABLE, SPICE_MODELS
 log = logging.getLogger(__name__)
 
 RESULTS_KEY = "captions.json"
-METRICS_KEY = "metrics.json"
+EVALUATION_KEY = "metrics.json"
 EPOCHS_KEY = "epochs.json"  # of --every-epoch, beside a folder an epoch
 
 
@@ -146,7 +146,7 @@ def _store_captions(request: EvaluateRequest, captions: Mapping[str, str], known
         return
     store = open_store(request.out)
     store.write_bytes(RESULTS_KEY, results_json(captions, known))
-    _delete_earlier(store, METRICS_KEY)
+    _delete_earlier(store, EVALUATION_KEY)
 
 
 def _delete_earlier(store: Store, key: str) -> None:
@@ -224,7 +224,7 @@ def _evaluate_every_epoch(request: EvaluateRequest, *, spice_folder: Path | None
         document = {"metrics": summary, "request": asdict(request)}
         store = open_store(request.out)
         store.write_bytes(EPOCHS_KEY, document_bytes(document))
-        for key in (METRICS_KEY, RESULTS_KEY):  # of one checkpoint; reports would show it
+        for key in (EVALUATION_KEY, RESULTS_KEY):  # of one checkpoint; reports would show it
             _delete_earlier(store, key)
     return summary
 
@@ -361,7 +361,7 @@ def _finished(
         _store_captions(request, captions, known)
         asked = {**asdict(request), "pictures": asdict(request.pictures)}
         document = {"metrics": summary, "request": asked, "unreadable": unreadable}
-        store.write_bytes(METRICS_KEY, document_bytes(document))
+        store.write_bytes(EVALUATION_KEY, document_bytes(document))
         summary["results"] = join(store.root, RESULTS_KEY)
     return summary
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 
-from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, VOCABULARY_KEY
+from cluster.dataset.keys import CLIP_HEAD_KEY, VOCABULARY_KEY, VOCABULARY_KEYS
 from cluster.dataset.vocabulary_files import check_vocabularies, stored_concepts
 from cluster.export.published_ids import PublishedIds, published_ids
 from cluster.export.source import Source
@@ -81,7 +81,7 @@ class Official:
         self._photos = photos
 
     def prepare(self) -> dict[str, bytes]:
-        for key in (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY):
+        for key in VOCABULARY_KEYS:
             if not self._source.store.exists(key):
                 raise InputError(
                     f"{self._source.store.root}: has no {key}, as the null CLIP leaves none; "

@@ -56,7 +56,7 @@ _DECIDED_BY = {
 }
 
 
-def read_manifest(uri: str) -> Manifest:
+def read_spec_manifest(uri: str) -> Manifest:
     """A dataset.json. Raises InputError for anything else, and for a dataset that no one generator drew here."""
     if Path(uri).is_dir():
         raise InputError(f"--spec {uri}: is a folder; give its {MANIFEST_KEY}")

@@ -15,7 +15,7 @@ from cluster.dataset.verify import require_plan
 from cluster.dataset.vocabularies import GivenConcepts, NounFinder
 from cluster.device import device_of_cluster, resolve_dtype
 from cluster.generation.fit import check_memory, warn_of_slow_bfloat16_on_cluster
-from cluster.generation.like import check_alike, read_manifest, with_settings
+from cluster.generation.like import check_alike, read_spec_manifest, with_settings
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
 from cluster.generation.measured import measured
 from cluster.generation.moved_models import ModelPlaces
@@ -70,7 +70,7 @@ def generate(request: GenerateRequest) -> dict[str, Any]:
 
 
 def _prepare_like(store: Store, request: GenerateRequest, uri: str) -> "Prepared":
-    wanted, own = read_manifest(uri), set(given(request))
+    wanted, own = read_spec_manifest(uri), set(given(request))
     asked = with_settings(request, wanted, uri=uri)
 
     def check(spec: DatasetSpec) -> None:

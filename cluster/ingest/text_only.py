@@ -13,7 +13,12 @@ import pyarrow as pa
 
 from cluster.dataset.documents import DATASET, Manifest, load_manifest, store_manifest
 from cluster.dataset.environment import made_by, tell_encoder
-from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, MANIFEST_KEY, VOCABULARIES_KEY, VOCABULARY_KEY, shard_key
+from cluster.dataset.keys import (
+    MANIFEST_KEY,
+    VOCABULARIES_KEY,
+    VOCABULARY_KEYS,
+    shard_key,
+)
 from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.rows import read_shard
 from cluster.dataset.state import state_digest
@@ -46,7 +51,7 @@ def text_only_dataset(source: Store, out: Store, encoder: ClipEncoder) -> Manife
         out.write_bytes(shard_key(number), data)
         entry = {"key": shard_key(number), "rows": stored.rows, "quarantined": manifest.shards[number]["quarantined"]}
         shards.append({**entry, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)})
-    for key in (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY, VOCABULARIES_KEY):
+    for key in (*VOCABULARY_KEYS, VOCABULARIES_KEY):
         if source.exists(key):
             out.write_bytes(key, source.read_bytes(key))
     tell_encoder(out, replace(spec.clip, device=encoder.device.type))

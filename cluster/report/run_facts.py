@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.evaluation.evaluate import EPOCHS_KEY, epoch_folder
-from cluster.evaluation.evaluate import METRICS_KEY as EVALUATION_KEY
+from cluster.evaluation.evaluate import EPOCHS_KEY, EVALUATION_KEY, epoch_folder
 from cluster.report.dataset_facts import in_parallel
 from cluster.store.store import Store, join, open_store
 from cluster.training.config import DATASET_SIZES, TRAINING_PRESETS, TrainConfig

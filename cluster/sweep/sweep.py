@@ -60,7 +60,7 @@ from cluster.training.request import TrainRequest
 from cluster.training.run_record import (
     BEGINNING,
     REFERENCES_SHA256,
-    VOCABULARIES,
+    VOCABULARIES_FIELD,
     beginning,
     same_clip,
     same_validation,
@@ -270,8 +270,8 @@ def _check_out(out: Store, document: dict[str, Any], *, resume: bool) -> dict[st
         if not resume:
             raise InputError(f"{out.root}: holds a sweep; add --resume to continue it, or give another --out")
         was, now = _comparable(previous), _comparable(document)
-        if VOCABULARIES not in previous["run"]:  # of a release that did not record them
-            now = {name: value for name, value in now.items() if not name.startswith(f"run.{VOCABULARIES}.")}
+        if VOCABULARIES_FIELD not in previous["run"]:  # of a release that did not record them
+            now = {name: value for name, value in now.items() if not name.startswith(f"run.{VOCABULARIES_FIELD}.")}
         changed = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
         changed += [name for name, is_other in others.items() if is_other]
         if changed:

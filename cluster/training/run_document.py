@@ -21,10 +21,10 @@ from cluster.training.request import TrainRequest
 from cluster.training.run_record import (
     INIT_FROM,
     REFERENCES_SHA256,
-    VOCABULARIES,
+    VOCABULARIES_FIELD,
     beginning,
-    joined_versions,
     recorded_validation,
+    run_versions,
     same_clip,
     same_validation,
 )
@@ -59,7 +59,12 @@ def previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
         )
     with _intact_config(out):
         TrainConfig.from_dict(previous["train"])
-        recorded_validation(previous), _rows(previous), joined_versions(previous), dict(previous.get(VOCABULARIES, {}))
+        (
+            recorded_validation(previous),
+            _rows(previous),
+            run_versions(previous),
+            dict(previous.get(VOCABULARIES_FIELD, {})),
+        )
         begun_from(previous)
         dict(previous.get("clip", {}))
     if not resume:
@@ -123,11 +128,11 @@ def run_document(
         "datasets": _described(sets, config, previous),
         "validation": asdict(source_anywhere(request.validation)) if request.validation else None,
         REFERENCES_SHA256: references_sha256(request.validation) if request.validation else None,
-        VOCABULARIES: {
+        VOCABULARIES_FIELD: {
             "words": hashlib.sha256(vocabularies.words).hexdigest(),
             "concepts": hashlib.sha256(vocabularies.concepts).hexdigest(),
         },
-        "versions": joined_versions(previous or {}),
+        "versions": run_versions(previous or {}),
         **beginning(previous),
     }
 
@@ -172,8 +177,8 @@ def refuse_other_run(out: Store, previous: dict[str, Any], document: dict[str, A
     concepts = [each.get("concepts", {}).get("sha256", "the dataset's own") for each in (previous, document)]
     if concepts[0] != concepts[1]:
         differences["concepts"] = f"{concepts[0][:17]} -> {concepts[1][:17]}"
-    for name, sha256 in document[VOCABULARIES].items():
-        if (was := previous.get(VOCABULARIES, {}).get(name, sha256)) != sha256:
+    for name, sha256 in document[VOCABULARIES_FIELD].items():
+        if (was := previous.get(VOCABULARIES_FIELD, {}).get(name, sha256)) != sha256:
             differences.setdefault(name, f"{was[:17]} -> {sha256[:17]}")
     begun = [begun_from(each)[1] or "random weights" for each in (previous, document)]
     if begun[0] != begun[1]:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 #: In config.json: of the file of references of validation. Runs of releases that did not record it have none.
 REFERENCES_SHA256 = "references_sha256"
 #: In config.json: the sha256 of words and concepts. Runs of releases that did not record it have none.
-VOCABULARIES = "vocabularies"
+VOCABULARIES_FIELD = "vocabularies"
 #: In config.json: of a run that began with the weights of a captioner, where that was and the sha256 of its weights.
 INIT_FROM = "init_from"
 #: In config.json: of the beginning of a run, a random name by which trackers tell it from others that began at a place
@@ -33,7 +33,7 @@ def beginning(previous: Mapping[str, Any] | None) -> dict[str, str]:
     return {BEGINNING: str(previous[BEGINNING])} if BEGINNING in previous else {}
 
 
-def joined_versions(previous: Mapping[str, Any]) -> dict[str, str]:
+def run_versions(previous: Mapping[str, Any]) -> dict[str, str]:
     """The installed ones, after those with which the run was made so far: "2.10.0 and 2.11.0"."""
     # Of this code, not of an installed package's metadata: a submitted job brings its own.
     found = {"pcmnet-ray": pcm.__version__, "torch": version("torch"), "ray": version("ray")}

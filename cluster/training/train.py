@@ -48,7 +48,7 @@ from cluster.training.run_document import (
     run_document,
 )
 from cluster.training.run_record import (
-    VOCABULARIES,
+    VOCABULARIES_FIELD,
     warn_of_moved_pictures,
 )
 from cluster.training.run_spec import RunSpec
@@ -245,7 +245,7 @@ def _initial(request: TrainRequest, out: Store, previous: dict[str, Any] | None)
     if named is None:
         return None
     if sha256 is not None and before is not None and open_store(named).address == open_store(before).address:
-        words = kept_words(out, sha256=(previous or {}).get(VOCABULARIES, {}).get("words"))
+        words = kept_words(out, sha256=(previous or {}).get(VOCABULARIES_FIELD, {}).get("words"))
         if words is not None:
             return InitialCaptioner(before, open_store(before).address, sha256, words, None, is_read=False)
     return read_initial(named)

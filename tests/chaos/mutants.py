@@ -70,7 +70,7 @@ MUTANTS = (
     ),
     Mutant(
         "redraw: what a budget buys is found once",
-        "cluster/curation/redraw/view.py", "found = json.loads(out.read_bytes(PLAN_KEY))", "raise FileNotFoundError",
+        "cluster/curation/redraw/view.py", "found = json.loads(out.read_bytes(REDRAW_PLAN_KEY))", "raise FileNotFoundError",
         ("tests/cluster/curation/test_redraw.py::test_what_a_budget_buys_is_found_once",),
     ),
     Mutant(

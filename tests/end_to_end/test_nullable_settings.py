@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.dataset.keys import MANIFEST_KEY
-from cluster.generation.like import read_manifest, with_spec
+from cluster.generation.like import read_spec_manifest, with_spec
 from cluster.generation.pinning import dataset_spec
 from cluster.generation.request import GenerateRequest
 from cluster.store.store import open_store
@@ -83,4 +83,4 @@ def test_the_report_says_that_the_guidance_is_the_pipelines_own(
 def test_it_can_be_drawn_like_another(data: Path, asked: GenerateRequest, spec: DatasetSpec) -> None:
     like = GenerateRequest(corpus=asked.corpus, out="out", spec=f"{open_store(data).root}/{MANIFEST_KEY}")
     assert like.spec is not None
-    assert dataset_spec(with_spec(like, read_manifest(like.spec).spec), gpus=0) == spec
+    assert dataset_spec(with_spec(like, read_spec_manifest(like.spec).spec), gpus=0) == spec

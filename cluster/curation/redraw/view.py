@@ -47,7 +47,7 @@ from pcm.spec import DatasetSpec, GeneratorSpec
 
 log = logging.getLogger(__name__)
 
-PLAN_KEY = "redraws/plan.json"
+REDRAW_PLAN_KEY = "redraws/plan.json"
 ATTEMPTS_KEY = "attempts.parquet"
 
 
@@ -113,14 +113,14 @@ def keep_plan(source: OpenDataset, out: Store, request: RefineRequest, rows: int
 def kept_plan(out: Store) -> dict[str, Any] | None:
     """What stands on the store; None before the first time. Raises InputError where that is damaged."""
     try:
-        found = json.loads(out.read_bytes(PLAN_KEY))
+        found = json.loads(out.read_bytes(REDRAW_PLAN_KEY))
         if type(found["pictures"]) is not int:
             raise TypeError(f"pictures is {found['pictures']!r}")
         return found
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, LookupError):
-        raise InputError(f"{out.root}/{PLAN_KEY}: damaged; give another --out") from None
+        raise InputError(f"{out.root}/{REDRAW_PLAN_KEY}: damaged; give another --out") from None
 
 
 def _plan(source: OpenDataset, request: RefineRequest, rows: int) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def redraw_view(
     scores = Scores.of(rows.clip_score)
     if "expected_gain" not in planned:
         planned = planned | _prediction(scores, asked, planned["seconds_per_picture"])
-        out.write_bytes(PLAN_KEY, document_bytes(planned))
+        out.write_bytes(REDRAW_PLAN_KEY, document_bytes(planned))
     _say_prediction(planned, scores)
     rounds: list[Drawn] = []
     curve = [_point(scores, 0, 0, None)]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.dataset.documents import Manifest, Plan, StoredShard
-from cluster.dataset.keys import CLIP_HEAD_KEY, CONCEPTS_KEY, MANIFEST_KEY, PLAN_KEY, VOCABULARY_KEY
+from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, VOCABULARY_KEYS
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.state import state_digest
 from cluster.dataset.together import check_same_clip
@@ -54,7 +54,7 @@ def open_training_sets(sources: Sequence[DataSource], *, unfinished: bool = Fals
         manifest = found.manifest
         if not manifest.stored:
             raise InputError(f"{store.root}: holds no stored pair; generate a dataset with some first")
-        for key in (VOCABULARY_KEY, CONCEPTS_KEY, CLIP_HEAD_KEY):
+        for key in VOCABULARY_KEYS:
             if not store.exists(key):
                 null = (
                     " (a dataset of the null generator has no features)" if manifest.spec.clip.model == "null" else ""

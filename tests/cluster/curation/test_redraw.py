@@ -19,13 +19,12 @@ import pytest
 
 from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest
-from cluster.curation.redraw.view import ATTEMPTS_KEY, PLAN_KEY, check_attempts, dry_run
+from cluster.curation.redraw.view import ATTEMPTS_KEY, REDRAW_PLAN_KEY, check_attempts, dry_run
 from cluster.curation.refine import refine
 from cluster.curation.refine_request import RefineRequest
 from cluster.dataset import read_dataset
 from cluster.dataset.documents import load_manifest
-from cluster.dataset.keys import MANIFEST_KEY, stats_key
-from cluster.dataset.keys import PLAN_KEY as PLAN
+from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, stats_key
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.verify import verify
@@ -156,7 +155,7 @@ def test_a_redraw_spends_its_budget_in_rounds_and_says_what_they_gained(dataset:
     assert facts["mean_score_before"] == pytest.approx(means[0]) and facts["mean_score_after"] == means[-1]
     rows = [row.clip_score for row in read_dataset(tmp_path / "out")]
     assert sum(map(float, rows)) / len(rows) == pytest.approx(means[-1], abs=1e-6)
-    planned = json.loads((tmp_path / "out" / PLAN_KEY).read_bytes())
+    planned = json.loads((tmp_path / "out" / REDRAW_PLAN_KEY).read_bytes())
     assert planned["pictures"] == 14 and planned["expected_gain"] > 0 and planned["expected_seconds"] > 0
     for number in range(2):
         proof = verify(open_store(tmp_path / "out" / "redraws" / f"round-{number:03d}"))
@@ -214,7 +213,7 @@ def test_what_a_budget_buys_is_found_once(dataset: Path, tmp_path: Path, monkeyp
 def test_a_round_that_was_changed_from_outside_is_named(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         redraw_in_process(dataset, tmp_path / "out", rounds_until_killed=1, **REDRAW)
-    plan = tmp_path / "out" / "redraws" / "round-000" / PLAN
+    plan = tmp_path / "out" / "redraws" / "round-000" / PLAN_KEY
     document = json.loads(plan.read_bytes())
     document["corpus_fingerprint"] = document["segments"][0]["corpus_fingerprint"] = "another"
     plan.write_text(json.dumps(document))

@@ -20,7 +20,7 @@ from cluster.only_job import MAKES, only_job
 from cluster.store.store import open_store
 from cluster.training.request import TrainRequest
 from cluster.training.run_document import refuse_other_run
-from cluster.training.run_record import VOCABULARIES
+from cluster.training.run_record import VOCABULARIES_FIELD
 from cluster.training.train import planned_run
 from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
@@ -149,7 +149,7 @@ def test_training_takes_concepts_of_a_file_and_says_so_in_its_config(world: Path
     own = planned_run(dataclasses.replace(request, concepts=None), cpus=1)
     assert "concepts" not in own.document and own.config.model.num_concepts != len(NAMES)
     for document, previous in ((run.document, own.document), (own.document, run.document)):
-        of_earlier_release = {name: value for name, value in previous.items() if name != VOCABULARIES}
+        of_earlier_release = {name: value for name, value in previous.items() if name != VOCABULARIES_FIELD}
         with pytest.raises(InputError, match=r"was begun otherwise .*[( ]concepts: "):
             refuse_other_run(open_store(tmp_path), json.loads(json.dumps(of_earlier_release)), document)
     refuse_other_run(open_store(tmp_path), json.loads(json.dumps(run.document)), run.document)

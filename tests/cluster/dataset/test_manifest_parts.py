@@ -20,7 +20,7 @@ from cluster.dataset.shard_entries import ShardEntries
 from cluster.dataset.verify import Inspection, verify
 from cluster.export.export import export_dataset
 from cluster.export.request import ExportRequest
-from cluster.generation.like import read_manifest
+from cluster.generation.like import read_spec_manifest
 from cluster.generation.pipeline import write_manifest
 from cluster.generation.repair import repair
 from cluster.shard_work import RAY
@@ -96,7 +96,7 @@ def test_jobs_read_a_dataset_with_parts_as_any_other(listed: Path, in_parts: Pat
     assert len(open_dataset(open_store(in_parts)).shards) == SHARDS
     captions = [[row.caption for row in read_dataset(data, columns=["caption"])] for data in (listed, in_parts)]
     assert captions[0] == captions[1] and len(captions[0]) == 24
-    assert read_manifest(str(in_parts / MANIFEST_KEY)).spec == null_spec()
+    assert read_spec_manifest(str(in_parts / MANIFEST_KEY)).spec == null_spec()
 
 
 def test_tasks_verify_a_dataset_with_parts(ray_session: None, listed: Path, in_parts: Path) -> None:

@@ -19,7 +19,7 @@ from cluster.generation import make
 from cluster.generation.like import (
     OF_CORPUS,
     check_alike,
-    read_manifest,
+    read_spec_manifest,
     settings_of,
     with_settings,
     with_spec,
@@ -131,18 +131,18 @@ def test_another_model_has_its_own_revision(spec: DatasetSpec) -> None:
 def test_what_is_no_manifest_of_drawn_pictures_is_refused(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text("{}")
     with pytest.raises(InputError, match=r"--spec .*dataset\.json: "):
-        read_manifest(str(tmp_path / "dataset.json"))
+        read_spec_manifest(str(tmp_path / "dataset.json"))
     with pytest.raises(InputError, match=r"--spec .*: is a folder; give its dataset\.json$"):
-        read_manifest(str(tmp_path))
+        read_spec_manifest(str(tmp_path))
     (tmp_path / "config.json").write_text('{"train": {"epochs": 1}}')
     with pytest.raises(InputError, match=r"^--spec [^ ]*config\.json: is no dataset\.json; give that of a dataset$"):
-        read_manifest(str(tmp_path / "config.json"))
+        read_spec_manifest(str(tmp_path / "config.json"))
     make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path), null_spec())
     document = json.loads((tmp_path / "data" / MANIFEST_KEY).read_bytes())
     document["spec"]["generator"]["model"] = "photos"
     (tmp_path / "dataset.json").write_text(json.dumps(document))
     with pytest.raises(InputError, match=r"were not drawn by one generator here \(photos\)"):
-        read_manifest(str(tmp_path / "dataset.json"))
+        read_spec_manifest(str(tmp_path / "dataset.json"))
     with pytest.raises(InputError, match="--spec, --preset: give one of the two"):
         asked(preset="synthimgcap_coco")
 
@@ -228,7 +228,7 @@ def test_a_view_says_what_it_was_made_of(karpathy: Path, tmp_path: Path, caplog:
     make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path), null_spec())
     curate(CurateRequest(data=(str(tmp_path / "data"),), out=str(tmp_path / "view"), max_words=99))
     uri = str(tmp_path / "view" / MANIFEST_KEY)
-    assert with_settings(asked_of(karpathy), read_manifest(uri), uri=uri).shard_size is None
+    assert with_settings(asked_of(karpathy), read_spec_manifest(uri), uri=uri).shard_size is None
     assert f"jobs.curate derived it from {tmp_path / 'data'}, whose dataset.json may say more; it does" in caplog.text
     assert "earlier release" not in caplog.text
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cluster.dataset.documents import load_manifest
 from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, stats_key
-from cluster.evaluation.evaluate import METRICS_KEY as METRICS_FILE
+from cluster.evaluation.evaluate import EVALUATION_KEY
 from cluster.evaluation.experiments import comparison
 from cluster.evaluation.request import EvaluateRequest
 from cluster.report import dataset_facts
@@ -99,7 +99,7 @@ def write_evaluation(folder: Path, world: Path) -> None:
     request = EvaluateRequest(**pictures(world), checkpoint=str(world / "run"), experiment="coco_b32")
     asked = {**dataclasses.asdict(request), "pictures": dataclasses.asdict(request.pictures)}
     document = {"metrics": metrics | {"paper": comparison("coco_b32", metrics)}, "request": asked}
-    open_store(str(folder)).write_bytes(METRICS_FILE, json.dumps(document).encode())
+    open_store(str(folder)).write_bytes(EVALUATION_KEY, json.dumps(document).encode())
 
 
 def write_sweep(folder: Path) -> None:
@@ -248,10 +248,10 @@ def test_training_is_shown_by_epoch_with_its_best(whole: Page, world: Path) -> N
 def test_metrics_stand_beside_the_papers_where_an_experiment_applies(whole: Page, world: Path, tmp_path: Path) -> None:
     shown = part(whole, world, "metrics").text
     assert all(said in shown for said in ("125.0", "103.8", "37.5", "31.5", "12.5", "coco_b32", "not available"))
-    plain, document = tmp_path / "evaluation", json.loads((world / "evaluation" / METRICS_FILE).read_text())
+    plain, document = tmp_path / "evaluation", json.loads((world / "evaluation" / EVALUATION_KEY).read_text())
     del document["metrics"]["paper"]
     plain.mkdir()
-    (plain / METRICS_FILE).write_text(json.dumps(document))
+    (plain / EVALUATION_KEY).write_text(json.dumps(document))
     make_report(ReportRequest(out=str(tmp_path / "r.html"), evaluation=str(plain)))
     text = Page((tmp_path / "r.html").read_text()).text
     assert "No experiment of the paper" in text and "103.8" not in text
@@ -263,23 +263,23 @@ def evaluation_page(folder: Path, tmp_path: Path) -> str:
 
 
 def test_metrics_are_said_to_be_of_what_was_scored(world: Path, tmp_path: Path) -> None:
-    document = json.loads((world / "evaluation" / METRICS_FILE).read_text())
+    document = json.loads((world / "evaluation" / EVALUATION_KEY).read_text())
     document["metrics"]["domains"] = {"in-domain": {"CIDEr": None, "n": 1}, "near-domain": {"CIDEr": 0.875, "n": 4}}
-    (tmp_path / METRICS_FILE).write_text(json.dumps(document))
+    (tmp_path / EVALUATION_KEY).write_text(json.dumps(document))
     text = evaluation_page(tmp_path, tmp_path)
     assert "87.5 (4)" in text and "in-domain" not in text and "beam search 3" in text
     document["request"] |= {"results": "theirs.json"}
     document["metrics"]["domains"] = {"in-domain": {"CIDEr": None, "n": 1}}
-    (tmp_path / METRICS_FILE).write_text(json.dumps(document))
+    (tmp_path / EVALUATION_KEY).write_text(json.dumps(document))
     text = evaluation_page(tmp_path, tmp_path)
     assert "on 5 captions of theirs.json." in text and "beam search" not in text and "by domain" not in text
 
 
 def test_of_an_evaluation_of_every_epoch_the_best_is_shown(world: Path, tmp_path: Path) -> None:
     for epoch, cider in ((1, 0.5), (3, 0.75)):
-        document = json.loads((world / "evaluation" / METRICS_FILE).read_text())
+        document = json.loads((world / "evaluation" / EVALUATION_KEY).read_text())
         document["metrics"]["CIDEr"] = cider
-        open_store(tmp_path / f"epoch-{epoch:03d}").write_bytes(METRICS_FILE, json.dumps(document).encode())
+        open_store(tmp_path / f"epoch-{epoch:03d}").write_bytes(EVALUATION_KEY, json.dumps(document).encode())
     (tmp_path / "epochs.json").write_text(json.dumps({"metrics": {"best": {"epoch": 3}}}))
     assert "The best epoch by CIDEr is 3. CIDEr 75.0 on 5 pictures" in evaluation_page(tmp_path, tmp_path)
     (tmp_path / "epochs.json").write_text(json.dumps({"metrics": {"best": None}}))

@@ -45,7 +45,7 @@ from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labe
 from cluster.training.reporting import LossLog
 from cluster.training.request import TrainRequest, parse_worker_label
 from cluster.training.run_document import previous_run, refuse_other_run
-from cluster.training.run_record import joined_versions, same_clip, same_validation, warn_of_moved_pictures
+from cluster.training.run_record import run_versions, same_clip, same_validation, warn_of_moved_pictures
 from cluster.training.run_spec import RunSpec
 from cluster.training.train import TrainingFailed, _summary, planned_run, train
 from cluster.training.worker import build_network, set_up_worker
@@ -497,7 +497,7 @@ def test_a_resume_fetches_no_staged_clip_to_compare_it_and_a_finished_run_needs_
 def test_a_run_goes_on_with_its_words_and_concepts_alone_and_keeps_its_versions(world: Path, tmp_path: Path) -> None:
     document = planned_run(request(world, tmp_path / "run"), cpus=1).document
     now = document["versions"]["torch"]
-    assert [joined_versions({"versions": {"torch": torch}})["torch"] for torch in ("1.0", f"1.0 and {now}", now)] == [
+    assert [run_versions({"versions": {"torch": torch}})["torch"] for torch in ("1.0", f"1.0 and {now}", now)] == [
         f"1.0 and {now}", f"1.0 and {now}", now,
     ]  # fmt: skip
     out = open_store(tmp_path)
