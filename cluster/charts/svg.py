@@ -124,7 +124,6 @@ def line_chart(
     x_label: str,
     y_label: str = "",
     from_zero: bool = False,
-    marks: Sequence[Mark] = (),
     best: tuple[float, float] | None = None,
     whole_x: bool = False,
     legend: bool = True,
@@ -139,7 +138,6 @@ def line_chart(
     x = Scale(min(xs), max(xs), _LEFT, WIDTH - _RIGHT)
     y = Scale(min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)), HEIGHT - _BOTTOM, _TOP)
     drawn: list[Node] = [_frame(x, y, x_ticks, y_ticks, x_label=x_label, y_label=y_label)]
-    drawn += [_mark(x, mark) for mark in marks]
     for line in lines:
         places = [(x(a), y(b)) for a, b in line.points]
         if line.area:

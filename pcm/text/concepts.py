@@ -83,7 +83,6 @@ class ConceptVocabulary:
         size: int = CONCEPTS,
         at_least: int = 5,
         min_count: int = 1,
-        templates: Sequence[str] = TEMPLATES,
         nouns: str = LEXICON_NOUNS,
     ) -> ConceptVocabulary:
         """The `size` most frequent nouns of the captions, or as many as there are; never padded.
@@ -99,7 +98,7 @@ class ConceptVocabulary:
                 f"only {len(names)} different nouns occur {min_count} times or more in the captions ({source}), "
                 f"but the model picks {at_least} concepts a picture: give more captions or ask for fewer concepts"
             )
-        return cls(names, embed(names, encoder.encode_texts, templates=templates), source)
+        return cls(names, embed(names, encoder.encode_texts), source)
 
     @classmethod
     def load(cls, path: str | Path) -> ConceptVocabulary:
@@ -156,13 +155,11 @@ class ConceptVocabulary:
             raise InputError(f"not a concept vocabulary in safetensors ({type(error).__name__}: {error})") from error
 
 
-def embed(
-    names: Sequence[str], encode_texts: Callable[[list[str]], np.ndarray], *, templates: Sequence[str] = TEMPLATES
-) -> np.ndarray:
-    """Concept embeddings (C, D) float32: the normalised mean over templates of normalised text features."""
-    texts = [template.format(name) for name in names for template in templates]
+def embed(names: Sequence[str], encode_texts: Callable[[list[str]], np.ndarray]) -> np.ndarray:
+    """Concept embeddings (C, D) float32: the normalised mean over TEMPLATES of normalised text features."""
+    texts = [template.format(name) for name in names for template in TEMPLATES]
     features = _unit_rows(encode_texts(texts))
-    features = features.reshape(len(names), len(templates), features.shape[1])  # (C, templates, D)
+    features = features.reshape(len(names), len(TEMPLATES), features.shape[1])  # (C, templates, D)
     return _unit_rows(features.mean(axis=1))  # (C, D)
 
 

@@ -228,7 +228,6 @@ SECOND = Domain(
     },
 )
 DOMAINS = {domain.name: domain for domain in (FIRST, SECOND)}
-UNSEEN_STYLE = FIRST.unseen_style  # used by nothing but the "real photos" of the first domain's test sets
 
 
 @dataclass(frozen=True)
