@@ -323,7 +323,7 @@ def _as_arguments(value: Any) -> Any:
     if isinstance(value, bool):
         return value
     if isinstance(value, dict):
-        return [f"{name}={_text(item)}" for name, item in value.items()]
+        return [_text(f"{name}={_text(item)}") for name, item in value.items()]
     if isinstance(value, list):
         return [_text(item) for item in value]
     return _text(value)

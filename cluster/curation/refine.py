@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.curation.refine_request import SYNC, RefineRequest
 from cluster.curation.sync.sentences import SentenceSpec, resolve_sentences
@@ -29,9 +29,6 @@ from pcm.clip.names import folder_revision, is_known, refuse_place, resolve_clip
 from pcm.errors import InputError
 from pcm.generation.names import TEXT_ONLY
 from pcm.spec import DIGEST, DatasetSpec
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cluster.dataset.documents import Manifest, find_manifest
+from cluster.dataset.documents import Manifest, OtherSchema, find_manifest
 from cluster.dataset.keys import LINEAGE_KEY, MANIFEST_KEY, shard_number
 from cluster.dataset.lineage import Lineage, LineageSource
 from cluster.dataset.opened import OpenDataset, open_dataset
@@ -152,6 +152,8 @@ def begun(out: Store, document: dict) -> Manifest | None:
         )
     try:
         return find_manifest(out)
+    except OtherSchema:  # it says much, to another release
+        raise
     except InputError as error:
         log.warning("%s; it is written again", error)
         return None

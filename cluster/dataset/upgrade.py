@@ -54,7 +54,8 @@ def upgrade(store: Store) -> dict:
     shards = [shard for shard in range(plan.num_shards) if shard in made]
     with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
         outcomes = list(pool.map(lambda shard: _upgrade_shard(store, shard, features), shards))
-    made.forget(shards)
+    if any(outcomes):
+        made.forget(shards)
     damaged = [shard for shard, outcome in zip(shards, outcomes, strict=True) if outcome is None]
     if damaged:
         raise InputError(
@@ -62,6 +63,7 @@ def upgrade(store: Store) -> dict:
             "run jobs.verify DATASET --repair, then --upgrade again"
         )
     if manifest and (upgraded := _upgraded(store, manifest)) != manifest:
+        made.forget(shards)  # they may be of a run between two tries
         store_manifest(store, upgraded)
     return {"schema_version": SCHEMA_VERSION, "upgraded": outcomes.count(True)}
 

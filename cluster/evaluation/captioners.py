@@ -71,7 +71,7 @@ def load_from(
                 if hashlib.sha256((folder / MODEL_FILE).read_bytes()).hexdigest() != sha256:
                     raise InputError(
                         f"checkpoint {checkpoint}: was replaced while it was evaluated, as by its run, which still "
-                        "trains; evaluate one under its checkpoints/, or run the same command again"
+                        "trains; evaluate a copy of the folder, or run the same command again"
                     )
         return captioner
 

@@ -15,6 +15,7 @@ from cluster.dataset.request import VerifyRequest
 from cluster.dataset.verify import Inspection, inspect
 from cluster.dataset.vocabularies import vocabularies_stored
 from cluster.dataset.vocabulary_files import refuse_rebuilding
+from cluster.generation.limits import FaultPolicy
 from cluster.generation.moved_models import NOT_MOVED, ModelPlaces
 from cluster.generation.pipeline import run_pipeline
 from cluster.generation.places import pools_of_cluster
@@ -109,7 +110,8 @@ def repair_dataset(
         if redo and is_retried:  # one may be damaged because the retry was killed: whole again, it is tried once more
             run_pipeline(store, plan, pools, shards=redo, redo=redo)
             redo = []
-        run_pipeline(store, plan, pools, redo=redo)
+        # What fails once more stays quarantined: a repair ends the retry whatever share of it fails.
+        run_pipeline(store, plan, pools, redo=redo, faults=FaultPolicy(max_error_share=1.0) if is_retried else None)
 
     def check_prompts(spec: DatasetSpec) -> Callable[[str], bool]:
         return truncation_check(local_spec(here or spec))

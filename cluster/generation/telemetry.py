@@ -82,7 +82,8 @@ class Telemetry:
 
     def _update(self, status: Status) -> None:
         recent = status.recent_images_per_second
-        rate = status.images_per_second if recent is None else recent
+        # A batch may take longer than a minute: only of a run that stands still is it 0.
+        rate = recent if recent or status.stalled else status.images_per_second
         if rate is not None:
             self._rate.set(rate, self._tags)
         if status.eta_seconds is not None:

@@ -52,6 +52,7 @@ from cluster.sweep.trial import (
 )
 from cluster.training.config import TrainConfig
 from cluster.training.data.mixture import TrainingSet, open_training_sets
+from cluster.training.feed import DataChanged
 from cluster.training.placement import check_gpu_here
 from cluster.training.ray_storage import ray_storage
 from cluster.training.ray_trainer import MEMORY_KEPT
@@ -77,6 +78,19 @@ log = logging.getLogger(__name__)
 SWEEP_KEY = "sweep.json"
 #: Shards are shared through Ray's object store if they take at most this part of it.
 SHARED_PART = 0.6
+
+
+class _UntilDataChanges(ray.tune.Stopper):
+    """Ends a sweep whose data is no longer what it began on: other trials would be compared over other data."""
+
+    def __init__(self, recorder: "_Recorder") -> None:
+        self._recorder = recorder
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return bool(self._recorder.data_changed)
 
 
 class SweepFailed(Exception):
@@ -137,7 +151,7 @@ def _sweep_on_ray(
     space: Mapping[str, Any],
     settings: list[dict[str, Any]],
 ) -> list[TrialResult]:
-    """The results of all trials."""
+    """The results of all trials. Raises DataChanged."""
     gpus = request.gpus_per_trial if run.device == "cuda" else 0.0
     shared = SweepRun(out=run.out, run=run, tables=_tables(sets))
     recorder = _Recorder(out, epochs=run.config.epochs, total=len(settings) or (request.trials or 0))
@@ -163,11 +177,14 @@ def _sweep_on_ray(
             **ray_storage(out),
             failure_config=ray.tune.FailureConfig(max_failures=TrainRequest.max_failures),
             callbacks=[recorder],
+            stop=_UntilDataChanges(recorder),
             verbose=0,
         ),
     )
     with waiting_for(cpus=request.cpus_per_trial, gpus=gpus, placed=has_group):
         tuner.fit()
+    if recorder.data_changed:
+        raise DataChanged(recorder.data_changed)
     return recorder.results()
 
 
@@ -338,6 +355,7 @@ class _Recorder(ray.tune.Callback):
         self._out, self._epochs, self._total = out, epochs, total
         self._history: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self._results: dict[str, TrialResult] = {}
+        self.data_changed = ""  # how a trial said that the data is no longer what the sweep began on
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
         history = self._history[trial.trial_id]
@@ -365,10 +383,12 @@ class _Recorder(ray.tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Said here, for of a user's error Ray's own traceback is left out."""
+        self._look_for_changed_data(trial)
         log.warning("a trial is tried again: %s (%s)", _why(trial), _settings_text(trial.config[OVERRIDES]))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Nothing is recorded: --resume tries it again."""
+        self._look_for_changed_data(trial)
         history = self._history[trial.trial_id]
         self._add(
             TrialResult(
@@ -379,6 +399,10 @@ class _Recorder(ray.tune.Callback):
                 seconds=math.nan,
             )
         )
+
+    def _look_for_changed_data(self, trial: Any) -> None:
+        if _last_line(trial).startswith(f"{DataChanged.__module__}.{DataChanged.__name__}: "):
+            self.data_changed = _why(trial)
 
     def results(self) -> list[TrialResult]:
         return list(self._results.values())
@@ -391,9 +415,14 @@ class _Recorder(ray.tune.Callback):
 
 
 def _why(trial: Any) -> str:
-    """The last line of what ended a trial of Ray Tune: of its local file, for the one below OUT is a failure behind."""
+    """What ended a trial, without the name of an error of ours."""
+    return re.sub(r"^(pcm|cluster)\.[\w.]+: ", "", _last_line(trial))
+
+
+def _last_line(trial: Any) -> str:
+    """Of what Ray Tune says of a trial's end: of its local file, for the one below OUT is a failure behind."""
     said = Path(trial.error_file).read_text() if trial.error_file else "its process was lost"
-    return re.sub(r"^pcm\.errors\.\w+: ", "", said.strip().splitlines()[-1])
+    return said.strip().splitlines()[-1]
 
 
 def _settings_text(overrides: Mapping[str, Any]) -> str:

@@ -25,6 +25,10 @@ from pcm.errors import InputError
 from pcm.text.vocabulary import Vocabulary
 
 
+class DataChanged(InputError):
+    """The data is not what a run began on: no other try helps, nor another trial of the same sweep."""
+
+
 class TrainingData:
     """Batches of any epoch, and the validation share. `open` comes before all else, but for a first epoch in the order
     of the plan, which takes shards as they are committed.
@@ -209,8 +213,8 @@ class TrainingData:
         return ShardCache(Path(self._run.cache_dir) / name, int8=self._shape.int8)
 
 
-def _changed(store: Store) -> InputError:
-    return InputError(
+def _changed(store: Store) -> DataChanged:
+    return DataChanged(
         f"{store.root}: has changed since this run began (its corpus grew, or shards were made again); train into "
         "another --out"
     )

@@ -13,9 +13,11 @@ from cluster.store.store import Store, open_store
 from cluster.training.config import TrainConfig
 from pcm.captioners.interface import CONFIG_FILE, MODEL_FILE, VOCABULARY_FILE
 from pcm.captioners.pcmnet.model import PCMNet
-from pcm.errors import InputError
+from pcm.errors import InputError, NotKnown
 
 _HEAD = "visual_embedding.clip_head."
+#: What to do where a run replaces its best captioner, or deletes a checkpoint.
+_A_COPY = "give another --out, and a copy of the captioner's folder, which stays as it is"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ def read_initial(uri: str) -> InitialCaptioner:
         config = None if train is None else TrainConfig.from_dict(train)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"--init-from {uri}: no captioner ({error.filename or MODEL_FILE} is missing)") from None
+    except NotKnown as error:
+        raise InputError(
+            f"--init-from {uri}: {error}; give a captioner of this release, or use the release that trained it"
+        ) from None
     except (ValueError, AttributeError):
         raise InputError(
             f"--init-from {uri}: its {CONFIG_FILE} or {VOCABULARY_FILE} is damaged; give another checkpoint"
@@ -61,11 +67,11 @@ def load_weights(module: PCMNet, folder: str, *, sha256: str) -> None:
         data = _captioner_at(folder).read_bytes(MODEL_FILE)
         state = safetensors.torch.load(data)
     except (FileNotFoundError, NotADirectoryError, safetensors.SafetensorError):
-        raise InputError(f"--init-from {folder}: its {MODEL_FILE} is missing or damaged") from None
+        raise InputError(f"--init-from {folder}: its {MODEL_FILE} is missing or damaged; {_A_COPY}") from None
     if (now := hashlib.sha256(data).hexdigest()) != sha256:
         raise InputError(
             f"--init-from {folder}: its weights are others now ({now[:17]}) than those that this run began with "
-            f"({sha256[:17]}); give another --out, and a checkpoint's folder, which stays as it is"
+            f"({sha256[:17]}); {_A_COPY}"
         )
     own: dict[str, Any] = module.state_dict()
     if found := _misfits(own, state):

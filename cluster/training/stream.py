@@ -25,6 +25,7 @@ from cluster.generation.pinning import require_joint_patches
 from cluster.generation.pipeline import GenerationResult
 from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
+from cluster.generation.retrying import interrupted_retry
 from cluster.only_job import TRAINS, only_job, place
 from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, is_joined, who_has
 from cluster.store.store import Store, open_store
@@ -130,8 +131,12 @@ def _generate_and_train(
     generation_seconds: from the call to the manifest.
 
     `generating` makes the dataset; `cpus` and `gpus` are the workers' and left alone by it. Whichever side fails first
-    ends both: what it raised is raised. Run it again to go on.
+    ends both: what it raised is raised. Run it again to go on. Raises InputError where a retry was interrupted.
     """
+    if interrupted_retry(store) is not None:  # it replaces shards, which training would read before or after
+        raise InputError(
+            f"{store.root}: a --retry-quarantined was interrupted; end it with jobs.verify {store.root} --repair first"
+        )
     started, began = time.monotonic(), time.time()
     request = replace(request, overrides={**request.overrides, "first_epoch": "plan"}, resume=_is_begun(request))
     context = DataContext.get_current()

@@ -313,9 +313,12 @@ def test_a_config_means_the_home_folder_by_a_tilde_as_the_shell_does(
 ) -> None:
     monkeypatch.setenv("HOME", "/home/ann")
     file = tmp_path / "config.yaml"
-    file.write_text("names: [~/models/clip, a~/b, '~']\nlabel: {x: ~/y}")
+    file.write_text("names: [~/models/clip, a~/b, '~']\nlabel: {x: ~/y, ~/z: 1}")
     read = example().read(["--config", str(file)])
-    assert read.names == ("/home/ann/models/clip", "a~/b", "~") and read.labels == {"x": "/home/ann/y"}
+    assert read.names == ("/home/ann/models/clip", "a~/b", "~") and read.labels == {
+        "x": "/home/ann/y",
+        "/home/ann/z": "1",
+    }
 
 
 @pytest.mark.parametrize("name", ["train", "sweep", "stream"])

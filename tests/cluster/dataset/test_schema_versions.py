@@ -177,8 +177,9 @@ def test_an_upgrade_may_be_killed_at_any_write_and_run_again(
             write_manifest(store, plan, load_manifest(store).features)
         upgrade(store)
         assert proven(store)["fingerprint"] == FINGERPRINT and patch_types(store) == {"bytes"}
-        before = store.read_bytes(MANIFEST_KEY)
+        before, groups = store.read_bytes(MANIFEST_KEY), store.list("progress/")
         assert upgrade(store)["upgraded"] == 0 and store.read_bytes(MANIFEST_KEY) == before
+        assert store.list("progress/") == groups, "they are read in place of every shard's statistics"
     assert deaths == 6  # plan.json, twice stats and shard, dataset.json
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.dataset import read_dataset
 from cluster.dataset.derived import claim, claimed_alone, lineage_source
-from cluster.dataset.documents import Manifest, load_manifest
+from cluster.dataset.documents import Manifest, OtherSchema, load_manifest
 from cluster.dataset.given_features import find_features
 from cluster.dataset.keys import LINEAGE_KEY, MANIFEST_KEY, rows_key, shard_key
 from cluster.dataset.lineage import Lineage
@@ -385,6 +385,17 @@ def test_given_features_are_a_views(tmp_path: Path, source: Path, materialise: b
     assert set(given.names) == set(whole)
     for name, found in zip(given.names, given.read(range(len(given.names))), strict=True):
         assert np.array_equal(found[1], whole[name][4])  # type: ignore[index]
+
+
+def test_a_view_of_a_later_release_is_not_written_anew(tmp_path: Path, source: Path) -> None:
+    make_view(tmp_path / "view", [source], SHUFFLED)
+    manifest = tmp_path / "view" / MANIFEST_KEY
+    document = json.loads(manifest.read_text())
+    document["spec"]["generator"]["of_later"] = 1
+    manifest.write_text(json.dumps(document))
+    with pytest.raises(OtherSchema, match="'of_later': not known to this release"):
+        make_view(tmp_path / "view", [source], SHUFFLED)
+    assert json.loads(manifest.read_text()) == document
 
 
 def test_a_view_can_be_neither_repaired_nor_upgraded_nor_drawn_again(tmp_path: Path, source: Path) -> None:

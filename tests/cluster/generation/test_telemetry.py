@@ -84,11 +84,12 @@ def test_gauges_of_a_run_that_stands_still_say_so(monkeypatch: pytest.MonkeyPatc
     run = RunProgress(total=9, skipped=0, actors={"draw": 1}, billing=Billing(price_per_hour=None, unit="machine"))
     known = run.status()
     moves = replace(known, images_per_second=2.0, recent_images_per_second=None, eta_seconds=60.0)
-    still = replace(known, images_per_second=1.6, recent_images_per_second=0.0, eta_seconds=None)
-    for status in (known, moves, still):
+    between = replace(moves, images_per_second=1.6, recent_images_per_second=0.0)  # two batches of minutes each
+    still = replace(between, eta_seconds=None, stalled=True)
+    for status in (known, moves, between, still):
         telemetry.update(status)
-    assert rate.values == [2.0, 0.0]
-    assert eta.values == [60.0, pytest.approx(math.nan, nan_ok=True)], "none before it is known"
+    assert rate.values == [2.0, 1.6, 0.0]
+    assert eta.values == [60.0, 60.0, pytest.approx(math.nan, nan_ok=True)], "none before it is known"
 
 
 def test_metrics_that_cannot_be_recorded_stop_nothing(caplog: pytest.LogCaptureFixture) -> None:

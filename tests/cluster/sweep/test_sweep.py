@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import ray
 import torch
 
 from cluster.dataset.documents import load_manifest
+from cluster.dataset.keys import MANIFEST_KEY
 from cluster.dataset.rows import preload, read_shard
 from cluster.only_job import TRAINS, only_job
 from cluster.store.store import open_store
@@ -24,6 +26,7 @@ from cluster.sweep.request import SweepRequest
 from cluster.sweep.sweep import SWEEP_KEY, _check_device, _check_out, _settings, sweep
 from cluster.sweep.trial import shared_tables
 from cluster.training.config import TrainConfig
+from cluster.training.feed import DataChanged
 from cluster.training.train import train
 from jobs.train import JOB
 from pcm.documents import document_bytes
@@ -241,6 +244,28 @@ def test_shards_are_read_once_and_shared(data: Path, ray_session: None, monkeypa
         assert [read_shard(store, shard, columns) for shard in shards] == expected
     finally:
         elsewhere.rename(data / "shards")
+
+
+def test_a_sweep_whose_data_changes_ends_before_its_next_trial(
+    tmp_path: Path, tiny_clip: Path, ray_session: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, out = write_dataset(tmp_path / "data", tiny_clip, rows=48), tmp_path / "out"
+
+    def change() -> None:
+        """Once the first trial has ended."""
+        while not list(out.glob("trials/*/result.json")):
+            time.sleep(0.05)
+        document = json.loads((data / MANIFEST_KEY).read_text())
+        (data / MANIFEST_KEY).write_text(json.dumps(document | {"corpus_fingerprint": "another"}))
+
+    changing = threading.Thread(target=change, daemon=True)
+    changing.start()
+    asked = request(data, out=str(out), params={"lr_factor": "0.1,0.2,0.3,0.4,0.5"}, seeds=1, concurrent=1)
+    with pytest.raises(DataChanged, match=rf"^{data}: has changed since this run began"):
+        sweep(asked)
+    changing.join()
+    assert 1 <= len(results(out)) < 5 and not (out / "best.json").exists()
+    assert caplog.text.count("a trial is tried again") <= 1
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from cluster.sweep.trial import CHECKPOINT, OVERRIDES, RESULT_FILE, SweepRun, _d
 from cluster.training.checkpoints import STATE_FILE
 from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
+from cluster.training.run_record import BEGINNING
 from cluster.training.trackers import run_id
 from cluster.training.train import planned_run
 from pcm.captioners.pcmnet.model import PCMNet
@@ -142,6 +143,9 @@ def test_for_trackers_each_trial_is_a_run_of_its_own(tune: Tune) -> None:
         return run_id(open_store("anywhere"), _document(tune.sweep, overrides, tune.sweep.run.config))
 
     assert run(seed=1) == run(seed=1) != run(seed=2)
+    tune.run(until=1)
+    written = json.loads((tune.folder / "best/config.json").read_text())
+    assert written[BEGINNING] != tune.sweep.run.document[BEGINNING], "as trackers are told"
 
 
 def test_a_trial_whose_settings_exclude_each_other_has_failed(tune: Tune) -> None:

@@ -18,6 +18,7 @@ import torch
 from cluster.dataset.documents import Plan, load_manifest
 from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, shard_key, shard_number, stats_key
 from cluster.dataset.state import state_digest
+from cluster.generation.retrying import Retry
 from cluster.only_job import TRAINS, only_job
 from cluster.store.store import Store, open_store
 from cluster.training.checkpoints import TrainingState
@@ -27,7 +28,7 @@ from cluster.training.data.mixture import arriving_set
 from cluster.training.data.selection import RowFilter
 from cluster.training.reporting import Reporter
 from cluster.training.request import StreamRequest, TrainRequest
-from cluster.training.stream import _pools
+from cluster.training.stream import _generate_and_train, _pools
 from cluster.training.train import planned_run, train
 from cluster.training.worker import TrainWorker
 from pcm.errors import InputError
@@ -270,6 +271,16 @@ def test_a_stream_killed_on_both_sides_learns_what_training_afterwards_learns(
     for name in ("losses/epoch-001.jsonl", "losses/epoch-002.jsonl"):
         assert (out / name).read_text() == (afterwards / name).read_text()
     assert (out / "best/model.safetensors").read_bytes() == (afterwards / "best/model.safetensors").read_bytes()
+
+
+def test_a_retry_that_was_interrupted_is_ended_before_training_reads_its_shards(
+    made: tuple[Store, Plan], tmp_path: Path
+) -> None:
+    store = open_store(shutil.copytree(made[0].prefix, tmp_path / "data"))
+    Retry(frozenset(["generator_error"]), "killed").begin(store)
+    train = TrainRequest(data=str(tmp_path / "data"), out=str(tmp_path / "run"), overrides=TINY)
+    with pytest.raises(InputError, match=r"a --retry-quarantined was interrupted; end it with jobs\.verify"):
+        _generate_and_train(store, made[1], train, lambda: pytest.fail("drawn"), cpus=1, gpus=0)
 
 
 def test_pictures_without_features_are_not_trained_on(

@@ -529,6 +529,16 @@ def test_a_run_of_a_later_release_is_not_called_damaged(world: Path, tmp_path: P
         assert "damaged" not in str(caught.value)
 
 
+def test_a_captioner_of_a_later_release_is_not_called_damaged(world: Path, tmp_path: Path) -> None:
+    document = planned_run(request(world, tmp_path / "run"), cpus=1).document
+    document["train"]["warm_restarts"] = 3
+    files = {"model.safetensors": b"", "vocabulary.txt": b"", "config.json": json.dumps(document).encode()}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=r"'warm_restarts': not known.*; .* use the release that trained it"):
+        read_initial(str(tmp_path))
+
+
 @pytest.mark.parametrize("of_earlier_release", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_goes_on_only_on_the_device_that_it_was_begun_on(
     trained: Path, world: Path, ray_session: None, tmp_path: Path, of_earlier_release: bool

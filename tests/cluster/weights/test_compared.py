@@ -1,6 +1,7 @@
 """Files that were found to be what was pinned are not read again by the next process, and are where they changed."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,29 @@ def revision(place: Path, asked: list[str], *, pinned: str = "a", now: str = "a"
         return now
 
     return revision_once(place, pinned, ask)
+
+
+def test_of_processes_that_start_together_one_reads(tmp_path: Path, asked: list[str]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"one")
+    begun, started = threading.Event(), threading.Event()
+
+    def ask() -> str:
+        asked.append("a")
+        begun.set()
+        started.wait(30)
+        other.join(0.5)  # it waits for this one
+        return "a"
+
+    first = threading.Thread(target=lambda: revision_once(tmp_path / "model", "a", ask))
+    other = threading.Thread(target=lambda: revision_once(tmp_path / "model", "a", ask))
+    first.start()
+    begun.wait(30)
+    other.start()
+    started.set()
+    first.join()
+    other.join()
+    assert asked == ["a"]
 
 
 @pytest.mark.parametrize("part", ["weights", "unet/weights", "vae/deeper/weights", ""])
