@@ -109,7 +109,6 @@ def test_captions_that_raise_crash_hang_or_break_are_quarantined_and_no_other(
     summary = retry_quarantined(store, plan, "all-generator", pools, draw=DrawPixels)
     assert (summary["tried_again"], summary["stored"], summary["quarantined"]) == (3, len(captions), 0)
     assert (summary["generated"], summary["skipped"]) == (3, len(captions) - 3), "this run made no more than these"
-    assert sum(summary["clip_score_histogram"]) == 3
     check(store, plan, {}, undisturbed(plan, tmp_path / "run", DrawPixels))
 
 
