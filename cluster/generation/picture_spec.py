@@ -21,9 +21,8 @@ from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, first_line, not_known
 from pcm.generation.few_step_models import few_steps
 from pcm.generation.names import at_revision, model_source, split_repo_file, split_revision
-from pcm.generation.own_code import MODEL_INDEX
 from pcm.generation.pipeline_files import named_files, pipeline_revision
-from pcm.generation.pipeline_index import UnreachableIndex
+from pcm.generation.pipeline_index import MODEL_INDEX, UnreachableIndex
 from pcm.spec import DIGEST, GENERATOR_VERSION, DatasetSpec, GeneratorSpec
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from cluster.store.store import Store
 from pcm.clip.names import folder_revision
 from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError, first_line
-from pcm.generation.own_code import MODEL_INDEX
 from pcm.generation.pipeline_files import pipeline_revision
+from pcm.generation.pipeline_index import MODEL_INDEX
 from pcm.spec import DIGEST
 
 MANIFEST = "weights.json"

@@ -22,9 +22,8 @@ from pcm.clip.names import HUB_PREFIX, LOCAL_PREFIX, is_commit, is_hidden, resol
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, first_line
 from pcm.generation.model_memory import loaded_files
-from pcm.generation.own_code import MODEL_INDEX
 from pcm.generation.pipeline_files import WEIGHTS, named_files
-from pcm.generation.pipeline_index import read_index
+from pcm.generation.pipeline_index import MODEL_INDEX, read_index
 from pcm.spec import DIGEST
 
 log = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ import diffusers.pipelines
 
 from pcm.documents import read_document
 from pcm.errors import InputError, first_line
+from pcm.generation.pipeline_index import MODEL_INDEX
 
 #: Libraries that a pipeline's parts may come from, beside modules of diffusers.pipelines (`stable_diffusion` has a
 #: safety checker); anything else is a file of the model's folder.
 LIBRARIES = ("diffusers", "transformers")
-MODEL_INDEX = "model_index.json"
 
 
 def refuse_own_code(folder: Path) -> None:

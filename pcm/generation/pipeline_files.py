@@ -5,8 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pcm.errors import InputError
-from pcm.generation.own_code import MODEL_INDEX
-from pcm.generation.pipeline_index import read_index
+from pcm.generation.pipeline_index import MODEL_INDEX, read_index
 from pcm.spec import DIGEST
 
 #: Files read at once. hashlib lets go of the interpreter lock.

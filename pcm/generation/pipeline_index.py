@@ -8,7 +8,8 @@ from typing import Any
 
 from pcm.errors import InputError, first_line
 from pcm.generation.names import model_source
-from pcm.generation.own_code import MODEL_INDEX
+
+MODEL_INDEX = "model_index.json"
 
 
 class UnreachableIndex(InputError):

@@ -14,7 +14,7 @@ import ray
 import torch
 
 from cluster.dataset.vocabularies import run_with_clip
-from cluster.evaluation import captioning
+from cluster.evaluation import caption
 from cluster.evaluation.caption import _captions_of_worker
 from cluster.evaluation.captioners import device_here
 from cluster.evaluation.request import CaptionRequest
@@ -120,8 +120,8 @@ def pid_of_concepts(folder: Path) -> int:
 
 def pid_of_captions(folder: Path) -> int:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(captioning, "check_checkpoint", lambda uri: None)
-        patch.setattr(captioning, "_captions_on_gpu", lambda request: {"pid": os.getpid()})
+        patch.setattr(caption, "check_checkpoint", lambda uri: None)
+        patch.setattr(caption, "_captions_on_gpu", lambda request: {"pid": os.getpid()})
         found: Any = _captions_of_worker(CaptionRequest(images=("one.png",), checkpoint="run", gpus_per_worker=1))
     return found["pid"]
 

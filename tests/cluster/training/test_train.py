@@ -564,7 +564,7 @@ def test_a_run_goes_on_only_on_the_device_that_it_was_begun_on(
 def test_a_run_that_goes_on_waits_for_its_device_where_the_cluster_has_nothing_yet(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("cluster.training.train", "cluster.generation.pinning"):
+    for name in ("cluster.training.placement", "cluster.device"):
         monkeypatch.setattr(f"{name}.cluster_cpus", lambda labels=None: 0.0)
         monkeypatch.setattr(f"{name}.cluster_gpus", lambda labels=None: 0.0)
     config = preset("embedded").with_overrides(SHARED)
@@ -873,7 +873,7 @@ def test_only_nodes_with_the_label_count_for_the_device_and_the_cpus(monkeypatch
 def test_a_run_takes_as_many_gpus_as_can_share_its_batch(
     gpus: int, workers: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger="cluster.training.train")
+    caplog.set_level("INFO", logger="cluster.training.placement")
     node = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": float(gpus)}}
     monkeypatch.setattr("ray.nodes", lambda: [node])
     assert placement_of(TrainRequest(data="data", out="run"), TrainConfig(batch_size=32), joined=False).sizes == (
