@@ -1,4 +1,7 @@
-"""The same work on many shards, with the results in order: threads of this process, or tasks on Ray."""
+"""The same work on many shards, with the results in order: threads of this process, or tasks on Ray.
+
+Pieces in any order that put their results on the store, or take a GPU: cluster.curation.tasks.
+"""
 
 import functools
 import itertools

@@ -1,4 +1,7 @@
-"""Work in pieces, each of which puts its result on the store: in this process, or as tasks on Ray."""
+"""Work in pieces, each of which puts its result on the store: in this process, or as tasks on Ray.
+
+In any order, and on a GPU where a piece asks for one. Where results are handed back, in order: cluster.shard_work.
+"""
 
 import logging
 import time
