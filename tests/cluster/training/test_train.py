@@ -800,7 +800,7 @@ def test_a_loss_that_is_no_number_stops_the_run(world: Path, ray_session: None, 
         data=str(world / "data"), out=str(tmp_path / "run"), overrides=TINY | {"lr_factor": 1e30}, cpus_per_worker=1
     )
     with pytest.raises(
-        TrainingFailed, match=r"loss is \w+ in epoch 1, step \d+, .*-00, whose features are finite; lower"
+        TrainingFailed, match=r"loss is \w+ in epoch 1, step \d+, .*-00 and 5 others, whose features are finite; lower"
     ):
         train(request)
 
