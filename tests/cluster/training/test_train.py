@@ -640,9 +640,13 @@ def cut(file: Path) -> None:
 def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
     trained: Path, world: Path, ray_session: None, capfd: pytest.CaptureFixture
 ) -> None:
-    """The epochs that it counted are trained again, and are the same; then the run goes on, and can be resumed."""
+    """The epochs that it counted are trained again, and are the same; then the run goes on, and can be resumed. What a
+    killed job has left of another checkpoint is deleted."""
     out = world / "damaged"
     shutil.copytree(trained, out)
+    left = out / "checkpoints/epoch-001-step-000000099/optimizer.pt"
+    left.parent.mkdir()
+    left.write_bytes(b"")
     cut(out / f"checkpoints/epoch-{EPOCHS:03d}/optimizer.pt")
     longer = {"overrides": {"epochs": EPOCHS + 1}, **real_pictures(world)}
     summary = train(request(world, out, resume=True, **longer))
@@ -652,6 +656,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
         said += capfd.readouterr().err
         time.sleep(0.1)
     assert "damaged checkpoints are passed over (epoch-003: " in said
+    assert not left.exists()
     names = {path.name for path in (out / "checkpoints").iterdir() if path.is_dir()}
     assert f"epoch-{EPOCHS:03d}-again" in names and f"epoch-{EPOCHS + 1:03d}" in names
 
