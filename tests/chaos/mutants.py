@@ -933,6 +933,21 @@ MUTANTS = (
         ("tests/cluster/generation/test_retry_quarantined.py::test_a_retry_that_was_killed_is_ended_and_tries_nothing_twice",),
     ),
     Mutant(
+        "of processes that start together one compares a model's files",
+        "cluster/weights/compared.py", "fcntl.flock(lock, fcntl.LOCK_EX)", "pass",
+        ("tests/cluster/weights/test_compared.py::test_of_processes_that_start_together_one_reads",),
+    ),
+    Mutant(
+        "what a later release has derived is not written anew",
+        "cluster/dataset/derived.py", "    except OtherSchema:  # it says much, to another release\n        raise\n", "",
+        ("tests/cluster/dataset/test_view.py::test_a_view_of_a_later_release_is_not_written_anew",),
+    ),
+    Mutant(
+        "a sweep whose data has changed ends",
+        "cluster/sweep/sweep.py", "return bool(self._recorder.data_changed)", "return False",
+        ("tests/cluster/sweep/test_sweep.py::test_a_sweep_whose_data_changes_ends_before_its_next_trial",),
+    ),
+    Mutant(
         "a run ends a retry that was killed",
         "cluster/generation/pipeline.py", "                again.update(retried)\n", "",
         ("tests/cluster/generation/test_retry_quarantined.py::test_a_run_ends_a_retry_that_was_killed",),

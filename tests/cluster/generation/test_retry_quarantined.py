@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -232,6 +232,26 @@ def test_a_run_ends_a_retry_that_was_killed(grows: bool, without_ray: None, tmp_
     assert (result.manifest.stored, result.manifest.quarantined) == (8 if grows else 5, 1)
     proven(store)
     assert not store.exists("retrying.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda store, plan: run_pipeline(store, plan, ONE),
+        lambda store, plan: retry_quarantined(store, plan, "generator_error", ONE),
+        lambda store, plan: repair_dataset(store.root),
+    ],
+    ids=["generate", "retry", "repair"],
+)
+def test_on_ray_a_retry_that_was_killed_is_ended(
+    end: Callable[[Store, Plan], object], ray_session: None, tmp_path: Path
+) -> None:
+    store, plan = retry_is_killed(tmp_path)
+    tried = store.read_bytes(stats_key(0))
+    end(store, plan)
+    assert proven(store)["stored"] == 5 and not store.exists("retrying.json")
+    assert store.read_bytes(stats_key(0)) == tried, "in vain, and not once more"
 
 
 def test_a_repair_ends_a_retry_that_was_killed(without_ray: None, tmp_path: Path) -> None:
