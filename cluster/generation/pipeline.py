@@ -191,7 +191,7 @@ def run_pipeline(
         if missing:
             _make_missing(
                 store, plan, pools, missing, on_store, progress,
-                billing=billing, watched_by=(monitor, faults), watch=watch, retry=retry, draw=draw,
+                billing=billing, watched_by=(monitor, faults), watch=watch, again=redo, retry=retry, draw=draw,
             )  # fmt: skip
             begun_again = shards_begun_again(monitor)
         status = progress.status()  # what costs something ends here
@@ -222,16 +222,20 @@ def _make_missing(
     billing: Billing,
     watched_by: tuple[ActorHandle, FaultPolicy],
     watch: RunLimits,
+    again: Collection[int],
     retry: Retry | None,
     draw: type[DrawShard],
 ) -> None:
-    """Draw and store shards until none is missing; what is stored is added to `on_store` and `progress`."""
+    """Draw and store shards until none is missing; what is stored is added to `on_store` and `progress`.
+
+    `again`: shards that are put in the place of those that are there.
+    """
     telemetry = Telemetry(store.root, has_clip_scores=plan.spec.clip.model != "null")
     room = Room(pools.generator_takes(), pools.node_labels)
     clip_room = Room(pools.scorer_takes(), pools.node_labels)
     with Display(progress, telemetry, watched_by[0], room=room, clip_room=clip_room) as display:
         while missing:
-            made = shard_stream(store, plan, missing, pools, watched_by=watched_by, retry=retry, draw=draw)
+            made = shard_stream(store, plan, missing, pools, watched_by=watched_by, again=again, retry=retry, draw=draw)
             with closing(made):  # at once, whatever is raised here: its actors hold CPUs and GPUs
                 for stats in made:
                     on_store.add(stats)
@@ -265,6 +269,7 @@ def shard_stream(
     pools: Pools,
     *,
     watched_by: tuple[ActorHandle, FaultPolicy],
+    again: Collection[int] = (),
     retry: Retry | None = None,
     draw: type[DrawShard] = DrawShard,
 ) -> abc.Generator[dict, None, None]:
@@ -282,7 +287,7 @@ def shard_stream(
     turns = range(pools.turns(len(shards)))
     pipeline = row_by_row(pa.table({"turn": pa.array(turns, pa.int64())}))
     block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
-    drawing = {"scores": not pools.scorers, "concepts": None if pools.scorers else concepts}
+    drawing = {"scores": not pools.scorers, "again": again, "concepts": None if pools.scorers else concepts}
     pipeline = pipeline.map_batches(
         Generator,
         fn_constructor_args=(draw, store, plan, watched_by, retry),
@@ -291,7 +296,7 @@ def shard_stream(
         **block,
     )
     if pools.scorers:
-        scoring = (store, plan, watched_by, concepts)
+        scoring = (store, plan, watched_by, concepts, again)
         pipeline = pipeline.map_batches(
             Scorer, fn_constructor_args=scoring, **pools.score_options(len(shards)), **block
         )

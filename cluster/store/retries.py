@@ -149,6 +149,17 @@ def load_with_retries(load: Callable[[], T], *, model: str) -> T:
         patience.sleep(left)
 
 
+def says_existing(error: Exception) -> bool:
+    """Whether a put of an object that must be new was refused because there is one."""
+    answers = ("412", "PreconditionFailed 412", "HTTP 412")
+    return isinstance(error, FileExistsError) or classify(error).what in answers
+
+
+def says_unknown(error: Exception) -> bool:
+    """Whether the server does not know this kind of request."""
+    return classify(error).what in ("501", "NotImplemented 501", "HTTP 501")
+
+
 def retry_seconds() -> float:
     return seconds_of("PCM_STORE_RETRY_SECONDS", RETRY_SECONDS)
 

@@ -5,11 +5,11 @@ This is the only way to what a user names: any path, or any URI that fsspec unde
 environment or the instance's role (AWS_ENDPOINT_URL, AWS_PROFILE and friends); they are never arguments
 (`pcm.credentials`), never logged, and a store that travels to a worker carries its URI alone.
 
-A shard costs three or four operations, in this order: GET of its plan part, PUT of its quarantine part where it has
-one, PUT of its statistics, PUT of the shard; what resuming costs stands in `cluster.dataset.committed`. One prefix is
-enough for them: S3 serves at least 3,500 PUT and 5,500 GET a second below one prefix, and splits prefixes by itself
-under load; a GPU that draws 2 pictures a second commits a shard of 256 every two minutes, so 64 GPUs make 1.5 PUT a
-second and 1,000 GPUs make 23.
+A shard costs five operations, in this order: GET of its plan part, HEAD and PUT of its statistics, HEAD of its
+quarantine part or the PUT where it has one, PUT of the shard; what resuming costs stands in
+`cluster.dataset.committed`. One prefix is enough for them: S3 serves at least 3,500 PUT and 5,500 GET a second below
+one prefix, and splits prefixes by itself under load; a GPU that draws 2 pictures a second commits a shard of 256 every
+two minutes, so 64 GPUs make 1.5 PUT a second and 1,000 GPUs make 23.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from errno import ELOOP, ENAMETOOLONG, ENOENT
+from errno import EEXIST, ELOOP, EMLINK, ENAMETOOLONG, ENOENT, ENOSYS, ENOTSUP, EPERM
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -34,7 +34,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cluster.store.object_file import ObjectFile
 from cluster.store.paths import inside, outside
-from cluster.store.retries import no_bucket, seconds_of, with_retries
+from cluster.store.retries import no_bucket, says_existing, says_unknown, seconds_of, with_retries
 from cluster.store.temporary import named_temporary_folder
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, StoreFailure, first_line
@@ -122,8 +122,20 @@ class Store:
             path = self.path(key) if key else os.path.realpath(self.prefix)
             self._with_retries(key, lambda: _write_file(path, data))
             return
-        options = {"chunksize": LARGEST_PUT} if "s3" in _protocols(self._single) else {}
-        self._upload(key, len(data), lambda wait: self._single.pipe_file(self.path(key), data, **wait, **options))
+        self._upload(key, len(data), lambda wait: self._put(key, data, wait))
+
+    def create_bytes(self, key: str, data: bytes) -> bool:
+        """Put one object where there is none, as `write_bytes` does; whether these bytes are there now. What else was
+        there stays.
+
+        Of several that put different bytes at once, one succeeds: on a local disk, and on S3, GCS, Azure and stores
+        that know their conditional put. On others the last one's bytes may stay.
+        """
+        if self.is_local:
+            created = self._with_retries(key, lambda: _create_file(self.path(key), data))
+        else:  # some stores take no notice of the condition
+            created = not self.exists(key) and self._upload(key, len(data), lambda wait: self._put_new(key, data, wait))
+        return created or self.read_bytes(key) == data  # put before, and the answer was lost
 
     def put_file(self, key: str, path: Path) -> None:
         """Put a file of any size as one object, without having it in memory: whole or not there."""
@@ -216,14 +228,30 @@ class Store:
         copy.seek(0)
         return cast(BinaryIO, copy)
 
-    def _upload(self, key: str, size: int, put: Callable[[dict[str, float]], object]) -> None:
+    def _put(self, key: str, data: bytes, wait: dict[str, float], **how: str) -> None:
+        options: dict[str, Any] = {"chunksize": LARGEST_PUT} if "s3" in _protocols(self._single) else {}
+        self._single.pipe_file(self.path(key), data, **wait, **options, **how)
+
+    def _put_new(self, key: str, data: bytes, wait: dict[str, float]) -> bool:
+        """Whether it was put; False: there is one."""
+        try:
+            self._put(key, data, wait, mode="create")
+        except Exception as error:
+            if says_existing(error):
+                return False
+            if not says_unknown(error):
+                raise
+            self._put(key, data, wait)
+        return True
+
+    def _upload(self, key: str, size: int, put: Callable[[dict[str, float]], T]) -> T:
         """Call `put`, which sends so many bytes, with the options that limit how long it may take."""
         wait: dict[str, float] = {}
         if isinstance(self._single, AsyncFileSystem):
             # The client library never times out where a server does not say 100 Continue, or stops reading the body.
             wait["timeout"] = 2 * _timeout_seconds() + size / SLOWEST_UPLOAD
         try:
-            self._with_retries(key, lambda: put(wait))
+            return self._with_retries(key, lambda: put(wait))
         except FileNotFoundError:  # gcsfs; a put needs nothing but the bucket
             raise no_bucket(f"{self.root}/{key}") from None
 
@@ -377,12 +405,42 @@ def _write_file(path: str, data: bytes) -> None:
     _put_in_place(path, lambda file: file.write(data))
 
 
+def _create_file(path: str, data: bytes) -> bool:
+    """Whether it was written; False: there is one."""
+    try:
+        _put_in_place(path, lambda file: file.write(data), name=_name_new)
+    except FileExistsError:
+        return False
+    return True
+
+
+#: What a file system says that has no hard links, or no more of them.
+_NO_LINKS = frozenset({EMLINK, ENOSYS, ENOTSUP, EPERM})
+
+
+def _name_new(temporary: str, path: str) -> None:
+    """Give a file its name. Raises FileExistsError where another has it."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(EEXIST, os.strerror(EEXIST), path) from None
+        os.replace(temporary, path)
+    else:
+        os.unlink(temporary)
+
+
 def _copy_file(source: Path, path: str) -> None:
     with source.open("rb") as opened:
         _put_in_place(path, lambda file: shutil.copyfileobj(opened, file, REMOTE_BUFFER))
 
 
-def _put_in_place(path: str, write: Callable[[BinaryIO], object]) -> None:
+def _put_in_place(
+    path: str, write: Callable[[BinaryIO], object], *, name: Callable[[str, str], object] = os.replace
+) -> None:
+    """Write a temporary file, and give it its name by `name`(temporary, path)."""
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")  # a file may have as long a name as there can be
@@ -391,7 +449,7 @@ def _put_in_place(path: str, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        name(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

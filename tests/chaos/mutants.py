@@ -822,10 +822,32 @@ MUTANTS = (
     Mutant(
         "a shard is committed by its last put",
         "cluster/generation/stages/write.py",
-        "            self._store.write_bytes(stats_key(row.shard), stats_data)\n"
+        "            store_quarantine(self._store, row.shard, quarantined)\n"
         "            self._store.write_bytes(shard_key(row.shard), shard_data)\n",
-        "            self._store.write_bytes(shard_key(row.shard), shard_data)\n",
-        ("tests/cluster/generation/test_generate.py::test_statistics_of_a_shard_follow_img2dataset",),
+        "            self._store.write_bytes(shard_key(row.shard), shard_data)\n"
+        "            store_quarantine(self._store, row.shard, quarantined)\n",
+        ("tests/cluster/generation/stages/test_write.py::test_one_that_still_stores_its_shard_is_waited_for",),
+    ),
+    Mutant(
+        "the first writer to commit a shard wins",
+        "cluster/generation/stages/write.py",
+        "            if self._is_committed(shard):\n                return False\n",
+        "",
+        ("tests/cluster/generation/stages/test_write.py::test_the_first_of_two_writers_wins",),
+    ),
+    Mutant(
+        "a writer that stores its shard still is waited for",
+        "cluster/generation/stages/write.py",
+        '.get("end_time", 0) > self._began',
+        '.get("end_time", 0) > 2 * self._began',
+        ("tests/cluster/generation/stages/test_write.py::test_one_that_still_stores_its_shard_is_waited_for",),
+    ),
+    Mutant(
+        "a put of what must be new leaves what is there",
+        "cluster/store/store.py",
+        "            if says_existing(error):\n                return False\n",
+        "            if says_existing(error):\n                pass\n",
+        ("tests/cluster/store/test_store.py::test_of_several_that_create_an_object_one_succeeds",),
     ),
     Mutant(
         "a picture does not depend on its neighbours: its slot in the batch",

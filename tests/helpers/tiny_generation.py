@@ -106,7 +106,7 @@ def draw_in_process(
     if isinstance(retry, frozenset):
         retry = Retry(retry, "a retry")
     drawing, featurise = draw(store, here, None, retry), FeaturiseShard(here.clip)
-    write = WriteShard(store, plan.schema_version)
+    write = WriteShard(store, plan.schema_version, again=shards)
     for shard in shards:
         write(featurise(drawing(pa.table({"shard": [shard], "part": [plan.part_key(shard)]}))))
     return featurise.features

@@ -164,8 +164,7 @@ class Claims:
     def give_up(self, holders: set[str], *, nodes: bool = False) -> None:
         """What these had in hand is drawn again by whoever asks next. Of lost `nodes` also what was drawn.
 
-        One that is cut off, and taken for dead, may store its shard too. The bytes are the same, unless one of the two
-        ran out of memory; `verify` finds that.
+        One that is cut off, and taken for dead, may store its shard too: the first one to commit it wins (WriteShard).
         """
         for shard, claim in self._claims.items():
             if self._is_lost(claim.turn, holders, nodes):

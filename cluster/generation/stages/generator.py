@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -58,8 +59,10 @@ class Generator:
         retry: "Retry | None",
         *,
         scores: bool,
+        again: Collection[int] = (),
         concepts: "ConceptsOfShard | None" = None,
     ) -> None:
+        """`again`: as of WriteShard."""
         import ray  # the stages are usable without it
 
         self._make_draw = partial(draw, store, plan.spec_to_load, watched_by, retry)
@@ -67,7 +70,8 @@ class Generator:
         self._plan = plan
         self._scoring = (plan.spec_to_load.clip, watched_by, concepts) if scores else None
         self._monitor = watched_by[0]
-        self._overlap = Overlap(WriteShard(store, plan.schema_version, self._monitor) if scores else _hand_on)
+        write = WriteShard(store, plan.schema_version, self._monitor, again)
+        self._overlap = Overlap(write if scores else _hand_on)
         self._nothing = (STORED_SCHEMA if scores else SHARD_ROW_SCHEMA).empty_table()
         context = ray.get_runtime_context()
         self._name, self._node = context.get_actor_id() or "driver", context.get_node_id()

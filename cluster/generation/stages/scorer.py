@@ -1,6 +1,7 @@
 """CLIP as an actor of its own, for runs in which no generator scores: it scores a shard, and stores it."""
 
 import time
+from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -40,13 +41,15 @@ class Scorer:
         plan: Plan,
         watched_by: "tuple[ActorHandle, FaultPolicy]",
         concepts: "ConceptsOfShard",
+        again: Collection[int] = (),
     ) -> None:
+        """`again`: as of WriteShard."""
         import ray  # the stages are usable without it
 
         self._monitor = watched_by[0]
         context = ray.get_runtime_context()
         self._name, self._node = context.get_actor_id() or "driver", context.get_node_id()
-        self._overlap = Overlap(WriteShard(store, plan.schema_version, self._monitor))
+        self._overlap = Overlap(WriteShard(store, plan.schema_version, self._monitor, again))
         clip = plan.spec_to_load.clip
         self._make_score = partial(FeaturiseShard, clip, watched_by, concepts, before_again=self._overlap.wait)
         self._score: FeaturiseShard | None = None

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import logging
 import time
 from collections import Counter
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.dataset.committed import ROW_INDEX
+from cluster.dataset.committed import ROW_INDEX, read_stats
 from cluster.dataset.keys import shard_key, stats_key
 from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.row_index import index_text
@@ -33,8 +35,14 @@ from pcm.records import (
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+log = logging.getLogger(__name__)
+
 #: What is given once a shard is stored.
 STORED_SCHEMA = pa.schema([("stats", pa.string())])
+
+#: Another writer that has put the stats of a shard is given so many seconds to put the rest.
+STORING_SECONDS = 30.0
+_PAUSE = 0.5  # between two looks whether it has
 
 #: In what a writer tells the driver of a shard with retried samples: stats of these alone, for what this run did.
 OF_THIS_RUN = "of_this_run"
@@ -44,16 +52,29 @@ IMAGE_PATH = "image_path"
 
 
 class WriteShard:
-    """Quarantine part and stats first, the shard last: the shard's presence says that all three exist."""
+    """Stats first, then the quarantine part, the shard last: the shard's presence says that all three exist.
 
-    def __init__(self, store: Store, schema_version: int, monitor: "ActorHandle | None" = None) -> None:
+    The first one to commit a shard wins, with the quarantine and the stats of its own. Of two generators of a run the
+    monitor says which. Of two runs that know nothing of each other, or a node that was cut off, it is the one whose
+    stats are put where there are none.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        schema_version: int,
+        monitor: "ActorHandle | None" = None,
+        again: Collection[int] = (),
+    ) -> None:
         """`schema_version`: the plan's; a dataset is finished in the version in which it was begun.
 
-        With a monitor, of a shard that two generators drew one is stored, with the quarantine and the stats of its own.
+        `again`: shards that are put in the place of those that are there.
         """
         self._store = store
         self._version = schema_version
         self._monitor = monitor
+        self._again = frozenset(again)
+        self._began = time.time()  # as stats tell of times
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """One row, the stats of the shard that the block holds; none where another drawer's is stored."""
@@ -63,7 +84,8 @@ class WriteShard:
         return pa.table({"stats": [json.dumps(self.write(row))]}, schema=STORED_SCHEMA)
 
     def write(self, row: ShardRow) -> dict:
-        """The stats of the shard. Raises InputError where its pictures are too many bytes."""
+        """The stats of the shard as it is stored, maybe by another. Raises InputError where its pictures are too many
+        bytes."""
         started = time.time()
         check_picture_bytes(picture_bytes(row.samples["image"]), row.shard)
         made = split_samples(row.samples)
@@ -76,7 +98,7 @@ class WriteShard:
         encoded_at = time.time()
         ended = {"encode_seconds": encoded_at - started, "end_time": time.time()}
         stats = _shard_stats(row, stored, quarantined, num_bytes=len(shard_data)) | ended
-        stats["sha256"] = hashlib.sha256(shard_data).hexdigest()
+        stats["sha256"] = sha256 = hashlib.sha256(shard_data).hexdigest()
         of_this_run = {}
         if retry:
             before = stats_before(self._store, row.shard)
@@ -86,18 +108,41 @@ class WriteShard:
         stats_data = document_bytes(stats)
         if retry:
             replace_shard(self._store, row.shard, shard_data, quarantined, stats_data)
-        else:
+        elif self._is_first(row.shard, stats_data):
             store_quarantine(self._store, row.shard, quarantined)
-            self._store.write_bytes(stats_key(row.shard), stats_data)
             self._store.write_bytes(shard_key(row.shard), shard_data)
+        else:
+            log.warning("shard %d was committed by another writer meanwhile; what is there stays", row.shard)
+            stats = read_stats(self._store, row.shard)
         # Not in the stats object: seconds that are known only after the shard is in place, for the driver's report, and
         # what the driver writes once for the whole group.
         told: dict[str, object] = {"store_seconds": time.time() - encoded_at}
         if of_this_run:
             told[OF_THIS_RUN] = of_this_run | told
-        if feature_shape(stored.schema) != NULL_FEATURES:  # rows without features are never trained on
+        # Rows without features are never trained on; another writer's may differ, if something failed there or here.
+        if feature_shape(stored.schema) != NULL_FEATURES and stats["sha256"] == sha256:
             told[ROW_INDEX] = index_text(stored["caption"].to_pylist(), stored["clip_score"].to_numpy())
         return stats | told
+
+    def _is_first(self, shard: int, stats_data: bytes) -> bool:
+        """Put the stats of a shard, unless another writer has committed it."""
+        if shard not in self._again:
+            if self._store.create_bytes(stats_key(shard), stats_data):
+                return True
+            if self._is_committed(shard):
+                return False
+        self._store.write_bytes(stats_key(shard), stats_data)
+        return True
+
+    def _is_committed(self, shard: int) -> bool:
+        """Whether the shard is there beside its stats, or is soon. Who put them before this writer began has died."""
+        is_storing = stats_before(self._store, shard).get("end_time", 0) > self._began
+        deadline = time.monotonic() + (STORING_SECONDS if is_storing else 0)
+        while not self._store.exists(shard_key(shard)):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_PAUSE)
+        return True
 
 
 def split_samples(samples: pa.Table) -> tuple[pa.Table, pa.Table]:

@@ -1,8 +1,10 @@
 """Two runs of one dataset at the same moment: which waits, and which is refused (cluster.only_job)."""
 
 import logging
+import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from cluster.only_job import MAKES, only_job
 from cluster.store.store import open_store
 from pcm.errors import InputError
 from tests.helpers.faulty_generators import RAISES, DrawFaulty
+from tests.helpers.seaweedfs import S3Server
 from tests.helpers.tiny_generation import (
     CAPTIONS,
     Dataset,
@@ -61,6 +64,22 @@ def test_a_second_run_waits_and_draws_nothing_again(
     (dataset,) = made
     assert (dataset.result.skipped, dataset.result.generated) == (len(CAPTIONS), 0)
     assert dataset.result.manifest is not None
+
+
+@pytest.mark.slow
+def test_runs_of_two_clusters_make_one_dataset(s3_server: S3Server, tmp_path: Path, run_job: Callable) -> None:
+    """Each draws everything, in the same order at the same time; what is stored is of one of them, and both know it."""
+    corpus, out = write_corpus(tmp_path, CAPTIONS * 20), f"{s3_server.uri}/two-clusters"
+    env = dict(os.environ) | s3_server.environment
+    command = ("generate", "--corpus", corpus, "--out", out, "--t2i", "null", "--shard-size", 2)
+    with ThreadPoolExecutor(2) as clusters:
+        runs = list(clusters.map(lambda _: run_job(*command, env=env), range(2)))
+    for run in runs:
+        assert run.returncode == 0, run.stderr
+        assert run.summary["stored"] == len(CAPTIONS * 20)
+    assert sum(run.stderr.count("was committed by another writer meanwhile") for run in runs) > 0
+    found = run_job("verify", out, env=env)
+    assert found.returncode == 0 and found.summary["ok"], found.stderr
 
 
 def test_what_another_run_has_changed_is_not_repaired(

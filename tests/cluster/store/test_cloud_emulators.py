@@ -127,6 +127,11 @@ def test_objects_are_as_on_every_store(protocol: str) -> None:
     for key, data in (("a/b", b"1"), ("a/b", b"22"), ("a/c", large)):
         store.write_bytes(key, data)
     assert store.list("a/") == ["a/b", "a/c"] and store.read_bytes("a/b") == b"22"
+    assert store.create_bytes("a/d", b"first") and not store.create_bytes("a/d", b"second")
+    if protocol == "abfs":  # the emulator of gs:// takes no notice of the condition
+        assert not store._put_new("a/d", b"third", {})
+    assert store.read_bytes("a/d") == b"first"
+    store.delete("a/d")
     with store.open("a/c", buffered=False) as file:
         file.seek(5 << 20)
         assert file.read(100) == large[5 << 20 :][:100]

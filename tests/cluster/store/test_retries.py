@@ -111,6 +111,20 @@ def test_what_only_the_user_can_mend_is_one_line_at_once(
         assert len(proxy.requests) == 1, "not tried again"
 
 
+def test_what_was_created_though_its_answer_was_lost_is_ours(store: Store, proxy: FaultyProxy) -> None:
+    fault = proxy.fail("lose_answer", method="PUT", count=3)
+    assert store.create_bytes("new", DATA)
+    assert fault.struck == 3 and store.read_bytes("new") == DATA
+
+
+def test_a_store_without_conditional_puts_is_asked_before(store: Store, proxy: FaultyProxy) -> None:
+    proxy.fail("status", method="PUT", status=501, code="NotImplemented", count=1)
+    assert store.create_bytes("new", DATA) and store.read_bytes("new") == DATA
+    proxy.requests.clear()
+    assert not store.create_bytes("new", b"other") and store.read_bytes("new") == DATA
+    assert [method for method, _ in proxy.requests if method == "PUT"] == []
+
+
 def test_a_missing_key_is_not_waited_for(store: Store, proxy: FaultyProxy) -> None:
     with pytest.raises(FileNotFoundError):
         store.read_bytes("nothing")

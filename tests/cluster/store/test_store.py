@@ -1,15 +1,18 @@
 """One storage layer, one behaviour: every rule holds on a local disk and on a real S3 store."""
 
+import errno
 import http.server
 import importlib.util
 import json
 import logging
+import os
 import pickle
 import subprocess
 import sys
 import tempfile
 import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,38 @@ def test_a_write_replaces_what_was_there(store: Store) -> None:
     store.write_bytes("a", b"a long first version")
     store.write_bytes("a", b"second")
     assert store.read_bytes("a") == b"second" and store.list() == ["a"]
+
+
+def test_what_is_created_leaves_what_is_there(store: Store) -> None:
+    assert store.create_bytes("folder/a", b"first")
+    assert store.create_bytes("folder/a", b"first"), "these bytes are there"
+    assert not store.create_bytes("folder/a", b"second") and not store.create_bytes("folder/a", b"")
+    assert store.read_bytes("folder/a") == b"first" and store.list() == ["folder/a"]
+
+
+def test_of_several_that_create_an_object_one_succeeds(store: Store) -> None:
+    """None of them has seen that of another."""
+    barrier = threading.Barrier(8)
+
+    def create(number: int) -> bool:
+        barrier.wait()
+        return store.create_bytes("a", b"%d" % number)
+
+    for _ in range(2):
+        with ThreadPoolExecutor(8) as pool:
+            created = list(pool.map(create, range(8)))
+        assert created.count(True) == 1 and store.read_bytes("a") == b"%d" % created.index(True)
+        store.delete("a")
+
+
+def test_where_there_are_no_hard_links_an_object_is_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)  # as on exFAT
+    store = open_store(tmp_path)
+    assert store.create_bytes("a", b"first") and not store.create_bytes("a", b"second")
+    assert store.read_bytes("a") == b"first" and [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_what_is_not_there_raises_file_not_found(store: Store) -> None:
