@@ -80,6 +80,9 @@ def test_a_broken_link_is_seen(tmp_path: Path) -> None:
 def test_files_that_are_named_exist(path: Path) -> None:
     named = [code for code in read_page(path).inline_code if OUR_PATH.fullmatch(code) and "NEW" not in code]
     assert [code for code in named if not (ROOT / code).exists()] == []
+    modules = {code for code in read_page(path).inline_code if re.fullmatch(r"\w+\.py", code)} - {"utils.py"}
+    parts = ("cluster", "pcm", "jobs", "tests", "benchmarks")
+    assert modules <= {module.name for part in parts for module in (ROOT / part).rglob("*.py")}
 
 
 def test_readme_is_short() -> None:
