@@ -1,7 +1,9 @@
 """The errors that end a job in one line, and what any error says in one line."""
 
+import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class OneLineError(Exception):
@@ -21,6 +23,13 @@ class InputError(OneLineError, ValueError):
 
 class NotKnown(InputError):
     """A name that is none of those allowed: misspelt or, in what a job has written, of a later release."""
+
+
+def known_fields(kind: type, values: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    """The values. Raises NotKnown where one is of no field of the dataclass, as a later release may have written it."""
+    if later := sorted(values.keys() - {entry.name for entry in dataclasses.fields(kind)}):
+        raise NotKnown(f"{what} field {later[0]!r}: not known to this release")
+    return values
 
 
 class StoreFailure(OneLineError):

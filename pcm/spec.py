@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pcm.errors import InputError, NotKnown
+from pcm.errors import InputError, NotKnown, known_fields
 from pcm.images import IMAGE_FORMATS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -160,7 +160,7 @@ class ClipSpec:
         which is not always what its weights need: such features must not be mixed with right ones. Raises NotKnown for
         one of a later release.
         """
-        _refuse_later_fields(ClipSpec, values, "CLIP")
+        known_fields(ClipSpec, values, "CLIP")
         spec = ClipSpec(**values)
         if "activation" not in values and spec.revision.startswith(TAG_REVISION):
             architecture = spec.model.partition("/")[0]
@@ -205,8 +205,8 @@ class DatasetSpec:
     @staticmethod
     def from_dict(values: dict) -> "DatasetSpec":
         """Raises NotKnown for one of a later release, which has fields or rules that this one lacks."""
-        _refuse_later_fields(DatasetSpec, values, "spec")
-        _refuse_later_fields(GeneratorSpec, values["generator"], "generator")
+        known_fields(DatasetSpec, values, "spec")
+        known_fields(GeneratorSpec, values["generator"], "generator")
         if (version := values.get("generator_version", GENERATOR_VERSION)) > GENERATOR_VERSION:
             raise NotKnown(f"generator version {version}: not known to this release, which has {GENERATOR_VERSION}")
         rest = {key: value for key, value in values.items() if key not in ("generator", "clip")}
@@ -261,11 +261,6 @@ LATER_FIELDS = (
 _LATER_CLIP_FIELDS = ("activation", "weights", "compile")
 #: Of these, what says which CLIP it is.
 _OF_WEIGHTS = ("activation", "weights")
-
-
-def _refuse_later_fields(kind: type, values: dict, what: str) -> None:
-    if later := sorted(values.keys() - {entry.name for entry in dataclasses.fields(kind)}):
-        raise NotKnown(f"{what} field {later[0]!r}: not known to this release")
 
 
 def _sorted_pairs(options: object) -> tuple[tuple[str, str | int | float | bool], ...]:

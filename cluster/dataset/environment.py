@@ -6,6 +6,7 @@ them. So a dataset of two kinds of machine says both.
 
 import hashlib
 import json
+import logging
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -17,10 +18,15 @@ from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.spec import ClipSpec
 
+log = logging.getLogger(__name__)
+
 FOLDER = "environments/"
 
-#: Names of packages whose release decides bytes, as they are installed.
-PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "pillow")
+#: Names of packages whose release decides bytes, as they are installed: of pictures, token ids, features and scores.
+PACKAGES = (
+    "torch", "diffusers", "transformers", "open_clip_torch", "pillow", "numpy", "peft", "sentencepiece", "timm",
+    "tokenizers", "torchvision",
+)  # fmt: skip
 #: How an environment names the version of this package.
 OWN_VERSION = "pcmnet-ray"
 #: In the stats of a shard: the digest of where it was drawn, and of where the rest of it was, if quarantined samples
@@ -125,16 +131,27 @@ def differences(before: Sequence[dict[str, Any]], now: dict[str, Any]) -> list[s
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    one, other = ({**each["versions"], **{k: v for k, v in each.items() if k != "versions"}} for each in (before, now))
-    return [
-        f"{name}: {one.get(name)} -> {other.get(name)}"
-        for name in dict.fromkeys([*one, *other])
-        if one.get(name) != other.get(name)
-    ]
+    was, here = before["versions"], now["versions"]
+    # An earlier release recorded fewer packages.
+    found = [(name, was[name], here[name]) for name in here if name in was]
+    found += [(name, before.get(name), now.get(name)) for name in dict.fromkeys([*before, *now]) if name != "versions"]
+    return [f"{name}: {one} -> {other}" for name, one, other in found if one != other]
+
+
+def warn_of_other_releases(store: Store) -> None:
+    """Say where a dataset goes on with other releases of PACKAGES than those that have made what is there."""
+    made = [{"versions": {**each["versions"], OWN_VERSION: pcm.__version__}} for each in stored_environments(store)]
+    if changed := differences(made, {"versions": versions()}):
+        log.warning(
+            "%s: goes on with other releases than it was begun with (%s), and its pictures, scores and features may "
+            "differ by them; go on, or install those",
+            store.root, "; ".join(changed),
+        )  # fmt: skip
 
 
 def tell_encoder(out: Store, clip: ClipSpec) -> None:
     """Put beside the rows where this process computes their features or scores. clip: with the device that it uses."""
+    warn_of_other_releases(out)
     store_environment(out, environment(device=clip.device, loads_models=True))
 
 

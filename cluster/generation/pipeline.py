@@ -17,7 +17,7 @@ from ray.actor import ActorHandle
 from cluster.dataset.clip_scores import check_gate
 from cluster.dataset.committed import CommittedShards, committed, manifest_of, summaries
 from cluster.dataset.documents import Manifest, Plan, find_whole_manifest, load_plan, store_manifest
-from cluster.dataset.environment import joined_versions, stored_environments, versions
+from cluster.dataset.environment import joined_versions, stored_environments, versions, warn_of_other_releases
 from cluster.dataset.keys import MANIFEST_KEY
 from cluster.dataset.vocabularies import (
     ConceptsOfShard,
@@ -165,6 +165,8 @@ def run_pipeline(
                 log.info("a retry was interrupted: %d samples are to be tried again", sum(retried.values()))
                 again.update(retried)
             missing = lacking(on_store)
+            if missing:
+                warn_of_other_releases(store)
             if missing and retry:
                 retry.begin(store)
             on_store.forget(again)

@@ -58,20 +58,23 @@ from cluster.training.ray_storage import ray_storage
 from cluster.training.ray_trainer import MEMORY_KEPT
 from cluster.training.reporting import write_metrics
 from cluster.training.request import TrainRequest
+from cluster.training.run_document import intact_document, refuse_other_row_order
 from cluster.training.run_record import (
     BEGINNING,
     REFERENCES_SHA256,
     VOCABULARIES_FIELD,
     beginning,
+    run_versions,
     same_clip,
     same_validation,
     warn_of_moved_pictures,
+    warn_of_other_releases,
 )
 from cluster.training.run_spec import RunSpec
 from cluster.training.trackers import flattened
 from cluster.training.train import check_first_epoch, check_settings, planned_run
 from pcm.documents import document_bytes, read_document
-from pcm.errors import InputError, first_line
+from pcm.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -129,9 +132,10 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
         previous = _check_out(out, document, resume=request.resume)  # another job may just have ended
         if previous is not None:
             warn_of_moved_pictures(previous["run"], document["run"])
+            warn_of_other_releases(previous["run"])
             kept = {name: value for name, value in run.document.items() if name != BEGINNING}
             run = replace(run, document={**kept, **beginning(previous["run"])})
-            document["run"] = dict(run.document)
+            document["run"] = {**run.document, "versions": run_versions(previous["run"])}
         _check_device(out, run.device)
         check_reach(out)
         out.write_bytes(SWEEP_KEY, document_bytes(document))
@@ -273,30 +277,31 @@ def _check_out(out: Store, document: dict[str, Any], *, resume: bool) -> dict[st
     """sweep.json of the sweep in OUT, None for an empty OUT. Raises InputError where OUT holds something else, or a
     sweep and `resume` is not set."""
     try:
-        previous = dict(read_document(out.read_bytes(SWEEP_KEY)))
-        runs = previous["run"], document["run"]
-        others = {"run.validation": not same_validation(*runs), "run.clip": not same_clip(*runs)}
-    except (ValueError, TypeError, LookupError) as error:
-        raise InputError(
-            f"{out.root}/{SWEEP_KEY}: damaged ({first_line(error)}); restore it, or give another --out"
-        ) from None
+        data = out.read_bytes(SWEEP_KEY)
     except FileNotFoundError:
         refuse_other_things(out, "not a sweep")
         return None
-    else:
-        if not resume:
-            raise InputError(f"{out.root}: holds a sweep; add --resume to continue it, or give another --out")
+    with intact_document(out, SWEEP_KEY):
+        previous = dict(read_document(data))
+        before = dict(previous["run"])
+    if not resume:
+        raise InputError(f"{out.root}: holds a sweep; add --resume to continue it, or give another --out")
+    refuse_other_row_order(out, before)
+    with intact_document(out, SWEEP_KEY):
+        runs = before, document["run"]
+        others = {"run.validation": not same_validation(*runs), "run.clip": not same_clip(*runs)}
         was, now = _comparable(previous), _comparable(document)
-        if VOCABULARIES_FIELD not in previous["run"]:  # of a release that did not record them
-            now = {name: value for name, value in now.items() if not name.startswith(f"run.{VOCABULARIES_FIELD}.")}
-        changed = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
-        changed += [name for name, is_other in others.items() if is_other]
-        if changed:
-            raise InputError(
-                f"{out.root}: its sweep was begun with another {', '.join(changed)} (see its {SWEEP_KEY}); resume with "
-                "the same settings, or give another --out"
-            )
-        return previous
+        run_versions(before)
+    if VOCABULARIES_FIELD not in before:  # of a release that did not record them
+        now = {name: value for name, value in now.items() if not name.startswith(f"run.{VOCABULARIES_FIELD}.")}
+    changed = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+    changed += [name for name, is_other in others.items() if is_other]
+    if changed:
+        raise InputError(
+            f"{out.root}: its sweep was begun with another {', '.join(changed)} (see its {SWEEP_KEY}); resume with "
+            "the same settings, or give another --out"
+        )
+    return previous
 
 
 def _check_device(out: Store, device: str) -> None:
@@ -308,7 +313,8 @@ def _check_device(out: Store, device: str) -> None:
 
 def _comparable(document: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed sweep must share; it may be longer, lie elsewhere and be stopped otherwise."""
-    flat = flattened(json.loads(json.dumps(document)))
+    train = TrainConfig.from_dict(document["run"]["train"]).to_dict()  # with what earlier releases did not record
+    flat = flattened(json.loads(json.dumps({**document, "run": {**document["run"], "train": train}})))
     free: tuple[str, ...] = ("trials", "scheduler", "device", "run.versions.", "run.concepts.path", f"run.{BEGINNING}")
     # Pictures of validation and their CLIP are compared by themselves.
     free += ("run.clip.model", "run.clip.revision", "run.clip_option")

@@ -28,8 +28,9 @@ from cluster.store.store import Store, join, local_copy, open_store
 from cluster.training.checkpoints import SCORE, STATE_FILE
 from cluster.training.config import TrainConfig
 from cluster.training.loop import train_loop
-from cluster.training.run_record import BEGINNING
+from cluster.training.run_record import BEGINNING, run_versions
 from cluster.training.run_spec import RunSpec
+from pcm.captioners.interface import CONFIG_FILE
 from pcm.documents import document_bytes, read_document
 from pcm.errors import InputError, first_line
 from pcm.model_faults import OutOfMemory, free_memory
@@ -85,10 +86,11 @@ def run_trial(parameters: dict[str, Any], *, sweep: SweepRun) -> None:
         _report_failure(sweep, str(error))
         return
     store.write_bytes(OVERRIDES_FILE, document_bytes(overrides))
-    run = replace(sweep.run, out=out, config=config, document=_document(sweep, overrides, config))
     preload({key: ray.get(table) for key, table in sweep.tables.items()})
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     with _newest_checkpoint(store) as checkpoint:
+        document = _document(sweep, overrides, config, checkpoint)
+        run = replace(sweep.run, out=out, config=config, document=document)
         for row in _history(checkpoint):  # a driver that was started again has not heard of these epochs
             _report(row)
         train_in_this_process(_TrialReports(store, checkpoint))
@@ -104,9 +106,14 @@ def run_trial(parameters: dict[str, Any], *, sweep: SweepRun) -> None:
             _report_failure(sweep, reason)
 
 
-def _document(sweep: SweepRun, overrides: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """config.json of a trial, which for trackers is a run of its own."""
+def _document(
+    sweep: SweepRun, overrides: Mapping[str, Any], config: TrainConfig, checkpoint: ray.train.Checkpoint | None
+) -> dict[str, Any]:
+    """config.json of a trial, which for trackers is a run of its own; with the releases that trained its checkpoint."""
     document = {**sweep.run.document, "train": config.to_dict()}
+    if checkpoint is not None:
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError):  # damaged: the weights' readers say so
+            document["versions"] = run_versions(read_document(Path(checkpoint.path, CONFIG_FILE).read_bytes()))
     if BEGINNING in document:
         document[BEGINNING] += f"-{trial_id(overrides)}"
     return document

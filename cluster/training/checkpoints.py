@@ -30,7 +30,7 @@ from cluster.training.run_spec import RunSpec
 from pcm.captioners.captioner import MODEL_FILE, captioner_files
 from pcm.captioners.interface import VOCABULARY_FILE
 from pcm.captioners.pcmnet.model import PCMNet
-from pcm.errors import InputError, OneLineError, one_line
+from pcm.errors import InputError, NotKnown, OneLineError, known_fields, one_line
 from pcm.model_faults import is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -250,6 +250,10 @@ class Checkpoints:
             try:
                 folder = Path(with_retries(lambda: stack.enter_context(copy()), place=place))
                 return with_retries(lambda: self._load(folder), place=place)
+            except NotKnown as error:
+                raise InputError(
+                    f"{place}: {error}; finish the run with the release that wrote it, or train into another --out"
+                ) from None
             except OneLineError:
                 raise
             except Exception as error:  # what a cut file raises depends on where it is cut
@@ -302,7 +306,8 @@ def load_training_state(
         average.load(state)
         module.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE), strict=False)
     optimizer.load_state_dict(_read_optimizer(folder / OPTIMIZER_FILE))
-    return TrainingState(**json.loads((folder / STATE_FILE).read_text()))
+    values = json.loads((folder / STATE_FILE).read_text())
+    return TrainingState(**known_fields(TrainingState, values, STATE_FILE))
 
 
 def _read_optimizer(file: Path) -> dict[str, Any]:

@@ -48,16 +48,12 @@ def previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
     except FileNotFoundError:
         refuse_other_things(out, "not a training run")
         return None
-    with _intact_config(out):
+    with intact_document(out, CONFIG_KEY):
         previous = json.loads(data)
         dict(previous["train"])
-        order = previous.get("row_order", 1)  # of releases that recorded none
-    if resume and order != ROW_ORDER:  # before all else that another release may say otherwise
-        raise InputError(
-            f"{out.root}: takes its rows in order {order}, this release in order {ROW_ORDER}; finish it with the "
-            "release that began it, or give another --out"
-        )
-    with _intact_config(out):
+    if resume:
+        refuse_other_row_order(out, previous)  # before all else that another release may say otherwise
+    with intact_document(out, CONFIG_KEY):
         TrainConfig.from_dict(previous["train"])
         (
             recorded_validation(previous),
@@ -75,19 +71,29 @@ def previous_run(out: Store, *, resume: bool) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _intact_config(out: Store) -> Iterator[None]:
-    """What goes wrong in reading config.json is that it is damaged, or of a later release. Raises InputError."""
+def intact_document(out: Store, key: str) -> Iterator[None]:
+    """What goes wrong in reading config.json or sweep.json is that it is damaged, or of a later release. Raises
+    InputError."""
     try:
         yield
     except NotKnown as error:
         field = str(error).partition(": ")[0]
         raise InputError(
-            f"{out.root}/{CONFIG_KEY}: {field}: not known to this release; finish the run with the release that began "
-            "it, or give another --out"
+            f"{out.root}/{key}: {field}: not known to this release; finish it with the release that began it, or give "
+            "another --out"
         ) from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         said = one_line(error, longest=200)
-        raise InputError(f"{out.root}/{CONFIG_KEY}: damaged ({said}); restore it, or give another --out") from None
+        raise InputError(f"{out.root}/{key}: damaged ({said}); restore it, or give another --out") from None
+
+
+def refuse_other_row_order(out: Store, previous: dict[str, Any]) -> None:
+    """Raises InputError for the document of a run that takes its rows in the order of another release."""
+    if (order := previous.get("row_order", 1)) != ROW_ORDER:  # releases before the second recorded none
+        raise InputError(
+            f"{out.root}: takes its rows in order {order}, this release in order {ROW_ORDER}; finish it with the "
+            "release that began it, or give another --out"
+        )
 
 
 def run_document(

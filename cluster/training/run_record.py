@@ -10,7 +10,7 @@ import pcm
 from cluster.sources.picture_source import PictureSource
 from cluster.sources.pictures import source_anywhere
 from pcm.clip.names import HUB_PREFIX, is_known
-from pcm.errors import InputError
+from pcm.errors import InputError, known_fields
 from pcm.spec import DIGEST, QUICK_GELU_SUFFIX
 
 log = logging.getLogger(__name__)
@@ -36,12 +36,25 @@ def beginning(previous: Mapping[str, Any] | None) -> dict[str, str]:
 def run_versions(previous: Mapping[str, Any]) -> dict[str, str]:
     """The installed ones, after those with which the run was made so far: "2.10.0 and 2.11.0"."""
     # Of this code, not of an installed package's metadata: a submitted job brings its own.
-    found = {"pcmnet-ray": pcm.__version__, "torch": version("torch"), "ray": version("ray")}
+    found = {"pcmnet-ray": pcm.__version__} | {name: version(name) for name in ("torch", "ray", "numpy")}
     before = dict(previous.get("versions", {}))
     return {
         name: " and ".join(dict.fromkeys([*before[name].split(" and "), number] if name in before else [number]))
         for name, number in found.items()
     }
+
+
+def warn_of_other_releases(before: Mapping[str, Any]) -> None:
+    """Say where a run goes on with other releases than the last of those with which it was made so far."""
+    was = {name: numbers.split(" and ")[-1] for name, numbers in before.get("versions", {}).items()}
+    changed = [
+        f"{name}: {was[name]} -> {here}" for name, here in run_versions({}).items() if was.get(name, here) != here
+    ]
+    if changed:
+        log.warning(
+            "goes on with other releases than before (%s), and its losses may differ by them; go on, or install those",
+            "; ".join(changed),
+        )
 
 
 def same_clip(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -88,7 +101,7 @@ def warn_of_moved_pictures(before: Mapping[str, Any], now: Mapping[str, Any]) ->
 def recorded_validation(document: Mapping[str, Any]) -> PictureSource | None:
     if not document["validation"]:
         return None
-    recorded = PictureSource(**document["validation"])
+    recorded = PictureSource(**known_fields(PictureSource, document["validation"], "validation"))
     try:
         return source_anywhere(recorded)
     except InputError:  # of a store whose package is not installed here: nothing is read from it

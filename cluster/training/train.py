@@ -50,6 +50,7 @@ from cluster.training.run_document import (
 from cluster.training.run_record import (
     VOCABULARIES_FIELD,
     warn_of_moved_pictures,
+    warn_of_other_releases,
 )
 from cluster.training.run_spec import RunSpec
 from cluster.training.step import check_compile
@@ -103,6 +104,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
             log.info("%s: all %d epochs are done", out.root, done)
             return _summary(out, sets, started)
         warn_of_moved_pictures(previous, document)
+        warn_of_other_releases(previous)
         check_checkpoints(out, done=done)
 
     joined = is_joined()

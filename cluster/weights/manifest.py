@@ -29,6 +29,10 @@ LARGEST_MANIFEST = 2**22
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
 
 
+class LaterManifest(InputError):
+    """weights.json of another release: it says what this one cannot read, and nothing that it names is touched."""
+
+
 @dataclass(frozen=True)
 class StagedFile:
     """A file of the model's folder."""
@@ -60,15 +64,20 @@ class WeightsManifest:
 
     @staticmethod
     def from_bytes(data: bytes, *, place: str) -> "WeightsManifest":
-        """Raises InputError for what is no such manifest, or names files outside its folder."""
+        """Raises InputError for what is no such manifest, or names files outside its folder, and LaterManifest."""
         try:
             values = read_document(data)
             if values["version"] != VERSION:
-                raise ValueError(f"version {values['version']!r}, and this release reads {VERSION}")
+                raise LaterManifest(
+                    f"{place}: of version {str(values['version'])[:20]}, and this release knows {VERSION}; use the "
+                    "release that staged the weights, or give another place"
+                )
             found = WeightsManifest(
                 str(values["source"]), values["revision"], tuple(_file(*item) for item in values["files"].items())
             )
             digits(found.revision)
+        except LaterManifest:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{place}: is no manifest of weights ({first_line(error)}); stage them with python -m jobs.stage_models"

@@ -28,7 +28,15 @@ from typing import TypeVar
 from cluster.store.paths import inside
 from cluster.store.retries import with_retries
 from cluster.store.store import Store, is_uri, open_store
-from cluster.weights.manifest import MANIFEST, StagedFile, WeightsManifest, digits, read_manifest, revision_of
+from cluster.weights.manifest import (
+    MANIFEST,
+    LaterManifest,
+    StagedFile,
+    WeightsManifest,
+    digits,
+    read_manifest,
+    revision_of,
+)
 from pcm.errors import InputError
 from pcm.spec import DIGEST, ClipSpec, DatasetSpec, GeneratorSpec
 
@@ -101,6 +109,8 @@ def _is_whole(folder: Path) -> bool:
     try:
         manifest = WeightsManifest.from_bytes((folder / MANIFEST).read_bytes(), place=str(folder / MANIFEST))
         return all((folder / _FILES / file.name).stat().st_size == file.size for file in manifest.files)
+    except LaterManifest:
+        raise
     except (OSError, InputError):
         return False
 

@@ -16,7 +16,15 @@ from cluster.store.paths import inside
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store, join, open_store
 from cluster.weights.hub import pin_repo
-from cluster.weights.manifest import MANIFEST, StagedFile, WeightsManifest, digits, read_manifest, revision_of
+from cluster.weights.manifest import (
+    MANIFEST,
+    LaterManifest,
+    StagedFile,
+    WeightsManifest,
+    digits,
+    read_manifest,
+    revision_of,
+)
 from cluster.weights.request import StageModelsRequest
 from pcm.clip.names import HUB_PREFIX, LOCAL_PREFIX, is_commit, is_hidden, resolve_clip_name
 from pcm.credentials import refuse_credentials
@@ -120,6 +128,8 @@ def _staged(store: Store) -> WeightsManifest | None:
     """What lies there; None of nothing, and of a damaged manifest, which is replaced."""
     try:
         return read_manifest(store)
+    except LaterManifest:
+        raise
     except InputError:
         return None
 

@@ -13,7 +13,13 @@ from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest
 from cluster.curation.sync.sentences import SentenceSpec
 from cluster.dataset.documents import load_manifest
-from cluster.dataset.environment import versions
+from cluster.dataset.environment import (
+    differences,
+    environment,
+    store_environment,
+    versions,
+    warn_of_other_releases,
+)
 from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, shard_key
 from cluster.export.as_dataset import export_as_dataset
 from cluster.export.export import export_dataset
@@ -183,3 +189,33 @@ def assert_stays(out: Path, make: Callable[[], object], monkeypatch: pytest.Monk
     (out / MANIFEST_KEY).write_bytes(b"{")
     make()
     assert load_manifest(open_store(out)).expected
+
+
+def test_a_dataset_that_goes_on_with_other_releases_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A release of ours that recorded fewer packages, or another of ours, is none of those."""
+    store = open_store(tmp_path)
+    warn_of_other_releases(store)
+    now = environment(device="cpu", loads_models=False)
+    few = {name: now["versions"][name] for name in ("torch", "diffusers")}
+    store_environment(store, {**now, "versions": {**few, "pcmnet-ray": "0.0.1"}})
+    warn_of_other_releases(store)
+    assert not caplog.text
+    for digest in store.list("environments"):
+        store.delete(digest)
+    store_environment(store, {**now, "versions": {**now["versions"], "torch": "1.0"}})
+    warn_of_other_releases(store)
+    assert f"goes on with other releases than it was begun with (torch: 1.0 -> {few['torch']})" in caplog.text
+    caplog.clear()
+    store_environment(store, now)
+    warn_of_other_releases(store)
+    assert not caplog.text
+
+
+def test_what_differs_is_of_what_both_have_recorded() -> None:
+    before = {"versions": {"torch": "1.0"}, "processor": "a", "gpu": None}
+    now = {"versions": {"torch": "1.0", "peft": "0.22"}, "processor": "a", "gpu": None}
+    assert differences([before], now) == []
+    assert differences([before], {**now, "gpu": "H200"}) == ["gpu: None -> H200"]
+    assert differences([{**before, "versions": {"peft": "0.21"}}], now) == ["peft: 0.21 -> 0.22"]

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from cluster.sweep.request import SweepRequest
 from cluster.sweep.sweep import SWEEP_KEY, _check_device, _check_out, _settings, sweep
 from cluster.sweep.trial import shared_tables
 from cluster.training.config import TrainConfig
+from cluster.training.data.shuffled import ROW_ORDER
 from cluster.training.feed import DataChanged
 from cluster.training.train import train
 from jobs.train import JOB
@@ -139,9 +141,39 @@ def test_a_damaged_record_of_a_sweep_is_one_line(data: Path, tmp_path: Path, con
         sweep(replace(request(data, resume=True), out=str(tmp_path)))
 
 
+def test_a_sweep_of_another_release_goes_on_where_a_run_would(
+    swept: tuple[dict, Path], data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that lacks a setting at its default goes on, and keeps the releases that trained it."""
+    _, out = swept
+    shutil.copytree(out, tmp_path / "sweep")
+    asked = replace(request(data, resume=True), out=str(tmp_path / "sweep"))
+    document = json.loads((out / SWEEP_KEY).read_bytes())
+    run = document["run"]
+    earlier = {name: value for name, value in run["train"].items() if name != "feature_dtype"}
+    begun = {**document, "run": {**run, "train": earlier, "versions": {**run["versions"], "torch": "1.0"}}}
+    (tmp_path / "sweep" / SWEEP_KEY).write_bytes(document_bytes(begun))
+    sweep(asked)
+    found = json.loads((tmp_path / "sweep" / SWEEP_KEY).read_bytes())["run"]
+    assert found["versions"]["torch"] == f"1.0 and {run['versions']['torch']}" and found["train"] == run["train"]
+    assert f"goes on with other releases than before (torch: 1.0 -> {run['versions']['torch']})" in caplog.text
+    for changed, said in (
+        ({"train": {**run["train"], "warm_restarts": 3}}, "'warm_restarts': not known to this release; finish it with"),
+        ({"row_order": 1}, "takes its rows in order 1, this release in order 2; finish it with the release"),
+    ):
+        (tmp_path / "sweep" / SWEEP_KEY).write_bytes(document_bytes({**document, "run": {**run, **changed}}))
+        with pytest.raises(InputError, match=said):
+            sweep(asked)
+
+
+#: Of sweep.json, what runs of every release have.
+RUN = {"train": TrainConfig().to_dict(), "row_order": ROW_ORDER}
+
+
 def test_pictures_and_concepts_of_a_sweep_may_move(tmp_path: Path) -> None:
     out = open_store(tmp_path)
     begun = {
+        **RUN,
         "validation": {"images": "/a/pictures", "references": "/a/r.json", "split": "val"},
         "concepts": {"path": "/a/concepts", "sha256": "1"},
     }
@@ -169,7 +201,7 @@ def test_the_clip_of_a_sweeps_pictures_may_lie_elsewhere_and_is_no_other(tmp_pat
 
     def swept_with(model: str, revision: str) -> dict:
         clip = {"model": model, "revision": revision, "weights": "sha256:w"}
-        return {"run": {"validation": {"images": "/v"}, "references_sha256": "1", "clip": clip}}
+        return {"run": {**RUN, "validation": {"images": "/v"}, "references_sha256": "1", "clip": clip}}
 
     out.write_bytes(SWEEP_KEY, document_bytes(swept_with("ViT-L-14/openai", "a" * 40)))
     _check_out(out, swept_with("s3://bucket/clip", "sha256:1"), resume=True)

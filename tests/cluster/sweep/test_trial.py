@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray.train
 import ray.tune
 import torch
 
@@ -20,10 +21,11 @@ from cluster.sweep.trial import CHECKPOINT, OVERRIDES, RESULT_FILE, SweepRun, _d
 from cluster.training.checkpoints import STATE_FILE
 from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
-from cluster.training.run_record import BEGINNING
+from cluster.training.run_record import BEGINNING, run_versions
 from cluster.training.trackers import run_id
 from cluster.training.train import planned_run
 from pcm.captioners.pcmnet.model import PCMNet
+from pcm.documents import document_bytes
 from pcm.errors import InputError
 from tests.helpers.tiny_dataset import NO_NOISE, TINY, write_dataset
 
@@ -140,12 +142,20 @@ def test_a_trial_leaves_no_checkpoint_where_its_driver_was_killed_right_after_it
 
 def test_for_trackers_each_trial_is_a_run_of_its_own(tune: Tune) -> None:
     def run(**overrides: Any) -> str:
-        return run_id(open_store("anywhere"), _document(tune.sweep, overrides, tune.sweep.run.config))
+        return run_id(open_store("anywhere"), _document(tune.sweep, overrides, tune.sweep.run.config, None))
 
     assert run(seed=1) == run(seed=1) != run(seed=2)
     tune.run(until=1)
     written = json.loads((tune.folder / "best/config.json").read_text())
     assert written[BEGINNING] != tune.sweep.run.document[BEGINNING], "as trackers are told"
+
+
+def test_a_trial_says_which_releases_trained_it(tune: Tune, tmp_path: Path) -> None:
+    now = run_versions({})
+    (tmp_path / "config.json").write_bytes(document_bytes({"versions": {**now, "torch": "1.0"}}))
+    checkpoints = [None, ray.train.Checkpoint.from_directory(tmp_path)]
+    documents = [_document(tune.sweep, {}, tune.sweep.run.config, checkpoint) for checkpoint in checkpoints]
+    assert [each["versions"]["torch"] for each in documents] == [now["torch"], f"1.0 and {now['torch']}"]
 
 
 def test_a_trial_whose_settings_exclude_each_other_has_failed(tune: Tune) -> None:

@@ -92,6 +92,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     assert "damaged checkpoints are passed over (epoch-002: " in caplog.text and "epoch-001 is used" in caplog.text
 
 
+def test_a_checkpoint_of_a_later_release_is_not_called_damaged(run: Checkpoints, tmp_path: Path) -> None:
+    """Nor is the one before it taken in its place."""
+    file = tmp_path / CHECKPOINTS / NAMES[1] / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"clock": 1}))
+    with pytest.raises(InputError, match=r"epoch-002: state.json field 'clock': not known to this release; finish"):
+        run.restore()
+
+
 def test_an_optimizer_of_many_kilobytes_that_is_cut_is_passed_over(
     run: Checkpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -45,7 +45,13 @@ from cluster.training.ray_trainer import _FailurePolicy, _GroupSizes, check_labe
 from cluster.training.reporting import LossLog
 from cluster.training.request import TrainRequest, parse_worker_label
 from cluster.training.run_document import previous_run, refuse_other_run
-from cluster.training.run_record import run_versions, same_clip, same_validation, warn_of_moved_pictures
+from cluster.training.run_record import (
+    run_versions,
+    same_clip,
+    same_validation,
+    warn_of_moved_pictures,
+    warn_of_other_releases,
+)
 from cluster.training.run_spec import RunSpec
 from cluster.training.train import TrainingFailed, _summary, planned_run, train
 from cluster.training.worker import build_network, set_up_worker
@@ -527,6 +533,20 @@ def test_a_run_of_a_later_release_is_not_called_damaged(world: Path, tmp_path: P
         with pytest.raises(InputError, match=f"{said}.*; finish .* the release that began it") as caught:
             previous_run(open_store(tmp_path), resume=True)
         assert "damaged" not in str(caught.value)
+    del document["train"]["warm_restarts"]
+    document["validation"] = {"images": "/v", "references": "/r", "split": "val", "crop": 1}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"config\.json: validation field 'crop': not known to this release"):
+        previous_run(open_store(tmp_path), resume=True)
+
+
+def test_a_run_that_goes_on_with_other_releases_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    now = run_versions({})
+    for same in ({}, {"versions": now}, {"versions": {"torch": f"1.0 and {now['torch']}"}}):
+        warn_of_other_releases(same)
+    assert not caplog.text
+    warn_of_other_releases({"versions": {**now, "torch": "1.0 and 1.1"}})
+    assert f"goes on with other releases than before (torch: 1.1 -> {now['torch']}), and its losses may" in caplog.text
 
 
 def test_a_captioner_of_a_later_release_is_not_called_damaged(world: Path, tmp_path: Path) -> None:

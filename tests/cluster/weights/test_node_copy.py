@@ -226,6 +226,16 @@ def test_a_copy_that_was_cut_on_the_disk_is_fetched_again(staged: str, cache: Pa
     assert contents(Path(local_name(staged, revision_of(tiny_t2i)))) == contents(tiny_t2i)
 
 
+def test_a_copy_of_a_later_release_stays(staged: str, cache: Path, tiny_t2i: Path) -> None:
+    """Its processes may have it open."""
+    folder = Path(local_name(staged, revision_of(tiny_t2i)))
+    manifest = folder.parent / "weights.json"
+    manifest.write_bytes(json.dumps(json.loads(manifest.read_bytes()) | {"version": 2}).encode())
+    with pytest.raises(InputError, match="of version 2, and this release knows 1"):
+        local_name(staged, revision_of(tiny_t2i))
+    assert contents(folder) == contents(tiny_t2i) and json.loads(manifest.read_bytes())["version"] == 2
+
+
 def test_large_files_come_in_pieces(staged: str, cache: Path, tiny_t2i: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_copy, "PIECE", 1000)
     assert contents(Path(local_name(staged))) == contents(tiny_t2i)

@@ -64,6 +64,17 @@ def test_staging_again_puts_nothing(tmp_path: Path, tiny_t2i: Path) -> None:
     assert stage(request)["put"] == 0
 
 
+def test_what_a_later_release_has_staged_is_not_replaced(tmp_path: Path, tiny_t2i: Path) -> None:
+    request = StageModelsRequest(t2i=str(tiny_t2i), out=str(tmp_path / "out"))
+    stage(request)
+    (manifest,) = (tmp_path / "out").rglob("weights.json")
+    later = json.dumps(json.loads(manifest.read_bytes()) | {"version": 2, "more": 1}).encode()
+    manifest.write_bytes(later)
+    with pytest.raises(InputError, match=r"weights.json: of version 2, and this release knows 1; use the release that"):
+        stage(request)
+    assert manifest.read_bytes() == later
+
+
 def test_a_repo_is_staged_again_at_the_commit_that_lies_there(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_t2i: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
