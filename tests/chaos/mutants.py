@@ -43,7 +43,8 @@ MUTANTS = (
     ),
     Mutant(
         "a run is gone on with in the order in which it began",
-        "cluster/training/run_document.py", "if resume and order != ROW_ORDER:", "if False:",
+        "cluster/training/run_document.py", 'if (order := previous.get("row_order", 1)) != ROW_ORDER:',
+        'if (order := previous.get("row_order", 1)) < 0:',
         ("tests/cluster/training/test_train.py::test_a_run_of_another_row_order_is_refused",),
     ),
     Mutant(

@@ -26,9 +26,9 @@ def head() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-def start(head: Cluster, data: Path, out: Path, *arguments: str) -> subprocess.Popen:
+def start(head: Cluster, data: Path, out: Path, *arguments: str, epochs: int = 1) -> subprocess.Popen:
     settings = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
-    return jobs(head, "jobs.train", "--data", data, "--out", out, "--epochs", 1, *settings, *arguments)
+    return jobs(head, "jobs.train", "--data", data, "--out", out, "--epochs", epochs, *settings, *arguments)
 
 
 def jobs(head: Cluster, *command: object) -> subprocess.Popen:
@@ -136,9 +136,8 @@ def read_until(job: subprocess.Popen, said: str) -> None:
 def test_a_group_of_workers_grows_and_shrinks_with_the_cluster(head: Cluster, tmp_path: Path, tiny_clip: Path) -> None:
     """With a node that comes and one that is lost the losses are those of an undisturbed run on one worker."""
     data, out = write_dataset(tmp_path / "data", tiny_clip, rows=96), tmp_path / "run"
-    epochs = ["--epochs", "16"]
     first = head.add_node(num_cpus=1, object_store_memory=100_000_000)
-    job = start(head, data, out, "--device", "cpu", "--num-workers", "1:2", "--cpus-per-worker", "1", *epochs)
+    job = start(head, data, out, "--device", "cpu", "--num-workers", "1:2", "--cpus-per-worker", "1", epochs=16)
     read_until(job, "1 worker(s) on cpu")
     head.add_node(num_cpus=1, object_store_memory=100_000_000)
     read_until(job, "2 worker(s) on cpu")
@@ -147,7 +146,7 @@ def test_a_group_of_workers_grows_and_shrinks_with_the_cluster(head: Cluster, tm
     _, said = job.communicate(timeout=600)
     assert job.returncode == 0, said[-3000:]
 
-    alone = start(head, data, tmp_path / "alone", "--device", "cpu", "--cpus-per-worker", "1", *epochs)
+    alone = start(head, data, tmp_path / "alone", "--device", "cpu", "--cpus-per-worker", "1", epochs=16)
     _, said = alone.communicate(timeout=600)
     assert alone.returncode == 0, said[-3000:]
     steps, values = zip(*losses(out), strict=True)
@@ -163,7 +162,7 @@ def test_a_group_of_two_grows_to_four_and_the_sizes_are_recorded(
     for _ in range(2):
         head.add_node(num_cpus=1, object_store_memory=100_000_000)
     workers = ["--device", "cpu", "--num-workers", "2:4", "--cpus-per-worker", "1"]
-    job = start(head, data, out, *workers, "--epochs", "16")
+    job = start(head, data, out, *workers, epochs=16)
     read_until(job, "2 worker(s) on cpu")
     for _ in range(2):
         head.add_node(num_cpus=1, object_store_memory=100_000_000)
