@@ -277,8 +277,14 @@ MUTANTS = (
     ),
     Mutant(
         "a store that answers 503, hangs or cuts is tried again",
-        "cluster/store/retries.py", 'if fault.kind != "transient":', "if True:",
+        "cluster/store/retries.py", 'if fault.kind != "transient" and not late:', "if True:",
         ("tests/cluster/store/test_retries.py::test_a_fault_that_passes_is_tried_again",),
+    ),
+    Mutant(
+        "a client that was made without credentials looks for them again",
+        "cluster/store/store.py", "            self._single.connect(refresh=True)\n", "            pass\n",
+        ("tests/cluster/store/test_store_failures.py::"
+         "test_credentials_that_a_metadata_service_gives_too_late_are_asked_for_again",),
     ),
     Mutant(
         "a store that restarts is waited for",
