@@ -567,8 +567,19 @@ MUTANTS = (
     ),
     Mutant(
         "too large a share of failures stops the run",
-        "cluster/generation/stages/monitor.py", "self._failed > self._policy.max_error_share * tried", "False",
+        "cluster/generation/stages/monitor.py", "failed > self._policy.max_error_share * tried", "False",
         ("tests/cluster/generation/stages/test_monitor.py::test_too_large_a_share_of_failures_stops_the_run",),
+    ),
+    Mutant(
+        "what fails after days stops the run",
+        "cluster/generation/stages/monitor.py", "at_least=RECENT_SAMPLES)", "at_least=tried + 1)",
+        ("tests/cluster/generation/stages/test_monitor.py::test_what_fails_after_days_stops_the_run",),
+    ),
+    Mutant(
+        "blank pictures stop the run",
+        "cluster/generation/stages/draw.py", "self._guard.end_shard(None if retry else drawn)",
+        "self._guard.end_shard(None)",
+        ("tests/cluster/generation/stages/test_generator.py::test_blank_pictures_are_told_as_failures_but_not_of_a_retry",),
     ),
     Mutant(
         "a shard that no process finishes stops the run",
