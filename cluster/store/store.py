@@ -35,7 +35,7 @@ from fsspec.implementations.local import LocalFileSystem
 from cluster.store.object_file import ObjectFile
 from cluster.store.paths import inside, outside
 from cluster.store.retries import no_bucket, says_existing, says_unknown, seconds_of, with_retries
-from cluster.store.temporary import named_temporary_folder
+from cluster.store.temporary import named_temporary_folder, temporary_folder
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, StoreFailure, first_line
 from pcm.line_timer import LineTimer
@@ -542,10 +542,8 @@ def local_copy(uri: str | os.PathLike) -> Iterator[Path]:
             raise InputError(f"{os.fspath(uri)}: no such file or folder; give an existing path or URI")
         yield path
         return
-    with named_temporary_folder():
-        temporary = tempfile.TemporaryDirectory(prefix="pcm-")
-    with temporary as folder:
-        target = inside(Path(folder), store.name or "copy")
+    with temporary_folder("copy") as folder:
+        target = inside(folder, store.name or "copy")
         keys = [""] if store.is_file() else store.list()
         if not keys:
             raise InputError(f"{os.fspath(uri)}: no such file or folder; give an existing path or URI")

@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import re
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from cluster.ray_internals import CHECKPOINT_RECORD
 from cluster.store.reach import check_here
 from cluster.store.retries import with_retries
 from cluster.store.store import Store, join, local_copy
-from cluster.store.temporary import named_temporary_folder
+from cluster.store.temporary import named_temporary_folder, temporary_folder
 from cluster.training.ema import WeightAverage
 from cluster.training.ray_trainer import CHECKPOINTS
 from cluster.training.run_spec import RunSpec
@@ -181,14 +180,12 @@ class Checkpoints:
         if is_best:
             for name, data in files.items():
                 self._out.write_bytes(f"{BEST}/{name}", data)
-        with named_temporary_folder():
-            temporary = tempfile.TemporaryDirectory(prefix="pcm-checkpoint-")
-        with temporary as folder:
+        with temporary_folder("checkpoint") as folder:
             with named_temporary_folder():
                 for name, data in files.items():
-                    Path(folder, name).write_bytes(data)
+                    (folder / name).write_bytes(data)
                 save_training_state(
-                    Path(folder), module=self._module, optimizer=self._optimizer, average=self._average, at=at
+                    folder, module=self._module, optimizer=self._optimizer, average=self._average, at=at
                 )
             ray.train.report(
                 metrics,

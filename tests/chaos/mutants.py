@@ -281,6 +281,18 @@ MUTANTS = (
         ("tests/cluster/store/test_retries.py::test_a_fault_that_passes_is_tried_again",),
     ),
     Mutant(
+        "what a killed process left in the folder for temporary files is deleted",
+        "cluster/store/temporary.py", "            shutil.rmtree(path)\n", "            pass\n",
+        ("tests/cluster/store/test_temporary.py::"
+         "test_what_a_killed_process_left_is_deleted_after_a_day_and_what_is_in_use_is_not",),
+    ),
+    Mutant(
+        "what a process holds in the folder for temporary files is no leftover",
+        "cluster/store/temporary.py", "        fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "",
+        ("tests/cluster/store/test_temporary.py::"
+         "test_what_a_killed_process_left_is_deleted_after_a_day_and_what_is_in_use_is_not",),
+    ),
+    Mutant(
         "a client that was made without credentials looks for them again",
         "cluster/store/store.py", "            self._single.connect(refresh=True)\n", "            pass\n",
         ("tests/cluster/store/test_store_failures.py::"
