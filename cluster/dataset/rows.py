@@ -32,6 +32,7 @@ from cluster.dataset.keys import shard_number, stats_key
 from cluster.dataset.view_part import OWN_COLUMNS, PictureShard, ViewPart
 from cluster.store.object_file import ObjectFile
 from cluster.store.store import Store, open_store
+from cluster.store.temporary import delete_leftovers, in_use
 from pcm.errors import InputError, first_line
 from pcm.records import MAX_SHARD_BYTES, VIEW_SCHEMA, FeatureShape, feature_column, feature_matrix
 
@@ -169,11 +170,13 @@ def share_checks(folder: Path) -> Iterator[None]:
 
     The first that leaves deletes the folder; the others go by what they know.
     """
+    delete_leftovers()
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
     _checks.folder = folder
     try:
-        yield
+        with in_use(folder):
+            yield
     finally:
         _checks.folder = None
         shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from cluster.sources.pictures import (
     source_anywhere,
 )
 from cluster.store.store import Store, join, open_store, read_uri
+from cluster.store.temporary import temporary_folder
 from pcm.captioners.captioner import Captioner
 from pcm.clip.encoder import ClipEncoder
 from pcm.clip.names import clip_anywhere
@@ -239,10 +239,10 @@ def _spice_folder(request: EvaluateRequest) -> Iterator[Path | None]:
         return
     if missing := [name for name in SPICE_MODELS if not store.exists(name)]:
         raise InputError(f"--spice-home {home}: has no {' and no '.join(missing)}")
-    with tempfile.TemporaryDirectory(prefix="pcm-spice-") as folder:
+    with temporary_folder("spice") as folder:
         for name in SPICE_MODELS:
-            Path(folder, name).write_bytes(store.read_bytes(name))
-        yield Path(folder)
+            (folder / name).write_bytes(store.read_bytes(name))
+        yield folder
 
 
 def _evaluate_results(request: EvaluateRequest, results: str, *, spice_folder: Path | None) -> dict[str, Any]:

@@ -38,7 +38,8 @@ class HuggingFace:
         return {}
 
     def marker(self, shard: int) -> str:
-        return f"data/train-{shard:05d}-of-{self._source.num_shards:05d}.parquet"
+        shards = f"{self._source.num_shards:05d}"
+        return f"data/train-{shard:0{len(shards)}d}-of-{shards}.parquet"  # by name they are in the order of the shards
 
     def write(self, shard: int) -> tuple[str, int]:
         """sha256 and bytes of its file."""

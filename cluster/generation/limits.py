@@ -11,7 +11,7 @@ class FaultPolicy:
     """When a run gives a batch up, a sample, and itself."""
 
     batch_timeout: float = 900.0  # seconds a batch may take; four times that where torch.compile compiles it
-    max_error_share: float = 0.5  # of the samples tried so far may fail through the generator
+    max_error_share: float = 0.5  # of the samples tried so far, and of those drawn last, may fail in the generator
     max_deaths: int = 3  # of a process with the same sample in its batch, until that sample is given up
 
     def __post_init__(self) -> None:

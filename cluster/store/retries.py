@@ -23,9 +23,11 @@ from pcm.line_timer import LineTimer
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Kind = Literal["transient", "full", "refused", "no bucket", "bad request", "other"]
+Kind = Literal["transient", "no credentials", "full", "refused", "no bucket", "bad request", "other"]
 
 RETRY_SECONDS = 300.0
+#: For credentials that a machine's metadata service did not give when it was asked. Asking takes some 2 s.
+CREDENTIALS_SECONDS = 25.0
 #: A store does not know the job that uses it.
 RERUN = "run the same command again (training and sweeps with --resume)"
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0  # seconds
@@ -60,10 +62,12 @@ _TRANSIENT_TYPES = frozenset(
 _REFUSED_TYPES = frozenset(
     {
         "ConfigNotFound", "ConfigParseError", "DefaultCredentialsError", "InvalidConfigError", "LoginError",
-        "NoAuthTokenError", "NoCredentialsError", "PartialCredentialsError", "PermissionError", "ProfileNotFound",
-        "SSOError", "TokenRetrievalError", "UnauthorizedSSOTokenError",
+        "NoAuthTokenError", "PartialCredentialsError", "PermissionError", "ProfileNotFound", "SSOError",
+        "TokenRetrievalError", "UnauthorizedSSOTokenError",
     }
 )  # fmt: skip
+#: Of botocore and of azure.core: there are none, or a metadata service was once too late with them.
+_NO_CREDENTIALS_TYPES = frozenset({"ClientAuthenticationError", "NoCredentialsError"})
 _TRANSIENT_ERRNO = frozenset(
     {
         errno.EAGAIN, errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH,
@@ -104,27 +108,34 @@ def classify(error: BaseException) -> Fault:
     return fault
 
 
-def with_retries(operation: Callable[[], T], *, place: str) -> T:
+def with_retries(operation: Callable[[], T], *, place: str, connect_anew: Callable[[], None] | None = None) -> T:
     """Run an operation, again and again while the store fails in ways that pass.
 
     Pauses double from 0.2 s to 15 s, with jitter, for up to PCM_STORE_RETRY_SECONDS (300) since the first failure;
-    one line is logged at the first failure of a process and every 30 s. Raises StoreFailure when that time is over (one
-    that `passes`), when the disk or quota is full, when access is refused, when the bucket does not exist and at any
-    other OSError of the store. An OSError that says something of the name, as FileNotFoundError does, and whatever else
-    `operation` raises passes unchanged.
+    one line is logged at the first failure of a process and every 30 s. Where no credentials are found it is tried
+    again for CREDENTIALS_SECONDS, after `connect_anew`: a metadata service may be late with them. Raises StoreFailure
+    when that time is over (one that `passes`), when the disk or quota is full, when access is refused, when the bucket
+    does not exist and at any other OSError of the store. An OSError that says something of the name, as
+    FileNotFoundError does, and whatever else `operation` raises passes unchanged.
     """
-    patience = _Patience()
+    outage, no_credentials = _Patience(), _Patience(CREDENTIALS_SECONDS)
+    patience = outage
     while True:
         try:
+            if patience is no_credentials and connect_anew is not None:
+                connect_anew()
             return operation()
         except Exception as error:
             fault = classify(error)
             if fault.kind == "other" and not _is_of_the_store(error):
                 raise
-            if fault.kind != "transient":
+            late = fault.kind == "no credentials" and _asks_metadata_service()
+            if fault.kind != "transient" and not late:
                 raise StoreFailure(_advice(fault, place)) from None
+            patience = no_credentials if late else outage
             if (left := patience.left()) <= 0:
-                raise StoreFailure(_given_up(fault, place, patience.spent), passes=True) from None
+                said = _advice(fault, place) if late else _given_up(fault, place, patience.spent)
+                raise StoreFailure(said, passes=True) from None
             if _lines.due():
                 log.warning("%s: %s; trying again for up to %.0f s", place, fault.what, left)
         patience.sleep(left)
@@ -186,9 +197,10 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 class _Patience:
-    """Pauses that double, with jitter, for PCM_STORE_RETRY_SECONDS since the first failure."""
+    """Pauses that double, with jitter, for PCM_STORE_RETRY_SECONDS since the first failure, and `longest` at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest: float = math.inf) -> None:
+        self._longest = longest
         self._failed_at: float | None = None
         self._pause = FIRST_PAUSE
 
@@ -201,7 +213,7 @@ class _Patience:
         """Seconds for which it may be tried again; the first call says that it failed."""
         if self._failed_at is None:
             self._failed_at = time.monotonic()
-        return retry_seconds() - self.spent
+        return min(retry_seconds(), self._longest) - self.spent
 
     def sleep(self, left: float) -> None:
         time.sleep(min(self._pause * random.uniform(0.5, 1.0), left))
@@ -212,6 +224,11 @@ def no_bucket(place: str) -> StoreFailure:
     return StoreFailure(
         f"{place}: no such bucket; create it, or correct the URI, the endpoint (of S3 AWS_ENDPOINT_URL) or the region"
     )
+
+
+def _asks_metadata_service() -> bool:
+    """Whether a client may find credentials later; botocore reads this variable so."""
+    return os.environ.get("AWS_EC2_METADATA_DISABLED", "false").lower() != "true"
 
 
 def _is_of_the_store(error: Exception) -> bool:
@@ -284,6 +301,8 @@ def _classify_link(error: BaseException) -> Fault:
         if error.errno in _TRANSIENT_ERRNO:
             return Fault("transient", code)
         named = code
+    if names & _NO_CREDENTIALS_TYPES:
+        return Fault("no credentials", name)
     if names & _REFUSED_TYPES:
         return Fault("refused", name)
     if "CERTIFICATE_VERIFY_FAILED" in str(error):

@@ -35,9 +35,10 @@ from fsspec.implementations.local import LocalFileSystem
 from cluster.store.object_file import ObjectFile
 from cluster.store.paths import inside, outside
 from cluster.store.retries import no_bucket, says_existing, says_unknown, seconds_of, with_retries
-from cluster.store.temporary import named_temporary_folder
+from cluster.store.temporary import named_temporary_folder, temporary_folder
 from pcm.credentials import refuse_credentials
 from pcm.errors import InputError, StoreFailure, first_line
+from pcm.line_timer import LineTimer
 
 T = TypeVar("T")
 
@@ -188,7 +189,13 @@ class Store:
             self.delete(found)
 
     def _with_retries(self, key: str, operation: Callable[[], T]) -> T:
-        return with_retries(operation, place=f"{self.root}/{key}" if key else self.root)
+        place = f"{self.root}/{key}" if key else self.root
+        return with_retries(operation, place=place, connect_anew=self._connect_anew)
+
+    def _connect_anew(self) -> None:
+        """Make the client anew where one that found no credentials would never look for them again: that of S3."""
+        if "s3" in _protocols(self._single) and _connections.due():
+            self._single.connect(refresh=True)
 
     def _read(self, key: str, operation: Callable[[], T]) -> T:
         """As `_with_retries`. What would lie below a file, or has a name that no file can have, is not there."""
@@ -339,6 +346,9 @@ def _not_installed(uri: str, error: Exception) -> InputError:
     install = f"; install it with pip install -c constraints.txt -e '.[{extra}]'" if extra else ""
     return InputError(f"{uri}: needs a package that is not installed ({first_line(error)}){install}")
 
+
+#: Sixteen threads of a process share a client: one of them makes it anew.
+_connections = LineTimer(1.0, at_once=True)
 
 #: Protocols of fsspec that take what follows "::" for the place they work on.
 _CHAINED = frozenset(
@@ -532,10 +542,8 @@ def local_copy(uri: str | os.PathLike) -> Iterator[Path]:
             raise InputError(f"{os.fspath(uri)}: no such file or folder; give an existing path or URI")
         yield path
         return
-    with named_temporary_folder():
-        temporary = tempfile.TemporaryDirectory(prefix="pcm-")
-    with temporary as folder:
-        target = inside(Path(folder), store.name or "copy")
+    with temporary_folder("copy") as folder:
+        target = inside(folder, store.name or "copy")
         keys = [""] if store.is_file() else store.list()
         if not keys:
             raise InputError(f"{os.fspath(uri)}: no such file or folder; give an existing path or URI")

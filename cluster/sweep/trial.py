@@ -25,7 +25,7 @@ from cluster.dataset.documents import StoredShard
 from cluster.dataset.rows import COLUMNS, preload, read_shard
 from cluster.ray_internals import LocalReports, train_in_this_process
 from cluster.store.store import Store, join, local_copy, open_store
-from cluster.training.checkpoints import SCORE, STATE_FILE
+from cluster.training.checkpoints import SCORE, STATE_FILE, training_order
 from cluster.training.config import TrainConfig
 from cluster.training.loop import train_loop
 from cluster.training.run_record import BEGINNING, run_versions
@@ -191,10 +191,11 @@ class _TrialReports(LocalReports):
 def _newest_checkpoint(store: Store) -> Iterator[ray.train.Checkpoint | None]:
     """The last checkpoint of a trial that is whole, if there is one, for as long as it is needed."""
     keys = store.list(CHECKPOINT)
-    newest = max((key.split("/")[1] for key in keys if key.endswith(f"/{COMPLETE_FILE}")), default=None)
-    if newest is None:
+    whole = [key.split("/")[1] for key in keys if key.endswith(f"/{COMPLETE_FILE}")]
+    if not whole:
         yield None
         return
+    newest = max(whole, key=training_order)
     with local_copy(join(store.root, CHECKPOINT, newest)) as folder:
         yield ray.train.Checkpoint.from_directory(folder)
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import re
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from cluster.ray_internals import CHECKPOINT_RECORD
 from cluster.store.reach import check_here
 from cluster.store.retries import with_retries
 from cluster.store.store import Store, join, local_copy
-from cluster.store.temporary import named_temporary_folder
+from cluster.store.temporary import named_temporary_folder, temporary_folder
 from cluster.training.ema import WeightAverage
 from cluster.training.ray_trainer import CHECKPOINTS
 from cluster.training.run_spec import RunSpec
@@ -85,9 +84,14 @@ class TrainingState:
 
     @property
     def checkpoint_name(self) -> str:
-        """epoch-002 at the end of epoch 2, epoch-002-step-000000700 in epoch 3; in the order of training."""
+        """epoch-002 at the end of epoch 2, epoch-002-step-000000700 in epoch 3; see `training_order`."""
         at_end = bool(self.history) and self.history[-1]["step"] == self.step
         return f"epoch-{self.epoch:03d}" + ("" if at_end else f"-step-{self.step:09d}")
+
+
+def training_order(name: str) -> tuple[list[int], str]:
+    """To sort names of checkpoints by: the numbers in them, as numbers. As text, epoch 1000 comes before epoch 999."""
+    return [int(number) for number in re.findall("[0-9]+", name)], name
 
 
 def check_checkpoints(out: Store, *, done: int) -> None:
@@ -181,14 +185,12 @@ class Checkpoints:
         if is_best:
             for name, data in files.items():
                 self._out.write_bytes(f"{BEST}/{name}", data)
-        with named_temporary_folder():
-            temporary = tempfile.TemporaryDirectory(prefix="pcm-checkpoint-")
-        with temporary as folder:
+        with temporary_folder("checkpoint") as folder:
             with named_temporary_folder():
                 for name, data in files.items():
-                    Path(folder, name).write_bytes(data)
+                    (folder / name).write_bytes(data)
                 save_training_state(
-                    Path(folder), module=self._module, optimizer=self._optimizer, average=self._average, at=at
+                    folder, module=self._module, optimizer=self._optimizer, average=self._average, at=at
                 )
             ray.train.report(
                 metrics,
@@ -266,10 +268,11 @@ class Checkpoints:
         return load_training_state(folder, module=self._module, optimizer=self._optimizer, average=self._average)
 
     def _earlier_than(self, name: str) -> list[str]:
-        """The checkpoints on the store before this one, the newest first: their names are in the order of training."""
+        """The checkpoints on the store before this one, the newest first."""
         keys = self._out.list(f"{CHECKPOINTS}/")
         names = {key.split("/")[1] for key in keys if key.endswith(f"/{STATE_FILE}") and key.count("/") == 2}
-        return sorted((found for found in names if found < name), reverse=True)
+        before = (found for found in names if training_order(found) < training_order(name))
+        return sorted(before, key=training_order, reverse=True)
 
     def _free_name(self, name: str) -> str:
         """The name, or another where a damaged checkpoint has it: Ray Train, which knows of that, deletes by name."""

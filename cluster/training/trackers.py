@@ -15,16 +15,16 @@ import json
 import logging
 import os
 import queue
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.store.store import Store, open_store
+from cluster.store.temporary import temporary_folder
 from cluster.training.run_record import BEGINNING
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,9 @@ class _Folder:
     def __init__(self, store: Store, key: str) -> None:
         self._store, self._key = store, key
         self._remote = not store.is_local
-        self.path = Path(tempfile.mkdtemp(prefix="pcm-tracker-"), key) if self._remote else Path(store.path(key))
+        self._temporary = ExitStack()
+        folder = self._temporary.enter_context(temporary_folder("tracker")) if self._remote else store.path("")
+        self.path = Path(folder, key)
         self.path.mkdir(parents=True, exist_ok=True)
         self._uploaded = time.monotonic()
 
@@ -149,8 +151,7 @@ class _Folder:
                     self._store.write_bytes(f"{self._key}/{file.relative_to(self.path)}", file.read_bytes())
 
     def remove(self) -> None:
-        if self._remote:
-            shutil.rmtree(self.path.parent, ignore_errors=True)
+        self._temporary.close()
 
 
 class _TensorBoard:

@@ -30,6 +30,7 @@ from cluster.sources.concept_file import fitting_concepts
 from cluster.sources.pictures import check_source, source_anywhere
 from cluster.store.reach import check_reach
 from cluster.store.store import Store, join, open_store
+from cluster.store.temporary import PREFIX
 from cluster.training.checkpoints import BEST, SCORE, check_checkpoints, delete_unrecorded, kept_words
 from cluster.training.config import TrainConfig, default_preset, preset
 from cluster.training.data.mixture import TrainingSet, open_training_sets
@@ -228,7 +229,7 @@ def _run(
         clip=document["clip"]["model"],
         cpu_threads=cpus,
         device=device,
-        checks=f"pcm-checked-{uuid.uuid4().hex}",
+        checks=f"{PREFIX}checked-{uuid.uuid4().hex}",
         checkpoint_every_steps=request.checkpoint_every_steps,
         cache_bytes=request.cache_bytes,
         window_bytes=request.window_bytes,

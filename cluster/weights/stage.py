@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from cluster.store.paths import inside
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store, join, open_store
+from cluster.store.temporary import temporary_folder
 from cluster.weights.hub import pin_repo
 from cluster.weights.manifest import (
     MANIFEST,
@@ -86,8 +86,7 @@ def _stage_one(request: StageModelsRequest, kind: str, place: str) -> dict[str, 
     store = open_store(place)
     before = _staged(store)
     there = before.source if before else ""
-    with tempfile.TemporaryDirectory(prefix="pcm-") as scratch:
-        folder = Path(scratch)
+    with temporary_folder("stage") as folder:
         if kind == "t2i":
             assert request.t2i is not None
             source = _link_pipeline(request.t2i, request.revision, request.t2i_variant, folder, there)

@@ -60,7 +60,7 @@ def spice(
         for image_id in sorted(references)
     ]
     jars = [installed / _JAR, *sorted((installed / "lib").glob("*.jar")), *(home / name for name in SPICE_MODELS)]
-    with tempfile.TemporaryDirectory(prefix="pcm-spice-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pcm-tmp-spice-") as folder:
         given, found, cache = (Path(folder, name) for name in ("in.json", "out.json", "cache"))
         given.write_text(json.dumps(rows), encoding="utf-8")
         cache.mkdir()

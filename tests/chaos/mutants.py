@@ -278,8 +278,26 @@ MUTANTS = (
     ),
     Mutant(
         "a store that answers 503, hangs or cuts is tried again",
-        "cluster/store/retries.py", 'if fault.kind != "transient":', "if True:",
+        "cluster/store/retries.py", 'if fault.kind != "transient" and not late:', "if True:",
         ("tests/cluster/store/test_retries.py::test_a_fault_that_passes_is_tried_again",),
+    ),
+    Mutant(
+        "what a killed process left in the folder for temporary files is deleted",
+        "cluster/store/temporary.py", "            shutil.rmtree(path)\n", "            pass\n",
+        ("tests/cluster/store/test_temporary.py::"
+         "test_what_a_killed_process_left_is_deleted_after_a_day_and_what_is_in_use_is_not",),
+    ),
+    Mutant(
+        "what a process holds in the folder for temporary files is no leftover",
+        "cluster/store/temporary.py", "        fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "",
+        ("tests/cluster/store/test_temporary.py::"
+         "test_what_a_killed_process_left_is_deleted_after_a_day_and_what_is_in_use_is_not",),
+    ),
+    Mutant(
+        "a client that was made without credentials looks for them again",
+        "cluster/store/store.py", "            self._single.connect(refresh=True)\n", "            pass\n",
+        ("tests/cluster/store/test_store_failures.py::"
+         "test_credentials_that_a_metadata_service_gives_too_late_are_asked_for_again",),
     ),
     Mutant(
         "a store that restarts is waited for",
@@ -562,8 +580,19 @@ MUTANTS = (
     ),
     Mutant(
         "too large a share of failures stops the run",
-        "cluster/generation/stages/monitor.py", "self._failed > self._policy.max_error_share * tried", "False",
+        "cluster/generation/stages/monitor.py", "failed > self._policy.max_error_share * tried", "False",
         ("tests/cluster/generation/stages/test_monitor.py::test_too_large_a_share_of_failures_stops_the_run",),
+    ),
+    Mutant(
+        "what fails after days stops the run",
+        "cluster/generation/stages/monitor.py", "at_least=RECENT_SAMPLES)", "at_least=tried + 1)",
+        ("tests/cluster/generation/stages/test_monitor.py::test_what_fails_after_days_stops_the_run",),
+    ),
+    Mutant(
+        "blank pictures stop the run",
+        "cluster/generation/stages/draw.py", "self._guard.end_shard(None if retry else drawn)",
+        "self._guard.end_shard(None)",
+        ("tests/cluster/generation/stages/test_generator.py::test_blank_pictures_are_told_as_failures_but_not_of_a_retry",),
     ),
     Mutant(
         "a shard that no process finishes stops the run",

@@ -71,7 +71,7 @@ class DrawShard:
         retry = self._retry if self._retry and self._store.exists(shard_key(shard)) else None
         drawn = self.draw(to_retry(self._store, shard, planned, retry.reasons) if retry else planned)
         if self._guard:
-            self._guard.end_shard()
+            self._guard.end_shard(None if retry else drawn)
         if not self._environment:  # a machine that has drawn nothing is no part of the dataset
             generator = self._spec.generator
             found = environment(device=generator.device, loads_models=generator.model != "null")

@@ -7,17 +7,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.stages.asking import ask
 from cluster.generation.stages.loading import this_place
-from cluster.generation.stages.monitor import ShardFaults
+from cluster.generation.stages.monitor import ShardFaults, ShardOutcome
 from cluster.generation.stages.shard_row import ERRORS_KEPT
 from cluster.generation.stages.watchdog import Watchdog
 from pcm.errors import InputError, typed_first_line
 from pcm.generation.drawing import Guard, Request
+from pcm.reasons import NSFW_FLAGGED, USABLE, of_stage
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +57,9 @@ class RunGuard(Guard):
         refused = self._faults.refused.items()
         self.errors = [(position, f"{reason}: {error}") for position, (reason, error) in refused][:ERRORS_KEPT]
 
-    def end_shard(self) -> None:
-        _stop_if(self._ask("end_shard"))
+    def end_shard(self, drawn: pa.Table | None) -> None:
+        """The shard's rows; None of one whose samples are tried again: that they fail once more says nothing new."""
+        _stop_if(self._ask("end_shard", ShardOutcome() if drawn is None else outcome_of(drawn)))
 
     @contextmanager
     def drawing(self, requests: Sequence[Request], batch_size: int) -> Iterator[None]:
@@ -96,6 +99,25 @@ class RunGuard(Guard):
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         return ask(self._monitor, method, *arguments)
+
+
+_ERRORS = frozenset(of_stage("generator"))
+_DRAWN = frozenset({*USABLE, *of_stage("picture")})
+#: What a safety checker blanks is the caption's fault.
+_BLANK = frozenset(of_stage("picture")) - {NSFW_FLAGGED}
+
+
+def outcome_of(drawn: pa.Table) -> ShardOutcome:
+    """What the rows of a drawn shard (reason, attempts) say of the generator."""
+    rows = list(zip(drawn["reason"].to_pylist(), drawn["attempts"].to_pylist(), strict=True))
+    blank = [(reason, attempts) for reason, attempts in rows if reason in _BLANK]
+    return ShardOutcome(
+        samples=sum(reason in _DRAWN or reason in _ERRORS for reason, _ in rows),
+        failed=len(blank) + sum(reason in _ERRORS for reason, _ in rows),
+        blank=len(blank),
+        blank_pictures=sum(attempts for _, attempts in blank),
+        blank_reason=blank[-1][0] if blank else "",
+    )
 
 
 def _stop_if(reason: str) -> None:

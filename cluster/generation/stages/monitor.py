@@ -8,7 +8,7 @@ kept in `Claims`; here stands who can draw, which samples are suspects, and when
 """
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,10 @@ from pcm.reasons import GENERATOR_CRASHED, GENERATOR_HUNG
 
 #: No verdict on the share of failures before so many samples.
 MIN_SAMPLES_FOR_SHARE = 64
+
+#: The share is also judged over the shards drawn last, of so many samples: what breaks after days must not first fail
+#: for as many days. So many that a stretch of 5,000 captions that a model cannot draw ends no run.
+RECENT_SAMPLES = 10_000
 
 #: An actor that starts so often in a row without a picture is left out. More often than `max_deaths`: a run that begins
 #: with a caption that kills gives that caption up first.
@@ -94,6 +98,17 @@ class ShardFaults:
     refused: dict[int, tuple[str, str]] = field(default_factory=dict)  # (reason, error) of those given up
 
 
+@dataclass(frozen=True)
+class ShardOutcome:
+    """What became of the samples of a drawn shard whose captions are good."""
+
+    samples: int = 0
+    failed: int = 0  # by the generator, blank ones included
+    blank: int = 0  # whose pictures show nothing, with any of their seeds
+    blank_pictures: int = 0  # drawn of these
+    blank_reason: str = ""  # of one of these
+
+
 class RunMonitor:
     """Knows who draws what, each generator's batch in flight, and counts deaths per sample.
 
@@ -119,6 +134,7 @@ class RunMonitor:
         self._drawn: Counter[int] = Counter()  # pictures of shards not yet committed
         self._good = 0
         self._failed = 0
+        self._recent: deque[ShardOutcome] = deque()
         self._last_error = ""
         self._stop = ""
 
@@ -391,8 +407,15 @@ class RunMonitor:
         """A scorer's process ends itself, because its device fails every call."""
         self._last_error = error
 
-    def end_shard(self) -> str:
+    def end_shard(self, outcome: ShardOutcome = ShardOutcome()) -> str:
         """Why to stop, or "": asked once a shard is drawn, so that one with too many failures is not stored."""
+        self._good -= outcome.blank_pictures  # each was counted once it was drawn
+        self._failed += outcome.blank
+        self._last_error = outcome.blank_reason or self._last_error
+        self._judge()
+        if outcome.samples:
+            self._recent.append(outcome)
+            self._judge_recent()
         return self._stop
 
     def committed(self, shard: int) -> None:
@@ -439,9 +462,18 @@ class RunMonitor:
 
     def _judge(self) -> None:
         tried = self._good + self._failed
-        if tried >= MIN_SAMPLES_FOR_SHARE and self._failed > self._policy.max_error_share * tried:
+        self._judge_share(self._failed, tried, f"{tried}", at_least=MIN_SAMPLES_FOR_SHARE)
+
+    def _judge_recent(self) -> None:
+        while (tried := sum(each.samples for each in self._recent)) - self._recent[0].samples >= RECENT_SAMPLES:
+            self._recent.popleft()
+        failed = sum(each.failed for each in self._recent)
+        self._judge_share(failed, tried, f"the last {tried}", at_least=RECENT_SAMPLES)
+
+    def _judge_share(self, failed: int, tried: int, whose: str, *, at_least: int) -> None:
+        if tried >= at_least and failed > self._policy.max_error_share * tried:
             self._stop = self._stop or (
-                f"{self._failed} of {tried} samples failed in the generator, more than the share of "
+                f"{failed} of {whose} samples failed in the generator, more than the share of "
                 f"{self._policy.max_error_share:g} allowed (last: {self._last_error}); mend the model or its arguments "
                 "and run the same command again, or allow more with --max-error-share"
             )

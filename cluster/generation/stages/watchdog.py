@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.store.temporary import PREFIX, delete_leftovers
+
 
 class Watchdog:
     """Ends the process from a thread that needs no interpreter lock, so a kernel that holds it cannot escape.
@@ -16,8 +18,9 @@ class Watchdog:
     """
 
     def __init__(self, actor_id: str, *, within: str) -> None:
+        delete_leftovers()
         self._within = within
-        self._path = Path(tempfile.gettempdir()) / f"pcm-watchdog-{actor_id}.txt"
+        self._path = Path(tempfile.gettempdir()) / f"{PREFIX}watchdog-{actor_id}.txt"
 
     def last_words(self) -> str:
         """Where the process before this one hung, or "" if it ended in another way; asked once."""

@@ -27,7 +27,7 @@ from cluster.dataset.documents import Manifest, Plan, load_manifest
 from cluster.dataset.keys import CONCEPTS_KEY, MANIFEST_KEY, shard_key
 from cluster.dataset.verify import verify
 from cluster.export.export import _said_of_each, export, export_dataset
-from cluster.export.huggingface import card, size_category
+from cluster.export.huggingface import HuggingFace, card, size_category
 from cluster.export.published import Official
 from cluster.export.published_ids import _numbers, _Photo
 from cluster.export.request import FORMATS, ExportRequest
@@ -244,6 +244,14 @@ def test_webdataset_of_very_many_shards_has_longer_numbers(dataset, tmp_path):
     assert sorted(out.list()) == ["000000.tar", "000000_stats.json"]
     with tarfile.open(tmp_path / "000000.tar") as tar:
         assert all(len(entry.name.partition(".")[0]) == 6 + 4 for entry in tar)
+
+
+def test_hugging_face_files_of_very_many_shards_are_in_order_by_name(tmp_path: Path) -> None:
+    """Readers take the files of `data/train-*.parquet` by name."""
+    for shards, last in ((3, "data/train-00002-of-00003.parquet"), (100_001, "data/train-100000-of-100001.parquet")):
+        source: Any = SimpleNamespace(num_shards=shards)
+        names = [HuggingFace(source, open_store(tmp_path)).marker(shard) for shard in range(shards)]
+        assert names == sorted(names) and names[-1] == last
 
 
 def test_webdataset_is_read_by_tarfile(dataset, tmp_path):

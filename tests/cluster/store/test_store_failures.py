@@ -1,14 +1,18 @@
 """A store that refuses or does not answer says nothing of what lies there: no damage, no bad picture, no absence."""
 
 import errno
+import http.server
+import json
 import os
 import socketserver
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+import s3fs
 
 from cluster.dataset.documents import load_plan
 from cluster.dataset.given_features import find_features
@@ -19,7 +23,9 @@ from cluster.evaluation.caption import _local
 from cluster.generation.repair import _drop_damaged_manifest
 from cluster.ingest.photos import PhotoShards
 from cluster.sources.pictures import PictureSource, find_pictures, load_picture_set
+from cluster.store import retries
 from cluster.store import store as store_module
+from cluster.store.retries import classify
 from cluster.store.store import Store, open_store
 from cluster.training.data.arriving import finished_manifest
 from pcm.errors import StoreFailure
@@ -69,6 +75,108 @@ def stalled_server() -> Iterator[str]:
         finally:
             over.set()
             server.shutdown()
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """A store of one object, and the metadata service of a machine with a role, as IMDSv2: the first of its answers
+    comes after 1.5 s."""
+
+    role, asked, signed = b"role", 0, 0
+
+    def do_HEAD(self) -> None:
+        type(self).signed += "Authorization" in self.headers
+        self._answer(b"", 200)
+
+    def do_PUT(self) -> None:
+        type(self).asked += 1
+        if self.asked == 1:
+            time.sleep(1.5)
+        self._answer(b"token", 200)
+
+    def do_GET(self) -> None:
+        if "x-aws-ec2-metadata-token" not in self.headers:
+            self._answer(b"", 401)
+        elif self.path.endswith("/security-credentials/"):
+            self._answer(self.role, 200 if self.role else 404)
+        else:
+            keys = {"AccessKeyId": "k", "SecretAccessKey": "s", "Token": "t", "Expiration": "2999-01-01T00:00:00Z"}
+            self._answer(json.dumps(keys).encode(), 200)
+
+    def _answer(self, body: bytes, status: int) -> None:
+        try:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT")
+            self.end_headers()
+            self.wfile.write(body)
+        except OSError:  # nobody waits for it any more
+            pass
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Answering]]:
+    """This process has no credentials but those of a role that its machine has."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+
+    class Machine(Answering):
+        pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Machine) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        for name in ("AWS_EC2_METADATA_SERVICE_ENDPOINT", "AWS_ENDPOINT_URL"):
+            monkeypatch.setenv(name, url)
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            monkeypatch.setenv(name, str(tmp_path / "none"))
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield Machine
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.shutdown()
+
+
+def test_credentials_that_a_metadata_service_gives_too_late_are_asked_for_again(machine: type[Answering]) -> None:
+    """A client of botocore waits for 1 s, once, and one that was made without credentials never looks again."""
+    store = open_store("s3://bucket/x")
+    assert store.exists("key") and machine.asked > 1 and machine.signed == 1
+    assert store.exists("key") and machine.signed == 2, "that client serves the process from now on"
+
+
+def test_credentials_that_no_metadata_service_has_are_one_line_soon(
+    machine: type[Answering], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert retries.CREDENTIALS_SECONDS < 30
+    monkeypatch.setattr(retries, "CREDENTIALS_SECONDS", 1.0)
+    machine.role, machine.asked = b"", 1
+    line = r"^s3://bucket/x/key: access refused \(NoCredentialsError\); check the credentials .* the role"
+    with pytest.raises(StoreFailure, match=line) as caught:
+        open_store("s3://bucket/x").exists("key")
+    assert caught.value.passes and machine.asked > 2
+    machine.asked = 1
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(StoreFailure, match=line) as caught:
+        open_store("s3://bucket/x").exists("key")
+    assert not caught.value.passes and machine.asked == 1
+
+
+def test_a_chain_of_azure_that_found_no_credentials_is_asked_again() -> None:
+    class ClientAuthenticationError(Exception):  # as azure.core has it: of no answer of the store
+        response = None
+
+    failures = [ClientAuthenticationError("DefaultAzureCredential failed to retrieve a token\nManagedIdentity...")] * 2
+
+    def operation() -> str:
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    assert classify(failures[0]).kind == "no credentials"
+    assert retries.with_retries(operation, place="abfs://c/x") == "done"
 
 
 def failure_of(put: Callable[[], None]) -> str:

@@ -17,7 +17,17 @@ import torch
 from cluster.store.store import open_store
 from cluster.sweep.search_space import Choice, Range
 from cluster.sweep.sweep import _optuna, _Recorder
-from cluster.sweep.trial import CHECKPOINT, OVERRIDES, RESULT_FILE, SweepRun, _document, run_trial, trial_folder
+from cluster.sweep.trial import (
+    CHECKPOINT,
+    COMPLETE_FILE,
+    OVERRIDES,
+    RESULT_FILE,
+    SweepRun,
+    _document,
+    _newest_checkpoint,
+    run_trial,
+    trial_folder,
+)
 from cluster.training.checkpoints import STATE_FILE
 from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
@@ -138,6 +148,15 @@ def test_a_trial_leaves_no_checkpoint_where_its_driver_was_killed_right_after_it
     tune.run()
     tune.end()
     assert not left.exists()
+
+
+def test_a_trial_of_a_thousand_epochs_goes_on_from_the_last_one(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    for name in ("epoch-999", "epoch-1000", "epoch-999-step-000009995"):
+        store.write_bytes(f"{CHECKPOINT}/{name}/{COMPLETE_FILE}", b"")
+    store.write_bytes(f"{CHECKPOINT}/epoch-1001/{STATE_FILE}", b"")
+    with _newest_checkpoint(store) as newest:
+        assert newest is not None and Path(newest.path).name == "epoch-1000"
 
 
 def test_for_trackers_each_trial_is_a_run_of_its_own(tune: Tune) -> None:

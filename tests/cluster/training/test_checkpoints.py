@@ -100,6 +100,16 @@ def test_a_checkpoint_of_a_later_release_is_not_called_damaged(run: Checkpoints,
         run.restore()
 
 
+def test_the_checkpoints_before_one_are_told_by_their_numbers(run: Checkpoints, tmp_path: Path) -> None:
+    steps = ["epoch-999-step-000009995", "epoch-999-step-000009995-again", "epoch-1000-step-000010005"]
+    in_order = [*NAMES, "epoch-200", "epoch-999", *steps[:2], "epoch-1000", steps[2], "epoch-1001"]
+    for name in in_order[2:]:
+        (tmp_path / CHECKPOINTS / name).mkdir()
+        (tmp_path / CHECKPOINTS / name / STATE_FILE).touch()
+    for place, name in enumerate(in_order):
+        assert run._earlier_than(name) == in_order[:place][::-1]
+
+
 def test_an_optimizer_of_many_kilobytes_that_is_cut_is_passed_over(
     run: Checkpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

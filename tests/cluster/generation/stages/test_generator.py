@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,14 +16,17 @@ from cluster.dataset.verify import verify
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.pipeline import run_pipeline, write_manifest
 from cluster.generation.pools import Pools
+from cluster.generation.retrying import Retry
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.generator import Generator
-from cluster.generation.stages.monitor import start_monitor
+from cluster.generation.stages.guard import RunGuard
+from cluster.generation.stages.monitor import ShardOutcome, start_monitor
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard
 from cluster.store.store import Store
 from pcm.errors import InputError
+from pcm.generation.drawing import Drawing, Guard, Request
 from tests.helpers import faulty_generators
 from tests.helpers.faulty_generators import (
     DrawNotLoaded,
@@ -31,7 +35,7 @@ from tests.helpers.faulty_generators import (
     not_loaded_by_the_first,
     slow_at_first,
 )
-from tests.helpers.tiny_generation import plan_dataset, tiny_spec, write_corpus
+from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, plan_dataset, tiny_spec, write_corpus
 
 #: Ray's workers do not have the tests on their path.
 register_pickle_by_value(faulty_generators)
@@ -192,6 +196,49 @@ def test_of_two_that_drew_a_shard_one_is_stored_whole(tmp_path: Path, tiny_t2i: 
     assert fingerprint(store)
     assert stats["batch_sizes"] == {"2": 6}
     assert stats["quarantined_by_reason"] == {"generator_error": 1}, "of the one that is stored; the other drew all"
+
+
+class Told(RunGuard):
+    """A guard that keeps what it asks a monitor."""
+
+    def __init__(self) -> None:
+        self.errors: list[tuple[int, str]] = []
+        self.asked: list[tuple] = []
+
+    def begin_shard(self, shard: int) -> None:
+        """Nothing is known of it."""
+
+    def _ask(self, method: str, *arguments: object) -> str:
+        self.asked.append((method, *arguments))
+        return ""
+
+
+class SometimesBlank:
+    """Draws one picture well, two blank and one that a safety checker blanks; at one caption it raises."""
+
+    device_name = "none"
+
+    def draw(self, requests: Sequence[Request], guard: Guard) -> list[Drawing]:
+        reasons = ["", "nan_image", "nsfw_flagged", "generator_error", "black_image"] * len(requests)
+        return [
+            Drawing(b"" if reason else b"x", 8, 8, request.seed, 3, 4, reason)
+            for request, reason in zip(requests, reasons, strict=False)
+        ]
+
+
+def test_blank_pictures_are_told_as_failures_but_not_of_a_retry(tmp_path: Path) -> None:
+    captions = [f"a {colour} bus" for colour in ("red", "green", "blue", "old", "new")]
+    corpus = write_corpus(tmp_path, [*captions, "\a"])
+    store, plan, _ = make_dataset_in_process(tmp_path / "data", corpus, null_spec(), shard_size=6)
+    wanted = pa.table({"shard": [0], "part": [plan.part_key(0)]})
+    told = []
+    for retry in (None, Retry(frozenset({"nan_image"}), "id")):
+        draw, guard = DrawShard(store, plan.spec, retry=retry), Told()
+        draw._guard, draw._generator = guard, SometimesBlank()
+        draw(wanted)
+        told += guard.asked
+    outcome = ShardOutcome(samples=5, failed=3, blank=2, blank_pictures=6, blank_reason="black_image")
+    assert told == [("end_shard", outcome), ("end_shard", ShardOutcome())]
 
 
 def batch_sizes(block: pa.Table) -> list[int]:

@@ -11,7 +11,9 @@ from cluster.generation.stages.monitor import (
     MAX_IN_HAND,
     MAX_SHARD_STARTS,
     OTHERS_MAY_START_SECONDS,
+    RECENT_SAMPLES,
     RunMonitor,
+    ShardOutcome,
     Turn,
 )
 from pcm.errors import InputError
@@ -394,6 +396,42 @@ def test_too_large_a_share_of_failures_stops_the_run(good: int, failed: int, sto
     assert bool(monitor.end_shard()) is stops
     if stops:
         assert monitor.end_shard().startswith("33 of 65 samples failed in the generator")
+
+
+def draw_shards(monitor: RunMonitor, samples: int, *, failed: int = 0) -> str:
+    """So many samples in shards of 100, of which so many fail in each: why to stop."""
+    for _ in range(samples // 100):
+        monitor.end("g", 100 - failed)
+        if failed:
+            monitor.failed(failed, "RuntimeError: useless")
+        if stop := monitor.end_shard(ShardOutcome(samples=100, failed=failed)):
+            return stop
+    return ""
+
+
+def test_what_fails_after_days_stops_the_run() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    assert draw_shards(monitor, 100_000) == ""
+    stop = draw_shards(monitor, RECENT_SAMPLES, failed=100)
+    assert stop.startswith("5100 of the last 10000 samples failed in the generator, more than the share of 0.5 allowed")
+    assert "(last: RuntimeError: useless)" in stop
+    allowing = RunMonitor(FaultPolicy(max_error_share=1.0))
+    assert draw_shards(allowing, 3 * RECENT_SAMPLES, failed=100) == ""
+
+
+def test_a_stretch_of_captions_that_fail_stops_no_long_run() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    for _ in range(5):
+        assert draw_shards(monitor, 10_000) == "" and draw_shards(monitor, 4_000, failed=100) == ""
+        assert draw_shards(monitor, 10_000, failed=10) == ""
+
+
+def test_blank_pictures_stop_the_run() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.end("g", 2 * 100)  # pictures, two of each sample
+    all_blank = ShardOutcome(samples=100, failed=100, blank=100, blank_pictures=200, blank_reason="nan_image")
+    assert monitor.end_shard(all_blank).startswith("100 of 100 samples failed in the generator")
+    assert "(last: nan_image)" in monitor.end_shard()
 
 
 def test_a_snapshot_counts_what_is_not_yet_stored() -> None:
