@@ -36,7 +36,7 @@ from pcm.embedded.making.world import BY_NAME, FIRST, NOUNS, PAINTER_STYLE, SIZE
 from pcm.images import open_image
 
 _NAMES = tuple(noun.name for noun in NOUNS)
-#: Seeds of the scenes that the classifier learns from and is checked on, as in jobs.pretrain_embedded.
+#: Seeds of the scenes that the classifier learns from and is checked on, as in pcm/embedded/making/stages.py.
 _JUDGE_SEEDS = {"train": 5, "check": 6}
 
 
