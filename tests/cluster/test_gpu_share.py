@@ -23,6 +23,7 @@ from cluster.generation.places import Result, in_a_generators_place
 from cluster.generation.pools import Pools
 from cluster.gpu_share import ALLOCATOR, gpu_share, gpu_task, keep_to_gpu_share
 from pcm.spec import ClipSpec
+from tests.helpers.ray_gpu import ray_told_of_a_gpu
 from tests.helpers.waiting import wait_until
 
 
@@ -55,10 +56,8 @@ def test_outside_of_ray_nothing_is_reserved() -> None:
 @pytest.fixture(scope="module")
 def ray_with_a_gpu() -> Iterator[None]:
     """Ray with one GPU by its own account, whatever there is."""
-    ray.shutdown()  # that of other tests
-    ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, logging_level=logging.WARNING)
-    yield
-    ray.shutdown()
+    with ray_told_of_a_gpu(num_cpus=1):
+        yield
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is no GPU that torch does not find")

@@ -14,6 +14,7 @@ from ray.cluster_utils import Cluster
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import TINY, write_checkpoint, write_dataset, write_pictures
 from tests.helpers.tiny_generation import CAPTIONS, write_corpus
+from tests.helpers.trained import history, step_losses
 
 pytestmark = pytest.mark.slow
 
@@ -119,12 +120,6 @@ def test_generation_waits_for_nodes_with_its_label_and_says_so(head: Cluster, tm
     assert json.loads(printed.splitlines()[-1])["stored"] == len(CAPTIONS)
 
 
-def losses(run: Path) -> list[tuple[int, float]]:
-    """(step, loss) of a run, in order."""
-    rows = [json.loads(line) for file in sorted(run.glob("losses/*.jsonl")) for line in file.read_text().splitlines()]
-    return [(row["step"], row["loss"]) for row in rows]
-
-
 def read_until(job: subprocess.Popen, said: str) -> None:
     assert job.stderr is not None
     lines = []
@@ -150,8 +145,8 @@ def test_a_group_of_workers_grows_and_shrinks_with_the_cluster(head: Cluster, tm
     alone = start(head, data, tmp_path / "alone", "--device", "cpu", "--cpus-per-worker", "1", *epochs)
     _, said = alone.communicate(timeout=600)
     assert alone.returncode == 0, said[-3000:]
-    steps, values = zip(*losses(out), strict=True)
-    undisturbed_steps, undisturbed = zip(*losses(tmp_path / "alone"), strict=True)
+    steps, values = zip(*step_losses(out), strict=True)
+    undisturbed_steps, undisturbed = zip(*step_losses(tmp_path / "alone"), strict=True)
     assert steps == undisturbed_steps
     assert values == pytest.approx(undisturbed, rel=1e-4)
 
@@ -171,7 +166,7 @@ def test_a_group_of_two_grows_to_four_and_the_sizes_are_recorded(
     printed, said = job.communicate(timeout=600)
     assert job.returncode == 0, said[-3000:]
     summary = json.loads(printed.splitlines()[-1])
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = history(out)
     first, second = summary["group_sizes"]
     assert (first, second["workers"]) == ({"from_step": 1, "workers": 2}, 4)
     assert rows[0]["group_sizes"] == [first] and rows[-1]["group_sizes"] == [first, second]

@@ -14,6 +14,7 @@ from cluster.options import BEGINS_ANEW, WITH_RESUME, Request
 from jobs.__main__ import job_names
 from jobs.endings import descendants
 from tests.helpers.paths import ROOT
+from tests.helpers.stored import shards_stored
 from tests.helpers.tiny_generation import write_corpus
 
 #: A job as any other, but for what it does: it starts a process, says so, and never ends by itself.
@@ -160,7 +161,7 @@ def test_generation_stopped_while_it_draws_keeps_its_shards_and_goes_on(number: 
     corpus = write_corpus(tmp_path, [f"caption number {index}" for index in range(400)])
     arguments = ["--corpus", corpus, "--out", tmp_path / "out", "--t2i", "null", "--shard-size", 2]
     process = start("-m", "jobs.generate", *arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    while len(list((tmp_path / "out/shards").glob("*.parquet"))) < 3:
+    while shards_stored(tmp_path / "out") < 3:
         assert process.poll() is None
         time.sleep(0.02)
     started = descendants(process.pid)

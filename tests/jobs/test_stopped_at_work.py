@@ -18,6 +18,7 @@ from cluster.export.export import export_dataset
 from cluster.export.request import ExportRequest
 from cluster.store.store import open_store
 from tests.helpers.paths import ROOT
+from tests.helpers.stored import shards_stored
 from tests.helpers.tiny_dataset import TINY, write_checkpoint, write_dataset, write_pictures
 from tests.helpers.tiny_generation import write_corpus
 
@@ -105,7 +106,7 @@ CASES = {
         "stream",
         ("--corpus={}/captions.txt", "--out=OUT", "--t2i={}/t2i", "--clip={}/clip", "--steps=2", "--shard-size=5",
          "--epochs=3", *HALF_HELD_OUT, "--set=top_concepts=2"),  # few nouns
-        lambda pid, out: len(list((out / "dataset/shards").glob("*.parquet"))) > 2,
+        lambda pid, out: shards_stored(out / "dataset") > 2,
     ),
     "sweep": Case(
         "sweep",

@@ -43,6 +43,7 @@ from pcm.spec import GeneratorSpec
 from tests.helpers.job_runs import JobRun
 from tests.helpers.paths import ROOT
 from tests.helpers.refined import Killed, redraw_in_process
+from tests.helpers.stored import file_contents
 from tests.helpers.tiny_generation import make_dataset_in_process, plan_dataset, tiny_spec, write_corpus
 from tests.helpers.waiting import wait_until
 
@@ -71,14 +72,10 @@ def attempts(out: Path) -> list[dict]:
     return pq.read_table(out / ATTEMPTS_KEY).to_pylist()
 
 
-def objects(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_best_of_n_keeps_the_best_and_says_what_the_others_scored(dataset: Path, tmp_path: Path) -> None:
-    before = objects(dataset)
+    before = file_contents(dataset)
     made = redraw_in_process(dataset, tmp_path / "out", method="best-of-n", best_of=3)
-    assert objects(dataset) == before, "the old ones stay"
+    assert file_contents(dataset) == before, "the old ones stay"
     table = attempts(tmp_path / "out")
     assert len(table) == 24 * 3
     stored = {row.sample_id: row for row in read_dataset(dataset)}
@@ -191,7 +188,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_view(dataset: Path, tmp_path:
         redraw_in_process(dataset, tmp_path / "out", rounds_until_killed=killed_in, **REDRAW)
     assert not (tmp_path / "out" / MANIFEST_KEY).exists()
     lay_there = {
-        key: os.stat(tmp_path / "out" / key).st_mtime_ns for key in objects(tmp_path / "out") if "/shards/" in key
+        key: os.stat(tmp_path / "out" / key).st_mtime_ns for key in file_contents(tmp_path / "out") if "/shards/" in key
     }
     assert lay_there
     resumed = redraw_in_process(dataset, tmp_path / "out", **REDRAW)
@@ -359,7 +356,7 @@ def test_a_dry_run_says_what_the_job_would_say_and_draws_nothing(
     caplog.set_level(logging.INFO)
     made = redraw_in_process(dataset, tmp_path / "out", **asked)
     monkeypatch.setattr("cluster.session.start_ray", lambda **_: pytest.fail("Ray was started"))
-    before = objects(dataset)
+    before = file_contents(dataset)
     options = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", value)]
     ended = call_job("refine", "--data", dataset, *options, "--dry-run", *models)
     assert ended.returncode == 0 and ended.summary is not None, ended.stderr
@@ -367,7 +364,7 @@ def test_a_dry_run_says_what_the_job_would_say_and_draws_nothing(
     assert ended.summary["pictures"] == facts["drawn"] and ended.summary["fingerprint"] is None
     for name in ("mean_score_before", "expected_mean_score", "expected_seconds"):
         assert ended.summary[name] == pytest.approx(facts[name])
-    assert facts["expected_seconds"] > 0 and objects(dataset) == before
+    assert facts["expected_seconds"] > 0 and file_contents(dataset) == before
     assert "pictures for 24 rows: expected mean clip score" in caplog.text
     ended = call_job("refine", "--data", dataset, *options, *models)
     assert ended.returncode == 2 and ended.stderr.startswith("error: --out: missing; or add --dry-run")
@@ -401,10 +398,10 @@ def test_a_second_job_waits_and_finds_the_view(
         second.start()
         wait_until(lambda: "another job on this cluster makes this dataset" in caplog.text)
         made = redraw_in_process(dataset, tmp_path / "out", **REDRAW)
-        before = objects(tmp_path / "out")
+        before = file_contents(tmp_path / "out")
     second.join(60)
     assert [each["fingerprint"] for each in said] == [made.fingerprint] and "is complete" in caplog.text
-    assert objects(tmp_path / "out") == before
+    assert file_contents(tmp_path / "out") == before
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ import pytest
 from cluster.dataset.verify import verify
 from cluster.store.store import open_store
 from pcm.errors import StoreFailure
-from tests.helpers.seaweedfs import _free_ports
+from tests.helpers.ports import free_ports
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 pytestmark = pytest.mark.slow
@@ -67,7 +67,7 @@ def once_it_answers(process: subprocess.Popen, ask) -> None:  # any call that ra
 
 
 def google(folder: Path, monkeypatch: pytest.MonkeyPatch, stack: contextlib.ExitStack) -> str:
-    program, (port,) = needed("gcsfs", "gcp-storage-emulator"), _free_ports(1)
+    program, (port,) = needed("gcsfs", "gcp-storage-emulator"), free_ports(1)
     process = stack.enter_context(
         running([program, "start", "--host=127.0.0.1", f"--port={port}", "--in-memory"], folder)
     )
@@ -82,7 +82,7 @@ def google(folder: Path, monkeypatch: pytest.MonkeyPatch, stack: contextlib.Exit
 
 
 def azure(folder: Path, monkeypatch: pytest.MonkeyPatch, stack: contextlib.ExitStack) -> str:
-    program, (port,) = needed("adlfs", "azurite-blob"), _free_ports(1)
+    program, (port,) = needed("adlfs", "azurite-blob"), free_ports(1)
     options = [f"--blobPort={port}", "--blobHost=127.0.0.1", "--silent", "--skipApiVersionCheck", "--disableTelemetry"]
     process = stack.enter_context(running([program, *options, f"--location={folder}"], folder))
     connection = (

@@ -1,7 +1,6 @@
 """Sweeps through Ray Tune: trials are trainings, failures are kept, and what is done is not done again."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -32,7 +31,9 @@ from jobs.train import JOB
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from tests.helpers.paths import ROOT
+from tests.helpers.ray_gpu import ray_told_of_a_gpu
 from tests.helpers.tiny_dataset import TINY, write_dataset
+from tests.helpers.trained import history, science, step_losses
 
 #: The second is a learning rate at which nothing stays a number.
 PARAMS = {"lr_factor": "0.4,1e30"}
@@ -63,10 +64,6 @@ def results(out: Path) -> dict[tuple, dict]:
     return {(result["overrides"]["lr_factor"], result["overrides"]["seed"]): result for result in found}
 
 
-def science(rows: list[dict]) -> list[tuple]:
-    return [tuple(row[name] for name in ("epoch", "step", "loss", "lr", "CIDEr")) for row in rows]
-
-
 def test_a_trial_learns_what_jobs_train_learns_from_the_best_config(swept: tuple[dict, Path], data: Path) -> None:
     summary, out = swept
     assert summary["best"]["settings"] == {"lr_factor": 0.4} and summary["best"]["seeds"] == SEEDS
@@ -74,7 +71,7 @@ def test_a_trial_learns_what_jobs_train_learns_from_the_best_config(swept: tuple
     seed = max(seed for lr_factor, seed in results(out) if lr_factor == 0.4)
     found = JOB.read(["--config", summary["config"], "--data", str(data), "--out", str(run), "--seed", str(seed)])
     train(replace(found, cpus_per_worker=1))
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = history(run)
     assert science(rows) == science(results(out)[0.4, seed]["history"])
 
 
@@ -271,10 +268,8 @@ def test_a_sweep_whose_data_changes_ends_before_its_next_trial(
 @pytest.fixture
 def ray_with_a_gpu() -> Iterator[None]:
     """Ray that was told of a GPU, whether or not there is one."""
-    ray.shutdown()
-    ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, logging_level=logging.WARNING)
-    yield
-    ray.shutdown()
+    with ray_told_of_a_gpu(num_cpus=2):
+        yield
 
 
 @pytest.mark.slow
@@ -295,7 +290,7 @@ def test_what_torch_takes_for_no_gpu_is_shared_by_trials_and_trained_on_as_a_cpu
     with half_a_gpu_taken():
         shared = replace(alone, out=str(data.parent / "half"), num_workers=1, gpus_per_worker=0.5)
         assert train(shared)["epochs"] == 1
-    assert losses(data.parent / "half") == losses(data.parent / "alone")
+    assert step_losses(data.parent / "half") == step_losses(data.parent / "alone")
 
 
 @contextmanager
@@ -309,11 +304,6 @@ def half_a_gpu_taken() -> Iterator[None]:
     assert ray.get(holder.holds.remote()) == [0]
     yield
     ray.kill(holder)
-
-
-def losses(run: Path) -> list[float]:
-    rows = [json.loads(line) for file in sorted(run.glob("losses/*.jsonl")) for line in file.read_text().splitlines()]
-    return [row["loss"] for row in rows]
 
 
 @pytest.mark.parametrize("begun", [True, False])

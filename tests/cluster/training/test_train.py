@@ -62,6 +62,7 @@ from tests.helpers.job_runs import JobRun
 from tests.helpers.paths import ROOT
 from tests.helpers.seaweedfs import S3Server
 from tests.helpers.tiny_dataset import TINY, scene, write_dataset, write_pictures
+from tests.helpers.trained import history, science
 
 ROWS = 72
 EPOCHS = 3
@@ -91,15 +92,6 @@ def real_pictures(world: Path) -> dict[str, str]:
     """Of a run: pictures, and the CLIP that reads them, which the dataset alone may not name."""
     clip = json.loads((world / "data/dataset.json").read_text())["spec"]["clip"]["model"]
     return {"val_images": str(world / "pictures"), "val_references": str(world / "references.csv"), "clip": clip}
-
-
-def history(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def science(out: Path) -> list[tuple]:
-    """metrics.jsonl without its times."""
-    return [tuple(row[name] for name in ("epoch", "step", "loss", "lr", "CIDEr")) for row in history(out)]
 
 
 def losses(out: Path) -> list[dict]:
@@ -628,7 +620,7 @@ def test_a_run_whose_driver_and_worker_were_killed_inside_epochs_equals_an_undis
     driver.join()
     assert done and done[0]["epochs"] == EPOCHS
     assert losses(out) == losses(trained)
-    assert science(out) == science(trained)
+    assert science(history(out)) == science(history(trained))
     assert (out / "best/model.safetensors").read_bytes() == (trained / "best/model.safetensors").read_bytes()
 
 
@@ -650,7 +642,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
     cut(out / f"checkpoints/epoch-{EPOCHS:03d}/optimizer.pt")
     longer = {"overrides": {"epochs": EPOCHS + 1}, **real_pictures(world)}
     summary = train(request(world, out, resume=True, **longer))
-    assert summary["epochs"] == EPOCHS + 1 and science(out)[:EPOCHS] == science(trained)
+    assert summary["epochs"] == EPOCHS + 1 and science(history(out))[:EPOCHS] == science(history(trained))
     said = ""
     while "epoch-002 is used" not in said:  # a worker's lines come by way of Ray
         said += capfd.readouterr().err
