@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -48,8 +46,9 @@ from pcm.official.files import (
 from pcm.official.state_dict import POSITION_KEY, position_rounding
 from pcm.text.vocabulary import Vocabulary
 from tests.helpers.faulty_proxy import faulty_proxy
+from tests.helpers.job_runs import kill_once
 from tests.helpers.malicious import Touch
-from tests.helpers.paths import DATA, ROOT
+from tests.helpers.paths import DATA
 from tests.helpers.published import make_complete_dataset
 from tests.helpers.seaweedfs import BUCKET
 from tests.helpers.stored import quarantine_reasons
@@ -334,17 +333,8 @@ def test_a_killed_import_goes_on_where_it_stopped(exported, tmp_path, tiny_clip,
     picture.unlink()
     os.mkfifo(picture)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "jobs.import_official"]
-    command += [str(part) for part in arguments(slow, out, tiny_clip, shard_size=1, workers=1)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
-    try:
-        deadline = time.monotonic() + 120
-        while not (out / shard_key(2)).exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert process.poll() is None and (out / shard_key(2)).exists()
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    asked = arguments(slow, out, tiny_clip, shard_size=1, workers=1)
+    kill_once((out / shard_key(2)).exists, [sys.executable, "-m", "jobs.import_official", *asked])
     assert not (out / "dataset.json").exists()
     picture.unlink()
     picture.write_bytes(data)

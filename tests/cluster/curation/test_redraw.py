@@ -5,12 +5,11 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,7 +39,7 @@ from pcm.generation.drawing import UNGUARDED, Drawing, Guard, Request, TextToIma
 from pcm.generation.loading import load_generator
 from pcm.generation.seeds import redraw_id, redraw_seed
 from pcm.spec import GeneratorSpec
-from tests.helpers.job_runs import JobRun
+from tests.helpers.job_runs import JobRun, kill_once
 from tests.helpers.paths import ROOT
 from tests.helpers.refined import Killed, redraw_in_process
 from tests.helpers.stored import file_contents
@@ -438,13 +437,8 @@ def test_a_job_that_was_killed_goes_on_to_the_same_view(dataset: Path, tmp_path:
     command = [sys.executable, "-m", "jobs.refine", "--data", str(dataset), "--out", str(out), *models]
     command += ["--method", "redraw", "--budget", "14", "--rounds", "2"]
     for number in range(2):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 300
-        while not open_store(out / "redraws" / f"round-{number:03d}").list("stats/"):
-            assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        begun = open_store(out / "redraws" / f"round-{number:03d}")
+        kill_once(partial(begun.list, "stats/"), command, seconds=300)
         assert not (out / MANIFEST_KEY).exists()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr

@@ -3,10 +3,7 @@
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,8 +20,7 @@ from cluster.generation.regenerate import regenerate
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
 from pcm.images import open_image
-from tests.helpers.job_runs import JobRun
-from tests.helpers.paths import ROOT
+from tests.helpers.job_runs import JobRun, kill_once
 from tests.helpers.stored import proven, shards_stored
 from tests.helpers.tiny_generation import (
     CAPTIONS,
@@ -322,19 +318,7 @@ def test_another_spec_on_a_finished_dataset_is_refused(small: list[object], call
 def test_a_killed_run_is_finished_by_the_same_command(tmp_path: Path, run_job) -> None:
     corpus = write_corpus(tmp_path, [f"caption number {index}" for index in range(400)])
     arguments = ["--corpus", corpus, "--out", tmp_path / "out", "--t2i", "null", "--shard-size", 2]
-    with (tmp_path / "log").open("wb") as log:
-        driver = subprocess.Popen(
-            [sys.executable, "-m", "jobs.generate", *map(str, arguments)], cwd=ROOT, stdout=log, stderr=log,
-            env=os.environ,
-        )  # fmt: skip
-        try:
-            deadline = time.monotonic() + 240
-            while shards_stored(tmp_path / "out") < 20:
-                assert driver.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-                time.sleep(0.02)
-        finally:
-            driver.send_signal(signal.SIGKILL)
-            driver.wait()
+    kill_once(lambda: shards_stored(tmp_path / "out") >= 20, [sys.executable, "-m", "jobs.generate", *arguments])
     time.sleep(2)  # what its workers had in hand is lost or written; both are allowed
     shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "shards").glob("*.parquet")}
     assert 20 <= len(shards) < 200 and not (tmp_path / "out" / "dataset.json").exists()

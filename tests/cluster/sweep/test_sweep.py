@@ -1,9 +1,6 @@
 """Sweeps through Ray Tune: trials are trainings, failures are kept, and what is done is not done again."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -30,7 +27,7 @@ from cluster.training.train import train
 from jobs.train import JOB
 from pcm.documents import document_bytes
 from pcm.errors import InputError
-from tests.helpers.paths import ROOT
+from tests.helpers.job_runs import kill_once
 from tests.helpers.ray_gpu import ray_told_of_a_gpu
 from tests.helpers.tiny_dataset import TINY, write_dataset
 from tests.helpers.trained import history, science, step_losses
@@ -339,18 +336,9 @@ def test_a_killed_sweep_goes_on_with_what_is_left(data: Path, run_job) -> None:
         *("--data", data, "--out", out, "--epochs", 2, "--trials", 3, "--search", "optuna", "--concurrent", 1, *fixed),
         *("--param", "lr_factor=log:0.1:1", "--param", "top_concepts=1,3"),
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.sweep", *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 400
-    while not (before := list(out.glob("trials/*/result.json"))):
-        assert process.poll() is None and time.monotonic() < deadline, "the sweep ended before it could be killed"
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, "-m", "jobs.sweep", *arguments]
+    kill_once(lambda: any(out.glob("trials/*/result.json")), command, seconds=400)
+    before = list(out.glob("trials/*/result.json"))
     files = [path.parent / name for path in before for name in ("result.json", "metrics.jsonl")]
     times = [file.stat().st_mtime_ns for file in files]
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from pcm.generation.drawing import Request
 from pcm.generation.loading import load_generator
 from pcm.generation.seeds import sample_seeds
 from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
+from tests.helpers.job_runs import running
 from tests.helpers.paths import ROOT
 from tests.helpers.seaweedfs import S3Server
 from tests.helpers.stored import file_contents
@@ -81,10 +83,10 @@ def staged(place: str, tiny_t2i: Path, cache: Path) -> str:
     return place
 
 
-def fetching(uri: str, revision: str, *, dies_at: str = "") -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", FETCH, uri, revision, dies_at], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
+def fetching(uri: str, revision: str, *, dies_at: str = "") -> AbstractContextManager[subprocess.Popen]:
+    return running(
+        [sys.executable, "-c", FETCH, uri, revision, dies_at], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 
@@ -197,8 +199,9 @@ def test_other_weights_than_pinned_are_refused(place: str, tmp_path: Path, tiny_
 
 
 def test_two_processes_make_one_copy(staged: str, cache: Path, tiny_t2i: Path) -> None:
-    both = [fetching(staged, revision_of(tiny_t2i)) for _ in range(2)]
-    said = [process.communicate(timeout=300) for process in both]
+    with ExitStack() as stack:
+        both = [stack.enter_context(fetching(staged, revision_of(tiny_t2i))) for _ in range(2)]
+        said = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     (folder,) = {out.strip() for out, _ in said}
     assert file_contents(Path(folder)) == file_contents(tiny_t2i)
@@ -207,8 +210,8 @@ def test_two_processes_make_one_copy(staged: str, cache: Path, tiny_t2i: Path) -
 
 @pytest.mark.parametrize("function", ["_make_files", "_copy_piece", "_check", "_complete"])
 def test_what_a_killed_process_leaves_is_not_believed(staged: str, cache: Path, tiny_t2i: Path, function: str) -> None:
-    process = fetching(staged, revision_of(tiny_t2i), dies_at=function)
-    process.communicate(timeout=300)
+    with fetching(staged, revision_of(tiny_t2i), dies_at=function) as process:
+        process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     digits = revision_of(tiny_t2i).removeprefix("sha256:")
     assert not (cache / digits).exists()
