@@ -55,14 +55,12 @@ from cluster.ray_state import actors_are_placed
 from cluster.session import start_ray, user_error, waiting_for
 from cluster.sources.concept_file import fitting_concepts
 from cluster.store.reach import check_places
-from cluster.store.retries import load_with_retries
 from cluster.store.store import Store, open_store
-from cluster.weights.node_copy import local_clip
+from cluster.weights.load_clip import load_clip
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.generation.names import TEXT_ONLY
 from pcm.line_timer import LineTimer
-from pcm.model_faults import room_for_model
 from pcm.reasons import CLIP_ERROR
 from pcm.records import SCHEMA_VERSION
 from pcm.spec import ClipSpec
@@ -333,10 +331,7 @@ def _agreement(rows: pa.Table, entries: Iterable[dict[str, Any]]) -> dict[str, A
 def store_vocabularies_of(source: Store, out: Store, spec: ClipSpec, concepts: ConceptVocabulary | None) -> None:
     """The source's words and the names of its concepts, these embedded by the new CLIP, and that CLIP's head. Where the
     source has none of them (its CLIP was null), both are of the captions. Runs where CLIP may be loaded."""
-    from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
-
-    with room_for_model(f"CLIP {spec.model}", spec.device):
-        encoder = load_with_retries(lambda: ClipEncoder.from_spec(local_clip(spec)), model=spec.model)
+    encoder = load_clip(spec)
     tell_encoder(out, spec)
     if source.exists(VOCABULARY_KEY):
         words = source.read_bytes(VOCABULARY_KEY)
