@@ -159,8 +159,8 @@ def _redraws_on_ray(
     planned: dict[str, Any],
 ) -> Manifest:
     from cluster.curation.redraw.view import redraw_view
+    from cluster.generation.capacity import pools_of_cluster
     from cluster.generation.pipeline import run_pipeline
-    from cluster.generation.places import pools_of_cluster
 
     pools = pools_of_cluster(device=spec.generator.device)
 

@@ -41,10 +41,10 @@ from cluster.dataset.vocabularies import (
 )
 from cluster.dataset.vocabulary_files import stored_concepts
 from cluster.device import device_of_cluster, resolve_dtype
+from cluster.generation.capacity import pools_of_cluster
 from cluster.generation.fit import warn_of_slow_bfloat16_on_cluster
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.pinning import clip_spec, joint_dimensions, pin_clip
-from cluster.generation.places import pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.monitor import start_monitor

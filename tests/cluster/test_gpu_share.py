@@ -19,7 +19,7 @@ from cluster.evaluation.caption import _captions_of_worker
 from cluster.evaluation.captioners import device_here
 from cluster.evaluation.request import CaptionRequest
 from cluster.generation import redraw_check
-from cluster.generation.places import Result, in_a_generators_place
+from cluster.generation.capacity import Result, with_generator_resources
 from cluster.generation.pools import Pools
 from cluster.gpu_share import ALLOCATOR, gpu_share, gpu_task, keep_to_gpu_share
 from pcm.spec import ClipSpec
@@ -98,7 +98,7 @@ def pid_of_a_measurement(folder: Path) -> int:
         yield "loading the model"
         yield Result(os.getpid())
 
-    return in_a_generators_place(work, ON_A_GPU, what="speed")
+    return with_generator_resources(work, ON_A_GPU, what="speed")
 
 
 def pid_of_a_redraw(folder: Path) -> int:
