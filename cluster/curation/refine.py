@@ -73,7 +73,7 @@ def _by_sync(source: OpenDataset, out: Store, request: RefineRequest) -> dict[st
     before = begun_settings(out).get("sentences")
     sentences = _by_its_release(resolve_sentences(request.sentences, before), before, out)
     lineage = lineage_of(source, sentences, request, retrieval)
-    read = [*source.places, *(retrieval.data.places if retrieval is not None else ())]
+    read = [*source.landmarks, *(retrieval.data.landmarks if retrieval is not None else ())]
     with _claimed(out, lineage, request, read) as manifest:
         if manifest is not None:
             log.info("%s: is complete", out.root)
@@ -227,9 +227,9 @@ def _claimed(
     """`claimed_alone` on Ray. Raises InputError where a node does not see the folder that its tasks write to, or those
     that they read (stores with an object of each)."""
     from cluster.session import start_ray
-    from cluster.store.reach import check_places
+    from cluster.store.reach import check_landmarks
 
-    check = partial(check_places, (out, LINEAGE_KEY), read)
+    check = partial(check_landmarks, (out, LINEAGE_KEY), read)
     return claimed_alone(out, lineage, materialise=request.materialise, join=start_ray, check=check)
 
 

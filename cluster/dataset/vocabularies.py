@@ -160,7 +160,7 @@ def count_corpus_words(store: Store, plan: Plan, *, run_on: str) -> CorpusWords:
     has_concepts = store.exists(GIVEN_CONCEPTS_KEY) or CONCEPTS_KEY in intact_vocabularies(store, plan)
     needs_nouns = plan.spec.clip.model != "null" and not has_concepts
     finder = (stored_nouns(store) or LEXICON_NOUNS) if needs_nouns else None
-    work = shard_work(run_on, samples=plan.expected, places=[(store, PLAN_KEY)], threads=_READERS)
+    work = shard_work(run_on, samples=plan.expected, landmarks=[(store, PLAN_KEY)], threads=_READERS)
     timer = LineTimer()
     words: Counter[str] = Counter()
     nouns: Counter[str] = Counter()

@@ -54,7 +54,7 @@ from cluster.ingest.request import FeaturiseRequest
 from cluster.ray_state import actors_are_placed
 from cluster.session import start_ray, user_error, waiting_for
 from cluster.sources.concept_file import fitting_concepts
-from cluster.store.reach import check_places
+from cluster.store.reach import check_landmarks
 from cluster.store.store import Store, open_store
 from cluster.weights.load_clip import load_clip
 from pcm.documents import document_bytes
@@ -97,7 +97,7 @@ def featurise_dataset(request: FeaturiseRequest) -> dict[str, Any]:
         revision, _ = pin_clip(request.clip, None, begun)
         concepts = fitting_concepts(request.concepts, embed_dim=joint_dimensions(request.clip, revision))
     lineage = lineage_of(source, as_begun(request, out), concepts, begun=begun)
-    check = partial(check_places, (out, LINEAGE_KEY), source.places)
+    check = partial(check_landmarks, (out, LINEAGE_KEY), source.landmarks)
     with claimed_alone(out, lineage, join=start_ray, check=check) as manifest:
         if manifest is not None:
             made = manifest.spec.clip
