@@ -101,8 +101,8 @@ def given(request: Request) -> list[str]:
     ]
 
 
-def shared(request: Request, wanted: type[Request]) -> dict[str, Any]:
-    """The values of `request` for the fields that `wanted` has too."""
+def shared(request: Request, wanted: type) -> dict[str, Any]:
+    """The values of `request` for the fields that `wanted`, a dataclass, has too."""
     names = {entry.name for entry in dataclasses.fields(request)}
     return {entry.name: getattr(request, entry.name) for entry in dataclasses.fields(wanted) if entry.name in names}
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from pcm.errors import InputError
 
 if TYPE_CHECKING:  # requests import this module, and --help is to be fast
-    from cluster.store.reach import Place
+    from cluster.store.reach import Landmark
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +65,13 @@ class OnRay:
     """Tasks of SHARDS_A_TASK calls on a cluster that this process has joined; those of a lost machine are repeated.
 
     `function` travels once to each process; what belongs to one shard goes into its call. A node that does not see one
-    of the `places`, perhaps one that has just come, works on nothing: InputError.
+    of the `landmarks`, perhaps one that has just come, works on nothing: InputError.
     """
 
-    def __init__(self, places: "Sequence[Place]" = ()) -> None:
-        from cluster.store.reach import local_places
+    def __init__(self, landmarks: "Sequence[Landmark]" = ()) -> None:
+        from cluster.store.reach import local_landmarks
 
-        self._places = local_places(places)
+        self._landmarks = local_landmarks(landmarks)
 
     def in_order(self, function: Callable[[Call], Result], calls: Iterable[Call]) -> Iterator[Result]:
         import ray  # takes seconds, which work in this process saves
@@ -89,7 +89,7 @@ class OnRay:
                     # What is done is fetched, however many may wait: arguments and results take the head's memory.
                     while waiting and (len(waiting) >= most or ray.wait([waiting[0]], timeout=0)[0]):
                         yield from ray.get(waiting.popleft())
-                    waiting.append(task.remote([shared], self._places, batch))
+                    waiting.append(task.remote([shared], self._landmarks, batch))
                 while waiting:
                     yield from ray.get(waiting.popleft())
         except ray.exceptions.RayError as error:
@@ -99,10 +99,10 @@ class OnRay:
                 ray.cancel(reference, force=True)
 
 
-def shard_work(run_on: str, *, samples: int, places: "Sequence[Place]", threads: int) -> ShardWork:
+def shard_work(run_on: str, *, samples: int, landmarks: "Sequence[Landmark]", threads: int) -> ShardWork:
     """Who works on a dataset of so many samples; `run_on`: one of RUN_ON. Ray is joined or started if it is to work.
 
-    places: stores with an object of each, by which to find whether all nodes of the cluster see a local folder.
+    landmarks: of the stores that are read and written, by which to find whether all nodes see a local folder.
     With "auto" a folder that they do not see is worked on in this process. Raises InputError for it with "ray".
     """
     if run_on == PROCESS or (run_on == AUTO and samples < MANY_SAMPLES):
@@ -111,21 +111,21 @@ def shard_work(run_on: str, *, samples: int, places: "Sequence[Place]", threads:
     from cluster.store.reach import blind_nodes, of_one_machine
 
     start_ray()
-    for store, key in places:
+    for store, key in landmarks:
         if blind := blind_nodes(store, key):
             said = of_one_machine(store, blind)
             if run_on == RAY:
                 raise InputError(f"{said}; give a URI such as s3://BUCKET/NAME, or --run-on {PROCESS}")
             log.info("%s: the work is done in this process", said)
             return InThisProcess(threads)
-    return OnRay(places)
+    return OnRay(landmarks)
 
 
-def _call_each(function: list[Any], places: "Sequence[Place]", calls: Sequence[Any]) -> list[Any]:
+def _call_each(function: list[Any], landmarks: "Sequence[Landmark]", calls: Sequence[Any]) -> list[Any]:
     """`function`: its reference, in a list, so that Ray does not read it anew for each task."""
     from cluster.store.reach import check_here
 
-    check_here(places)
+    check_here(landmarks)
     with ThreadPoolExecutor(_THREADS_A_TASK) as pool:
         return list(pool.map(_fetched(function[0]), calls))
 

@@ -18,7 +18,8 @@ from typing import Any
 from benchmarks.experiments.dissect import dissect
 from benchmarks.experiments.prepare import prepare
 from benchmarks.experiments.report import write_report
-from benchmarks.experiments.runs import data_path, planned, read_result, run_all
+from benchmarks.experiments.results import read_result
+from benchmarks.experiments.runs import data_path, planned, run_all
 from benchmarks.experiments.settings import CAPTIONS, CLIP_FACTOR, DOMAINS, EXPERIMENTS, MAIN, SEEDS, Variant
 from benchmarks.experiments.worth.command import worth
 from benchmarks.experiments.worth.pictures import worth_folder

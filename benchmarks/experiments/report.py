@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments.runs import data_path, planned, read_result
+from benchmarks.experiments.results import BEGIN, END, read_result, section_of, with_section
+from benchmarks.experiments.runs import data_path, planned
 from benchmarks.experiments.settings import BASE, DOMAINS, EXPERIMENTS, PASSES, SEEDS, Experiment, Variant
-from benchmarks.experiments.worth.report import BEGIN, END, section_of, with_section
 from cluster.dataset.documents import load_manifest
 from cluster.store.store import open_store
 from pcm.errors import InputError

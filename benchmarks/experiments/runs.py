@@ -5,7 +5,6 @@ jobs.evaluate's own evaluation. Its result is a small JSON file under OUT/result
 numbers depend on (settings, seed, data, pictures), so that experiments share runs and nothing stale is reported.
 """
 
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -18,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiments.results import file_digest, key_of, read_result, write_result
 from benchmarks.experiments.settings import BASE, DOMAINS, FIRST_SEED, NO_CXE, PRESET, Variant
 from cluster.dataset.documents import load_manifest
 from cluster.evaluation.evaluate import evaluate
@@ -51,10 +51,6 @@ class Job:
 
 def data_path(out: Path, domain: str, data: str) -> Path:
     return out / "data" / domain / data
-
-
-def result_path(out: Path, key: str) -> Path:
-    return out / "results" / f"{key}.json"
 
 
 def planned(variants: Iterable[Variant], out: Path, *, seeds: int, test: bool = True) -> list[Job]:
@@ -98,8 +94,7 @@ def _planned(variant: Variant, seed: int, out: Path, *, test: bool) -> Job:
         "validation": _digest(validation),
         "tests": {name: _digest(source) for name, source in tests.items()},
     }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    return Job(variant, seed, key, run, tests)
+    return Job(variant, seed, key_of(identity, digits=12), run, tests)
 
 
 def pictures(images: str) -> PictureSource:
@@ -108,15 +103,7 @@ def pictures(images: str) -> PictureSource:
 
 
 def _digest(source: PictureSource) -> str:
-    return hashlib.sha256(Path(resolved(source.images)).read_bytes()).hexdigest()
-
-
-def read_result(out: Path, key: str) -> dict[str, Any] | None:
-    """What run_job wrote; None while the run is not done."""
-    try:
-        return json.loads(result_path(out, key).read_text())
-    except FileNotFoundError:
-        return None
+    return file_digest(Path(resolved(source.images)))
 
 
 def run_all(jobs: Sequence[Job], out: Path, *, processes: int) -> int:
@@ -183,11 +170,7 @@ def run_job(job: Job, out: Path) -> dict[str, Any]:
         },
         "document": {**job.run.document, "datasets": without_paths(job.run.document["datasets"])},
     }  # fmt: skip
-    path = result_path(out, job.key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(part, path)
+    write_result(out, job.key, result, indent=1)
     shutil.rmtree(folder)
     return result
 

@@ -73,7 +73,7 @@ def _by_sync(source: OpenDataset, out: Store, request: RefineRequest) -> dict[st
     before = begun_settings(out).get("sentences")
     sentences = _by_its_release(resolve_sentences(request.sentences, before), before, out)
     lineage = lineage_of(source, sentences, request, retrieval)
-    read = [*source.places, *(retrieval.data.places if retrieval is not None else ())]
+    read = [*source.landmarks, *(retrieval.data.landmarks if retrieval is not None else ())]
     with _claimed(out, lineage, request, read) as manifest:
         if manifest is not None:
             log.info("%s: is complete", out.root)
@@ -159,8 +159,8 @@ def _redraws_on_ray(
     planned: dict[str, Any],
 ) -> Manifest:
     from cluster.curation.redraw.view import redraw_view
+    from cluster.generation.capacity import pools_of_cluster
     from cluster.generation.pipeline import run_pipeline
-    from cluster.generation.places import pools_of_cluster
 
     pools = pools_of_cluster(device=spec.generator.device)
 
@@ -227,9 +227,9 @@ def _claimed(
     """`claimed_alone` on Ray. Raises InputError where a node does not see the folder that its tasks write to, or those
     that they read (stores with an object of each)."""
     from cluster.session import start_ray
-    from cluster.store.reach import check_places
+    from cluster.store.reach import check_landmarks
 
-    check = partial(check_places, (out, LINEAGE_KEY), read)
+    check = partial(check_landmarks, (out, LINEAGE_KEY), read)
     return claimed_alone(out, lineage, materialise=request.materialise, join=start_ray, check=check)
 
 

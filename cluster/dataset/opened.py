@@ -18,6 +18,7 @@ from cluster.dataset.documents import (
 from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, shard_number
 from cluster.dataset.rows import read_shard, read_view_part
 from cluster.dataset.state import state_digest
+from cluster.store.reach import Landmark
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 
@@ -44,8 +45,8 @@ class OpenDataset:
         return self.manifest.stored_shards
 
     @property
-    def places(self) -> list[tuple[Store, str]]:
-        """The stores from which its rows are read, with an object of each."""
+    def landmarks(self) -> list[Landmark]:
+        """Of the stores from which its rows are read."""
         own = (self.store, PLAN_KEY if self.is_unfinished else MANIFEST_KEY)
         return [own, *((open_store(each.path), MANIFEST_KEY) for each in self.manifest.pictures)]
 

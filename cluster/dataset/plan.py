@@ -126,8 +126,8 @@ def make_plan(
     timer = LineTimer()
     samples = len(head) * spec.images_per_caption
     with ExitStack() as planning:
-        places = [] if run_on == PROCESS else [planning.enter_context(marker(store))]
-        work = shard_work(run_on, samples=samples, places=places, threads=_CHUNKS_AT_ONCE)
+        landmarks = [] if run_on == PROCESS else [planning.enter_context(marker(store))]
+        work = shard_work(run_on, samples=samples, landmarks=landmarks, threads=_CHUNKS_AT_ONCE)
         for written in work.in_order(writer, chunks.after_usable() if planned is None else chunks):
             fingerprint.update(written.lines)
             num_parts += written.parts

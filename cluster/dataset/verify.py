@@ -20,6 +20,7 @@ from cluster.dataset.shard_check import FINISH_UPGRADE, PROBLEMS_SHOWN, ShardChe
 from cluster.dataset.verify_derived import verify_derived
 from cluster.dataset.vocabulary_files import vocabulary_problems
 from cluster.shard_work import ShardWork, shard_work
+from cluster.store.reach import Landmark
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
 from pcm.line_timer import LineTimer
@@ -84,8 +85,8 @@ def verify(store: Store, *, run_on: str = VerifyRequest.run_on) -> dict:
     """
     manifest = find_manifest(store)
     if manifest is not None and manifest.lineage is not None:
-        places = [(store, MANIFEST_KEY), *((open_store(each.path), MANIFEST_KEY) for each in manifest.pictures)]
-        return verify_derived(store, manifest, _workers(places, manifest.stored, run_on))
+        landmarks = [(store, MANIFEST_KEY), *((open_store(each.path), MANIFEST_KEY) for each in manifest.pictures)]
+        return verify_derived(store, manifest, _workers(landmarks, manifest.stored, run_on))
     return inspect(store, run_on=run_on).to_dict()
 
 
@@ -144,8 +145,8 @@ def require_plan(store: Store, what: str) -> Plan:
     raise InputError(f"{store.root}: not a dataset (no {PLAN_KEY}); give the --out of a jobs.generate run")
 
 
-def _workers(places: list[tuple[Store, str]], samples: int, run_on: str) -> ShardWork:
-    return shard_work(run_on, samples=samples, places=places, threads=min(32, 4 * (os.cpu_count() or 1)))
+def _workers(landmarks: list[Landmark], samples: int, run_on: str) -> ShardWork:
+    return shard_work(run_on, samples=samples, landmarks=landmarks, threads=min(32, 4 * (os.cpu_count() or 1)))
 
 
 def _reports(store: Store, plan: Plan, manifest: Manifest | None, workers: ShardWork) -> Iterator[ShardReport]:

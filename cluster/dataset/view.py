@@ -114,8 +114,8 @@ def write_view(
 
         check_same_clip(sources)
     out.write_bytes(LINEAGE_KEY, document_bytes(document))
-    places = [(out, LINEAGE_KEY), *(place for each in sources for place in each.places)]
-    work = shard_work(run_on, samples=len(rows), places=places, threads=_THREADS)
+    landmarks = [(out, LINEAGE_KEY), *(landmark for each in sources for landmark in each.landmarks)]
+    work = shard_work(run_on, samples=len(rows), landmarks=landmarks, threads=_THREADS)
     placed = _Placed.of(sources, rows, work)
     features = sources[0].manifest.features if materialise else None
     view = ViewParts(placed.table, placed.shards, shard_rows, features)

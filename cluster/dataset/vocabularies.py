@@ -34,14 +34,12 @@ from cluster.dataset.vocabulary_files import (
 from cluster.gpu_share import gpu_task
 from cluster.session import user_error, waiting_for
 from cluster.shard_work import AUTO, MANY_SAMPLES, PROCESS, shard_work
-from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
-from cluster.weights.node_copy import local_clip
+from cluster.weights.load_clip import load_clip
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.generation.names import IMPORTED
 from pcm.line_timer import LineTimer
-from pcm.model_faults import room_for_model
 from pcm.reasons import USABLE
 from pcm.records import NULL_FEATURES, FeatureShape
 from pcm.spec import ClipSpec
@@ -162,7 +160,7 @@ def count_corpus_words(store: Store, plan: Plan, *, run_on: str) -> CorpusWords:
     has_concepts = store.exists(GIVEN_CONCEPTS_KEY) or CONCEPTS_KEY in intact_vocabularies(store, plan)
     needs_nouns = plan.spec.clip.model != "null" and not has_concepts
     finder = (stored_nouns(store) or LEXICON_NOUNS) if needs_nouns else None
-    work = shard_work(run_on, samples=plan.expected, places=[(store, PLAN_KEY)], threads=_READERS)
+    work = shard_work(run_on, samples=plan.expected, landmarks=[(store, PLAN_KEY)], threads=_READERS)
     timer = LineTimer()
     words: Counter[str] = Counter()
     nouns: Counter[str] = Counter()
@@ -364,12 +362,7 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
 
 
 def _load_and_store_clip_files(store: Store, plan: Plan, words: CorpusWords) -> None:
-    from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
-
-    clip = plan.spec_to_load.clip
-    with room_for_model(f"CLIP {clip.model}", clip.device):
-        encoder = load_with_retries(lambda: ClipEncoder.from_spec(local_clip(clip)), model=clip.model)
-    _store_clip_files(store, plan, words, encoder)
+    _store_clip_files(store, plan, words, load_clip(plan.spec_to_load.clip))
 
 
 def _store_clip_files(store: Store, plan: Plan, words: CorpusWords, encoder: "ClipEncoder") -> None:

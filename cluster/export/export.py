@@ -102,8 +102,8 @@ def export_dataset(data: Store, out: Store, asked: ExportRequest) -> dict:
     present = set(out.list())
     calls = [(shard, exporter.marker(shard) in present) for shard in shards]
     skipped = sum(there for _, there in calls)
-    places = [*source.opened.places, (out, EXPORT_KEY)]
-    work = shard_work(asked.run_on, samples=source.manifest.stored, places=places, threads=asked.workers)
+    landmarks = [*source.opened.landmarks, (out, EXPORT_KEY)]
+    work = shard_work(asked.run_on, samples=source.manifest.stored, landmarks=landmarks, threads=asked.workers)
     exporter.finish(_said_of_each(work, exporter, calls))
     out.write_bytes(EXPORT_KEY, document_bytes({**document, "complete": True, **counts}))
     exporter.tidy()

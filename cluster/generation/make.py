@@ -14,6 +14,7 @@ from cluster.dataset.plan import MAX_SHARDS, begun_plan, make_plan, refuse_other
 from cluster.dataset.verify import require_plan
 from cluster.dataset.vocabularies import GivenConcepts, NounFinder
 from cluster.device import device_of_cluster, resolve_dtype
+from cluster.generation.capacity import pools_of_cluster
 from cluster.generation.fit import check_memory, warn_of_slow_bfloat16_on_cluster
 from cluster.generation.like import check_alike, read_spec_manifest, with_settings
 from cluster.generation.limits import FaultPolicy, PilotSize, RunLimits
@@ -23,7 +24,6 @@ from cluster.generation.pilot import Prediction, run_pilot
 from cluster.generation.pilot import summary as pilot_summary
 from cluster.generation.pinning import dataset_spec, joint_dimensions, on_device
 from cluster.generation.pipeline import GenerationResult, run_pipeline
-from cluster.generation.places import pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
 from cluster.generation.regenerate import regenerate

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from cluster.dataset.request import ShardOptions
+from cluster.generation.capacity import Result, with_generator_resources
 from cluster.generation.picture_spec import refuse_other_models
-from cluster.generation.places import Result, in_a_generators_place
 from cluster.generation.pools import Pools
 from cluster.gpu_share import keep_to_gpu_share
 from cluster.store.retries import load_with_retries
@@ -32,9 +32,9 @@ def measured(spec: DatasetSpec, pools: Pools, *, batch_size: bool, shard_size: i
     takes ten minutes at most.
 
     The measurement runs in one task that reserves what a generator reserves; on an autoscaling cluster it brings the
-    first node. It is as patient as generators are (`in_a_generators_place`), and the log says what it waits for. Where
-    a generator scores too, a part of its GPU's memory is left to CLIP. All generators then draw in this size (a smaller
-    GPU halves it for itself when its memory ends, and its rows say so).
+    first node. It is as patient as generators are (`with_generator_resources`), and the log says what it waits for.
+    Where a generator scores too, a part of its GPU's memory is left to CLIP. All generators then draw in this size (a
+    smaller GPU halves it for itself when its memory ends, and its rows say so).
 
     Raises InputError when not even one picture fits into the device's memory.
     """
@@ -44,7 +44,7 @@ def measured(spec: DatasetSpec, pools: Pools, *, batch_size: bool, shard_size: i
         return spec, shard_size or ShardOptions.shard_size
     memory = 1.0 if pools.scorers else 1 - MEMORY_OF_CLIP
     what = f"speed of {generator.model}"
-    trials = in_a_generators_place(_try_generator, pools, spec, memory, search=batch_size, what=what)
+    trials = with_generator_resources(_try_generator, pools, spec, memory, search=batch_size, what=what)
     size = best_size(trials)
     if size is None:
         raise InputError(

@@ -20,9 +20,9 @@ from cluster.dataset.environment import drawn_in, environment, load_environment
 from cluster.dataset.keys import shard_number, stats_key
 from cluster.dataset.rows import read_shard, read_view_part
 from cluster.dataset.verify import require_plan
+from cluster.generation.capacity import pools_of_cluster
 from cluster.generation.moved_models import NOT_MOVED, ModelPlaces
 from cluster.generation.picture_spec import other_models
-from cluster.generation.places import pools_of_cluster
 from cluster.generation.redraw_compare import compare, paired
 from cluster.generation.stages.draw import DrawShard
 from cluster.gpu_share import gpu_task
@@ -72,16 +72,16 @@ def redraw_check(store: Store, plans: Mapping[str, Plan], *, count: int, seed: i
 
 
 def _on_ray(work: Sequence[tuple[Chosen, DatasetSpec, pa.Table]]) -> list[tuple[list[bytes], dict[str, Any]]]:
-    """What `draw_again` gives for each of these, in a generator's place. The log says what is waited for."""
+    """What `draw_again` gives for each of these, with a generator's resources. The log says what is waited for."""
     devices = {spec.generator.device for _, spec, _ in work}
-    places = {device: pools_of_cluster(device=device) for device in devices}
+    pools_on = {device: pools_of_cluster(device=device) for device in devices}
     tasks = {
         device: gpu_task(draw_again, num_cpus=pools.generator_cpus, num_gpus=pools.generator_gpus, max_retries=3)
-        for device, pools in places.items()
+        for device, pools in pools_on.items()
     }
     answers = []
     with ExitStack() as waits:
-        for pools in places.values():
+        for pools in pools_on.values():
             waits.enter_context(waiting_for(cpus=pools.generator_cpus, gpus=pools.generator_gpus))
         for each, spec, rows in work:
             answers.append(tasks[spec.generator.device].remote(each.store, spec, rows))

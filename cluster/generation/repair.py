@@ -15,10 +15,10 @@ from cluster.dataset.request import VerifyRequest
 from cluster.dataset.verify import Inspection, inspect
 from cluster.dataset.vocabularies import vocabularies_stored
 from cluster.dataset.vocabulary_files import refuse_rebuilding
+from cluster.generation.capacity import pools_of_cluster
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.moved_models import NOT_MOVED, ModelPlaces
 from cluster.generation.pipeline import run_pipeline
-from cluster.generation.places import pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.generation.retrying import interrupted_retry
 from cluster.session import start_ray

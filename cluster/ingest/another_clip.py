@@ -41,10 +41,10 @@ from cluster.dataset.vocabularies import (
 )
 from cluster.dataset.vocabulary_files import stored_concepts
 from cluster.device import device_of_cluster, resolve_dtype
+from cluster.generation.capacity import pools_of_cluster
 from cluster.generation.fit import warn_of_slow_bfloat16_on_cluster
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.pinning import clip_spec, joint_dimensions, pin_clip
-from cluster.generation.places import pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.monitor import start_monitor
@@ -54,15 +54,13 @@ from cluster.ingest.request import FeaturiseRequest
 from cluster.ray_state import actors_are_placed
 from cluster.session import start_ray, user_error, waiting_for
 from cluster.sources.concept_file import fitting_concepts
-from cluster.store.reach import check_places
-from cluster.store.retries import load_with_retries
+from cluster.store.reach import check_landmarks
 from cluster.store.store import Store, open_store
-from cluster.weights.node_copy import local_clip
+from cluster.weights.load_clip import load_clip
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from pcm.generation.names import TEXT_ONLY
 from pcm.line_timer import LineTimer
-from pcm.model_faults import room_for_model
 from pcm.reasons import CLIP_ERROR
 from pcm.records import SCHEMA_VERSION
 from pcm.spec import ClipSpec
@@ -99,7 +97,7 @@ def featurise_dataset(request: FeaturiseRequest) -> dict[str, Any]:
         revision, _ = pin_clip(request.clip, None, begun)
         concepts = fitting_concepts(request.concepts, embed_dim=joint_dimensions(request.clip, revision))
     lineage = lineage_of(source, as_begun(request, out), concepts, begun=begun)
-    check = partial(check_places, (out, LINEAGE_KEY), source.places)
+    check = partial(check_landmarks, (out, LINEAGE_KEY), source.landmarks)
     with claimed_alone(out, lineage, join=start_ray, check=check) as manifest:
         if manifest is not None:
             made = manifest.spec.clip
@@ -333,10 +331,7 @@ def _agreement(rows: pa.Table, entries: Iterable[dict[str, Any]]) -> dict[str, A
 def store_vocabularies_of(source: Store, out: Store, spec: ClipSpec, concepts: ConceptVocabulary | None) -> None:
     """The source's words and the names of its concepts, these embedded by the new CLIP, and that CLIP's head. Where the
     source has none of them (its CLIP was null), both are of the captions. Runs where CLIP may be loaded."""
-    from pcm.clip.encoder import ClipEncoder  # seconds to import, and the driver needs none of it
-
-    with room_for_model(f"CLIP {spec.model}", spec.device):
-        encoder = load_with_retries(lambda: ClipEncoder.from_spec(local_clip(spec)), model=spec.model)
+    encoder = load_clip(spec)
     tell_encoder(out, spec)
     if source.exists(VOCABULARY_KEY):
         words = source.read_bytes(VOCABULARY_KEY)

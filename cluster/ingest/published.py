@@ -40,12 +40,10 @@ from cluster.sources.published_annotations import AnnotationCorpus, CaptionFile
 from cluster.sources.published_folders import PublishedFolders
 from cluster.store.outputs import put_captioner
 from cluster.store.store import Store, join, local_copy, open_store, read_uri
-from cluster.weights.node_copy import local_clip
+from cluster.weights.load_clip import load_clip
 from pcm.captioners.captioner import MODEL_FILE
-from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError
 from pcm.generation.names import IMPORTED
-from pcm.model_faults import room_for_model
 from pcm.official.checkpoint import import_checkpoint
 from pcm.official.settings import CLIP_SCORE_SCALE
 from pcm.official.state_dict import read_tensors
@@ -235,8 +233,7 @@ def _store_clip_files(
     if not is_all_there and (found is None or request.concepts is None or request.clip_head is None):
         here = plan.spec_to_load.clip
         check_gpu(here.device)
-        with room_for_model(f"CLIP {here.model}", here.device):
-            encoder = ClipEncoder.from_spec(local_clip(here))
+        encoder = load_clip(here)
     shape = found or (encoder.features if encoder else features_of_head(store))
     if request.clip_head:
         head = _published_head(request.clip_head)

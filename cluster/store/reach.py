@@ -9,8 +9,8 @@ from typing import Any
 from cluster.store.store import Store
 from pcm.errors import InputError
 
-#: Of a store, an object that whoever sees the store sees.
-Place = tuple[Store, str]
+#: A store and the key of an object in it: a node that sees the object sees the store.
+Landmark = tuple[Store, str]
 
 #: What to do about such a folder.
 SHARE_IT = "give a URI such as s3://BUCKET/NAME, or a folder that all nodes share"
@@ -23,8 +23,8 @@ def of_one_machine(store: Store, blind: Sequence[str]) -> str:
 
 
 @contextmanager
-def marker(store: Store) -> Iterator[Place]:
-    """A place of a store that holds nothing yet. Of a local one it is an empty file, deleted at the end.
+def marker(store: Store) -> Iterator[Landmark]:
+    """A landmark in a store that holds nothing yet. Of a local one it is an empty file, deleted at the end.
 
     Its name is that of a temporary file: one that a killed process leaves behind is no object of the store.
     """
@@ -38,15 +38,15 @@ def marker(store: Store) -> Iterator[Place]:
             store.delete(key)
 
 
-def local_places(places: Sequence[Place]) -> list[Place]:
+def local_landmarks(landmarks: Sequence[Landmark]) -> list[Landmark]:
     """Those of local stores that are there: what a node may not see."""
-    return [(store, key) for store, key in places if store.is_local and store.exists(key)]
+    return [(store, key) for store, key in landmarks if store.is_local and store.exists(key)]
 
 
-def check_here(places: Sequence[Place]) -> None:
-    """Called on the node that is to work there. Raises InputError for a place of a local store that it does not see: it
-    would read nothing, and write to its own disk."""
-    for store, key in places:
+def check_here(landmarks: Sequence[Landmark]) -> None:
+    """Called on the node that is to work there. Raises InputError for a landmark of a local store that it does not see:
+    it would read nothing, and write to its own disk."""
+    for store, key in landmarks:
         if store.is_local and not os.path.exists(store.path(key)):
             raise InputError(f"{of_one_machine(store, [os.uname().nodename])}; {SHARE_IT}")
 
@@ -56,7 +56,7 @@ def blind_nodes(store: Store, key: str) -> list[str]:
 
     Asked are the nodes that are there now; Ray must be running. A node that is lost meanwhile has nothing to say.
     """
-    if not local_places([(store, key)]):
+    if not local_landmarks([(store, key)]):
         return []
     import ray
 
@@ -95,14 +95,14 @@ def check_reach(store: Store) -> None:
 
     Asked are the nodes that are there now; what works on one that comes later looks itself.
     """
-    with marker(store) as place:
-        blind = blind_nodes(*place)
+    with marker(store) as landmark:
+        blind = blind_nodes(*landmark)
     if blind:
         raise InputError(f"--out {of_one_machine(store, blind)}; {SHARE_IT}")
 
 
-def check_places(out: Place, sources: Sequence[Place] = ()) -> None:
-    """The same for the folders that tasks write to, and read from: stores with an object of each."""
+def check_landmarks(out: Landmark, sources: Sequence[Landmark] = ()) -> None:
+    """The same for the folders that tasks write to, and read from."""
     for option, (store, key) in (("--out", out), *(("--data", each) for each in sources)):
         if blind := blind_nodes(store, key):
             raise InputError(f"{option} {of_one_machine(store, blind)}; {SHARE_IT}")

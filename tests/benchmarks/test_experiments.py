@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.experiments import dissect, report, runs
+from benchmarks.experiments import dissect, report, results, runs
 from benchmarks.experiments.scenes import thing_masks
 from benchmarks.experiments.settings import EXPERIMENTS, PASSES, Domain, Variant
 from benchmarks.experiments.worth import report as worth_report
@@ -57,7 +57,7 @@ def test_a_run_is_trained_tested_and_kept_once(out: Path) -> None:
     jobs = runs.planned([BASE_VARIANT, BASE_VARIANT], out, seeds=1)
     assert len(jobs) == 1
     assert runs.run_all(jobs, out, processes=1) == 1
-    result = runs.read_result(out, jobs[0].key)
+    result = results.read_result(out, jobs[0].key)
     assert result is not None
     assert result["tests"]["tiny"]["CIDEr"] is not None
     assert result["tests"]["tiny"]["n"] == 6

@@ -19,6 +19,7 @@ from benchmarks.idle_gpus import FOLDER, LOAD, SHARD, SHARD_SIZE, hosts_that_dre
 from benchmarks.schedule import Settings, Simulation
 from cluster.dataset.verify import verify
 from cluster.store.store import open_store
+from tests.helpers.job_runs import running
 from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -74,22 +75,24 @@ def test_counts_of_the_simulation_are_those_of_a_real_run(cluster: Cluster, tmp_
             cluster.add_node(num_cpus=2, num_gpus=1, object_store_memory=100_000_000) for _ in range(GENERATORS)
         )
     }
-    job = subprocess.Popen(
-        [sys.executable, idle_gpus.__file__, "--drive", "--corpus", captions, "--out", tmp_path / "data", "--t2i",
-         "null", "--clip", "null", "--device", "cuda", "--generators", str(GENERATORS), "--shard-size",
-         str(SHARD_SIZE)],
-        cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=(tmp_path / "said").open("w"),
-        env=os.environ | {
-            "RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT), FOLDER: str(notes), LOAD: str(LOAD_SECONDS),
-            SHARD: str(SHARD_SECONDS),
-        },
-    )  # fmt: skip
-    while hosts_that_drew(notes) < GENERATORS:
-        assert job.poll() is None, (tmp_path / "said").read_text()[-3000:]
-        time.sleep(0.1)
-    lost = next(iter(nodes))
-    cluster.remove_node(nodes[lost], allow_graceful=False)
-    assert job.wait(timeout=400) == 0, (tmp_path / "said").read_text()[-3000:]
+    command = [
+        sys.executable, idle_gpus.__file__, "--drive", "--corpus", captions, "--out", tmp_path / "data", "--t2i",
+        "null", "--clip", "null", "--device", "cuda", "--generators", GENERATORS, "--shard-size", SHARD_SIZE,
+    ]  # fmt: skip
+    environment = os.environ | {
+        "RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT), FOLDER: str(notes), LOAD: str(LOAD_SECONDS),
+        SHARD: str(SHARD_SECONDS),
+    }  # fmt: skip
+    with (
+        (tmp_path / "said").open("w") as log,
+        running(command, stdout=subprocess.DEVNULL, stderr=log, env=environment) as job,
+    ):
+        while hosts_that_drew(notes) < GENERATORS:
+            assert job.poll() is None, (tmp_path / "said").read_text()[-3000:]
+            time.sleep(0.1)
+        lost = next(iter(nodes))
+        cluster.remove_node(nodes[lost], allow_graceful=False)
+        assert job.wait(timeout=400) == 0, (tmp_path / "said").read_text()[-3000:]
     report = verify(open_store(tmp_path / "data"))
     assert report["ok"] and report["stored"] == SHARDS * SHARD_SIZE
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import pcm.torchvision_shim  # noqa: F401  - before diffusers
+from benchmarks.experiments import results
 from benchmarks.experiments.__main__ import ExperimentsRequest, run
 from benchmarks.experiments.worth import archive, calibration, command, pictures, report, retrievers, runs
 from benchmarks.experiments.worth.dissection import by_kinds
@@ -165,11 +166,11 @@ def test_cider_of_each_picture_has_cider_as_its_mean() -> None:
 
 def test_the_section_is_put_first_and_replaced_in_place() -> None:
     text = "# Title\n\nWords.\n\n## Old\n\nTable\n"
-    once = report.with_section(text, "## New\n\nA")
+    once = results.with_section(text, "## New\n\nA")
     assert once.index("## New") < once.index("## Old")
-    twice = report.with_section(once, "## New\n\nB")
-    assert "B" in twice and "\nA" not in twice and twice.count(report.BEGIN) == 1
-    assert twice.replace(report.section_of(twice), "").split() == text.split()
+    twice = results.with_section(once, "## New\n\nB")
+    assert "B" in twice and "\nA" not in twice and twice.count(results.BEGIN) == 1
+    assert twice.replace(results.section_of(twice), "").split() == text.split()
 
 
 @pytest.fixture
@@ -223,7 +224,7 @@ def test_a_run_comes_out_alike_and_is_known_by_what_decides_it(out: Path) -> Non
     } == set()
     made = runs.do_run(first, out, pictures.load_pictures(out, "test"))
     assert len(made["cider"]) == len(made["captions"]) == 6 and made["loss"]
-    kept = runs.read_result(out, first.key)
+    kept = results.read_result(pictures.worth_folder(out), first.key)
     again = runs.do_run(first, out, pictures.load_pictures(out, "test"))
     assert numbers(again) == numbers(json.loads(json.dumps(made))) == numbers(kept)
 

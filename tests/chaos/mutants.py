@@ -1006,7 +1006,7 @@ MUTANTS = (
     ),
     Mutant(
         "a node that does not see a local folder works on nothing there",
-        "cluster/shard_work.py", "    check_here(places)\n", "",
+        "cluster/shard_work.py", "    check_here(landmarks)\n", "",
         (
             "tests/cluster/test_shard_work.py::test_a_node_that_does_not_see_the_folder_works_on_nothing",
             "tests/cluster/dataset/test_plan.py::test_tasks_write_parts_only_where_they_see_the_folder",

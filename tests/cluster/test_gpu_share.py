@@ -19,10 +19,11 @@ from cluster.evaluation.caption import _captions_of_worker
 from cluster.evaluation.captioners import device_here
 from cluster.evaluation.request import CaptionRequest
 from cluster.generation import redraw_check
-from cluster.generation.places import Result, in_a_generators_place
+from cluster.generation.capacity import Result, with_generator_resources
 from cluster.generation.pools import Pools
 from cluster.gpu_share import ALLOCATOR, gpu_share, gpu_task, keep_to_gpu_share
 from pcm.spec import ClipSpec
+from tests.helpers.ray_gpu import ray_told_of_a_gpu
 from tests.helpers.waiting import wait_until
 
 
@@ -55,10 +56,8 @@ def test_outside_of_ray_nothing_is_reserved() -> None:
 @pytest.fixture(scope="module")
 def ray_with_a_gpu() -> Iterator[None]:
     """Ray with one GPU by its own account, whatever there is."""
-    ray.shutdown()  # that of other tests
-    ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, logging_level=logging.WARNING)
-    yield
-    ray.shutdown()
+    with ray_told_of_a_gpu(num_cpus=1):
+        yield
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is no GPU that torch does not find")
@@ -99,7 +98,7 @@ def pid_of_a_measurement(folder: Path) -> int:
         yield "loading the model"
         yield Result(os.getpid())
 
-    return in_a_generators_place(work, ON_A_GPU, what="speed")
+    return with_generator_resources(work, ON_A_GPU, what="speed")
 
 
 def pid_of_a_redraw(folder: Path) -> int:

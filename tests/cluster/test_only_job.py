@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from cluster import only_job as module
 from cluster.only_job import TRAINS, only_job
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
-from tests.helpers.paths import ROOT
+from tests.helpers.job_runs import running
 from tests.helpers.waiting import wait_until
 
 HOW = "wait for its end, or end it (`ray job stop` where it was submitted, else SIGTERM to its driver)"
@@ -124,15 +126,15 @@ def test_a_process_that_was_forked_meanwhile_does_not_keep_the_folder(tmp_path: 
         os.waitpid(child, 0)
 
 
-def held_by_another_process(code: str, **environment: str) -> subprocess.Popen:
-    """A process that runs the code, which says when it holds the place, and waits."""
+@contextmanager
+def held_by_another_process(code: str, **environment: str) -> Iterator[None]:
+    """A process runs the code, says when it holds the place, and waits; at the block's end it is killed."""
     code = f"import time\nfrom cluster.store.store import open_store\n{code}"
     code += ":\n    print('held', flush=True)\n    time.sleep(600)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and "held" in process.stdout.readline()
-    return process
+    settings = {"env": {**os.environ, **environment}, "stdout": subprocess.PIPE, "text": True}
+    with running([sys.executable, "-c", code], **settings) as process:
+        assert process.stdout is not None and "held" in process.stdout.readline()
+        yield
 
 
 def test_the_folder_of_a_killed_process_is_free(tmp_path: Path) -> None:
@@ -140,13 +142,8 @@ def test_the_folder_of_a_killed_process_is_free(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     code = "import subprocess\nfrom cluster.only_job import _locked\n"
     code += f"with _locked(open_store({str(tmp_path)!r})), subprocess.Popen(['sleep', '600'])"
-    process = held_by_another_process(code)
-    try:
-        with pytest.raises(module._Taken), module._locked(store):
-            pass
-    finally:
-        process.kill()
-        process.wait()
+    with held_by_another_process(code), pytest.raises(module._Taken), module._locked(store):
+        pass
     with module._locked(store):
         pass
 
@@ -159,11 +156,7 @@ def test_the_name_of_a_killed_driver_is_free(ray_session: None, tmp_path: Path) 
     store = open_store(tmp_path)
     code = "from cluster.session import start_ray\nfrom cluster.only_job import only_job\nstart_ray()\n"
     code += f"with only_job(open_store({str(tmp_path)!r}), 'works', waits=False)"
-    process = held_by_another_process(code, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
-    try:
+    with held_by_another_process(code, RAY_ADDRESS=ray.get_runtime_context().gcs_address):
         assert "another job on this cluster trains into it" in refused(store)
-    finally:
-        process.kill()
-        process.wait()
     with only_job(store, TRAINS, waits=False) as (_, waited):
         assert waited in (True, False)

@@ -56,7 +56,7 @@ class Touches:
 def worker(run_on: str, folder: Path) -> ShardWork:
     store = open_store(folder)
     store.write_bytes("seen", b"")
-    return shard_work(run_on, samples=1, places=[(store, "seen")], threads=4)
+    return shard_work(run_on, samples=1, landmarks=[(store, "seen")], threads=4)
 
 
 @pytest.mark.parametrize("run_on", [PROCESS, RAY])
@@ -113,6 +113,6 @@ def test_auto_takes_ray_where_samples_are_many(ray_session: None, tmp_path: Path
     store = open_store(tmp_path)
 
     def chosen(samples: int) -> type:
-        return type(shard_work(AUTO, samples=samples, places=[(store, "seen")], threads=4))
+        return type(shard_work(AUTO, samples=samples, landmarks=[(store, "seen")], threads=4))
 
     assert (chosen(MANY_SAMPLES - 1), chosen(MANY_SAMPLES)) == (InThisProcess, OnRay)

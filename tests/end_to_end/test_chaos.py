@@ -1,15 +1,16 @@
 """The short form of `make chaos`: kill -9 in the middle of a run, of each kind of thing that a run is made of."""
 
 import json
-import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from cluster.dataset.verify import verify
 from cluster.store.store import open_store
+from tests.helpers.job_runs import running
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
@@ -41,15 +42,10 @@ def test_two_drivers_on_one_output_make_the_same_dataset(tmp_path: Path) -> None
         sys.executable, "-m", "jobs.generate", "--corpus", str(corpus), "--out", str(tmp_path / "out"), "--t2i", "null",
         "--shard-size", "2", "--generators", "1",
     ]  # fmt: skip
-    drivers = [
-        subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    try:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with ExitStack() as stack:
+        drivers = [stack.enter_context(running(command, **streams)) for _ in range(2)]
         outputs = [driver.communicate(timeout=300) for driver in drivers]
-    finally:
-        for driver in drivers:
-            driver.kill()
     assert [driver.returncode for driver in drivers] == [0, 0], outputs
     make_dataset_in_process(tmp_path / "alone", corpus, null_spec(), shard_size=7)
     both, alone = verify(open_store(tmp_path / "out")), verify(open_store(tmp_path / "alone"))

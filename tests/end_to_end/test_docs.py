@@ -150,8 +150,8 @@ def test_options_in_the_text_are_of_some_job() -> None:
     assert unknown == []
 
 
-#: Without a request of their own in cluster/: they run other jobs, or make what is stored in the repository.
-NO_CALL = {"demo", "pretrain_embedded"}
+#: Without a request in cluster/: it makes what is stored in the repository.
+NO_CALL = {"pretrain_embedded"}
 
 
 def test_every_job_stands_among_the_calls_with_its_request() -> None:

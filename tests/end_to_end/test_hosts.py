@@ -1,6 +1,5 @@
 """A cluster of several hosts: they come one by one, are lost, are cut off and come back, and the head is killed."""
 
-import json
 import random
 import subprocess
 import sys
@@ -12,11 +11,12 @@ import pytest
 
 from cluster.dataset.verify import verify
 from cluster.generation.stages.monitor import MAX_IN_HAND
-from cluster.store.store import open_store
 from tests.helpers.hosts import Hosts, Job, Slow, can_make_hosts, several_hosts
 from tests.helpers.paths import ROOT
+from tests.helpers.stored import proven, shards_stored
 from tests.helpers.tiny_dataset import TINY, write_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
+from tests.helpers.trained import step_losses
 from tests.helpers.waiting import wait_until
 
 #: Shards that an idle generator may draw again when nothing else is left.
@@ -54,19 +54,13 @@ def generate(hosts: Hosts, folder: Path) -> Job:
 
 
 def stored(folder: Path) -> int:
-    return len(list((folder / "data/shards").glob("*.parquet")))
+    return shards_stored(folder / "data")
 
 
 def more_shards(job: Job, folder: Path, count: int = 5) -> None:
     """Wait until so many more shards are stored, or all."""
     goal = min(stored(folder) + count, len(CAPTIONS) // SHARD_SIZE)
     wait_until(lambda: stored(folder) >= goal or job.is_over(), seconds=300, said=f"{stored(folder)} shards")
-
-
-def proven(folder: Path, wanted: str) -> dict:
-    report = verify(open_store(folder / "data"))
-    assert report["ok"] and report["fingerprint"] == wanted, report
-    return report
 
 
 def cost(summary: dict) -> str:
@@ -89,7 +83,7 @@ def test_hosts_come_one_by_one_and_one_is_lost(hosts: Hosts, tmp_path: Path, wan
     one.lose()
     summary = job.summary()
     assert summary["stored"] == len(CAPTIONS)
-    proven(tmp_path, wanted)
+    assert proven(tmp_path / "data")["fingerprint"] == wanted
     print(f"one by one, one lost: {cost(summary)}")
 
 
@@ -105,7 +99,7 @@ def test_a_link_that_is_cut_for_a_while_and_heals(hosts: Hosts, tmp_path: Path, 
     one.heal()
     summary = job.summary()
     assert summary["stored"] == len(CAPTIONS)
-    proven(tmp_path, wanted)
+    assert proven(tmp_path / "data")["fingerprint"] == wanted
     print(f"link cut for 20 s: {cost(summary)}")
 
 
@@ -137,7 +131,7 @@ def test_a_host_behind_a_slow_link_holds_up_nobody(tmp_path: Path, wanted: str) 
         job = generate(hosts, tmp_path)
         summary = job.summary()
     assert summary["stored"] == summary["generated"] == len(CAPTIONS)
-    proven(tmp_path, wanted)
+    assert proven(tmp_path / "data")["fingerprint"] == wanted
     assert summary["shards_begun_again"] <= MAX_IN_HAND + LATE_AT_THE_END * len(workers)
     print(f"slow link: {cost(summary)}")
 
@@ -169,7 +163,7 @@ def test_spot_notices_at_random_moments_hand_the_shards_back(
     summary = job.summary()
     assert notices, "at least one while it was at work"
     assert summary["stored"] == summary["generated"] == len(CAPTIONS), "none lost, none drawn into the dataset twice"
-    proven(tmp_path, wanted)
+    assert proven(tmp_path / "data")["fingerprint"] == wanted
     # A machine takes along what its generator has in hand, at the notice and, as Ray starts there again, when it goes.
     assert summary["shards_begun_again"] <= 2 * notices * MAX_IN_HAND + LATE_AT_THE_END * len(workers)
     print(f"seed {seed}: {notices} notices, {cost(summary)}")
@@ -189,7 +183,7 @@ def test_the_head_is_killed_and_the_same_command_goes_on(hosts: Hosts, tmp_path:
     one.join(cpus=2)
     again = generate(hosts, tmp_path).summary()
     assert again["skipped"] >= before * SHARD_SIZE > 0
-    proven(tmp_path, wanted)
+    assert proven(tmp_path / "data")["fingerprint"] == wanted
 
 
 def test_training_over_two_hosts_loses_one_and_goes_on(hosts: Hosts, tmp_path: Path, tiny_clip: Path) -> None:
@@ -212,9 +206,4 @@ def test_training_over_two_hosts_loses_one_and_goes_on(hosts: Hosts, tmp_path: P
     one.lose()
     job.summary()
     train("alone", "1").summary()
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
-
-
-def losses(run: Path) -> dict[int, float]:
-    rows = [json.loads(line) for file in sorted(run.glob("losses/*.jsonl")) for line in file.read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows}
+    assert dict(step_losses(tmp_path / "run")) == pytest.approx(dict(step_losses(tmp_path / "alone")), rel=1e-4)

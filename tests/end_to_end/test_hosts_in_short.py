@@ -7,6 +7,7 @@ import pytest
 from cluster.dataset.verify import verify
 from cluster.store.store import open_store
 from tests.helpers.hosts import can_make_hosts, several_hosts
+from tests.helpers.stored import shards_stored
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 from tests.helpers.waiting import wait_until
 
@@ -22,9 +23,6 @@ def test_a_host_joins_a_run_and_another_is_lost(tmp_path: Path) -> None:
     store, *_ = make_dataset_in_process(tmp_path / "undisturbed", corpus, null_spec(), shard_size=1)
     out = tmp_path / "data"
 
-    def stored() -> int:
-        return len(list((out / "shards").glob("*.parquet")))
-
     with several_hosts(3) as hosts:
         head, one, two = hosts.hosts
         head.join(cpus=0, head=True)
@@ -34,9 +32,9 @@ def test_a_host_joins_a_run_and_another_is_lost(tmp_path: Path) -> None:
         )  # fmt: skip
         one.join(cpus=1)
         two.join(cpus=1)
-        wait_until(lambda: stored() >= 3 or job.is_over(), seconds=300, said="no shards")
+        wait_until(lambda: shards_stored(out) >= 3 or job.is_over(), seconds=300, said="no shards")
         one.lose()
-        left = len(CAPTIONS) - stored()
+        left = len(CAPTIONS) - shards_stored(out)
         summary = job.summary()
     assert left > 0, "all was drawn before the host was lost"
     report = verify(open_store(out))

@@ -75,6 +75,7 @@ ORDER = {
         "evaluation",
         "export",
         "report",
+        "demonstration",
     ),
 }
 

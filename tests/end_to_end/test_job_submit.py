@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -22,8 +21,11 @@ from cluster.dataset.verify import verify
 from cluster.store.store import open_store
 from cluster.submit_size import MEBIBYTE, main, packed_files
 from tests.helpers.paths import ROOT
+from tests.helpers.ports import free_ports
+from tests.helpers.stored import shards_stored
 from tests.helpers.tiny_dataset import TINY, write_checkpoint, write_dataset, write_pictures
 from tests.helpers.tiny_generation import CAPTIONS, make_dataset_in_process, null_spec, write_corpus
+from tests.helpers.trained import step_losses
 from tests.helpers.waiting import wait_until
 
 TINY_SETTINGS = [f"--set={name}={value}" for name, value in TINY.items() if name != "epochs"]
@@ -37,16 +39,6 @@ class Head:
     address: str
     cluster: str
     environment: dict[str, str]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture(scope="module")
@@ -132,16 +124,6 @@ def summaries(printed: str) -> list[dict]:
     return [json.loads(line) for line in printed.splitlines() if line.startswith('{"')]
 
 
-def stored(dataset: Path) -> int:
-    return len(list((dataset / "shards").glob("*.parquet")))
-
-
-def losses(run: Path) -> list[tuple[int, float]]:
-    """(step, loss) of a run, in order."""
-    rows = [json.loads(line) for file in sorted(run.glob("losses/*.jsonl")) for line in file.read_text().splitlines()]
-    return [(row["step"], row["loss"]) for row in rows]
-
-
 def stop_at_work(head: Head, name: str, at_work: Callable[[], bool], *entrypoint: object) -> None:
     """Submit a job, and stop it in the middle of its work."""
     begin(head, name, *entrypoint)
@@ -164,8 +146,8 @@ def test_generation_that_was_stopped_goes_on_when_it_is_submitted_again(head: He
     count = 600
     corpus, out = write_corpus(tmp_path, [f"caption number {number}" for number in range(count)]), tmp_path / "out"
     command = ("python", "-m", "jobs.generate", "--corpus", corpus, "--out", out, "--t2i", "null", "--shard-size", 1)
-    stop_at_work(head, "generation", lambda: stored(out) >= 5, *command)
-    before = stored(out)
+    stop_at_work(head, "generation", lambda: shards_stored(out) >= 5, *command)
+    before = shards_stored(out)
     assert 5 <= before < count
     done = submit(head, *command)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -182,7 +164,7 @@ def test_two_jobs_share_a_cluster_and_the_second_says_what_it_waits_for(head: He
     first, second = tmp_path / "first", tmp_path / "second"
     model = ("--corpus", "embedded", "--limit", 32, "--steps", 60, "--shard-size", 2)
     begin(head, "one", "python", "-m", "jobs.generate", *model, "--out", first)
-    wait_until(lambda: stored(first) >= 1 or ended(head, "one"), seconds=400, said="nothing drawn")
+    wait_until(lambda: shards_stored(first) >= 1 or ended(head, "one"), seconds=400, said="nothing drawn")
     corpus = write_corpus(tmp_path)
     begin(head, "two", "python", "-m", "jobs.generate", "--corpus", corpus, "--out", second, "--t2i", "null")
     for name in ("one", "two"):
@@ -209,7 +191,7 @@ def test_training_that_was_stopped_goes_on_when_it_is_submitted_again(
         done = submit(head, *command)
         assert done.returncode == 0, done.stdout + done.stderr
         assert [summary["epochs"] for summary in summaries(done.stdout)] == [12]
-    assert losses(out) == losses(tmp_path / "alone")
+    assert step_losses(out) == step_losses(tmp_path / "alone")
 
 
 @pytest.mark.slow
@@ -233,7 +215,7 @@ def test_streaming_that_was_stopped_goes_on_when_it_is_submitted_again(
     out = tmp_path / "out"
     models = ("--t2i", tiny_t2i, "--clip", tiny_clip, "--steps=2", "--shard-size=5", "--set=top_concepts=2")
     command = ("python", "-m", "jobs.stream", "--corpus", corpus, "--out", out, "--epochs=3", *models, *TINY_SETTINGS)
-    stop_at_work(head, "stream", lambda: stored(out / "dataset") > 2, *command)
+    stop_at_work(head, "stream", lambda: shards_stored(out / "dataset") > 2, *command)
     done = submit(head, *command)
     assert done.returncode == 0, done.stdout + done.stderr
     report = verify(open_store(out / "dataset"))

@@ -10,8 +10,10 @@ import pytest
 from cluster.dataset.verify import verify
 from cluster.store.store import open_store
 from tests.helpers.hosts import Hosts, Job, can_make_hosts, longest_pause, several_hosts
+from tests.helpers.stored import shards_stored
 from tests.helpers.tiny_dataset import TINY, write_checkpoint, write_dataset, write_pictures
 from tests.helpers.tiny_generation import write_corpus
+from tests.helpers.trained import step_losses
 from tests.helpers.waiting import wait_until
 
 pytestmark = [
@@ -33,12 +35,6 @@ def hosts() -> Iterator[Hosts]:
             worker.join(cpus=2)
         made.wait_for_cpus(6)
         yield made
-
-
-def losses(run: Path) -> list[tuple[int, float]]:
-    """(step, loss) of a run, in order."""
-    rows = [json.loads(line) for file in sorted(run.glob("losses/*.jsonl")) for line in file.read_text().splitlines()]
-    return [(row["step"], row["loss"]) for row in rows]
 
 
 def epochs(run: Path) -> int:
@@ -72,7 +68,7 @@ def test_streaming_over_hosts_is_cut_off_from_one_and_loses_another(
     run = tmp_path / "run"
 
     def moved() -> int:
-        return len(list((run / "dataset/shards").glob("*.parquet"))) + epochs(run / "run")
+        return shards_stored(run / "dataset") + epochs(run / "run")
 
     _, one, two, _ = hosts.hosts
     with longest_pause(moved) as pause:
@@ -89,8 +85,8 @@ def test_streaming_over_hosts_is_cut_off_from_one_and_loses_another(
     assert all(report["ok"] and report["stored"] == rows for report in reports)
     assert reports[0]["fingerprint"] == reports[1]["fingerprint"]
     assert summary["epochs"] == undisturbed["epochs"] == length
-    steps, values = zip(*losses(run / "run"), strict=True)
-    wanted_steps, wanted = zip(*losses(tmp_path / "undisturbed/run"), strict=True)
+    steps, values = zip(*step_losses(run / "run"), strict=True)
+    wanted_steps, wanted = zip(*step_losses(tmp_path / "undisturbed/run"), strict=True)
     assert steps == wanted_steps and values == pytest.approx(wanted, rel=1e-4)
     again, shards = summary["shards_begun_again"], rows // 5
     print(
@@ -135,7 +131,7 @@ def learnt(sweep: Path) -> dict[str, list]:
     for file in sweep.glob("trials/*/result.json"):
         result = json.loads(file.read_text())
         rows = [(row["epoch"], row["step"], row["loss"], row["CIDEr"]) for row in result["history"]]
-        found[json.dumps(result["overrides"], sort_keys=True)] = [rows, losses(file.parent)]
+        found[json.dumps(result["overrides"], sort_keys=True)] = [rows, step_losses(file.parent)]
     return found
 
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from ray.util import get_node_ip_address
 
 from tests.helpers.hosts import OF_ONE_MACHINE
+from tests.helpers.job_runs import running
 from tests.helpers.paths import ROOT
 
 SLURM = ROOT / "deploy/slurm.sbatch"
@@ -112,14 +114,17 @@ def test_sky_ends_on_every_machine_with_the_job_and_can_be_launched_again_there(
         "SKYPILOT_NODE_IPS": f"{get_node_ip_address()}\nanother",
     }  # fmt: skip
     for _ in range(2):
-        machines = [
-            subprocess.Popen(
-                ["bash", "-c", script], cwd=ROOT, env=environment | {"SKYPILOT_NODE_RANK": str(rank)}, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )
-            for rank in (1, 0)
-        ]  # fmt: skip
-        said = [machine.communicate(timeout=200)[0] for machine in reversed(machines)][::-1]
+        with ExitStack() as stack:
+            machines = [
+                stack.enter_context(
+                    running(
+                        ["bash", "-c", script], env=environment | {"SKYPILOT_NODE_RANK": str(rank)}, text=True,
+                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                    )
+                )
+                for rank in (1, 0)
+            ]  # fmt: skip
+            said = [machine.communicate(timeout=200)[0] for machine in reversed(machines)][::-1]
         assert [machine.returncode for machine in machines] == [0, 0], said
         left = subprocess.run(["pgrep", "--full", temporary], capture_output=True, text=True).stdout
         assert not left, "Ray outlives the job"

@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from cluster.dataset.verify import verify
 from cluster.generation.stages.monitor import MAX_IN_HAND
 from cluster.store.store import open_store
-from tests.helpers.paths import ROOT
+from tests.helpers.job_runs import running
 
 pytestmark = pytest.mark.slow
 
@@ -37,11 +37,9 @@ def head() -> Iterator[Cluster]:
 def run(head: Cluster, tmp_path: Path) -> Iterator[subprocess.Popen]:
     """A run of 60 shards on two generators, a second each, into `data`."""
     command = [sys.executable, "-m", "tests.helpers.paced_run", str(tmp_path / "data"), str(SHARDS), "2"]
-    with (tmp_path / "log").open("wb") as log:
-        job = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"RAY_ADDRESS": head.address}, stderr=log)
-    yield job
-    job.kill()
-    job.wait()
+    environment = os.environ | {"RAY_ADDRESS": head.address}
+    with (tmp_path / "log").open("wb") as log, running(command, env=environment, stderr=log) as job:
+        yield job
 
 
 def stored(folder: Path) -> list[int]:

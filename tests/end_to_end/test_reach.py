@@ -1,7 +1,6 @@
 """A local folder on a cluster whose nodes do not share it: nothing is planned or drawn there, or read on Ray."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from tests.helpers.hosts import OF_ONE_MACHINE
+from tests.helpers.job_runs import running
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import write_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
@@ -65,13 +65,15 @@ def blind_node(head: Cluster, tmp_path: Path) -> Iterator[None]:
         "--num-cpus=1 --object-store-memory=100000000 --disable-usage-stats --block; do sleep 1; done"
     )
     environment = {name: value for name, value in os.environ.items() if name != OF_ONE_MACHINE}
-    node = subprocess.Popen(["unshare", "--mount", "sh", "-c", join], stdout=subprocess.DEVNULL, env=environment)
-    # On a busy machine a start may miss Ray's fixed 30 seconds.
-    wait_until(lambda: len(head_nodes(head)) == 2, seconds=300, said="no second node")
-    yield
-    for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
-        process.send_signal(signal.SIGKILL)
-    node.wait()
+    command = ["unshare", "--mount", "sh", "-c", join]
+    with running(command, stdout=subprocess.DEVNULL, env=environment) as node:
+        try:
+            # On a busy machine a start may miss Ray's fixed 30 seconds.
+            wait_until(lambda: len(head_nodes(head)) == 2, seconds=300, said="no second node")
+            yield
+        finally:
+            for process in psutil.Process(node.pid).children(recursive=True):
+                process.kill()
 
 
 def head_nodes(head: Cluster) -> list[str]:
@@ -108,11 +110,10 @@ def test_a_machine_that_comes_later_and_does_not_see_the_folder_plans_nothing(
         "from jobs.generate import JOB; JOB.main(sys.argv[1:])"
     )
     asked = ["--corpus", corpus, "--t2i", "null", "--shard-size", "4", "--device", "cpu", "--out", out, *generators]
-    job = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, asked)], cwd=ROOT, env=os.environ | {"RAY_ADDRESS": head_alone.address},
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    with blind_node(head_alone, tmp_path):
+    settings = {"env": os.environ | {"RAY_ADDRESS": head_alone.address}, "text": True}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", code, *asked]
+    with running(command, **settings, **streams) as job, blind_node(head_alone, tmp_path):
         _, said = job.communicate(timeout=300)
     assert job.returncode == 2, said
     assert "a folder of one machine, which node" in said.splitlines()[-1]

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+
+from tests.helpers.ports import free_ports
 
 BUCKET = "pcm-tests"  # one bucket: each takes several volumes
 _PORTS = (
@@ -29,7 +30,7 @@ class S3Server:
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         self.data = folder / "data"  # what lies on its disk
         self.data.mkdir()
-        self.ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+        self.ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
         #: What a client needs, as the environment variables that boto, s3fs and pyarrow read.
         self.environment = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.ports['s3.port']}",
@@ -94,15 +95,3 @@ def _make_bucket(process: subprocess.Popen, environment: dict[str, str], log: Pa
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"SeaweedFS did not start ({error!r}):\n{log.read_text()[-3000:]}") from error
             time.sleep(0.5)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()

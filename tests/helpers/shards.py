@@ -1,10 +1,11 @@
-"""A shard as a manifest would describe it."""
+"""A shard as a manifest would describe it, and one with another value in it."""
 
 import hashlib
 import io
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.dataset.documents import StoredShard, load_plan
@@ -37,3 +38,10 @@ def part_key(folder: Path, shard: int) -> str:
     plan = load_plan(open_store(folder))
     assert plan is not None
     return plan.part_key(shard)
+
+
+def with_value(table: pa.Table, column: str, row: int, value: object) -> pa.Table:
+    """The table with another value in one cell."""
+    rows = table.to_pylist()
+    rows[row][column] = value
+    return pa.Table.from_pylist(rows, schema=table.schema)

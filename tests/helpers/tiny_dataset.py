@@ -172,6 +172,11 @@ def write_pictures(folder: Path, *, count: int, first: int = 1000) -> Path:
     return folder
 
 
+def pictures_of(world: Path) -> dict[str, str]:
+    """Fields of a request: `pictures/` of a folder and references.csv there."""
+    return {"images": str(world / "pictures"), "references": str(world / "references.csv")}
+
+
 #: Overrides of TrainConfig that make a run of seconds.
 TINY = {
     "epochs": 2,

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import pytest
 from cluster.options import BEGINS_ANEW, WITH_RESUME, Request
 from jobs.__main__ import job_names
 from jobs.endings import descendants
+from tests.helpers.job_runs import running
 from tests.helpers.paths import ROOT
+from tests.helpers.stored import shards_stored
 from tests.helpers.tiny_generation import write_corpus
 
 #: A job as any other, but for what it does: it starts a process, says so, and never ends by itself.
@@ -43,8 +46,8 @@ Job("sleep", "Sleeps. Long.", SleepRequest, run).main()
 """
 
 
-def start(*arguments: object, **streams: int) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, text=True, **streams)  # type: ignore[call-overload]
+def start(*arguments: object, **streams: int) -> AbstractContextManager[subprocess.Popen]:
+    return running([sys.executable, *arguments], text=True, **streams)
 
 
 def is_running(pid: int) -> bool:
@@ -66,13 +69,13 @@ def gone(pids: list[int]) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(("how", "signals"), [("sleep", 1), ("stuck", 1), ("stuck", 2)])
 def test_a_stopped_job_ends_with_its_status_one_line_and_no_orphan(how: str, signals: int, number: int) -> None:
-    process = start("-c", JOB, "--how", how, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    child = int(process.stderr.readline())
-    for _ in range(signals):
-        process.send_signal(number)
-        time.sleep(0.5)
-    _, said = process.communicate(timeout=60)
+    with start("-c", JOB, "--how", how, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        child = int(process.stderr.readline())
+        for _ in range(signals):
+            process.send_signal(number)
+            time.sleep(0.5)
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert said.splitlines() == [
         f"stopped by {signal.Signals(number).name}: what is written is whole; run the same command again to go on"
@@ -90,10 +93,10 @@ def test_every_job_ends_so(name: str) -> None:
         "object.__setattr__(job, 'read', lambda argv: Request())\n"
         "job.main([])"
     )
-    process = start("-c", program, stderr=subprocess.PIPE)
-    assert process.stderr is not None and process.stderr.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    with start("-c", program, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None and process.stderr.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 143
     again = {"train": WITH_RESUME, "sweep": WITH_RESUME} | dict.fromkeys(("evaluate", "caption", "report"), BEGINS_ANEW)
     assert said == f"stopped by SIGTERM: what is written is whole; {again.get(name, Request.AGAIN)}\n"
@@ -159,13 +162,13 @@ def test_help_for_nobody_is_no_failure(command: str) -> None:
 def test_generation_stopped_while_it_draws_keeps_its_shards_and_goes_on(number: int, tmp_path: Path, run_job) -> None:
     corpus = write_corpus(tmp_path, [f"caption number {index}" for index in range(400)])
     arguments = ["--corpus", corpus, "--out", tmp_path / "out", "--t2i", "null", "--shard-size", 2]
-    process = start("-m", "jobs.generate", *arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    while len(list((tmp_path / "out/shards").glob("*.parquet"))) < 3:
-        assert process.poll() is None
-        time.sleep(0.02)
-    started = descendants(process.pid)
-    process.send_signal(number)
-    out, said = process.communicate(timeout=60)
+    with start("-m", "jobs.generate", *arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        while shards_stored(tmp_path / "out") < 3:
+            assert process.poll() is None
+            time.sleep(0.02)
+        started = descendants(process.pid)
+        process.send_signal(number)
+        out, said = process.communicate(timeout=60)
     assert (process.returncode, out) == (128 + number, "")
     assert said.splitlines()[-1].startswith(f"stopped by {signal.Signals(number).name}: ")
     assert "Traceback" not in said and gone(started)

@@ -23,6 +23,7 @@ from pcm.errors import InputError
 from pcm.generation.loading import load_generator
 from pcm.images import open_image
 from tests.helpers.job_runs import JobRun
+from tests.helpers.stored import quarantine_reasons
 from tests.helpers.tiny_generation import make_dataset_in_process, tiny_spec, write_corpus
 from tests.helpers.tiny_models import save_tiny_clip
 
@@ -75,11 +76,6 @@ def rows(store: Store) -> list[dict]:
     return [row for key in store.list("shards") for row in pq.read_table(store.path(key)).to_pylist()]
 
 
-def quarantined(store: Store) -> dict[str, str]:
-    tables = [pq.read_table(store.path(key)).to_pylist() for key in store.list("quarantine")]
-    return {row["corpus_id"]: row["reason"] for table in tables for row in table}
-
-
 def columns(store: Store) -> dict[str, tuple]:
     """Sample id -> all that is stored of it, bit for bit."""
     return {row["sample_id"]: tuple(map(repr, row.values())) for row in rows(store)}
@@ -92,7 +88,7 @@ def test_photos_become_a_dataset_with_every_pair_stored_or_counted(featurise, wo
     assert done.summary["quarantined_by_reason"] == {"bad_image": 5, "empty": 1, "missing_image": 10}
     assert any(record.message.startswith("broken.jpg: ") for record in caplog.records)
     store = open_store(tmp_path / "out")
-    assert quarantined(store) == {"one.jpg#4": "empty"} | {
+    assert quarantine_reasons(store) == {"one.jpg#4": "empty"} | {
         f"{name}.jpg#{k}": reason for name, reason in REFUSED for k in range(5)
     }
     proof = verify(store)

@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -48,9 +46,12 @@ from pcm.official.files import (
 from pcm.official.state_dict import POSITION_KEY, position_rounding
 from pcm.text.vocabulary import Vocabulary
 from tests.helpers.faulty_proxy import faulty_proxy
-from tests.helpers.paths import DATA, ROOT
+from tests.helpers.job_runs import kill_once
+from tests.helpers.malicious import Touch
+from tests.helpers.paths import DATA
 from tests.helpers.published import make_complete_dataset
 from tests.helpers.seaweedfs import BUCKET
+from tests.helpers.stored import quarantine_reasons
 from tests.helpers.tiny_models import save_tiny_clip
 
 GOLDEN = DATA / "pcmnet_small.safetensors"
@@ -92,11 +93,6 @@ def arguments(published: Path | str, out: Path | str, clip: Path, **changed: obj
 def rows(store: Store) -> list[dict]:
     keys = [key for key in store.list("shards") if key.endswith(".parquet")]
     return [row for key in keys for row in pq.read_table(store.path(key)).to_pylist()]
-
-
-def quarantined(store: Store) -> dict[str, str]:
-    tables = [pq.read_table(store.path(key)).to_pylist() for key in store.list("quarantine")]
-    return {row["corpus_id"]: row["reason"] for table in tables for row in table}
 
 
 def rewrite(published: Path, change) -> None:
@@ -241,7 +237,7 @@ def test_bad_rows_are_quarantined_with_their_reason_and_the_rest_is_imported(pub
     result = call_job("import_official", *arguments(published, tmp_path / "out", tiny_clip))
     assert result.returncode == 0, result.stderr
     store = open_store(tmp_path / "out")
-    assert quarantined(store) == {
+    assert quarantine_reasons(store) == {
         "6000000#0": "missing_image", "6000001#0": "bad_image", "6000003#0": "missing_features",
         "6000004#0": "features_of_another_shape", "6000005#0": "features_beyond_float16", "6000006#0": "bad_features",
         "[7]": "bad_record", "6000007#0": "empty", "gif#0": "bad_image", "[10]": "bad_record", "[13]": "bad_record",
@@ -255,7 +251,7 @@ def test_bad_rows_are_quarantined_with_their_reason_and_the_rest_is_imported(pub
 
 def quarantined_twice(store: Store) -> dict[str, str]:
     """6000007#0 is in the annotations four times: whichever of its reasons came last."""
-    return {"6000007#0": quarantined(store)["6000007#0"]}
+    return {"6000007#0": quarantine_reasons(store)["6000007#0"]}
 
 
 def test_features_are_computed_where_none_are_given(dataset, exported, tmp_path, tiny_clip, call_job):
@@ -337,17 +333,8 @@ def test_a_killed_import_goes_on_where_it_stopped(exported, tmp_path, tiny_clip,
     picture.unlink()
     os.mkfifo(picture)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "jobs.import_official"]
-    command += [str(part) for part in arguments(slow, out, tiny_clip, shard_size=1, workers=1)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
-    try:
-        deadline = time.monotonic() + 120
-        while not (out / shard_key(2)).exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert process.poll() is None and (out / shard_key(2)).exists()
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    asked = arguments(slow, out, tiny_clip, shard_size=1, workers=1)
+    kill_once((out / shard_key(2)).exists, [sys.executable, "-m", "jobs.import_official", *asked])
     assert not (out / "dataset.json").exists()
     picture.unlink()
     picture.write_bytes(data)
@@ -453,19 +440,11 @@ def test_a_store_that_refuses_ends_the_import_and_is_no_bad_file(
         result = call_job("import_official", *arguments(bucket, out, tiny_clip))
         assert result.returncode == 2 and "Traceback" not in result.stderr
         assert f"{refused.rpartition('/')[2]}: access refused (ExpiredToken 403)" in result.stderr
-        assert not quarantined(open_store(out))
+        assert not quarantine_reasons(open_store(out))
         proxy.heal()
         result = call_job("import_official", *arguments(bucket, out, tiny_clip))
     assert result.returncode == 0, result.stderr
     assert (result.summary["stored"], result.summary["quarantined"]) == (7, 0)
-
-
-class Command:
-    def __init__(self, target: Path):
-        self.target = target
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.target}",)
 
 
 def test_what_cannot_be_imported_is_one_clear_line_and_nothing_is_executed(
@@ -473,9 +452,9 @@ def test_what_cannot_be_imported_is_one_clear_line_and_nothing_is_executed(
 ):
     victim = tmp_path / "executed"
     evil, words = tmp_path / "evil.pickle", tmp_path / "words.txt"
-    evil.write_bytes(pickle.dumps([{"image_id": Command(victim)}]))
-    torch.save({"model": {"x": Command(victim)}}, tmp_path / "evil.pth")
-    torch.save({"model": {"x": Command(victim)}}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    evil.write_bytes(pickle.dumps([{"image_id": Touch(victim)}]))
+    torch.save({"model": {"x": Touch(victim)}}, tmp_path / "evil.pth")
+    torch.save({"model": {"x": Touch(victim)}}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     words.write_text("a\na\n")
     missing = tmp_path / "nowhere"
     for changed, message in (
@@ -634,8 +613,8 @@ def test_parts_of_different_runs_are_refused(tmp_path, call_job):
     flat = tmp_path / "flat.pickle"
     flat.write_bytes(pickle.dumps((list("abcdef"), torch.ones(6, 7))))
     victim = tmp_path / "executed"
-    torch.save({"model": Command(victim)}, tmp_path / "evil.pth")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"model": Command(victim)}))
+    torch.save({"model": Touch(victim)}, tmp_path / "evil.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"model": Touch(victim)}))
     (tmp_path / "text.pth").write_text("no checkpoint")
     torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "other.pth")
     for changed, message in (

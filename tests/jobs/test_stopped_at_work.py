@@ -17,7 +17,9 @@ import pytest
 from cluster.export.export import export_dataset
 from cluster.export.request import ExportRequest
 from cluster.store.store import open_store
+from tests.helpers.job_runs import running
 from tests.helpers.paths import ROOT
+from tests.helpers.stored import shards_stored
 from tests.helpers.tiny_dataset import TINY, write_checkpoint, write_dataset, write_pictures
 from tests.helpers.tiny_generation import write_corpus
 
@@ -105,7 +107,7 @@ CASES = {
         "stream",
         ("--corpus={}/captions.txt", "--out=OUT", "--t2i={}/t2i", "--clip={}/clip", "--steps=2", "--shard-size=5",
          "--epochs=3", *HALF_HELD_OUT, "--set=top_concepts=2"),  # few nouns
-        lambda pid, out: len(list((out / "dataset/shards").glob("*.parquet"))) > 2,
+        lambda pid, out: shards_stored(out / "dataset") > 2,
     ),
     "sweep": Case(
         "sweep",
@@ -169,21 +171,20 @@ def command(case: Case, world: Path, out: Path) -> list[str]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_job_stopped_at_work_ends_so_and_goes_on(name: str, number: int, world: Path, tmp_path: Path) -> None:
     case, out = CASES[name], tmp_path / "out"
-    process = subprocess.Popen(
-        command(case, world, out), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 240
-    while not case.at_work(process.pid, out):
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise AssertionError(process.communicate())
-        time.sleep(0.005)
-    started = family(process.pid)
-    process.send_signal(number)
-    printed, said = process.communicate(timeout=60)
+    asked = command(case, world, out)
+    with running(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 240
+        while not case.at_work(process.pid, out):
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                raise AssertionError(process.communicate())
+            time.sleep(0.005)
+        started = family(process.pid)
+        process.send_signal(number)
+        printed, said = process.communicate(timeout=60)
     assert (process.returncode, printed) == (128 + number, "")
     assert said.splitlines()[-1].startswith(f"stopped by {signal.Signals(number).name}: "), said  # and nothing after it
     assert not psutil.wait_procs(started, timeout=10)[1]
     if number == signal.SIGINT and case.again is not None:
-        done = subprocess.run([*command(case, world, out), *case.again], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([*asked, *case.again], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

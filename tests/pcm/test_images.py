@@ -2,7 +2,6 @@
 
 import io
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from pcm.images import (
     to_uint8,
 )
 from tests.helpers.paths import DATA
+from tests.helpers.png_header import png_header
 
 
 def picture(side: int = 32, seed: int = 0) -> np.ndarray:
@@ -30,16 +30,6 @@ def picture(side: int = 32, seed: int = 0) -> np.ndarray:
     ramp = np.linspace(20, 230, side)
     pixels = np.stack([ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], 128 + 0 * np.add.outer(ramp, ramp)], -1)
     return (pixels + np.random.default_rng(seed).normal(0, 3, pixels.shape)).clip(0, 255).astype(np.uint8)
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG file that claims a size and holds nearly no data."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    start = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + start + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("image_format", IMAGE_FORMATS)

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.experiments.worth.pictures import worth_folder, write_whole
+from benchmarks.experiments.results import write_whole
+from benchmarks.experiments.worth.pictures import worth_folder
 from benchmarks.experiments.worth.settings import VERSION, Setting
 
 ARCHIVE = Path(__file__).parents[2] / "worth.json"

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.experiments.results import write_whole
 from benchmarks.experiments.worth.archive import read_archive
-from benchmarks.experiments.worth.pictures import Pictures, worth_folder, write_whole
+from benchmarks.experiments.worth.pictures import Pictures, worth_folder
 from benchmarks.experiments.worth.runs import Training, planned
 from benchmarks.experiments.worth.settings import FIRST_SEED, Setting
 from pcm.errors import InputError

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.experiments.results import read_result
 from benchmarks.experiments.worth import retrievers
 from benchmarks.experiments.worth.archive import Archive, read_archive
 from benchmarks.experiments.worth.calibration import SETTING, calibrate, chosen, is_calibrated
@@ -20,8 +21,9 @@ from benchmarks.experiments.worth.pictures import (
     make_judge,
     make_pictures,
     one_thread,
+    worth_folder,
 )
-from benchmarks.experiments.worth.runs import do_run, planned, read_result
+from benchmarks.experiments.worth.runs import do_run, planned
 from benchmarks.experiments.worth.settings import PARTS, SEEDS, SYNC, Setting
 from pcm.embedded.making.art import DEFAULT_ART_FOLDER, fetch_art
 
@@ -83,7 +85,7 @@ def found_result(
 ) -> dict[str, Any] | None:
     """Of this machine, or else of the archive; None where nobody has done it. `how`: what the calibration chose."""
     if is_made(out, setting.painter, setting.data):
-        own = read_result(out, planned(setting, seed, out, **how).key)
+        own = read_result(worth_folder(out), planned(setting, seed, out, **how).key)
         if own is not None:
             return own
     return archive.result(setting, seed, steps=how["steps"] * setting.longer, lr_factor=how["lr_factor"])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.experiments.results import write_whole
 from benchmarks.experiments.worth.settings import (
     DRAWN,
     JUDGE_CHECK,
@@ -36,7 +37,7 @@ from pcm.embedded.making.world import BY_NAME, FIRST, NOUNS, PAINTER_STYLE, SIZE
 from pcm.images import open_image
 
 _NAMES = tuple(noun.name for noun in NOUNS)
-#: Seeds of the scenes that the classifier learns from and is checked on, as in jobs.pretrain_embedded.
+#: Seeds of the scenes that the classifier learns from and is checked on, as in pcm/embedded/making/stages.py.
 _JUDGE_SEEDS = {"train": 5, "check": 6}
 
 
@@ -149,14 +150,6 @@ def said(caption: str, nouns: Sequence[str]) -> int:
     """How many of these nouns a caption names, as one or as several."""
     words = set(caption.split())
     return sum(bool({name, BY_NAME[name].plural} & words) for name in nouns)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All or nothing, whenever the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def one_thread() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.experiments.results import with_section
 from benchmarks.experiments.worth import calibration
 from benchmarks.experiments.worth.archive import (
     ARCHIVE,
@@ -53,7 +54,6 @@ _BENCHMARKS = Path(__file__).parents[2]
 RESULTS = _BENCHMARKS / "RESULTS.md"
 READING = Path(__file__).parent / "READING.md"
 
-BEGIN, END = "<!-- worth: begin -->", "<!-- worth: end -->"
 
 #: CIDEr over the base in the paper's ablation (arXiv 2501.00437; ViT-L/14, COCO), and over PCM-Net without refining
 #: (SynC, arXiv 2507.18616; ViT-B/32, COCO).
@@ -147,22 +147,6 @@ def write_worth(out: Path, *, seeds: int = SEEDS, results: Path = RESULTS, runs:
     ]
     write_archive(runs, calibration=calibration.kept(out), figures=all_figures(out), records=rows)
     return {"worth_runs": len(rows), "worth_missing": sum(scores.wanted.values()) - len(rows)}
-
-
-def section_of(text: str) -> str:
-    """The section between the marks, marks included; "" where there is none."""
-    _, begin, rest = text.partition(BEGIN)
-    inside, end, _ = rest.partition(END)
-    return f"{begin}{inside}{end}" if begin and end else ""
-
-
-def with_section(text: str, section: str) -> str:
-    """The text with this section before its first heading of the second level, in place of the one that it had."""
-    marked = f"{BEGIN}\n{section.strip()}\n{END}"
-    if old := section_of(text):
-        return text.replace(old, marked)
-    head, heading, rest = text.partition("\n## ")
-    return f"{head.rstrip()}\n\n{marked}\n{heading}{rest}"
 
 
 def _section(out: Path, scores: Scores) -> list[str]:

@@ -6,9 +6,8 @@ is a small JSON file under OUT/worth/results, named by the digest of all that it
 interrupted leaves nothing and is done again.
 """
 
-import hashlib
+import functools
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.experiments.results import file_digest, key_of, write_result
 from benchmarks.experiments.settings import PRESET
-from benchmarks.experiments.worth.pictures import Pictures, data_folder, load_pictures, said, worth_folder, write_whole
+from benchmarks.experiments.worth.pictures import Pictures, data_folder, load_pictures, said, worth_folder
 from benchmarks.experiments.worth.settings import BASE, CLIP_FACTOR, DRAWN, NETWORKS, NO_CXE, VERSION, Setting
 from cluster.dataset.documents import load_manifest
 from cluster.store.store import open_store
@@ -81,8 +81,7 @@ def planned(setting: Setting, seed: int, out: Path, *, steps: int, lr_factor: fl
         "datasets": without_paths(spec.document["datasets"]),
         "pictures": _digest(worth_folder(out) / "pictures" / "test.npz"),
     }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return Run(setting, seed, steps, key, spec)
+    return Run(setting, seed, steps, key_of(identity, digits=16), spec)
 
 
 def clip_weight(out: Path, setting: Setting, *, weighted: bool) -> float:
@@ -93,25 +92,7 @@ def clip_weight(out: Path, setting: Setting, *, weighted: bool) -> float:
     return round(CLIP_FACTOR / (drawn.clip_score_mean or 1.0), 4)
 
 
-_DIGESTS: dict[Path, str] = {}
-
-
-def _digest(path: Path) -> str:
-    if path not in _DIGESTS:
-        _DIGESTS[path] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return _DIGESTS[path]
-
-
-def result_path(out: Path, key: str) -> Path:
-    return worth_folder(out) / "results" / f"{key}.json"
-
-
-def read_result(out: Path, key: str) -> dict[str, Any] | None:
-    """What `do_run` wrote; None while the run is not done."""
-    try:
-        return json.loads(result_path(out, key).read_text())
-    except FileNotFoundError:
-        return None
+_digest = functools.cache(file_digest)
 
 
 def do_run(run: Run, out: Path, test: Pictures) -> dict[str, Any]:
@@ -131,7 +112,7 @@ def do_run(run: Run, out: Path, test: Pictures) -> dict[str, Any]:
         "train": run.spec.document["train"],
         "datasets": without_paths(run.spec.document["datasets"]),
     }
-    write_whole(result_path(out, run.key), json.dumps(result) + "\n")
+    write_result(worth_folder(out), run.key, result)
     return result
 
 

@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import ray
@@ -36,9 +37,6 @@ MAX_FRUITLESS_STARTS = 4
 #: come and none was on its way.
 OTHERS_MAY_START_SECONDS = 60.0
 
-#: What actors are, for people: generators, and those that only score.
-_WHAT = {False: "a generator", True: "an actor of CLIP"}
-
 #: Where an actor is that this process of the monitor has not heard start.
 UNKNOWN_PLACE = "an unknown node"
 
@@ -51,6 +49,18 @@ MAX_IN_HAND = 2
 
 #: How long the driver waits for what is only told.
 ANSWER_SECONDS = 5.0
+
+
+class Pool(Enum):
+    """Which of a run's pools of actors; the value is what one of it is, for people."""
+
+    GENERATORS = "a generator"
+    SCORERS = "an actor of CLIP"  # CLIP alone: it only scores
+
+    @classmethod
+    def of(cls, scores: bool) -> "Pool":
+        """The pool of an actor, as it says what it is."""
+        return cls.SCORERS if scores else cls.GENERATORS
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,10 @@ class _Generator:
     broken: str = ""  # what the present process said when it gave itself up
     not_loaded: bool = False  # the last start ended so
     left_out: str = ""  # why it draws no more where it is
+
+    @property
+    def pool(self) -> Pool:
+        return Pool.of(self.scores)
 
 
 @dataclass
@@ -119,7 +133,7 @@ class RunMonitor:
         self._policy = policy
         self._clock = clock
         self._generators: dict[str, _Generator] = {}
-        self._wanted = {False: 1, True: 0}  # generators, actors of CLIP
+        self._wanted = {Pool.GENERATORS: 1, Pool.SCORERS: 0}
         self._last_hope = clock()  # that others can draw
         self._has_pass = False
         self._claims = Claims(clock)
@@ -148,7 +162,8 @@ class RunMonitor:
             known.clear()
         self._loading.clear()
         self._claims.begin(shards, in_hand)
-        self._wanted, self._last_hope, self._has_pass = {False: generators, True: scorers}, self._clock(), True
+        self._wanted = {Pool.GENERATORS: generators, Pool.SCORERS: scorers}
+        self._last_hope, self._has_pass = self._clock(), True
 
     def wants(self) -> tuple[bool, str]:
         """What the driver is to tell: (the pass: this process has taken the place of one that died, and gives nothing
@@ -266,9 +281,9 @@ class RunMonitor:
 
     def _hopeless(self) -> str:
         """Why all that have started are left out, while others that were asked for have not; or ""."""
-        for scores in (False, True):
-            started = self._started(scores)
-            others = self._wanted[scores] - len(started)
+        for pool in Pool:
+            started = self._started(pool)
+            others = self._wanted[pool] - len(started)
             if others <= 0 or not self._are_left_out(started):
                 continue
             if self._is_same(started) or self._claims.some_are_out_with_unknown:
@@ -309,7 +324,7 @@ class RunMonitor:
         generator.fruitless_starts += 0 if generator.drawn_since_start else 1
         if generator.fruitless_starts >= max(MAX_FRUITLESS_STARTS, self._policy.max_deaths + 1):
             generator.left_out = (
-                f"{generator.fruitless_starts} starts of {_WHAT[generator.scores]} in a row without a picture "
+                f"{generator.fruitless_starts} starts of {generator.pool.value} in a row without a picture "
                 f"({said}); check that machine and the model, then run the same command again"
             )
 
@@ -319,15 +334,16 @@ class RunMonitor:
         if claim.generator != generator and other and other.batch and other.batch.shard == shard:
             self._bury(other, other.broken, "")
 
-    def _started(self, scores: bool) -> list[_Generator]:
-        return [state for state in self._generators.values() if state.scores is scores]
+    def _started(self, pool: Pool) -> list[_Generator]:
+        return [state for state in self._generators.values() if state.pool is pool]
 
     def _judge_actors(self, *, scores: bool) -> None:
         """Stop the run when nobody of a pool can work, and nobody else is to be hoped for."""
-        started = self._started(scores)
+        pool = Pool.of(scores)
+        started = self._started(pool)
         if not self._has_pass or not self._are_left_out(started):
             return
-        others = self._wanted[scores] - len(started)
+        others = self._wanted[pool] - len(started)
         if self._claims.some_are_out_with_unknown:
             self._last_hope = self._clock()
         if others > 0 and self._clock() - self._last_hope < OTHERS_MAY_START_SECONDS:
@@ -437,8 +453,8 @@ class RunMonitor:
         return {
             "drawn": self._drawn.total(),
             "in_flight": sum(1 for state in self._generators.values() if state.batch is not None),
-            "generators": len(self._started(False)) + len(asked),
-            "scorers": len(self._started(True)),
+            "generators": len(self._started(Pool.GENERATORS)) + len(asked),
+            "scorers": len(self._started(Pool.SCORERS)),
             "left_out": [f"{state.where}: {state.left_out}" for state in self._generators.values() if state.left_out],
         }
 

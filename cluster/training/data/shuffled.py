@@ -2,7 +2,7 @@
 
 The order of an epoch: all shards are permuted, the rows of each are permuted, and the resulting sequence of rows is cut
 into G equal stretches, the lanes, one for each row of a batch. Every second lane is gone through backwards. A batch
-takes the next row of every lane, so it mixes the rows of G random places of the data. Rank r of R takes the r-th of the
+takes the next row of every lane, so it mixes the rows of G random parts of the data. Rank r of R takes the r-th of the
 R equal slices of each batch, which is the r-th part of the whole sequence. So
 
 - the batches are the same for any number of workers, and every rank takes the same number of steps (no rank can leave
@@ -69,19 +69,19 @@ class Part:
     weight: float = 1.0
     cache: ShardCache | None = None
 
-    def read_shard(self, shard: int, features: FeatureShape, places: np.ndarray | None = None) -> Rows:
-        """The selected rows of one shard; with `places` those at ascending positions among them."""
+    def read_shard(self, shard: int, features: FeatureShape, positions: np.ndarray | None = None) -> Rows:
+        """The selected rows of one shard; with `positions` those at these, ascending, among them."""
         stored, numbers = self.selection.shards[shard], self.selection.rows[shard]
-        if places is not None:
-            numbers = numbers[places]
+        if positions is not None:
+            numbers = numbers[positions]
         if self.cache is not None:
             return self.cache.read_rows(self.store, stored, numbers, features)
         return read_rows(self.store, stored, numbers, features, in_place=True)
 
-    def places(self, shard: int) -> np.ndarray:
+    def positions(self, shard: int) -> np.ndarray:
         """Positions among the selected rows of one shard, each as often as its own weight says."""
-        places = np.arange(len(self.selection.rows[shard]))
-        return places if self.selection.weights is None else np.repeat(places, self.selection.weights[shard])
+        positions = np.arange(len(self.selection.rows[shard]))
+        return positions if self.selection.weights is None else np.repeat(positions, self.selection.weights[shard])
 
     def sizes(self) -> np.ndarray:
         """(shards,) selected rows of each, each counted as often as its own weight says."""
@@ -124,7 +124,7 @@ class _RoundTrip:
 
 @dataclass(frozen=True)
 class _Order:
-    """An epoch's pieces one after another: all places of one shard of one part, or those that have their turn.
+    """An epoch's pieces one after another: all rows of one shard of one part, or those that have their turn.
 
     copy: the how manieth time a shard comes. starts: (pieces + 1,) first row of each among the epoch's, and their end.
     """
@@ -144,13 +144,13 @@ class _Order:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows of one shard in the order in which they are taken: positions among `places` of its selected rows, or among
-    all of them."""
+    """Rows of one shard in the order in which they are taken: positions among those of its selected rows that are
+    `held`, or among all of them."""
 
     part: int
     shard: int
     order: np.ndarray
-    places: np.ndarray | None = None
+    held: np.ndarray | None = None
 
 
 class ShardLoader:
@@ -255,10 +255,10 @@ class ShardLoader:
         """The rows of a piece in the epoch's order, as positions among the shard's selected rows."""
         number, shard, copy = (int(each[piece]) for each in (order.part, order.shard, order.copy))
         part, starts = self._parts[number], self._starts[number]
-        places = part.places(shard)
+        positions = part.positions(shard)
         if copy == int(part.weight):
-            places = places[self._trips[number].has_turn(np.arange(starts[shard], starts[shard + 1]), epoch)]
-        return np.random.default_rng([self._seed, epoch, number, shard, copy]).permutation(places)
+            positions = positions[self._trips[number].has_turn(np.arange(starts[shard], starts[shard + 1]), epoch)]
+        return np.random.default_rng([self._seed, epoch, number, shard, copy]).permutation(positions)
 
     def _held(self, piece: _Piece) -> Iterator[_Piece]:
         """The piece, or in place of it some that take no more memory than there is."""
@@ -267,8 +267,8 @@ class ShardLoader:
             return
         for start in range(0, len(piece.order), self._held_rows):
             rows = piece.order[start : start + self._held_rows]
-            places = np.unique(rows)
-            yield _Piece(piece.part, piece.shard, np.searchsorted(places, rows), places)
+            held = np.unique(rows)
+            yield _Piece(piece.part, piece.shard, np.searchsorted(held, rows), held)
 
     def _rows_held_of_a_shard(self, window_bytes: int) -> int | None:
         """How many rows of a shard a lane keeps; None: all."""
@@ -285,16 +285,16 @@ class ShardLoader:
         return rows
 
     def _decoded(self, piece: _Piece) -> Decoded:
-        place = (piece.part, piece.shard)
-        if self._cache is not None and place in self._cache:
-            return self._cache[place]
+        key = (piece.part, piece.shard)
+        if self._cache is not None and key in self._cache:
+            return self._cache[key]
         part = self._parts[piece.part]
-        rows = part.read_shard(piece.shard, self._shape.features, piece.places)
+        rows = part.read_shard(piece.shard, self._shape.features, piece.held)
         decoded = Decoded.of(
             f"{part.store.root}/{part.selection.shards[piece.shard].key}", rows, self._vocabulary, self._shape
         )
         if self._cache is not None:
-            self._cache[place] = decoded
+            self._cache[key] = decoded
         return decoded
 
 
@@ -306,11 +306,11 @@ class _Reads:
         self._in_use: weakref.WeakValueDictionary[tuple[int, int], Future[Decoded]] = weakref.WeakValueDictionary()
 
     def __call__(self, piece: _Piece) -> "Future[Decoded]":
-        if piece.places is not None:
+        if piece.held is not None:
             return self._read(piece)
-        place = (piece.part, piece.shard)
-        if (future := self._in_use.get(place)) is None:
-            self._in_use[place] = future = self._read(piece)
+        key = (piece.part, piece.shard)
+        if (future := self._in_use.get(key)) is None:
+            self._in_use[key] = future = self._read(piece)
         return future
 
 

@@ -5,12 +5,11 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,9 +39,10 @@ from pcm.generation.drawing import UNGUARDED, Drawing, Guard, Request, TextToIma
 from pcm.generation.loading import load_generator
 from pcm.generation.seeds import redraw_id, redraw_seed
 from pcm.spec import GeneratorSpec
-from tests.helpers.job_runs import JobRun
+from tests.helpers.job_runs import JobRun, kill_once
 from tests.helpers.paths import ROOT
 from tests.helpers.refined import Killed, redraw_in_process
+from tests.helpers.stored import file_contents
 from tests.helpers.tiny_generation import make_dataset_in_process, plan_dataset, tiny_spec, write_corpus
 from tests.helpers.waiting import wait_until
 
@@ -71,14 +71,10 @@ def attempts(out: Path) -> list[dict]:
     return pq.read_table(out / ATTEMPTS_KEY).to_pylist()
 
 
-def objects(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_best_of_n_keeps_the_best_and_says_what_the_others_scored(dataset: Path, tmp_path: Path) -> None:
-    before = objects(dataset)
+    before = file_contents(dataset)
     made = redraw_in_process(dataset, tmp_path / "out", method="best-of-n", best_of=3)
-    assert objects(dataset) == before, "the old ones stay"
+    assert file_contents(dataset) == before, "the old ones stay"
     table = attempts(tmp_path / "out")
     assert len(table) == 24 * 3
     stored = {row.sample_id: row for row in read_dataset(dataset)}
@@ -191,7 +187,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_view(dataset: Path, tmp_path:
         redraw_in_process(dataset, tmp_path / "out", rounds_until_killed=killed_in, **REDRAW)
     assert not (tmp_path / "out" / MANIFEST_KEY).exists()
     lay_there = {
-        key: os.stat(tmp_path / "out" / key).st_mtime_ns for key in objects(tmp_path / "out") if "/shards/" in key
+        key: os.stat(tmp_path / "out" / key).st_mtime_ns for key in file_contents(tmp_path / "out") if "/shards/" in key
     }
     assert lay_there
     resumed = redraw_in_process(dataset, tmp_path / "out", **REDRAW)
@@ -359,7 +355,7 @@ def test_a_dry_run_says_what_the_job_would_say_and_draws_nothing(
     caplog.set_level(logging.INFO)
     made = redraw_in_process(dataset, tmp_path / "out", **asked)
     monkeypatch.setattr("cluster.session.start_ray", lambda **_: pytest.fail("Ray was started"))
-    before = objects(dataset)
+    before = file_contents(dataset)
     options = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", value)]
     ended = call_job("refine", "--data", dataset, *options, "--dry-run", *models)
     assert ended.returncode == 0 and ended.summary is not None, ended.stderr
@@ -367,7 +363,7 @@ def test_a_dry_run_says_what_the_job_would_say_and_draws_nothing(
     assert ended.summary["pictures"] == facts["drawn"] and ended.summary["fingerprint"] is None
     for name in ("mean_score_before", "expected_mean_score", "expected_seconds"):
         assert ended.summary[name] == pytest.approx(facts[name])
-    assert facts["expected_seconds"] > 0 and objects(dataset) == before
+    assert facts["expected_seconds"] > 0 and file_contents(dataset) == before
     assert "pictures for 24 rows: expected mean clip score" in caplog.text
     ended = call_job("refine", "--data", dataset, *options, *models)
     assert ended.returncode == 2 and ended.stderr.startswith("error: --out: missing; or add --dry-run")
@@ -401,10 +397,10 @@ def test_a_second_job_waits_and_finds_the_view(
         second.start()
         wait_until(lambda: "another job on this cluster makes this dataset" in caplog.text)
         made = redraw_in_process(dataset, tmp_path / "out", **REDRAW)
-        before = objects(tmp_path / "out")
+        before = file_contents(tmp_path / "out")
     second.join(60)
     assert [each["fingerprint"] for each in said] == [made.fingerprint] and "is complete" in caplog.text
-    assert objects(tmp_path / "out") == before
+    assert file_contents(tmp_path / "out") == before
 
 
 @pytest.mark.slow
@@ -441,13 +437,8 @@ def test_a_job_that_was_killed_goes_on_to_the_same_view(dataset: Path, tmp_path:
     command = [sys.executable, "-m", "jobs.refine", "--data", str(dataset), "--out", str(out), *models]
     command += ["--method", "redraw", "--budget", "14", "--rounds", "2"]
     for number in range(2):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 300
-        while not open_store(out / "redraws" / f"round-{number:03d}").list("stats/"):
-            assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        begun = open_store(out / "redraws" / f"round-{number:03d}")
+        kill_once(partial(begun.list, "stats/"), command, seconds=300)
         assert not (out / MANIFEST_KEY).exists()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr

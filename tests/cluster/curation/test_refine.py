@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -35,9 +34,8 @@ from cluster.only_job import MAKES, only_job
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
 from tests.helpers.featurised import FailsOnOne, featurise_in_process
-from tests.helpers.job_runs import JobRun
+from tests.helpers.job_runs import JobRun, kill_once, running
 from tests.helpers.models_from_pip import minilm_folder
-from tests.helpers.paths import ROOT
 from tests.helpers.refined import sync_in_process
 from tests.helpers.tiny_dataset import write_dataset
 from tests.helpers.tiny_models import save_tiny_clip
@@ -334,28 +332,22 @@ def test_a_run_that_was_killed_goes_on_to_the_same_view(dataset: Path, tmp_path:
     command += [*map(str, of_clip), "--block-size", "2"]
     view = open_store(tmp_path / "view")
     for share in (1 / 3, 2 / 3):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 240
-        while len(view.list(f"{WORK}/")) < share * total:
-            assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_once(lambda enough=share * total: len(view.list(f"{WORK}/")) >= enough, command)
         assert not view.exists(MANIFEST_KEY)
     lay_there = {key: os.stat(view.path(key)).st_mtime_ns for key in view.list(f"{WORK}/")}
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     changed = set()
-    while process.poll() is None:
-        for key, made in lay_there.items():
-            try:
-                if os.stat(view.path(key)).st_mtime_ns != made:
-                    changed.add(key)
-            except FileNotFoundError:  # the work is done
-                pass
-        time.sleep(0.05)
-    assert process.returncode == 0 and not changed
-    assert process.stdout is not None
-    assert json.loads(process.stdout.read().splitlines()[-1])["fingerprint"] == whole.fingerprint
+    with running(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            for key, made in lay_there.items():
+                try:
+                    if os.stat(view.path(key)).st_mtime_ns != made:
+                        changed.add(key)
+                except FileNotFoundError:  # the work is done
+                    pass
+            time.sleep(0.05)
+        assert process.returncode == 0 and not changed
+        assert process.stdout is not None
+        assert json.loads(process.stdout.read().splitlines()[-1])["fingerprint"] == whole.fingerprint
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,9 @@ from cluster.dataset.vocabularies import run_with_clip
 from cluster.session import free_room
 from pcm.errors import InputError
 from pcm.spec import ClipSpec
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import Holds, wait_until
 
 CLIP = ClipSpec(model="null", revision="")
-
-
-class Holds:
-    """An actor that has what it was given."""
-
-    def ready(self) -> bool:
-        return True
 
 
 def test_what_the_task_waits_for_is_said(ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

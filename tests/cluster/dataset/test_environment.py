@@ -120,7 +120,7 @@ def test_a_rerun_on_another_machine_leaves_a_complete_import_as_it_is(
         out=str(tmp_path / "out"), shard_size=3, workers=2,
     )  # fmt: skip
     assert_stays(tmp_path / "out", lambda: import_dataset(request), monkeypatch)
-    monkeypatch.setattr("cluster.ingest.published.ClipEncoder.from_spec", None)  # which would be a TypeError
+    monkeypatch.setattr("pcm.clip.encoder.ClipEncoder.from_spec", None)  # which would be a TypeError
     monkeypatch.setattr("cluster.ingest.published.FeaturiseShard", None)
     for asked in (request, replace(request, concepts=None, clip_head=None)):
         assert import_dataset(asked).skipped == load_manifest(open_store(tmp_path / "out")).expected

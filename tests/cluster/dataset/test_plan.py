@@ -28,6 +28,7 @@ from pcm.errors import InputError
 from pcm.spec import ClipSpec, DatasetSpec
 from pcm.text.concepts import lexicon_nouns, most_frequent
 from pcm.text.vocabulary import Vocabulary, tokenise
+from tests.helpers.stored import file_contents
 from tests.helpers.tiny_generation import CAPTIONS, make_dataset_in_process, null_spec, plan_dataset, write_corpus
 
 SPEC = null_spec()
@@ -50,10 +51,6 @@ def planned(store: Store) -> list[dict]:
     assert plan is not None
     keys = [plan.part_key(shard) for shard in range(plan.num_shards)]
     return [row for key in keys for row in read_table(store, key).to_pylist()]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def corpus_of(tmp_path: Path, captions: Sequence[str]) -> Path:
@@ -98,10 +95,10 @@ def test_ids_and_seeds_do_not_depend_on_shard_size_or_on_later_captions(tmp_path
 def test_planning_again_reads_and_writes_nothing_new(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path)
     store, plan = plan_dataset(tmp_path / "out", corpus, SPEC)
-    before = contents(tmp_path / "out")
+    before = file_contents(tmp_path / "out")
     times = {key: (tmp_path / "out" / key).stat().st_mtime_ns for key in before}
     assert plan_dataset(tmp_path / "out", corpus, SPEC)[1] == plan == load_plan(store)
-    assert contents(tmp_path / "out") == before
+    assert file_contents(tmp_path / "out") == before
     assert {key: (tmp_path / "out" / key).stat().st_mtime_ns for key in before} == times
 
 
@@ -129,11 +126,11 @@ OTHERS: dict[str, tuple[DatasetSpec, list[str], int, str]] = {
 def test_a_resume_that_asks_for_something_else_is_refused_and_changes_nothing(change: str, tmp_path: Path) -> None:
     spec, captions, shard_size, said = OTHERS[change]
     plan_dataset(tmp_path / "out", write_corpus(tmp_path), SPEC)
-    before = contents(tmp_path / "out")
+    before = file_contents(tmp_path / "out")
     with pytest.raises(InputError) as caught:
         plan_dataset(tmp_path / "out", write_corpus(tmp_path, captions), spec, shard_size=shard_size)
     assert said in str(caught.value) and "\n" not in str(caught.value)
-    assert contents(tmp_path / "out") == before
+    assert file_contents(tmp_path / "out") == before
 
 
 def test_a_corpus_without_a_usable_caption_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
@@ -168,7 +165,7 @@ def test_the_plan_document_is_written_last(tmp_path: Path) -> None:
     broken.write_bytes(plan.part_key(0), b"half a plan part")
     assert load_plan(broken) is None
     assert plan_dataset(tmp_path / "broken", corpus, SPEC)[1] == plan
-    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+    assert file_contents(tmp_path / "broken") == file_contents(tmp_path / "whole")
     assert planned(broken) == planned(whole)
 
 
@@ -298,10 +295,10 @@ def test_growth_of_captions_that_cannot_be_used_is_growth(tmp_path: Path) -> Non
 )
 def test_a_corpus_that_did_not_only_grow_is_refused(captions: list[str], tmp_path: Path) -> None:
     grow(tmp_path, CAPTIONS)
-    before = contents(tmp_path / "out")
+    before = file_contents(tmp_path / "out")
     with pytest.raises(InputError, match=r"another corpus .*: 24 records; now .*: the first 24 differ"):
         grow(tmp_path, captions)
-    assert contents(tmp_path / "out") == before
+    assert file_contents(tmp_path / "out") == before
 
 
 def dying_at(key: str, store: Store) -> Store:
@@ -319,13 +316,13 @@ def dying_at(key: str, store: Store) -> Store:
 @pytest.mark.parametrize("key", ["plan.json", "/part-000005.parquet", "/part-000006.parquet"])
 def test_a_driver_that_dies_while_it_plans_what_is_new_leaves_the_old_plan(key: str, tmp_path: Path) -> None:
     store, begun = grow(tmp_path, CAPTIONS)
-    old = contents(tmp_path / "out")
+    old = file_contents(tmp_path / "out")
     corpus = write_corpus(tmp_path, [*CAPTIONS, *NEW, *NEW])
     arguments = {"corpus": str(corpus), "shard_size": 5, "is_truncated": lambda prompt: False}
     with pytest.raises(KeyboardInterrupt):
         make_plan(dying_at(key, store), read_corpus(str(corpus)), SPEC, **arguments)
     assert load_plan(store) == begun
-    assert {name: data for name, data in contents(tmp_path / "out").items() if name in old} == old
+    assert {name: data for name, data in file_contents(tmp_path / "out").items() if name in old} == old
     assert grow(tmp_path, CAPTIONS)[1] == begun, "the shorter corpus resumes as if nothing had been tried"
     write_corpus(tmp_path, [*CAPTIONS, *NEW, *NEW])
     other = make_plan(store, read_corpus(str(corpus), limit=27), SPEC, **arguments)
@@ -558,7 +555,7 @@ def test_ray_plans_what_one_process_plans(
                 shard_size=shard_size, is_truncated=lambda prompt: len(prompt) > 500, run_on=run_on,
                 source=CorpusSource("digest", "auto", None, limit),
             )  # fmt: skip
-    assert contents(tmp_path / PROCESS) == contents(tmp_path / RAY)
+    assert file_contents(tmp_path / PROCESS) == file_contents(tmp_path / RAY)
     rows = planned(open_store(tmp_path / RAY))
     assert len(rows) == images_per_caption * len(MANY) and {row["reason"] for row in rows} > {"", "empty"}
 

@@ -42,6 +42,7 @@ from pcm.text.vocabulary import Vocabulary
 from tests.helpers.faulty_generators import RAISES
 from tests.helpers.paths import ROOT
 from tests.helpers.shards import describe_anew
+from tests.helpers.stored import proven
 from tests.helpers.tiny_generation import CAPTIONS, draw_in_process, make_dataset_in_process, null_spec, write_corpus
 
 VERSION_2 = ROOT / "tests" / "data" / "dataset_v2"
@@ -78,12 +79,6 @@ def patch_types(store: Store) -> set[str]:
         "bytes" if pa.types.is_fixed_size_binary(pq.read_schema(path).field("patch_features").type) else "lists"
         for path in Path(store.prefix).glob("shards/*.parquet")
     }
-
-
-def proven(store: Store) -> dict:
-    report = verify(store)
-    assert report["ok"], report["problems"]
-    return report
 
 
 def draw(store: Store) -> Callable[[Inspection], None]:

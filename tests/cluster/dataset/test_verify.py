@@ -18,7 +18,7 @@ from cluster.dataset.verify import verify
 from cluster.shard_work import PROCESS, RAY
 from cluster.store.store import open_store
 from pcm.errors import InputError
-from tests.helpers.shards import part_key
+from tests.helpers.shards import part_key, with_value
 from tests.helpers.tiny_generation import CAPTIONS, make_dataset_in_process, null_spec, plan_dataset, write_corpus
 
 CORPUS = [*CAPTIONS[:3], "a\x07b", *CAPTIONS[3:12], "\x00"]  # 14 captions, two of them unusable
@@ -59,12 +59,6 @@ def rewrite(folder: Path, key: str, change: Callable[[pa.Table], pa.Table], *, s
             if shard["key"] == key:
                 shard["sha256"] = hashlib.sha256(data).hexdigest()
         (folder / MANIFEST_KEY).write_text(json.dumps(manifest))
-
-
-def with_value(table: pa.Table, column: str, row: int, value: object) -> pa.Table:
-    rows = table.to_pylist()
-    rows[row][column] = value
-    return pa.Table.from_pylist(rows, schema=table.schema)
 
 
 def said(report: dict) -> str:

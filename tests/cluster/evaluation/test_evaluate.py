@@ -37,7 +37,7 @@ from pcm.clip.encoder import ClipEncoder
 from pcm.errors import InputError, StoreFailure
 from pcm.text.metrics import COCO_METRICS, cider_only, coco_metrics
 from pcm.text.references import load_references
-from tests.helpers.tiny_dataset import png, scene, write_checkpoint, write_dataset, write_pictures
+from tests.helpers.tiny_dataset import pictures_of, png, scene, write_checkpoint, write_dataset, write_pictures
 
 COUNT = 7
 
@@ -55,20 +55,11 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
     return folder
 
 
-def source(world: Path) -> PictureSource:
-    return PictureSource(images=str(world / "pictures"), references=str(world / "references.csv"))
-
-
-def asked(world: Path) -> dict[str, str]:
-    """The same as fields of a request."""
-    return {"images": str(world / "pictures"), "references": str(world / "references.csv")}
-
-
 @pytest.fixture(scope="module")
 def evaluated(world: Path) -> tuple[dict, Path]:
     out = world / "out"
     request = EvaluateRequest(
-        checkpoint=str(world / "checkpoint"), **asked(world), out=str(out), shuffled_baseline=True, device="cpu"
+        checkpoint=str(world / "checkpoint"), **pictures_of(world), out=str(out), shuffled_baseline=True, device="cpu"
     )
     return evaluate(request), out
 
@@ -103,11 +94,12 @@ def test_metrics_are_those_of_the_results_file(evaluated: tuple[dict, Path], wor
 
 
 def test_any_number_of_workers_makes_the_same_captions(world: Path, ray_session: None) -> None:
-    pictures = load_picture_set(source(world))
+    source = PictureSource(**pictures_of(world))
+    pictures = load_picture_set(source)
     alone = caption_pictures(Captioner.load(world / "checkpoint", device="cpu"), pictures, batch_size=2)
     settings = {"checkpoint": str(world / "checkpoint"), "clip": None, "device": "cpu", "beam_size": 3, "limit": None}
     shared = caption_on_cluster(
-        CaptionerSource(**settings, batch_size=2, pictures=source(world)), pictures=len(pictures), num_workers=2
+        CaptionerSource(**settings, batch_size=2, pictures=source), pictures=len(pictures), num_workers=2
     )
     assert list(shared.captions.items()) == list(alone.captions.items()) and len(alone.captions) == COUNT - 1
     assert shared.seconds > 0 and alone.seconds > 0
@@ -134,7 +126,7 @@ def test_captions_a_second_count_no_loading_of_clip(world: Path, monkeypatch: py
     captioner._clip = slow_load
     monkeypatch.setattr("cluster.evaluation.captioning.caption_batch", slow_batch)
     monkeypatch.setattr("cluster.evaluation.evaluate.load_captioner", lambda *given: captioner)
-    request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), device="cpu")
+    request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **pictures_of(world), device="cpu")
     summary = evaluate(request)
     assert (summary["captions_per_second"], summary["seconds"]) == ((COUNT - 1) / 2, 32)
 
@@ -150,7 +142,7 @@ def test_relative_paths_mean_the_same_in_a_worker(world: Path, monkeypatch: pyte
 
 
 def test_more_workers_than_the_cluster_has_are_refused(world: Path, ray_session: None) -> None:
-    request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), device="cpu", num_workers=64)
+    request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **pictures_of(world), device="cpu", num_workers=64)
     with pytest.raises(InputError, match="--num-workers 64: the cluster has"):
         evaluate(request)
 
@@ -165,8 +157,9 @@ def test_a_worker_loads_again_what_a_hub_did_not_give(world: Path, monkeypatch: 
 
     monkeypatch.setattr("cluster.evaluation.captioners.local_name", busy_hub)
     settings = {"clip": None, "device": "cpu", "beam_size": 1, "limit": None}
+    source = PictureSource(**pictures_of(world))
     worker = _CaptionWorker(
-        source=CaptionerSource(checkpoint=str(world / "checkpoint"), **settings, pictures=source(world)),
+        source=CaptionerSource(checkpoint=str(world / "checkpoint"), **settings, pictures=source),
         threads=torch.get_num_threads(),
     )
     assert not answers and isinstance(worker.captioner._clip, ClipEncoder), "loaded before the first picture comes"
@@ -176,7 +169,9 @@ def test_a_worker_does_not_take_a_captioner_that_was_replaced_meanwhile(world: P
     """A run that still trains replaces its best one; a worker may start again, or wait for its GPU until then."""
     shutil.copytree(world / "checkpoint", tmp_path / "run/best")
     shutil.copy(world / "config.json", tmp_path / "run")
-    asked_for = _source(EvaluateRequest(checkpoint=str(tmp_path / "run"), **asked(world), device="cpu", num_workers=2))
+    asked_for = _source(
+        EvaluateRequest(checkpoint=str(tmp_path / "run"), **pictures_of(world), device="cpu", num_workers=2)
+    )
     _CaptionWorker(source=asked_for, threads=torch.get_num_threads())
     weights = tmp_path / "run/best" / MODEL_FILE
     state = safetensors.torch.load_file(weights)
@@ -188,7 +183,7 @@ def test_a_worker_does_not_take_a_captioner_that_was_replaced_meanwhile(world: P
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_this_machine_has_not_is_asked_of_workers_alone(world: Path, ray_session: None) -> None:
-    request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), device="cuda")
+    request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **pictures_of(world), device="cuda")
     with pytest.raises(InputError, match="--device cuda: torch finds no GPU on this machine; leave --device out"):
         evaluate(request)
     image = str(world / "pictures/scene1000.png")
@@ -219,7 +214,7 @@ def test_a_gpu_that_this_machine_has_not_is_asked_of_workers_alone(world: Path, 
 )
 def test_a_gpu_share_that_cannot_be_is_refused(world: Path, ray_session: None, settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        evaluate(EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), **settings))
+        evaluate(EvaluateRequest(checkpoint=str(world / "checkpoint"), **pictures_of(world), **settings))
 
 
 def test_a_clip_in_a_folder_here_is_found_by_actors_in_another(
@@ -227,7 +222,7 @@ def test_a_clip_in_a_folder_here_is_found_by_actors_in_another(
 ) -> None:
     shutil.copytree(tiny_clip, tmp_path / "my_clip")
     monkeypatch.chdir(tmp_path)
-    request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), clip="my_clip", num_workers=1)
+    request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **pictures_of(world), clip="my_clip", num_workers=1)
     assert _source(request).clip == str(tmp_path / "my_clip")
 
 
@@ -422,7 +417,7 @@ def test_captions_are_stored_also_where_an_earlier_evaluation_cannot_be_deleted(
     monkeypatch.setattr(Store, "delete", refused)
     (tmp_path / "metrics.json").write_text("of an earlier evaluation")
     (tmp_path / "captions.json").write_text("of an earlier evaluation")
-    request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **asked(world), out=str(tmp_path))
+    request = EvaluateRequest(checkpoint=str(world / "checkpoint"), **pictures_of(world), out=str(tmp_path))
     _store_captions(request, {"1": "a dog"}, {})
     said = "is of an earlier evaluation and cannot be deleted (refused (AccessDenied 403))"
     assert caplog.messages == [f"{tmp_path / 'metrics.json'}: {said}"]
@@ -433,7 +428,7 @@ def test_metrics_lie_beside_the_captions_that_they_are_of(
 ) -> None:
     """Also where another evaluation has put its own there meanwhile."""
     request = EvaluateRequest(
-        checkpoint=str(world / "checkpoint"), **asked(world), out=str(tmp_path), device="cpu", limit=2
+        checkpoint=str(world / "checkpoint"), **pictures_of(world), out=str(tmp_path), device="cpu", limit=2
     )
     of_another = json.dumps([{"image_id": 1, "caption": "of another"}])
 

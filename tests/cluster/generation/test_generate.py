@@ -3,10 +3,7 @@
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,14 +15,13 @@ import torch
 
 from cluster.dataset.documents import load_manifest
 from cluster.dataset.keys import shard_key
-from cluster.dataset.verify import verify
 from cluster.generation import GenerateRequest, generate
 from cluster.generation.regenerate import regenerate
 from cluster.store.store import open_store
 from pcm.clip.encoder import ClipEncoder
 from pcm.images import open_image
-from tests.helpers.job_runs import JobRun
-from tests.helpers.paths import ROOT
+from tests.helpers.job_runs import JobRun, kill_once
+from tests.helpers.stored import proven, shards_stored
 from tests.helpers.tiny_generation import (
     CAPTIONS,
     Dataset,
@@ -64,14 +60,6 @@ def copy(made: Dataset, tmp_path: Path) -> Dataset:
 def rows_of(dataset: Dataset) -> list[dict]:
     files = [Path(dataset.store.prefix) / key for key in dataset.store.list("shards")]
     return [row for file in files for row in pq.read_table(file).to_pylist()]
-
-
-def proven(place: str | Path) -> str:
-    """The fingerprint of a dataset that verification finds nothing wrong with."""
-    report = verify(open_store(place))
-    assert report["ok"], report
-    assert report["expected"] == report["stored"] + report["quarantined"]
-    return report["fingerprint"]
 
 
 def test_every_caption_is_stored_or_quarantined_with_its_reason(made: Dataset) -> None:
@@ -114,7 +102,7 @@ def test_a_prompt_over_the_context_is_drawn_and_marked(made: Dataset) -> None:
 
 def test_shard_size_and_number_of_workers_change_nothing(made: Dataset, tmp_path: Path, ray_session: None) -> None:
     other = make_dataset(tmp_path / "data", made.corpus, made.plan.spec, shard_size=9, generators=1)
-    assert proven(other.store.root) == proven(made.store.root)
+    assert proven(other.store.root)["fingerprint"] == proven(made.store.root)["fingerprint"]
     for one, two in zip(rows_of(made), rows_of(other), strict=True):
         assert {name: one[name] for name in ("sample_id", "image", "seed")} == {
             name: two[name] for name in ("sample_id", "image", "seed")
@@ -147,7 +135,7 @@ def test_what_was_begun_is_finished_where_its_models_are_now(
     )  # fmt: skip
     assert (done["generated"], done["skipped"], done["stored"]) == (10, 5, 14)
     assert store.read_bytes("plan.json") == begun and load_manifest(store).spec == plan.spec
-    assert proven(store.root) == proven(made.store.root)
+    assert proven(store.root)["fingerprint"] == proven(made.store.root)["fingerprint"]
     assert str(tmp_path / "old" / tiny_clip.name).encode() in store.read_bytes("clip_head.safetensors")
     for key in ("vocabulary.txt", "concepts.safetensors", *store.list("shards")):
         assert store.read_bytes(key) == made.store.read_bytes(key), key
@@ -161,7 +149,7 @@ def test_a_lost_shard_alone_is_made_again(made: Dataset, copy: Dataset, ray_sess
     again = make_dataset(copy.store.root, made.corpus, made.plan.spec, shard_size=5)
     assert (again.result.skipped, again.result.generated) == (11, 4)
     assert {path: path.stat().st_mtime_ns for path in before} == before, "the others are not written again"
-    assert proven(copy.store.root) == proven(made.store.root)
+    assert proven(copy.store.root)["fingerprint"] == proven(made.store.root)["fingerprint"]
     assert again.result.manifest.shards == made.result.manifest.shards, "byte for byte"
 
 
@@ -330,19 +318,7 @@ def test_another_spec_on_a_finished_dataset_is_refused(small: list[object], call
 def test_a_killed_run_is_finished_by_the_same_command(tmp_path: Path, run_job) -> None:
     corpus = write_corpus(tmp_path, [f"caption number {index}" for index in range(400)])
     arguments = ["--corpus", corpus, "--out", tmp_path / "out", "--t2i", "null", "--shard-size", 2]
-    with (tmp_path / "log").open("wb") as log:
-        driver = subprocess.Popen(
-            [sys.executable, "-m", "jobs.generate", *map(str, arguments)], cwd=ROOT, stdout=log, stderr=log,
-            env=os.environ,
-        )  # fmt: skip
-        try:
-            deadline = time.monotonic() + 240
-            while len(list((tmp_path / "out" / "shards").glob("*.parquet"))) < 20:
-                assert driver.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-                time.sleep(0.02)
-        finally:
-            driver.send_signal(signal.SIGKILL)
-            driver.wait()
+    kill_once(lambda: shards_stored(tmp_path / "out") >= 20, [sys.executable, "-m", "jobs.generate", *arguments])
     time.sleep(2)  # what its workers had in hand is lost or written; both are allowed
     shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "shards").glob("*.parquet")}
     assert 20 <= len(shards) < 200 and not (tmp_path / "out" / "dataset.json").exists()
@@ -352,7 +328,7 @@ def test_a_killed_run_is_finished_by_the_same_command(tmp_path: Path, run_job) -
     assert run.summary["skipped"] >= 2 * len(shards) > 0
     assert {path: path.stat().st_mtime_ns for path in shards} == shards, "what was there is not made again"
     make_dataset_in_process(tmp_path / "uninterrupted", corpus, null_spec(), shard_size=7)
-    assert proven(tmp_path / "out") == proven(tmp_path / "uninterrupted")
+    assert proven(tmp_path / "out")["fingerprint"] == proven(tmp_path / "uninterrupted")["fingerprint"]
 
 
 @pytest.mark.slow
@@ -369,7 +345,7 @@ def test_a_dataset_on_s3_is_the_dataset_on_disk(s3_server, tmp_path: Path, run_j
     assert checked.returncode == 0, checked.stderr
     make_dataset_in_process(tmp_path / "disk", corpus, null_spec(), shard_size=5)
     # On the command line "null" means 77 tokens of context no more than here: nothing is cut.
-    assert checked.summary["fingerprint"] == proven(tmp_path / "disk")
+    assert checked.summary["fingerprint"] == proven(tmp_path / "disk")["fingerprint"]
 
 
 @pytest.mark.slow
@@ -379,4 +355,4 @@ def test_generation_is_one_call_from_python(call_job, ray_session: None, tmp_pat
     assert (made["stored"], made["dataset"]) == (made["expected"], str(tmp_path / "python"))
     done = call_job("generate", "--corpus", corpus, "--out", tmp_path / "job", "--t2i", "null", "--shard-size", 8)
     assert done.returncode == 0, done.stderr
-    assert proven(tmp_path / "python") == proven(tmp_path / "job")
+    assert proven(tmp_path / "python")["fingerprint"] == proven(tmp_path / "job")["fingerprint"]

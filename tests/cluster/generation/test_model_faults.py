@@ -32,6 +32,7 @@ from tests.helpers.faulty_generators import (
     DrawTiring,
     DrawUseless,
 )
+from tests.helpers.stored import shards_stored
 from tests.helpers.tiny_generation import CAPTIONS, draw_in_process, plan_dataset, tiny_spec, write_corpus
 
 #: Ray's workers do not have the tests on their path.
@@ -133,7 +134,7 @@ def test_a_generator_that_is_killed_at_any_time_changes_nothing(
         """Whenever another shard has been stored, kill a generator at once."""
         stored = 0
         while not over.wait(0.05) and len(killed) < 3:
-            now = len(list((tmp_path / "run/data/shards").glob("*.parquet")))
+            now = shards_stored(tmp_path / "run/data")
             if now > stored and (generators := own_generators()):
                 os.kill(generators[0], signal.SIGKILL)
                 killed.append(generators[0])

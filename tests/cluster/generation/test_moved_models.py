@@ -18,8 +18,8 @@ from cluster.generation.pipeline import write_manifest
 from cluster.generation.redraw_check import batches, choose, draw_again, plans_of
 from cluster.generation.request import GenerateRequest
 from cluster.generation.stages.draw import DrawShard
+from cluster.generation.verify_dataset import verify_dataset
 from cluster.store.store import Store, open_store
-from jobs.verify import run as verify_job
 from pcm.errors import InputError
 from pcm.spec import GeneratorSpec
 from tests.cluster.dataset.test_view import make_view
@@ -64,8 +64,8 @@ def test_a_repair_draws_with_the_model_where_it_is_now(
     Path(data.path(shard_key(1))).write_bytes(b"damaged")
     Path(data.path(load_plan(data).part_key(1))).write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"^--t2i embedded: is .*, but .*data was drawn with sha256:.*; give that"):
-        verify_job(VerifyRequest(dataset=data.root, repair=True, t2i="embedded"))
-    found = verify_job(VerifyRequest(dataset=data.root, repair=True, t2i=str(drawn / "new")))
+        verify_dataset(VerifyRequest(dataset=data.root, repair=True, t2i="embedded"))
+    found = verify_dataset(VerifyRequest(dataset=data.root, repair=True, t2i=str(drawn / "new")))
     assert found["ok"] and found["repaired"] == 1 and data.read_bytes(shard_key(1)) == before
     assert data.read_bytes(PLAN_KEY) == plan and load_manifest(data).fingerprint == manifest.fingerprint
     assert load_manifest(data).spec == manifest.spec

@@ -19,7 +19,8 @@ from cluster.generation.repair import repair
 from cluster.sources.corpus import CorpusRecord, read_corpus
 from cluster.store.store import open_store
 from pcm.errors import InputError
-from tests.helpers.shards import part_key
+from tests.helpers.shards import part_key, with_value
+from tests.helpers.stored import file_contents
 from tests.helpers.tiny_generation import draw_in_process, make_dataset_in_process, null_spec, write_corpus
 
 CORPUS = ["A cat.", "a\x07b", *(f"caption number {index}" for index in range(9)), "\x00"]  # two of 12 unusable
@@ -40,11 +41,8 @@ def data(healthy: Path, tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.parent.name != "stats"  # they hold times
-    }
+    """Without the statistics, which hold times."""
+    return {key: data for key, data in file_contents(folder).items() if not key.startswith("stats/")}
 
 
 def repaired(
@@ -70,13 +68,8 @@ def rewritten(folder: Path, key: str, alter: Callable[[pa.Table], pa.Table]) -> 
     (folder / key).write_bytes(parquet_bytes(alter(pq.read_table(folder / key))))
 
 
-def with_value(column: str, value: object) -> Callable[[pa.Table], pa.Table]:
-    def alter(table: pa.Table) -> pa.Table:
-        rows = table.to_pylist()
-        rows[0][column] = value
-        return pa.Table.from_pylist(rows, schema=table.schema)
-
-    return alter
+def with_first(column: str, value: object) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: with_value(table, column, 0, value)
 
 
 def flipped(folder: Path, key: str) -> None:
@@ -100,9 +93,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[int]]] = {
         lambda folder: (folder / shard_key(1)).write_bytes((folder / shard_key(2)).read_bytes()), [1],
     ),
     "a feature is NaN": (
-        lambda folder: rewritten(folder, shard_key(1), with_value("clip_score", float("nan"))), [1],
+        lambda folder: rewritten(folder, shard_key(1), with_first("clip_score", float("nan"))), [1],
     ),
-    "a seed is another": (lambda folder: rewritten(folder, shard_key(1), with_value("seed", 7)), [1]),
+    "a seed is another": (lambda folder: rewritten(folder, shard_key(1), with_first("seed", 7)), [1]),
     "a quarantine part is gone": (lambda folder: (folder / quarantine_key(0)).unlink(), [0]),
     "a quarantine part is damaged": (lambda folder: (folder / quarantine_key(0)).write_bytes(b"PAR1"), [0]),
     "a quarantine part is another's": (
@@ -120,9 +113,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[int]]] = {
     ),
     "a plan part is damaged": (lambda folder: (folder / part_key(folder, 1)).write_bytes(b"PAR1"), []),
     "a plan part is gone": (lambda folder: (folder / part_key(folder, 3)).unlink(), []),
-    "a plan part has another seed": (lambda folder: rewritten(folder, part_key(folder, 1), with_value("seed", 7)), []),
+    "a plan part has another seed": (lambda folder: rewritten(folder, part_key(folder, 1), with_first("seed", 7)), []),
     "a plan part has another caption": (
-        lambda folder: rewritten(folder, part_key(folder, 1), with_value("caption", "Another.")), [],
+        lambda folder: rewritten(folder, part_key(folder, 1), with_first("caption", "Another.")), [],
     ),
     "plan and shard are damaged": (
         lambda folder: [flipped(folder, key) for key in (part_key(folder, 1), shard_key(1))], [1],

@@ -29,6 +29,7 @@ from pcm.generation.loading import load_generator
 from pcm.records import NULL_FEATURES
 from tests.helpers.faulty_generators import RAISES, DrawFaulty
 from tests.helpers.faulty_pipeline import DrawFaultyPipeline
+from tests.helpers.stored import proven
 from tests.helpers.tiny_generation import CAPTIONS, draw_in_process, null_spec, plan_dataset, tiny_spec, write_corpus
 
 CORPUS = [*CAPTIONS[:3], RAISES, "\x00", CAPTIONS[4]]
@@ -74,12 +75,6 @@ def killed_after(puts: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Store, "write_bytes", write_bytes)
         yield
-
-
-def proven(store: Store) -> dict:
-    report = verify(store)
-    assert report["ok"], report
-    return report
 
 
 def test_a_sample_that_can_be_drawn_now_joins_its_shard(faulty: tuple[Store, Plan]) -> None:

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -45,7 +44,7 @@ from pcm.images import open_image
 from pcm.spec import ClipSpec
 from pcm.text.concepts import ConceptVocabulary, embed
 from tests.helpers.featurised import FailsOnOne, featurise_in_process
-from tests.helpers.job_runs import JobRun
+from tests.helpers.job_runs import JobRun, kill_once
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_dataset import write_dataset
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
@@ -432,13 +431,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_dataset(dataset: Path, other_
     command += ["--out", str(out)]
     store = open_store(out)
     for shards in (1, 4):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 240
-        while len(store.list("shards/")) < shards:
-            assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_once(lambda enough=shards: len(store.list("shards/")) >= enough, command)
     if store.exists(MANIFEST_KEY):
         pytest.fail("the run was done before it could be killed")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

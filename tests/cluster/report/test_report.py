@@ -33,7 +33,7 @@ from cluster.training.run_document import CONFIG_KEY
 from pcm.errors import InputError
 from tests.helpers.page_reader import Page
 from tests.helpers.seaweedfs import S3Server
-from tests.helpers.tiny_dataset import TINY, write_checkpoint, write_dataset, write_pictures
+from tests.helpers.tiny_dataset import TINY, pictures_of, write_checkpoint, write_dataset, write_pictures
 from tests.helpers.tiny_generation import make_dataset_in_process, tiny_spec
 
 SCRIPT = "<script>document.title='broken in'</script> a dog"
@@ -96,7 +96,7 @@ def write_evaluation(folder: Path, world: Path) -> None:
         "n": 5,
         "reasons": {"SPICE": "?"},
     }
-    request = EvaluateRequest(**pictures(world), checkpoint=str(world / "run"), experiment="coco_b32")
+    request = EvaluateRequest(**pictures_of(world), checkpoint=str(world / "run"), experiment="coco_b32")
     asked = {**dataclasses.asdict(request), "pictures": dataclasses.asdict(request.pictures)}
     document = {"metrics": metrics | {"paper": comparison("coco_b32", metrics)}, "request": asked}
     open_store(str(folder)).write_bytes(EVALUATION_KEY, json.dumps(document).encode())
@@ -123,10 +123,6 @@ def write_sweep(folder: Path) -> None:
         store.write_bytes(name, json.dumps(dataclasses.asdict(trial)).encode())
 
 
-def pictures(world: Path) -> dict[str, str]:
-    return {"images": str(world / "pictures"), "references": str(world / "references.csv")}
-
-
 #: Changes of `everything` that leave the pictures, or the dataset, out: with what would have no effect then.
 NO_PICTURES = {"images": None, "references": None, "device": "auto"}
 NO_DATA = {"data": None, "price_per_hour": None}
@@ -135,7 +131,7 @@ NO_DATA = {"data": None, "price_per_hour": None}
 def everything(world: Path, out: Path, **changes) -> ReportRequest:
     request = ReportRequest(
         out=str(out), data=str(world / "data"), run=str(world / "run"), evaluation=str(world / "evaluation"),
-        sweep=str(world / "sweep"), **pictures(world), price_per_hour=3.5, device="cpu",
+        sweep=str(world / "sweep"), **pictures_of(world), price_per_hour=3.5, device="cpu",
     )  # fmt: skip
     return replace(request, **changes)
 

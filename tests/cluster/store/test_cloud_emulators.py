@@ -22,7 +22,8 @@ import pytest
 from cluster.dataset.verify import verify
 from cluster.store.store import open_store
 from pcm.errors import StoreFailure
-from tests.helpers.seaweedfs import _free_ports
+from tests.helpers.job_runs import running
+from tests.helpers.ports import free_ports
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 pytestmark = pytest.mark.slow
@@ -45,14 +46,10 @@ def needed(package: str, program: str) -> str:
 
 
 @contextlib.contextmanager
-def running(command: list[str], folder: Path) -> Iterator[subprocess.Popen]:
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
+def serving(command: list[str], folder: Path) -> Iterator[subprocess.Popen]:
+    """A server with its log in the folder."""
+    with (folder / "log").open("wb") as log, running(command, stdout=log, stderr=log, cwd=folder) as process:
+        yield process
 
 
 def once_it_answers(process: subprocess.Popen, ask) -> None:  # any call that raises until then
@@ -67,9 +64,9 @@ def once_it_answers(process: subprocess.Popen, ask) -> None:  # any call that ra
 
 
 def google(folder: Path, monkeypatch: pytest.MonkeyPatch, stack: contextlib.ExitStack) -> str:
-    program, (port,) = needed("gcsfs", "gcp-storage-emulator"), _free_ports(1)
+    program, (port,) = needed("gcsfs", "gcp-storage-emulator"), free_ports(1)
     process = stack.enter_context(
-        running([program, "start", "--host=127.0.0.1", f"--port={port}", "--in-memory"], folder)
+        serving([program, "start", "--host=127.0.0.1", f"--port={port}", "--in-memory"], folder)
     )
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it would ask Google what kind of bucket this is
@@ -82,9 +79,9 @@ def google(folder: Path, monkeypatch: pytest.MonkeyPatch, stack: contextlib.Exit
 
 
 def azure(folder: Path, monkeypatch: pytest.MonkeyPatch, stack: contextlib.ExitStack) -> str:
-    program, (port,) = needed("adlfs", "azurite-blob"), _free_ports(1)
+    program, (port,) = needed("adlfs", "azurite-blob"), free_ports(1)
     options = [f"--blobPort={port}", "--blobHost=127.0.0.1", "--silent", "--skipApiVersionCheck", "--disableTelemetry"]
-    process = stack.enter_context(running([program, *options, f"--location={folder}"], folder))
+    process = stack.enter_context(serving([program, *options, f"--location={folder}"], folder))
     connection = (
         f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={ACCOUNT_KEY};"
         f"BlobEndpoint=http://127.0.0.1:{port}/{ACCOUNT};"

@@ -25,7 +25,7 @@ from cluster.training.data.mixture import DataSource
 from cluster.training.train import TrainRequest
 from pcm.clip.names import resolve_clip_name
 from pcm.errors import InputError, StoreFailure
-from tests.helpers.faulty_proxy import FaultyProxy, faulty_proxy
+from tests.helpers.faulty_proxy import FaultyProxy
 from tests.helpers.paths import ROOT
 from tests.helpers.seaweedfs import S3Server
 
@@ -136,12 +136,6 @@ def test_http_and_chains_are_read_as_the_plain_file(web: str, tmp_path: Path) ->
 
 
 # --- patience ---
-
-
-@pytest.fixture(scope="module")
-def proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
-    with faulty_proxy(s3_server.ports["s3.port"]) as running:
-        yield running
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import os
 import subprocess
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import botocore.exceptions
@@ -23,9 +23,10 @@ from cluster.store.store import Store, open_store
 from pcm.errors import StoreFailure
 from pcm.line_timer import LineTimer
 from pcm.records import NULL_FEATURES
-from tests.helpers.faulty_proxy import FaultyProxy, faulty_proxy
+from tests.helpers.faulty_proxy import FaultyProxy
 from tests.helpers.seaweedfs import S3Server
 from tests.helpers.small_disk import small_disk
+from tests.helpers.stored import proven
 from tests.helpers.tiny_generation import CAPTIONS, make_dataset, make_dataset_in_process, null_spec, write_corpus
 
 DATA = bytes(range(256)) * 1024  # 256 KiB: several segments, so that half of it can be cut off
@@ -39,12 +40,6 @@ FAULTS = [
     ("status", "put get list head"), ("hang", "put get list head"), ("reset", "put get list head"),
     ("cut", "get list"), ("reset_upload", "put"), ("lose_answer", "put get list head"), ("corrupt_upload", "put"),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
-    with faulty_proxy(s3_server.ports["s3.port"]) as running:
-        yield running
 
 
 @pytest.fixture
@@ -377,18 +372,12 @@ def test_a_disk_that_is_full_or_read_only_at_the_manifest_costs_no_shard(tmp_pat
         subprocess.run(["umount", disk], check=True)
 
 
-def proven(store: Store) -> str:
-    report = verify(store)
-    assert report["ok"], report
-    return report["fingerprint"]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The fingerprint of the corpus below, made without faults."""
     folder = tmp_path_factory.mktemp("undisturbed")
     store, *_ = make_dataset_in_process(folder / "data", write_corpus(folder, RUN), null_spec(), shard_size=16)
-    return proven(store)
+    return proven(store)["fingerprint"]
 
 
 RUN = [f"{caption} {number}" for number in range(5) for caption in CAPTIONS]  # 120
@@ -403,7 +392,7 @@ def test_a_run_on_a_full_disk_stops_with_the_line_and_resumes(
             make_dataset(tmp_path / "disk" / "data", corpus, null_spec(), shard_size=4)
         free()
         made = make_dataset(tmp_path / "disk" / "data", corpus, null_spec(), shard_size=4)
-        assert proven(made.store) == undisturbed
+        assert proven(made.store)["fingerprint"] == undisturbed
         assert not list((tmp_path / "disk").rglob("*.tmp"))
 
 
@@ -422,7 +411,7 @@ def test_a_dataset_resumes_grows_and_is_proven_alike_everywhere(
     whole.mkdir()
     make_dataset_in_process(where, write_corpus(whole, RUN[:70]), null_spec(), shard_size=16)
     other, *_ = make_dataset_in_process(tmp_path / "other", whole / "captions.txt", null_spec(), shard_size=9)
-    assert proven(store) == proven(other) and load_manifest(store).stored == 70
+    assert proven(store)["fingerprint"] == proven(other)["fingerprint"] and load_manifest(store).stored == 70
 
 
 @pytest.mark.slow

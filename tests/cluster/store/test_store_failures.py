@@ -29,19 +29,13 @@ from cluster.store.retries import classify
 from cluster.store.store import Store, open_store
 from cluster.training.data.arriving import finished_manifest
 from pcm.errors import StoreFailure
-from tests.helpers.faulty_proxy import FaultyProxy, faulty_proxy
+from tests.helpers.faulty_proxy import FaultyProxy
 from tests.helpers.paths import DATA
 from tests.helpers.seaweedfs import S3Server
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, write_corpus
 
 PICTURE = DATA / "cases" / "images" / "upright.jpe"
 FAULTS = [("AccessDenied", 403), ("SlowDown", 503), ("", 400)]
-
-
-@pytest.fixture(scope="module")
-def proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
-    with faulty_proxy(s3_server.ports["s3.port"]) as running:
-        yield running
 
 
 @pytest.fixture

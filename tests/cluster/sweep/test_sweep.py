@@ -1,11 +1,7 @@
 """Sweeps through Ray Tune: trials are trainings, failures are kept, and what is done is not done again."""
 
 import json
-import logging
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -33,8 +29,10 @@ from cluster.training.train import train
 from jobs.train import JOB
 from pcm.documents import document_bytes
 from pcm.errors import InputError
-from tests.helpers.paths import ROOT
+from tests.helpers.job_runs import kill_once
+from tests.helpers.ray_gpu import ray_told_of_a_gpu
 from tests.helpers.tiny_dataset import TINY, write_dataset
+from tests.helpers.trained import history, science, step_losses
 
 #: The second is a learning rate at which nothing stays a number.
 PARAMS = {"lr_factor": "0.4,1e30"}
@@ -65,10 +63,6 @@ def results(out: Path) -> dict[tuple, dict]:
     return {(result["overrides"]["lr_factor"], result["overrides"]["seed"]): result for result in found}
 
 
-def science(rows: list[dict]) -> list[tuple]:
-    return [tuple(row[name] for name in ("epoch", "step", "loss", "lr", "CIDEr")) for row in rows]
-
-
 def test_a_trial_learns_what_jobs_train_learns_from_the_best_config(swept: tuple[dict, Path], data: Path) -> None:
     summary, out = swept
     assert summary["best"]["settings"] == {"lr_factor": 0.4} and summary["best"]["seeds"] == SEEDS
@@ -76,7 +70,7 @@ def test_a_trial_learns_what_jobs_train_learns_from_the_best_config(swept: tuple
     seed = max(seed for lr_factor, seed in results(out) if lr_factor == 0.4)
     found = JOB.read(["--config", summary["config"], "--data", str(data), "--out", str(run), "--seed", str(seed)])
     train(replace(found, cpus_per_worker=1))
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = history(run)
     assert science(rows) == science(results(out)[0.4, seed]["history"])
 
 
@@ -303,10 +297,8 @@ def test_a_sweep_whose_data_changes_ends_before_its_next_trial(
 @pytest.fixture
 def ray_with_a_gpu() -> Iterator[None]:
     """Ray that was told of a GPU, whether or not there is one."""
-    ray.shutdown()
-    ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, logging_level=logging.WARNING)
-    yield
-    ray.shutdown()
+    with ray_told_of_a_gpu(num_cpus=2):
+        yield
 
 
 @pytest.mark.slow
@@ -327,7 +319,7 @@ def test_what_torch_takes_for_no_gpu_is_shared_by_trials_and_trained_on_as_a_cpu
     with half_a_gpu_taken():
         shared = replace(alone, out=str(data.parent / "half"), num_workers=1, gpus_per_worker=0.5)
         assert train(shared)["epochs"] == 1
-    assert losses(data.parent / "half") == losses(data.parent / "alone")
+    assert step_losses(data.parent / "half") == step_losses(data.parent / "alone")
 
 
 @contextmanager
@@ -341,11 +333,6 @@ def half_a_gpu_taken() -> Iterator[None]:
     assert ray.get(holder.holds.remote()) == [0]
     yield
     ray.kill(holder)
-
-
-def losses(run: Path) -> list[float]:
-    rows = [json.loads(line) for file in sorted(run.glob("losses/*.jsonl")) for line in file.read_text().splitlines()]
-    return [row["loss"] for row in rows]
 
 
 @pytest.mark.parametrize("begun", [True, False])
@@ -381,18 +368,9 @@ def test_a_killed_sweep_goes_on_with_what_is_left(data: Path, run_job) -> None:
         *("--data", data, "--out", out, "--epochs", 2, "--trials", 3, "--search", "optuna", "--concurrent", 1, *fixed),
         *("--param", "lr_factor=log:0.1:1", "--param", "top_concepts=1,3"),
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.sweep", *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 400
-    while not (before := list(out.glob("trials/*/result.json"))):
-        assert process.poll() is None and time.monotonic() < deadline, "the sweep ended before it could be killed"
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, "-m", "jobs.sweep", *arguments]
+    kill_once(lambda: any(out.glob("trials/*/result.json")), command, seconds=400)
+    before = list(out.glob("trials/*/result.json"))
     files = [path.parent / name for path in before for name in ("result.json", "metrics.jsonl")]
     times = [file.stat().st_mtime_ns for file in files]
 

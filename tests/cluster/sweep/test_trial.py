@@ -29,7 +29,6 @@ from cluster.sweep.trial import (
     trial_folder,
 )
 from cluster.training.checkpoints import STATE_FILE
-from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
 from cluster.training.run_record import BEGINNING, run_versions
 from cluster.training.trackers import run_id
@@ -38,6 +37,7 @@ from pcm.captioners.pcmnet.model import PCMNet
 from pcm.documents import document_bytes
 from pcm.errors import InputError
 from tests.helpers.tiny_dataset import NO_NOISE, TINY, write_dataset
+from tests.helpers.trained import history, science
 
 SETTINGS = {"lr_factor": 0.4, "seed": 1}
 EPOCHS = TINY["epochs"]
@@ -82,7 +82,7 @@ class Tune:
         self.end = lambda: self.driver.on_trial_complete(0, [], trial)
 
     def history(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / METRICS_KEY).read_text().splitlines()]
+        return history(self.folder)
 
     def result(self) -> dict[str, Any]:
         return json.loads((self.folder / RESULT_FILE).read_text())
@@ -93,10 +93,6 @@ def tune(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setattr("ray.train.v2._internal.execution.train_fn_utils._train_fn_utils", None)  # and back at the end
     run = planned_run(TrainRequest(data=str(data), out=str(tmp_path), overrides=TINY), cpus=1)
     return Tune(SweepRun(out=str(tmp_path), run=run, tables={}))
-
-
-def science(rows: list[dict]) -> list[tuple]:
-    return [tuple(row[name] for name in ("epoch", "step", "loss", "lr", "CIDEr")) for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,8 @@
 """Training while generation runs: the same steps as afterwards, whenever shards arrive and whoever is killed."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,8 +31,7 @@ from pcm.errors import InputError
 from pcm.records import FeatureShape
 from pcm.text.vocabulary import Vocabulary
 from tests.cluster.training.test_feed import data_of, plan_of
-from tests.helpers.job_runs import JobRun
-from tests.helpers.paths import ROOT
+from tests.helpers.job_runs import JobRun, kill_once
 from tests.helpers.tiny_dataset import TINY, write_dataset
 from tests.helpers.tiny_generation import ANIMALS, PLACES, make_dataset_in_process, tiny_spec, write_corpus
 
@@ -242,15 +237,8 @@ def test_a_stream_killed_on_both_sides_learns_what_training_afterwards_learns(
         tiny_clip, "--steps", 60, "--batch-size", 4, "--clip-batch-size", 4, "--shard-size", 4, "--generators", 1,
         "--checkpoint-every-steps", 1, *training,
     ]  # fmt: skip
-    arguments = [sys.executable, "-m", "jobs.stream", *map(str, command)]
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     known = out / "checkpoints/checkpoint_manager_snapshot.json"  # of Ray Train: what a restart goes on from
-    deadline = time.monotonic() + 240
-    while not (known.exists() and "-step-" in known.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_once(lambda: known.exists() and "-step-" in known.read_text(), [sys.executable, "-m", "jobs.stream", *command])
     before = {path.name: path.stat().st_mtime_ns for path in (data / "shards").iterdir() if path.suffix == ".parquet"}
     assert 0 < len(before) < 12, "training had begun, and generation had not ended"
 

@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -64,10 +62,10 @@ from pcm.errors import InputError, StoreFailure
 from pcm.model_faults import OutOfMemory
 from pcm.text.concepts import ConceptVocabulary
 from pcm.text.vocabulary import Vocabulary
-from tests.helpers.job_runs import JobRun
-from tests.helpers.paths import ROOT
+from tests.helpers.job_runs import JobRun, kill_once, running
 from tests.helpers.seaweedfs import S3Server
 from tests.helpers.tiny_dataset import TINY, scene, write_dataset, write_pictures
+from tests.helpers.trained import history, science
 
 ROWS = 72
 EPOCHS = 3
@@ -97,15 +95,6 @@ def real_pictures(world: Path) -> dict[str, str]:
     """Of a run: pictures, and the CLIP that reads them, which the dataset alone may not name."""
     clip = json.loads((world / "data/dataset.json").read_text())["spec"]["clip"]["model"]
     return {"val_images": str(world / "pictures"), "val_references": str(world / "references.csv"), "clip": clip}
-
-
-def history(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def science(out: Path) -> list[tuple]:
-    """metrics.jsonl without its times."""
-    return [tuple(row[name] for name in ("epoch", "step", "loss", "lr", "CIDEr")) for row in history(out)]
 
 
 def losses(out: Path) -> list[dict]:
@@ -243,27 +232,15 @@ def test_of_two_jobs_with_a_ray_of_their_own_one_trains_and_a_killed_one_is_gone
     arguments = ["--data", world / "data", "--out", out, "--cpus-per-worker", 1]
     arguments += [f"--set={name}={value}" for name, value in (SHARED | {"epochs": 1000}).items()]
 
-    def started(*more: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "jobs.train", *map(str, arguments), *more]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    first = started()
-    try:
+    command = [sys.executable, "-m", "jobs.train", *arguments]
+    with running(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
         wait_for(lambda: (out / "metrics.jsonl").exists() and history(out), alive=lambda: first.poll() is None)
         second = run_job("train", *arguments, "--resume")
         assert second.returncode == 2, second.stderr
         assert second.stderr.splitlines()[-1].startswith(f"error: {out}: another job on this machine trains into it;")
         assert first.poll() is None
-    finally:
-        first.kill()
-        first.wait()
-    third = started("--resume")
-    try:
-        done = len(history(out))
-        wait_for(lambda: len(history(out)) > done + 1, alive=lambda: third.poll() is None)
-    finally:
-        third.kill()
-        third.wait()
+    done = len(history(out))
+    kill_once(lambda: len(history(out)) > done + 1, [*command, "--resume"])
     assert [row["epoch"] for row in history(out)] == list(range(1, len(history(out)) + 1))
 
 
@@ -618,15 +595,7 @@ def test_a_run_whose_driver_and_worker_were_killed_inside_epochs_equals_an_undis
         *(f"--{name.replace('_', '-')}={value}" for name, value in real_pictures(world).items()),
         *("--checkpoint-every-steps", CHECKPOINT_STEPS),
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.train", *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_for(lambda: step_checkpoints(out), alive=lambda: process.poll() is None)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_once(lambda: step_checkpoints(out), [sys.executable, "-m", "jobs.train", *arguments])
     assert len(history(out)) < EPOCHS
     with pytest.raises(InputError, match="or give another --out"):
         train(request(world, out, **real_pictures(world)))
@@ -648,7 +617,7 @@ def test_a_run_whose_driver_and_worker_were_killed_inside_epochs_equals_an_undis
     driver.join()
     assert done and done[0]["epochs"] == EPOCHS
     assert losses(out) == losses(trained)
-    assert science(out) == science(trained)
+    assert science(history(out)) == science(history(trained))
     assert (out / "best/model.safetensors").read_bytes() == (trained / "best/model.safetensors").read_bytes()
 
 
@@ -670,7 +639,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
     cut(out / f"checkpoints/epoch-{EPOCHS:03d}/optimizer.pt")
     longer = {"overrides": {"epochs": EPOCHS + 1}, **real_pictures(world)}
     summary = train(request(world, out, resume=True, **longer))
-    assert summary["epochs"] == EPOCHS + 1 and science(out)[:EPOCHS] == science(trained)
+    assert summary["epochs"] == EPOCHS + 1 and science(history(out))[:EPOCHS] == science(history(trained))
     said = ""
     while "epoch-002 is used" not in said:  # a worker's lines come by way of Ray
         said += capfd.readouterr().err

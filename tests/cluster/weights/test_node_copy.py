@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,10 @@ from pcm.generation.drawing import Request
 from pcm.generation.loading import load_generator
 from pcm.generation.seeds import sample_seeds
 from pcm.spec import ClipSpec, DatasetSpec, GeneratorSpec
+from tests.helpers.job_runs import running
 from tests.helpers.paths import ROOT
 from tests.helpers.seaweedfs import S3Server
+from tests.helpers.stored import file_contents
 from tests.helpers.tiny_dataset import write_checkpoint, write_dataset
 from tests.helpers.tiny_models import save_tiny_clip
 
@@ -80,15 +83,11 @@ def staged(place: str, tiny_t2i: Path, cache: Path) -> str:
     return place
 
 
-def fetching(uri: str, revision: str, *, dies_at: str = "") -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", FETCH, uri, revision, dies_at], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
+def fetching(uri: str, revision: str, *, dies_at: str = "") -> AbstractContextManager[subprocess.Popen]:
+    return running(
+        [sys.executable, "-c", FETCH, uri, revision, dies_at], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:
@@ -113,7 +112,7 @@ def test_the_copy_is_the_folder_and_draws_its_pictures(staged: str, tiny_t2i: Pa
         model=staged, revision=pin_t2i(staged, None), num_inference_steps=2, batch_size=2, image_format="png"
     )
     local = local_generator(spec)
-    assert contents(Path(local.model)) == contents(tiny_t2i)
+    assert file_contents(Path(local.model)) == file_contents(tiny_t2i)
     folder = dataclasses.replace(spec, model=str(tiny_t2i))
     drawn = [load_generator(each).draw([Request(0, "a dog", 7)]) for each in (local, folder)]
     assert drawn[0][0].image and drawn[0][0].image == drawn[1][0].image
@@ -165,7 +164,7 @@ def test_a_second_copy_needs_no_store(staged: str, cache: Path, monkeypatch: pyt
     store = open_store(staged)
     for key in store.list():
         store.delete(key)
-    assert contents(Path(local_name(staged, revision)))
+    assert file_contents(Path(local_name(staged, revision)))
     assert sorted(path.suffix for path in cache.iterdir()) == ["", ".lock"]
 
 
@@ -186,7 +185,7 @@ def test_a_harmed_object_is_refused_and_mended_by_staging_again(
     assert not (cache / manifest.revision.removeprefix("sha256:")).exists()
     store.delete(key) if store.exists(key) else None
     assert stage(StageModelsRequest(t2i=str(tiny_t2i), out=staged))["put"] == 1
-    assert contents(Path(local_name(staged, manifest.revision))) == contents(tiny_t2i)
+    assert file_contents(Path(local_name(staged, manifest.revision))) == file_contents(tiny_t2i)
 
 
 def test_other_weights_than_pinned_are_refused(place: str, tmp_path: Path, tiny_clip: Path, cache: Path) -> None:
@@ -200,22 +199,23 @@ def test_other_weights_than_pinned_are_refused(place: str, tmp_path: Path, tiny_
 
 
 def test_two_processes_make_one_copy(staged: str, cache: Path, tiny_t2i: Path) -> None:
-    both = [fetching(staged, revision_of(tiny_t2i)) for _ in range(2)]
-    said = [process.communicate(timeout=300) for process in both]
+    with ExitStack() as stack:
+        both = [stack.enter_context(fetching(staged, revision_of(tiny_t2i))) for _ in range(2)]
+        said = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     (folder,) = {out.strip() for out, _ in said}
-    assert contents(Path(folder)) == contents(tiny_t2i)
+    assert file_contents(Path(folder)) == file_contents(tiny_t2i)
     assert sum(err.count("fetching") for _, err in said) == 1
 
 
 @pytest.mark.parametrize("function", ["_make_files", "_copy_piece", "_check", "_complete"])
 def test_what_a_killed_process_leaves_is_not_believed(staged: str, cache: Path, tiny_t2i: Path, function: str) -> None:
-    process = fetching(staged, revision_of(tiny_t2i), dies_at=function)
-    process.communicate(timeout=300)
+    with fetching(staged, revision_of(tiny_t2i), dies_at=function) as process:
+        process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     digits = revision_of(tiny_t2i).removeprefix("sha256:")
     assert not (cache / digits).exists()
-    assert contents(Path(local_name(staged, revision_of(tiny_t2i)))) == contents(tiny_t2i)
+    assert file_contents(Path(local_name(staged, revision_of(tiny_t2i)))) == file_contents(tiny_t2i)
     assert not (cache / f"{digits}.part").exists()
 
 
@@ -223,7 +223,7 @@ def test_a_copy_that_was_cut_on_the_disk_is_fetched_again(staged: str, cache: Pa
     folder = Path(local_name(staged, revision_of(tiny_t2i)))
     weights = next(folder.rglob("*.safetensors"))
     os.truncate(weights, 10)
-    assert contents(Path(local_name(staged, revision_of(tiny_t2i)))) == contents(tiny_t2i)
+    assert file_contents(Path(local_name(staged, revision_of(tiny_t2i)))) == file_contents(tiny_t2i)
 
 
 def test_a_copy_of_a_later_release_stays(staged: str, cache: Path, tiny_t2i: Path) -> None:
@@ -233,12 +233,12 @@ def test_a_copy_of_a_later_release_stays(staged: str, cache: Path, tiny_t2i: Pat
     manifest.write_bytes(json.dumps(json.loads(manifest.read_bytes()) | {"version": 2}).encode())
     with pytest.raises(InputError, match="of version 2, and this release knows 1"):
         local_name(staged, revision_of(tiny_t2i))
-    assert contents(folder) == contents(tiny_t2i) and json.loads(manifest.read_bytes())["version"] == 2
+    assert file_contents(folder) == file_contents(tiny_t2i) and json.loads(manifest.read_bytes())["version"] == 2
 
 
 def test_large_files_come_in_pieces(staged: str, cache: Path, tiny_t2i: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_copy, "PIECE", 1000)
-    assert contents(Path(local_name(staged))) == contents(tiny_t2i)
+    assert file_contents(Path(local_name(staged))) == file_contents(tiny_t2i)
 
 
 def harmful(change: Callable[[dict], object]) -> bytes:

@@ -5,8 +5,6 @@ import io
 import json
 import os
 import shutil
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from pcm.captioners.pcmnet.method import PCMNetMethod
 from pcm.clip.names import folder_revision
 from pcm.errors import InputError
 from pcm.images import MAX_PIXELS
+from tests.helpers.png_header import png_header
 from tests.helpers.tiny_dataset import png, scene, write_checkpoint, write_dataset
 from tests.helpers.tiny_models import save_tiny_clip
 
@@ -38,18 +37,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Pat
 @pytest.fixture(scope="module")
 def captioner(checkpoint: Path) -> Captioner:
     return Captioner.load(checkpoint, device="cpu")
-
-
-def huge_png(side: int) -> bytes:
-    """A valid header that promises side x side pixels: a decompression bomb costs its maker nothing."""
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
-    )
 
 
 class SaysNothing(PCMNetMethod):
@@ -93,7 +80,7 @@ def test_bad_files_get_one_line_and_the_others_are_captioned(captioner: Captione
         "empty.jpg": b"",
         "text.png": b"this is no picture",
         "truncated.jpg": buffer.getvalue()[: len(buffer.getvalue()) // 2],
-        "bomb.png": huge_png(int(MAX_PIXELS**0.5) + 1),
+        "bomb.png": png_header(MAX_PIXELS // 1000 + 1, 1000),
     }
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)

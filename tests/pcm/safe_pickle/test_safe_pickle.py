@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import io
-import os
 import pickle
 import struct
 import tracemalloc
@@ -15,17 +14,8 @@ import torch
 
 from pcm.errors import InputError
 from pcm.safe_pickle import reader as safe_pickle
+from tests.helpers.malicious import Touch
 from tests.helpers.paths import ROOT
-
-
-class Touch:
-    """A pickle that, read by the usual reader, creates a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
 
 
 def same(left, right):

@@ -13,6 +13,7 @@ from cluster.curation.sync.choice import (
 from cluster.curation.sync.nearest import nearest
 from cluster.curation.sync.settings import UNIT, SyncSettings
 from tests.helpers.paths import ROOT
+from tests.helpers.vectors import unit
 
 #: What the published code made of 200 random captions and pictures; see tests/data/README.md.
 GOLDEN = load_file(ROOT / "tests/data/sync.safetensors")
@@ -71,7 +72,3 @@ def test_a_caption_that_occurs_twice_stands_twice_for_a_picture() -> None:
     got = captions_of_pictures(found.indices, found.cosines, members[known])
     wanted = np.vectorize(numbers.get)(of_caption[every.indices])
     np.testing.assert_array_equal(got, wanted)
-
-
-def unit(matrix: np.ndarray) -> np.ndarray:
-    return (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float32)

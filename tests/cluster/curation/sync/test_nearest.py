@@ -8,10 +8,7 @@ import torch
 
 from cluster.curation.sync import nearest as module
 from cluster.curation.sync.nearest import PartForSome, nearest, nearest_for_some, pair_cosines, rounded
-
-
-def unit(matrix: np.ndarray) -> np.ndarray:
-    return (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float32)
+from tests.helpers.vectors import unit
 
 
 def brute_force(queries: np.ndarray, vectors: np.ndarray, k: int) -> np.ndarray:

@@ -12,7 +12,6 @@ import ray
 from ray.cloudpickle import register_pickle_by_value
 
 from cluster.dataset.keys import quarantine_key, shard_key, stats_key
-from cluster.dataset.verify import verify
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.pipeline import run_pipeline, write_manifest
 from cluster.generation.pools import Pools
@@ -24,7 +23,6 @@ from cluster.generation.stages.guard import RunGuard
 from cluster.generation.stages.monitor import ShardOutcome, start_monitor
 from cluster.generation.stages.shard_row import ShardRow
 from cluster.generation.stages.write import WriteShard
-from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.generation.drawing import Drawing, Guard, Request
 from tests.helpers import faulty_generators
@@ -35,6 +33,7 @@ from tests.helpers.faulty_generators import (
     not_loaded_by_the_first,
     slow_at_first,
 )
+from tests.helpers.stored import proven
 from tests.helpers.tiny_generation import make_dataset_in_process, null_spec, plan_dataset, tiny_spec, write_corpus
 
 #: Ray's workers do not have the tests on their path.
@@ -44,18 +43,12 @@ CAPTIONS = [f"caption number {number}" for number in range(12)]
 TWO = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=2)
 
 
-def fingerprint(store: Store) -> str:
-    report = verify(store)
-    assert report["ok"], report
-    return report["fingerprint"]
-
-
 def made_with(draw: type[DrawShard], out: Path, t2i: Path, pools: Pools = TWO) -> str:
     """The fingerprint of a dataset that generators made on Ray."""
     spec = tiny_spec(t2i, num_inference_steps=1)
     store, plan = plan_dataset(out, write_corpus(out.parent, CAPTIONS), spec, shard_size=1)
     run_pipeline(store, plan, pools, draw=draw)
-    return fingerprint(store)
+    return proven(store)["fingerprint"]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +101,7 @@ def test_what_a_dead_process_left_in_quarantine_goes_when_the_sample_is_drawn(tm
     store.write_bytes(quarantine_key(0), b"of a process that found too little memory, and died")
     write(score(DrawShard(store, plan.spec)(wanted)))
     write_manifest(store, plan, score.features)
-    assert fingerprint(store) and not store.exists(quarantine_key(0))
+    assert proven(store) and not store.exists(quarantine_key(0))
 
 
 def test_a_shard_that_one_generator_does_not_end_is_drawn_by_another(
@@ -193,7 +186,7 @@ def test_of_two_that_drew_a_shard_one_is_stored_whole(tmp_path: Path, tiny_t2i: 
     ray.get(monitor.committed.remote(0))
     assert len(write(second)) == 0
     write_manifest(store, plan, score.features)
-    assert fingerprint(store)
+    assert proven(store)
     assert stats["batch_sizes"] == {"2": 6}
     assert stats["quarantined_by_reason"] == {"generator_error": 1}, "of the one that is stored; the other drew all"
 

@@ -10,7 +10,6 @@ import pytest
 from pcm.embedded.making.art import EXTRA_ICONS, OVERRIDES, STYLE_ICONS, STYLES, Artist
 from pcm.embedded.making.world import DOMAINS, FIRST, MIXED, NOUNS, SECOND, SEEN_STYLES, Scene, sample_scene
 from pcm.errors import InputError
-from tests.helpers.tiny_scenes import square_scenes
 
 #: A style's icon names its style and itself, so that the picture's text tells which one was drawn.
 ICON = '<path id="{style}/{icon}" fill="#dd2e44" d="M0 0h36v36z"/>'
@@ -109,14 +108,3 @@ def test_every_place_of_either_domain_can_be_drawn(artist):
 def test_missing_art_is_refused_in_one_line(tmp_path):
     with pytest.raises(InputError, match=r"no twemoji art in .*--stage art"):
         Artist(tmp_path)
-
-
-def test_training_sets_of_another_size_are_refused(tmp_path, call_job, monkeypatch):
-    monkeypatch.setattr("pcm.embedded.making.art.fetch_art", lambda folder: pytest.fail("the drawings were fetched"))
-    drawn = tmp_path / "data" / "clip_train.npz"
-    drawn.parent.mkdir()
-    square_scenes(20, seed=0).save(drawn)
-    ended = call_job("pretrain_embedded", "--out", tmp_path, "--stage", "art", "--scenes", 600)
-    assert ended.returncode == 2 and ended.stderr.startswith(
-        f"error: --scenes 600: {drawn} holds 20 pictures, and would hold 600; give the --scenes that it was drawn with"
-    )

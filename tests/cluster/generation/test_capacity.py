@@ -1,4 +1,4 @@
-"""Work in a generator's place: waited for with a line, begun again where it fails, told in one line where it cannot."""
+"""Work with a generator's resources: waited for with a line, begun again where it fails, or told in one line."""
 
 import logging
 import os
@@ -12,9 +12,9 @@ import pytest
 import ray
 
 from cluster.device import device_of_cluster
-from cluster.generation import places
+from cluster.generation import capacity
+from cluster.generation.capacity import TRIES, Result, pools_of_cluster, with_generator_resources
 from cluster.generation.display import Room, ask_cluster
-from cluster.generation.places import TRIES, Result, in_a_generators_place, pools_of_cluster
 from cluster.generation.pools import Pools
 from cluster.generation.request import MachineOptions
 from pcm.errors import InputError, StoreFailure
@@ -37,7 +37,7 @@ def test_one_failure_is_not_the_end(
     how: str, tmp_path: Path, ray_session: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    assert in_a_generators_place(answer_the_second_time, ONE, tmp_path / "marker", how, what="speed") == 42
+    assert with_generator_resources(answer_the_second_time, ONE, tmp_path / "marker", how, what="speed") == 42
     said = caplog.text
     assert said.count("speed: loading the model") == 2 and f"trying again (2 of {TRIES})" in said
     assert how == "killed" or "OSError: the hub said 503" in said
@@ -53,16 +53,16 @@ def fail(error: Exception, tries: Path) -> Iterator[str | Result[None]]:
 def test_what_always_fails_and_what_a_user_can_mend_are_one_line(
     tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(capacity, "FIRST_PAUSE", 0.0)
     with pytest.raises(InputError, match=rf"^speed: failed {TRIES} times \(OSError: no such disk\); check") as failed:
-        in_a_generators_place(fail, ONE, OSError("no such disk"), tmp_path / "often", what="speed")
+        with_generator_resources(fail, ONE, OSError("no such disk"), tmp_path / "often", what="speed")
     assert "\n" not in str(failed.value) and len((tmp_path / "often").read_text()) == TRIES
     silent = StoreFailure("s3://weights: the store did not answer", passes=True)
     with pytest.raises(StoreFailure, match=r"^s3://weights: the store did not answer$"):
-        in_a_generators_place(fail, ONE, silent, tmp_path / "passes", what="speed")
+        with_generator_resources(fail, ONE, silent, tmp_path / "passes", what="speed")
     assert len((tmp_path / "passes").read_text()) == TRIES
     with pytest.raises(InputError, match=r"^no such model$"):
-        in_a_generators_place(fail, ONE, InputError("no such model"), tmp_path / "once", what="speed")
+        with_generator_resources(fail, ONE, InputError("no such model"), tmp_path / "once", what="speed")
     assert len((tmp_path / "once").read_text()) == 1
 
 
@@ -83,7 +83,7 @@ def test_what_is_waited_for_and_what_lasts_is_said(
     tmp_path: Path, ray_session: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(places, "SECONDS_BETWEEN_WAITING_LINES", 0.2)
+    monkeypatch.setattr(capacity, "SECONDS_BETWEEN_WAITING_LINES", 0.2)
     end, other = tmp_path / "end", Other.remote()
     assert ray.get(other.at_work.remote())
 
@@ -94,9 +94,9 @@ def test_what_is_waited_for_and_what_lasts_is_said(
             end.touch()
         return True
 
-    monkeypatch.setattr(places.log, "filters", [act_on_what_is_said])
-    in_a_generators_place(work_until, ONE, end, what="speed")
-    said = [record.getMessage() for record in caplog.records if record.name == places.log.name]
+    monkeypatch.setattr(capacity.log, "filters", [act_on_what_is_said])
+    with_generator_resources(work_until, ONE, end, what="speed")
+    said = [record.getMessage() for record in caplog.records if record.name == capacity.log.name]
     assert re.match(r"speed: waiting for a machine, for .*; 0 of the cluster's 2 CPUs are free, and one takes", said[0])
     assert "speed: drawing" in said and said[-1].startswith("speed: drawing, for ")
 

@@ -1,4 +1,4 @@
-"""Places for generators on a cluster that may have none yet: how many there are, and work done in one of them."""
+"""How many generators a cluster has room for, which may have none yet, and work done with the resources of one."""
 
 import logging
 import random
@@ -62,7 +62,7 @@ def pools_of_cluster(asked: MachineOptions | None = None, *, device: str) -> Poo
     counted = cluster_gpus if device == "cuda" else cluster_cpus
     if asked.generators is None and not counted(labels):
         one = Pools.of(replace(asked, generators=1), device=device, cpus=cluster_cpus(labels), gpus=0)
-        in_a_generators_place(_nothing, one, what="generators")
+        with_generator_resources(_nothing, one, what="generators")
         log.info(
             "one generator for each of the %g %s that have come; --generators N waits for more",
             counted(labels), "GPUs" if device == "cuda" else "CPUs",
@@ -80,13 +80,13 @@ class Result(Generic[T]):
     value: T
 
 
-def in_a_generators_place(
+def with_generator_resources(
     work: Callable[..., Iterator[str | Result[T]]], pools: Pools, *arguments: Any, what: str, **named: Any
 ) -> T:
     """Do a work in one task that reserves what a generator of `pools` reserves; the value of its Result.
 
     It is begun again, up to TRIES times in all, where its machine is lost or it raises what may pass: a hub's error,
-    say, but no InputError of the user's. While it waits for its place and while it lasts the log says for what, and
+    say, but no InputError of the user's. While it waits for room and while it lasts the log says for what, and
     since when. `what`: of whom the log says so. Raises InputError when no try was any good; StoreFailure where the last
     one met a store that does not answer.
     """

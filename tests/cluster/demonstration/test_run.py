@@ -1,14 +1,12 @@
-"""jobs.demo: what it asks of the jobs that it runs. tests/end_to_end runs it whole."""
+"""The demo: what it asks of the stages that it runs."""
 
 from pathlib import Path
 
 import pytest
 
-import cluster.dataset.verify
-import cluster.evaluation.evaluate
-import cluster.generation
-import cluster.training.train
-from jobs.demo import DemoRequest, run, table
+import cluster.demonstration.run
+from cluster.demonstration.request import DemoRequest
+from cluster.demonstration.run import run_demo, table
 
 
 class Evaluated(Exception):
@@ -26,12 +24,12 @@ def test_a_device_is_that_of_every_stage(tmp_path: Path, monkeypatch: pytest.Mon
         stage(request)
         raise Evaluated
 
-    monkeypatch.setattr(cluster.generation, "generate", stage)
-    monkeypatch.setattr(cluster.dataset.verify, "verify", lambda store: {"ok": True})
-    monkeypatch.setattr(cluster.training.train, "train", stage)
-    monkeypatch.setattr(cluster.evaluation.evaluate, "evaluate", evaluate)
+    monkeypatch.setattr(cluster.demonstration.run, "generate", stage)
+    monkeypatch.setattr(cluster.demonstration.run, "verify", lambda store: {"ok": True})
+    monkeypatch.setattr(cluster.demonstration.run, "train", stage)
+    monkeypatch.setattr(cluster.demonstration.run, "evaluate", evaluate)
     with pytest.raises(Evaluated):
-        run(DemoRequest(out=str(tmp_path), device="cpu"))
+        run_demo(DemoRequest(out=str(tmp_path), device="cpu"))
     assert [each.device for each in asked] == ["cpu", "cpu", "cpu"]
 
 
