@@ -3,6 +3,10 @@
 import math
 from datetime import UTC, datetime
 
+#: The time of a log line, by which runs of days and machines of several time zones are told apart:
+#: 2026-03-01 14:05:09+0000.
+LOG_TIME = "%Y-%m-%d %H:%M:%S%z"
+
 
 def count(value: int) -> str:
     """12,345"""

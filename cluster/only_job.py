@@ -22,6 +22,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.numbers import duration
 from cluster.store.retries import with_retries
 from cluster.store.store import Store
 from pcm.errors import InputError
@@ -93,8 +94,8 @@ def _when_free(store: Store, does: str, take: Callable[[], T], *, waits: bool) -
             another = f"{store.root}: another job on this {taken} {does}"
             if waits and timer.due():
                 log.warning(
-                    "%s; waiting for its end, for %.0f s so far (to end it yourself: %s)",
-                    another, timer.elapsed, _HOW_TO_END,
+                    "%s; waiting for its end, for %s so far (to end it yourself: %s)",
+                    another, duration(timer.elapsed), _HOW_TO_END,
                 )  # fmt: skip
             if not waits and timer.elapsed >= PATIENCE_SECONDS:
                 raise InputError(f"{another}; wait for its end, or end it ({_HOW_TO_END})") from None

@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 
+from cluster.numbers import duration
 from cluster.ray_state import free_resources
 from pcm.errors import InputError, OneLineError, StoreFailure, first_line
 
@@ -280,7 +281,7 @@ class _Wanted:
         taken = "" if lacking is has else f", of which {free['CPU']:g} and {free['GPU']:g} are free"
         wanted = f"waiting for {cpus:g} CPUs and {gpus:g} GPUs{on_each}"
         there = f"{who_has(self.labels)} {has['CPU']:g} and {has['GPU']:g} now"
-        return f"{wanted}; {there}{taken} (for {seconds:.0f} s)"
+        return f"{wanted}; {there}{taken} (for {duration(seconds)})"
 
 
 def _sum(nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:

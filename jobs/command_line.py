@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from cluster.numbers import LOG_TIME
 from cluster.options import Option, Request, flag, options_of
 from jobs.endings import STDOUT, StopSignals, flush_streams, open_streams, print_summary, say, use_utf8
 from pcm.credentials import refuse_credentials
@@ -187,7 +188,7 @@ def set_up_logging() -> None:
     logging.basicConfig(
         level=level.upper(),
         format="%(asctime)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
+        datefmt=LOG_TIME,
         stream=sys.stderr,
     )
     for handler in logging.getLogger().handlers:

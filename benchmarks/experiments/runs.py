@@ -22,6 +22,7 @@ from benchmarks.experiments.settings import BASE, DOMAINS, FIRST_SEED, NO_CXE, P
 from cluster.dataset.documents import load_manifest
 from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.request import EvaluateRequest
+from cluster.numbers import duration
 from cluster.sources.pictures import PictureSource, resolved
 from cluster.store.store import open_store
 from cluster.sweep.sweep import without_paths
@@ -121,10 +122,10 @@ def run_all(jobs: Sequence[Job], out: Path, *, processes: int) -> int:
             best = result["validation"]["best"]["CIDEr"]
             left = (time.monotonic() - started) / done * (len(missing) - done)
             log.info(
-                "%d of %d: %s, seed %d: validation CIDEr %.3f%s, %.0f s; %.0f s left",
+                "%d of %d: %s, seed %d: validation CIDEr %.3f%s, %s; %s left",
                 done, len(missing), futures[future].variant.name, result["seed"], best,
                 "".join(f", {name} {found['CIDEr']:.3f}" for name, found in result["tests"].items()),
-                result["seconds"], left,
+                duration(result["seconds"]), duration(left),
             )  # fmt: skip
     return len(missing)
 

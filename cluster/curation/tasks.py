@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import ray
 
+from cluster.numbers import duration
 from cluster.session import user_error
 from pcm.line_timer import LineTimer
 
@@ -93,4 +94,4 @@ class _Progress:
         self._made += 1
         if self._timer.due():
             left = (self._total - self._made) * self._timer.elapsed / self._made
-            log.info("%s: %d of %d pieces, %.0f s left", self._what, self._made, self._total, left)
+            log.info("%s: %d of %d pieces, %s left", self._what, self._made, self._total, duration(left))

@@ -19,6 +19,7 @@ from cluster.dataset.request import VerifyRequest
 from cluster.dataset.shard_check import FINISH_UPGRADE, PROBLEMS_SHOWN, ShardChecks, ShardReport
 from cluster.dataset.verify_derived import verify_derived
 from cluster.dataset.vocabulary_files import vocabulary_problems
+from cluster.numbers import duration
 from cluster.shard_work import ShardWork, shard_work
 from cluster.store.reach import Landmark
 from cluster.store.store import Store, open_store
@@ -223,6 +224,7 @@ class _ProgressLines:
             return
         rate = self._samples / self._timer.elapsed
         log.info(
-            "%d of %d shards checked, %.0f samples/s, ETA %.0f s, missing, doubled or corrupt: %d",
-            report.shard + 1, self._plan.num_shards, rate, (self._plan.expected - self._samples) / rate, self._problems,
+            "%d of %d shards checked, %.0f samples/s, ETA %s, missing, doubled or corrupt: %d",
+            report.shard + 1, self._plan.num_shards, rate, duration((self._plan.expected - self._samples) / rate),
+            self._problems,
         )  # fmt: skip

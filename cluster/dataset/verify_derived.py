@@ -27,6 +27,7 @@ from cluster.dataset.shard_check import (
 )
 from cluster.dataset.view_part import PictureShard
 from cluster.dataset.vocabulary_files import unreadable_vocabularies
+from cluster.numbers import duration
 from cluster.shard_work import ShardWork
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError, first_line
@@ -85,7 +86,7 @@ def verify_derived(store: Store, manifest: Manifest, workers: ShardWork) -> dict
         problems += report.problems
         if timer.due():
             left = (len(shards) - done) * timer.elapsed / done
-            log.info("%d of %d shards checked, ETA %.0f s", done, len(shards), left)
+            log.info("%d of %d shards checked, ETA %s", done, len(shards), duration(left))
     fingerprint = hashlib.sha256("".join(sorted(entries)).encode()).hexdigest()
     faulty = counts["missing"] + counts["duplicated"] + counts["corrupt"]
     if fingerprint != manifest.fingerprint and not faulty:

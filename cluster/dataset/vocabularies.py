@@ -32,6 +32,7 @@ from cluster.dataset.vocabulary_files import (
     vocabulary_keys,
 )
 from cluster.gpu_share import gpu_task
+from cluster.numbers import duration
 from cluster.session import user_error, waiting_for
 from cluster.shard_work import AUTO, MANY_SAMPLES, PROCESS, shard_work
 from cluster.store.store import Store
@@ -170,8 +171,8 @@ def count_corpus_words(store: Store, plan: Plan, *, run_on: str) -> CorpusWords:
         words.update(some_words)
         nouns.update(some_nouns)
         if timer.due():
-            left = (len(parts) - done) * timer.elapsed / done
-            log.info("words of %d of %d plan parts counted, %.0f s left", parts[done - 1].stop, plan.num_shards, left)
+            left = duration((len(parts) - done) * timer.elapsed / done)
+            log.info("words of %d of %d plan parts counted, %s left", parts[done - 1].stop, plan.num_shards, left)
     min_count = least_count(words, plan.records)
     if min_count < MIN_WORD_COUNT and plan.records >= SMALL_CORPUS:
         log.warning(

@@ -20,6 +20,7 @@ from cluster.export.published import Official
 from cluster.export.request import DATASET, ExportRequest
 from cluster.export.source import Format, Source
 from cluster.export.webdataset import WebDataset
+from cluster.numbers import duration
 from cluster.shard_work import ShardWork, shard_work
 from cluster.store.outputs import put_captioner, refuse_other_things
 from cluster.store.store import Store, open_store
@@ -175,6 +176,6 @@ def _said_of_each(work: ShardWork, exporter: Format, calls: Sequence[tuple[int, 
             written += 1
             timer.began(seconds)
         if timer.due():
-            left = f", {(to_write - written) * timer.elapsed / written:.0f} s left" if written else ""
+            left = f", {duration((to_write - written) * timer.elapsed / written)} left" if written else ""
             log.info("%d of %d shards exported%s", len(said), len(calls), left)
     return said

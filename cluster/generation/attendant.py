@@ -10,6 +10,7 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.generation.stages.monitor import ANSWER_SECONDS, MAX_IN_HAND
+from cluster.numbers import duration
 from cluster.ray_autoscaler_internals import nodes_are_coming
 from pcm.errors import typed_first_line
 from pcm.line_timer import LineTimer
@@ -66,5 +67,5 @@ def _waiting_line(monitor: ActorHandle, hopeless: str, since: LineTimer | None) 
     if coming:
         monitor.nodes_are_coming.remote()
     if timer.due():
-        log.warning("nobody can draw: %s%s (waited %.0f s)", hopeless, nodes, timer.elapsed)
+        log.warning("nobody can draw: %s%s (waited %s)", hopeless, nodes, duration(timer.elapsed))
     return timer

@@ -206,7 +206,7 @@ class _Bar:
             total=status.total,
             initial=status.skipped,
             position=0,
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} samples {desc}",
+            bar_format=_bar_format(status),
             **bars,
         )
         self._details = tqdm(total=1, position=1, bar_format="     {desc}", **bars)
@@ -214,7 +214,8 @@ class _Bar:
         self._redirect.__enter__()
 
     def show(self, status: Status, trouble: str, said: str) -> None:
-        self._bar.n = status.skipped + status.samples + status.drawn
+        self._bar.n = _done(status)
+        self._bar.bar_format = _bar_format(status)
         parts = (duration(status.seconds), rate_and_eta(status))
         self._bar.set_description_str(f"[{', '.join(part for part in parts if part)}]")
         self._details.set_description_str(trouble or ", ".join(filter(None, (said, details(status)))))
@@ -226,6 +227,10 @@ class _Bar:
         self._redirect.__exit__(None, None, None)
 
 
+def _bar_format(status: Status) -> str:
+    return f"{math.floor(_percent(status)):3d}%|{{bar}}| {{n_fmt}}/{{total_fmt}} samples {{desc}}"
+
+
 def next_line(seconds: float) -> float:
     """When the next log line is due, in seconds since the start, if one is written now."""
     return seconds + (FIRST_LINES_SECONDS if seconds < FIRST_LINES_FOR else LATER_LINES_SECONDS)
@@ -233,10 +238,18 @@ def next_line(seconds: float) -> float:
 
 def log_line(status: Status, said: str) -> str:
     """`said`: what `trouble` or `absent` says."""
-    done = status.skipped + status.samples + status.drawn
-    share = f" ({100 * done / status.total:.1f}%)" if status.total else ""
-    parts = [f"{done:,}/{status.total:,} samples{share}", said, rate_and_eta(status), details(status)]
+    share = f" ({_percent(status):.1f}%)" if status.total else ""
+    parts = [f"{_done(status):,}/{status.total:,} samples{share}", said, rate_and_eta(status), details(status)]
     return "; ".join(part for part in parts if part)
+
+
+def _done(status: Status) -> int:
+    return status.skipped + status.samples + status.drawn
+
+
+def _percent(status: Status) -> float:
+    """How much is done, rounded down to a tenth: 100 is said when nothing is left."""
+    return 1000 * _done(status) // max(status.total, 1) / 10
 
 
 def rate_and_eta(status: Status) -> str:

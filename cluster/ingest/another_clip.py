@@ -51,6 +51,7 @@ from cluster.generation.stages.monitor import start_monitor
 from cluster.ingest.agreement import agreement, most_different
 from cluster.ingest.featurise_again import WORK, FeaturiseAgain, facts_key, is_scored, read_facts, refuse_finished
 from cluster.ingest.request import FeaturiseRequest
+from cluster.numbers import duration
 from cluster.ray_state import actors_are_placed
 from cluster.session import start_ray, user_error, waiting_for
 from cluster.sources.concept_file import fitting_concepts
@@ -259,8 +260,9 @@ def _featurise_on_ray(
                 if timer.due():
                     left = (total - rows) * timer.elapsed / max(rows, 1)
                     log.info(
-                        "%d of %d shards, %.0f pictures/s, %.0f s left", done, len(missing), rows / timer.elapsed, left
-                    )
+                        "%d of %d shards, %.0f pictures/s, %s left",
+                        done, len(missing), rows / timer.elapsed, duration(left),
+                    )  # fmt: skip
     except ray.exceptions.RayError as error:
         raise user_error(error) or error from None
     return working

@@ -10,6 +10,7 @@ from typing import Any
 from cluster.dataset.committed import CommittedShards
 from cluster.dataset.documents import Manifest, Plan
 from cluster.device import require_gpu_here
+from cluster.numbers import duration
 from pcm.errors import InputError
 from pcm.images import image_format_of, open_image
 from pcm.line_timer import LineTimer
@@ -71,5 +72,6 @@ def import_shards(
                 rows += plan.shard_rows(shard)
                 if timer.due():
                     rate = rows / timer.elapsed
-                    log.info("%d of %d samples, %.0f a second, %.0f s left", rows, total, rate, (total - rows) / rate)
+                    left = duration((total - rows) / rate)
+                    log.info("%d of %d samples, %.0f a second, %s left", rows, total, rate, left)
     return rows

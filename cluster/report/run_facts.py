@@ -1,6 +1,8 @@
 """What a report knows of a training run: its settings, its epochs, its losses, and what an evaluation found."""
 
-from collections.abc import Sequence
+import io
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import PurePosixPath
 from typing import Any
@@ -49,18 +51,19 @@ def gather_run(store: Store) -> RunFacts:
     except (ValueError, LookupError, TypeError) as error:
         raise _damaged(store, CONFIG_KEY, error) from None
     try:
-        history = _lines(store, METRICS_KEY, ("epoch", "step", "loss", "lr", "CIDEr"))
+        history = tuple(_lines(store, METRICS_KEY, ("epoch", "step", "loss", "lr", "CIDEr")))
     except FileNotFoundError:
         history = ()
     keys = [key for key in store.list("losses/") if PurePosixPath(key).suffix == ".jsonl"]
-    steps = [row for rows in in_parallel(lambda key: _lines(store, key, ("step", "loss", "lr")), keys) for row in rows]
+    steps = np.concatenate([np.zeros((0, 3)), *in_parallel(lambda key: _steps(store, key), keys)])
+    steps = steps[np.argsort(steps[:, 0], kind="stable")]
     return RunFacts(
         root=store.root,
         document=document,
         config=config,
         history=history,
-        loss=_curve([(row["step"], row["loss"]) for row in steps]),
-        learning_rate=_curve([(row["step"], row["lr"]) for row in steps]),
+        loss=_curve(steps[:, [0, 1]]),
+        learning_rate=_curve(steps[:, [0, 2]]),
     )
 
 
@@ -110,18 +113,26 @@ def nearest_preset(config: TrainConfig) -> tuple[str, dict[str, str]]:
     return min(found.items(), key=lambda item: len(item[1]))
 
 
-def _lines(store: Store, key: str, numbers: Sequence[str]) -> tuple[dict[str, Any], ...]:
+def _lines(store: Store, key: str, numbers: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Rows that have these numbers. Raises InputError where one has not."""
-    data = store.read_bytes(key)
+    data = io.BytesIO(store.read_bytes(key))
     try:
-        rows = tuple(read_document(line) for line in data.splitlines())
-        for row in rows:
+        for line in data:
+            row = read_document(line)
             for name in numbers:
                 if not isinstance(row[name], int | float):
                     raise TypeError(f"{name} is {row[name]!r}")
+            yield row
     except (ValueError, LookupError, TypeError) as error:
         raise _damaged(store, key, error) from None
-    return rows
+
+
+def _steps(store: Store, key: str) -> np.ndarray:
+    """(step, loss, lr) of each line: a run of weeks has millions."""
+    numbers = array("d")
+    for row in _lines(store, key, ("step", "loss", "lr")):
+        numbers.extend((row["step"], row["loss"], row["lr"]))
+    return np.array(numbers).reshape(-1, 3)
 
 
 def _damaged(store: Store, key: str, error: Exception) -> InputError:
@@ -129,9 +140,8 @@ def _damaged(store: Store, key: str, error: Exception) -> InputError:
     return InputError(f"{store.root}/{key}: damaged ({said}); restore it, or make it again")
 
 
-def _curve(points: list[tuple[float, float]]) -> np.ndarray:
-    """The points in order of their step, neighbours averaged until there are few enough."""
-    if not points:
-        return np.zeros((0, 2))
-    array = np.array(sorted(points), dtype=np.float64)
-    return np.stack([part.mean(axis=0) for part in np.array_split(array, min(CURVE_POINTS, len(array)))])
+def _curve(points: np.ndarray) -> np.ndarray:
+    """Points in their order, neighbours averaged until there are few enough."""
+    if not len(points):
+        return points
+    return np.stack([part.mean(axis=0) for part in np.array_split(points, min(CURVE_POINTS, len(points)))])

@@ -9,8 +9,7 @@ from cluster.report.parts import absent, code, details, section, table
 from cluster.report.sweep_facts import SweepFacts
 from cluster.sweep.plots import against, epochs, parallel_coordinates, value_text
 from cluster.sweep.results import SettingResult, tied
-
-ROWS_SHOWN = 15
+from cluster.sweep.tables import ROWS_SHOWN
 
 
 def sweep(found: SweepFacts) -> Html:

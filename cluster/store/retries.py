@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from cluster.numbers import duration
 from pcm.errors import InputError, StoreFailure
 from pcm.line_timer import LineTimer
 
@@ -137,7 +138,7 @@ def with_retries(operation: Callable[[], T], *, place: str, connect_anew: Callab
                 said = _advice(fault, place) if late else _given_up(fault, place, patience.spent)
                 raise StoreFailure(said, passes=True) from None
             if _lines.due():
-                log.warning("%s: %s; trying again for up to %.0f s", place, fault.what, left)
+                log.warning("%s: %s; trying again for up to %s", place, fault.what, duration(left))
         patience.sleep(left)
 
 
@@ -156,7 +157,7 @@ def load_with_retries(load: Callable[[], T], *, model: str) -> T:
             fault = classify(error)
             if fault.kind != "transient" or (left := patience.left()) <= 0:
                 raise
-            log.warning("%s: not loaded (%s); trying again for up to %.0f s", model, fault.what, left)
+            log.warning("%s: not loaded (%s); trying again for up to %s", model, fault.what, duration(left))
         patience.sleep(left)
 
 
@@ -238,8 +239,8 @@ def _is_of_the_store(error: Exception) -> bool:
 
 def _given_up(fault: Fault, place: str, seconds: float) -> str:
     if fault.what in ("EMFILE", "ENFILE"):
-        return f"{place}: too many open files for {seconds:.0f} s ({fault.what}); raise `ulimit -n` and {RERUN}"
-    return f"{place}: the store did not answer properly for {seconds:.0f} s ({fault.what}); {RERUN} when it does"
+        return f"{place}: too many open files for {duration(seconds)} ({fault.what}); raise `ulimit -n` and {RERUN}"
+    return f"{place}: the store did not answer properly for {duration(seconds)} ({fault.what}); {RERUN} when it does"
 
 
 def _advice(fault: Fault, place: str) -> str:

@@ -23,16 +23,21 @@ RESULTS_KEY = "results.parquet"
 BEST_KEY = "best.json"
 TABLE_KEY = "table.txt"
 PLOTS = "plots"
+#: Settings that log and report show at once; all are in the table.
+ROWS_SHOWN = 15
 
 
 def write_report(
     out: Store, results: Sequence[TrialResult], *, params: Sequence[str], base: TrainConfig
 ) -> dict[str, Any] | None:
-    """Write everything under OUT, show the table; the job's summary, or None where no setting has a result."""
+    """Write everything under OUT, log the best; the job's summary, or None where no setting has a result."""
     ranked = by_setting(results, base=base)
     table = result_table(ranked, params=params)
-    log.info("results, best first:\n%s", table)
     out.write_bytes(TABLE_KEY, (table + "\n").encode())
+    shown = "\n".join(table.splitlines()[: 1 + ROWS_SHOWN])
+    others = len(ranked) - ROWS_SHOWN
+    more = f"\n{others} more settings are in {join(out.root, TABLE_KEY)}" if others > 0 else ""
+    log.info("results, best first:\n%s%s", shown, more)
     out.write_bytes(RESULTS_KEY, _parquet(results, params=params))
     for name, data in plots(ranked, params=params).items():
         out.write_bytes(f"{PLOTS}/{name}", data)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed
 
 from cluster.dataset.rows import not_finite_error, share_checks
+from cluster.numbers import duration, spent
 from cluster.training.checkpoints import NO_SCORE, SCORE
 from cluster.training.config import TrainConfig
 from cluster.training.data.batches import Batch
@@ -74,7 +75,7 @@ def _train_and_validate(worker: TrainWorker) -> None:
     started = time.monotonic()
     first_step = progress.step
     began = started - progress.seconds
-    rows = _train_epoch(worker, began=began)
+    losses = _train_epoch(worker, began=began)
     trained = time.monotonic()
     if not worker.data.is_open:
         worker.open_data()
@@ -92,8 +93,8 @@ def _train_and_validate(worker: TrainWorker) -> None:
     metrics: dict[str, Any] = {
         "epoch": progress.epoch,
         "step": progress.step,
-        "loss": math.fsum(row["loss"] for row in rows) / len(rows),
-        "lr": rows[-1]["lr"],
+        "loss": math.fsum(losses.loss) / len(losses.loss),
+        "lr": losses.lr[-1],
         "CIDEr": cider,
         "seconds": round(trained - began, 3),
         "validation_seconds": round(time.monotonic() - trained, 3),
@@ -104,7 +105,7 @@ def _train_and_validate(worker: TrainWorker) -> None:
     worker.reporter.say(
         f"epoch {progress.epoch}/{config.epochs}: loss {metrics['loss']:.4f}, lr {metrics['lr']:.2e}, "
         f"CIDEr {cider:.4f}{' (best)' if is_best else ''}, {metrics['samples_per_second']} samples/s, "
-        f"{metrics['seconds']:.1f} s + {metrics['validation_seconds']:.1f} s validation"
+        f"{spent(metrics['seconds'])} + {spent(metrics['validation_seconds'])} validation"
     )
     tracked = {name: metrics[name] for name in ("CIDEr", "epoch", "samples_per_second")}
     worker.reporter.track(progress.step, tracked | {"workers": worker.num_workers})
@@ -112,7 +113,7 @@ def _train_and_validate(worker: TrainWorker) -> None:
     worker.reporter.write_metrics(progress.history)
 
 
-def _train_epoch(worker: TrainWorker, *, began: float) -> list[dict[str, float]]:
+def _train_epoch(worker: TrainWorker, *, began: float) -> LossLog:
     """Train to the end of the epoch; step, loss and learning rate of all its steps. `began`: when the epoch would have
     begun, had it not been interrupted."""
     progress, config = worker.progress, worker.config
@@ -141,7 +142,7 @@ def _train_epoch(worker: TrainWorker, *, began: float) -> list[dict[str, float]]
             _check(worker, unchecked, losses)
             unchecked.clear()
         if at_end or due:
-            worker.reporter.write_losses(losses)
+            worker.reporter.write_losses(losses, at_end=at_end)
         if due:
             progress.seconds = time.monotonic() - began
             worker.checkpoints.save({"step": progress.step, SCORE: NO_SCORE}, progress, is_best=False)
@@ -155,11 +156,11 @@ def _train_epoch(worker: TrainWorker, *, began: float) -> list[dict[str, float]]
             worker.reporter.say(
                 f"epoch {progress.epoch + 1}/{config.epochs} step {done}/{steps}: "
                 f"loss {float(loss):.4f}, lr {lr:.2e}, {config.batch_size / seconds_a_step:.1f} samples/s, "
-                f"ETA {left:.0f} s{without}"
+                f"ETA {duration(left)}{without}"
             )
-    if not losses.rows:
+    if not losses.step:
         worker.open_data()  # says why there is nothing to train on
-    return losses.rows
+    return losses
 
 
 def _check_steps(device: torch.device, batch: Batch) -> int:

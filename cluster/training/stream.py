@@ -26,6 +26,7 @@ from cluster.generation.pipeline import GenerationResult
 from cluster.generation.pools import Pools
 from cluster.generation.presets import with_preset
 from cluster.generation.retrying import interrupted_retry
+from cluster.numbers import duration
 from cluster.only_job import TRAINS, only_job, place
 from cluster.session import cluster_cpus, cluster_gpus, cpus_for_each, is_joined, who_has
 from cluster.store.store import Store, open_store
@@ -156,7 +157,7 @@ def _generate_and_train(
             side.result()  # raises what ended it; the threads and their actors end with this process
         if generated in done:
             generation_seconds = time.monotonic() - started
-            log.info("all pictures are there after %.0f s; training goes on", generation_seconds)
+            log.info("all pictures are there after %s; training goes on", duration(generation_seconds))
     assert generation_seconds is not None
     return {
         **generated.result().summary(),

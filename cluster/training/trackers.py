@@ -35,6 +35,8 @@ WANDB_KEY = "wandb"
 PROJECT = "pcmnet"
 #: Files for an object store are uploaded so often, and at the end.
 UPLOAD_SECONDS = 30.0
+#: From this size on an event file for an object store, which is uploaded whole each time, is left, and another begun.
+EVENT_FILE_BYTES = 2**20
 #: How long the end of a run waits for a tracker to write what is pending.
 CLOSE_SECONDS = 60.0
 _PENDING = 10_000
@@ -143,12 +145,23 @@ class _Folder:
         return self._remote and time.monotonic() - self._uploaded >= UPLOAD_SECONDS
 
     def upload(self) -> None:
-        """Put every file anew: event files are small, and object stores cannot append."""
+        """Put every file anew: object stores cannot append."""
         self._uploaded = time.monotonic()
         if self._remote:
-            for file in sorted(self.path.rglob("*")):
-                if file.is_file() and not file.is_symlink():
-                    self._store.write_bytes(f"{self._key}/{file.relative_to(self.path)}", file.read_bytes())
+            for file in self._files():
+                self._store.put_file(f"{self._key}/{file.relative_to(self.path)}", file)
+
+    def is_long(self) -> bool:
+        """Whether the files that each upload puts have become long."""
+        return sum(file.stat().st_size for file in self._files()) >= EVENT_FILE_BYTES
+
+    def forget(self) -> None:
+        """Delete the local files, which are uploaded and are written no more."""
+        for file in self._files():
+            file.unlink()
+
+    def _files(self) -> list[Path]:
+        return [file for file in sorted(self.path.rglob("*")) if file.is_file() and not file.is_symlink()]
 
     def remove(self) -> None:
         self._temporary.close()
@@ -162,16 +175,23 @@ class _TensorBoard:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
             # What an interrupted run logged from this step on is hidden: it is logged again.
-            self._writer = SummaryWriter(str(self._folder.path), purge_step=step)
+            self._writer = self._new_writer(purge_step=step)
             self._writer.add_text("config", f"```\n{self._config}\n```", step)
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         if self._folder.is_due():
             self._writer.flush()
             self._folder.upload()
+            if self._folder.is_long():
+                self._writer.close()
+                self._folder.forget()
+                self._writer = self._new_writer()
+
+    def _new_writer(self, purge_step: int | None = None) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self._folder.path), purge_step=purge_step)
 
     def close(self) -> None:
         if self._writer is not None:

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 
 from cluster.gpu_share import keep_to_shared_gpu, worker_has_gpu
+from cluster.numbers import LOG_TIME
 from cluster.ray_internals import LOOP_ERRORS
 from cluster.session import is_no_user_error
 from cluster.store.store import Store, open_store
@@ -182,7 +183,7 @@ def _log_to_stderr() -> None:
         logger = logging.getLogger(package)
         if not logger.handlers:
             handler = logging.StreamHandler(sys.stderr)
-            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt=LOG_TIME))
             logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False

@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from cluster.numbers import spent
 from cluster.store.paths import inside
 from cluster.store.retries import with_retries
 from cluster.store.store import Store, is_uri, open_store
@@ -157,7 +158,7 @@ def _fetch(store: Store, manifest: WeightsManifest, revision: str, folder: Path)
     if (found := revision_of(files, revision)) != revision:
         raise InputError(f"{store.root}: its files together are {found}, not {revision}; {_AGAIN}")
     with_retries(lambda: _complete(part, folder, manifest), place=str(folder))
-    log.info("%s: here after %.1f s", store.root, time.monotonic() - started)
+    log.info("%s: here after %s", store.root, spent(time.monotonic() - started))
 
 
 def _run(pool: ThreadPoolExecutor, function: Callable[[T], None], items: Iterable[T]) -> None:

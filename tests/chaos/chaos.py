@@ -34,6 +34,7 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 from cluster.dataset.verify import verify
+from cluster.numbers import LOG_TIME
 from cluster.store.store import open_store
 from tests.helpers.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.helpers.seaweedfs import S3Server, seaweedfs
@@ -292,7 +293,7 @@ def main() -> None:
     parser.add_argument("--victims", help=f"instead of --kills: these, in this order, of {', '.join(VICTIMS)}")
     parser.add_argument("--captions", type=int, help="default: 80 a kill, and at least 400")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt=LOG_TIME, stream=sys.stderr)
     victims = args.victims.split(",") if args.victims else random_victims(args.kills, args.seed)
     if unknown := set(victims) - set(VICTIMS):
         parser.error(f"--victims {', '.join(sorted(unknown))}: allowed are {', '.join(VICTIMS)}")

@@ -270,17 +270,19 @@ def test_what_is_waited_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.session.free_resources", lambda: free)
 
     def line(**asked: Any) -> str:
-        return _Wanted(**{"cpus": 4, "gpus": 1, "workers": 1, "labels": {}} | asked).line(seconds=65)
+        return _Wanted(**{"cpus": 4, "gpus": 1, "workers": 1, "labels": {}} | asked).line(seconds=90_000)
 
-    assert line(workers=4) == "waiting for 16 CPUs and 4 GPUs; the cluster has 12 and 3 now (for 65 s)"
+    assert line(workers=4) == "waiting for 16 CPUs and 4 GPUs; the cluster has 12 and 3 now (for 1 d 1 h)"
     assert line(cpus=6, workers=2) == (
-        "waiting for 12 CPUs and 2 GPUs, on one node for each of 2 workers; the cluster has 12 and 3 now (for 65 s)"
+        "waiting for 12 CPUs and 2 GPUs, on one node for each of 2 workers; the cluster has 12 and 3 now (for 1 d 1 h)"
     )
     assert line() == (
-        "waiting for 4 CPUs and 1 GPUs, on one node; the cluster has 12 and 3 now, of which 8 and 1 are free (for 65 s)"
+        "waiting for 4 CPUs and 1 GPUs, on one node; the cluster has 12 and 3 now, of which 8 and 1 are free "
+        "(for 1 d 1 h)"
     )
     assert line(labels={"role": "training"}) == (
-        "waiting for 4 CPUs and 1 GPUs; nodes with role=training have 4 and 1 now, of which 4 and 0 are free (for 65 s)"
+        "waiting for 4 CPUs and 1 GPUs; nodes with role=training have 4 and 1 now, of which 4 and 0 are free "
+        "(for 1 d 1 h)"
     )
     free.clear()
     assert "of which 0 and 0 are free" in line()

@@ -50,6 +50,7 @@ ORDER = {
     ),
     "cluster": (
         "__init__",
+        "numbers",
         "ray_internals",
         "ray_data_internals",
         "ray_autoscaler_internals",
@@ -58,7 +59,6 @@ ORDER = {
         "session",
         "device",
         "options",
-        "numbers",
         "charts",
         "gpu_share",
         "store",

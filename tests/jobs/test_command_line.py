@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -198,6 +199,23 @@ def test_a_log_level_may_be_in_small_letters(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setenv("PCM_LOG_LEVEL", "debug")
     example().main([])
     assert json.loads(capsys.readouterr().out)["number"] == 3
+
+
+def test_a_log_line_of_a_job_or_of_its_workers_has_its_date_and_time_zone() -> None:
+    code = """
+import logging
+from cluster.training.worker import _log_to_stderr
+from jobs.command_line import set_up_logging
+set_up_logging()
+logging.getLogger("cluster.x").info("a job's")
+_log_to_stderr()
+logging.getLogger("cluster.x").info("a worker's")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "TZ": "Asia/Kolkata"}
+    )
+    when = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d\+0530"
+    assert re.fullmatch(rf"{when} cluster\.x: a job's\n{when} a worker's\n", done.stderr), done.stderr
 
 
 def test_a_check_that_fails_prints_its_summary_and_ends_with_1(capsys: pytest.CaptureFixture) -> None:

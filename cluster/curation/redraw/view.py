@@ -37,6 +37,7 @@ from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.request import ShardOptions
 from cluster.dataset.rows import read_shard
 from cluster.dataset.view import ViewRows, write_view
+from cluster.numbers import duration
 from cluster.store.store import Store
 from cluster.weights.node_copy import local_spec
 from pcm.documents import document_bytes
@@ -250,7 +251,7 @@ def _say_prediction(planned: dict[str, Any], scores: Scores) -> None:
         "%d pictures for %d rows: expected mean clip score %.4f -> %.4f (if the caption decides half of a score's "
         "variance; each round measures it), %s",
         planned["pictures"], len(scores), scores.stored.mean(), scores.stored.mean() + planned["expected_gain"],
-        "in a time that the source does not tell" if seconds is None else f"some {seconds:.0f} s of a generator",
+        "in a time that the source does not tell" if seconds is None else f"some {duration(seconds)} of a generator",
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from cluster.dataset.committed import stored_shard
 from cluster.dataset.documents import Manifest, Plan, load_manifest
 from cluster.dataset.keys import shard_key
 from cluster.dataset.rows import read_rows, read_shard, scores_of
+from cluster.numbers import duration
 from cluster.store.store import Store
 from cluster.training.data.batches import Batch, BatchShape, Decoded, OpenBatch, in_background
 from cluster.training.data.selection import RowFilter
@@ -120,7 +121,7 @@ def _until(holds: Callable[[], bool], *, what: str, sleep: Callable[[float], Non
         sleep(pause)
         pause = min(1.5 * pause, LONGEST_PAUSE)
         if timer.due():
-            log.info("training has waited %.0f s for %s", timer.elapsed, what)
+            log.info("training has waited %s for %s", duration(timer.elapsed), what)
 
 
 def _taken(held: deque[tuple[Decoded, np.ndarray]], count: int) -> list[tuple[Decoded, np.ndarray]]:

@@ -44,4 +44,4 @@ def test_the_time_left_does_not_count_the_wait_for_machines(
     now[0] += 600
     progress.began(4.0)
     progress.done()
-    assert caplog.messages[-1] == "matching: 1 of 101 pieces, 400 s left"
+    assert caplog.messages[-1] == "matching: 1 of 101 pieces, 6 min 40 s left"

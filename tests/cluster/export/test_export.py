@@ -394,8 +394,8 @@ def test_the_time_left_after_a_resume_is_that_of_the_shards_still_to_be_written(
     assert _said_of_each(work, exporter, [(shard, shard < 900) for shard in range(1000)]) == list(range(1000))
     assert caplog.messages[:3] == [
         "1 of 1000 shards exported",
-        "901 of 1000 shards exported, 495 s left",
-        "903 of 1000 shards exported, 485 s left",
+        "901 of 1000 shards exported, 8 min 15 s left",
+        "903 of 1000 shards exported, 8 min 05 s left",
     ]
 
 

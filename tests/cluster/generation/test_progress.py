@@ -18,6 +18,7 @@ from cluster.generation.cost import Billing
 from cluster.generation.display import (
     Display,
     Room,
+    _bar_format,
     absent,
     absent_clip,
     log_line,
@@ -442,6 +443,15 @@ def test_a_line_says_all_there_is_to_know() -> None:
         "204/10,000 samples (2.0%); 2 images/s, ETA 1 h 20 min; busy: draw 100%, featurise 10%, encode 2%, store 1%, "
         "clip score 0.270, 200 kB, quarantined: black_image 4, cost 0.1 of about 4.902"
     )
+
+
+def test_a_run_that_is_not_over_is_not_said_to_be_at_100_percent() -> None:
+    clock = Clock()
+    run = a_run(clock, total=100_000, generators=1)
+    clock.now += 100
+    run.add(shard_stats(clock, images=99_999))
+    assert log_line(run.status(), "").startswith("99,999/100,000 samples (99.9%); ")
+    assert _bar_format(run.status()).startswith(" 99%|")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from cluster.report import dataset_facts
 from cluster.report.gallery import make_gallery
 from cluster.report.make import gather, make_report
 from cluster.report.request import ReportRequest
+from cluster.report.run_facts import _steps
 from cluster.store.object_file import ObjectFile
 from cluster.store.store import Store, open_store, read_uri
 from cluster.sweep.results import TrialResult
@@ -78,13 +80,31 @@ def write_run(folder: Path, data: Path) -> None:
         log = LossLog(store, epoch=epoch, until=0)
         for step in range(500 * epoch - 499, 500 * epoch + 1):
             log.append(step=step, loss=3 / step, lr=1e-4 * step)
-        log.write()
+        log.write(at_end=True)
     rows = [
         {"epoch": epoch, "step": 500 * epoch, "loss": 1 / epoch, "lr": 1e-4, "CIDEr": cider, "seconds": 2.0,
          "validation_seconds": 0.5, "samples_per_second": 30.0}
         for epoch, cider in zip(range(1, EPOCHS + 1), (0.2, 0.625, 0.5), strict=True)
     ]  # fmt: skip
     store.write_bytes(METRICS_KEY, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def test_a_run_of_many_steps_is_read_in_little_memory(tmp_path: Path) -> None:
+    """A run of a week has millions of steps: as rows they took 600 bytes each."""
+    store, steps = open_store(tmp_path), 20_000
+    log = LossLog(store, epoch=1, until=0)
+    for step in range(1, steps + 1):
+        log.append(step=step, loss=3 / step, lr=1e-4 * step)
+    log.write(at_end=True)
+    file = store.size("losses/epoch-001.jsonl")
+    tracemalloc.start()
+    try:
+        found = _steps(store, "losses/epoch-001.jsonl")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * file + 100 * steps
+    assert found.tolist() == [[step, 3 / step, 1e-4 * step] for step in range(1, steps + 1)]
 
 
 def write_evaluation(folder: Path, world: Path) -> None:

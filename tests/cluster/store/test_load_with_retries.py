@@ -92,7 +92,7 @@ def test_a_hub_that_fails_twice_is_asked_again(tmp_path):
     with hub([520, 520]) as server:
         done = ask(server, tmp_path)
     assert done.returncode == 0 and done.stdout.strip() == FILE.decode(), done.stderr
-    assert "a/model: not loaded (HTTP 520)" in done.stderr and "trying again for up to 60 s" in done.stderr
+    assert "a/model: not loaded (HTTP 520)" in done.stderr and "trying again for up to 1 min 00 s" in done.stderr
 
 
 def test_a_file_that_is_not_there_is_not_waited_for(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from cluster.dataset.documents import load_manifest
 from cluster.dataset.keys import MANIFEST_KEY
@@ -20,8 +21,8 @@ from cluster.dataset.rows import preload, read_shard
 from cluster.only_job import TRAINS, only_job
 from cluster.store.store import open_store
 from cluster.sweep.request import SweepRequest
-from cluster.sweep.sweep import SWEEP_KEY, _check_device, _check_out, _settings, sweep
-from cluster.sweep.trial import shared_tables
+from cluster.sweep.sweep import SWEEP_KEY, _check_device, _check_out, _in_turn, _settings, sweep
+from cluster.sweep.trial import OVERRIDES, shared_tables
 from cluster.training.config import TrainConfig
 from cluster.training.data.shuffled import ROW_ORDER
 from cluster.training.feed import DataChanged
@@ -97,7 +98,23 @@ def test_a_finished_sweep_trains_nothing_again(swept: tuple[dict, Path], data: P
         file.unlink()  # a trial that trained would write it
     again = sweep(request(data, resume=True))
     assert not any(file.exists() for file in logs)
+    assert len(list(out.glob("tune/experiment_state-*.json"))) == 1, "that of the job before is deleted"
     assert again["best"] == summary["best"] and again["by_status"] == summary["by_status"]
+
+
+def test_the_first_of_many_trials_begins_at_once(tmp_path: Path) -> None:
+    """Those of a grid of 1,000 took 20 s, and of 10,000 half an hour: Ray Tune copies it for each of its points."""
+    settings = [{"lr_factor": 0.1 + number, "seed": number} for number in range(1_000)]
+    experiment = ray.tune.Experiment(
+        "tune", lambda config: None, config=_in_turn(settings), num_samples=len(settings), storage_path=str(tmp_path)
+    )
+    search = BasicVariantGenerator()
+    started = time.monotonic()
+    search.add_configurations([experiment])
+    begun = [search.next_trial().config[OVERRIDES] for _ in range(3)]
+    assert time.monotonic() - started < 5 and search.total_samples == len(settings)
+    begun += [search.next_trial().config[OVERRIDES] for _ in settings[3:]]
+    assert begun == settings and search.next_trial() is None
 
 
 @pytest.mark.parametrize(

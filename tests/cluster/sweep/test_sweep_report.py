@@ -43,6 +43,19 @@ def test_the_best_setting_is_that_of_the_best_mean_over_its_seeds() -> None:
     assert math.isnan(third.mean), "a setting one seed of which failed has no mean"
 
 
+def test_of_many_settings_the_log_has_the_best_and_names_the_table(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    results = [result([number / 100], top_concepts=number) for number in range(1, 41)]
+    write_report(open_store(tmp_path), results, params=["top_concepts"], base=TrainConfig())
+    title, header, *rows, more = caplog.messages[0].splitlines()
+    assert title == "results, best first:" and header.startswith("top_concepts  CIDEr")
+    assert [row.split()[0] for row in rows] == [str(number) for number in range(40, 25, -1)]
+    assert more == f"25 more settings are in {tmp_path}/table.txt"
+    assert len((tmp_path / "table.txt").read_text().splitlines()) == 41
+
+
 def test_a_tie_is_won_by_the_presets_value_in_whatever_order_trials_come(tmp_path: Path) -> None:
     preset = TrainConfig()
     assert preset.model.top_concepts == 5

@@ -4,10 +4,12 @@ import glob
 import hashlib
 import importlib.util
 import logging
+import shutil
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -57,6 +59,28 @@ def test_event_files_of_a_run_on_an_object_store_lie_beside_it(s3: S3Server, tmp
     (key,) = store.list("tensorboard")
     (tmp_path / Path(key).name).write_bytes(store.read_bytes(key))
     assert scalars(tmp_path, "train/loss") == [(1, 1.5), (2, 1.5), (3, 1.5)]
+
+
+def test_what_is_uploaded_of_a_long_run_does_not_grow_with_its_square(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An object store cannot append: a file is put whole each time, so it must not become long."""
+    sizes: list[int] = []
+
+    def put(key: str, file: Path) -> None:
+        sizes.append(file.stat().st_size)
+        shutil.copy(file, tmp_path / file.name)
+
+    monkeypatch.setattr(trackers, "UPLOAD_SECONDS", 0.0)
+    monkeypatch.setattr(trackers, "EVENT_FILE_BYTES", 10_000)
+    store: Any = SimpleNamespace(is_local=False, put_file=put)
+    tensorboard = trackers._TensorBoard(store, CONFIG)
+    for step in range(1, 1001):
+        tensorboard.log(step, {"train/loss": 1.5})
+    tensorboard.close()
+    assert max(sizes) < 11_000 and sum(sizes) < len(sizes) * 6_000
+    assert scalars(tmp_path, "train/loss") == [(step, 1.5) for step in range(1, 1001)]
+    assert not tensorboard._folder.path.exists()
 
 
 def fake_wandb(monkeypatch: pytest.MonkeyPatch, init) -> None:

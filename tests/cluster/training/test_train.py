@@ -101,6 +101,39 @@ def losses(out: Path) -> list[dict]:
     return [json.loads(line) for file in sorted((out / "losses").iterdir()) for line in file.read_text().splitlines()]
 
 
+def test_the_losses_of_an_epoch_are_put_once_however_many_checkpoints_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, put = open_store(tmp_path), Store.write_bytes
+    sizes: list[int] = []
+    monkeypatch.setattr(Store, "write_bytes", lambda *given: (sizes.append(len(given[2])), put(*given)))
+
+    def train(log: LossLog, last: int) -> None:
+        """As `last` steps, a checkpoint after every tenth."""
+        for step in range(len(log.step) + 1, last + 1):
+            log.append(step=step, loss=1 / step, lr=0.1)
+            if step % 10 == 0:
+                log.write(at_end=False)
+
+    def lines(last: int) -> list[dict]:
+        return [{"step": step, "loss": 1 / step, "lr": 0.1} for step in range(1, last + 1)]
+
+    def stored() -> list[dict]:
+        return [json.loads(line) for key in store.list("losses/") for line in store.read_bytes(key).splitlines()]
+
+    train(LossLog(store, epoch=1, until=0), 105)
+    assert stored() == lines(100) and sum(sizes) == sum(store.size(key) for key in store.list("losses/"))
+    log = LossLog(store, epoch=1, until=90)  # the lines were put, and the job was killed before its checkpoint was
+    train(log, 95)
+    assert (list(log.step), list(log.loss)) == (list(range(1, 96)), [1 / step for step in range(1, 96)])
+    train(log, 120)
+    assert stored() == lines(120) and len(store.list("losses/")) == 3
+    log = LossLog(store, epoch=1, until=120)
+    train(log, 125)
+    log.write(at_end=True)
+    assert stored() == lines(125) and [path.name for path in (tmp_path / "losses").iterdir()] == ["epoch-001.jsonl"]
+
+
 def wait_for(found: Callable[[], object], *, alive: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 240
     while not found():
@@ -1198,12 +1231,12 @@ def test_times_are_of_all_attempts_of_an_epoch_and_the_time_left_counts_validati
     )  # fmt: skip
     with pytest.raises(Interrupted):
         _train_and_validate(worker)
-    assert said[0].endswith("1.6 samples/s, ETA 90 s without validation")
+    assert said[0].endswith("1.6 samples/s, ETA 1 min 30 s without validation")
     worker.progress = TrainingState(**json.loads(saved[-1]))
     assert (worker.progress.step, worker.progress.seconds) == (4, 20)
     _train_and_validate(worker)
     assert rows[-1][0] | {"seconds": 50.0, "validation_seconds": 100.0, "samples_per_second": 1.6} == rows[-1][0]
     said.clear()
     _train_and_validate(worker)
-    assert said[0].endswith("ETA 140 s"), "eight steps and a validation"
+    assert said[0].endswith("ETA 2 min 20 s"), "eight steps and a validation"
     assert rows[-1][1]["seconds"] == 50.0
