@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.pools import TURNS_AT_ONCE
-from cluster.generation.stages.generator import LONGEST_PAUSE
 from cluster.generation.stages.monitor import RunMonitor, Turn
+from cluster.generation.stages.takes_turns import LONGEST_PAUSE
 
 
 @dataclass(frozen=True, kw_only=True)

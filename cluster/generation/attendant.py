@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 from cluster.generation.stages.monitor import ANSWER_SECONDS, MAX_IN_HAND
 from cluster.numbers import duration
 from cluster.ray_autoscaler_internals import nodes_are_coming
+from cluster.session import cluster_nodes
 from pcm.errors import typed_first_line
 from pcm.line_timer import LineTimer
 
@@ -22,26 +23,34 @@ TICK_SECONDS, SECONDS_BETWEEN_LINES = 1.0, 30.0
 
 
 @contextmanager
-def attended(monitor: ActorHandle, left: set[int], generators: int, scorers: int) -> Iterator[None]:
+def attended(
+    monitor: ActorHandle, left: set[int], generators: int, scorers: int, labels: Mapping[str, str] | None = None
+) -> Iterator[None]:
     """Answer the monitor as long as a pass goes on, in a thread. `left`: shards that are not stored, as it changes.
 
-    A monitor whose process died is told what is left: without it nobody gets a shard. While all that have started are
-    left out it is told that nodes are coming, if they are, and the log says what is waited for.
+    It is told which nodes with these `labels` are there. A monitor whose process died is told what is left: without it
+    nobody gets a shard. While all that have started are left out it is told that nodes are coming, if they are, and the
+    log says what is waited for. The log names each actor that is left out.
     """
     over = threading.Event()
+    named: set[str] = set()
 
     def attend() -> None:
         waiting: LineTimer | None = None
         while not over.wait(TICK_SECONDS):
             try:
-                asked: Any = monitor.wants.remote()
-                wants_pass, hopeless = ray.get(asked, timeout=ANSWER_SECONDS)
+                monitor.nodes.remote(cluster_nodes(labels))
+                asked: Any = [monitor.wants.remote(), monitor.left_out.remote()]
+                (wants_pass, hopeless), left_out = ray.get(asked, timeout=ANSWER_SECONDS)
                 if wants_pass:
                     shards = sorted(left)
                     in_hand = min(len(shards), MAX_IN_HAND * generators)
                     ray.get(monitor.begin_pass.remote(shards, generators, scorers, in_hand), timeout=ANSWER_SECONDS)
                     log.warning("the monitor's process died; it knows again what is left: %d shards", len(shards))
                 waiting = _waiting_line(monitor, hopeless, waiting)
+                for said in sorted(set(left_out) - named):
+                    named.add(said)
+                    log.warning("an actor is left out, and others do its share: %s", said)
             except Exception as error:  # a run does not stop for it; the next tick asks again
                 log.debug("the monitor is not attended: %s", error)
 
@@ -67,5 +76,5 @@ def _waiting_line(monitor: ActorHandle, hopeless: str, since: LineTimer | None) 
     if coming:
         monitor.nodes_are_coming.remote()
     if timer.due():
-        log.warning("nobody can draw: %s%s (waited %s)", hopeless, nodes, duration(timer.elapsed))
+        log.warning("nobody can work: %s%s (waited %s)", hopeless, nodes, duration(timer.elapsed))
     return timer

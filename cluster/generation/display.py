@@ -61,7 +61,6 @@ def ask_cluster(monitor: ActorHandle | None, *, room: "Room", clip_room: "Room")
     )
     if monitor is None:
         return state
-    monitor.nodes.remote(cluster_nodes(room.labels))
     try:
         said: Any = ray.get(monitor.snapshot.remote(), timeout=ANSWER_SECONDS)
     except ray.exceptions.RayError:
@@ -73,7 +72,6 @@ def ask_cluster(monitor: ActorHandle | None, *, room: "Room", clip_room: "Room")
         in_flight=said["in_flight"],
         generators=min(said["generators"], most),
         scorers=said["scorers"],
-        left_out=tuple(said["left_out"]),
     )
     return replace(state, live=live)
 
@@ -132,7 +130,6 @@ class Display:
     ) -> None:
         self._progress, self._telemetry, self._monitor = progress, telemetry, monitor
         self._room, self._clip_room = room, clip_room
-        self._left_out: set[str] = set()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._tick_until_closed, name="progress", daemon=True)
         stream = stream or sys.stderr
@@ -165,10 +162,6 @@ class Display:
                 log.debug("the cluster does not answer: %s", error)
                 news = ClusterState()
             self._progress.observe(news.live, machines=news.machines)
-            for said in news.live.left_out if news.live else ():
-                if said not in self._left_out:
-                    log.warning("a generator draws no more, others draw its share: %s", said)
-                    self._left_out.add(said)
             status = self._progress.status()
             self._telemetry.update(status)
             few = self._room.few_gpus(news.gpus, status.wanted_generators)

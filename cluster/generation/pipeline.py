@@ -1,17 +1,12 @@
 """Generation: plan -> Ray Data actor pools -> shards on the store -> manifest. Rerun it to resume."""
 
-import json
 import logging
-from collections import abc, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Thread
 from typing import Any
 
-import pyarrow as pa
-import ray
 from ray.actor import ActorHandle
 
 from cluster.dataset.clip_scores import check_gate
@@ -27,7 +22,6 @@ from cluster.dataset.vocabularies import (
     store_vocabularies,
     stored_features,
 )
-from cluster.generation.attendant import attended
 from cluster.generation.cost import Billing
 from cluster.generation.display import Display, Room
 from cluster.generation.limits import FaultPolicy, RunLimits
@@ -40,16 +34,13 @@ from cluster.generation.stages.monitor import shards_begun_again, start_monitor
 from cluster.generation.stages.scorer import Scorer
 from cluster.generation.stages.write import OF_THIS_RUN
 from cluster.generation.telemetry import Telemetry
+from cluster.generation.turns import Stages, made_in_turns
 from cluster.only_job import MAKES, only_job
-from cluster.session import user_error
 from cluster.store.store import Store
-from pcm.errors import InputError, OneLineError
+from pcm.errors import InputError
 from pcm.records import FeatureShape
 
 log = logging.getLogger(__name__)
-
-#: Generators have so many seconds to learn that all is stored, before they are stopped.
-LAST_TURNS_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,26 +227,13 @@ def _make_missing(
     room = Room(pools.generator_takes(), pools.node_labels)
     clip_room = Room(pools.scorer_takes(), pools.node_labels)
     with Display(progress, telemetry, watched_by[0], room=room, clip_room=clip_room) as display:
-        while missing:
-            made = shard_stream(store, plan, missing, pools, watched_by=watched_by, again=again, retry=retry, draw=draw)
-            with closing(made):  # at once, whatever is raised here: its actors hold CPUs and GPUs
-                for stats in made:
-                    on_store.add(stats)
-                    display.add(stats.get(OF_THIS_RUN, stats))
-                    check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
-            missing = _still_missing(missing, on_store)
-
-
-def _still_missing(given_out: list[int], made: CommittedShards) -> list[int]:
-    """What a pass over these shards has left. Raises InputError when it has made none of them."""
-    left = [shard for shard in given_out if shard not in made]
-    if len(left) == len(given_out):
-        raise InputError(
-            f"shard {left[0]} and {len(left) - 1} more were given out and none came back; run the same command again"
-        )
-    if left:
-        log.warning("%d shards were given out and did not come back; they are given out once more", len(left))
-    return left
+        stages = partial(_stages, store, plan, pools, watched_by=watched_by, again=again, retry=retry, draw=draw)
+        made = made_in_turns(missing, stages, pools, watched_by[0], scorers=pools.scorers)
+        with closing(made):  # at once, whatever is raised here: its actors hold CPUs and GPUs
+            for stats in made:
+                on_store.add(stats)
+                display.add(stats.get(OF_THIS_RUN, stats))
+                check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
 
 
 def actors(pools: Pools, shards: int) -> dict[str, int]:
@@ -264,83 +242,29 @@ def actors(pools: Pools, shards: int) -> dict[str, int]:
     return {"draw": min(pools.generators, shards), "featurise": last, "encode": last, "store": last}
 
 
-def shard_stream(
+def _stages(
     store: Store,
     plan: Plan,
-    shards: list[int],
     pools: Pools,
+    shards: list[int],
     *,
     watched_by: tuple[ActorHandle, FaultPolicy],
-    again: Collection[int] = (),
-    retry: Retry | None = None,
-    draw: type[DrawShard] = DrawShard,
-) -> abc.Generator[dict, None, None]:
-    """Run shards through the pools; yields each shard's stats once it is committed. A few may not come back.
-
-    Raises InputError when a model a user named cannot be loaded by the workers, or when the monitor stops the run.
-    """
-    from cluster.ray_data_internals import RowsOf, row_by_row  # Ray Data is loaded after the start of Ray
-
-    monitor, _ = watched_by
+    again: Collection[int],
+    retry: Retry | None,
+    draw: type[DrawShard],
+) -> Stages:
+    """The actors that draw, score and store these shards in one pass."""
     concepts = ConceptsOfShard.of(store, plan, shards[0])
-    generators, scorers = min(pools.generators, len(shards)), min(pools.scorers, len(shards))
-    begun: Any = monitor.begin_pass.remote(shards, generators, scorers)
-    # One pipeline for the whole run, however many shards: to start another is to load every model again.
-    turns = range(pools.turns(len(shards)))
-    pipeline = row_by_row(pa.table({"turn": pa.array(turns, pa.int64())}))
-    block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     drawing = {"scores": not pools.scorers, "again": again, "concepts": None if pools.scorers else concepts}
-    pipeline = pipeline.map_batches(
-        Generator,
-        fn_constructor_args=(draw, store, plan, watched_by, retry),
-        fn_constructor_kwargs=drawing,
+    generator = {
+        "fn_constructor_args": (draw, store, plan, watched_by, retry),
+        "fn_constructor_kwargs": drawing,
         **pools.draw_options(len(shards)),
-        **block,
-    )
-    if pools.scorers:
-        scoring = (store, plan, watched_by, concepts, again)
-        pipeline = pipeline.map_batches(
-            Scorer, fn_constructor_args=scoring, **pools.score_options(len(shards)), **block
-        )
-    ray.get(begun)  # asked for above: its process starts beside those that Ray Data starts
-    left = set(shards)
-    try:
-        with attended(monitor, left, generators, scorers), closing(RowsOf(pipeline)) as rows:
-            for stored in rows:
-                stats = json.loads(stored["stats"])
-                monitor.committed.remote(stats["shard"])
-                if stats["shard"] in left:
-                    left.remove(stats["shard"])
-                    yield stats
-                if not left:
-                    _let_turns_end(rows, monitor)
-                    break
-    except ray.exceptions.RayError as error:
-        raise user_error(error) or error from None
-
-
-def _let_turns_end(rows: Iterator[dict], monitor: ActorHandle) -> None:
-    """Turns that are left have nothing to draw, and end. A generator that draws what is stored now, or loads, is not
-    waited for; nor is one for long whose answer was lost with a link: Ray may take minutes to ask again.
-
-    Raises InputError where one of them stops the run, for too many failures, say.
-    """
-    if ray.get(monitor.busy.remote()):
-        return
-    said: list[OneLineError] = []
-
-    def end() -> None:
-        try:
-            deque(rows, maxlen=0)
-        except Exception as error:
-            if (stop := user_error(error)) is not None:  # all else matters no more: everything is stored
-                said.append(stop)
-
-    last = Thread(target=end, name="last turns", daemon=True)
-    last.start()
-    last.join(LAST_TURNS_SECONDS)
-    if said:
-        raise said[0]
+    }
+    if not pools.scorers:
+        return [(Generator, generator)]
+    scoring = (store, plan, watched_by, concepts, again)
+    return [(Generator, generator), (Scorer, {"fn_constructor_args": scoring, **pools.score_options(len(shards))})]
 
 
 def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest:

@@ -134,12 +134,6 @@ class Pools:
         least = most if self.min_generators is None else min(self.min_generators, most)
         return self._stage(_pool(least, most, TURNS_AT_ONCE), self.generator_cpus, self.generator_gpus)
 
-    def featurise_options(self, shards: int) -> dict[str, Any]:
-        """The same of generators' places for CLIP over stored pictures: no shard is bound to an actor that others could
-        begin."""
-        count = min(self.generators, shards)
-        return self._stage(_pool(count, count, CALLS), self.generator_cpus, self.generator_gpus)
-
     def score_options(self, shards: int) -> dict[str, Any]:
         """The same of the pool of CLIP alone, where there is one."""
         count = min(self.scorers, shards)

@@ -35,7 +35,6 @@ class MonitorSnapshot:
     in_flight: int  # batches being drawn
     generators: int  # that have started; on GPUs no more than there are GPUs for
     scorers: int = 0  # actors of CLIP alone that have started
-    left_out: tuple[str, ...] = ()  # why which of them draw no more
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from cluster.dataset.derived import begun_settings, claimed_alone, lineage_source, open_source
 from cluster.dataset.documents import DATASET, Manifest, StoredShard, store_manifest
@@ -48,12 +47,13 @@ from cluster.generation.pinning import clip_spec, joint_dimensions, pin_clip
 from cluster.generation.pools import Pools
 from cluster.generation.stages.featurise import FeaturiseShard
 from cluster.generation.stages.monitor import start_monitor
+from cluster.generation.turns import Stages, made_in_turns
 from cluster.ingest.agreement import agreement, most_different
 from cluster.ingest.featurise_again import WORK, FeaturiseAgain, facts_key, is_scored, read_facts, refuse_finished
 from cluster.ingest.request import FeaturiseRequest
 from cluster.numbers import duration
 from cluster.ray_state import actors_are_placed
-from cluster.session import start_ray, user_error, waiting_for
+from cluster.session import start_ray, waiting_for
 from cluster.sources.concept_file import fitting_concepts
 from cluster.store.reach import check_landmarks
 from cluster.store.store import Store, open_store
@@ -236,35 +236,27 @@ def _featurise_on_ray(
     featurise: type[FeaturiseShard] = FeaturiseShard,
 ) -> float:
     """Make these shards; the seconds since work on the first of them began, with CLIP loaded."""
-    from cluster.ray_data_internals import RowsOf  # Ray Data is loaded after the start of Ray
-
-    block: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
-    wanted = [{"shard": shard} for shard in missing]
     source = replace(source, manifest=replace(source.manifest, lineage=None))  # examples, which no worker needs
-    watched_by = (start_monitor(faults), faults)
-    pipeline = ray.data.from_items(wanted, override_num_blocks=len(missing)).map_batches(
-        FeaturiseAgain,
-        fn_constructor_args=(source, out, spec, watched_by, featurise),
-        **pools.featurise_options(len(missing)),
-        **block,
-    )
+    monitor = start_monitor(faults)
+    arguments = (source, out, spec, (monitor, faults), featurise)
+
+    def stages(shards: list[int]) -> Stages:
+        return [(FeaturiseAgain, {"fn_constructor_args": arguments, **pools.draw_options(len(shards))})]
+
     waiting = waiting_for(cpus=pools.generator_cpus, gpus=pools.generator_gpus, placed=actors_are_placed)
     done, rows, total, timer = 0, 0, sum(source.shards[number].rows for number in missing), LineTimer()
     working = 0.0
-    try:
-        with waiting, closing(RowsOf(pipeline)) as made:
-            for stored in made:
-                done, rows = done + 1, rows + stored["rows"]
-                timer.began(stored["seconds"])
-                working = timer.elapsed
-                if timer.due():
-                    left = (total - rows) * timer.elapsed / max(rows, 1)
-                    log.info(
-                        "%d of %d shards, %.0f pictures/s, %s left",
-                        done, len(missing), rows / timer.elapsed, duration(left),
-                    )  # fmt: skip
-    except ray.exceptions.RayError as error:
-        raise user_error(error) or error from None
+    with waiting, closing(made_in_turns(missing, stages, pools, monitor, scorers=pools.generators)) as made:
+        for stored in made:
+            done, rows = done + 1, rows + stored["rows"]
+            timer.began(stored["seconds"])
+            working = timer.elapsed
+            if timer.due():
+                left = (total - rows) * timer.elapsed / max(rows, 1)
+                log.info(
+                    "%d of %d shards, %.0f pictures/s, %s left",
+                    done, len(missing), rows / timer.elapsed, duration(left),
+                )  # fmt: skip
     return working
 
 

@@ -15,13 +15,16 @@ import pyarrow.parquet as pq
 
 from cluster.dataset.documents import StoredShard, find_whole_manifest
 from cluster.dataset.environment import tell_encoder
-from cluster.dataset.keys import shard_key
+from cluster.dataset.keys import LINEAGE_KEY, shard_key
 from cluster.dataset.opened import OpenDataset, read_corpus_ids
 from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.rows import read_shard, read_weights
+from cluster.generation.stages.asking import ask
 from cluster.generation.stages.featurise import FeaturiseShard
-from cluster.generation.stages.overlap import Overlap
 from cluster.generation.stages.shard_row import ShardRow
+from cluster.generation.stages.takes_turns import TakesTurns
+from cluster.generation.stages.write import STORED_SCHEMA
+from cluster.store.reach import check_here
 from cluster.store.store import Store
 from pcm.errors import InputError
 from pcm.model_faults import room_for_model
@@ -41,8 +44,8 @@ _SHARD = b"shard"
 _KEPT = ("sample_id", "caption", "image", "width", "height", "seed", "attempts", "batch_size", "reason")
 
 
-class FeaturiseAgain:
-    """A shard's number in; one row out, once the shard is featurised and stored: shard, rows and the seconds it took.
+class FeaturiseAgain(TakesTurns):
+    """A turn in; out the stats of a shard that was read, featurised and stored, or nothing where there was none.
 
     While one shard is featurised, another one is read or stored. A CLIP that takes too long over a batch ends this
     process, and Ray starts the next one. Raises InputError as read_shard does, and for a shard over which process after
@@ -57,18 +60,30 @@ class FeaturiseAgain:
         watched_by: "tuple[ActorHandle, FaultPolicy]",
         featurise: type[FeaturiseShard],
     ) -> None:
+        super().__init__(watched_by[0], WriteFeaturised(out, watched_by[0]), scores=True)
+        self._source, self._out, self._spec = source, out, spec
         self._read = ReadPictures(source)
-        self._overlap = Overlap(WriteFeaturised(out))
-        load = partial(featurise, spec, watched_by, before_again=self._overlap.wait)
-        with room_for_model(f"CLIP {spec.model}", spec.device):
-            self._featurise = self._overlap.in_work_thread(load)
-        tell_encoder(out, spec)
+        self._make_score = partial(featurise, spec, watched_by, before_again=self._overlap.wait)
+        self._score: FeaturiseShard | None = None
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        began = time.monotonic()
-        stored = self._overlap.run(partial(self._featurise, self._read(block)))
+        number = block["turn"][0].as_py()
+        if not self._models.loaded:
+            self._overlap.begin(self._models.load_or_leave).result()
+        turn = self._turn(number)
+        if turn.shard is None:
+            return self._nothing
+        assert self._score is not None
+        read = self._read(pa.table({"shard": [turn.shard], "turn": [number]}))
+        stored = self._overlap.run(partial(self._score, read))
         assert stored is not None
-        return stored.append_column("seconds", pa.array([time.monotonic() - began]))
+        return stored
+
+    def _load(self) -> None:
+        check_here([(self._out, LINEAGE_KEY), *self._source.landmarks])
+        with room_for_model(f"CLIP {self._spec.model}", self._spec.device):
+            self._score = self._make_score()
+        tell_encoder(self._out, self._spec)
 
 
 class ReadPictures:
@@ -78,7 +93,9 @@ class ReadPictures:
         self._source = source
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        began = time.monotonic()
         shard = block["shard"][0].as_py()
+        turn = block["turn"][0].as_py() if "turn" in block.column_names else None
         stored = self._source.shards[shard]
         names = [*_KEPT, *(["clip_score"] if is_scored(self._source) else [])]
         table = read_shard(self._source.store, stored, names)
@@ -94,7 +111,7 @@ class ReadPictures:
             raise InputError(
                 f"{self._source.store.root}/{stored.key}: a row has no picture; give a dataset of pictures"
             )
-        return ShardRow(shard, pa.table(columns), {}).to_block()
+        return ShardRow(shard, pa.table(columns), {"began": began}, turn).to_block()
 
 
 def is_scored(source: OpenDataset) -> bool:
@@ -102,13 +119,17 @@ def is_scored(source: OpenDataset) -> bool:
 
 
 class WriteFeaturised:
-    """A featurised shard in; its facts and then the shard onto the store; one row out: shard and rows."""
+    """A featurised shard in; its facts and then the shard onto the store; one row out, its stats: shard, rows and the
+    seconds since this process began to read it. Of two that made a shard the monitor lets one store it."""
 
-    def __init__(self, out: Store) -> None:
+    def __init__(self, out: Store, monitor: "ActorHandle | None" = None) -> None:
         self._out = out
+        self._monitor = monitor
 
     def __call__(self, block: pa.Table) -> pa.Table:
         row = ShardRow.from_block(block)
+        if self._monitor is not None and not ask(self._monitor, "may_store", row.shard, row.turn):
+            return STORED_SCHEMA.empty_table()
         drawn = row.samples
         there = pc.greater(pc.binary_length(drawn["image"]), 0)
         stored = drawn.filter(there).combine_chunks()
@@ -139,7 +160,8 @@ class WriteFeaturised:
         told = json.dumps({"entry": entry, "refused": refused}).encode()
         self._out.write_bytes(facts_key(row.shard), parquet_bytes(facts.replace_schema_metadata({_SHARD: told})))
         self._out.write_bytes(shard_key(row.shard), data)
-        return pa.table({"shard": [row.shard], "rows": [len(drawn)]})
+        stats = {"shard": row.shard, "rows": len(drawn), "seconds": time.monotonic() - row.stats["began"]}
+        return pa.table({"stats": [json.dumps(stats)]}, schema=STORED_SCHEMA)
 
 
 def facts_key(shard: int) -> str:

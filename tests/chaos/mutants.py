@@ -59,6 +59,11 @@ MUTANTS = (
         ("tests/cluster/ingest/test_another_clip.py::test_a_damaged_manifest_is_mended_by_the_same_command",),
     ),
     Mutant(
+        "featurise --data: of two that made a shard one stores it",
+        "cluster/ingest/featurise_again.py", "if self._monitor is not None and not ask(", "if False and not ask(",
+        ("tests/cluster/ingest/test_another_clip.py::test_of_two_that_made_a_shard_one_stores_it",),
+    ),
+    Mutant(
         "featurise --data: another device or precision is not mixed with what was begun",
         "cluster/ingest/another_clip.py",
         "if (begun.device, begun.dtype, begun.batch_size, begun.cpu_threads) != mine:", "if False:",
@@ -516,6 +521,16 @@ MUTANTS = (
         "a monitor whose process died takes nobody for lost who may be at work",
         "cluster/generation/stages/monitor.py", "        if self._claims.some_are_out_with_unknown:\n", "        if False:\n",
         ("tests/cluster/generation/stages/test_monitor.py::test_a_monitor_that_starts_again_takes_nobody_for_lost_who_may_be_at_work",),
+    ),
+    Mutant(
+        "an actor of CLIP that takes turns is known to a monitor whose process died",
+        "cluster/generation/stages/monitor.py", "        if scores:\n            self._heard_of_scorer(generator)\n", "",
+        ("tests/cluster/generation/stages/test_monitor.py::test_an_actor_of_clip_that_takes_turns_is_known_to_a_monitor_that_starts_again",),
+    ),
+    Mutant(
+        "the monitor is told which nodes are there",
+        "cluster/generation/attendant.py", "monitor.nodes.remote(cluster_nodes(labels))", "pass",
+        ("tests/cluster/generation/test_attendant.py::test_what_was_in_hand_on_a_node_that_is_gone_is_given_out_again",),
     ),
     Mutant(
         "a run in which nobody can draw waits for nodes that are coming",

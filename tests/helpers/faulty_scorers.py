@@ -7,8 +7,6 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.generation.pools import CALLS
-from cluster.generation.stages.asking import ask
-from cluster.generation.stages.loading import this_place
 from cluster.generation.stages.scorer import Scorer
 from pcm.errors import InputError
 
@@ -32,7 +30,6 @@ def loaded_by_the_first_alone(folder: Path, *, others: int) -> type[Scorer]:
             return super().__call__(block)
 
         def _load(self) -> None:
-            ask(self._monitor, "start", self._name, this_place(), scores=True)
             if not self._can_load:
                 raise InputError("CLIP is not on this machine")
             super()._load()

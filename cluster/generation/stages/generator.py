@@ -1,7 +1,5 @@
 """The stages as an actor: it owns a GPU, takes turns, draws a shard in each, scores it by CLIP, and stores it."""
 
-import os
-import time
 from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,14 +11,11 @@ from cluster.dataset.keys import PLAN_KEY
 from cluster.generation.stages.asking import ask
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
-from cluster.generation.stages.loading import Models
-from cluster.generation.stages.monitor import Turn
-from cluster.generation.stages.overlap import Overlap
 from cluster.generation.stages.shard_row import SHARD_ROW_SCHEMA
+from cluster.generation.stages.takes_turns import TakesTurns
 from cluster.generation.stages.write import STORED_SCHEMA, WriteShard
 from cluster.store.reach import check_here
 from cluster.store.store import Store
-from pcm.errors import InputError
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -29,14 +24,8 @@ if TYPE_CHECKING:
     from cluster.generation.limits import FaultPolicy
     from cluster.generation.retrying import Retry
 
-#: Seconds that a generator waits for its shards to be stored before it draws the next all the same: a shard that was
-#: lost with its node, and is waited for, may be queued behind this turn.
-LONGEST_WAIT = 60.0
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.02, 2.0  # seconds between two questions to the monitor
-
-
-class Generator:
+class Generator(TakesTurns):
     """Generator pool: a turn in; out the stats of a stored shard, or nothing where there was none to draw.
 
     It draws a shard, then scores it on the same device, by turns: the two would only share the device, and one process
@@ -45,9 +34,6 @@ class Generator:
 
     A caption that kills this process may take along the shard that is being stored, the first time: a shard that was
     begun before is drawn once nothing is left to store.
-
-    Models are loaded in the first turn. Where that fails, this generator tries again a few times, then leaves its
-    shards to others: one machine with a fault ends no run. The monitor stops the run when nobody can draw.
     """
 
     def __init__(
@@ -63,21 +49,14 @@ class Generator:
         concepts: "ConceptsOfShard | None" = None,
     ) -> None:
         """`again`: as of WriteShard."""
-        import ray  # the stages are usable without it
-
         self._make_draw = partial(draw, store, plan.spec_to_load, watched_by, retry)
         self._store = store
         self._plan = plan
         self._scoring = (plan.spec_to_load.clip, watched_by, concepts) if scores else None
-        self._monitor = watched_by[0]
-        write = WriteShard(store, plan.schema_version, self._monitor, again)
-        self._overlap = Overlap(write if scores else _hand_on)
-        self._nothing = (STORED_SCHEMA if scores else SHARD_ROW_SCHEMA).empty_table()
-        context = ray.get_runtime_context()
-        self._name, self._node = context.get_actor_id() or "driver", context.get_node_id()
         self._draw: DrawShard | None = None
         self._score: FeaturiseShard | None = None
-        self._models = Models(self._monitor, self._name, self._load)
+        write = WriteShard(store, plan.schema_version, watched_by[0], again) if scores else _hand_on
+        super().__init__(watched_by[0], write, gives=STORED_SCHEMA if scores else SHARD_ROW_SCHEMA)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         number = block["turn"][0].as_py()
@@ -98,21 +77,6 @@ class Generator:
             return drawn
         self._score.store_concepts(turn.shard)
         return self._score(self._draw(wanted))
-
-    def _turn(self, number: int) -> Turn:
-        """Which shard to draw in a turn, if any. Raises InputError when the run is not worth going on with."""
-        pause, deadline = FIRST_PAUSE, time.monotonic() + LONGEST_WAIT
-        while True:
-            self._models.load()
-            anyway = time.monotonic() >= deadline
-            here = {"node": self._node, "process": os.getpid(), "loaded": self._models.loaded}
-            turn: Turn = ask(self._monitor, "turn", self._name, number, **here, anyway=anyway)
-            if turn.stop:
-                raise InputError(turn.stop)
-            if not turn.wait:
-                return turn
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
 
     def _load(self) -> None:
         check_here([(self._store, PLAN_KEY)])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cluster.generation.stages.asking import ask
-from pcm.errors import OneLineError, typed_first_line
+from pcm.errors import InputError, OneLineError, typed_first_line
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -25,7 +25,7 @@ class Models:
 
     def __init__(self, monitor: "ActorHandle", actor: str, load: Callable[[], None], *, scores: bool = False) -> None:
         """`load`: raises a OneLineError that does not pass where another try would not help: the monitor's too, of an
-        actor that is left out. `scores`: this is an actor of CLIP alone."""
+        actor that is left out. `scores`: this is an actor of CLIP alone, whose start the monitor is told of here."""
         self._monitor, self._actor, self._load, self._scores = monitor, actor, load, scores
         self._pause = FIRST_LOAD_PAUSE
         self.loaded = False
@@ -37,6 +37,8 @@ class Models:
             self.say_left_out()
             return
         try:
+            if self._scores and (no := ask(self._monitor, "start", self._actor, this_place(), scores=True)):
+                raise InputError(no)
             self._load()
             self.loaded = True
         except Exception as error:
@@ -50,6 +52,11 @@ class Models:
             gc.collect()  # what was loaded of a model before it failed
             time.sleep(self._pause * random.uniform(0.5, 1.0))
             self._pause = min(2 * self._pause, LONGEST_LOAD_PAUSE)
+
+    def load_or_leave(self) -> None:
+        """Try until they are loaded, or this actor is left out."""
+        while not self.loaded and not self.left_out:
+            self.load()
 
     def say_left_out(self) -> None:
         """To be said before each question of an actor that is left out: a monitor whose process died knows nothing of

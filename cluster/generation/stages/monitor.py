@@ -153,7 +153,8 @@ class RunMonitor:
         self._stop = ""
 
     def begin_pass(self, shards: Sequence[int], generators: int, scorers: int = 0, in_hand: int = 0) -> None:
-        """These shards are given out now, to at most so many actors; those of the pass before are gone.
+        """These shards are given out now, to at most so many actors; those of the pass before are gone. Where nothing
+        is drawn, those that take turns are the actors of CLIP alone.
 
         `in_hand`: so many of the first are being drawn or stored, nobody knows where: a monitor that starts again in
         the middle of a pass is told so.
@@ -222,18 +223,22 @@ class RunMonitor:
         process: int = 0,
         loaded: bool = True,
         anyway: bool = False,
+        scores: bool = False,
     ) -> Turn:
         """What a generator does in a turn; the number says which turn, and nothing of the shard.
 
         With too much in hand that is not on the store yet it waits, unless it is to go on `anyway`. One that could not
-        be `loaded` gets no shard: its turns are over when nothing is left to draw.
+        be `loaded` gets no shard: its turns are over when nothing is left to draw. `scores`: an actor of CLIP alone
+        takes turns, where nothing is drawn.
         """
+        if scores:
+            self._heard_of_scorer(generator)
         self._nodes[generator] = node
         if self._processes.setdefault(generator, process) != process:  # the one before it has died
             self._processes[generator] = process
             self._claims.give_up({generator})
         if not loaded and not self._stop:
-            self._judge_actors(scores=False)
+            self._judge_actors(scores=scores)
         if self._stop:
             return Turn(stop=self._stop)
         if not loaded or not self._has_pass:
@@ -298,8 +303,7 @@ class RunMonitor:
     def received(self, turn: int, scorer: str, node: str) -> None:
         """An actor of CLIP alone has the shard of a turn."""
         self._nodes[scorer] = node
-        if scorer not in self._generators:  # its start is yet to be told, or was told to a process that died
-            self._generators[scorer] = _Generator(UNKNOWN_PLACE, scores=True, not_loaded=True)
+        self._heard_of_scorer(scorer)
         self._claims.received(turn, scorer)
 
     def given_back(self, turn: int, scorer: str) -> Turn:
@@ -448,19 +452,26 @@ class RunMonitor:
 
     def snapshot(self) -> dict:
         """{"drawn": pictures in shards not yet committed, "in_flight": batches, "generators": those ever started,
-        "scorers": the same of actors of CLIP alone, "left_out": why some of them draw no more}."""
+        "scorers": the same of actors of CLIP alone}."""
         asked = self._nodes.keys() - self._generators.keys()  # null generators ask for turns, and load nothing
         return {
             "drawn": self._drawn.total(),
             "in_flight": sum(1 for state in self._generators.values() if state.batch is not None),
             "generators": len(self._started(Pool.GENERATORS)) + len(asked),
             "scorers": len(self._started(Pool.SCORERS)),
-            "left_out": [f"{state.where}: {state.left_out}" for state in self._generators.values() if state.left_out],
         }
+
+    def left_out(self) -> list[str]:
+        """Where and why actors work no more."""
+        return [f"{state.where}: {state.left_out}" for state in self._generators.values() if state.left_out]
 
     def _known(self, generator: str, where: str = UNKNOWN_PLACE, *, scores: bool = False) -> _Generator:
         """Also where this process has taken the place of one that knew it, or its node was taken for lost."""
         return self._generators.setdefault(generator, _Generator(where, scores))
+
+    def _heard_of_scorer(self, scorer: str) -> None:
+        """Its start is yet to be told, or was told to a process that died."""
+        self._generators.setdefault(scorer, _Generator(UNKNOWN_PLACE, scores=True, not_loaded=True))
 
     def _bury(self, generator: _Generator, said: str, hung: str) -> None:
         """Count a death for every sample that a dead process had in its batch."""

@@ -2,11 +2,8 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
 
 import pyarrow as pa
-
-T = TypeVar("T")
 
 
 class Overlap:
@@ -28,13 +25,9 @@ class Overlap:
         stored = worked.result()
         return stored and stored.result()
 
-    def in_work_thread(self, call: Callable[[], T]) -> T:
-        """Such as to load the model there."""
-        return self._working.submit(call).result()
-
-    def begin(self, call: Callable[[], None]) -> None:
-        """The same, before any other work and not waited for."""
-        self._working.submit(call)
+    def begin(self, call: Callable[[], None]) -> Future[None]:
+        """Such as to load the model, in the thread that works, before the work that comes later."""
+        return self._working.submit(call)
 
     def wait(self) -> None:
         """Return when all that was handed over before is stored, or could not be."""

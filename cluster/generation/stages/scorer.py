@@ -10,7 +10,7 @@ import pyarrow as pa
 from cluster.dataset.documents import Plan
 from cluster.generation.stages.asking import ask
 from cluster.generation.stages.featurise import FeaturiseShard
-from cluster.generation.stages.loading import Models, this_place
+from cluster.generation.stages.loading import Models
 from cluster.generation.stages.monitor import Turn
 from cluster.generation.stages.overlap import Overlap
 from cluster.generation.stages.write import STORED_SCHEMA, WriteShard
@@ -67,8 +67,7 @@ class Scorer:
 
     def _score_shard(self, block: pa.Table) -> pa.Table | None:
         """None: this actor could not load CLIP. The call behind this one has its turn then."""
-        while not self._models.loaded and not self._models.left_out:
-            self._models.load()
+        self._models.load_or_leave()
         if self._models.left_out:
             return None
         assert self._score is not None
@@ -86,6 +85,4 @@ class Scorer:
             time.sleep(PAUSE)
 
     def _load(self) -> None:
-        if no := ask(self._monitor, "start", self._name, this_place(), scores=True):
-            raise InputError(no)
         self._score = self._make_score()

@@ -12,7 +12,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
 
-from cluster.generation.attendant import attended
+from cluster.generation.attendant import TICK_SECONDS, attended
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.stages.generator import Generator
 from cluster.generation.stages.monitor import MAX_IN_HAND, Turn, start_monitor
@@ -22,7 +22,7 @@ from tests.helpers.tiny_generation import null_spec, plan_dataset, write_corpus
 from tests.helpers.waiting import wait_until
 
 
-def asked(monitor: ActorHandle, name: str, number: int, **named: bool) -> Turn:
+def asked(monitor: ActorHandle, name: str, number: int, **named: bool | str) -> Turn:
     turn: Turn = ray.get(monitor.turn.remote(name, number, **named))
     return turn
 
@@ -59,9 +59,26 @@ def test_the_log_says_who_is_left_out_and_what_is_waited_for(
 ) -> None:
     said = first_line(caplog, nobody_can_draw(16), 16)
     assert said.startswith(
-        "nobody can draw: /models/x: no such folder (on gpu-7); 15 more that were asked for have not started, and no "
+        "nobody can work: /models/x: no such folder (on gpu-7); 15 more that were asked for have not started, and no "
         "node is coming (waited "
     )
+
+
+def test_the_log_names_each_actor_that_is_left_out_once(ray_session: None, caplog: pytest.LogCaptureFixture) -> None:
+    monitor = nobody_can_draw(2)
+    ray.get(monitor.start.remote("another", "gpu-8"))
+    with caplog.at_level(logging.WARNING), attended(monitor, set(range(9)), 2, 0):
+        wait_until(lambda: caplog.messages)
+        time.sleep(2 * TICK_SECONDS)
+    assert caplog.messages == ["an actor is left out, and others do its share: gpu-7: /models/x: no such folder"]
+
+
+def test_what_was_in_hand_on_a_node_that_is_gone_is_given_out_again(ray_session: None) -> None:
+    monitor = start_monitor(FaultPolicy())
+    ray.get(monitor.begin_pass.remote([0], 2))
+    assert asked(monitor, "g", 0, node="gone") == Turn(0)
+    with attended(monitor, {0}, 2, 0):
+        wait_until(lambda: asked(monitor, "h", 1) == Turn(0))
 
 
 def test_a_run_in_which_nobody_can_draw_is_told_that_nodes_are_coming(
@@ -84,7 +101,7 @@ def test_where_ray_does_not_say_whether_nodes_are_coming_the_log_says_so_and_who
     monkeypatch.setattr("cluster.ray_autoscaler_internals.DEBUG_AUTOSCALING_STATUS", key)
     _internal_kv_put(key, "pending: 1")
     said = first_line(caplog, nobody_can_draw(2), 2)
-    assert said.startswith("nobody can draw: /models/x: no such folder (on gpu-7); 1 more ")
+    assert said.startswith("nobody can work: /models/x: no such folder (on gpu-7); 1 more ")
     assert "have not started, and Ray does not say whether nodes are coming (JSONDecodeError: " in said
     _internal_kv_del(key)
 
@@ -100,7 +117,7 @@ def test_a_generator_that_was_left_out_before_the_monitors_process_died_still_en
     generator = Generator(DrawNotLoaded, store, plan, (monitor, FaultPolicy()), frozenset(), scores=False)
     with ThreadPoolExecutor(1) as calls, attended(monitor, set(range(9)), 1, 0):
         call = calls.submit(generator, pa.table({"turn": [0]}))
-        while not ray.get(monitor.snapshot.remote())["left_out"]:
+        while not ray.get(monitor.left_out.remote()):
             assert not call.done()
             time.sleep(0.1)
         ray.kill(monitor, no_restart=False)  # and the other one with it

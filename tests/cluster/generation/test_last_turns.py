@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from cluster.generation import pipeline
+from cluster.generation import turns
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.stages.monitor import start_monitor
 from pcm.errors import InputError
@@ -19,19 +19,19 @@ def test_a_last_turn_that_stops_the_run_is_heard(ray_session: None) -> None:
 
     monitor = start_monitor(FaultPolicy())
     with pytest.raises(InputError, match="40 of 64 samples failed"):
-        pipeline._let_turns_end(rows(), monitor)
+        turns._let_turns_end(rows(), monitor)
     ray.kill(monitor)
 
 
 def test_a_last_turn_that_never_ends_is_not_waited_for(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "LAST_TURNS_SECONDS", 0.2)
+    monkeypatch.setattr(turns, "LAST_TURNS_SECONDS", 0.2)
     over, monitor = threading.Event(), start_monitor(FaultPolicy())
 
     def rows() -> Iterator[dict]:
         over.wait(60)
         yield {}
 
-    waiting = threading.Thread(target=pipeline._let_turns_end, args=(rows(), monitor), daemon=True)
+    waiting = threading.Thread(target=turns._let_turns_end, args=(rows(), monitor), daemon=True)
     waiting.start()
     waiting.join(30)  # the turn takes twice as long
     assert not waiting.is_alive()
@@ -49,6 +49,6 @@ def test_while_a_generator_loads_nothing_is_waited_for(ray_session: None) -> Non
         taken.append({})
         yield {}
 
-    pipeline._let_turns_end(rows(), monitor)
+    turns._let_turns_end(rows(), monitor)
     assert not taken
     ray.kill(monitor)

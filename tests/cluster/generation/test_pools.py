@@ -104,12 +104,6 @@ def test_a_pool_with_a_least_and_a_most_grows() -> None:
     assert (fixed.min_size, fixed.max_size) == (16, 16)
 
 
-def test_where_nobody_takes_over_no_more_shards_are_bound_to_an_actor_than_it_works_on() -> None:
-    pools = Pools.for_cluster(device="cuda", cpus=16, gpus=4)
-    pool = pools.featurise_options(100)["compute"]
-    assert pool.max_tasks_in_flight_per_actor == pool.max_concurrent_calls_per_actor == 2
-
-
 def test_a_run_has_turns_for_all_that_the_lost_keep_and_the_left_out_give_back() -> None:
     alone = Pools.for_cluster(device="cuda", cpus=16, gpus=0, generators=3)
     assert (alone.turns(100), alone.turns(2)) == (100 + 3 * 4, 2 + 2 * 4)

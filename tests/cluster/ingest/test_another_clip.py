@@ -3,13 +3,16 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest
@@ -24,15 +28,22 @@ from cluster.dataset import read_dataset
 from cluster.dataset.derived import claim
 from cluster.dataset.documents import load_manifest
 from cluster.dataset.keys import MANIFEST_KEY, shard_key
-from cluster.dataset.opened import open_dataset
+from cluster.dataset.opened import OpenDataset, open_dataset
 from cluster.dataset.verify import verify
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.pinning import clip_spec
 from cluster.generation.pools import Pools
 from cluster.generation.stages.featurise import FeaturiseShard
-from cluster.generation.stages.monitor import RunMonitor
-from cluster.ingest.another_clip import _FAULTS, _featurise_on_ray, featurise_dataset, keep_spec, missing_shards
-from cluster.ingest.featurise_again import WORK, ReadPictures, WriteFeaturised, read_facts
+from cluster.generation.stages.monitor import RunMonitor, start_monitor
+from cluster.ingest.another_clip import (
+    _FAULTS,
+    _featurise_on_ray,
+    featurise_dataset,
+    keep_spec,
+    lineage_of,
+    missing_shards,
+)
+from cluster.ingest.featurise_again import WORK, FeaturiseAgain, ReadPictures, WriteFeaturised, read_facts
 from cluster.ingest.request import FeaturiseRequest
 from cluster.only_job import MAKES, only_job
 from cluster.report.make import make_report
@@ -380,12 +391,132 @@ def test_a_run_killed_after_its_last_shard_goes_on_with_counts_of_what_is_stored
     assert found == [39, 1, 39, 0.0], "the row that CLIP refused was never stored"
 
 
+def begun(dataset: Path, out: Path, clip: Path) -> tuple[OpenDataset, Store, ClipSpec]:
+    """What a job has when it begins to make shards."""
+    source, store = open_dataset(open_store(dataset)), open_store(out)
+    claim(store, lineage_of(source, FeaturiseRequest(data=str(dataset), out=str(out), clip=str(clip)), None))
+    return source, store, clip_spec(str(clip), device="cpu", dtype="float32")
+
+
+def same_shards(out: Path, alone: Path, count: int) -> bool:
+    return all((out / shard_key(at)).read_bytes() == (alone / shard_key(at)).read_bytes() for at in range(count))
+
+
+def test_a_load_that_fails_is_tried_again_and_a_process_that_is_killed_ends_nothing(
+    dataset: Path, other_clip: Path, tmp_path: Path, ray_session: None
+) -> None:
+    failed, killed = tmp_path / "failed", tmp_path / "killed"
+
+    class FailsOnceAndDiesOnce(FeaturiseShard):
+        @staticmethod
+        def load(spec: ClipSpec) -> ClipEncoder:
+            if not failed.exists():
+                failed.touch()
+                raise OSError("a disk of this machine is bad")
+            return FeaturiseShard.load(spec)
+
+        def encode_rows(self, drawn: pa.Table, rows: list[int]):  # type: ignore[no-untyped-def]
+            if self._shard == 1 and not killed.exists():
+                killed.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().encode_rows(drawn, rows)
+
+    featurise_in_process(dataset, tmp_path / "alone", other_clip, shards=3)
+    one = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=1)
+    _featurise_on_ray(*begun(dataset, tmp_path / "out", other_clip), [0, 1, 2], one, featurise=FailsOnceAndDiesOnce)
+    assert failed.exists() and killed.exists(), "else this says nothing"
+    assert same_shards(tmp_path / "out", tmp_path / "alone", 3)
+
+
+def test_an_actor_that_cannot_load_the_clip_is_left_out_and_named_and_the_other_makes_all(
+    dataset: Path, other_clip: Path, tmp_path: Path, ray_session: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    loads, refused = tmp_path / "loads", tmp_path / "refused"
+
+    class LoadedByTheFirstAlone(FeaturiseShard):
+        @staticmethod
+        def load(spec: ClipSpec) -> ClipEncoder:
+            try:
+                loads.touch(exist_ok=False)
+            except FileExistsError:
+                refused.touch()
+                raise InputError("no such folder on this machine") from None
+            return FeaturiseShard.load(spec)
+
+        def encode_rows(self, drawn: pa.Table, rows: list[int]):  # type: ignore[no-untyped-def]
+            wait_until(refused.exists)
+            time.sleep(0.5)  # the driver asks once a second who is left out
+            return super().encode_rows(drawn, rows)
+
+    featurise_in_process(dataset, tmp_path / "alone", other_clip, shards=6)
+    two = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=2)
+    _featurise_on_ray(
+        *begun(dataset, tmp_path / "out", other_clip), list(range(6)), two, featurise=LoadedByTheFirstAlone
+    )
+    assert same_shards(tmp_path / "out", tmp_path / "alone", 6)
+    named = [line for line in caplog.messages if line.startswith("an actor is left out, and others do its share: ")]
+    assert len(named) == 1 and named[0].endswith(": no such folder on this machine")
+
+
+def test_a_clip_that_no_actor_can_load_is_one_line(
+    dataset: Path, other_clip: Path, tmp_path: Path, call_job: CALL, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NeverLoads(FeaturiseShard):
+        @staticmethod
+        def load(spec: ClipSpec) -> ClipEncoder:
+            raise InputError("no such folder on this machine")
+
+    on_ray = partial(_featurise_on_ray, featurise=NeverLoads)
+    monkeypatch.setattr("cluster.ingest.another_clip._featurise_on_ray", on_ray)
+    ended = call_job("featurise", "--data", dataset, "--clip", other_clip, "--out", tmp_path / "out")
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("error: no such folder on this machine (on ")
+    assert not (tmp_path / "out" / MANIFEST_KEY).exists()
+
+
+def test_the_next_shard_is_read_while_one_is_featurised(
+    dataset: Path, other_clip: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_both, read = threading.Event(), ReadPictures.__call__
+    found: list[bool] = []
+
+    def reads(self: ReadPictures, block: pa.Table) -> pa.Table:
+        if block["shard"][0].as_py() == 1:
+            read_both.set()
+        return read(self, block)
+
+    class Waits(FeaturiseShard):
+        def encode_rows(self, drawn: pa.Table, rows: list[int]):  # type: ignore[no-untyped-def]
+            found.append(read_both.wait(30))
+            return super().encode_rows(drawn, rows)
+
+    monkeypatch.setattr(ReadPictures, "__call__", reads)
+    monitor = start_monitor(_FAULTS)
+    ray.get(monitor.begin_pass.remote([0, 1], 1, 1))
+    actor = FeaturiseAgain(*begun(dataset, tmp_path / "out", other_clip), (monitor, _FAULTS), Waits)
+    with ThreadPoolExecutor(2) as calls:  # as Ray Data calls it
+        stored = list(calls.map(actor, [pa.table({"turn": [0]}), pa.table({"turn": [1]})]))
+    assert [len(table) for table in stored] == [1, 1] and all(found)
+
+
+def test_of_two_that_made_a_shard_one_stores_it(
+    dataset: Path, other_clip: Path, tmp_path: Path, ray_session: None
+) -> None:
+    source, out, spec = begun(dataset, tmp_path / "out", other_clip)
+    monitor = start_monitor(_FAULTS)
+    ray.get(monitor.begin_pass.remote([0], 2, 2))
+    score, write = FeaturiseShard(spec), WriteFeaturised(out, monitor)
+    first, second = (score(ReadPictures(source)(pa.table({"shard": [0], "turn": [turn]}))) for turn in (0, 1))
+    assert len(write(first)) == 1 and out.exists(shard_key(0))
+    out.delete(shard_key(0))
+    assert len(write(second)) == 0 and not out.exists(shard_key(0))
+
+
 @pytest.mark.slow
 def test_a_wait_for_what_another_job_has_is_said(
     dataset: Path, other_clip: Path, tmp_path: Path, ray_session: None
 ) -> None:
-    source, out = open_dataset(open_store(dataset)), open_store(tmp_path / "out")
-    spec = clip_spec(str(other_clip), device="cpu", dtype="float32")
+    source, out, spec = begun(dataset, tmp_path / "out", other_clip)
     one = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=1)
     with all_cpus_held_until("waiting for") as said:
         _featurise_on_ray(source, out, spec, [0], one)
@@ -407,8 +538,7 @@ def test_a_clip_that_hangs_is_ended_and_its_shard_made_by_the_next_process(
                 woke.touch()
             return super().encode_rows(drawn, rows)
 
-    source, out = open_dataset(open_store(dataset)), open_store(tmp_path / "out")
-    spec = clip_spec(str(other_clip), device="cpu", dtype="float32")
+    source, out, spec = begun(dataset, tmp_path / "out", other_clip)
     one = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=1)
     faults = FaultPolicy(batch_timeout=10, max_error_share=1.0)
     _featurise_on_ray(source, out, spec, [0, 1], one, faults=faults, featurise=HangsOnce)

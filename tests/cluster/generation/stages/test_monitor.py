@@ -190,7 +190,7 @@ def test_a_generator_that_never_draws_is_left_out_and_the_last_one_of_them_stops
     assert f"{MAX_FRUITLESS_STARTS} starts of a generator in a row without a picture" in said and "\n" not in said
     assert monitor.turn("g", 0, loaded=False) == Turn(wait=True), "its turn goes on, but it draws nothing"
     assert monitor.turn("h", 1) == Turn(0) and monitor.begin("h", 0, [8]) == "", "the other one draws"
-    assert monitor.snapshot()["left_out"] == [f"gpu-7: {said}"]
+    assert monitor.left_out() == [f"gpu-7: {said}"]
     monitor.not_loaded("h", "--t2i x: no such folder", again=False)
     stop = monitor.turn("h", 2, loaded=False).stop
     assert stop == f"{said} (on gpu-7, and 1 more)" and monitor.turn("g", 0, loaded=False).stop == stop
@@ -202,7 +202,7 @@ def test_a_generator_that_moves_to_another_node_is_no_longer_left_out() -> None:
     monitor.start("g", "gpu-7")
     monitor.not_loaded("g", "OSError: the disk is full", again=False)
     assert "disk is full" in monitor.start("g", "gpu-7")
-    assert monitor.start("g", "gpu-8") == "" and monitor.snapshot()["left_out"] == []
+    assert monitor.start("g", "gpu-8") == "" and monitor.left_out() == []
 
 
 def test_a_model_that_is_not_loaded_is_tried_again_as_often_as_a_process_that_dies() -> None:
@@ -325,6 +325,36 @@ def test_an_actor_of_clip_that_cannot_load_it_gives_its_shards_back_and_only_the
     assert "the disk is full" in monitor.turn("g", 3).stop
 
 
+def test_actors_of_clip_that_take_turns_are_left_out_and_stop_the_run_as_generators_do() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(8), 2, 2)
+    assert (monitor.start("c", "gpu-1", scores=True), monitor.start("d", "gpu-2", scores=True)) == ("", "")
+    monitor.not_loaded("c", "OSError: the disk is full", again=False, where="gpu-1", scores=True)
+    assert monitor.turn("c", 0, loaded=False, scores=True) == Turn(wait=True)
+    assert monitor.turn("d", 1, scores=True) == Turn(0)
+    monitor.not_loaded("d", "OSError: the disk is full", again=False, where="gpu-2", scores=True)
+    assert monitor.turn("c", 0, loaded=False, scores=True).stop == "OSError: the disk is full (on gpu-1, and 1 more)"
+
+
+def test_an_actor_of_clip_that_takes_turns_is_known_to_a_monitor_that_starts_again() -> None:
+    time = Clock()
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    monitor.begin_pass(range(8), 2, 2)
+    assert monitor.turn("d", 1, scores=True) == Turn(0)
+    monitor.not_loaded("c", "OSError: the disk is full", again=False, where="gpu-1", scores=True)
+    time.now += OTHERS_MAY_START_SECONDS
+    assert monitor.turn("c", 0, loaded=False, scores=True) == Turn(wait=True), "d works"
+
+
+def test_an_actor_of_clip_that_takes_turns_and_ends_after_each_shard_is_not_left_out() -> None:
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin_pass(range(99), 1, 1)
+    for turn in range(3 * MAX_FRUITLESS_STARTS):
+        assert monitor.start("c", "gpu-1", scores=True) == ""
+        assert monitor.turn("c", turn, scores=True) == Turn(turn) and monitor.may_store(turn, turn)
+        monitor.committed(turn)
+
+
 def test_an_actor_of_clip_whose_process_ends_after_each_shard_is_not_left_out() -> None:
     monitor = RunMonitor(FaultPolicy())
     monitor.begin_pass(range(99), 1, 1)
@@ -441,12 +471,12 @@ def test_a_snapshot_counts_what_is_not_yet_stored() -> None:
         monitor.begin_shard(shard)
         monitor.begin(generator, shard, range(4))
     monitor.end("g", 4)
-    assert monitor.snapshot() == {"drawn": 4, "in_flight": 1, "generators": 2, "scorers": 0, "left_out": []}
+    assert monitor.snapshot() == {"drawn": 4, "in_flight": 1, "generators": 2, "scorers": 0}
     monitor.begin_shard(0)
     assert monitor.snapshot()["drawn"] == 0, "a shard begun again is drawn again"
     monitor.end("h", 4)
     monitor.committed(1)
-    assert monitor.snapshot() == {"drawn": 0, "in_flight": 0, "generators": 2, "scorers": 0, "left_out": []}
+    assert monitor.snapshot() == {"drawn": 0, "in_flight": 0, "generators": 2, "scorers": 0}
 
 
 @pytest.mark.parametrize(
