@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import ray
 
+from cluster.releases import check_releases
 from cluster.session import user_error
 from pcm.line_timer import LineTimer
 
@@ -73,6 +74,7 @@ class OnRay:
 
 
 def _seconds_of(function: Callable[..., None], *call: Any) -> float:
+    check_releases()
     started = time.monotonic()
     function(*call)
     return time.monotonic() - started

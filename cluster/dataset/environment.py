@@ -124,6 +124,16 @@ def differences(before: Sequence[dict[str, Any]], now: dict[str, Any]) -> list[s
     return min(found, key=len) if found else []
 
 
+def other_releases(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """In which packages two processes of a run differ, as "diffusers 0.42.0 and 0.42.1". Builds of one release for a
+    CPU and for a GPU count as the same, and a package that one of them lacks does too."""
+    return [
+        f"{name} {one[name]} and {other[name]}"
+        for name in one
+        if name in other and one[name].partition("+")[0] != other[name].partition("+")[0]
+    ]
+
+
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     one, other = ({**each["versions"], **{k: v for k, v in each.items() if k != "versions"}} for each in (before, now))
     return [

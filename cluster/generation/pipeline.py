@@ -17,7 +17,14 @@ from ray.actor import ActorHandle
 from cluster.dataset.clip_scores import check_gate
 from cluster.dataset.committed import CommittedShards, committed, manifest_of, summaries
 from cluster.dataset.documents import Manifest, Plan, find_whole_manifest, load_plan, store_manifest
-from cluster.dataset.environment import joined_versions, stored_environments, versions
+from cluster.dataset.environment import (
+    DRAWN_IN,
+    joined_versions,
+    load_environment,
+    other_releases,
+    stored_environments,
+    versions,
+)
 from cluster.dataset.keys import MANIFEST_KEY
 from cluster.dataset.vocabularies import (
     ConceptsOfShard,
@@ -233,15 +240,32 @@ def _make_missing(
     telemetry = Telemetry(store.root, has_clip_scores=plan.spec.clip.model != "null")
     room = Room(pools.generator_takes(), pools.node_labels)
     clip_room = Room(pools.scorer_takes(), pools.node_labels)
+    environments: set[str] = set()
     with Display(progress, telemetry, watched_by[0], room=room, clip_room=clip_room) as display:
         while missing:
             made = shard_stream(store, plan, missing, pools, watched_by=watched_by, again=again, retry=retry, draw=draw)
             with closing(made):  # at once, whatever is raised here: its actors hold CPUs and GPUs
                 for stats in made:
                     on_store.add(stats)
+                    warn_of_other_releases(store, stats, environments)
                     display.add(stats.get(OF_THIS_RUN, stats))
                     check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
             missing = _still_missing(missing, on_store)
+
+
+def warn_of_other_releases(store: Store, stats: Mapping[str, Any], seen: set[str]) -> None:
+    """One line for each kind of machine that draws with other releases than the driver has. `seen`: their digests."""
+    digest = stats.get(DRAWN_IN)
+    if not digest or digest in seen:
+        return
+    seen.add(digest)
+    found = load_environment(store, digest)
+    if found is not None and (others := other_releases(versions(), found["versions"])):
+        log.warning(
+            "shard %d was drawn with other releases than the driver has: %s; pictures may differ between them: run one "
+            "image on all nodes",
+            stats["shard"], ", ".join(others),
+        )  # fmt: skip
 
 
 def _still_missing(given_out: list[int], made: CommittedShards) -> list[int]:

@@ -983,6 +983,22 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "a job with libraries of another release ends before it writes",
+        "jobs/command_line.py", "                check_releases()\n", "",
+        ("tests/cluster/test_releases.py::test_a_job_with_another_release_ends_in_one_line_and_writes_nothing",),
+    ),
+    Mutant(
+        "a generator with libraries of another release draws nothing",
+        "cluster/generation/stages/draw.py", "        check_releases()\n", "",
+        ("tests/cluster/test_releases.py::test_a_worker_with_another_release_does_nothing",),
+    ),
+    Mutant(
+        "weights of another dtype than the spec's draw nothing",
+        "pcm/generation/pipeline_loading.py", "        _check_dtype(pipeline, spec)\n", "",
+        ("tests/pcm/generation/test_pipeline_loading.py::"
+         "test_a_release_of_diffusers_that_passes_over_the_dtype_is_told_of",),
+    ),
+    Mutant(
         "--repair makes exactly what is damaged again",
         "cluster/generation/repair.py", "    draw(found)\n", "",
         ("tests/cluster/generation/test_repair.py::test_exactly_what_is_damaged_is_made_again",),

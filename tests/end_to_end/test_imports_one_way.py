@@ -50,6 +50,7 @@ ORDER = {
     ),
     "cluster": (
         "__init__",
+        "releases",
         "ray_internals",
         "ray_data_internals",
         "ray_autoscaler_internals",
