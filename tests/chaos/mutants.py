@@ -999,6 +999,11 @@ MUTANTS = (
          "test_a_release_of_diffusers_that_passes_over_the_dtype_is_told_of",),
     ),
     Mutant(
+        "a cluster of another Ray is named in one line",
+        "cluster/session.py", "    except (ConnectionError, RuntimeError) as error:\n        address", "    except ZeroDivisionError as error:\n        address",
+        ("tests/cluster/test_session.py::test_a_cluster_of_another_ray_or_python_is_named_in_one_line",),
+    ),
+    Mutant(
         "--repair makes exactly what is damaged again",
         "cluster/generation/repair.py", "    draw(found)\n", "",
         ("tests/cluster/generation/test_repair.py::test_exactly_what_is_damaged_is_made_again",),
