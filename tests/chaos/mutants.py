@@ -999,6 +999,12 @@ MUTANTS = (
          "test_a_release_of_diffusers_that_passes_over_the_dtype_is_told_of",),
     ),
     Mutant(
+        "a run begun under another Ray goes on",
+        "cluster/training/checkpoints.py", "    if not reads_checkpoint_record(record):\n        out.write", "    if False:\n        out.write",
+        ("tests/cluster/training/test_checkpoints.py::"
+         "test_a_record_of_another_ray_is_written_anew_in_this_ones_form",),
+    ),
+    Mutant(
         "a cluster of another Ray is named in one line",
         "cluster/session.py", "    except (ConnectionError, RuntimeError) as error:\n        address", "    except ZeroDivisionError as error:\n        address",
         ("tests/cluster/test_session.py::test_a_cluster_of_another_ray_or_python_is_named_in_one_line",),
