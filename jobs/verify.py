@@ -14,8 +14,9 @@ def run(request: VerifyRequest) -> dict[str, Any]:
         from cluster.generation.repair import repair_dataset
 
         return repair_dataset(
-            request.dataset, corpus=request.corpus, run_on=request.run_on, places=_places(request, clip=request.clip)
-        )
+            request.dataset, corpus=request.corpus, run_on=request.run_on, places=_places(request, clip=request.clip),
+            other_bytes=request.other_bytes,
+        )  # fmt: skip
     from cluster.dataset.verify import verify
     from cluster.store.store import open_store
 

@@ -20,7 +20,7 @@ from pcm.spec import ClipSpec
 FOLDER = "environments/"
 
 #: Names of packages whose release decides bytes, as they are installed.
-PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "pillow")
+PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "pillow", "pyarrow")
 #: How an environment names the version of this package.
 OWN_VERSION = "pcmnet-ray"
 #: In the stats of a shard: the digest of where it was drawn, and of where the rest of it was, if quarantined samples
@@ -119,7 +119,7 @@ def joined_versions(environments: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 def differences(before: Sequence[dict[str, Any]], now: dict[str, Any]) -> list[str]:
     """In what `now` differs from the nearest of the environments before, as "torch: 2.9.1 -> 2.10.0"; none where it is
-    one of them."""
+    one of them. Of a package that an earlier release did not record, nothing is known."""
     found = [_differences(each, now) for each in before]
     return min(found, key=len) if found else []
 
@@ -139,7 +139,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
         f"{name}: {one.get(name)} -> {other.get(name)}"
         for name in dict.fromkeys([*one, *other])
-        if one.get(name) != other.get(name)
+        if one.get(name) != other.get(name) and (name in one or name not in PACKAGES)
     ]
 
 

@@ -17,14 +17,7 @@ from ray.actor import ActorHandle
 from cluster.dataset.clip_scores import check_gate
 from cluster.dataset.committed import CommittedShards, committed, manifest_of, summaries
 from cluster.dataset.documents import Manifest, Plan, find_whole_manifest, load_plan, store_manifest
-from cluster.dataset.environment import (
-    DRAWN_IN,
-    joined_versions,
-    load_environment,
-    other_releases,
-    stored_environments,
-    versions,
-)
+from cluster.dataset.environment import joined_versions, stored_environments, versions
 from cluster.dataset.keys import MANIFEST_KEY
 from cluster.dataset.vocabularies import (
     ConceptsOfShard,
@@ -38,6 +31,7 @@ from cluster.generation.attendant import attended
 from cluster.generation.cost import Billing
 from cluster.generation.display import Display, Room
 from cluster.generation.limits import FaultPolicy, RunLimits
+from cluster.generation.other_releases import refuse_other_pyarrow, warn_of_other_releases
 from cluster.generation.pools import Pools
 from cluster.generation.progress import RunProgress, Status
 from cluster.generation.retrying import Retry, interrupted_retry, samples_left
@@ -136,6 +130,7 @@ def run_pipeline(
     retried: Mapping[int, int] | None = None,
     given: GivenConcepts | NounFinder | None = None,
     draw: type[DrawShard] = DrawShard,
+    other_bytes: bool = False,
 ) -> GenerationResult:
     """Make every shard that the plan asks for and the store lacks, then write the manifest.
 
@@ -144,10 +139,12 @@ def run_pipeline(
     (`retried`: how many, by shard), and the manifest is deleted first. A run of all shards also ends a retry that was
     interrupted. Another run that makes the same dataset is waited for (cluster.only_job): also where no shard is
     missing and there is no manifest, which is so while one retries. `given`: of what the concepts are made, for a
-    dataset that is begun; what another run was given stays.
+    dataset that is begun; what another run was given stays. `other_bytes`: shards of a finished dataset may be made
+    again by another release of pyarrow, whose bytes are others.
 
     Raises InputError when the scores fall below the watch's threshold, where shards were to be made again that another
-    run may have changed, and where the dataset was begun with other concepts than are `given`.
+    run may have changed or, without `other_bytes`, that pyarrow would write otherwise, and where the dataset was begun
+    with other concepts than are `given`.
     """
     watch = watch or RunLimits()
     faults = faults or FaultPolicy()
@@ -174,6 +171,8 @@ def run_pipeline(
             missing = lacking(on_store)
             if missing and retry:
                 retry.begin(store)
+            elif missing and not other_bytes:
+                refuse_other_pyarrow(store, plan, missing, on_store)
             on_store.forget(again)
         else:
             retry = None  # there is nothing to try again
@@ -251,21 +250,6 @@ def _make_missing(
                     display.add(stats.get(OF_THIS_RUN, stats))
                     check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
             missing = _still_missing(missing, on_store)
-
-
-def warn_of_other_releases(store: Store, stats: Mapping[str, Any], seen: set[str]) -> None:
-    """One line for each kind of machine that draws with other releases than the driver has. `seen`: their digests."""
-    digest = stats.get(DRAWN_IN)
-    if not digest or digest in seen:
-        return
-    seen.add(digest)
-    found = load_environment(store, digest)
-    if found is not None and (others := other_releases(versions(), found["versions"])):
-        log.warning(
-            "shard %d was drawn with other releases than the driver has: %s; pictures may differ between them: run one "
-            "image on all nodes",
-            stats["shard"], ", ".join(others),
-        )  # fmt: skip
 
 
 def _still_missing(given_out: list[int], made: CommittedShards) -> list[int]:

@@ -999,6 +999,11 @@ MUTANTS = (
          "test_a_release_of_diffusers_that_passes_over_the_dtype_is_told_of",),
     ),
     Mutant(
+        "shards of a finished dataset are not made again by another pyarrow unasked",
+        "cluster/generation/pipeline.py", "                refuse_other_pyarrow(store, plan, missing, on_store)\n", "                pass\n",
+        ("tests/cluster/generation/test_repair.py::test_the_job_repairs_with_the_real_pipeline",),
+    ),
+    Mutant(
         "a run begun under another Ray goes on",
         "cluster/training/checkpoints.py", "    if not reads_checkpoint_record(record):\n        out.write", "    if False:\n        out.write",
         ("tests/cluster/training/test_checkpoints.py::"

@@ -13,12 +13,11 @@ from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest
 from cluster.curation.sync.sentences import SentenceSpec
 from cluster.dataset.documents import load_manifest
-from cluster.dataset.environment import DRAWN_IN, store_environment, versions
+from cluster.dataset.environment import differences, versions
 from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, shard_key
 from cluster.export.as_dataset import export_as_dataset
 from cluster.export.export import export_dataset
 from cluster.export.request import ExportRequest
-from cluster.generation.pipeline import warn_of_other_releases
 from cluster.ingest.photos import featurise_photos
 from cluster.ingest.published import import_dataset
 from cluster.ingest.request import FeaturiseRequest, ImportRequest
@@ -186,21 +185,10 @@ def assert_stays(out: Path, make: Callable[[], object], monkeypatch: pytest.Monk
     assert load_manifest(open_store(out)).expected
 
 
-def test_a_machine_that_draws_with_other_releases_than_the_driver_is_told_of_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    store, here, seen = open_store(tmp_path), versions(), set[str]()
-    others = {**here, "torch": "2.13.1", "diffusers": "0.42.0"}
-    on_gpu = {**here, "torch": here["torch"].partition("+")[0] + "+cu128", "cuda": "12.8"}
-    machines = [on_gpu, others, others, {"torch": "2.13.1"}]
-    for shard, found in enumerate(machines):
-        digest = store_environment(store, {"versions": found, "processor": "x86_64", "gpu": None})
-        warn_of_other_releases(store, {"shard": shard, DRAWN_IN: digest}, seen)
-    warn_of_other_releases(store, {"shard": 9}, seen)  # as an earlier release has it
-    of_torch = f"torch {here['torch']} and 2.13.1"
-    of_diffusers = f"diffusers {here['diffusers']} and 0.42.0"
-    assert [record.getMessage() for record in caplog.records] == [
-        f"shard {shard} was drawn with other releases than the driver has: {named}; pictures may differ between them: "
-        "run one image on all nodes"
-        for shard, named in ((1, f"{of_torch}, {of_diffusers}"), (3, of_torch))
-    ]
+def test_a_package_that_an_earlier_release_did_not_record_is_no_difference() -> None:
+    now = {"versions": versions(), "processor": "x86_64", "gpu": None}
+    before = {**now, "versions": {name: release for name, release in versions().items() if name != "pyarrow"}}
+    assert "pyarrow" in versions() and differences([before], now) == []
+    other = {**now, "versions": versions() | {"pyarrow": "26.0.0"}}
+    assert differences([other], now) == [f"pyarrow: 26.0.0 -> {versions()['pyarrow']}"]
+    assert differences([before], {**now, "gpu": "H200"}) == ["gpu: None -> H200"]
