@@ -102,8 +102,8 @@ def _join(runtime_env: dict | None) -> None:
                 "in its image"
             ) from error
         raise InputError(
-            f"{address}: the cluster cannot be joined ({first_line(error)}); give the address of one that runs, or "
-            "unset RAY_ADDRESS to start Ray on this machine"
+            f"{address}: the cluster cannot be joined ({first_line(error)}); give the address of one that runs, and "
+            "its token (RAY_AUTH_MODE=token), or unset RAY_ADDRESS to start Ray on this machine"
         ) from error
 
 
