@@ -5,6 +5,7 @@ cluster/ray_autoscaler_internals.py and cluster/submit_size.py: the first files 
 it as we do. The public counterpart of none of them can do what is said beside it.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.torch.config import _TorchBackend as TorchBackend  # starts the workers' process group
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME as CHECKPOINT_RECORD
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
@@ -35,6 +37,8 @@ __all__ = [
     "ResizeDecision",
     "TorchBackend",
     "TrainingFailedError",
+    "reads_checkpoint_record",
+    "renewed_checkpoint_record",
     "train_in_this_process",
 ]
 
@@ -80,3 +84,40 @@ def train_in_this_process(reports: LocalReports) -> None:
     if (session := get_session()) is not None:
         session.world_rank = 0
     set_train_fn_utils(reports)
+
+
+def reads_checkpoint_record(record: dict[str, Any]) -> bool:
+    """Whether this release of Ray reads what lies at CHECKPOINT_RECORD: the fields that it asks for are not those of
+    the release before."""
+    try:
+        _CheckpointManagerState.parse_obj(record)
+    except ValueError:
+        return False
+    return True
+
+
+def renewed_checkpoint_record(record: dict[str, Any]) -> dict[str, Any]:
+    """The same checkpoints, in the order of their scores as they are, in this release's form. For a run whose reports
+    ask for no validation by Ray. Raises ValueError, LookupError or TypeError where the record does not say which these
+    are.
+
+    Reports are counted anew: their numbers only tell, of checkpoints with one score, which is the newer.
+    """
+    results = record["checkpoint_results"]
+    if any(result["version"] != 0 for result in results):
+        raise ValueError("checkpoints in another form")
+    names = [result["checkpoint_dir_name"] for result in results]
+    by_age = sorted(names)  # the order of training (TrainingState.checkpoint_name)
+    latest = record["latest_checkpoint_result"]["checkpoint_dir_name"]
+    state = _CheckpointManagerState(
+        checkpoint_results=results,
+        checkpoint_report_indices=[by_age.index(name) for name in names],
+        latest_checkpoint_result=results[names.index(latest)],
+        pending_training_results=[],
+        pending_validation_specs=[],
+        current_report_index=len(names),
+        validated_checkpoint_dir_names=[],
+        timed_out_validation_checkpoint_dir_names=[],
+        failed_validation_checkpoint_dir_names=[],
+    )
+    return dict(json.loads(state.json()))

@@ -62,7 +62,7 @@ def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | No
     importing.start()
     if is_joined():
         protect_token_file()
-        ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env)
+        _join(runtime_env)
         _wait_for_resources()
         log.info("joined the Ray cluster at RAY_ADDRESS: %s", _resources())
     else:
@@ -87,6 +87,25 @@ def start_ray(*, num_cpus: int | None = None, worker_env: Mapping[str, str] | No
     # Nor does it read each worker's whole memory map every second, for statistics that nobody sees: a tenth of the CPU
     # of a generator that loads its models.
     context.memory_usage_poll_interval_s = None
+
+
+def _join(runtime_env: dict | None) -> None:
+    """Join the cluster at RAY_ADDRESS. Raises InputError where that is of another Ray or Python, or is not there."""
+    try:
+        ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env)
+    except (ConnectionError, RuntimeError) as error:
+        address = f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}"
+        releases = re.findall(r"(?:Ray|Python): (\S+)", str(error))
+        if len(releases) == 4:
+            there, here = (f"Ray {of_ray} on Python {of_python}" for of_ray, of_python in (releases[:2], releases[2:]))
+            raise InputError(
+                f"{address}: that cluster runs {there}, and this process {here}; run the job with the cluster's, as "
+                "in its image"
+            ) from error
+        raise InputError(
+            f"{address}: the cluster cannot be joined ({first_line(error)}); give the address of one that runs, and "
+            "its token (RAY_AUTH_MODE=token), or unset RAY_ADDRESS to start Ray on this machine"
+        ) from error
 
 
 def _start_local(num_cpus: int | None, runtime_env: dict | None) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from cluster.releases import check_releases
 from pcm.errors import InputError
 
 if TYPE_CHECKING:  # requests import this module, and --help is to be fast
@@ -125,6 +126,7 @@ def _call_each(function: list[Any], landmarks: "Sequence[Landmark]", calls: Sequ
     """`function`: its reference, in a list, so that Ray does not read it anew for each task."""
     from cluster.store.reach import check_here
 
+    check_releases()
     check_here(landmarks)
     with ThreadPoolExecutor(_THREADS_A_TASK) as pool:
         return list(pool.map(_fetched(function[0]), calls))

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from cluster.numbers import LOG_TIME
 from cluster.options import Option, Request, flag, options_of
+from cluster.releases import check_releases
 from jobs.endings import STDOUT, StopSignals, flush_streams, open_streams, print_summary, say, use_utf8
 from pcm.credentials import refuse_credentials
 from pcm.documents import read_document
@@ -79,6 +80,7 @@ class Job:
         with STDOUT.kept(to_the_end=argv is None):
             try:
                 set_up_logging()
+                check_releases()
                 _check_outputs(request)
                 summary = self.run(request)
             except OneLineError as error:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import ray
 
 from cluster.numbers import duration
+from cluster.releases import check_releases
 from cluster.session import user_error
 from pcm.line_timer import LineTimer
 
@@ -74,6 +75,7 @@ class OnRay:
 
 
 def _seconds_of(function: Callable[..., None], *call: Any) -> float:
+    check_releases()
     started = time.monotonic()
     function(*call)
     return time.monotonic() - started

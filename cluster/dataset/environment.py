@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 FOLDER = "environments/"
 
-#: Names of packages whose release decides bytes, as they are installed: of pictures, token ids, features and scores.
+#: Names of packages whose release decides bytes, as they are installed: of pictures, token ids, features, scores, files.
 PACKAGES = (
-    "torch", "diffusers", "transformers", "open_clip_torch", "pillow", "numpy", "peft", "sentencepiece", "timm",
-    "tokenizers", "torchvision",
+    "torch", "diffusers", "transformers", "open_clip_torch", "pillow", "pyarrow", "numpy", "peft", "sentencepiece",
+    "timm", "tokenizers", "torchvision",
 )  # fmt: skip
 #: How an environment names the version of this package.
 OWN_VERSION = "pcmnet-ray"
@@ -125,9 +125,19 @@ def joined_versions(environments: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 def differences(before: Sequence[dict[str, Any]], now: dict[str, Any]) -> list[str]:
     """In what `now` differs from the nearest of the environments before, as "torch: 2.9.1 -> 2.10.0"; none where it is
-    one of them."""
+    one of them. Of a package that an earlier release did not record, nothing is known."""
     found = [_differences(each, now) for each in before]
     return min(found, key=len) if found else []
+
+
+def other_releases(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """In which packages two processes of a run differ, as "diffusers 0.42.0 and 0.42.1". Builds of one release for a
+    CPU and for a GPU count as the same, and a package that one of them lacks does too."""
+    return [
+        f"{name} {one[name]} and {other[name]}"
+        for name in one
+        if name in other and one[name].partition("+")[0] != other[name].partition("+")[0]
+    ]
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -140,8 +150,9 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def warn_of_other_releases(store: Store) -> None:
     """Say where a dataset goes on with other releases of PACKAGES than those that have made what is there."""
-    made = [{"versions": {**each["versions"], OWN_VERSION: pcm.__version__}} for each in stored_environments(store)]
-    if changed := differences(made, {"versions": versions()}):
+    here = {name: release for name, release in versions().items() if name not in (OWN_VERSION, "pyarrow")}
+    made = [{"versions": each["versions"]} for each in stored_environments(store)]
+    if changed := differences(made, {"versions": here}):
         log.warning(
             "%s: goes on with other releases than it was begun with (%s), and its pictures, scores and features may "
             "differ by them; go on, or install those",

@@ -53,6 +53,11 @@ class VerifyRequest(RunOnOption):
         None, metavar="NAME", help="with --repair: where the dataset's CLIP is now, should it have moved",
         unset="where it was",
     )  # fmt: skip
+    other_bytes: bool = option(
+        False,
+        help="with --repair: make shards again also where this release of pyarrow writes the same rows in other bytes; "
+        "views, runs and exports of the dataset then have to be made anew",
+    )
     upgrade: bool = option(False, help="rewrite a dataset of an older schema version in place")
     redraw: int | None = option(
         None, metavar="N",
@@ -63,7 +68,7 @@ class VerifyRequest(RunOnOption):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_without(self, "repair", "corpus", "clip")
+        refuse_without(self, "repair", "corpus", "clip", "other_bytes")
         if self.redraw is None:
             refuse_without(self, "repair", "t2i", "t2i_config", "vae", "lora")
         refuse_without(self, "redraw", "seed")

@@ -21,6 +21,7 @@ from cluster.device import resolve_device
 from cluster.evaluation.captioners import device_here, load_from
 from cluster.gpu_share import keep_to_shared_gpu
 from cluster.ray_state import actors_are_placed
+from cluster.releases import check_releases
 from cluster.session import cluster_gpus, cpus_for_each, is_joined, room_for, start_ray, user_error, waiting_for
 from cluster.sources.picture_source import FeatureSource
 from cluster.sources.pictures import PictureSet, PictureSource, encode_pictures, load_picture_set
@@ -167,6 +168,7 @@ class _CaptionWorker:
     """A captioner in a Ray actor."""
 
     def __init__(self, *, source: CaptionerSource, threads: int) -> None:
+        check_releases()
         device = device_here(source.device)
         if device == "cpu":
             torch.set_num_threads(threads)

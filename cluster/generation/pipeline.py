@@ -25,6 +25,7 @@ from cluster.dataset.vocabularies import (
 from cluster.generation.cost import Billing
 from cluster.generation.display import Display, Room
 from cluster.generation.limits import FaultPolicy, RunLimits
+from cluster.generation.other_releases import refuse_other_pyarrow, warn_of_mixed_releases
 from cluster.generation.pools import Pools
 from cluster.generation.progress import RunProgress, Status
 from cluster.generation.retrying import Retry, interrupted_retry, samples_left
@@ -120,6 +121,7 @@ def run_pipeline(
     retried: Mapping[int, int] | None = None,
     given: GivenConcepts | NounFinder | None = None,
     draw: type[DrawShard] = DrawShard,
+    other_bytes: bool = False,
 ) -> GenerationResult:
     """Make every shard that the plan asks for and the store lacks, then write the manifest.
 
@@ -128,10 +130,12 @@ def run_pipeline(
     (`retried`: how many, by shard), and the manifest is deleted first. A run of all shards also ends a retry that was
     interrupted. Another run that makes the same dataset is waited for (cluster.only_job): also where no shard is
     missing and there is no manifest, which is so while one retries. `given`: of what the concepts are made, for a
-    dataset that is begun; what another run was given stays.
+    dataset that is begun; what another run was given stays. `other_bytes`: shards of a finished dataset may be made
+    again by another release of pyarrow, whose bytes are others.
 
     Raises InputError when the scores fall below the watch's threshold, where shards were to be made again that another
-    run may have changed, and where the dataset was begun with other concepts than are `given`.
+    run may have changed or, without `other_bytes`, that pyarrow would write otherwise, and where the dataset was begun
+    with other concepts than are `given`.
     """
     watch = watch or RunLimits()
     faults = faults or FaultPolicy()
@@ -160,6 +164,8 @@ def run_pipeline(
                 warn_of_other_releases(store)
             if missing and retry:
                 retry.begin(store)
+            elif missing and not other_bytes:
+                refuse_other_pyarrow(store, plan, missing, on_store)
             on_store.forget(again)
         else:
             retry = None  # there is nothing to try again
@@ -226,12 +232,14 @@ def _make_missing(
     telemetry = Telemetry(store.root, has_clip_scores=plan.spec.clip.model != "null")
     room = Room(pools.generator_takes(), pools.node_labels)
     clip_room = Room(pools.scorer_takes(), pools.node_labels)
+    environments: set[str] = set()
     with Display(progress, telemetry, watched_by[0], room=room, clip_room=clip_room) as display:
         stages = partial(_stages, store, plan, pools, watched_by=watched_by, again=again, retry=retry, draw=draw)
         made = made_in_turns(missing, stages, pools, watched_by[0], scorers=pools.scorers)
         with closing(made):  # at once, whatever is raised here: its actors hold CPUs and GPUs
             for stats in made:
                 on_store.add(stats)
+                warn_of_mixed_releases(store, stats, environments)
                 display.add(stats.get(OF_THIS_RUN, stats))
                 check_gate(progress.scores, watch.stop_below_clip_score, store=store, shard=stats["shard"])
 

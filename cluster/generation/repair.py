@@ -79,9 +79,10 @@ def repair_dataset(
     corpus: str | None = None,
     run_on: str = VerifyRequest.run_on,
     places: ModelPlaces = NOT_MOVED,
+    other_bytes: bool = VerifyRequest.other_bytes,
 ) -> dict:
     """`repair` of the dataset at a path or URI; `corpus`: where its captions are now, where they were by default, and
-    `places` where its models are.
+    `places` where its models are. `other_bytes`: as of `run_pipeline`, which raises InputError without it.
 
     Ray is started only where there is something to mend, or where the shards are many.
     """
@@ -108,10 +109,11 @@ def repair_dataset(
         # What is absent still is made anyway; what another run has stored meanwhile stays.
         redo = sorted(set(found.damaged_shards) - set(found.absent_shards))
         if redo and is_retried:  # one may be damaged because the retry was killed: whole again, it is tried once more
-            run_pipeline(store, plan, pools, shards=redo, redo=redo)
+            run_pipeline(store, plan, pools, shards=redo, redo=redo, other_bytes=other_bytes)
             redo = []
         # What fails once more stays quarantined: a repair ends the retry whatever share of it fails.
-        run_pipeline(store, plan, pools, redo=redo, faults=FaultPolicy(max_error_share=1.0) if is_retried else None)
+        faults = FaultPolicy(max_error_share=1.0) if is_retried else None
+        run_pipeline(store, plan, pools, redo=redo, faults=faults, other_bytes=other_bytes)
 
     def check_prompts(spec: DatasetSpec) -> Callable[[str], bool]:
         return truncation_check(local_spec(here or spec))

@@ -21,8 +21,9 @@ def verify_dataset(request: VerifyRequest) -> dict[str, Any]:
         from cluster.generation.repair import repair_dataset
 
         return repair_dataset(
-            request.dataset, corpus=request.corpus, run_on=request.run_on, places=_places(request, clip=request.clip)
-        )
+            request.dataset, corpus=request.corpus, run_on=request.run_on, places=_places(request, clip=request.clip),
+            other_bytes=request.other_bytes,
+        )  # fmt: skip
     store = open_store(request.dataset)
     if request.redraw is not None:
         from cluster.generation.redraw_check import plans_of

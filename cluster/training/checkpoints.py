@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from cluster.ray_internals import CHECKPOINT_RECORD
+from cluster.ray_internals import CHECKPOINT_RECORD, reads_checkpoint_record, renewed_checkpoint_record
 from cluster.store.reach import check_here
 from cluster.store.retries import with_retries
 from cluster.store.store import Store, join, local_copy
@@ -96,23 +96,49 @@ def training_order(name: str) -> tuple[list[int], str]:
 
 def check_checkpoints(out: Store, *, done: int) -> None:
     """Raises InputError where Ray Train would find no checkpoint of a run with `done` epochs, and begin it again, or
-    would end in a traceback: its record of the checkpoints is damaged or gone, or names one that is gone.
+    would end in a traceback: its record of the checkpoints is damaged or gone, or of a release of Ray whose record
+    cannot be written anew, or names one that is gone.
     """
     place = join(out.root, CHECKPOINTS)
     elsewise = f"restore it, or train into another --out (with --init-from {out.root} from its best captioner on)"
     names = {key.split("/")[1] for key in out.list(f"{CHECKPOINTS}/") if key.count("/") > 1}
+    record: Any = None
     try:
-        gone = [name for name in _recorded(out) if name not in names]
+        record = _record(out)
+        gone = [name for name in _recorded(record) if name not in names]
+        if not reads_checkpoint_record(record):
+            renewed_checkpoint_record(record)
     except FileNotFoundError:
         # Ray Train writes it right after the first checkpoint; a run that was killed before does that epoch again.
         if done > 1 or (done and not names):
             what = f"{CHECKPOINT_RECORD}, which says what is in it, is gone" if names else "holds no checkpoint"
             raise InputError(f"{place}: {what}, though epochs are done ({done}); {elsewise}") from None
     except (ValueError, LookupError, TypeError, RecursionError) as error:
+        of_ray = record.get("ray_version") if isinstance(record, dict) else None
+        if of_ray not in (None, ray.__version__):
+            raise InputError(
+                f"{place}/{CHECKPOINT_RECORD}: of Ray {of_ray}, which Ray {ray.__version__} does not read; go on with "
+                f"Ray {of_ray}, or train into another --out (with --init-from {out.root} from its best captioner on)"
+            ) from None
         raise InputError(f"{place}/{CHECKPOINT_RECORD}: damaged ({one_line(error, longest=200)}); {elsewise}") from None
     else:
         if gone:
             raise InputError(f"{place}: {', '.join(gone)} gone; {elsewise}")
+
+
+def renew_record(out: Store) -> None:
+    """Write Ray Train's record anew in this release's form where another release wrote it, after `check_checkpoints`:
+    each reads the fields of its own record alone."""
+    try:
+        record = _record(out)
+    except FileNotFoundError:
+        return
+    if not reads_checkpoint_record(record):
+        out.write_bytes(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}", json.dumps(renewed_checkpoint_record(record)).encode())
+        log.info(
+            "the run was begun under Ray %s, and goes on under %s: its record of the checkpoints is written anew",
+            record.get("ray_version"), ray.__version__,
+        )  # fmt: skip
 
 
 def delete_unrecorded(out: Store) -> None:
@@ -122,16 +148,21 @@ def delete_unrecorded(out: Store) -> None:
     """
     if not out.exists(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}"):
         return
-    recorded = set(_recorded(out))
+    recorded = set(_recorded(_record(out)))
     for key in out.list(f"{CHECKPOINTS}/"):
         name, is_in_folder, _ = key.removeprefix(f"{CHECKPOINTS}/").partition("/")
         if is_in_folder and _CHECKPOINT_NAME.fullmatch(name) and name not in recorded:
             out.delete(key)
 
 
-def _recorded(out: Store) -> list[str]:
-    """Names of the checkpoints in Ray Train's record. Raises FileNotFoundError without one, and what damage raises."""
-    record = json.loads(out.read_bytes(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}"))
+def _record(out: Store) -> dict[str, Any]:
+    """Ray Train's record of the checkpoints. Raises FileNotFoundError without one, and what damage raises."""
+    record: dict[str, Any] = json.loads(out.read_bytes(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}"))
+    return record
+
+
+def _recorded(record: dict[str, Any]) -> list[str]:
+    """Names of the checkpoints in it."""
     return [result["checkpoint_dir_name"] for result in record["checkpoint_results"]]
 
 

@@ -31,7 +31,7 @@ from cluster.sources.pictures import check_source, source_anywhere
 from cluster.store.reach import check_reach
 from cluster.store.store import Store, join, open_store
 from cluster.store.temporary import PREFIX
-from cluster.training.checkpoints import BEST, SCORE, check_checkpoints, delete_unrecorded, kept_words
+from cluster.training.checkpoints import BEST, SCORE, check_checkpoints, delete_unrecorded, kept_words, renew_record
 from cluster.training.config import TrainConfig, default_preset, preset
 from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.init_from import InitialCaptioner, read_initial
@@ -122,6 +122,7 @@ def train(request: TrainRequest, *, arriving: Sequence[TrainingSet] = ()) -> dic
     with nullcontext() if arriving else only_job(out, TRAINS, waits=False):
         _refuse_what_changed(out, previous, resume=request.resume)
         check_reach(out)
+        renew_record(out)
         delete_unrecorded(out)
         document[DEVICE] = place.device
         out.write_bytes(CONFIG_KEY, document_bytes(document))

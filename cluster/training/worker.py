@@ -12,6 +12,7 @@ import torch
 from cluster.gpu_share import keep_to_shared_gpu, worker_has_gpu
 from cluster.numbers import LOG_TIME
 from cluster.ray_internals import LOOP_ERRORS
+from cluster.releases import check_releases
 from cluster.session import is_no_user_error
 from cluster.store.store import Store, open_store
 from cluster.training.checkpoints import Checkpoints, TrainingState
@@ -74,6 +75,7 @@ class TrainWorker:
 
 def set_up_worker(run: RunSpec) -> TrainWorker:
     """This process as a worker of Ray Train: at the run's last checkpoint, where it has one."""
+    check_releases()
     _log_to_stderr()
     config = run.config
     context = ray.train.get_context()

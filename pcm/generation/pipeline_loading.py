@@ -44,6 +44,7 @@ def load_pipeline(spec: GeneratorSpec) -> diffusers.DiffusionPipeline:
     transformers.utils.logging.disable_progress_bar()
     try:
         pipeline = _load_parts(spec)
+        _check_dtype(pipeline, spec)
         _fuse_loras(pipeline, spec)
     except InputError:
         raise
@@ -88,6 +89,18 @@ def _load_parts(spec: GeneratorSpec) -> Any:
 def _where(source: str, revision: str | None) -> dict[str, Any]:
     """What a loader is told of a folder, or of a repo at a commit."""
     return {"local_files_only": True} if Path(source).is_dir() else {"revision": revision}
+
+
+def _check_dtype(pipeline: Any, spec: GeneratorSpec) -> None:
+    """Raises InputError where the denoiser is of another dtype: a release of diffusers to which the loader's argument
+    is not known passes over it. Some layers stay in float32 whatever is asked for."""
+    found = {weight.dtype for weight in _denoiser(pipeline, spec).parameters() if weight.is_floating_point()}
+    if found and _DTYPES[spec.dtype] not in found:
+        there = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+        raise InputError(
+            f"dtype {spec.dtype}: diffusers {diffusers.__version__} has loaded {spec.model} as {there}; install the "
+            f"release in constraints.txt, or give --dtype {there}"
+        )
 
 
 def _fuse_loras(pipeline: Any, spec: GeneratorSpec) -> None:

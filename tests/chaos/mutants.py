@@ -1028,6 +1028,38 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "a job with libraries of another release ends before it writes",
+        "jobs/command_line.py", "                check_releases()\n", "",
+        ("tests/cluster/test_releases.py::test_a_job_with_another_release_ends_in_one_line_and_writes_nothing",),
+    ),
+    Mutant(
+        "a generator with libraries of another release draws nothing",
+        "cluster/generation/stages/draw.py", "        check_releases()\n", "",
+        ("tests/cluster/test_releases.py::test_a_worker_with_another_release_does_nothing",),
+    ),
+    Mutant(
+        "weights of another dtype than the spec's draw nothing",
+        "pcm/generation/pipeline_loading.py", "        _check_dtype(pipeline, spec)\n", "",
+        ("tests/pcm/generation/test_pipeline_loading.py::"
+         "test_a_release_of_diffusers_that_passes_over_the_dtype_is_told_of",),
+    ),
+    Mutant(
+        "shards of a finished dataset are not made again by another pyarrow unasked",
+        "cluster/generation/pipeline.py", "                refuse_other_pyarrow(store, plan, missing, on_store)\n", "                pass\n",
+        ("tests/cluster/generation/test_repair.py::test_the_job_repairs_with_the_real_pipeline",),
+    ),
+    Mutant(
+        "a run begun under another Ray goes on",
+        "cluster/training/checkpoints.py", "    if not reads_checkpoint_record(record):\n        out.write", "    if False:\n        out.write",
+        ("tests/cluster/training/test_checkpoints.py::"
+         "test_a_record_of_another_ray_is_written_anew_in_this_ones_form",),
+    ),
+    Mutant(
+        "a cluster of another Ray is named in one line",
+        "cluster/session.py", "    except (ConnectionError, RuntimeError) as error:\n        address", "    except ZeroDivisionError as error:\n        address",
+        ("tests/cluster/test_session.py::test_a_cluster_of_another_ray_or_python_is_named_in_one_line",),
+    ),
+    Mutant(
         "--repair makes exactly what is damaged again",
         "cluster/generation/repair.py", "    draw(found)\n", "",
         ("tests/cluster/generation/test_repair.py::test_exactly_what_is_damaged_is_made_again",),

@@ -23,6 +23,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution import train_fn_utils
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
@@ -110,6 +111,17 @@ def test_of_a_loops_errors_the_users_are_shown_without_a_traceback(
             construct_user_exception_with_traceback(error)
         shown.append("\n".join(record.getMessage() for record in caplog.records))
     assert shown[0] == "" and shown[1].endswith("RuntimeError: a defect\n")
+
+
+def test_ray_reads_its_record_of_the_checkpoints_by_a_model_that_we_can_fill() -> None:
+    """Each of its fields is known here: a new one needs its value in `renewed_checkpoint_record`."""
+    result = {"version": 0, "checkpoint_dir_name": "epoch-001", "metrics": {"score": 0.5}}
+    renewed = ray_internals.renewed_checkpoint_record(
+        {"checkpoint_results": [result], "latest_checkpoint_result": result}
+    )
+    assert ray_internals.reads_checkpoint_record(renewed) and renewed["latest_checkpoint_result"] == result
+    assert renewed.keys() == vars(_CheckpointManagerState)["__annotations__"].keys()
+    assert renewed["ray_version"] == ray.__version__
 
 
 def test_a_trainer_gives_its_controller_our_policy(monkeypatch: pytest.MonkeyPatch) -> None:

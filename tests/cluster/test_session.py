@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private.utils import check_version_info
 from ray.exceptions import RayTaskError
 
 from cluster import session
@@ -65,6 +67,41 @@ def test_a_ray_that_does_not_start_says_what_to_mend(
     with pytest.raises(InputError, match=line):
         session._start_local(None, {})
     assert len(tried) == tries
+
+
+@pytest.mark.parametrize(("of_ray", "of_python"), [("2.55.1", None), (None, "3.10.4")])
+def test_a_cluster_of_another_ray_or_python_is_named_in_one_line(
+    of_ray: str | None, of_python: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = (ray.__version__, platform.python_version())
+    there = (of_ray or ours[0], of_python or ours[1])
+
+    def init(**options: object) -> None:
+        check_version_info(dict(zip(("ray_version", "python_version"), there, strict=True)), "node 10.0.0.7:6379")
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(InputError) as caught:
+        session._join(None)
+    assert str(caught.value) == (
+        f"RAY_ADDRESS 10.0.0.1:6379: that cluster runs Ray {there[0]} on Python {there[1]}, and this process "
+        f"Ray {ours[0]} on Python {ours[1]}; run the job with the cluster's, as in its image"
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("Could not find any running Ray instance."), RuntimeError("Failed to connect to GCS.\n")]
+)
+def test_a_cluster_that_is_not_there_is_told_of_in_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: object) -> None:
+        raise error
+
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(
+        InputError, match=r"RAY_ADDRESS auto: the cluster cannot be joined \((Could|Failed).*\.\); give"
+    ):
+        session._join(None)
 
 
 def test_an_input_error_is_found_under_what_ray_wraps_around_it() -> None:

@@ -51,6 +51,7 @@ ORDER = {
     "cluster": (
         "__init__",
         "numbers",
+        "releases",
         "ray_internals",
         "ray_data_internals",
         "ray_autoscaler_internals",

@@ -15,6 +15,7 @@ from cluster.generation.retrying import RETRIED_BY, Retry
 from cluster.generation.stages.merge import to_retry
 from cluster.generation.stages.shard_row import ShardRow, check_picture_bytes, picture_bytes
 from cluster.gpu_share import keep_to_gpu_share
+from cluster.releases import check_releases
 from cluster.store.retries import load_with_retries
 from cluster.store.store import Store
 from cluster.weights.node_copy import local_generator
@@ -47,6 +48,7 @@ class DrawShard:
         self._store = store
         self._spec = spec
         self._retry = retry
+        check_releases()
         keep_to_gpu_share(spec.generator.device)
         # Before the model is loaded, because a process may die of that too.
         self._guard = _run_guard(*watched_by, spec.generator) if watched_by and spec.generator.model != "null" else None

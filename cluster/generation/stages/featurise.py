@@ -18,6 +18,7 @@ from cluster.generation.stages.asking import ask
 from cluster.generation.stages.shard_row import ERRORS_KEPT, ShardRow
 from cluster.generation.stages.watchdog import Watchdog
 from cluster.gpu_share import keep_to_gpu_share
+from cluster.releases import check_releases
 from cluster.store.retries import load_with_retries
 from cluster.weights.node_copy import local_clip
 from pcm.errors import InputError, typed_first_line
@@ -53,6 +54,7 @@ class FeaturiseShard:
         self._monitor = watched_by[0] if watched_by else None
         self._before_again = before_again
         self._concepts = concepts
+        check_releases()
         keep_to_gpu_share(spec.device)
         self._encoder = None if spec.model == "null" else load_with_retries(lambda: self.load(spec), model=spec.model)
         self._watchdog = _watchdog(*watched_by) if watched_by and self._encoder else None

@@ -243,14 +243,22 @@ def test_a_repair_that_is_interrupted_forgets_no_damage(data: Path) -> None:
             repair(store, draw=fails, read_records=lambda plan: iter(()), truncation_check=lambda spec: bool)
 
 
-def test_the_job_repairs_with_the_real_pipeline(data: Path, healthy: Path, call_job, ray_session: None) -> None:
+def test_the_job_repairs_with_the_real_pipeline(
+    data: Path, healthy: Path, call_job, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (data / shard_key(1)).unlink()
     flipped(data, shard_key(2))
     (data / part_key(data, 0)).unlink()
     assert call_job("verify", data).returncode == 1
     moved = call_job("verify", data, "--repair", "--corpus", data / "nowhere.txt")
     assert moved.returncode == 2 and "nowhere.txt" in moved.stderr
-    run = call_job("verify", data, "--repair")
+    with monkeypatch.context() as upgraded:
+        upgraded.setattr("cluster.generation.other_releases.pyarrow_here", lambda: "99.0.0")
+        before = {path: path.read_bytes() for path in (data / "shards").iterdir()}
+        refused = call_job("verify", data, "--repair")
+        assert refused.returncode == 2 and f"written by pyarrow {pa.__version__}, and this is 99.0.0" in refused.stderr
+        assert {path: path.read_bytes() for path in (data / "shards").iterdir()} == before
+        run = call_job("verify", data, "--repair", "--other-bytes")
     assert run.returncode == 0 and run.summary is not None
     assert (run.summary["repaired"], run.summary["missing"], run.summary["corrupt"]) == (2, 0, 0)
     assert contents(data).keys() - {"vocabulary.txt", "vocabularies.json"} == contents(healthy / "data").keys()

@@ -6,6 +6,7 @@ import resource
 import shutil
 import types
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import pytest
 import ray.train
 import safetensors.torch
 import torch
+from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.storage import StorageContext
 
 from cluster.ray_internals import CHECKPOINT_RECORD
 from cluster.store.store import open_store
@@ -20,12 +24,14 @@ from cluster.store.temporary import named_temporary_folder
 from cluster.training import checkpoints
 from cluster.training.checkpoints import (
     OPTIMIZER_FILE,
+    SCORE,
     STATE_FILE,
     Checkpoints,
     TrainingState,
     check_checkpoints,
     delete_unrecorded,
     load_training_state,
+    renew_record,
     save_training_state,
 )
 from cluster.training.ray_trainer import CHECKPOINTS
@@ -228,7 +234,30 @@ def test_an_optimiser_of_a_gpu_is_gone_on_with_where_there_is_none(run: Checkpoi
     assert all(state["exp_avg"].device.type == "cpu" for state in run._optimizer.state.values())
 
 
-RECORD = json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name} for name in NAMES]}).encode()
+def record_of(names: Sequence[str], **changes: Any) -> dict[str, Any]:
+    """Ray Train's record of checkpoints, in the order of their scores; the first one is the latest."""
+    results = [{"version": 0, "checkpoint_dir_name": name, "metrics": {SCORE: 0.5}} for name in names]
+    return {
+        "ray_version": ray.__version__,
+        "checkpoint_results": results,
+        "checkpoint_report_indices": list(range(4, 4 + len(results))),
+        "latest_checkpoint_result": results[0],
+        "pending_training_results": [],
+        "pending_validation_specs": [],
+        "current_report_index": 9,
+        "validated_checkpoint_dir_names": [],
+        "timed_out_validation_checkpoint_dir_names": [],
+        "failed_validation_checkpoint_dir_names": [],
+    } | changes
+
+
+def of_ray_2_55(record: dict[str, Any]) -> dict[str, Any]:
+    """The same as that release wrote it."""
+    later = ("timed_out_validation_checkpoint_dir_names", "failed_validation_checkpoint_dir_names")
+    return {name: value for name, value in record.items() if name not in later} | {"ray_version": "2.55.1"}
+
+
+RECORD = json.dumps(record_of(NAMES)).encode()
 
 
 def test_a_record_whose_checkpoints_are_there_may_be_gone_on_with(run: Checkpoints, tmp_path: Path) -> None:
@@ -258,6 +287,59 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(
     with pytest.raises(InputError, match=message) as caught:
         check_checkpoints(open_store(tmp_path), done=done)
     assert "restore it, or train into another --out" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_record_that_this_ray_reads_stays_as_it_is(run: Checkpoints, tmp_path: Path) -> None:
+    out = open_store(tmp_path)
+    renew_record(out)
+    assert not out.exists(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}")
+    out.write_bytes(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}", RECORD)
+    renew_record(out)
+    assert out.read_bytes(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}") == RECORD
+
+
+def test_a_record_of_another_ray_is_written_anew_in_this_ones_form(
+    run: Checkpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray's own reader of it finds the same checkpoints, and goes on from the same one."""
+    out = open_store(tmp_path)
+    names = [NAMES[1], NAMES[0]]
+    old = of_ray_2_55(record_of(names, latest_checkpoint_result=record_of(names)["checkpoint_results"][1]))
+    out.write_bytes(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}", json.dumps(old).encode())
+    storage = StorageContext(storage_path=str(tmp_path), experiment_dir_name=CHECKPOINTS)
+    with pytest.raises(CheckpointManagerInitializationError, match=r"saved with Ray version 2\.55\.1"):
+        CheckpointManager(ray.train.CheckpointConfig(), storage)
+    check_checkpoints(out, done=2)
+    with caplog.at_level("INFO"):
+        renew_record(out)
+    assert f"begun under Ray 2.55.1, and goes on under {ray.__version__}" in caplog.text
+    manager = CheckpointManager(ray.train.CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SCORE), storage)
+    found = [Path(result.checkpoint.path).name for result in manager.best_checkpoint_results]
+    latest = manager.latest_checkpoint_result
+    assert latest is not None and Path(latest.checkpoint.path).name == NAMES[0]
+    assert found == names and latest.metrics == {SCORE: 0.5}
+    assert list(manager._checkpoint_to_report_index.values()) == [1, 0] and manager._current_report_index == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"latest_checkpoint_result": None},
+        {"checkpoint_results": [{"checkpoint_dir_name": name, "metrics": {}, "version": 1} for name in NAMES]},
+    ],
+)
+def test_a_record_of_another_ray_that_says_too_little_is_one_line_that_names_both(
+    change: dict[str, Any], run: Checkpoints, tmp_path: Path
+) -> None:
+    old = json.dumps(of_ray_2_55(record_of(NAMES)) | change)
+    (tmp_path / CHECKPOINTS / CHECKPOINT_RECORD).write_text(old)
+    with pytest.raises(InputError) as caught:
+        check_checkpoints(open_store(tmp_path), done=2)
+    place = f"{tmp_path}/{CHECKPOINTS}/{CHECKPOINT_RECORD}"
+    assert str(caught.value) == (
+        f"{place}: of Ray 2.55.1, which Ray {ray.__version__} does not read; go on with Ray 2.55.1, or train into "
+        f"another --out (with --init-from {tmp_path} from its best captioner on)"
+    )
 
 
 @pytest.mark.parametrize(("gone", "done"), [(NAMES, 0), ((), 0), (NAMES[1:], 1)])

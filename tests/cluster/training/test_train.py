@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import ray
 import safetensors.torch
 import torch
 from ray.train import ControllerError, FailureConfig, ScalingConfig, WorkerGroupError
@@ -30,7 +31,7 @@ from cluster.evaluation.captioners import load_captioner
 from cluster.evaluation.request import CaptionerOptions
 from cluster.generation.request import parse_node_label
 from cluster.only_job import TRAINS, only_job
-from cluster.ray_internals import FailureDecision
+from cluster.ray_internals import CHECKPOINT_RECORD, FailureDecision
 from cluster.store.store import Store, open_store
 from cluster.training.checkpoints import TrainingState
 from cluster.training.config import TrainConfig, preset, settable_fields
@@ -681,6 +682,21 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
     assert not left.exists()
     names = {path.name for path in (out / "checkpoints").iterdir() if path.is_dir()}
     assert f"epoch-{EPOCHS:03d}-again" in names and f"epoch-{EPOCHS + 1:03d}" in names
+
+
+@pytest.mark.slow
+def test_a_run_begun_under_another_ray_goes_on(trained: Path, world: Path, ray_session: None) -> None:
+    out = world / "of another Ray"
+    shutil.copytree(trained, out)
+    record = out / "checkpoints" / CHECKPOINT_RECORD
+    old = json.loads(record.read_bytes()) | {"ray_version": "2.55.1"}
+    for later in ("timed_out_validation_checkpoint_dir_names", "failed_validation_checkpoint_dir_names"):
+        del old[later]
+    record.write_text(json.dumps(old))
+    longer = {"overrides": {"epochs": EPOCHS + 1}, **real_pictures(world)}
+    assert train(request(world, out, resume=True, **longer))["epochs"] == EPOCHS + 1
+    assert science(out)[:EPOCHS] == science(trained) and history(out)[-1]["step"] == (EPOCHS + 1) * STEPS
+    assert json.loads(record.read_bytes())["ray_version"] == ray.__version__
 
 
 @pytest.mark.slow

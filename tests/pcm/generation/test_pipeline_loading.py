@@ -50,6 +50,22 @@ def test_a_variant_that_a_repo_lacks_is_not_advised_again(tiny_t2i: Path, monkey
         load_pipeline(spec_of(tiny_t2i))
 
 
+def test_a_release_of_diffusers_that_passes_over_the_dtype_is_told_of(
+    tiny_t2i: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_pipeline(spec_of(tiny_t2i, dtype="bfloat16")).unet.dtype == torch.bfloat16
+    load = diffusers.DiffusionPipeline.from_pretrained
+
+    def without_dtype(source: str, *, dtype: torch.dtype, **options: object) -> object:
+        return load(source, **options)
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", without_dtype)
+    load_pipeline(spec_of(tiny_t2i))
+    with pytest.raises(InputError, match=r"dtype bfloat16: diffusers \S+ has loaded \S+ as float32; install") as caught:
+        load_pipeline(spec_of(tiny_t2i, dtype="bfloat16"))
+    assert "\n" not in str(caught.value)
+
+
 def test_every_speed_option_is_tried_below() -> None:
     needs_a_gpu = {"offload"}
     assert {name for values in OPTIONS.values() for name in values} >= set(SPEED_FIELDS) - needs_a_gpu
