@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "environments/"
 
-#: Names of packages whose release decides bytes (of pictures, token ids, features, scores, files), as they are installed.
+#: Names of packages whose release decides bytes of pictures, token ids, features, scores or files, as installed.
 PACKAGES = (
     "torch", "diffusers", "transformers", "open_clip_torch", "pillow", "pyarrow", "numpy", "peft", "sentencepiece",
     "timm", "tokenizers", "torchvision",
