@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from cluster.options import Option, Request, flag, options_of
+from cluster.options import Option, Request, flag, in_words, named_once, options_of, parsed
 from jobs.endings import STDOUT, StopSignals, flush_streams, open_streams, print_summary, say, use_utf8
 from pcm.credentials import refuse_credentials
 from pcm.documents import read_document
@@ -27,7 +27,6 @@ from pcm.errors import InputError, OneLineError, StoreFailure, not_known, one_li
 
 _CONFIG = "--config"
 _WIDTH = 78  # of paragraphs in --help
-_KINDS = {int: "a whole number", float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -346,11 +345,7 @@ def _read(request: type[Request], name: str, given: Any, shown: str) -> Any:
         given = _text(given)
     if shape.pairs or shape.repeated:
         items = [_read_one(described, shape, text, shown) for text in (given if isinstance(given, list) else [given])]
-        if not shape.pairs:
-            return tuple(items)
-        if twice := [key for number, (key, _) in enumerate(items) if key in dict(items[:number])]:
-            raise InputError(f"{shown} {twice[0]}: is given twice; give it once")
-        return dict(items)
+        return named_once(items, shown=shown) if shape.pairs else tuple(items)
     if isinstance(given, list):
         raise InputError(f"{shown} {' '.join(given)}: takes one value")
     return _read_one(described, shape, given, shown)
@@ -358,15 +353,11 @@ def _read(request: type[Request], name: str, given: Any, shown: str) -> Any:
 
 def _read_one(described: Option, shape: "_Shape", text: str, shown: str) -> Any:
     if described.parse is not None:
-        try:
-            return described.parse(text)
-        except InputError as error:
-            message = str(error)
-            raise InputError(message if message.startswith(shown) else f"{shown} {text}: {message}") from None
+        return parsed(described, text, shown=shown)
     try:
         return shape.item(text)
     except ValueError:
-        raise InputError(f"{shown} {text}: must be {_KINDS[shape.item]}") from None
+        raise InputError(f"{shown} {text}: must be {in_words(shape.item)}") from None
 
 
 @dataclass(frozen=True)
