@@ -10,6 +10,7 @@ import numpy as np
 from cluster.evaluation.evaluate import EPOCHS_KEY, EVALUATION_KEY, epoch_folder
 from cluster.report.dataset_facts import in_parallel
 from cluster.store.store import Store, join, open_store
+from cluster.training.checkpoints import best_epoch
 from cluster.training.config import DATASET_SIZES, TRAINING_PRESETS, TrainConfig
 from cluster.training.reporting import METRICS_KEY
 from cluster.training.run_document import CONFIG_KEY
@@ -35,7 +36,7 @@ class RunFacts:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        return max(self.history, key=lambda row: row["CIDEr"], default=None)
+        return best_epoch(self.history)
 
 
 def gather_run(store: Store) -> RunFacts:

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,14 +80,17 @@ class TrainingState:
         self.rows = rows
 
     @property
-    def best_cider(self) -> float:
-        return max((row["CIDEr"] for row in self.history), default=float("-inf"))
-
-    @property
     def checkpoint_name(self) -> str:
         """epoch-002 at the end of epoch 2, epoch-002-step-000000700 in epoch 3; in the order of training."""
         at_end = bool(self.history) and self.history[-1]["step"] == self.step
         return f"epoch-{self.epoch:03d}" + ("" if at_end else f"-step-{self.step:09d}")
+
+
+def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of metrics.jsonl of the best epoch: of the highest CIDEr, and of equal ones the last, which has learnt
+    most, as where the CIDEr of the first epochs on little data is 0. None of no epochs.
+    """
+    return max(reversed(history), key=lambda row: row["CIDEr"], default=None)
 
 
 def check_checkpoints(out: Store, *, done: int) -> None:
