@@ -255,8 +255,9 @@ def _file_values(request: type[Request], place: str) -> dict[str, Any]:
     for key, value in fields.items():
         name = key if key in names else by_flag.get(str(key).replace("-", "_"))
         if name is None:
-            near = difflib.get_close_matches(str(key), [*names, *by_flag], n=1)
-            guess = f"; did you mean {near[0]!r}?" if near else f"; allowed are {', '.join(by_flag)}"
+            allowed = [*by_flag, *(setting for setting in request.settable() if setting not in by_flag)]
+            near = difflib.get_close_matches(str(key), [*names, *allowed], n=1)
+            guess = f"; did you mean {near[0]!r}?" if near else f"; allowed are {', '.join(allowed)}"
             raise InputError(f"{place}: {key!r} is not known{guess}")
         if name in values:
             raise InputError(f"{place}: {key!r} is given twice, under two names; give it once")
