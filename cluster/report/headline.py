@@ -10,10 +10,9 @@ from cluster.report.gallery import Gallery
 from cluster.report.left_out import LeftOut
 from cluster.report.measures_view import cost
 from cluster.report.page import Headline
-from cluster.report.run_facts import RunFacts
+from cluster.report.run_facts import RunFacts, place_of
 from cluster.report.sweep_facts import SweepFacts
 from cluster.report.throughput import Throughput
-from cluster.store.store import open_store
 
 Number = tuple[str, str, str]  # what is read, what it is, a word more or ""
 
@@ -110,14 +109,14 @@ def _evaluation(facts: Facts) -> tuple[str, list[Number]]:
 
 
 def _other_checkpoints(facts: Facts) -> str:
-    """What was evaluated, where that lies elsewhere than the run."""
+    """What was evaluated, where its record names another place than the run's."""
     asked = facts.evaluation["request"].get("checkpoint") if facts.evaluation is not None else None
     if facts.run is None or asked is None:
         return ""
-    places = [open_store(place).root for place in ([asked] if isinstance(asked, str) else asked)]
-    if all(place == facts.run.root or place.startswith(f"{facts.run.root}/") for place in places):
+    run, checkpoints = place_of(facts.run.root), asked if isinstance(asked, list) else [asked]
+    if all(f"{place_of(each)}/".startswith(f"{run}/") for each in checkpoints):
         return ""
-    return f"Another captioner ({', '.join(places)})"
+    return f"The captioner of {', '.join(map(str, checkpoints))}"
 
 
 def _sweep(facts: Facts) -> tuple[str, list[Number]]:

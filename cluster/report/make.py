@@ -12,7 +12,7 @@ from cluster.report.headline import Facts, headline
 from cluster.report.left_out import LeftOut, left_out_pictures
 from cluster.report.page import Entry, page
 from cluster.report.request import ReportRequest
-from cluster.report.run_facts import RunFacts, gather_evaluation, gather_run
+from cluster.report.run_facts import RunFacts, gather_evaluation, gather_run, place_of
 from cluster.report.sweep_facts import gather_sweep
 from cluster.report.throughput import throughput
 from cluster.store.outputs import check_output
@@ -79,7 +79,7 @@ def _other_data(request: ReportRequest, run: RunFacts | None) -> tuple[str, ...]
         return ()
     store, trained_on = open_store(request.data), run.document.get("datasets", [])
     for each in trained_on:
-        if each["path"] == store.root or is_known_by(store, each.get("sha256", ""), planned=True):
+        if place_of(each["path"]) == place_of(store.root) or is_known_by(store, each.get("sha256", ""), planned=True):
             return ()
     return tuple(each["path"] for each in trained_on)
 

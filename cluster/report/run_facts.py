@@ -1,5 +1,6 @@
 """What a report knows of a training run: its settings, its epochs, its losses, and what an evaluation found."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import PurePosixPath
@@ -9,7 +10,7 @@ import numpy as np
 
 from cluster.evaluation.evaluate import EPOCHS_KEY, EVALUATION_KEY, epoch_folder
 from cluster.report.dataset_facts import in_parallel
-from cluster.store.store import Store, join, open_store
+from cluster.store.store import Store, is_uri, join, open_store
 from cluster.training.checkpoints import best_epoch
 from cluster.training.config import DATASET_SIZES, TRAINING_PRESETS, TrainConfig
 from cluster.training.reporting import METRICS_KEY
@@ -90,6 +91,12 @@ def _evaluation(store: Store) -> dict[str, Any]:
         ) from None
     except (ValueError, LookupError, TypeError) as error:
         raise _damaged(store, EVALUATION_KEY, error) from None
+
+
+def place_of(recorded: object) -> str:
+    """A path or URI that was recorded, or is given now, to be compared with another; it may lie out of reach."""
+    text = str(recorded)
+    return text.rstrip("/") if is_uri(text) else os.path.abspath(os.path.expanduser(text))
 
 
 def settings(config: TrainConfig) -> list[tuple[str, Any]]:

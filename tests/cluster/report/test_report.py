@@ -352,7 +352,7 @@ def test_a_run_and_an_evaluation_of_something_else_are_said_to_be(whole: Page, w
     (tmp_path / "run/config.json").write_text(json.dumps(document))
     make_report(everything(world, tmp_path / "r.html", run=str(tmp_path / "run"), **NO_PICTURES))
     text = Page((tmp_path / "r.html").read_text()).text
-    assert f"trained for 3 epochs. Another captioner ({world / 'run'}) was tested on 5 pictures." in text
+    assert f"trained for 3 epochs. The captioner of {world / 'run'} was tested on 5 pictures." in text
     assert "From captions to pictures to a captioner" in text
 
 
