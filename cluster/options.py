@@ -5,10 +5,17 @@ several requests share are a class of their own, from which the requests inherit
 group in --help. The modules that define requests import neither torch nor Ray, so that --help is fast.
 """
 
+import contextlib
 import dataclasses
+import functools
+import numbers
+import os
 import re
+import types
+import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pcm.credentials import refuse_credentials_in
@@ -54,7 +61,12 @@ BEGINS_ANEW = "run the same command again; it begins anew"
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Base of all requests. Raises InputError for a value that is none of an option's choices, or has a credential."""
+    """Base of all requests. Raises InputError for a value of another type than its field's, one that is none of an
+    option's choices, and one that has a credential.
+
+    Where several values may stand, one is taken too; where a text, a path; where an option has a form of its own, such
+    as NAME=VALUE, a text of this form.
+    """
 
     #: What a job that was stopped says of how it goes on.
     AGAIN: ClassVar[str] = "run the same command again to go on"
@@ -62,9 +74,11 @@ class Request:
     FILE_HELP: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        refuse_credentials_in(self)
+        refuse_credentials_in(self)  # errors show values
+        hints = typing.get_type_hints(type(self))
         for name, described in options_of(type(self)).items():
-            value = getattr(self, name)
+            value = value_of(described, hints[name], getattr(self, name), shown=flag(type(self), name))
+            object.__setattr__(self, name, value)
             if described.choices and value is not None and value not in described.choices:
                 raise not_known(flag(type(self), name), value, described.choices)
 
@@ -90,6 +104,39 @@ def flag(request: type[Request], name: str) -> str:
     if described.positional:
         return described.metavar or name.upper()
     return f"--{(described.flag or name).replace('_', '-')}"
+
+
+def value_of(described: Option, hint: Any, given: object, *, shown: str) -> Any:
+    """The value of a field, as its type `hint` has it. Raises InputError, which calls the field `shown`."""
+    parse = described.parse and functools.partial(parsed, described, shown=shown)
+    try:
+        if parse and typing.get_origin(hint) is Mapping and not isinstance(given, Mapping):
+            given = named_once((parse(_as_type(str, text)) for text in _several(given)), shown=shown)
+        return _as_type(hint, given, parse)
+    except TypeError:
+        text = " ".join(repr(given).split())[:100]
+        form = f", or a text {described.metavar}" if described.parse and described.metavar else ""
+        raise InputError(f"{shown} {text}: must be {in_words(hint)}{form}") from None
+
+
+def parsed(described: Option, text: str, *, shown: str) -> Any:
+    """What a text means to an option that has a form of its own. Raises InputError."""
+    assert described.parse is not None
+    try:
+        return described.parse(text)
+    except InputError as error:
+        message = str(error)
+        raise InputError(message if message.startswith(shown) else f"{shown} {text}: {message}") from None
+
+
+def named_once(pairs: Iterable[tuple[str, Any]], *, shown: str) -> dict[str, Any]:
+    """NAME=VALUE pairs as a dict. Raises InputError for a name that is given twice: the first would be lost."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise InputError(f"{shown} {name}: is given twice; give it once")
+        found[name] = value
+    return found
 
 
 def given(request: Request) -> list[str]:
@@ -173,3 +220,64 @@ def _default(entry: dataclasses.Field) -> Any:
     if entry.default_factory is not dataclasses.MISSING:
         return entry.default_factory()
     return entry.default
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; of another type, itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _several(value: Any) -> Any:
+    """A list or tuple, or a text or path alone as one of them. Raises TypeError."""
+    if isinstance(value, (str, os.PathLike)):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return value
+    raise TypeError
+
+
+def _as_type(hint: Any, value: Any, parse: Callable[[str], Any] | None = None) -> Any:
+    """`value` as the type `hint` has it; `parse` reads texts of a form of their own. Raises TypeError, InputError."""
+    if len(members := _members(hint)) > 1:
+        for member in members:
+            with contextlib.suppress(TypeError):
+                return _as_type(member, value, parse)
+        raise TypeError
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and parts[-1] is Ellipsis:
+        return tuple(_as_type(parts[0], each, parse) for each in _several(value))
+    if parse and isinstance(value, str):
+        return parse(value)
+    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(parts):
+        return tuple(map(_as_type, parts, value))
+    if origin is Mapping and isinstance(value, Mapping):
+        return {_as_type(parts[0], name): _as_type(parts[1], each) for name, each in value.items()}
+    if hint is str and isinstance(text := os.fspath(value), str):
+        return text
+    if hint is Path:
+        return Path(value)
+    if hint in (int, float):
+        if isinstance(value, numbers.Integral if hint is int else numbers.Real) and not isinstance(value, bool):
+            return hint(value)
+    elif hint is Any or (origin is None and isinstance(value, hint)):
+        return value
+    raise TypeError
+
+
+def in_words(hint: Any) -> str:
+    """What values a type has."""
+    members = [member for member in _members(hint) if member is not type(None)]
+    for member in members:
+        if typing.get_origin(member) is tuple and typing.get_args(member)[-1] is Ellipsis:
+            return f"{in_words(typing.get_args(member)[0])}, or several in a list"
+    if len(members) > 1:
+        return " or ".join(map(in_words, members))
+    origin, parts = typing.get_origin(members[0]), typing.get_args(members[0])
+    if origin is Mapping:
+        return "a mapping" + ("" if parts[1] is Any else f", each value {in_words(parts[1])}")
+    if origin is tuple:
+        return f"({', '.join(map(in_words, parts))})"
+    return _KINDS.get(members[0], members[0].__name__)

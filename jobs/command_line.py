@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from cluster.numbers import LOG_TIME
-from cluster.options import Option, Request, flag, options_of
+from cluster.options import Option, Request, flag, in_words, named_once, options_of, parsed
 from cluster.releases import check_releases
 from jobs.endings import STDOUT, StopSignals, flush_streams, open_streams, print_summary, say, use_utf8
 from pcm.credentials import refuse_credentials
@@ -29,7 +29,6 @@ from pcm.errors import InputError, OneLineError, StoreFailure, not_known, one_li
 
 _CONFIG = "--config"
 _WIDTH = 78  # of paragraphs in --help
-_KINDS = {int: "a whole number", float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -259,8 +258,9 @@ def _file_values(request: type[Request], place: str) -> dict[str, Any]:
     for key, value in fields.items():
         name = key if key in names else by_flag.get(str(key).replace("-", "_"))
         if name is None:
-            near = difflib.get_close_matches(str(key), [*names, *by_flag], n=1)
-            guess = f"; did you mean {near[0]!r}?" if near else f"; allowed are {', '.join(by_flag)}"
+            allowed = [*by_flag, *(setting for setting in request.settable() if setting not in by_flag)]
+            near = difflib.get_close_matches(str(key), [*names, *allowed], n=1)
+            guess = f"; did you mean {near[0]!r}?" if near else f"; allowed are {', '.join(allowed)}"
             raise InputError(f"{place}: {key!r} is not known{guess}")
         if name in values:
             raise InputError(f"{place}: {key!r} is given twice, under two names; give it once")
@@ -349,11 +349,7 @@ def _read(request: type[Request], name: str, given: Any, shown: str) -> Any:
         given = _text(given)
     if shape.pairs or shape.repeated:
         items = [_read_one(described, shape, text, shown) for text in (given if isinstance(given, list) else [given])]
-        if not shape.pairs:
-            return tuple(items)
-        if twice := [key for number, (key, _) in enumerate(items) if key in dict(items[:number])]:
-            raise InputError(f"{shown} {twice[0]}: is given twice; give it once")
-        return dict(items)
+        return named_once(items, shown=shown) if shape.pairs else tuple(items)
     if isinstance(given, list):
         raise InputError(f"{shown} {' '.join(given)}: takes one value")
     return _read_one(described, shape, given, shown)
@@ -361,15 +357,11 @@ def _read(request: type[Request], name: str, given: Any, shown: str) -> Any:
 
 def _read_one(described: Option, shape: "_Shape", text: str, shown: str) -> Any:
     if described.parse is not None:
-        try:
-            return described.parse(text)
-        except InputError as error:
-            message = str(error)
-            raise InputError(message if message.startswith(shown) else f"{shown} {text}: {message}") from None
+        return parsed(described, text, shown=shown)
     try:
         return shape.item(text)
     except ValueError:
-        raise InputError(f"{shown} {text}: must be {_KINDS[shape.item]}") from None
+        raise InputError(f"{shown} {text}: must be {in_words(shape.item)}") from None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ the data. Credentials come from the environment or the instance's role. The rule
 A secret that is a part of the path itself cannot be told from a name.
 """
 
+import os
 import re
 from urllib.parse import unquote
 
@@ -46,14 +47,14 @@ def refuse_credentials(uri: str) -> None:
 
 
 def refuse_credentials_in(request: object) -> None:
-    """`refuse_credentials` of every text, and every text in a list or tuple, among the fields of a dataclass.
+    """`refuse_credentials` of every text and path, alone or in a list or tuple, among the fields of a dataclass.
 
     For a request, before its first field is used: what is opened last is refused before anything is written.
     """
     for value in vars(request).values():
         for text in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(text, str):
-                refuse_credentials(text)
+            if isinstance(text, (str, os.PathLike)):
+                refuse_credentials(os.fsdecode(text))
 
 
 def _carries_credential(uri: str) -> bool:

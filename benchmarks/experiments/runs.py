@@ -26,6 +26,7 @@ from cluster.numbers import duration
 from cluster.sources.pictures import PictureSource, resolved
 from cluster.store.store import open_store
 from cluster.sweep.sweep import without_paths
+from cluster.training.checkpoints import best_epoch
 from cluster.training.reporting import METRICS_KEY
 from cluster.training.request import TrainRequest
 from cluster.training.run_spec import RunSpec
@@ -162,7 +163,7 @@ def run_job(job: Job, out: Path) -> dict[str, Any]:
         "data": variant.data,
         "seed": job.seed,
         "steps": history[-1]["step"],
-        "validation": {"best": max(history, key=lambda row: row["CIDEr"]), "history": history},
+        "validation": {"best": best_epoch(history), "history": history},
         "tests": tests,
         "captions": samples,
         "seconds": round(time.monotonic() - started, 1),

@@ -40,20 +40,26 @@ class DatasetRow:
     @property
     def image(self) -> Image.Image:
         """The picture in RGB, decoded anew each time. Raises InputError where there is none or it is damaged."""
-        return open_image(self.image_bytes or b"", name=self.sample_id or "image")
+        if self.image_bytes is None:
+            raise InputError(
+                f"{self.sample_id or 'image'}: no picture was read; name 'image' in columns, if there is one"
+            )
+        return open_image(self.image_bytes, name=self.sample_id or "image")
 
 
 def read_dataset(
-    uri: str | os.PathLike, *, columns: Sequence[str] = COLUMNS, unfinished: bool = False
+    uri: str | os.PathLike, *, columns: str | Sequence[str] = COLUMNS, unfinished: bool = False
 ) -> Iterator[DatasetRow]:
     """The rows of the dataset at a path or URI, in the order of its plan; memory: one shard.
 
-    `columns`: which fields to read; "image" fills `image_bytes`. `unfinished`: also of a dataset that is being made,
-    the shards that are there now. Any schema version that this package knows.
+    `columns`: which fields to read, one or several; "image" fills `image_bytes`. `unfinished`: also of a dataset that
+    is being made, the shards that are there now. Any schema version that this package knows.
 
     Raises InputError, before the first row, for an unknown column, and where there is no dataset, an unfinished one
     without `unfinished`, or one of a newer schema version; later for a shard that cannot be read.
     """
+    if isinstance(columns, str):
+        columns = (columns,)
     if unknown := [name for name in columns if name not in COLUMNS]:
         raise InputError(f"column {unknown[0]!r}: allowed are {', '.join(COLUMNS)}")
     store = open_store(uri)

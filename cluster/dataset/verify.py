@@ -88,7 +88,10 @@ def verify(store: Store, *, run_on: str = VerifyRequest.run_on) -> dict:
     if manifest is not None and manifest.lineage is not None:
         landmarks = [(store, MANIFEST_KEY), *((open_store(each.path), MANIFEST_KEY) for each in manifest.pictures)]
         return verify_derived(store, manifest, _workers(landmarks, manifest.stored, run_on))
-    return inspect(store, run_on=run_on).to_dict()
+    found = inspect(store, run_on=run_on)
+    if found.complete and not found.ok:
+        log.warning("%s: jobs.verify --repair makes what is missing or damaged again", store.root)
+    return found.to_dict()
 
 
 def inspect(store: Store, *, run_on: str = VerifyRequest.run_on) -> Inspection:

@@ -83,10 +83,10 @@ class Official:
     def prepare(self) -> dict[str, bytes]:
         for key in VOCABULARY_KEYS:
             if not self._source.store.exists(key):
-                raise InputError(
-                    f"{self._source.store.root}: has no {key}, as the null CLIP leaves none; "
-                    "export a dataset with features, or --to webdataset"
-                )
+                more = "; jobs.verify --repair makes it again"
+                if self._source.manifest.spec.clip.model == "null":
+                    more = ", as the null CLIP leaves none; export a dataset with features, or --to webdataset"
+                raise InputError(f"{self._source.store.root}: has no {key}{more}")
         check_vocabularies(self._source.store)
         self._ids, self._photo_ids = published_ids(self._source, self._photos)
         text = self._source.store.read_bytes(VOCABULARY_KEY)

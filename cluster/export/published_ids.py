@@ -49,8 +49,8 @@ def published_ids(data: Source, photos: Mapping[str, Source]) -> tuple[Published
     """The ids of an export's datasets, so that no two pictures have one: of `data`, and of each of `photos` by stage.
 
     All photos lie in one folder, so they are numbered together. They keep their own numbers:
-    COCO_val2014_000000391895.jpg is 391895. The published code reads ids as numbers: where a photo's name holds none,
-    or two have the same, all are numbered from 1, past the ids that imported pictures keep.
+    COCO_val2014_000000391895.jpg is 391895. The published code reads ids as numbers: where a photo's name ends in
+    none, or two have the same, all are numbered from 1, past the ids that imported pictures keep.
     """
     model = data.manifest.spec.generator.model
     of_data = _photos(data) if model == PHOTOS else {}
@@ -101,6 +101,17 @@ def _numbers(photos: Sequence[_Photo], taken: Container[str] = ()) -> dict[_Phot
     numbers = set(found.values())
     if "" not in numbers and len(numbers) == len(found) and not any(number in taken for number in numbers):
         return found
-    log.info("photos are numbered from 1: the name of one holds no number, or two have the same")
+    log.info("photos are numbered from 1: %s", _why_not_their_own(found))
     free = (str(number) for number in itertools.count(1) if str(number) not in taken)
     return dict(zip(photos, free, strict=False))
+
+
+def _why_not_their_own(numbers: Mapping[_Photo, str]) -> str:
+    names: dict[str, str] = {}
+    for photo, number in numbers.items():
+        if not number:
+            return f"the name {photo.name} does not end in a number, as that of COCO_val2014_000000391895.jpg does"
+        if number in names:
+            return f"{names[number]} and {photo.name} have the same number"
+        names[number] = photo.name
+    return "one has the number of an imported picture"

@@ -323,7 +323,9 @@ def _steps_and_guidance(
         if is_own and asked_scale != guidance_scale:  # what holds anyway may be given
             signature.check_guidance(asked_scale)
         scale = "its own" if guidance_scale is None else f"{guidance_scale:g}"
-        log.info("%s (%s): %d steps and guidance %s unless asked otherwise", model, signature.name, steps, scale)
+        unasked = [f"{steps} steps"] * (asked.steps is None) + [f"guidance {scale}"] * (asked_scale is None)
+        if unasked:
+            log.info("%s (%s): %s, as nothing else was asked", model, signature.name, " and ".join(unasked))
     return (
         steps if asked.steps is None else asked.steps,
         guidance_scale if asked_scale is None else asked_scale,

@@ -10,7 +10,7 @@ from cluster.report.gallery import Gallery
 from cluster.report.left_out import LeftOut
 from cluster.report.measures_view import cost
 from cluster.report.page import Headline
-from cluster.report.run_facts import RunFacts
+from cluster.report.run_facts import RunFacts, place_of
 from cluster.report.sweep_facts import SweepFacts
 from cluster.report.throughput import Throughput
 
@@ -26,6 +26,7 @@ class Facts:
     left_out: dict[str, list[LeftOut]]  # by rule, of a derived dataset
     speed: Throughput | None
     run: RunFacts | None
+    other_data: tuple[str, ...] = ()  # what the run was trained on, where that is not `data`
     evaluation: dict[str, Any] | None
     captions: CaptionSamples | None
     sweep: SweepFacts | None
@@ -92,7 +93,8 @@ def _run(facts: Facts) -> tuple[str, list[Number]]:
         return "", []
     best, epochs = facts.run.best, len(facts.run.history)
     number = (times_100(best["CIDEr"]), "validation CIDEr", f"epoch {best['epoch']} of {epochs}")
-    return f"A PCM-Net was trained for {epochs} epochs.", [number]
+    other = f" on other data: {', '.join(facts.other_data)}" if facts.other_data else ""
+    return f"A PCM-Net was trained for {epochs} epochs{other}.", [number]
 
 
 def _evaluation(facts: Facts) -> tuple[str, list[Number]]:
@@ -102,7 +104,19 @@ def _evaluation(facts: Facts) -> tuple[str, list[Number]]:
     shuffled = metrics.get("CIDEr_shuffled")
     pictures = count(metrics["n"])
     more = f"{times_100(shuffled)} when shuffled" if shuffled is not None else f"{pictures} pictures"
-    return f"It was tested on {pictures} pictures.", [(times_100(metrics["CIDEr"]), "test CIDEr", more)]
+    tested = _other_checkpoints(facts) or "It"
+    return f"{tested} was tested on {pictures} pictures.", [(times_100(metrics["CIDEr"]), "test CIDEr", more)]
+
+
+def _other_checkpoints(facts: Facts) -> str:
+    """What was evaluated, where its record names another place than the run's."""
+    asked = facts.evaluation["request"].get("checkpoint") if facts.evaluation is not None else None
+    if facts.run is None or asked is None:
+        return ""
+    run, checkpoints = place_of(facts.run.root), asked if isinstance(asked, list) else [asked]
+    if all(f"{place_of(each)}/".startswith(f"{run}/") for each in checkpoints):
+        return ""
+    return f"The captioner of {', '.join(map(str, checkpoints))}"
 
 
 def _sweep(facts: Facts) -> tuple[str, list[Number]]:
@@ -115,7 +129,7 @@ def _sweep(facts: Facts) -> tuple[str, list[Number]]:
 
 
 def _title(facts: Facts) -> str:
-    if facts.data is not None and facts.run is not None and facts.data.drawn_here:
+    if facts.data is not None and facts.run is not None and facts.data.drawn_here and not facts.other_data:
         return "From captions to pictures to a captioner"
     if facts.data is not None:
         return "From captions to pictures" if facts.data.drawn_here else "Pictures and their captions"

@@ -12,11 +12,12 @@ from cluster.report.headline import Facts, headline
 from cluster.report.left_out import LeftOut, left_out_pictures
 from cluster.report.page import Entry, page
 from cluster.report.request import ReportRequest
-from cluster.report.run_facts import gather_evaluation, gather_run
+from cluster.report.run_facts import RunFacts, gather_evaluation, gather_run, place_of
 from cluster.report.sweep_facts import gather_sweep
 from cluster.report.throughput import throughput
 from cluster.store.outputs import check_output
 from cluster.store.store import open_store
+from cluster.training.data.mixture import is_known_by
 from pcm.errors import InputError
 
 
@@ -65,10 +66,22 @@ def gather(request: ReportRequest) -> Facts:
         left_out=left_out,
         speed=speed,
         run=run,
+        other_data=_other_data(request, run),
         evaluation=evaluation,
         captions=captions,
         sweep=sweep,
     )
+
+
+def _other_data(request: ReportRequest, run: RunFacts | None) -> tuple[str, ...]:
+    """The datasets of a run that was not trained on --data, neither as it is now nor, by name, as it was."""
+    if request.data is None or run is None:
+        return ()
+    store, trained_on = open_store(request.data), run.document.get("datasets", [])
+    for each in trained_on:
+        if place_of(each["path"]) == place_of(store.root) or is_known_by(store, each.get("sha256", ""), planned=True):
+            return ()
+    return tuple(each["path"] for each in trained_on)
 
 
 def _entries(facts: Facts, request: ReportRequest) -> list[Entry]:

@@ -1,6 +1,7 @@
 """What a report knows of a training run: its settings, its epochs, its losses, and what an evaluation found."""
 
 import io
+import os
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -11,7 +12,8 @@ import numpy as np
 
 from cluster.evaluation.evaluate import EPOCHS_KEY, EVALUATION_KEY, epoch_folder
 from cluster.report.dataset_facts import in_parallel
-from cluster.store.store import Store, join, open_store
+from cluster.store.store import Store, is_uri, join, open_store
+from cluster.training.checkpoints import best_epoch
 from cluster.training.config import DATASET_SIZES, TRAINING_PRESETS, TrainConfig
 from cluster.training.reporting import METRICS_KEY
 from cluster.training.run_document import CONFIG_KEY
@@ -37,7 +39,7 @@ class RunFacts:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        return max(self.history, key=lambda row: row["CIDEr"], default=None)
+        return best_epoch(self.history)
 
 
 def gather_run(store: Store) -> RunFacts:
@@ -92,6 +94,12 @@ def _evaluation(store: Store) -> dict[str, Any]:
         ) from None
     except (ValueError, LookupError, TypeError) as error:
         raise _damaged(store, EVALUATION_KEY, error) from None
+
+
+def place_of(recorded: object) -> str:
+    """A path or URI that was recorded, or is given now, to be compared with another; it may lie out of reach."""
+    text = str(recorded)
+    return text.rstrip("/") if is_uri(text) else os.path.abspath(os.path.expanduser(text))
 
 
 def settings(config: TrainConfig) -> list[tuple[str, Any]]:

@@ -21,6 +21,7 @@ from typing import BinaryIO, cast
 
 from cluster.store.store import join, open_store
 from pcm.errors import InputError, first_line
+from pcm.reasons import MISSING_CAPTION
 from pcm.text import detect
 from pcm.text.formats import FORMATS, CaptionRow, ReadOptions, in_split, read_rows
 from pcm.text.gzip_files import open_gzip
@@ -116,7 +117,9 @@ def read_corpus(
         )
     if not reasons[""]:
         found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()) or "no record at all"
-        raise InputError(f"{uri}: no usable caption (read as {format}: {found})")
+        is_unnamed = format == "jsonl" and set(reasons) == {MISSING_CAPTION}
+        more = "; name the captions' field with --caption-column NAME" if is_unnamed else ""
+        raise InputError(f"{uri}: no usable caption (read as {format}: {found}){more}")
 
 
 def detect_format(uri: str) -> str:

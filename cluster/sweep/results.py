@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.sweep.trial import trial_id
+from cluster.training.checkpoints import best_epoch
 from cluster.training.config import TrainConfig
 
 
@@ -37,7 +38,7 @@ class TrialResult:
         rows = [row for row in self.history if not row.get("reason")]
         if self.status in ("failed", "crashed") or not rows:
             return None
-        return max(rows, key=lambda row: row["CIDEr"])
+        return best_epoch(rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -79,10 +79,6 @@ class TrainingState:
         self.rows = rows
 
     @property
-    def best_cider(self) -> float:
-        return max((row["CIDEr"] for row in self.history), default=float("-inf"))
-
-    @property
     def checkpoint_name(self) -> str:
         """epoch-002 at the end of epoch 2, epoch-002-step-000000700 in epoch 3; see `training_order`."""
         at_end = bool(self.history) and self.history[-1]["step"] == self.step
@@ -92,6 +88,13 @@ class TrainingState:
 def training_order(name: str) -> tuple[list[int], str]:
     """To sort names of checkpoints by: the numbers in them, as numbers. As text, epoch 1000 comes before epoch 999."""
     return [int(number) for number in re.findall("[0-9]+", name)], name
+
+
+def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of metrics.jsonl of the best epoch: of the highest CIDEr, and of equal ones the last, which has learnt
+    most, as where the CIDEr of the first epochs on little data is 0. None of no epochs.
+    """
+    return max(reversed(history), key=lambda row: row["CIDEr"], default=None)
 
 
 def check_checkpoints(out: Store, *, done: int) -> None:

@@ -17,7 +17,7 @@ import torch.distributed
 
 from cluster.dataset.rows import not_finite_error, share_checks
 from cluster.numbers import duration, spent
-from cluster.training.checkpoints import NO_SCORE, SCORE
+from cluster.training.checkpoints import NO_SCORE, SCORE, best_epoch
 from cluster.training.config import TrainConfig
 from cluster.training.data.batches import Batch
 from cluster.training.reporting import LossLog
@@ -88,7 +88,6 @@ def _train_and_validate(worker: TrainWorker) -> None:
         )
     progress.epoch += 1
     progress.seconds = 0.0
-    is_best = cider > progress.best_cider
     samples = (progress.step - first_step) * config.batch_size
     metrics: dict[str, Any] = {
         "epoch": progress.epoch,
@@ -102,6 +101,7 @@ def _train_and_validate(worker: TrainWorker) -> None:
         "group_sizes": list(progress.group_sizes),
     }
     progress.history.append(metrics)
+    is_best = best_epoch(progress.history) is metrics
     worker.reporter.say(
         f"epoch {progress.epoch}/{config.epochs}: loss {metrics['loss']:.4f}, lr {metrics['lr']:.2e}, "
         f"CIDEr {cider:.4f}{' (best)' if is_best else ''}, {metrics['samples_per_second']} samples/s, "

@@ -18,6 +18,7 @@ from cluster.options import (
     parse_setting,
     refuse_without,
     shared,
+    value_of,
 )
 from cluster.sources.picture_source import PictureSource
 from cluster.training.config import (
@@ -149,7 +150,8 @@ class SettingsOptions(ValidationOptions):
         if {"overrides", "set"} <= set(rest):
             raise InputError("--config: 'overrides' and 'set' are one option; give it once")
         given = rest.pop("overrides", rest.pop("set", None)) or {}
-        return {**rest, "overrides": {**file_overrides(found, source="--config"), **given}}
+        settings = value_of(options["overrides"], Mapping[str, Any], given, shown="--config: set")
+        return {**rest, "overrides": {**file_overrides(found, source="--config"), **settings}}
 
 
 @dataclass(frozen=True, kw_only=True)

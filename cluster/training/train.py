@@ -31,7 +31,15 @@ from cluster.sources.pictures import check_source, source_anywhere
 from cluster.store.reach import check_reach
 from cluster.store.store import Store, join, open_store
 from cluster.store.temporary import PREFIX
-from cluster.training.checkpoints import BEST, SCORE, check_checkpoints, delete_unrecorded, kept_words, renew_record
+from cluster.training.checkpoints import (
+    BEST,
+    SCORE,
+    best_epoch,
+    check_checkpoints,
+    delete_unrecorded,
+    kept_words,
+    renew_record,
+)
 from cluster.training.config import TrainConfig, default_preset, preset
 from cluster.training.data.mixture import TrainingSet, open_training_sets
 from cluster.training.init_from import InitialCaptioner, read_initial
@@ -361,12 +369,11 @@ def _check_request(request: TrainRequest, config: TrainConfig | None) -> None:
 
 def _summary(out: Store, sets: Sequence[TrainingSet], started: float) -> dict[str, Any]:
     history = read_history(out)
-    best = max(history, key=lambda row: row["CIDEr"])
     unfinished = {each.store.root: each.extent for each in sets if each.extent}
     return {
         "epochs": len(history),
         "steps": history[-1]["step"],
-        "best": best,
+        "best": best_epoch(history),
         "checkpoint": join(out.root, BEST),
         "group_sizes": history[-1].get("group_sizes", []),
         **({"unfinished": unfinished} if unfinished else {}),

@@ -42,6 +42,8 @@ from pcm.text.vocabulary import Vocabulary
 BATCH_SIZE = 64
 BATCH_PIXELS = 128_000_000
 
+_Picture = Image.Image | str | Path | bytes
+
 UNRECORDED_ACTIVATION = (
     "checkpoint %s: does not say which activation its CLIP had when it was trained; assumed is quick_gelu, which the "
     "weights of %s need (before version 0.2.0 it was gelu, and such a captioner should be trained again). To state it, "
@@ -206,12 +208,13 @@ class Captioner:
             method=method,
         )
 
-    def caption(self, images: Sequence[Image.Image | str | Path]) -> list[CaptionResult]:
-        """One result a picture, in order. A file that is missing, corrupt, truncated or over
-        `pcm.images.MAX_PIXELS` gives a result with `error`; the others are captioned all the same.
+    def caption(self, images: _Picture | Sequence[_Picture]) -> list[CaptionResult]:
+        """One result a picture, in order; a picture alone is a list of one. A file that is missing, corrupt, truncated
+        or over `pcm.images.MAX_PIXELS`, and what is neither a PIL picture nor a path, gives a result with `error`; the
+        others are captioned all the same.
         """
         results: list[CaptionResult] = []
-        for opened in _opened(images):
+        for opened in _opened([images] if isinstance(images, _Picture) else images):
             readable = [picture for picture in opened if isinstance(picture, Image.Image)]
             captioned = iter(self.describe(self.clip.encode_images(readable)) if readable else [])
             results.extend(
@@ -371,12 +374,14 @@ def _method(folder: Path, document: dict[str, Any]) -> CaptioningMethod[PCMNet]:
     return METHODS[name]
 
 
-def _opened(images: Sequence[Image.Image | str | Path]) -> Iterator[list[Image.Image | str]]:
+def _opened(images: Sequence[_Picture]) -> Iterator[list[Image.Image | str]]:
     """Batches of pictures; one that cannot be opened is replaced by the line that says why."""
     batch: list[Image.Image | str] = []
     pixels = 0
-    for image in images:
+    for number, image in enumerate(images):
         try:
+            if not isinstance(image, _Picture):
+                raise InputError(f"picture {number} is a {type(image).__name__}; give a PIL picture or a path")
             picture = image if isinstance(image, Image.Image) else open_image(image)
             pixels += picture.width * picture.height
             batch.append(picture)

@@ -49,7 +49,7 @@ class CaptioningMethod(Protocol[Network]):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Those that its checkpoint folders hold."""
+        """Those that its checkpoint folders hold. MODEL_FILE is one: by it a folder is known to hold a captioner."""
 
     @property
     def inputs(self) -> tuple[str, ...]:

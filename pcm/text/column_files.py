@@ -35,6 +35,8 @@ DELIMITERS = (",", "\t", ";", "|")
 
 def read_jsonl(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[CaptionRow]:
     wanted = tuple(column.lower() for column in options.caption_columns)
+    fields = wanted or (*CAPTION_FIELDS, *CAPTION_LIST_FIELDS)
+    first: dict[str, Any] | None = None
     named = False
     for position, line in enumerate(lines_of(stream)):
         try:
@@ -44,12 +46,18 @@ def read_jsonl(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[Ca
         if not isinstance(record, dict):
             yield CaptionRow(str(position), line, reason=BAD_RECORD)
             continue
-        if wanted or not any(field in record for field in (*CAPTION_FIELDS, *CAPTION_LIST_FIELDS)):
+        first = first or record
+        if wanted or not any(field in record for field in fields):
             record = {str(key).lower(): value for key, value in reversed(record.items())}
-        named = named or not wanted or any(field in record for field in wanted)
+        named = named or any(field in record for field in fields)
         yield from record_rows(record, position, wanted)
-    if not named:
-        raise InputError(f"{name}: no record has a field {' or '.join(map(repr, wanted))} (--caption-column)")
+    if not named and (wanted or first):
+        missing = " or ".join(map(repr, wanted)) if wanted else "'caption' (or 'text')"
+        there = ", ".join(repr(storable(str(field))) for field in list(first or ())[:40]) or "none"
+        raise InputError(
+            f"{name}: no record has a field {missing}; the fields of the first are {there}; name the caption's with "
+            "--caption-column NAME"
+        )
 
 
 def read_csv(stream: BinaryIO, name: str, options: ReadOptions) -> Iterator[CaptionRow]:

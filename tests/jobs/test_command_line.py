@@ -303,6 +303,41 @@ def test_a_config_that_cannot_be_read_is_one_line(
     assert said in refused(capsys, example(), "--config", tmp_path / "config.yaml")
 
 
+@pytest.mark.parametrize("text", ["set: {top_concepts: 3}", "set: top_concepts=3", "set: [top_concepts=3]"])
+def test_settings_of_a_config_are_a_mapping_or_written_as_on_the_command_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"{text}\ntau: 0.5\n")
+    asked = load_job("train").read(["--config", str(tmp_path / "config.yaml"), "--data", "a", "--out", "b"])
+    assert asked.overrides == {"top_concepts": 3, "tau": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("set: 3", "--config: set 3: must be a mapping, or a text FIELD=VALUE"),
+        ("overrides: [{tau: 1}]", "--config: set [{'tau': 1}]: must be a mapping"),
+        ("set: top_concepts", "write FIELD=VALUE, such as top_concepts=3"),
+        ("set: [tau=1, tau=2]", "--config: set tau: is given twice; give it once"),
+    ],
+)
+def test_settings_of_a_config_that_cannot_be_read_are_one_line(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    assert said in refused(capsys, load_job("train"), "--config", tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("batchsize: 3", "'batchsize' is not known; did you mean 'batch_size'?"), ("zzzz: 3", "set, epochs, ")],
+)
+def test_a_config_of_training_is_helped_to_the_settings_too(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    error = refused(capsys, load_job("train"), "--config", tmp_path / "config.yaml")
+    assert said in error and ("did you mean" in error or "top_concepts" in error)
+
+
 def test_overrides_under_both_names_in_a_config_are_refused(tmp_path: Path) -> None:
     values = {"data": "a", "out": "b", "set": {"batch_size": 16}, "overrides": {"word_dropout": 0.1}}
     with pytest.raises(InputError, match="'overrides' and 'set' are one option; give it once"):

@@ -1,6 +1,7 @@
 """No credential in what a user names: one rule, and an error that does not show the secret."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -126,12 +127,21 @@ class Request:
     """As jobs have them."""
 
     out: str = "s3://bucket/run"
-    data: str | list[str] | tuple[str, ...] | None = None
+    data: str | Path | list[str] | tuple[str | Path, ...] | None = None
     number: int = 3
 
 
-@pytest.mark.parametrize("data", [BAD := f"s3://key:{SECRET}@bucket/x", ["data", BAD], ("data", f"{BAD}=0.5")])
-def test_a_request_is_searched_whole(data: str | list[str] | tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "data",
+    [
+        BAD := f"s3://key:{SECRET}@bucket/x",
+        ["data", BAD],
+        ("data", f"{BAD}=0.5"),
+        PATH := Path(f"key:{SECRET}@host/x"),
+        ("data", PATH),
+    ],
+)
+def test_a_request_is_searched_whole(data: str | Path | list[str] | tuple[str | Path, ...]) -> None:
     refuse_credentials_in(Request())
     refuse_credentials_in(Request(data=["a", "b"]))
     with pytest.raises(InputError, match="carries a credential") as caught:

@@ -56,10 +56,12 @@ def open_training_sets(sources: Sequence[DataSource], *, unfinished: bool = Fals
             raise InputError(f"{store.root}: holds no stored pair; generate a dataset with some first")
         for key in VOCABULARY_KEYS:
             if not store.exists(key):
-                null = (
-                    " (a dataset of the null generator has no features)" if manifest.spec.clip.model == "null" else ""
+                more = (
+                    " (a dataset of the null generator has no features)"
+                    if manifest.spec.clip.model == "null"
+                    else "; jobs.verify --repair makes it again"
                 )
-                raise InputError(f"{store.root}: has no {key}; it cannot be trained on{null}")
+                raise InputError(f"{store.root}: has no {key}; it cannot be trained on{more}")
         check_vocabularies(store)
         sets.append(found)
     if len({training_set.store.prefix for training_set in sets}) < len(sets):

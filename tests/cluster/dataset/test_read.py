@@ -48,6 +48,9 @@ def test_what_is_not_asked_for_is_not_read(dataset: Path, tmp_path: Path) -> Non
     row = next(read_dataset(dataset, columns=("caption", "patch_features")))
     assert row == DatasetRow(caption=row.caption, patch_features=row.patch_features)
     assert row.caption and row.patch_features is not None
+    assert next(read_dataset(dataset, columns="caption")) == DatasetRow(caption=row.caption)
+    with pytest.raises(InputError, match="image: no picture was read; name 'image' in columns"):
+        _ = row.image
     store = open_store(tmp_path)
     store.write_bytes(MANIFEST_KEY, (dataset / MANIFEST_KEY).read_bytes())
     for shard in load_manifest(store).shards:  # of which nothing but captions is there
@@ -98,7 +101,8 @@ def test_what_cannot_be_read_is_one_clear_line(dataset: Path, tmp_path: Path) ->
         (lambda: read_dataset(tmp_path), "not a dataset"),
         (lambda: read_dataset(tmp_path, unfinished=True), "not a dataset"),
         (lambda: read_dataset(dataset, columns=["captions"]), "column 'captions': allowed are sample_id, caption"),
-        (lambda: DatasetRow(sample_id="x").image, "x: "),
+        (lambda: DatasetRow(sample_id="x").image, "x: no picture was read"),
+        (lambda: DatasetRow(sample_id="x", image_bytes=b"x").image, "x: not a picture"),
     ):
         with pytest.raises(InputError, match=said) as caught:
             wrong()

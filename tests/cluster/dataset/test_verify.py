@@ -114,6 +114,14 @@ def test_a_missing_shard_is_found(dataset: Path) -> None:
     assert counts(report) == HEALTHY | {"stored": 8, "missing": 4} and shard_key(1) in said(report)
 
 
+def test_what_mends_a_dataset_is_told(dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
+    verify(open_store(dataset))
+    assert "--repair" not in caplog.text
+    (dataset / shard_key(1)).unlink()
+    verify(open_store(dataset))
+    assert caplog.messages[-1] == f"{dataset}: jobs.verify --repair makes what is missing or damaged again"
+
+
 def test_a_missing_quarantine_part_is_found(dataset: Path) -> None:
     (dataset / QUARANTINE).unlink()
     report = check(dataset)

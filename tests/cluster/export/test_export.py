@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import pickle
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -219,7 +220,7 @@ def test_photos_of_several_stages_never_share_an_id(dataset, tmp_path, tiny_clip
         assert sorted(names.values()) == ["V_test_0000.jpg", "V_test_0001.jpg"]
 
 
-def test_photos_whose_names_hold_no_number_are_numbered():
+def test_photos_whose_names_hold_no_number_are_numbered(caplog):
     def numbered(*names: str, **settings: set[str]) -> list[str]:
         return list(_numbers([_Photo(name, "") for name in names], **settings).values())
 
@@ -227,6 +228,14 @@ def test_photos_whose_names_hold_no_number_are_numbered():
     assert numbered("x_7.jpg", "y_7.jpg") == ["1", "2"]
     assert numbered("1000092795.jpg", "36979.jpg") == ["1000092795", "36979"]
     assert numbered("7.jpg", "8.jpg", taken={"2", "8"}) == ["1", "3"]
+    caplog.set_level(logging.INFO)
+    for names, why in (
+        (("7.jpg", "1000268201_693b08cb0e.jpg"), "the name 1000268201_693b08cb0e.jpg does not end in a number, as "),
+        (("x_7.jpg", "y_7.jpg"), "x_7.jpg and y_7.jpg have the same number"),
+        (("2.jpg", "3.jpg"), "one has the number of an imported picture"),
+    ):
+        numbered(*names, taken={"2"})
+        assert f"photos are numbered from 1: {why}" in caplog.messages[-1]
 
 
 def test_folders_hold_as_many_pictures_as_the_published_ones():
@@ -442,6 +451,8 @@ def test_what_cannot_be_exported_is_one_clear_line(dataset, tmp_path, call_job):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     null, _, _ = make_dataset_in_process(tmp_path / "null", write_corpus(tmp_path), null_spec())
+    shutil.copytree(store.root, tmp_path / "wordless")
+    (tmp_path / "wordless" / "vocabulary.txt").unlink()
     for number, document in enumerate(("no json", "[1]")):
         (tmp_path / f"damaged{number}").mkdir()
         (tmp_path / f"damaged{number}" / "export.json").write_text(document)
@@ -449,7 +460,14 @@ def test_what_cannot_be_exported_is_one_clear_line(dataset, tmp_path, call_job):
         (("--data", store.root, "--out", tmp_path / "damaged0", "--to", "webdataset"), "export.json is damaged"),
         (("--data", store.root, "--out", tmp_path / "damaged1", "--to", "webdataset"), "export.json is damaged"),
         (("--data", store.root, "--out", tmp_path / "full", "--to", "webdataset"), "not empty and no export"),
-        (("--data", null.root, "--out", tmp_path / "a", "--to", "official"), "has no vocabulary.txt"),
+        (
+            ("--data", null.root, "--out", tmp_path / "a", "--to", "official"),
+            "no vocabulary.txt, as the null CLIP leaves",
+        ),
+        (
+            ("--data", tmp_path / "wordless", "--out", tmp_path / "a", "--to", "official"),
+            "has no vocabulary.txt; jobs.verify --repair makes it again",
+        ),
         (("--data", tmp_path / "none", "--out", tmp_path / "b", "--to", "official"), "not a dataset"),
         (("--data", store.root, "--out", tmp_path / "c", "--to", "official", "--name", "../x"), "beginning of"),
         (("--data", store.root, "--out", tmp_path / "d", "--to", "official", "--max-length", 1), "at least 2"),

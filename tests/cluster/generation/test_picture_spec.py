@@ -94,6 +94,19 @@ def test_steps_and_guidance_are_the_first_that_is_said(tiny_t2i: Path, tmp_path:
     assert (given.num_inference_steps, given.guidance_scale) == (3, 0.0)
 
 
+def test_of_steps_and_guidance_what_was_not_asked_is_told(tiny_t2i: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for asked, said in (
+        ({}, "50 steps and guidance 7.5, as nothing else was asked"),
+        ({"steps": 2}, "guidance 7.5, as nothing else was asked"),
+        ({"steps": 2, "guidance_scale": 3.0}, None),
+    ):
+        caplog.clear()
+        spec_for(t2i=str(tiny_t2i), **asked)
+        found = [message.partition("): ")[2] for message in caplog.messages if "was asked" in message]
+        assert found == ([said] if said else [])
+
+
 def test_a_model_that_is_guided_beside_a_negative_prompt_alone_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

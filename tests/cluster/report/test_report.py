@@ -16,6 +16,7 @@ from PIL import Image
 
 from cluster.dataset.documents import load_manifest
 from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, stats_key
+from cluster.dataset.state import state_digest
 from cluster.evaluation.evaluate import EVALUATION_KEY
 from cluster.evaluation.experiments import comparison
 from cluster.evaluation.request import EvaluateRequest
@@ -355,6 +356,20 @@ def test_a_sweep_is_a_table_with_the_best_first(whole: Page, world: Path) -> Non
     assert "Of 4 settings the best is top_concepts 3, lr_factor 0.1: CIDEr 90.0" in shown.text
     assert "failed: loss is <nan>" in shown.text and len(shown.all("svg")) == 4
     assert shown.text.index("90.0") < shown.text.index("failed: loss")
+
+
+def test_a_run_and_an_evaluation_of_something_else_are_said_to_be(whole: Page, world: Path, tmp_path: Path) -> None:
+    assert f"A PCM-Net was trained for 3 epochs on other data: {world / 'scenes'}. It was tested on" in whole.text
+    assert "From captions to pictures to a captioner" not in whole.text
+    shutil.copytree(world / "run", tmp_path / "run")
+    document = json.loads((tmp_path / "run/config.json").read_text())
+    digest = state_digest((world / "data/dataset.json").read_bytes())
+    document["datasets"] = [{"path": "moved", "sha256": digest, "weight": 1}]
+    (tmp_path / "run/config.json").write_text(json.dumps(document))
+    make_report(everything(world, tmp_path / "r.html", run=str(tmp_path / "run"), **NO_PICTURES))
+    text = Page((tmp_path / "r.html").read_text()).text
+    assert f"trained for 3 epochs. The captioner of {world / 'run'} was tested on 5 pictures." in text
+    assert "From captions to pictures to a captioner" in text
 
 
 def test_what_is_not_given_is_said(world: Path, tmp_path: Path) -> None:

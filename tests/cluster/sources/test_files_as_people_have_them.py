@@ -162,8 +162,12 @@ def test_jsonl_fields_are_named_and_their_case_does_not_matter(tmp_path):
     assert captions(CORPUS / "laion.jsonl")[0] == "A mountain lake at dawn"
     path = write(tmp_path / "c.jsonl", '{"id": 1, "Prompt": "a dog"}\n{"id": 2, "Prompt": "a cat"}\n')
     assert captions(path, columns=("prompt",)) == ["a dog", "a cat"]
-    with pytest.raises(InputError, match="no record has a field 'title'"):
+    with pytest.raises(InputError, match="no record has a field 'title'; the fields of the first are 'id', 'Prompt'"):
         read(path, columns=("title",))
+    with pytest.raises(InputError, match=r"a field 'caption' .*are 'id', 'Prompt'; name .* with --caption-column NAME"):
+        read(path)
+    with pytest.raises(InputError, match=r"1 missing_caption\); name the captions' field with --caption-column NAME"):
+        list(read_corpus(str(path), limit=1))
 
 
 # --- formats ---

@@ -133,6 +133,16 @@ def test_a_trial_that_the_scheduler_stops_keeps_its_last_epoch_in_its_metrics(tu
     assert tune.history() == tune.result()["history"] and len(tune.history()) == EPOCHS
 
 
+def test_of_epochs_of_the_same_score_the_last_is_kept(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On little data the CIDEr of the first epochs is 0; also where the run goes on in between."""
+    monkeypatch.setattr("cluster.training.loop.validation_cider", lambda *_, **__: 0.0)
+    tune.run(until=1)
+    tune.run()
+    tune.end()
+    assert [row["CIDEr"] for row in tune.history()] == [0.0] * EPOCHS
+    assert json.loads((tune.folder / "best/config.json").read_text())["metrics"]["epoch"] == EPOCHS
+
+
 def test_a_trial_leaves_no_checkpoint_where_its_driver_was_killed_right_after_its_result(tune: Tune) -> None:
     tune.run()
     left = tune.folder / CHECKPOINT / "epoch-001/complete"

@@ -28,6 +28,7 @@ from cluster.training.checkpoints import (
     STATE_FILE,
     Checkpoints,
     TrainingState,
+    best_epoch,
     check_checkpoints,
     delete_unrecorded,
     load_training_state,
@@ -40,6 +41,12 @@ from pcm.errors import InputError, StoreFailure
 from tests.helpers.small_disk import small_disk
 
 NAMES = ("epoch-001", "epoch-002")
+
+
+def test_the_best_of_epochs_that_are_alike_is_the_last() -> None:
+    history = [{"epoch": epoch, "CIDEr": cider} for epoch, cider in enumerate((0.0, 0.5, 0.5, 0.25), 1)]
+    assert best_epoch(history) is history[2] and best_epoch(history[:1]) is history[0]
+    assert best_epoch([]) is None
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from cluster.generation.request import parse_node_label
 from cluster.only_job import TRAINS, only_job
 from cluster.ray_internals import CHECKPOINT_RECORD, FailureDecision
 from cluster.store.store import Store, open_store
-from cluster.training.checkpoints import TrainingState
+from cluster.training.checkpoints import TrainingState, best_epoch
 from cluster.training.config import TrainConfig, preset, settable_fields
 from cluster.training.data.mixture import DataSource, open_training_sets
 from cluster.training.data.selection import RowFilter, all_rows, holdout_share, select_rows
@@ -169,7 +169,7 @@ def test_a_run_is_summarised_by_its_best_epoch(trained: Path, world: Path) -> No
     rows = history(trained)
     assert summary["epochs"] == len(rows) == EPOCHS
     assert summary["steps"] == rows[-1]["step"] == EPOCHS * STEPS
-    assert summary["best"] == max(rows, key=lambda row: row["CIDEr"])
+    assert summary["best"] == best_epoch(rows)
     assert summary["checkpoint"] == str(trained / "best")
     assert summary["group_sizes"] == rows[-1]["group_sizes"] == [{"from_step": 1, "workers": 1}]
     assert "unfinished" not in summary
@@ -210,9 +210,7 @@ def test_the_best_checkpoint_is_a_captioner(trained: Path, world: Path) -> None:
     captioner = Captioner.load(trained, device="cpu")
     results = captioner.caption(sorted((world / "pictures").iterdir()))
     assert all(result.caption.startswith("a ") for result in results)
-    assert json.loads((trained / "best/config.json").read_text())["metrics"] == max(
-        history(trained), key=lambda row: row["CIDEr"]
-    )
+    assert json.loads((trained / "best/config.json").read_text())["metrics"] == best_epoch(history(trained))
 
 
 def test_a_folder_with_a_run_is_not_overwritten(trained: Path, world: Path) -> None:
@@ -1089,7 +1087,7 @@ def test_an_unfinished_dataset_is_refused(copied: Path) -> None:
 @pytest.mark.parametrize("key", ["vocabulary.txt", "concepts.safetensors", "clip_head.safetensors"])
 def test_a_dataset_without_its_vocabularies_is_refused(copied: Path, key: str) -> None:
     (copied / "data" / key).unlink()
-    with pytest.raises(InputError, match=f"has no {key}"):
+    with pytest.raises(InputError, match=f"has no {key}; it cannot be trained on; jobs.verify --repair makes it again"):
         train(request(copied, copied / "out"))
 
 

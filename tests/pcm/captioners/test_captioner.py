@@ -16,7 +16,7 @@ from PIL import Image
 
 from benchmarks.shrunk_clips import shrunk
 from pcm.captioners.captioner import Captioner, checkpoint_folder, decode_captions
-from pcm.captioners.interface import CONFIG_FILE, VOCABULARY_FILE, Decoded
+from pcm.captioners.interface import CONCEPTS_FILE, CONFIG_FILE, MODEL_FILE, VOCABULARY_FILE, Decoded
 from pcm.captioners.methods import METHODS
 from pcm.captioners.pcmnet.decoding import greedy_search
 from pcm.captioners.pcmnet.method import PCMNetMethod
@@ -94,6 +94,20 @@ def test_bad_files_get_one_line_and_the_others_are_captioned(captioner: Captione
         else:
             assert result.caption and np.isfinite(result.log_prob)
     assert f"{MAX_PIXELS:,}" in results[4].error
+
+
+def test_a_picture_that_is_given_alone_is_one_and_what_is_none_is_told(captioner: Captioner, tmp_path: Path) -> None:
+    path = tmp_path / "good.png"
+    path.write_bytes(png(scene(1)[1]))
+    for alone in (str(path), path, Image.open(path), path.read_bytes()):
+        (result,) = captioner.caption(alone)
+        assert result.caption and not result.error
+    given: Any = [np.zeros((4, 4, 3)), path, 7]
+    first, second, third = captioner.caption(given)
+    assert (first.error, third.error) == tuple(
+        f"picture {number} is a {kind}; give a PIL picture or a path" for number, kind in ((0, "ndarray"), (2, "int"))
+    )
+    assert second.caption and not second.error
 
 
 def test_a_picture_is_captioned_alike_alone_and_among_others(captioner: Captioner) -> None:
@@ -187,6 +201,11 @@ def test_a_run_folder_means_its_best_checkpoint(checkpoint: Path) -> None:
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no model\.safetensors in it or in its best/"):
         Captioner.load(tmp_path)
+
+
+def test_every_method_has_the_file_by_which_its_checkpoints_are_found() -> None:
+    for method in METHODS.values():
+        assert {MODEL_FILE, CONFIG_FILE, VOCABULARY_FILE, CONCEPTS_FILE} <= set(method.files)
 
 
 def test_a_checkpoint_with_a_missing_file_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
