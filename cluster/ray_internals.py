@@ -96,18 +96,19 @@ def reads_checkpoint_record(record: dict[str, Any]) -> bool:
     return True
 
 
-def renewed_checkpoint_record(record: dict[str, Any]) -> dict[str, Any]:
+def renewed_checkpoint_record(record: dict[str, Any], order: Callable[[str], Any]) -> dict[str, Any]:
     """The same checkpoints, in the order of their scores as they are, in this release's form. For a run whose reports
     ask for no validation by Ray. Raises ValueError, LookupError or TypeError where the record does not say which these
     are.
 
-    Reports are counted anew: their numbers only tell, of checkpoints with one score, which is the newer.
+    Reports are counted anew, in the `order` of their names: the numbers only tell which of two checkpoints with one
+    score is the newer.
     """
     results = record["checkpoint_results"]
     if any(result["version"] != 0 for result in results):
         raise ValueError("checkpoints in another form")
     names = [result["checkpoint_dir_name"] for result in results]
-    by_age = sorted(names)  # the order of training (TrainingState.checkpoint_name)
+    by_age = sorted(names, key=order)
     latest = record["latest_checkpoint_result"]["checkpoint_dir_name"]
     state = _CheckpointManagerState(
         checkpoint_results=results,

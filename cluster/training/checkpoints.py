@@ -110,7 +110,7 @@ def check_checkpoints(out: Store, *, done: int) -> None:
         record = _record(out)
         gone = [name for name in _recorded(record) if name not in names]
         if not reads_checkpoint_record(record):
-            renewed_checkpoint_record(record)
+            renewed_checkpoint_record(record, training_order)
     except FileNotFoundError:
         # Ray Train writes it right after the first checkpoint; a run that was killed before does that epoch again.
         if done > 1 or (done and not names):
@@ -137,7 +137,8 @@ def renew_record(out: Store) -> None:
     except FileNotFoundError:
         return
     if not reads_checkpoint_record(record):
-        out.write_bytes(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}", json.dumps(renewed_checkpoint_record(record)).encode())
+        renewed = renewed_checkpoint_record(record, training_order)
+        out.write_bytes(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}", json.dumps(renewed).encode())
         log.info(
             "the run was begun under Ray %s, and goes on under %s: its record of the checkpoints is written anew",
             record.get("ray_version"), ray.__version__,

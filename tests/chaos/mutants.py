@@ -1050,7 +1050,7 @@ MUTANTS = (
     ),
     Mutant(
         "a run begun under another Ray goes on",
-        "cluster/training/checkpoints.py", "    if not reads_checkpoint_record(record):\n        out.write", "    if False:\n        out.write",
+        "cluster/training/checkpoints.py", "    if not reads_checkpoint_record(record):\n        renewed =", "    if False:\n        renewed =",
         ("tests/cluster/training/test_checkpoints.py::"
          "test_a_record_of_another_ray_is_written_anew_in_this_ones_form",),
     ),

@@ -117,7 +117,7 @@ def test_ray_reads_its_record_of_the_checkpoints_by_a_model_that_we_can_fill() -
     """Each of its fields is known here: a new one needs its value in `renewed_checkpoint_record`."""
     result = {"version": 0, "checkpoint_dir_name": "epoch-001", "metrics": {"score": 0.5}}
     renewed = ray_internals.renewed_checkpoint_record(
-        {"checkpoint_results": [result], "latest_checkpoint_result": result}
+        {"checkpoint_results": [result], "latest_checkpoint_result": result}, str
     )
     assert ray_internals.reads_checkpoint_record(renewed) and renewed["latest_checkpoint_result"] == result
     assert renewed.keys() == vars(_CheckpointManagerState)["__annotations__"].keys()

@@ -54,7 +54,7 @@ def data(drawn: Path, tmp_path: Path) -> Store:
 def test_a_repair_draws_with_the_model_where_it_is_now(
     drawn: Path, data: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_pipeline(store: Store, plan: Plan, pools: object, *, redo: list[int], faults: object) -> None:
+    def run_pipeline(store: Store, plan: Plan, pools: object, *, redo: list[int], **settings: object) -> None:
         write_manifest(store, plan, draw_in_process(store, plan, redo))
 
     monkeypatch.setattr("cluster.generation.repair.start_ray", lambda: None)

@@ -328,6 +328,14 @@ def test_a_record_of_another_ray_is_written_anew_in_this_ones_form(
     assert list(manager._checkpoint_to_report_index.values()) == [1, 0] and manager._current_report_index == 2
 
 
+def test_a_record_that_is_written_anew_has_its_checkpoints_in_the_order_of_training(tmp_path: Path) -> None:
+    out, names = open_store(tmp_path), ["epoch-1000", "epoch-999", "epoch-999-step-000000700"]
+    out.write_bytes(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}", json.dumps(of_ray_2_55(record_of(names))).encode())
+    renew_record(out)
+    record = json.loads(out.read_bytes(f"{CHECKPOINTS}/{CHECKPOINT_RECORD}"))
+    assert record["checkpoint_report_indices"] == [2, 0, 1] and record["current_report_index"] == 3
+
+
 @pytest.mark.parametrize(
     "change",
     [
