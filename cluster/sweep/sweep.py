@@ -52,7 +52,7 @@ from cluster.sweep.trial import (
 )
 from cluster.training.config import TrainConfig
 from cluster.training.data.mixture import TrainingSet, open_training_sets
-from cluster.training.feed import DataChanged
+from cluster.training.feed import DataChanged, PicturesUnfit, check_hold_out
 from cluster.training.placement import check_gpu_here
 from cluster.training.ray_storage import ray_storage
 from cluster.training.ray_trainer import MEMORY_KEPT
@@ -74,7 +74,7 @@ from cluster.training.run_spec import RunSpec
 from cluster.training.trackers import flattened
 from cluster.training.train import check_first_epoch, check_settings, planned_run
 from pcm.documents import document_bytes, read_document
-from pcm.errors import InputError
+from pcm.errors import InputError, OneLineError
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +85,9 @@ TUNE = "tune"
 SHARED_PART = 0.6
 
 
-class _UntilDataChanges(ray.tune.Stopper):
-    """Ends a sweep whose data is no longer what it began on: other trials would be compared over other data."""
+class _UntilDataFails(ray.tune.Stopper):
+    """Ends a sweep whose data is no longer what it began on, for other trials would be compared over other data, or
+    cannot be validated on."""
 
     def __init__(self, recorder: "_Recorder") -> None:
         self._recorder = recorder
@@ -95,11 +96,11 @@ class _UntilDataChanges(ray.tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
-        return bool(self._recorder.data_changed)
+        return self._recorder.data_error is not None
 
 
-class SweepFailed(Exception):
-    """No trial came to a result; one line."""
+class SweepFailed(OneLineError):
+    """No trial came to a result."""
 
 
 def sweep(request: SweepRequest) -> dict[str, Any]:
@@ -120,6 +121,10 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     settings = _settings(request, space, run.config)
     document = _document(request, run.document)
     _check_out(out, document, resume=request.resume)
+    if run.validation is None:
+        configs = [run.config.with_overrides(each) for each in settings] or [run.config]
+        for config in {(each.seed, each.holdout_fraction, each.holdout_limit): each for each in configs}.values():
+            check_hold_out(config, sets)
     check_gpu_here(request.device)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's folder has its numbers already
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other prints boxes however quiet it is told to be
@@ -160,7 +165,7 @@ def _sweep_on_ray(
     space: Mapping[str, Any],
     settings: list[dict[str, Any]],
 ) -> list[TrialResult]:
-    """The results of all trials. Raises DataChanged."""
+    """The results of all trials. Raises DataChanged and PicturesUnfit."""
     gpus = request.gpus_per_trial if run.device == "cuda" else 0.0
     shared = SweepRun(out=run.out, run=run, tables=_tables(sets))
     recorder = _Recorder(out, epochs=run.config.epochs, total=len(settings) or (request.trials or 0))
@@ -189,14 +194,14 @@ def _sweep_on_ray(
             **ray_storage(out),
             failure_config=ray.tune.FailureConfig(max_failures=TrainRequest.max_failures),
             callbacks=[recorder],
-            stop=_UntilDataChanges(recorder),
+            stop=_UntilDataFails(recorder),
             verbose=0,
         ),
     )
     with waiting_for(cpus=request.cpus_per_trial, gpus=gpus, placed=has_group):
         tuner.fit()
-    if recorder.data_changed:
-        raise DataChanged(recorder.data_changed)
+    if recorder.data_error is not None:
+        raise recorder.data_error
     return recorder.results()
 
 
@@ -376,7 +381,7 @@ class _Recorder(ray.tune.Callback):
         self._out, self._epochs, self._total = out, epochs, total
         self._history: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self._results: dict[str, TrialResult] = {}
-        self.data_changed = ""  # how a trial said that the data is no longer what the sweep began on
+        self.data_error: InputError | None = None  # of a trial, after which no other one helps
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
         history = self._history[trial.trial_id]
@@ -404,12 +409,12 @@ class _Recorder(ray.tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Said here, for of a user's error Ray's own traceback is left out."""
-        self._look_for_changed_data(trial)
+        self._look_for_data_error(trial)
         log.warning("a trial is tried again: %s (%s)", _why(trial), _settings_text(trial.config[OVERRIDES]))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Nothing is recorded: --resume tries it again."""
-        self._look_for_changed_data(trial)
+        self._look_for_data_error(trial)
         history = self._history[trial.trial_id]
         self._add(
             TrialResult(
@@ -421,9 +426,10 @@ class _Recorder(ray.tune.Callback):
             )
         )
 
-    def _look_for_changed_data(self, trial: Any) -> None:
-        if _last_line(trial).startswith(f"{DataChanged.__module__}.{DataChanged.__name__}: "):
-            self.data_changed = _why(trial)
+    def _look_for_data_error(self, trial: Any) -> None:
+        for kind in (DataChanged, PicturesUnfit):
+            if _last_line(trial).startswith(f"{kind.__module__}.{kind.__name__}: "):
+                self.data_error = kind(_why(trial))
 
     def results(self) -> list[TrialResult]:
         return list(self._results.values())

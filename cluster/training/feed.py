@@ -1,7 +1,7 @@
 """The rows of a run as one worker sees them: finished datasets, or one whose first epoch begins while it is made."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ import torch.distributed
 
 from cluster.dataset.documents import Plan, load_manifest, load_plan
 from cluster.store.store import Store, open_store
+from cluster.training.config import TrainConfig
 from cluster.training.data.arriving import ArrivingShards, finished_manifest
 from cluster.training.data.batches import Batch, BatchShape
 from cluster.training.data.mixture import TrainingSet, is_known_by, open_training_sets
-from cluster.training.data.selection import Ranks, RowFilter, holdout_share, select_rows
+from cluster.training.data.selection import Ranks, RowFilter, Selection, holdout_share, select_rows
 from cluster.training.data.shard_cache import ShardCache
 from cluster.training.data.shuffled import Part, ShardLoader
 from cluster.training.run_spec import RunSpec
@@ -27,6 +28,10 @@ from pcm.text.vocabulary import Vocabulary
 
 class DataChanged(InputError):
     """The data is not what a run began on: no other try helps, nor another trial of the same sweep."""
+
+
+class PicturesUnfit(InputError):
+    """No best epoch can be chosen by the validation pictures: no other try helps, nor another trial."""
 
 
 class TrainingData:
@@ -65,27 +70,9 @@ class TrainingData:
         stored = sum(each.manifest.stored for each in sets)
         row_filter = self._row_filter(self.plan.usable if self.plan else stored)
         ranks = Ranks(**place, gather=self._gather)
-        training, held_out = zip(
-            *(
-                select_rows(each.store, each.shards, row_filter, ranks=ranks, keep_index=each.pinned is None)
-                for each in sets
-            ),
-            strict=True,
-        )
+        training, held_out = _select(sets, row_filter, ranks)
         if run.validation is None:
-            count = sum(map(len, held_out))
-            if count < LEAST_PICTURES:
-                raise InputError(
-                    f"validation: of {stored} pairs, holdout_fraction={run.config.holdout_fraction:g} leaves "
-                    f"{count or 'none'} to choose the best epoch on, where {LEAST_PICTURES} are needed; give "
-                    "--val-images, or --set holdout_fraction=0.5, more pairs or another --seed"
-                )
-            if len(frozenset().union(*(each.captions for each in held_out))) < LEAST_CAPTIONS:
-                raise InputError(
-                    f"validation: all {count} pairs that holdout_fraction={run.config.holdout_fraction:g} leaves to "
-                    "choose the best epoch on are of one caption, and their CIDEr is 0 whatever a model says; give "
-                    "--val-images, or --set holdout_fraction=0.5, more captions or another --seed"
-                )
+            count = _check_held_out(held_out, stored=stored, config=run.config)
             pairs = [(each.store, rows) for each, rows in zip(sets, held_out, strict=True)]
             # While the first epoch trains: of a large dataset they lie in up to a thousand shards.
             reader = ThreadPoolExecutor(1, "held-out")
@@ -159,19 +146,19 @@ class TrainingData:
         return arriving.batches(start_step=start_step)
 
     def _check_pictures(self, share: ValidationShare, images: str) -> None:
-        """Raises InputError, on every worker, where fewer pictures can be read than the best epoch is chosen by, or
+        """Raises PicturesUnfit, on every worker, where fewer pictures can be read than the best epoch is chosen by, or
         where all have the same references."""
         different = list({frozenset(texts) for texts in share.references.values()})[:LEAST_CAPTIONS]
         shares = self._gather((len(share.references), share.unreadable, different))
         count = sum(readable for readable, *_ in shares)
         if count < LEAST_PICTURES:
             why = next((line for _, unreadable, _ in shares for line in unreadable.values()), "it has no others")
-            raise InputError(
+            raise PicturesUnfit(
                 f"--val-images {images}: {count or 'none'} of its pictures can be read, where {LEAST_PICTURES} are "
                 f"needed to choose the best epoch ({why}); give more pictures with references"
             )
         if len({texts for *_, some in shares for texts in some}) < LEAST_CAPTIONS:
-            raise InputError(
+            raise PicturesUnfit(
                 f"--val-images {images}: all {count} pictures have the same references, and their CIDEr is 0 whatever "
                 "a model says; give pictures with references of their own"
             )
@@ -197,20 +184,62 @@ class TrainingData:
 
     def _row_filter(self, rows: int) -> RowFilter:
         """`rows` of the data, planned ones where they are not yet made."""
-        config = self._run.config
-        share = holdout_share(fraction=config.holdout_fraction, limit=config.holdout_limit, rows=rows)
-        return RowFilter(
-            seed=config.seed,
-            held_out=share if self._run.validation is None else 0.0,
-            fraction=config.fraction,
-            min_clip_score=config.min_clip_score,
-        )
+        return _row_filter(self._run.config, rows, hold_out=self._run.validation is None)
 
     def _shard_cache(self, training_set: TrainingSet) -> ShardCache | None:
         if self._run.cache_dir is None:
             return None
         name = training_set.description()["sha256"][:16] + ("-int8" if self._shape.int8 else "")
         return ShardCache(Path(self._run.cache_dir) / name, int8=self._shape.int8)
+
+
+def check_hold_out(config: TrainConfig, sets: Sequence[TrainingSet]) -> None:
+    """Raises InputError where a run with these settings, which is finished data's, would hold out too few pairs."""
+    stored = sum(each.manifest.stored for each in sets)
+    _, held_out = _select(sets, _row_filter(config, stored, hold_out=True), Ranks())
+    _check_held_out(held_out, stored=stored, config=config)
+
+
+def _row_filter(config: TrainConfig, rows: int, *, hold_out: bool) -> RowFilter:
+    share = holdout_share(fraction=config.holdout_fraction, limit=config.holdout_limit, rows=rows)
+    return RowFilter(
+        seed=config.seed,
+        held_out=share if hold_out else 0.0,
+        fraction=config.fraction,
+        min_clip_score=config.min_clip_score,
+    )
+
+
+def _select(
+    sets: Sequence[TrainingSet], row_filter: RowFilter, ranks: Ranks
+) -> tuple[tuple[Selection, ...], tuple[Selection, ...]]:
+    """The training rows of each dataset, and the held-out ones."""
+    training, held_out = zip(
+        *(
+            select_rows(each.store, each.shards, row_filter, ranks=ranks, keep_index=each.pinned is None)
+            for each in sets
+        ),
+        strict=True,
+    )
+    return training, held_out
+
+
+def _check_held_out(held_out: Sequence[Selection], *, stored: int, config: TrainConfig) -> int:
+    """How many pairs are held out. Raises InputError where they are too few to choose the best epoch on."""
+    count = sum(map(len, held_out))
+    if count < LEAST_PICTURES:
+        raise InputError(
+            f"validation: of {stored} pairs, holdout_fraction={config.holdout_fraction:g} leaves "
+            f"{count or 'none'} to choose the best epoch on, where {LEAST_PICTURES} are needed; give "
+            "--val-images, or --set holdout_fraction=0.5, more pairs or another --seed"
+        )
+    if len(frozenset().union(*(each.captions for each in held_out))) < LEAST_CAPTIONS:
+        raise InputError(
+            f"validation: all {count} pairs that holdout_fraction={config.holdout_fraction:g} leaves to "
+            "choose the best epoch on are of one caption, and their CIDEr is 0 whatever a model says; give "
+            "--val-images, or --set holdout_fraction=0.5, more captions or another --seed"
+        )
+    return count
 
 
 def _changed(store: Store) -> DataChanged:

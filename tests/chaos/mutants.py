@@ -908,7 +908,7 @@ MUTANTS = (
     ),
     Mutant(
         "a dataset of which nothing is held out is refused before it is trained on",
-        "cluster/training/feed.py", "if count < LEAST_PICTURES:\n                raise", "if False:\n                raise",
+        "cluster/training/feed.py", "if count < LEAST_PICTURES:\n        raise InputError", "if False:\n        raise InputError",
         ("tests/cluster/training/test_feed.py",),
     ),
     Mutant(
@@ -1011,7 +1011,7 @@ MUTANTS = (
     ),
     Mutant(
         "a sweep whose data has changed ends",
-        "cluster/sweep/sweep.py", "return bool(self._recorder.data_changed)", "return False",
+        "cluster/sweep/sweep.py", "return self._recorder.data_error is not None", "return False",
         ("tests/cluster/sweep/test_sweep.py::test_a_sweep_whose_data_changes_ends_before_its_next_trial",),
     ),
     Mutant(

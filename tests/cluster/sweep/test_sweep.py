@@ -29,10 +29,10 @@ from cluster.training.feed import DataChanged
 from cluster.training.train import train
 from jobs.train import JOB
 from pcm.documents import document_bytes
-from pcm.errors import InputError
+from pcm.errors import InputError, OneLineError
 from tests.helpers.job_runs import kill_once
 from tests.helpers.ray_gpu import ray_told_of_a_gpu
-from tests.helpers.tiny_dataset import TINY, write_dataset
+from tests.helpers.tiny_dataset import TINY, write_dataset, write_pictures
 from tests.helpers.trained import history, science, step_losses
 
 #: The second is a learning rate at which nothing stays a number.
@@ -309,6 +309,39 @@ def test_a_sweep_whose_data_changes_ends_before_its_next_trial(
     changing.join()
     assert 1 <= len(results(out)) < 5 and not (out / "best.json").exists()
     assert caplog.text.count("a trial is tried again") <= 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{"overrides": TINY | {"holdout_fraction": 1e-9}}, {"params": {"holdout_fraction": "0.5,1e-9"}}]
+)
+def test_data_that_holds_nothing_out_is_told_once_before_the_first_trial(
+    data: Path, tmp_path: Path, settings: dict
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match=r"validation: of 48 pairs, holdout_fraction=1e-09 leaves none to choose"):
+        sweep(request(data, out=str(out), **settings))
+    assert not out.exists()  # so the sweep may be asked for with another fraction
+
+
+def test_validation_pictures_that_cannot_be_read_end_a_sweep_once(
+    data: Path, tmp_path: Path, tiny_clip: Path, ray_session: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = write_pictures(tmp_path / "pictures", count=2)
+    (pictures / "scene1000.png").write_bytes(b"no picture")
+    asked = request(
+        data, out=str(tmp_path / "out"), seeds=1, concurrent=1, clip=str(tiny_clip),
+        val_images=str(pictures), val_references=str(tmp_path / "references.csv"),
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"--val-images \S+: 1 of its pictures can be read, where 2 are needed"):
+        sweep(asked)
+    assert caplog.text.count("a trial is tried again") <= 1
+
+
+def test_a_sweep_of_which_every_trial_fails_is_one_line(data: Path, tmp_path: Path, ray_session: None) -> None:
+    asked = request(data, out=str(tmp_path / "out"), params={"lr_factor": "1e30"}, seeds=1)
+    with pytest.raises(OneLineError, match=r"^none of 1 trials came to a result: loss is") as caught:
+        sweep(asked)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_a_picture_on_which_clip_raises_is_quarantined_alone(drawn: tuple[Store,
         assert samples[index]["image"] == images[index]
         assert samples[index]["clip_score"] == pytest.approx(healthy[index]["clip_score"], abs=1e-5)
     assert featurised.stats["errors"][0]["sample_id"] == "000000002-00"
-    stats = json.loads(WriteShard(store, SCHEMA_VERSION)(featurised.to_block())["stats"][0].as_py())
+    stats = json.loads(WriteShard(store, SCHEMA_VERSION, again=[0])(featurised.to_block())["stats"][0].as_py())
     assert (stats["successes"], stats["quarantined_by_reason"]) == (5, {"clip_error": 1})
 
 
@@ -117,7 +117,7 @@ def test_a_picture_whose_features_are_not_finite_is_quarantined_alone(
             assert one == two
     said = "clip_error: a feature is not finite as float16"
     assert featurised.stats["errors"] == [{"sample_id": f"00000000{k}-00", "error": said} for k in (1, 3)]
-    stats = json.loads(WriteShard(store, SCHEMA_VERSION)(featurised.to_block())["stats"][0].as_py())
+    stats = json.loads(WriteShard(store, SCHEMA_VERSION, again=[0])(featurised.to_block())["stats"][0].as_py())
     assert (stats["successes"], stats["quarantined_by_reason"]) == (4, {"clip_error": 2})
 
 
@@ -146,6 +146,6 @@ def test_a_clip_without_patches_gives_scores_and_global_features(
         assert -1 <= sample["clip_score"] <= 1 and sample["clip_score"]
         assert np.linalg.norm(np.array(sample["global_feature"], np.float32)) == pytest.approx(1, abs=1e-3)
         assert not any(sample["patch_features"]), "bytes of one zero"
-    stats = json.loads(WriteShard(store, SCHEMA_VERSION)(featurised.to_block())["stats"][0].as_py())
+    stats = json.loads(WriteShard(store, SCHEMA_VERSION, again=[0])(featurised.to_block())["stats"][0].as_py())
     assert stats["successes"] == 6
     assert read_shard(store, as_it_lies(store, shard_key(0)), ["global_feature", "patch_features"]).num_rows == 6
