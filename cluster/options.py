@@ -261,7 +261,7 @@ def _as_type(hint: Any, value: Any, parse: Callable[[str], Any] | None = None) -
         return Path(value)
     if hint in (int, float):
         if isinstance(value, numbers.Integral if hint is int else numbers.Real) and not isinstance(value, bool):
-            return hint(value)
+            return value if type(value) is int else hint(value)  # a spec's digest tells 7 from 7.0
     elif hint is Any or (origin is None and isinstance(value, hint)):
         return value
     raise TypeError

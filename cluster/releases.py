@@ -8,7 +8,7 @@ import functools
 import os
 import re
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 
 import pcm
 from pcm.errors import InputError
@@ -43,13 +43,10 @@ def check_releases() -> None:
     none of them, and looks once a process."""
     wrong = []
     for name, needed in NEEDED.items():
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            wrong.append(f"{name} {needed} (not installed)")
-            continue
-        if not _is_within(found, needed):
-            wrong.append(f"{name} {needed} (installed: {found})")
+        # pip may leave folders of other releases behind, or one without a release.
+        found = sorted({str(each.version) for each in distributions(name=name) if each.version})
+        if not any(_is_within(release, needed) for release in found):
+            wrong.append(f"{name} {needed} ({'installed: ' + ', '.join(found) if found else 'not installed'})")
     if wrong:
         raise InputError(
             f"libraries on {os.uname().nodename}: pcmnet-ray {pcm.__version__} needs {', '.join(wrong)}; build the "

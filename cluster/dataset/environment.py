@@ -133,11 +133,8 @@ def differences(before: Sequence[dict[str, Any]], now: dict[str, Any]) -> list[s
 def other_releases(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     """In which packages two processes of a run differ, as "diffusers 0.42.0 and 0.42.1". Builds of one release for a
     CPU and for a GPU count as the same, and a package that one of them lacks does too."""
-    return [
-        f"{name} {one[name]} and {other[name]}"
-        for name in one
-        if name in other and one[name].partition("+")[0] != other[name].partition("+")[0]
-    ]
+    here, there = _without_builds(one), _without_builds(other)
+    return [f"{name} {one[name]} and {other[name]}" for name in one if name in other and here[name] != there[name]]
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -150,14 +147,21 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def warn_of_other_releases(store: Store) -> None:
     """Say where a dataset goes on with other releases of PACKAGES than those that have made what is there."""
-    here = {name: release for name, release in versions().items() if name not in (OWN_VERSION, "pyarrow")}
-    made = [{"versions": each["versions"]} for each in stored_environments(store)]
+    made = [{"versions": _without_builds(each["versions"])} for each in stored_environments(store)]
+    here = _without_builds(versions())
+    for name in (OWN_VERSION, "pyarrow"):  # neither decides what a picture, a score or a feature is
+        here.pop(name, None)
     if changed := differences(made, {"versions": here}):
         log.warning(
             "%s: goes on with other releases than it was begun with (%s), and its pictures, scores and features may "
             "differ by them; go on, or install those",
             store.root, "; ".join(changed),
         )  # fmt: skip
+
+
+def _without_builds(releases: Mapping[str, str]) -> dict[str, str]:
+    """Builds of one release for a CPU and for a GPU count as the same: 2.13.0+cu128 is 2.13.0."""
+    return {name: release.partition("+")[0] for name, release in releases.items()}
 
 
 def tell_encoder(out: Store, clip: ClipSpec) -> None:

@@ -24,6 +24,7 @@ from cluster.shard_work import ShardWork, shard_work
 from cluster.store.reach import Landmark
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
+from pcm.generation.names import TEXT_ONLY, UNDRAWN
 from pcm.line_timer import LineTimer
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,13 @@ class Inspection:
     damaged_vocabularies: list[str] = field(default_factory=list)  # keys
     captions_differ: bool = False  # plan parts against plan.json
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def can_be_repaired(self) -> bool:
+        """Whether anything is wrong that a repair makes again: of drawn pictures alone."""
+        is_drawn = self.plan.spec.generator.model not in (*UNDRAWN, TEXT_ONLY)
+        wrong = self.damaged_shards or self.damaged_plan_parts or self.wrong_groups or self.damaged_vocabularies
+        return is_drawn and bool(wrong or self.captions_differ)
 
     @property
     def complete(self) -> bool:
@@ -89,7 +97,7 @@ def verify(store: Store, *, run_on: str = VerifyRequest.run_on) -> dict:
         landmarks = [(store, MANIFEST_KEY), *((open_store(each.path), MANIFEST_KEY) for each in manifest.pictures)]
         return verify_derived(store, manifest, _workers(landmarks, manifest.stored, run_on))
     found = inspect(store, run_on=run_on)
-    if found.complete and not found.ok:
+    if found.complete and found.can_be_repaired:
         log.warning("%s: jobs.verify --repair makes what is missing or damaged again", store.root)
     return found.to_dict()
 

@@ -212,7 +212,8 @@ def _evaluate_every_epoch(request: EvaluateRequest, *, spice_folder: Path | None
     gone = sorted(set(range(1, trained + 1)) - set(checkpoints))
     if gone:
         log.warning("epochs %s: not kept; train with --keep-checkpoints %d", ", ".join(map(str, gone)), trained)
-    best = max(epochs, key=lambda row: -math.inf if row["CIDEr"] is None else row["CIDEr"])
+    # Of equal ones the last, as in training.
+    best = max(reversed(epochs), key=lambda row: -math.inf if row["CIDEr"] is None else row["CIDEr"])
     summary = {
         "epochs": epochs,
         "best": best,

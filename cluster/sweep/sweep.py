@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from cluster.sweep.trial import (
 )
 from cluster.training.config import TrainConfig
 from cluster.training.data.mixture import TrainingSet, open_training_sets
+from cluster.training.data.selection import holdout_share
 from cluster.training.feed import DataChanged, PicturesUnfit, check_hold_out
 from cluster.training.placement import check_gpu_here
 from cluster.training.ray_storage import ray_storage
@@ -121,10 +123,9 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
     settings = _settings(request, space, run.config)
     document = _document(request, run.document)
     _check_out(out, document, resume=request.resume)
-    if run.validation is None:
+    if run.validation is None and not request.resume:
         configs = [run.config.with_overrides(each) for each in settings] or [run.config]
-        for config in {(each.seed, each.holdout_fraction, each.holdout_limit): each for each in configs}.values():
-            check_hold_out(config, sets)
+        check_hold_out(min(configs, key=partial(_held_out, sets)), sets)
     check_gpu_here(request.device)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's folder has its numbers already
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other prints boxes however quiet it is told to be
@@ -155,6 +156,12 @@ def sweep(request: SweepRequest) -> dict[str, Any]:
         reasons = sorted({result.reason for result in results}) or ["no trial was run"]
         raise SweepFailed(f"none of {len(results)} trials came to a result: {reasons[0]}")
     return {**report, "seconds": round(time.monotonic() - started, 2)}
+
+
+def _held_out(sets: Sequence[TrainingSet], config: TrainConfig) -> float:
+    """The share of the rows that settings hold out: where it is enough for the least, it is for all."""
+    rows = sum(each.manifest.stored for each in sets)
+    return holdout_share(fraction=config.holdout_fraction, limit=config.holdout_limit, rows=rows)
 
 
 def _sweep_on_ray(

@@ -48,7 +48,9 @@ def warn_of_other_releases(before: Mapping[str, Any]) -> None:
     """Say where a run goes on with other releases than the last of those with which it was made so far."""
     was = {name: numbers.split(" and ")[-1] for name, numbers in before.get("versions", {}).items()}
     changed = [
-        f"{name}: {was[name]} -> {here}" for name, here in run_versions({}).items() if was.get(name, here) != here
+        f"{name}: {was[name]} -> {here}"
+        for name, here in run_versions({}).items()
+        if name in was and was[name].partition("+")[0] != here.partition("+")[0]  # builds for a CPU and a GPU
     ]
     if changed:
         log.warning(

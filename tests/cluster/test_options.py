@@ -37,7 +37,7 @@ REQUIRED: dict[type[Request], dict[str, Any]] = {
         (TrainRequest, "data", Path("made"), "made"),
         (TrainRequest, "data", ["a", Path("b")], ("a", "b")),
         (TrainRequest, "epochs", np.int64(3), 3),
-        (TrainRequest, "fraction", 1, 1.0),
+        (TrainRequest, "fraction", 1, 1),  # as --spec has it of a dataset, whose digest tells 1 from 1.0
         (TrainRequest, "num_workers", "2:8", (2, 8)),
         (TrainRequest, "num_workers", [2, 8], (2, 8)),
         (TrainRequest, "overrides", "top_concepts=3", {"top_concepts": 3}),

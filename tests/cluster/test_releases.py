@@ -6,8 +6,9 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,13 +32,11 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Lets these releases be the installed ones; None: not installed."""
 
     def install(**releases: str | None) -> None:
-        def found(name: str) -> str:
-            release = releases.get(name, version(name) if name not in releases else None)
-            if release is None:
-                raise PackageNotFoundError(name)
-            return release
+        def found(*, name: str) -> list[SimpleNamespace]:
+            release = releases[name] if name in releases else version(name)
+            return [] if release is None else [SimpleNamespace(version=release)]
 
-        monkeypatch.setattr("cluster.releases.version", found)
+        monkeypatch.setattr("cluster.releases.distributions", found)
 
     check_releases.cache_clear()
     yield install
@@ -88,6 +87,19 @@ def test_all_that_is_wrong_is_named(installed: Callable[..., None]) -> None:
         "peft >=0.21 (not installed); build the image of this checkout anew (deploy/Dockerfile), or install it with "
         "make install"
     )
+
+
+@pytest.mark.parametrize("left", ["peft-0.22.0.dist-info", "peft-0.1.0.dist-info"])
+def test_what_pip_has_left_behind_of_another_release_does_no_harm(
+    left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One folder without a release, one of an older one."""
+    (tmp_path / left).mkdir()
+    if "0.1.0" in left:
+        (tmp_path / left / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    check_releases.cache_clear()
+    check_releases()
 
 
 def test_a_job_with_another_release_ends_in_one_line_and_writes_nothing(

@@ -122,6 +122,12 @@ def test_what_mends_a_dataset_is_told(dataset: Path, caplog: pytest.LogCaptureFi
     assert caplog.messages[-1] == f"{dataset}: jobs.verify --repair makes what is missing or damaged again"
 
 
+def test_no_repair_is_advised_where_it_would_change_nothing(dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copy(dataset / shard_key(0), dataset / shard_key(99))
+    assert not verify(open_store(dataset))["ok"]
+    assert "--repair" not in caplog.text
+
+
 def test_a_missing_quarantine_part_is_found(dataset: Path) -> None:
     (dataset / QUARANTINE).unlink()
     report = check(dataset)

@@ -66,6 +66,13 @@ def test_the_same_spec_comes_out(spec: DatasetSpec) -> None:
     assert DatasetSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == found, "through dataset.json, too"
 
 
+def test_a_whole_number_of_guidance_keeps_its_form(spec: DatasetSpec) -> None:
+    """7 and 7.0 are equal, and their seeds are not."""
+    spec = replace(spec, generator=replace(spec.generator, guidance_scale=7))
+    found = dataset_spec(with_spec(asked(), spec), gpus=0)
+    assert json.dumps(found.to_dict()) == json.dumps(spec.to_dict())
+
+
 #: Every option that --spec takes from the spec itself.
 OF_SPEC = {
     *settings_of(null_spec()),

@@ -323,6 +323,22 @@ def test_data_that_holds_nothing_out_is_told_once_before_the_first_trial(
     assert not out.exists()  # so the sweep may be asked for with another fraction
 
 
+def test_what_is_held_out_is_looked_at_once_however_many_settings_there_are(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(data, out=str(tmp_path), params={"holdout_fraction": "0.2,0.1,0.3"}, seeds=100)
+    looked: list[float] = []
+
+    def look(config: TrainConfig, sets: object) -> None:
+        looked.append(config.holdout_fraction)
+        raise InputError("enough")
+
+    monkeypatch.setattr("cluster.sweep.sweep.check_hold_out", look)
+    with pytest.raises(InputError, match="enough"):
+        sweep(asked)
+    assert looked == [0.1], "the least"
+
+
 def test_validation_pictures_that_cannot_be_read_end_a_sweep_once(
     data: Path, tmp_path: Path, tiny_clip: Path, ray_session: None, caplog: pytest.LogCaptureFixture
 ) -> None:

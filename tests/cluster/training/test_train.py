@@ -551,7 +551,8 @@ def test_a_run_of_a_later_release_is_not_called_damaged(world: Path, tmp_path: P
 
 def test_a_run_that_goes_on_with_other_releases_says_so(caplog: pytest.LogCaptureFixture) -> None:
     now = run_versions({})
-    for same in ({}, {"versions": now}, {"versions": {"torch": f"1.0 and {now['torch']}"}}):
+    other_build = {"torch": f"{now['torch'].partition('+')[0]}+cu999"}
+    for same in ({}, {"versions": now}, {"versions": {"torch": f"1.0 and {now['torch']}"}}, {"versions": other_build}):
         warn_of_other_releases(same)
     assert not caplog.text
     warn_of_other_releases({"versions": {**now, "torch": "1.0 and 1.1"}})
