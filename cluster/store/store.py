@@ -418,7 +418,7 @@ def _write_file(path: str, data: bytes) -> None:
 def _create_file(path: str, data: bytes) -> bool:
     """Whether it was written; False: there is one."""
     try:
-        _put_in_place(path, lambda file: file.write(data), name=_name_new)
+        _put_in_place(path, lambda file: file.write(data), is_new=True)
     except FileExistsError:
         return False
     return True
@@ -447,10 +447,8 @@ def _copy_file(source: Path, path: str) -> None:
         _put_in_place(path, lambda file: shutil.copyfileobj(opened, file, REMOTE_BUFFER))
 
 
-def _put_in_place(
-    path: str, write: Callable[[BinaryIO], object], *, name: Callable[[str, str], object] = os.replace
-) -> None:
-    """Write a temporary file, and give it its name by `name`(temporary, path)."""
+def _put_in_place(path: str, write: Callable[[BinaryIO], object], *, is_new: bool = False) -> None:
+    """Write a file whole or not at all; one that `is_new` must not be there. Raises FileExistsError."""
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")  # a file may have as long a name as there can be
@@ -459,7 +457,7 @@ def _put_in_place(
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        name(temporary, path)
+        (_name_new if is_new else os.replace)(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

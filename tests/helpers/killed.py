@@ -48,7 +48,7 @@ def _objects(folder: Path) -> list[str]:
 
 def _dying(folder: str, every: int, work: Callable[..., object], args: tuple) -> None:
     done = 0
-    replace, delete = os.replace, Store.delete
+    replace, link, delete = os.replace, os.link, Store.delete
 
     def count() -> None:
         nonlocal done
@@ -61,10 +61,16 @@ def _dying(folder: str, every: int, work: Callable[..., object], args: tuple) ->
             count()
         replace(source, target)
 
+    def dying_link(source: str, target: str) -> None:
+        if str(target).startswith(f"{folder}/") and not os.path.exists(target):
+            count()
+        link(source, target)
+
     def dying_delete(store: Store, key: str) -> None:
         count()
         delete(store, key)
 
     os.replace = dying_replace  # type: ignore[assignment]
+    os.link = dying_link  # type: ignore[assignment]
     Store.delete = dying_delete  # type: ignore[method-assign]
     work(*args)
