@@ -13,7 +13,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set, ValuesView
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -64,8 +64,8 @@ class Request:
     """Base of all requests. Raises InputError for a value of another type than its field's, one that is none of an
     option's choices, and one that has a credential.
 
-    Where several values may stand, one is taken too; where a text, a path; where an option has a form of its own, such
-    as NAME=VALUE, a text of this form.
+    Where several values may stand, one is taken too, and a set (sorted), a dict's keys or a generator; where a text, a
+    path; where a whole number, 8.0; where an option has a form of its own, such as NAME=VALUE, a text of this form.
     """
 
     #: What a job that was stopped says of how it goes on.
@@ -74,6 +74,8 @@ class Request:
     FILE_HELP: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
+        for name in options_of(type(self)):
+            object.__setattr__(self, name, _listed(getattr(self, name)))
         refuse_credentials_in(self)  # errors show values
         hints = typing.get_type_hints(type(self))
         for name, described in options_of(type(self)).items():
@@ -109,6 +111,8 @@ def flag(request: type[Request], name: str) -> str:
 def value_of(described: Option, hint: Any, given: object, *, shown: str) -> Any:
     """The value of a field, as its type `hint` has it. Raises InputError, which calls the field `shown`."""
     parse = described.parse and functools.partial(parsed, described, shown=shown)
+    if int in _members(hint) and isinstance(given, float) and given.is_integer():
+        given = int(given)
     try:
         if parse and typing.get_origin(hint) is Mapping and not isinstance(given, Mapping):
             given = named_once((parse(_as_type(str, text)) for text in _several(given)), shown=shown)
@@ -228,6 +232,13 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 def _members(hint: Any) -> tuple[Any, ...]:
     """The types of a union; of another type, itself."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _listed(value: Any) -> Any:
+    """A set, a view of a dict or an iterator as a list; anything else as it is."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
+    return list(value) if isinstance(value, (Set, ValuesView, Iterator)) else value
 
 
 def _several(value: Any) -> Any:
