@@ -1,8 +1,9 @@
 """Pictures as bytes and pixels: safe decoding and deterministic encoding."""
 
 import io
+import os
 import warnings
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -45,7 +46,7 @@ def image_ending(data: bytes) -> str:
     return _ENDINGS[found]
 
 
-def open_image(source: str | Path | bytes, *, name: str | None = None) -> Image.Image:
+def open_image(source: str | os.PathLike[str] | bytes | BinaryIO, *, name: str | None = None) -> Image.Image:
     """Decode a picture wholly, as a person sees it, as RGB: upright (EXIF), greys of any depth scaled, on white ground.
 
     Only OPENED_FORMATS are tried, so no other parser of Pillow's ever sees the bytes. Raises InputError (one line,

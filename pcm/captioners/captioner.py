@@ -1,10 +1,11 @@
 """A trained captioner: pictures in, captions and their salient concepts out. No Ray, no cluster, one folder on disk."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self, cast
 
 import numpy as np
 import safetensors.torch
@@ -42,7 +43,7 @@ from pcm.text.vocabulary import Vocabulary
 BATCH_SIZE = 64
 BATCH_PIXELS = 128_000_000
 
-_Picture = Image.Image | str | Path | bytes
+_Picture = Image.Image | str | os.PathLike[str] | bytes | BinaryIO
 
 UNRECORDED_ACTIVATION = (
     "checkpoint %s: does not say which activation its CLIP had when it was trained; assumed is quick_gelu, which the "
@@ -210,11 +211,12 @@ class Captioner:
 
     def caption(self, images: _Picture | Sequence[_Picture]) -> list[CaptionResult]:
         """One result a picture, in order; a picture alone is a list of one. A file that is missing, corrupt, truncated
-        or over `pcm.images.MAX_PIXELS`, and what is neither a PIL picture nor a path, gives a result with `error`; the
-        others are captioned all the same.
+        or over `pcm.images.MAX_PIXELS`, and what is no PIL picture, path, bytes or opened file, gives a result with
+        `error`; the others are captioned all the same.
         """
         results: list[CaptionResult] = []
-        for opened in _opened([images] if isinstance(images, _Picture) else images):
+        several = cast(Sequence[_Picture], [images] if _is_picture(images) else images)
+        for opened in _opened(several):
             readable = [picture for picture in opened if isinstance(picture, Image.Image)]
             captioned = iter(self.describe(self.clip.encode_images(readable)) if readable else [])
             results.extend(
@@ -374,14 +376,20 @@ def _method(folder: Path, document: dict[str, Any]) -> CaptioningMethod[PCMNet]:
     return METHODS[name]
 
 
+def _is_picture(given: object) -> bool:
+    """Whether a picture can be in it; an opened file, such as an upload, is anything that can be read from."""
+    return isinstance(given, (Image.Image, str, os.PathLike, bytes)) or hasattr(given, "read")
+
+
 def _opened(images: Sequence[_Picture]) -> Iterator[list[Image.Image | str]]:
     """Batches of pictures; one that cannot be opened is replaced by the line that says why."""
     batch: list[Image.Image | str] = []
     pixels = 0
     for number, image in enumerate(images):
         try:
-            if not isinstance(image, _Picture):
-                raise InputError(f"picture {number} is a {type(image).__name__}; give a PIL picture or a path")
+            if not _is_picture(image):
+                kind = type(image).__name__
+                raise InputError(f"picture {number} is a {kind}; give a PIL picture, a path, bytes or an opened file")
             picture = image if isinstance(image, Image.Image) else open_image(image)
             pixels += picture.width * picture.height
             batch.append(picture)

@@ -99,13 +99,21 @@ def test_bad_files_get_one_line_and_the_others_are_captioned(captioner: Captione
 def test_a_picture_that_is_given_alone_is_one_and_what_is_none_is_told(captioner: Captioner, tmp_path: Path) -> None:
     path = tmp_path / "good.png"
     path.write_bytes(png(scene(1)[1]))
-    for alone in (str(path), path, Image.open(path), path.read_bytes()):
-        (result,) = captioner.caption(alone)
-        assert result.caption and not result.error
+    class Place:
+        def __fspath__(self) -> str:
+            return str(path)
+
+    with path.open("rb") as opened:
+        alike: list[Any] = [str(path), path, Image.open(path), path.read_bytes(), io.BytesIO(path.read_bytes()), opened]
+        for alone in (*alike, Place()):
+            (result,) = captioner.caption(alone)
+            assert result.caption and not result.error
+            assert not opened.closed
     given: Any = [np.zeros((4, 4, 3)), path, 7]
     first, second, third = captioner.caption(given)
     assert (first.error, third.error) == tuple(
-        f"picture {number} is a {kind}; give a PIL picture or a path" for number, kind in ((0, "ndarray"), (2, "int"))
+        f"picture {number} is a {kind}; give a PIL picture, a path, bytes or an opened file"
+        for number, kind in ((0, "ndarray"), (2, "int"))
     )
     assert second.caption and not second.error
 
