@@ -5,11 +5,12 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cluster.dataset.documents import Plan
+from cluster.dataset.documents import Manifest, Plan
 from cluster.dataset.keys import (
     CLIP_HEAD_KEY,
     CONCEPTS_KEY,
     GIVEN_CONCEPTS_KEY,
+    PLAN_KEY,
     VOCABULARIES_KEY,
     VOCABULARY_KEY,
     VOCABULARY_KEYS,
@@ -90,6 +91,17 @@ def refuse_rebuilding(store: Store, plan: Plan) -> None:
     raise InputError(
         f"{store.root}/{CONCEPTS_KEY}: {wrong}; rerun the command that made this dataset, with the same --concepts"
     )
+
+
+def made_again(store: Store, manifest: Manifest, key: str) -> str:
+    """What makes a missing one of the three again, as the end of a line; "" where nothing does."""
+    if manifest.lineage is not None:
+        return f"; make the dataset again with jobs.{manifest.lineage.method} into another --out"
+    if manifest.spec.generator.model == IMPORTED:
+        return f"; rerun the same {UNDRAWN[IMPORTED]}, which puts it there again"
+    if key == CONCEPTS_KEY and store.exists(GIVEN_CONCEPTS_KEY):
+        return "; rerun the command that made the dataset, with the same --concepts"
+    return "; jobs.verify --repair makes it again" if store.exists(PLAN_KEY) else ""
 
 
 def stored_document(store: Store, key: str, needed: str) -> dict[str, Any] | None:

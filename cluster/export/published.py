@@ -21,7 +21,7 @@ import numpy as np
 import safetensors.torch
 
 from cluster.dataset.keys import CLIP_HEAD_KEY, VOCABULARY_KEY, VOCABULARY_KEYS
-from cluster.dataset.vocabulary_files import check_vocabularies, stored_concepts
+from cluster.dataset.vocabulary_files import check_vocabularies, made_again, stored_concepts
 from cluster.export.published_ids import PublishedIds, published_ids
 from cluster.export.source import Source
 from cluster.store.store import Store
@@ -83,7 +83,7 @@ class Official:
     def prepare(self) -> dict[str, bytes]:
         for key in VOCABULARY_KEYS:
             if not self._source.store.exists(key):
-                more = "; jobs.verify --repair makes it again"
+                more = made_again(self._source.store, self._source.manifest, key)
                 if self._source.manifest.spec.clip.model == "null":
                     more = ", as the null CLIP leaves none; export a dataset with features, or --to webdataset"
                 raise InputError(f"{self._source.store.root}: has no {key}{more}")

@@ -8,7 +8,7 @@ from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, VOCABULARY_KEYS
 from cluster.dataset.opened import open_dataset
 from cluster.dataset.state import state_digest
 from cluster.dataset.together import check_same_clip
-from cluster.dataset.vocabulary_files import check_vocabularies
+from cluster.dataset.vocabulary_files import check_vocabularies, made_again
 from cluster.store.store import Store, open_store
 from cluster.training.request import DataSource
 from pcm.errors import InputError
@@ -59,7 +59,7 @@ def open_training_sets(sources: Sequence[DataSource], *, unfinished: bool = Fals
                 more = (
                     " (a dataset of the null generator has no features)"
                     if manifest.spec.clip.model == "null"
-                    else "; jobs.verify --repair makes it again"
+                    else made_again(store, manifest, key)
                 )
                 raise InputError(f"{store.root}: has no {key}; it cannot be trained on{more}")
         check_vocabularies(store)

@@ -25,7 +25,7 @@ from cluster.curation.curate_request import CurateRequest, Subset
 from cluster.curation.sync.sentences import SentenceSpec
 from cluster.dataset import read_dataset
 from cluster.dataset.documents import Manifest, Plan, load_manifest
-from cluster.dataset.keys import CONCEPTS_KEY, MANIFEST_KEY, shard_key
+from cluster.dataset.keys import CONCEPTS_KEY, GIVEN_CONCEPTS_KEY, MANIFEST_KEY, PLAN_KEY, shard_key
 from cluster.dataset.verify import verify
 from cluster.export.export import _said_of_each, export, export_dataset
 from cluster.export.huggingface import HuggingFace, card, size_category
@@ -39,6 +39,7 @@ from cluster.ingest.request import FeaturiseRequest
 from cluster.shard_work import PROCESS, RAY
 from cluster.store.store import Store, open_store
 from pcm.errors import InputError
+from pcm.generation.names import IMPORTED
 from pcm.official.files import SPLIT_SIZE, split_of
 from pcm.reasons import MARKS
 from pcm.text.concepts import ConceptVocabulary
@@ -453,6 +454,17 @@ def test_what_cannot_be_exported_is_one_clear_line(dataset, tmp_path, call_job):
     null, _, _ = make_dataset_in_process(tmp_path / "null", write_corpus(tmp_path), null_spec())
     shutil.copytree(store.root, tmp_path / "wordless")
     (tmp_path / "wordless" / "vocabulary.txt").unlink()
+    curate(CurateRequest(data=store.root, out=tmp_path / "view", subset="3"))
+    for name in ("imported", "given"):
+        shutil.copytree(tmp_path / "wordless", tmp_path / name)
+    (tmp_path / "view" / "vocabulary.txt").unlink()
+    for key in (MANIFEST_KEY, PLAN_KEY):
+        document = json.loads((tmp_path / "imported" / key).read_bytes())
+        document["spec"]["generator"]["model"] = IMPORTED
+        (tmp_path / "imported" / key).write_text(json.dumps(document))
+    (tmp_path / "given" / "vocabulary.txt").write_bytes(store.read_bytes("vocabulary.txt"))
+    (tmp_path / "given" / CONCEPTS_KEY).unlink()
+    (tmp_path / "given" / GIVEN_CONCEPTS_KEY).write_text('{"sha256": "0"}')
     for number, document in enumerate(("no json", "[1]")):
         (tmp_path / f"damaged{number}").mkdir()
         (tmp_path / f"damaged{number}" / "export.json").write_text(document)
@@ -467,6 +479,18 @@ def test_what_cannot_be_exported_is_one_clear_line(dataset, tmp_path, call_job):
         (
             ("--data", tmp_path / "wordless", "--out", tmp_path / "a", "--to", "official"),
             "has no vocabulary.txt; jobs.verify --repair makes it again",
+        ),
+        (
+            ("--data", tmp_path / "view", "--out", tmp_path / "a", "--to", "official"),
+            "has no vocabulary.txt; make the dataset again with jobs.curate into another --out",
+        ),
+        (
+            ("--data", tmp_path / "imported", "--out", tmp_path / "a", "--to", "official"),
+            "has no vocabulary.txt; rerun the same jobs.import_official, which puts it there again",
+        ),
+        (
+            ("--data", tmp_path / "given", "--out", tmp_path / "a", "--to", "official"),
+            "has no concepts.safetensors; rerun the command that made the dataset, with the same --concepts",
         ),
         (("--data", tmp_path / "none", "--out", tmp_path / "b", "--to", "official"), "not a dataset"),
         (("--data", store.root, "--out", tmp_path / "c", "--to", "official", "--name", "../x"), "beginning of"),

@@ -24,7 +24,9 @@ from ray.train import ControllerError, FailureConfig, ScalingConfig, WorkerGroup
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 
-from cluster.dataset.documents import Plan, Segment, load_manifest
+from cluster.curation.curate import curate
+from cluster.curation.curate_request import CurateRequest
+from cluster.dataset.documents import Manifest, Plan, Segment, load_manifest
 from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY
 from cluster.dataset.together import common_vocabularies, merged_concepts
 from cluster.evaluation.captioners import load_captioner
@@ -1065,21 +1067,23 @@ def copied(world: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_an_unfinished_dataset_is_refused(copied: Path) -> None:
-    store = open_store(copied / "data")
-    manifest = load_manifest(store)
-    rows = manifest.shards[0]["rows"]
-    plan = Plan(
+def plan_of(manifest: Manifest) -> Plan:
+    """One by which the dataset may have been made."""
+    return Plan(
         spec=manifest.spec,
         corpus=manifest.corpus,
         corpus_fingerprint=manifest.corpus_fingerprint,
         records=manifest.expected,
         expected=manifest.expected,
         usable=manifest.expected,
-        shard_size=rows,
+        shard_size=manifest.shards[0]["rows"],
         segments=(Segment(0, manifest.expected, 0, len(manifest.shards), manifest.corpus_fingerprint),),
     )
-    store.write_bytes(PLAN_KEY, plan.to_json())
+
+
+def test_an_unfinished_dataset_is_refused(copied: Path) -> None:
+    store = open_store(copied / "data")
+    store.write_bytes(PLAN_KEY, plan_of(load_manifest(store)).to_json())
     store.delete(MANIFEST_KEY)
     with pytest.raises(InputError, match=r"an unfinished dataset \(no dataset\.json\)"):
         train(request(copied, copied / "out"))
@@ -1088,8 +1092,22 @@ def test_an_unfinished_dataset_is_refused(copied: Path) -> None:
 @pytest.mark.parametrize("key", ["vocabulary.txt", "concepts.safetensors", "clip_head.safetensors"])
 def test_a_dataset_without_its_vocabularies_is_refused(copied: Path, key: str) -> None:
     (copied / "data" / key).unlink()
-    with pytest.raises(InputError, match=f"has no {key}; it cannot be trained on; jobs.verify --repair makes it again"):
+    said = f"has no {key}; it cannot be trained on"
+    with pytest.raises(InputError, match=f"{said}$"):  # nothing repairs it without a plan
         train(request(copied, copied / "out"))
+    store = open_store(copied / "data")
+    store.write_bytes(PLAN_KEY, plan_of(load_manifest(store)).to_json())
+    with pytest.raises(InputError, match=f"{said}; jobs.verify --repair makes it again$"):
+        train(request(copied, copied / "out"))
+
+
+def test_of_a_view_without_its_vocabulary_it_is_said_what_makes_the_view_again(world: Path, tmp_path: Path) -> None:
+    """No repair does: it has no plan."""
+    view = tmp_path / "view"
+    curate(CurateRequest(data=world / "data", out=view, drop_word="yellow"))
+    (view / "vocabulary.txt").unlink()
+    with pytest.raises(InputError, match=r"; make the dataset again with jobs\.curate into another --out$"):
+        open_training_sets([DataSource(str(view))])
 
 
 @pytest.mark.parametrize("count, fewer", [(0, ""), (3, "--set top_concepts=3, ")])

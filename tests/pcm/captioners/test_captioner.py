@@ -99,6 +99,7 @@ def test_bad_files_get_one_line_and_the_others_are_captioned(captioner: Captione
 def test_a_picture_that_is_given_alone_is_one_and_what_is_none_is_told(captioner: Captioner, tmp_path: Path) -> None:
     path = tmp_path / "good.png"
     path.write_bytes(png(scene(1)[1]))
+
     class Place:
         def __fspath__(self) -> str:
             return str(path)
