@@ -1,5 +1,6 @@
 """The top of the report: what it is about, in a sentence and a few large numbers."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from cluster.report.page import Headline
 from cluster.report.run_facts import RunFacts, place_of
 from cluster.report.sweep_facts import SweepFacts
 from cluster.report.throughput import Throughput
+from cluster.store.store import is_uri
 
 Number = tuple[str, str, str]  # what is read, what it is, a word more or ""
 
@@ -114,9 +116,19 @@ def _other_checkpoints(facts: Facts) -> str:
     if facts.run is None or asked is None:
         return ""
     run, checkpoints = place_of(facts.run.root), asked if isinstance(asked, list) else [asked]
-    if all(f"{place_of(each)}/".startswith(f"{run}/") for each in checkpoints):
+    if all(_is_of(run, str(each)) for each in checkpoints):
         return ""
     return f"The captioner of {', '.join(map(str, checkpoints))}"
+
+
+def _is_of(run: str, recorded: str) -> bool:
+    """Whether a recorded checkpoint is of the run at a place. A relative path may have been recorded in another folder:
+    where nothing lies there from here, its names are compared alone."""
+    if f"{place_of(recorded)}/".startswith(f"{run}/"):
+        return True
+    if is_uri(recorded) or os.path.isabs(recorded) or os.path.exists(recorded):
+        return False
+    return any(place.endswith(f"/{os.path.normpath(recorded)}") for place in (run, f"{run}/best"))
 
 
 def _sweep(facts: Facts) -> tuple[str, list[Number]]:

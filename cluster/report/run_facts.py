@@ -97,9 +97,12 @@ def _evaluation(store: Store) -> dict[str, Any]:
 
 
 def place_of(recorded: object) -> str:
-    """A path or URI that was recorded, or is given now, to be compared with another; it may lie out of reach."""
+    """A path or URI that was recorded, or is given now, to be compared with another; it may lie out of reach. A link is
+    what it points at, and file:// a path."""
     text = str(recorded)
-    return text.rstrip("/") if is_uri(text) else os.path.abspath(os.path.expanduser(text))
+    if is_uri(text) and not text.startswith("file://"):
+        return text.rstrip("/")
+    return os.path.realpath(open_store(text).prefix)
 
 
 def settings(config: TrainConfig) -> list[tuple[str, Any]]:

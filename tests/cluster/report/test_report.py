@@ -22,6 +22,7 @@ from cluster.evaluation.experiments import comparison
 from cluster.evaluation.request import EvaluateRequest
 from cluster.report import dataset_facts
 from cluster.report.gallery import make_gallery
+from cluster.report.headline import headline
 from cluster.report.make import gather, make_report
 from cluster.report.request import ReportRequest
 from cluster.report.run_facts import _steps
@@ -370,6 +371,29 @@ def test_a_run_and_an_evaluation_of_something_else_are_said_to_be(whole: Page, w
     text = Page((tmp_path / "r.html").read_text()).text
     assert f"trained for 3 epochs. The captioner of {world / 'run'} was tested on 5 pictures." in text
     assert "From captions to pictures to a captioner" in text
+
+
+def test_the_runs_own_captioner_is_known_however_it_was_written(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = gather(everything(world, tmp_path / "r.html", **NO_DATA, **NO_PICTURES))
+    assert facts.run is not None and facts.evaluation is not None
+    (tmp_path / "link").symlink_to(world / "run")
+    (tmp_path / "other/run/best").mkdir(parents=True)
+
+    def lead(recorded: str, run: str = str(world / "run"), folder: Path = world) -> str:
+        monkeypatch.chdir(folder)
+        asked = {"request": {**facts.evaluation["request"], "checkpoint": recorded}}
+        known = replace(facts, run=replace(facts.run, root=run), evaluation={**facts.evaluation, **asked})
+        return headline(known, title=None, hourly=None).lead
+
+    own = ["run", "./run/best/", str(world / "run/best"), f"file://{world}/run", str(tmp_path / "link")]
+    assert all("It was tested on" in lead(recorded) for recorded in own)
+    assert "It was tested on" in lead(str(world / "run"), run=f"file://{world}/run")
+    assert "It was tested on" in lead("run/best", folder=tmp_path)  # the report is made in another folder
+    assert "It was tested on" in lead("s3://bucket/run/best", run="s3://bucket/run/")
+    for other in ("link/best", "run/best", str(tmp_path / "other/run"), "file:///else/run", "s3://bucket/run", "run2"):
+        assert f"The captioner of {other} was tested on" in lead(other, folder=tmp_path / "other")
 
 
 def test_what_is_not_given_is_said(world: Path, tmp_path: Path) -> None:
