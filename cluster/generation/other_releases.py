@@ -33,11 +33,13 @@ def warn_of_mixed_releases(store: Store, stats: Mapping[str, Any], seen: set[str
         )  # fmt: skip
 
 
-def refuse_other_pyarrow(store: Store, plan: Plan, missing: Collection[int], on_store: CommittedShards) -> None:
-    """Raises InputError where shards of a finished dataset are to be made again by another pyarrow than wrote those
-    beside them: each release writes its name into a shard, so that the rows are the same and the bytes are not.
+def needed_pyarrow(store: Store, plan: Plan, missing: Collection[int], on_store: CommittedShards) -> str | None:
+    """The release of pyarrow that has to write where shards of a finished dataset are made again: that of those beside
+    them. Each release writes its name into a shard, so that the rows are the same and the bytes are not. None where
+    any will do.
 
-    `missing`: all that are to be made; those that no manifest lists are new.
+    `missing`: all that are to be made; those that no manifest lists are new. Raises InputError where this process has
+    another release.
     """
     manifest = find_whole_manifest(store)
     made_again = sorted(shard for shard in missing if manifest is not None and shard < len(manifest.shards))
@@ -50,6 +52,7 @@ def refuse_other_pyarrow(store: Store, plan: Plan, missing: Collection[int], on_
             f"exports would not know this dataset again; install pyarrow {others[0]}, or run jobs.verify --repair "
             "--other-bytes and make those anew"
         )
+    return pyarrow_here() if found else None
 
 
 def _pyarrow_beside(store: Store, shard: int, there: Sequence[int]) -> str | None:
