@@ -44,13 +44,15 @@ def needed_pyarrow(store: Store, plan: Plan, missing: Collection[int], on_store:
     manifest = find_whole_manifest(store)
     made_again = sorted(shard for shard in missing if manifest is not None and shard < len(manifest.shards))
     there = sorted(set(filter(on_store.__contains__, range(plan.num_shards))) - set(missing))
-    found = {_pyarrow_beside(store, shard, there) for shard in made_again[:_LOOKED_AT]} - {None}
-    if others := sorted(str(release) for release in found - {pyarrow_here()}):
+    beside = {_pyarrow_beside(store, shard, there) for shard in made_again[:_LOOKED_AT]}
+    found = sorted(release for release in beside if release is not None)
+    if found and found != [pyarrow_here()]:
+        many = f"{len(made_again)}" if len(found) == 1 else "some"
+        mend = f"install pyarrow {found[0]}, or" if len(found) == 1 else "none of these releases makes all of them:"
         raise InputError(
-            f"{store.root}: its shards were written by pyarrow {' and '.join(others)}, and this is {pyarrow_here()}, "
-            f"which would make {len(made_again)} of them again with the same rows in other bytes: views, runs and "
-            f"exports would not know this dataset again; install pyarrow {others[0]}, or run jobs.verify --repair "
-            "--other-bytes and make those anew"
+            f"{store.root}: its shards were written by pyarrow {' and '.join(found)}, and this is {pyarrow_here()}, "
+            f"which would make {many} of them again with the same rows in other bytes: views, runs and exports would "
+            f"not know this dataset again; {mend} run jobs.verify --repair --other-bytes and make those anew"
         )
     return pyarrow_here() if found else None
 

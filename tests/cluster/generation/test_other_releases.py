@@ -57,6 +57,22 @@ def test_shards_of_a_finished_dataset_are_not_made_again_by_another_pyarrow(tmp_
     )
 
 
+def test_of_shards_of_two_releases_none_is_to_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, plan, _ = make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path), null_spec())
+    monkeypatch.setattr(
+        "cluster.generation.other_releases.pyarrow_of", lambda _, key: "26.0.1" if key < shard_key(2) else "27.0.0"
+    )
+    for here in ("26.0.1", "27.0.0", "99.0.0"):
+        monkeypatch.setattr("cluster.generation.other_releases.pyarrow_here", lambda here=here: here)
+        with pytest.raises(InputError) as caught:
+            needed_pyarrow(store, plan, [0, 4], committed(store, plan))
+        said = str(caught.value)
+        assert f"by pyarrow 26.0.1 and 27.0.0, and this is {here}, which would make some of them again" in said
+        assert said.endswith(
+            "; none of these releases makes all of them: run jobs.verify --repair --other-bytes and make those anew"
+        )
+
+
 def test_shards_are_made_again_where_none_says_which_pyarrow_wrote_them(tmp_path: Path, upgraded: None) -> None:
     store, plan, _ = make_dataset_in_process(tmp_path / "data", write_corpus(tmp_path), null_spec())
     needed_pyarrow(store, plan, [0, 1, 2, 3, 4], committed(store, plan))
