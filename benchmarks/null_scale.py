@@ -27,6 +27,7 @@ import numpy as np
 
 from benchmarks.synthetic_captions import write_captions
 from cluster.dataset.documents import load_plan
+from cluster.dataset.keys import quarantine_key, shard_key, stats_key
 from cluster.dataset.parquet import read_table
 from cluster.generation.stages.draw import DrawShard
 from cluster.generation.stages.featurise import FeaturiseShard
@@ -94,7 +95,7 @@ def kilobytes_a_shard(samples: list[Sample]) -> dict[str, float | None]:
 
 
 def shard_operations(folder: Path, spec: DatasetSpec) -> dict[str, int]:
-    """Store operations of one shard on its way through the stages."""
+    """Store operations of the first shard on its way through the stages, where it is not there yet: it is deleted."""
     store = open_store(folder)
     plan = load_plan(store)
     assert plan is not None
@@ -109,7 +110,9 @@ def shard_operations(folder: Path, spec: DatasetSpec) -> dict[str, int]:
 
         return operation
 
-    names = ("read_bytes", "write_bytes", "exists", "size", "list", "delete")
+    for key in (shard_key(0), quarantine_key(0), stats_key(0)):
+        store.delete(key)
+    names = ("read_bytes", "write_bytes", "create_bytes", "exists", "size", "list", "delete")
     draw, featurise, write = DrawShard(store, spec), FeaturiseShard(spec.clip), WriteShard(store, SCHEMA_VERSION)
     with patch.multiple(Store, **{name: counted(name) for name in names}):
         drawn = draw.draw(read_table(store, plan.part_key(0)))

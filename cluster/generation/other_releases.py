@@ -33,23 +33,28 @@ def warn_of_mixed_releases(store: Store, stats: Mapping[str, Any], seen: set[str
         )  # fmt: skip
 
 
-def refuse_other_pyarrow(store: Store, plan: Plan, missing: Collection[int], on_store: CommittedShards) -> None:
-    """Raises InputError where shards of a finished dataset are to be made again by another pyarrow than wrote those
-    beside them: each release writes its name into a shard, so that the rows are the same and the bytes are not.
+def needed_pyarrow(store: Store, plan: Plan, missing: Collection[int], on_store: CommittedShards) -> str | None:
+    """The release of pyarrow that has to write where shards of a finished dataset are made again: that of those beside
+    them. Each release writes its name into a shard, so that the rows are the same and the bytes are not. None where
+    any will do.
 
-    `missing`: all that are to be made; those that no manifest lists are new.
+    `missing`: all that are to be made; those that no manifest lists are new. Raises InputError where this process has
+    another release.
     """
     manifest = find_whole_manifest(store)
     made_again = sorted(shard for shard in missing if manifest is not None and shard < len(manifest.shards))
     there = sorted(set(filter(on_store.__contains__, range(plan.num_shards))) - set(missing))
-    found = {_pyarrow_beside(store, shard, there) for shard in made_again[:_LOOKED_AT]} - {None}
-    if others := sorted(str(release) for release in found - {pyarrow_here()}):
+    beside = {_pyarrow_beside(store, shard, there) for shard in made_again[:_LOOKED_AT]}
+    found = sorted(release for release in beside if release is not None)
+    if found and found != [pyarrow_here()]:
+        many = f"{len(made_again)}" if len(found) == 1 else "some"
+        mend = f"install pyarrow {found[0]}, or" if len(found) == 1 else "none of these releases makes all of them:"
         raise InputError(
-            f"{store.root}: its shards were written by pyarrow {' and '.join(others)}, and this is {pyarrow_here()}, "
-            f"which would make {len(made_again)} of them again with the same rows in other bytes: views, runs and "
-            f"exports would not know this dataset again; install pyarrow {others[0]}, or run jobs.verify --repair "
-            "--other-bytes and make those anew"
+            f"{store.root}: its shards were written by pyarrow {' and '.join(found)}, and this is {pyarrow_here()}, "
+            f"which would make {many} of them again with the same rows in other bytes: views, runs and exports would "
+            f"not know this dataset again; {mend} run jobs.verify --repair --other-bytes and make those anew"
         )
+    return pyarrow_here() if found else None
 
 
 def _pyarrow_beside(store: Store, shard: int, there: Sequence[int]) -> str | None:

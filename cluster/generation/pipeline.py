@@ -25,7 +25,7 @@ from cluster.dataset.vocabularies import (
 from cluster.generation.cost import Billing
 from cluster.generation.display import Display, Room
 from cluster.generation.limits import FaultPolicy, RunLimits
-from cluster.generation.other_releases import refuse_other_pyarrow, warn_of_mixed_releases
+from cluster.generation.other_releases import needed_pyarrow, warn_of_mixed_releases
 from cluster.generation.pools import Pools
 from cluster.generation.progress import RunProgress, Status
 from cluster.generation.retrying import Retry, interrupted_retry, samples_left
@@ -141,7 +141,7 @@ def run_pipeline(
     faults = faults or FaultPolicy()
     wanted = range(plan.num_shards) if shards is None else sorted(shards)
 
-    again = set(redo)
+    again, pyarrow = set(redo), None
 
     def lacking(there: CommittedShards) -> list[int]:
         return [shard for shard in wanted if shard in again or shard not in there]
@@ -165,7 +165,7 @@ def run_pipeline(
             if missing and retry:
                 retry.begin(store)
             elif missing and not other_bytes:
-                refuse_other_pyarrow(store, plan, missing, on_store)
+                pyarrow = needed_pyarrow(store, plan, missing, on_store)
             on_store.forget(again)
         else:
             retry = None  # there is nothing to try again
@@ -190,7 +190,8 @@ def run_pipeline(
         if missing:
             _make_missing(
                 store, plan, pools, missing, on_store, progress,
-                billing=billing, watched_by=(monitor, faults), watch=watch, again=redo, retry=retry, draw=draw,
+                billing=billing, watched_by=(monitor, faults), watch=watch, again=redo, pyarrow=pyarrow, retry=retry,
+                draw=draw,
             )  # fmt: skip
             begun_again = shards_begun_again(monitor)
         status = progress.status()  # what costs something ends here
@@ -222,19 +223,23 @@ def _make_missing(
     watched_by: tuple[ActorHandle, FaultPolicy],
     watch: RunLimits,
     again: Collection[int],
+    pyarrow: str | None,
     retry: Retry | None,
     draw: type[DrawShard],
 ) -> None:
     """Draw and store shards until none is missing; what is stored is added to `on_store` and `progress`.
 
-    `again`: shards that are put in the place of those that are there.
+    `again`, `pyarrow`: as of WriteShard.
     """
     telemetry = Telemetry(store.root, has_clip_scores=plan.spec.clip.model != "null")
     room = Room(pools.generator_takes(), pools.node_labels)
     clip_room = Room(pools.scorer_takes(), pools.node_labels)
     environments: set[str] = set()
     with Display(progress, telemetry, watched_by[0], room=room, clip_room=clip_room) as display:
-        stages = partial(_stages, store, plan, pools, watched_by=watched_by, again=again, retry=retry, draw=draw)
+        stages = partial(
+            _stages, store, plan, pools,
+            watched_by=watched_by, again=again, pyarrow=pyarrow, retry=retry, draw=draw,
+        )  # fmt: skip
         made = made_in_turns(missing, stages, pools, watched_by[0], scorers=pools.scorers)
         with closing(made):  # at once, whatever is raised here: its actors hold CPUs and GPUs
             for stats in made:
@@ -258,12 +263,14 @@ def _stages(
     *,
     watched_by: tuple[ActorHandle, FaultPolicy],
     again: Collection[int],
+    pyarrow: str | None,
     retry: Retry | None,
     draw: type[DrawShard],
 ) -> Stages:
     """The actors that draw, score and store these shards in one pass."""
     concepts = ConceptsOfShard.of(store, plan, shards[0])
-    drawing = {"scores": not pools.scorers, "again": again, "concepts": None if pools.scorers else concepts}
+    writing = {"concepts": concepts, "again": again, "pyarrow": pyarrow}
+    drawing = {"scores": True, **writing} if not pools.scorers else {"scores": False}
     generator = {
         "fn_constructor_args": (draw, store, plan, watched_by, retry),
         "fn_constructor_kwargs": drawing,
@@ -271,8 +278,8 @@ def _stages(
     }
     if not pools.scorers:
         return [(Generator, generator)]
-    scoring = (store, plan, watched_by, concepts, again)
-    return [(Generator, generator), (Scorer, {"fn_constructor_args": scoring, **pools.score_options(len(shards))})]
+    scoring = {"fn_constructor_args": (store, plan, watched_by), "fn_constructor_kwargs": writing}
+    return [(Generator, generator), (Scorer, {**scoring, **pools.score_options(len(shards))})]
 
 
 def write_manifest(store: Store, plan: Plan, features: FeatureShape) -> Manifest:

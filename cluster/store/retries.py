@@ -115,9 +115,9 @@ def with_retries(operation: Callable[[], T], *, place: str, connect_anew: Callab
     Pauses double from 0.2 s to 15 s, with jitter, for up to PCM_STORE_RETRY_SECONDS (300) since the first failure;
     one line is logged at the first failure of a process and every 30 s. Where no credentials are found it is tried
     again for CREDENTIALS_SECONDS, after `connect_anew`: a metadata service may be late with them. Raises StoreFailure
-    when that time is over (one that `passes`), when the disk or quota is full, when access is refused, when the bucket
-    does not exist and at any other OSError of the store. An OSError that says something of the name, as
-    FileNotFoundError does, and whatever else `operation` raises passes unchanged.
+    when that time is over (one that `passes`, but for credentials: they were waited for), when the disk or quota is
+    full, when access is refused, when the bucket does not exist and at any other OSError of the store. An OSError that
+    says something of the name, as FileNotFoundError does, and whatever else `operation` raises passes unchanged.
     """
     outage, no_credentials = _Patience(), _Patience(CREDENTIALS_SECONDS)
     patience = outage
@@ -136,9 +136,9 @@ def with_retries(operation: Callable[[], T], *, place: str, connect_anew: Callab
             patience = no_credentials if late else outage
             if (left := patience.left()) <= 0:
                 said = _advice(fault, place) if late else _given_up(fault, place, patience.spent)
-                raise StoreFailure(said, passes=True) from None
+                raise StoreFailure(said, passes=not late) from None
             if _lines.due():
-                log.warning("%s: %s; trying again for up to %s", place, fault.what, duration(left))
+                log.warning("%s: %s; trying again for up to %s%s", place, fault.what, duration(left), _public(fault))
         patience.sleep(left)
 
 
@@ -264,11 +264,14 @@ def _advice(fault: Fault, place: str) -> str:
     if fault.what.startswith("RequestTimeTooSkewed"):
         return f"{place}: the store says that this machine's clock is wrong ({fault.what}); set it, and {RERUN}"
     token = " (a token may have expired)" if fault.what == "400" else ""  # S3's answer to a HEAD has no reason
-    public = "; for a public bucket set FSSPEC_S3_ANON=true" if fault.what == "NoCredentialsError" else ""
     return (
         f"{place}: access refused ({fault.what}); check the credentials in the environment, the profile or the role"
-        f"{token}, and its rights to list, get and put{public}"
+        f"{token}, and its rights to list, get and put{_public(fault)}"
     )
+
+
+def _public(fault: Fault) -> str:
+    return "; for a public bucket set FSSPEC_S3_ANON=true" if fault.what == "NoCredentialsError" else ""
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

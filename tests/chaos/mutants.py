@@ -1045,7 +1045,12 @@ MUTANTS = (
     ),
     Mutant(
         "shards of a finished dataset are not made again by another pyarrow unasked",
-        "cluster/generation/pipeline.py", "                refuse_other_pyarrow(store, plan, missing, on_store)\n", "                pass\n",
+        "cluster/generation/pipeline.py", "pyarrow = needed_pyarrow(store, plan, missing, on_store)\n", "pass\n",
+        ("tests/cluster/generation/test_repair.py::test_the_job_repairs_with_the_real_pipeline",),
+    ),
+    Mutant(
+        "a machine with another pyarrow makes no shard of a finished dataset again",
+        "cluster/generation/stages/generator.py", "            self._write.check_pyarrow()\n", "            pass\n",
         ("tests/cluster/generation/test_repair.py::test_the_job_repairs_with_the_real_pipeline",),
     ),
     Mutant(

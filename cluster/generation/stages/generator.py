@@ -46,17 +46,18 @@ class Generator(TakesTurns):
         *,
         scores: bool,
         again: Collection[int] = (),
+        pyarrow: str | None = None,
         concepts: "ConceptsOfShard | None" = None,
     ) -> None:
-        """`again`: as of WriteShard."""
+        """`again`, `pyarrow`: as of WriteShard."""
         self._make_draw = partial(draw, store, plan.spec_to_load, watched_by, retry)
         self._store = store
         self._plan = plan
         self._scoring = (plan.spec_to_load.clip, watched_by, concepts) if scores else None
         self._draw: DrawShard | None = None
         self._score: FeaturiseShard | None = None
-        write = WriteShard(store, plan.schema_version, watched_by[0], again) if scores else _hand_on
-        super().__init__(watched_by[0], write, gives=STORED_SCHEMA if scores else SHARD_ROW_SCHEMA)
+        self._write = WriteShard(store, plan.schema_version, watched_by[0], again, pyarrow) if scores else None
+        super().__init__(watched_by[0], self._write or _hand_on, gives=STORED_SCHEMA if scores else SHARD_ROW_SCHEMA)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         number = block["turn"][0].as_py()
@@ -80,6 +81,8 @@ class Generator(TakesTurns):
 
     def _load(self) -> None:
         check_here([(self._store, PLAN_KEY)])
+        if self._write is not None:
+            self._write.check_pyarrow()
         self._draw = self._draw or self._make_draw()
         if self._scoring:
             self._score = FeaturiseShard(*self._scoring)

@@ -42,14 +42,16 @@ class Scorer:
         watched_by: "tuple[ActorHandle, FaultPolicy]",
         concepts: "ConceptsOfShard",
         again: Collection[int] = (),
+        pyarrow: str | None = None,
     ) -> None:
-        """`again`: as of WriteShard."""
+        """`again`, `pyarrow`: as of WriteShard."""
         import ray  # the stages are usable without it
 
         self._monitor = watched_by[0]
         context = ray.get_runtime_context()
         self._name, self._node = context.get_actor_id() or "driver", context.get_node_id()
-        self._overlap = Overlap(WriteShard(store, plan.schema_version, self._monitor, again))
+        self._write = WriteShard(store, plan.schema_version, self._monitor, again, pyarrow)
+        self._overlap = Overlap(self._write)
         clip = plan.spec_to_load.clip
         self._make_score = partial(FeaturiseShard, clip, watched_by, concepts, before_again=self._overlap.wait)
         self._score: FeaturiseShard | None = None
@@ -85,4 +87,5 @@ class Scorer:
             time.sleep(PAUSE)
 
     def _load(self) -> None:
+        self._write.check_pyarrow()
         self._score = self._make_score()

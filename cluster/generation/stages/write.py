@@ -14,13 +14,14 @@ import pyarrow.compute as pc
 
 from cluster.dataset.committed import ROW_INDEX, read_stats
 from cluster.dataset.keys import shard_key, stats_key
-from cluster.dataset.parquet import parquet_bytes
+from cluster.dataset.parquet import parquet_bytes, pyarrow_here
 from cluster.dataset.row_index import index_text
 from cluster.generation.stages.asking import ask
 from cluster.generation.stages.merge import merge_retried, replace_shard, stats_before, store_quarantine, with_before
 from cluster.generation.stages.shard_row import ShardRow, check_picture_bytes, picture_bytes
 from cluster.store.store import Store
 from pcm.documents import document_bytes
+from pcm.errors import InputError
 from pcm.images import FORMAT_BYTES, image_ending
 from pcm.records import (
     NULL_FEATURES,
@@ -65,16 +66,28 @@ class WriteShard:
         schema_version: int,
         monitor: "ActorHandle | None" = None,
         again: Collection[int] = (),
+        pyarrow: str | None = None,
     ) -> None:
         """`schema_version`: the plan's; a dataset is finished in the version in which it was begun.
 
-        `again`: shards that are put in the place of those that are there.
+        `again`: shards that are put in the place of those that are there. `pyarrow`: the release that has to write;
+        None where any will do.
         """
         self._store = store
         self._version = schema_version
         self._monitor = monitor
         self._again = frozenset(again)
+        self._pyarrow = pyarrow
         self._began = time.time()  # as stats tell of times
+
+    def check_pyarrow(self) -> None:
+        """Raises InputError where this machine has another release than has to write."""
+        if self._pyarrow not in (None, pyarrow_here()):
+            raise InputError(
+                f"{self._store.root}: its shards were written by pyarrow {self._pyarrow}, and this machine has "
+                f"{pyarrow_here()}, which would write other bytes; install pyarrow {self._pyarrow} on it, or run "
+                "jobs.verify --repair --other-bytes and make views, runs and exports anew"
+            )
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """One row, the stats of the shard that the block holds; none where another drawer's is stored."""

@@ -257,7 +257,13 @@ def test_the_job_repairs_with_the_real_pipeline(
         before = {path: path.read_bytes() for path in (data / "shards").iterdir()}
         refused = call_job("verify", data, "--repair")
         assert refused.returncode == 2 and f"written by pyarrow {pa.__version__}, and this is 99.0.0" in refused.stderr
+    with monkeypatch.context() as other_machines:
+        other_machines.setattr("cluster.generation.pipeline.needed_pyarrow", lambda *_: "99.0.0")
+        refused = call_job("verify", data, "--repair")
+        assert refused.returncode == 2 and f"99.0.0, and this machine has {pa.__version__}" in refused.stderr
         assert {path: path.read_bytes() for path in (data / "shards").iterdir()} == before
+    with monkeypatch.context() as upgraded:
+        upgraded.setattr("cluster.generation.other_releases.pyarrow_here", lambda: "99.0.0")
         run = call_job("verify", data, "--repair", "--other-bytes")
     assert run.returncode == 0 and run.summary is not None
     assert (run.summary["repaired"], run.summary["missing"], run.summary["corrupt"]) == (2, 0, 0)

@@ -29,6 +29,7 @@ from cluster.store.retries import classify
 from cluster.store.store import Store, open_store
 from cluster.training.data.arriving import finished_manifest
 from pcm.errors import StoreFailure
+from pcm.line_timer import LineTimer
 from tests.helpers.faulty_proxy import FaultyProxy
 from tests.helpers.paths import DATA
 from tests.helpers.seaweedfs import S3Server
@@ -141,15 +142,17 @@ def test_credentials_that_a_metadata_service_gives_too_late_are_asked_for_again(
 
 
 def test_credentials_that_no_metadata_service_has_are_one_line_soon(
-    machine: type[Answering], monkeypatch: pytest.MonkeyPatch
+    machine: type[Answering], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert retries.CREDENTIALS_SECONDS < 30
     monkeypatch.setattr(retries, "CREDENTIALS_SECONDS", 1.0)
+    monkeypatch.setattr(retries, "_lines", LineTimer(30.0, at_once=True))
     machine.role, machine.asked = b"", 1
     line = r"^s3://bucket/x/key: access refused \(NoCredentialsError\); check the credentials .* the role"
     with pytest.raises(StoreFailure, match=line) as caught:
         open_store("s3://bucket/x").exists("key")
-    assert caught.value.passes and machine.asked > 2
+    assert not caught.value.passes, "they were waited for: a model that needs them is not loaded again and again"
+    assert machine.asked > 2 and "for up to 1 s; for a public bucket set FSSPEC_S3_ANON=true" in caplog.text
     machine.asked = 1
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     s3fs.S3FileSystem.clear_instance_cache()
