@@ -398,6 +398,24 @@ def begun(dataset: Path, out: Path, clip: Path) -> tuple[OpenDataset, Store, Cli
     return source, store, clip_spec(str(clip), device="cpu", dtype="float32")
 
 
+def test_on_ray_a_derived_dataset_with_its_own_pictures_keeps_the_corpus_ids(
+    other_clip: Path, tmp_path: Path, ray_session: None
+) -> None:
+    """Exports, and given features, name the photos by them."""
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(f'{{"id": "photo{at}.jpg#0", "caption": "a {at} bus"}}\n' for at in range(3)))
+    make_dataset_in_process(tmp_path / "data", str(corpus), null_spec(), shard_size=3)
+    curate(CurateRequest(data=(str(tmp_path / "data"),), out=str(tmp_path / "own"), materialise=True))
+    assert not load_manifest(open_store(tmp_path / "own")).is_view
+    one = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=1)
+    _featurise_on_ray(*begun(tmp_path / "own", tmp_path / "out", other_clip), [0], one)
+    before, after = (
+        pq.read_table(tmp_path / name / shard_key(0), columns=["corpus_id"])["corpus_id"].to_pylist()
+        for name in ("own", "out")
+    )
+    assert before == after and len(before) == 3 and "000000000-00" not in after
+
+
 def same_shards(out: Path, alone: Path, count: int) -> bool:
     return all((out / shard_key(at)).read_bytes() == (alone / shard_key(at)).read_bytes() for at in range(count))
 
