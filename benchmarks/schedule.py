@@ -171,7 +171,7 @@ class Simulation:
         generator = self._generators[number]
         assert generator.shard is not None
         turn = generator.bound.popleft()
-        self._monitor.end_shard()
+        self._monitor.end_shard(generator.shard)
         generator.storing.append(turn)
         self._at(self.settings.store_seconds, "stored", number, generator.shard, turn)
         self._pause(generator)

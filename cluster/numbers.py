@@ -55,6 +55,8 @@ def moment(timestamp: float) -> str:
 
 def duration(seconds: float) -> str:
     """'42 s', '7 min 05 s', '15 h 38 min', '3 d 4 h'."""
+    if not math.isfinite(seconds):
+        return "an unlimited time"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -236,7 +236,10 @@ def _featurise_on_ray(
     featurise: type[FeaturiseShard] = FeaturiseShard,
 ) -> float:
     """Make these shards; the seconds since work on the first of them began, with CLIP loaded."""
-    source = replace(source, manifest=replace(source.manifest, lineage=None))  # examples, which no worker needs
+    lineage = source.manifest.lineage
+    if lineage is not None:  # that there is one says how to read its shards; its examples no worker needs
+        lineage = replace(lineage, sources=(), rules=(), facts={})
+    source = replace(source, manifest=replace(source.manifest, lineage=lineage))
     monitor = start_monitor(faults)
     arguments = (source, out, spec, (monitor, faults), featurise)
 

@@ -27,7 +27,6 @@ from cluster.generation.stages.write import STORED_SCHEMA
 from cluster.store.reach import check_here
 from cluster.store.store import Store
 from pcm.errors import InputError
-from pcm.model_faults import room_for_model
 from pcm.records import STORED, feature_shape, shard_schema
 from pcm.spec import ClipSpec
 
@@ -81,8 +80,7 @@ class FeaturiseAgain(TakesTurns):
 
     def _load(self) -> None:
         check_here([(self._out, LINEAGE_KEY), *self._source.landmarks])
-        with room_for_model(f"CLIP {self._spec.model}", self._spec.device):
-            self._score = self._make_score()
+        self._score = self._score or self._make_score()
         tell_encoder(self._out, self._spec)
 
 

@@ -59,7 +59,7 @@ class RunGuard(Guard):
 
     def end_shard(self, drawn: pa.Table | None) -> None:
         """The shard's rows; None of one whose samples are tried again: that they fail once more says nothing new."""
-        _stop_if(self._ask("end_shard", ShardOutcome() if drawn is None else outcome_of(drawn)))
+        _stop_if(self._ask("end_shard", self._shard, ShardOutcome() if drawn is None else outcome_of(drawn)))
 
     @contextmanager
     def drawing(self, requests: Sequence[Request], batch_size: int) -> Iterator[None]:

@@ -146,6 +146,7 @@ class RunMonitor:
         self._starts: Counter[int] = Counter()  # by shard
         self._scored: Counter[int] = Counter()  # starts, by shard
         self._drawn: Counter[int] = Counter()  # pictures of shards not yet committed
+        self._ended: set[int] = set()  # shards not yet committed that were drawn to the end
         self._good = 0
         self._failed = 0
         self._recent: deque[ShardOutcome] = deque()
@@ -372,6 +373,7 @@ class RunMonitor:
     def begin_shard(self, shard: int) -> tuple[str, ShardFaults]:
         """(why to stop or "", what is known about the shard's samples)."""
         self._drawn[shard] = 0
+        self._ended.discard(shard)
         self._starts[shard] += 1
         suspects = self._suspects.get(shard, {})
         deaths = {position: suspect.deaths for position, suspect in suspects.items()}
@@ -427,11 +429,17 @@ class RunMonitor:
         """A scorer's process ends itself, because its device fails every call."""
         self._last_error = error
 
-    def end_shard(self, outcome: ShardOutcome = ShardOutcome()) -> str:
-        """Why to stop, or "": asked once a shard is drawn, so that one with too many failures is not stored."""
-        self._good -= outcome.blank_pictures  # each was counted once it was drawn
-        self._failed += outcome.blank
-        self._last_error = outcome.blank_reason or self._last_error
+    def end_shard(self, shard: int, outcome: ShardOutcome = ShardOutcome()) -> str:
+        """Why to stop, or "": asked once a shard is drawn, so that one with too many failures is not stored. Asked
+        twice, it is counted once."""
+        if shard in self._ended:
+            return self._stop
+        self._ended.add(shard)
+        # Each picture was counted once it was drawn; but those of a shard begun before this process not all.
+        if self._drawn[shard] >= outcome.samples - outcome.failed + outcome.blank_pictures:
+            self._good -= outcome.blank_pictures
+            self._failed += outcome.blank
+            self._last_error = outcome.blank_reason or self._last_error
         self._judge()
         if outcome.samples:
             self._recent.append(outcome)
@@ -441,6 +449,7 @@ class RunMonitor:
     def committed(self, shard: int) -> None:
         self._claims.stored(shard)
         self._drawn.pop(shard, None)
+        self._ended.discard(shard)
         self._starts.pop(shard, None)
         self._scored.pop(shard, None)
         self._suspects.pop(shard, None)

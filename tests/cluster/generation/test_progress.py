@@ -457,7 +457,7 @@ def test_a_run_that_is_not_over_is_not_said_to_be_at_100_percent() -> None:
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (425, "7 min 05 s"), (56_280, "15 h 38 min"),
-     (86_399, "1 d 0 h"), (273_600, "3 d 4 h")],
+     (86_399, "1 d 0 h"), (273_600, "3 d 4 h"), (float("inf"), "an unlimited time")],
 )  # fmt: skip
 def test_durations_read_like_durations(seconds: float, said: str) -> None:
     assert duration(seconds) == said

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 
 from cluster.curation.curate import curate
 from cluster.curation.curate_request import CurateRequest
@@ -50,7 +51,7 @@ from cluster.report.make import make_report
 from cluster.report.request import ReportRequest
 from cluster.store.store import Store, open_store
 from pcm.clip.encoder import ClipEncoder
-from pcm.errors import InputError
+from pcm.errors import InputError, StoreFailure
 from pcm.images import open_image
 from pcm.spec import ClipSpec
 from pcm.text.concepts import ConceptVocabulary, embed
@@ -398,6 +399,24 @@ def begun(dataset: Path, out: Path, clip: Path) -> tuple[OpenDataset, Store, Cli
     return source, store, clip_spec(str(clip), device="cpu", dtype="float32")
 
 
+def test_on_ray_a_derived_dataset_with_its_own_pictures_keeps_the_corpus_ids(
+    other_clip: Path, tmp_path: Path, ray_session: None
+) -> None:
+    """Exports, and given features, name the photos by them."""
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(f'{{"id": "photo{at}.jpg#0", "caption": "a {at} bus"}}\n' for at in range(3)))
+    make_dataset_in_process(tmp_path / "data", str(corpus), null_spec(), shard_size=3)
+    curate(CurateRequest(data=(str(tmp_path / "data"),), out=str(tmp_path / "own"), materialise=True))
+    assert not load_manifest(open_store(tmp_path / "own")).is_view
+    one = Pools.for_cluster(device="cpu", cpus=2, gpus=0, generators=1)
+    _featurise_on_ray(*begun(tmp_path / "own", tmp_path / "out", other_clip), [0], one)
+    before, after = (
+        pq.read_table(tmp_path / name / shard_key(0), columns=["corpus_id"])["corpus_id"].to_pylist()
+        for name in ("own", "out")
+    )
+    assert before == after and len(before) == 3 and "000000000-00" not in after
+
+
 def same_shards(out: Path, alone: Path, count: int) -> bool:
     return all((out / shard_key(at)).read_bytes() == (alone / shard_key(at)).read_bytes() for at in range(count))
 
@@ -497,6 +516,36 @@ def test_the_next_shard_is_read_while_one_is_featurised(
     with ThreadPoolExecutor(2) as calls:  # as Ray Data calls it
         stored = list(calls.map(actor, [pa.table({"turn": [0]}), pa.table({"turn": [1]})]))
     assert [len(table) for table in stored] == [1, 1] and all(found)
+
+
+def test_a_clip_is_held_once_and_its_actor_has_another_try(
+    dataset: Path, other_clip: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU may be full for a moment, of the process before it; a store may fail once CLIP is loaded."""
+    failures: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory")]
+    loads: list[ClipSpec] = []
+
+    class Counted(FeaturiseShard):
+        @staticmethod
+        def load(spec: ClipSpec) -> ClipEncoder:
+            if failures:
+                raise failures.pop()
+            loads.append(spec)
+            return FeaturiseShard.load(spec)
+
+    def is_busy(*_: object) -> None:
+        raise StoreFailure("the store is busy", passes=True)
+
+    monitor = start_monitor(_FAULTS)
+    actor = FeaturiseAgain(*begun(dataset, tmp_path / "out", other_clip), (monitor, _FAULTS), Counted)
+    with pytest.raises(torch.OutOfMemoryError):  # no InputError, which would leave this actor out
+        actor._load()
+    with monkeypatch.context() as patch:
+        patch.setattr("cluster.ingest.featurise_again.tell_encoder", is_busy)
+        with pytest.raises(StoreFailure):
+            actor._load()
+    actor._load()
+    assert len(loads) == 1
 
 
 def test_of_two_that_made_a_shard_one_stores_it(

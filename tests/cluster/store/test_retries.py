@@ -275,6 +275,22 @@ def test_a_network_disk_that_stutters_is_tried_again(number: int) -> None:
     assert with_retries(operation, place="/mnt/nfs/x") == "done"
 
 
+def test_a_store_may_be_waited_for_without_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PCM_STORE_RETRY_SECONDS", "inf")
+    monkeypatch.setattr("cluster.store.retries._lines", LineTimer(30.0, at_once=True))
+    failures = [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def operation() -> str:
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    assert with_retries(operation, place="/mnt/nfs/x") == "done"
+    assert caplog.messages == ["/mnt/nfs/x: EIO; trying again for up to an unlimited time"]
+
+
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.EKEYEXPIRED, errno.EINVAL, errno.ENODEV, None])
 def test_any_other_error_of_a_disk_is_one_line_and_no_missing_object(number: int | None) -> None:
     error = OSError("Failure") if number is None else OSError(number, os.strerror(number))

@@ -199,7 +199,7 @@ class Told(RunGuard):
         self.asked: list[tuple] = []
 
     def begin_shard(self, shard: int) -> None:
-        """Nothing is known of it."""
+        self._shard = shard  # nothing is known of it
 
     def _ask(self, method: str, *arguments: object) -> str:
         self.asked.append((method, *arguments))
@@ -231,7 +231,7 @@ def test_blank_pictures_are_told_as_failures_but_not_of_a_retry(tmp_path: Path) 
         draw(wanted)
         told += guard.asked
     outcome = ShardOutcome(samples=5, failed=3, blank=2, blank_pictures=6, blank_reason="black_image")
-    assert told == [("end_shard", outcome), ("end_shard", ShardOutcome())]
+    assert told == [("end_shard", 0, outcome), ("end_shard", 0, ShardOutcome())]
 
 
 def batch_sizes(block: pa.Table) -> list[int]:

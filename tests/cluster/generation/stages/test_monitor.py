@@ -423,19 +423,22 @@ def test_too_large_a_share_of_failures_stops_the_run(good: int, failed: int, sto
     monitor.end("g", good)
     for _ in range(failed):
         monitor.failed(1, "RuntimeError: useless")
-    assert bool(monitor.end_shard()) is stops
+    assert bool(monitor.end_shard(0)) is stops
     if stops:
-        assert monitor.end_shard().startswith("33 of 65 samples failed in the generator")
+        assert monitor.end_shard(1).startswith("33 of 65 samples failed in the generator")
 
 
 def draw_shards(monitor: RunMonitor, samples: int, *, failed: int = 0) -> str:
     """So many samples in shards of 100, of which so many fail in each: why to stop."""
     for _ in range(samples // 100):
+        monitor.begin_shard(0)
+        monitor.begin("g", 0, range(100))
         monitor.end("g", 100 - failed)
         if failed:
             monitor.failed(failed, "RuntimeError: useless")
-        if stop := monitor.end_shard(ShardOutcome(samples=100, failed=failed)):
+        if stop := monitor.end_shard(0, ShardOutcome(samples=100, failed=failed)):
             return stop
+        monitor.committed(0)
     return ""
 
 
@@ -458,10 +461,40 @@ def test_a_stretch_of_captions_that_fail_stops_no_long_run() -> None:
 
 def test_blank_pictures_stop_the_run() -> None:
     monitor = RunMonitor(FaultPolicy())
+    monitor.begin_shard(0)
+    monitor.begin("g", 0, range(100))
     monitor.end("g", 2 * 100)  # pictures, two of each sample
     all_blank = ShardOutcome(samples=100, failed=100, blank=100, blank_pictures=200, blank_reason="nan_image")
-    assert monitor.end_shard(all_blank).startswith("100 of 100 samples failed in the generator")
-    assert "(last: nan_image)" in monitor.end_shard()
+    assert monitor.end_shard(0, all_blank).startswith("100 of 100 samples failed in the generator")
+    assert "(last: nan_image)" in monitor.end_shard(1)
+
+
+@pytest.mark.parametrize("blank", [40, 100])
+def test_blank_pictures_of_a_shard_begun_before_the_monitors_process_died_stop_no_healthy_run(blank: int) -> None:
+    """The pictures that were good were counted by the process before."""
+    monitor = RunMonitor(FaultPolicy())
+    monitor.begin("g", 0, range(8))
+    monitor.end("g", 8)
+    outcome = ShardOutcome(samples=1000, failed=blank, blank=blank, blank_pictures=4 * blank, blank_reason="nan_image")
+    assert monitor.end_shard(0, outcome) == ""
+    monitor.begin_shard(1)
+    for _ in range(60):
+        monitor.begin("g", 1, range(8))
+        monitor.end("g", 8)
+        assert monitor.end_shard(2) == ""
+
+
+def test_a_shards_end_that_is_told_twice_is_counted_once_for_each_time_that_it_was_begun() -> None:
+    """A question whose link was cut may be asked twice."""
+    monitor = RunMonitor(FaultPolicy())
+    outcome = ShardOutcome(samples=100, failed=40, blank=40, blank_pictures=40, blank_reason="nan_image")
+    for _ in range(2):
+        monitor.begin_shard(0)
+        monitor.begin("g", 0, range(100))
+        monitor.end("g", 100)
+        assert [monitor.end_shard(0, outcome) for _ in range(3)] == ["", "", ""]
+    monitor.failed(41, "RuntimeError: useless")
+    assert monitor.end_shard(1).startswith("121 of 241 samples failed")
 
 
 def test_a_snapshot_counts_what_is_not_yet_stored() -> None:
