@@ -130,7 +130,7 @@ def with_retries(operation: Callable[[], T], *, place: str, connect_anew: Callab
             fault = classify(error)
             if fault.kind == "other" and not _is_of_the_store(error):
                 raise
-            late = fault.kind == "no credentials" and _asks_metadata_service()
+            late = fault.kind == "no credentials" and _may_come_later(fault)
             if fault.kind != "transient" and not late:
                 raise StoreFailure(_advice(fault, place)) from None
             patience = no_credentials if late else outage
@@ -227,9 +227,9 @@ def no_bucket(place: str) -> StoreFailure:
     )
 
 
-def _asks_metadata_service() -> bool:
-    """Whether a client may find credentials later; botocore reads this variable so."""
-    return os.environ.get("AWS_EC2_METADATA_DISABLED", "false").lower() != "true"
+def _may_come_later(fault: Fault) -> bool:
+    """Whether a client may find credentials later. The variable is botocore's: it says nothing of Azure's."""
+    return fault.what != "NoCredentialsError" or os.environ.get("AWS_EC2_METADATA_DISABLED", "false").lower() != "true"
 
 
 def _is_of_the_store(error: Exception) -> bool:

@@ -1049,6 +1049,16 @@ MUTANTS = (
         ("tests/cluster/generation/test_repair.py::test_the_job_repairs_with_the_real_pipeline",),
     ),
     Mutant(
+        "a dataset that goes on with other releases says so",
+        "cluster/generation/pipeline.py", "                warn_of_other_releases(store)\n", "                pass\n",
+        ("tests/cluster/generation/test_repair.py::test_the_job_repairs_with_the_real_pipeline",),
+    ),
+    Mutant(
+        "a machine that draws with other releases than the driver's is told of",
+        "cluster/generation/pipeline.py", "                warn_of_mixed_releases(store, stats, environments)\n", "",
+        ("tests/cluster/generation/test_repair.py::test_the_job_repairs_with_the_real_pipeline",),
+    ),
+    Mutant(
         "a machine with another pyarrow makes no shard of a finished dataset again",
         "cluster/generation/stages/generator.py", "            self._write.check_pyarrow()\n", "            pass\n",
         ("tests/cluster/generation/test_repair.py::test_the_job_repairs_with_the_real_pipeline",),

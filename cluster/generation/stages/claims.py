@@ -1,6 +1,6 @@
 """Who has which shard: turns, what has been given out, what is given out next, and whose result is stored.
 
-Ray Data gives generators turns, as many as there are shards and some more (`cluster.generation.pipeline`). A turn is
+Ray Data gives generators turns, as many as there are shards and some more (`cluster.generation.turns`). A turn is
 for no shard of its own: who has it gets a shard that was lost with a process or a node, else the next one in the
 plan's order, else, at the end, one that is late and that nobody is storing. Two draw a late shard at most: a third one
 would not be sooner, and a caption that hangs would take one generator after the other. A turn that Ray Data gives

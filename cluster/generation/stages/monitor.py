@@ -328,8 +328,9 @@ class RunMonitor:
     def _count_fruitless(self, generator: _Generator, said: str) -> None:
         generator.fruitless_starts += 0 if generator.drawn_since_start else 1
         if generator.fruitless_starts >= max(MAX_FRUITLESS_STARTS, self._policy.max_deaths + 1):
+            nothing = "a shard" if generator.pool is Pool.SCORERS else "a picture"
             generator.left_out = (
-                f"{generator.fruitless_starts} starts of {generator.pool.value} in a row without a picture "
+                f"{generator.fruitless_starts} starts of {generator.pool.value} in a row without {nothing} "
                 f"({said}); check that machine and the model, then run the same command again"
             )
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.dataset.documents import Plan, load_plan
+from cluster.dataset.environment import versions
 from cluster.dataset.keys import MANIFEST_KEY, PLAN_KEY, group_key, quarantine_key, shard_key, stats_key
 from cluster.dataset.parquet import parquet_bytes
 from cluster.dataset.verify import Inspection, verify
@@ -244,7 +245,12 @@ def test_a_repair_that_is_interrupted_forgets_no_damage(data: Path) -> None:
 
 
 def test_the_job_repairs_with_the_real_pipeline(
-    data: Path, healthy: Path, call_job, ray_session: None, monkeypatch: pytest.MonkeyPatch
+    data: Path,
+    healthy: Path,
+    call_job,
+    ray_session: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (data / shard_key(1)).unlink()
     flipped(data, shard_key(2))
@@ -264,8 +270,13 @@ def test_the_job_repairs_with_the_real_pipeline(
         assert {path: path.read_bytes() for path in (data / "shards").iterdir()} == before
     with monkeypatch.context() as upgraded:
         upgraded.setattr("cluster.generation.other_releases.pyarrow_here", lambda: "99.0.0")
+        releases = {**versions(), "torch": "99.0"}
+        for where in ("cluster.dataset.environment", "cluster.generation.other_releases"):
+            upgraded.setattr(f"{where}.versions", lambda: releases)
         run = call_job("verify", data, "--repair", "--other-bytes")
     assert run.returncode == 0 and run.summary is not None
+    assert "goes on with other releases than it was begun with (torch: " in caplog.text
+    assert "was drawn with other releases than the driver has: torch 99.0 and " in caplog.text
     assert (run.summary["repaired"], run.summary["missing"], run.summary["corrupt"]) == (2, 0, 0)
     assert contents(data).keys() - {"vocabulary.txt", "vocabularies.json"} == contents(healthy / "data").keys()
     assert run.summary["fingerprint"] == verify(open_store(healthy / "data"))["fingerprint"]

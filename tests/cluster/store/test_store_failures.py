@@ -161,7 +161,9 @@ def test_credentials_that_no_metadata_service_has_are_one_line_soon(
     assert not caught.value.passes and machine.asked == 1
 
 
-def test_a_chain_of_azure_that_found_no_credentials_is_asked_again() -> None:
+def test_a_chain_of_azure_that_found_no_credentials_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # says nothing of Azure's
+
     class ClientAuthenticationError(Exception):  # as azure.core has it: of no answer of the store
         response = None
 

@@ -315,7 +315,7 @@ def test_an_actor_of_clip_that_cannot_load_it_gives_its_shards_back_and_only_the
     for _ in range(MAX_FRUITLESS_STARTS):
         assert monitor.start("c", "gpu-1", scores=True) == ""
         monitor.not_loaded("c", "OSError: the disk is full", again=True)
-    assert "starts of an actor of CLIP in a row" in monitor.start("c", "gpu-1", scores=True)
+    assert "starts of an actor of CLIP in a row without a shard" in monitor.start("c", "gpu-1", scores=True)
     assert monitor.given_back(0, "c") == Turn(wait=True)
     assert monitor.turn("g", 1) == Turn(0), "it is drawn again"
     assert monitor.given_back(0, "c") == Turn(wait=True)
