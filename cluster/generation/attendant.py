@@ -1,6 +1,7 @@
 """What a run's driver tells the monitor while generators work: what only the driver and the cluster know."""
 
 import logging
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from cluster.generation.stages.claims import UNKNOWN_SECONDS
 from cluster.generation.stages.monitor import ANSWER_SECONDS, MAX_IN_HAND
 from cluster.numbers import duration
 from cluster.ray_autoscaler_internals import nodes_are_coming
@@ -37,16 +39,24 @@ def attended(
 
     def attend() -> None:
         waiting: LineTimer | None = None
+        late_after = math.inf
         while not over.wait(TICK_SECONDS):
             try:
                 monitor.nodes.remote(cluster_nodes(labels))
-                asked: Any = [monitor.wants.remote(), monitor.left_out.remote()]
-                (wants_pass, hopeless), left_out = ray.get(asked, timeout=ANSWER_SECONDS)
+                asked: Any = [monitor.wants.remote(), monitor.left_out.remote(), monitor.late_after.remote()]
+                (wants_pass, hopeless), left_out, late = ray.get(asked, timeout=ANSWER_SECONDS)
+                late_after = late if math.isfinite(late) else late_after
                 if wants_pass:
                     shards = sorted(left)
                     in_hand = min(len(shards), MAX_IN_HAND * generators)
-                    ray.get(monitor.begin_pass.remote(shards, generators, scorers, in_hand), timeout=ANSWER_SECONDS)
-                    log.warning("the monitor's process died; it knows again what is left: %d shards", len(shards))
+                    begun: Any = monitor.begin_pass.remote(shards, generators, scorers, in_hand, late_after)
+                    ray.get(begun, timeout=ANSWER_SECONDS)
+                    lost_after = late_after if math.isfinite(late_after) else UNKNOWN_SECONDS
+                    log.warning(
+                        "the monitor's process died; it knows again what is left: %d shards; %d may be in work, and "
+                        "are given out again where they are not stored within %s",
+                        len(shards), in_hand, duration(lost_after),
+                    )  # fmt: skip
                 waiting = _waiting_line(monitor, hopeless, waiting)
                 for said in sorted(set(left_out) - named):
                     named.add(said)

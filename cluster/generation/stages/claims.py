@@ -63,18 +63,20 @@ class Claims:
         self._used: set[int] = set()  # turns of which something may have come out
         self._refused: set[int] = set()  # turns of which nothing is stored
         self._took: deque[float] = deque(maxlen=SHARDS_TIMED)  # seconds from a shard's beginning to the store
+        self._late_before = math.inf  # as `late_after`, of the process of the monitor before this one
         self._stored: set[int] = set()
         self.given_again = 0  # shards that another turn had, or the same one before: over the whole run
 
-    def begin(self, shards: Sequence[int], in_hand: int) -> None:
+    def begin(self, shards: Sequence[int], in_hand: int, late_after: float = math.inf) -> None:
         """These shards are given out now; those of the pass before are gone. `in_hand`: so many of the first are with
-        somebody, nobody knows with whom."""
+        somebody, nobody knows with whom. `late_after`: what a process before this one said last."""
         now = self._clock()
         for known in (self._turns, self._writing, self._used, self._refused):
             known.clear()
         self._claims = {shard: Claim("", None, now) for shard in shards[:in_hand]}
         self._waiting = deque(shards[in_hand:])
         self._stored.difference_update(shards)
+        self._late_before = late_after
 
     @property
     def some_are_left(self) -> bool:
@@ -123,7 +125,7 @@ class Claims:
         while self._waiting:
             if (shard := self._waiting.popleft()) not in self._stored:
                 return shard
-        late = self._clock() - self._late_after()
+        late = self._clock() - self.late_after()
         alone = [shard for shard, claim in self._claims.items() if claim.since <= late and not claim.is_second]
         return min(
             (shard for shard in alone if self._storing(shard) is None),
@@ -202,7 +204,7 @@ class Claims:
 
     def _is_given_up(self, claim: Claim) -> bool:
         if claim.turn is None:
-            late = self._late_after()
+            late = self.late_after()
             return self._clock() - claim.since >= (late if math.isfinite(late) else UNKNOWN_SECONDS)
         return not math.isfinite(claim.since)
 
@@ -210,6 +212,8 @@ class Claims:
         taken = self._turns.get(turn) if turn is not None else None
         return taken is not None and taken.holder in holders and (nodes or not taken.is_drawn)
 
-    def _late_after(self) -> float:
-        """Seconds from a shard's beginning after which it is late."""
-        return LATE_FACTOR * statistics.median(self._took) if len(self._took) >= MIN_SHARDS_TIMED else math.inf
+    def late_after(self) -> float:
+        """Seconds from a shard's beginning after which it is late; inf where too few shards say it."""
+        if len(self._took) < MIN_SHARDS_TIMED:
+            return self._late_before
+        return LATE_FACTOR * statistics.median(self._took)

@@ -7,6 +7,7 @@ waits for the first one that is missing. That is the monitor, a tiny actor besid
 kept in `Claims`; here stands who can draw, which samples are suspects, and when a run is not worth going on with.
 """
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -153,17 +154,24 @@ class RunMonitor:
         self._last_error = ""
         self._stop = ""
 
-    def begin_pass(self, shards: Sequence[int], generators: int, scorers: int = 0, in_hand: int = 0) -> None:
+    def begin_pass(
+        self,
+        shards: Sequence[int],
+        generators: int,
+        scorers: int = 0,
+        in_hand: int = 0,
+        late_after: float = math.inf,
+    ) -> None:
         """These shards are given out now, to at most so many actors; those of the pass before are gone. Where nothing
         is drawn, those that take turns are the actors of CLIP alone.
 
         `in_hand`: so many of the first are being drawn or stored, nobody knows where: a monitor that starts again in
-        the middle of a pass is told so.
+        the middle of a pass is told so. `late_after`: what the process before it said.
         """
         for known in (self._generators, self._nodes, self._processes, self._drawing):
             known.clear()
         self._loading.clear()
-        self._claims.begin(shards, in_hand)
+        self._claims.begin(shards, in_hand, late_after)
         self._wanted = {Pool.GENERATORS: generators, Pool.SCORERS: scorers}
         self._last_hope, self._has_pass = self._clock(), True
 
@@ -171,6 +179,11 @@ class RunMonitor:
         """What the driver is to tell: (the pass: this process has taken the place of one that died, and gives nothing
         out yet; whether nodes are coming: why nobody can draw, or "")."""
         return not self._has_pass, self._hopeless()
+
+    def late_after(self) -> float:
+        """After how many seconds a shard is late; inf: not known yet. The driver keeps it for the process after this
+        one."""
+        return self._claims.late_after()
 
     def start(self, generator: str, where: str, hung: str = "", *, scores: bool = False) -> str:
         """A generator starts to load its model, perhaps after its process has died, or hung at some place, or failed;

@@ -16,6 +16,7 @@ from cluster.generation.attendant import TICK_SECONDS, attended
 from cluster.generation.limits import FaultPolicy
 from cluster.generation.stages.generator import Generator
 from cluster.generation.stages.monitor import MAX_IN_HAND, Turn, start_monitor
+from cluster.numbers import duration
 from pcm.errors import InputError
 from tests.helpers.faulty_generators import DrawNotLoaded
 from tests.helpers.tiny_generation import null_spec, plan_dataset, write_corpus
@@ -52,6 +53,28 @@ def test_a_monitor_whose_process_died_gives_out_what_is_left_and_in_nobodys_hand
         while (turn := asked(monitor, "g", 2)).wait:
             time.sleep(0.1)
     assert turn == Turn(1 + MAX_IN_HAND)
+
+
+def test_a_monitor_whose_process_died_is_told_how_long_a_shard_takes_and_the_log_says_what_is_waited_for(
+    ray_session: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    monitor = start_monitor(FaultPolicy())
+    ray.get(monitor.begin_pass.remote(range(9), 1))
+    left = set(range(9))
+    with caplog.at_level(logging.WARNING), attended(monitor, left, 1, 0):
+        for shard in range(3):
+            assert asked(monitor, "g", shard) == Turn(shard)
+            ray.get(monitor.committed.remote(shard))
+            left.remove(shard)
+        late_after = ray.get(monitor.late_after.remote())
+        time.sleep(2 * TICK_SECONDS)
+        ray.kill(monitor, no_restart=False)
+        wait_until(lambda: caplog.messages)
+        assert ray.get(monitor.late_after.remote()) == late_after
+    assert caplog.messages == [
+        "the monitor's process died; it knows again what is left: 6 shards; 2 may be in work, and are given out again "
+        f"where they are not stored within {duration(late_after)}"
+    ]
 
 
 def test_the_log_says_who_is_left_out_and_what_is_waited_for(

@@ -820,3 +820,23 @@ def test_a_monitor_that_starts_again_gives_nothing_out_before_it_knows_what_is_l
     monitor.committed(5)
     time.now += UNKNOWN_SECONDS
     assert [monitor.turn("h", turn) for turn in (8, 9)] == [Turn(4), Turn(6)], "nobody has stored them"
+
+
+def test_a_monitor_that_starts_again_takes_for_lost_what_would_have_been_late() -> None:
+    """At the end of a run too few shards are left to say when that is."""
+    time = Clock()
+    monitor = RunMonitor(FaultPolicy(), clock=time)
+    monitor.begin_pass(range(4), 1)
+    for shard in range(3):
+        monitor.turn("g", shard)
+        time.now += 10
+        monitor.committed(shard)
+    late_after = monitor.late_after()
+    assert late_after == LATE_FACTOR * 10
+    for _ in range(2):  # the process after the next one knows it too
+        monitor = RunMonitor(FaultPolicy(), clock=time)
+        monitor.begin_pass([3], 1, in_hand=1, late_after=late_after)
+        late_after = monitor.late_after()
+    assert monitor.turn("g", 3) == Turn(wait=True), "somebody may have it"
+    time.now += late_after
+    assert monitor.turn("g", 3) == Turn(3)
