@@ -41,13 +41,14 @@ def needed_pyarrow(store: Store, plan: Plan, missing: Collection[int], on_store:
     `missing`: all that are to be made; those that no manifest lists are new. Raises InputError where this process has
     another release.
     """
-    manifest = find_whole_manifest(store)
-    made_again = sorted(shard for shard in missing if manifest is not None and shard < len(manifest.shards))
+    if (manifest := find_whole_manifest(store)) is None:
+        return None  # what is made of an unfinished dataset knows that it changes
+    made_again = sorted(shard for shard in missing if shard < len(manifest.shards))
     there = sorted(set(filter(on_store.__contains__, range(plan.num_shards))) - set(missing))
     beside = {_pyarrow_beside(store, shard, there) for shard in made_again[:_LOOKED_AT]}
     found = sorted(release for release in beside if release is not None)
     if found and found != [pyarrow_here()]:
-        many = f"{len(made_again)}" if len(found) == 1 else "some"
+        many = str(len(made_again)) if len(found) == 1 else "some"
         mend = f"install pyarrow {found[0]}, or" if len(found) == 1 else "none of these releases makes all of them:"
         raise InputError(
             f"{store.root}: its shards were written by pyarrow {' and '.join(found)}, and this is {pyarrow_here()}, "

@@ -213,8 +213,8 @@ def _sweep_on_ray(
 
 
 def _in_turn(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What makes Ray Tune give each trial the next of the settings. It copies all of a grid for each of its points
-    before the first trial: of thousands that takes hours."""
+    """What makes Ray Tune give each trial the next of the settings. Of a grid it copies all points for each of them
+    before the first trial: of 2,000 for a minute, of 10,000 for half an hour."""
     left = iter(settings)
     return {OVERRIDES: ray.tune.sample_from(lambda _: next(left))}
 
